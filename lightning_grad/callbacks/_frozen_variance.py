@@ -1,0 +1,70 @@
+"""Holding still the second moment of an Adam-like optimizer, which is what the recipe ``step`` adds to SR-STE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+_KEY = "exp_avg_sq"
+
+
+class FrozenVariance:
+    r"""Keeps the bias-corrected second moments of an optimizer as they are.
+
+    After every step the moment :math:`v_t` becomes :math:`v_{t-1} (1 - \beta_2^t) / (1 - \beta_2^{t-1})`, so that
+    :math:`\hat v = v_t / (1 - \beta_2^t)` never changes. One step still sees its own gradient, with weight
+    :math:`1 - \beta_2` (a thousandth, usually); that masked gradients pile up in the variance, which is what the remedy is
+    against, cannot happen. Nothing needs saving: the moments in a checkpoint are the frozen ones.
+
+    Args:
+        optimizer: An Adam-like optimizer that has stepped.
+
+    Raises:
+        ValueError: If it keeps no ``exp_avg_sq``.
+
+    References:
+        Lu et al., "STEP: Learning N:M Structured Sparsity Masks from Scratch with Precondition", 2023, arXiv 2302.01172,
+        algorithm 1.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._frozen: dict[Tensor, Tensor] = {p: s[_KEY].clone() for p, s in optimizer.state.items() if _KEY in s}
+        if not self._frozen:
+            raise ValueError(
+                f"recipe='step' freezes the variance ({_KEY}) of an Adam-like optimizer, and {type(optimizer).__name__} "
+                "keeps none. Use recipe='sr-ste', or Adam or AdamW."
+            )
+
+    def put_back(self) -> None:
+        """Undo what the last step did to the second moments."""
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter in self._frozen:
+                    state = self._optimizer.state[parameter]
+                    frozen = self._frozen[parameter].mul_(_correction(state, group["betas"][1]))
+                    state[_KEY].copy_(frozen)
+
+
+def _correction(state: dict[str, Any], beta2: float) -> Tensor | float:
+    """Return by what the bias correction of a constant moment grows in the step that was just taken."""
+    if "step" not in state:
+        return 1.0
+    step = torch.as_tensor(state["step"], dtype=torch.float64)
+    return ((1 - beta2**step) / (1 - beta2 ** (step - 1))).float()
+
+
+def check_adam_like(optimizer: Optimizer) -> None:
+    """Raise before the first step if an optimizer can have no second moment to freeze.
+
+    Raises:
+        ValueError: If its groups have no pair of ``betas``.
+    """
+    if any(len(group.get("betas", ())) < 2 for group in optimizer.param_groups):
+        raise ValueError(
+            f"recipe='step' freezes the variance of an Adam-like optimizer, and {type(optimizer).__name__} has no betas. "
+            "Use recipe='sr-ste', or Adam or AdamW."
+        )

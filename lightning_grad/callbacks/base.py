@@ -1,0 +1,104 @@
+"""The base of every callback here. Read this first.
+
+A technique derives from :class:`GradCallback` and gets: one undo list that runs when the fit ends, however it ends; a
+state key and log keys that carry the instance's name; its settings in the config of the run; refusal of what cannot
+work. The other helpers are functions, called where a technique needs them: choosing parameters
+(``utilities.parameters``), where in the run we are (``utilities.progress``), figures, tables and files
+(``utilities.reporting``), weights seen through a view (``utilities.weight_view``) and checkpoints of them
+(``utilities.portable``).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad.utilities.checks import refuse_sharded
+from lightning_grad.utilities.dispatch import wrap_method
+from lightning_grad.utilities.reporting import log_settings
+from lightning_grad.utilities.undo import UndoList
+
+
+class GradCallback(Callback):
+    """What every technique shares.
+
+    The rules a technique keeps:
+
+    - the constructor stores each argument under its own name, and checks it; ``setup`` and ``on_fit_start`` check the
+      trainer and the module;
+    - whatever is added to the module, its optimizers or the trainer goes with a step back to ``self._undo``;
+    - ``state_dict`` holds tensors, numbers, strings, lists and dicts only, and ``load_state_dict`` acts only when
+      ``self._fitting`` (Lightning calls it for ``validate`` and ``test`` too).
+
+    Args:
+        name: Name of this instance, needed when two of a class are used; part of its state key and log keys.
+    """
+
+    namespace: ClassVar[str]
+    needs_whole_weights: ClassVar[bool] = False
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name
+        self._fitting = False
+        self._undo = UndoList()
+        self._undo_after_exception = UndoList()
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self.label
+
+    @property
+    def label(self) -> str:
+        """The class and the name of this instance, for messages, configs and checkpoints."""
+        return type(self).__name__ if self.name is None else f"{type(self).__name__}[{self.name}]"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments as they stand."""
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        return {name: getattr(self, name) for name in names}
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._run_undo()
+        self._fitting = stage == "fit"
+        if self._fitting:
+            if self.needs_whole_weights:
+                refuse_sharded(trainer, self.label)
+            log_settings(trainer, self.label, self.settings)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._run_undo()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # No teardown follows. Checkpoint callbacks still save after this hook, so what their files need is taken back
+        # only in the strategy's on_exception, the first thing Lightning calls after all callbacks.
+        self._undo.run()
+        if len(self._undo_after_exception):
+            late = self._undo_after_exception
+
+            def last(inner: Callable[..., Any], *args: Any) -> None:
+                late.run()
+                inner(*args)
+
+            late.push(wrap_method(trainer.strategy, "on_exception", last))
+
+    def _run_undo(self) -> None:
+        self._undo.run()
+        self._undo_after_exception.run()
+
+    def _log(self, pl_module: pl.LightningModule, values: Mapping[str, float | Tensor]) -> None:
+        """Log scalars as ``namespace[/name]/quantity``."""
+        pl_module.log_dict({self._key(key): value for key, value in values.items()})
+
+    def _key(self, quantity: str) -> str:
+        return "/".join(part for part in (self.namespace, self.name, quantity) if part)

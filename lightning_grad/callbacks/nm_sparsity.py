@@ -1,0 +1,650 @@
+"""Progressive N:M sparsity: the callback.
+
+The masks and schedules are functions in ``functional/nm_sparsity.py`` and ``functional/nm_schedule.py``; what one sparse
+weight is and which are chosen stands in ``_nm_weight.py``, what is recorded and drawn in ``_nm_record.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_grad.callbacks._frozen_variance import FrozenVariance, check_adam_like
+from lightning_grad.callbacks._nm_record import SparsityRecord
+from lightning_grad.callbacks._nm_weight import Choice, SparseWeight, choose_weights, refuse_overlap
+from lightning_grad.callbacks.base import GradCallback
+from lightning_grad.functional import (
+    RECIPES,
+    NMPattern,
+    NMPhase,
+    NMSchedule,
+    add_sr_ste_,
+    gradient_noise,
+    is_nm,
+    mask_distance,
+)
+from lightning_grad.functional.nm_schedule import Recipe
+from lightning_grad.functional.nm_sparsity import Axis
+from lightning_grad.utilities.checks import (
+    check_at_least,
+    check_choice,
+    owned_ids,
+    refuse_scaled_gradients,
+)
+from lightning_grad.utilities.imports import is_installed
+from lightning_grad.utilities.parameters import clean_name
+from lightning_grad.utilities.portable import make_portable, pack_bits, unpack_bits, wrap_loading, wrap_saving
+from lightning_grad.utilities.progress import run_progress, total_steps
+from lightning_grad.utilities.reporting import (
+    format_table,
+    is_log_step,
+    limit_layers,
+    log_figure,
+    log_file,
+    log_histograms,
+    log_summary,
+    log_table,
+    output_folder,
+    stepped_batches,
+)
+from lightning_grad.utilities.weight_view import InPlaceView, InPlaceWindow, attach_view
+
+Gradient = Literal["masked", "ste"]
+
+# (dense_fraction, finetune_fraction, gradient) where the user says nothing.
+_DEFAULTS: dict[str, tuple[float, float, Gradient]] = {
+    "ste": (0.0, 0.0, "ste"),
+    "sr-ste": (0.0, 0.0, "ste"),
+    "step": (0.2, 0.0, "ste"),
+    "mdgf-linear": (0.1, 0.2, "masked"),
+    "mdgf-exponential": (0.1, 0.2, "masked"),
+    "sdgf-stepwise": (0.0, 0.2, "masked"),
+    "sdgf-geometric": (0.0, 0.2, "masked"),
+    "custom": (0.0, 0.0, "masked"),
+}
+
+
+class NMSparsity(GradCallback):
+    r"""Train any module so that every group of M weights ends with at most N that are not zero.
+
+    .. math::
+        \tilde W = W \odot \bigl(m(W) + (1 - m(W))\, D\bigr)
+
+    W is the dense weight that the optimizer moves, :math:`m(W) \in \{0, 1\}` marks the N largest :math:`|W|` in each
+    group of M (:func:`~lightning_grad.functional.nm_mask`), and :math:`D \in [0, 1]` is the decay value. The forward pass
+    uses :math:`\tilde W`. The mask is taken anew after every optimizer step, so pruned weights may return. The recipe says
+    which N:M and which D hold when:
+
+    ================== ============================================== =========================================
+    recipe             forward                                        gradient to W, with G the one of W~
+    ================== ============================================== =========================================
+    ste                N:M from the start, D = 0                      G
+    sr-ste             the same                                       G + lambda (1 - m) W
+    step               dense, then sr-ste                             the same, with Adam's variance frozen
+    mdgf-linear        dense, D = max(0, 1 - beta t), then D = 0      G (m + (1 - m) D), or G
+    mdgf-exponential   dense, D = exp(-beta t), then D = 0            the same
+    sdgf-stepwise      (M-1):M, M/2:M, M/4:M ... N:M                  G m, or G
+    sdgf-geometric     8N:8M, 4N:4M, 2N:2M, N:M                       the same
+    ================== ============================================== =========================================
+
+    Args:
+        pattern: N:M pattern such as "2:4", or one for each name pattern of parameters or modules, first match first.
+        recipe: One of the table, or a list of (share of the run from which it holds, pattern).
+        gradient: "masked" is the chain rule, which the paper describes; "ste" passes the gradient on to pruned weights
+            as it is, which the released code does. Default "masked" for mdgf, sdgf and lists; the others are "ste".
+        dense_fraction: Share of the run before anything is pruned. Default 0.1 for mdgf, 0.2 for step, else 0.
+        finetune_fraction: Share of the run, at its end, with the final pattern and D = 0. Default 0.2 for mdgf and sdgf.
+        decay: Coefficient beta for one optimizer step; default 7 / steps of the decay phase (mdgf-exponential, ends
+            near 1e-3) or 2 / steps (mdgf-linear, reaches 0 half-way).
+        sr_ste_lambda: Strength lambda of the SR-STE term (recipes sr-ste and step).
+        axis: Where groups lie: "input" (dimension 1: in_features, input channels; what 2:4 hardware needs), "output"
+            (dimension 0), or the number of a dimension.
+        include: Names or wildcards of the parameters or modules to make sparse. Default: every Linear, Conv1d/2d/3d and
+            attention projection but the first and the last. Parameters of other modules must be spelled to the end
+            ("blocks.*.w1"); they and tied ones are masked in place, in every use.
+        exclude: Names or wildcards of what stays dense.
+        mask_every: Take masks anew every so many optimizer steps; above 1 is an approximation that saves time.
+        geometric_start: Factor of the first, widest groups of sdgf-geometric, a power of two.
+        zero_pruned_state: Once the pattern is final, clear the optimizer's state of pruned weights after every step, so
+            that momentum does not move them.
+        bake_on_early_stop: Prune to the final pattern also when the run stops before its schedule has reached it.
+        depth: Join layers in logs by this many leading parts of their names; default: do not join.
+        top: Log at most this many layers apart.
+        figure: Draw the run at its end (needs matplotlib, and a logger whose folder takes the file).
+        figure_metric: Validation metric in the figure; default the first whose name holds "acc".
+        save_masks: Write the final masks to a file beside the logs (W&B: an artifact).
+        name: Name of this instance, needed when two are used.
+
+    Raises:
+        ValueError: In the constructor for an impossible pattern, an unknown recipe or one that contradicts the other
+            arguments, or fractions that leave the recipe no phase. At the start of the fit if no weight is chosen, a
+            name pattern matches nothing, the run has no known end, parameters are sharded (FSDP, DeepSpeed), or another
+            instance has chosen the same weight.
+
+    **Hooks.** ``on_fit_start`` chooses the weights, when all layers exist and DDP is set up; each optimizer's post hook
+    refreshes the masks of the weights it owns; ``on_before_optimizer_step`` adds the SR-STE term, unscaled and before
+    clipping, so that lambda is exact; the first ``on_validation_batch_start`` switches to what a checkpoint would hold,
+    after weight averaging has swapped its weights in; ``teardown`` makes the sparse weights the module's own.
+
+    **Logs** under ``sparsity/``, at log steps: ``n`` and ``m`` of the pattern in force (of each name pattern, where there
+    are several), ``decay`` (D), ``density`` (share of chosen weights that is not zero; also for each layer),
+    ``flips`` (share of mask entries changed since the last log), ``gradient_noise_pruned`` and ``gradient_noise_kept``
+    (:func:`~lightning_grad.functional.gradient_noise`), ``exact`` (1 when the final pattern holds with D = 0; also in
+    every validation, so that checkpoints can be told apart). At the end: a figure, a table with the divergence of the
+    masks from each phase's last, and histograms of the weights.
+
+    **State.** Progress, the record, masks that are older than their weights, and what a checkpoint's sparse weights lack
+    to be dense again; resuming is bit-exact.
+
+    **Cost.** One mask an optimizer step and one product for each use of a weight: see docs/benchmarks.md.
+
+    **Works with** accumulation, fp16 and bf16, DDP, compiled submodules, several optimizers, manual optimization, weight
+    averaging: yes. FSDP and DeepSpeed: raises. Code that reads ``layer.weight.grad`` during the fit finds None on chosen
+    layers; read it from ``named_parameters()``.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.NMSparsity
+                  init_args:
+                    pattern: "1:8"
+                    recipe: mdgf-exponential
+
+    References:
+        Bambhaniya et al., "Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers", 2024,
+        arXiv 2402.04744 (mdgf, sdgf). Zhou et al., 2021, arXiv 2102.04010 (sr-ste). Lu et al., 2023, arXiv 2302.01172
+        (step).
+    """
+
+    namespace: ClassVar[str] = "sparsity"
+    needs_whole_weights: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        pattern: str | Mapping[str, str] = "2:4",
+        recipe: Recipe | Sequence[tuple[float, str]] = "mdgf-exponential",
+        gradient: Gradient | None = None,
+        dense_fraction: float | None = None,
+        finetune_fraction: float | None = None,
+        decay: float | None = None,
+        sr_ste_lambda: float = 2e-4,
+        axis: Axis = "input",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        mask_every: int = 1,
+        geometric_start: int = 8,
+        zero_pruned_state: bool = False,
+        bake_on_early_stop: bool = False,
+        depth: int | None = None,
+        top: int = 16,
+        figure: bool = True,
+        figure_metric: str | None = None,
+        save_masks: bool = False,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        self.pattern = pattern if isinstance(pattern, str) else {str(k): str(v) for k, v in pattern.items()}
+        self.recipe = recipe if isinstance(recipe, str) else [(float(f), str(p)) for f, p in recipe]
+        defaults = _DEFAULTS.get(self._recipe_name, _DEFAULTS["custom"])
+        self.dense_fraction = defaults[0] if dense_fraction is None else dense_fraction
+        self.finetune_fraction = defaults[1] if finetune_fraction is None else finetune_fraction
+        self.gradient = gradient or defaults[2]
+        self.decay = decay
+        self.sr_ste_lambda = sr_ste_lambda
+        self.axis = axis
+        self.include = None if include is None else list(include)
+        self.exclude = None if exclude is None else list(exclude)
+        self.mask_every = mask_every
+        self.geometric_start = geometric_start
+        self.zero_pruned_state = zero_pruned_state
+        self.bake_on_early_stop = bake_on_early_stop
+        self.depth = depth
+        self.top = top
+        self.figure = figure
+        self.figure_metric = figure_metric
+        self.save_masks = save_masks
+        self._patterns, self._schedule = self._check()
+        self._reset()
+
+    def _check(self) -> tuple[dict[str, NMPattern], NMSchedule]:
+        custom = not isinstance(self.recipe, str)
+        if not custom:
+            check_choice(self.recipe, RECIPES, "recipe")
+        check_choice(self.gradient, get_args(Gradient), "gradient")
+        if self._recipe_name in ("ste", "sr-ste", "step") and self.gradient == "masked":
+            raise ValueError(
+                f"recipe={self.recipe!r} passes the gradient straight through by definition; gradient='masked' is for "
+                "mdgf-*, sdgf-* and schedules of your own."
+            )
+        if custom and (self.dense_fraction or self.finetune_fraction or self.decay):
+            raise ValueError("A list of (share, pattern) says everything: leave dense_fraction, finetune_fraction and decay.")
+        if self.decay is not None and not self._recipe_name.startswith("mdgf"):
+            raise ValueError(f"decay belongs to mdgf-linear and mdgf-exponential; recipe={self.recipe!r} has none.")
+        check_at_least(self.mask_every, 1, "mask_every")
+        check_at_least(self.sr_ste_lambda, 0.0, "sr_ste_lambda")
+        check_at_least(self.top, 0, "top")
+        by_name = {"*": self.pattern} if isinstance(self.pattern, str) else self.pattern
+        patterns = {key: NMPattern.parse(text) for key, text in by_name.items()}
+        stages = tuple((share, NMPattern.parse(text)) for share, text in self.recipe) if custom else self.recipe
+        if custom and stages and list(patterns.values()) != [stages[-1][1]]:
+            raise ValueError(
+                f"The schedule ends with {stages[-1][1]} and pattern={self.pattern!r} is something else: write the last "
+                "pattern of the schedule as pattern= too."
+            )
+        schedule = NMSchedule(
+            stages, self.dense_fraction, self.finetune_fraction, self.decay, self.geometric_start  # type: ignore[arg-type]
+        )
+        return patterns, schedule
+
+    @property
+    def _recipe_name(self) -> str:
+        return self.recipe if isinstance(self.recipe, str) else "custom"
+
+    def _reset(self) -> None:
+        self._weights: list[SparseWeight] = []
+        self._record = SparsityRecord()
+        self._progress = 0.0
+        self._total_steps = 1
+        self._restored: dict[str, Any] = {}
+        self._window: InPlaceWindow | None = None
+        self._variances: dict[int, FrozenVariance] = {}
+        self._previous_gradients: dict[str, Tensor] = {}
+        self._noise: list[tuple[Tensor, Tensor, SparseWeight]] = []
+        self._logged_masks: dict[str, Tensor] = {}
+        self._hook_fired = self._warned_of_bypass = self._stepped = False
+
+    # The fit begins.
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self._fitting:
+            self._reset()
+            self._undo.push(wrap_loading(pl_module, self.state_key))
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._fitting:
+            self._restored = state_dict
+            if self._weights:
+                self._resume()
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        choice = choose_weights(pl_module, self._patterns, self.axis, self.include, self.exclude)
+        self._refuse(trainer, choice)
+        self._total_steps = total_steps(trainer, self.label)
+        for weight in choice.chosen:
+            weight.straight_through = self.gradient == "ste"
+            if not weight.in_place:
+                self._undo.push(attach_view(weight.module, weight.attribute, weight))
+        self._weights = choice.chosen
+        self._open_window(pl_module)
+        for optimizer in trainer.optimizers:
+            self._watch(trainer, optimizer)
+        self._undo_after_exception.push(wrap_saving(pl_module, self.state_key, self._views))
+        self._resume()
+        rank_zero_info(self._describe(choice))
+
+    def _refuse(self, trainer: pl.Trainer, choice: Choice) -> None:
+        if not choice.chosen:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.skipped[:8]) or "it has no such layer"
+            raise ValueError(f"{self.label} finds no weight to make sparse. {reasons}. Name the layers with include=[...].")
+        for weight in choice.chosen:
+            refuse_overlap(weight, self.label)
+        if self._adds_sr_ste:
+            refuse_scaled_gradients(trainer, f"{self.label}(recipe={self.recipe!r})")
+        if self.recipe == "step":
+            for optimizer in trainer.optimizers:
+                check_adam_like(optimizer)
+
+    def _open_window(self, pl_module: pl.LightningModule) -> None:
+        in_place = [InPlaceView(w.module, w.attribute, w) for w in self._weights if w.in_place]
+        if in_place:
+            self._window = InPlaceWindow(pl_module, in_place)
+            self._undo.push(self._window.remove)
+
+    def _watch(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        before = optimizer.register_step_pre_hook(lambda *_: self._close_window())
+        after = optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(trainer, stepped))
+        self._undo.push(before.remove)
+        self._undo.push(after.remove)
+
+    def _resume(self) -> None:
+        """Start from the restored state, or from the beginning."""
+        state, self._restored = self._restored, {}
+        self._progress = float(state.get("progress", 0.0))
+        if "record" in state:
+            self._record.load_state_dict(state["record"])
+        for weight in self._weights:
+            weight.refresh(self._phase(weight))
+            weight.load_state_dict(state.get("weights", {}).get(weight.name, {}))
+            logged = state.get("logged_masks", {}).get(weight.name)
+            if logged is not None:
+                self._logged_masks[weight.name] = unpack_bits(logged, weight.parameter)
+
+    def _describe(self, choice: Choice) -> str:
+        rows = [[clean_name(w.name), "x".join(map(str, w.parameter.shape)), str(w.pattern)] for w in choice.chosen]
+        rows += [[name, "dense", reason] for name, reason in choice.skipped]
+        shown = format_table(rows[:24], ["weight", "shape", "pattern"])
+        more = f"\n... and {len(rows) - 24} more" if len(rows) > 24 else ""
+        return f"{self.label} ({self._recipe_name}) makes {len(choice.chosen)} weights sparse:\n{shown}{more}"
+
+    # One training step.
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            if optimizer.state:
+                self._hold_variance(optimizer)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        for weight in self._weights:
+            weight.leave_inference()
+            weight.refresh_if_changed()
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.automatic_optimization:
+            self._close_window()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._close_window()
+        self._hook_fired = True
+        measure, keep = is_log_step(trainer), is_log_step(trainer, ahead=1)
+        for weight in self._owned_by(optimizer):
+            gradient, mask = weight.parameter.grad, weight.mask
+            if gradient is None:
+                continue
+            previous = self._previous_gradients.pop(weight.name, None)
+            if measure and previous is not None and mask is not None:
+                self._noise.append((*gradient_noise(gradient, previous, mask), weight))
+            if keep:
+                self._previous_gradients[weight.name] = gradient.clone()
+            if self._adds_sr_ste and mask is not None:
+                add_sr_ste_(gradient, weight.parameter, mask, self.sr_ste_lambda)
+
+    @torch.no_grad()
+    def _after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        """Follow an optimizer that has moved its weights."""
+        self._progress = run_progress(trainer, steps_ahead=1)
+        self._stepped = True
+        owned = self._owned_by(optimizer)
+        for weight in owned:
+            weight.refresh(self._phase(weight), self.mask_every)
+        if owned:
+            self._hold_variance(optimizer)
+        if self.zero_pruned_state:
+            _clear_pruned_state(optimizer, owned)
+        if self._window is not None:
+            self._window.reopen()
+        if not self._hook_fired:
+            self._warn_of_bypass()
+        self._hook_fired = False
+
+    def _hold_variance(self, optimizer: Optimizer) -> None:
+        if self.recipe != "step" or self._progress < self.dense_fraction:
+            return
+        if id(optimizer) in self._variances:
+            self._variances[id(optimizer)].put_back()
+        else:
+            self._variances[id(optimizer)] = FrozenVariance(optimizer)
+
+    def _warn_of_bypass(self) -> None:
+        if not self._warned_of_bypass:
+            self._warned_of_bypass = True
+            lost = "the SR-STE term and the logged gradient noise are" if self._adds_sr_ste else "the gradient noise is"
+            rank_zero_warn(
+                f"{self.label}: an optimizer stepped without Lightning's hooks, so {lost} left out. Call step() on what "
+                "self.optimizers() returns."
+            )
+
+    def _close_window(self) -> None:
+        if self._window is not None:
+            self._window.close()
+
+    def _owned_by(self, optimizer: Optimizer) -> list[SparseWeight]:
+        owned = owned_ids(optimizer)
+        return [weight for weight in self._weights if id(weight.parameter) in owned]
+
+    def _phase(self, weight: SparseWeight) -> NMPhase:
+        return self._schedule.phase(self._progress, weight.pattern, self._total_steps, weight.size)
+
+    @property
+    def _adds_sr_ste(self) -> bool:
+        return self.recipe in ("sr-ste", "step") and self.sr_ste_lambda > 0.0
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._close_window()
+        if self._stepped and is_log_step(trainer):
+            self._log_step(trainer, pl_module)
+        self._stepped = False
+        self._noise = []
+
+    def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        measured = {**self._measure_flips(), **self._measure_noise()}
+        known = self._density()
+        layers = {clean_name(w.name): _density(w) for w in self._weights}
+        shown = {f"density/{name}": value for name, value in limit_layers(layers, self.depth, self.top).items()}
+        self._log(pl_module, {**known, **self._patterns_in_force(), **shown, **measured})
+        numbers = torch.stack(list(measured.values())).tolist() if measured else []
+        row = {"step": stepped_batches(trainer), "progress": self._progress, **known}
+        row |= dict.fromkeys(("flips", "gradient_noise_pruned", "gradient_noise_kept"))
+        row |= dict(zip(measured, numbers, strict=True))
+        masks = {weight.name: weight.mask for weight in self._weights}
+        self._record.add(row, self._phase_name(), masks)
+
+    def _density(self) -> dict[str, float]:
+        total = sum(weight.parameter.numel() for weight in self._weights)
+        kept = sum(weight.parameter.numel() * _density(weight) for weight in self._weights)
+        decay = sum(weight.parameter.numel() * weight.phase.decay for weight in self._weights)
+        return {"density": kept / total, "decay": decay / total, "exact": float(self._is_final())}
+
+    def _patterns_in_force(self) -> dict[str, float]:
+        in_force = {str(w.pattern): w.phase.pattern for w in self._weights}
+        values = {}
+        for target, pattern in in_force.items():
+            suffix = f"/{target}" if len(in_force) > 1 else ""
+            values[f"n{suffix}"] = float(pattern.n if pattern else 1)
+            values[f"m{suffix}"] = float(pattern.m if pattern else 1)
+        return values
+
+    def _phase_name(self) -> str:
+        phases = {w.phase.pattern: w.phase.decay > 0.0 for w in self._weights}
+        parts = [f"{pattern}{' decaying' if decaying else ''}" if pattern else "dense" for pattern, decaying in phases.items()]
+        return " and ".join(parts)
+
+    def _measure_flips(self) -> dict[str, Tensor]:
+        flips, entries = [], 0
+        for weight in self._weights:
+            mask, before = weight.mask, self._logged_masks.pop(weight.name, None)
+            if mask is None:
+                continue
+            self._logged_masks[weight.name] = mask != 0
+            if before is not None:
+                flips.append(mask_distance(mask != 0, before) * mask.numel())
+                entries += mask.numel()
+        return {"flips": torch.stack(flips).sum() / entries} if flips else {}
+
+    def _measure_noise(self) -> dict[str, Tensor]:
+        pruned = [(noise, w.parameter.numel() * (1 - _mask_density(w))) for noise, _, w in self._noise]
+        kept = [(noise, w.parameter.numel() * _mask_density(w)) for _, noise, w in self._noise]
+        means = {"gradient_noise_pruned": pruned, "gradient_noise_kept": kept}
+        counts = {name: sum(count for _, count in parts) for name, parts in means.items()}
+        return {
+            name: torch.stack([noise * (count / counts[name]) for noise, count in parts if count]).sum()
+            for name, parts in means.items()
+            if counts[name]
+        }
+
+    # Validation and checkpoints.
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0 and dataloader_idx == 0:
+            for weight in self._weights:
+                weight.enter_inference()
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._weights:
+            self._log(pl_module, {key: value for key, value in self._density().items() if key != "decay"})
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for weight in self._weights:
+            weight.leave_inference()
+        if self._weights and not trainer.sanity_checking:
+            metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "acc" in key}
+            if self.figure_metric in trainer.callback_metrics:
+                metrics[self.figure_metric] = float(trainer.callback_metrics[self.figure_metric])
+            self._record.add_validation(stepped_batches(trainer), metrics)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "progress": self._progress,
+            "record": self._record.state_dict(),
+            "weights": {weight.name: weight.state_dict() for weight in self._weights},
+            "logged_masks": {name: pack_bits(mask) for name, mask in self._logged_masks.items()},
+        }
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # During a fit the module's own hook does this, later than every callback; after an exception it is gone.
+        if self._weights and not len(self._undo_after_exception):
+            make_portable(checkpoint, self.state_key, self._views())
+
+    def _views(self) -> dict[str, tuple[Tensor, SparseWeight]]:
+        return {weight.name: (weight.parameter, weight) for weight in self._weights}
+
+    # The fit ends.
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        for weight in self._weights:
+            weight.leave_inference()
+        if self._weights:
+            rank_zero_info(
+                f"{self.label}: the fit stopped by {type(exception).__name__}. The module in memory is left dense; "
+                "checkpoints hold the sparse weights and resume exactly."
+            )
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        if self._fitting and self._weights:
+            self._settle_unfinished()
+            for weight in self._weights:
+                weight.bake()
+            self._report(trainer)
+            self._weights, self._logged_masks, self._variances = [], {}, {}
+        self._fitting = False
+
+    def _is_final(self) -> bool:
+        return all(weight.phase.final for weight in self._weights)
+
+    def _settle_unfinished(self) -> None:
+        """Decide what a run leaves behind that ended before its schedule did."""
+        if self._is_final():
+            return
+        if self.bake_on_early_stop:
+            for weight in self._weights:
+                weight.phase = NMPhase(weight.pattern, 0.0, True)
+        outcome = (
+            "The weights are pruned to the final pattern, untrained for it."
+            if self.bake_on_early_stop
+            else "The weights are left as validated; bake_on_early_stop=True would prune them to the final pattern."
+        )
+        rank_zero_warn(
+            f"{self.label}: the run stopped at {100 * self._progress:.0f} % of its schedule, before the final pattern was "
+            f"reached. {outcome}"
+        )
+
+    def _report(self, trainer: pl.Trainer) -> None:
+        self._record.close_phase()
+        last = self._density()
+        log_summary(trainer, {self._key("final_density"): last["density"], self._key("final_exact"): last["exact"]})
+        kept = {clean_name(weight.name): weight.parameter for weight in self._weights[: self.top]}
+        log_histograms(trainer, {self._key(f"weights/{name}"): values for name, values in kept.items()})
+        folder = output_folder(trainer)
+        if folder is not None:
+            self._write_files(trainer, folder)
+        if trainer.is_global_zero:
+            self._warn_of_inexact_best(trainer)
+
+    def _write_files(self, trainer: pl.Trainer, folder: Path) -> None:
+        stem = "nm_sparsity" if self.name is None else f"nm_sparsity_{self.name}"
+        log_table(trainer, self._key("record"), self._record.rows, folder / f"{stem}.csv")
+        if self.figure and self._record.rows:
+            if is_installed("matplotlib"):
+                title = f"{self.label}: {self.pattern}, {self._recipe_name}"
+                figure = self._record.draw(title, self.figure_metric)
+                log_figure(trainer, self._key("figure"), figure, folder / f"{stem}.png")
+            else:
+                rank_zero_info(f"{self.label}: no figure without matplotlib; pip install 'lightning-grad[plot]'.")
+        if self.save_masks and trainer.is_global_zero:
+            path = folder / f"{stem}_masks.pt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({clean_name(w.name): (w.parameter != 0).cpu() for w in self._weights}, path)
+            log_file(trainer, path, name=stem, kind="masks")
+
+    def _warn_of_inexact_best(self, trainer: pl.Trainer) -> None:
+        """Name a best checkpoint that was kept from before the final pattern."""
+        for callback in trainer.checkpoint_callbacks:
+            path = getattr(callback, "best_model_path", "")
+            if path and os.path.isfile(path) and not self._holds_pattern(path):
+                rank_zero_warn(
+                    f"{self.label}: the best checkpoint {path} is from before the final pattern was reached. Use the last "
+                    "one, or start to keep checkpoints later."
+                )
+
+    def _holds_pattern(self, path: str) -> bool:
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        except Exception:  # a checkpoint in another format, or with objects that are not loaded by default
+            return True
+        present = [weight for weight in self._weights if weight.name in saved]
+        return all(is_nm(saved[w.name], w.pattern.n, w.pattern.m, w.dim) for w in present)
+
+
+def _mask_density(weight: SparseWeight) -> float:
+    return weight.phase.pattern.density if weight.phase.pattern else 1.0
+
+
+def _density(weight: SparseWeight) -> float:
+    """Return the share of a weight that is not pruned; while D > 0, nothing is."""
+    return 1.0 if weight.phase.decay > 0.0 else _mask_density(weight)
+
+
+def _clear_pruned_state(optimizer: Optimizer, weights: Sequence[SparseWeight]) -> None:
+    for weight in weights:
+        if weight.phase.final and weight.mask is not None:
+            for value in optimizer.state[weight.parameter].values():
+                if isinstance(value, Tensor) and value.shape == weight.parameter.shape:
+                    value.mul_(weight.mask)

@@ -1,0 +1,86 @@
+"""Wrapping a method of somebody else's object, so that several techniques can, and nothing is left behind."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+Wrapper = Callable[..., Any]
+_ABSENT = object()
+
+
+class MethodDispatcher:
+    """Stands in for one method of one object and calls the wrappers around it, the highest priority outermost.
+
+    It restores exactly what stood in the object's ``__dict__`` before, which need not be nothing: a compiled
+    LightningModule keeps its own ``training_step`` there. A pickle or deep copy of the object gets its plain method.
+
+    Args:
+        owner: The object.
+        name: Name of the method.
+    """
+
+    def __init__(self, owner: object, name: str) -> None:
+        self._owner = owner
+        self._name = name
+        self._previous = owner.__dict__.get(name, _ABSENT)
+        self._original: Callable[..., Any] = getattr(owner, name)
+        self._wrappers: list[tuple[int, Wrapper]] = []
+        functools.update_wrapper(self, self._original)
+
+    def add(self, wrapper: Wrapper, priority: int) -> None:
+        """Put a wrapper ``wrapper(inner, *args, **kwargs)`` outside of all that have a lower priority."""
+        self._wrappers.append((priority, wrapper))
+        self._wrappers.sort(key=lambda entry: entry[0])
+
+    def remove(self, wrapper: Wrapper) -> None:
+        """Take a wrapper away; with the last one the object gets back what it had."""
+        self._wrappers = [entry for entry in self._wrappers if entry[1] is not wrapper]
+        if self._wrappers or self._owner.__dict__.get(self._name) is not self:
+            return
+        if self._previous is _ABSENT:
+            del self._owner.__dict__[self._name]
+        else:
+            self._owner.__dict__[self._name] = self._previous
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._original
+        for _, wrapper in self._wrappers:
+            call = functools.partial(wrapper, call)
+        return call(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._owner, self._name)
+
+
+def wrap_method(owner: object, name: str, wrapper: Wrapper, priority: int = 0) -> Callable[[], None]:
+    """Wrap a method on the instance.
+
+    Args:
+        owner: The object whose method is wrapped.
+        name: Name of the method.
+        wrapper: Called as ``wrapper(inner, *args, **kwargs)``; calls ``inner`` to go on.
+        priority: Wrappers of higher priority are further outside, whatever the order of the calls.
+
+    Returns:
+        Callable: Takes this wrapper away again; may be called more than once, and in any order with others'.
+
+    Example:
+        >>> class Greeter:
+        ...     def greet(self):
+        ...         return "hello"
+        >>> greeter = Greeter()
+        >>> undo = wrap_method(greeter, "greet", lambda inner: inner().upper())
+        >>> greeter.greet()
+        'HELLO'
+        >>> undo()
+        >>> greeter.greet(), greeter.__dict__
+        ('hello', {})
+    """
+    dispatcher = owner.__dict__.get(name)
+    if not isinstance(dispatcher, MethodDispatcher):
+        dispatcher = MethodDispatcher(owner, name)
+        owner.__dict__[name] = dispatcher
+    dispatcher.add(wrapper, priority)
+    return functools.partial(dispatcher.remove, wrapper)

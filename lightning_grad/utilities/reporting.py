@@ -1,0 +1,155 @@
+"""Sending facts to whatever loggers a Trainer has, through what each of them can do.
+
+Scalars of a step go through ``pl_module.log``. This file is for the rest: settings, final figures of merit, figures,
+tables, histograms and files. Every one also lands on disk or in scalars, so CSV and TensorBoard users miss nothing.
+All functions may be called on every rank; only rank zero writes.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def stepped_batches(trainer: pl.Trainer) -> int:
+    """Return the step that Lightning's loggers put on the x axis, the same for one optimizer or several."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def is_log_step(trainer: pl.Trainer, ahead: int = 0) -> bool:
+    """Say whether scalars of the present step (or of the one ``ahead`` steps later) reach the loggers."""
+    every = trainer.log_every_n_steps
+    if trainer.fast_dev_run:
+        return True
+    return every > 0 and (stepped_batches(trainer) + 1 + ahead) % every == 0
+
+
+def output_folder(trainer: pl.Trainer) -> Path | None:
+    """Return the folder of this run's logs, or ``None`` if the Trainer has no logger."""
+    for logger in trainer.loggers:
+        folder = getattr(logger, "log_dir", None)
+        if folder is None and logger.save_dir is not None:
+            folder = Path(logger.save_dir, *(str(part) for part in (logger.name, logger.version) if part is not None))
+        if folder is not None:
+            return Path(folder)
+    return None
+
+
+def log_settings(trainer: pl.Trainer, name: str, settings: Mapping[str, Any]) -> None:
+    """Write a technique's settings into the config (W&B) or hyperparameters (CSV, TensorBoard) of the run."""
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            logger.log_hyperparams({name: dict(settings)})
+
+
+def log_summary(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
+    """Write final figures of merit into the run's summary, or as last scalars where a logger has none."""
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        summary = getattr(_experiment(logger), "summary", None)
+        if hasattr(summary, "update"):
+            summary.update(dict(values))
+        else:
+            logger.log_metrics(dict(values), step=stepped_batches(trainer))
+            logger.save()
+
+
+def log_figure(trainer: pl.Trainer, key: str, figure: Figure, path: Path) -> None:
+    """Save a figure as PNG, and send it to the loggers that show images."""
+    if not trainer.is_global_zero:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_image"):
+            logger.log_image(key=key, images=[str(path)], step=stepped_batches(trainer))
+        elif hasattr(_experiment(logger), "add_figure"):
+            _experiment(logger).add_figure(key, figure, global_step=stepped_batches(trainer), close=False)
+
+
+def log_table(trainer: pl.Trainer, key: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Save rows of equal keys as CSV, and send them to the loggers that show tables."""
+    if not trainer.is_global_zero or not rows:
+        return
+    columns = list(rows[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_table"):
+            data = [[row[column] for column in columns] for row in rows]
+            logger.log_table(key=key, columns=columns, data=data, step=stepped_batches(trainer))
+
+
+def log_histograms(trainer: pl.Trainer, tensors: Mapping[str, Tensor]) -> None:
+    """Send histograms to the loggers that show them (W&B, TensorBoard)."""
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        step, experiment = stepped_batches(trainer), _experiment(logger)
+        values = {key: tensor.detach().float().cpu() for key, tensor in tensors.items()}
+        if hasattr(logger, "log_image") and hasattr(experiment, "log_artifact"):
+            import wandb
+
+            logger.log_metrics({key: wandb.Histogram(value) for key, value in values.items()}, step=step)
+        elif hasattr(experiment, "add_histogram"):
+            for key, value in values.items():
+                experiment.add_histogram(key, value, global_step=step)
+
+
+def log_file(trainer: pl.Trainer, path: Path, name: str, kind: str) -> None:
+    """Send a file that was written as an artifact to the loggers that keep artifacts (W&B)."""
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        experiment = _experiment(logger)
+        if hasattr(experiment, "log_artifact") and hasattr(experiment, "use_artifact"):
+            experiment.log_artifact(str(path), name=name, type=kind)
+
+
+def _experiment(logger: Any) -> Any:
+    return getattr(logger, "experiment", None)
+
+
+def limit_layers(values: Mapping[str, float], depth: int | None, top: int) -> dict[str, float]:
+    """Reduce per-layer values to a number of keys that a dashboard can carry.
+
+    Args:
+        values: Value of each layer by its name.
+        depth: Join layers whose first ``depth`` name parts agree, by their mean; ``None`` joins none.
+        top: Keep this many, in the order of the module.
+
+    Example:
+        >>> limit_layers({"a.0.x": 1.0, "a.0.y": 3.0, "b": 5.0}, depth=2, top=8)
+        {'a.0': 2.0, 'b': 5.0}
+    """
+    joined: dict[str, list[float]] = {}
+    for name, value in values.items():
+        joined.setdefault(name if depth is None else ".".join(name.split(".")[:depth]), []).append(value)
+    return {name: sum(found) / len(found) for name, found in list(joined.items())[:top]}
+
+
+def format_table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
+    """Lay rows out in aligned columns, for a terminal.
+
+    Example:
+        >>> print(format_table([["a", 1], ["bb", 22]], ["name", "n"]))
+        name  n
+        a     1
+        bb    22
+    """
+    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join(lines)
