@@ -1,9 +1,11 @@
 """The plain project trains, reads its data and runs from the command line."""
 
 import io
+import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,15 @@ QUIET = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_thread() -> Iterator[None]:
+    """Keep the worker processes of the test run from fighting over the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -299,7 +310,8 @@ def test_command_line_takes_short_names(tmp_path: Path) -> None:
         "Digits",
     ]
     options = ["--model.lr", "0.01", "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
-    result = subprocess.run(command + options, cwd=tmp_path, capture_output=True, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command + options, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
