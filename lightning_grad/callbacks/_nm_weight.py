@@ -18,9 +18,11 @@ from lightning_grad.functional.nm_schedule import DENSE
 from lightning_grad.functional.nm_sparsity import Axis, group_dim
 from lightning_grad.utilities.parameters import check_patterns, clean_name, matches, named_owners, shared_names
 from lightning_grad.utilities.portable import pack_bits, unpack_bits
+from lightning_grad.utilities.reporting import format_table
 from lightning_grad.utilities.weight_view import has_view, viewed_class
 
 _SINGLE_WEIGHT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_MOST_SHOWN = 24
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -139,6 +141,13 @@ class Choice:
 
     chosen: list[SparseWeight]
     skipped: list[tuple[str, str]]
+
+    def __str__(self) -> str:
+        rows = [[clean_name(w.name), "x".join(map(str, w.parameter.shape)), str(w.pattern)] for w in self.chosen]
+        rows += [[name, "dense", reason] for name, reason in self.skipped]
+        more = f"\n... and {len(rows) - _MOST_SHOWN} more" if len(rows) > _MOST_SHOWN else ""
+        table = format_table(rows[:_MOST_SHOWN], ["weight", "shape", "pattern"])
+        return f"makes {len(self.chosen)} weights sparse:\n{table}{more}"
 
 
 def choose_weights(

@@ -1,14 +1,13 @@
 """Progressive N:M sparsity: the callback.
 
 The masks and schedules are functions in ``functional/nm_sparsity.py`` and ``functional/nm_schedule.py``; what one sparse
-weight is and which are chosen stands in ``_nm_weight.py``, what is recorded and drawn in ``_nm_record.py``.
+weight is and which are chosen stands in ``_nm_weight.py``; what is measured in ``_nm_meter.py``, recorded and drawn in
+``_nm_record.py``, and left behind at the end in ``_nm_report.py``.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import lightning.pytorch as pl
@@ -19,43 +18,24 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.callbacks._frozen_variance import FrozenVariance, check_adam_like
+from lightning_grad.callbacks._nm_meter import (
+    SparsityMeter,
+    density_by_layer,
+    patterns_in_force,
+    phase_name,
+    state_of,
+)
 from lightning_grad.callbacks._nm_record import SparsityRecord
+from lightning_grad.callbacks._nm_report import send_summary, warn_of_inexact_best, write_masks, write_record
 from lightning_grad.callbacks._nm_weight import Choice, SparseWeight, choose_weights, refuse_overlap
 from lightning_grad.callbacks.base import GradCallback
-from lightning_grad.functional import (
-    RECIPES,
-    NMPattern,
-    NMPhase,
-    NMSchedule,
-    add_sr_ste_,
-    gradient_noise,
-    is_nm,
-    mask_distance,
-)
+from lightning_grad.functional import RECIPES, NMPattern, NMPhase, NMSchedule, add_sr_ste_
 from lightning_grad.functional.nm_schedule import Recipe
 from lightning_grad.functional.nm_sparsity import Axis
-from lightning_grad.utilities.checks import (
-    check_at_least,
-    check_choice,
-    owned_ids,
-    refuse_scaled_gradients,
-)
-from lightning_grad.utilities.imports import is_installed
-from lightning_grad.utilities.parameters import clean_name
-from lightning_grad.utilities.portable import make_portable, pack_bits, unpack_bits, wrap_loading, wrap_saving
+from lightning_grad.utilities.checks import check_at_least, check_choice, owned_ids, refuse_scaled_gradients
+from lightning_grad.utilities.portable import make_portable, wrap_loading, wrap_saving
 from lightning_grad.utilities.progress import run_progress, total_steps
-from lightning_grad.utilities.reporting import (
-    format_table,
-    is_log_step,
-    limit_layers,
-    log_figure,
-    log_file,
-    log_histograms,
-    log_summary,
-    log_table,
-    output_folder,
-    stepped_batches,
-)
+from lightning_grad.utilities.reporting import is_log_step, limit_layers, output_folder, stepped_batches
 from lightning_grad.utilities.weight_view import InPlaceView, InPlaceWindow, attach_view
 
 Gradient = Literal["masked", "ste"]
@@ -218,34 +198,39 @@ class NMSparsity(GradCallback):
         self._reset()
 
     def _check(self) -> tuple[dict[str, NMPattern], NMSchedule]:
-        custom = not isinstance(self.recipe, str)
-        if not custom:
-            check_choice(self.recipe, RECIPES, "recipe")
         check_choice(self.gradient, get_args(Gradient), "gradient")
+        check_at_least(self.mask_every, 1, "mask_every")
+        check_at_least(self.sr_ste_lambda, 0.0, "sr_ste_lambda")
+        check_at_least(self.top, 0, "top")
         if self._recipe_name in ("ste", "sr-ste", "step") and self.gradient == "masked":
             raise ValueError(
                 f"recipe={self.recipe!r} passes the gradient straight through by definition; gradient='masked' is for "
                 "mdgf-*, sdgf-* and schedules of your own."
             )
-        if custom and (self.dense_fraction or self.finetune_fraction or self.decay):
-            raise ValueError("A list of (share, pattern) says everything: leave dense_fraction, finetune_fraction and decay.")
         if self.decay is not None and not self._recipe_name.startswith("mdgf"):
             raise ValueError(f"decay belongs to mdgf-linear and mdgf-exponential; recipe={self.recipe!r} has none.")
-        check_at_least(self.mask_every, 1, "mask_every")
-        check_at_least(self.sr_ste_lambda, 0.0, "sr_ste_lambda")
-        check_at_least(self.top, 0, "top")
         by_name = {"*": self.pattern} if isinstance(self.pattern, str) else self.pattern
         patterns = {key: NMPattern.parse(text) for key, text in by_name.items()}
-        stages = tuple((share, NMPattern.parse(text)) for share, text in self.recipe) if custom else self.recipe
-        if custom and stages and list(patterns.values()) != [stages[-1][1]]:
+        phases = (self.dense_fraction, self.finetune_fraction, self.decay, self.geometric_start)
+        if isinstance(self.recipe, str):
+            check_choice(self.recipe, RECIPES, "recipe")
+            return patterns, NMSchedule(self.recipe, *phases)
+        return patterns, NMSchedule(self._stages(self.recipe, patterns), *phases)
+
+    def _stages(
+        self, pairs: Sequence[tuple[float, str]], patterns: Mapping[str, NMPattern]
+    ) -> tuple[tuple[float, NMPattern], ...]:
+        if self.dense_fraction or self.finetune_fraction:
             raise ValueError(
-                f"The schedule ends with {stages[-1][1]} and pattern={self.pattern!r} is something else: write the last "
+                "A list of (share, pattern) says all phases: leave dense_fraction and finetune_fraction out."
+            )
+        stages = tuple((share, NMPattern.parse(text)) for share, text in pairs)
+        if stages and list(patterns.values()) != [stages[-1][1]]:
+            raise ValueError(
+                f"The schedule ends with {stages[-1][1]}, and pattern={self.pattern!r} is something else: write the last "
                 "pattern of the schedule as pattern= too."
             )
-        schedule = NMSchedule(
-            stages, self.dense_fraction, self.finetune_fraction, self.decay, self.geometric_start  # type: ignore[arg-type]
-        )
-        return patterns, schedule
+        return stages
 
     @property
     def _recipe_name(self) -> str:
@@ -259,9 +244,7 @@ class NMSparsity(GradCallback):
         self._restored: dict[str, Any] = {}
         self._window: InPlaceWindow | None = None
         self._variances: dict[int, FrozenVariance] = {}
-        self._previous_gradients: dict[str, Tensor] = {}
-        self._noise: list[tuple[Tensor, Tensor, SparseWeight]] = []
-        self._logged_masks: dict[str, Tensor] = {}
+        self._meter = SparsityMeter()
         self._hook_fired = self._warned_of_bypass = self._stepped = False
 
     # The fit begins.
@@ -295,12 +278,14 @@ class NMSparsity(GradCallback):
             self._watch(trainer, optimizer)
         self._undo_after_exception.push(wrap_saving(pl_module, self.state_key, self._views))
         self._resume()
-        rank_zero_info(self._describe(choice))
+        rank_zero_info(f"{self.label} ({self._recipe_name}) {choice}")
 
     def _refuse(self, trainer: pl.Trainer, choice: Choice) -> None:
         if not choice.chosen:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.skipped[:8]) or "it has no such layer"
-            raise ValueError(f"{self.label} finds no weight to make sparse. {reasons}. Name the layers with include=[...].")
+            raise ValueError(
+                f"{self.label} finds no weight to make sparse. {reasons}. Name the layers with include=[...]."
+            )
         for weight in choice.chosen:
             refuse_overlap(weight, self.label)
         if self._adds_sr_ste:
@@ -330,16 +315,7 @@ class NMSparsity(GradCallback):
         for weight in self._weights:
             weight.refresh(self._phase(weight))
             weight.load_state_dict(state.get("weights", {}).get(weight.name, {}))
-            logged = state.get("logged_masks", {}).get(weight.name)
-            if logged is not None:
-                self._logged_masks[weight.name] = unpack_bits(logged, weight.parameter)
-
-    def _describe(self, choice: Choice) -> str:
-        rows = [[clean_name(w.name), "x".join(map(str, w.parameter.shape)), str(w.pattern)] for w in choice.chosen]
-        rows += [[name, "dense", reason] for name, reason in choice.skipped]
-        shown = format_table(rows[:24], ["weight", "shape", "pattern"])
-        more = f"\n... and {len(rows) - 24} more" if len(rows) > 24 else ""
-        return f"{self.label} ({self._recipe_name}) makes {len(choice.chosen)} weights sparse:\n{shown}{more}"
+        self._meter.load_state_dict(state.get("logged_masks", {}), self._weights)
 
     # One training step.
 
@@ -370,16 +346,13 @@ class NMSparsity(GradCallback):
         self._hook_fired = True
         measure, keep = is_log_step(trainer), is_log_step(trainer, ahead=1)
         for weight in self._owned_by(optimizer):
-            gradient, mask = weight.parameter.grad, weight.mask
+            gradient = weight.parameter.grad
             if gradient is None:
                 continue
-            previous = self._previous_gradients.pop(weight.name, None)
-            if measure and previous is not None and mask is not None:
-                self._noise.append((*gradient_noise(gradient, previous, mask), weight))
-            if keep:
-                self._previous_gradients[weight.name] = gradient.clone()
-            if self._adds_sr_ste and mask is not None:
-                add_sr_ste_(gradient, weight.parameter, mask, self.sr_ste_lambda)
+            if measure or keep:
+                self._meter.see_gradient(weight, gradient, measure, keep)
+            if self._adds_sr_ste and weight.mask is not None:
+                add_sr_ste_(gradient, weight.parameter, weight.mask, self.sr_ste_lambda)
 
     @torch.no_grad()
     def _after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
@@ -439,63 +412,18 @@ class NMSparsity(GradCallback):
         if self._stepped and is_log_step(trainer):
             self._log_step(trainer, pl_module)
         self._stepped = False
-        self._noise = []
+        self._meter.forget_step()
 
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        measured = {**self._measure_flips(), **self._measure_noise()}
-        known = self._density()
-        layers = {clean_name(w.name): _density(w) for w in self._weights}
-        shown = {f"density/{name}": value for name, value in limit_layers(layers, self.depth, self.top).items()}
-        self._log(pl_module, {**known, **self._patterns_in_force(), **shown, **measured})
+        known, measured = state_of(self._weights), self._meter.read(self._weights)
+        layers = limit_layers(density_by_layer(self._weights), self.depth, self.top)
+        shown = {f"density/{name}": value for name, value in layers.items()}
+        self._log(pl_module, {**known, **patterns_in_force(self._weights), **shown, **measured})
         numbers = torch.stack(list(measured.values())).tolist() if measured else []
-        row = {"step": stepped_batches(trainer), "progress": self._progress, **known}
+        row: dict[str, Any] = {"step": stepped_batches(trainer), "progress": self._progress, **known}
         row |= dict.fromkeys(("flips", "gradient_noise_pruned", "gradient_noise_kept"))
         row |= dict(zip(measured, numbers, strict=True))
-        masks = {weight.name: weight.mask for weight in self._weights}
-        self._record.add(row, self._phase_name(), masks)
-
-    def _density(self) -> dict[str, float]:
-        total = sum(weight.parameter.numel() for weight in self._weights)
-        kept = sum(weight.parameter.numel() * _density(weight) for weight in self._weights)
-        decay = sum(weight.parameter.numel() * weight.phase.decay for weight in self._weights)
-        return {"density": kept / total, "decay": decay / total, "exact": float(self._is_final())}
-
-    def _patterns_in_force(self) -> dict[str, float]:
-        in_force = {str(w.pattern): w.phase.pattern for w in self._weights}
-        values = {}
-        for target, pattern in in_force.items():
-            suffix = f"/{target}" if len(in_force) > 1 else ""
-            values[f"n{suffix}"] = float(pattern.n if pattern else 1)
-            values[f"m{suffix}"] = float(pattern.m if pattern else 1)
-        return values
-
-    def _phase_name(self) -> str:
-        phases = {w.phase.pattern: w.phase.decay > 0.0 for w in self._weights}
-        parts = [f"{pattern}{' decaying' if decaying else ''}" if pattern else "dense" for pattern, decaying in phases.items()]
-        return " and ".join(parts)
-
-    def _measure_flips(self) -> dict[str, Tensor]:
-        flips, entries = [], 0
-        for weight in self._weights:
-            mask, before = weight.mask, self._logged_masks.pop(weight.name, None)
-            if mask is None:
-                continue
-            self._logged_masks[weight.name] = mask != 0
-            if before is not None:
-                flips.append(mask_distance(mask != 0, before) * mask.numel())
-                entries += mask.numel()
-        return {"flips": torch.stack(flips).sum() / entries} if flips else {}
-
-    def _measure_noise(self) -> dict[str, Tensor]:
-        pruned = [(noise, w.parameter.numel() * (1 - _mask_density(w))) for noise, _, w in self._noise]
-        kept = [(noise, w.parameter.numel() * _mask_density(w)) for _, noise, w in self._noise]
-        means = {"gradient_noise_pruned": pruned, "gradient_noise_kept": kept}
-        counts = {name: sum(count for _, count in parts) for name, parts in means.items()}
-        return {
-            name: torch.stack([noise * (count / counts[name]) for noise, count in parts if count]).sum()
-            for name, parts in means.items()
-            if counts[name]
-        }
+        self._record.add(row, phase_name(self._weights), {weight.name: weight.mask for weight in self._weights})
 
     # Validation and checkpoints.
 
@@ -510,7 +438,8 @@ class NMSparsity(GradCallback):
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._weights:
-            self._log(pl_module, {key: value for key, value in self._density().items() if key != "decay"})
+            now = state_of(self._weights)
+            self._log(pl_module, {"density": now["density"], "exact": now["exact"]})
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -528,7 +457,7 @@ class NMSparsity(GradCallback):
             "progress": self._progress,
             "record": self._record.state_dict(),
             "weights": {weight.name: weight.state_dict() for weight in self._weights},
-            "logged_masks": {name: pack_bits(mask) for name, mask in self._logged_masks.items()},
+            "logged_masks": self._meter.state_dict(),
         }
 
     @override
@@ -563,7 +492,7 @@ class NMSparsity(GradCallback):
             for weight in self._weights:
                 weight.bake()
             self._report(trainer)
-            self._weights, self._logged_masks, self._variances = [], {}, {}
+            self._weights, self._variances, self._meter = [], {}, SparsityMeter()
         self._fitting = False
 
     def _is_final(self) -> bool:
@@ -588,58 +517,15 @@ class NMSparsity(GradCallback):
 
     def _report(self, trainer: pl.Trainer) -> None:
         self._record.close_phase()
-        last = self._density()
-        log_summary(trainer, {self._key("final_density"): last["density"], self._key("final_exact"): last["exact"]})
-        kept = {clean_name(weight.name): weight.parameter for weight in self._weights[: self.top]}
-        log_histograms(trainer, {self._key(f"weights/{name}"): values for name, values in kept.items()})
+        send_summary(trainer, self._weights, self._key, self.top)
         folder = output_folder(trainer)
         if folder is not None:
-            self._write_files(trainer, folder)
-        if trainer.is_global_zero:
-            self._warn_of_inexact_best(trainer)
-
-    def _write_files(self, trainer: pl.Trainer, folder: Path) -> None:
-        stem = "nm_sparsity" if self.name is None else f"nm_sparsity_{self.name}"
-        log_table(trainer, self._key("record"), self._record.rows, folder / f"{stem}.csv")
-        if self.figure and self._record.rows:
-            if is_installed("matplotlib"):
-                title = f"{self.label}: {self.pattern}, {self._recipe_name}"
-                figure = self._record.draw(title, self.figure_metric)
-                log_figure(trainer, self._key("figure"), figure, folder / f"{stem}.png")
-            else:
-                rank_zero_info(f"{self.label}: no figure without matplotlib; pip install 'lightning-grad[plot]'.")
-        if self.save_masks and trainer.is_global_zero:
-            path = folder / f"{stem}_masks.pt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({clean_name(w.name): (w.parameter != 0).cpu() for w in self._weights}, path)
-            log_file(trainer, path, name=stem, kind="masks")
-
-    def _warn_of_inexact_best(self, trainer: pl.Trainer) -> None:
-        """Name a best checkpoint that was kept from before the final pattern."""
-        for callback in trainer.checkpoint_callbacks:
-            path = getattr(callback, "best_model_path", "")
-            if path and os.path.isfile(path) and not self._holds_pattern(path):
-                rank_zero_warn(
-                    f"{self.label}: the best checkpoint {path} is from before the final pattern was reached. Use the last "
-                    "one, or start to keep checkpoints later."
-                )
-
-    def _holds_pattern(self, path: str) -> bool:
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        except Exception:  # a checkpoint in another format, or with objects that are not loaded by default
-            return True
-        present = [weight for weight in self._weights if weight.name in saved]
-        return all(is_nm(saved[w.name], w.pattern.n, w.pattern.m, w.dim) for w in present)
-
-
-def _mask_density(weight: SparseWeight) -> float:
-    return weight.phase.pattern.density if weight.phase.pattern else 1.0
-
-
-def _density(weight: SparseWeight) -> float:
-    """Return the share of a weight that is not pruned; while D > 0, nothing is."""
-    return 1.0 if weight.phase.decay > 0.0 else _mask_density(weight)
+            stem = "nm_sparsity" if self.name is None else f"nm_sparsity_{self.name}"
+            title = f"{self.label}: {self.pattern}, {self._recipe_name}"
+            write_record(trainer, self._record, self._key, folder / stem, title, self.figure_metric, self.figure)
+            if self.save_masks:
+                write_masks(trainer, self._weights, folder / f"{stem}_masks.pt")
+        warn_of_inexact_best(trainer, self._weights, self.label)
 
 
 def _clear_pruned_state(optimizer: Optimizer, weights: Sequence[SparseWeight]) -> None:

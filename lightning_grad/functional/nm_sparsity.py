@@ -183,7 +183,7 @@ class _StraightThrough(torch.autograd.Function):
         return weight * factor
 
     @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
@@ -211,7 +211,7 @@ def scale_weight(weight: Tensor, factor: Tensor, straight_through: bool = False)
         >>> w.grad
         tensor([1., 1.])
     """
-    return _StraightThrough.apply(weight, factor) if straight_through else weight * factor  # type: ignore[no-any-return,no-untyped-call]
+    return _StraightThrough.apply(weight, factor) if straight_through else weight * factor  # type: ignore[no-untyped-call]
 
 
 def prune(weight: Tensor, factor: Tensor) -> Tensor:

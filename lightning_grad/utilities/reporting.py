@@ -26,8 +26,8 @@ def stepped_batches(trainer: pl.Trainer) -> int:
 
 def is_log_step(trainer: pl.Trainer, ahead: int = 0) -> bool:
     """Say whether scalars of the present step (or of the one ``ahead`` steps later) reach the loggers."""
-    every = trainer.log_every_n_steps
-    if trainer.fast_dev_run:
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return True
     return every > 0 and (stepped_batches(trainer) + 1 + ahead) % every == 0
 
@@ -56,7 +56,7 @@ def log_summary(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
         return
     for logger in trainer.loggers:
         summary = getattr(_experiment(logger), "summary", None)
-        if hasattr(summary, "update"):
+        if summary is not None and hasattr(summary, "update"):
             summary.update(dict(values))
         else:
             logger.log_metrics(dict(values), step=stepped_batches(trainer))

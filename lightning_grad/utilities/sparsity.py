@@ -105,7 +105,7 @@ def sparsity_report(
         found = wanted or sparsest_pattern(weight)
         exact = found is not None and is_nm(weight, found.n, found.m)
         zeros = (weight == 0).float().mean().item()
-        rows.append(LayerSparsity(clean_name(name), tuple(weight.shape), found and str(found), zeros, exact))
+        rows.append(LayerSparsity(clean_name(name), tuple(weight.shape), str(found) if found else None, zeros, exact))
     if verbose:
         print(format_table([_cells(row) for row in rows], ["layer", "shape", "pattern", "zeros", "exact"]))
     return rows
@@ -152,7 +152,9 @@ def export_semi_structured(module: nn.Module, include: Sequence[str] | None = No
             reason = _convert(owner, weight)
         rows.append(ExportedLayer(clean_name(name), not reason, reason))
     if not any_2_4:
-        raise ValueError("No Linear weight of this module is 2:4 sparse. Train it with NMSparsity(pattern='2:4') first.")
+        raise ValueError(
+            "No Linear weight of this module is 2:4 sparse. Train it with NMSparsity(pattern='2:4') first."
+        )
     for row in rows:
         if row.reason:
             rank_zero_info(f"export_semi_structured left {row.name} as it is: {row.reason}.")

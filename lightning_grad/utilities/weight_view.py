@@ -39,6 +39,12 @@ class WeightView(Protocol):
         """Return what a checkpoint holds and inference uses: a new tensor without gradient, or ``dense`` itself."""
 
 
+def _dense(module: nn.Module, attribute: str) -> nn.Parameter:
+    parameter = module._parameters[attribute]
+    assert parameter is not None
+    return parameter
+
+
 @functools.cache
 def _viewing_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn.Module]:
     """Derive the class whose instances show ``attributes`` through their views."""
@@ -46,14 +52,14 @@ def _viewing_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn
     def save(self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         base._save_to_state_dict(self, destination, prefix, keep_vars)
         for name, view in self.__dict__[_VIEWS].items():
-            destination[prefix + name] = view.stored(self._parameters[name].detach())
+            destination[prefix + name] = view.stored(_dense(self, name).detach())
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         """Pickle and copy as a plain module that computes the same."""
         state = {key: value for key, value in self.__dict__.items() if key != _VIEWS}
         state["_parameters"] = dict(self._parameters)
         for name, view in self.__dict__[_VIEWS].items():
-            dense = self._parameters[name]
+            dense = _dense(self, name)
             stored = view.stored(dense.detach()).clone()
             state["_parameters"][name] = nn.Parameter(stored, requires_grad=dense.requires_grad)
         return copyreg.__newobj__, (base,), state  # type: ignore[attr-defined]
@@ -105,11 +111,11 @@ def attach_view(module: nn.Module, attribute: str, view: WeightView) -> Callable
     views = module.__dict__.setdefault(_VIEWS, {})
     views[attribute] = view
     base = viewed_class(module)
-    module.__class__ = _viewing_class(base, frozenset(views))
+    module.__class__ = _viewing_class(base, frozenset(views))  # type: ignore[arg-type]
 
     def undo() -> None:
         if views.pop(attribute, None) is not None:
-            module.__class__ = _viewing_class(base, frozenset(views)) if views else base
+            module.__class__ = _viewing_class(base, frozenset(views)) if views else base  # type: ignore[arg-type]
         if not views:
             module.__dict__.pop(_VIEWS, None)
 
@@ -145,14 +151,14 @@ class InPlaceView:
     """
 
     def __init__(self, module: nn.Module, attribute: str, view: WeightView) -> None:
-        self.parameter: nn.Parameter = module._parameters[attribute]  # type: ignore[assignment]
+        self.parameter = _dense(module, attribute)
         self._view = view
         self._dense: Tensor | None = None
-        hook = module.register_state_dict_post_hook(_StoredInStateDict(attribute, view))
+        hook = module.register_state_dict_post_hook(_StoredInStateDict(attribute, view))  # type: ignore[no-untyped-call]
         self._handles = [hook]
         setattr(self.parameter, _IN_PLACE, True)
         if self.parameter.requires_grad:
-            self._handles.append(self.parameter.register_hook(self._through_view))
+            self._handles.append(self.parameter.register_hook(self._through_view))  # type: ignore[no-untyped-call]
 
     def _through_view(self, gradient: Tensor) -> Tensor:
         """Apply the chain rule of the view, which is linear in the weight."""

@@ -1,0 +1,124 @@
+"""What is measured of sparse weights while they train: density, flips of the masks, gradient noise.
+
+Used by :class:`lightning_grad.callbacks.NMSparsity` alone. Everything stays a tensor until a log step asks for numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_grad.callbacks._nm_weight import SparseWeight
+from lightning_grad.functional import gradient_noise, mask_distance
+from lightning_grad.utilities.parameters import clean_name
+from lightning_grad.utilities.portable import pack_bits, unpack_bits
+
+
+def mask_density(weight: SparseWeight) -> float:
+    """Return the share of entries inside the mask."""
+    return weight.phase.pattern.density if weight.phase.pattern else 1.0
+
+
+def density(weight: SparseWeight) -> float:
+    """Return the share of entries that are not pruned; while D > 0, none is."""
+    return 1.0 if weight.phase.decay > 0.0 else mask_density(weight)
+
+
+def state_of(weights: Sequence[SparseWeight]) -> dict[str, float]:
+    """Return density and decay value over all weights, and whether the final pattern holds exactly."""
+    total = sum(w.parameter.numel() for w in weights)
+    return {
+        "density": sum(w.parameter.numel() * density(w) for w in weights) / total,
+        "decay": sum(w.parameter.numel() * w.phase.decay for w in weights) / total,
+        "exact": float(all(w.phase.final for w in weights)),
+    }
+
+
+def density_by_layer(weights: Sequence[SparseWeight]) -> dict[str, float]:
+    """Return the density of each weight by its name."""
+    return {clean_name(w.name): density(w) for w in weights}
+
+
+def patterns_in_force(weights: Sequence[SparseWeight]) -> dict[str, float]:
+    """Return N and M as they hold now (1 and 1 while dense), for each final pattern where there are several."""
+    in_force = {str(w.pattern): w.phase.pattern for w in weights}
+    values = {}
+    for target, pattern in in_force.items():
+        suffix = f"/{target}" if len(in_force) > 1 else ""
+        values[f"n{suffix}"] = float(pattern.n if pattern else 1)
+        values[f"m{suffix}"] = float(pattern.m if pattern else 1)
+    return values
+
+
+def phase_name(weights: Sequence[SparseWeight]) -> str:
+    """Return a name that changes whenever a pattern or the kind of pruning does."""
+    phases = dict.fromkeys((w.phase.pattern, w.phase.decay > 0.0) for w in weights)
+    names = [f"{pattern} decaying" if pattern and decaying else str(pattern or "dense") for pattern, decaying in phases]
+    return " and ".join(names)
+
+
+class SparsityMeter:
+    """Compares masks between log steps, and gradients between the two steps before a log."""
+
+    def __init__(self) -> None:
+        self._logged_masks: dict[str, Tensor] = {}
+        self._previous: dict[str, Tensor] = {}
+        self._noise: list[tuple[Tensor, Tensor, SparseWeight]] = []
+
+    def see_gradient(self, weight: SparseWeight, gradient: Tensor, measure: bool, keep: bool) -> None:
+        """Take notice of a gradient.
+
+        Args:
+            weight: Whose gradient it is.
+            gradient: As the loss gave it.
+            measure: Whether this step is logged.
+            keep: Whether the next one is.
+        """
+        previous, mask = self._previous.pop(weight.name, None), weight.mask
+        if measure and previous is not None and mask is not None:
+            self._noise.append((*gradient_noise(gradient, previous, mask), weight))
+        if keep:
+            self._previous[weight.name] = gradient.clone()
+
+    def forget_step(self) -> None:
+        """Drop what was measured in a step that is over."""
+        self._noise = []
+
+    def read(self, weights: Sequence[SparseWeight]) -> dict[str, Tensor]:
+        """Return what can be told at this log step, as scalars on the device."""
+        return {**self._flips(weights), **self._mean_noise()}
+
+    def _flips(self, weights: Sequence[SparseWeight]) -> dict[str, Tensor]:
+        flips, entries = [], 0
+        for weight in weights:
+            mask, before = weight.mask, self._logged_masks.pop(weight.name, None)
+            if mask is None:
+                continue
+            self._logged_masks[weight.name] = mask != 0
+            if before is not None:
+                flips.append(mask_distance(mask != 0, before) * mask.numel())
+                entries += mask.numel()
+        return {"flips": torch.stack(flips).sum() / entries} if flips else {}
+
+    def _mean_noise(self) -> dict[str, Tensor]:
+        pruned = [(noise, w.parameter.numel() * (1 - mask_density(w))) for noise, _, w in self._noise]
+        kept = [(noise, w.parameter.numel() * mask_density(w)) for _, noise, w in self._noise]
+        return {**_mean("gradient_noise_pruned", pruned), **_mean("gradient_noise_kept", kept)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the masks of the last log, packed."""
+        return {name: pack_bits(mask) for name, mask in self._logged_masks.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], weights: Sequence[SparseWeight]) -> None:
+        """Go on comparing with the masks of a saved log step."""
+        for weight in weights:
+            if weight.name in state:
+                self._logged_masks[weight.name] = unpack_bits(state[weight.name], weight.parameter)
+
+
+def _mean(name: str, parts: Sequence[tuple[Tensor, float]]) -> dict[str, Tensor]:
+    total = sum(count for _, count in parts)
+    return {name: torch.stack([value * (count / total) for value, count in parts if count]).sum()} if total else {}

@@ -1,0 +1,75 @@
+"""What a sparse run leaves behind at its end: summary, table, figure, histograms, masks, and a look at the best file.
+
+Used by :class:`lightning_grad.callbacks.NMSparsity` alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_grad.callbacks._nm_meter import state_of
+from lightning_grad.callbacks._nm_record import SparsityRecord
+from lightning_grad.callbacks._nm_weight import SparseWeight
+from lightning_grad.functional import is_nm
+from lightning_grad.utilities.imports import is_installed
+from lightning_grad.utilities.parameters import clean_name
+from lightning_grad.utilities.reporting import log_figure, log_file, log_histograms, log_summary, log_table
+
+
+def send_summary(trainer: pl.Trainer, weights: Sequence[SparseWeight], key: Callable[[str], str], top: int) -> None:
+    """Send the figures of merit and the histograms of up to ``top`` weights to the loggers."""
+    last = state_of(weights)
+    log_summary(trainer, {key("final_density"): last["density"], key("final_exact"): last["exact"]})
+    log_histograms(trainer, {key(f"weights/{clean_name(w.name)}"): w.parameter for w in weights[:top]})
+
+
+def write_record(
+    trainer: pl.Trainer,
+    record: SparsityRecord,
+    key: Callable[[str], str],
+    path: Path,
+    title: str,
+    metric: str | None,
+    draw: bool,
+) -> None:
+    """Write the record as ``path.csv`` and, if wanted and possible, its figure as ``path.png``."""
+    log_table(trainer, key("record"), record.rows, path.with_suffix(".csv"))
+    if not (draw and record.rows and trainer.is_global_zero):
+        return
+    if is_installed("matplotlib"):
+        log_figure(trainer, key("figure"), record.draw(title, metric), path.with_suffix(".png"))
+    else:
+        rank_zero_info(f"{title}: no figure without matplotlib; pip install 'lightning-grad[plot]'.")
+
+
+def write_masks(trainer: pl.Trainer, weights: Sequence[SparseWeight], path: Path) -> None:
+    """Save the final masks as bool tensors by name, and send the file as an artifact."""
+    if trainer.is_global_zero:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({clean_name(w.name): (w.parameter != 0).cpu() for w in weights}, path)
+        log_file(trainer, path, name=path.stem, kind="masks")
+
+
+def warn_of_inexact_best(trainer: pl.Trainer, weights: Sequence[SparseWeight], technique: str) -> None:
+    """Name a best checkpoint that was kept from before the final pattern."""
+    for callback in trainer.checkpoint_callbacks if trainer.is_global_zero else []:
+        path = getattr(callback, "best_model_path", "")
+        if path and os.path.isfile(path) and not _holds_pattern(path, weights):
+            rank_zero_warn(
+                f"{technique}: the best checkpoint {path} is from before the final pattern was reached. Use the last "
+                "one, or start to keep checkpoints later."
+            )
+
+
+def _holds_pattern(path: str, weights: Sequence[SparseWeight]) -> bool:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    except Exception:  # a file of another format, or one with objects that are not loaded by default
+        return True
+    return all(is_nm(saved[w.name], w.pattern.n, w.pattern.m, w.dim) for w in weights if w.name in saved)
