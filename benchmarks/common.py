@@ -33,7 +33,12 @@ def silence() -> None:
     """Turn off what Lightning says about every fit."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*GPU available but not used.*", ".*LeafSpec.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*GPU available but not used.*",
+        ".*LeafSpec.*",
+        ".*`validation_step` but have no.*",
+    ):
         warnings.filterwarnings("ignore", message)
 
 

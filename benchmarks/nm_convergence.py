@@ -61,7 +61,7 @@ class Variant:
     finetune_fraction: float | None = None
 
     def __str__(self) -> str:
-        parts = [self.recipe or "dense"]
+        parts: list[str] = [self.recipe or "dense"]
         parts += [self.gradient] if self.gradient else []
         parts += [f"dense={self.dense_fraction:g}"] if self.dense_fraction is not None else []
         parts += [f"finetune={self.finetune_fraction:g}"] if self.finetune_fraction is not None else []
@@ -77,15 +77,21 @@ RECIPES: tuple[Variant, ...] = (
     Variant("ste"),
     REFERENCE,
     Variant("step"),
-    *(Variant(recipe, gradient) for recipe in PROGRESSIVE for gradient in GRADIENTS),
+    *[Variant(recipe, gradient) for recipe in PROGRESSIVE for gradient in GRADIENTS],
 )
 SWEPT: tuple[Recipe, ...] = ("mdgf-exponential", "sdgf-stepwise")
+PHASES = (
+    (0.1, 0.2),
+    (0.0, 0.2),
+    (0.2, 0.2),
+    (0.1, 0.1),
+    (0.1, 0.3),
+)  # dense and fine-tune fraction, one moved at a time
 SWEEP = tuple(
     Variant(recipe, gradient, dense, finetune)
     for recipe in SWEPT
     for gradient in GRADIENTS
-    for dense in (0.0, 0.1, 0.2)
-    for finetune in (0.1, 0.2, 0.3)
+    for dense, finetune in PHASES
 )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-_KEY = "exp_avg_sq"
+_KEYS = ("exp_avg_sq", "max_exp_avg_sq")
 
 
 class FrozenVariance:
@@ -32,10 +32,14 @@ class FrozenVariance:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._frozen: dict[Tensor, Tensor] = {p: s[_KEY].clone() for p, s in optimizer.state.items() if _KEY in s}
+        self._frozen: dict[Tensor, dict[str, Tensor]] = {
+            parameter: {key: state[key].clone() for key in _KEYS if key in state}
+            for parameter, state in optimizer.state.items()
+            if _KEYS[0] in state
+        }
         if not self._frozen:
             raise ValueError(
-                f"recipe='step' freezes the variance ({_KEY}) of an Adam-like optimizer, and {type(optimizer).__name__} "
+                f"recipe='step' freezes the variance ({_KEYS[0]}) of an Adam-like optimizer, and {type(optimizer).__name__} "
                 "keeps none. Use recipe='sr-ste', or Adam or AdamW."
             )
 
@@ -45,8 +49,9 @@ class FrozenVariance:
             for parameter in group["params"]:
                 if parameter in self._frozen:
                     state = self._optimizer.state[parameter]
-                    frozen = self._frozen[parameter].mul_(_correction(state, group["betas"][1]))
-                    state[_KEY].copy_(frozen)
+                    growth = _correction(state, group["betas"][1])
+                    for key, frozen in self._frozen[parameter].items():
+                        state[key].copy_(frozen.mul_(growth))
 
 
 def _correction(state: dict[str, Any], beta2: float) -> Tensor | float:

@@ -147,7 +147,17 @@ class Choice:
         rows += [[name, "dense", reason] for name, reason in self.skipped]
         more = f"\n... and {len(rows) - _MOST_SHOWN} more" if len(rows) > _MOST_SHOWN else ""
         table = format_table(rows[:_MOST_SHOWN], ["weight", "shape", "pattern"])
-        return f"makes {len(self.chosen)} weights sparse:\n{table}{more}"
+        return f"makes {len(self.chosen)} weight{'s' * (len(self.chosen) > 1)} sparse:\n{table}{more}"
+
+    def why_none(self) -> str:
+        """Say why nothing was chosen, and what to do."""
+        reasons = [f"{name}: {reason}" for name, reason in self.skipped[:8]]
+        if not reasons:
+            return (
+                "No Linear, Conv or attention layer is meant; parameters of other modules are included by their full "
+                "name, such as include=['blocks.*.w1']."
+            )
+        return f"{'; '.join(reasons)}. Choose other layers with include=, or another pattern."
 
 
 def choose_weights(
@@ -167,7 +177,7 @@ def choose_weights(
         exclude: Name patterns of what stays dense.
 
     Raises:
-        ValueError: If a name pattern matches nothing, or a weight already has a view of another technique.
+        ValueError: If a name pattern matches nothing, or the names of a tied parameter are given different patterns.
     """
     owners = list(named_owners(module))
     names = [name for name, _, _ in owners]
@@ -187,11 +197,18 @@ def choose_weights(
             reason = "the first and the last layer stay dense unless include names them"
         if reason:
             choice.skipped.append((clean_name(name), reason))
-        elif id(parameter) not in {id(weight.parameter) for weight in choice.chosen}:
-            assert pattern is not None
+            continue
+        assert pattern is not None
+        twin = next((weight for weight in choice.chosen if weight.parameter is parameter), None)
+        if twin is None:
             in_place = bool(others) or not _is_known(owner, attribute)
             dim = group_dim(parameter, axis)
             choice.chosen.append(SparseWeight(name, owner, attribute, pattern, dim, in_place))
+        elif twin.pattern != pattern:
+            raise ValueError(
+                f"{clean_name(name)} and {clean_name(twin.name)} are one tied parameter, and are given {pattern} and "
+                f"{twin.pattern}. Give both the same pattern."
+            )
     return choice
 
 

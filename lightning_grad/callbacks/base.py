@@ -49,6 +49,10 @@ class GradCallback(Callback):
         self._undo = UndoList()
         self._undo_after_exception = UndoList()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning leaves the module's log methods on every callback it has run; a copy must not drag the module along.
+        return {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}
+
     @property
     @override
     def state_key(self) -> str:

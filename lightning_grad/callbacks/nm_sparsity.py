@@ -32,7 +32,14 @@ from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional import RECIPES, NMPattern, NMPhase, NMSchedule, add_sr_ste_
 from lightning_grad.functional.nm_schedule import Recipe
 from lightning_grad.functional.nm_sparsity import Axis
-from lightning_grad.utilities.checks import check_at_least, check_choice, owned_ids, refuse_scaled_gradients
+from lightning_grad.utilities.checks import (
+    check_at_least,
+    check_choice,
+    gradients_are_scaled,
+    owned_ids,
+    refuse_scaled_gradients,
+)
+from lightning_grad.utilities.parameters import clean_name
 from lightning_grad.utilities.portable import make_portable, wrap_loading, wrap_saving
 from lightning_grad.utilities.progress import run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step, limit_layers, output_folder, stepped_batches
@@ -174,7 +181,7 @@ class NMSparsity(GradCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self.pattern = pattern if isinstance(pattern, str) else {str(k): str(v) for k, v in pattern.items()}
+        self.pattern = _as_text(pattern)
         self.recipe = recipe if isinstance(recipe, str) else [(float(f), str(p)) for f, p in recipe]
         defaults = _DEFAULTS.get(self._recipe_name, _DEFAULTS["custom"])
         self.dense_fraction = defaults[0] if dense_fraction is None else dense_fraction
@@ -245,7 +252,8 @@ class NMSparsity(GradCallback):
         self._window: InPlaceWindow | None = None
         self._variances: dict[int, FrozenVariance] = {}
         self._meter = SparsityMeter()
-        self._hook_fired = self._warned_of_bypass = self._stepped = False
+        self._stepped = self._validating = self._hook_fired = False
+        self._warned_of_bypass = self._warned_of_nan = False
 
     # The fit begins.
 
@@ -267,7 +275,6 @@ class NMSparsity(GradCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         choice = choose_weights(pl_module, self._patterns, self.axis, self.include, self.exclude)
         self._refuse(trainer, choice)
-        self._total_steps = total_steps(trainer, self.label)
         for weight in choice.chosen:
             weight.straight_through = self.gradient == "ste"
             if not weight.in_place:
@@ -282,10 +289,7 @@ class NMSparsity(GradCallback):
 
     def _refuse(self, trainer: pl.Trainer, choice: Choice) -> None:
         if not choice.chosen:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.skipped[:8]) or "it has no such layer"
-            raise ValueError(
-                f"{self.label} finds no weight to make sparse. {reasons}. Name the layers with include=[...]."
-            )
+            raise ValueError(f"{self.label} finds no weight to make sparse. {choice.why_none()}")
         for weight in choice.chosen:
             refuse_overlap(weight, self.label)
         if self._adds_sr_ste:
@@ -308,7 +312,7 @@ class NMSparsity(GradCallback):
 
     def _resume(self) -> None:
         """Start from the restored state, or from the beginning."""
-        state, self._restored = self._restored, {}
+        state = self._restored
         self._progress = float(state.get("progress", 0.0))
         if "record" in state:
             self._record.load_state_dict(state["record"])
@@ -321,6 +325,9 @@ class NMSparsity(GradCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._total_steps = total_steps(trainer, self.label)
+        self._resume()  # an explicit decay needs the length of the run, which is known only now
+        self._restored = {}
         for optimizer in trainer.optimizers:
             if optimizer.state:
                 self._hold_variance(optimizer)
@@ -329,8 +336,8 @@ class NMSparsity(GradCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._leave_validation()
         for weight in self._weights:
-            weight.leave_inference()
             weight.refresh_if_changed()
 
     @override
@@ -349,7 +356,7 @@ class NMSparsity(GradCallback):
             gradient = weight.parameter.grad
             if gradient is None:
                 continue
-            if measure or keep:
+            if (measure or keep) and not gradients_are_scaled(trainer, optimizer):
                 self._meter.see_gradient(weight, gradient, measure, keep)
             if self._adds_sr_ste and weight.mask is not None:
                 add_sr_ste_(gradient, weight.parameter, weight.mask, self.sr_ste_lambda)
@@ -423,7 +430,18 @@ class NMSparsity(GradCallback):
         row: dict[str, Any] = {"step": stepped_batches(trainer), "progress": self._progress, **known}
         row |= dict.fromkeys(("flips", "gradient_noise_pruned", "gradient_noise_kept"))
         row |= dict(zip(measured, numbers, strict=True))
+        self._warn_of_nan()
         self._record.add(row, phase_name(self._weights), {weight.name: weight.mask for weight in self._weights})
+
+    def _warn_of_nan(self) -> None:
+        """Name the weights that hold NaN, once; masks count it as the smallest."""
+        if self._warned_of_nan:
+            return
+        found = torch.stack([weight.parameter.isnan().any() for weight in self._weights]).tolist()
+        names = [clean_name(weight.name) for weight, has_nan in zip(self._weights, found, strict=True) if has_nan]
+        if names:
+            self._warned_of_nan = True
+            rank_zero_warn(f"{self.label}: NaN in {', '.join(names[:5])}. It is pruned before any number.")
 
     # Validation and checkpoints.
 
@@ -431,7 +449,8 @@ class NMSparsity(GradCallback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if batch_idx == 0 and dataloader_idx == 0:
+        if not self._validating:
+            self._validating = True
             for weight in self._weights:
                 weight.enter_inference()
 
@@ -443,13 +462,17 @@ class NMSparsity(GradCallback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for weight in self._weights:
-            weight.leave_inference()
+        self._leave_validation()
         if self._weights and not trainer.sanity_checking:
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "acc" in key}
             if self.figure_metric in trainer.callback_metrics:
                 metrics[self.figure_metric] = float(trainer.callback_metrics[self.figure_metric])
             self._record.add_validation(stepped_batches(trainer), metrics)
+
+    def _leave_validation(self) -> None:
+        self._validating = False
+        for weight in self._weights:
+            weight.leave_inference()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -476,12 +499,11 @@ class NMSparsity(GradCallback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        for weight in self._weights:
-            weight.leave_inference()
-        if self._weights:
+        self._leave_validation()
+        if self._progress > 0.0:
             rank_zero_info(
-                f"{self.label}: the fit stopped by {type(exception).__name__}. The module in memory is left dense; "
-                "checkpoints hold the sparse weights and resume exactly."
+                f"{self.label}: the fit stopped by {type(exception).__name__}. The module in memory is left dense; a "
+                "checkpoint holds the sparse weights, and resumes exactly."
             )
 
     @override
@@ -492,7 +514,7 @@ class NMSparsity(GradCallback):
             for weight in self._weights:
                 weight.bake()
             self._report(trainer)
-            self._weights, self._variances, self._meter = [], {}, SparsityMeter()
+            self._weights, self._window, self._variances, self._meter = [], None, {}, SparsityMeter()
         self._fitting = False
 
     def _is_final(self) -> bool:
@@ -526,6 +548,14 @@ class NMSparsity(GradCallback):
             if self.save_masks:
                 write_masks(trainer, self._weights, folder / f"{stem}_masks.pt")
         warn_of_inexact_best(trainer, self._weights, self.label)
+
+
+def _as_text(pattern: str | Mapping[str, str]) -> str | dict[str, str]:
+    if isinstance(pattern, str):
+        return pattern
+    if not isinstance(pattern, Mapping):
+        raise TypeError(f"pattern is text such as '2:4'; got {pattern!r}. In YAML, write it in quotes.")
+    return {str(name): str(value) for name, value in pattern.items()}
 
 
 def _clear_pruned_state(optimizer: Optimizer, weights: Sequence[SparseWeight]) -> None:

@@ -159,6 +159,8 @@ class NMSchedule:
         geometric_patterns(NMPattern(1, 1), self.geometric_start)
         if isinstance(self.recipe, tuple):
             self._check_stages(self.recipe)
+        elif self.recipe not in RECIPES:
+            raise ValueError(f"recipe={self.recipe!r} is none of {', '.join(map(repr, RECIPES))}.")
 
     def _check_stages(self, stages: Sequence[tuple[float, NMPattern]]) -> None:
         starts = [start for start, _ in stages]
@@ -199,13 +201,14 @@ class NMSchedule:
         else:
             frames = geometric_patterns(target, self.geometric_start)
         frames = [f for f in frames if size is None or f.fits(size)]
-        now = frames[min(int(position * len(frames)), len(frames) - 1)]
+        # The small addend makes frames equal to the step: position 0.75 may come as 0.7499999999999999.
+        now = frames[min(int(position * len(frames) + 1e-9), len(frames) - 1)]
         return NMPhase(now, 0.0, now == target)
 
     @staticmethod
     def _stage(progress: float, stages: Sequence[tuple[float, NMPattern]], size: int | None) -> NMPhase:
-        now: NMPattern | None = None
-        for start, pattern in stages:
+        phase = DENSE
+        for number, (start, pattern) in enumerate(stages, start=1):
             if progress >= start and (size is None or pattern.fits(size)):
-                now = pattern
-        return DENSE if now is None else NMPhase(now, 0.0, now == stages[-1][1])
+                phase = NMPhase(pattern, 0.0, number == len(stages))
+        return phase

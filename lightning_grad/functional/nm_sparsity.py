@@ -58,7 +58,7 @@ class NMPattern:
         """
         found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text))
         if found is None:
-            raise ValueError(f"An N:M pattern is written like '2:4'; got {text!r}.")
+            raise ValueError(f"An N:M pattern is written like '2:4' (in YAML, in quotes); got {text!r}.")
         return cls(int(found[1]), int(found[2]))
 
     @property
@@ -140,16 +140,19 @@ def nm_mask(weight: Tensor, n: int, m: int, axis: Axis = "input") -> Tensor:
 
 def _mask_of_shards(weight: Tensor, pattern: NMPattern, dim: int) -> Tensor:
     """Mask a DTensor shard by shard, which is the mask of the whole as long as no group is cut."""
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor
 
     assert isinstance(weight, DTensor)
-    if any(isinstance(placement, Shard) and placement.dim == dim for placement in weight.placements):
+    # By attribute: the placement of FSDP2 beside tensor parallelism (_StridedShard) is no Shard.
+    if any(getattr(placement, "dim", None) == dim for placement in weight.placements):
         raise ValueError(
             f"The weight of shape {tuple(weight.shape)} is sharded along dimension {dim}, in which the groups of "
             f"{pattern} lie: shard it along another dimension, or choose another axis."
         )
     local = nm_mask(weight.to_local(), pattern.n, pattern.m, dim)
-    return DTensor.from_local(local, weight.device_mesh, weight.placements, run_check=False)
+    # Shards need not be of one size, so the shape of the whole cannot be told from one of them.
+    mesh, placements = weight.device_mesh, weight.placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
 
 
 def is_nm(weight: Tensor, n: int, m: int, axis: Axis = "input") -> bool:
@@ -302,5 +305,6 @@ def gradient_noise(gradient: Tensor, previous: Tensor, mask: Tensor) -> tuple[Te
     """
     squared = (gradient.float() - previous.float()).square_().mul_(0.5)
     kept = mask != 0
-    total, of_kept, count = squared.sum(), (squared * kept).sum(), kept.sum()
-    return (total - of_kept) / (mask.numel() - count), of_kept / count
+    # Summed apart: the difference from the total would drown the pruned, whose gradients may be a thousand times smaller.
+    count, of_pruned, of_kept = kept.sum(), squared.masked_fill(kept, 0.0).sum(), squared.masked_fill(~kept, 0.0).sum()
+    return of_pruned / (mask.numel() - count), of_kept / count

@@ -36,8 +36,11 @@ def run_progress(trainer: pl.Trainer, steps_ahead: int = 0) -> float:
 def total_steps(trainer: pl.Trainer, needed_by: str) -> int:
     """Return the length of the fit in optimizer steps.
 
+    Call it in ``on_train_start``, not before: it loads the training data, and a loader that continues in mid-epoch must
+    not be loaded before Lightning has restored where it stood.
+
     Args:
-        trainer: The trainer, from ``on_fit_start`` on.
+        trainer: The trainer, from ``on_train_start`` on.
         needed_by: Who asks, for the error.
 
     Raises:

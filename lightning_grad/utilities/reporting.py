@@ -93,19 +93,20 @@ def log_table(trainer: pl.Trainer, key: str, rows: Sequence[Mapping[str, Any]], 
 
 
 def log_histograms(trainer: pl.Trainer, tensors: Mapping[str, Tensor]) -> None:
-    """Send histograms to the loggers that show them (W&B, TensorBoard)."""
+    """Send histograms of the finite values to the loggers that show them (W&B, TensorBoard)."""
     if not trainer.is_global_zero:
         return
+    finite = {key: tensor.detach()[tensor.detach().isfinite()].float().cpu() for key, tensor in tensors.items()}
+    values = {key: tensor for key, tensor in finite.items() if len(tensor)}
     for logger in trainer.loggers:
         step, experiment = stepped_batches(trainer), _experiment(logger)
-        values = {key: tensor.detach().float().cpu() for key, tensor in tensors.items()}
-        if hasattr(logger, "log_image") and hasattr(experiment, "log_artifact"):
+        if hasattr(experiment, "add_histogram"):
+            for key, value in values.items():
+                experiment.add_histogram(key, value, global_step=step)
+        elif hasattr(logger, "log_image") and hasattr(experiment, "log_artifact"):
             import wandb
 
             logger.log_metrics({key: wandb.Histogram(value) for key, value in values.items()}, step=step)
-        elif hasattr(experiment, "add_histogram"):
-            for key, value in values.items():
-                experiment.add_histogram(key, value, global_step=step)
 
 
 def log_file(trainer: pl.Trainer, path: Path, name: str, kind: str) -> None:

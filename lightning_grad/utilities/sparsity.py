@@ -63,8 +63,8 @@ def sparsest_pattern(weight: Tensor) -> NMPattern | None:
     for m in _GROUPS:
         if weight.shape[dim] % m == 0:
             grouped = weight.reshape(-1, m, weight.shape[dim + 1 :].numel())
-            n = int((grouped != 0).sum(1).max())
-            if 0 < n < m:
+            n = max(1, int((grouped != 0).sum(1).max()))
+            if n < m:
                 found.append(NMPattern(n, m))
     return min(found, key=lambda pattern: (pattern.density, pattern.m), default=None)
 

@@ -14,7 +14,6 @@ With both, ``state_dict`` holds the weight that inference uses, and everyone els
 
 from __future__ import annotations
 
-import copyreg
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -62,7 +61,8 @@ def _viewing_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn
             dense = _dense(self, name)
             stored = view.stored(dense.detach()).clone()
             state["_parameters"][name] = nn.Parameter(stored, requires_grad=dense.requires_grad)
-        return copyreg.__newobj__, (base,), state  # type: ignore[attr-defined]
+        # Not copyreg.__newobj__: pickle refuses it for another class than the object's own.
+        return object.__new__, (base,), state
 
     def shown(name: str) -> property:
         return property(lambda self: self.__dict__[_VIEWS][name].value(self._parameters[name]))
@@ -80,7 +80,9 @@ def viewed_class(module: nn.Module) -> type[nn.Module]:
 
 def has_view(module: nn.Module, attribute: str) -> bool:
     """Say whether a technique already shows this parameter through a view."""
-    return attribute in module.__dict__.get(_VIEWS, {}) or hasattr(module._parameters[attribute], _IN_PLACE)
+    parameter = module._parameters[attribute]
+    # A pickled copy of a parameter carries the mark with it, but not the view; its identity is another.
+    return attribute in module.__dict__.get(_VIEWS, {}) or getattr(parameter, _IN_PLACE, None) == id(parameter)
 
 
 def attach_view(module: nn.Module, attribute: str, view: WeightView) -> Callable[[], None]:
@@ -116,8 +118,8 @@ def attach_view(module: nn.Module, attribute: str, view: WeightView) -> Callable
     def undo() -> None:
         if views.pop(attribute, None) is not None:
             module.__class__ = _viewing_class(base, frozenset(views)) if views else base  # type: ignore[arg-type]
-        if not views:
-            module.__dict__.pop(_VIEWS, None)
+        if not views and module.__dict__.get(_VIEWS) is views:
+            del module.__dict__[_VIEWS]
 
     return undo
 
@@ -156,7 +158,7 @@ class InPlaceView:
         self._dense: Tensor | None = None
         hook = module.register_state_dict_post_hook(_StoredInStateDict(attribute, view))  # type: ignore[no-untyped-call]
         self._handles = [hook]
-        setattr(self.parameter, _IN_PLACE, True)
+        setattr(self.parameter, _IN_PLACE, id(self.parameter))
         if self.parameter.requires_grad:
             self._handles.append(self.parameter.register_hook(self._through_view))  # type: ignore[no-untyped-call]
 

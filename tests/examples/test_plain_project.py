@@ -121,9 +121,7 @@ def test_image_models_run_on_digits(cls: type[ImageClassifier], optimizer: str) 
     assert "test_acc" in trainer.test(model, data, verbose=False)[0]
 
 
-@pytest.mark.parametrize(
-    "model", [VisionTransformer(32, 8, channels=3), ResidualConvNet(3, blocks_per_stage=(1, 2))]
-)
+@pytest.mark.parametrize("model", [VisionTransformer(32, 8, channels=3), ResidualConvNet(3, blocks_per_stage=(1, 2))])
 def test_image_models_run_on_cifar10(model: ImageClassifier, cifar_batches: Path) -> None:
     data = CIFAR10(cifar_batches, batch_size=6)
     trainer = run_once(model, data)
@@ -183,10 +181,7 @@ def test_cosine_schedule_warms_up_and_ends_near_zero(optimizer: str) -> None:
 
 
 def test_constant_schedule_and_endless_run() -> None:
-    assert (
-        run_once(ResidualConvNet(schedule="constant", lr=0.1), Digits()).optimizers[0].param_groups[0]["lr"]
-        == 0.1
-    )
+    assert run_once(ResidualConvNet(schedule="constant", lr=0.1), Digits()).optimizers[0].param_groups[0]["lr"] == 0.1
     trainer = Trainer(max_epochs=-1, enable_checkpointing=False, **QUIET)
     with pytest.raises(ValueError, match="max_epochs"):
         trainer.fit(ResidualConvNet(), Digits())
@@ -262,8 +257,7 @@ def test_augmentation_only_flips_and_shifts() -> None:
     padded = nn.functional.pad(torch.cat([image, image.flip(3)]), (2, 2, 2, 2))
     crops = [padded[i, :, t : t + 6, s : s + 6] for i in range(2) for t in range(5) for s in range(5)]
     seen = [
-        {i for i, crop in enumerate(crops) if crop.equal(out)}
-        for out in flip_and_shift(image.repeat(200, 1, 1, 1), 2)
+        {i for i, crop in enumerate(crops) if crop.equal(out)} for out in flip_and_shift(image.repeat(200, 1, 1, 1), 2)
     ]
     assert all(seen)
     assert len(set().union(*seen)) > 45
@@ -316,9 +310,7 @@ def test_command_line_takes_short_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse
-def test_command_line_takes_a_config(
-    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_line_takes_a_config(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from train import main
 
     monkeypatch.setattr(sys, "argv", ["train.py"])

@@ -1,0 +1,308 @@
+"""What NMSparsity costs: ratios to a dense step and to a plain sort, all interleaved in one run.
+
+Steps are those of a real ``Trainer.fit`` with all its hooks, optimizer step included. Every variant is trained in turn
+for a few steps, over many rounds in rotating order. A step's time runs from one batch's start to the next one's; its
+median is taken over the rounds, and the steps of a block are averaged, so that with ``mask_every=10`` the one
+step in ten that takes new masks counts as one in ten.
+
+With one thread, time is processor time: on an idle machine it is the wall clock's, and on a busy one it leaves out the
+slices that other processes get. With more threads or a GPU it is the wall clock's.
+
+::
+
+    python benchmarks/nm_sparsity.py --quick
+    python benchmarks/nm_sparsity.py --out speed.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from plain_project import ResidualConvNet
+
+from benchmarks.common import machine, markdown_table, quiet_trainer, silence
+from lightning_grad.callbacks import NMSparsity
+from lightning_grad.callbacks.nm_sparsity import Gradient
+from lightning_grad.functional import is_nm, nm_mask
+from lightning_grad.functional.nm_schedule import Recipe
+
+WARM_STEPS = 2
+TIMED_STEPS = 10  # a multiple of mask_every
+EXACT_BUDGET, SPACED_BUDGET, MASK_BUDGET = 1.20, 1.08, 0.5
+MASK_SHAPE = (768, 3072)
+MASKS = {(2, 4): True, (4, 8): True, (1, 8): True, (1, 16): True, (2, 16): False, (8, 16): False, (4, 32): False}
+METHODS: tuple[tuple[Recipe, Gradient], ...] = (
+    ("sr-ste", "ste"),
+    ("mdgf-exponential", "masked"),
+    ("mdgf-exponential", "ste"),
+)
+
+
+class SmallTransformer(LightningModule):
+    """Four pre-norm layers of width 256 on four sequences of 256 tokens, with AdamW."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss on ``batch``."""
+        return F.mse_loss(self.encoder(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Build the optimizer."""
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+def transformer() -> tuple[LightningModule, Any]:
+    """Build the transformer and a batch for it."""
+    return SmallTransformer(), (torch.randn(4, 256, 256), torch.randn(4, 256, 256))
+
+
+def convnet() -> tuple[LightningModule, Any]:
+    """Build the project's residual network and a batch of 32 images for it."""
+    module = ResidualConvNet(channels=3, width=32, schedule="constant")
+    return module, (torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train; dense without a pattern. Every weight whose dimension the groups divide is made sparse."""
+
+    pattern: str | None = None
+    recipe: Recipe = "sr-ste"
+    gradient: Gradient = "ste"
+    mask_every: int = 1
+    log_every: int = 10**6
+
+    def __str__(self) -> str:
+        if self.pattern is None:
+            return "dense"
+        name = f"{self.pattern} {self.recipe} {self.gradient}"
+        name += f", mask_every={self.mask_every}" if self.mask_every > 1 else ""
+        return name + (", every step a log step" if self.log_every == 1 else "")
+
+    @property
+    def budget(self) -> float | None:
+        """Largest allowed ratio to the dense step."""
+        if self.pattern is None or self.log_every == 1:
+            return None
+        return EXACT_BUDGET if self.mask_every == 1 else SPACED_BUDGET
+
+    def callback(self) -> NMSparsity | None:
+        """Build the callback, with the recipe's own phase over the whole run."""
+        if self.pattern is None:
+            return None
+        return NMSparsity(
+            self.pattern,
+            recipe=self.recipe,
+            gradient=self.gradient,
+            dense_fraction=0.0,
+            finetune_fraction=0.0,
+            mask_every=self.mask_every,
+            include=["*"],
+        )
+
+
+class StepTimer(Callback):
+    """Notes when each batch starts; stands first among the callbacks, so that it sees all that the others do."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.starts: list[float] = []
+        self._clock = clock
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.starts.append(self._clock.now())
+
+    @property
+    def periods(self) -> list[float]:
+        """Seconds from each batch's start to the next one's, without the warm-up."""
+        return [b - a for a, b in zip(self.starts, self.starts[1:], strict=False)][WARM_STEPS:]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where things run, and what time it is there."""
+
+    device: str
+
+    def now(self) -> float:
+        """Return seconds, once the GPU has done what was asked of it."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        """Time one call."""
+        begin = self.now()
+        function()
+        return self.now() - begin
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a result."""
+
+    name: str
+    milliseconds: float
+    ratio: float
+    budget: float | None
+
+    @property
+    def cells(self) -> list[str]:
+        """The line as text."""
+        verdict = "" if self.budget is None else "ok" if self.ratio <= self.budget else "over"
+        budget = "" if self.budget is None else f"{self.budget:.2f}"
+        return [self.name, f"{self.milliseconds:.2f}", f"{self.ratio:.3f}", budget, verdict]
+
+
+def fit_once(variant: Variant, module: LightningModule, batch: Any, clock: Clock) -> list[float]:
+    """Train for a block of steps and return how long each took."""
+    timer, sparsity = StepTimer(clock), variant.callback()
+    steps = WARM_STEPS + TIMED_STEPS + 1
+    trainer = quiet_trainer(
+        clock.device,
+        max_steps=steps,
+        max_epochs=1,
+        log_every_n_steps=variant.log_every,
+        callbacks=[timer] if sparsity is None else [timer, sparsity],
+    )
+    trainer.fit(module, DataLoader(cast(Any, [batch] * steps), batch_size=None))
+    if variant.pattern is not None and not any(_follows(w, variant.pattern) for w in module.parameters()):
+        raise RuntimeError(f"{variant}: no weight follows the pattern.")
+    return timer.periods
+
+
+def _follows(weight: Tensor, pattern: str) -> bool:
+    n, m = map(int, pattern.split(":"))
+    return weight.ndim >= 2 and is_nm(weight, n, m)
+
+
+def step_rows(
+    build: Callable[[], tuple[LightningModule, Any]], variants: Sequence[Variant], rounds: int, clock: Clock
+) -> list[Row]:
+    """Train all variants in turn; the first is the baseline."""
+    seed_everything(0, verbose=False)
+    built = {variant: build() for variant in variants}
+    blocks: dict[Variant, list[list[float]]] = {variant: [] for variant in variants}
+    for i in range(rounds):
+        for variant in rotated(variants, i):
+            blocks[variant].append(fit_once(variant, *built[variant], clock))
+    typical = {variant: mean(median(step) for step in zip(*b, strict=True)) for variant, b in blocks.items()}
+    base = typical[variants[0]]
+    return [Row(str(v), 1000 * time_, time_ / base, v.budget) for v, time_ in typical.items()]
+
+
+def rotated(items: Sequence[Variant], by: int) -> list[Variant]:
+    """Return the items from another first one on, every other time backwards."""
+    start = by % len(items)
+    turned = [*items[start:], *items[:start]]
+    return turned[::-1] if by % 2 else turned
+
+
+def sorted_mask(weight: Tensor, n: int, m: int) -> Tensor:
+    """Take the mask the plain way, by a stable sort of every group."""
+    groups = weight.abs().view(-1, m)
+    order = torch.argsort(groups, dim=1, descending=True, stable=True)
+    return torch.zeros_like(groups).scatter_(1, order[:, :n], 1.0).view_as(weight)
+
+
+def mask_rows(rounds: int, clock: Clock) -> list[Row]:
+    """Time the masks of all patterns against the plain way, in turn."""
+    weight = torch.randn(MASK_SHAPE, device=clock.device)
+    times: dict[tuple[int, int], list[tuple[float, float]]] = {pattern: [] for pattern in MASKS}
+    for i in range(rounds + 1):
+        for (n, m), found in times.items():
+            pair = [
+                clock.seconds(lambda n=n, m=m, f=function: f(weight, n, m))  # type: ignore[misc]
+                for function in (nm_mask, sorted_mask)
+            ]
+            if i:  # the first round warms up
+                found.append((pair[0], pair[1]))
+    return [_mask_row(weight, n, m, times[n, m]) for n, m in MASKS]
+
+
+def _mask_row(weight: Tensor, n: int, m: int, times: Sequence[tuple[float, float]]) -> Row:
+    if not torch.equal(nm_mask(weight, n, m), sorted_mask(weight, n, m)):
+        raise RuntimeError(f"{n}:{m}: nm_mask and the sort disagree.")
+    ours, plain = (median(pair[i] for pair in times) for i in (0, 1))
+    return Row(f"{n}:{m}", 1000 * ours, ours / plain, MASK_BUDGET if MASKS[n, m] else None)
+
+
+def transformer_variants() -> list[Variant]:
+    """Return the dense baseline and what is held against the budget."""
+    found = [
+        Variant(pattern, recipe, gradient, mask_every)
+        for mask_every in (1, 10)
+        for pattern in ("2:4", "1:16")
+        for recipe, gradient in METHODS
+    ]
+    return [Variant(), *found, Variant("2:4", "mdgf-exponential", "masked", log_every=1)]
+
+
+def convnet_variants() -> list[Variant]:
+    """Return the dense baseline and two of 2:4."""
+    return [Variant(), Variant("2:4"), Variant("2:4", mask_every=10)]
+
+
+def show(title: str, unit: str, rows: Sequence[Row]) -> None:
+    """Print one result as a table."""
+    header = ["variant", "median ms", f"ratio to {unit}", "budget", ""]
+    print(f"\n{title}\n\n{markdown_table(header, [row.cells for row in rows])}", flush=True)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one round: a rough answer in about a minute")
+    parser.add_argument("--rounds", type=int, help="rounds (default 6, with --quick 1)")
+    parser.add_argument("--out", type=Path, help="JSON file to write the tables to")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the tables and write them."""
+    options = parse(arguments)
+    silence()
+    torch.set_num_threads(options.threads)
+    clock, rounds = Clock(options.device), options.rounds or (1 if options.quick else 6)
+    print(f"{machine(options.device)}; {rounds} rounds")
+    masks = mask_rows(3 * rounds, clock)
+    show("Mask of a 768x3072 float32 weight", "a stable argsort", masks)
+    steps = step_rows(transformer, transformer_variants(), rounds, clock)
+    show("Step of a transformer, 4 layers of width 256, 4 x 256 tokens, AdamW", "dense", steps)
+    convolutions = step_rows(convnet, convnet_variants(), 2 * rounds, clock)
+    show("Step of a residual convnet, width 32, 32 images of 3x32x32, AdamW", "dense", convolutions)
+    if options.out is not None:
+        result = {"masks": masks, "transformer": steps, "convnet": convolutions}
+        tables = {name: [asdict(row) for row in rows] for name, rows in result.items()}
+        text = json.dumps({"machine": machine(options.device), "rounds": rounds, **tables}, indent=1)
+        options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

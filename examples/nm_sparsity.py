@@ -1,0 +1,405 @@
+"""N:M sparsity by several recipes, against dense training of the same network.
+
+::
+
+    python examples/nm_sparsity.py
+    python examples/nm_sparsity.py --pattern 2:4 --recipes sr-ste mdgf-exponential --seeds 3
+    python examples/nm_sparsity.py --model ResidualConvNet --data-folder path/to/cifar10 --epochs 30 --wandb
+
+The project that is trained, ``plain_project``, knows nothing of lightning-grad. What makes its weights sparse is one
+line in :func:`train`; all else here measures, checks and draws.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import statistics
+import time
+import warnings
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from plain_project import CIFAR10, Digits, ResidualConvNet, VisionTransformer
+from typing_extensions import override
+
+from lightning_grad.callbacks import NMSparsity
+from lightning_grad.functional import RECIPES
+from lightning_grad.utilities import sparsity_report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Show = Callable[[str, int, float, float], None]  # recipe, seed, share of the training that is done, accuracy
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is trained and where the results go; :func:`parse` says what each field means."""
+
+    pattern: str = "1:8"
+    recipes: Sequence[Any] = ("sr-ste", "mdgf-exponential", "sdgf-stepwise")
+    model: str = "VisionTransformer"
+    data_folder: Path | None = None
+    seeds: int = 1
+    epochs: int = 15
+    output: Path = Path("runs/nm_sparsity")
+    wandb: str | None = None
+    accelerator: str = "auto"
+    threads: int = 1
+    limit_batches: int | None = None
+
+    def folder(self, recipe: str, seed: int) -> Path:
+        """Return the folder of one training."""
+        return self.output / f"{recipe}_seed{seed}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one training came to.
+
+    Args:
+        recipe: Its recipe, or "dense".
+        seed: Its seed.
+        test_accuracy: Accuracy on the test images, 0 to 1.
+        exact_weights: How many weights of those chosen are exactly N:M.
+        chosen_weights: How many weights the callback chose.
+        step_ms: Median time of a training step, in milliseconds.
+        loads_strictly: Whether a plain module with the last checkpoint gives the very same logits.
+    """
+
+    recipe: str
+    seed: int
+    test_accuracy: float
+    exact_weights: int
+    chosen_weights: int
+    step_ms: float
+    loads_strictly: bool
+
+
+# Training.
+
+
+def run_study(study: Study) -> list[Result]:
+    """Train everything, and write ``results.csv`` and ``comparison.png``."""
+    hush()
+    torch.set_num_threads(study.threads)
+    recipes, results = ["dense", *study.recipes], []
+    with progress(recipes, study.seeds) as show:
+        for seed in range(study.seeds):
+            results += [train(study, recipe, seed, show) for recipe in recipes]
+    with (study.output / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(asdict(results[0])))
+        writer.writeheader()
+        writer.writerows(asdict(result) for result in results)
+    draw_comparison(study).savefig(study.output / "comparison.png", dpi=130)
+    return results
+
+
+def train(study: Study, recipe: Any, seed: int, show: Show) -> Result:
+    """Train once, then test the module, its weights and its last checkpoint."""
+    seed_everything(seed, verbose=False)
+    module, folder = build_module(study), study.folder(recipe, seed)
+    data = CIFAR10(study.data_folder) if study.data_folder else Digits()
+    last = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
+    timer = StepTimer()
+    callbacks: list[Callback] = [timer, Follow(show, recipe, seed), last]
+    if recipe != "dense":
+        callbacks.append(NMSparsity(study.pattern, recipe, save_masks=True))
+    trainer = Trainer(
+        callbacks=callbacks,
+        logger=build_loggers(study, folder),
+        max_epochs=study.epochs,
+        accelerator=study.accelerator,
+        devices=1,
+        limit_train_batches=study.limit_batches,
+        limit_val_batches=study.limit_batches,
+        log_every_n_steps=1 if study.limit_batches else 10,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data)
+    accuracy = trainer.test(module, data, verbose=False)[0]["test_acc"]
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+    exact, chosen = (0, 0) if recipe == "dense" else count_exact(module, study.pattern, folder)
+    loads = loads_strictly(study, module, folder / "last.ckpt", next(iter(data.test_dataloader()))[0])
+    return Result(recipe, seed, accuracy, exact, chosen, 1000 * statistics.median(timer.seconds), loads)
+
+
+def build_module(study: Study) -> LightningModule:
+    """Return a new module of the plain project."""
+    if study.model == "ResidualConvNet":
+        return ResidualConvNet(channels=3 if study.data_folder else 1)
+    if study.data_folder:
+        return VisionTransformer(image_size=32, patch_size=4, channels=3, width=128, depth=4)
+    return VisionTransformer()
+
+
+def build_loggers(study: Study, folder: Path) -> list[Logger]:
+    """Return the CSV logger, and a W&B logger if asked for."""
+    csv_logger = CSVLogger(study.output, name=folder.name, version="")
+    if not study.wandb:
+        return [csv_logger]
+    import wandb
+
+    settings = wandb.Settings(mode=study.wandb, silent=True, console="off")
+    wandb.setup(settings)
+    group, offline = f"{study.model} {study.pattern}", study.wandb == "offline"
+    run = {"project": "lightning-grad", "group": group, "name": folder.name, "settings": settings}
+    return [csv_logger, WandbLogger(save_dir=study.output, offline=offline, **run)]
+
+
+def count_exact(module: LightningModule, pattern: str, folder: Path) -> tuple[int, int]:
+    """Return how many of the weights that the callback chose are exactly N:M, and how many it chose."""
+    chosen = torch.load(folder / "nm_sparsity_masks.pt")
+    report = sparsity_report(module, pattern, include=list(chosen), verbose=False)
+    return sum(row.exact for row in report), len(chosen)
+
+
+@torch.no_grad()
+def loads_strictly(study: Study, module: LightningModule, checkpoint: Path, images: torch.Tensor) -> bool:
+    """Load a checkpoint into a plain module as anyone would, and compare its logits with the trained module's."""
+    plain = build_module(study)
+    plain.load_state_dict(torch.load(checkpoint, map_location="cpu")["state_dict"], strict=True)
+    return torch.equal(plain.eval()(images), module.cpu().eval()(images))
+
+
+def hush() -> None:
+    """Silence what Lightning says about every fit; warnings of techniques still come through."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    advice = "many workers|exists and is not empty|LeafSpec|log_every_n_steps|logging interval|tensorboardX"
+    warnings.filterwarnings("ignore", f".*({advice})")
+
+
+class StepTimer(Callback):
+    """Time each training step. First in the list, it includes what the callbacks after it do within the step.
+
+    On the CPU it counts this thread's processor time, so that a busy machine does not spoil the comparison.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        self._start = self._now(trainer)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.seconds.append(self._now(trainer) - self._start)
+
+    @staticmethod
+    def _now(trainer: Trainer) -> float:
+        if trainer.strategy.root_device.type == "cpu":
+            return time.thread_time()
+        torch.accelerator.synchronize()
+        return time.perf_counter()
+
+
+# Progress.
+
+
+class Follow(Callback):
+    """Show how far a training is, and its latest validation accuracy."""
+
+    def __init__(self, show: Show, recipe: str, seed: int) -> None:
+        self.show, self.recipe, self.seed = show, recipe, seed
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self._report(trainer, min(0.99, trainer.global_step / trainer.estimated_stepping_batches))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._report(trainer, 1.0)
+
+    def _report(self, trainer: Trainer, share: float) -> None:
+        self.show(self.recipe, self.seed, share, float(trainer.callback_metrics.get("val_acc", 0.0)))
+
+
+@contextmanager
+def progress(recipes: Sequence[str], seeds: int) -> Iterator[Show]:
+    """Yield what shows the progress: by rich a bar for each recipe over its seeds, else a line for each training."""
+    try:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    except ImportError:
+        yield show_line
+        return
+    note = TextColumn("[dim]validation[/] {task.fields[accuracy]}")
+    bars = Progress(TextColumn("{task.description:<18}"), BarColumn(30), TaskProgressColumn(), note)
+    if not bars.console.is_terminal:
+        yield show_line
+        return
+    tasks = {recipe: bars.add_task(recipe, total=seeds, accuracy="") for recipe in recipes}
+
+    def show_bar(recipe: str, seed: int, share: float, accuracy: float) -> None:
+        bars.update(tasks[recipe], completed=seed + share, accuracy=f"{100 * accuracy:5.1f} %")
+
+    with bars:
+        yield show_bar
+
+
+def show_line(recipe: str, seed: int, share: float, accuracy: float) -> None:
+    """Print a line when a training has ended."""
+    if share == 1.0:
+        print(f"{recipe:<18} seed {seed}   validation {100 * accuracy:5.1f} %", flush=True)
+
+
+# What is printed at the end.
+
+
+def print_table(results: Sequence[Result], pattern: str) -> None:
+    """Print a row for each recipe, over its seeds, and what the columns mean."""
+    header = ("recipe", "test accuracy", f"exactly {pattern}", "step time", "plain strict load")
+    rows = [summarise(recipe, results) for recipe in dict.fromkeys(result.recipe for result in results)]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, ["-" * width for width in widths], *rows):
+        print("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"\nexactly {pattern}: weights chosen by the callback that hold the pattern in every group")
+    print("step time: against the dense training of the same seed")
+    print("plain strict load: the checkpoint, in a new module and without lightning-grad")
+
+
+def summarise(recipe: str, results: Sequence[Result]) -> tuple[str, ...]:
+    """Return the row of one recipe."""
+    own = [result for result in results if result.recipe == recipe]
+    accuracies = [100 * result.test_accuracy for result in own]
+    spread = f" ± {statistics.stdev(accuracies):.1f}" if len(own) > 1 else ""
+    exact, chosen = (sum(counts) for counts in zip(*((r.exact_weights, r.chosen_weights) for r in own), strict=True))
+    dense_ms = {result.seed: result.step_ms for result in results if result.recipe == "dense"}
+    ratio = statistics.mean(result.step_ms / dense_ms[result.seed] for result in own)
+    loads = "same logits" if all(result.loads_strictly for result in own) else "OTHER LOGITS"
+    weights = f"{exact} of {chosen}" if chosen else "-"
+    return recipe, f"{statistics.mean(accuracies):.1f}{spread} %", weights, f"{ratio:.2f} x", loads
+
+
+def say_where(study: Study) -> None:
+    """Tell what lies where."""
+    one = "<recipe>_seed0/"
+    files = {
+        "comparison.png": "the recipes side by side",
+        "results.csv": "the table, one line for each training",
+        f"{one}nm_sparsity.png": "one training: density, mask changes, accuracy",
+        f"{one}metrics.csv": "its scalars",
+        f"{one}last.ckpt": "its checkpoint, an ordinary one",
+    }
+    if study.wandb:
+        files["wandb/"] = "the same, histograms and masks for W&B"
+    print(f"Written to {study.output}/")
+    for name, meaning in files.items():
+        print(f"  {name:<32}  {meaning}")
+    if study.wandb == "offline":
+        print(f"Upload to W&B with: wandb sync {study.output}/wandb/offline-run-*")
+
+
+# The figure.
+
+PALETTE = ("#CC79A7", "#D55E00", "#8C510A", "#56B4E9", "#0072B2", "#009E73", "#E69F00")
+COLOURS = {"dense": "0.5", **dict(zip(RECIPES, PALETTE, strict=True))}
+
+
+def draw_comparison(study: Study) -> Figure:
+    """Draw validation accuracy, density with decay, and mask changes over steps, a colour for each recipe."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
+    panels = [["accuracy", "density"], ["accuracy", "flips"]]
+    axes: dict[str, Axes] = figure.subplot_mosaic(panels, width_ratios=[1.3, 1], sharex=True)
+    data = "CIFAR-10" if study.data_folder else "handwritten digits"
+    mean = f", mean of {study.seeds} seeds" if study.seeds > 1 else ""
+    figure.suptitle(f"Training towards {study.pattern} sparsity: {study.model} on {data}{mean}", fontsize=12)
+    for recipe in ("dense", *study.recipes):
+        draw_curve(axes["accuracy"], study, recipe, "val_acc", label=recipe)
+        draw_curve(axes["density"], study, recipe, "sparsity/density", drawstyle="steps-post")
+        if recipe.startswith("mdgf"):
+            draw_curve(axes["density"], study, recipe, "sparsity/decay", linestyle=":")
+        draw_curve(axes["flips"], study, recipe, "sparsity/flips")
+    style_axes(axes)
+    figure.legend(loc="outside lower center", ncols=8, frameon=False)
+    return figure
+
+
+def draw_curve(axis: Axes, study: Study, recipe: str, key: str, label: str = "", **style: Any) -> None:
+    """Draw the mean over the seeds and, with several, a band of one standard deviation around it."""
+    curves = [read_curve(study.folder(recipe, seed) / "metrics.csv", key) for seed in range(study.seeds)]
+    values = np.array([list(curve.values()) for curve in curves])
+    steps, mean, colour = list(curves[0]), values.mean(0), COLOURS[recipe]
+    axis.plot(steps, mean, color=colour, linewidth=1.6, label=label, **style)
+    if study.seeds > 1:
+        spread = values.std(0, ddof=1)
+        axis.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+
+
+def read_curve(metrics: Path, key: str) -> dict[int, float]:
+    """Return the values of a logged scalar by the number of optimizer steps done."""
+    with metrics.open(newline="") as file:
+        return {int(row["step"]) + 1: float(row[key]) for row in csv.DictReader(file) if row.get(key)}
+
+
+def style_axes(axes: dict[str, Axes]) -> None:
+    """Name the panels and their axes, and set limits that show what matters."""
+    titles = {
+        "accuracy": "Validation accuracy",
+        "density": "Weights that are not zero (dotted: decay value D)",
+        "flips": "Mask entries changed since the last log (log scale)",
+    }
+    axes["flips"].set_yscale("log")
+    for name, axis in axes.items():
+        axis.set_title(titles[name], fontsize=10, loc="left")
+        axis.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+        axis.grid(axis="y", color="0.92")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=9)
+        if name != "density":
+            axis.set_xlabel("optimizer step", fontsize=9)
+    curves = [np.asarray(line.get_ydata()) for line in axes["accuracy"].lines]
+    late = np.concatenate([curve[len(curve) // 4 :] for curve in curves])
+    axes["accuracy"].set_ylim(max(0.0, late.min() - 0.05), min(1.005, late.max() + 0.03))
+    axes["density"].set_ylim(-0.03, 1.03)
+
+
+# The command line.
+
+
+def parse(arguments: Sequence[str] | None = None) -> Study:
+    """Read the command line."""
+    default, models = Study(), ("VisionTransformer", "ResidualConvNet")
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--pattern", default=default.pattern, help="N:M pattern with which every sparse training ends")
+    add("--recipes", nargs="+", choices=RECIPES, default=default.recipes, help="recipes to compare with dense")
+    add("--model", choices=models, default=default.model, help="module of plain_project to train")
+    add("--data-folder", type=Path, help="folder with CIFAR-10; without it, the digits of scikit-learn")
+    add("--seeds", type=int, default=default.seeds, help="number of seeds; each trains every recipe once")
+    add("--epochs", type=int, default=default.epochs, help="epochs of each training")
+    add("--output", type=Path, default=default.output, help="folder of the results")
+    add("--wandb", nargs="?", const="offline", choices=("offline", "online"), help="log each training to W&B too")
+    add("--accelerator", default=default.accelerator, help="device, as the Trainer calls it")
+    add("--threads", type=int, default=default.threads, help="CPU threads; so small a network gains nothing by more")
+    add("--limit-batches", type=int, help="stop every epoch after so many batches, for a quick look")
+    return Study(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the study that the command line describes."""
+    study = parse(arguments)
+    results = run_study(study)
+    print_table(results, study.pattern)
+    say_where(study)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Ordinary LightningModules and data for the contract suite. Nothing here knows lightning-grad."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+BATCH, BATCHES, TOKENS, WIDTH, CLASSES = 8, 6, 4, 16, 4
+
+
+OPTIMIZERS = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+}
+
+
+class Mix(nn.Module):
+    """A custom module that gets at its parameter in a way of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self._parameters["w"].T
+
+
+@functools.cache
+def _classifier_class(base: type, optimizer: str, manual: bool) -> type:
+    class Classifier(base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = Mix()
+            self.encoder = nn.TransformerEncoderLayer(WIDTH, 2, 32, dropout=0.0, batch_first=True)
+            self.hidden = nn.Linear(WIDTH, 32)
+            self.norm = nn.BatchNorm1d(32)
+            self.head = nn.Linear(32, CLASSES)
+            self.automatic_optimization = not manual
+            self.validated: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.encoder(self.mix(x)).mean(1)
+            return self.head(F.relu(self.norm(self.hidden(x))))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            if not manual:
+                loss = F.cross_entropy(self(x), y)
+                self.log("train_loss", loss)
+                return loss
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                loss = F.cross_entropy(self(x), y)
+                self.manual_backward(loss)
+                optimizer.step()
+            self.log("train_loss", loss)
+            return loss
+
+        def on_validation_start(self) -> None:
+            self.validated = []
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            x, y = batch
+            logits = self(x)
+            self.validated.append(logits.detach().clone())
+            self.log("val_loss", F.cross_entropy(logits, y))
+            self.log("val_acc", (logits.argmax(1) == y).float().mean())
+
+        def configure_optimizers(self) -> Any:
+            if manual:
+                body = [*self.mix.parameters(), *self.encoder.parameters()]
+                rest = [*self.hidden.parameters(), *self.norm.parameters(), *self.head.parameters()]
+                return [OPTIMIZERS[optimizer](body), OPTIMIZERS[optimizer](rest)]
+            chosen = OPTIMIZERS[optimizer](self.parameters())
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(chosen, 24)
+            return {"optimizer": chosen, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    return Classifier
+
+
+def make_classifier(base: type = pl.LightningModule, optimizer: str = "adamw", manual: bool = False) -> Any:
+    """Build a small classifier of sequences on either namespace's LightningModule; seeds before it is constructed."""
+    pl.seed_everything(7, verbose=False)
+    return _classifier_class(base, optimizer, manual)()
+
+
+def make_data(seed: int = 0) -> TensorDataset:
+    """Sequences whose class is where their first token is largest."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(BATCH * BATCHES, TOKENS, WIDTH, generator=generator)
+    return TensorDataset(x, x[:, 0, :CLASSES].argmax(1))
+
+
+class ResumableLoader(DataLoader):
+    """A loader that continues in mid-epoch, as Lightning asks for: without one no mid-epoch resume is exact.
+
+    Anything that loads the data before the fit's loops are restored (``estimated_stepping_batches``) breaks it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._given = self._skip = 0
+
+    def __iter__(self) -> Any:
+        self._given, skip, self._skip = self._skip, self._skip, 0
+        for index, batch in enumerate(super().__iter__()):
+            if index >= skip:
+                self._given += 1
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self._given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._skip = state["given"] % len(self)
+
+
+def loaders(resumable: bool = False) -> tuple[DataLoader, DataLoader]:
+    """Return the training and the validation loader, in fixed order."""
+    kind = ResumableLoader if resumable else DataLoader
+    return kind(make_data(0), BATCH), DataLoader(make_data(1), BATCH)
+
+
+def make_trainer(trainer_class: type = pl.Trainer, **arguments: Any) -> Any:
+    """Build a quiet CPU trainer."""
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 4,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 2,
+    }
+    return trainer_class(**{**defaults, **arguments})
+
+
+def fit(callbacks: list[Any], module: Any = None, resumable: bool = False, ckpt: Any = None, **arguments: Any) -> Any:
+    """Fit a fresh module and return (trainer, module)."""
+    module = make_classifier() if module is None else module
+    if any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks):
+        arguments.setdefault("enable_checkpointing", True)
+    trainer = make_trainer(callbacks=list(callbacks), **arguments)
+    train, validation = loaders(resumable)
+    trainer.fit(module, train, validation, ckpt_path=ckpt)
+    return trainer, module
+
+
+def state_of(trainer: Any, module: Any) -> dict[str, Any]:
+    """Return everything a run leaves behind that must be bitwise the same."""
+    optimizers = [optimizer.state_dict() for optimizer in trainer.optimizers]
+    return {"module": dict(module.state_dict()), "optimizers": optimizers, "random": torch.get_rng_state()}
+
+
+def assert_identical(a: Any, b: Any, where: str = "") -> None:
+    """Compare nested containers bit for bit."""
+    assert type(a) is type(b) or {type(a), type(b)} <= {list, tuple}, where
+    if isinstance(a, Tensor):
+        assert a.dtype == b.dtype, where
+        assert a.shape == b.shape, where
+        assert torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)), f"{where} differs by {(a - b).abs().max()}"
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_identical(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for index, (left, right) in enumerate(zip(a, b, strict=True)):
+            assert_identical(left, right, f"{where}/{index}")
+    else:
+        assert a == b or (a != a and b != b), f"{where}: {a} is not {b}"

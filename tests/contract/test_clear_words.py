@@ -1,0 +1,65 @@
+"""G8: wrong arguments raise in the constructor, a wrong trainer or module before the first batch."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from torch.utils.data import DataLoader, IterableDataset
+
+from tests.contract.projects import BATCH, fit, loaders, make_classifier, make_data, make_trainer
+from tests.contract.settings import CANONICAL, TECHNIQUES
+
+
+@pytest.mark.parametrize(
+    ("technique", "arguments", "words"),
+    [(technique, arguments, words) for technique in TECHNIQUES for arguments, words in technique.wrong],
+    ids=str,
+)
+def test_wrong_arguments_raise_in_the_constructor(technique, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        type(technique.build())(**arguments)
+
+
+@pytest.mark.parametrize("technique", CANONICAL, ids=str)
+def test_unknown_arguments_are_not_swallowed(technique):
+    with pytest.raises(TypeError):
+        technique.build(no_such_argument=1)
+
+
+class _NoBatch(pl.Callback):
+    def on_train_batch_start(self, *_: Any) -> None:
+        raise AssertionError("a batch was trained before the refusal")
+
+
+@pytest.mark.parametrize("technique", [t for t in CANONICAL if "include" in t.arguments], ids=str)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"include": ["encodr.*"]}, "no parameter is named 'encodr"),
+        ({"exclude": ["nothing"]}, "no parameter is named 'nothing'"),
+        ({"include": ["hidden"], "exclude": ["hidden"]}, "finds no weight"),
+    ],
+)
+def test_names_that_match_nothing(technique, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        fit([_NoBatch(), technique.build(**arguments)])
+
+
+@pytest.mark.parametrize("technique", [t for t in CANONICAL if t.name == "NMSparsity"], ids=str)
+def test_two_instances_on_one_weight(technique):
+    with pytest.raises(ValueError, match="Separate them"):
+        fit([_NoBatch(), technique.build(), technique.build(name="again")])
+
+
+class _Endless(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(make_data())
+
+
+@pytest.mark.parametrize("technique", [t for t in CANONICAL if t.name == "NMSparsity"], ids=str)
+@pytest.mark.filterwarnings("ignore:.*max_epochs.*was not set")
+@pytest.mark.parametrize("arguments", [{"max_epochs": -1}, {"max_epochs": 2}], ids=["no limit", "iterable"])
+def test_a_run_without_a_known_end(technique, arguments):
+    train = DataLoader(_Endless(), BATCH) if arguments["max_epochs"] == 2 else loaders()[0]
+    with pytest.raises(ValueError, match="no known end"):
+        make_trainer(callbacks=[_NoBatch(), technique.build()], **arguments).fit(make_classifier(), train)

@@ -1,0 +1,178 @@
+"""G6: a technique composes with what Lightning offers, or refuses."""
+
+import json
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import pytorch_lightning
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.contract.projects import BATCH, fit, loaders, make_classifier, make_data, make_trainer
+from tests.contract.settings import CANONICAL, TECHNIQUES
+
+PLAIN_TYPES = {type(child) for child in make_classifier().modules()}
+
+
+def assert_trained(module: Any, start: dict[str, torch.Tensor]) -> None:
+    for name, value in module.state_dict().items():
+        assert torch.isfinite(value).all(), name
+    assert any(not torch.equal(value, start[name]) for name, value in module.state_dict().items())
+    assert {type(child) for child in module.modules()} <= PLAIN_TYPES
+
+
+def start_of(module: Any) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"accumulate_grad_batches": 3},
+        {"precision": "bf16-mixed"},
+        {"precision": "bf16-true"},
+        {"gradient_clip_val": 0.5},
+        {"max_steps": 10, "max_epochs": -1},
+        {"val_check_interval": 2},
+        {"fast_dev_run": True},
+    ],
+    ids=lambda arguments: next(iter(arguments)) + "-" + str(next(iter(arguments.values()))),
+)
+def test_trainer_options(technique, arguments):
+    module = make_classifier()
+    start = start_of(module)
+    if arguments.get("precision") == "bf16-true":
+        start = {name: value.bfloat16() for name, value in start.items()}
+        inputs, targets = make_data().tensors
+        half = DataLoader(TensorDataset(inputs.bfloat16(), targets), BATCH)
+        make_trainer(callbacks=[technique.build()], **arguments).fit(module, half, half)
+    else:
+        fit([technique.build()], module, **arguments)
+    assert_trained(module, start)
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+def test_fp16_grad_scaler_with_overflow_at_the_start(technique):
+    module = make_classifier()
+    start = start_of(module)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
+    fit([technique.build()], module, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert scaler.get_scale() < 2.0**40, "the run was meant to begin with an overflow"
+    assert_trained(module, start)
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_manual_optimization_with_two_optimizers(technique, optimizer):
+    if technique.needs_adam and optimizer == "sgd":
+        with pytest.raises(ValueError, match="betas"):
+            fit([technique.build()], make_classifier(optimizer="sgd", manual=True))
+        return
+    module = make_classifier(optimizer=optimizer, manual=True)
+    start = start_of(module)
+    fit([technique.build()], module)
+    assert_trained(module, start)
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch about its own tracing
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("how", ["module.compile()", "torch.compile(module)"])
+def test_compiled_submodules_give_the_same_weights(technique, how):
+    _, eager = fit([technique.build()])
+    module = make_classifier()
+    torch._dynamo.reset()
+    if how == "module.compile()":
+        module.hidden.compile(backend="eager")
+        module.encoder.compile(backend="eager")
+    else:
+        module.hidden = torch.compile(module.hidden, backend="eager")
+    fit([technique.build()], module)
+    expected = eager.state_dict()
+    for name, value in module.state_dict().items():
+        assert torch.allclose(value, expected[name.replace("_orig_mod.", "")], atol=1e-6), name
+
+
+@pytest.mark.parametrize("technique", CANONICAL, ids=str)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_inductor(technique):
+    module = make_classifier()
+    start = start_of(module)
+    torch._dynamo.reset()
+    module.hidden.compile()
+    fit([technique.build()], module, max_epochs=1)
+    assert_trained(module, start)
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+def test_pytorch_lightning_trainer(technique):
+    module = make_classifier(base=pytorch_lightning.LightningModule)
+    train, validation = loaders()
+    make_trainer(pytorch_lightning.Trainer, callbacks=[technique.build()]).fit(module, train, validation)
+    _, expected = fit([technique.build()])
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, module.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("technique", [t for t in TECHNIQUES if t.second is not None], ids=str)
+def test_two_instances(technique):
+    second = type(technique)(technique.name, arguments=technique.second)
+    module = make_classifier()
+    start = start_of(module)
+    trainer, _ = fit([technique.build(), second.build()], module)
+    assert_trained(module, start)
+    names = {callback.label for callback in trainer.callbacks if hasattr(callback, "settings")}
+    assert len(names) == 2
+    namespaces = {key.split("/")[1] for key in trainer.callback_metrics if "/" in key}
+    assert technique.second["name"] in namespaces
+
+
+class _WriteWeights(pl.Callback):
+    """Every rank writes what it ended with."""
+
+    def __init__(self, folder: Any) -> None:
+        self.folder = str(folder)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        weights = {name: value.tolist() for name, value in pl_module.state_dict().items()}
+        with open(f"{self.folder}/{trainer.global_rank}.json", "w") as file:
+            json.dump(weights, file)
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+def test_two_ranks_agree(technique, tmp_path):
+    module = make_classifier()
+    start = start_of(module)
+    fit([technique.build(), _WriteWeights(tmp_path)], module, strategy="ddp_fork", devices=2, max_epochs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    for name in dict(make_classifier().named_parameters()):
+        assert first[name] == second[name], name
+    assert_trained(module, start)
+
+
+@pytest.mark.parametrize("technique", CANONICAL, ids=str)
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_sharded_strategies_are_refused_before_the_first_batch(technique, strategy):
+    if not technique.build().needs_whole_weights:
+        pytest.skip("works on shards")
+    stand_in = type(strategy, (pl.strategies.SingleDeviceStrategy,), {})(device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="shards them"):
+        fit([technique.build()], strategy=stand_in)
+
+
+@pytest.mark.parametrize("technique", CANONICAL, ids=str)
+def test_frozen_parameters_stay_what_they_are(technique):
+    module = make_classifier()
+    module.encoder.requires_grad_(False)
+    start = start_of(module)
+    fit([technique.build(include=None) if "include" in technique.arguments else technique.build()], module)
+    for name, value in module.encoder.state_dict().items():
+        assert torch.equal(value, start[f"encoder.{name}"]), name
+
+
+def test_the_plain_types_are_plain():
+    assert nn.Linear in PLAIN_TYPES

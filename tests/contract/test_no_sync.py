@@ -1,0 +1,66 @@
+"""G7: between two log steps no hook of ours makes the host wait for the device."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.contract.projects import fit, make_classifier
+from tests.contract.settings import TECHNIQUES
+
+_SYNCING = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+}
+_PER_STEP = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+
+
+class NoSync(TorchDispatchMode):
+    """Raises where a value would be read on the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _SYNCING:
+            raise AssertionError(f"{func} waits for the device")
+        if func is torch.ops.aten._to_copy.default and "device" in kwargs:
+            raise AssertionError(f"copies to {kwargs['device']}")
+        return func(*args, **kwargs)
+
+
+def guarded(function: Any, seen: list[str], name: str) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        seen.append(name)
+        with NoSync():
+            return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+def test_hooks_of_a_step_do_not_wait(technique, monkeypatch):
+    callback, seen = technique.build(), []
+    for name in _PER_STEP:
+        monkeypatch.setattr(callback, name, guarded(getattr(callback, name), seen, name))
+    for name in ("register_step_pre_hook", "register_step_post_hook"):
+        original = getattr(torch.optim.Optimizer, name)
+
+        def register(self: Any, hook: Any, original: Any = original, name: str = name) -> Any:
+            return original(self, guarded(hook, seen, name))
+
+        monkeypatch.setattr(torch.optim.Optimizer, name, register)
+    fit([callback], make_classifier(), log_every_n_steps=10_000, limit_val_batches=0)
+    assert {"on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"} <= set(seen)
+
+
+def test_the_guard_sees_a_sync():
+    with NoSync(), pytest.raises(AssertionError, match="waits"):
+        torch.ones(1).item()

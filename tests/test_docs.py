@@ -1,0 +1,196 @@
+"""The documentation holds: Python blocks run and print what is shown, YAML blocks build, links lead on."""
+
+import contextlib
+import importlib
+import inspect
+import io
+import re
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import lightning_grad
+from lightning_grad import callbacks, functional, utilities
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+SECTIONS = (
+    "How to use",
+    "When to use it",
+    "Suggested settings",
+    "Measured results",
+    "Technical details",
+    "Logs",
+    "Limits",
+    "Attribution",
+)
+OUR_FOLDERS = ("lightning_grad/", "tests/", "examples/", "benchmarks/", "docs/", ".ci/")
+
+FENCE = re.compile(r"^```([^`\n]*)\n(.*?)^```$(?:\s*^```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
+
+# Advice of Lightning and notices of its dependencies, none of them about the documentation.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+    prints: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def read_blocks(path: Path) -> Iterator[Block]:
+    """Yield the fenced blocks of a page; ``text`` right after a Python block is what that one prints."""
+    source = path.read_text(encoding="utf-8")
+    for found in FENCE.finditer(source):
+        line = source[: found.start()].count("\n") + 2
+        yield Block(path.name, line, found[1], found[2], found[3] or "")
+
+
+BLOCKS = [block for page in PAGES for block in read_blocks(page)]
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+YAML = [block for block in BLOCKS if block.language == "yaml"]
+
+
+@cache
+def namespace_of(page: str) -> dict[str, Any]:
+    """Return the namespace that the blocks of a page share, that of a module, so that its classes pickle."""
+    module = types.ModuleType(f"docs_{Path(page).stem}")
+    sys.modules[module.__name__] = module
+    return module.__dict__
+
+
+@cache
+def run_block(block: Block) -> str:
+    """Run a block once in this process, and return what it printed."""
+    code = compile("\n" * (block.line - 1) + block.text, block.page, "exec", dont_inherit=True)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, namespace_of(block.page))
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where everything that the blocks write goes."""
+    return tmp_path_factory.mktemp("docs")
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=str)
+def test_python_block_runs(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    earlier = [other for other in PYTHON if other.page == block.page and other.line < block.line]
+    for other in earlier:
+        run_block(other)
+    assert block.prints in run_block(block)
+
+
+def find_classes(node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (path, arguments) of every class that a config names, in Lightning's or in Hydra's way."""
+    if isinstance(node, dict):
+        if "class_path" in node:
+            yield node["class_path"], node.get("init_args", {})
+        if "_target_" in node:
+            yield node["_target_"], {key: value for key, value in node.items() if key != "_target_"}
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from find_classes(child)
+
+
+@pytest.mark.parametrize("block", YAML, ids=str)
+def test_yaml_block_builds(block: Block) -> None:
+    classes = list(find_classes(yaml.safe_load(block.text)))
+    assert classes
+    for path, arguments in classes:
+        module, _, name = path.rpartition(".")
+        getattr(importlib.import_module(module), name)(**arguments)
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    local = [target.partition("#") for target in targets if not target.startswith(("http://", "https://"))]
+    missing = [file for file, _, _ in local if file and not (page.parent / file).exists()]
+    assert not missing
+    for file, _, anchor in local:
+        if anchor:
+            assert anchor in anchors_of(page.parent / file if file else page)
+
+
+def anchors_of(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_make_targets_exist(page: Path) -> None:
+    targets = re.findall(r"(?:^|`)make (\w+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert not [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    named = re.findall(r"`([\w./-]+/[\w./-]*)`", page.read_text(encoding="utf-8"))
+    ours = [path for path in named if path.startswith(OUR_FOLDERS)]
+    # docs/adding_a_technique.md makes up a technique.
+    real = [path for path in ours if "gradient_scale" not in path]
+    assert not [path for path in real if not (ROOT / path).exists()]
+
+
+def word_of(name: str) -> str:
+    """Return the word of a technique: the name of the file its class stands in."""
+    return getattr(callbacks, name).__module__.rpartition(".")[2]
+
+
+@pytest.mark.parametrize("name", callbacks.__all__)
+def test_technique_is_told_everywhere(name: str) -> None:
+    word, readme = word_of(name), (ROOT / "README.md").read_text(encoding="utf-8")
+    row = next((line for line in readme.splitlines() if line.startswith(f"| `{name}` |")), "")
+    for file in (f"docs/{word}.md", f"examples/{word}.py", f"examples/{word}.yaml"):
+        assert f"]({file})" in row, f"README.md: the row of {name} has no link to {file}"
+        assert name in (ROOT / file).read_text(encoding="utf-8"), f"{file} does not name {name}"
+    for file in ("CHANGELOG.md", "docs/index.md", "docs/compatibility.md", "docs/api.md"):
+        assert name in (ROOT / file).read_text(encoding="utf-8"), f"{file} does not name {name}"
+
+
+@pytest.mark.parametrize("name", callbacks.__all__)
+def test_card_is_complete(name: str) -> None:
+    card = (ROOT / "docs" / f"{word_of(name)}.md").read_text(encoding="utf-8")
+    for section in SECTIONS:
+        assert re.search(rf"^## {section}", card, re.MULTILINE), f"no section {section!r}"
+    arguments = inspect.signature(getattr(callbacks, name)).parameters
+    assert not [argument for argument in arguments if not re.search(rf"\b{argument}\b", card)]
+
+
+@pytest.mark.parametrize("package", [functional, utilities], ids=lambda package: package.__name__)
+def test_changelog_names_what_is_exported(package: types.ModuleType) -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    functions = [name for name in package.__all__ if isinstance(getattr(package, name), types.FunctionType)]
+    assert not [name for name in functions if f"{name}`" not in changelog]
+
+
+def test_changelog_has_this_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## {lightning_grad.__version__}" in changelog

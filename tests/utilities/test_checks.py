@@ -1,0 +1,116 @@
+"""What cannot work is refused in words that say what to do."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_grad.utilities.checks import (
+    check_at_least,
+    check_choice,
+    owned_ids,
+    refuse_scaled_gradients,
+    refuse_sharded,
+)
+from lightning_grad.utilities.imports import is_installed, require
+
+
+class FSDPStrategy:
+    """Stands in for Lightning's."""
+
+
+class DeepSpeedStrategy:
+    """Stands in for Lightning's."""
+
+
+class ModelParallelStrategy:
+    """Stands in for Lightning's."""
+
+
+class OwnStrategy(FSDPStrategy):
+    """A strategy derived from one that shards."""
+
+
+class DDPStrategy:
+    """Stands in for Lightning's."""
+
+
+def test_choice_that_is_known_passes() -> None:
+    check_choice("ste", ["ste", "sr-ste"], "recipe")
+
+
+def test_unknown_choice_names_all_and_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"recipe='sr-st' is none of 'ste', 'sr-ste'\. Did you mean 'sr-ste'\?"):
+        check_choice("sr-st", iter(["ste", "sr-ste"]), "recipe")
+
+
+@pytest.mark.parametrize("value", ["quite different", None, 3])
+def test_choice_far_from_all_gets_no_suggestion(value: object) -> None:
+    with pytest.raises(ValueError, match=r"gradient=.* is none of 'masked', 'ste'\.$"):
+        check_choice(value, ["masked", "ste"], "gradient")
+
+
+@pytest.mark.parametrize(("value", "least"), [(1, 1), (2.5, 1), (float("inf"), 0)])
+def test_number_that_is_large_enough_passes(value: float, least: float) -> None:
+    check_at_least(value, least, "top")
+
+
+@pytest.mark.parametrize("value", [0, -1, 0.999, float("nan")])
+def test_number_that_is_too_small_or_none_raises(value: float) -> None:
+    with pytest.raises(ValueError, match=f"mask_every must be at least 1; got {value}"):
+        check_at_least(value, 1, "mask_every")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        (FSDPStrategy, r"FSDP \(FSDPStrategy\)"),
+        (DeepSpeedStrategy, r"DeepSpeed \(DeepSpeedStrategy\)"),
+        (ModelParallelStrategy, r"FSDP2 and tensor parallelism \(ModelParallelStrategy\)"),
+        (OwnStrategy, r"FSDP \(OwnStrategy\)"),
+    ],
+)
+def test_strategies_that_shard_are_refused(strategy: type, said: str) -> None:
+    with pytest.raises(ValueError, match=f"NMSparsity needs whole weights, and {said} shards them.*strategy='ddp'"):
+        refuse_sharded(SimpleNamespace(strategy=strategy()), "NMSparsity")
+
+
+def test_strategies_that_do_not_shard_pass() -> None:
+    refuse_sharded(SimpleNamespace(strategy=DDPStrategy()), "NMSparsity")
+
+
+def trainer_with(optimizer: torch.optim.Optimizer, scaler: object) -> SimpleNamespace:
+    return SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), optimizers=[optimizer])
+
+
+def test_fused_optimizer_beside_a_grad_scaler_is_refused() -> None:
+    optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), fused=True)
+    with pytest.raises(ValueError, match=r"fused AdamW leaves them multiplied.*fused=False, or precision='bf16-mixed'"):
+        refuse_scaled_gradients(trainer_with(optimizer, object()), "NMSparsity")
+
+
+@pytest.mark.parametrize(("fused", "scaler"), [(True, None), (False, object())])
+def test_fused_optimizer_or_grad_scaler_alone_passes(fused: bool, scaler: object) -> None:
+    optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), fused=fused)
+    refuse_scaled_gradients(trainer_with(optimizer, scaler), "NMSparsity")
+
+
+def test_precision_without_a_scaler_attribute_passes() -> None:
+    optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), fused=True)
+    refuse_scaled_gradients(SimpleNamespace(precision_plugin=object(), optimizers=[optimizer]), "NMSparsity")
+
+
+def test_owned_parameters_come_from_every_group() -> None:
+    one, two, other = (nn.Parameter(torch.zeros(1)) for _ in range(3))
+    optimizer = torch.optim.SGD([{"params": [one]}, {"params": [two], "lr": 0.5}], lr=0.1)
+    assert owned_ids(optimizer) == {id(one), id(two)}
+    assert id(other) not in owned_ids(optimizer)
+
+
+def test_missing_package_is_named_with_the_command_that_installs_it() -> None:
+    assert is_installed("torch")
+    assert not is_installed("no_such_package_at_all")
+    require("torch", "plot", "NMSparsity")
+    with pytest.raises(ModuleNotFoundError, match=r"A figure needs no_such_package_at_all: .*lightning-grad\[plot\]"):
+        require("no_such_package_at_all", "plot", "A figure")

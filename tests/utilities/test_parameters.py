@@ -1,0 +1,97 @@
+"""Parameters are chosen by the names that users know."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_grad.utilities.parameters import check_patterns, clean_name, matches, named_owners, shared_names
+
+
+@pytest.mark.parametrize(
+    ("name", "clean"),
+    [
+        ("net.0.weight", "net.0.weight"),
+        ("_orig_mod.net.0.weight", "net.0.weight"),
+        ("net._orig_mod.0.weight", "net.0.weight"),
+        ("a._orig_mod.b._orig_mod.weight", "a.b.weight"),
+        ("orig_mod.weight", "orig_mod.weight"),
+    ],
+)
+def test_names_lose_the_prefix_of_compiled_modules(name: str, clean: str) -> None:
+    assert clean_name(name) == clean
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "meant"),
+    [
+        ("encoder.0.linear.weight", "encoder.0.linear.weight", True),
+        ("encoder.0.linear.weight", "encoder.0.linear", True),
+        ("encoder.0.linear.weight", "encoder.*", True),
+        ("encoder.0.linear.weight", "*.linear", True),
+        ("encoder.0.linear.weight", "*.weight", True),
+        ("encoder.0.linear.weight", "encoder.?.linear", True),
+        ("encoder.0.linear.weight", "encoder.[01].linear", True),
+        ("encoder._orig_mod.0.linear.weight", "encoder.0.linear", True),
+        ("encoder.0.linear.weight", "*", True),
+        ("encoder.0.linear.weight", "encoder", False),
+        ("encoder.0.linear.weight", "linear", False),
+        ("encoder.0.linear.weight", "Encoder.*", False),
+        ("encoder.10.linear.weight", "encoder.?.linear", False),
+        ("encoder.0.linear.weight", "encoder.0.linear.bias", False),
+        ("weight", "weight", True),
+        ("head.weight", "headless.*", False),
+    ],
+)
+def test_pattern_names_the_parameter_or_its_module(name: str, pattern: str, meant: bool) -> None:
+    assert matches(name, [pattern]) is meant
+    assert matches(name, ["something.else", pattern]) is meant
+
+
+def test_no_pattern_means_nothing() -> None:
+    assert not matches("weight", [])
+
+
+NAMES = ["encoder.0.linear1.weight", "encoder.0.linear2.weight", "head._orig_mod.weight"]
+
+
+@pytest.mark.parametrize("patterns", [[], ["encoder.*"], ["head"], ["head.weight", "*.linear2"]])
+def test_patterns_that_name_something_pass(patterns: list[str]) -> None:
+    check_patterns(patterns, NAMES, "include")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [
+        ("encoder.0.liner1", "encoder.0.linear1"),
+        ("haed", "head"),
+        ("encoder.0.linear3.weight", "encoder.0.linear2.weight"),
+    ],
+)
+def test_pattern_that_names_nothing_raises_with_near_names(pattern: str, near: str) -> None:
+    with pytest.raises(ValueError, match=f"exclude: no parameter is named '{pattern}'. Near to it: .*{near}"):
+        check_patterns(["encoder.*", pattern], NAMES, "exclude")
+
+
+def test_pattern_near_to_nothing_is_shown_the_first_names() -> None:
+    with pytest.raises(ValueError, match=r"Near to it: encoder.0.linear1.weight, .*head.weight\."):
+        check_patterns(["qqqqqq"], NAMES, "include")
+
+
+def test_owners_are_named_with_every_use_of_a_tied_parameter() -> None:
+    module = nn.ModuleDict(
+        {"embed": nn.Embedding(3, 2), "body": nn.Sequential(nn.Linear(2, 2)), "head": nn.Linear(2, 3)}
+    )
+    module["head"].weight = module["embed"].weight
+    module.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    module["body"].register_parameter("absent", None)
+    found = {name: (owner, attribute) for name, owner, attribute in named_owners(module)}
+    expected = ["scale", "embed.weight", "body.0.weight", "body.0.bias", "head.weight", "head.bias"]
+    assert list(found) == expected
+    assert found["scale"] == (module, "scale")
+    assert found["body.0.bias"] == (module["body"][0], "bias")
+    assert list(shared_names(module).values()) == [["embed.weight", "head.weight"]]
+    assert list(shared_names(module)) == [id(module["embed"].weight)]
+
+
+def test_module_without_ties_shares_nothing() -> None:
+    assert shared_names(nn.Linear(2, 2)) == {}
