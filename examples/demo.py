@@ -14,7 +14,7 @@ Four trainings, about a minute on a laptop's CPU.
 """
 
 
-def main(output: Path = Path("runs/demo"), epochs: int = 18) -> None:
+def main(output: Path = Path("runs/demo"), epochs: int = 15) -> None:
     """Train, and tell what came of it."""
     print(INTRODUCTION, flush=True)
     from nm_sparsity import Study, print_table, run_study, say_where  # takes seconds, so after the first words

@@ -95,9 +95,10 @@ def run_study(study: Study) -> list[Result]:
     hush()
     torch.set_num_threads(study.threads)
     recipes, results = ["dense", *study.recipes], []
+    data = CIFAR10(study.data_folder) if study.data_folder else Digits()
     with progress(recipes, study.seeds) as show:
         for seed in range(study.seeds):
-            results += [train(study, recipe, seed, show) for recipe in recipes]
+            results += [train(study, data, recipe, seed, show) for recipe in recipes]
     with (study.output / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(asdict(results[0])))
         writer.writeheader()
@@ -106,11 +107,10 @@ def run_study(study: Study) -> list[Result]:
     return results
 
 
-def train(study: Study, recipe: Any, seed: int, show: Show) -> Result:
+def train(study: Study, data: CIFAR10 | Digits, recipe: Any, seed: int, show: Show) -> Result:
     """Train once, then test the module, its weights and its last checkpoint."""
     seed_everything(seed, verbose=False)
     module, folder = build_module(study), study.folder(recipe, seed)
-    data = CIFAR10(study.data_folder) if study.data_folder else Digits()
     last = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
     timer = StepTimer()
     callbacks: list[Callback] = [timer, Follow(show, recipe, seed), last]

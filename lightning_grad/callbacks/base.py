@@ -100,9 +100,11 @@ class GradCallback(Callback):
         self._undo.run()
         self._undo_after_exception.run()
 
-    def _log(self, pl_module: pl.LightningModule, values: Mapping[str, float | Tensor]) -> None:
-        """Log scalars as ``namespace[/name]/quantity``."""
-        pl_module.log_dict({self._key(key): value for key, value in values.items()})
+    def _log(
+        self, pl_module: pl.LightningModule, values: Mapping[str, float | Tensor], sync_dist: bool = False
+    ) -> None:
+        """Log scalars as ``namespace[/name]/quantity``; ``sync_dist`` where Lightning asks for it, in validation."""
+        pl_module.log_dict({self._key(key): value for key, value in values.items()}, sync_dist=sync_dist)
 
     def _key(self, quantity: str) -> str:
         return "/".join(part for part in (self.namespace, self.name, quantity) if part)

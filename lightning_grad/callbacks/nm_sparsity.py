@@ -458,7 +458,7 @@ class NMSparsity(GradCallback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._weights:
             now = state_of(self._weights)
-            self._log(pl_module, {"density": now["density"], "exact": now["exact"]})
+            self._log(pl_module, {"density": now["density"], "exact": now["exact"]}, sync_dist=True)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

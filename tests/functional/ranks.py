@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # which DTensor would import, here once and not in each rank
 import torch.distributed as dist
-import torch.distributed.tensor  # once here and not once in each rank
+import torch.distributed.tensor
 import torch.multiprocessing as mp
 
 LIMIT = 60.0
