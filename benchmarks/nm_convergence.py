@@ -80,13 +80,8 @@ RECIPES: tuple[Variant, ...] = (
     *[Variant(recipe, gradient) for recipe in PROGRESSIVE for gradient in GRADIENTS],
 )
 SWEPT: tuple[Recipe, ...] = ("mdgf-exponential", "sdgf-stepwise")
-PHASES = (
-    (0.1, 0.2),
-    (0.0, 0.2),
-    (0.2, 0.2),
-    (0.1, 0.1),
-    (0.1, 0.3),
-)  # dense and fine-tune fraction, one moved at a time
+# Dense and fine-tune fraction, mostly one moved at a time.
+PHASES = ((0.1, 0.2), (0.0, 0.2), (0.2, 0.2), (0.1, 0.1), (0.1, 0.3), (0.0, 0.3))
 SWEEP = tuple(
     Variant(recipe, gradient, dense, finetune)
     for recipe in SWEPT

@@ -328,19 +328,19 @@ def draw_comparison(study: Study) -> Figure:
             draw_curve(axes["density"], study, recipe, "sparsity/decay", linestyle=":")
         draw_curve(axes["flips"], study, recipe, "sparsity/flips")
     style_axes(axes)
-    figure.legend(loc="outside lower center", ncols=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
 def draw_curve(axis: Axes, study: Study, recipe: str, key: str, label: str = "", **style: Any) -> None:
-    """Draw the mean over the seeds and, with several, a band of one standard deviation around it."""
+    """Draw the mean over the seeds; where there are several, a labelled curve has a band of one standard deviation."""
     curves = [read_curve(study.folder(recipe, seed) / "metrics.csv", key) for seed in range(study.seeds)]
     values = np.array([list(curve.values()) for curve in curves])
     steps, mean, colour = list(curves[0]), values.mean(0), COLOURS[recipe]
     axis.plot(steps, mean, color=colour, linewidth=1.6, label=label, **style)
-    if study.seeds > 1:
+    if label and study.seeds > 1:
         spread = values.std(0, ddof=1)
-        axis.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+        axis.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
 
 
 def read_curve(metrics: Path, key: str) -> dict[int, float]:

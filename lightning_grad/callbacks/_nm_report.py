@@ -39,11 +39,11 @@ def write_record(
     draw: bool,
 ) -> None:
     """Write the record as ``path.csv`` and, if wanted and possible, its figure as ``path.png``."""
-    log_table(trainer, key("record"), record.rows, path.with_suffix(".csv"))
+    log_table(trainer, key("record"), record.rows, path.with_name(f"{path.name}.csv"))
     if not (draw and record.rows and trainer.is_global_zero):
         return
     if is_installed("matplotlib"):
-        log_figure(trainer, key("figure"), record.draw(title, metric), path.with_suffix(".png"))
+        log_figure(trainer, key("figure"), record.draw(title, metric), path.with_name(f"{path.name}.png"))
     else:
         rank_zero_info(f"{title}: no figure without matplotlib; pip install 'lightning-grad[plot]'.")
 

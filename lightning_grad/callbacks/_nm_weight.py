@@ -36,10 +36,18 @@ class SparseWeight:
         pattern: The pattern it ends with.
         dim: Dimension in which the groups lie.
         in_place: Whether the module is shown the weight by writing it into the parameter.
+        others: Other owners of the same, tied parameter, each with its attribute.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, attribute: str, pattern: NMPattern, dim: int, in_place: bool
+        self,
+        name: str,
+        module: nn.Module,
+        attribute: str,
+        pattern: NMPattern,
+        dim: int,
+        in_place: bool = False,
+        others: Sequence[tuple[nn.Module, str]] = (),
     ) -> None:
         self.name = name
         self.module = module
@@ -47,6 +55,7 @@ class SparseWeight:
         self.pattern = pattern
         self.dim = dim
         self.in_place = in_place
+        self.others = others
         self.straight_through = False
         self.phase: NMPhase = DENSE
         self.factor: Tensor | None = None
@@ -201,9 +210,12 @@ def choose_weights(
         assert pattern is not None
         twin = next((weight for weight in choice.chosen if weight.parameter is parameter), None)
         if twin is None:
-            in_place = bool(others) or not _is_known(owner, attribute)
-            dim = group_dim(parameter, axis)
-            choice.chosen.append(SparseWeight(name, owner, attribute, pattern, dim, in_place))
+            twins = [
+                (other, key) for twin, other, key in owners if other._parameters[key] is parameter and twin != name
+            ]
+            in_place = bool(twins) or not _is_known(owner, attribute)
+            weight = SparseWeight(name, owner, attribute, pattern, group_dim(parameter, axis), in_place, twins)
+            choice.chosen.append(weight)
         elif twin.pattern != pattern:
             raise ValueError(
                 f"{clean_name(name)} and {clean_name(twin.name)} are one tied parameter, and are given {pattern} and "

@@ -283,7 +283,7 @@ class NMSparsity(GradCallback):
         self._open_window(pl_module)
         for optimizer in trainer.optimizers:
             self._watch(trainer, optimizer)
-        self._undo_after_exception.push(wrap_saving(pl_module, self.state_key, self._views))
+        self._undo_after_exception.push(wrap_saving(pl_module, self.state_key, lambda: self._views(pl_module)))
         self._resume()
         rank_zero_info(f"{self.label} ({self._recipe_name}) {choice}")
 
@@ -299,7 +299,7 @@ class NMSparsity(GradCallback):
                 check_adam_like(optimizer)
 
     def _open_window(self, pl_module: pl.LightningModule) -> None:
-        in_place = [InPlaceView(w.module, w.attribute, w) for w in self._weights if w.in_place]
+        in_place = [InPlaceView(w.module, w.attribute, w, w.others) for w in self._weights if w.in_place]
         if in_place:
             self._window = InPlaceWindow(pl_module, in_place)
             self._undo.push(self._window.remove)
@@ -489,10 +489,13 @@ class NMSparsity(GradCallback):
     ) -> None:
         # During a fit the module's own hook does this, later than every callback; after an exception it is gone.
         if self._weights and not len(self._undo_after_exception):
-            make_portable(checkpoint, self.state_key, self._views())
+            make_portable(checkpoint, self.state_key, self._views(pl_module))
 
-    def _views(self) -> dict[str, tuple[Tensor, SparseWeight]]:
-        return {weight.name: (weight.parameter, weight) for weight in self._weights}
+    def _views(self, pl_module: pl.LightningModule) -> dict[str, tuple[Tensor, SparseWeight]]:
+        """Return dense weight and view by every key of ``state_dict``; a shared parameter has several."""
+        by_identity = {id(weight.parameter): weight for weight in self._weights}
+        named = pl_module.named_parameters(remove_duplicate=False)
+        return {name: (p, by_identity[id(p)]) for name, p in named if id(p) in by_identity}
 
     # The fit ends.
 

@@ -29,14 +29,16 @@ class MethodDispatcher:
         self._wrappers: list[tuple[int, Wrapper]] = []
         functools.update_wrapper(self, self._original)
 
-    def add(self, wrapper: Wrapper, priority: int) -> None:
+    def add(self, wrapper: Wrapper, priority: int) -> tuple[int, Wrapper]:
         """Put a wrapper ``wrapper(inner, *args, **kwargs)`` outside of all that have a lower priority."""
-        self._wrappers.append((priority, wrapper))
+        entry = (priority, wrapper)
+        self._wrappers.append(entry)
         self._wrappers.sort(key=lambda entry: entry[0])
+        return entry
 
-    def remove(self, wrapper: Wrapper) -> None:
-        """Take a wrapper away; with the last one the object gets back what it had."""
-        self._wrappers = [entry for entry in self._wrappers if entry[1] is not wrapper]
+    def remove(self, entry: tuple[int, Wrapper]) -> None:
+        """Take away what :meth:`add` returned; with the last one the object gets back what it had."""
+        self._wrappers = [other for other in self._wrappers if other is not entry]
         if self._wrappers or self._owner.__dict__.get(self._name) is not self:
             return
         if self._previous is _ABSENT:
@@ -82,5 +84,4 @@ def wrap_method(owner: object, name: str, wrapper: Wrapper, priority: int = 0) -
     if not isinstance(dispatcher, MethodDispatcher):
         dispatcher = MethodDispatcher(owner, name)
         owner.__dict__[name] = dispatcher
-    dispatcher.add(wrapper, priority)
-    return functools.partial(dispatcher.remove, wrapper)
+    return functools.partial(dispatcher.remove, dispatcher.add(wrapper, priority))

@@ -32,12 +32,15 @@ class UndoList:
 
     def run(self) -> None:
         """Take everything back. A step that fails is reported, and the others still run."""
+        failures = []
         while self._steps:
             step = self._steps.pop()
             try:
                 step()
             except Exception as error:
-                rank_zero_warn(f"lightning-grad could not undo {step!r}: {type(error).__name__}: {error}")
+                failures.append(f"{step!r} ({type(error).__name__}: {error})")
+        if failures:
+            rank_zero_warn(f"lightning-grad could not undo {'; '.join(failures)}")
 
     def __len__(self) -> int:
         return len(self._steps)

@@ -150,14 +150,19 @@ class InPlaceView:
         module: The module that owns the parameter.
         attribute: Name of the parameter in it.
         view: What to write.
+        others: Other owners of the same, tied parameter, each with its attribute.
     """
 
-    def __init__(self, module: nn.Module, attribute: str, view: WeightView) -> None:
+    def __init__(
+        self, module: nn.Module, attribute: str, view: WeightView, others: Sequence[tuple[nn.Module, str]] = ()
+    ) -> None:
         self.parameter = _dense(module, attribute)
         self._view = view
         self._dense: Tensor | None = None
-        hook = module.register_state_dict_post_hook(_StoredInStateDict(attribute, view))  # type: ignore[no-untyped-call]
-        self._handles = [hook]
+        self._handles = [
+            owner.register_state_dict_post_hook(_StoredInStateDict(name, view))  # type: ignore[no-untyped-call]
+            for owner, name in [(module, attribute), *others]
+        ]
         setattr(self.parameter, _IN_PLACE, id(self.parameter))
         if self.parameter.requires_grad:
             self._handles.append(self.parameter.register_hook(self._through_view))  # type: ignore[no-untyped-call]

@@ -57,7 +57,6 @@ class _Endless(IterableDataset):
 
 
 @pytest.mark.parametrize("technique", [t for t in CANONICAL if t.name == "NMSparsity"], ids=str)
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 @pytest.mark.parametrize("arguments", [{"max_epochs": -1}, {"max_epochs": 2}], ids=["no limit", "iterable"])
 def test_a_run_without_a_known_end(technique, arguments):
     train = DataLoader(_Endless(), BATCH) if arguments["max_epochs"] == 2 else loaders()[0]

@@ -258,6 +258,12 @@ def test_custom_stage_whose_groups_do_not_divide_a_layer_is_passed_over() -> Non
     assert at_half == {None: "8:16", 32: "8:16", 12: "3:4"}
 
 
+def test_stage_that_returns_later_is_final_only_the_last_time() -> None:
+    schedule = NMSchedule(((0.0, NMPattern(2, 4)), (0.3, NMPattern(1, 4)), (0.6, NMPattern(2, 4))))
+    found = [schedule.phase(p, NMPattern(2, 4), 10) for p in (0.1, 0.4, 0.7)]
+    assert [(str(phase.pattern), phase.final) for phase in found] == [("2:4", False), ("1:4", False), ("2:4", True)]
+
+
 def test_schedule_may_be_a_dictionary_key() -> None:
     assert len({NMSchedule(CUSTOM), NMSchedule(CUSTOM), NMSchedule("ste")}) == 2
 

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_grad.utilities.checks import (
     check_at_least,
     check_choice,
+    gradients_are_scaled,
     owned_ids,
     refuse_scaled_gradients,
     refuse_sharded,
@@ -94,6 +95,12 @@ def test_fused_optimizer_beside_a_grad_scaler_is_refused() -> None:
 def test_fused_optimizer_or_grad_scaler_alone_passes(fused: bool, scaler: object) -> None:
     optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), fused=fused)
     refuse_scaled_gradients(trainer_with(optimizer, scaler), "NMSparsity")
+
+
+@pytest.mark.parametrize(("fused", "scaler"), [(True, None), (True, object()), (False, None), (False, object())])
+def test_gradients_are_scaled_only_where_a_fused_optimizer_meets_a_scaler(fused: bool, scaler: object) -> None:
+    optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), fused=fused)
+    assert gradients_are_scaled(trainer_with(optimizer, scaler), optimizer) is (fused and scaler is not None)
 
 
 def test_precision_without_a_scaler_attribute_passes() -> None:

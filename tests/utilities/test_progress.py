@@ -81,7 +81,7 @@ class Recorder(pl.Callback):
         self.seen: list[float] = []
         self.length = 0
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.length = total_steps(trainer, "Recorder")
         for optimizer in trainer.optimizers:
             optimizer.register_step_post_hook(lambda *_: self.seen.append(run_progress(trainer, steps_ahead=1)))

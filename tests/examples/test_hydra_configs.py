@@ -1,0 +1,102 @@
+"""The snippets for lightning-hydra-template compose, become callbacks with plain settings, and train."""
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import plain_project
+import pytest
+from lightning.pytorch import Trainer
+from plain_project import Digits, VisionTransformer
+
+from lightning_grad.callbacks import NMSparsity
+
+hydra = pytest.importorskip("hydra")
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+
+CONFIGS = Path(plain_project.__file__).parents[1] / "configs"
+SNIPPETS = sorted(path.stem for path in (CONFIGS / "callbacks").glob("*.yaml"))
+EXPECTED = {
+    "nm_sparsity": {"pattern": "1:8", "recipe": "mdgf-exponential"},
+    "nm_sparsity_per_layer": {
+        "pattern": {"*.self_attn.*": "2:4", "*.linear?": "1:8"},
+        "recipe": "sdgf-stepwise",
+        "finetune_fraction": 0.3,
+        "exclude": ["*.layers.0.*"],
+    },
+    "nm_sparsity_schedule": {"pattern": "1:4", "recipe": [(0.1, "3:4"), (0.3, "2:4"), (0.5, "1:4")]},
+}
+
+
+def instantiate(*overrides: str) -> NMSparsity:
+    """Compose the group ``callbacks`` and instantiate its only entry, as the template does."""
+    with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
+        config = hydra.compose(overrides=list(overrides))
+    assert list(config.callbacks) == ["nm_sparsity"]
+    callback = hydra.utils.instantiate(config.callbacks.nm_sparsity)
+    assert isinstance(callback, NMSparsity)
+    return callback
+
+
+def parts(value: Any) -> Iterator[Any]:
+    """Yield a setting and everything inside it."""
+    yield value
+    if isinstance(value, dict):
+        for pair in value.items():
+            yield from parts(pair)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from parts(item)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippet_becomes_a_callback_with_plain_settings(snippet: str) -> None:
+    callback = instantiate(f"+callbacks={snippet}")
+    expected = EXPECTED[snippet]
+    assert {name: callback.settings[name] for name in expected} == expected
+    plain = {str, int, float, bool, dict, list, tuple, type(None)}
+    assert {type(part) for part in parts(callback.settings)} <= plain
+    assert pickle.loads(pickle.dumps(callback)).settings == callback.settings
+
+
+def test_every_expectation_has_a_snippet() -> None:
+    assert set(SNIPPETS) >= set(EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("override", "name", "expected"),
+    [
+        ("callbacks.nm_sparsity.recipe=sr-ste", "recipe", "sr-ste"),
+        ("callbacks.nm_sparsity.pattern='2:4'", "pattern", "2:4"),
+        ("+callbacks.nm_sparsity.include=['*.linear1','*.linear2']", "include", ["*.linear1", "*.linear2"]),
+        ("+callbacks.nm_sparsity.mask_every=5", "mask_every", 5),
+    ],
+)
+def test_settings_change_on_the_command_line(override: str, name: str, expected: object) -> None:
+    assert instantiate("+callbacks=nm_sparsity", override).settings[name] == expected
+
+
+@pytest.mark.parametrize("snippet", sorted(EXPECTED))
+def test_snippet_trains_the_plain_project(snippet: str, tmp_path: Path) -> None:
+    trainer = Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[instantiate(f"+callbacks={snippet}")],
+        limit_val_batches=0,
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = VisionTransformer(width=16, heads=2)
+    trainer.fit(module, Digits())
+    zeros = {name: (weight == 0).float().mean().item() for name, weight in module.named_parameters()}
+    last = "net.encoder.layers.2.linear2.weight"
+    assert zeros[last] == (0.75 if snippet == "nm_sparsity_schedule" else 0.875)
+    assert zeros["net.head.weight"] == 0
+    if snippet == "nm_sparsity_per_layer":
+        assert zeros["net.encoder.layers.1.self_attn.in_proj_weight"] == 0.5
+        assert zeros["net.encoder.layers.0.linear1.weight"] == 0
