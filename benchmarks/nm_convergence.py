@@ -20,7 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -386,7 +386,7 @@ def fitting(variants: Sequence[Variant], optimizer: OptimizerName) -> Iterator[V
 def study_recipes(study: Study, options: argparse.Namespace) -> None:
     """Run every recipe and print the comparison of each optimizer and pattern."""
     chosen = [v for v in RECIPES if options.recipes is None or (v.recipe or "dense") in options.recipes]
-    variants = [v for v in chosen if v not in (DENSE, REFERENCE)]
+    variants = [_with_phases(v, options.phases) for v in chosen if v not in (DENSE, REFERENCE)]
     seeds = range(options.seeds)
     for optimizer in options.optimizers:
         lr = options.lr or study.best_rate(optimizer)
@@ -395,6 +395,12 @@ def study_recipes(study: Study, options: argparse.Namespace) -> None:
             study.run_all([Run(v, optimizer, lr, pattern, seed) for seed in seeds for v in shown])
             print(f"\n{optimizer}, lr {lr:g}, {pattern}, {len(seeds)} seeds; * the interval leaves out zero\n")
             print(compare(study, shown, optimizer, lr, pattern, seeds), "\n", flush=True)
+
+
+def _with_phases(variant: Variant, phases: tuple[float, float] | None) -> Variant:
+    if phases is None or variant.recipe not in PROGRESSIVE:
+        return variant
+    return replace(variant, dense_fraction=phases[0], finetune_fraction=phases[1])
 
 
 def study_defaults(study: Study, options: argparse.Namespace) -> None:
@@ -423,6 +429,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--patterns", nargs="+", default=["1:16", "1:32"], help="N:M patterns")
     parser.add_argument("--optimizers", nargs="+", default=["sgd", "adamw"], choices=["sgd", "adamw"])
     parser.add_argument("--recipes", nargs="+", help="only these (sr-ste and dense always run)")
+    help_phases = "dense and fine-tune fraction of mdgf and sdgf, in place of the defaults"
+    parser.add_argument("--phases", nargs=2, type=float, metavar=("DENSE", "FINETUNE"), help=help_phases)
     parser.add_argument("--lr", type=float, help="learning rate, in place of the search")
     parser.add_argument("--schedule", default="cosine", choices=["cosine", "constant"], help="learning rate over time")
     parser.add_argument("--epochs", type=int, default=30, help="epochs of a run (default 30)")

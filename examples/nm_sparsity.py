@@ -103,7 +103,7 @@ def run_study(study: Study) -> list[Result]:
         writer = csv.DictWriter(file, list(asdict(results[0])))
         writer.writeheader()
         writer.writerows(asdict(result) for result in results)
-    draw_comparison(study).savefig(study.output / "comparison.png", dpi=130)
+    draw_comparison(study).savefig(study.output / "comparison.png", dpi=140)
     return results
 
 
@@ -179,7 +179,7 @@ def loads_strictly(study: Study, module: LightningModule, checkpoint: Path, imag
 def hush() -> None:
     """Silence what Lightning says about every fit; warnings of techniques still come through."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    advice = "many workers|exists and is not empty|LeafSpec|log_every_n_steps|logging interval|tensorboardX"
+    advice = "many workers|exists and is not empty|LeafSpec|log_every_n_steps|logging interval"
     warnings.filterwarnings("ignore", f".*({advice})")
 
 
@@ -286,25 +286,6 @@ def summarise(recipe: str, results: Sequence[Result]) -> tuple[str, ...]:
     return recipe, f"{statistics.mean(accuracies):.1f}{spread} %", weights, f"{ratio:.2f} x", loads
 
 
-def say_where(study: Study) -> None:
-    """Tell what lies where."""
-    one = "<recipe>_seed0/"
-    files = {
-        "comparison.png": "the recipes side by side",
-        "results.csv": "the table, one line for each training",
-        f"{one}nm_sparsity.png": "one training: density, mask changes, accuracy",
-        f"{one}metrics.csv": "its scalars",
-        f"{one}last.ckpt": "its checkpoint, an ordinary one",
-    }
-    if study.wandb:
-        files["wandb/"] = "the same, histograms and masks for W&B"
-    print(f"Written to {study.output}/")
-    for name, meaning in files.items():
-        print(f"  {name:<32}  {meaning}")
-    if study.wandb == "offline":
-        print(f"Upload to W&B with: wandb sync {study.output}/wandb/offline-run-*")
-
-
 # The figure.
 
 PALETTE = ("#CC79A7", "#D55E00", "#8C510A", "#56B4E9", "#0072B2", "#009E73", "#E69F00")
@@ -315,7 +296,7 @@ def draw_comparison(study: Study) -> Figure:
     """Draw validation accuracy, density with decay, and mask changes over steps, a colour for each recipe."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
+    figure = Figure(figsize=(8.8, 4.6), layout="constrained")
     panels = [["accuracy", "density"], ["accuracy", "flips"]]
     axes: dict[str, Axes] = figure.subplot_mosaic(panels, width_ratios=[1.3, 1], sharex=True)
     data = "CIFAR-10" if study.data_folder else "handwritten digits"
@@ -323,6 +304,8 @@ def draw_comparison(study: Study) -> Figure:
     figure.suptitle(f"Training towards {study.pattern} sparsity: {study.model} on {data}{mean}", fontsize=12)
     for recipe in ("dense", *study.recipes):
         draw_curve(axes["accuracy"], study, recipe, "val_acc", label=recipe)
+        if recipe == "dense":
+            continue
         draw_curve(axes["density"], study, recipe, "sparsity/density", drawstyle="steps-post")
         if recipe.startswith("mdgf"):
             draw_curve(axes["density"], study, recipe, "sparsity/decay", linestyle=":")
@@ -398,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study = parse(arguments)
     results = run_study(study)
     print_table(results, study.pattern)
-    say_where(study)
+    print(f"\nWritten to {study.output}/: comparison.png, results.csv, and a folder for each training.")
 
 
 if __name__ == "__main__":

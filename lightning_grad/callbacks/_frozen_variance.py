@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -58,8 +57,9 @@ def _correction(state: dict[str, Any], beta2: float) -> Tensor | float:
     """Return by what the bias correction of a constant moment grows in the step that was just taken."""
     if "step" not in state:
         return 1.0
-    step = torch.as_tensor(state["step"], dtype=torch.float64)
-    return ((1 - beta2**step) / (1 - beta2 ** (step - 1))).float()
+    step = state["step"].double() if isinstance(state["step"], Tensor) else float(state["step"])
+    growth: Tensor | float = (1 - beta2**step) / (1 - beta2 ** (step - 1))
+    return growth
 
 
 def check_adam_like(optimizer: Optimizer) -> None:

@@ -179,14 +179,18 @@ class InPlaceView:
         """Write the view's value into the parameter, and keep the dense weight aside."""
         if self._dense is None:
             self._dense = self.parameter.detach().clone()
-            self.parameter.copy_(self._view.value(self._dense))
+            self._write(self._view.value(self._dense))
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the dense weight back, if it is out."""
         if self._dense is not None:
-            self.parameter.copy_(self._dense)
+            self._write(self._dense)
             self._dense = None
+
+    def _write(self, value: Tensor) -> None:
+        # Through .data, which leaves the version counter alone: the dense weight itself has not changed.
+        self.parameter.data.copy_(value)
 
     def detach(self) -> None:
         """Put the dense weight back and remove the hooks."""

@@ -25,6 +25,7 @@ class Technique:
         no_neutral_because: Why it has no neutral setting.
         second: Arguments of a second instance that works beside the first; ``None`` if two make no sense.
         needs_adam: Whether it works with Adam-like optimizers only.
+        compile: Whether this configuration gives a compiler something else to trace than its neighbours.
         wrong: Pairs of wrong constructor arguments and a piece of the error.
     """
 
@@ -35,6 +36,7 @@ class Technique:
     no_neutral_because: str = ""
     second: Mapping[str, Any] | None = None
     needs_adam: bool = False
+    compile: bool = True
     wrong: tuple[tuple[Mapping[str, Any], str], ...] = ()
 
     @property
@@ -68,6 +70,7 @@ def _nm(variant: str, **arguments: Any) -> Technique:
         neutral={**both, "pattern": "4:4", **({"recipe": [[0.0, "4:4"]]} if variant == "schedule" else {})},
         second={**both, "include": ["head"], "name": "head"},
         needs_adam=arguments.get("recipe") == "step",
+        compile=variant in ("mdgf-exponential", "mdgf-exponential-ste", "sdgf-stepwise"),
         wrong=_NM_WRONG if variant == "mdgf-exponential" else (),
     )
 

@@ -79,7 +79,7 @@ def test_manual_optimization_with_two_optimizers(technique, optimizer):
     assert_trained(module, start)
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.parametrize("technique", [t for t in TECHNIQUES if t.compile], ids=str)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch about its own tracing
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("how", ["module.compile()", "torch.compile(module)"])
