@@ -26,7 +26,7 @@ Show it in W&B:       wandb sync {folder}/wandb/offline-run-*
 Try other settings:   .venv/bin/python examples/nm_sparsity.py --help"""
 
 
-def main(output: Path = Path("runs/demo"), epochs: int = 15) -> None:
+def main(output: Path = Path("runs/demo"), epochs: int = 16) -> None:
     """Train, and tell what came of it."""
     print(INTRODUCTION, flush=True)
     from nm_sparsity import Study, print_table, run_study  # takes seconds, so after the first words

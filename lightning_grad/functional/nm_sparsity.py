@@ -255,7 +255,7 @@ def add_sr_ste_(gradient: Tensor, weight: Tensor, factor: Tensor, strength: floa
     References:
         Zhou et al., 2021, arXiv 2102.04010, equation 9.
     """
-    return gradient.add_((1 - factor) * weight.detach(), alpha=strength)
+    return gradient.addcmul_(1 - factor, weight.detach(), value=strength)
 
 
 def mask_distance(mask: Tensor, other: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ def test_every_training_has_a_result(run: Run) -> None:
     for result in run.results:
         assert 0 <= result.test_accuracy <= 1
         assert 0 < result.step_ms < 10_000
+        assert 0 < result.step_quotient < 10_000
         assert result.loads_strictly
     assert (run.results[0].exact_weights, run.results[0].chosen_weights) == (0, 0)
     assert (run.results[1].exact_weights, run.results[1].chosen_weights) == (12, 12)
@@ -239,10 +240,10 @@ def test_offline_run_holds_settings_and_figures_of_merit(offline: dict[str, Offl
 
 def test_several_seeds_are_averaged(capsys: pytest.CaptureFixture[str]) -> None:
     results = [
-        Result("dense", 0, 0.98, 0, 0, 10.0, True),
-        Result("ste", 0, 0.90, 3, 4, 11.0, True),
-        Result("dense", 1, 0.96, 0, 0, 20.0, True),
-        Result("ste", 1, 0.92, 4, 4, 26.0, False),
+        Result("dense", 0, 0.98, 0, 0, 9.0, 10.0, True),
+        Result("ste", 0, 0.90, 3, 4, 9.0, 11.0, True),
+        Result("dense", 1, 0.96, 0, 0, 9.0, 20.0, True),
+        Result("ste", 1, 0.92, 4, 4, 9.0, 26.0, False),
     ]
     print_table(results, "2:4")
     header, _, dense, ste, *_ = capsys.readouterr().out.splitlines()
@@ -299,7 +300,7 @@ def test_demo_compares_three_recipes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Study] = []
-    results = [Result(recipe, 0, 0.9, 12, 12, 1.0, True) for recipe in ("dense", "sr-ste")]
+    results = [Result(recipe, 0, 0.9, 12, 12, 1.0, 1.0, True) for recipe in ("dense", "sr-ste")]
     monkeypatch.setattr(nm_sparsity, "run_study", lambda study: asked.append(study) or results)
     demo.main(tmp_path)
     assert asked == [Study(output=tmp_path, wandb="offline", accelerator="cpu")]
