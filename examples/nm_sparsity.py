@@ -321,8 +321,8 @@ def draw_comparison(study: Study) -> Figure:
     panels = [["accuracy", "density"], ["accuracy", "flips"]]
     axes: dict[str, Axes] = figure.subplot_mosaic(panels, width_ratios=[1.3, 1], sharex=True)
     data = "CIFAR-10" if study.data_folder else "handwritten digits"
-    mean = f", mean of {study.seeds} seeds" if study.seeds > 1 else ""
-    figure.suptitle(f"Training towards {study.pattern} sparsity: {study.model} on {data}{mean}", fontsize=12)
+    seeds = f"mean of {study.seeds} seeds" if study.seeds > 1 else "one seed"
+    figure.suptitle(f"Training towards {study.pattern} sparsity: {study.model} on {data}, {seeds}", fontsize=12)
     for recipe in ("dense", *study.recipes):
         draw_curve(axes["accuracy"], study, recipe, "val_acc", label=recipe)
         if recipe == "dense":

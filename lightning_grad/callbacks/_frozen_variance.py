@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -18,8 +19,12 @@ class FrozenVariance:
     :math:`1 - \beta_2` (a thousandth, usually); that masked gradients pile up in the variance, which is what the remedy is
     against, cannot happen. Nothing needs saving: the moments in a checkpoint are the frozen ones.
 
+    Weights that had next to no gradient before would have next to no variance for ever, and their first gradient would throw
+    them out of bounds. So the optimizer's eps is added to :math:`\hat v` when it is frozen, which puts it under the root.
+
     Args:
         optimizer: An Adam-like optimizer that has stepped.
+        resumed: Whether its moments come from a checkpoint and are frozen already.
 
     Raises:
         ValueError: If it keeps no ``exp_avg_sq``.
@@ -29,8 +34,10 @@ class FrozenVariance:
         algorithm 1.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, resumed: bool = False) -> None:
         self._optimizer = optimizer
+        if not resumed:
+            self._add_floor()
         self._frozen: dict[Tensor, dict[str, Tensor]] = {
             parameter: {key: state[key].clone() for key in _KEYS if key in state}
             for parameter, state in optimizer.state.items()
@@ -41,6 +48,14 @@ class FrozenVariance:
                 f"recipe='step' freezes the variance ({_KEYS[0]}) of an Adam-like optimizer, and {type(optimizer).__name__} "
                 "keeps none. Use recipe='sr-ste', or Adam or AdamW."
             )
+
+    def _add_floor(self) -> None:
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self._optimizer.state.get(parameter, {})
+                for key in _KEYS:
+                    if key in state:
+                        state[key] += group["eps"] * (1 - group["betas"][1] ** _step(state))
 
     def put_back(self) -> None:
         """Undo what the last step did to the second moments."""
@@ -57,9 +72,14 @@ def _correction(state: dict[str, Any], beta2: float) -> Tensor | float:
     """Return by what the bias correction of a constant moment grows in the step that was just taken."""
     if "step" not in state:
         return 1.0
-    step = state["step"].double() if isinstance(state["step"], Tensor) else float(state["step"])
+    step = _step(state)
     growth: Tensor | float = (1 - beta2**step) / (1 - beta2 ** (step - 1))
     return growth
+
+
+def _step(state: dict[str, Any]) -> Tensor | float:
+    step = state.get("step", math.inf)
+    return step.double() if isinstance(step, Tensor) else float(step)
 
 
 def check_adam_like(optimizer: Optimizer) -> None:

@@ -70,7 +70,7 @@ def _nm(variant: str, **arguments: Any) -> Technique:
         neutral={**both, "pattern": "4:4", **({"recipe": [[0.0, "4:4"]]} if variant == "schedule" else {})},
         second={**both, "include": ["head"], "name": "head"},
         needs_adam=arguments.get("recipe") == "step",
-        compile=variant in ("mdgf-exponential", "mdgf-exponential-ste", "sdgf-stepwise"),
+        compile=variant in ("mdgf-exponential", "mdgf-exponential-masked", "sdgf-stepwise"),
         wrong=_NM_WRONG if variant == "mdgf-exponential" else (),
     )
 
@@ -95,9 +95,9 @@ _NM_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
 )
 
 TECHNIQUES: list[Technique] = [
-    _nm("mdgf-exponential", recipe="mdgf-exponential"),
-    _nm("mdgf-exponential-ste", recipe="mdgf-exponential", gradient="ste"),
-    _nm("mdgf-linear", recipe="mdgf-linear"),
+    _nm("mdgf-exponential", recipe="mdgf-exponential", dense_fraction=0.1),
+    _nm("mdgf-exponential-masked", recipe="mdgf-exponential", gradient="masked"),
+    _nm("mdgf-linear", recipe="mdgf-linear", gradient="masked"),
     _nm("sr-ste", recipe="sr-ste", sr_ste_lambda=0.1),
     _nm("ste", recipe="ste", zero_pruned_state=True),
     _nm("step", recipe="step"),
