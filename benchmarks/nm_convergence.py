@@ -227,7 +227,7 @@ class Run:
         return NMSparsity(
             self.pattern,
             recipe=variant.recipe,
-            gradient=variant.gradient,
+            gradient=variant.gradient or "ste",
             dense_fraction=variant.dense_fraction,
             finetune_fraction=variant.finetune_fraction,
             include=include,

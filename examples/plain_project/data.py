@@ -63,9 +63,7 @@ class Digits(LoaderModule):
         noise: Standard deviation of Gaussian noise added once to the training images, ``None`` for none.
     """
 
-    def __init__(
-        self, batch_size: int = 64, num_workers: int = 0, seed: int = 0, noise: float | None = None
-    ) -> None:
+    def __init__(self, batch_size: int = 64, num_workers: int = 0, seed: int = 0, noise: float | None = None) -> None:
         super().__init__(batch_size, num_workers)
         self.seed = seed
         self.noise = noise
@@ -86,9 +84,7 @@ class Digits(LoaderModule):
 
     def split(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the indices of the training, validation and test images."""
-        rest, test = train_test_split(
-            np.arange(len(labels)), test_size=200, stratify=labels, random_state=self.seed
-        )
+        rest, test = train_test_split(np.arange(len(labels)), test_size=200, stratify=labels, random_state=self.seed)
         train, val = train_test_split(rest, test_size=197, stratify=labels[rest], random_state=self.seed)
         return train, val, test
 

@@ -120,9 +120,7 @@ class VisionTransformer(ImageClassifier):
         dropout: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        net = PatchTransformer(
-            image_size, patch_size, channels, width, depth, heads, mlp_ratio, classes, dropout
-        )
+        net = PatchTransformer(image_size, patch_size, channels, width, depth, heads, mlp_ratio, classes, dropout)
         super().__init__(net, classes=classes, **kwargs)
 
 
@@ -145,6 +143,4 @@ class ResidualConvNet(ImageClassifier):
         classes: int = 10,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            ResidualNetwork(channels, width, blocks_per_stage, classes), classes=classes, **kwargs
-        )
+        super().__init__(ResidualNetwork(channels, width, blocks_per_stage, classes), classes=classes, **kwargs)

@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def transformer_encoder(
-    width: int, depth: int, heads: int, mlp_ratio: int, dropout: float
-) -> nn.TransformerEncoder:
+def transformer_encoder(width: int, depth: int, heads: int, mlp_ratio: int, dropout: float) -> nn.TransformerEncoder:
     """Build a pre-norm GELU transformer encoder, without the LayerNorm that is due after its last layer."""
     layer = nn.TransformerEncoderLayer(
         width, heads, mlp_ratio * width, dropout, activation="gelu", batch_first=True, norm_first=True
@@ -81,9 +79,7 @@ class ResidualBlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the activations after the block."""

@@ -19,9 +19,7 @@ def warmup_cosine(step: int, total_steps: int, warmup_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def with_schedule(
-    optimizer: Optimizer, schedule: Schedule, total_steps: float, warmup: float
-) -> OptimizerLRScheduler:
+def with_schedule(optimizer: Optimizer, schedule: Schedule, total_steps: float, warmup: float) -> OptimizerLRScheduler:
     """Return what ``configure_optimizers`` returns for ``optimizer`` under ``schedule``.
 
     Args:
@@ -36,9 +34,7 @@ def with_schedule(
     if schedule == "constant":
         return optimizer
     if math.isinf(total_steps):
-        raise ValueError(
-            "schedule='cosine' needs a run with an end: set max_epochs or max_steps of the Trainer."
-        )
+        raise ValueError("schedule='cosine' needs a run with an end: set max_epochs or max_steps of the Trainer.")
     total = int(total_steps)
     factor = partial(warmup_cosine, total_steps=total, warmup_steps=int(warmup * total))
     return {
