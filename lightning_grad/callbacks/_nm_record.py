@@ -90,7 +90,10 @@ class SparsityRecord:
         figure = Figure(figsize=(8, 7 if metric else 5), layout="constrained")
         axes = figure.subplots(3 if metric else 2, 1, sharex=True)
         figure.suptitle(title)
-        _curve(axes[0], self.rows, {"density": "density (share not zero)", "decay": "decay value D"})
+        shares = {"density": "density (share not zero)"}
+        if any(0.0 < row["decay"] < 1.0 for row in self.rows):
+            shares["decay"] = "decay value D"
+        _curve(axes[0], self.rows, shares, drawstyle="steps-post")
         axes[0].set_ylabel("share")
         axes[0].set_ylim(-0.03, 1.03)
         names = {"flips": "flips since the last log", "divergence": "divergence from the phase's last mask"}
@@ -116,10 +119,10 @@ def _unpack(sample: Tensor) -> Tensor:
     return (sample.unsqueeze(1) >> shifts & 1).flatten()
 
 
-def _curve(axis: Axes, rows: list[dict[str, Any]], names: Mapping[str, str], marker: str = "") -> None:
+def _curve(axis: Axes, rows: list[dict[str, Any]], names: Mapping[str, str], **style: Any) -> None:
     for key, label in names.items():
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if points:
-            axis.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3)
+            axis.plot(*zip(*points, strict=True), label=label, markersize=3, **style)
     if axis.lines:
         axis.legend(frameon=False, fontsize="small")
