@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 _KEYS = ("exp_avg_sq", "max_exp_avg_sq")
+_NO_VARIANCE = (
+    "recipe='step' freezes the variance (exp_avg_sq) of an Adam-like optimizer, and {} keeps none. Use recipe='sr-ste', "
+    "or Adam or AdamW."
+)
 
 
 class FrozenVariance:
     r"""Keeps the bias-corrected second moments of an optimizer as they are.
 
-    After every step the moment :math:`v_t` becomes :math:`v_{t-1} (1 - \beta_2^t) / (1 - \beta_2^{t-1})`, so that
+    After a step the moment :math:`v_t` becomes :math:`v_{t-1} (1 - \beta_2^t) / (1 - \beta_2^{t-1})`, so that
     :math:`\hat v = v_t / (1 - \beta_2^t)` never changes. One step still sees its own gradient, with weight
     :math:`1 - \beta_2` (a thousandth, usually); that masked gradients pile up in the variance, which is what the remedy is
     against, cannot happen. Nothing needs saving: the moments in a checkpoint are the frozen ones.
@@ -43,11 +48,9 @@ class FrozenVariance:
             for parameter, state in optimizer.state.items()
             if _KEYS[0] in state
         }
+        self._steps = {parameter: _step(optimizer.state[parameter]) for parameter in self._frozen}
         if not self._frozen:
-            raise ValueError(
-                f"recipe='step' freezes the variance ({_KEYS[0]}) of an Adam-like optimizer, and {type(optimizer).__name__} "
-                "keeps none. Use recipe='sr-ste', or Adam or AdamW."
-            )
+            raise ValueError(_NO_VARIANCE.format(type(optimizer).__name__))
 
     def _add_floor(self) -> None:
         for group in self._optimizer.param_groups:
@@ -58,23 +61,17 @@ class FrozenVariance:
                         state[key] += group["eps"] * (1 - group["betas"][1] ** _step(state))
 
     def put_back(self) -> None:
-        """Undo what the last step did to the second moments."""
+        """Undo what the last step did to the second moments, of the parameters that it moved."""
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter in self._frozen:
                     state = self._optimizer.state[parameter]
-                    growth = _correction(state, group["betas"][1])
+                    before, now = self._steps[parameter], _step(state)
+                    beta2 = group["betas"][1]
+                    growth = (1 - beta2**now) / (1 - beta2**before)
+                    self._steps[parameter] = now
                     for key, frozen in self._frozen[parameter].items():
                         state[key].copy_(frozen.mul_(growth))
-
-
-def _correction(state: dict[str, Any], beta2: float) -> Tensor | float:
-    """Return by what the bias correction of a constant moment grows in the step that was just taken."""
-    if "step" not in state:
-        return 1.0
-    step = _step(state)
-    growth: Tensor | float = (1 - beta2**step) / (1 - beta2 ** (step - 1))
-    return growth
 
 
 def _step(state: dict[str, Any]) -> Tensor | float:
@@ -82,14 +79,18 @@ def _step(state: dict[str, Any]) -> Tensor | float:
     return step.double() if isinstance(step, Tensor) else float(step)
 
 
-def check_adam_like(optimizer: Optimizer) -> None:
-    """Raise before the first step if an optimizer can have no second moment to freeze.
+def check_keeps_variance(optimizer: Optimizer) -> None:
+    """Raise before the first step if an optimizer will have no second moment to freeze.
 
     Raises:
-        ValueError: If its groups have no pair of ``betas``.
+        ValueError: If a copy of it that steps one number keeps no ``exp_avg_sq``.
     """
-    if any(len(group.get("betas", ())) < 2 for group in optimizer.param_groups):
-        raise ValueError(
-            f"recipe='step' freezes the variance of an Adam-like optimizer, and {type(optimizer).__name__} has no betas. "
-            "Use recipe='sr-ste', or Adam or AdamW."
-        )
+    number = torch.zeros(1, requires_grad=True)
+    number.grad = torch.zeros(1)
+    try:
+        probe = type(optimizer)([number], **optimizer.defaults)
+        probe.step()
+    except Exception:  # an optimizer that cannot be built from its defaults tells nothing before its first step
+        return
+    if _KEYS[0] not in probe.state[number]:
+        raise ValueError(_NO_VARIANCE.format(type(optimizer).__name__))

@@ -48,8 +48,11 @@ class SparsityRecord:
         self.rows.append({**row, "phase": phase, "divergence": None})
         present = [mask for mask in masks.values() if mask is not None]
         if len(present) == len(masks):
-            sample = torch.cat([mask.flatten()[:: max(1, mask.numel() // _MOST_ENTRIES)] for mask in present])
-            self._samples.append((len(self.rows) - 1, pack_bits(sample)))
+            sample = torch.cat([mask.flatten()[:: mask.numel() // _MOST_ENTRIES | 1] for mask in present])
+            packed = pack_bits(sample)
+            # A resumed run may have chosen other weights.
+            self._samples = [(index, other) for index, other in self._samples if other.shape == packed.shape]
+            self._samples.append((len(self.rows) - 1, packed))
         if len(self._samples) > _MOST_SAMPLES:
             self._samples = self._samples[::2]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from lightning_grad.functional.nm_sparsity import Axis, group_dim
 from lightning_grad.utilities.parameters import check_patterns, clean_name, matches, named_owners, shared_names
 from lightning_grad.utilities.portable import pack_bits, unpack_bits
 from lightning_grad.utilities.reporting import format_table
-from lightning_grad.utilities.weight_view import has_view, viewed_class
+from lightning_grad.utilities.weight_view import InPlaceView, has_view, viewed_class
 
 _SINGLE_WEIGHT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MOST_SHOWN = 24
@@ -56,6 +57,7 @@ class SparseWeight:
         self.dim = dim
         self.in_place = in_place
         self.others = others
+        self.exposed: InPlaceView | None = None
         self.straight_through = False
         self.phase: NMPhase = DENSE
         self.factor: Tensor | None = None
@@ -67,6 +69,11 @@ class SparseWeight:
     def parameter(self) -> nn.Parameter:
         """The dense weight."""
         return self.module._parameters[self.attribute]  # type: ignore[return-value]
+
+    @property
+    def dense(self) -> Tensor:
+        """The dense weight's values, also while a step computes with others in its place."""
+        return self.parameter.detach() if self.exposed is None else self.exposed.dense
 
     @property
     def size(self) -> int:
@@ -110,7 +117,7 @@ class SparseWeight:
         if phase.pattern is None:
             self.factor = None
         elif mask is None:
-            self.factor = self._factor_of(self.parameter)
+            self.factor = self._factor_of(self.dense)
         else:
             self.factor = mask.clamp(min=phase.decay)
 
@@ -121,7 +128,7 @@ class SparseWeight:
 
     def enter_inference(self) -> None:
         """Show what a checkpoint would hold, whichever weights are in the parameter now."""
-        self.inference = None if self.phase.pattern is None else self.stored(self.parameter.detach())
+        self.inference = None if self.phase.pattern is None else self.stored(self.dense)
 
     def leave_inference(self) -> None:
         """Show the training weights again."""
@@ -193,7 +200,7 @@ def choose_weights(
     for argument, asked in (("include", include), ("exclude", exclude), ("pattern", [p for p in patterns if p != "*"])):
         check_patterns(asked or [], names, argument)
     candidates = [owner for owner in owners if _is_candidate(*owner, include)]
-    ends = {candidates[0][0], candidates[-1][0]} if candidates and include is None else set()
+    ends = _ends(candidates, exclude) if include is None else set()
     tied = shared_names(module)
     choice = Choice([], [])
     for name, owner, attribute in candidates:
@@ -221,6 +228,10 @@ def choose_weights(
                 f"{clean_name(name)} and {clean_name(twin.name)} are one tied parameter, and are given {pattern} and "
                 f"{twin.pattern}. Give both the same pattern."
             )
+    found = [name for name, _, _ in candidates]
+    for asked in include or []:
+        if not any(matches(name, [asked]) for name in found):
+            choice.skipped.append((asked, "no Linear, Conv or attention layer; spell parameters of others to the end"))
     return choice
 
 
@@ -234,8 +245,22 @@ def _is_candidate(name: str, owner: nn.Module, attribute: str, include: Sequence
     """Known layers are found by type; parameters of other modules only where a pattern spells their own name."""
     if _is_known(owner, attribute):
         return include is None or matches(name, include)
-    own = [pattern for pattern in include or [] if pattern.rpartition(".")[2] == attribute]
-    return matches(name, own)
+    return matches(name, [pattern for pattern in include or [] if _spells(pattern, attribute)])
+
+
+def _spells(pattern: str, attribute: str) -> bool:
+    last = pattern.rpartition(".")[2]
+    return last != "*" and fnmatchcase(attribute, last)
+
+
+def _ends(candidates: Sequence[tuple[str, nn.Module, str]], exclude: Sequence[str] | None) -> set[str]:
+    """Return the names of the first and the last layer, of those that train."""
+    training = [
+        name
+        for name, owner, attribute in candidates
+        if owner._parameters[attribute].requires_grad and not matches(name, exclude or [])  # type: ignore[union-attr]
+    ]
+    return {training[0], training[-1]} if training else set()
 
 
 def _why_not(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.callbacks._frozen_variance import FrozenVariance, check_adam_like
+from lightning_grad.callbacks._frozen_variance import FrozenVariance, check_keeps_variance
 from lightning_grad.callbacks._nm_meter import (
     SparsityMeter,
     density_by_layer,
@@ -182,7 +182,7 @@ class NMSparsity(GradCallback):
     ) -> None:
         super().__init__(name)
         self.pattern = _as_text(pattern)
-        self.recipe = recipe if isinstance(recipe, str) else [(float(f), str(p)) for f, p in recipe]
+        self.recipe = recipe if isinstance(recipe, str) else [(float(share), str(text)) for share, text in recipe]
         phases = _PHASES.get(self._recipe_name, (0.0, 0.0))
         self.dense_fraction = phases[0] if dense_fraction is None else dense_fraction
         self.finetune_fraction = phases[1] if finetune_fraction is None else finetune_fraction
@@ -190,8 +190,8 @@ class NMSparsity(GradCallback):
         self.decay = decay
         self.sr_ste_lambda = sr_ste_lambda
         self.axis = axis
-        self.include = None if include is None else list(include)
-        self.exclude = None if exclude is None else list(exclude)
+        self.include = _as_names(include, "include")
+        self.exclude = _as_names(exclude, "exclude")
         self.mask_every = mask_every
         self.geometric_start = geometric_start
         self.zero_pruned_state = zero_pruned_state
@@ -209,11 +209,19 @@ class NMSparsity(GradCallback):
         check_at_least(self.mask_every, 1, "mask_every")
         check_at_least(self.sr_ste_lambda, 0.0, "sr_ste_lambda")
         check_at_least(self.top, 0, "top")
+        if self.depth is not None:
+            check_at_least(self.depth, 1, "depth")
+        if isinstance(self.axis, str):
+            check_choice(self.axis, ("input", "output"), "axis")
+        if not self.pattern:
+            raise ValueError("pattern names no N:M pattern. Write for example '2:4'.")
         if self._recipe_name in ("ste", "sr-ste", "step") and self.gradient == "masked":
             raise ValueError(
                 f"recipe={self.recipe!r} passes the gradient straight through by definition; gradient='masked' is for "
                 "mdgf-*, sdgf-* and schedules of your own."
             )
+        if self._recipe_name in ("ste", "sr-ste", "step") and self.finetune_fraction:
+            raise ValueError(f"recipe={self.recipe!r} has its final pattern all along: leave finetune_fraction out.")
         if self.decay is not None and not self._recipe_name.startswith("mdgf"):
             raise ValueError(f"decay belongs to mdgf-linear and mdgf-exponential; recipe={self.recipe!r} has none.")
         by_name = {"*": self.pattern} if isinstance(self.pattern, str) else self.pattern
@@ -292,20 +300,26 @@ class NMSparsity(GradCallback):
             raise ValueError(f"{self.label} finds no weight to make sparse. {choice.why_none()}")
         for weight in choice.chosen:
             refuse_overlap(weight, self.label)
-        if self._adds_sr_ste:
-            refuse_scaled_gradients(trainer, f"{self.label}(recipe={self.recipe!r})")
-        if self.recipe == "step":
-            for optimizer in trainer.optimizers:
-                check_adam_like(optimizer)
+        chosen = {id(weight.parameter) for weight in choice.chosen}
+        for optimizer in trainer.optimizers:
+            if owned_ids(optimizer).isdisjoint(chosen):
+                continue
+            if self._adds_sr_ste:
+                refuse_scaled_gradients(trainer, optimizer, f"{self.label}(recipe={self.recipe!r})")
+            if self.recipe == "step":
+                check_keeps_variance(optimizer)
 
     def _open_window(self, pl_module: pl.LightningModule) -> None:
-        in_place = [InPlaceView(w.module, w.attribute, w, w.others) for w in self._weights if w.in_place]
+        for weight in self._weights:
+            if weight.in_place:
+                weight.exposed = InPlaceView(weight.module, weight.attribute, weight, weight.others)
+        in_place = [weight.exposed for weight in self._weights if weight.exposed is not None]
         if in_place:
             self._window = InPlaceWindow(pl_module, in_place)
             self._undo.push(self._window.remove)
 
     def _watch(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
-        before = optimizer.register_step_pre_hook(lambda *_: self._close_window())
+        before = optimizer.register_step_pre_hook(self._before_step)
         after = optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(trainer, stepped))
         self._undo.push(before.remove)
         self._undo.push(after.remove)
@@ -329,7 +343,7 @@ class NMSparsity(GradCallback):
         self._resume()  # an explicit decay needs the length of the run, which is known only now
         self._restored = {}
         for optimizer in trainer.optimizers:
-            if optimizer.state:
+            if optimizer.state and self._owned_by(optimizer):
                 self._hold_variance(optimizer, resumed=True)
 
     @override
@@ -361,6 +375,11 @@ class NMSparsity(GradCallback):
             if self._adds_sr_ste and weight.mask is not None:
                 add_sr_ste_(gradient, weight.parameter, weight.mask, self.sr_ste_lambda)
 
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Uncover the dense weights for a step that runs no closure; one that does calls on_before_optimizer_step."""
+        if not any(callable(value) for value in (*args, kwargs.get("closure"))):
+            self._close_window()
+
     @torch.no_grad()
     def _after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         """Follow an optimizer that has moved its weights."""
@@ -369,6 +388,7 @@ class NMSparsity(GradCallback):
         owned = self._owned_by(optimizer)
         for weight in owned:
             weight.refresh(self._phase(weight), self.mask_every)
+        self._follow_schedule()
         if owned:
             self._hold_variance(optimizer)
         if self.zero_pruned_state:
@@ -378,6 +398,13 @@ class NMSparsity(GradCallback):
         if not self._hook_fired:
             self._warn_of_bypass()
         self._hook_fired = False
+
+    def _follow_schedule(self) -> None:
+        """Bring along weights whose own optimizer did not step: the schedule is the run's."""
+        for weight in self._weights:
+            phase = self._phase(weight)
+            if phase != weight.phase:
+                weight.refresh(phase)
 
     def _hold_variance(self, optimizer: Optimizer, resumed: bool = False) -> None:
         if self.recipe != "step" or self._progress < self.dense_fraction:
@@ -420,6 +447,9 @@ class NMSparsity(GradCallback):
             self._log_step(trainer, pl_module)
         self._stepped = False
         self._meter.forget_step()
+        if self._progress < 1.0 == run_progress(trainer):  # the last batch need not step
+            self._progress = 1.0
+            self._follow_schedule()
 
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         known, measured = state_of(self._weights), self._meter.read(self._weights)
@@ -449,21 +479,21 @@ class NMSparsity(GradCallback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if not self._validating:
+        if self._fitting and not self._validating:
             self._validating = True
             for weight in self._weights:
                 weight.enter_inference()
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._weights:
+        if self._fitting and self._weights:
             now = state_of(self._weights)
             self._log(pl_module, {"density": now["density"], "exact": now["exact"]}, sync_dist=True)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._leave_validation()
-        if self._weights and not trainer.sanity_checking:
+        if self._fitting and self._weights and not trainer.sanity_checking:
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "acc" in key}
             if self.figure_metric in trainer.callback_metrics:
                 metrics[self.figure_metric] = float(trainer.callback_metrics[self.figure_metric])
@@ -495,7 +525,7 @@ class NMSparsity(GradCallback):
         """Return dense weight and view by every key of ``state_dict``; a shared parameter has several."""
         by_identity = {id(weight.parameter): weight for weight in self._weights}
         named = pl_module.named_parameters(remove_duplicate=False)
-        return {name: (p, by_identity[id(p)]) for name, p in named if id(p) in by_identity}
+        return {name: (by_identity[id(p)].dense, by_identity[id(p)]) for name, p in named if id(p) in by_identity}
 
     # The fit ends.
 
@@ -503,32 +533,31 @@ class NMSparsity(GradCallback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         self._leave_validation()
-        if self._progress > 0.0:
+        if self._fitting and self._weights:
             rank_zero_info(
-                f"{self.label}: the fit stopped by {type(exception).__name__}. The module in memory is left dense; a "
-                "checkpoint holds the sparse weights, and resumes exactly."
+                f"{self.label}: the fit stopped by {type(exception).__name__}. The module in memory is left dense; "
+                "checkpoints that callbacks have written hold the sparse weights, and resume exactly."
             )
+        self._fitting = False
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        if self._fitting and self._weights:
-            self._settle_unfinished()
-            for weight in self._weights:
+        weights, self._weights = self._weights, []
+        if self._fitting and weights and self._progress > 0.0:
+            self._settle_unfinished(weights)
+            for weight in weights:
                 weight.bake()
-            self._report(trainer)
-            self._weights, self._window, self._variances, self._meter = [], None, {}, SparsityMeter()
+            self._report(trainer, weights)
+        self._window, self._variances, self._meter = None, {}, SparsityMeter()
         self._fitting = False
 
-    def _is_final(self) -> bool:
-        return all(weight.phase.final for weight in self._weights)
-
-    def _settle_unfinished(self) -> None:
+    def _settle_unfinished(self, weights: Sequence[SparseWeight]) -> None:
         """Decide what a run leaves behind that ended before its schedule did."""
-        if self._is_final():
+        if all(weight.phase.final for weight in weights):
             return
         if self.bake_on_early_stop:
-            for weight in self._weights:
+            for weight in weights:
                 weight.phase = NMPhase(weight.pattern, 0.0, True)
         outcome = (
             "The weights are pruned to the final pattern, untrained for it."
@@ -540,17 +569,17 @@ class NMSparsity(GradCallback):
             f"reached. {outcome}"
         )
 
-    def _report(self, trainer: pl.Trainer) -> None:
+    def _report(self, trainer: pl.Trainer, weights: Sequence[SparseWeight]) -> None:
         self._record.close_phase()
-        send_summary(trainer, self._weights, self._key, self.top)
+        send_summary(trainer, weights, self._key, self.top)
         folder = output_folder(trainer)
         if folder is not None:
             stem = "nm_sparsity" if self.name is None else f"nm_sparsity_{self.name}"
             title = f"{self.label}: {self.pattern}, {self._recipe_name}"
             write_record(trainer, self._record, self._key, folder / stem, title, self.figure_metric, self.figure)
             if self.save_masks:
-                write_masks(trainer, self._weights, folder / f"{stem}_masks.pt")
-        warn_of_inexact_best(trainer, self._weights, self.label)
+                write_masks(trainer, weights, folder / f"{stem}_masks.pt")
+        warn_of_inexact_best(trainer, weights, self.label)
 
 
 def _as_text(pattern: str | Mapping[str, str]) -> str | dict[str, str]:
@@ -561,9 +590,15 @@ def _as_text(pattern: str | Mapping[str, str]) -> str | dict[str, str]:
     return {str(name): str(value) for name, value in pattern.items()}
 
 
+def _as_names(names: Sequence[str] | None, parameter: str) -> list[str] | None:
+    if isinstance(names, str):
+        raise TypeError(f"{parameter} is a list of names; got {names!r}. Write [{names!r}].")
+    return None if names is None else list(names)
+
+
 def _clear_pruned_state(optimizer: Optimizer, weights: Sequence[SparseWeight]) -> None:
     for weight in weights:
         if weight.phase.final and weight.mask is not None:
             for value in optimizer.state[weight.parameter].values():
-                if isinstance(value, Tensor) and value.shape == weight.parameter.shape:
+                if isinstance(value, Tensor) and value.is_floating_point() and value.shape == weight.parameter.shape:
                     value.mul_(weight.mask)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_NETWORK_UP_TO_ON_GPU = 8
 _RANK_UP_TO = 4  # the group size up to which counting is the faster way; see benchmarks/nm_sparsity.py
 
 
@@ -21,7 +22,15 @@ def top_of_groups(a: Tensor, n: int) -> Tensor:
     """Choose the ``n`` largest along dimension 0, by the algorithm that suits the group's size."""
     if n == a.shape[0]:
         return torch.ones_like(a, dtype=torch.bool)
+    if a.is_cuda and a.shape[0] > _NETWORK_UP_TO_ON_GPU:
+        return top_by_sort(a, n)
     return top_by_rank(a, n) if a.shape[0] <= _RANK_UP_TO else top_by_threshold(a, n)
+
+
+def top_by_sort(a: Tensor, n: int) -> Tensor:
+    """Sort every group: three launches, where a network of many would keep a GPU waiting for them."""
+    order = torch.argsort(a, dim=0, descending=True, stable=True)
+    return torch.zeros_like(a, dtype=torch.bool).scatter_(0, order[:n], True)
 
 
 def top_by_rank(a: Tensor, n: int) -> Tensor:

@@ -23,7 +23,7 @@ class NMPhase:
     Args:
         pattern: The pattern in force; ``None`` while the weights are dense.
         decay: D, the factor of the weights outside the mask; 0 prunes them.
-        final: Whether this is the pattern the run ends with, exactly (D = 0).
+        final: Whether the pattern in force is the one the run ends with, with D = 0.
     """
 
     pattern: NMPattern | None
@@ -154,7 +154,7 @@ class NMSchedule:
                 f"dense_fraction={self.dense_fraction} and finetune_fraction={self.finetune_fraction} leave no room for "
                 "the recipe between them: their sum must be below 1."
             )
-        if self.decay is not None and self.decay <= 0:
+        if self.decay is not None and not self.decay > 0:
             raise ValueError(f"decay is the coefficient beta for one optimizer step, above 0; got {self.decay}.")
         geometric_patterns(NMPattern(1, 1), self.geometric_start)
         if isinstance(self.recipe, tuple):

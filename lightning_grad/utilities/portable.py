@@ -4,7 +4,8 @@ A checkpoint holds the *stored* weights (what inference uses) under the plain ke
 state, what it takes to get the dense ones back, bit for bit. Both are done in the module's own ``on_save_checkpoint``
 and ``on_load_checkpoint``: Lightning calls the first after every callback, with ``save_weights_only`` too, and the
 second before anything is loaded, so that weight averaging, which replaces ``checkpoint["state_dict"]``, finds its dense
-average again wherever it stands in the list of callbacks.
+average again wherever it stands in the list of callbacks. What the module itself does there, renaming keys perhaps,
+comes after ours on saving and before ours on loading.
 """
 
 from __future__ import annotations
@@ -146,8 +147,8 @@ def wrap_saving(
     """
 
     def save(inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
-        inner(checkpoint)
         make_portable(checkpoint, state_key, views())
+        inner(checkpoint)
 
     return wrap_method(pl_module, "on_save_checkpoint", save)
 
@@ -160,7 +161,7 @@ def wrap_loading(pl_module: pl.LightningModule, state_key: str) -> Callable[[], 
     """
 
     def load(inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
-        make_dense(checkpoint, state_key)
         inner(checkpoint)
+        make_dense(checkpoint, state_key)
 
     return wrap_method(pl_module, "on_load_checkpoint", load)

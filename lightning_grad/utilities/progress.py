@@ -46,7 +46,7 @@ def total_steps(trainer: pl.Trainer, needed_by: str) -> int:
     Raises:
         ValueError: If the fit has no end that is known beforehand.
     """
-    steps = trainer.estimated_stepping_batches
+    steps = math.inf if trainer.max_epochs == trainer.max_steps == -1 else trainer.estimated_stepping_batches
     if steps == -1 or math.isinf(steps):
         raise ValueError(
             f"{needed_by} places its phases by the length of the run, and this one has no known end. Set "

@@ -127,14 +127,13 @@ def attach_view(module: nn.Module, attribute: str, view: WeightView) -> Callable
 class _StoredInStateDict:
     """State-dict hook of an in-place view; a copy or pickle of the module gets one that does nothing."""
 
-    def __init__(self, attribute: str, view: WeightView | None) -> None:
+    def __init__(self, attribute: str, view: InPlaceView | None) -> None:
         self._attribute = attribute
         self._view = view
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
         if self._view is not None:
-            key = prefix + self._attribute
-            state_dict[key] = self._view.stored(state_dict[key].detach())
+            state_dict[prefix + self._attribute] = self._view.stored()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _StoredInStateDict, (self._attribute, None)
@@ -160,12 +159,20 @@ class InPlaceView:
         self._view = view
         self._dense: Tensor | None = None
         self._handles = [
-            owner.register_state_dict_post_hook(_StoredInStateDict(name, view))  # type: ignore[no-untyped-call]
+            owner.register_state_dict_post_hook(_StoredInStateDict(name, self))  # type: ignore[no-untyped-call]
             for owner, name in [(module, attribute), *others]
         ]
         setattr(self.parameter, _IN_PLACE, id(self.parameter))
-        if self.parameter.requires_grad:
-            self._handles.append(self.parameter.register_hook(self._through_view))  # type: ignore[no-untyped-call]
+        self._sees_gradient = False
+
+    @property
+    def dense(self) -> Tensor:
+        """The dense weight, wherever it is now."""
+        return self.parameter.detach() if self._dense is None else self._dense
+
+    def stored(self) -> Tensor:
+        """Return what a checkpoint holds."""
+        return self._view.stored(self.dense)
 
     def _through_view(self, gradient: Tensor) -> Tensor:
         """Apply the chain rule of the view, which is linear in the weight."""
@@ -177,6 +184,9 @@ class InPlaceView:
     @torch.no_grad()
     def expose(self) -> None:
         """Write the view's value into the parameter, and keep the dense weight aside."""
+        if self.parameter.requires_grad and not self._sees_gradient:
+            self._sees_gradient = True
+            self._handles.append(self.parameter.register_hook(self._through_view))  # type: ignore[no-untyped-call]
         if self._dense is None:
             self._dense = self.parameter.detach().clone()
             self._write(self._view.value(self._dense))

@@ -368,7 +368,7 @@ def test_a_custom_modules_parameter_trains_like_a_linear_layers(gradient):
 
 
 def test_a_custom_parameter_must_be_spelled_to_the_end():
-    with pytest.raises(ValueError, match="full name"):
+    with pytest.raises(ValueError, match="spell parameters of others to the end"):
         fit(NMSparsity("1:4", include=["net"]), Regression(Experts()))
 
 
@@ -540,6 +540,205 @@ def test_a_fused_optimizer_under_a_loss_scale_is_refused():
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     with pytest.raises(ValueError, match="fused=False"):
         trainer(NMSparsity("1:4", "sr-ste", include=["*"]), plugins=[plugin]).fit(module, data())
+
+
+class Manual(Regression):
+    """Two optimizers stepped by hand; ``plan`` says which of them step in an epoch."""
+
+    def __init__(self, net: nn.Module, plan: Any, closure: bool = False) -> None:
+        super().__init__(net)
+        self.automatic_optimization = False
+        self.plan, self.closure = plan, closure
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        for index, optimizer in enumerate(self.optimizers()):
+
+            def close(optimizer: Any = optimizer) -> None:
+                optimizer.zero_grad()
+                self.manual_backward(F.mse_loss(self.net(x), y))
+
+            if self.plan(index, self.current_epoch, batch_idx):
+                if self.closure:
+                    optimizer.step(closure=close)
+                else:
+                    close()
+                    optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        layers = list(self.net.children())
+        return [torch.optim.Adam(layers[0].parameters(), 1e-2), torch.optim.Adam(layers[-1].parameters(), 1e-2)]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        lambda index, epoch, batch: index == 0 or epoch < 2,  # one stops early
+        lambda index, epoch, batch: batch % 3 == 2,  # the last batch does not step
+    ],
+)
+def test_a_weight_whose_optimizer_rests_still_follows_the_schedule(plan):
+    module = Manual(linear_net(), plan)
+    trainer(NMSparsity("1:4", finetune_fraction=0.0, include=["*"]), max_epochs=4).fit(module, data())
+    assert is_nm(module.net[0].weight, 1, 4)
+    assert is_nm(module.net[2].weight, 1, 4)
+
+
+def test_a_chosen_weight_that_no_optimizer_moves_ends_sparse():
+    module = Regression(linear_net(), lambda p: torch.optim.SGD([q for q in p if q.requires_grad], 0.1))
+    module.net[0].requires_grad_(False)
+    fit(NMSparsity("1:4", include=["*"]), module)
+    assert is_nm(module.net[0].weight, 1, 4)
+
+
+def test_a_closure_in_a_manual_step_sees_masked_custom_parameters():
+    zeros: list[float] = []
+
+    class Look(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                zeros.append((self._parameters["w"] == 0).float().mean().item())
+            return super().forward(x)
+
+    net = nn.Sequential(Look(), nn.Tanh(), nn.Linear(8, 8))
+    module = Manual(net, lambda *_: True, closure=True)
+    trainer(NMSparsity("1:4", "ste", include=["net.0.w"])).fit(module, data())
+    assert zeros == [0.75] * 2 * STEPS
+
+
+def test_a_checkpoint_from_inside_a_step_is_right_for_custom_parameters(tmp_path):
+    class SaveInside(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if batch_idx == 5:
+                self.trainer.save_checkpoint(tmp_path / "inside.ckpt")
+            return super().training_step(batch, batch_idx)
+
+    class SaveBefore(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 5:
+                trainer.save_checkpoint(tmp_path / "before.ckpt")
+
+    trainer(SaveBefore(), NMSparsity("1:4", include=["net.w"])).fit(SaveInside(Experts()), data())
+    inside, before = (torch.load(tmp_path / f"{name}.ckpt") for name in ("inside", "before"))
+    assert torch.equal(inside["state_dict"]["net.w"], before["state_dict"]["net.w"])
+    residuals = [c["callbacks"]["NMSparsity"]["residuals"]["state_dict"]["net.w"]["values"] for c in (inside, before)]
+    assert torch.equal(*residuals)
+
+
+def test_a_custom_parameter_unfrozen_later_gets_the_masked_gradient():
+    class Unfreeze(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            pl_module.net[0].w.requires_grad_(batch_idx >= 2)
+
+    class Keep(pl.Callback):
+        def __init__(self) -> None:
+            self.shares: list[float] = []
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            gradient = pl_module.net[0].w.grad
+            if gradient is not None:
+                self.shares.append((gradient == 0).float().mean().item())
+
+    module, keep = Regression(nn.Sequential(Experts(), nn.Linear(8, 8))), Keep()
+    module.net[0].requires_grad_(False)
+    callback = NMSparsity("1:4", [(0.0, "1:4")], "masked", include=["net.0.w"])
+    trainer(Unfreeze(), callback, keep).fit(module, data())
+    assert keep.shares == [0.75] * (STEPS - 2)
+
+
+def test_a_module_that_renames_its_keys_resumes(tmp_path):
+    class Renames(Regression):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"] = {k.replace("net.", "old."): v for k, v in checkpoint["state_dict"].items()}
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"] = {k.replace("old.", "net."): v for k, v in checkpoint["state_dict"].items()}
+
+    def run(**arguments: Any) -> dict[str, Tensor]:
+        module, saving = Renames(linear_net()), ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1)
+        callback = NMSparsity("1:4", "ste", include=["*"])
+        trainer(callback, saving, max_epochs=3, enable_checkpointing=True).fit(module, data(), **arguments)
+        return module.state_dict()
+
+    whole, resumed = run(), run(ckpt_path=tmp_path / f"epoch=0-step={STEPS}.ckpt")
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_frozen_variance_of_a_layer_that_rests_stays():
+    class Rests(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.net[2].requires_grad_(batch_idx < STEPS // 2)
+            return super().training_step(batch, batch_idx)
+
+    seen: list[float] = []
+    spy = Spy(
+        lambda m: seen.append(m.trainer.optimizers[0].state[m.net[2]._parameters["weight"]]["exp_avg_sq"].sum().item())
+    )
+    callback = NMSparsity("1:4", "step", include=["net.0"], dense_fraction=0.1)
+    trainer(spy, callback).fit(Rests(linear_net(), lambda p: torch.optim.Adam(p, 1e-3)), data())
+    assert len(set(seen[STEPS // 2 :])) == 1
+
+
+def test_step_refuses_an_optimizer_without_variance_and_leaves_others_alone():
+    with pytest.raises(ValueError, match="Adamax keeps none"):
+        fit(NMSparsity("1:4", "step", include=["*"]), Regression(linear_net(), torch.optim.Adamax))
+
+
+@pytest.mark.parametrize("words", [{"include": "net.0"}, {"exclude": "net.0"}])
+def test_a_single_name_is_not_taken_for_a_list(words):
+    with pytest.raises(TypeError, match="is a list of names"):
+        NMSparsity("1:4", **words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"axis": "rows"}, "axis"),
+        ({"depth": 0}, "depth"),
+        ({"pattern": {}}, "names no"),
+        ({"decay": float("nan")}, "above 0"),
+    ],
+)
+def test_more_wrong_arguments(words, message):
+    with pytest.raises(ValueError, match=message):
+        NMSparsity(**words)
+
+
+def test_an_included_name_that_means_no_layer_is_told(caplog):
+    callback = NMSparsity("1:4", include=["net.0", "net.1"])
+    with caplog.at_level("INFO"):
+        fit(callback, Regression(nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 8))))
+    assert any("net.1" in record.message and "spell" in record.message for record in caplog.records)
+
+
+def test_the_head_is_the_last_layer_also_before_a_frozen_teacher():
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 8))
+    module = Regression(student)
+    module.teacher = linear_net().requires_grad_(False)
+    fit(NMSparsity("1:4"), module)
+    assert [(layer.weight == 0).any().item() for layer in student[::2]] == [False, True, False]
+
+
+def test_an_exception_after_the_fit_says_nothing_of_it(caplog):
+    class Fails(Regression):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            raise RuntimeError("in test")
+
+    module, run = Fails(linear_net()), trainer(NMSparsity("1:4", include=["*"]))
+    run.fit(module, data())
+    with caplog.at_level("INFO"), pytest.raises(RuntimeError):
+        run.test(module, data(), verbose=False)
+    assert not any("the fit stopped" in record.message for record in caplog.records)
+    assert is_nm(module.net[0].weight, 1, 4)
+
+
+def test_a_fit_of_no_epochs_changes_nothing():
+    module = Regression(linear_net())
+    fit(NMSparsity("1:4", "ste", include=["*"]), module, max_epochs=0)
+    for name, value in linear_net().state_dict().items():
+        assert torch.equal(module.net.state_dict()[name], value)
 
 
 # What is logged.

@@ -88,13 +88,13 @@ def trainer_with(optimizer: torch.optim.Optimizer, scaler: object) -> SimpleName
 def test_fused_optimizer_beside_a_grad_scaler_is_refused() -> None:
     optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), fused=True)
     with pytest.raises(ValueError, match=r"fused AdamW leaves them multiplied.*fused=False, or precision='bf16-mixed'"):
-        refuse_scaled_gradients(trainer_with(optimizer, object()), "NMSparsity")
+        refuse_scaled_gradients(trainer_with(optimizer, object()), optimizer, "NMSparsity")
 
 
 @pytest.mark.parametrize(("fused", "scaler"), [(True, None), (False, object())])
 def test_fused_optimizer_or_grad_scaler_alone_passes(fused: bool, scaler: object) -> None:
     optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), fused=fused)
-    refuse_scaled_gradients(trainer_with(optimizer, scaler), "NMSparsity")
+    refuse_scaled_gradients(trainer_with(optimizer, scaler), optimizer, "NMSparsity")
 
 
 @pytest.mark.parametrize(("fused", "scaler"), [(True, None), (True, object()), (False, None), (False, object())])
@@ -105,7 +105,7 @@ def test_gradients_are_scaled_only_where_a_fused_optimizer_meets_a_scaler(fused:
 
 def test_precision_without_a_scaler_attribute_passes() -> None:
     optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), fused=True)
-    refuse_scaled_gradients(SimpleNamespace(precision_plugin=object(), optimizers=[optimizer]), "NMSparsity")
+    refuse_scaled_gradients(SimpleNamespace(precision_plugin=object()), optimizer, "NMSparsity")
 
 
 def test_owned_parameters_come_from_every_group() -> None:
