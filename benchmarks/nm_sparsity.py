@@ -40,9 +40,9 @@ from plain_project import ResidualConvNet
 
 from benchmarks.common import machine, markdown_table, quiet_trainer, silence
 from lightning_grad.callbacks import NMSparsity
-from lightning_grad.callbacks.nm_sparsity import Gradient
 from lightning_grad.functional import is_nm, nm_mask
 from lightning_grad.functional.nm_schedule import Recipe
+from lightning_grad.functional.nm_sparsity import Gradient
 
 WARM_STEPS = 2
 TIMED_STEPS = 10  # a multiple of mask_every

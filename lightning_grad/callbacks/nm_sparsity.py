@@ -1,14 +1,15 @@
 """Progressive N:M sparsity: the callback.
 
-The masks and schedules are functions in ``functional/nm_sparsity.py`` and ``functional/nm_schedule.py``; what one sparse
-weight is and which are chosen stands in ``_nm_weight.py``; what is measured in ``_nm_meter.py``, recorded and drawn in
-``_nm_record.py``, and left behind at the end in ``_nm_report.py``.
+The masks and schedules are functions, in ``functional/nm_sparsity.py`` and ``functional/nm_schedule.py``. Beside this
+file: ``_nm_arguments.py`` reads the arguments, ``_nm_weight.py`` is one sparse weight and how weights are chosen,
+``_nm_meter.py`` measures, ``_nm_record.py`` records and draws, ``_nm_report.py`` writes what is left behind at the end,
+``_frozen_variance.py`` serves the recipe ``step``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +19,15 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.callbacks._frozen_variance import FrozenVariance, check_keeps_variance
+from lightning_grad.callbacks._nm_arguments import (
+    as_names,
+    as_recipe,
+    as_text,
+    check_recipe,
+    default_phases,
+    read_patterns,
+    read_schedule,
+)
 from lightning_grad.callbacks._nm_meter import (
     SparsityMeter,
     density_by_layer,
@@ -29,9 +39,9 @@ from lightning_grad.callbacks._nm_record import SparsityRecord
 from lightning_grad.callbacks._nm_report import send_summary, warn_of_inexact_best, write_masks, write_record
 from lightning_grad.callbacks._nm_weight import Choice, SparseWeight, choose_weights, refuse_overlap
 from lightning_grad.callbacks.base import GradCallback
-from lightning_grad.functional import RECIPES, NMPattern, NMPhase, NMSchedule, add_sr_ste_
+from lightning_grad.functional import NMPhase, add_sr_ste_
 from lightning_grad.functional.nm_schedule import Recipe
-from lightning_grad.functional.nm_sparsity import Axis
+from lightning_grad.functional.nm_sparsity import Axis, Gradient
 from lightning_grad.utilities.checks import (
     check_at_least,
     check_choice,
@@ -44,17 +54,6 @@ from lightning_grad.utilities.portable import make_portable, wrap_loading, wrap_
 from lightning_grad.utilities.progress import run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step, limit_layers, output_folder, stepped_batches
 from lightning_grad.utilities.weight_view import InPlaceView, InPlaceWindow, attach_view
-
-Gradient = Literal["masked", "ste"]
-
-# Shares of the dense and of the fine-tuning phase where the user says nothing; docs/benchmarks.md has the sweep.
-_PHASES: dict[str, tuple[float, float]] = {
-    "step": (0.2, 0.0),
-    "mdgf-linear": (0.0, 0.2),
-    "mdgf-exponential": (0.0, 0.2),
-    "sdgf-stepwise": (0.0, 0.2),
-    "sdgf-geometric": (0.0, 0.2),
-}
 
 
 class NMSparsity(GradCallback):
@@ -181,17 +180,17 @@ class NMSparsity(GradCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self.pattern = _as_text(pattern)
-        self.recipe = recipe if isinstance(recipe, str) else [(float(share), str(text)) for share, text in recipe]
-        phases = _PHASES.get(self._recipe_name, (0.0, 0.0))
+        self.pattern = as_text(pattern)
+        self.recipe = as_recipe(recipe)
+        phases = default_phases(self.recipe)
         self.dense_fraction = phases[0] if dense_fraction is None else dense_fraction
         self.finetune_fraction = phases[1] if finetune_fraction is None else finetune_fraction
         self.gradient = gradient
         self.decay = decay
         self.sr_ste_lambda = sr_ste_lambda
         self.axis = axis
-        self.include = _as_names(include, "include")
-        self.exclude = _as_names(exclude, "exclude")
+        self.include = as_names(include, "include")
+        self.exclude = as_names(exclude, "exclude")
         self.mask_every = mask_every
         self.geometric_start = geometric_start
         self.zero_pruned_state = zero_pruned_state
@@ -201,51 +200,18 @@ class NMSparsity(GradCallback):
         self.figure = figure
         self.figure_metric = figure_metric
         self.save_masks = save_masks
-        self._patterns, self._schedule = self._check()
+        check_at_least(mask_every, 1, "mask_every")
+        check_at_least(sr_ste_lambda, 0.0, "sr_ste_lambda")
+        check_at_least(top, 0, "top")
+        check_at_least(1 if depth is None else depth, 1, "depth")
+        if isinstance(axis, str):
+            check_choice(axis, ("input", "output"), "axis")
+        check_recipe(self.recipe, gradient, self.finetune_fraction, decay)
+        self._patterns = read_patterns(self.pattern)
+        self._schedule = read_schedule(
+            self.recipe, self._patterns, self.dense_fraction, self.finetune_fraction, decay, geometric_start
+        )
         self._reset()
-
-    def _check(self) -> tuple[dict[str, NMPattern], NMSchedule]:
-        check_choice(self.gradient, get_args(Gradient), "gradient")
-        check_at_least(self.mask_every, 1, "mask_every")
-        check_at_least(self.sr_ste_lambda, 0.0, "sr_ste_lambda")
-        check_at_least(self.top, 0, "top")
-        if self.depth is not None:
-            check_at_least(self.depth, 1, "depth")
-        if isinstance(self.axis, str):
-            check_choice(self.axis, ("input", "output"), "axis")
-        if not self.pattern:
-            raise ValueError("pattern names no N:M pattern. Write for example '2:4'.")
-        if self._recipe_name in ("ste", "sr-ste", "step") and self.gradient == "masked":
-            raise ValueError(
-                f"recipe={self.recipe!r} passes the gradient straight through by definition; gradient='masked' is for "
-                "mdgf-*, sdgf-* and schedules of your own."
-            )
-        if self._recipe_name in ("ste", "sr-ste", "step") and self.finetune_fraction:
-            raise ValueError(f"recipe={self.recipe!r} has its final pattern all along: leave finetune_fraction out.")
-        if self.decay is not None and not self._recipe_name.startswith("mdgf"):
-            raise ValueError(f"decay belongs to mdgf-linear and mdgf-exponential; recipe={self.recipe!r} has none.")
-        by_name = {"*": self.pattern} if isinstance(self.pattern, str) else self.pattern
-        patterns = {key: NMPattern.parse(text) for key, text in by_name.items()}
-        phases = (self.dense_fraction, self.finetune_fraction, self.decay, self.geometric_start)
-        if isinstance(self.recipe, str):
-            check_choice(self.recipe, RECIPES, "recipe")
-            return patterns, NMSchedule(self.recipe, *phases)
-        return patterns, NMSchedule(self._stages(self.recipe, patterns), *phases)
-
-    def _stages(
-        self, pairs: Sequence[tuple[float, str]], patterns: Mapping[str, NMPattern]
-    ) -> tuple[tuple[float, NMPattern], ...]:
-        if self.dense_fraction or self.finetune_fraction:
-            raise ValueError(
-                "A list of (share, pattern) says all phases: leave dense_fraction and finetune_fraction out."
-            )
-        stages = tuple((share, NMPattern.parse(text)) for share, text in pairs)
-        if stages and list(patterns.values()) != [stages[-1][1]]:
-            raise ValueError(
-                f"The schedule ends with {stages[-1][1]}, and pattern={self.pattern!r} is something else: write the last "
-                "pattern of the schedule as pattern= too."
-            )
-        return stages
 
     @property
     def _recipe_name(self) -> str:
@@ -580,20 +546,6 @@ class NMSparsity(GradCallback):
             if self.save_masks:
                 write_masks(trainer, weights, folder / f"{stem}_masks.pt")
         warn_of_inexact_best(trainer, weights, self.label)
-
-
-def _as_text(pattern: str | Mapping[str, str]) -> str | dict[str, str]:
-    if isinstance(pattern, str):
-        return pattern
-    if not isinstance(pattern, Mapping):
-        raise TypeError(f"pattern is text such as '2:4'; got {pattern!r}. In YAML, write it in quotes.")
-    return {str(name): str(value) for name, value in pattern.items()}
-
-
-def _as_names(names: Sequence[str] | None, parameter: str) -> list[str] | None:
-    if isinstance(names, str):
-        raise TypeError(f"{parameter} is a list of names; got {names!r}. Write [{names!r}].")
-    return None if names is None else list(names)
 
 
 def _clear_pruned_state(optimizer: Optimizer, weights: Sequence[SparseWeight]) -> None:

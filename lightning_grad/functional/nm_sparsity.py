@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_grad.functional._group_top import top_of_groups
 
 Axis = Literal["input", "output"] | int
+Gradient = Literal["masked", "ste"]
 
 
 @dataclass(frozen=True)

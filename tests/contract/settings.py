@@ -63,13 +63,16 @@ _SPARSE = {"pattern": "1:4", "include": _LAYERS}
 
 def _nm(variant: str, **arguments: Any) -> Technique:
     both = {**_SPARSE, **arguments}
+    freezes = arguments.get("recipe") == "step"
+    neutral = {**both, "pattern": "4:4", **({"recipe": [[0.0, "4:4"]]} if variant == "schedule" else {})}
     return Technique(
         "NMSparsity",
         variant,
         arguments=both,
-        neutral={**both, "pattern": "4:4", **({"recipe": [[0.0, "4:4"]]} if variant == "schedule" else {})},
+        neutral=None if freezes else neutral,
+        no_neutral_because="the frozen variance is a change that no pattern takes back" if freezes else "",
         second={**both, "include": ["head"], "name": "head"},
-        needs_adam=arguments.get("recipe") == "step",
+        needs_adam=freezes,
         compile=variant in ("mdgf-exponential", "mdgf-exponential-masked", "sdgf-stepwise"),
         wrong=_NM_WRONG if variant == "mdgf-exponential" else (),
     )

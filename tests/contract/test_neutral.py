@@ -23,10 +23,6 @@ def test_neutral_setting_is_bitwise_no_callback(technique, accumulate):
     if technique.neutral is None:
         assert technique.no_neutral_because
         return
-    if technique.name == "NMSparsity" and technique.needs_adam:
-        pytest.skip("the frozen variance of recipe 'step' is a change that no pattern takes back")
-    if technique.name == "NMSparsity" and technique.arguments.get("recipe") == "step":
-        pytest.skip("see above")
     plain = _run([], accumulate_grad_batches=accumulate)
     neutral = _run([technique.build_neutral()], accumulate_grad_batches=accumulate)
     assert_identical(plain, neutral)

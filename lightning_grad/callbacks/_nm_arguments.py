@@ -1,0 +1,110 @@
+"""Reading and checking the constructor's arguments, before anything is trained.
+
+Used by :class:`lightning_grad.callbacks.NMSparsity` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+from lightning_grad.functional import RECIPES, NMPattern, NMSchedule
+from lightning_grad.functional.nm_schedule import Recipe
+from lightning_grad.functional.nm_sparsity import Gradient
+from lightning_grad.utilities.checks import check_choice
+
+_FIXED = ("ste", "sr-ste", "step")  # one pattern all along, and the gradient straight through
+
+# Shares of the dense and of the fine-tuning phase where the user says nothing; docs/benchmarks.md has the sweep.
+_PHASES: dict[str, tuple[float, float]] = {
+    "step": (0.2, 0.0),
+    "mdgf-linear": (0.0, 0.2),
+    "mdgf-exponential": (0.0, 0.2),
+    "sdgf-stepwise": (0.0, 0.2),
+    "sdgf-geometric": (0.0, 0.2),
+}
+
+
+def as_text(pattern: str | Mapping[str, str]) -> str | dict[str, str]:
+    """Return the pattern, or the mapping of patterns, in plain types."""
+    if isinstance(pattern, str):
+        return pattern
+    if not isinstance(pattern, Mapping):
+        raise TypeError(f"pattern is text such as '2:4'; got {pattern!r}. In YAML, write it in quotes.")
+    return {str(name): str(value) for name, value in pattern.items()}
+
+
+def as_names(names: Sequence[str] | None, parameter: str) -> list[str] | None:
+    """Return a list of name patterns in plain types."""
+    if isinstance(names, str):
+        raise TypeError(f"{parameter} is a list of names; got {names!r}. Write [{names!r}].")
+    return None if names is None else list(names)
+
+
+def as_recipe(recipe: Recipe | Sequence[tuple[float, str]]) -> Recipe | list[tuple[float, str]]:
+    """Return the recipe, or the list of stages, in plain types."""
+    if isinstance(recipe, str):
+        check_choice(recipe, RECIPES, "recipe")
+        return recipe
+    return [(float(share), str(text)) for share, text in recipe]
+
+
+def default_phases(recipe: Recipe | list[tuple[float, str]]) -> tuple[float, float]:
+    """Return the shares of the dense and of the fine-tuning phase that suit a recipe."""
+    return _PHASES.get(recipe, (0.0, 0.0)) if isinstance(recipe, str) else (0.0, 0.0)
+
+
+def read_patterns(pattern: str | Mapping[str, str]) -> dict[str, NMPattern]:
+    """Return the N:M pattern for each name pattern.
+
+    Raises:
+        ValueError: If there is none, or one is impossible.
+    """
+    if not pattern:
+        raise ValueError("pattern names no N:M pattern. Write for example '2:4'.")
+    by_name = {"*": pattern} if isinstance(pattern, str) else pattern
+    return {name: NMPattern.parse(text) for name, text in by_name.items()}
+
+
+def check_recipe(recipe: Recipe | list[tuple[float, str]], gradient: str, finetune: float, decay: float | None) -> None:
+    """Raise where an argument contradicts the recipe.
+
+    Raises:
+        ValueError: With the argument to leave out or to change.
+    """
+    check_choice(gradient, get_args(Gradient), "gradient")
+    if recipe in _FIXED and gradient == "masked":
+        raise ValueError(
+            f"recipe={recipe!r} passes the gradient straight through by definition; gradient='masked' is for mdgf-*, "
+            "sdgf-* and schedules of your own."
+        )
+    if recipe in _FIXED and finetune:
+        raise ValueError(f"recipe={recipe!r} has its final pattern all along: leave finetune_fraction out.")
+    if decay is not None and not (isinstance(recipe, str) and recipe.startswith("mdgf")):
+        raise ValueError(f"decay belongs to mdgf-linear and mdgf-exponential; recipe={recipe!r} has none.")
+
+
+def read_schedule(
+    recipe: Recipe | list[tuple[float, str]],
+    patterns: Mapping[str, NMPattern],
+    dense_fraction: float,
+    finetune_fraction: float,
+    decay: float | None,
+    geometric_start: int,
+) -> NMSchedule:
+    """Return the schedule that the arguments describe.
+
+    Raises:
+        ValueError: If a list of stages is given with phases, or does not end with the pattern.
+    """
+    if isinstance(recipe, str):
+        return NMSchedule(recipe, dense_fraction, finetune_fraction, decay, geometric_start)
+    if dense_fraction or finetune_fraction:
+        raise ValueError("A list of (share, pattern) says all phases: leave dense_fraction and finetune_fraction out.")
+    stages = tuple((share, NMPattern.parse(text)) for share, text in recipe)
+    if stages and list(patterns.values()) != [stages[-1][1]]:
+        raise ValueError(
+            f"The schedule ends with {stages[-1][1]}, and pattern is {', '.join(map(str, patterns.values()))}: write the "
+            "last pattern of the schedule as pattern= too."
+        )
+    return NMSchedule(stages, geometric_start=geometric_start)
