@@ -136,7 +136,9 @@ def nm_mask(weight: Tensor, n: int, m: int, axis: Axis = "input") -> Tensor:
         magnitude = torch.empty((m, grouped.shape[0], grouped.shape[2]), dtype=weight.dtype, device=weight.device)
         torch.abs(grouped.transpose(0, 1), out=magnitude)
         torch.nan_to_num(magnitude, nan=-1.0, posinf=torch.inf, out=magnitude)
-        return top_of_groups(magnitude, n).transpose(0, 1).to(weight.dtype).reshape(weight.shape)
+        # One copy that turns and converts at once; ``to`` would keep the turned layout, and ``reshape`` copy again.
+        mask = torch.empty(grouped.shape, dtype=weight.dtype, device=weight.device)
+        return mask.copy_(top_of_groups(magnitude, n).transpose(0, 1)).reshape(weight.shape)
 
 
 def _mask_of_shards(weight: Tensor, pattern: NMPattern, dim: int) -> Tensor:
