@@ -346,13 +346,16 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
     return float(differences.mean()), float(stats.t.ppf(0.975, len(differences) - 1) * error)
 
 
-def compare(
-    study: Study, variants: Sequence[Variant], optimizer: OptimizerName, lr: float, pattern: str, seeds: range
-) -> str:
-    """Return a table of test accuracies and of their differences to SR-STE."""
+Column = tuple[OptimizerName, float, str]  # optimizer, learning rate, pattern
+
+
+def compare(study: Study, variants: Sequence[Variant], columns: Sequence[Column], seeds: range) -> str:
+    """Return a table of test accuracies and of their differences to SR-STE, averaged over columns within each seed."""
 
     def of(variant: Variant) -> np.ndarray:
-        return study.accuracies([Run(variant, optimizer, lr, pattern, seed) for seed in seeds], "test")
+        runs = [[Run(variant, *column, seed) for seed in seeds] for column in columns]
+        means: np.ndarray = np.mean([study.accuracies(column, "test") for column in runs], axis=0)
+        return means
 
     reference = of(REFERENCE)
     rows = []
@@ -387,14 +390,18 @@ def study_recipes(study: Study, options: argparse.Namespace) -> None:
     """Run every recipe and print the comparison of each optimizer and pattern."""
     chosen = [v for v in RECIPES if options.recipes is None or (v.recipe or "dense") in options.recipes]
     variants = [_with_phases(v, options.phases) for v in chosen if v not in (DENSE, REFERENCE)]
-    seeds = range(options.seeds)
+    seeds, columns = range(options.seeds), []
     for optimizer in options.optimizers:
         lr = options.lr or study.best_rate(optimizer)
         shown = [DENSE, REFERENCE, *fitting(variants, optimizer)]
         for pattern in options.patterns:
+            columns.append((optimizer, lr, pattern))
             study.run_all([Run(v, optimizer, lr, pattern, seed) for seed in seeds for v in shown])
             print(f"\n{optimizer}, lr {lr:g}, {pattern}, {len(seeds)} seeds; * the interval leaves out zero\n")
-            print(compare(study, shown, optimizer, lr, pattern, seeds), "\n", flush=True)
+            print(compare(study, shown, columns[-1:], seeds), "\n", flush=True)
+    everywhere = [v for v in variants if all(v in fitting(variants, optimizer) for optimizer in options.optimizers)]
+    print(f"\nAveraged over the {len(columns)} columns within each seed\n")
+    print(compare(study, [DENSE, REFERENCE, *everywhere], columns, seeds), flush=True)
 
 
 def _with_phases(variant: Variant, phases: tuple[float, float] | None) -> Variant:

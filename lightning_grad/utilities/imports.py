@@ -1,4 +1,4 @@
-"""Optional packages, imported where they are used and named clearly when they are missing."""
+"""Optional packages: asked for where they are used, and never imported before."""
 
 from __future__ import annotations
 
@@ -8,18 +8,3 @@ from importlib.util import find_spec
 def is_installed(package: str) -> bool:
     """Say whether a package can be imported, without importing it."""
     return find_spec(package) is not None
-
-
-def require(package: str, extra: str, needed_by: str) -> None:
-    """Raise if an optional package is missing.
-
-    Args:
-        package: Name to import.
-        extra: The extra of lightning-grad that brings it.
-        needed_by: Who needs it, for the error.
-
-    Raises:
-        ModuleNotFoundError: With the command that installs it.
-    """
-    if not is_installed(package):
-        raise ModuleNotFoundError(f"{needed_by} needs {package}: pip install 'lightning-grad[{extra}]'.")
