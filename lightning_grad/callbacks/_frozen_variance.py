@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 _KEYS = ("exp_avg_sq", "max_exp_avg_sq")
-_NO_VARIANCE = (
+NO_VARIANCE = (
     "recipe='step' freezes the variance (exp_avg_sq) of an Adam-like optimizer, and {} keeps none. Use recipe='sr-ste', "
     "or Adam or AdamW."
 )
@@ -50,7 +49,7 @@ class FrozenVariance:
         }
         self._steps = {parameter: _step(optimizer.state[parameter]) for parameter in self._frozen}
         if not self._frozen:
-            raise ValueError(_NO_VARIANCE.format(type(optimizer).__name__))
+            raise ValueError(NO_VARIANCE.format(type(optimizer).__name__))
 
     def _add_floor(self) -> None:
         for group in self._optimizer.param_groups:
@@ -77,20 +76,3 @@ class FrozenVariance:
 def _step(state: dict[str, Any]) -> Tensor | float:
     step = state.get("step", math.inf)
     return step.double() if isinstance(step, Tensor) else float(step)
-
-
-def check_keeps_variance(optimizer: Optimizer) -> None:
-    """Raise before the first step if an optimizer will have no second moment to freeze.
-
-    Raises:
-        ValueError: If a copy of it that steps one number keeps no ``exp_avg_sq``.
-    """
-    number = torch.zeros(1, requires_grad=True)
-    number.grad = torch.zeros(1)
-    try:
-        probe = type(optimizer)([number], **optimizer.defaults)
-        probe.step()
-    except Exception:  # an optimizer that cannot be built from its defaults tells nothing before its first step
-        return
-    if _KEYS[0] not in probe.state[number]:
-        raise ValueError(_NO_VARIANCE.format(type(optimizer).__name__))

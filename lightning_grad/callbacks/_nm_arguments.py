@@ -34,13 +34,6 @@ def as_text(pattern: str | Mapping[str, str]) -> str | dict[str, str]:
     return {str(name): str(value) for name, value in pattern.items()}
 
 
-def as_names(names: Sequence[str] | None, parameter: str) -> list[str] | None:
-    """Return a list of name patterns in plain types."""
-    if isinstance(names, str):
-        raise TypeError(f"{parameter} is a list of names; got {names!r}. Write [{names!r}].")
-    return None if names is None else list(names)
-
-
 def as_recipe(recipe: Recipe | Sequence[tuple[float, str]]) -> Recipe | list[tuple[float, str]]:
     """Return the recipe, or the list of stages, in plain types."""
     if isinstance(recipe, str):

@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.callbacks._frozen_variance import FrozenVariance, check_keeps_variance
+from lightning_grad.callbacks._frozen_variance import NO_VARIANCE, FrozenVariance
 from lightning_grad.callbacks._nm_arguments import (
-    as_names,
     as_recipe,
     as_text,
     check_recipe,
@@ -45,12 +44,12 @@ from lightning_grad.functional.nm_sparsity import Axis, Gradient
 from lightning_grad.utilities.checks import (
     check_at_least,
     check_choice,
-    gradients_are_scaled,
+    check_keeps,
     owned_ids,
-    refuse_scaled_gradients,
 )
-from lightning_grad.utilities.parameters import clean_name
+from lightning_grad.utilities.parameters import as_names, clean_name
 from lightning_grad.utilities.portable import make_portable, wrap_loading, wrap_saving
+from lightning_grad.utilities.precision import gradients_are_scaled, refuse_scaled_gradients
 from lightning_grad.utilities.progress import run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step, limit_layers, output_folder, stepped_batches
 from lightning_grad.utilities.weight_view import InPlaceView, InPlaceWindow, attach_view
@@ -273,7 +272,7 @@ class NMSparsity(GradCallback):
             if self._adds_sr_ste:
                 refuse_scaled_gradients(trainer, optimizer, f"{self.label}(recipe={self.recipe!r})")
             if self.recipe == "step":
-                check_keeps_variance(optimizer)
+                check_keeps(optimizer, "exp_avg_sq", NO_VARIANCE)
 
     def _open_window(self, pl_module: pl.LightningModule) -> None:
         for weight in self._weights:

@@ -3,6 +3,26 @@
 Nothing here knows Lightning, reads a file or keeps a global, so each function also serves a hand-written loop.
 """
 
+from lightning_grad.functional.clipping import (
+    clip_adaptively_,
+    clip_layers_,
+    clip_norm_,
+    clip_spikes_,
+    clip_to_threshold_,
+    clip_value_,
+    layer_limits,
+    normalize_layers_,
+    total_norm,
+    unit_norms,
+)
+from lightning_grad.functional.conditioning import (
+    add_gradient_noise_,
+    centralize_,
+    noise_deviation,
+    nonfinite,
+    reset_moments_,
+    reset_warmup,
+)
 from lightning_grad.functional.nm_schedule import (
     RECIPES,
     NMPhase,
@@ -22,21 +42,47 @@ from lightning_grad.functional.nm_sparsity import (
     prune,
     scale_weight,
 )
+from lightning_grad.functional.norm_statistics import (
+    autoclip_state,
+    autoclip_threshold_,
+    zclip_state,
+    zclip_threshold_,
+)
 
 __all__ = [
     "RECIPES",
     "NMPattern",
     "NMPhase",
     "NMSchedule",
+    "add_gradient_noise_",
     "add_sr_ste_",
+    "autoclip_state",
+    "autoclip_threshold_",
+    "centralize_",
+    "clip_adaptively_",
+    "clip_layers_",
+    "clip_norm_",
+    "clip_spikes_",
+    "clip_to_threshold_",
+    "clip_value_",
     "exponential_decay",
     "geometric_patterns",
     "gradient_noise",
     "is_nm",
+    "layer_limits",
     "linear_decay",
     "mask_distance",
     "nm_mask",
+    "noise_deviation",
+    "nonfinite",
+    "normalize_layers_",
     "prune",
+    "reset_moments_",
+    "reset_warmup",
     "scale_weight",
     "stepwise_patterns",
+    "total_norm",
+    "unit_norms",
+    "zclip_state",
+    "zclip_threshold_",
 ]

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from torch import nn
 from torch.optim import Optimizer
 
 # Asked by name along the class hierarchy, so that both namespaces of Lightning and derived strategies are met.
@@ -46,39 +48,113 @@ def check_at_least(value: float, least: float, parameter: str) -> None:
         raise ValueError(f"{parameter} must be at least {least}; got {value}.")
 
 
+def check_above(value: float, bound: float, parameter: str) -> None:
+    """Raise unless a number is above ``bound``; infinity is.
+
+    Raises:
+        ValueError: If it is not, or no number.
+    """
+    if not value > bound:
+        raise ValueError(f"{parameter} must be above {bound:g}; got {value}.")
+
+
+def check_between(value: float, least: float, most: float, parameter: str) -> None:
+    """Raise unless a number is in a range, its ends included.
+
+    Raises:
+        ValueError: If it is outside, or no number.
+    """
+    if not least <= value <= most:
+        raise ValueError(f"{parameter} must be from {least:g} to {most:g}; got {value}.")
+
+
+def _sharding(trainer: pl.Trainer) -> str | None:
+    """Return the class name of the sharding strategy that the trainer's derives from, if it does."""
+    names = [cls.__name__ for cls in type(trainer.strategy).__mro__]
+    return next((name for name in names if name in SHARDED_STRATEGIES), None)
+
+
 def refuse_sharded(trainer: pl.Trainer, technique: str) -> None:
     """Raise if the strategy shards parameters, so that no rank sees a whole weight.
 
     Raises:
         ValueError: For FSDP, FSDP2 and DeepSpeed.
     """
-    for cls in type(trainer.strategy).__mro__:
-        if cls.__name__ in SHARDED_STRATEGIES:
-            raise ValueError(
-                f"{technique} needs whole weights, and {SHARDED_STRATEGIES[cls.__name__]} ({type(trainer.strategy).__name__}) "
-                "shards them. Train with strategy='ddp' or on one device."
-            )
+    sharding = _sharding(trainer)
+    if sharding is not None:
+        raise ValueError(
+            f"{technique} needs whole weights, and {SHARDED_STRATEGIES[sharding]} ({type(trainer.strategy).__name__}) "
+            "shards them. Train with strategy='ddp' or on one device."
+        )
 
 
-def gradients_are_scaled(trainer: pl.Trainer, optimizer: Optimizer) -> bool:
-    """Say whether callbacks see gradients times the loss scale: a fused optimizer unscales inside its step."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler is not None and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
-def refuse_scaled_gradients(trainer: pl.Trainer, optimizer: Optimizer, technique: str) -> None:
-    """Raise if gradients are still multiplied by the loss scale when callbacks see them.
+def refuse_deepspeed(trainer: pl.Trainer, technique: str) -> None:
+    """Raise if the DeepSpeed engine owns the gradients.
 
     Raises:
-        ValueError: For a fused optimizer together with an fp16 GradScaler.
+        ValueError: For DeepSpeed.
     """
-    if gradients_are_scaled(trainer, optimizer):
+    if _sharding(trainer) == "DeepSpeedStrategy":
         raise ValueError(
-            f"{technique} reads gradients, and the fused {type(optimizer).__name__} leaves them multiplied by the "
-            "fp16 loss scale. Use fused=False, or precision='bf16-mixed'."
+            f"{technique} works on gradients, and under DeepSpeed ({type(trainer.strategy).__name__}) the engine owns them. "
+            "Train with strategy='ddp' or ModelParallelStrategy, or clip in DeepSpeed's own config."
         )
+
+
+def refuse_flat_shards(trainer: pl.Trainer, technique: str) -> None:
+    """Raise if each rank sees flat pieces of gradients only, without the shape and the norm of any.
+
+    Raises:
+        ValueError: For FSDP1.
+    """
+    if _sharding(trainer) == "FSDPStrategy":
+        raise ValueError(
+            f"{technique} needs gradients in their own shapes, and under FSDP1 ({type(trainer.strategy).__name__}) a rank "
+            "sees flat shards of them. Use ModelParallelStrategy with fully_shard (FSDP2), whose gradients are DTensors."
+        )
+
+
+def refuse_sparse_gradients(module: nn.Module, chosen: set[int], technique: str) -> None:
+    """Raise if a parameter will have a sparse gradient.
+
+    Args:
+        module: Whose embeddings are looked at.
+        chosen: Identities of the parameters that matter.
+        technique: Who asks, for the error.
+
+    Raises:
+        ValueError: For a chosen ``Embedding(sparse=True)`` or ``EmbeddingBag(sparse=True)``.
+    """
+    for name, child in module.named_modules():
+        if getattr(child, "sparse", False) is True and any(id(p) in chosen for p in child.parameters(recurse=False)):
+            raise ValueError(
+                f"{technique} needs dense gradients, and {type(child).__name__} {name!r} makes sparse ones. Build it with "
+                f"sparse=False, or leave it out: exclude=[{name!r}]."
+            )
 
 
 def owned_ids(optimizer: Optimizer) -> set[int]:
     """Return the identities of the parameters that an optimizer moves."""
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def check_keeps(optimizer: Optimizer, key: str, message: str) -> None:
+    """Raise before the first step if an optimizer will keep no state of a name.
+
+    Args:
+        optimizer: Which has not stepped yet, perhaps.
+        key: The name, such as ``exp_avg_sq``.
+        message: The error, with ``{}`` for the optimizer's class.
+
+    Raises:
+        ValueError: If a copy of it that steps one number keeps none.
+    """
+    number = torch.zeros(1, requires_grad=True)
+    number.grad = torch.zeros(1)
+    try:
+        probe = type(optimizer)([number], **optimizer.defaults)
+        probe.step()
+    except Exception:  # an optimizer that cannot be built from its defaults tells nothing before its first step
+        return
+    if key not in probe.state[number]:
+        raise ValueError(message.format(type(optimizer).__name__))

@@ -19,6 +19,17 @@ def clean_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def as_names(names: Sequence[str] | None, parameter: str) -> list[str] | None:
+    """Return a list of name patterns in plain types.
+
+    Raises:
+        TypeError: If it is one text and no list.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"{parameter} is a list of names; got {names!r}. Write [{names!r}].")
+    return None if names is None else list(names)
+
+
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Say whether a parameter is meant by one of the patterns.
 

@@ -26,6 +26,9 @@ class Technique:
         second: Arguments of a second instance that works beside the first; ``None`` if two make no sense.
         needs_adam: Whether it works with Adam-like optimizers only.
         compile: Whether this configuration gives a compiler something else to trace than its neighbours.
+        observes: Whether it changes nothing in a run in which nothing goes wrong.
+        clips: Whether it refuses ``Trainer(gradient_clip_val=...)``.
+        refuses: Sharding strategies that it refuses.
         wrong: Pairs of wrong constructor arguments and a piece of the error.
     """
 
@@ -37,6 +40,9 @@ class Technique:
     second: Mapping[str, Any] | None = None
     needs_adam: bool = False
     compile: bool = True
+    observes: bool = False
+    clips: bool = False
+    refuses: tuple[str, ...] = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
     wrong: tuple[tuple[Mapping[str, Any], str], ...] = ()
 
     @property
@@ -97,6 +103,131 @@ _NM_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"recipe": [[0.0, "2:4"]], "pattern": "2:4", "dense_fraction": 0.1}, "says all phases"),
 )
 
+
+def _conditioner(
+    name: str,
+    variant: str = "",
+    arguments: Mapping[str, Any] | None = None,
+    neutral: Mapping[str, Any] | None = None,
+    clips: bool = True,
+    elementwise: bool = False,
+    **rest: Any,
+) -> Technique:
+    """An entry of a technique that changes gradients; it leaves the head to a second instance."""
+    arguments = arguments or {}
+    return Technique(
+        name,
+        variant,
+        arguments={**arguments, "exclude": ["head"]},
+        neutral=neutral,
+        second={**arguments, "include": ["head"], "name": "head"},
+        compile=False,
+        clips=clips,
+        refuses=("DeepSpeedStrategy",) if elementwise else ("DeepSpeedStrategy", "FSDPStrategy"),
+        **rest,
+    )
+
+
+_INF = float("inf")
+_CLIPPING: list[Technique] = [
+    _conditioner(
+        "NormClipping",
+        arguments={"max_norm": 0.1},
+        neutral={"max_norm": _INF},
+        wrong=(
+            ({"max_norm": 0.0}, "max_norm must be above 0"),
+            ({"max_norm": {"*": -1.0}}, "max_norm must be above 0"),
+            ({"max_norm": float("nan")}, "max_norm must be above 0"),
+            ({"norm_type": 0.0}, "norm_type must be above 0"),
+        ),
+    ),
+    _conditioner("NormClipping", "by-name", {"max_norm": {"encoder.*": 0.1, "*": 0.2}, "norm_type": _INF}),
+    _conditioner(
+        "ValueClipping",
+        arguments={"clip_value": 0.001},
+        neutral={"clip_value": _INF},
+        elementwise=True,
+        wrong=(({"clip_value": -1.0}, "clip_value must be above 0"),),
+    ),
+    _conditioner(
+        "AdaptiveGradientClipping",
+        arguments={"ratio": 0.01, "head": None},
+        neutral={"ratio": _INF},
+        wrong=(({"ratio": 0.0}, "ratio must be above 0"), ({"eps": 0.0}, "eps must be above 0")),
+    ),
+    _conditioner(
+        "AutoClip",
+        arguments={"percentile": 10.0, "window": 7},
+        neutral={"percentile": 100.0},
+        wrong=(({"percentile": 101.0}, "from 0 to 100"), ({"window": 0}, "window must be at least 1")),
+    ),
+    _conditioner(
+        "ZClip",
+        arguments={"z_threshold": 0.5, "warmup_steps": 3, "max_norm": 0.5},
+        neutral={"z_threshold": _INF, "max_norm": None},
+        wrong=(
+            ({"z_threshold": 0.0}, "z_threshold must be above 0"),
+            ({"alpha": 1.5}, "alpha must be from 0 to 1"),
+            ({"max_norm": -1.0}, "max_norm must be above 0"),
+            ({"warmup_steps": 0}, "warmup_steps must be at least 1"),
+            ({"eps": -1.0}, "eps must be at least 0"),
+        ),
+    ),
+    _conditioner(
+        "LayerwiseClipping",
+        arguments={"max_norm": 0.1},
+        neutral={"max_norm": _INF},
+        wrong=(({"max_norm": 0.0}, "max_norm must be above 0"), ({"per": "modul"}, "Did you mean 'module'")),
+    ),
+    _conditioner("LayerwiseClipping", "weighted", {"max_norm": 0.1, "weighted": True, "per": "parameter"}),
+    _conditioner(
+        "LayerwiseNormalization",
+        arguments={"coefficient": 0.01, "max_ratio": 10.0},
+        no_neutral_because="every layer gets the norm of its weights; no coefficient gives it its own",
+        wrong=(
+            ({"coefficient": 0.0}, "coefficient must be above 0"),
+            ({"max_ratio": 0.0}, "max_ratio must be above 0"),
+            ({"per": "layer"}, "is none of"),
+        ),
+    ),
+    _conditioner(
+        "SpikeClipping",
+        arguments={"threshold": 2.0, "pause": 2},
+        neutral={"threshold": _INF},
+        elementwise=True,
+        needs_adam=True,
+        wrong=(({"threshold": 0.0}, "threshold must be above 0"), ({"pause": -1}, "pause must be at least 0")),
+    ),
+    Technique(
+        "MomentumReset",
+        arguments={"every": 5, "warmup": 3},
+        neutral={"every": 10**6},
+        needs_adam=True,
+        compile=False,
+        refuses=("DeepSpeedStrategy",),
+        wrong=(({"every": 0}, "every must be at least 1"), ({"warmup": -1}, "warmup must be at least 0")),
+    ),
+    _conditioner(
+        "SkipNonFinite",
+        arguments={"max_in_row": 3},
+        neutral={},
+        clips=False,
+        observes=True,
+        wrong=(({"max_in_row": 0}, "max_in_row must be at least 1"), ({"warnings": -1}, "warnings must be at least 0")),
+    ),
+    _conditioner(
+        "GradientNoise",
+        arguments={"eta": 0.01},
+        neutral={"eta": 0.0},
+        wrong=(({"eta": -1.0}, "eta must be at least 0"), ({"decay": -1.0}, "decay must be at least 0")),
+    ),
+    _conditioner(
+        "GradientCentralization",
+        clips=False,
+        no_neutral_because="the mean is taken away whole or not at all",
+    ),
+]
+
 TECHNIQUES: list[Technique] = [
     _nm("mdgf-exponential", recipe="mdgf-exponential", dense_fraction=0.1),
     _nm("mdgf-exponential-masked", recipe="mdgf-exponential", gradient="masked"),
@@ -109,5 +240,6 @@ TECHNIQUES: list[Technique] = [
     _nm("mask-every-4", recipe="mdgf-exponential", mask_every=4),
     _nm("schedule", recipe=[[0.0, "3:4"], [0.4, "1:4"]]),
     _nm("output-axis", recipe="sr-ste", axis="output"),
+    *_CLIPPING,
 ]
 CANONICAL: list[Technique] = [next(t for t in TECHNIQUES if t.name == name) for name in callbacks.__all__]

@@ -43,6 +43,10 @@ def start_of(module: Any) -> dict[str, torch.Tensor]:
     ids=lambda arguments: next(iter(arguments)) + "-" + str(next(iter(arguments.values()))),
 )
 def test_trainer_options(technique, arguments):
+    if technique.clips and "gradient_clip_val" in arguments:
+        with pytest.raises(ValueError, match="gradient_clip_val=None"):
+            fit([technique.build()], **arguments)
+        return
     module = make_classifier()
     start = start_of(module)
     if arguments.get("precision") == "bf16-true":
@@ -130,8 +134,7 @@ def test_two_instances(technique):
     assert_trained(module, start)
     names = {callback.label for callback in trainer.callbacks if hasattr(callback, "settings")}
     assert len(names) == 2
-    namespaces = {key.split("/")[1] for key in trainer.callback_metrics if "/" in key}
-    assert technique.second["name"] in namespaces
+    assert any(technique.second["name"] in key.split("/") for key in trainer.callback_metrics)
 
 
 class _WriteWeights(pl.Callback):
@@ -159,12 +162,13 @@ def test_two_ranks_agree(technique, tmp_path):
 
 @pytest.mark.parametrize("technique", CANONICAL, ids=str)
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
-def test_sharded_strategies_are_refused_before_the_first_batch(technique, strategy):
-    if not technique.build().needs_whole_weights:
-        pytest.skip("works on shards")
+def test_sharded_strategies_work_or_are_refused_before_the_first_batch(technique, strategy):
     stand_in = type(strategy, (pl.strategies.SingleDeviceStrategy,), {})(device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="shards them"):
-        fit([technique.build()], strategy=stand_in)
+    if strategy in technique.refuses:
+        with pytest.raises(ValueError, match=f"{strategy}.*[sS]trategy"):
+            fit([technique.build()], strategy=stand_in)
+    else:
+        fit([technique.build()], strategy=stand_in, max_epochs=1)
 
 
 @pytest.mark.parametrize("technique", CANONICAL, ids=str)
@@ -172,7 +176,8 @@ def test_frozen_parameters_stay_what_they_are(technique):
     module = make_classifier()
     module.encoder.requires_grad_(False)
     start = start_of(module)
-    fit([technique.build(include=["hidden"]) if "include" in technique.arguments else technique.build()], module)
+    chosen = {"include": ["hidden"]} if "include" in technique.arguments else {}
+    fit([technique.build(**chosen)], module)
     for name, value in module.encoder.state_dict().items():
         assert torch.equal(value, start[f"encoder.{name}"]), name
 

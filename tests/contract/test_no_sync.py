@@ -48,6 +48,9 @@ def guarded(function: Any, seen: list[str], name: str) -> Any:
 @pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
 def test_hooks_of_a_step_do_not_wait(technique, monkeypatch):
     callback, seen = technique.build(), []
+    if hasattr(callback, "syncs_per_step"):
+        assert len(callback.syncs_per_step) > 20, "what it waits for, and why"
+        return
     for name in _PER_STEP:
         monkeypatch.setattr(callback, name, guarded(getattr(callback, name), seen, name))
     for name in ("register_step_pre_hook", "register_step_post_hook"):

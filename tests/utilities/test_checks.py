@@ -9,9 +9,7 @@ from torch import nn
 from lightning_grad.utilities.checks import (
     check_at_least,
     check_choice,
-    gradients_are_scaled,
     owned_ids,
-    refuse_scaled_gradients,
     refuse_sharded,
 )
 from lightning_grad.utilities.imports import is_installed
@@ -79,33 +77,6 @@ def test_strategies_that_shard_are_refused(strategy: type, said: str) -> None:
 
 def test_strategies_that_do_not_shard_pass() -> None:
     refuse_sharded(SimpleNamespace(strategy=DDPStrategy()), "NMSparsity")
-
-
-def trainer_with(optimizer: torch.optim.Optimizer, scaler: object) -> SimpleNamespace:
-    return SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), optimizers=[optimizer])
-
-
-def test_fused_optimizer_beside_a_grad_scaler_is_refused() -> None:
-    optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), fused=True)
-    with pytest.raises(ValueError, match=r"fused AdamW leaves them multiplied.*fused=False, or precision='bf16-mixed'"):
-        refuse_scaled_gradients(trainer_with(optimizer, object()), optimizer, "NMSparsity")
-
-
-@pytest.mark.parametrize(("fused", "scaler"), [(True, None), (False, object())])
-def test_fused_optimizer_or_grad_scaler_alone_passes(fused: bool, scaler: object) -> None:
-    optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), fused=fused)
-    refuse_scaled_gradients(trainer_with(optimizer, scaler), optimizer, "NMSparsity")
-
-
-@pytest.mark.parametrize(("fused", "scaler"), [(True, None), (True, object()), (False, None), (False, object())])
-def test_gradients_are_scaled_only_where_a_fused_optimizer_meets_a_scaler(fused: bool, scaler: object) -> None:
-    optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), fused=fused)
-    assert gradients_are_scaled(trainer_with(optimizer, scaler), optimizer) is (fused and scaler is not None)
-
-
-def test_precision_without_a_scaler_attribute_passes() -> None:
-    optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), fused=True)
-    refuse_scaled_gradients(SimpleNamespace(precision_plugin=object()), optimizer, "NMSparsity")
 
 
 def test_owned_parameters_come_from_every_group() -> None:

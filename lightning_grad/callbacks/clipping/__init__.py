@@ -1,0 +1,33 @@
+"""Gradient clipping, conditioning and diagnostics: one rule a file.
+
+Each derives from :class:`lightning_grad.callbacks.conditioner.GradientConditioner` (read that first) and calls a function
+of :mod:`lightning_grad.functional`. ``GradientMonitor`` only looks. Which rule suits what, tells ``docs/clipping.md``.
+"""
+
+from lightning_grad.callbacks.clipping.adaptive_gradient_clipping import AdaptiveGradientClipping
+from lightning_grad.callbacks.clipping.autoclip import AutoClip
+from lightning_grad.callbacks.clipping.gradient_centralization import GradientCentralization
+from lightning_grad.callbacks.clipping.gradient_noise import GradientNoise
+from lightning_grad.callbacks.clipping.layerwise_clipping import LayerwiseClipping
+from lightning_grad.callbacks.clipping.layerwise_normalization import LayerwiseNormalization
+from lightning_grad.callbacks.clipping.momentum_reset import MomentumReset
+from lightning_grad.callbacks.clipping.norm_clipping import NormClipping
+from lightning_grad.callbacks.clipping.skip_non_finite import SkipNonFinite
+from lightning_grad.callbacks.clipping.spike_clipping import SpikeClipping
+from lightning_grad.callbacks.clipping.value_clipping import ValueClipping
+from lightning_grad.callbacks.clipping.zclip import ZClip
+
+__all__ = [
+    "AdaptiveGradientClipping",
+    "AutoClip",
+    "GradientCentralization",
+    "GradientNoise",
+    "LayerwiseClipping",
+    "LayerwiseNormalization",
+    "MomentumReset",
+    "NormClipping",
+    "SkipNonFinite",
+    "SpikeClipping",
+    "ValueClipping",
+    "ZClip",
+]

@@ -1,0 +1,94 @@
+"""AutoClip: the callback. The rule is :func:`lightning_grad.functional.autoclip_threshold_`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
+from lightning_grad.functional import autoclip_state, autoclip_threshold_, clip_to_threshold_, total_norm
+from lightning_grad.utilities.checks import check_at_least, check_between
+from lightning_grad.utilities.thresholds import as_threshold
+
+
+class AutoClip(GradientConditioner):
+    r"""Clip gradients to a percentile of the norms seen so far.
+
+    .. math::
+        g_t \leftarrow g_t \cdot \min\Bigl(1, \frac{\tau_t}{\lVert g_t \rVert}\Bigr), \quad
+        \tau_t = \operatorname{percentile}_p(\lVert g_1 \rVert, \ldots, \lVert g_t \rVert)
+
+    Most steps are clipped, at p = 10 about nine in ten: it is closer to normalising gradients than to cutting spikes. With
+    an optimizer that divides by the gradient's own scale (Adam) its effect is small.
+
+    Args:
+        percentile: p, 0 to 100; one number, or one for each name pattern, first match first, each with norms of its own. A
+            param group of the optimizer that carries "percentile" has its own. 100 never clips.
+        window: How many of the last norms are kept.
+        include: Names or wildcards of the parameters or modules that are clipped; default all.
+        exclude: Names or wildcards of those that are not.
+        name: Name of this instance, needed when two are used.
+
+    Raises:
+        ValueError: In the constructor for a percentile outside 0 to 100 or a window below 1. Before the first batch beside
+            ``Trainer(gradient_clip_val=...)``, under FSDP1 and DeepSpeed, with a fused optimizer in fp16, for sparse
+            gradients, and for a name pattern that matches nothing.
+
+    **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced.
+
+    **Logs** under ``grad/autoclip/``, at log steps: ``norm`` (before clipping), ``threshold``, and ``clipped_share`` (of all
+    steps so far, those that were clipped); the last also in the summary.
+
+    **State.** The last norms of each optimizer. A norm that is not finite is not among them, and its step is not clipped.
+
+    **Cost.** A norm, and a sort of the window: see docs/benchmarks.md.
+
+    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers (each has its own norms),
+    manual optimization: yes. FSDP1 and DeepSpeed: raises.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.AutoClip
+                  init_args:
+                    percentile: 10
+
+    References:
+        Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation Networks", 2020, arXiv 2007.14469,
+        whose best percentile is 10. The published code keeps every norm for ever, in a list that one inf spoils; the window
+        is ours.
+    """
+
+    namespace: ClassVar[str] = "grad/autoclip"
+    phase: ClassVar[Phase] = "clip"
+    threshold_name: ClassVar[str | None] = "percentile"
+
+    def __init__(
+        self,
+        percentile: float | Mapping[str, float] = 10.0,
+        window: int = 4096,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(include, exclude, name)
+        self.percentile = as_threshold(
+            percentile, "percentile", lambda number: check_between(number, 0.0, 100.0, "percentile")
+        )
+        self.window = window
+        check_at_least(window, 1, "window")
+
+    @override
+    def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
+        norm = total_norm(step.gradients, dtype=torch.float32)
+        if "norms" not in step.state:
+            step.state.update(autoclip_state(self.window, norm.device))
+        threshold = autoclip_threshold_(norm, step.state, step.threshold)
+        coefficient = clip_to_threshold_(step.gradients, norm, threshold)
+        return {"norm": norm, "threshold": threshold, "clipped": coefficient < 1.0}

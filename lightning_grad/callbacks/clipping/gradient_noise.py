@@ -1,0 +1,93 @@
+"""Gradient noise: the callback. The rule is :func:`lightning_grad.functional.add_gradient_noise_`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
+from lightning_grad.functional import add_gradient_noise_, noise_deviation
+from lightning_grad.utilities.checks import check_at_least
+
+
+class GradientNoise(GradientConditioner):
+    r"""Add Gaussian noise to gradients that dies away over the training.
+
+    .. math::
+        g_t \leftarrow g_t + \mathcal N(0, \sigma_t^2), \qquad \sigma_t^2 = \frac{\eta}{(1 + t)^\gamma}
+
+    The noise is drawn from a generator seeded by seed and t, the same on every rank, so a resumed run draws what it would
+    have drawn, and torch's own random state is not touched. It comes after clipping, as in the paper.
+
+    Args:
+        eta: Variance at the first step; the paper tries 0.01, 0.3 and 1. 0 adds none.
+        decay: gamma, how fast the variance falls.
+        seed: Of the noise; another seed, another run.
+        include: Names or wildcards of the parameters or modules whose gradients get noise; default all.
+        exclude: Names or wildcards of those whose gradients get none.
+        name: Name of this instance, needed when two are used.
+
+    Raises:
+        ValueError: In the constructor for a negative eta or decay. Before the first batch beside
+            ``Trainer(gradient_clip_val=...)``, which would clip the noise, under FSDP1 and DeepSpeed, with a fused optimizer
+            in fp16, for sparse gradients, and for a name pattern that matches nothing.
+
+    **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced.
+
+    **Logs** under ``grad/noise/``, at log steps: ``deviation`` (sigma).
+
+    **State.** t of each optimizer.
+
+    **Cost.** One normal draw for each entry.
+
+    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers (each has its own t),
+    manual optimization: yes. FSDP1 and DeepSpeed: raises.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.GradientNoise
+                  init_args:
+                    eta: 0.01
+
+    References:
+        Neelakantan et al., "Adding Gradient Noise Improves Learning for Very Deep Networks", 2015, arXiv 1511.06807:
+        decay 0.55, eta chosen from 0.01, 0.3 and 1.
+    """
+
+    namespace: ClassVar[str] = "grad/noise"
+    phase: ClassVar[Phase] = "noise"
+
+    def __init__(
+        self,
+        eta: float = 0.01,
+        decay: float = 0.55,
+        seed: int = 0,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(include, exclude, name)
+        self.eta = eta
+        self.decay = decay
+        self.seed = seed
+        check_at_least(eta, 0.0, "eta")
+        check_at_least(decay, 0.0, "decay")
+
+    @override
+    def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
+        deviation = noise_deviation(step.step, self.eta, self.decay)
+        if deviation > 0.0:
+            add_gradient_noise_(step.gradients, deviation, _seed(self.seed, self.name, step.index, step.step))
+        return {"deviation": deviation}
+
+
+def _seed(*parts: object) -> int:
+    """Return a seed of 62 bits in which every part tells; neighbouring steps share nothing."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 2

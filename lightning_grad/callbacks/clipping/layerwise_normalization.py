@@ -1,0 +1,105 @@
+"""Layer-wise normalization: the callback. The rule is :func:`lightning_grad.functional.normalize_layers_`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad.callbacks.clipping._layers import LayerFinder, Per
+from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
+from lightning_grad.functional import normalize_layers_
+from lightning_grad.utilities.checks import check_above, check_choice
+from lightning_grad.utilities.thresholds import as_threshold
+
+
+class LayerwiseNormalization(GradientConditioner):
+    r"""Give the gradient of each layer the norm of its weights, times a constant (the trust ratio of LARS).
+
+    .. math::
+        g_h \leftarrow g_h \cdot \min\Bigl(r, \eta \frac{\lVert W_h \rVert}{\lVert g_h \rVert}\Bigr)
+
+    With SGD each step then moves every layer by the same share of its norm. An optimizer that divides by the gradient's own
+    scale (Adam) undoes most of it. A layer of zero weights or a zero gradient is left as it is.
+
+    Args:
+        coefficient: eta, the trust coefficient; one number, or one for each name pattern, first match first. A param group
+            of the optimizer that carries "coefficient" has its own.
+        max_ratio: r, the largest factor; None sets no bound.
+        vectors: Also normalise parameters of one dimension (biases, scales of norms), which implementations of LARS leave
+            alone.
+        per: A layer is a "module" (its parameters together) or each "parameter".
+        include: Names or wildcards of the parameters or modules that are normalised; default all.
+        exclude: Names or wildcards of those that are not.
+        name: Name of this instance, needed when two are used.
+
+    Raises:
+        ValueError: In the constructor unless coefficient and max_ratio are above 0, or for an unknown per. Before the first
+            batch beside ``Trainer(gradient_clip_val=...)``, under FSDP1 and DeepSpeed, with a fused optimizer in fp16, for
+            sparse gradients, and for a name pattern that matches nothing.
+
+    **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced.
+
+    **Logs** under ``grad/layerwise_normalization/``, at log steps: ``norm`` (before), ``least_factor``, ``largest_factor``.
+
+    **State.** None.
+
+    **Cost.** A norm for each gradient and each weight, and one product.
+
+    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers, manual optimization: yes.
+    FSDP1 and DeepSpeed: raises.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.LayerwiseNormalization
+                  init_args:
+                    coefficient: 0.001
+
+    References:
+        You et al., "Large Batch Training of Convolutional Networks", 2017, arXiv 1708.03888, equation 6 without its weight
+        decay, and its coefficient 0.001; Pelikan et al., 2023, arXiv 2310.00098, use it in federated training.
+    """
+
+    namespace: ClassVar[str] = "grad/layerwise_normalization"
+    phase: ClassVar[Phase] = "clip"
+    threshold_name: ClassVar[str | None] = "coefficient"
+
+    def __init__(
+        self,
+        coefficient: float | Mapping[str, float] = 0.001,
+        max_ratio: float | None = None,
+        vectors: bool = False,
+        per: Per = "module",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(include, exclude, name)
+        self.coefficient = as_threshold(
+            coefficient, "coefficient", lambda number: check_above(number, 0.0, "coefficient")
+        )
+        self.max_ratio = max_ratio
+        self.vectors = vectors
+        self.per = per
+        check_above(1.0 if max_ratio is None else max_ratio, 0.0, "max_ratio")
+        check_choice(per, ("module", "parameter"), "per")
+        self._layers = LayerFinder(per)
+
+    @override
+    def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
+        chosen = step if self.vectors else step.only(lambda gradient: gradient.ndim > 1)
+        if not chosen.gradients:
+            return {}
+        layers = self._layers.find(chosen)
+        norms, factors = normalize_layers_(
+            chosen.gradients, chosen.parameters, layers.index, len(layers.names), step.threshold, self.max_ratio
+        )
+        if not step.measured:
+            return {}
+        norm = norms.square().sum().sqrt()
+        return {"norm": norm, "least_factor": factors.min(), "largest_factor": factors.max()}

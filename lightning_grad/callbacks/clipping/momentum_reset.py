@@ -1,0 +1,158 @@
+"""Momentum reset (SPAM): the callback.
+
+The rules are :func:`lightning_grad.functional.reset_moments_` and :func:`lightning_grad.functional.reset_warmup`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_grad.callbacks.base import GradCallback
+from lightning_grad.functional import reset_moments_, reset_warmup
+from lightning_grad.utilities.checks import check_at_least, check_keeps, refuse_deepspeed
+from lightning_grad.utilities.reporting import is_log_step
+
+NO_MOMENTS = (
+    "MomentumReset sets the moments (exp_avg, exp_avg_sq) of an Adam-like optimizer to zero, and {} keeps none. Use Adam or "
+    "AdamW."
+)
+
+
+class MomentumReset(GradCallback):
+    r"""Forget the moments of an Adam-like optimizer now and then, and warm the learning rate up again (SPAM).
+
+    .. math::
+        m = v = 0 \text{ every } \Delta T \text{ steps, then} \quad
+        \mathrm{lr}_k = \mathrm{lr} \cdot \Bigl(1 - 0.99 \cdot \frac{1 + \cos(\pi k / (T + 1))}{2}\Bigr), \quad k < T
+
+    so that a spike that got into the moments does not act for hundreds of steps. Meant for :class:`SpikeClipping` beside
+    it, which pauses after each reset.
+
+    Args:
+        every: Optimizer steps from one reset to the next.
+        warmup: Steps after a reset in which the learning rate is held down; 0 for none.
+        name: Name of this instance, in its log keys and its state.
+
+    Raises:
+        ValueError: In the constructor unless every is at least 1 and warmup at least 0. Before the first batch for an
+            optimizer without ``exp_avg_sq``, by name, for a second instance, and under DeepSpeed.
+
+    **Hooks.** The optimizer's own pre and post hooks, which fire for exactly the steps that are made: one that the
+    GradScaler skips is not counted, resets nothing and leaves the learning rate alone. The rate is put back in the post
+    hook, before a scheduler reads it.
+
+    **Logs** under ``grad/momentum_reset/``, at log steps: ``lr_factor`` and ``resets``.
+
+    **State.** Steps of each optimizer.
+
+    **Cost.** None worth measuring: two Python calls a step, one pass over the moments at a reset.
+
+    **Works with** accumulation, fp16 and bf16, DDP, FSDP, compiled modules, several optimizers, manual optimization (also
+    ``optimizer.step()`` past Lightning): yes. DeepSpeed and optimizers without moments: raises.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.MomentumReset
+                  init_args:
+                    every: 500
+
+    References:
+        Huang et al., "SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training", 2025, arXiv 2501.06842,
+        algorithm 1; the warm-up's length and shape are those of its released code.
+    """
+
+    namespace: ClassVar[str] = "grad/momentum_reset"
+
+    def __init__(self, every: int = 500, warmup: int = 150, name: str | None = None) -> None:
+        super().__init__(name)
+        self.every = every
+        self.warmup = warmup
+        check_at_least(every, 1, "every")
+        check_at_least(warmup, 0, "warmup")
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps: dict[int, int] = {}
+        self._rates: dict[int, list[Any]] = {}
+
+    # The fit begins.
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self._fitting:
+            self._reset()
+            refuse_deepspeed(trainer, self.label)
+            if sum(hasattr(c, "steps_since_reset") for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+                raise ValueError("Two MomentumReset would undo each other's learning rates. Keep one.")
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._fitting:
+            self._steps = {int(index): steps for index, steps in state_dict["steps"].items()}
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for index, optimizer in enumerate(trainer.optimizers):
+            check_keeps(optimizer, "exp_avg_sq", NO_MOMENTS)
+            self._watch(index, optimizer)
+
+    def _watch(self, index: int, optimizer: Optimizer) -> None:
+        self._undo.push(optimizer.register_step_pre_hook(lambda o, *_: self._before_step(index, o)).remove)
+        self._undo.push(optimizer.register_step_post_hook(lambda o, *_: self._after_step(index, o)).remove)
+        self._undo.push(lambda: self._restore_rates(index, optimizer))
+
+    # One optimizer step.
+
+    def steps_since_reset(self, index: int) -> int | None:
+        """Return how many steps ago an optimizer's moments were reset; 0 for the step that is being made.
+
+        Args:
+            index: Number of the optimizer.
+
+        Returns:
+            int: The steps, or ``None`` before the first reset.
+        """
+        step = self._steps.get(index, 0) + 1
+        return step % self.every if step >= self.every else None
+
+    def _before_step(self, index: int, optimizer: Optimizer) -> None:
+        since = self.steps_since_reset(index)
+        if since is None:
+            return
+        if since == 0:
+            reset_moments_(list(optimizer.state.values()))
+        factor = reset_warmup(since, self.warmup)
+        if factor != 1.0:
+            self._rates[index] = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * factor
+
+    def _after_step(self, index: int, optimizer: Optimizer) -> None:
+        self._steps[index] = self._steps.get(index, 0) + 1
+        self._restore_rates(index, optimizer)
+
+    def _restore_rates(self, index: int, optimizer: Optimizer) -> None:
+        for group, rate in zip(optimizer.param_groups, self._rates.pop(index, []), strict=False):
+            group["lr"] = rate
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if is_log_step(trainer):
+            for index, steps in self._steps.items():
+                prefix = f"optimizer{index}/" if len(trainer.optimizers) > 1 else ""
+                factor = reset_warmup(steps % self.every, self.warmup) if steps >= self.every else 1.0
+                self._log(pl_module, {f"{prefix}lr_factor": factor, f"{prefix}resets": float(steps // self.every)})
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": {str(index): steps for index, steps in self._steps.items()}}

@@ -1,0 +1,85 @@
+"""Norm clipping: the callback. The rule is :func:`lightning_grad.functional.clip_norm_`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
+from lightning_grad.functional import clip_norm_
+from lightning_grad.utilities.checks import check_above
+from lightning_grad.utilities.thresholds import as_threshold
+
+
+class NormClipping(GradientConditioner):
+    r"""Scale gradients together so that their norm is at most a constant.
+
+    .. math::
+        g \leftarrow g \cdot \min\Bigl(1, \frac{c}{\lVert g \rVert_p + 10^{-6}}\Bigr)
+
+    It is what ``Trainer(gradient_clip_val=c)`` does, bit for bit, and works where Lightning refuses that: under FSDP2, and
+    with a fused optimizer in bf16-mixed. Beyond it there are thresholds for parts of a model, each with a norm of its own.
+
+    Args:
+        max_norm: c, the largest norm; one number, or one for each name pattern, first match first. A param group of the
+            optimizer that carries "max_norm" has its own.
+        norm_type: p; .inf in YAML for the largest magnitude.
+        include: Names or wildcards of the parameters or modules that are clipped; default all.
+        exclude: Names or wildcards of those that are not.
+        name: Name of this instance, needed when two are used.
+
+    Raises:
+        ValueError: In the constructor unless max_norm and norm_type are above 0. Before the first batch beside
+            ``Trainer(gradient_clip_val=...)``, under FSDP1 and DeepSpeed, with a fused optimizer in fp16, for sparse
+            gradients, and for a name pattern that matches nothing.
+
+    **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced.
+
+    **Logs** under ``grad/norm_clipping/``, at log steps: ``norm`` (before clipping) and ``clipped_share`` (of all steps so
+    far, those that were clipped); the latter also in the summary.
+
+    **State.** How many steps were clipped.
+
+    **Cost.** Less than ``torch.nn.utils.clip_grad_norm_``: see docs/benchmarks.md.
+
+    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers (each has its own norm),
+    manual optimization: yes. FSDP1 and DeepSpeed: raises.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.NormClipping
+                  init_args:
+                    max_norm: 1.0
+
+    References:
+        Pascanu et al., "On the difficulty of training recurrent neural networks", 2013, arXiv 1211.5063. The default
+        follows GPT-3 (Brown et al., 2020, arXiv 2005.14165, appendix B).
+    """
+
+    namespace: ClassVar[str] = "grad/norm_clipping"
+    phase: ClassVar[Phase] = "clip"
+    threshold_name: ClassVar[str | None] = "max_norm"
+
+    def __init__(
+        self,
+        max_norm: float | Mapping[str, float] = 1.0,
+        norm_type: float = 2.0,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(include, exclude, name)
+        self.max_norm = as_threshold(max_norm, "max_norm", lambda number: check_above(number, 0.0, "max_norm"))
+        self.norm_type = norm_type
+        check_above(norm_type, 0.0, "norm_type")
+
+    @override
+    def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
+        norm = clip_norm_(step.gradients, step.threshold, self.norm_type)
+        return {"norm": norm, "clipped": norm > step.threshold}

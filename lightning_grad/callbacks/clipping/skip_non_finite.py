@@ -1,0 +1,176 @@
+"""Skipping steps whose gradients are not finite: the callback. The test is :func:`lightning_grad.functional.nonfinite`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
+from lightning_grad.functional import nonfinite
+from lightning_grad.utilities.checks import check_at_least
+from lightning_grad.utilities.forward_order import ForwardOrder
+from lightning_grad.utilities.precision import grad_scaler, true_loss
+
+
+class SkipNonFinite(GradientConditioner):
+    """Skip an optimizer step, on every rank, when a gradient holds a nan or an infinity.
+
+    The gradients are set to ``None``, so that neither momentum nor weight decay moves anything; with zeros AdamW would
+    still move. The first bad parameter in the order of the forward pass is named, with the batch. A run of such steps raises,
+    for then the weights are lost and not the batch.
+
+    With an fp16 GradScaler overflows are daily business: the scaler skips those steps itself and lowers its scale. They are
+    left to it, and count towards the run only once its scale is below 1.
+
+    Args:
+        max_in_row: Raise when so many steps in a row had to be skipped; None never raises.
+        warnings: How many skipped steps are told one by one.
+        include: Names or wildcards of the parameters or modules that are looked at; default all.
+        exclude: Names or wildcards of those that are not.
+        name: Name of this instance, needed when two are used.
+
+    Raises:
+        ValueError: In the constructor unless max_in_row is at least 1 and warnings at least 0. Before the first batch under
+            FSDP1 and DeepSpeed, with a fused optimizer in fp16, and for a name pattern that matches nothing.
+        RuntimeError: After max_in_row skipped steps in a row.
+
+    **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced. During the first batch hooks
+    on the module's children learn the order of the forward pass.
+
+    **Logs** under ``grad/skip_non_finite/``, at log steps: ``skipped`` (steps so far); also in the summary at the end.
+
+    **State.** Steps skipped, in all and in a row.
+
+    **Cost.** The largest magnitude of each gradient. The host must know whether to step, so it waits for the device once a
+    step, as GradScaler does; under DDP the ranks agree by one reduction.
+
+    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers (each skips for itself),
+    manual optimization: yes. FSDP1 and DeepSpeed: raises.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.SkipNonFinite
+                  init_args:
+                    max_in_row: 10
+
+    References:
+        Requested of Lightning in its issues 4956 and 5152. The default of max_in_row is ours.
+    """
+
+    namespace: ClassVar[str] = "grad/skip_non_finite"
+    phase: ClassVar[Phase] = "guard"
+    syncs_per_step: ClassVar[str] = "whether a step is made must be known on the host: one wait a step"
+
+    def __init__(
+        self,
+        max_in_row: int | None = 10,
+        warnings: int = 5,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(include, exclude, name)
+        self.max_in_row = max_in_row
+        self.warnings = warnings
+        check_at_least(1 if max_in_row is None else max_in_row, 1, "max_in_row")
+        check_at_least(warnings, 0, "warnings")
+
+    @override
+    def _reset(self) -> None:
+        super()._reset()
+        self._skipped: dict[int, int] = {}
+        self._in_row: dict[int, int] = {}
+        self._batch_idx = 0
+        self._loss: Tensor | None = None
+        self._order: ForwardOrder | None = None
+        self._stop_watching: Any = None
+        self._trainer: pl.Trainer | None = None
+
+    # The fit begins.
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self._fitting:
+            self._skipped = {int(index): count for index, count in state_dict["skipped"].items()}
+            self._in_row = {int(index): count for index, count in state_dict["in_row"].items()}
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._order, self._trainer = ForwardOrder(pl_module), trainer
+        self._undo.push(self._forget)
+
+    def _forget(self) -> None:
+        if self._stop_watching is not None:
+            self._stop_watching()
+        self._stop_watching = self._order = self._trainer = self._loss = None
+
+    # One training step.
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch_idx = batch_idx
+        if self._order is not None and self._stop_watching is None:
+            self._stop_watching = self._order.watch()
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self._loss = true_loss(trainer, pl_module, loss)
+        if self._stop_watching is not None:
+            self._stop_watching()
+
+    @override
+    def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
+        trainer = self._trainer
+        assert trainer is not None
+        bad = nonfinite(step.gradients)
+        skip = trainer.strategy.reduce_boolean_decision(bool(bad.any()), all=False)
+        scaler = grad_scaler(trainer)
+        if not skip:
+            self._in_row[step.index] = 0
+        elif scaler is None or scaler.get_scale() < 1.0:
+            self._in_row[step.index] = self._in_row.get(step.index, 0) + 1
+            self._tell(step, bad)
+        if skip:
+            self._skipped[step.index] = self._skipped.get(step.index, 0) + 1
+            for group in step.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        return {"skipped": float(self._skipped.get(step.index, 0))}
+
+    def _tell(self, step: GradientStep, bad: Tensor) -> None:
+        in_row, skipped = self._in_row[step.index], self._skipped.get(step.index, 0)
+        where = self._where(step, bad)
+        if self.max_in_row is not None and in_row >= self.max_in_row:
+            raise RuntimeError(
+                f"{self.label}: {in_row} steps in a row had gradients that are not finite, the last in {where}. The "
+                "weights, and not a batch, are the likely cause: lower the learning rate, or resume from an earlier "
+                "checkpoint. max_in_row=None would go on."
+            )
+        if skipped < self.warnings:
+            last = " Further ones are only counted." if skipped + 1 == self.warnings else ""
+            rank_zero_warn(f"{self.label} skips a step: not finite in {where}.{last}")
+
+    def _where(self, step: GradientStep, bad: Tensor) -> str:
+        names = [name for name, is_bad in zip(step.names, bad.tolist(), strict=True) if is_bad]
+        loss = "unknown" if self._loss is None else f"{self._loss.float().mean().item():g}"
+        if not names:
+            return f"a gradient of another rank, batch {self._batch_idx} (loss here {loss})"
+        first = names[0] if self._order is None else self._order.sort(names)[0]
+        return f"{first}, first of {len(names)} of {len(bad)} gradients, batch {self._batch_idx} (loss {loss})"
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        counts = {"skipped": self._skipped, "in_row": self._in_row}
+        return {**super().state_dict(), **{k: {str(i): n for i, n in v.items()} for k, v in counts.items()}}

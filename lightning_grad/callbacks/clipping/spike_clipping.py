@@ -1,0 +1,121 @@
+"""Spike-aware clipping (SPAM): the callback. The rule is :func:`lightning_grad.functional.clip_spikes_`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import lightning.pytorch as pl
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad.callbacks.clipping.momentum_reset import MomentumReset
+from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
+from lightning_grad.functional import clip_spikes_
+from lightning_grad.functional.tensor_lists import share_of
+from lightning_grad.utilities.checks import check_above, check_at_least, check_keeps
+from lightning_grad.utilities.thresholds import as_threshold
+
+NO_MOMENT = (
+    "SpikeClipping reads the second moment (exp_avg_sq) of an Adam-like optimizer, and {} keeps none. Use Adam or AdamW, or "
+    "clip by ZClip or NormClipping."
+)
+
+
+class SpikeClipping(GradientConditioner):
+    r"""Clip each entry of a gradient that stands far above its own past (SPAM).
+
+    .. math::
+        g_i \leftarrow \operatorname{sign}(g_i) \sqrt{\theta v_i} \quad\text{where}\quad g_i^2 > \theta v_i, \; v_i > 0
+
+    v is the running mean of squares that the optimizer keeps (``exp_avg_sq``). Where it is zero nothing is clipped; the
+    published code sets such gradients to zero, so that a parameter whose first gradient comes late never trains. Use it
+    with :class:`MomentumReset`, after whose resets it pauses.
+
+    Args:
+        threshold: theta, how many times its mean a square may be; one number, or one for each name pattern, first match
+            first. A param group of the optimizer that carries "threshold" has its own. .inf in YAML never clips.
+        pause: Steps at the start, and from a reset of the moments on, in which nothing is clipped.
+        include: Names or wildcards of the parameters or modules that are clipped; default all.
+        exclude: Names or wildcards of those that are not.
+        name: Name of this instance, needed when two are used.
+
+    Raises:
+        ValueError: In the constructor unless threshold is above 0 and pause at least 0. Before the first batch for an
+            optimizer without ``exp_avg_sq``, by name; beside ``Trainer(gradient_clip_val=...)``, under DeepSpeed, with a
+            fused optimizer in fp16, for sparse gradients, and for a name pattern that matches nothing.
+
+    **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced, and the moments are those from
+    before the step.
+
+    **Logs** under ``grad/spike_clipping/``, at log steps: ``clipped_entries`` (share of entries that were clipped in this
+    step).
+
+    **State.** Steps seen.
+
+    **Cost.** About five passes over the gradients.
+
+    **Works with** accumulation, fp16 and bf16, DDP, FSDP, compiled modules, several optimizers, manual optimization: yes.
+    DeepSpeed and optimizers without a second moment: raises.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.MomentumReset
+                - class_path: lightning_grad.callbacks.SpikeClipping
+
+    References:
+        Huang et al., "SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training", 2025, arXiv 2501.06842; defaults
+        are those of its released code.
+    """
+
+    namespace: ClassVar[str] = "grad/spike_clipping"
+    phase: ClassVar[Phase] = "clip"
+    threshold_name: ClassVar[str | None] = "threshold"
+    elementwise: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        threshold: float | Mapping[str, float] = 5000.0,
+        pause: int = 20,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(include, exclude, name)
+        self.threshold = as_threshold(threshold, "threshold", lambda number: check_above(number, 0.0, "threshold"))
+        self.pause = pause
+        check_at_least(pause, 0, "pause")
+        self._resets: list[MomentumReset] = []
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        for index, optimizer in enumerate(trainer.optimizers):
+            if self._chosen[index][1]:
+                check_keeps(optimizer, "exp_avg_sq", NO_MOMENT)
+        self._resets = [c for c in trainer.callbacks if hasattr(c, "steps_since_reset")]  # type: ignore[attr-defined]
+        self._undo.push(self._resets.clear)
+
+    @override
+    def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
+        if self._pauses(step):
+            return {}
+        states = [step.optimizer.state.get(parameter, {}) for parameter in step.parameters]
+        known = [
+            (g, state["exp_avg_sq"]) for g, state in zip(step.gradients, states, strict=True) if "exp_avg_sq" in state
+        ]
+        if not known:
+            return {}
+        gradients, moments = [g for g, _ in known], [moment for _, moment in known]
+        before = [gradient.clone() for gradient in gradients] if step.measured else []
+        clip_spikes_(gradients, moments, step.threshold)
+        if not step.measured:
+            return {}
+        return {"clipped_entries": share_of([g != b for g, b in zip(gradients, before, strict=True)])}
+
+    def _pauses(self, step: GradientStep) -> bool:
+        since = [reset.steps_since_reset(step.index) for reset in self._resets]
+        return step.step + 1 < self.pause or any(steps is not None and steps < self.pause for steps in since)

@@ -1,0 +1,118 @@
+"""ZClip: the callback. The rule is :func:`lightning_grad.functional.zclip_threshold_`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
+from lightning_grad.functional import clip_to_threshold_, total_norm, zclip_state, zclip_threshold_
+from lightning_grad.utilities.checks import check_above, check_at_least, check_between
+from lightning_grad.utilities.thresholds import as_threshold
+
+
+class ZClip(GradientConditioner):
+    r"""Clip gradients whose norm is an outlier among those of the last steps.
+
+    .. math::
+        z_t = \frac{\lVert g_t \rVert - \mu}{\sigma + \epsilon}, \qquad
+        \tau_t = \mu + z^\ast \sigma \cdot \frac{z^\ast}{z_t} \;\text{ where } z_t > z^\ast
+
+    Mean and standard deviation are exponential averages, fed with the clipped norms: the larger a spike, the closer it is
+    clipped to the mean, and the less it moves it. Every step is also held to max_norm, from the first on.
+
+    Args:
+        z_threshold: z*, from which z-score on a norm is a spike; .inf in YAML for none.
+        alpha: Smoothing of mean and variance, 0 to 1.
+        max_norm: A bound on every step; one number, or one for each name pattern, first match first, each with statistics
+            of its own. A param group of the optimizer that carries "max_norm" has its own. None sets no bound.
+        warmup_steps: How many norms make the first mean and variance; until then only max_norm clips.
+        eps: Added to the standard deviation.
+        include: Names or wildcards of the parameters or modules that are clipped; default all.
+        exclude: Names or wildcards of those that are not.
+        name: Name of this instance, needed when two are used.
+
+    Raises:
+        ValueError: In the constructor for values out of their range. Before the first batch beside
+            ``Trainer(gradient_clip_val=...)``, under FSDP1 and DeepSpeed, with a fused optimizer in fp16, for sparse
+            gradients, and for a name pattern that matches nothing.
+
+    **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced.
+
+    **Logs** under ``grad/zclip/``, at log steps: ``norm`` (before clipping), ``threshold`` (what it may be; the norm itself
+    where nothing is clipped), ``mean``, ``deviation``, and ``clipped_share`` (of all steps so far, those that were clipped,
+    by either bound); the last also in the summary.
+
+    **State.** Mean, variance and count of each optimizer. A norm that is not finite changes none of them, and its step is
+    not clipped; in the published code one inf in the warm-up, or one nan after it, makes them nan for ever.
+
+    **Cost.** A norm and some thirty operations on single numbers, none of which waits: see docs/benchmarks.md.
+
+    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers (each has its own
+    statistics), manual optimization: yes. FSDP1 and DeepSpeed: raises.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.ZClip
+                  init_args:
+                    z_threshold: 2.5
+
+    References:
+        Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025, arXiv 2504.02507; all defaults are those
+        of its released code.
+    """
+
+    namespace: ClassVar[str] = "grad/zclip"
+    phase: ClassVar[Phase] = "clip"
+    threshold_name: ClassVar[str | None] = "max_norm"
+
+    def __init__(
+        self,
+        z_threshold: float = 2.5,
+        alpha: float = 0.97,
+        max_norm: float | Mapping[str, float] | None = 1.0,
+        warmup_steps: int = 25,
+        eps: float = 1e-6,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(include, exclude, name)
+        self.z_threshold = z_threshold
+        self.alpha = alpha
+        self.max_norm = as_threshold(max_norm, "max_norm", lambda number: check_above(number, 0.0, "max_norm"))
+        self.warmup_steps = warmup_steps
+        self.eps = eps
+        check_above(z_threshold, 0.0, "z_threshold")
+        check_between(alpha, 0.0, 1.0, "alpha")
+        check_at_least(warmup_steps, 1, "warmup_steps")
+        check_at_least(eps, 0.0, "eps")
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if self.max_norm is not None:
+            rank_zero_info(f"{self.label} also holds every step to max_norm={self.max_norm}; None would not.")
+
+    @override
+    def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
+        norm = total_norm(step.gradients, dtype=torch.float32)
+        if "mean" not in step.state:
+            step.state.update(zclip_state(norm.device))
+        threshold = zclip_threshold_(
+            norm, step.state, self.z_threshold, self.alpha, step.threshold, self.warmup_steps, self.eps
+        )
+        coefficient = clip_to_threshold_(step.gradients, norm, threshold)
+        values = {"norm": norm, "threshold": threshold, "clipped": coefficient < 1.0}
+        if step.measured:
+            values |= {"mean": step.state["mean"].clone(), "deviation": step.state["variance"].sqrt()}
+        return values

@@ -1,0 +1,350 @@
+"""The base of every callback that changes gradients before the optimizer uses them. Read ``base.py`` first.
+
+A technique derives from :class:`GradientConditioner`, says its phase, and writes one method, ``condition``: the rule,
+which changes the gradients it is handed and returns what is worth logging. The base calls it once for each optimizer
+step and each set of parameters with a threshold of its own, keeps its state, saves and restores it, logs, and refuses
+what cannot work. The rules are in the folder ``clipping``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_grad.callbacks.base import GradCallback
+from lightning_grad.utilities.checks import (
+    refuse_deepspeed,
+    refuse_flat_shards,
+    refuse_sparse_gradients,
+)
+from lightning_grad.utilities.parameters import as_names, check_patterns
+from lightning_grad.utilities.precision import refuse_scaled_gradients
+from lightning_grad.utilities.reporting import is_log_step, log_summary
+from lightning_grad.utilities.thresholds import Bucket, Threshold, choose_buckets
+
+Phase = Literal["guard", "center", "clip", "noise", "observe"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+@dataclass
+class GradientStep:
+    """What a rule is handed: gradients that one optimizer is about to use, and the rule's memory.
+
+    Args:
+        parameters: Those of the bucket that have a gradient.
+        gradients: Theirs, accumulated, unscaled and reduced; to be changed in place.
+        names: Their names.
+        threshold: The number that holds for them; ``None`` if the technique has no threshold, or it is off.
+        state: The rule's tensors for this bucket; empty at first.
+        step: Optimizer steps that the technique has seen before this one.
+        measured: Whether what the rule returns is logged.
+        optimizer: Who will use them.
+        index: Its number.
+    """
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    names: list[str]
+    threshold: Any
+    state: dict[str, Tensor]
+    step: int
+    measured: bool
+    optimizer: Optimizer
+    index: int
+
+    def only(self, wanted: Callable[[Tensor], bool]) -> GradientStep:
+        """Return the step with those gradients alone of which ``wanted`` is true."""
+        chosen = [i for i, gradient in enumerate(self.gradients) if wanted(gradient)]
+        return replace(
+            self,
+            parameters=[self.parameters[i] for i in chosen],
+            gradients=[self.gradients[i] for i in chosen],
+            names=[self.names[i] for i in chosen],
+        )
+
+
+@dataclass
+class _Memory:
+    """What is remembered of one optimizer: steps seen, and the rule's state by bucket."""
+
+    steps: int = 0
+    states: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+class GradientConditioner(GradCallback):
+    """A rule that changes gradients after accumulation, unscaling and reduction, and before the optimizer's step.
+
+    Class attributes say what a technique is:
+
+    - ``phase``: where it stands among others: guard, center, clip, noise, observe.
+    - ``threshold_name``: the constructor argument that may be one number, a mapping from name patterns to numbers, or
+      a key of the optimizer's param groups.
+    - ``elementwise``: whether the rule acts on each entry alone, so that a shard of a gradient is enough.
+
+    Args:
+        include: Names or wildcards of the parameters or modules whose gradients it changes; default all.
+        exclude: Names or wildcards of those it leaves alone.
+        name: Name of this instance, needed when two of a class are used; part of its state key and log keys.
+    """
+
+    phase: ClassVar[Phase]
+    threshold_name: ClassVar[str | None] = None
+    elementwise: ClassVar[bool] = False
+
+    def __init__(
+        self, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None, name: str | None = None
+    ) -> None:
+        super().__init__(name)
+        self.include = as_names(include, "include")
+        self.exclude = as_names(exclude, "exclude")
+        self._reset()
+
+    def _reset(self) -> None:
+        self._memory: dict[int, _Memory] = {}
+        self._chosen: dict[int, tuple[int, list[Bucket]]] = {}
+        self._hook_fired: set[int] = set()
+        self._warned_of_bypass = False
+
+    @abstractmethod
+    def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
+        """Change gradients in place, and return what is worth logging.
+
+        A value named ``clipped``, one where something was clipped and zero elsewhere, is also summed up over all steps
+        and logged as ``clipped_share``.
+        """
+
+    @property
+    def _threshold(self) -> Threshold:
+        return None if self.threshold_name is None else getattr(self, self.threshold_name)
+
+    # The fit begins.
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if not self._fitting:
+            return
+        self._reset()
+        refuse_deepspeed(trainer, self.label)
+        if not self.elementwise:
+            refuse_flat_shards(trainer, self.label)
+        _refuse_order(trainer)
+        if self.phase in ("clip", "noise"):
+            self._refuse_trainer_clipping(trainer)
+
+    def _refuse_trainer_clipping(self, trainer: pl.Trainer) -> None:
+        if not trainer.gradient_clip_val:
+            return
+        option = f"Trainer(gradient_clip_val={trainer.gradient_clip_val})"
+        if self.phase == "clip":
+            raise ValueError(
+                f"{self.label} and {option} would both clip. Keep one: drop the callback, or set gradient_clip_val=None."
+            )
+        raise ValueError(
+            f"{self.label} comes after clipping, and {option} clips after every callback. Put NormClipping(max_norm="
+            f"{trainer.gradient_clip_val}) before it and set gradient_clip_val=None."
+        )
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._fitting:
+            self._memory = {
+                int(index): _Memory(saved["steps"], {name: dict(state) for name, state in saved["states"].items()})
+                for index, saved in state_dict["optimizers"].items()
+            }
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        names = [name for name, _ in pl_module.named_parameters()]
+        for parameter, patterns in (("include", self.include), ("exclude", self.exclude)):
+            check_patterns(patterns or [], names, parameter)
+        if isinstance(self._threshold, Mapping):
+            check_patterns(list(self._threshold), names, str(self.threshold_name))
+        left_out: list[str] = []
+        for index, optimizer in enumerate(trainer.optimizers):
+            refuse_scaled_gradients(trainer, optimizer, self.label)
+            self._watch_for_bypass(optimizer)
+            left_out += self._choose(index, optimizer, pl_module)
+        if not self._parameters():
+            raise ValueError(f"{self.label} has no parameter to act on: include and exclude leave none.")
+        refuse_sparse_gradients(pl_module, {id(p) for p in self._parameters()}, self.label)
+        self._announce(trainer, pl_module, left_out)
+
+    def _excluded(self, pl_module: pl.LightningModule) -> list[str]:
+        """Name patterns of what is left alone; a technique may add to what the user said."""
+        return self.exclude or []
+
+    def _choose(self, index: int, optimizer: Optimizer, pl_module: pl.LightningModule) -> list[str]:
+        buckets, left_out = choose_buckets(
+            optimizer, pl_module, self._threshold, self.threshold_name, self.include, self._excluded(pl_module)
+        )
+        self._chosen[index] = (_size(optimizer), buckets)
+        return left_out
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for _, buckets in self._chosen.values() for b in buckets for parameter in b.parameters]
+
+    def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule, left_out: Sequence[str]) -> None:
+        count = len(self._parameters())
+        rest = f"; {len(left_out)} left alone ({_short(left_out)})" if left_out else ""
+        rank_zero_info(f"{self.label} acts on {count} parameters{rest}.")
+        if self.phase != "clip":
+            return
+        mine = {id(parameter) for parameter in self._parameters()}
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if other is self:
+                break
+            if getattr(other, "phase", None) == "clip" and not mine.isdisjoint(map(id, other._parameters())):
+                rank_zero_warn(
+                    f"{other.label} and {self.label} both clip the same gradients, one after the other. If that is not "
+                    "meant, keep one, or separate them by include=."
+                )
+        if _clips_by_itself(pl_module):
+            rank_zero_warn(
+                f"{type(pl_module).__name__}.configure_gradient_clipping is the module's own and runs after {self.label}. "
+                "If it clips too, drop one of them."
+            )
+
+    def _watch_for_bypass(self, optimizer: Optimizer) -> None:
+        def after_step(stepped: Optimizer, *_: Any) -> None:
+            if id(stepped) not in self._hook_fired and not self._warned_of_bypass:
+                self._warned_of_bypass = True
+                rank_zero_warn(
+                    f"{self.label}: an optimizer stepped without Lightning's hooks, so its gradients are as they were. "
+                    "Call step() on what self.optimizers() returns."
+                )
+            self._hook_fired.discard(id(stepped))
+
+        self._undo.push(optimizer.register_step_post_hook(after_step).remove)
+
+    # One optimizer step.
+
+    @override
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._hook_fired.add(id(optimizer))
+        index = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
+        if self._chosen[index][0] != _size(optimizer):  # a finetuning callback has added a group
+            self._choose(index, optimizer, pl_module)
+        memory, measured = self._memory.setdefault(index, _Memory()), is_log_step(trainer)
+        for bucket in self._chosen[index][1]:
+            step = _gather(bucket, memory, measured, optimizer, index)
+            if step.gradients:
+                values = self._count(step, self.condition(step))
+                if measured and values:
+                    several = len(trainer.optimizers) > 1
+                    self._log(pl_module, {self._quantity(key, step, bucket, several): values[key] for key in values})
+        memory.steps += 1
+
+    def _count(self, step: GradientStep, values: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
+        shown = dict(values)
+        clipped = shown.pop("clipped", None)
+        if isinstance(clipped, Tensor):
+            if "clipped" not in step.state:
+                step.state["clipped"] = torch.zeros((), dtype=torch.int64, device=clipped.device)
+            step.state["clipped"] += clipped
+            if step.measured:
+                shown["clipped_share"] = step.state["clipped"] / (step.step + 1)
+        return shown
+
+    def _quantity(self, key: str, step: GradientStep, bucket: Bucket, several: bool) -> str:
+        return "/".join(part for part in (f"optimizer{step.index}" if several else "", key, bucket.name) if part)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "optimizers": {
+                str(index): {
+                    "steps": memory.steps,
+                    "states": {
+                        name: {key: value.clone() for key, value in state.items()}
+                        for name, state in memory.states.items()
+                    },
+                }
+                for index, memory in self._memory.items()
+            }
+        }
+
+    # The fit ends.
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        clipped = [
+            (state["clipped"].item(), memory.steps)
+            for memory in self._memory.values()
+            for state in memory.states.values()
+            if "clipped" in state
+        ]
+        if clipped:
+            share = sum(count for count, _ in clipped) / max(sum(steps for _, steps in clipped), 1)
+            log_summary(trainer, {self._key("final_clipped_share"): share})
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._chosen = {}
+        self._fitting = False
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._chosen = {}
+        self._fitting = False
+
+
+def _gather(bucket: Bucket, memory: _Memory, measured: bool, optimizer: Optimizer, index: int) -> GradientStep:
+    pairs = [(p, p.grad, n) for p, n in zip(bucket.parameters, bucket.names, strict=True) if p.grad is not None]
+    state = memory.states.setdefault(bucket.name, {})
+    for key, value in state.items():
+        if pairs and value.device != pairs[0][1].device:  # restored from a checkpoint
+            state[key] = value.to(pairs[0][1].device)
+    return GradientStep(
+        [p for p, _, _ in pairs],
+        [g for _, g, _ in pairs],
+        [n for _, _, n in pairs],
+        bucket.threshold,
+        state,
+        memory.steps,
+        measured,
+        optimizer,
+        index,
+    )
+
+
+def _size(optimizer: Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def _short(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _clips_by_itself(pl_module: pl.LightningModule) -> bool:
+    owner = next(cls for cls in type(pl_module).__mro__ if "configure_gradient_clipping" in vars(cls))
+    return owner.__name__ != "LightningModule"
+
+
+def _refuse_order(trainer: pl.Trainer) -> None:
+    """Raise if conditioners stand in an order in which they undo each other's work, and show the right one."""
+    found = [c for c in trainer.callbacks if getattr(c, "phase", None) in PHASES]  # type: ignore[attr-defined]
+    right = sorted(found, key=lambda callback: PHASES.index(callback.phase))
+    if found != right:
+
+        def written(callbacks: Sequence[Any]) -> str:
+            return ", ".join(f"{callback.label} ({callback.phase})" for callback in callbacks)
+
+        raise ValueError(
+            f"What changes gradients acts in the order {', '.join(PHASES)}. Got callbacks=[{written(found)}]; write "
+            f"callbacks=[{written(right)}]."
+        )

@@ -1,0 +1,67 @@
+"""Lists of gradients as one thing: on several devices, in several dtypes, sharded (DTensor) or not.
+
+What the clipping and conditioning functions beside this file are made of. Everything is in place or returns tensors;
+nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Say whether a tensor is a DTensor, of which this rank holds a part."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a plain tensor; of a DTensor, what all ranks hold together."""
+    sharded: Any = tensor
+    return sharded.full_tensor() if is_sharded(tensor) else tensor
+
+
+def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return what this rank holds of each tensor, sharing its memory: enough for what acts on each entry alone."""
+    return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
+
+
+def by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Return the positions of the tensors on each device."""
+    groups: dict[torch.device, list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        groups.setdefault(tensor.device, []).append(position)
+    return list(groups.values())
+
+
+def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Return the p-norm of each tensor, where it lies."""
+    return list(torch._foreach_norm(list(tensors), norm_type, dtype))
+
+
+def stack_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, dtype: torch.dtype | None = torch.float32) -> Tensor:
+    """Return the p-norms of tensors, of whole ones where they are sharded, as one vector on the first one's device."""
+    norms = [whole(norm) for norm in tensor_norms(tensors, norm_type, dtype)]
+    return torch.stack([norm.to(norms[0].device) for norm in norms])
+
+
+def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply tensors by one number that stays on its device, in place."""
+    local = shards(tensors)
+    for positions in by_device(local):
+        group = [local[i] for i in positions]
+        torch._foreach_mul_(group, factor.to(group[0].device))
+
+
+def share_of(flags: Sequence[Tensor]) -> Tensor:
+    """Return the share of entries that are true, of all flags together, as a scalar.
+
+    Example:
+        >>> share_of([torch.tensor([True, False]), torch.tensor([False, False])])
+        tensor(0.2500)
+    """
+    counts = [whole(flag.sum()) for flag in flags]
+    return torch.stack([count.to(counts[0].device) for count in counts]).sum() / sum(flag.numel() for flag in flags)

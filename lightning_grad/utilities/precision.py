@@ -1,0 +1,43 @@
+"""Losses and gradients under an fp16 GradScaler: what is multiplied by its scale, and when."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def grad_scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
+    """Return the trainer's GradScaler, or ``None`` if it has none that is on."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def true_loss(trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> Tensor:
+    """Return the loss that ``training_step`` gave, from the one that ``on_before_backward`` sees.
+
+    That one is divided by the number of accumulated batches, and multiplied by the loss scale.
+    """
+    scaler = grad_scaler(trainer)
+    scale = 1.0 if scaler is None or scaler._scale is None else scaler._scale.to(loss.device)
+    batches = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+    return loss.detach() * batches / scale
+
+
+def gradients_are_scaled(trainer: pl.Trainer, optimizer: Optimizer) -> bool:
+    """Say whether callbacks see gradients times the loss scale: a fused optimizer unscales inside its step."""
+    return grad_scaler(trainer) is not None and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def refuse_scaled_gradients(trainer: pl.Trainer, optimizer: Optimizer, technique: str) -> None:
+    """Raise if gradients are still multiplied by the loss scale when callbacks see them.
+
+    Raises:
+        ValueError: For a fused optimizer together with an fp16 GradScaler.
+    """
+    if gradients_are_scaled(trainer, optimizer):
+        raise ValueError(
+            f"{technique} reads gradients, and the fused {type(optimizer).__name__} leaves them multiplied by the "
+            "fp16 loss scale. Use fused=False, or precision='bf16-mixed'."
+        )

@@ -1,0 +1,120 @@
+"""Thresholds as users write them: one number, one for each name pattern, or a key in a param group of the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_grad.utilities.parameters import clean_name, matches
+
+Threshold = float | Mapping[str, float] | None
+
+
+def as_threshold(value: Threshold, parameter: str, check: Callable[[float], object]) -> Any:
+    """Return a threshold in plain types, each number checked.
+
+    Args:
+        value: A number, or one for each name pattern; ``None`` for no threshold.
+        parameter: Name of the argument, for the error.
+        check: Called with each number; raises for one that cannot be.
+
+    Raises:
+        TypeError: If it is neither a number nor a mapping of them.
+
+    Example:
+        >>> as_threshold({"encoder.*": 1, "*": 0.5}, "max_norm", lambda number: None)
+        {'encoder.*': 1.0, '*': 0.5}
+    """
+    if value is None:
+        return None
+    numbers = list(value.values()) if isinstance(value, Mapping) else [value]
+    for number in numbers:
+        if isinstance(number, (bool, str)) or not isinstance(number, (int, float)):
+            raise TypeError(f"{parameter} is a number, or one for each name pattern; got {value!r}.")
+        check(number)
+    if isinstance(value, Mapping):
+        return {str(pattern): float(number) for pattern, number in value.items()}
+    return float(value)
+
+
+@dataclass
+class Bucket:
+    """Parameters of one optimizer that share a threshold.
+
+    Args:
+        name: Name pattern, or ``group<i>``, that sets it apart; empty where one threshold serves all.
+        value: The threshold, unless ``group`` carries one.
+        group: The param group whose ``key`` is the threshold, read at every step.
+        key: Name of the threshold in ``group``.
+        parameters: Those of the optimizer, in its order.
+        names: Name of each.
+    """
+
+    name: str
+    value: float | None = None
+    group: Mapping[str, Any] | None = None
+    key: str = ""
+    parameters: list[Tensor] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def threshold(self) -> float | None:
+        """The threshold as it stands."""
+        return self.value if self.group is None else self.group[self.key]
+
+
+def named_parameters_of(optimizer: Optimizer, module: nn.Module) -> Iterator[tuple[int, str, Tensor]]:
+    """Yield (number of the param group, name, parameter) of all that an optimizer moves."""
+    names = {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
+    for number, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            yield number, names.get(id(parameter), f"group{number}.{position}"), parameter
+
+
+def choose_buckets(
+    optimizer: Optimizer,
+    module: nn.Module,
+    threshold: Threshold = None,
+    key: str | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> tuple[list[Bucket], list[str]]:
+    """Sort the parameters of an optimizer by the threshold that holds for them.
+
+    A param group that carries ``key`` comes first, then the first pattern that matches.
+
+    Args:
+        optimizer: Whose parameters are sorted.
+        module: Where their names come from.
+        threshold: The number, or one for each name pattern; a parameter that no pattern matches is left out.
+        key: Name under which a param group may carry its own.
+        include: Name patterns of those that may be chosen; default all.
+        exclude: Name patterns of those that are left out.
+
+    Returns:
+        tuple: Buckets that are not empty, and the names of what is left out.
+    """
+    buckets: dict[str, Bucket] = {}
+    left_out = []
+    for number, name, parameter in named_parameters_of(optimizer, module):
+        group = optimizer.param_groups[number]
+        if (include is not None and not matches(name, include)) or matches(name, exclude or ()):
+            left_out.append(name)
+            continue
+        if key is not None and key in group:
+            bucket = buckets.setdefault(f"group{number}", Bucket(f"group{number}", group=group, key=key))
+        elif isinstance(threshold, Mapping):
+            pattern = next((pattern for pattern in threshold if matches(name, [pattern])), None)
+            if pattern is None:
+                left_out.append(name)
+                continue
+            bucket = buckets.setdefault(pattern, Bucket(pattern, threshold[pattern]))
+        else:
+            bucket = buckets.setdefault("", Bucket("", threshold))
+        bucket.parameters.append(parameter)
+        bucket.names.append(name)
+    return list(buckets.values()), left_out
