@@ -26,6 +26,7 @@ from lightning_grad.utilities.checks import (
     refuse_flat_shards,
     refuse_sparse_gradients,
 )
+from lightning_grad.utilities.dispatch import overrides
 from lightning_grad.utilities.parameters import as_names, check_patterns
 from lightning_grad.utilities.precision import refuse_scaled_gradients
 from lightning_grad.utilities.reporting import is_log_step, log_summary
@@ -137,7 +138,7 @@ class GradientConditioner(GradCallback):
         refuse_deepspeed(trainer, self.label)
         if not self.elementwise:
             refuse_flat_shards(trainer, self.label)
-        _refuse_order(trainer)
+        refuse_order(trainer)
         if self.phase in ("clip", "noise"):
             self._refuse_trainer_clipping(trainer)
 
@@ -208,7 +209,7 @@ class GradientConditioner(GradCallback):
                     f"{other.label} and {self.label} both clip the same gradients, one after the other. If that is not "
                     "meant, keep one, or separate them by include=."
                 )
-        if _clips_by_itself(pl_module):
+        if overrides(pl_module, "configure_gradient_clipping", "LightningModule"):
             rank_zero_warn(
                 f"{type(pl_module).__name__}.configure_gradient_clipping is the module's own and runs after {self.label}. "
                 "If it clips too, drop one of them."
@@ -330,12 +331,7 @@ def _short(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def _clips_by_itself(pl_module: pl.LightningModule) -> bool:
-    owner = next(cls for cls in type(pl_module).__mro__ if "configure_gradient_clipping" in vars(cls))
-    return owner.__name__ != "LightningModule"
-
-
-def _refuse_order(trainer: pl.Trainer) -> None:
+def refuse_order(trainer: pl.Trainer) -> None:
     """Raise if conditioners stand in an order in which they undo each other's work, and show the right one."""
     found = [c for c in trainer.callbacks if getattr(c, "phase", None) in PHASES]  # type: ignore[attr-defined]
     right = sorted(found, key=lambda callback: PHASES.index(callback.phase))

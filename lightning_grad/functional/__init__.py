@@ -23,6 +23,12 @@ from lightning_grad.functional.conditioning import (
     reset_moments_,
     reset_warmup,
 )
+from lightning_grad.functional.gradient_statistics import (
+    gradient_cosine,
+    moment_signal_to_noise,
+    noise_scale_terms,
+    zero_share,
+)
 from lightning_grad.functional.nm_schedule import (
     RECIPES,
     NMPhase,
@@ -67,13 +73,16 @@ __all__ = [
     "clip_value_",
     "exponential_decay",
     "geometric_patterns",
+    "gradient_cosine",
     "gradient_noise",
     "is_nm",
     "layer_limits",
     "linear_decay",
     "mask_distance",
+    "moment_signal_to_noise",
     "nm_mask",
     "noise_deviation",
+    "noise_scale_terms",
     "nonfinite",
     "normalize_layers_",
     "prune",
@@ -85,4 +94,5 @@ __all__ = [
     "unit_norms",
     "zclip_state",
     "zclip_threshold_",
+    "zero_share",
 ]

@@ -44,7 +44,10 @@ def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, dtype: torch
 
 def stack_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, dtype: torch.dtype | None = torch.float32) -> Tensor:
     """Return the p-norms of tensors, of whole ones where they are sharded, as one vector on the first one's device."""
-    norms = [whole(norm) for norm in tensor_norms(tensors, norm_type, dtype)]
+    norms = tensor_norms(tensors, norm_type, dtype)
+    if all(is_sharded(norm) for norm in norms):  # one reduction for all
+        return whole(torch.stack(norms))
+    norms = [whole(norm) for norm in norms]
     return torch.stack([norm.to(norms[0].device) for norm in norms])
 
 

@@ -56,6 +56,21 @@ class MethodDispatcher:
         return getattr, (self._owner, self._name)
 
 
+def overrides(owner: object, name: str, base: str) -> bool:
+    """Say whether an object's class has a method of its own, other than that of a base.
+
+    The base is asked for by the name of its class: each namespace of Lightning has one of its own.
+
+    Example:
+        >>> from lightning.pytorch import Callback
+        >>> from lightning.pytorch.callbacks import Timer
+        >>> overrides(Timer(), "on_train_start", "Callback"), overrides(Timer(), "on_test_start", "Callback")
+        (True, False)
+    """
+    definer = next(cls for cls in type(owner).__mro__ if name in vars(cls))
+    return definer.__name__ != base
+
+
 def wrap_method(owner: object, name: str, wrapper: Wrapper, priority: int = 0) -> Callable[[], None]:
     """Wrap a method on the instance.
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_MOST_TEXT_ROWS = 200  # of a table that TensorBoard shows as text
+
+
 def stepped_batches(trainer: pl.Trainer) -> int:
     """Return the step that Lightning's loggers put on the x axis, the same for one optimizer or several."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -86,10 +89,14 @@ def log_table(trainer: pl.Trainer, key: str, rows: Sequence[Mapping[str, Any]], 
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+    data = [[row[column] for column in columns] for row in rows]
     for logger in trainer.loggers:
         if hasattr(logger, "log_table"):
-            data = [[row[column] for column in columns] for row in rows]
             logger.log_table(key=key, columns=columns, data=data, step=stepped_batches(trainer))
+        elif hasattr(_experiment(logger), "add_text"):
+            lines = [columns, ["---"] * len(columns), *data[:_MOST_TEXT_ROWS]]
+            text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+            _experiment(logger).add_text(key, text, global_step=stepped_batches(trainer))
 
 
 def log_histograms(trainer: pl.Trainer, tensors: Mapping[str, Tensor]) -> None:
@@ -117,6 +124,14 @@ def log_file(trainer: pl.Trainer, path: Path, name: str, kind: str) -> None:
         experiment = _experiment(logger)
         if hasattr(experiment, "log_artifact") and hasattr(experiment, "use_artifact"):
             experiment.log_artifact(str(path), name=name, type=kind)
+
+
+def send_alert(trainer: pl.Trainer, title: str, text: str) -> None:
+    """Send a message to the loggers that pass them on to people (W&B)."""
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            if hasattr(_experiment(logger), "alert"):
+                _experiment(logger).alert(title=title, text=text)
 
 
 def _experiment(logger: Any) -> Any:

@@ -222,6 +222,18 @@ _CLIPPING: list[Technique] = [
         wrong=(({"eta": -1.0}, "eta must be at least 0"), ({"decay": -1.0}, "decay must be at least 0")),
     ),
     _conditioner(
+        "GradientMonitor",
+        arguments={"rarely": 2},
+        neutral={"rarely": 1},
+        clips=False,
+        observes=True,
+        wrong=(
+            ({"rarely": 0}, "rarely must be at least 1"),
+            ({"depth": 0}, "depth must be at least 1"),
+            ({"top": -1}, "top must be at least 0"),
+        ),
+    ),
+    _conditioner(
         "GradientCentralization",
         clips=False,
         no_neutral_because="the mean is taken away whole or not at all",

@@ -7,6 +7,7 @@ of :mod:`lightning_grad.functional`. ``GradientMonitor`` only looks. Which rule 
 from lightning_grad.callbacks.clipping.adaptive_gradient_clipping import AdaptiveGradientClipping
 from lightning_grad.callbacks.clipping.autoclip import AutoClip
 from lightning_grad.callbacks.clipping.gradient_centralization import GradientCentralization
+from lightning_grad.callbacks.clipping.gradient_monitor import GradientMonitor
 from lightning_grad.callbacks.clipping.gradient_noise import GradientNoise
 from lightning_grad.callbacks.clipping.layerwise_clipping import LayerwiseClipping
 from lightning_grad.callbacks.clipping.layerwise_normalization import LayerwiseNormalization
@@ -21,6 +22,7 @@ __all__ = [
     "AdaptiveGradientClipping",
     "AutoClip",
     "GradientCentralization",
+    "GradientMonitor",
     "GradientNoise",
     "LayerwiseClipping",
     "LayerwiseNormalization",

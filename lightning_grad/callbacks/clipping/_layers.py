@@ -1,6 +1,6 @@
-"""What the two layer-wise rules share: which gradients make a layer.
+"""Which gradients make a layer.
 
-Used by ``layerwise_clipping.py`` and ``layerwise_normalization.py``.
+Used by ``layerwise_clipping.py``, ``layerwise_normalization.py`` and ``gradient_monitor.py``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-
-from lightning_grad.callbacks.conditioner import GradientStep
 
 Per = Literal["module", "parameter"]
 
@@ -37,21 +35,27 @@ class LayerFinder:
 
     Args:
         per: A layer is a module's own parameters together, or each parameter for itself.
+        depth: Join layers whose names agree in so many leading parts; ``None`` joins none.
     """
 
-    def __init__(self, per: Per) -> None:
+    def __init__(self, per: Per = "module", depth: int | None = None) -> None:
         self._per = per
+        self._depth = depth
         self._known: dict[tuple[str, ...], Layers] = {}
 
-    def find(self, step: GradientStep) -> Layers:
-        """Return the layers of a step's gradients."""
-        names = tuple(step.names)
-        if names not in self._known:
-            self._known[names] = self._sort(names, step.gradients)
-        return self._known[names]
+    def find(self, names: Sequence[str], gradients: Sequence[Tensor]) -> Layers:
+        """Return the layers of gradients, by the names of their parameters."""
+        known = tuple(names)
+        if known not in self._known:
+            self._known[known] = self._sort(known, gradients)
+        return self._known[known]
+
+    def _owner(self, name: str) -> str:
+        owner = name.rpartition(".")[0] or name if self._per == "module" else name
+        return owner if self._depth is None else ".".join(owner.split(".")[: self._depth])
 
     def _sort(self, names: Sequence[str], gradients: Sequence[Tensor]) -> Layers:
-        owners = [name.rpartition(".")[0] or name if self._per == "module" else name for name in names]
+        owners = [self._owner(name) for name in names]
         numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
         sizes = [0.0] * len(numbers)
         for owner, gradient in zip(owners, gradients, strict=True):

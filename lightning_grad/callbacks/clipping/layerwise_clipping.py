@@ -86,7 +86,7 @@ class LayerwiseClipping(GradientConditioner):
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
-        layers = self._layers.find(step)
+        layers = self._layers.find(step.names, step.gradients)
         limits = layer_limits(layers.sizes, step.threshold, self.weighted)
         norms, coefficients = clip_layers_(step.gradients, layers.index, limits)
         clipped = coefficients < 1.0

@@ -95,7 +95,7 @@ class LayerwiseNormalization(GradientConditioner):
         chosen = step if self.vectors else step.only(lambda gradient: gradient.ndim > 1)
         if not chosen.gradients:
             return {}
-        layers = self._layers.find(chosen)
+        layers = self._layers.find(chosen.names, chosen.gradients)
         norms, factors = normalize_layers_(
             chosen.gradients, chosen.parameters, layers.index, len(layers.names), step.threshold, self.max_ratio
         )

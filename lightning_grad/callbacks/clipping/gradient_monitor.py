@@ -1,0 +1,428 @@
+"""Watching gradients: the callback.
+
+Beside this file: ``_optimizer_watch.py`` looks at the gradients of one optimizer, ``_monitor_record.py`` keeps and draws
+what was seen, ``_noise_scale.py`` measures the gradient noise scale, ``_logit_probe.py`` reads logits off the operators.
+The formulas are in ``functional/gradient_statistics.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_grad.callbacks.base import GradCallback
+from lightning_grad.callbacks.clipping._layers import LayerFinder
+from lightning_grad.callbacks.clipping._logit_probe import LogitProbe, is_compiled
+from lightning_grad.callbacks.clipping._monitor_record import MonitorRecord
+from lightning_grad.callbacks.clipping._noise_scale import NoiseScaleMeter
+from lightning_grad.callbacks.clipping._optimizer_watch import OptimizerWatch, Place
+from lightning_grad.callbacks.conditioner import PHASES, Phase, refuse_order
+from lightning_grad.utilities.checks import (
+    check_at_least,
+    refuse_deepspeed,
+    refuse_flat_shards,
+    refuse_sparse_gradients,
+)
+from lightning_grad.utilities.dispatch import overrides, wrap_method
+from lightning_grad.utilities.forward_order import ForwardOrder
+from lightning_grad.utilities.imports import is_installed
+from lightning_grad.utilities.parameters import as_names, check_patterns
+from lightning_grad.utilities.precision import grad_scaler, refuse_scaled_gradients, true_loss
+from lightning_grad.utilities.reporting import (
+    is_log_step,
+    log_figure,
+    log_file,
+    log_histograms,
+    log_summary,
+    log_table,
+    output_folder,
+    send_alert,
+    stepped_batches,
+)
+from lightning_grad.utilities.thresholds import choose_buckets
+
+_OUTERMOST = 1000
+
+
+class GradientMonitor(GradCallback):
+    r"""Watch gradients: both sides of clipping, layers, noise, signs of instability, and the first bad step.
+
+    It changes nothing. At every optimizer step it takes norms, as tensors. At log steps it reads them, and looks at layers.
+    At every few log steps it does what costs more.
+
+    Args:
+        rarely: Every how many log steps zero entries, signal to noise and histograms are looked at; None never.
+        logits: Look at the size of attention and output logits at log steps; not in compiled modules.
+        histograms: Send histograms of gradients to the loggers that show them, rarely.
+        depth: Join layers in logs by this many leading parts of their names; default: do not join.
+        top: Log at most this many layers apart; the heat map has all.
+        figure: Draw the run at its end (needs matplotlib, and a logger whose folder takes the file).
+        alert: Send a W&B alert when a gradient is not finite for the first time.
+        include: Names or wildcards of the parameters or modules that are watched; default all.
+        exclude: Names or wildcards of those that are not.
+        name: Name of this instance, needed when two are used.
+
+    Raises:
+        ValueError: In the constructor for numbers below 1. Before the first batch under FSDP1 and DeepSpeed, with a fused
+            optimizer in fp16, for sparse gradients, and for a name pattern that matches nothing.
+
+    **Hooks.** The first ``on_before_optimizer_step`` of those that change gradients, to see what was; the module's
+    ``configure_gradient_clipping``, the last thing before the step (under manual optimization its
+    ``on_before_optimizer_step``), to see what is used; the optimizer's post hook at log steps, for the update.
+
+    **Logs** under ``grad/``, at log steps: ``norm`` and ``norm_after`` (before anything changed the gradient, and as the
+    optimizer used it), ``coefficient`` (their ratio), ``norm_max`` (largest since the last log), ``clipped_share`` and
+    ``skipped_steps`` (of all steps so far); for each layer ``norm/...``, ``weight_norm/...`` and ``update_ratio/...`` (norm
+    of the update over norm of the weights); ``cosine`` (to the gradient of the step before), ``rms_min`` (least root mean
+    square of a parameter's gradient) and ``below_epsilon`` (share of parameters where it is below the optimizer's eps, so
+    that updates vanish); ``attention_logit_max`` and ``output_logit_max``; under accumulation or with several ranks
+    ``noise_scale`` (in samples), ``noise_trace`` and ``signal_squared``
+    (:func:`~lightning_grad.functional.noise_scale_terms`). Rarely: ``zero_share``, ``signal_to_noise``
+    (:func:`~lightning_grad.functional.moment_signal_to_noise`) and histograms. With several optimizers keys begin with
+    ``grad/optimizer<i>/``. At the end: a figure and a table. When a gradient is not finite for the first time: a warning
+    that names the parameter, the loss and the batch, a file with these facts, and an alert.
+
+    **State.** The record, and the averages of the noise scale. The cosine of the first log step after a resume is missing.
+
+    **Cost.** One norm a step, two where something changes gradients; docs/benchmarks.md has the whole.
+
+    **Works with** accumulation, fp16 (steps that the scaler skips are counted as skipped) and bf16, DDP, FSDP2, compiled
+    modules, several optimizers, manual optimization (no noise scale): yes. FSDP1 and DeepSpeed: raises.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.ZClip
+                - class_path: lightning_grad.callbacks.GradientMonitor
+
+    References:
+        McCandlish et al., 2018, arXiv 1812.06162 (noise scale). Wortsman et al., "Small-scale proxies for large-scale
+        Transformer training instabilities", 2023, arXiv 2309.14322 (logits, gradients below epsilon).
+    """
+
+    namespace: ClassVar[str] = "grad"
+    phase: ClassVar[Phase] = "observe"
+
+    def __init__(
+        self,
+        rarely: int | None = 10,
+        logits: bool = True,
+        histograms: bool = True,
+        depth: int | None = None,
+        top: int = 16,
+        figure: bool = True,
+        alert: bool = False,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        self.rarely = rarely
+        self.logits = logits
+        self.histograms = histograms
+        self.depth = depth
+        self.top = top
+        self.figure = figure
+        self.alert = alert
+        self.include = as_names(include, "include")
+        self.exclude = as_names(exclude, "exclude")
+        check_at_least(1 if rarely is None else rarely, 1, "rarely")
+        check_at_least(1 if depth is None else depth, 1, "depth")
+        check_at_least(top, 0, "top")
+        self._reset()
+
+    def _reset(self) -> None:
+        self._records: dict[int, MonitorRecord] = {}
+        self._noise = NoiseScaleMeter()
+        self._first_bad: dict[str, Any] = {}
+        self._told = False
+        self._release()
+
+    def _release(self) -> None:
+        """Let go of everything that belongs to one fit."""
+        self._watches: list[OptimizerWatch] = []
+        self._loss: Tensor | None = None
+        self._place = Place(0, 0, 0)
+        self._order: ForwardOrder | None = None
+        self._stop_learning: Callable[[], None] | None = None
+        self._probe: LogitProbe | None = None
+        self._changed = self._measures_noise = self._stepped = False
+
+    # The fit begins.
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self._fitting:
+            self._reset()
+            refuse_deepspeed(trainer, self.label)
+            refuse_flat_shards(trainer, self.label)
+            refuse_order(trainer)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self._fitting:
+            return
+        for index, saved in state_dict["records"].items():
+            self._records.setdefault(int(index), MonitorRecord()).load_state_dict(saved)
+        self._noise.load_state_dict(state_dict["noise"])
+        self._first_bad, self._told = dict(state_dict["first_bad"]), bool(state_dict["told"])
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        names = [name for name, _ in pl_module.named_parameters()]
+        for parameter, patterns in (("include", self.include), ("exclude", self.exclude)):
+            check_patterns(patterns or [], names, parameter)
+        for index, optimizer in enumerate(trainer.optimizers):
+            refuse_scaled_gradients(trainer, optimizer, self.label)
+            self._watch(trainer, pl_module, index, optimizer)
+        watched = [parameter for watch in self._watches for parameter in watch.parameters]
+        if not watched:
+            raise ValueError(f"{self.label} has no parameter to watch: include and exclude leave none.")
+        refuse_sparse_gradients(pl_module, {id(parameter) for parameter in watched}, self.label)
+        self._order = ForwardOrder(pl_module)
+        self._undo.push(self._stop_looking)
+        self._place_hooks(trainer, pl_module)
+        self._announce(trainer, pl_module)
+
+    def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, optimizer: Optimizer) -> None:
+        buckets, _ = choose_buckets(optimizer, pl_module, include=self.include, exclude=self.exclude)
+        names = [name for bucket in buckets for name in bucket.names]
+        parameters = [parameter for bucket in buckets for parameter in bucket.parameters]
+        record = self._records.setdefault(index, MonitorRecord())
+        scaled = grad_scaler(trainer) is not None
+        finder = LayerFinder(depth=self.depth)
+        watch = OptimizerWatch(optimizer, names, parameters, finder, record, scaled)
+        self._watches.append(watch)
+        self._undo.push(optimizer.register_step_post_hook(lambda *_: self._look_at_update(watch)).remove)
+
+    def _place_hooks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stand before the first and behind the last of those that change gradients."""
+        conditioners = [c for c in trainer.callbacks if getattr(c, "phase", None) in PHASES]  # type: ignore[attr-defined]
+        self._first = conditioners[0]
+        if self._first is not self:
+            self._undo.push(wrap_method(self._first, "on_before_optimizer_step", self._before_others))
+        automatic = pl_module.automatic_optimization
+        last = "configure_gradient_clipping" if automatic else "on_before_optimizer_step"
+        self._undo.push(wrap_method(pl_module, last, self._behind_others, priority=_OUTERMOST))
+        others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+        self._changed = (
+            bool(trainer.gradient_clip_val)
+            or overrides(pl_module, "configure_gradient_clipping", "LightningModule")
+            or overrides(pl_module, "on_before_optimizer_step", "LightningModule")
+            or any(overrides(other, "on_before_optimizer_step", "Callback") for other in others)
+        )
+        if self.logits and not is_compiled(pl_module):
+            self._undo.push(wrap_method(pl_module, "training_step", partial(self._probe_logits, trainer)))
+
+    def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        why_not = NoiseScaleMeter.why_not(trainer, pl_module)
+        self._measures_noise = why_not is None
+        if why_not is not None:
+            rank_zero_info(f"{self.label}: no gradient noise scale; {why_not}.")
+        if self.logits and is_compiled(pl_module):
+            rank_zero_info(f"{self.label}: no logits; watching them would run compiled modules uncompiled.")
+
+    # One training step.
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._place = Place(stepped_batches(trainer), trainer.current_epoch, batch_idx)
+        if self._order is not None and self._stop_learning is None:
+            self._stop_learning = self._order.watch()
+        if self._measures_noise and is_log_step(trainer):
+            self._noise.begin_batch(self._watches[0].parameters, batch)
+
+    def _probe_logits(self, trainer: pl.Trainer, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not is_log_step(trainer):
+            return inner(*args, **kwargs)
+        self._probe = LogitProbe()
+        with self._probe:
+            return inner(*args, **kwargs)
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self._loss = true_loss(trainer, pl_module, loss)
+        if self._stop_learning is not None:
+            self._stop_learning()
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._noise.end_part()
+
+    def _before_others(
+        self, inner: Callable[..., Any], trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._look_before(trainer, optimizer)
+        inner(trainer, pl_module, optimizer)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self._first is self:
+            self._look_before(trainer, optimizer)
+
+    @torch.no_grad()
+    def _look_before(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        measured = is_log_step(trainer)
+        rare = measured and self._is_rare(trainer)
+        watch = self._watch_of(optimizer)
+        norm = watch.look_before(self._loss, measured, rare, keep=is_log_step(trainer, ahead=1))
+        if norm is not None and measured and self._measures_noise:
+            self._noise.measure(trainer, norm)
+        if rare and self.histograms:
+            tensors = watch.gradients_for_histograms(self.top)
+            log_histograms(trainer, {self._key(f"histogram/{name}"): tensor for name, tensor in tensors.items()})
+
+    def _behind_others(self, inner: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        inner(optimizer, *args, **kwargs)
+        self._stepped = True
+        with torch.no_grad():
+            self._watch_of(optimizer).look_after(self._loss, self._place, self._changed)
+
+    @torch.no_grad()
+    def _look_at_update(self, watch: OptimizerWatch) -> None:
+        watch.look_at_update()
+
+    def _watch_of(self, optimizer: Optimizer) -> OptimizerWatch:
+        return next(watch for watch in self._watches if watch.optimizer is optimizer)
+
+    def _is_rare(self, trainer: pl.Trainer) -> bool:
+        if self.rarely is None:
+            return False
+        every: int = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
+        return (stepped_batches(trainer) + 1) // every % self.rarely == 0
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._stepped and is_log_step(trainer):
+            self._log_step(trainer, pl_module)
+        self._stepped, self._loss, self._probe = False, None, None
+
+    def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._drain()
+        for index, watch in enumerate(self._watches):
+            prefix = f"optimizer{index}/" if len(self._watches) > 1 else ""
+            scalars, layers = watch.take_details()
+            values = {**watch.record.summary(), **scalars}
+            if "norm" in layers:
+                watch.record.add_layers(self._place.step, layers["norm"])
+            for quantity, by_layer in layers.items():
+                shown = list(by_layer.items())[: self.top]
+                values |= {f"{quantity}/{layer}": value for layer, value in shown}
+            self._log(pl_module, {f"{prefix}{key}": value for key, value in values.items()})
+        seen = {} if self._probe is None else self._probe.read()
+        self._log(pl_module, {**seen, **(self._noise.read() if self._measures_noise else {})})
+        self._tell_first_bad(trainer)
+
+    def _drain(self) -> None:
+        for watch in self._watches:
+            watch.drain()
+            if watch.first_bad and not self._first_bad:
+                names = watch.first_bad.pop("parameters")
+                ordered = names if self._order is None else self._order.sort(names)
+                first = ordered[0] if ordered else "no single gradient: the sum of squares overflows"
+                self._first_bad = {**watch.first_bad, "parameter": first, "bad_parameters": len(names)}
+
+    def _tell_first_bad(self, trainer: pl.Trainer) -> None:
+        """Say once which step was the first bad one, and leave its facts in a file."""
+        if self._told or not self._first_bad:
+            return
+        self._told = True
+        facts = self._first_bad
+        text = (
+            f"the gradient was not finite for the first time at step {facts['step']}, epoch {facts['epoch']}, batch "
+            f"{facts['batch_idx']}, loss {facts['loss']:g}: {facts['parameter']}, first of {facts['bad_parameters']}."
+        )
+        rank_zero_warn(f"{self.label}: {text}")
+        log_summary(trainer, {self._key(f"first_bad_{key}"): float(facts[key]) for key in ("step", "batch_idx")})
+        folder = output_folder(trainer)
+        if folder is not None and trainer.is_global_zero:
+            path = folder / f"{self._stem}_first_bad_step.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({**facts, "loss": str(facts["loss"]), "norm": str(facts["norm"])}, indent=2))
+            log_file(trainer, path, name=path.stem, kind="facts")
+        if self.alert:
+            send_alert(trainer, f"{self.label}: gradient not finite", text)
+
+    @property
+    def _stem(self) -> str:
+        return "gradient_monitor" if self.name is None else f"gradient_monitor_{self.name}"
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        self._drain()
+        return {
+            "records": {str(index): record.state_dict() for index, record in self._records.items()},
+            "noise": self._noise.state_dict(),
+            "first_bad": dict(self._first_bad),
+            "told": self._told,
+        }
+
+    # The fit ends.
+
+    def _stop_looking(self) -> None:
+        self._noise.stop()
+        if self._stop_learning is not None:
+            self._stop_learning()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        # The device itself may be what failed, and nothing may raise here: it would silence all later callbacks.
+        with contextlib.suppress(Exception):
+            self._drain()
+            self._tell_first_bad(trainer)
+        self._release()
+        self._fitting = False
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        if self._fitting and self._watches:
+            self._drain()
+            self._tell_first_bad(trainer)
+            self._report(trainer)
+        self._release()
+        self._fitting = False
+
+    def _report(self, trainer: pl.Trainer) -> None:
+        folder = output_folder(trainer)
+        for index, record in self._records.items():
+            prefix, suffix = (f"optimizer{index}/", f"_optimizer{index}") if len(self._records) > 1 else ("", "")
+            if not record.counts["steps"]:
+                continue
+            log_summary(trainer, {self._key(f"{prefix}final_{k}"): v for k, v in _merit(record).items()})
+            if folder is None:
+                continue
+            stem = folder / f"{self._stem}{suffix}"
+            log_table(trainer, self._key(f"{prefix}record"), record.rows(), stem.with_name(f"{stem.name}.csv"))
+            if self.figure and trainer.is_global_zero and is_installed("matplotlib"):
+                figure = record.draw(f"{self.label}{suffix.replace('_', ' ')}")
+                log_figure(trainer, self._key(f"{prefix}figure"), figure, stem.with_name(f"{stem.name}.png"))
+        noise = {key: value.item() for key, value in self._noise.read().items()}
+        if math.isfinite(noise.get("noise_scale", math.nan)):
+            log_summary(trainer, {self._key("final_noise_scale"): noise["noise_scale"]})
+
+
+def _merit(record: MonitorRecord) -> Mapping[str, float]:
+    steps = record.counts["steps"]
+    return {"clipped_share": record.counts["clipped"] / steps, "skipped_steps": float(record.counts["skipped"])}
