@@ -209,7 +209,7 @@ class GradientConditioner(GradCallback):
                     f"{other.label} and {self.label} both clip the same gradients, one after the other. If that is not "
                     "meant, keep one, or separate them by include=."
                 )
-        if overrides(pl_module, "configure_gradient_clipping", "LightningModule"):
+        if overrides(pl_module, "configure_gradient_clipping"):
             rank_zero_warn(
                 f"{type(pl_module).__name__}.configure_gradient_clipping is the module's own and runs after {self.label}. "
                 "If it clips too, drop one of them."

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_grad.functional.tensor_lists import is_sharded, stack_norms
+from lightning_grad.functional.tensor_lists import any_rank, is_sharded, shards, stack_norms
 
 
 @torch.no_grad()
@@ -123,7 +123,8 @@ def nonfinite(gradients: Sequence[Tensor]) -> Tensor:
         >>> nonfinite([torch.tensor([1.0, 3e38, 3e38]), torch.tensor([torch.nan])])
         tensor([False,  True])
     """
-    return ~stack_norms(gradients, torch.inf).isfinite()
+    # Flags are reduced, and not the magnitudes: the maximum over ranks can lose a nan.
+    return any_rank(~stack_norms(shards(gradients), torch.inf).isfinite(), gradients)
 
 
 @torch.no_grad()

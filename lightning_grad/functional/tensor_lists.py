@@ -51,6 +51,25 @@ def stack_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, dtype: torch.
     return torch.stack([norm.to(norms[0].device) for norm in norms])
 
 
+def any_rank(flags: Tensor, of: Sequence[Tensor]) -> Tensor:
+    """Return which flags are true on some rank, where the tensors that they are about are sharded.
+
+    Args:
+        flags: (tensors,) bool, what this rank has found in its shards.
+        of: The tensors.
+
+    Returns:
+        Tensor: (tensors,) bool, the same on every rank.
+    """
+    meshes = {tensor.device_mesh for tensor in of if is_sharded(tensor)}  # type: ignore[attr-defined]
+    for mesh in meshes:
+        from torch.distributed.tensor import DTensor, Partial
+
+        counts = DTensor.from_local(flags.float(), mesh, [Partial()] * mesh.ndim, run_check=False)
+        flags = whole(counts) > 0
+    return flags
+
+
 def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply tensors by one number that stays on its device, in place."""
     local = shards(tensors)

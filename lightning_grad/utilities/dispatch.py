@@ -8,6 +8,7 @@ from typing import Any
 
 Wrapper = Callable[..., Any]
 _ABSENT = object()
+_LIGHTNING = ("Callback", "LightningModule", "ModelHooks")
 
 
 class MethodDispatcher:
@@ -56,19 +57,18 @@ class MethodDispatcher:
         return getattr, (self._owner, self._name)
 
 
-def overrides(owner: object, name: str, base: str) -> bool:
-    """Say whether an object's class has a method of its own, other than that of a base.
+def overrides(owner: object, name: str) -> bool:
+    """Say whether a callback or module has a hook of its own, other than the empty one of Lightning.
 
-    The base is asked for by the name of its class: each namespace of Lightning has one of its own.
+    Lightning's classes are asked for by their names: each of its two namespaces has its own.
 
     Example:
-        >>> from lightning.pytorch import Callback
         >>> from lightning.pytorch.callbacks import Timer
-        >>> overrides(Timer(), "on_train_start", "Callback"), overrides(Timer(), "on_test_start", "Callback")
+        >>> overrides(Timer(), "on_train_start"), overrides(Timer(), "on_test_start")
         (True, False)
     """
     definer = next(cls for cls in type(owner).__mro__ if name in vars(cls))
-    return definer.__name__ != base
+    return definer.__name__ not in _LIGHTNING
 
 
 def wrap_method(owner: object, name: str, wrapper: Wrapper, priority: int = 0) -> Callable[[], None]:

@@ -255,3 +255,10 @@ TECHNIQUES: list[Technique] = [
     *_CLIPPING,
 ]
 CANONICAL: list[Technique] = [next(t for t in TECHNIQUES if t.name == name) for name in callbacks.__all__]
+
+
+def build_together() -> list[Any]:
+    """Build one technique of each phase, and sparse weights, as a user might list them."""
+    names = ("NMSparsity", "SkipNonFinite", "GradientCentralization", "MomentumReset", "SpikeClipping")
+    wanted = (*names, "GradientNoise", "GradientMonitor")
+    return [next(t for t in CANONICAL if t.name == name).build() for name in wanted]

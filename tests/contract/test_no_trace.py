@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.contract.projects import fit, make_classifier
-from tests.contract.settings import TECHNIQUES
+from tests.contract.settings import TECHNIQUES, build_together
 
 _HOOKS = [name for name in vars(nn.Linear(1, 1)) if name.endswith(("_hooks", "_hooks_with_kwargs", "_always_called"))]
 
@@ -71,6 +71,18 @@ def test_nothing_is_left(technique, how):
     assert trainer_traces(trainer) == trainer_traces(plain_trainer)
     pickle.loads(pickle.dumps(module.encoder))
     pickle.loads(pickle.dumps(module.mix))
+
+
+@pytest.mark.parametrize("how", ["success", "exception", "interrupt", "in on_fit_start"])
+def test_nothing_is_left_of_several_together(how):
+    plain_trainer, plain = _fit_and_end([], how)
+    techniques = build_together()
+    before = [set(vars(technique)) for technique in techniques]
+    trainer, module = _fit_and_end(techniques, how)
+    assert traces(module) == traces(plain)
+    assert trainer_traces(trainer) == trainer_traces(plain_trainer)
+    for technique, attributes in zip(techniques, before, strict=True):
+        assert "on_before_optimizer_step" not in set(vars(technique)) - attributes
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES, ids=str)

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 
 from tests.contract.projects import assert_identical, fit, make_classifier, state_of
-from tests.contract.settings import CANONICAL, TECHNIQUES
+from tests.contract.settings import CANONICAL, TECHNIQUES, build_together
 
 # These runs monitor val_loss from the first epoch on, which the technique may rightly warn about.
 pytestmark = [
@@ -118,6 +118,13 @@ def test_resume_beside_weight_averaging(technique, ema_first, tmp_path):
     expected = _comparable(_finish([*pair(), ModelCheckpoint(tmp_path, save_top_k=-1, monitor="val_loss")]))
     for path in _paths(tmp_path)[:-1]:  # a fit with nothing left to do never lets Lightning put the average in place
         assert_identical(expected, _comparable(_finish(pair(), ckpt=path)), path.name)
+
+
+def test_resume_of_several_techniques_together(tmp_path):
+    saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=5)
+    expected = _comparable(_finish([*build_together(), saving]))
+    for path in _paths(tmp_path):
+        assert_identical(expected, _comparable(_finish(build_together(), ckpt=path)), path.name)
 
 
 @pytest.mark.parametrize("technique", CANONICAL, ids=str)

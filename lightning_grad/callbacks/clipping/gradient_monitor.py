@@ -44,6 +44,7 @@ from lightning_grad.utilities.reporting import (
     log_figure,
     log_file,
     log_histograms,
+    log_many,
     log_summary,
     log_table,
     output_folder,
@@ -221,9 +222,9 @@ class GradientMonitor(GradCallback):
         others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
         self._changed = (
             bool(trainer.gradient_clip_val)
-            or overrides(pl_module, "configure_gradient_clipping", "LightningModule")
-            or overrides(pl_module, "on_before_optimizer_step", "LightningModule")
-            or any(overrides(other, "on_before_optimizer_step", "Callback") for other in others)
+            or overrides(pl_module, "configure_gradient_clipping")
+            or overrides(pl_module, "on_before_optimizer_step")
+            or any(overrides(other, "on_before_optimizer_step") for other in others)
         )
         if self.logits and not is_compiled(pl_module):
             self._undo.push(wrap_method(pl_module, "training_step", partial(self._probe_logits, trainer)))
@@ -325,10 +326,13 @@ class GradientMonitor(GradCallback):
             values = {**watch.record.summary(), **scalars}
             if "norm" in layers:
                 watch.record.add_layers(self._place.step, layers["norm"])
-            for quantity, by_layer in layers.items():
-                shown = list(by_layer.items())[: self.top]
-                values |= {f"{quantity}/{layer}": value for layer, value in shown}
             self._log(pl_module, {f"{prefix}{key}": value for key, value in values.items()})
+            shown = {
+                self._key(f"{prefix}{quantity}/{layer}"): value
+                for quantity, by_layer in layers.items()
+                for layer, value in list(by_layer.items())[: self.top]
+            }
+            log_many(trainer, shown)
         seen = {} if self._probe is None else self._probe.read()
         self._log(pl_module, {**seen, **(self._noise.read() if self._measures_noise else {})})
         self._tell_first_bad(trainer)

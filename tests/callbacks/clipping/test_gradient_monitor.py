@@ -27,9 +27,12 @@ _INFO = "lightning_grad.callbacks.clipping.gradient_monitor.rank_zero_info"
 
 
 def rows_of(folder: Path) -> list[dict[str, float]]:
+    """Return what was logged at each step; scalars of layers stand in rows of their own."""
     text = (folder / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
-    rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(text)]
-    return [row for row in rows if "grad/norm" in row]
+    steps: dict[float, dict[str, float]] = {}
+    for row in csv.DictReader(text):
+        steps.setdefault(float(row["step"]), {}).update({k: float(v) for k, v in row.items() if v})
+    return [row for row in steps.values() if "grad/norm" in row]
 
 
 def monitored(folder: Path, *callbacks: Any, module: Any = None, **arguments: Any) -> list[dict[str, float]]:

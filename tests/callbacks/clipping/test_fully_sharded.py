@@ -1,0 +1,85 @@
+"""Every rule on a module under ``fully_shard`` (FSDP2, two gloo ranks) moves its weights as on one process.
+
+A CPU Trainer refuses ModelParallelStrategy, so the rules are called as the Trainer would call them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_grad import callbacks
+from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
+from tests.functional.ranks import on_two_ranks
+
+RULES: dict[str, dict[str, Any]] = {
+    "NormClipping": {"max_norm": 0.1},
+    "ValueClipping": {"clip_value": 0.01},
+    "AdaptiveGradientClipping": {"ratio": 0.01, "head": None},
+    "AutoClip": {"percentile": 10.0},
+    "ZClip": {"warmup_steps": 1, "max_norm": 0.1},
+    "LayerwiseClipping": {"max_norm": 0.1},
+    "LayerwiseNormalization": {"vectors": True},
+    "SpikeClipping": {"threshold": 0.5, "pause": 0},
+    "GradientNoise": {"eta": 0.1},
+    "GradientCentralization": {},
+}
+
+
+def test_every_rule_that_changes_gradients_is_here() -> None:
+    exported = [getattr(callbacks, name) for name in callbacks.__all__]
+    changing = {cls.__name__ for cls in exported if issubclass(cls, GradientConditioner)} - {"SkipNonFinite"}
+    assert changing == set(RULES)
+
+
+def train(module: nn.Module, rule: GradientConditioner) -> None:
+    """Three steps of Adam on the same data, with the rule between backward and step."""
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
+    state: dict[str, torch.Tensor] = {}
+    for step in range(3):
+        x = torch.arange(12.0).view(2, 6).sin() * (step + 1)
+        optimizer.zero_grad()
+        module(x).square().sum().backward()
+        named = [(name, p, p.grad) for name, p in module.named_parameters()]
+        names, parameters, gradients = (list(column) for column in zip(*named, strict=True))
+        threshold = None if rule.threshold_name is None else getattr(rule, rule.threshold_name)
+        with torch.no_grad():
+            rule.condition(GradientStep(parameters, gradients, names, threshold, state, step, True, optimizer, 0))
+        optimizer.step()
+
+
+def build() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 4))
+
+
+def test_sharded_training_equals_that_of_one_process(tmp_path: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    def check(rank: int, mesh: Any) -> None:
+        for name, arguments in RULES.items():
+            alone, sharded = build(), build()
+            train(alone, getattr(callbacks, name)(**arguments))
+            for layer in (sharded[0], sharded[3]):
+                fully_shard(layer, mesh=mesh)
+            fully_shard(sharded, mesh=mesh)
+            train(sharded, getattr(callbacks, name)(**arguments))
+            for (key, expected), found in zip(alone.named_parameters(), sharded.parameters(), strict=True):
+                assert torch.allclose(found.full_tensor(), expected, atol=1e-5), f"{name}: {key}"
+
+    on_two_ranks(check, tmp_path)
+
+
+def test_a_bad_gradient_on_one_rank_is_seen_on_both(tmp_path: Path) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from lightning_grad.functional import nonfinite
+
+    def check(rank: int, mesh: Any) -> None:
+        bad = torch.zeros(4)
+        bad[3] = torch.nan
+        gradients = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in (torch.zeros(4), bad)]
+        assert nonfinite(gradients).tolist() == [False, True]
+
+    on_two_ranks(check, tmp_path)
