@@ -20,7 +20,8 @@ import lightning_grad
 from lightning_grad import callbacks, functional, utilities
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
+PAGES = [ROOT / "README.md", *DOCS]
 TEXTS = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 SECTIONS = (
     "How to use",
@@ -63,7 +64,12 @@ def read_blocks(path: Path) -> Iterator[Block]:
     source = path.read_text(encoding="utf-8")
     for found in FENCE.finditer(source):
         line = source[: found.start()].count("\n") + 2
-        yield Block(path.name, line, found[1], found[2], found[3] or "")
+        yield Block(where(path), line, found[1], found[2], found[3] or "")
+
+
+def where(path: Path) -> str:
+    """Return a page's path in the repository."""
+    return path.relative_to(ROOT).as_posix()
 
 
 BLOCKS = [block for page in PAGES for block in read_blocks(page)]
@@ -74,7 +80,7 @@ YAML = [block for block in BLOCKS if block.language == "yaml"]
 @cache
 def namespace_of(page: str) -> dict[str, Any]:
     """Return the namespace that the blocks of a page share, that of a module, so that its classes pickle."""
-    module = types.ModuleType(f"docs_{Path(page).stem}")
+    module = types.ModuleType("page_" + re.sub(r"\W", "_", page))
     sys.modules[module.__name__] = module
     return module.__dict__
 
@@ -126,7 +132,7 @@ def test_yaml_block_builds(block: Block) -> None:
         getattr(importlib.import_module(module), name)(**arguments)
 
 
-@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", TEXTS, ids=where)
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
@@ -143,14 +149,14 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", TEXTS, ids=where)
 def test_make_targets_exist(page: Path) -> None:
     targets = re.findall(r"(?:^|`)make (\w+)", page.read_text(encoding="utf-8"), re.MULTILINE)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert not [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", TEXTS, ids=where)
 def test_files_that_are_named_exist(page: Path) -> None:
     named = re.findall(r"`([\w./-]+/[\w./-]*)`", page.read_text(encoding="utf-8"))
     ours = [path for path in named if path.startswith(OUR_FOLDERS)]
@@ -159,25 +165,73 @@ def test_files_that_are_named_exist(page: Path) -> None:
     assert not [path for path in real if not (ROOT / path).exists()]
 
 
-def word_of(name: str) -> str:
-    """Return the word of a technique: the name of the file its class stands in."""
-    return getattr(callbacks, name).__module__.rpartition(".")[2]
+@dataclass(frozen=True)
+class Files:
+    """Where a technique is told and shown.
+
+    One of its own file, ``callbacks/<word>.py``, has everything under its word. One of a family,
+    ``callbacks/<family>/<word>.py``, has its card in the family's folder, and shares page, example and YAML with it.
+
+    Args:
+        word: Name of the file its class stands in.
+        family: Name of the folder of that file; empty for a technique of its own.
+    """
+
+    word: str
+    family: str
+
+    @property
+    def card(self) -> str:
+        return "/".join(part for part in ("docs", self.family, f"{self.word}.md") if part)
+
+    @property
+    def examples(self) -> tuple[str, str]:
+        topic = self.family or self.word
+        return f"examples/{topic}.py", f"examples/{topic}.yaml"
+
+
+def files_of(name: str) -> Files:
+    """Return the files of a technique, by the module of its class."""
+    *family, word = getattr(callbacks, name).__module__.removeprefix(f"{callbacks.__name__}.").split(".")
+    return Files(word, "/".join(family))
+
+
+FAMILIES = sorted({files_of(name).family for name in callbacks.__all__} - {""})
+
+
+def read(file: str) -> str:
+    return (ROOT / file).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", callbacks.__all__)
 def test_technique_is_told_everywhere(name: str) -> None:
-    word, readme = word_of(name), (ROOT / "README.md").read_text(encoding="utf-8")
-    row = next((line for line in readme.splitlines() if line.startswith(f"| `{name}` |")), "")
-    for file in (f"docs/{word}.md", f"examples/{word}.py", f"examples/{word}.yaml"):
+    files = files_of(name)
+    row = next((line for line in read("README.md").splitlines() if line.startswith(f"| `{name}` |")), "")
+    for file in (files.card, *files.examples):
         assert f"]({file})" in row, f"README.md: the row of {name} has no link to {file}"
-        assert name in (ROOT / file).read_text(encoding="utf-8"), f"{file} does not name {name}"
-    for file in ("CHANGELOG.md", "docs/index.md", "docs/compatibility.md", "docs/api.md"):
-        assert name in (ROOT / file).read_text(encoding="utf-8"), f"{file} does not name {name}"
+    shown = [] if files.family else files.examples
+    pages = ("CHANGELOG.md", "docs/index.md", "docs/compatibility.md", "docs/api.md")
+    for file in (files.card, *shown, *pages):
+        assert re.search(rf"\b{name}\b", read(file)), f"{file} does not name {name}"
+
+
+@pytest.mark.parametrize("name", [name for name in callbacks.__all__ if files_of(name).family])
+def test_family_page_leads_to_the_card(name: str) -> None:
+    files = files_of(name)
+    link = f"[`{name}`]({files.card.removeprefix('docs/')})"
+    assert link in read(f"docs/{files.family}.md"), f"docs/{files.family}.md has no {link}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_examples_of_a_family_show_some_of_it(family: str) -> None:
+    members = [name for name in callbacks.__all__ if files_of(name).family == family]
+    for file in files_of(members[0]).examples:
+        assert any(name in read(file) for name in members), f"{file} names none of {', '.join(members)}"
 
 
 @pytest.mark.parametrize("name", callbacks.__all__)
 def test_card_is_complete(name: str) -> None:
-    card = (ROOT / "docs" / f"{word_of(name)}.md").read_text(encoding="utf-8")
+    card = read(files_of(name).card)
     for section in SECTIONS:
         assert re.search(rf"^## {section}", card, re.MULTILINE), f"no section {section!r}"
     arguments = inspect.signature(getattr(callbacks, name)).parameters

@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.utilities.checks import (
+    check_above,
     refuse_deepspeed,
     refuse_flat_shards,
     refuse_sparse_gradients,
@@ -30,7 +31,7 @@ from lightning_grad.utilities.dispatch import overrides
 from lightning_grad.utilities.parameters import as_names, check_patterns
 from lightning_grad.utilities.precision import refuse_scaled_gradients
 from lightning_grad.utilities.reporting import is_log_step, log_summary
-from lightning_grad.utilities.thresholds import Bucket, Threshold, choose_buckets
+from lightning_grad.utilities.thresholds import Bucket, Threshold, as_threshold, choose_buckets
 
 Phase = Literal["guard", "center", "clip", "noise", "observe"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -127,6 +128,13 @@ class GradientConditioner(GradCallback):
     def _threshold(self) -> Threshold:
         return None if self.threshold_name is None else getattr(self, self.threshold_name)
 
+    def _as_threshold(self, value: Threshold) -> Any:
+        return as_threshold(value, str(self.threshold_name), self._check_threshold)
+
+    def _check_threshold(self, number: float) -> None:
+        """Raise for a threshold that cannot be, from the constructor or from a param group."""
+        check_above(number, 0.0, str(self.threshold_name))
+
     # The fit begins.
 
     @override
@@ -188,6 +196,9 @@ class GradientConditioner(GradCallback):
         buckets, left_out = choose_buckets(
             optimizer, pl_module, self._threshold, self.threshold_name, self.include, self._excluded(pl_module)
         )
+        for bucket in buckets:
+            if bucket.group is not None:
+                self._check_threshold(bucket.group[bucket.key])
         self._chosen[index] = (_size(optimizer), buckets)
         return left_out
 

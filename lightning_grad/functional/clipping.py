@@ -340,7 +340,7 @@ def clip_spikes_(gradients: Sequence[Tensor], second_moments: Sequence[Tensor], 
         g_i \leftarrow \operatorname{sign}(g_i) \sqrt{\theta v_i} \quad\text{where}\quad g_i^2 > \theta v_i, \; v_i > 0
 
     An entry with :math:`v_i = 0` has no past and is left as it is; the published code sets it to 0, and as a gradient of 0
-    leaves v at 0, such an entry never trains.
+    leaves v at 0, such an entry stays frozen for as long as it is clipped.
 
     Args:
         gradients: g, tensors of any shape; changed in place.

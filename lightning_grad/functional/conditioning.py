@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lightning_grad.functional.tensor_lists import any_rank, is_sharded, shards, stack_norms
 
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
 
 @torch.no_grad()
 def centralize_(gradients: Sequence[Tensor], conv_only: bool = False) -> None:
@@ -23,7 +25,7 @@ def centralize_(gradients: Sequence[Tensor], conv_only: bool = False) -> None:
     .. math::
         G_i \leftarrow G_i - \frac{1}{M} \sum_{j=1}^{M} G_{ij}
 
-    i counts the outputs of a layer, j its inputs (and the places of a kernel). Vectors and scalars stay as they are.
+    i counts the outputs of a layer (of a ConvTranspose the inputs), j all else. Vectors and scalars stay as they are.
 
     Args:
         gradients: G, tensors of any shape; changed in place.
@@ -129,7 +131,7 @@ def nonfinite(gradients: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def reset_moments_(states: Sequence[Mapping[str, Any]]) -> None:
-    r"""Set the running moments of an Adam-like optimizer to zero.
+    r"""Set the running moments of an Adam-like optimizer to zero, AMSGrad's largest ones too.
 
     Its step count stays, so the bias is not corrected again: the first update after it is up to
     :math:`(1 - \beta_1) / \sqrt{1 - \beta_2}` learning rates large (3.2 with Adam's defaults), which is what the
@@ -144,7 +146,7 @@ def reset_moments_(states: Sequence[Mapping[str, Any]]) -> None:
         >>> state["exp_avg"], state["exp_avg_sq"], state["step"]
         (tensor([0., 0.]), tensor([0., 0.]), tensor(3.))
     """
-    moments = [state[key] for state in states for key in ("exp_avg", "exp_avg_sq") if key in state]
+    moments = [state[key] for state in states for key in _MOMENTS if key in state]
     if moments:
         torch._foreach_zero_(moments)
 

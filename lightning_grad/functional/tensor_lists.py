@@ -39,6 +39,8 @@ def by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, dtype: torch.dtype | None = None) -> list[Tensor]:
     """Return the p-norm of each tensor, where it lies."""
+    if norm_type == torch.inf:  # of nothing it is undefined, and a rank may hold nothing of a small tensor
+        tensors = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
     return list(torch._foreach_norm(list(tensors), norm_type, dtype))
 
 

@@ -85,7 +85,8 @@ def choose_buckets(
 ) -> tuple[list[Bucket], list[str]]:
     """Sort the parameters of an optimizer by the threshold that holds for them.
 
-    A param group that carries ``key`` comes first, then the first pattern that matches.
+    A param group that carries ``key`` comes first (unless it is an option of the optimizer itself), then the first pattern
+    that matches.
 
     Args:
         optimizer: Whose parameters are sorted.
@@ -105,7 +106,7 @@ def choose_buckets(
         if (include is not None and not matches(name, include)) or matches(name, exclude or ()):
             left_out.append(name)
             continue
-        if key is not None and key in group:
+        if key is not None and key in group and key not in optimizer.defaults:
             bucket = buckets.setdefault(f"group{number}", Bucket(f"group{number}", group=group, key=key))
         elif isinstance(threshold, Mapping):
             pattern = next((pattern for pattern in threshold if matches(name, [pattern])), None)

@@ -205,7 +205,11 @@ _CLIPPING: list[Technique] = [
         needs_adam=True,
         compile=False,
         refuses=("DeepSpeedStrategy",),
-        wrong=(({"every": 0}, "every must be at least 1"), ({"warmup": -1}, "warmup must be at least 0")),
+        wrong=(
+            ({"every": 0}, "every must be at least 1"),
+            ({"warmup": -1}, "warmup must be at least 0"),
+            ({"every": 3}, "below every"),
+        ),
     ),
     _conditioner(
         "SkipNonFinite",

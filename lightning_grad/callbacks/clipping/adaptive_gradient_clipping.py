@@ -15,7 +15,6 @@ from lightning_grad.functional import clip_adaptively_
 from lightning_grad.functional.tensor_lists import whole
 from lightning_grad.utilities.checks import check_above
 from lightning_grad.utilities.parameters import check_patterns, clean_name
-from lightning_grad.utilities.thresholds import as_threshold
 
 _LAST_LINEAR = "last Linear"
 
@@ -85,7 +84,7 @@ class AdaptiveGradientClipping(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.ratio = as_threshold(ratio, "ratio", lambda number: check_above(number, 0.0, "ratio"))
+        self.ratio = self._as_threshold(ratio)
         self.eps = eps
         self.head = head
         check_above(eps, 0.0, "eps")

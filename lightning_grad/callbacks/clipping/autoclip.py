@@ -12,7 +12,6 @@ from typing_extensions import override
 from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
 from lightning_grad.functional import autoclip_state, autoclip_threshold_, clip_to_threshold_, total_norm
 from lightning_grad.utilities.checks import check_at_least, check_between
-from lightning_grad.utilities.thresholds import as_threshold
 
 
 class AutoClip(GradientConditioner):
@@ -61,7 +60,7 @@ class AutoClip(GradientConditioner):
 
     References:
         Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation Networks", 2020, arXiv 2007.14469,
-        whose best percentile is 10. The published code keeps every norm for ever, in a list that one inf spoils; the window
+        whose best percentile is 10. The published code keeps every norm for ever, in a list that one nan spoils; the window
         is ours.
     """
 
@@ -78,11 +77,13 @@ class AutoClip(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.percentile = as_threshold(
-            percentile, "percentile", lambda number: check_between(number, 0.0, 100.0, "percentile")
-        )
+        self.percentile = self._as_threshold(percentile)
         self.window = window
         check_at_least(window, 1, "window")
+
+    @override
+    def _check_threshold(self, number: float) -> None:
+        check_between(number, 0.0, 100.0, "percentile")
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

@@ -19,8 +19,8 @@ class GradientCentralization(GradientConditioner):
     .. math::
         G_i \leftarrow G_i - \frac{1}{M} \sum_{j=1}^{M} G_{ij}
 
-    i counts the outputs of a layer; vectors stay as they are. With plain SGD the mean of each neuron's weights then never
-    changes. It comes before clipping.
+    i counts the first dimension, the outputs of most layers (the inputs of a ConvTranspose); vectors stay as they are. With
+    plain SGD the mean of each neuron's weights then never changes. It comes before clipping.
 
     Args:
         conv_only: Leave Linear and Embedding weights alone, as the released code has for an option.
@@ -75,4 +75,5 @@ class GradientCentralization(GradientConditioner):
             return {}
         before = total_norm(step.gradients, dtype=torch.float32)
         centralize_(step.gradients, self.conv_only)
-        return {"removed": 1.0 - (total_norm(step.gradients, dtype=torch.float32) / before).square()}
+        after = total_norm(step.gradients, dtype=torch.float32)
+        return {"removed": torch.where(before > 0, 1.0 - (after / before).square(), 0.0)}

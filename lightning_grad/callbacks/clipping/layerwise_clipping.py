@@ -11,8 +11,7 @@ from typing_extensions import override
 from lightning_grad.callbacks.clipping._layers import LayerFinder, Per
 from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
 from lightning_grad.functional import clip_layers_, layer_limits
-from lightning_grad.utilities.checks import check_above, check_choice
-from lightning_grad.utilities.thresholds import as_threshold
+from lightning_grad.utilities.checks import check_choice
 
 
 class LayerwiseClipping(GradientConditioner):
@@ -41,7 +40,8 @@ class LayerwiseClipping(GradientConditioner):
     **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced.
 
     **Logs** under ``grad/layerwise_clipping/``, at log steps: ``norm`` (before clipping), ``clipped_layers`` (share of
-    layers that were clipped in this step), and ``clipped_share`` (of all steps so far, those in which a layer was clipped).
+    layers that were clipped in this step), and ``clipped_share`` (of all steps so far, those in which a layer was clipped);
+    the last also in the summary.
 
     **State.** How many steps were clipped.
 
@@ -78,7 +78,7 @@ class LayerwiseClipping(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.max_norm = as_threshold(max_norm, "max_norm", lambda number: check_above(number, 0.0, "max_norm"))
+        self.max_norm = self._as_threshold(max_norm)
         self.weighted = weighted
         self.per = per
         check_choice(per, ("module", "parameter"), "per")

@@ -12,7 +12,6 @@ from lightning_grad.callbacks.clipping._layers import LayerFinder, Per
 from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
 from lightning_grad.functional import normalize_layers_
 from lightning_grad.utilities.checks import check_above, check_choice
-from lightning_grad.utilities.thresholds import as_threshold
 
 
 class LayerwiseNormalization(GradientConditioner):
@@ -80,9 +79,7 @@ class LayerwiseNormalization(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.coefficient = as_threshold(
-            coefficient, "coefficient", lambda number: check_above(number, 0.0, "coefficient")
-        )
+        self.coefficient = self._as_threshold(coefficient)
         self.max_ratio = max_ratio
         self.vectors = vectors
         self.per = per

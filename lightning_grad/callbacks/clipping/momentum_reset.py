@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional import reset_moments_, reset_warmup
 from lightning_grad.utilities.checks import check_at_least, check_keeps, refuse_deepspeed
+from lightning_grad.utilities.precision import gradients_are_scaled
 from lightning_grad.utilities.reporting import is_log_step
 
 NO_MOMENTS = (
@@ -38,11 +39,13 @@ class MomentumReset(GradCallback):
         name: Name of this instance, in its log keys and its state.
 
     Raises:
-        ValueError: In the constructor unless every is at least 1 and warmup at least 0. Before the first batch for an
-            optimizer without ``exp_avg_sq``, by name, for a second instance, and under DeepSpeed.
+        ValueError: In the constructor unless every is at least 1 and warmup from 0 to below every. Before the first batch
+            for a fused optimizer in fp16, an optimizer without ``exp_avg_sq``, by name, for a second instance, and under
+            DeepSpeed.
 
     **Hooks.** The optimizer's own pre and post hooks, which fire for exactly the steps that are made: one that the
-    GradScaler skips is not counted, resets nothing and leaves the learning rate alone. The rate is put back in the post
+    GradScaler skips is not counted, resets nothing and leaves the learning rate alone; one without gradients (skipped by
+    ``SkipNonFinite``) is not counted. The rate is put back in the post
     hook, before a scheduler reads it.
 
     **Logs** under ``grad/momentum_reset/``, at log steps: ``lr_factor`` and ``resets``.
@@ -76,6 +79,8 @@ class MomentumReset(GradCallback):
         self.warmup = warmup
         check_at_least(every, 1, "every")
         check_at_least(warmup, 0, "warmup")
+        if warmup >= every:
+            raise ValueError(f"warmup must be below every, or the rate never comes back; got {warmup} and {every}.")
         self._reset()
 
     def _reset(self) -> None:
@@ -102,6 +107,11 @@ class MomentumReset(GradCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for index, optimizer in enumerate(trainer.optimizers):
             check_keeps(optimizer, "exp_avg_sq", NO_MOMENTS)
+            if gradients_are_scaled(trainer, optimizer):
+                raise ValueError(
+                    f"{self.label} counts the steps that are made, and the fused {type(optimizer).__name__} decides inside "
+                    "its step whether the fp16 GradScaler skips it. Use fused=False, or precision='bf16-mixed'."
+                )
             self._watch(index, optimizer)
 
     def _watch(self, index: int, optimizer: Optimizer) -> None:
@@ -136,8 +146,9 @@ class MomentumReset(GradCallback):
                 group["lr"] = group["lr"] * factor
 
     def _after_step(self, index: int, optimizer: Optimizer) -> None:
-        self._steps[index] = self._steps.get(index, 0) + 1
         self._restore_rates(index, optimizer)
+        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            self._steps[index] = self._steps.get(index, 0) + 1
 
     def _restore_rates(self, index: int, optimizer: Optimizer) -> None:
         for group, rate in zip(optimizer.param_groups, self._rates.pop(index, []), strict=False):

@@ -11,7 +11,6 @@ from typing_extensions import override
 from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
 from lightning_grad.functional import clip_norm_
 from lightning_grad.utilities.checks import check_above
-from lightning_grad.utilities.thresholds import as_threshold
 
 
 class NormClipping(GradientConditioner):
@@ -20,8 +19,9 @@ class NormClipping(GradientConditioner):
     .. math::
         g \leftarrow g \cdot \min\Bigl(1, \frac{c}{\lVert g \rVert_p + 10^{-6}}\Bigr)
 
-    It is what ``Trainer(gradient_clip_val=c)`` does, bit for bit, and works where Lightning refuses that: under FSDP2, and
-    with a fused optimizer in bf16-mixed. Beyond it there are thresholds for parts of a model, each with a norm of its own.
+    It is what ``Trainer(gradient_clip_val=c)`` does, bit for bit, and works where Lightning refuses that: with a fused
+    optimizer in bf16-mixed, and in manual optimization. Beyond it there are thresholds for parts of a model, each with a
+    norm of its own.
 
     Args:
         max_norm: c, the largest norm; one number, or one for each name pattern, first match first. A param group of the
@@ -75,7 +75,7 @@ class NormClipping(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.max_norm = as_threshold(max_norm, "max_norm", lambda number: check_above(number, 0.0, "max_norm"))
+        self.max_norm = self._as_threshold(max_norm)
         self.norm_type = norm_type
         check_above(norm_type, 0.0, "norm_type")
 

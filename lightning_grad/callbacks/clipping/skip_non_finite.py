@@ -15,6 +15,7 @@ from lightning_grad.functional import nonfinite
 from lightning_grad.utilities.checks import check_at_least
 from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.precision import grad_scaler, true_loss
+from lightning_grad.utilities.reporting import log_summary
 
 
 class SkipNonFinite(GradientConditioner):
@@ -36,13 +37,14 @@ class SkipNonFinite(GradientConditioner):
 
     Raises:
         ValueError: In the constructor unless max_in_row is at least 1 and warnings at least 0. Before the first batch under
-            FSDP1 and DeepSpeed, with a fused optimizer in fp16, and for a name pattern that matches nothing.
+            FSDP1 and DeepSpeed, with a fused optimizer in fp16, for sparse gradients, and for a name pattern that matches
+            nothing.
         RuntimeError: After max_in_row skipped steps in a row.
 
     **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced. During the first batch hooks
     on the module's children learn the order of the forward pass.
 
-    **Logs** under ``grad/skip_non_finite/``, at log steps: ``skipped`` (steps so far); also in the summary at the end.
+    **Logs** under ``grad/skip_non_finite/``, at log steps: ``skipped`` (steps so far); in the summary ``final_skipped``.
 
     **State.** Steps skipped, in all and in a row.
 
@@ -88,6 +90,7 @@ class SkipNonFinite(GradientConditioner):
         super()._reset()
         self._skipped: dict[int, int] = {}
         self._in_row: dict[int, int] = {}
+        self._told = 0
         self._batch_idx = 0
         self._loss: Tensor | None = None
         self._order: ForwardOrder | None = None
@@ -150,7 +153,7 @@ class SkipNonFinite(GradientConditioner):
         return {"skipped": float(self._skipped.get(step.index, 0))}
 
     def _tell(self, step: GradientStep, bad: Tensor) -> None:
-        in_row, skipped = self._in_row[step.index], self._skipped.get(step.index, 0)
+        in_row = self._in_row[step.index]
         where = self._where(step, bad)
         if self.max_in_row is not None and in_row >= self.max_in_row:
             raise RuntimeError(
@@ -158,8 +161,9 @@ class SkipNonFinite(GradientConditioner):
                 "weights, and not a batch, are the likely cause: lower the learning rate, or resume from an earlier "
                 "checkpoint. max_in_row=None would go on."
             )
-        if skipped < self.warnings:
-            last = " Further ones are only counted." if skipped + 1 == self.warnings else ""
+        self._told += 1
+        if self._told <= self.warnings:
+            last = " Further ones are only counted." if self._told == self.warnings else ""
             rank_zero_warn(f"{self.label} skips a step: not finite in {where}.{last}")
 
     def _where(self, step: GradientStep, bad: Tensor) -> str:
@@ -169,6 +173,11 @@ class SkipNonFinite(GradientConditioner):
             return f"a gradient of another rank, batch {self._batch_idx} (loss here {loss})"
         first = names[0] if self._order is None else self._order.sort(names)[0]
         return f"{first}, first of {len(names)} of {len(bad)} gradients, batch {self._batch_idx} (loss {loss})"
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        log_summary(trainer, {self._key("final_skipped"): float(sum(self._skipped.values()))})
 
     @override
     def state_dict(self) -> dict[str, Any]:

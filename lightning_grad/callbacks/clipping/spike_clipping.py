@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks.clipping.momentum_reset import MomentumReset
 from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
 from lightning_grad.functional import clip_spikes_
 from lightning_grad.functional.tensor_lists import share_of
-from lightning_grad.utilities.checks import check_above, check_at_least, check_keeps
-from lightning_grad.utilities.thresholds import as_threshold
+from lightning_grad.utilities.checks import check_at_least, check_keeps
 
 NO_MOMENT = (
     "SpikeClipping reads the second moment (exp_avg_sq) of an Adam-like optimizer, and {} keeps none. Use Adam or AdamW, or "
@@ -29,7 +27,7 @@ class SpikeClipping(GradientConditioner):
         g_i \leftarrow \operatorname{sign}(g_i) \sqrt{\theta v_i} \quad\text{where}\quad g_i^2 > \theta v_i, \; v_i > 0
 
     v is the running mean of squares that the optimizer keeps (``exp_avg_sq``). Where it is zero nothing is clipped; the
-    published code sets such gradients to zero, so that a parameter whose first gradient comes late never trains. Use it
+    published code sets such gradients to zero, so that a parameter whose first gradient comes late stays frozen. Use it
     with :class:`MomentumReset`, after whose resets it pauses.
 
     Args:
@@ -85,10 +83,10 @@ class SpikeClipping(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.threshold = as_threshold(threshold, "threshold", lambda number: check_above(number, 0.0, "threshold"))
+        self.threshold = self._as_threshold(threshold)
         self.pause = pause
         check_at_least(pause, 0, "pause")
-        self._resets: list[MomentumReset] = []
+        self._resets: list[Any] = []
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -118,4 +116,4 @@ class SpikeClipping(GradientConditioner):
 
     def _pauses(self, step: GradientStep) -> bool:
         since = [reset.steps_since_reset(step.index) for reset in self._resets]
-        return step.step + 1 < self.pause or any(steps is not None and steps < self.pause for steps in since)
+        return step.step < self.pause or any(steps is not None and steps < self.pause for steps in since)

@@ -11,8 +11,6 @@ from typing_extensions import override
 from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
 from lightning_grad.functional import clip_value_
 from lightning_grad.functional.tensor_lists import share_of
-from lightning_grad.utilities.checks import check_above
-from lightning_grad.utilities.thresholds import as_threshold
 
 
 class ValueClipping(GradientConditioner):
@@ -74,7 +72,7 @@ class ValueClipping(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.clip_value = as_threshold(clip_value, "clip_value", lambda number: check_above(number, 0.0, "clip_value"))
+        self.clip_value = self._as_threshold(clip_value)
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

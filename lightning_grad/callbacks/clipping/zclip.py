@@ -14,7 +14,6 @@ from typing_extensions import override
 from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
 from lightning_grad.functional import clip_to_threshold_, total_norm, zclip_state, zclip_threshold_
 from lightning_grad.utilities.checks import check_above, check_at_least, check_between
-from lightning_grad.utilities.thresholds import as_threshold
 
 
 class ZClip(GradientConditioner):
@@ -24,8 +23,9 @@ class ZClip(GradientConditioner):
         z_t = \frac{\lVert g_t \rVert - \mu}{\sigma + \epsilon}, \qquad
         \tau_t = \mu + z^\ast \sigma \cdot \frac{z^\ast}{z_t} \;\text{ where } z_t > z^\ast
 
-    Mean and standard deviation are exponential averages, fed with the clipped norms: the larger a spike, the closer it is
-    clipped to the mean, and the less it moves it. Every step is also held to max_norm, from the first on.
+    Mean and standard deviation are exponential averages, fed with the norms that the z-score leaves: the larger a spike,
+    the closer it is clipped to the mean, and the less it moves it. Every step is also held to max_norm, from the first on;
+    what that takes off does not enter the averages.
 
     Args:
         z_threshold: z*, from which z-score on a norm is a spike; .inf in YAML for none.
@@ -89,7 +89,7 @@ class ZClip(GradientConditioner):
         super().__init__(include, exclude, name)
         self.z_threshold = z_threshold
         self.alpha = alpha
-        self.max_norm = as_threshold(max_norm, "max_norm", lambda number: check_above(number, 0.0, "max_norm"))
+        self.max_norm = self._as_threshold(max_norm)
         self.warmup_steps = warmup_steps
         self.eps = eps
         check_above(z_threshold, 0.0, "z_threshold")
