@@ -35,6 +35,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@$(BIN)/python benchmarks/nm_sparsity.py
+	@$(BIN)/python benchmarks/clipping.py
 
 docs: $(INSTALLED)
 	@$(BIN)/sphinx-build -W -q -b html docs docs/_build/html

@@ -1,17 +1,29 @@
-"""What the benchmarks share: the machine's name, a quiet Trainer, tables in Markdown."""
+"""What the benchmarks share: the machine's name, a quiet Trainer, a clock, two networks to train, tables in Markdown."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
 import platform
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import lightning
 import torch
-from lightning.pytorch import Trainer
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from plain_project import ResidualConvNet
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+WARM_STEPS = 2
+T = TypeVar("T")
 
 
 def machine(device: str = "cpu") -> str:
@@ -43,19 +55,169 @@ def silence() -> None:
 
 
 def quiet_trainer(device: str, **arguments: Any) -> Trainer:
-    """Return a Trainer that writes no file and prints nothing."""
-    return Trainer(
-        accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **arguments,
-    )
+    """Return a Trainer that prints nothing, and writes no file unless it is given a logger."""
+    quiet: dict[str, Any] = {
+        "accelerator": "gpu" if device == "cuda" else "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(**(quiet | arguments))
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table in Markdown; all columns but the first are right-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where things run, and what time it is there."""
+
+    device: str
+
+    def now(self) -> float:
+        """Return seconds, once the GPU has done what was asked of it."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        """Time one call."""
+        begin = self.now()
+        function()
+        return self.now() - begin
+
+
+class StepTimer(Callback):
+    """Notes when each batch starts; stands first among the callbacks, so that it sees all that the others do.
+
+    Args:
+        clock: What tells the time.
+        pause: Called between steps; what it takes is no part of them.
+    """
+
+    def __init__(self, clock: Clock, pause: Callable[[], None] | None = None) -> None:
+        self._starts: list[float] = []
+        self._ends: list[float] = []
+        self._clock = clock
+        self._pause = pause
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._ends.append(self._clock.now())
+        if self._pause is not None:
+            self._pause()
+        self._starts.append(self._clock.now())
+
+    @property
+    def periods(self) -> list[float]:
+        """Seconds from each batch's start to the next one's, without the warm-up."""
+        return [end - start for start, end in zip(self._starts, self._ends[1:], strict=False)][WARM_STEPS:]
+
+
+def timed_fit(
+    module: LightningModule,
+    batch: Any,
+    steps: int,
+    callbacks: Sequence[Callback],
+    clock: Clock,
+    pause: Callable[[], None] | None = None,
+    **arguments: Any,
+) -> list[float]:
+    """Train on one batch over and over, and return how long each step took after the warm-up."""
+    timer, batches = StepTimer(clock, pause), WARM_STEPS + steps + 1
+    trainer = quiet_trainer(clock.device, max_steps=batches, max_epochs=1, callbacks=[timer, *callbacks], **arguments)
+    trainer.fit(module, DataLoader(cast(Any, [batch] * batches), batch_size=None))
+    return timer.periods
+
+
+class SmallTransformer(LightningModule):
+    """Four pre-norm layers of width 256 on four sequences of 256 tokens, with AdamW."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss on ``batch``."""
+        return F.mse_loss(self.encoder(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Build the optimizer."""
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+def transformer() -> tuple[LightningModule, Any]:
+    """Build the transformer and a batch for it."""
+    return SmallTransformer(), (torch.randn(4, 256, 256), torch.randn(4, 256, 256))
+
+
+def convnet() -> tuple[LightningModule, Any]:
+    """Build the project's residual network and a batch of 32 images for it."""
+    module = ResidualConvNet(channels=3, width=32, schedule="constant")
+    return module, (torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a result."""
+
+    name: str
+    milliseconds: float
+    ratio: float
+    budget: float | None
+    at_least: bool = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the ratio is on the wrong side of its budget."""
+        if self.budget is None:
+            return False
+        return self.ratio < self.budget if self.at_least else self.ratio > self.budget
+
+    @property
+    def cells(self) -> list[str]:
+        """The line as text."""
+        verdict = "" if self.budget is None else "over" if self.is_over else "ok"
+        budget = "" if self.budget is None else f"{self.budget:.2f}"
+        return [self.name, f"{self.milliseconds:.2f}", f"{self.ratio:.3f}", budget, verdict]
+
+
+def rotated(items: Sequence[T], by: int) -> list[T]:
+    """Return the items from another first one on, every other time backwards."""
+    start = by % len(items)
+    turned = [*items[start:], *items[:start]]
+    return turned[::-1] if by % 2 else turned
+
+
+def show(title: str, unit: str, rows: Sequence[Row]) -> None:
+    """Print one result as a table."""
+    header = ["variant", "median ms", f"ratio to {unit}", "budget", ""]
+    print(f"\n{title}\n\n{markdown_table(header, [row.cells for row in rows])}", flush=True)
+
+
+def speed_options(description: str, arguments: Sequence[str] | None, quick: str) -> argparse.Namespace:
+    """Read the command line that the speed scripts have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--rounds", type=int, help="rounds (default 6, with --quick 1)")
+    parser.add_argument("--out", type=Path, help="JSON file to write the tables to")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
+    options = parser.parse_args(arguments)
+    options.rounds = options.rounds or (1 if options.quick else 6)
+    return options
+
+
+def write_tables(options: argparse.Namespace, tables: Mapping[str, Sequence[Row]]) -> None:
+    """Write what was measured where ``--out`` asks for it."""
+    if options.out is not None:
+        found = {name: [asdict(row) for row in rows] for name, rows in tables.items()}
+        text = json.dumps({"machine": machine(options.device), "rounds": options.rounds, **found}, indent=1)
+        options.out.write_text(text + "\n")

@@ -16,35 +16,38 @@ slices that other processes get. With more threads or a GPU it is the wall clock
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from typing_extensions import override
+from lightning.pytorch import LightningModule, seed_everything
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from plain_project import ResidualConvNet
-
-from benchmarks.common import machine, markdown_table, quiet_trainer, silence
+from benchmarks.common import (
+    Clock,
+    Row,
+    convnet,
+    machine,
+    rotated,
+    show,
+    silence,
+    speed_options,
+    timed_fit,
+    transformer,
+    write_tables,
+)
 from lightning_grad.callbacks import NMSparsity
 from lightning_grad.functional import is_nm, nm_mask
 from lightning_grad.functional.nm_schedule import Recipe
 from lightning_grad.functional.nm_sparsity import Gradient
 
-WARM_STEPS = 2
 TIMED_STEPS = 10  # a multiple of mask_every
 EXACT_BUDGET, SPACED_BUDGET, MASK_BUDGET = 1.20, 1.08, 0.5
 MASK_SHAPE = (768, 3072)
@@ -54,34 +57,6 @@ METHODS: tuple[tuple[Recipe, Gradient], ...] = (
     ("mdgf-exponential", "masked"),
     ("mdgf-exponential", "ste"),
 )
-
-
-class SmallTransformer(LightningModule):
-    """Four pre-norm layers of width 256 on four sequences of 256 tokens, with AdamW."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss on ``batch``."""
-        return F.mse_loss(self.encoder(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Build the optimizer."""
-        return torch.optim.AdamW(self.parameters(), lr=1e-4)
-
-
-def transformer() -> tuple[LightningModule, Any]:
-    """Build the transformer and a batch for it."""
-    return SmallTransformer(), (torch.randn(4, 256, 256), torch.randn(4, 256, 256))
-
-
-def convnet() -> tuple[LightningModule, Any]:
-    """Build the project's residual network and a batch of 32 images for it."""
-    module = ResidualConvNet(channels=3, width=32, schedule="constant")
-    return module, (torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))
 
 
 @dataclass(frozen=True)
@@ -121,75 +96,14 @@ class Variant:
         )
 
 
-class StepTimer(Callback):
-    """Notes when each batch starts; stands first among the callbacks, so that it sees all that the others do."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.starts: list[float] = []
-        self._clock = clock
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.starts.append(self._clock.now())
-
-    @property
-    def periods(self) -> list[float]:
-        """Seconds from each batch's start to the next one's, without the warm-up."""
-        return [b - a for a, b in zip(self.starts, self.starts[1:], strict=False)][WARM_STEPS:]
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Where things run, and what time it is there."""
-
-    device: str
-
-    def now(self) -> float:
-        """Return seconds, once the GPU has done what was asked of it."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-            return time.perf_counter()
-        return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-    def seconds(self, function: Callable[[], object]) -> float:
-        """Time one call."""
-        begin = self.now()
-        function()
-        return self.now() - begin
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a result."""
-
-    name: str
-    milliseconds: float
-    ratio: float
-    budget: float | None
-
-    @property
-    def cells(self) -> list[str]:
-        """The line as text."""
-        verdict = "" if self.budget is None else "ok" if self.ratio <= self.budget else "over"
-        budget = "" if self.budget is None else f"{self.budget:.2f}"
-        return [self.name, f"{self.milliseconds:.2f}", f"{self.ratio:.3f}", budget, verdict]
-
-
 def fit_once(variant: Variant, module: LightningModule, batch: Any, clock: Clock) -> list[float]:
     """Train for a block of steps and return how long each took."""
-    timer, sparsity = StepTimer(clock), variant.callback()
-    steps = WARM_STEPS + TIMED_STEPS + 1
-    trainer = quiet_trainer(
-        clock.device,
-        max_steps=steps,
-        max_epochs=1,
-        log_every_n_steps=variant.log_every,
-        callbacks=[timer] if sparsity is None else [timer, sparsity],
-    )
-    trainer.fit(module, DataLoader(cast(Any, [batch] * steps), batch_size=None))
+    sparsity = variant.callback()
+    callbacks = [] if sparsity is None else [sparsity]
+    periods = timed_fit(module, batch, TIMED_STEPS, callbacks, clock, log_every_n_steps=variant.log_every)
     if variant.pattern is not None and not any(_follows(w, variant.pattern) for w in module.parameters()):
         raise RuntimeError(f"{variant}: no weight follows the pattern.")
-    return timer.periods
+    return periods
 
 
 def _follows(weight: Tensor, pattern: str) -> bool:
@@ -210,13 +124,6 @@ def step_rows(
     typical = {variant: mean(median(step) for step in zip(*b, strict=True)) for variant, b in blocks.items()}
     base = typical[variants[0]]
     return [Row(str(v), 1000 * time_, time_ / base, v.budget) for v, time_ in typical.items()]
-
-
-def rotated(items: Sequence[Variant], by: int) -> list[Variant]:
-    """Return the items from another first one on, every other time backwards."""
-    start = by % len(items)
-    turned = [*items[start:], *items[:start]]
-    return turned[::-1] if by % 2 else turned
 
 
 def sorted_mask(weight: Tensor, n: int, m: int) -> Tensor:
@@ -267,30 +174,13 @@ def convnet_variants() -> list[Variant]:
     return [Variant(), Variant("2:4"), Variant("2:4", mask_every=10)]
 
 
-def show(title: str, unit: str, rows: Sequence[Row]) -> None:
-    """Print one result as a table."""
-    header = ["variant", "median ms", f"ratio to {unit}", "budget", ""]
-    print(f"\n{title}\n\n{markdown_table(header, [row.cells for row in rows])}", flush=True)
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round: a rough answer in about a minute")
-    parser.add_argument("--rounds", type=int, help="rounds (default 6, with --quick 1)")
-    parser.add_argument("--out", type=Path, help="JSON file to write the tables to")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
-    return parser.parse_args(arguments)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the tables and write them."""
-    options = parse(arguments)
+    assert __doc__ is not None
+    options = speed_options(__doc__, arguments, quick="one round: a rough answer in about a minute")
     silence()
     torch.set_num_threads(options.threads)
-    clock, rounds = Clock(options.device), options.rounds or (1 if options.quick else 6)
+    clock, rounds = Clock(options.device), options.rounds
     print(f"{machine(options.device)}; {rounds} rounds")
     masks = mask_rows(3 * rounds, clock)
     show("Mask of a 768x3072 float32 weight", "a stable argsort", masks)
@@ -298,11 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show("Step of a transformer, 4 layers of width 256, 4 x 256 tokens, AdamW", "dense", steps)
     convolutions = step_rows(convnet, convnet_variants(), 2 * rounds, clock)
     show("Step of a residual convnet, width 32, 32 images of 3x32x32, AdamW", "dense", convolutions)
-    if options.out is not None:
-        result = {"masks": masks, "transformer": steps, "convnet": convolutions}
-        tables = {name: [asdict(row) for row in rows] for name, rows in result.items()}
-        text = json.dumps({"machine": machine(options.device), "rounds": rounds, **tables}, indent=1)
-        options.out.write_text(text + "\n")
+    write_tables(options, {"masks": masks, "transformer": steps, "convnet": convolutions})
 
 
 if __name__ == "__main__":

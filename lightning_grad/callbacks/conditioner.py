@@ -316,22 +316,17 @@ class GradientConditioner(GradCallback):
 
 
 def _gather(bucket: Bucket, memory: _Memory, measured: bool, optimizer: Optimizer, index: int) -> GradientStep:
-    pairs = [(p, p.grad, n) for p, n in zip(bucket.parameters, bucket.names, strict=True) if p.grad is not None]
+    parameters, names = bucket.parameters, bucket.names
+    gradients: list[Any] = [parameter.grad for parameter in parameters]
+    if any(gradient is None for gradient in gradients):
+        present = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        parameters, names = [parameters[i] for i in present], [names[i] for i in present]
+        gradients = [gradients[i] for i in present]
     state = memory.states.setdefault(bucket.name, {})
     for key, value in state.items():
-        if pairs and value.device != pairs[0][1].device:  # restored from a checkpoint
-            state[key] = value.to(pairs[0][1].device)
-    return GradientStep(
-        [p for p, _, _ in pairs],
-        [g for _, g, _ in pairs],
-        [n for _, _, n in pairs],
-        bucket.threshold,
-        state,
-        memory.steps,
-        measured,
-        optimizer,
-        index,
-    )
+        if gradients and value.device != gradients[0].device:  # restored from a checkpoint
+            state[key] = value.to(gradients[0].device)
+    return GradientStep(parameters, gradients, names, bucket.threshold, state, memory.steps, measured, optimizer, index)
 
 
 def _size(optimizer: Optimizer) -> int:

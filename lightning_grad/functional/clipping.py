@@ -32,7 +32,7 @@ _EPS = 1e-6  # what torch adds to the norm it divides by
 
 
 @torch.no_grad()
-def total_norm(gradients: Sequence[Tensor], norm_type: float = 2.0, dtype: torch.dtype | None = None) -> Tensor:
+def total_norm(gradients: Sequence[Tensor], norm_type: float = 2.0, accurate: bool = False) -> Tensor:
     r"""Return the p-norm of all gradients, taken as one vector.
 
     .. math::
@@ -41,7 +41,7 @@ def total_norm(gradients: Sequence[Tensor], norm_type: float = 2.0, dtype: torch
     Args:
         gradients: At least one tensor, each of any shape.
         norm_type: p, above 0; infinity for the largest magnitude.
-        dtype: Type in which to add up; default that of the gradients, as torch does.
+        accurate: Add up half precision in float32; the default does so in the type of the gradients, as torch does.
 
     Returns:
         Tensor: The norm, a scalar on the device of the first gradient; the same on every rank for DTensors.
@@ -50,10 +50,11 @@ def total_norm(gradients: Sequence[Tensor], norm_type: float = 2.0, dtype: torch
         >>> total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
         tensor(5.)
     """
-    norms = tensor_norms(gradients, norm_type, dtype)
-    if any(is_sharded(norm) for norm in norms) and not all(is_sharded(norm) for norm in norms):
+    norms = tensor_norms(gradients, norm_type, accurate)
+    sharded = [is_sharded(norm) for norm in norms]
+    if any(sharded) and not all(sharded):
         norms = [whole(norm) for norm in norms]
-    if len(by_device(norms)) > 1:
+    if len({norm.device for norm in norms}) > 1:
         norms = [norm.to(norms[0].device) for norm in norms]
     return whole(torch.linalg.vector_norm(torch.stack(norms), norm_type))
 
@@ -113,7 +114,7 @@ def clip_to_threshold_(gradients: Sequence[Tensor], norm: Tensor, threshold: Ten
     """
     above = (norm > threshold) & norm.isfinite()
     coefficient = torch.where(above, threshold / (norm + _EPS), 1.0)
-    multiply_(gradients, coefficient)
+    multiply_(gradients, coefficient.to(norm.dtype))  # a product with float64 would leave the fast kernels
     return coefficient
 
 
@@ -359,5 +360,6 @@ def clip_spikes_(gradients: Sequence[Tensor], second_moments: Sequence[Tensor], 
         algorithm 1.
     """
     for gradient, moment in zip(shards(gradients), shards(second_moments), strict=True):
-        limit = torch.where(moment > 0, moment * threshold, torch.inf).sqrt_()
-        gradient.copy_(gradient.clamp(-limit, limit))
+        limit = (moment * threshold).sqrt_().masked_fill_(~(moment > 0), torch.inf).to(gradient.dtype)
+        torch.minimum(gradient, limit, out=gradient)
+        torch.maximum(gradient, limit.neg_(), out=gradient)

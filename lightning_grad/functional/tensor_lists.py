@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_HALF = (torch.float16, torch.bfloat16)
+_SMALL = 4096
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Say whether a tensor is a DTensor, of which this rank holds a part."""
@@ -31,26 +34,56 @@ def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Return the positions of the tensors on each device."""
-    groups: dict[torch.device, list[int]] = {}
-    for position, tensor in enumerate(tensors):
-        groups.setdefault(tensor.device, []).append(position)
-    return list(groups.values())
+    devices = [tensor.device for tensor in tensors]
+    return [[i for i, other in enumerate(devices) if other == device] for device in dict.fromkeys(devices)]
 
 
-def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Return the p-norm of each tensor, where it lies."""
+def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, accurate: bool = False) -> list[Tensor]:
+    """Return the p-norm of each tensor, where it lies.
+
+    Args:
+        tensors: Of any shape.
+        norm_type: p.
+        accurate: Add up half precision in float32.
+    """
     if norm_type == torch.inf:  # of nothing it is undefined, and a rank may hold nothing of a small tensor
         tensors = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
-    return list(torch._foreach_norm(list(tensors), norm_type, dtype))
+    dtypes = {tensor.dtype for tensor in tensors}
+    if not accurate or dtypes.isdisjoint(_HALF):
+        return list(torch._foreach_norm(list(tensors), norm_type))
+    if dtypes <= {*_HALF, torch.float32}:
+        return list(torch._foreach_norm(list(tensors), norm_type, torch.float32))
+    return list(torch._foreach_norm([t.float() if t.dtype in _HALF else t for t in tensors], norm_type))
 
 
-def stack_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, dtype: torch.dtype | None = torch.float32) -> Tensor:
+def stack_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     """Return the p-norms of tensors, of whole ones where they are sharded, as one vector on the first one's device."""
-    norms = tensor_norms(tensors, norm_type, dtype)
-    if all(is_sharded(norm) for norm in norms):  # one reduction for all
+    norms = tensor_norms(tensors, norm_type, accurate=True)
+    sharded = [is_sharded(norm) for norm in norms]
+    if all(sharded):  # one reduction for all
         return whole(torch.stack(norms))
-    norms = [whole(norm) for norm in norms]
-    return torch.stack([norm.to(norms[0].device) for norm in norms])
+    if any(sharded):
+        norms = [whole(norm) for norm in norms]
+    if len({norm.device for norm in norms}) > 1:
+        norms = [norm.to(norms[0].device) for norm in norms]
+    return torch.stack(norms)
+
+
+def joined_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the 2-norm of all tensors as one vector, in at least float32.
+
+    Small tensors are joined first: of many, the calls cost more than the numbers. So it may differ from torch's own norm in
+    the last digits.
+    """
+    if len({tensor.device for tensor in tensors}) > 1 or any(is_sharded(tensor) for tensor in tensors):
+        return whole(torch.linalg.vector_norm(stack_norms(tensors)))
+    small = [tensor for tensor in tensors if tensor.numel() <= _SMALL]
+    large = [tensor for tensor in tensors if tensor.numel() > _SMALL]
+    norms = tensor_norms(large, accurate=True) if large else []
+    if small:
+        joined = torch._utils._flatten_dense_tensors(small)  # type: ignore[no-untyped-call]
+        norms += tensor_norms([joined], accurate=True)
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
 def any_rank(flags: Tensor, of: Sequence[Tensor]) -> Tensor:
@@ -75,6 +108,9 @@ def any_rank(flags: Tensor, of: Sequence[Tensor]) -> Tensor:
 def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply tensors by one number that stays on its device, in place."""
     local = shards(tensors)
+    if len({tensor.device for tensor in local}) == 1:
+        torch._foreach_mul_(local, factor.to(local[0].device))
+        return
     for positions in by_device(local):
         group = [local[i] for i in positions]
         torch._foreach_mul_(group, factor.to(group[0].device))

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
 from lightning_grad.functional import noise_scale_terms
+from lightning_grad.functional.tensor_lists import joined_norm
 from lightning_grad.utilities.precision import grad_scaler
 
 _DECAY = 0.95  # of the averages of noise and signal, for each measurement
@@ -61,7 +62,7 @@ class NoiseScaleMeter:
                 self._batch_size = 1
 
     def _see(self, gradient: Tensor) -> None:
-        self._squares.append(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32).square())
+        self._squares.append(joined_norm([gradient.detach()]).square())
 
     def end_part(self) -> None:
         """Take notice that one backward pass is over."""

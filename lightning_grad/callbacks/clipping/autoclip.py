@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
-from lightning_grad.functional import autoclip_state, autoclip_threshold_, clip_to_threshold_, total_norm
+from lightning_grad.functional import autoclip_state, autoclip_threshold_, clip_to_threshold_
+from lightning_grad.functional.tensor_lists import joined_norm
 from lightning_grad.utilities.checks import check_at_least, check_between
 
 
@@ -87,7 +87,7 @@ class AutoClip(GradientConditioner):
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
-        norm = total_norm(step.gradients, dtype=torch.float32)
+        norm = joined_norm(step.gradients)
         if "norms" not in step.state:
             step.state.update(autoclip_state(self.window, norm.device))
         threshold = autoclip_threshold_(norm, step.state, step.threshold)

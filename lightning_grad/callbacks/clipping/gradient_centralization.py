@@ -10,7 +10,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
-from lightning_grad.functional import centralize_, total_norm
+from lightning_grad.functional import centralize_
+from lightning_grad.functional.tensor_lists import joined_norm
 
 
 class GradientCentralization(GradientConditioner):
@@ -73,7 +74,7 @@ class GradientCentralization(GradientConditioner):
         if not step.measured:
             centralize_(step.gradients, self.conv_only)
             return {}
-        before = total_norm(step.gradients, dtype=torch.float32)
+        before = joined_norm(step.gradients)
         centralize_(step.gradients, self.conv_only)
-        after = total_norm(step.gradients, dtype=torch.float32)
+        after = joined_norm(step.gradients)
         return {"removed": torch.where(before > 0, 1.0 - (after / before).square(), 0.0)}

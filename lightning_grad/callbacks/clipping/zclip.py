@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
-from lightning_grad.functional import clip_to_threshold_, total_norm, zclip_state, zclip_threshold_
+from lightning_grad.functional import clip_to_threshold_, zclip_state, zclip_threshold_
+from lightning_grad.functional.tensor_lists import joined_norm
 from lightning_grad.utilities.checks import check_above, check_at_least, check_between
 
 
@@ -105,7 +105,7 @@ class ZClip(GradientConditioner):
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
-        norm = total_norm(step.gradients, dtype=torch.float32)
+        norm = joined_norm(step.gradients)
         if "mean" not in step.state:
             step.state.update(zclip_state(norm.device))
         threshold = zclip_threshold_(
