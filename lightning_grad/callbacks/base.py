@@ -50,8 +50,10 @@ class GradCallback(Callback):
         self._undo_after_exception = UndoList()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Lightning leaves the module's log methods on every callback it has run; a copy must not drag the module along.
-        return {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}
+        # Lightning leaves the module's log methods on every callback it has run; a copy must not drag the module along. Nor
+        # is it the copy's business to take back what the original has done.
+        kept = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}
+        return {**kept, "_undo": UndoList(), "_undo_after_exception": UndoList()}
 
     @property
     @override

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -20,21 +20,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_grad.callbacks._phases import Phase, refuse_order, refuse_trainer_clipping, warn_of_other_clippers
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.utilities.checks import (
     check_above,
+    refuse_complex,
     refuse_deepspeed,
     refuse_flat_shards,
     refuse_sparse_gradients,
 )
-from lightning_grad.utilities.dispatch import overrides
-from lightning_grad.utilities.parameters import as_names, check_patterns
+from lightning_grad.utilities.optimizers import Shape, optimizer_index, optimizer_shape
+from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches
 from lightning_grad.utilities.precision import refuse_scaled_gradients
 from lightning_grad.utilities.reporting import is_log_step, log_summary
 from lightning_grad.utilities.thresholds import Bucket, Threshold, as_threshold, choose_buckets
-
-Phase = Literal["guard", "center", "clip", "noise", "observe"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 @dataclass
@@ -91,6 +90,7 @@ class GradientConditioner(GradCallback):
     - ``threshold_name``: the constructor argument that may be one number, a mapping from name patterns to numbers, or
       a key of the optimizer's param groups.
     - ``elementwise``: whether the rule acts on each entry alone, so that a shard of a gradient is enough.
+    - ``acts_without_threshold``: whether a threshold of ``None``, in a param group, does not turn the rule off.
 
     Args:
         include: Names or wildcards of the parameters or modules whose gradients it changes; default all.
@@ -101,6 +101,7 @@ class GradientConditioner(GradCallback):
     phase: ClassVar[Phase]
     threshold_name: ClassVar[str | None] = None
     elementwise: ClassVar[bool] = False
+    acts_without_threshold: ClassVar[bool] = False
 
     def __init__(
         self, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None, name: str | None = None
@@ -112,9 +113,13 @@ class GradientConditioner(GradCallback):
 
     def _reset(self) -> None:
         self._memory: dict[int, _Memory] = {}
-        self._chosen: dict[int, tuple[int, list[Bucket]]] = {}
+        self._chosen: dict[int, tuple[Shape, list[Bucket]]] = {}
         self._hook_fired: set[int] = set()
         self._warned_of_bypass = False
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_chosen": {}, "_hook_fired": set()}
 
     @abstractmethod
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
@@ -129,6 +134,8 @@ class GradientConditioner(GradCallback):
         return None if self.threshold_name is None else getattr(self, self.threshold_name)
 
     def _as_threshold(self, value: Threshold) -> Any:
+        if value is None and not self.acts_without_threshold:
+            raise ValueError(f"{self.threshold_name} must be a number, or one for each name pattern; got None.")
         return as_threshold(value, str(self.threshold_name), self._check_threshold)
 
     def _check_threshold(self, number: float) -> None:
@@ -147,21 +154,7 @@ class GradientConditioner(GradCallback):
         if not self.elementwise:
             refuse_flat_shards(trainer, self.label)
         refuse_order(trainer)
-        if self.phase in ("clip", "noise"):
-            self._refuse_trainer_clipping(trainer)
-
-    def _refuse_trainer_clipping(self, trainer: pl.Trainer) -> None:
-        if not trainer.gradient_clip_val:
-            return
-        option = f"Trainer(gradient_clip_val={trainer.gradient_clip_val})"
-        if self.phase == "clip":
-            raise ValueError(
-                f"{self.label} and {option} would both clip. Keep one: drop the callback, or set gradient_clip_val=None."
-            )
-        raise ValueError(
-            f"{self.label} comes after clipping, and {option} clips after every callback. Put NormClipping(max_norm="
-            f"{trainer.gradient_clip_val}) before it and set gradient_clip_val=None."
-        )
+        refuse_trainer_clipping(trainer, self.label, self.phase)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -183,14 +176,27 @@ class GradientConditioner(GradCallback):
             refuse_scaled_gradients(trainer, optimizer, self.label)
             self._watch_for_bypass(optimizer)
             left_out += self._choose(index, optimizer, pl_module)
-        if not self._parameters():
-            raise ValueError(f"{self.label} has no parameter to act on: include and exclude leave none.")
-        refuse_sparse_gradients(pl_module, {id(p) for p in self._parameters()}, self.label)
+        self._check_choice(pl_module)
+        refuse_sparse_gradients(pl_module, {id(parameter) for parameter in self.parameters()}, self.label)
+        if self.elementwise:
+            refuse_complex(pl_module, {id(parameter) for parameter in self.parameters()}, self.label)
         self._announce(trainer, pl_module, left_out)
 
     def _excluded(self, pl_module: pl.LightningModule) -> list[str]:
         """Name patterns of what is left alone; a technique may add to what the user said."""
         return self.exclude or []
+
+    def _check_choice(self, pl_module: pl.LightningModule) -> None:
+        """Raise if names leave nothing; warn if no optimizer moves what they leave (a callback may add it later)."""
+        if self.parameters():
+            return
+        excluded = self._excluded(pl_module)
+        names = [clean_name(name) for name, _ in pl_module.named_parameters()]
+        if not [n for n in names if (self.include is None or matches(n, self.include)) and not matches(n, excluded)]:
+            raise ValueError(f"{self.label} has no parameter to act on: include and exclude leave none.")
+        rank_zero_warn(
+            f"{self.label} has nothing to act on yet: no optimizer moves the parameters that it is to act on."
+        )
 
     def _choose(self, index: int, optimizer: Optimizer, pl_module: pl.LightningModule) -> list[str]:
         buckets, left_out = choose_buckets(
@@ -198,33 +204,20 @@ class GradientConditioner(GradCallback):
         )
         for bucket in buckets:
             if bucket.group is not None:
-                self._check_threshold(bucket.group[bucket.key])
-        self._chosen[index] = (_size(optimizer), buckets)
+                as_threshold(bucket.threshold, f"{bucket.key} of the optimizer's {bucket.name}", self._check_threshold)
+        self._chosen[index] = (optimizer_shape(optimizer), buckets)
         return left_out
 
-    def _parameters(self) -> list[Tensor]:
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters whose gradients are changed in this fit."""
         return [parameter for _, buckets in self._chosen.values() for b in buckets for parameter in b.parameters]
 
     def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule, left_out: Sequence[str]) -> None:
-        count = len(self._parameters())
+        count = len(self.parameters())
         rest = f"; {len(left_out)} left alone ({_short(left_out)})" if left_out else ""
         rank_zero_info(f"{self.label} acts on {count} parameters{rest}.")
-        if self.phase != "clip":
-            return
-        mine = {id(parameter) for parameter in self._parameters()}
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if other is self:
-                break
-            if getattr(other, "phase", None) == "clip" and not mine.isdisjoint(map(id, other._parameters())):
-                rank_zero_warn(
-                    f"{other.label} and {self.label} both clip the same gradients, one after the other. If that is not "
-                    "meant, keep one, or separate them by include=."
-                )
-        if overrides(pl_module, "configure_gradient_clipping"):
-            rank_zero_warn(
-                f"{type(pl_module).__name__}.configure_gradient_clipping is the module's own and runs after {self.label}. "
-                "If it clips too, drop one of them."
-            )
+        if self.phase == "clip":
+            warn_of_other_clippers(trainer, pl_module, self, {id(parameter) for parameter in self.parameters()})
 
     def _watch_for_bypass(self, optimizer: Optimizer) -> None:
         def after_step(stepped: Optimizer, *_: Any) -> None:
@@ -246,13 +239,14 @@ class GradientConditioner(GradCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         self._hook_fired.add(id(optimizer))
-        index = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
-        if self._chosen[index][0] != _size(optimizer):  # a finetuning callback has added a group
+        index = optimizer_index(trainer, optimizer, self.label)
+        if self._chosen.get(index, ((), []))[0] != optimizer_shape(optimizer):
             self._choose(index, optimizer, pl_module)
         memory, measured = self._memory.setdefault(index, _Memory()), is_log_step(trainer)
         for bucket in self._chosen[index][1]:
             step = _gather(bucket, memory, measured, optimizer, index)
-            if step.gradients:
+            off = step.threshold is None and self.threshold_name is not None and not self.acts_without_threshold
+            if step.gradients and not off:
                 values = self._count(step, self.condition(step))
                 if measured and values:
                     several = len(trainer.optimizers) > 1
@@ -329,24 +323,5 @@ def _gather(bucket: Bucket, memory: _Memory, measured: bool, optimizer: Optimize
     return GradientStep(parameters, gradients, names, bucket.threshold, state, memory.steps, measured, optimizer, index)
 
 
-def _size(optimizer: Optimizer) -> int:
-    return sum(len(group["params"]) for group in optimizer.param_groups)
-
-
 def _short(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
-
-
-def refuse_order(trainer: pl.Trainer) -> None:
-    """Raise if conditioners stand in an order in which they undo each other's work, and show the right one."""
-    found = [c for c in trainer.callbacks if getattr(c, "phase", None) in PHASES]  # type: ignore[attr-defined]
-    right = sorted(found, key=lambda callback: PHASES.index(callback.phase))
-    if found != right:
-
-        def written(callbacks: Sequence[Any]) -> str:
-            return ", ".join(f"{callback.label} ({callback.phase})" for callback in callbacks)
-
-        raise ValueError(
-            f"What changes gradients acts in the order {', '.join(PHASES)}. Got callbacks=[{written(found)}]; write "
-            f"callbacks=[{written(right)}]."
-        )

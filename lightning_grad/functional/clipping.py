@@ -12,6 +12,7 @@ changes gradients without clipping them in :mod:`lightning_grad.functional.condi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,7 +88,8 @@ def clip_norm_(gradients: Sequence[Tensor], max_norm: float, norm_type: float = 
         Pascanu et al., "On the difficulty of training recurrent neural networks", 2013, arXiv 1211.5063, algorithm 1.
     """
     norm = total_norm(gradients, norm_type)
-    multiply_(gradients, torch.clamp(max_norm / (norm + _EPS), max=1.0))
+    if max_norm != math.inf:  # the quotient of two infinities would be no number
+        multiply_(gradients, torch.clamp(max_norm / (norm + _EPS), max=1.0))
     return norm
 
 

@@ -148,7 +148,7 @@ def reset_moments_(states: Sequence[Mapping[str, Any]]) -> None:
     """
     moments = [state[key] for state in states for key in _MOMENTS if key in state]
     if moments:
-        torch._foreach_zero_(moments)
+        torch._foreach_zero_(shards(moments))
 
 
 def reset_warmup(steps: int, warmup: int = 150) -> float:

@@ -46,7 +46,24 @@ def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, accurate: bo
         norm_type: p.
         accurate: Add up half precision in float32.
     """
-    if norm_type == torch.inf:  # of nothing it is undefined, and a rank may hold nothing of a small tensor
+    sharded = [is_sharded(tensor) for tensor in tensors]
+    if not any(sharded):
+        return _plain_norms(tensors, norm_type, accurate)
+    if norm_type == torch.inf:
+        return [
+            _largest_of_shards(t) if own else _plain_norms([t], norm_type)[0]
+            for t, own in zip(tensors, sharded, strict=True)
+        ]
+    norms: list[Tensor | None] = [None] * len(tensors)
+    for kind in set(sharded):  # torch takes a list of one kind only
+        positions = [i for i, own in enumerate(sharded) if own == kind]
+        for i, norm in zip(positions, _plain_norms([tensors[i] for i in positions], norm_type, accurate), strict=True):
+            norms[i] = norm
+    return [norm for norm in norms if norm is not None]
+
+
+def _plain_norms(tensors: Sequence[Tensor], norm_type: float, accurate: bool = False) -> list[Tensor]:
+    if norm_type == torch.inf:  # of nothing it is undefined
         tensors = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
     dtypes = {tensor.dtype for tensor in tensors}
     if not accurate or dtypes.isdisjoint(_HALF):
@@ -56,9 +73,25 @@ def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, accurate: bo
     return list(torch._foreach_norm([t.float() if t.dtype in _HALF else t for t in tensors], norm_type))
 
 
-def stack_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
-    """Return the p-norms of tensors, of whole ones where they are sharded, as one vector on the first one's device."""
-    norms = tensor_norms(tensors, norm_type, accurate=True)
+def _largest_of_shards(tensor: Any) -> Tensor:
+    """Return the largest magnitude of a DTensor, of which a rank may hold nothing."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    (own,) = _plain_norms([tensor.to_local()], torch.inf)
+    return DTensor.from_local(own, tensor.device_mesh, [Partial("max")] * tensor.device_mesh.ndim, run_check=False)
+
+
+def stack_norms(tensors: Sequence[Tensor | None], norm_type: float = 2.0) -> Tensor:
+    """Return the p-norms of tensors, of whole ones where they are sharded, as one vector on the first one's device.
+
+    Args:
+        tensors: Of any shape, at least one; ``None`` counts as zero.
+        norm_type: p.
+    """
+    norms = tensor_norms([tensor for tensor in tensors if tensor is not None], norm_type, accurate=True)
+    if len(norms) < len(tensors):
+        zero, found = torch.zeros_like(norms[0]), iter(norms)
+        norms = [zero if tensor is None else next(found) for tensor in tensors]
     sharded = [is_sharded(norm) for norm in norms]
     if all(sharded):  # one reduction for all
         return whole(torch.stack(norms))
@@ -96,8 +129,8 @@ def any_rank(flags: Tensor, of: Sequence[Tensor]) -> Tensor:
     Returns:
         Tensor: (tensors,) bool, the same on every rank.
     """
-    meshes = {tensor.device_mesh for tensor in of if is_sharded(tensor)}  # type: ignore[attr-defined]
-    for mesh in meshes:
+    meshes = [tensor.device_mesh for tensor in of if is_sharded(tensor)]  # type: ignore[attr-defined]
+    for mesh in dict.fromkeys(meshes):  # in the same order on every rank, which a set would not keep
         from torch.distributed.tensor import DTensor, Partial
 
         counts = DTensor.from_local(flags.float(), mesh, [Partial()] * mesh.ndim, run_check=False)

@@ -48,13 +48,23 @@ def check_at_least(value: float, least: float, parameter: str) -> None:
         raise ValueError(f"{parameter} must be at least {least}; got {value}.")
 
 
+def check_count(value: int, least: int, parameter: str) -> None:
+    """Raise unless a number is whole and at least ``least``.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{parameter} must be at least {least}, and whole; got {value}.")
+
+
 def check_above(value: float, bound: float, parameter: str) -> None:
     """Raise unless a number is above ``bound``; infinity is.
 
     Raises:
         ValueError: If it is not, or no number.
     """
-    if not value > bound:
+    if not isinstance(value, (int, float)) or not value > bound:
         raise ValueError(f"{parameter} must be above {bound:g}; got {value}.")
 
 
@@ -64,7 +74,7 @@ def check_between(value: float, least: float, most: float, parameter: str) -> No
     Raises:
         ValueError: If it is outside, or no number.
     """
-    if not least <= value <= most:
+    if not isinstance(value, (int, float)) or not least <= value <= most:
         raise ValueError(f"{parameter} must be from {least:g} to {most:g}; got {value}.")
 
 
@@ -130,6 +140,19 @@ def refuse_sparse_gradients(module: nn.Module, chosen: set[int], technique: str)
             raise ValueError(
                 f"{technique} needs dense gradients, and {type(child).__name__} {name!r} makes sparse ones. Build it with "
                 f"sparse=False, or leave it out: exclude=[{name!r}]."
+            )
+
+
+def refuse_complex(module: nn.Module, chosen: set[int], technique: str) -> None:
+    """Raise if a parameter holds complex numbers, which have no order.
+
+    Raises:
+        ValueError: For a chosen parameter of a complex type.
+    """
+    for name, parameter in module.named_parameters():
+        if id(parameter) in chosen and parameter.is_complex():
+            raise ValueError(
+                f"{technique} compares entries, and those of {name!r} are complex. Leave it out: exclude=[{name!r}]."
             )
 
 

@@ -64,7 +64,7 @@ def overrides(owner: object, name: str) -> bool:
 
     Example:
         >>> from lightning.pytorch.callbacks import Timer
-        >>> overrides(Timer(), "on_train_start"), overrides(Timer(), "on_test_start")
+        >>> overrides(Timer(), "on_train_start"), overrides(Timer(), "on_before_optimizer_step")
         (True, False)
     """
     definer = next(cls for cls in type(owner).__mro__ if name in vars(cls))

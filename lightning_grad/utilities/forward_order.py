@@ -11,11 +11,22 @@ from torch import nn
 from lightning_grad.utilities.parameters import clean_name
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Say whether a module, its children apart, is compiled by ``torch.compile`` in one of its ways."""
+    return (
+        isinstance(module, torch._dynamo.OptimizedModule)
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or getattr(module, "_compiler_ctx", None) is not None  # a whole LightningModule
+        or any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(module).values())  # one of its methods
+    )
+
+
 class ForwardOrder:
     """Learns the order from one forward pass, through hooks that are gone after it.
 
     Until it is learnt, and for parameters whose modules were not called, it is the order in which they are registered. A
-    compiled module is not looked into: a hook in it would make it compile anew.
+    compiled module is not looked into: a hook in it would make it compile anew; a scripted
+    one takes none.
 
     Args:
         module: The root.
@@ -46,15 +57,15 @@ class ForwardOrder:
         Returns:
             Callable: Takes the hooks away.
         """
-        handles = [
+        handles: list[Any] = [
             child.register_forward_pre_hook(self._seen(clean_name(f"{name}.")))
             for name, child in self._module.named_modules()
-            if name and next(child.parameters(recurse=False), None) is not None and not self._is_compiled(name)
+            if name and next(child.parameters(recurse=False), None) is not None and not self._is_closed(name)
         ]
 
         def stop() -> None:
-            for handle in handles:
-                handle.remove()
+            while handles:
+                handles.pop().remove()
 
         return stop
 
@@ -64,14 +75,10 @@ class ForwardOrder:
 
         return hook
 
-    def _is_compiled(self, name: str) -> bool:
+    def _is_closed(self, name: str) -> bool:
         parts = name.split(".")
         path = [self._module.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
-        return any(
-            isinstance(module, torch._dynamo.OptimizedModule)
-            or getattr(module, "_compiled_call_impl", None) is not None
-            for module in path
-        )
+        return any(is_compiled(module) or isinstance(module, torch.jit.ScriptModule) for module in path)
 
     def sort(self, names: list[str]) -> list[str]:
         """Return names of parameters in the order of the forward pass."""

@@ -16,7 +16,7 @@ def clean_name(name: str) -> str:
         >>> clean_name("net._orig_mod.0.weight")
         'net.0.weight'
     """
-    return name.replace("_orig_mod.", "")
+    return name.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".")
 
 
 def as_names(names: Sequence[str] | None, parameter: str) -> list[str] | None:

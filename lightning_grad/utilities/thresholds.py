@@ -24,6 +24,7 @@ def as_threshold(value: Threshold, parameter: str, check: Callable[[float], obje
 
     Raises:
         TypeError: If it is neither a number nor a mapping of them.
+        ValueError: If the mapping is empty.
 
     Example:
         >>> as_threshold({"encoder.*": 1, "*": 0.5}, "max_norm", lambda number: None)
@@ -32,6 +33,8 @@ def as_threshold(value: Threshold, parameter: str, check: Callable[[float], obje
     if value is None:
         return None
     numbers = list(value.values()) if isinstance(value, Mapping) else [value]
+    if not numbers:
+        raise ValueError(f"{parameter} is a number, or one for each name pattern; got an empty mapping.")
     for number in numbers:
         if isinstance(number, (bool, str)) or not isinstance(number, (int, float)):
             raise TypeError(f"{parameter} is a number, or one for each name pattern; got {value!r}.")

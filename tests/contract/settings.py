@@ -183,6 +183,7 @@ _CLIPPING: list[Technique] = [
     _conditioner(
         "LayerwiseNormalization",
         arguments={"coefficient": 0.01, "max_ratio": 10.0},
+        clips=False,
         no_neutral_because="every layer gets the norm of its weights; no coefficient gives it its own",
         wrong=(
             ({"coefficient": 0.0}, "coefficient must be above 0"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Per = Literal["module", "parameter"]
+_MOST_KNOWN = 256
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class LayerFinder:
     def find(self, names: Sequence[str], gradients: Sequence[Tensor]) -> Layers:
         """Return the layers of gradients, by the names of their parameters."""
         known = tuple(names)
+        if len(self._known) > _MOST_KNOWN:  # random subsets of experts have no end
+            self._known.clear()
         if known not in self._known:
             self._known[known] = self._sort(known, gradients)
         return self._known[known]

@@ -25,7 +25,7 @@ class MonitorRecord:
         self._interval: list[list[float]] = []
         self._columns: list[list[Any]] = []
 
-    def add(self, step: int, before: float, after: float, skipped: bool) -> None:
+    def add(self, step: int, before: float, after: float, skipped: bool, unclipped: float | None = None) -> None:
         """Take in one optimizer step.
 
         Args:
@@ -33,8 +33,9 @@ class MonitorRecord:
             before: Norm of the gradient before anything changed it.
             after: Norm of what the optimizer used; not a number if it used nothing.
             skipped: Whether the optimizer did not step.
+            unclipped: Norm just before the first that clips, if something else came before that.
         """
-        clipped = not skipped and after < before * _CLIPPED
+        clipped = not skipped and after < (before if unclipped is None else unclipped) * _CLIPPED
         self.counts["steps"] += 1
         self.counts["clipped"] += clipped
         self.counts["skipped"] += skipped
@@ -46,9 +47,8 @@ class MonitorRecord:
 
     def add_layers(self, step: int, norms: Mapping[str, float]) -> None:
         """Take in the norms of the layers at a log step."""
-        if list(norms) != self.layers:  # first time, or parameters were added
-            self.layers, self._columns = list(norms), []
-        self._columns.append([step, list(norms.values())])
+        self.layers = list(dict.fromkeys([*self.layers, *norms]))  # parameters may be added in mid-fit
+        self._columns.append([step, dict(norms)])
         if len(self._columns) > _MOST_COLUMNS:
             self._columns = self._columns[::2]
 
@@ -75,7 +75,7 @@ class MonitorRecord:
             "layers": list(self.layers),
             "points": [list(point) for point in self._points],
             "interval": [list(pair) for pair in self._interval],
-            "columns": [[step, list(norms)] for step, norms in self._columns],
+            "columns": [[step, dict(norms)] for step, norms in self._columns],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -84,7 +84,7 @@ class MonitorRecord:
         self.layers = list(state["layers"])
         self._points = [list(point) for point in state["points"]]
         self._interval = [list(pair) for pair in state["interval"]]
-        self._columns = [[step, list(norms)] for step, norms in state["columns"]]
+        self._columns = [[step, dict(norms)] for step, norms in state["columns"]]
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the norm curve as rows of a table."""
@@ -128,7 +128,7 @@ class MonitorRecord:
     def _draw_layers(self, figure: Figure, axis: Axes) -> None:
         import numpy as np
 
-        norms = np.array([column[1] for column in self._columns], dtype=float).T
+        norms = np.array([[column[1].get(layer, np.nan) for layer in self.layers] for column in self._columns]).T
         image = np.log10(np.where(norms > 0, norms, np.nan))
         steps = [column[0] for column in self._columns]
         mesh = axis.pcolormesh(steps, np.arange(len(self.layers)), image, shading="nearest", cmap="viridis")

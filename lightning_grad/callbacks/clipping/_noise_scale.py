@@ -34,6 +34,9 @@ class NoiseScaleMeter:
         self._batch_size = 1
         self._averages: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": [], "_squares": []}
+
     @staticmethod
     def why_not(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
         """Return why the noise scale is undefined or cannot be seen in this run, or ``None``."""
@@ -75,13 +78,14 @@ class NoiseScaleMeter:
         It reduces over the ranks, so all of them must call it.
         """
         ranks, parts, accumulated = trainer.world_size, self._parts, trainer.accumulate_grad_batches
+        squares, self._squares = self._squares, []
         self.stop()
-        if not self._squares or parts * ranks < 2:
+        if not squares or parts * ranks < 2:
             return
         scaler = grad_scaler(trainer)
         scale = 1.0 if scaler is None or scaler._scale is None else scaler._scale.to(norm.device)
         # The loss of each part was divided by the number of parts of a full batch, and multiplied by the loss scale.
-        small = torch.stack(self._squares).sum() / parts * (accumulated / scale) ** 2
+        small = torch.stack(squares).sum() / parts * (accumulated / scale) ** 2
         small = trainer.strategy.reduce(small, reduce_op="mean")
         big = (norm * accumulated / parts).square()
         terms = torch.stack(noise_scale_terms(small, big, self._batch_size, self._batch_size * parts * ranks))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
+from lightning_grad.callbacks._phases import Phase
+from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import clip_adaptively_
 from lightning_grad.functional.tensor_lists import whole
 from lightning_grad.utilities.checks import check_above

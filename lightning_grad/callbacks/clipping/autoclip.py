@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
+from lightning_grad.callbacks._phases import Phase
+from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import autoclip_state, autoclip_threshold_, clip_to_threshold_
 from lightning_grad.functional.tensor_lists import joined_norm
-from lightning_grad.utilities.checks import check_at_least, check_between
+from lightning_grad.utilities.checks import check_between, check_count
 
 
 class AutoClip(GradientConditioner):
@@ -79,11 +80,19 @@ class AutoClip(GradientConditioner):
         super().__init__(include, exclude, name)
         self.percentile = self._as_threshold(percentile)
         self.window = window
-        check_at_least(window, 1, "window")
+        check_count(window, 1, "window")
 
     @override
     def _check_threshold(self, number: float) -> None:
         check_between(number, 0.0, 100.0, "percentile")
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for memory in self._memory.values():
+            for state in memory.states.values():
+                if "norms" in state and len(state["norms"]) != self.window:
+                    state.update(_resized(state, self.window))
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
@@ -93,3 +102,14 @@ class AutoClip(GradientConditioner):
         threshold = autoclip_threshold_(norm, step.state, step.threshold)
         coefficient = clip_to_threshold_(step.gradients, norm, threshold)
         return {"norm": norm, "threshold": threshold, "clipped": coefficient < 1.0}
+
+
+def _resized(state: Mapping[str, Tensor], window: int) -> dict[str, Tensor]:
+    """Return the state with the last norms in a window of another length."""
+    norms, count = state["norms"], int(state["count"])
+    in_order = norms.roll(-(count % len(norms))) if count > len(norms) else norms[:count]
+    last = in_order[-window:]
+    resized = autoclip_state(window, norms.device)
+    resized["norms"][: len(last)] = last
+    resized["count"].fill_(len(last))
+    return resized

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
+from lightning_grad.callbacks._phases import Phase
+from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import centralize_
 from lightning_grad.functional.tensor_lists import joined_norm
 

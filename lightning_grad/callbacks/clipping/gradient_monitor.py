@@ -21,15 +21,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_grad.callbacks._phases import Phase, conditioners, refuse_order
 from lightning_grad.callbacks.base import GradCallback
-from lightning_grad.callbacks.clipping._layers import LayerFinder
-from lightning_grad.callbacks.clipping._logit_probe import LogitProbe, is_compiled
+from lightning_grad.callbacks.clipping._logit_probe import LogitProbe, compiled_graphs, has_compiled
 from lightning_grad.callbacks.clipping._monitor_record import MonitorRecord
 from lightning_grad.callbacks.clipping._noise_scale import NoiseScaleMeter
 from lightning_grad.callbacks.clipping._optimizer_watch import OptimizerWatch, Place
-from lightning_grad.callbacks.conditioner import PHASES, Phase, refuse_order
 from lightning_grad.utilities.checks import (
-    check_at_least,
+    check_count,
     refuse_deepspeed,
     refuse_flat_shards,
     refuse_sparse_gradients,
@@ -37,6 +36,7 @@ from lightning_grad.utilities.checks import (
 from lightning_grad.utilities.dispatch import overrides, wrap_method
 from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.imports import is_installed
+from lightning_grad.utilities.optimizers import optimizer_index, optimizer_shape
 from lightning_grad.utilities.parameters import as_names, check_patterns
 from lightning_grad.utilities.precision import grad_scaler, refuse_scaled_gradients, true_loss
 from lightning_grad.utilities.reporting import (
@@ -78,7 +78,7 @@ class GradientMonitor(GradCallback):
         ValueError: In the constructor for numbers below 1. Before the first batch under FSDP1 and DeepSpeed, with a fused
             optimizer in fp16, for sparse gradients, and for a name pattern that matches nothing.
 
-    **Hooks.** The first ``on_before_optimizer_step`` of those that change gradients, to see what was; the module's
+    **Hooks.** The first ``on_before_optimizer_step`` in the list of callbacks, to see what was; the module's
     ``configure_gradient_clipping``, the last thing before the step (under manual optimization its
     ``on_before_optimizer_step``), to see what is used; the optimizer's post hook at log steps, for the update.
 
@@ -140,9 +140,9 @@ class GradientMonitor(GradCallback):
         self.alert = alert
         self.include = as_names(include, "include")
         self.exclude = as_names(exclude, "exclude")
-        check_at_least(1 if rarely is None else rarely, 1, "rarely")
-        check_at_least(1 if depth is None else depth, 1, "depth")
-        check_at_least(top, 0, "top")
+        check_count(1 if rarely is None else rarely, 1, "rarely")
+        check_count(1 if depth is None else depth, 1, "depth")
+        check_count(top, 0, "top")
         self._reset()
 
     def _reset(self) -> None:
@@ -160,7 +160,9 @@ class GradientMonitor(GradCallback):
         self._order: ForwardOrder | None = None
         self._stop_learning: Callable[[], None] | None = None
         self._probe: LogitProbe | None = None
-        self._changed = self._measures_noise = self._stepped = False
+        self._first: Any = None
+        self._graphs = 0
+        self._changed = self._probes = self._stepped = False
 
     # The fit begins.
 
@@ -200,41 +202,49 @@ class GradientMonitor(GradCallback):
         self._announce(trainer, pl_module)
 
     def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, optimizer: Optimizer) -> None:
-        buckets, _ = choose_buckets(optimizer, pl_module, include=self.include, exclude=self.exclude)
-        names = [name for bucket in buckets for name in bucket.names]
-        parameters = [parameter for bucket in buckets for parameter in bucket.parameters]
         record = self._records.setdefault(index, MonitorRecord())
         scaled = grad_scaler(trainer) is not None
-        finder = LayerFinder(depth=self.depth)
-        watch = OptimizerWatch(optimizer, names, parameters, finder, record, scaled)
+        watch = OptimizerWatch(optimizer, self._named(pl_module, optimizer), self.depth, record, scaled)
         self._watches.append(watch)
-        self._undo.push(optimizer.register_step_post_hook(lambda *_: self._look_at_update(watch)).remove)
+        self._watch_updates(watch)
+
+    def _named(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
+        buckets, _ = choose_buckets(optimizer, pl_module, include=self.include, exclude=self.exclude)
+        return [pair for bucket in buckets for pair in zip(bucket.names, bucket.parameters, strict=True)]
+
+    def _watch_updates(self, watch: OptimizerWatch) -> None:
+        handle = watch.optimizer.register_step_post_hook(lambda *_: self._look_at_update(watch))
+        self._undo.push(handle.remove)
 
     def _place_hooks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stand before the first and behind the last of those that change gradients."""
-        conditioners = [c for c in trainer.callbacks if getattr(c, "phase", None) in PHASES]  # type: ignore[attr-defined]
-        self._first = conditioners[0]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        acting = [callback for callback in callbacks if overrides(callback, "on_before_optimizer_step")]
+        self._first = acting[0]
         if self._first is not self:
             self._undo.push(wrap_method(self._first, "on_before_optimizer_step", self._before_others))
-        automatic = pl_module.automatic_optimization
-        last = "configure_gradient_clipping" if automatic else "on_before_optimizer_step"
-        self._undo.push(wrap_method(pl_module, last, self._behind_others, priority=_OUTERMOST))
-        others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+        phases = [callback.phase for callback in conditioners(trainer)]
+        if "center" in phases and "clip" in phases:
+            clipper = next(callback for callback in conditioners(trainer) if callback.phase == "clip")
+            self._undo.push(wrap_method(clipper, "on_before_optimizer_step", self._before_clipping))
+        last = "configure_gradient_clipping" if pl_module.automatic_optimization else "on_before_optimizer_step"
+        self._undo.push(wrap_method(pl_module, last, partial(self._behind_others, trainer), priority=_OUTERMOST))
         self._changed = (
-            bool(trainer.gradient_clip_val)
+            len(acting) > 1
+            or bool(trainer.gradient_clip_val)
             or overrides(pl_module, "configure_gradient_clipping")
             or overrides(pl_module, "on_before_optimizer_step")
-            or any(overrides(other, "on_before_optimizer_step") for other in others)
         )
-        if self.logits and not is_compiled(pl_module):
+        self._probes = self.logits and not has_compiled(pl_module)
+        if self._probes:
+            self._graphs = compiled_graphs()
             self._undo.push(wrap_method(pl_module, "training_step", partial(self._probe_logits, trainer)))
 
     def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         why_not = NoiseScaleMeter.why_not(trainer, pl_module)
-        self._measures_noise = why_not is None
         if why_not is not None:
             rank_zero_info(f"{self.label}: no gradient noise scale; {why_not}.")
-        if self.logits and is_compiled(pl_module):
+        if self.logits and not self._probes:
             rank_zero_info(f"{self.label}: no logits; watching them would run compiled modules uncompiled.")
 
     # One training step.
@@ -246,11 +256,12 @@ class GradientMonitor(GradCallback):
         self._place = Place(stepped_batches(trainer), trainer.current_epoch, batch_idx)
         if self._order is not None and self._stop_learning is None:
             self._stop_learning = self._order.watch()
-        if self._measures_noise and is_log_step(trainer):
+        if is_log_step(trainer) and NoiseScaleMeter.why_not(trainer, pl_module) is None:
             self._noise.begin_batch(self._watches[0].parameters, batch)
 
     def _probe_logits(self, trainer: pl.Trainer, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not is_log_step(trainer):
+        # A function that is no module may be compiled too, and would run uncompiled.
+        if not is_log_step(trainer) or compiled_graphs() > self._graphs:
             return inner(*args, **kwargs)
         self._probe = LogitProbe()
         with self._probe:
@@ -269,7 +280,14 @@ class GradientMonitor(GradCallback):
     def _before_others(
         self, inner: Callable[..., Any], trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        self._look_before(trainer, optimizer)
+        self._look_before(trainer, pl_module, optimizer)
+        inner(trainer, pl_module, optimizer)
+
+    @torch.no_grad()
+    def _before_clipping(
+        self, inner: Callable[..., Any], trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._watches[optimizer_index(trainer, optimizer, self.label)].look_before_clipping()
         inner(trainer, pl_module, optimizer)
 
     @override
@@ -277,32 +295,37 @@ class GradientMonitor(GradCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         if self._first is self:
-            self._look_before(trainer, optimizer)
+            self._look_before(trainer, pl_module, optimizer)
 
     @torch.no_grad()
-    def _look_before(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+    def _look_before(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         measured = is_log_step(trainer)
         rare = measured and self._is_rare(trainer)
-        watch = self._watch_of(optimizer)
+        watch = self._watches[optimizer_index(trainer, optimizer, self.label)]
+        if watch.shape != optimizer_shape(optimizer):
+            fresh = watch.optimizer is not optimizer
+            watch.follow(optimizer, self._named(pl_module, optimizer))
+            if fresh:
+                self._watch_updates(watch)
         norm = watch.look_before(self._loss, measured, rare, keep=is_log_step(trainer, ahead=1))
-        if norm is not None and measured and self._measures_noise:
+        if norm is not None and measured:
             self._noise.measure(trainer, norm)
         if rare and self.histograms:
             tensors = watch.gradients_for_histograms(self.top)
             log_histograms(trainer, {self._key(f"histogram/{name}"): tensor for name, tensor in tensors.items()})
 
-    def _behind_others(self, inner: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+    def _behind_others(
+        self, trainer: pl.Trainer, inner: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any
+    ) -> None:
         inner(optimizer, *args, **kwargs)
         self._stepped = True
         with torch.no_grad():
-            self._watch_of(optimizer).look_after(self._loss, self._place, self._changed)
+            watch = self._watches[optimizer_index(trainer, optimizer, self.label)]
+            watch.look_after(self._loss, self._place, self._changed)
 
     @torch.no_grad()
     def _look_at_update(self, watch: OptimizerWatch) -> None:
         watch.look_at_update()
-
-    def _watch_of(self, optimizer: Optimizer) -> OptimizerWatch:
-        return next(watch for watch in self._watches if watch.optimizer is optimizer)
 
     def _is_rare(self, trainer: pl.Trainer) -> bool:
         if self.rarely is None:
@@ -334,7 +357,7 @@ class GradientMonitor(GradCallback):
             }
             log_many(trainer, shown)
         seen = {} if self._probe is None else self._probe.read()
-        self._log(pl_module, {**seen, **(self._noise.read() if self._measures_noise else {})})
+        self._log(pl_module, {**seen, **self._noise.read()})
         self._tell_first_bad(trainer)
 
     def _drain(self) -> None:
@@ -370,6 +393,11 @@ class GradientMonitor(GradCallback):
     @property
     def _stem(self) -> str:
         return "gradient_monitor" if self.name is None else f"gradient_monitor_{self.name}"
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        live = ("_watches", "_loss", "_order", "_stop_learning", "_probe", "_first")
+        return {**super().__getstate__(), **dict.fromkeys(live), "_watches": []}
 
     @override
     def state_dict(self) -> dict[str, Any]:

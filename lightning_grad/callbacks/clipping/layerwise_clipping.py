@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grad.callbacks._phases import Phase
 from lightning_grad.callbacks.clipping._layers import LayerFinder, Per
-from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
+from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import clip_layers_, layer_limits
 from lightning_grad.utilities.checks import check_choice
 
@@ -83,6 +85,11 @@ class LayerwiseClipping(GradientConditioner):
         self.per = per
         check_choice(per, ("module", "parameter"), "per")
         self._layers = LayerFinder(per)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._layers = LayerFinder(self.per)  # another module may have the same names
+        super().on_fit_start(trainer, pl_module)
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

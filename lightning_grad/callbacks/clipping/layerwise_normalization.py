@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grad.callbacks._phases import Phase
 from lightning_grad.callbacks.clipping._layers import LayerFinder, Per
-from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
+from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import normalize_layers_
 from lightning_grad.utilities.checks import check_above, check_choice
 
@@ -36,7 +38,7 @@ class LayerwiseNormalization(GradientConditioner):
 
     Raises:
         ValueError: In the constructor unless coefficient and max_ratio are above 0, or for an unknown per. Before the first
-            batch beside ``Trainer(gradient_clip_val=...)``, under FSDP1 and DeepSpeed, with a fused optimizer in fp16, for
+            batch under FSDP1 and DeepSpeed, with a fused optimizer in fp16, for
             sparse gradients, and for a name pattern that matches nothing.
 
     **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced.
@@ -65,7 +67,7 @@ class LayerwiseNormalization(GradientConditioner):
     """
 
     namespace: ClassVar[str] = "grad/layerwise_normalization"
-    phase: ClassVar[Phase] = "clip"
+    phase: ClassVar[Phase] = "center"
     threshold_name: ClassVar[str | None] = "coefficient"
 
     def __init__(
@@ -86,6 +88,11 @@ class LayerwiseNormalization(GradientConditioner):
         check_above(1.0 if max_ratio is None else max_ratio, 0.0, "max_ratio")
         check_choice(per, ("module", "parameter"), "per")
         self._layers = LayerFinder(per)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._layers = LayerFinder(self.per)  # another module may have the same names
+        super().on_fit_start(trainer, pl_module)
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional import reset_moments_, reset_warmup
-from lightning_grad.utilities.checks import check_at_least, check_keeps, refuse_deepspeed
+from lightning_grad.utilities.checks import check_count, check_keeps, refuse_deepspeed
+from lightning_grad.utilities.optimizers import optimizer_index
 from lightning_grad.utilities.precision import gradients_are_scaled
 from lightning_grad.utilities.reporting import is_log_step
 
@@ -40,13 +42,12 @@ class MomentumReset(GradCallback):
 
     Raises:
         ValueError: In the constructor unless every is at least 1 and warmup from 0 to below every. Before the first batch
-            for a fused optimizer in fp16, an optimizer without ``exp_avg_sq``, by name, for a second instance, and under
-            DeepSpeed.
+            for a fused optimizer in fp16, if no optimizer keeps ``exp_avg_sq``, for a second instance, and under DeepSpeed.
 
     **Hooks.** The optimizer's own pre and post hooks, which fire for exactly the steps that are made: one that the
     GradScaler skips is not counted, resets nothing and leaves the learning rate alone; one without gradients (skipped by
-    ``SkipNonFinite``) is not counted. The rate is put back in the post
-    hook, before a scheduler reads it.
+    ``SkipNonFinite``) is not counted. The rate is put back in the post hook, before a scheduler reads it.
+    ``on_before_optimizer_step`` takes in rates that the closure has set.
 
     **Logs** under ``grad/momentum_reset/``, at log steps: ``lr_factor`` and ``resets``.
 
@@ -77,15 +78,16 @@ class MomentumReset(GradCallback):
         super().__init__(name)
         self.every = every
         self.warmup = warmup
-        check_at_least(every, 1, "every")
-        check_at_least(warmup, 0, "warmup")
+        check_count(every, 1, "every")
+        check_count(warmup, 0, "warmup")
         if warmup >= every:
             raise ValueError(f"warmup must be below every, or the rate never comes back; got {warmup} and {every}.")
         self._reset()
 
     def _reset(self) -> None:
         self._steps: dict[int, int] = {}
-        self._rates: dict[int, list[Any]] = {}
+        self._factors: dict[int, float] = {}
+        self._rates: dict[int, list[tuple[Any, Any]]] = {}
 
     # The fit begins.
 
@@ -105,14 +107,23 @@ class MomentumReset(GradCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        without: list[ValueError] = []
         for index, optimizer in enumerate(trainer.optimizers):
-            check_keeps(optimizer, "exp_avg_sq", NO_MOMENTS)
             if gradients_are_scaled(trainer, optimizer):
                 raise ValueError(
                     f"{self.label} counts the steps that are made, and the fused {type(optimizer).__name__} decides inside "
                     "its step whether the fp16 GradScaler skips it. Use fused=False, or precision='bf16-mixed'."
                 )
-            self._watch(index, optimizer)
+            try:
+                check_keeps(optimizer, "exp_avg_sq", NO_MOMENTS)
+            except ValueError as error:
+                without.append(error)
+            else:
+                self._watch(index, optimizer)
+        if without and len(without) == len(trainer.optimizers):
+            raise without[0]
+        if without:
+            rank_zero_info(f"{self.label} passes over an optimizer. {without[0]}")
 
     def _watch(self, index: int, optimizer: Optimizer) -> None:
         self._undo.push(optimizer.register_step_pre_hook(lambda o, *_: self._before_step(index, o)).remove)
@@ -134,16 +145,32 @@ class MomentumReset(GradCallback):
         return step % self.every if step >= self.every else None
 
     def _before_step(self, index: int, optimizer: Optimizer) -> None:
+        self._restore_rates(index, optimizer)  # a step that raised never came to its post hook
         since = self.steps_since_reset(index)
         if since is None:
             return
         if since == 0:
             reset_moments_(list(optimizer.state.values()))
-        factor = reset_warmup(since, self.warmup)
+        self._hold_down(index, optimizer, reset_warmup(since, self.warmup))
+
+    def _hold_down(self, index: int, optimizer: Optimizer, factor: float) -> None:
         if factor != 1.0:
-            self._rates[index] = [group["lr"] for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * factor
+            self._factors[index] = factor
+            self._rates[index] = [(group["lr"], group["lr"] * factor) for group in optimizer.param_groups]
+            for group, (_, low) in zip(optimizer.param_groups, self._rates[index], strict=True):
+                group["lr"] = low
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        # A rate that was set inside the closure has replaced ours: it is the rate now, and is held down too.
+        index = optimizer_index(trainer, optimizer, self.label)
+        for number, group in enumerate(optimizer.param_groups[: len(self._rates.get(index, []))]):
+            if group["lr"] is not self._rates[index][number][1]:
+                low = group["lr"] * self._factors[index]
+                self._rates[index][number] = (group["lr"], low)
+                group["lr"] = low
 
     def _after_step(self, index: int, optimizer: Optimizer) -> None:
         self._restore_rates(index, optimizer)
@@ -151,8 +178,9 @@ class MomentumReset(GradCallback):
             self._steps[index] = self._steps.get(index, 0) + 1
 
     def _restore_rates(self, index: int, optimizer: Optimizer) -> None:
-        for group, rate in zip(optimizer.param_groups, self._rates.pop(index, []), strict=False):
-            group["lr"] = rate
+        for group, (rate, low) in zip(optimizer.param_groups, self._rates.pop(index, []), strict=False):
+            if group["lr"] is low:  # else somebody has set another since
+                group["lr"] = rate
 
     @override
     def on_train_batch_end(

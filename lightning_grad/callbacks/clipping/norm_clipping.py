@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
+from lightning_grad.callbacks._phases import Phase
+from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import clip_norm_
 from lightning_grad.utilities.checks import check_above
 
@@ -82,4 +83,4 @@ class NormClipping(GradientConditioner):
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
         norm = clip_norm_(step.gradients, step.threshold, self.norm_type)
-        return {"norm": norm, "clipped": norm > step.threshold}
+        return {"norm": norm, "clipped": (norm > step.threshold) & norm.isfinite()}

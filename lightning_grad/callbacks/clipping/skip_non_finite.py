@@ -11,10 +11,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
+from lightning_grad.callbacks._phases import Phase
+from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import nonfinite
 from lightning_grad.functional.tensor_lists import stack_norms
-from lightning_grad.utilities.checks import check_at_least
+from lightning_grad.utilities.checks import check_count
 from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.precision import grad_scaler, true_loss
 from lightning_grad.utilities.reporting import log_summary
@@ -84,8 +85,8 @@ class SkipNonFinite(GradientConditioner):
         super().__init__(include, exclude, name)
         self.max_in_row = max_in_row
         self.warnings = warnings
-        check_at_least(1 if max_in_row is None else max_in_row, 1, "max_in_row")
-        check_at_least(warnings, 0, "warnings")
+        check_count(1 if max_in_row is None else max_in_row, 1, "max_in_row")
+        check_count(warnings, 0, "warnings")
 
     @override
     def _reset(self) -> None:
@@ -141,8 +142,11 @@ class SkipNonFinite(GradientConditioner):
         assert trainer is not None
         # A sum of squares that is finite has no other terms, and takes a sixth of the time of looking at each.
         suspicious = not bool(stack_norms(step.gradients).isfinite().all())
-        bad = nonfinite(step.gradients) if suspicious else torch.zeros(len(step.gradients), dtype=torch.bool)
-        skip = trainer.strategy.reduce_boolean_decision(bool(bad.any()), all=False)
+        skip = trainer.strategy.reduce_boolean_decision(suspicious, all=False)
+        bad = torch.zeros(len(step.gradients), dtype=torch.bool)
+        if skip:
+            bad = nonfinite(step.gradients)
+            skip = trainer.strategy.reduce_boolean_decision(bool(bad.any()), all=False)
         scaler = grad_scaler(trainer)
         if not skip:
             self._in_row[step.index] = 0
@@ -182,6 +186,10 @@ class SkipNonFinite(GradientConditioner):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         log_summary(trainer, {self._key("final_skipped"): float(sum(self._skipped.values()))})
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **dict.fromkeys(("_loss", "_order", "_stop_watching", "_trainer"))}
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -9,10 +9,11 @@ import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
+from lightning_grad.callbacks._phases import Phase
+from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import clip_spikes_
 from lightning_grad.functional.tensor_lists import share_of
-from lightning_grad.utilities.checks import check_at_least, check_keeps
+from lightning_grad.utilities.checks import check_count, check_keeps
 
 NO_MOMENT = (
     "SpikeClipping reads the second moment (exp_avg_sq) of an Adam-like optimizer, and {} keeps none. Use Adam or AdamW, or "
@@ -33,7 +34,8 @@ class SpikeClipping(GradientConditioner):
     Args:
         threshold: theta, how many times its mean a square may be; one number, or one for each name pattern, first match
             first. A param group of the optimizer that carries "threshold" has its own. .inf in YAML never clips.
-        pause: Steps at the start, and from a reset of the moments on, in which nothing is clipped.
+        pause: Steps at the start, and from a reset of the moments on, in which nothing is clipped (the released code clips
+            from the 20th step on).
         include: Names or wildcards of the parameters or modules that are clipped; default all.
         exclude: Names or wildcards of those that are not.
         name: Name of this instance, needed when two are used.
@@ -85,7 +87,7 @@ class SpikeClipping(GradientConditioner):
         super().__init__(include, exclude, name)
         self.threshold = self._as_threshold(threshold)
         self.pause = pause
-        check_at_least(pause, 0, "pause")
+        check_count(pause, 0, "pause")
         self._resets: list[Any] = []
 
     @override

@@ -10,10 +10,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep, Phase
+from lightning_grad.callbacks._phases import Phase
+from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import clip_to_threshold_, zclip_state, zclip_threshold_
 from lightning_grad.functional.tensor_lists import joined_norm
-from lightning_grad.utilities.checks import check_above, check_at_least, check_between
+from lightning_grad.utilities.checks import check_above, check_at_least, check_between, check_count
 
 
 class ZClip(GradientConditioner):
@@ -74,6 +75,7 @@ class ZClip(GradientConditioner):
     namespace: ClassVar[str] = "grad/zclip"
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "max_norm"
+    acts_without_threshold: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class ZClip(GradientConditioner):
         self.eps = eps
         check_above(z_threshold, 0.0, "z_threshold")
         check_between(alpha, 0.0, 1.0, "alpha")
-        check_at_least(warmup_steps, 1, "warmup_steps")
+        check_count(warmup_steps, 1, "warmup_steps")
         check_at_least(eps, 0.0, "eps")
 
     @override

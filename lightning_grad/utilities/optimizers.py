@@ -1,0 +1,27 @@
+"""Which optimizer is this, and is it still what it was?"""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from torch.optim import Optimizer
+
+Shape = tuple[tuple[int, int], ...]
+
+
+def optimizer_index(trainer: pl.Trainer, optimizer: Optimizer, technique: str) -> int:
+    """Return the number of an optimizer among the trainer's.
+
+    Raises:
+        RuntimeError: If the trainer does not know it. (Not StopIteration: Lightning takes that for the end of the data.)
+    """
+    for index, other in enumerate(trainer.optimizers):
+        if other is optimizer:
+            return index
+    raise RuntimeError(
+        f"{technique}: a step was made with an {type(optimizer).__name__} that the Trainer does not know."
+    )
+
+
+def optimizer_shape(optimizer: Optimizer) -> Shape:
+    """Return what changes when a group is added, or when a checkpoint has put new groups in place."""
+    return tuple((id(group), len(group["params"])) for group in optimizer.param_groups)
