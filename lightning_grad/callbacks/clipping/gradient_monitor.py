@@ -1,22 +1,21 @@
 """Watching gradients: the callback.
 
 Beside this file: ``_optimizer_watch.py`` looks at the gradients of one optimizer, ``_monitor_record.py`` keeps and draws
-what was seen, ``_noise_scale.py`` measures the gradient noise scale, ``_logit_probe.py`` reads logits off the operators.
-The formulas are in ``functional/gradient_statistics.py``.
+what was seen, ``_monitor_report.py`` sends it, ``_noise_scale.py`` measures the gradient noise scale, ``_logit_probe.py``
+reads logits off the operators. The formulas are in ``functional/gradient_statistics.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -25,6 +24,7 @@ from lightning_grad.callbacks._phases import Phase, conditioners, refuse_order
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.callbacks.clipping._logit_probe import LogitProbe, compiled_graphs, has_compiled
 from lightning_grad.callbacks.clipping._monitor_record import MonitorRecord
+from lightning_grad.callbacks.clipping._monitor_report import tell_first_bad, write_record
 from lightning_grad.callbacks.clipping._noise_scale import NoiseScaleMeter
 from lightning_grad.callbacks.clipping._optimizer_watch import OptimizerWatch, Place
 from lightning_grad.utilities.checks import (
@@ -35,20 +35,15 @@ from lightning_grad.utilities.checks import (
 )
 from lightning_grad.utilities.dispatch import overrides, wrap_method
 from lightning_grad.utilities.forward_order import ForwardOrder
-from lightning_grad.utilities.imports import is_installed
 from lightning_grad.utilities.optimizers import optimizer_index, optimizer_shape
 from lightning_grad.utilities.parameters import as_names, check_patterns
 from lightning_grad.utilities.precision import grad_scaler, refuse_scaled_gradients, true_loss
 from lightning_grad.utilities.reporting import (
     is_log_step,
-    log_figure,
-    log_file,
     log_histograms,
     log_many,
     log_summary,
-    log_table,
     output_folder,
-    send_alert,
     stepped_batches,
 )
 from lightning_grad.utilities.thresholds import choose_buckets
@@ -370,25 +365,9 @@ class GradientMonitor(GradCallback):
                 self._first_bad = {**watch.first_bad, "parameter": first, "bad_parameters": len(names)}
 
     def _tell_first_bad(self, trainer: pl.Trainer) -> None:
-        """Say once which step was the first bad one, and leave its facts in a file."""
-        if self._told or not self._first_bad:
-            return
-        self._told = True
-        facts = self._first_bad
-        text = (
-            f"the gradient was not finite for the first time at step {facts['step']}, epoch {facts['epoch']}, batch "
-            f"{facts['batch_idx']}, loss {facts['loss']:g}: {facts['parameter']}, first of {facts['bad_parameters']}."
-        )
-        rank_zero_warn(f"{self.label}: {text}")
-        log_summary(trainer, {self._key(f"first_bad_{key}"): float(facts[key]) for key in ("step", "batch_idx")})
-        folder = output_folder(trainer)
-        if folder is not None and trainer.is_global_zero:
-            path = folder / f"{self._stem}_first_bad_step.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({**facts, "loss": str(facts["loss"]), "norm": str(facts["norm"])}, indent=2))
-            log_file(trainer, path, name=path.stem, kind="facts")
-        if self.alert:
-            send_alert(trainer, f"{self.label}: gradient not finite", text)
+        if self._first_bad and not self._told:
+            self._told = True
+            tell_first_bad(trainer, self._first_bad, self.label, self._key, self._stem, self.alert)
 
     @property
     def _stem(self) -> str:
@@ -440,21 +419,10 @@ class GradientMonitor(GradCallback):
         folder = output_folder(trainer)
         for index, record in self._records.items():
             prefix, suffix = (f"optimizer{index}/", f"_optimizer{index}") if len(self._records) > 1 else ("", "")
-            if not record.counts["steps"]:
-                continue
-            log_summary(trainer, {self._key(f"{prefix}final_{k}"): v for k, v in _merit(record).items()})
-            if folder is None:
-                continue
-            stem = folder / f"{self._stem}{suffix}"
-            log_table(trainer, self._key(f"{prefix}record"), record.rows(), stem.with_name(f"{stem.name}.csv"))
-            if self.figure and trainer.is_global_zero and is_installed("matplotlib"):
-                figure = record.draw(f"{self.label}{suffix.replace('_', ' ')}")
-                log_figure(trainer, self._key(f"{prefix}figure"), figure, stem.with_name(f"{stem.name}.png"))
+            if record.counts["steps"]:
+                path = None if folder is None else folder / f"{self._stem}{suffix}"
+                title = f"{self.label}{suffix.replace('_', ' ')}"
+                write_record(trainer, record, lambda key, p=prefix: self._key(f"{p}{key}"), path, title, self.figure)  # type: ignore[misc]
         noise = {key: value.item() for key, value in self._noise.read().items()}
         if math.isfinite(noise.get("noise_scale", math.nan)):
             log_summary(trainer, {self._key("final_noise_scale"): noise["noise_scale"]})
-
-
-def _merit(record: MonitorRecord) -> Mapping[str, float]:
-    steps = record.counts["steps"]
-    return {"clipped_share": record.counts["clipped"] / steps, "skipped_steps": float(record.counts["skipped"])}
