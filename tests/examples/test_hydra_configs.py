@@ -10,6 +10,7 @@ import pytest
 from lightning.pytorch import Trainer
 from plain_project import Digits, VisionTransformer
 
+from lightning_grad import callbacks
 from lightning_grad.callbacks import NMSparsity
 
 hydra = pytest.importorskip("hydra")
@@ -26,6 +27,12 @@ EXPECTED = {
         "exclude": ["*.layers.0.*"],
     },
     "nm_sparsity_schedule": {"pattern": "1:4", "recipe": [(0.1, "3:4"), (0.3, "2:4"), (0.5, "1:4")]},
+}
+
+FAMILY = {
+    getattr(callbacks, name).__module__.rpartition(".")[2]: name
+    for name in callbacks.__all__
+    if ".clipping." in getattr(callbacks, name).__module__
 }
 
 
@@ -61,7 +68,22 @@ def test_snippet_becomes_a_callback_with_plain_settings(snippet: str) -> None:
 
 
 def test_every_snippet_is_tested() -> None:
-    assert {path.stem for path in (CONFIGS / "callbacks").glob("*.yaml")} == set(EXPECTED)
+    snippets = {path.stem for path in (CONFIGS / "callbacks").glob("*.yaml")}
+    assert snippets == {*EXPECTED, *FAMILY}
+
+
+@pytest.mark.parametrize("word", sorted(FAMILY))
+def test_snippet_of_the_clipping_family_becomes_its_callback_and_trains(word: str) -> None:
+    with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
+        config = hydra.compose(overrides=[f"+callbacks={word}"])
+    callback = hydra.utils.instantiate(config.callbacks[word])
+    assert type(callback).__name__ == FAMILY[word]
+    arguments = {key: value for key, value in config.callbacks[word].items() if key != "_target_"}
+    assert {key: callback.settings[key] for key in arguments} == arguments
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_steps=2, accelerator="cpu", limit_val_batches=0, callbacks=[callback], **quiet)
+    trainer.fit(VisionTransformer(), datamodule=Digits())
+    assert trainer.global_step == 2
 
 
 @pytest.mark.parametrize(
