@@ -1,16 +1,25 @@
-"""What lightning-grad does, in a minute: one transformer trained dense and 1:8 sparse, three ways (``make demo``)."""
+"""What lightning-grad does, in two minutes: sparse weights, and gradients that are clipped (``make demo``)."""
 
 from pathlib import Path
 
 INTRODUCTION = """\
-lightning-grad: N:M sparsity in a Lightning project that knows nothing of it
+lightning-grad: gradient techniques in a Lightning project that knows nothing of them
 
-A small vision transformer learns handwritten digits, first dense, then with one
-line added, so that of every 8 weights of its encoder only 1 is left:
+1. Sparse weights. A small vision transformer learns handwritten digits, first dense, then
+   with one line added, so that of every 8 weights of its encoder only 1 is left:
 
-    Trainer(callbacks=[NMSparsity(pattern="1:8", recipe="mdgf-exponential")])
+       Trainer(callbacks=[NMSparsity(pattern="1:8", recipe="mdgf-exponential")])
 
-Four trainings, about a minute on a laptop's processor.
+   Four trainings, about a minute on a laptop's processor.
+"""
+
+CLIPPING = """
+2. Clipped gradients. A small language model learns sums at six times its usual learning
+   rate, where its loss spikes: without clipping, with Lightning's own, and with one line more:
+
+       Trainer(callbacks=[ZClip()])
+
+   Six trainings, half a minute.
 """
 
 PLACES = """
@@ -20,21 +29,32 @@ Written to {folder}/
   <recipe>_seed0/nm_sparsity.png    one training: density, mask changes, accuracy
   <recipe>_seed0/metrics.csv        its scalars
   <recipe>_seed0/last.ckpt          its checkpoint, an ordinary one
-  wandb/offline-run-*/              W&B: the same, histograms and masks
+  clipping/comparison.png           losses and gradient norms of the second part
+  clipping/results.csv              the numbers of its table
+  wandb/offline-run-*/              W&B: the first part, with histograms and masks
 
 Show it in W&B:       wandb sync {folder}/wandb/offline-run-*
-Try other settings:   .venv/bin/python examples/nm_sparsity.py --help"""
+Try other settings:   .venv/bin/python examples/nm_sparsity.py --help
+                      .venv/bin/python examples/clipping.py --help"""
 
 
-def main(output: Path = Path("runs/demo"), epochs: int = 16) -> None:
+def main(output: Path = Path("runs/demo"), epochs: int = 16, steps: int = 400) -> None:
     """Train, and tell what came of it."""
     print(INTRODUCTION, flush=True)
-    from nm_sparsity import Study, print_table, run_study  # takes seconds, so after the first words
+    import nm_sparsity  # takes seconds, so after the first words
 
-    study = Study(epochs=epochs, output=output, wandb="offline", accelerator="cpu")
-    results = run_study(study)
+    sparsity = nm_sparsity.Study(epochs=epochs, output=output, wandb="offline", accelerator="cpu")
+    results = nm_sparsity.run_study(sparsity)
     print()
-    print_table(results, study.pattern)
+    nm_sparsity.print_table(results, sparsity.pattern)
+
+    print(CLIPPING, flush=True)
+    import clipping
+
+    spikes = clipping.Study(steps=steps, output=output / "clipping", accelerator="cpu")
+    trained = clipping.run_study(spikes)
+    print()
+    clipping.print_table(trained, spikes.steps)
     print(PLACES.format(folder=output))
 
 

@@ -12,15 +12,11 @@ line in :func:`train`; all else here measures, checks and draws.
 
 from __future__ import annotations
 
-import csv
-import logging
 import statistics
 import time
-import warnings
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +25,18 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from plain_project import CIFAR10, Digits, ResidualConvNet, VisionTransformer
+from study import (
+    Follow,
+    Show,
+    build_loggers,
+    finish_loggers,
+    hush,
+    print_rows,
+    progress,
+    read_curve,
+    write_results,
+)
 from typing_extensions import override
 
 from lightning_grad.callbacks import NMSparsity
@@ -40,8 +46,6 @@ from lightning_grad.utilities import sparsity_report
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Show = Callable[[str, int, float, float], None]  # recipe, seed, share of the training that is done, accuracy
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,7 @@ def run_study(study: Study) -> list[Result]:
     with progress(recipes, study.seeds) as show:
         for seed in range(study.seeds):
             results += [train(study, data, recipe, seed, show) for recipe in recipes]
-    with (study.output / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(results[0])))
-        writer.writeheader()
-        writer.writerows(asdict(result) for result in results)
+    write_results(results, study.output / "results.csv")
     draw_comparison(study).savefig(study.output / "comparison.png", dpi=140)
     return results
 
@@ -121,7 +122,7 @@ def train(study: Study, data: CIFAR10 | Digits, recipe: Any, seed: int, show: Sh
         callbacks.append(NMSparsity(study.pattern, recipe, save_masks=True))
     trainer = Trainer(
         callbacks=callbacks,
-        logger=build_loggers(study, folder),
+        logger=build_loggers(study.output, folder.name, f"{study.model} {study.pattern}", study.wandb),
         max_epochs=study.epochs,
         accelerator=study.accelerator,
         devices=1,
@@ -133,9 +134,7 @@ def train(study: Study, data: CIFAR10 | Digits, recipe: Any, seed: int, show: Sh
     )
     trainer.fit(module, data)
     accuracy = trainer.test(module, data, verbose=False)[0]["test_acc"]
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+    finish_loggers(trainer)
     exact, chosen = (0, 0) if recipe == "dense" else count_exact(module, study.pattern, folder)
     loads = loads_strictly(study, module, folder / "last.ckpt", next(iter(data.test_dataloader()))[0])
     step_ms, quotient = 1000 * statistics.median(timer.seconds), statistics.median(timer.quotients)
@@ -151,20 +150,6 @@ def build_module(study: Study) -> LightningModule:
     return VisionTransformer()
 
 
-def build_loggers(study: Study, folder: Path) -> list[Logger]:
-    """Return the CSV logger, and a W&B logger if asked for."""
-    csv_logger = CSVLogger(study.output, name=folder.name, version="")
-    if not study.wandb:
-        return [csv_logger]
-    import wandb
-
-    settings = wandb.Settings(mode=study.wandb, silent=True, console="off")
-    wandb.setup(settings)
-    group, offline = f"{study.model} {study.pattern}", study.wandb == "offline"
-    run = {"project": "lightning-grad", "group": group, "name": folder.name, "settings": settings}
-    return [csv_logger, WandbLogger(save_dir=study.output, offline=offline, **run)]
-
-
 def count_exact(module: LightningModule, pattern: str, folder: Path) -> tuple[int, int]:
     """Return how many of the weights that the callback chose are exactly N:M, and how many it chose."""
     chosen = torch.load(folder / "nm_sparsity_masks.pt")
@@ -178,13 +163,6 @@ def loads_strictly(study: Study, module: LightningModule, checkpoint: Path, imag
     plain = build_module(study)
     plain.load_state_dict(torch.load(checkpoint, map_location="cpu")["state_dict"], strict=True)
     return torch.equal(plain.eval()(images), module.cpu().eval()(images))
-
-
-def hush() -> None:
-    """Silence what Lightning says about every fit; warnings of techniques still come through."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    advice = "many workers|exists and is not empty|LeafSpec|log_every_n_steps|logging interval"
-    warnings.filterwarnings("ignore", f".*({advice})")
 
 
 class StepTimer(Callback):
@@ -230,55 +208,6 @@ def do_fixed_work(device: torch.device) -> None:
     torch.autograd.grad(x.sum(), start)
 
 
-# Progress.
-
-
-class Follow(Callback):
-    """Show how far a training is, and its latest validation accuracy."""
-
-    def __init__(self, show: Show, recipe: str, seed: int) -> None:
-        self.show, self.recipe, self.seed = show, recipe, seed
-
-    @override
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self._report(trainer, min(0.99, trainer.global_step / trainer.estimated_stepping_batches))
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report(trainer, 1.0)
-
-    def _report(self, trainer: Trainer, share: float) -> None:
-        self.show(self.recipe, self.seed, share, float(trainer.callback_metrics.get("val_acc", 0.0)))
-
-
-@contextmanager
-def progress(recipes: Sequence[str], seeds: int) -> Iterator[Show]:
-    """Yield what shows the progress: by rich a bar for each recipe over its seeds, else a line for each training."""
-    try:
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-    except ImportError:
-        yield show_line
-        return
-    note = TextColumn("[dim]validation[/] {task.fields[accuracy]}")
-    bars = Progress(TextColumn("{task.description:<18}"), BarColumn(30), TaskProgressColumn(), note)
-    if not bars.console.is_terminal:
-        yield show_line
-        return
-    tasks = {recipe: bars.add_task(recipe, total=seeds, accuracy="") for recipe in recipes}
-
-    def show_bar(recipe: str, seed: int, share: float, accuracy: float) -> None:
-        bars.update(tasks[recipe], completed=seed + share, accuracy=f"{100 * accuracy:5.1f} %")
-
-    with bars:
-        yield show_bar
-
-
-def show_line(recipe: str, seed: int, share: float, accuracy: float) -> None:
-    """Print a line when a training has ended."""
-    if share == 1.0:
-        print(f"{recipe:<18} seed {seed}   validation {100 * accuracy:5.1f} %", flush=True)
-
-
 # What is printed at the end.
 
 
@@ -286,9 +215,7 @@ def print_table(results: Sequence[Result], pattern: str) -> None:
     """Print a row for each recipe, over its seeds, and what the columns mean."""
     header = ("recipe", "test accuracy", f"exactly {pattern}", "step time", "plain strict load")
     rows = [summarise(recipe, results) for recipe in dict.fromkeys(result.recipe for result in results)]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, ["-" * width for width in widths], *rows):
-        print("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_rows(header, rows)
     print(f"\nexactly {pattern}: weights chosen by the callback that hold the pattern in every group")
     print("step time: against the dense training of the same seed, roughly")
     print("plain strict load: the checkpoint, in a new module and without lightning-grad")
@@ -345,12 +272,6 @@ def draw_curve(axis: Axes, study: Study, recipe: str, key: str, label: str = "",
     if label and study.seeds > 1:
         spread = values.std(0, ddof=1)
         axis.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
-
-
-def read_curve(metrics: Path, key: str) -> dict[int, float]:
-    """Return the values of a logged scalar by the number of optimizer steps done."""
-    with metrics.open(newline="") as file:
-        return {int(row["step"]) + 1: float(row[key]) for row in csv.DictReader(file) if row.get(key)}
 
 
 def style_axes(axes: dict[str, Axes]) -> None:

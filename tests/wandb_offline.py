@@ -8,38 +8,44 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_HEADER, _BLOCK = 7, 2**15
-_WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+BLOCK, HEADER = 32768, 7
 
 
-def _records(data: bytes) -> Iterator[bytes]:
-    assert data[:4] == b":W&B"
-    position, parts = _HEADER, b""
-    while position + _HEADER <= len(data):
-        left = _BLOCK - position % _BLOCK
-        if left < _HEADER:
+def records(path: Path) -> Iterator[bytes]:
+    """Yield the records of an offline run: a log in blocks of 32 KiB, a record split into chunks at their ends."""
+    data, position, whole = path.read_bytes(), HEADER, b""
+    while position + HEADER <= len(data):
+        left = BLOCK - position % BLOCK
+        if left < HEADER:
             position += left
             continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + _HEADER])
-        if kind == 0:
+        _, size, kind = struct.unpack_from("<IHB", data, position)
+        if not kind:
             return
-        piece = data[position + _HEADER : position + _HEADER + length]
-        position += _HEADER + length
-        parts = piece if kind in (_WHOLE, _FIRST) else parts + piece
-        if kind in (_WHOLE, _LAST):
-            yield parts
+        position += HEADER
+        whole += data[position : position + size]
+        position += size
+        if kind in (1, 4):  # a whole record, or the last chunk of one
+            yield whole
+            whole = b""
+
+
+def parsed(path: Path) -> Iterator[Any]:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for raw in records(path):
+        record = Record()
+        record.ParseFromString(raw)
+        yield record
+
+
+def items(part: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the keys and values of a history row, a config or a summary."""
+    for item in part:
+        yield "/".join(item.nested_key) or item.key, json.loads(item.value_json)
 
 
 def read_history(save_dir: Path) -> list[dict[str, Any]]:
     """Return the rows that the only run under a folder has logged."""
-    from wandb.proto import wandb_internal_pb2
-
     (path,) = save_dir.glob("wandb/offline-run-*/run-*.wandb")
-    rows = []
-    for raw in _records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(raw)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return rows
+    return [dict(items(row.history.item)) for row in parsed(path) if row.HasField("history")]

@@ -102,10 +102,10 @@ def test_every_case_finds_the_gradients_refilled():
 def test_the_check_for_waits_covers_every_rule_but_the_guard():
     assert check_no_wait(SHAPES, Clock("cpu")) == [
         "GradientCentralization",
+        "LayerwiseNormalization",
         "AdaptiveGradientClipping",
         "AutoClip",
         "LayerwiseClipping",
-        "LayerwiseNormalization",
         "NormClipping",
         "SpikeClipping",
         "ValueClipping",

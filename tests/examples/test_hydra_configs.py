@@ -80,7 +80,12 @@ def test_snippet_of_the_clipping_family_becomes_its_callback_and_trains(word: st
     assert type(callback).__name__ == FAMILY[word]
     arguments = {key: value for key, value in config.callbacks[word].items() if key != "_target_"}
     assert {key: callback.settings[key] for key in arguments} == arguments
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = Trainer(max_steps=2, accelerator="cpu", limit_val_batches=0, callbacks=[callback], **quiet)
     trainer.fit(VisionTransformer(), datamodule=Digits())
     assert trainer.global_step == 2

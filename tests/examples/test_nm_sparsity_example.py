@@ -3,25 +3,26 @@
 import csv
 import json
 import logging
-import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import clipping
 import demo
 import nm_sparsity
 import plain_project
 import pytest
 import torch
-from nm_sparsity import Result, Study, draw_comparison, parse, print_table, read_curve, run_study
+from nm_sparsity import Result, Study, draw_comparison, parse, print_table, run_study
+from study import read_curve
 
 from lightning_grad.callbacks import NMSparsity
 from lightning_grad.functional import is_nm
+from tests.wandb_offline import items, parsed
 
 EXAMPLES = Path(plain_project.__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
-BLOCK, HEADER = 32768, 7
 
 # What Lightning and torch say about themselves.
 pytestmark = [
@@ -45,6 +46,13 @@ def _one_thread_and_lightnings_own_log_level() -> Iterator[None]:
 # The study, once, with W&B.
 
 
+def write_stand_ins(folder: Path) -> None:
+    """Stand in for what the second part of the demo writes; tests/examples/test_clipping_example.py runs it."""
+    folder.mkdir()
+    for name in ("comparison.png", "results.csv"):
+        (folder / name).touch()
+
+
 class Run(NamedTuple):
     study: Study
     results: list[Result]
@@ -66,6 +74,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         results = run_study(study)
         print_table(results, study.pattern)
         print(demo.PLACES.format(folder=output))
+        write_stand_ins(output / "clipping")
     return Run(study, results, "\n".join(lines))
 
 
@@ -93,8 +102,8 @@ def test_table_and_places_are_printed(run: Run) -> None:
     assert any(line.startswith("mdgf-exponential") and "12 of 12" in line and "same logits" in line for line in lines)
     assert any(line.startswith("recipe") and "exactly 1:8" in line for line in lines)
     assert max(map(len, lines)) <= 80 + len(str(run.study.output))
-    named = [line.split()[0] for line in lines if line.startswith("  ")]
-    assert len(named) == 6
+    named = [line.split()[0] for line in lines if line.startswith("  ") and not line.startswith("   ")]
+    assert len(named) == 8
     for name in named:
         assert list(run.study.output.glob(name.replace("<recipe>", "mdgf-exponential"))), name
 
@@ -133,40 +142,6 @@ def test_the_comparison_shows_what_was_logged(run: Run) -> None:
 
 
 # W&B's offline runs.
-
-
-def records(path: Path) -> Iterator[bytes]:
-    """Yield the records of an offline run: a log in blocks of 32 KiB, a record split into chunks at their ends."""
-    data, position, whole = path.read_bytes(), HEADER, b""
-    while position + HEADER <= len(data):
-        left = BLOCK - position % BLOCK
-        if left < HEADER:
-            position += left
-            continue
-        _, size, kind = struct.unpack_from("<IHB", data, position)
-        if not kind:
-            return
-        position += HEADER
-        whole += data[position : position + size]
-        position += size
-        if kind in (1, 4):  # a whole record, or the last chunk of one
-            yield whole
-            whole = b""
-
-
-def parsed(path: Path) -> Iterator[Any]:
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    for raw in records(path):
-        record = Record()
-        record.ParseFromString(raw)
-        yield record
-
-
-def items(part: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the keys and values of a history row, a config or a summary."""
-    for item in part:
-        yield "/".join(item.nested_key) or item.key, json.loads(item.value_json)
 
 
 class Offline(NamedTuple):
@@ -296,16 +271,21 @@ def test_convolutions_by_the_command_line(tmp_path: Path, capsys: pytest.Capture
 # The demo and the YAML.
 
 
-def test_demo_compares_three_recipes(
+def test_demo_runs_both_studies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Study] = []
     results = [Result(recipe, 0, 0.9, 12, 12, 1.0, 1.0, True) for recipe in ("dense", "sr-ste")]
     monkeypatch.setattr(nm_sparsity, "run_study", lambda study: asked.append(study) or results)
+    clipped: list[clipping.Study] = []
+    trained = [clipping.Result(variant, 0, 1.2, 1, 5, 0.1) for variant in clipping.RULES]
+    monkeypatch.setattr(clipping, "run_study", lambda study: clipped.append(study) or trained)
     demo.main(tmp_path)
     assert asked == [Study(output=tmp_path, wandb="offline", accelerator="cpu")]
-    assert str(tmp_path) in capsys.readouterr().out
-    assert max(map(len, demo.INTRODUCTION.splitlines())) <= 80
+    assert clipped == [clipping.Study(output=tmp_path / "clipping", accelerator="cpu")]
+    printed = capsys.readouterr().out
+    assert str(tmp_path) in printed
+    assert max(map(len, printed.splitlines())) <= 90 + len(str(tmp_path))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse

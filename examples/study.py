@@ -1,0 +1,141 @@
+"""What the example studies share: the progress display, loggers, tables and curves."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Show = Callable[[str, int, float, float], None]  # name, seed, share of the training that is done, validation value
+
+
+def hush() -> None:
+    """Silence what Lightning says about every fit; warnings of techniques still come through."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    advice = "many workers|exists and is not empty|LeafSpec|log_every_n_steps|logging interval"
+    warnings.filterwarnings("ignore", f".*({advice})")
+
+
+# Progress.
+
+
+class Follow(Callback):
+    """Show how far a training is, and the latest value of a metric of its validation.
+
+    Args:
+        show: What :func:`progress` yields.
+        name: The training's name.
+        seed: Its seed.
+        metric: The key under which the module logs the value.
+    """
+
+    def __init__(self, show: Show, name: str, seed: int, metric: str = "val_acc") -> None:
+        self.show, self.name, self.seed, self.metric = show, name, seed, metric
+        self._shown = 0.0
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        share = min(0.99, trainer.global_step / trainer.estimated_stepping_batches)
+        if share >= self._shown + 0.01:
+            self._report(trainer, share)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._report(trainer, 1.0)
+
+    def _report(self, trainer: Trainer, share: float) -> None:
+        self._shown = share
+        self.show(self.name, self.seed, share, float(trainer.callback_metrics.get(self.metric, 0.0)))
+
+
+def percent(share: float) -> str:
+    """Write a share as the progress display does.
+
+    Example:
+        >>> percent(0.975)
+        ' 97.5 %'
+    """
+    return f"{100 * share:5.1f} %"
+
+
+@contextmanager
+def progress(names: Sequence[str], seeds: int, write: Callable[[float], str] = percent) -> Iterator[Show]:
+    """Yield what shows the progress: by rich a bar for each name over its seeds, else a line for each training."""
+
+    def show_line(name: str, seed: int, share: float, value: float) -> None:
+        if share == 1.0:
+            print(f"{name:<18} seed {seed}   validation {write(value)}", flush=True)
+
+    try:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    except ImportError:
+        yield show_line
+        return
+    note = TextColumn("[dim]validation[/] {task.fields[value]}")
+    bars = Progress(TextColumn("{task.description:<18}"), BarColumn(30), TaskProgressColumn(), note)
+    if not bars.console.is_terminal:
+        yield show_line
+        return
+    tasks = {name: bars.add_task(name, total=seeds, value="") for name in names}
+
+    def show_bar(name: str, seed: int, share: float, value: float) -> None:
+        bars.update(tasks[name], completed=seed + share, value=write(value))
+
+    with bars:
+        yield show_bar
+
+
+# Logs and results.
+
+
+def build_loggers(output: Path, name: str, group: str, wandb_mode: str | None) -> list[Logger]:
+    """Return the CSV logger of one training, and a W&B logger if asked for."""
+    csv_logger = CSVLogger(output, name=name, version="")
+    if not wandb_mode:
+        return [csv_logger]
+    import wandb
+
+    settings = wandb.Settings(mode=wandb_mode, silent=True, console="off")
+    wandb.setup(settings)
+    run = {"project": "lightning-grad", "group": group, "name": name, "settings": settings}
+    return [csv_logger, WandbLogger(save_dir=output, offline=wandb_mode == "offline", **run)]
+
+
+def finish_loggers(trainer: Trainer) -> None:
+    """End the W&B run of a training, so that the next one gets a run of its own."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+
+
+def write_results(results: Sequence[DataclassInstance], path: Path) -> None:
+    """Write a row for each result."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(asdict(results[0])))
+        writer.writeheader()
+        writer.writerows(asdict(result) for result in results)
+
+
+def read_curve(metrics: Path, key: str) -> dict[int, float]:
+    """Return the values of a logged scalar by the number of optimizer steps done."""
+    with metrics.open(newline="") as file:
+        return {int(row["step"]) + 1: float(row[key]) for row in csv.DictReader(file) if row.get(key)}
+
+
+def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, ["-" * width for width in widths], *rows):
+        print("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
