@@ -111,6 +111,7 @@ def _conditioner(
     neutral: Mapping[str, Any] | None = None,
     clips: bool = True,
     elementwise: bool = False,
+    compile: bool = False,
     **rest: Any,
 ) -> Technique:
     """An entry of a technique that changes gradients; it leaves the head to a second instance."""
@@ -121,7 +122,7 @@ def _conditioner(
         arguments={**arguments, "exclude": ["head"]},
         neutral=neutral,
         second={**arguments, "include": ["head"], "name": "head"},
-        compile=False,
+        compile=compile,
         clips=clips,
         refuses=("DeepSpeedStrategy",) if elementwise else ("DeepSpeedStrategy", "FSDPStrategy"),
         **rest,
@@ -132,6 +133,7 @@ _INF = float("inf")
 _CLIPPING: list[Technique] = [
     _conditioner(
         "NormClipping",
+        compile=True,
         arguments={"max_norm": 0.1},
         neutral={"max_norm": _INF},
         wrong=(
@@ -214,6 +216,7 @@ _CLIPPING: list[Technique] = [
     ),
     _conditioner(
         "SkipNonFinite",
+        compile=True,
         arguments={"max_in_row": 3},
         neutral={},
         clips=False,
@@ -228,6 +231,7 @@ _CLIPPING: list[Technique] = [
     ),
     _conditioner(
         "GradientMonitor",
+        compile=True,
         arguments={"rarely": 2},
         neutral={"rarely": 1},
         clips=False,
