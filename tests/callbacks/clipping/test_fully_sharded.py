@@ -6,11 +6,15 @@ A CPU Trainer refuses ModelParallelStrategy, so the rules are called as the Trai
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from lightning_grad import callbacks
+from lightning_grad.callbacks.clipping._monitor_record import MonitorRecord
+from lightning_grad.callbacks.clipping._optimizer_watch import OptimizerWatch, Place
 from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
+from lightning_grad.functional import clip_norm_
 from tests.functional.ranks import on_two_ranks
 
 RULES: dict[str, dict[str, Any]] = {
@@ -67,6 +71,44 @@ def test_sharded_training_equals_that_of_one_process(tmp_path: Path) -> None:
             train(sharded, getattr(callbacks, name)(**arguments))
             for (key, expected), found in zip(alone.named_parameters(), sharded.parameters(), strict=True):
                 assert torch.allclose(found.full_tensor(), expected, atol=1e-5), f"{name}: {key}"
+
+    on_two_ranks(check, tmp_path)
+
+
+def watched(module: nn.Module) -> tuple[dict[str, Any], dict[str, float], dict[str, dict[str, float]]]:
+    """Watch a step of Adam, clipped and logged, and return what was seen."""
+    optimizer, record = torch.optim.Adam(module.parameters(), lr=0.05), MonitorRecord()
+    watch = OptimizerWatch(optimizer, list(module.named_parameters()), None, record, scaled=False)
+    optimizer.register_step_post_hook(lambda *_: watch.look_at_update())
+    for step in range(2):
+        optimizer.zero_grad()
+        loss = module(torch.arange(12.0).view(2, 6).sin() * (step + 1)).square().sum()
+        loss.backward()
+        with torch.no_grad():
+            watch.look_before(loss, measured=step == 1, rare=step == 1, keep=True)
+            clip_norm_([parameter.grad for parameter in module.parameters()], 0.1)
+            watch.look_after(loss, Place(step, 0, step), changed=True)
+        optimizer.step()
+    watch.drain()
+    scalars, layers = watch.take_details()
+    return record.rows()[-1], scalars, layers
+
+
+def test_the_monitor_sees_whole_gradients(tmp_path: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    def check(rank: int, mesh: Any) -> None:
+        expected = watched(build())
+        sharded = build()
+        for layer in (sharded[0], sharded[3]):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        row, scalars, layers = watched(sharded)
+        assert row == pytest.approx(expected[0], rel=1e-4)
+        assert scalars == pytest.approx(expected[1], rel=1e-3)
+        assert layers.keys() == expected[2].keys()
+        for quantity, by_layer in layers.items():
+            assert by_layer == pytest.approx(expected[2][quantity], rel=1e-3), quantity
 
     on_two_ranks(check, tmp_path)
 
