@@ -35,6 +35,8 @@ from lightning_grad.utilities.precision import refuse_scaled_gradients
 from lightning_grad.utilities.reporting import is_log_step, log_summary
 from lightning_grad.utilities.thresholds import Bucket, Threshold, as_threshold, choose_buckets
 
+__all__ = ["GradientConditioner", "GradientStep", "Phase"]
+
 
 @dataclass
 class GradientStep:
