@@ -26,8 +26,9 @@ class CharTransformer(LightningModule):
         dropout: Dropout probability inside the transformer layers.
         lr: Peak learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
-        schedule: ``"cosine"`` for linear warm-up and cosine decay to zero, ``"constant"`` for a fixed rate.
-        warmup: Fraction of the training steps spent on the warm-up of ``"cosine"``.
+        schedule: ``"cosine"`` for linear warm-up and cosine decay to zero, ``"warmup"`` for the warm-up and a fixed
+            rate, ``"constant"`` for a fixed rate.
+        warmup: Fraction of the training steps spent on the warm-up.
     """
 
     def __init__(

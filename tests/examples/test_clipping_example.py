@@ -128,6 +128,7 @@ def test_table_tells_what_its_columns_mean(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_command_line() -> None:
+    assert parse([]) == Study()
     options = ["--variants", "none", "zclip", "--seeds", "3", "--steps", "20", "--lr", "0.01"]
     study = parse([*options, "--wandb", "--accelerator", "cpu"])
     expected = Study(variants=["none", "zclip"], seeds=3, steps=20, lr=0.01, wandb="offline", accelerator="cpu")

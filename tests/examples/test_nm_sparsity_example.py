@@ -48,8 +48,8 @@ def _one_thread_and_lightnings_own_log_level() -> Iterator[None]:
 
 def write_stand_ins(folder: Path) -> None:
     """Stand in for what the second part of the demo writes; tests/examples/test_clipping_example.py runs it."""
-    folder.mkdir()
-    for name in ("comparison.png", "results.csv"):
+    (folder / "none_seed0").mkdir(parents=True)
+    for name in ("comparison.png", "results.csv", "none_seed0/steps.csv"):
         (folder / name).touch()
 
 
@@ -103,7 +103,7 @@ def test_table_and_places_are_printed(run: Run) -> None:
     assert any(line.startswith("recipe") and "exactly 1:8" in line for line in lines)
     assert max(map(len, lines)) <= 80 + len(str(run.study.output))
     named = [line.split()[0] for line in lines if line.startswith("  ") and not line.startswith("   ")]
-    assert len(named) == 8
+    assert len(named) == 9
     for name in named:
         assert list(run.study.output.glob(name.replace("<recipe>", "mdgf-exponential"))), name
 
@@ -285,7 +285,8 @@ def test_demo_runs_both_studies(
     assert clipped == [clipping.Study(output=tmp_path / "clipping", accelerator="cpu")]
     printed = capsys.readouterr().out
     assert str(tmp_path) in printed
-    assert max(map(len, printed.splitlines())) <= 90 + len(str(tmp_path))
+    assert max(map(len, printed.splitlines())) <= 82 + len(str(tmp_path))
+    assert max(map(len, demo.INTRODUCTION.splitlines())) <= 82
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse
