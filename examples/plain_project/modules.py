@@ -23,8 +23,9 @@ class ImageClassifier(LightningModule):
         lr: Peak learning rate.
         weight_decay: Weight decay of the optimizer.
         momentum: Momentum of ``"sgd"``; ``"adamw"`` does not use it.
-        schedule: ``"cosine"`` for linear warm-up and cosine decay to zero, ``"constant"`` for a fixed rate.
-        warmup: Fraction of the training steps spent on the warm-up of ``"cosine"``.
+        schedule: ``"cosine"`` for linear warm-up and cosine decay to zero, ``"warmup"`` for the warm-up and a fixed
+            rate, ``"constant"`` for a fixed rate.
+        warmup: Fraction of the training steps spent on the warm-up.
     """
 
     def __init__(

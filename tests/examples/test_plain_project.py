@@ -23,7 +23,7 @@ from plain_project import (
     VisionTransformer,
 )
 from plain_project.cifar10 import flip_and_shift, read_cifar10
-from plain_project.schedules import warmup_cosine
+from plain_project.schedules import warmup_constant, warmup_cosine
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -178,6 +178,15 @@ def test_cosine_schedule_warms_up_and_ends_near_zero(optimizer: str) -> None:
     assert factors[:6] == sorted(factors[:6])
     assert factors[5] == 1
     assert factors[5:] == sorted(factors[5:], reverse=True)
+
+
+def test_warmup_schedule_stays_at_its_peak() -> None:
+    trainer = Trainer(max_steps=10, enable_checkpointing=False, num_sanity_val_steps=0, **QUIET)
+    trainer.fit(ResidualConvNet(width=2, lr=0.1, schedule="warmup", warmup=0.2), Digits(batch_size=256))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.1
+    assert [warmup_constant(step, warmup_steps=3) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    with pytest.raises(ValueError, match="'warmup' needs a run with an end"):
+        Trainer(max_epochs=-1, enable_checkpointing=False, **QUIET).fit(ResidualConvNet(schedule="warmup"), Digits())
 
 
 def test_constant_schedule_and_endless_run() -> None:
