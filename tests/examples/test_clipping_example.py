@@ -1,15 +1,12 @@
 """The clipping study and its YAML: spikes are counted as defined, and everything that is promised is written."""
 
 import csv
-import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import clipping
 import plain_project
 import pytest
-import torch
 from clipping import RULES, Result, Study, find_spikes, parse, print_table, run_study
 
 from lightning_grad.callbacks import GradientMonitor, SkipNonFinite, ZClip
@@ -23,17 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread_and_lightnings_own_log_level() -> Iterator[None]:
-    """Undo what the script sets for the whole process."""
-    log, threads = logging.getLogger("lightning.pytorch"), torch.get_num_threads()
-    level = log.level
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    log.setLevel(level)
 
 
 # Spikes.

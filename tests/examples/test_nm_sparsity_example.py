@@ -2,9 +2,7 @@
 
 import csv
 import json
-import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,17 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread_and_lightnings_own_log_level() -> Iterator[None]:
-    """Undo what the scripts set for the whole process."""
-    log, threads = logging.getLogger("lightning.pytorch"), torch.get_num_threads()
-    level = log.level
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    log.setLevel(level)
 
 
 # The study, once, with W&B.

@@ -1,0 +1,18 @@
+"""What the tests of the examples share."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread_and_lightnings_own_log_level() -> Iterator[None]:
+    """Undo what the scripts set for the whole process."""
+    log, threads = logging.getLogger("lightning.pytorch"), torch.get_num_threads()
+    level = log.level
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    log.setLevel(level)
