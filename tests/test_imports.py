@@ -19,13 +19,14 @@ OPTIONAL = {"wandb", "matplotlib", "rich", "sklearn", "jsonargparse"}
 # Beside the standard library; longest prefix of a module's name first.
 ALLOWED = {
     "lightning_grad.functional": ("torch", "lightning_grad.functional"),
-    "lightning_grad.data": ("torch", "lightning_grad.functional", "lightning_grad.data"),
+    "lightning_grad.data": ("torch", "numpy", "lightning_grad.functional", "lightning_grad.data"),  # numpy: score files
     "lightning_grad.utilities": (
         "torch",
         "numpy",
         "lightning",
         "typing_extensions",
         "lightning_grad.functional",
+        "lightning_grad.data",
         "lightning_grad.utilities",
     ),
 }

@@ -78,10 +78,25 @@ def check_between(value: float, least: float, most: float, parameter: str) -> No
         raise ValueError(f"{parameter} must be from {least:g} to {most:g}; got {value}.")
 
 
+def check_share(value: float, parameter: str) -> None:
+    """Raise unless a number is a share that leaves something: at least 0 and below 1.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{parameter} must be at least 0 and below 1; got {value}.")
+
+
 def _sharding(trainer: pl.Trainer) -> str | None:
     """Return the class name of the sharding strategy that the trainer's derives from, if it does."""
     names = [cls.__name__ for cls in type(trainer.strategy).__mro__]
     return next((name for name in names if name in SHARDED_STRATEGIES), None)
+
+
+def is_sharded(trainer: pl.Trainer) -> bool:
+    """Say whether the strategy shards parameters, so that its ranks must run the module together."""
+    return _sharding(trainer) is not None
 
 
 def refuse_sharded(trainer: pl.Trainer, technique: str) -> None:
@@ -122,6 +137,16 @@ def refuse_flat_shards(trainer: pl.Trainer, technique: str) -> None:
             f"{technique} needs gradients in their own shapes, and under FSDP1 ({type(trainer.strategy).__name__}) a rank "
             "sees flat shards of them. Use ModelParallelStrategy with fully_shard (FSDP2), whose gradients are DTensors."
         )
+
+
+def refuse_manual_optimization(pl_module: pl.LightningModule, technique: str, why: str) -> None:
+    """Raise if the module steps its optimizers itself.
+
+    Raises:
+        ValueError: Under manual optimization.
+    """
+    if not pl_module.automatic_optimization:
+        raise ValueError(f"{technique} does not work with manual optimization: {why}")
 
 
 def refuse_sparse_gradients(module: nn.Module, chosen: set[int], technique: str) -> None:

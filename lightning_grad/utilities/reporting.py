@@ -16,6 +16,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_grad.utilities.imports import is_installed
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -91,24 +93,57 @@ def log_figure(trainer: pl.Trainer, key: str, figure: Figure, path: Path) -> Non
             _experiment(logger).add_figure(key, figure, global_step=stepped_batches(trainer), close=False)
 
 
-def log_table(trainer: pl.Trainer, key: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Save rows of equal keys as CSV, and send them to the loggers that show tables."""
+def log_table(
+    trainer: pl.Trainer,
+    key: str,
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+    pictures: Sequence[Any | None] | None = None,
+) -> None:
+    """Save rows of equal keys as CSV, and send them to the loggers that show tables.
+
+    Args:
+        trainer: Whose loggers get the table.
+        key: What it is called there.
+        rows: Its rows.
+        path: Where the CSV goes.
+        pictures: Of each row an array of bytes, (H, W) or (H, W, 3), or ``None``; a column ``picture`` in tables that can
+            hold images (W&B, with Pillow), and left out elsewhere.
+    """
     if not trainer.is_global_zero or not rows:
         return
     columns = list(rows[0])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
     data = [[row[column] for column in columns] for row in rows]
     for logger in trainer.loggers:
         if hasattr(logger, "log_table"):
-            logger.log_table(key=key, columns=columns, data=data, step=stepped_batches(trainer))
+            shown = _with_pictures(logger, columns, data, pictures)
+            logger.log_table(key=key, columns=shown[0], data=shown[1], step=stepped_batches(trainer))
         elif hasattr(_experiment(logger), "add_text"):
             lines = [columns, ["---"] * len(columns), *data[:_MOST_TEXT_ROWS]]
-            text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+            text = "\n".join("| " + " | ".join(map(_text_cell, line)) + " |" for line in lines)
             _experiment(logger).add_text(key, text, global_step=stepped_batches(trainer))
+
+
+def _with_pictures(
+    logger: Any, columns: list[str], data: list[list[Any]], pictures: Sequence[Any | None] | None
+) -> tuple[list[str], list[list[Any]]]:
+    if pictures is None or all(picture is None for picture in pictures) or not _is_wandb(logger):
+        return columns, data
+    if not is_installed("PIL"):
+        return columns, data
+    import wandb
+
+    images = [None if picture is None else wandb.Image(picture) for picture in pictures]
+    return ["picture", *columns], [[image, *line] for image, line in zip(images, data, strict=True)]
+
+
+def _text_cell(value: Any) -> str:
+    return " ".join(str(value).replace("|", "\\|").split())
 
 
 def log_histograms(trainer: pl.Trainer, tensors: Mapping[str, Tensor]) -> None:
@@ -122,7 +157,7 @@ def log_histograms(trainer: pl.Trainer, tensors: Mapping[str, Tensor]) -> None:
         if hasattr(experiment, "add_histogram"):
             for key, value in values.items():
                 experiment.add_histogram(key, value, global_step=step)
-        elif hasattr(logger, "log_image") and hasattr(experiment, "log_artifact"):
+        elif _is_wandb(logger):
             import wandb
 
             logger.log_metrics({key: wandb.Histogram(value) for key, value in values.items()}, step=step)
@@ -148,6 +183,10 @@ def send_alert(trainer: pl.Trainer, title: str, text: str) -> None:
 
 def _experiment(logger: Any) -> Any:
     return getattr(logger, "experiment", None)
+
+
+def _is_wandb(logger: Any) -> bool:
+    return hasattr(logger, "log_image") and hasattr(_experiment(logger), "log_artifact")
 
 
 def limit_layers(values: Mapping[str, float], depth: int | None, top: int) -> dict[str, float]:

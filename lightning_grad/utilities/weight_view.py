@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import lightning.pytorch as pl
 import torch
@@ -26,6 +27,7 @@ from lightning_grad.utilities.dispatch import wrap_method
 
 _VIEWS = "_lightning_grad_views"
 _IN_PLACE = "_lightning_grad_in_place"
+_OPEN: WeakSet[InPlaceWindow] = WeakSet()
 
 
 class WeightView(Protocol):
@@ -210,6 +212,12 @@ class InPlaceView:
             handle.remove()
 
 
+def close_windows(pl_module: pl.LightningModule) -> None:
+    """Close what a ``training_step`` has opened after which no backward comes, because it only scored samples."""
+    for window in [window for window in _OPEN if window.pl_module is pl_module]:
+        window.close()
+
+
 class InPlaceWindow:
     """Opens in-place views when a LightningModule's step begins, and closes them before anyone looks at the weights.
 
@@ -227,6 +235,7 @@ class InPlaceWindow:
         self._views = views
         self._manual = not pl_module.automatic_optimization
         self._in_training_step = False
+        self.pl_module = pl_module
         self._undo = [
             wrap_method(pl_module, "training_step", self._around_training),
             wrap_method(pl_module, "validation_step", self._around_validation),
@@ -234,11 +243,13 @@ class InPlaceWindow:
 
     def open(self) -> None:
         """Write every view's value into its parameter."""
+        _OPEN.add(self)
         for view in self._views:
             view.expose()
 
     def close(self) -> None:
         """Put the dense weights back."""
+        _OPEN.discard(self)
         for view in self._views:
             view.restore()
 

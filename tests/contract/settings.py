@@ -28,6 +28,7 @@ class Technique:
         compile: Whether this configuration gives a compiler something else to trace than its neighbours.
         observes: Whether it changes nothing in a run in which nothing goes wrong.
         clips: Whether it refuses ``Trainer(gradient_clip_val=...)``.
+        manual: Whether it works with manual optimization.
         refuses: Sharding strategies that it refuses.
         wrong: Pairs of wrong constructor arguments and a piece of the error.
     """
@@ -42,6 +43,7 @@ class Technique:
     compile: bool = True
     observes: bool = False
     clips: bool = False
+    manual: bool = True
     refuses: tuple[str, ...] = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
     wrong: tuple[tuple[Mapping[str, Any], str], ...] = ()
 
@@ -249,6 +251,74 @@ _CLIPPING: list[Technique] = [
     ),
 ]
 
+_SUBSET: dict[str, Any] = {"compile": False, "refuses": ()}
+_SHARES = (({"prune": 1.0}, "at least 0 and below 1"), ({"prune": -0.1}, "at least 0 and below 1"))
+_DATA: list[Technique] = [
+    Technique(
+        "DataPruning",
+        arguments={"prune": 0.3, "epoch": 1},
+        neutral={"prune": 0.0, "epoch": 1},
+        manual=False,
+        compile=True,
+        refuses=(),
+        wrong=(
+            *_SHARES,
+            ({"score": "el2m"}, "Did you mean 'el2n'"),
+            ({"keep": "hardest"}, "is none of"),
+            ({"select": "css"}, "Did you mean 'ccs'"),
+            ({"select": "ccs", "keep": "easy"}, "keep='easy' means nothing"),
+            ({"budget": "epoch"}, "Did you mean 'epochs'"),
+            ({"balance": "classes"}, "Did you mean 'class'"),
+            ({"epoch": -1}, "epoch must be at least 0"),
+            ({"epoch": [3, 1], "prune": [0.1, 0.2]}, "epochs that rise"),
+            ({"epoch": [1, 3], "prune": [0.1]}, "one share for each epoch"),
+            ({"offset": 0.6}, "at most 0.5"),
+            ({"score": "aum", "epoch": 0}, "at least 1"),
+            ({"show": -1}, "show must be at least 0"),
+        ),
+    ),
+    Technique(
+        "DataPruning",
+        "grand-steps",
+        arguments={"prune": 0.3, "epoch": 1, "score": "grand", "budget": "steps", "balance": "class"},
+        neutral={"prune": 0.0, "epoch": 1, "score": "grand"},
+        manual=False,
+        compile=False,
+    ),
+    Technique(
+        "DataPruning",
+        "forgetting-rounds",
+        arguments={"prune": [0.2, 0.4], "epoch": [1, 3], "score": "forgetting", "loss": 0},
+        neutral={"prune": 0.0, "epoch": 1, "score": "forgetting"},
+        **_SUBSET,
+    ),
+    Technique(
+        "InfoBatch", arguments={"prune": 0.5}, neutral={"prune": 0.0}, manual=False, compile=True, refuses=(), wrong=_SHARES
+    ),
+    Technique("RepeatedRandomSubset", arguments={"prune": 0.3}, neutral={"prune": 0.0}, wrong=_SHARES, **_SUBSET),
+    Technique(
+        "LossReweighting",
+        arguments={"warmup": 0.0},
+        neutral={"temperature": _INF},
+        manual=False,
+        wrong=(
+            ({"rule": "lin"}, "is none of"),
+            ({"temperature": 0.0}, "temperature must be above 0"),
+            ({"start_temperature": -1.0}, "start_temperature must be above 0"),
+            ({"warmup": 2.0}, "warmup must be from 0 to 1"),
+        ),
+        **_SUBSET,
+    ),
+    Technique(
+        "UniformLearning",
+        arguments={"epoch": 1},
+        neutral={"epoch": 1, "repeats": 0},
+        manual=False,
+        wrong=(({"epoch": 0}, "epoch must be at least 1"), ({"repeats": -1}, "repeats must be at least 0")),
+        **_SUBSET,
+    ),
+]
+
 TECHNIQUES: list[Technique] = [
     _nm("mdgf-exponential", recipe="mdgf-exponential", dense_fraction=0.1),
     _nm("mdgf-exponential-masked", recipe="mdgf-exponential", gradient="masked"),
@@ -262,6 +332,7 @@ TECHNIQUES: list[Technique] = [
     _nm("schedule", recipe=[[0.0, "3:4"], [0.4, "1:4"]]),
     _nm("output-axis", recipe="sr-ste", axis="output"),
     *_CLIPPING,
+    *_DATA,
 ]
 CANONICAL: list[Technique] = [next(t for t in TECHNIQUES if t.name == name) for name in callbacks.__all__]
 
@@ -269,5 +340,5 @@ CANONICAL: list[Technique] = [next(t for t in TECHNIQUES if t.name == name) for 
 def build_together() -> list[Any]:
     """Build one technique of each phase, and sparse weights, as a user might list them."""
     names = ("NMSparsity", "SkipNonFinite", "GradientCentralization", "MomentumReset", "SpikeClipping")
-    wanted = (*names, "GradientNoise", "GradientMonitor")
+    wanted = (*names, "GradientNoise", "GradientMonitor", "DataPruning")
     return [next(t for t in CANONICAL if t.name == name).build() for name in wanted]

@@ -140,4 +140,6 @@ def test_callback_state_is_made_of_plain_types(technique, tmp_path):
 
     fit([technique.build(), ModelCheckpoint(tmp_path)])
     checkpoint = torch.load(next(tmp_path.glob("*.ckpt")), weights_only=True)
-    check(checkpoint["callbacks"][technique.build().state_key])
+    callback = technique.build()
+    if callback.state_dict():
+        check(checkpoint["callbacks"][callback.state_key])

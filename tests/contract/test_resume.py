@@ -34,6 +34,7 @@ def _finish(callbacks: list[Any], **arguments: Any) -> dict[str, Any]:
     trainer, module = fit(callbacks, make_classifier(), resumable=True, **arguments)
     state = state_of(trainer, module)
     state.pop("random")  # Lightning restores no random state
+    state["steps"] = trainer.global_step
     state["callbacks"] = [callback.state_dict() for callback in callbacks if hasattr(callback, "settings")]
     return state
 
@@ -67,7 +68,7 @@ def test_resume_at_any_saved_step(technique, accumulate, tmp_path):
     saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=4)
     expected = _comparable(_finish([technique.build(), saving], accumulate_grad_batches=accumulate))
     paths = _paths(tmp_path)
-    assert len(paths) == (24 // accumulate) // 4
+    assert len(paths) == expected["steps"] // 4
     for path in paths:
         resumed = _finish([technique.build()], ckpt=path, accumulate_grad_batches=accumulate)
         assert_identical(expected, _comparable(resumed), path.name)

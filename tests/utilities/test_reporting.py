@@ -9,11 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
+from lightning_grad.utilities import reporting
 from lightning_grad.utilities.reporting import (
     format_table,
     is_log_step,
@@ -241,6 +243,45 @@ def test_table_reaches_the_loggers_that_show_tables(tmp_path: Path, csv_logger: 
     log_table(trainer, "sparsity/record", ROWS, tmp_path / "table.csv")
     expected = {"key": "sparsity/record", "columns": ["step", "decay", "flips"], "step": 7}
     assert trainer.loggers[0].calls == {"table": {**expected, "data": [[1, 0.5, None], [2, 0.25, 0.125]]}}
+
+
+PICTURES = [np.arange(48, dtype=np.uint8).reshape(4, 4, 3), None]
+
+
+def test_table_shows_pictures_where_they_can_be_shown(tmp_path: Path, csv_logger: CSVLogger) -> None:
+    trainer = recording_trainer()
+    trainer.loggers.append(csv_logger)
+    log_table(trainer, "data/samples", ROWS, tmp_path / "table.csv", PICTURES)
+    sent = trainer.loggers[0].calls["table"]
+    assert sent["columns"] == ["picture", "step", "decay", "flips"]
+    assert [line[1:] for line in sent["data"]] == [[1, 0.5, None], [2, 0.25, 0.125]]
+    assert (np.asarray(sent["data"][0][0].image) == PICTURES[0]).all()
+    assert sent["data"][1][0] is None
+    assert list(rows_of(tmp_path / "table.csv")[0]) == ["step", "decay", "flips"]
+
+
+@pytest.mark.parametrize("case", ["no picture", "no Pillow", "not W&B"])
+def test_table_without_pictures_has_no_column_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    trainer = recording_trainer()
+    if case == "no Pillow":
+        monkeypatch.setattr(reporting, "is_installed", lambda package: package != "PIL")
+    if case == "not W&B":
+        del trainer.loggers[0].experiment.log_artifact
+    pictures = [None, None] if case == "no picture" else PICTURES
+    log_table(trainer, "data/samples", ROWS, tmp_path / "table.csv", pictures)
+    assert trainer.loggers[0].calls["table"]["columns"] == ["step", "decay", "flips"]
+
+
+def test_table_holds_texts_of_any_kind(tmp_path: Path, tensorboard: TensorBoardLogger) -> None:
+    texts = ["a | b\nc", "Gr\u00fc\u00dfe \u732b"]
+    log_table(trainer_with(tensorboard), "data/samples", [{"text": text} for text in texts], tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["text"] for row in csv.DictReader(file)] == texts
+    (shown,) = events_of(tensorboard).Tensors("data/samples/text_summary")
+    lines = shown.tensor_proto.string_val[0].decode().splitlines()
+    assert lines == ["| text |", "| --- |", "| a \\| b c |", "| Gr\u00fc\u00dfe \u732b |"]
 
 
 def test_table_without_rows_is_not_written(tmp_path: Path) -> None:

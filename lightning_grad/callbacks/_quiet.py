@@ -1,0 +1,253 @@
+"""Running a module's own steps without leaving a trace: what all that look at a module outside its training share.
+
+Inside :func:`quiet` a ``training_step`` logs nothing, counts nothing and moves no random stream; afterwards module, metrics
+and random streams are bitwise what they were. Techniques that act on training only ask :func:`is_quiet`.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from enum import Enum
+from types import ModuleType
+from typing import Any, cast
+from weakref import WeakSet
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_grad.utilities.dispatch import wrap_method
+from lightning_grad.utilities.weight_view import close_windows
+
+_QUIET: WeakSet[nn.Module] = WeakSet()
+_NUMBERS = (bool, int, float, complex, str, bytes, type(None))
+_CONTAINERS = (list, dict, set, deque)
+_ARRAYS = (Tensor, np.ndarray)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_OF_MODULES = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric")
+
+
+def is_quiet(pl_module: nn.Module) -> bool:
+    """Say whether the module's step runs for somebody who only looks, so that it is no step of the training."""
+    return pl_module in _QUIET
+
+
+@contextmanager
+def quiet(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    """Let the module be run in eval mode, and leave no trace of it.
+
+    Put back bit for bit: modes, buffers, gradients and frozen parameters, torchmetrics and other attributes that are numbers,
+    tensors, generators or containers of them, the random states of Python, numpy and torch. Kept from happening: logging by
+    ``self.log``, loggers and ``print``. Compiled code runs eagerly.
+
+    Raises:
+        RuntimeError: If the step has changed a parameter that is trained.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_random_streams())
+        stack.enter_context(_silence(trainer, pl_module))
+        stack.enter_context(_modules_as_they_are(pl_module))
+        stack.enter_context(_eager())
+        _QUIET.add(pl_module)
+        stack.callback(_QUIET.discard, pl_module)
+        stack.callback(close_windows, pl_module)
+        pl_module.eval()
+        yield
+
+
+@contextmanager
+def _random_streams() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
+def _silence(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    def nothing(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        return None
+
+    loud = [module for module in pl_module.modules() if hasattr(module, "log_dict")]
+    undo = [
+        wrap_method(module, name, nothing, priority=1000) for module in loud for name in ("log", "log_dict", "print")
+    ]
+    loggers = trainer.loggers
+    trainer.loggers = [cast(Any, _Mute()) for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+        for step in undo:
+            step()
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    # What is compiled may not trace what looks at it. Without dynamo nothing is, and importing it takes seconds.
+    if "torch._dynamo" in sys.modules:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
+class _Mute:
+    """Takes the place of a logger: whatever is called on it or on what it has does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Mute()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+@contextmanager
+def _modules_as_they_are(pl_module: pl.LightningModule) -> Iterator[None]:
+    parameters = dict(pl_module.named_parameters())
+    frozen = sum(p.numel() for p in parameters.values() if not p.requires_grad)
+    # A teacher that the step moves is as large as its student; a large frozen base is not worth a copy.
+    copied = frozen <= sum(p.numel() for p in parameters.values() if p.requires_grad)
+    snapshots = [_Snapshot(module, copied) for module in pl_module.modules()]
+    watched = {name: p for name, p in parameters.items() if p.requires_grad or not copied}
+    before = {name: _checksum(p) for name, p in watched.items()}
+    gradients = {name: p.grad for name, p in parameters.items()}
+    try:
+        yield
+    finally:
+        for snapshot in snapshots:
+            snapshot.restore()
+        for name, gradient in gradients.items():
+            parameters[name].grad = gradient
+    changed = [name for name, p in watched.items() if not torch.equal(before[name], _checksum(p))]
+    if changed:
+        raise RuntimeError(
+            f"training_step changes the parameter {changed[0]!r}, so that it cannot be run just to score samples. Change it "
+            "in on_train_batch_end, or pass score_fn=, which takes the module and a batch and returns the scores."
+        )
+
+
+def _checksum(parameter: Tensor) -> Tensor:
+    value = parameter.detach()
+    return torch.stack([value.sum(), value.abs().sum()])
+
+
+class _Snapshot:
+    """What one module holds besides submodules and trained parameters."""
+
+    def __init__(self, module: nn.Module, copies_frozen: bool) -> None:
+        self._module = module
+        self._training = module.training
+        frozen = [p for p in module._parameters.values() if p is not None and not p.requires_grad and copies_frozen]
+        buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
+        self._tensors = [(tensor, tensor.detach().clone()) for tensor in (*buffers, *frozen)]
+        self._buffers = dict(module._buffers)
+        self._attributes = {
+            name: _Held(value)
+            for name, value in module.__dict__.items()
+            if name not in _OF_MODULES and _is_plain(value)
+        }
+        self._names = set(module.__dict__)
+
+    def restore(self) -> None:
+        module = self._module
+        with torch.inference_mode(False), torch.no_grad():
+            for tensor, value in self._tensors:
+                tensor.detach().copy_(value)
+        module._buffers.clear()
+        module._buffers.update(self._buffers)
+        for name in [name for name in module.__dict__ if name not in self._names]:
+            del module.__dict__[name]
+        for name, held in self._attributes.items():
+            module.__dict__[name] = held.restored()
+        module.training = self._training
+
+
+class _Held:
+    """A value, and what it was; the same object is given back, with the same contents."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        self._was = _copied(value)
+
+    def restored(self) -> Any:
+        value, was = self._value, self._was
+        if isinstance(value, Tensor):
+            with torch.inference_mode(False), torch.no_grad():
+                value.detach().copy_(was)
+        elif isinstance(value, np.ndarray):
+            value[...] = was
+        elif isinstance(value, (torch.Generator, np.random.RandomState)):
+            value.set_state(was)
+        elif isinstance(value, np.random.Generator):
+            value.bit_generator.state = was
+        elif isinstance(value, random.Random):
+            value.setstate(was)
+        elif isinstance(value, _CONTAINERS):
+            value.clear()
+            _refill(value, was)
+        elif _is_record(value):
+            value.__dict__.clear()
+            _refill(value.__dict__, was)
+        return value
+
+
+def _refill(container: Any, was: Any) -> None:
+    if isinstance(container, dict):
+        container.update({key: _given_back(item) for key, item in was.items()})
+    elif isinstance(container, set):
+        container.update(was)
+    else:
+        container.extend(_given_back(item) for item in was)
+
+
+def _given_back(item: Any) -> Any:
+    return item.restored() if isinstance(item, _Held) else item
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (*_NUMBERS, *_CONTAINERS, *_GENERATORS, *_ARRAYS)) or _is_record(value)
+
+
+def _is_record(value: Any) -> bool:
+    """Say whether an object is a small one of the user's, such as an average meter: all that it has are plain values."""
+    if isinstance(value, (nn.Module, ModuleType, Enum)) or callable(value) or not hasattr(value, "__dict__"):
+        return False
+    return all(isinstance(item, (*_NUMBERS, *_CONTAINERS, *_ARRAYS)) for item in vars(value).values())
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, (torch.Generator, np.random.RandomState)):
+        return value.get_state()
+    if isinstance(value, np.random.Generator):
+        return copy.deepcopy(value.bit_generator.state)
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, set):
+        return set(value)
+    if isinstance(value, (list, deque)):
+        return [_put_aside(item) for item in value]
+    if isinstance(value, dict) or _is_record(value):
+        return {key: _put_aside(item) for key, item in (value if isinstance(value, dict) else vars(value)).items()}
+    return value
+
+
+def _put_aside(item: Any) -> Any:
+    changes = isinstance(item, (*_CONTAINERS, *_GENERATORS, *_ARRAYS)) or _is_record(item)
+    return _Held(item) if changes else item

@@ -1,0 +1,39 @@
+"""One value of each sample, as the batches of an epoch bring them."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_grad.callbacks._scoring import merge_ranks
+
+
+class EpochRecord:
+    """Values of the samples of this epoch, on the device where they arise; nan for samples that have not come yet."""
+
+    def __init__(self) -> None:
+        self.values: Tensor | None = None
+
+    def put(self, indices: list[int], values: Tensor, total: int) -> None:
+        """Keep the values of a batch.
+
+        Args:
+            indices: Of its samples in the data set.
+            values: (B,).
+            total: Length of the data set.
+        """
+        if self.values is None or self.values.device != values.device:
+            before = self.values
+            self.values = torch.full((total,), float("nan"), device=values.device)
+            if before is not None:
+                self.values.copy_(before)
+        self.values[torch.tensor(indices, device=values.device)] = values.detach().to(self.values.dtype)
+
+    def take(self, trainer: pl.Trainer) -> Tensor | None:
+        """Return what all ranks have recorded, (n,) on the CPU, and begin anew; ``None`` if nothing was."""
+        if self.values is None:
+            return None
+        merged = merge_ranks(trainer, self.values).cpu()
+        self.values = None
+        return merged

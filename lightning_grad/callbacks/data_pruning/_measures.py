@@ -1,0 +1,111 @@
+"""What is measured of a batch in a scoring pass, for each score by its name.
+
+Scores of a pass look at the module as it is now; those of a history (``HISTORIES``) were recorded while it trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from lightning_grad.callbacks._scoring import Look, Measure
+from lightning_grad.functional import (
+    LossCall,
+    el2n,
+    last_layer_gradient_norm,
+    margin,
+    predictions,
+    update_vog_,
+    vog_state,
+)
+
+Score = Literal["el2n", "grand", "grand-last", "loss", "margin", "aum", "forgetting", "vog", "prototypes"]
+SCORES: tuple[str, ...] = get_args(Score)
+HISTORIES = ("aum", "forgetting")
+GRADIENT_SCORES = ("grand", "grand-last", "vog")
+ScoreFunction = Callable[[pl.LightningModule, Any], Tensor]
+
+
+def measure_for(score: str, score_fn: ScoreFunction | None = None) -> Measure:
+    """Return what a pass measures for a score; without one of its own, for the classes of the samples only."""
+    if score_fn is not None:
+        return lambda look: {"score": torch.as_tensor(score_fn(look.pl_module, look.batch))}
+    return {
+        "el2n": lambda look: _of_call(look.loss(), el2n),
+        "loss": lambda look: _of_call(look.loss(), lambda call: call.losses),
+        "margin": lambda look: _of_call(look.loss(), lambda call: -margin(call)),
+        "grand": _grand,
+        "grand-last": _grand_last,
+        "prototypes": _embedding,
+    }.get(score, lambda look: classes_of(look.loss()))
+
+
+def classes_of(call: LossCall) -> dict[str, Tensor]:
+    """Return the classes of the samples and those that the module answers, where each has one."""
+    if call.labels is None:
+        return {}
+    return {"label": call.labels, "prediction": predictions(call)}
+
+
+def _of_call(call: LossCall, score: Callable[[LossCall], Tensor]) -> dict[str, Tensor]:
+    return {"score": score(call), **classes_of(call)}
+
+
+def _grand(look: Look) -> Mapping[str, Tensor]:
+    norms, call = look.gradient_norms()
+    return {"score": norms, **classes_of(call)}
+
+
+def _grand_last(look: Look) -> Mapping[str, Tensor]:
+    features, call, layer = look.features()
+    return {"score": last_layer_gradient_norm(call, features, bias=layer.bias is not None), **classes_of(call)}
+
+
+def _embedding(look: Look) -> Mapping[str, Tensor]:
+    features, call, _ = look.features()
+    pooled = features.reshape(call.samples, -1, features.shape[-1]).mean(1)
+    return {"embedding": pooled, **classes_of(call)}
+
+
+class VarianceOfGradients:
+    """Collects, over several passes, the gradient of each sample's true logit by its input."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Tensor] = {}
+        self.total = 0
+
+    def measure(self, look: Look) -> Mapping[str, Tensor]:
+        """Take in one batch."""
+        inputs = _inputs_of(look.batch, len(look.indices))
+        inputs.requires_grad_(True)
+        try:
+            call = look.loss(keep_graph=True)
+            if call.labels is None or call.name != "cross_entropy" or call.output is None:
+                raise ValueError(
+                    f"score='vog' needs the logit of one true class a sample, and the loss is {call.name}. Use another score, "
+                    "or give score_fn=, which takes the module and a batch and returns the scores."
+                )
+            with torch.enable_grad():
+                true = call.output.gather(1, call.labels.unsqueeze(1)).sum()
+            (gradients,) = torch.autograd.grad(true, inputs)
+        finally:
+            inputs.requires_grad_(False)
+        if not self.state:
+            self.state = vog_state(self.total, inputs.shape[1:])
+        update_vog_(self.state, torch.tensor(look.indices), gradients)
+        return classes_of(call)
+
+
+def _inputs_of(batch: Any, samples: int) -> Tensor:
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1 and len(leaf) == samples:
+            return leaf
+    raise ValueError(
+        "score='vog' needs a gradient by the input, and the batch holds no tensor of real numbers with a row for each "
+        "sample. Use another score, or give score_fn=, which takes the module and a batch and returns the scores."
+    )

@@ -1,0 +1,159 @@
+"""A sample of a training set as it is shown: what an item of a data set looks like, as a picture or in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+_LARGEST_SIDE, _SMALLEST_SIDE = 192, 5  # pixels of a picture: beyond, it is made smaller; below, it is none
+_MOST_CHARACTERS, _MOST_IDS = 600, 40
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as it is shown.
+
+    Args:
+        index: Its place in the data set.
+        rank: Its place by score, 0 for the hardest.
+        score: Its score.
+        label: Its class by name or number, ``None`` if unknown.
+        prediction: Class that the module answered, in the same form.
+        wrong: Whether both are known and differ.
+        kept: Whether training goes on with it.
+        picture: Its input as bytes (H, W) or (H, W, 3); ``None`` if that is no image.
+        text: Its input in words.
+    """
+
+    index: int
+    rank: int
+    score: float
+    label: int | str | None
+    prediction: int | str | None
+    wrong: bool
+    kept: bool
+    picture: NDArray[np.uint8] | None
+    text: str
+
+    @property
+    def sign(self) -> str:
+        """What stands before the prediction: right, wrong, or neither where the class is unknown."""
+        if self.label is None:
+            return "\N{RIGHTWARDS ARROW}"
+        return "\N{BALLOT X}" if self.wrong else "\N{CHECK MARK}"
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether its picture is so small that its pixels are to be seen."""
+        return self.picture is not None and max(self.picture.shape) < 100
+
+
+Groups = tuple[Sequence[Sample], Sequence[Sample]]  # the hardest and the easiest
+ORDERS = ("The {} hardest samples, the hardest first", "The {} easiest samples, the easiest last")
+
+
+def view_of(item: Any) -> tuple[NDArray[np.uint8] | None, str]:
+    """Return the input in an item of a data set as a picture, if it is one, and in words.
+
+    Example:
+        >>> picture, text = view_of((torch.rand(3, 8, 6), 1))
+        >>> picture.shape, text
+        ((8, 6, 3), 'shape (3, 8, 6)')
+        >>> view_of({"input_ids": torch.tensor([12, 7, 9]), "label": 1})
+        (None, 'ids 12 7 9')
+    """
+    found = list(_inputs(item))
+    if not found:
+        return None, f"a {type(item).__name__}"
+    # A label in front of the input is no reason to show the label.
+    value = next((value for value in found if isinstance(value, str) or _is_pil(value) or value.ndim), found[0])
+    if isinstance(value, str):
+        return None, shortened(" ".join(value.split()).encode(errors="replace").decode())  # half a pair has no code
+    if _is_pil(value):
+        return _picture_of_pil(value), f"{value.width} x {value.height} pixels"
+    array = _array(value)
+    return _picture(array), _words(array)
+
+
+def _inputs(item: Any) -> Iterator[Any]:
+    if isinstance(item, (Tensor, np.ndarray, str)) or _is_pil(item):
+        yield item
+    elif isinstance(item, list) and item and all(isinstance(part, int) for part in item):
+        yield torch.tensor(item)
+    elif isinstance(item, (list, tuple, Mapping)):
+        for part in item.values() if isinstance(item, Mapping) else item:
+            yield from _inputs(part)
+
+
+def _is_pil(value: Any) -> bool:
+    return hasattr(value, "getbands") and hasattr(value, "convert")
+
+
+def _array(value: Any) -> NDArray[Any]:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.float().numpy() if value.dtype in (torch.bfloat16, torch.float16) else value.numpy()
+    return np.asarray(value)
+
+
+def _words(array: NDArray[Any]) -> str:
+    if array.dtype.kind in "iu" and array.size == max(array.shape, default=1):
+        shown = " ".join(map(str, array.ravel()[:_MOST_IDS].tolist()))
+        return f"ids {shown}" + (f" ... ({array.size})" if array.size > _MOST_IDS else "")
+    return f"shape {array.shape}"
+
+
+def shortened(text: str, most: int = _MOST_CHARACTERS) -> str:
+    """Return a text, its end left out if it is long."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _picture_of_pil(image: Any) -> NDArray[np.uint8] | None:
+    if image.mode in ("1", "I", "F", "I;16", "I;16B"):
+        return _picture(np.asarray(image))
+    shown = image if image.mode in ("L", "RGB") else image.convert("RGB")
+    return _smaller(np.asarray(shown, dtype=np.uint8))
+
+
+def _picture(array: NDArray[Any]) -> NDArray[np.uint8] | None:
+    """Return an array as a picture, from its smallest to its largest value, or ``None`` if its shape is that of none."""
+    while array.ndim > 3 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[-1] in (1, 3, 4):
+        array = array[..., 0] if array.shape[-1] == 1 else array[..., :3]
+    elif array.ndim != 2:
+        return None
+    if array.dtype.kind not in "fiub" or min(array.shape[:2]) < _SMALLEST_SIDE:
+        return None
+    values = array.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    return _smaller(np.rint((values - low) / ((high - low) or 1.0) * 255).astype(np.uint8))
+
+
+def _smaller(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    height, width = pixels.shape[:2]
+    factor = max(height, width) / _LARGEST_SIDE
+    if factor <= 1:
+        return pixels
+    planes = torch.from_numpy(np.array(pixels, dtype=np.float32)).reshape(1, height, width, -1).movedim(-1, 1)
+    size = (max(1, round(height / factor)), max(1, round(width / factor)))
+    small = F.interpolate(planes, size, mode="area")[0].movedim(0, -1).round().byte().numpy()
+    return np.asarray(small[..., 0] if pixels.ndim == 2 else small)
+
+
+def named(number: int | None, class_names: Sequence[str] | None) -> int | str | None:
+    """Return the name of a class, or its number if classes have no names."""
+    if number is None or class_names is None:
+        return number
+    return str(class_names[number]) if number < len(class_names) else str(number)

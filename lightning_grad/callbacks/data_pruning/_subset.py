@@ -1,0 +1,134 @@
+"""The base of the callbacks that choose which samples an epoch trains on."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad.callbacks.base import GradCallback
+from lightning_grad.callbacks.data_pruning._schedule_warp import warp_schedules
+from lightning_grad.utilities.reporting import log_summary
+from lightning_grad.utilities.training_set import TrainingSet
+
+
+class SubsetCallback(GradCallback):
+    """Trains each epoch on the samples that :meth:`_choose` returns.
+
+    It knows the data-set indices of every batch (``self._indices``), keeps schedules in step with shorter epochs, logs
+    what is kept, and has the present choice in its state, so that a resumed epoch goes on with it.
+
+    Args:
+        loader_key: Which of several training loaders to prune: its key, or its position in a list.
+        name: Name of this instance.
+    """
+
+    namespace: ClassVar[str] = "data"
+
+    def __init__(self, loader_key: str | None = None, name: str | None = None) -> None:
+        super().__init__(name)
+        self.loader_key = loader_key
+        self._clear()
+
+    def _clear(self) -> None:
+        self._training_set: TrainingSet | None = None
+        self._kept: Tensor | None = None
+        self._indices: list[int] = []
+        self._samples_seen = 0
+
+    def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
+        """Return the indices of the samples of the epoch that begins, ``None`` for all."""
+        raise NotImplementedError
+
+    @property
+    def _passes_more_than_once(self) -> bool:
+        """Whether epochs keep their number of batches."""
+        return False
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self._fitting:
+            self._clear()
+            self._training_set = TrainingSet(trainer, self.label, self._undo, self.loader_key)
+            self._undo.push(self._let_go)
+
+    def _let_go(self) -> None:
+        self._training_set = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_training_set": None}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": self._kept, "samples_seen": self._samples_seen}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._fitting:
+            self._kept, self._samples_seen = state_dict["kept"], state_dict["samples_seen"]
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._training_set is not None
+        self._training_set.begin(self._kept, self._passes_more_than_once)
+        self._undo.push(warp_schedules(trainer, pl_module, self._training_set))
+        self._warn_of_own_schedules(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._training_set is not None
+        if self._training_set.resumes_behind_last_batch:
+            # Lightning then begins the next epoch without calling on_train_epoch_start.
+            self.on_train_epoch_start(trainer, pl_module)
+            self._training_set.leave_epoch()
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._training_set is not None
+        self._kept = self._choose(trainer, pl_module)
+        self._training_set.keep(self._kept, self._passes_more_than_once)
+        total = len(self._training_set.sampler.population)
+        self._log(pl_module, {"kept_share": 1.0 if self._kept is None else len(self._kept) / total}, sync_dist=True)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._training_set is not None
+        self._indices = self._training_set.draw(batch_idx)
+        self._samples_seen += len(self._indices) * trainer.world_size
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log(pl_module, {"samples_seen": float(self._samples_seen)}, sync_dist=True)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._training_set is not None
+        all_samples = self._training_set.full_samples * trainer.current_epoch
+        if all_samples:
+            share = self._samples_seen / all_samples
+            log_summary(trainer, {self._key("samples_seen"): self._samples_seen, self._key("samples_share"): share})
+
+    def _device_indices(self, device: torch.device) -> Tensor:
+        return torch.tensor(self._indices, device=device)
+
+    def _refuse_unreached(self, trainer: pl.Trainer, epoch: int, would: str) -> None:
+        smoke_test: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch and not smoke_test:
+            raise ValueError(
+                f"{self.label} would {would} after {epoch} epochs, and Trainer(max_epochs={trainer.max_epochs}) ends before. "
+                "Set epoch to a smaller number."
+            )
+
+    def _warn_of_own_schedules(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not pl_module.automatic_optimization and trainer.lr_scheduler_configs:
+            rank_zero_warn(
+                f"{self.label} keeps schedules in step with shorter epochs where Lightning steps them. This module steps its "
+                "own: one that counts batches will not come to its end."
+            )

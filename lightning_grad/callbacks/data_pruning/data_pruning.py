@@ -1,0 +1,522 @@
+"""Data pruning by scores: the callback.
+
+Scores, selection and score files are functions, in ``functional/data_scores.py``, ``functional/data_selection.py``,
+``functional/per_sample_gradients.py`` and ``data/score_files.py``. Beside this file: ``_subset.py`` is the base,
+``_measures.py`` says what a score looks at, ``_report.py`` what is shown; ``callbacks/_scoring.py`` runs the pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import Dataset
+from typing_extensions import override
+
+from lightning_grad.callbacks._loss_tap import read_losses
+from lightning_grad.callbacks._scoring import look_at_all, merge_ranks
+from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
+from lightning_grad.callbacks.data_pruning._measures import (
+    GRADIENT_SCORES,
+    HISTORIES,
+    SCORES,
+    Score,
+    ScoreFunction,
+    VarianceOfGradients,
+    measure_for,
+)
+from lightning_grad.callbacks.data_pruning._report import report
+from lightning_grad.callbacks.data_pruning._scored import ScoredSet
+from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
+from lightning_grad.data import SampleScores, average_scores, fingerprint, load_scores, save_scores
+from lightning_grad.functional import (
+    LossCall,
+    aum,
+    aum_state,
+    count_kept,
+    forgetting,
+    forgetting_state,
+    is_correct,
+    margin,
+    normalize_by_class,
+    prototype_distance,
+    select_samples,
+    update_aum_,
+    update_forgetting_,
+    vog,
+)
+from lightning_grad.utilities.checks import (
+    check_between,
+    check_choice,
+    check_count,
+    check_share,
+    refuse_manual_optimization,
+    refuse_sharded,
+)
+from lightning_grad.utilities.parameters import as_names
+from lightning_grad.utilities.reporting import log_file, output_folder
+
+_EPOCH = 10
+_TOO_MUCH = 0.6
+
+
+class DataPruning(SubsetCallback):
+    r"""Train on the samples that matter most, as a score taken in mid-training ranks them.
+
+    After k whole epochs every sample of the training set is scored through the module's own ``training_step``, in eval mode
+    and without a trace, and training goes on with a part of them. With the default score, EL2N, and the default rule
+
+    .. math::
+        s_i = \lVert \operatorname{softmax}(f(x_i)) - \operatorname{onehot}(y_i) \rVert_2, \qquad
+        K = \{i : \operatorname{rank}(s_i) \in (o n, o n + (1 - r) n]\}
+
+    f are the logits, r is ``prune``, o is ``offset`` and n the number of samples; rank 1 is the hardest.
+
+    ============= ========================================================================================
+    score         high for
+    ============= ========================================================================================
+    el2n          :func:`~lightning_grad.functional.el2n`: answers far from the label
+    grand         norm of the gradient of the sample's own loss, over all trained parameters
+    grand-last    the same of the last layer alone, which needs no backward pass
+    loss          the loss
+    margin        minus the margin: the true logit against the best other
+    aum           minus the mean margin over the epochs so far, each at the sample's own batch
+    forgetting    how often an answer went from right to wrong at the sample's own batches; never right = inf
+    vog           variance of the input gradient of the true logit over several passes
+    prototypes    distance of the last layer's input to the nearest of as many means as there are classes
+    ============= ========================================================================================
+
+    Args:
+        prune: Share of the samples left out, at least 0 and below 1; 0 scores and leaves out none, which finds label
+            errors. A list prunes in several rounds, each counted from the whole set.
+        score: What ranks the samples; see the table.
+        epoch: Number of whole epochs after which samples are scored, then pruned; a list for several rounds. Default 10 (the
+            paper takes EL2N from 10 to 20 of 200 epochs on), and 0 with score_files.
+        keep: "hard" keeps high scores, "easy" low ones (better when data is scarce, arXiv 2206.14486), "random" is the
+            baseline.
+        offset: Share of the hardest that is left out too, against wrong labels.
+        balance: "class" keeps the same share of every class.
+        class_floor: Least share of each class that is kept.
+        select: "top" keeps one end of the ranking, "ccs" spreads over all scores (arXiv 2210.15809), for high rates.
+        strata: Number of bins of ccs (50, as in its released code).
+        budget: "epochs" makes epochs shorter, and training faster; "steps" keeps their number of steps, as the paper does,
+            and passes through the kept samples more than once.
+        score_files: Score files to rank by instead of scoring; several are averaged.
+        save_scores: Where to write the scores (.npz). Default: beside the logs.
+        score_fn: Function of the module and a batch that returns the scores (B,), for losses that cannot be seen; by dotted
+            path in YAML.
+        score_dataset: Function of the trainer that returns the training set without augmentation, to score that.
+        loss: Which loss counts, from 0, if the step computes several.
+        checkpoints: Number of passes of vog, spread evenly over the epochs before.
+        strict: Whether score files of another data set are refused.
+        show: Number of the hardest and of the easiest samples that are shown, in a table and a page; 0 for none.
+        figure: Draw histogram and samples (needs matplotlib, and a logger whose folder takes the file).
+        seed: Seed of ties, of random choices and of random streams while scoring.
+        loader_key: Which of several training loaders to prune: its key, or its position in a list.
+        name: Name of this instance.
+
+    Raises:
+        ValueError: In the constructor for a share outside its range, an unknown name, or rounds that do not fit. In setup
+            for manual optimization (unless nothing has to be scored in a pass), a gradient score with sharded parameters, an
+            epoch that never comes, another technique that chooses samples. On scoring, if the loss cannot be seen.
+        TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
+        FileNotFoundError: In setup, if a score file is missing.
+
+    **Hooks.** The training loader gets its batch sampler in ``strategy.process_dataloader``, where it is complete and
+    nothing is drawn yet; ``on_train_epoch_start`` scores and prunes, before the epoch's first batch is drawn;
+    ``on_train_batch_start`` learns which samples come; step schedulers take several steps for one in shorter epochs, in
+    ``lr_scheduler_step``, so that they end where they should.
+
+    **Logs** under ``data/``, at each epoch: ``kept_share``, ``samples_seen``. On scoring: a histogram with the cut, the
+    kept share of each class, a table and a page of the hardest and easiest samples, and the score file (W&B: an artifact).
+    In the summary ``samples_share``, samples seen against those that training on all would have seen.
+
+    **State.** The samples kept, the scores, and what histories have recorded; resuming is bit-exact. Of several ranks only
+    the first saves its part of the present epoch's history.
+
+    **Cost.** One evaluation pass of the training set for each round (grand: forward and backward), see docs/benchmarks.md.
+
+    **Works with** accumulation, fp16 and bf16, DDP, compiled submodules, any sampler of torch.utils.data, workers: yes.
+    FSDP, DeepSpeed: all but gradient scores. Manual optimization: with ``keep="random"``, score files or score_fn.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.DataPruning
+                  init_args:
+                    prune: 0.5
+                    score: el2n
+                    epoch: 10
+
+    References:
+        Paul et al., "Deep Learning on a Data Diet: Finding Important Examples Early in Training", 2021, arXiv 2107.07075.
+    """
+
+    def __init__(
+        self,
+        prune: float | Sequence[float] = 0.5,
+        score: Score = "el2n",
+        epoch: int | Sequence[int] | None = None,
+        keep: Literal["hard", "easy", "random"] = "hard",
+        offset: float = 0.0,
+        balance: Literal["class"] | None = None,
+        class_floor: float = 0.0,
+        select: Literal["top", "ccs"] = "top",
+        strata: int = 50,
+        budget: Literal["epochs", "steps"] = "epochs",
+        score_files: Sequence[str] | None = None,
+        save_scores: str | None = None,
+        score_fn: Callable[[pl.LightningModule, Any], Tensor] | None = None,
+        score_dataset: Callable[[pl.Trainer], Dataset[Any]] | None = None,
+        loss: int | None = None,
+        checkpoints: int = 3,
+        strict: bool = True,
+        show: int = 16,
+        figure: bool = True,
+        seed: int = 0,
+        loader_key: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.prune = list(prune) if isinstance(prune, Sequence) else prune
+        self.score = score
+        self.epoch = list(epoch) if isinstance(epoch, Sequence) else epoch
+        self.keep = keep
+        self.offset = offset
+        self.balance = balance
+        self.class_floor = class_floor
+        self.select = select
+        self.strata = strata
+        self.budget = budget
+        self.score_files = as_names(score_files, "score_files")
+        self.save_scores = save_scores
+        self.score_fn: ScoreFunction | None = score_fn
+        self.score_dataset = score_dataset
+        self.loss = loss
+        self.checkpoints = checkpoints
+        self.strict = strict
+        self.show = show
+        self.figure = figure
+        self.seed = seed
+        self._rounds = self._read_rounds()
+        self._check()
+        super().__init__(loader_key, name)
+
+    def _read_rounds(self) -> list[tuple[int, float]]:
+        """Return the epochs of the rounds, each with the share left out from then on."""
+        default = 0 if self.score_files or (self.keep == "random" and self._needs_no_classes) else _EPOCH
+        epochs = self.epoch if isinstance(self.epoch, list) else [default if self.epoch is None else self.epoch]
+        shares = self.prune if isinstance(self.prune, list) else [self.prune] * len(epochs)
+        if len(epochs) != len(shares) or not epochs or sorted(set(epochs)) != epochs:
+            raise ValueError(
+                f"Rounds need one share for each epoch, and epochs that rise; got epoch={self.epoch}, prune={self.prune}."
+            )
+        for epoch in epochs:
+            check_count(epoch, 0, "epoch")
+        return list(zip(epochs, shares, strict=True))
+
+    def _check(self) -> None:
+        for _, rate in self._rounds:
+            check_share(rate, "prune")
+        check_choice(self.score, SCORES, "score")
+        check_choice(self.keep, ("hard", "easy", "random"), "keep")
+        check_choice(self.select, ("top", "ccs"), "select")
+        check_choice(self.budget, ("epochs", "steps"), "budget")
+        if self.balance is not None:
+            check_choice(self.balance, ("class",), "balance")
+        check_between(self.offset, 0.0, 1.0, "offset")
+        check_between(self.class_floor, 0.0, 1.0, "class_floor")
+        for value, least, parameter in (
+            (self.strata, 1, "strata"),
+            (self.checkpoints, 1, "checkpoints"),
+            (self.show, 0, "show"),
+        ):
+            check_count(value, least, parameter)
+        if self.select == "ccs" and self.keep != "hard":
+            raise ValueError(
+                f"select='ccs' draws from all scores, so that keep={self.keep!r} means nothing. Leave keep at 'hard'."
+            )
+        least = min((share for _, share in self._rounds if share), default=1.0)
+        if self.keep != "random" and self.offset > least:
+            raise ValueError(f"offset is part of what prune leaves out, so at most {least}; got {self.offset}.")
+        if self.score in HISTORIES and self._scores_itself and self._rounds[0][0] == 0:
+            raise ValueError(f"score={self.score!r} is recorded while training, so epoch must be at least 1; got 0.")
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.scored: ScoredSet | None = None
+        self._rounds_done = 0
+        self._record, self._labels = EpochRecord(), EpochRecord()
+        self._history: dict[str, Tensor] = {}
+        self._gradients = VarianceOfGradients()
+
+    @property
+    def _needs_no_classes(self) -> bool:
+        return self.balance is None and self.class_floor == 0.0
+
+    @property
+    def _scores_itself(self) -> bool:
+        """Whether a score is to be taken, and not read from a file or left to a function or to chance."""
+        return not self.score_files and self.score_fn is None and self.keep != "random"
+
+    @property
+    def _runs_the_step(self) -> bool:
+        """Whether samples are looked at in a pass of its own through ``training_step``."""
+        looks = self._scores_itself and self.score not in HISTORIES
+        return looks or (self.keep == "random" and not self._needs_no_classes and self.score_fn is None)
+
+    @property
+    @override
+    def _passes_more_than_once(self) -> bool:
+        return self.budget == "steps"
+
+    # The fit begins.
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if not self._fitting:
+            return
+        if self._runs_the_step:
+            refuse_manual_optimization(
+                pl_module,
+                f"{self.label}(score={self.score!r})",
+                "its training_step also steps, so that it cannot be run just to score samples. Use keep='random', "
+                "score_files, or score_fn=, which takes the module and a batch and returns the scores.",
+            )
+        if self._scores_itself and self.score in GRADIENT_SCORES:
+            refuse_sharded(trainer, f"{self.label}(score={self.score!r})")
+        self._check_files_and_epochs(trainer)
+        self._warn()
+        if self._scores_itself and self.score in HISTORIES:
+            self._undo.push(read_losses(pl_module, self._read, self.loss))
+
+    def _check_files_and_epochs(self, trainer: pl.Trainer) -> None:
+        for path in self.score_files or ():
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"{self.label} finds no score file {path!r}.")
+        self._refuse_unreached(trainer, self._rounds[0][0], "prune")
+
+    def _warn(self) -> None:
+        if self._rounds[0][0] == 0 and self._scores_itself:
+            rank_zero_warn(
+                f"{self.label}(score={self.score!r}) scores at initialisation, before the module has learnt anything. Scores "
+                "taken there hardly agree with later ones; GraNd follows the norm of the input (arXiv 2303.14753). Set epoch "
+                "to some epochs of training."
+            )
+        most = max(share for _, share in self._rounds)
+        if most > _TOO_MUCH and self.keep == "hard" and self.select == "top":
+            rank_zero_warn(
+                f"{self.label} keeps only the hardest {100 * (1 - most):.0f} % of the samples. At such rates the "
+                "hardest alone do worse than a random choice (arXiv 2210.15809): use select='ccs', or RepeatedRandomSubset."
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        scored = None
+        if self.scored is not None:
+            scored = {key: value for key, value in vars(self.scored).items() if key != "kept"}
+        return {
+            **super().state_dict(),
+            "rounds_done": self._rounds_done,
+            "epoch_values": self._record.values,
+            "epoch_labels": self._labels.values,
+            "history": self._history,
+            "gradients": self._gradients.state,
+            "scored": scored,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self._fitting:
+            return
+        super().load_state_dict(state_dict)
+        self._rounds_done = state_dict["rounds_done"]
+        self._record.values, self._labels.values = state_dict["epoch_values"], state_dict["epoch_labels"]
+        self._history = state_dict["history"]
+        self._gradients.state = state_dict["gradients"]
+        if state_dict["scored"] is not None:
+            self.scored = ScoredSet(**state_dict["scored"], kept=self._kept)
+
+    # An epoch begins.
+
+    @override
+    def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
+        self._take_history(trainer)
+        if self._scores_itself and self.score == "vog":
+            self._collect_gradients(trainer, pl_module)
+        due = sum(epoch <= trainer.current_epoch for epoch, _ in self._rounds)
+        if due <= self._rounds_done:
+            return self._kept
+        self._rounds_done = due
+        return self._prune(trainer, pl_module, self._rounds[due - 1][1])
+
+    def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, share: float) -> Tensor | None:
+        assert self._training_set is not None
+        scored = self._take_scores(trainer, pl_module)
+        sampler = self._training_set.sampler
+        population = sampler.population
+        count = count_kept(len(population), share, sampler.batch_size, sampler.ranks, sampler.drop_last)
+        kept = None if share == 0.0 else population[self._select(scored, population, count)]
+        self.scored = replace(scored, kept=kept)
+        self._save(trainer)
+        report(trainer, self.scored, self._dataset(trainer), self.label, self.show, self.figure)
+        self._say(count, len(population), share)
+        return kept
+
+    def _select(self, scored: ScoredSet, population: Tensor, count: int) -> Tensor:
+        labels = None if scored.labels is None else scored.labels[population]
+        if labels is None and not self._needs_no_classes:
+            raise ValueError(
+                f"{self.label} balances classes, and the samples have none that the loss would tell: leave balance at None "
+                "and class_floor at 0."
+            )
+        return select_samples(
+            scored.values[population],
+            count,
+            keep=self.keep,
+            rule=self.select,
+            offset=self.offset,
+            labels=labels if not self._needs_no_classes else None,
+            balance=self.balance,
+            class_floor=self.class_floor,
+            strata=self.strata,
+            seed=self.seed,
+        )
+
+    def _say(self, count: int, total: int, share: float) -> None:
+        assert self.scored is not None
+        if share == 0.0:
+            rank_zero_info(f"{self.label} has scored {total} samples by {self.scored.name}, and keeps them all.")
+            return
+        steps = (
+            "epochs keep their number of steps" if self._passes_more_than_once else "epochs are shorter by the others"
+        )
+        rank_zero_info(
+            f"{self.label} goes on with {count} of {total} samples (by {self.scored.name}): {steps}, and schedules that step "
+            "with batches end where they would have."
+        )
+
+    # Scores.
+
+    def _take_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ScoredSet:
+        assert self._training_set is not None
+        total, epoch = self._training_set.sampler.total, trainer.current_epoch
+        if self.score_files:
+            return self._read_files(total)
+        if self.keep == "random" and self._needs_no_classes and self.score_fn is None:
+            return ScoredSet("chance", epoch, torch.zeros(total, dtype=torch.float64))
+        if self._scores_itself and self.score in HISTORIES:
+            return self._read_history(epoch)
+        name = self.score if self.score_fn is None else getattr(self.score_fn, "__name__", "score_fn")
+        found = self._look(trainer, pl_module, measure_for(self.score, self.score_fn), f"Scoring by {name}")
+        labels = _classes(found.get("label"))
+        values = self._values(found, labels, trainer)
+        return ScoredSet(name, epoch, values, labels=labels, predictions=_classes(found.get("prediction")))
+
+    def _values(self, found: dict[str, Tensor], labels: Tensor | None, trainer: pl.Trainer) -> Tensor:
+        if "score" in found:
+            return found["score"]
+        if self.score == "vog":
+            values = merge_ranks(trainer, vog(self._gradients.state).to(trainer.strategy.root_device)).cpu()
+            self._gradients.state = {}
+            return values.double() if labels is None else normalize_by_class(values.double(), labels)
+        return _prototypes(found["embedding"], labels, self.seed)
+
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, measure: Any, title: str) -> dict[str, Tensor]:
+        assert self._training_set is not None
+        dataset = None if self.score_dataset is None else self.score_dataset(trainer)
+        return look_at_all(trainer, pl_module, self._training_set, measure, title, dataset, self.loss, self.seed)
+
+    def _dataset(self, trainer: pl.Trainer) -> Any:
+        assert self._training_set is not None
+        return self._training_set.loader.dataset if self.score_dataset is None else self.score_dataset(trainer)
+
+    def _read_files(self, total: int) -> ScoredSet:
+        assert self._training_set is not None
+        dataset = self._training_set.loader.dataset
+        scores = average_scores([load_scores(path, dataset, self.strict) for path in self.score_files or ()])
+        labels = None
+        if scores.labels is not None:
+            labels = _classes(SampleScores(scores.labels.double(), "labels", index=scores.index).dense(total))
+        return ScoredSet(scores.name, int(scores.epoch or 0), scores.dense(total), labels=labels)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        assert self.scored is not None
+        folder = output_folder(trainer)
+        path = self.save_scores or (folder / f"{self._stem}.npz" if folder is not None else None)
+        if path is None or self.score_files or self.scored.name == "chance":
+            return
+        mark = fingerprint(self._dataset(trainer))
+        if mark.items is None and self.score_dataset is None:
+            rank_zero_warn(
+                f"{self.label} scores samples that differ each time they are read, as augmentation makes them. Give "
+                "score_dataset=, a function of the trainer that returns the training set without it."
+            )
+        if trainer.is_global_zero:
+            scored = self.scored
+            scores = SampleScores(scored.values, scored.name, scored.epoch, self.seed, mark, scored.labels)
+            log_file(trainer, save_scores(scores, path), f"{self._stem}", "scores")
+
+    @property
+    def _stem(self) -> str:
+        assert self.scored is not None
+        return "_".join(part for part in ("scores", self.name, f"epoch{self.scored.epoch}") if part)
+
+    # Histories.
+
+    def _read(self, call: LossCall) -> None:
+        assert self._training_set is not None
+        total = self._training_set.sampler.total
+        self._record.put(self._indices, margin(call) if self.score == "aum" else is_correct(call), total)
+        if call.labels is not None:
+            self._labels.put(self._indices, call.labels, total)
+
+    def _take_history(self, trainer: pl.Trainer) -> None:
+        values = self._record.take(trainer)
+        if values is None:
+            return
+        make, update = (aum_state, update_aum_) if self.score == "aum" else (forgetting_state, update_forgetting_)
+        self._history = self._history or make(len(values))
+        update(self._history, torch.arange(len(values)), values)
+        labels = self._labels.take(trainer)
+        if labels is not None:
+            before = self._history.get("labels", labels)
+            self._history["labels"] = torch.where(labels.isnan(), before, labels)
+
+    def _read_history(self, epoch: int) -> ScoredSet:
+        values = -aum(self._history) if self.score == "aum" else forgetting(self._history)
+        return ScoredSet(self.score, epoch, values.double(), labels=_classes(self._history.get("labels")))
+
+    def _collect_gradients(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        last = next((epoch for epoch, _ in self._rounds[self._rounds_done :]), None)
+        if last is None:
+            return
+        first = self._rounds[self._rounds_done - 1][0] if self._rounds_done else 0
+        passes = {
+            first + math.ceil((last - first) * number / self.checkpoints) for number in range(1, self.checkpoints + 1)
+        }
+        if trainer.current_epoch in passes:
+            assert self._training_set is not None
+            self._gradients.total = self._training_set.sampler.total
+            self._look(trainer, pl_module, self._gradients.measure, "Collecting gradients for vog")
+
+
+def _classes(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.nan_to_num(nan=-1.0).long()
+
+
+def _prototypes(embeddings: Tensor, labels: Tensor | None, seed: int) -> Tensor:
+    known = ~embeddings.isnan().any(1)
+    clusters = int(labels.max()) + 1 if labels is not None else 10
+    scores = torch.full((len(embeddings),), float("nan"), dtype=torch.float64)
+    scores[known] = prototype_distance(embeddings[known], min(clusters, int(known.sum())), seed).double()
+    return scores

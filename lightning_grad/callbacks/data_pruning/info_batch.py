@@ -1,0 +1,155 @@
+"""InfoBatch: unbiased dynamic data pruning. Subset and weights are a function, in ``functional/dynamic_pruning.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad.callbacks._loss_tap import reweight_losses
+from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
+from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
+from lightning_grad.functional import LossCall, infobatch_count, infobatch_subset, round_up_count
+from lightning_grad.utilities.checks import check_between, check_share, refuse_manual_optimization
+from lightning_grad.utilities.progress import run_progress
+
+_NEXT_SEED = 1_000_003  # more than any run has epochs
+
+
+class InfoBatch(SubsetCallback):
+    r"""Leave out, anew in each epoch, a random part of the samples whose last loss is below the mean, and weigh the others.
+
+    .. math::
+        L = \{i : \ell_i < \bar\ell\}, \qquad
+        w_i = \begin{cases} n_L / m_L \approx 1 / (1 - r) & i \in L \\ 1 & \text{else} \end{cases}, \qquad
+        \text{loss} = \frac 1 B \sum_{i=1}^B w_i \ell_i
+
+    :math:`\ell_i` is the loss that sample i had when it was last trained on; r n_L of the n_L samples in L are left out and
+    m_L stay (:func:`~lightning_grad.functional.infobatch_subset`). The expectation of the weighted gradient is that of the
+    whole set. The last epochs train on all.
+
+    Args:
+        prune: Share r of the samples of low loss that is left out, at least 0 and below 1 (0.5 in the paper).
+        stop: Share of the run after which all samples are trained on (0.875 in the paper).
+        loss: Which loss counts, from 0, if the step computes several.
+        seed: Seed of the choices.
+        loader_key: Which of several training loaders to prune: its key, or its position in a list.
+        name: Name of this instance.
+
+    Raises:
+        ValueError: In the constructor for a share outside its range. In setup for manual optimization, or another technique
+            that chooses or weighs samples. In the first step if the loss cannot be seen.
+        TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
+
+    **Hooks.** As :class:`DataPruning`; losses are read and weighted inside ``training_step``, before its backward. What the
+    step logs as its loss is the weighted one.
+
+    **Logs** under ``data/``, at each epoch: ``kept_share``, ``samples_seen``; in the summary ``samples_share``.
+
+    **State.** The last losses, the samples of the epoch and their weights; resuming is bit-exact. Of several ranks only the
+    first saves the losses of an epoch that is not done.
+
+    **Cost.** The losses of each batch are computed a second time, without reduction.
+
+    **Works with** accumulation, fp16 and bf16, DDP, FSDP, compiled submodules: yes. Manual optimization: raises.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.InfoBatch
+                  init_args:
+                    prune: 0.5
+
+    References:
+        Qin et al., "InfoBatch: Lossless Training Speed Up by Unbiased Dynamic Data Pruning", 2024, arXiv 2303.04947. Its code
+        leaves a sample out with probability r by choosing a fixed number; here the weight fits that number.
+    """
+
+    def __init__(
+        self,
+        prune: float = 0.5,
+        stop: float = 0.875,
+        loss: int | None = None,
+        seed: int = 0,
+        loader_key: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        check_share(prune, "prune")
+        check_between(stop, 0.0, 1.0, "stop")
+        self.prune = prune
+        self.stop = stop
+        self.loss = loss
+        self.seed = seed
+        super().__init__(loader_key, name)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._losses: Tensor | None = None
+        self._weights: Tensor | None = None
+        self._record = EpochRecord()
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self._fitting:
+            refuse_manual_optimization(
+                pl_module,
+                self.label,
+                "the loss is weighted before backward, which comes inside training_step. Use "
+                "RepeatedRandomSubset, which needs no loss.",
+            )
+            self._undo.push(reweight_losses(pl_module, self._weigh, self.label, self.loss))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        own = {"losses": self._losses, "weights": self._weights, "epoch_values": self._record.values}
+        return {**super().state_dict(), **own}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self._fitting:
+            self._losses, self._weights = state_dict["losses"], state_dict["weights"]
+            self._record.values = state_dict["epoch_values"]
+
+    @override
+    def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
+        self._take_losses(trainer)
+        self._weights = None
+        if self._losses is None or self.prune == 0.0 or self._is_over(trainer):
+            return None
+        assert self._training_set is not None
+        sampler = self._training_set.sampler
+        population = sampler.population
+        losses = self._losses[population]
+        wanted = infobatch_count(losses, self.prune)
+        count = round_up_count(wanted, len(losses), sampler.batch_size, sampler.ranks, sampler.drop_last)
+        generator = torch.Generator().manual_seed(self.seed * _NEXT_SEED + trainer.current_epoch)
+        kept, weights = infobatch_subset(losses, self.prune, generator, extra=count - wanted)
+        self._weights = torch.ones(sampler.total).index_put((population[kept],), weights)
+        return population[kept]
+
+    def _take_losses(self, trainer: pl.Trainer) -> None:
+        seen = self._record.take(trainer)
+        if seen is not None:
+            self._losses = seen if self._losses is None else torch.where(seen.isnan(), self._losses, seen)
+
+    def _is_over(self, trainer: pl.Trainer) -> bool:
+        if trainer.max_epochs not in (None, -1):
+            return bool(trainer.current_epoch >= self.stop * trainer.max_epochs)
+        return run_progress(trainer) >= self.stop
+
+    def _weigh(self, call: LossCall) -> Tensor | None:
+        assert self._training_set is not None
+        if self.prune == 0.0:
+            return None
+        self._record.put(self._indices, call.losses, self._training_set.sampler.total)
+        if self._weights is None:
+            return None
+        self._weights = self._weights.to(call.losses.device)
+        return self._weights[self._device_indices(call.losses.device)]

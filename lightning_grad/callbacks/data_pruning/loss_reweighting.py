@@ -1,0 +1,151 @@
+"""Weighing the samples of a batch by their losses. The weights are a function, in ``functional/loss_weights.py``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad.callbacks._loss_tap import reweight_losses
+from lightning_grad.callbacks.base import GradCallback
+from lightning_grad.functional import LossCall, annealed_temperature, loss_weights
+from lightning_grad.utilities.checks import check_above, check_between, check_choice, refuse_manual_optimization
+from lightning_grad.utilities.progress import run_progress
+from lightning_grad.utilities.reporting import is_log_step
+
+Rule = Literal["linupper", "quadratic", "extremes"]
+
+
+class LossReweighting(GradCallback):
+    r"""Weigh the samples of each batch by their own losses, more sharply as training goes on.
+
+    .. math::
+        h_i = 2 \frac{\ell_i - \ell_\min}{\ell_\max - \ell_\min} - 1, \qquad
+        w = \operatorname{softmax}(f(h) / r), \qquad
+        \text{loss} = \sum_i w_i \ell_i
+
+    Minimum, maximum and softmax go over the global batch, the samples of all ranks. f is min(h + 1, 1) for "linupper", which
+    takes weight from samples of low loss; 1 - h^2 for "quadratic", from both ends; |h| for "extremes", from the middle
+    (:func:`~lightning_grad.functional.loss_weights`). The temperature r falls from ``start_temperature`` to ``temperature``
+    over the run; before, in the first ``warmup``, all weigh the same.
+
+    Args:
+        rule: f, "linupper" (best in the paper), "quadratic" or "extremes".
+        temperature: r at the end of the run; .inf in YAML turns the weighting off.
+        start_temperature: r after the warm-up.
+        warmup: Share of the run in which all samples weigh the same (0.05 in the released code).
+        loss: Which loss counts, from 0, if the step computes several.
+        name: Name of this instance.
+
+    Raises:
+        ValueError: In the constructor for an unknown rule or a number outside its range. In setup for manual optimization, or
+            another technique that weighs samples. In the first step if the loss cannot be seen.
+
+    **Hooks.** The loss is weighted inside ``training_step``, before its backward. What the step logs as its loss is the
+    weighted one. With accumulation each batch is weighted by itself.
+
+    **Logs** under ``data/``, at log steps: ``temperature``, ``effective_samples`` (1 / sum of squared weights, as a share of
+    the global batch).
+
+    **State.** None: the temperature follows the run.
+
+    **Cost.** The losses of each batch are computed a second time, without reduction; with several ranks they are gathered.
+
+    **Works with** accumulation, fp16 and bf16, DDP, FSDP, compiled submodules, iterable data: yes. Manual optimization:
+    raises.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.LossReweighting
+                  init_args:
+                    rule: linupper
+
+    References:
+        Sow et al., "Dynamic Loss-Based Sample Reweighting for Improved Large Language Model Pretraining", 2025,
+        arXiv 2502.06733.
+    """
+
+    namespace: ClassVar[str] = "data"
+
+    def __init__(
+        self,
+        rule: Rule = "linupper",
+        temperature: float = 1.0,
+        start_temperature: float = 10.0,
+        warmup: float = 0.05,
+        loss: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        check_choice(rule, ("linupper", "quadratic", "extremes"), "rule")
+        check_above(temperature, 0.0, "temperature")
+        check_above(start_temperature, 0.0, "start_temperature")
+        check_between(warmup, 0.0, 1.0, "warmup")
+        self.rule = rule
+        self.temperature = temperature
+        self.start_temperature = start_temperature
+        self.warmup = warmup
+        self.loss = loss
+        self._reset()
+
+    def _reset(self) -> None:
+        self._trainer: pl.Trainer | None = None
+        self._effective: Tensor | None = None
+        self._now = math.inf
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_trainer": None}
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self._fitting:
+            self._reset()
+            refuse_manual_optimization(
+                pl_module, self.label, "the loss is weighted before backward, which comes inside training_step."
+            )
+            self._trainer = trainer
+            self._undo.push(reweight_losses(pl_module, self._weigh, self.label, self.loss))
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if math.isfinite(self.temperature):
+            self._now = annealed_temperature(
+                run_progress(trainer), self.start_temperature, self.temperature, self.warmup
+            )
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._effective is not None and is_log_step(trainer):
+            self._log(pl_module, {"temperature": self._now, "effective_samples": self._effective})
+
+    def _weigh(self, call: LossCall) -> Tensor | None:
+        if math.isinf(self._now):
+            return None
+        assert self._trainer is not None
+        weights = loss_weights(self._of_all_ranks(call.losses), self.rule, self._now)
+        samples = len(weights)
+        self._effective = 1.0 / (weights.square().sum() * samples)
+        own = len(call.losses)
+        first = self._trainer.global_rank * own
+        # The mean that the step takes divides by the samples of this rank, and that over ranks by their number.
+        return weights[first : first + own] * samples
+
+    def _of_all_ranks(self, losses: Tensor) -> Tensor:
+        assert self._trainer is not None
+        if self._trainer.world_size == 1:
+            return losses
+        everyone = losses.new_zeros(self._trainer.world_size, len(losses))
+        everyone[self._trainer.global_rank] = losses
+        return torch.as_tensor(self._trainer.strategy.reduce(everyone, reduce_op="sum")).flatten()

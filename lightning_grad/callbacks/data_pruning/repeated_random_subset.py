@@ -1,0 +1,80 @@
+"""Repeated random subsets (RS2). The subset is a function, in ``functional/dynamic_pruning.py``."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
+from lightning_grad.functional import count_kept, repeated_random_subset
+from lightning_grad.utilities.checks import check_share
+
+
+class RepeatedRandomSubset(SubsetCallback):
+    r"""Train each epoch on another random part of the samples: the baseline that data pruning has to beat.
+
+    .. math::
+        K_t = \{\pi(t k), \ldots, \pi(t k + k - 1)\}, \qquad k = (1 - r) n
+
+    :math:`\pi` goes through one random order of the n samples after the other, so that all are seen once before any is seen
+    twice; t is the epoch.
+
+    Args:
+        prune: Share r of the samples left out in each epoch, at least 0 and below 1.
+        replacement: Draw every epoch independently of the others.
+        seed: Seed of the choices.
+        loader_key: Which of several training loaders to prune: its key, or its position in a list.
+        name: Name of this instance.
+
+    Raises:
+        ValueError: In the constructor for a share outside its range. In setup if another technique chooses samples.
+        TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
+
+    **Hooks.** As :class:`DataPruning`, without scores.
+
+    **Logs** under ``data/``, at each epoch: ``kept_share``, ``samples_seen``; in the summary ``samples_share``.
+
+    **State.** The samples of the epoch; resuming is bit-exact.
+
+    **Cost.** One random order of the indices an epoch.
+
+    **Works with** accumulation, fp16 and bf16, DDP, FSDP, DeepSpeed, compiled submodules, manual optimization: yes.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.RepeatedRandomSubset
+                  init_args:
+                    prune: 0.5
+
+    References:
+        Okanovic et al., "Repeated Random Sampling for Minimizing the Time-to-Accuracy of Learning", 2023, arXiv 2305.18424.
+    """
+
+    def __init__(
+        self,
+        prune: float = 0.5,
+        replacement: bool = False,
+        seed: int = 0,
+        loader_key: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        check_share(prune, "prune")
+        self.prune = prune
+        self.replacement = replacement
+        self.seed = seed
+        super().__init__(loader_key, name)
+
+    @override
+    def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
+        if self.prune == 0.0:
+            return None
+        assert self._training_set is not None
+        sampler = self._training_set.sampler
+        population = sampler.population
+        count = count_kept(len(population), self.prune, sampler.batch_size, sampler.ranks, sampler.drop_last)
+        epoch = trainer.current_epoch
+        return population[repeated_random_subset(len(population), count, epoch, self.seed, self.replacement)]

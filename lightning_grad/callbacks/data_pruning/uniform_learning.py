@@ -1,0 +1,137 @@
+"""USEFUL: repeating samples whose features are learnt late. Which ones is a function, in ``functional/clustering.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad.callbacks._scoring import Look, look_at_all
+from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
+from lightning_grad.functional import round_up_count, uniform_learning_repeats
+from lightning_grad.utilities.checks import check_count, refuse_manual_optimization
+
+
+class UniformLearning(SubsetCallback):
+    r"""Early in training, find the samples whose features are not learnt yet, and repeat them in each epoch.
+
+    After k whole epochs the outputs of each class are clustered in two. The cluster with the higher mean loss holds what is
+    learnt late, and its samples come ``1 + repeats`` times an epoch from then on:
+
+    .. math::
+        R = \bigcup_y \operatorname*{arg\,max}_{C \in \{C_{y1}, C_{y2}\}} \frac 1 {|C|} \sum_{i \in C} \ell_i
+
+    Args:
+        epoch: Number of whole epochs after which samples are clustered (8 of 200 in the paper's CIFAR-10 runs).
+        repeats: How often they are repeated (1 in the paper); 0 repeats nothing.
+        loss: Which loss counts, from 0, if the step computes several.
+        seed: Seed of the clusters.
+        loader_key: Which of several training loaders: its key, or its position in a list.
+        name: Name of this instance.
+
+    Raises:
+        ValueError: In the constructor for numbers below their least. In setup for manual optimization, an epoch that never
+            comes, or another technique that chooses samples. On clustering, if the loss is none of one class a sample.
+        TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
+
+    **Hooks.** As :class:`DataPruning`. Epochs become longer; schedules that step with batches are held back so that they
+    end where they should.
+
+    **Logs** under ``data/``, at each epoch: ``kept_share`` (above 1), ``samples_seen``; in the summary ``samples_share``.
+
+    **State.** The samples of the epoch; resuming is bit-exact.
+
+    **Cost.** One evaluation pass over the training set, and k-means.
+
+    **Works with** accumulation, fp16 and bf16, DDP, FSDP, compiled submodules: yes. Manual optimization: raises.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.UniformLearning
+                  init_args:
+                    epoch: 8
+
+    References:
+        Nguyen et al., "Changing the Training Data Distribution to Reduce Simplicity Bias Improves In-distribution
+        Generalization", 2024, arXiv 2404.17768, algorithm 1. There training begins anew with the repeated samples; here it
+        goes on.
+    """
+
+    def __init__(
+        self,
+        epoch: int = 8,
+        repeats: int = 1,
+        loss: int | None = None,
+        seed: int = 0,
+        loader_key: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        check_count(epoch, 1, "epoch")
+        check_count(repeats, 0, "repeats")
+        self.epoch = epoch
+        self.repeats = repeats
+        self.loss = loss
+        self.seed = seed
+        super().__init__(loader_key, name)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._found = False
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self._fitting:
+            refuse_manual_optimization(
+                pl_module,
+                self.label,
+                "its training_step also steps, so that it cannot be run just to look at the outputs.",
+            )
+            self._refuse_unreached(trainer, self.epoch, "cluster")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "found": self._found}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self._fitting:
+            self._found = state_dict["found"]
+
+    @override
+    def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
+        if self._found or self.repeats == 0 or trainer.current_epoch < self.epoch:
+            return self._kept
+        self._found = True
+        assert self._training_set is not None
+        found = look_at_all(
+            trainer, pl_module, self._training_set, _outputs, "Clustering outputs", which=self.loss, seed=self.seed
+        )
+        sampler = self._training_set.sampler
+        population = sampler.population
+        outputs, losses, labels = (found[key][population] for key in ("outputs", "losses", "labels"))
+        repeated = population[uniform_learning_repeats(outputs, losses, labels.long(), self.seed)]
+        rank_zero_info(f"{self.label} repeats {len(repeated)} of {len(population)} samples.")
+        chosen = torch.cat([population, *[repeated] * self.repeats])
+        size, more = len(chosen), len(chosen) + 1
+        leaves_one = round_up_count(size, more, sampler.batch_size, sampler.ranks, sampler.drop_last) != size
+        return chosen[:-1] if leaves_one else chosen  # BatchNorm fails on a last batch of one
+
+
+def _outputs(look: Look) -> Mapping[str, Tensor]:
+    call = look.loss()
+    if call.labels is None or call.input.dim() != 2:
+        raise ValueError(
+            f"UniformLearning clusters the outputs of each class, and {call.name} got {tuple(call.input.shape)} for targets "
+            f"of {tuple(call.target.shape)}. It needs logits (B, C) and one class a sample."
+        )
+    return {"outputs": call.input, "losses": call.losses, "labels": call.labels}

@@ -1,0 +1,15 @@
+"""Which samples a run sees: score files and their comparison, for use with and without a Trainer."""
+
+from lightning_grad.data.comparison import compare_scores
+from lightning_grad.data.prunable_sampler import PrunableBatchSampler
+from lightning_grad.data.score_files import SampleScores, average_scores, fingerprint, load_scores, save_scores
+
+__all__ = [
+    "PrunableBatchSampler",
+    "SampleScores",
+    "average_scores",
+    "compare_scores",
+    "fingerprint",
+    "load_scores",
+    "save_scores",
+]

@@ -1,0 +1,92 @@
+"""How far two scores agree: rank correlation, and overlap of the samples that they call hardest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_grad.data.score_files import SampleScores
+from lightning_grad.functional.data_selection import select_samples
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two scores agree.
+
+    Attributes:
+        n: Number of samples that both could score.
+        spearman: Rank correlation, -1 to 1; nan if a score is the same for all.
+        overlap: For each share k of the samples: the share of the k hardest by one score that are among the k hardest by
+            the other. Two scores that have nothing to do with each other come to k.
+    """
+
+    n: int
+    spearman: float
+    overlap: dict[float, float]
+
+
+def _average_ranks(values: Tensor) -> Tensor:
+    _, places, counts = values.unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]
+    ranks: Tensor = counts.cumsum(0).double() - (counts - 1) / 2
+    return ranks[places]
+
+
+def _spearman(a: Tensor, b: Tensor) -> float:
+    centered = [ranks - ranks.mean() for ranks in (_average_ranks(a), _average_ranks(b))]
+    return float(torch.dot(*centered) / (centered[0].norm() * centered[1].norm()))
+
+
+def _aligned(a: SampleScores | Tensor, b: SampleScores | Tensor) -> tuple[Tensor, Tensor]:
+    scores = [item if isinstance(item, SampleScores) else SampleScores(item, "scores") for item in (a, b)]
+    if all(item.index is None for item in scores) and len(scores[0].values) != len(scores[1].values):
+        raise ValueError(
+            f"Two scores are compared sample by sample; got {len(scores[0].values)} and {len(scores[1].values)} of them."
+        )
+    reach = [len(item.values) if item.index is None else int(item.index.max()) + 1 for item in scores]
+    first, second = (item.dense(max(reach)) for item in scores)
+    both = ~(first.isnan() | second.isnan())
+    return first[both], second[both]
+
+
+def compare_scores(
+    a: SampleScores | Tensor, b: SampleScores | Tensor, shares: Sequence[float] = (0.1, 0.2, 0.5)
+) -> Comparison:
+    r"""Compare two scores of the same samples.
+
+    .. math::
+        \rho = \operatorname{corr}(R(a), R(b)), \qquad o_k = \frac{|H_k(a) \cap H_k(b)|}{kn}
+
+    R are ranks, equal scores having the mean of theirs, and :math:`H_k` the kn hardest samples. Samples that either could
+    not score are left out. Equal scores at the border of :math:`H_k` are ordered at random, independently for a and b.
+
+    Args:
+        a: Scores, (n,), or as :func:`~lightning_grad.data.load_scores` returns them.
+        b: Scores of the same samples; where they carry indices, only common ones are compared.
+        shares: k, each above 0 and at most 1.
+
+    Returns:
+        Comparison: Number of samples, rank correlation and overlaps.
+
+    Raises:
+        ValueError: If the numbers of scores differ, fewer than two samples have both, or a share lies outside (0, 1].
+
+    Example:
+        >>> compare_scores(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 2.0, 4.0, 3.0]), shares=(0.5,))
+        Comparison(n=4, spearman=0.8, overlap={0.5: 1.0})
+    """
+    first, second = _aligned(a, b)
+    n = len(first)
+    if n < 2:
+        raise ValueError(f"A comparison needs at least two samples that both could score; got {n}.")
+    overlap = {}
+    for share in shares:
+        if not 0.0 < share <= 1.0:
+            raise ValueError(f"shares must be above 0 and at most 1; got {share}.")
+        count = max(1, round(share * n))
+        # Two seeds: with one, scores that are all equal would seem to agree.
+        sets = [set(select_samples(s, count, seed=seed).tolist()) for seed, s in enumerate((first, second))]
+        overlap[share] = len(sets[0] & sets[1]) / count
+    return Comparison(n, round(_spearman(first, second), 12), overlap)

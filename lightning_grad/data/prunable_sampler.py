@@ -1,0 +1,270 @@
+"""A batch sampler whose data set shrinks and grows while training goes on, and that tells which samples a batch holds."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+_KNOWN = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
+_NEXT_PASS = 1_000_003  # far from any number of epochs, so that a second pass is shuffled like no epoch
+
+
+class RecordedBatches(Iterator[list[int]]):
+    """Batches of indices as they are drawn, which are also put aside for whoever wants to know them later.
+
+    Loader workers draw ahead of the training; the batches come out of a loader in the order in which they were drawn.
+
+    Args:
+        batches: What is drawn from.
+    """
+
+    def __init__(self, batches: Iterator[list[int]]) -> None:
+        self._batches = batches
+        self.drawn: deque[list[int]] = deque()
+
+    def __next__(self) -> list[int]:
+        batch = next(self._batches)
+        self.drawn.append(batch)
+        return batch
+
+
+class PrunableBatchSampler(Sampler[list[int]]):
+    r"""Draw batches from those samples of a data set that are kept, as the batch sampler it stands for would.
+
+    Until :meth:`keep` is called it is bitwise the batch sampler it stands for. Then the kept samples are shuffled,
+    weighted, put in order or shared among ranks in the way of the original sampler, and batches are full again:
+
+    ============================= ==============================================================
+    original sampler              of the kept samples
+    ============================= ==============================================================
+    SequentialSampler             in order
+    RandomSampler                 shuffled by its generator, with replacement if it had it
+    SubsetRandomSampler           those in its subset, shuffled by its generator
+    WeightedRandomSampler         drawn by their weights; those of the others are zero
+    DistributedSampler            the kept list, the same on every rank, is dealt out to the ranks
+    any other, one process        what it yields, without the others
+    ============================= ==============================================================
+
+    An epoch has exactly ``len(sampler)`` batches: where the kept samples are fewer, as when ``samples`` asks for more than
+    one pass, they are passed through again, in a new order.
+
+    Args:
+        original: The batch sampler to stand for. Other classes than ``BatchSampler`` need ``batch_size``.
+        total: Length of the data set.
+
+    Raises:
+        TypeError: If the original yields no batches of known size, or is a sampler of several ranks whose shares are not
+            known.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import BatchSampler, SequentialSampler
+        >>> sampler = PrunableBatchSampler(BatchSampler(SequentialSampler(range(6)), 2, drop_last=False), total=6)
+        >>> list(sampler)
+        [[0, 1], [2, 3], [4, 5]]
+        >>> sampler.keep(torch.tensor([0, 3, 4]))
+        >>> list(sampler), len(sampler)
+        ([[0, 3], [4]], 2)
+        >>> sampler.keep(torch.tensor([0, 3, 4]), samples=5)
+        >>> list(sampler)
+        [[0, 3], [4, 0], [3]]
+    """
+
+    def __init__(self, original: Any, total: int) -> None:
+        _refuse(original)
+        self.original = original
+        self.total = total
+        self.batch_size: int = original.batch_size
+        self.drop_last: bool = getattr(original, "drop_last", False)
+        self.sampler = getattr(original, "sampler", None)  # where Lightning looks for one that has epochs
+        self.latest = RecordedBatches(iter(()))
+        self._kept: Tensor | None = None
+        self._samples: int | None = None
+
+    @property
+    def shares_are_known(self) -> bool:
+        """Whether what each of several ranks draws is known, and equally long on all."""
+        return type(self.original) is BatchSampler and type(self.sampler) in _KNOWN
+
+    @property
+    def population(self) -> Tensor:
+        """Indices of the samples that training may see at all, in ascending order: a subset, for a sampler of one."""
+        if isinstance(self.sampler, SubsetRandomSampler):
+            return torch.as_tensor(list(self.sampler.indices)).sort().values
+        return torch.arange(self.total)
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes that share the samples."""
+        return int(self.sampler.num_replicas) if isinstance(self.sampler, DistributedSampler) else 1
+
+    @property
+    def full_samples(self) -> int:
+        """Samples of an epoch of this process when nothing is pruned."""
+        whole = type(self.original) is BatchSampler
+        return len(self.sampler) if whole else len(self.original) * self.batch_size  # type: ignore[arg-type]
+
+    @property
+    def full_length(self) -> int:
+        """Batches of an epoch when nothing is pruned."""
+        return len(self.original)
+
+    @property
+    def samples(self) -> int:
+        """Samples of an epoch of this process."""
+        if self._kept is None:
+            return self.full_samples
+        return self._samples if self._samples is not None else len(self._pruned_sampler(0))
+
+    def keep(self, indices: Tensor | Sequence[int] | None, samples: int | None = None) -> None:
+        """Draw only from these samples, from the next epoch's iterator on.
+
+        Args:
+            indices: Indices of the data set; one that stands there twice is drawn twice. ``None`` for all, as at first.
+            samples: Samples of an epoch of this process. Default: one pass.
+
+        Raises:
+            ValueError: If nothing is kept, or an index is not in the data set.
+        """
+        if indices is None:
+            self._kept, self._samples = None, None
+            return
+        kept = torch.as_tensor(indices, dtype=torch.int64)
+        if not len(kept):
+            raise ValueError("At least one sample must be kept; got none.")
+        if int(kept.min()) < 0 or int(kept.max()) >= self.total:
+            raise ValueError(
+                f"Indices must lie in a data set of {self.total}; got {int(kept.min())} to {int(kept.max())}."
+            )
+        self._kept, self._samples = kept, samples
+
+    def __len__(self) -> int:
+        if self._kept is None:
+            return self.full_length
+        return self.samples // self.batch_size if self.drop_last else -(-self.samples // self.batch_size)
+
+    def __iter__(self) -> RecordedBatches:
+        self.latest = RecordedBatches(iter(self.original) if self._kept is None else self._batches())
+        return self.latest
+
+    def _batches(self) -> Iterator[list[int]]:
+        indices = islice(self._passes(), self.samples)
+        while batch := list(islice(indices, self.batch_size)):
+            if len(batch) == self.batch_size or not self.drop_last:
+                yield batch
+
+    def _passes(self) -> Iterator[int]:
+        number = 0
+        while True:
+            empty = True
+            for index in self._pruned_sampler(number):
+                empty = False
+                yield int(index)
+            if empty:
+                raise ValueError(
+                    f"{type(self.original).__name__} yields none of the {len(self._kept or ())} samples kept."
+                )
+            number += 1
+
+    def _pruned_sampler(self, number: int) -> _Subset:
+        """Return what yields the kept samples once, for the pass of this number in the epoch."""
+        assert self._kept is not None
+        kept, sampler = self._kept, self.sampler if type(self.original) is BatchSampler else None
+        positions: Any = range(len(kept))
+        if type(sampler) is SequentialSampler:
+            return _Subset(kept, positions)
+        if type(sampler) is RandomSampler:
+            drawn = _scaled(sampler.num_samples, len(kept), self.total)
+            return _Subset(kept, RandomSampler(positions, sampler.replacement, drawn, sampler.generator))
+        if type(sampler) is SubsetRandomSampler:
+            kept = kept[torch.isin(kept, self.population)]
+            return _Subset(kept, SubsetRandomSampler(range(len(kept)), sampler.generator))
+        if type(sampler) is WeightedRandomSampler:
+            drawn = _scaled(sampler.num_samples, len(kept), self.total)
+            return _Subset(
+                kept,
+                WeightedRandomSampler(sampler.weights[kept].tolist(), drawn, sampler.replacement, sampler.generator),
+            )
+        if type(sampler) is DistributedSampler:
+            return _Subset(kept, _redistributed(sampler, positions, number))
+        source = sampler if sampler is not None else self.original
+        counts = torch.bincount(kept, minlength=self.total)
+        return _Subset(
+            kept, _Filtered(source, counts, _scaled(self.full_samples, len(kept), self.total)), is_index=True
+        )
+
+
+class _Subset:
+    """Samples of a list, in the order of a sampler of its positions."""
+
+    def __init__(self, kept: Tensor, sampler: Any, is_index: bool = False) -> None:
+        self._kept = kept
+        self._sampler = sampler
+        self._is_index = is_index
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        if self._is_index:
+            return iter(self._sampler)
+        kept = self._kept.tolist()
+        return (kept[position] for position in self._sampler)
+
+
+class _Filtered:
+    """What an unknown sampler yields, without the samples that are not kept; those kept twice come in a second round."""
+
+    def __init__(self, source: Any, counts: Tensor, length: int) -> None:
+        self._source = source
+        self._counts = counts
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        counts = self._counts.tolist()
+        for repeat in range(max(counts)):
+            for found in self._source:
+                indices = found if isinstance(found, (list, tuple)) else (found,)
+                yield from (index for index in indices if counts[index] > repeat)
+
+
+def _redistributed(sampler: DistributedSampler[Any], positions: Any, number: int) -> DistributedSampler[Any]:
+    other: DistributedSampler[Any] = DistributedSampler(
+        positions, sampler.num_replicas, sampler.rank, sampler.shuffle, sampler.seed, sampler.drop_last
+    )
+    other.set_epoch(sampler.epoch + number * _NEXT_PASS)
+    return other
+
+
+def _scaled(samples: int, kept: int, total: int) -> int:
+    return kept if samples == total else max(1, round(samples * kept / total))
+
+
+def _refuse(original: Any) -> None:
+    name = type(original).__name__
+    if not isinstance(getattr(original, "batch_size", None), int):
+        raise TypeError(f"Samples can be left out of batches of known size only, and {name} has no batch_size.")
+    sampler = getattr(original, "sampler", None)
+    known = type(sampler) is DistributedSampler
+    if isinstance(sampler, DistributedSampler) and not known and sampler.num_replicas > 1:
+        raise TypeError(
+            f"{type(sampler).__name__} shares samples among ranks in a way of its own, so that pruning could leave them "
+            "with epochs of different length. Use a sampler of torch.utils.data, or one process."
+        )

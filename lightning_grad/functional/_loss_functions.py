@@ -1,0 +1,162 @@
+"""What the losses of ``torch.nn.functional`` have in common: their arguments, and what their mean divides by."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction
+
+# With reduction="none" these return one value a position, and every position belongs to one sample.
+_READABLE = (
+    "cross_entropy",
+    "nll_loss",
+    "linear_cross_entropy",  # from torch 2.13
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "mse_loss",
+    "l1_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "kl_div",
+    "poisson_nll_loss",
+    "gaussian_nll_loss",
+    "soft_margin_loss",
+    "multi_margin_loss",
+    "multilabel_margin_loss",
+    "multilabel_soft_margin_loss",
+    "hinge_embedding_loss",
+)
+# Several inputs, or lengths beside them: which is the sample is for the user to say.
+_UNREADABLE = (
+    "cosine_embedding_loss",
+    "ctc_loss",
+    "margin_ranking_loss",
+    "triplet_margin_loss",
+    "triplet_margin_with_distance_loss",
+)
+# Functions that the ones above end in. A call of them from outside is a loss too, with arguments of its own.
+_INNER = ("cross_entropy_loss", "nll_loss_nd", "nll_loss2d", *_READABLE, *_UNREADABLE)
+
+_OF_CLASS_INDICES = ("cross_entropy", "nll_loss", "linear_cross_entropy", "multi_margin_loss")
+_THAT_IGNORE = ("cross_entropy", "nll_loss", "linear_cross_entropy")
+_WEIGHTED_BY_POSITION = ("mse_loss", "l1_loss")
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+class LossFunction(NamedTuple):
+    """A loss by name, with its signature when it can be read."""
+
+    name: str
+    signature: inspect.Signature | None
+
+
+def _table() -> dict[Callable[..., Any], LossFunction]:
+    table: dict[Callable[..., Any], LossFunction] = {}
+    for home in (torch, torch._C._nn):
+        table.update({getattr(home, name): LossFunction(name, None) for name in _INNER if hasattr(home, name)})
+    table.update({getattr(F, name): LossFunction(name, None) for name in _UNREADABLE})
+    for name in _READABLE:
+        if hasattr(F, name):
+            table[getattr(F, name)] = LossFunction(name, inspect.signature(getattr(F, name)))
+    return table
+
+
+LOSSES = _table()
+
+
+def dropped_weight(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``weight`` of a call of ``l1_loss``, which torch 2.13 does not hand on to a mode (pull request 193003).
+
+    Without it the loss would change by being looked at. It is still in the frame of the function that was called.
+    """
+    if func is not F.l1_loss or "weight" in kwargs:
+        return {}
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break()  # what is traced has no frames
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not F.l1_loss.__code__:
+        frame = frame.f_back
+    found = {} if frame is None else frame.f_locals
+    return {name: found[name] for name in ("weight",) if name in found}  # l1_loss of an older torch has none
+
+
+def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name, with defaults, and ``reduction`` in place of what came before it."""
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    arguments = bound.arguments
+    size_average, reduce = arguments.pop("size_average", None), arguments.pop("reduce", None)
+    if size_average is not None or reduce is not None:
+        arguments["reduction"] = _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
+    reductions = (*_REDUCTIONS, "batchmean") if "log_target" in arguments else _REDUCTIONS
+    if arguments["reduction"] not in reductions:
+        raise ValueError(f"its reduction is {arguments['reduction']!r}")
+    return arguments
+
+
+def targets_are_classes(name: str, target: Tensor) -> bool:
+    """Return whether a loss was given the index of the class, not probabilities or values."""
+    return name in _OF_CLASS_INDICES and not target.is_floating_point()
+
+
+def valid_positions(name: str, arguments: Mapping[str, Any], positions: Tensor) -> Tensor:
+    """Return which positions count, in their shape."""
+    if name in _THAT_IGNORE and targets_are_classes(name, arguments["target"]):
+        ignore_index = arguments["ignore_index"]
+        # linear_cross_entropy says None for the default of the others.
+        valid: Tensor = arguments["target"] != (-100 if ignore_index is None else ignore_index)
+        return valid
+    return torch.ones((), dtype=torch.bool, device=positions.device).expand(positions.shape)
+
+
+def denominator_shares(name: str, arguments: Mapping[str, Any], valid: Tensor, positions: Tensor) -> Tensor | float:
+    """Return what each position adds to the number that the mean divides by."""
+    weight, target, logits = arguments.get("weight"), arguments["target"], arguments["input"]
+    if name in _THAT_IGNORE and targets_are_classes(name, target):
+        # The index of a position that is ignored need not be one of a class.
+        return valid if weight is None else weight[target.long().masked_fill(~valid, 0)] * valid
+    if name in _WEIGHTED_BY_POSITION and weight is not None:
+        # Where the input was spread over a larger target, torch still divides by the weights as given.
+        return weight.expand(positions.shape) * (weight.numel() / max(positions.numel(), 1))  # type: ignore[no-any-return]
+    if arguments["reduction"] == "batchmean":
+        return (logits.shape[0] if logits.dim() else 1) / max(positions.numel(), 1)
+    return 1.0
+
+
+def split(values: Tensor, samples: int) -> Tensor:
+    """Return values of positions as (samples, positions of a sample); a sample's positions stand together."""
+    return values.reshape(samples, values.numel() // max(samples, 1))
+
+
+class SampleSums(NamedTuple):
+    """What the losses of each sample add up to, and what the mean over the sample alone divides by: (B,) each."""
+
+    numerators: Tensor
+    denominators: Tensor
+
+    @classmethod
+    def of(cls, positions: Tensor, shares: Tensor | float, samples: int) -> SampleSums:
+        """Sum the positions of each sample, in float32 at least."""
+        rows = split(positions, samples)
+        dtype = torch.promote_types(positions.dtype, torch.float32)
+        if isinstance(shares, Tensor):
+            denominators = split(shares, samples).sum(1, dtype=dtype)
+        else:
+            denominators = torch.full((samples,), shares * rows.shape[1], dtype=dtype, device=positions.device)
+        return cls(rows.sum(1, dtype=dtype), denominators)
+
+
+def reweighted(positions: Tensor, sums: SampleSums, weights: Tensor, reduction: str) -> Tensor:
+    """Return a loss with every sample's part of it multiplied by the sample's weight."""
+    # A sample all of whose positions are ignored has a loss of nan, and so may its weight be.
+    weights = torch.where(sums.denominators == 0, 0.0, weights.to(sums.numerators))
+    if reduction == "none":
+        rows = split(positions, len(weights)) * weights[:, None]
+        return rows.reshape(positions.shape).to(positions.dtype)
+    total = (weights * sums.numerators).sum()
+    return (total if reduction == "sum" else total / sums.denominators.sum()).to(positions.dtype)

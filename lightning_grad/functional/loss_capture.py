@@ -1,0 +1,319 @@
+"""The loss of every sample of a batch, read out of a training step that returns their mean.
+
+A training step computes one number for a batch. :class:`LossCapture` is a context around it that sees the calls of the
+losses of ``torch.nn.functional``, and keeps for each what the samples contributed; with ``reweight`` it changes how much
+each contributes. The step itself stays as it was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lightning_grad.functional._loss_functions import (
+    LOSSES,
+    LossFunction,
+    SampleSums,
+    bind,
+    denominator_shares,
+    dropped_weight,
+    reweighted,
+    split,
+    targets_are_classes,
+    valid_positions,
+)
+
+_WAY_OUT = "give `score_fn=`, a function that returns one score per sample"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LossCall:
+    r"""One call of a loss, with what each sample of the batch contributed to it.
+
+    .. math::
+        \ell_i = \frac{\sum_{p \in P_i} \ell_{ip}}{\sum_{p \in P_i} w_{ip}}
+
+    where :math:`P_i` are the positions of sample i (one in plain classification, the tokens of a sentence, the pixels of an
+    image, the entries of a vector), and :math:`w_{ip}` what each adds to the denominator of the mean: 1, 0 where ignored, or
+    the weight of its class. So a loss is what the batch's mean would be for the sample alone.
+
+    Attributes:
+        name: The name of the function in ``torch.nn.functional``.
+        input: What the loss got as ``input`` (for ``linear_cross_entropy`` the features, not the logits); detached.
+        target: What the loss got as ``target``; detached.
+        samples: B, the number of samples.
+        losses: :math:`\ell_i`, (B,), float32 at least; nan for a sample all of whose positions are ignored. Also with
+            ``reduction="sum"`` the mean over the positions; with "batchmean" the mean over the rows. Detached unless
+            ``keep_graph``.
+        valid: Which positions count, bool, in the shape of the loss with ``reduction="none"``.
+        options: The other arguments by name, with their defaults: ``reduction``, ``weight``, ``ignore_index`` ...; detached.
+        has_graph: Whether the loss can be differentiated. A figure computed for the log usually cannot.
+        output: The ``input`` as it was given, with its graph, when ``keep_graph``; else ``None``.
+    """
+
+    name: str
+    input: Tensor
+    target: Tensor
+    samples: int
+    losses: Tensor
+    valid: Tensor
+    options: Mapping[str, Any]
+    has_graph: bool
+    output: Tensor | None = None
+
+    @property
+    def has_class_indices(self) -> bool:
+        """Whether each position has the index of a class as its target."""
+        return targets_are_classes(self.name, self.target)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The class of every sample, (B,), ``ignore_index`` included, when each has exactly one; ``None`` otherwise."""
+        one_each = self.has_class_indices and self.target.numel() == self.samples
+        return self.target.reshape(self.samples) if one_each else None
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Return one value a position as (B, positions of a sample)."""
+        return split(values, self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadLoss:
+    """A call of a loss that could not be read: its name, why, and whether it had a graph."""
+
+    name: str
+    reason: str
+    has_graph: bool
+    indivisible: bool = False
+
+
+class LossCapture(TorchFunctionMode):
+    r"""Context that sees the calls of the losses of ``torch.nn.functional`` and keeps the loss of every sample.
+
+    However the loss is written (function or module, by position or by name, inside another module's ``forward``, under
+    autocast), it is computed once more with ``reduction="none"``, and the call returns its own value, bit for bit. With
+    weights :math:`w_i` from ``reweight`` it returns instead
+
+    .. math::
+        L = \frac{\sum_i w_i \sum_{p \in P_i} \ell_{ip}}{\sum_i \sum_{p \in P_i} w_{ip}}
+
+    (see :class:`LossCall`; with "sum" there is no denominator). The denominator is that of the unweighted mean over the whole
+    batch: with all weights 1 it is the loss as written, and weights that sum to less than B make it smaller.
+
+    Args:
+        samples: B, when the rows of a loss are not the samples: token losses of shape (B T, C). The rows of a sample must
+            stand together. By default every row is a sample. Rows that do not divide by it (packed tokens) are not read;
+            a division that comes out even by chance is not noticed.
+        reweight: Called with each :class:`LossCall`; returns weights (B,), or ``None`` to leave this one as it is.
+        keep_graph: Keep the graph of ``losses`` and the network's ``output``. By default no graph stays alive.
+
+    Attributes:
+        calls: The calls read, in order.
+        unread: Those that could not be read: ``ctc_loss`` and other losses of several inputs, functions of ``torch``
+            called past ``torch.nn.functional``, tensors inside a ``torch.func`` transform.
+
+    Hand-written, scripted and fused losses are not seen. A loss inside a checkpointed function is read once, but can neither
+    be reweighted nor keep its graph: backward computes it again where no context is, and torch refuses the difference. A
+    loss inside a compiled function is read, and reweighted unless compiled with ``fullgraph=True``, as that breaks the graph.
+
+    Raises:
+        ValueError: If ``samples`` is less than 1; with ``reweight``, from the call of a loss that has a graph and whose rows
+            do not divide by ``samples``, or if the weights are not (B,).
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]], requires_grad=True)
+        >>> with LossCapture() as capture:
+        ...     loss = torch.nn.CrossEntropyLoss()(logits, torch.tensor([0, 0, 1]))
+        >>> loss, capture.only().losses
+        (tensor(0.7111, grad_fn=<NllLossBackward0>), tensor([0.1269, 1.3133, 0.6931]))
+        >>> with LossCapture(reweight=lambda call: torch.tensor([1.0, 0.0, 1.0])):
+        ...     torch.nn.functional.cross_entropy(logits, torch.tensor([0, 0, 1])).item()
+        0.27335...
+    """
+
+    def __init__(
+        self,
+        samples: int | None = None,
+        reweight: Callable[[LossCall], Tensor | None] | None = None,
+        keep_graph: bool = False,
+    ) -> None:
+        super().__init__()
+        if samples is not None and samples < 1:
+            raise ValueError(f"LossCapture needs samples of at least 1, got {samples}.")
+        self.samples = samples
+        self.reweight = reweight
+        self.keep_graph = keep_graph
+        self.calls: list[LossCall] = []
+        self.unread: list[UnreadLoss] = []
+
+    def clear(self) -> None:
+        """Forget what was seen, so that the next step can use the same object."""
+        self.calls.clear()
+        self.unread.clear()
+
+    def only(self, which: int | None = None) -> LossCall:
+        """Return the call that is the loss of the step.
+
+        Args:
+            which: Which of :attr:`calls`, from 0. By default the only one, not counting those without a graph when others
+                have one.
+
+        Returns:
+            LossCall: The call.
+
+        Raises:
+            RuntimeError: If no loss was seen, if several were and ``which`` is not given, or if there is none such.
+            ValueError: If the rows of the only loss seen do not divide by ``samples``.
+        """
+        if not self.calls:
+            self._refuse_without_calls()
+        if which is not None:
+            if not 0 <= which < len(self.calls):
+                raise RuntimeError(
+                    f"loss={which} was asked for, but the step has {len(self.calls)}: {_listed(self.calls)}. "
+                    f"Choose one of these, or {_WAY_OUT}."
+                )
+            return self.calls[which]
+        seen: list[LossCall | UnreadLoss] = [*self.calls, *self.unread]
+        counted = [c for c in seen if c.has_graph] or seen
+        if len(counted) == 1 and isinstance(counted[0], LossCall):
+            return counted[0]
+        unread = f"; not readable: {', '.join(u.name for u in self.unread)}" if self.unread else ""
+        raise RuntimeError(
+            f"The step has {len(counted)} losses, so that which one is meant is not clear: "
+            f"{_listed(self.calls)}{unread}. Say which (loss=0 is the first), or {_WAY_OUT}."
+        )
+
+    def _refuse_without_calls(self) -> NoReturn:
+        for unread in self.unread:
+            if unread.indivisible:
+                raise ValueError(unread.reason)
+        names = "; ".join(f"{u.name} ({u.reason})" for u in self.unread)
+        raise RuntimeError(
+            "No loss of torch.nn.functional was seen that can be read per sample"
+            f"{f': only {names}' if names else ''}. Hand-written, scripted and fused losses are not seen: {_WAY_OUT}."
+        )
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # Runs for every function of torch in the step; for nearly all of them this is all that happens.
+        loss = LOSSES.get(func)
+        if loss is not None:
+            kwargs = kwargs or {}
+            return self._handle(func, loss, args, {**kwargs, **dropped_weight(func, kwargs)})
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+    # While this runs, torch has taken the mode off, so that the calls in here are not seen again.
+    def _handle(self, func: Any, loss: LossFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.reweight is None:
+            value = func(*args, **kwargs)
+            self._read(func, loss, args, kwargs, value)
+            return value
+        if torch.compiler.is_compiling():
+            # Backends that call the functions of a graph would meet this context again, and weigh twice.
+            torch._dynamo.graph_break()
+        read = self._read(func, loss, args, kwargs)
+        weights = None if read is None else self.reweight(read.call)
+        if read is None or weights is None:
+            return func(*args, **kwargs)
+        call = read.call
+        if weights.shape != (call.samples,):
+            raise ValueError(f"`reweight` must return weights of shape ({call.samples},), got {tuple(weights.shape)}.")
+        return reweighted(read.positions, read.sums, weights, call.options["reduction"])
+
+    def _read(
+        self, func: Any, loss: LossFunction, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any = None
+    ) -> _Read | None:
+        """Keep a call, or the reason why it cannot be read, and return it."""
+        try:
+            read = self._read_or_raise(func, loss, args, kwargs, value)
+        except Exception as error:  # the step must go on as if nobody had looked; `only` says what was wrong
+            indivisible = isinstance(error, _IndivisibleError)
+            graph = _differentiable([*args, *kwargs.values()])
+            if indivisible and graph and self.reweight is not None:
+                raise
+            self.unread.append(UnreadLoss(loss.name, str(error), graph, indivisible))
+            return None
+        self.calls.append(read.call)
+        return read
+
+    def _read_or_raise(
+        self, func: Any, loss: LossFunction, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
+    ) -> _Read:
+        if loss.signature is None:
+            raise TypeError("it does not have one input and one target per sample")
+        given = bind(loss.signature, args, kwargs)
+        if _transformed(given.values()):
+            raise TypeError("it was called inside a transform of torch.func")
+        detached = {name: v.detach() if isinstance(v, Tensor) else v for name, v in given.items()}
+        positions = self._positions(func, given, detached, value)
+        samples = _samples(loss.name, positions, self.samples)
+        valid = valid_positions(loss.name, detached, positions)
+        sums = SampleSums.of(positions, denominator_shares(loss.name, detached, valid, positions), samples)
+        losses = sums.numerators / sums.denominators
+        call = LossCall(
+            name=loss.name,
+            input=detached.pop("input"),
+            target=detached.pop("target"),
+            samples=samples,
+            losses=losses if self.keep_graph else losses.detach(),
+            valid=valid,
+            options=detached,
+            has_graph=_differentiable(given.values()),
+            output=given["input"] if self.keep_graph else None,
+        )
+        return _Read(call, positions, sums)
+
+    def _positions(self, func: Any, given: dict[str, Any], detached: dict[str, Any], value: Any) -> Tensor:
+        if self.reweight is not None:
+            positions: Tensor = func(**{**given, "reduction": "none"})
+        elif given["reduction"] == "none":
+            positions = value if self.keep_graph else value.detach()
+        else:
+            arguments = {**(given if self.keep_graph else detached), "reduction": "none"}
+            # Beside the step, so that a capture around this one does not take it for a second loss.
+            with torch._C.DisableTorchFunction():
+                positions = func(**arguments)
+        return positions
+
+
+class _Read(NamedTuple):
+    call: LossCall
+    positions: Tensor
+    sums: SampleSums
+
+
+class _IndivisibleError(ValueError):
+    """The rows of a loss do not divide by the number of samples."""
+
+
+def _samples(name: str, positions: Tensor, samples: int | None) -> int:
+    rows = positions.shape[0] if positions.dim() else 1
+    if samples is None:
+        return rows
+    if rows % samples or rows == 0:
+        raise _IndivisibleError(
+            f"{name} got {rows} rows for {samples} samples: which row belongs to which sample cannot be told (packed tokens, "
+            f"or a loss of only some of the rows). To score such a step, {_WAY_OUT}; to reweight it, pad instead of packing."
+        )
+    return samples
+
+
+def _differentiable(values: Iterable[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+
+
+def _transformed(values: Iterable[Any]) -> bool:
+    if torch.compiler.is_compiling():  # which cannot trace the question
+        return False
+    return any(isinstance(v, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(v) for v in values)
+
+
+def _listed(calls: list[LossCall]) -> str:
+    return ", ".join(f"{i}: {call.name}" for i, call in enumerate(calls))

@@ -1,0 +1,344 @@
+"""The training set of a fit: which samples each batch holds, and epochs that shrink and grow in mid-fit.
+
+A :class:`TrainingSet` puts a :class:`~lightning_grad.data.PrunableBatchSampler` into the training loader at the one place
+where it is complete and nothing has been drawn from it yet, ``strategy.process_dataloader``; keeps the Trainer's own
+counts right when the epoch's length changes; and takes everything back when the fit ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.fabric.utilities.data import sized_len
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_grad.data import PrunableBatchSampler
+from lightning_grad.utilities.dispatch import wrap_method
+from lightning_grad.utilities.undo import UndoList
+
+_OWNER = "_lightning_grad_training_set"
+
+
+class TrainingSet:
+    """The samples that a fit trains on.
+
+    Make it in ``setup`` and call :meth:`begin` in ``on_fit_start``, :meth:`keep` in ``on_train_epoch_start``, and
+    :meth:`draw` once in ``on_train_batch_start``.
+
+    Args:
+        trainer: The trainer, before it has loaded its training data.
+        needed_by: Who asks, for errors.
+        undo: Where the steps back go.
+        loader_key: Which of several training loaders: its key, its position, or a path of them joined by dots.
+
+    Raises:
+        ValueError: If another technique already chooses the samples of this fit; on loading, if there are several loaders
+            and no key, or none of this key.
+        TypeError: On loading, if the data has no indices: an iterable data set, ``batch_size=None``, ``in_order=False``, an
+            object that is no DataLoader, or a sampler of several ranks that is not known.
+    """
+
+    def __init__(self, trainer: pl.Trainer, needed_by: str, undo: UndoList, loader_key: str | None = None) -> None:
+        self._trainer = trainer
+        self._needed_by = needed_by
+        self._undo = undo
+        self._loader_key = loader_key
+        self._waiting: list[str] = []
+        self._kept: Tensor | None = None
+        self._fixed_steps = False
+        self._begun = False
+        self._has_drawn = False
+        self._loader: DataLoader[Any] | None = None
+        self._sampler: PrunableBatchSampler | None = None
+        self._attach()
+
+    def _attach(self) -> None:
+        loop = self._trainer.fit_loop
+        other = loop.__dict__.get(_OWNER)
+        if other is not None:
+            raise ValueError(
+                f"{other} and {self._needed_by} would both choose the training samples. Keep one of them in the list of "
+                "callbacks."
+            )
+        loop.__dict__[_OWNER] = self._needed_by
+        self._undo.push(lambda: loop.__dict__.pop(_OWNER, None))
+        self._undo.push(wrap_method(loop._data_source, "dataloader", self._expect))
+        self._undo.push(wrap_method(self._trainer.strategy, "process_dataloader", self._receive))
+        self._undo.push(wrap_method(loop, "setup_data", self._around_loading))
+
+    @property
+    def loader(self) -> DataLoader[Any]:
+        """The training loader, once it is loaded."""
+        assert self._loader is not None
+        return self._loader
+
+    @property
+    def sampler(self) -> PrunableBatchSampler:
+        """The batch sampler in it."""
+        assert self._sampler is not None
+        return self._sampler
+
+    # The data is loaded.
+
+    def _expect(self, inner: Callable[[], Any]) -> Any:
+        loaders = inner()
+        keys = list(_keys_of(loaders.iterables if isinstance(loaders, CombinedLoader) else loaders))
+        if self._loader_key is None and len(keys) > 1:
+            raise ValueError(
+                f"{self._needed_by} must know which of the training loaders it shall act on. Set loader_key to one of "
+                f"{', '.join(map(repr, keys))}."
+            )
+        if self._loader_key is not None and self._loader_key not in keys:
+            known = ", ".join(map(repr, keys)) if keys != [""] else "a single one, without a key"
+            raise ValueError(f"loader_key={self._loader_key!r} names no training loader; there is {known}.")
+        self._waiting = keys
+        return loaders
+
+    def _receive(self, inner: Callable[[Any], Any], loader: Any) -> Any:
+        key = self._waiting.pop(0) if self._waiting else None
+        if key is None or self._loader_key not in (None, key):
+            return inner(loader)
+        self._install(loader)
+        processed = inner(loader)
+        if processed is not loader:
+            raise TypeError(
+                f"{self._needed_by} must see the training loader's own batches, and {type(self._trainer.strategy).__name__} "
+                f"wraps it in a {type(processed).__name__}. Use another strategy."
+            )
+        return processed
+
+    def _install(self, loader: Any) -> None:
+        _refuse(loader, self._needed_by)
+        original = loader.batch_sampler
+        if isinstance(original, PrunableBatchSampler):
+            original = original.original
+        sampler = PrunableBatchSampler(original, len(loader.dataset))
+        if self._trainer.world_size > 1 and not sampler.shares_are_known:
+            raise TypeError(
+                f"{self._needed_by} cannot tell which samples each of {self._trainer.world_size} ranks draws from "
+                f"{type(original).__name__}({type(sampler.sampler).__name__}). Use a sampler of torch.utils.data, or one "
+                "process."
+            )
+        _replace(loader, sampler)
+        self._undo.push(lambda: _replace(loader, original))
+        self._loader, self._sampler = loader, sampler
+        if self._begun:
+            self._tell_sampler()
+
+    def _around_loading(self, inner: Callable[[], None]) -> None:
+        # A pruned epoch may be shorter than a val_check_interval that was right for the whole one, which Lightning refuses
+        # when it loads the data; _resize then makes it fit.
+        trainer = self._trainer
+        interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
+        if self._begun and self._kept is not None and isinstance(interval, int):
+            trainer.check_val_every_n_epoch = None
+        try:
+            inner()
+        finally:
+            trainer.check_val_every_n_epoch = every
+        if self._begun and self._sampler is not None:
+            self._resize()
+
+    # The training set changes.
+
+    def begin(self, kept: Tensor | None, fixed_steps: bool = False) -> None:
+        """Let pruning count from here on, with the samples that are kept at the start or that a checkpoint has restored.
+
+        Before, the loader has its full length: schedules made in ``configure_optimizers`` are made for the whole run, also
+        when it is resumed.
+        """
+        self._begun = True
+        self.keep(kept, fixed_steps)
+
+    def keep(self, kept: Tensor | None, fixed_steps: bool = False) -> None:
+        """Train on these samples from the next epoch's first batch on.
+
+        Args:
+            kept: Indices, or ``None`` for all.
+            fixed_steps: Whether an epoch has as many batches as the whole data set would give, so that the kept samples are
+                passed through more than once.
+        """
+        changed = not _same(kept, self._kept) or fixed_steps != self._fixed_steps
+        self._kept, self._fixed_steps = kept, fixed_steps
+        if self._sampler is None or not changed:
+            return
+        self._tell_sampler()
+        self._resize()
+        if not self._trainer_draws_anew():
+            iter(self._trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+
+    def _tell_sampler(self) -> None:
+        sampler = self.sampler
+        sampler.keep(self._kept, sampler.full_samples if self._fixed_steps else None)
+        if self._kept is not None and not len(sampler):
+            raise ValueError(
+                f"{self._needed_by} keeps {len(self._kept)} samples, which do not fill one batch of {sampler.batch_size}, "
+                "and drop_last=True drops it. Prune less, or use smaller batches."
+            )
+
+    def _resize(self) -> None:
+        trainer, loop = self._trainer, self._trainer.fit_loop
+        loaders = loop._combined_loader
+        if loaders is None:
+            return
+        loaders.limits = [self._limit(_length(loader)) for loader in loaders.flattened]
+        if loaders._iterator is not None:
+            loaders._iterator.limits = loaders.limits
+        batches = sized_len(loaders)
+        loop.max_batches = float("inf") if batches is None else batches
+        if trainer.val_check_batch is None or batches is None:
+            return
+        if isinstance(trainer.val_check_interval, float):
+            trainer.val_check_batch = max(1, int(batches * trainer.val_check_interval))
+        elif trainer.check_val_every_n_epoch is not None:
+            self._fit_interval(batches)
+
+    def _fit_interval(self, batches: int) -> None:
+        trainer = self._trainer
+        if trainer.val_check_interval > batches and trainer.val_check_batch != batches:
+            rank_zero_warn(
+                f"val_check_interval={trainer.val_check_interval} is more than the {batches} batches of a pruned epoch: "
+                "validation comes at the end of each such epoch."
+            )
+        trainer.val_check_batch = min(trainer.val_check_interval, batches)
+
+    def _limit(self, length: float) -> float:
+        return _parse_num_batches(RunningStage.TRAINING, length, self._trainer.limit_train_batches)
+
+    def _trainer_draws_anew(self) -> bool:
+        loop = self._trainer.fit_loop
+        starts = self._trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting
+        return loop._data_fetcher is None or starts
+
+    @property
+    def resumes_behind_last_batch(self) -> bool:
+        """Whether the fit goes on from a checkpoint that was written after an epoch's last batch, before its end."""
+        trainer, loop = self._trainer, self._trainer.fit_loop
+        behind = loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch
+        goes_on = trainer.max_epochs in (None, -1) or trainer.current_epoch < trainer.max_epochs
+        return bool(goes_on and loop.restarted_mid_epoch and behind)
+
+    def leave_epoch(self) -> None:
+        """Let Lightning see that the epoch it goes on from is done, also when the one that follows is longer."""
+        progress = self._trainer.fit_loop.epoch_loop.batch_progress.current
+        progress.completed = max(progress.completed, int(self.batches))
+
+    @property
+    def batches(self) -> float:
+        """Batches of an epoch as it is now."""
+        return float(self._trainer.fit_loop.max_batches)
+
+    @property
+    def full_batches(self) -> float:
+        """Batches of an epoch of the whole training set."""
+        loaders = self._trainer.fit_loop._combined_loader
+        if loaders is None:
+            return float("inf")
+        lengths = [
+            self._limit(self.sampler.full_length if loader is self._loader else _length(loader))
+            for loader in loaders.flattened
+        ]
+        return float(min(lengths) if loaders._mode == "min_size" else max(lengths))
+
+    @property
+    def full_samples(self) -> float:
+        """Samples of an epoch of the whole training set, over all ranks."""
+        sampler = self.sampler
+        return min(sampler.full_samples, self.full_batches * sampler.batch_size) * sampler.ranks
+
+    # A batch is trained on.
+
+    def draw(self, batch_idx: int) -> list[int]:
+        """Return the indices of the samples of the batch that begins.
+
+        Args:
+            batch_idx: Number of the batch in the epoch, as the hook gets it.
+
+        Raises:
+            RuntimeError: If the loader has made the batch without its batch sampler.
+        """
+        source = self._source()
+        if not self._has_drawn and hasattr(self.loader, "load_state_dict"):
+            for _ in range(
+                min(batch_idx, len(source.drawn) - 1)
+            ):  # one that continues in mid-epoch draws what it skips
+                source.drawn.popleft()
+        self._has_drawn = True
+        if not source.drawn:
+            raise RuntimeError(
+                f"{self._needed_by} does not know which samples are in batch {batch_idx}: {type(self.loader).__name__} has "
+                "made it without its batch sampler."
+            )
+        return list(source.drawn.popleft())
+
+    def _source(self) -> Any:
+        loaders = self._trainer.fit_loop._combined_loader
+        iterator = None if loaders is None else loaders._iterator
+        for loader, live in zip(
+            [] if loaders is None else loaders.flattened, getattr(iterator, "iterators", None) or [], strict=False
+        ):
+            drawing = getattr(live, "_sampler_iter", None)
+            if loader is self._loader and hasattr(drawing, "drawn"):
+                return drawing
+        return self.sampler.latest
+
+
+def _keys_of(loaders: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield the key of every loader of a collection, in the order in which Lightning processes them."""
+    children: Sequence[tuple[str, Any]] | None = None
+    if isinstance(loaders, Mapping):
+        children = [(str(key), child) for key, child in loaders.items()]
+    elif isinstance(loaders, (list, tuple)):
+        children = [(str(position), child) for position, child in enumerate(loaders)]
+    if children is None:
+        yield ".".join(path)
+        return
+    for key, child in children:
+        yield from _keys_of(child, (*path, key))
+
+
+def _refuse(loader: Any, needed_by: str) -> None:
+    if not isinstance(loader, DataLoader):
+        raise TypeError(
+            f"{needed_by} needs a torch DataLoader for training, whose batch sampler tells the indices of a batch; got "
+            f"{type(loader).__name__}."
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        raise TypeError(
+            f"{needed_by} needs a data set with __len__ and __getitem__: the samples of the IterableDataset "
+            f"{type(loader.dataset).__name__} have no index by which one could be left out."
+        )
+    if loader.batch_sampler is None:
+        raise TypeError(
+            f"{needed_by} needs the DataLoader to make the batches, and batch_size=None leaves that to the data set. Give it "
+            "a batch_size or a batch_sampler."
+        )
+    if not getattr(loader, "in_order", True):
+        raise TypeError(
+            f"{needed_by} must know which samples are in a batch, and DataLoader(in_order=False) does not keep their order. "
+            "Leave in_order at True."
+        )
+
+
+def _replace(loader: DataLoader[Any], sampler: Any) -> None:
+    # DataLoader refuses to set it. Persistent workers draw from the sampler that they were started with.
+    loader.__dict__["batch_sampler"] = sampler
+    if loader._iterator is not None:
+        loader._iterator = None
+
+
+def _length(loader: Any) -> float:
+    length = sized_len(loader)
+    return float("inf") if length is None else length
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and bool((one == other).all())

@@ -1,0 +1,703 @@
+"""What a scoring leaves behind shows the right samples, says what was pruned, and cannot stop a training."""
+
+import base64
+import csv
+import io
+import json
+import math
+import random
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+from lightning_grad.callbacks.data_pruning import _report
+from lightning_grad.callbacks.data_pruning._page import _png, page_of
+from lightning_grad.callbacks.data_pruning._pictures import draw_samples, draw_scores
+from lightning_grad.callbacks.data_pruning._report import report
+from lightning_grad.callbacks.data_pruning._samples import Sample, view_of
+from lightning_grad.callbacks.data_pruning._scored import ScoredSet
+from tests.wandb_offline import parsed, read_history
+
+nan, inf = math.nan, math.inf
+STEM = "data_pruning_epoch5"
+
+
+def trainer_with(*loggers: Any) -> pl.Trainer:
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(logger=list(loggers) or False, enable_checkpointing=False, **quiet)
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> pl.Trainer:
+    logger = CSVLogger(tmp_path, name="run", version=0)
+    _ = logger.experiment  # it has made its folder when settings were logged, and warns of one that others have made
+    return trainer_with(logger)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "version_0"
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[TensorDataset, ScoredSet]:
+    """Images of digits, their distance to the mean of their class as scores, and the nearest mean as prediction."""
+    data = load_digits()
+    images, labels = torch.tensor(data.images, dtype=torch.float32)[:, None], torch.tensor(data.target)
+    means = torch.stack([images[labels == digit].mean(0) for digit in range(10)])
+    distances = (images - means.squeeze(1)).flatten(2).norm(dim=2).double()
+    values = distances.gather(1, labels[:, None]).squeeze(1)
+    kept = values.argsort(descending=True)[:898].sort().values
+    return TensorDataset(images, labels), ScoredSet("distance", 5, values, kept, labels, distances.argmin(1))
+
+
+def scored(values: Any, kept: Any = None, labels: Any = None, predictions: Any = None, name: str = "el2n") -> ScoredSet:
+    given = [None if part is None else torch.as_tensor(part) for part in (kept, labels, predictions)]
+    return ScoredSet(name, 5, torch.as_tensor(values, dtype=torch.float64), *given)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def column(path: Path, name: str) -> list[str]:
+    return [row[name] for row in rows_of(path)]
+
+
+def pages(count: int) -> list[tuple[Tensor, int]]:
+    return [(torch.arange(64.0).reshape(8, 8) + index, index) for index in range(count)]
+
+
+# What is written.
+
+
+def test_files_of_digits(trainer: pl.Trainer, folder: Path, digits: tuple[TensorDataset, ScoredSet]) -> None:
+    dataset, found = digits
+    report(trainer, found, dataset, "DataPruning", show=8, figure=True)
+    endings = ["samples.csv", "samples.html", "samples.png", "scores.png"]
+    assert sorted(path.name for path in folder.glob(f"{STEM}*")) == [f"{STEM}_{ending}" for ending in endings]
+    for ending in endings[2:]:
+        with Image.open(folder / f"{STEM}_{ending}") as image:
+            assert min(image.size) > 500
+
+
+def test_table_of_digits_says_what_is_so(
+    trainer: pl.Trainer, folder: Path, digits: tuple[TensorDataset, ScoredSet]
+) -> None:
+    dataset, found = digits
+    report(trainer, found, dataset, "DataPruning", show=8, figure=False)
+    rows = rows_of(folder / f"{STEM}_samples.csv")
+    assert list(rows[0]) == ["index", "score", "rank", "label", "prediction", "kept"]
+    values = found.values.numpy()
+    order = np.argsort(-values, kind="stable")
+    assert [int(row["index"]) for row in rows] == [*order[:8], *order[-8:]]
+    for row in rows:
+        index = int(row["index"])
+        assert float(row["score"]) == values[index]
+        assert int(row["rank"]) == (values > values[index]).sum()
+        assert int(row["label"]) == load_digits().target[index]
+        assert int(row["prediction"]) == found.predictions[index]
+        assert row["kept"] == str(index in found.kept)
+    assert {row["kept"] for row in rows[:8]} == {"True"}
+    assert {row["kept"] for row in rows[8:]} == {"False"}
+
+
+def test_name_of_the_callback_is_in_the_names_of_its_files(trainer: pl.Trainer, folder: Path) -> None:
+    report(trainer, scored([1.0, 2.0]), pages(2), "DataPruning[the last/one]", show=1, figure=False)
+    assert (folder / "data_pruning_the_last_one_epoch5_samples.html").exists()
+
+
+def test_nothing_is_shown_by_show_0(trainer: pl.Trainer, folder: Path) -> None:
+    report(trainer, scored([1.0, 2.0]), None, "DataPruning", show=0, figure=True)
+    assert [path.name for path in folder.glob(f"{STEM}*")] == [f"{STEM}_scores.png"]
+
+
+def test_nothing_is_written_without_a_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    report(trainer_with(), scored([1.0, 2.0]), Unreadable(), "DataPruning", show=1, figure=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_rank_zero_writes(tmp_path: Path) -> None:
+    other = SimpleNamespace(is_global_zero=False, loggers=[CSVLogger(tmp_path)])
+    report(other, scored([1.0, 2.0]), Unreadable(), "DataPruning", show=1, figure=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_page_and_table_are_written(
+    trainer: pl.Trainer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(_report, "is_installed", lambda package: package != "matplotlib")
+    monkeypatch.setattr(_report, "rank_zero_info", said.append)
+    _report._tell_once.cache_clear()
+    for _ in range(2):
+        report(trainer, scored([1.0, 2.0]), pages(2), "DataPruning", show=1, figure=True)
+    assert said == ["DataPruning: no figures without matplotlib; pip install 'lightning-grad[plot]'."]
+    assert sorted(path.suffix for path in folder.glob(f"{STEM}*")) == [".csv", ".html"]
+
+
+# Which samples.
+
+
+@pytest.mark.parametrize(
+    ("values", "show", "indices", "ranks"),
+    [
+        ([1.0, 3.0, 2.0, 0.0], 1, [1, 3], [0, 3]),
+        ([1.0, 3.0, 2.0, 0.0], 9, [1, 2, 0, 3], [0, 1, 2, 3]),
+        ([1.0, 3.0, 2.0], 2, [1, 2, 0], [0, 1, 2]),
+        ([1.0], 4, [0], [0]),
+        ([1.0, nan, 3.0, nan, 0.5], 2, [2, 0, 4], [0, 1, 2]),
+        ([1.0, inf, 3.0, inf, -inf], 2, [1, 3, 0, 4], [0, 1, 3, 4]),
+        ([2.0, 2.0, 2.0, 2.0], 1, [0, 3], [0, 3]),
+    ],
+)
+def test_hardest_and_easiest(
+    trainer: pl.Trainer, folder: Path, values: list[float], show: int, indices: list[int], ranks: list[int]
+) -> None:
+    report(trainer, scored(values), pages(len(values)), "DataPruning", show, figure=False)
+    table = folder / f"{STEM}_samples.csv"
+    assert column(table, "index") == [str(index) for index in indices]
+    assert column(table, "rank") == [str(rank) for rank in ranks]
+
+
+def test_no_sample_has_a_score(trainer: pl.Trainer, folder: Path) -> None:
+    with pytest.warns(UserWarning, match="no sample is shown, for none of 2 has a score"):
+        report(trainer, scored([nan, nan]), pages(2), "DataPruning", show=1, figure=True)
+    assert [path.name for path in folder.glob(f"{STEM}*")] == [f"{STEM}_scores.png"]
+
+
+def test_classes_are_named_where_names_are_known(trainer: pl.Trainer, folder: Path) -> None:
+    found = scored([4.0, 3.0, 2.0, 1.0], labels=[0, 1, -1, 2], predictions=[-1, 1, 0, 0])
+    report(trainer, found, pages(4), "DataPruning", 2, False, class_names=["cat", "dog"])
+    assert column(folder / f"{STEM}_samples.csv", "label") == ["cat", "dog", "", "2"]
+    assert column(folder / f"{STEM}_samples.csv", "prediction") == ["", "dog", "cat", "cat"]
+
+
+def test_of_a_million_samples_only_those_shown_are_read(trainer: pl.Trainer, folder: Path) -> None:
+    read: list[int] = []
+
+    class Huge(Dataset[Any]):
+        def __getitem__(self, index: int) -> Tensor:
+            read.append(index)
+            assert type(index) is int
+            return torch.rand(8, 8)
+
+    values = torch.arange(10**6, dtype=torch.float64)
+    found = ScoredSet("el2n", 5, values, torch.arange(5 * 10**5, 10**6), torch.arange(10**6) % 1000)
+    report(trainer, found, Huge(), "DataPruning", show=2, figure=True)
+    assert read == [999999, 999998, 1, 0]
+    assert column(folder / f"{STEM}_samples.csv", "kept") == ["True", "True", "False", "False"]
+
+
+class Unreadable(Dataset[Any]):
+    def __getitem__(self, index: int) -> Any:
+        raise OSError(f"no file {index}.jpg")
+
+
+class HalfReadable(Unreadable):
+    def __getitem__(self, index: int) -> Any:
+        return pages(4)[index] if index % 2 else super().__getitem__(index)
+
+
+def test_unreadable_samples_are_warned_of_once_and_still_named(trainer: pl.Trainer, folder: Path) -> None:
+    with pytest.warns(UserWarning, match="DataPruning: 2 of 4 samples") as warned:
+        report(trainer, scored([4.0, 3.0, 2.0, 1.0]), HalfReadable(), "DataPruning", show=2, figure=True)
+    assert len(warned) == 1
+    assert str(warned[0].message).endswith("cannot be shown. The first is sample 0: OSError: no file 0.jpg")
+    assert column(folder / f"{STEM}_samples.csv", "input")[::2] == ["not readable (OSError)"] * 2
+    assert (folder / f"{STEM}_samples.html").read_text().count("<img") == 2
+    assert (folder / f"{STEM}_samples.png").exists()
+
+
+def test_what_cannot_be_drawn_does_not_stop_the_rest(
+    trainer: pl.Trainer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> None:
+        raise MemoryError("too large")
+
+    for name in ("draw_scores", "draw_samples", "page_of"):
+        monkeypatch.setattr(_report, name, broken)
+    with pytest.warns(UserWarning, match="could not be made: MemoryError: too large") as warned:
+        report(trainer, scored([4.0, 3.0]), pages(2), "DataPruning", show=1, figure=True)
+    assert len(warned) == 3
+    assert [path.name for path in folder.glob(f"{STEM}*")] == [f"{STEM}_samples.csv"]
+
+
+def test_labels_of_another_length_do_not_stop_a_training(trainer: pl.Trainer, folder: Path) -> None:
+    with pytest.warns(UserWarning, match="the report of samples could not be made: IndexError"):
+        report(trainer, scored([4.0, 3.0], labels=[1]), pages(2), "DataPruning", show=1, figure=False)
+    assert list(folder.iterdir()) == []
+
+
+def test_random_streams_stay_where_they_are(trainer: pl.Trainer, folder: Path) -> None:
+    class Augmenting(Dataset[Any]):
+        def __getitem__(self, index: int) -> Any:
+            if random.random() + np.random.rand() > 9 or index == 1:
+                raise ValueError("drawn and failed")
+            return torch.rand(8, 8)
+
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    with pytest.warns(UserWarning, match="drawn and failed"):
+        report(trainer, scored([4.0, 3.0]), Augmenting(), "DataPruning", show=1, figure=True)
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+# What an item looks like.
+
+RAMP = np.arange(30).reshape(5, 6) * 255 / 29  # what every picture of 5 x 6 rising values is
+GREY = np.rint(RAMP).astype(np.uint8)
+COLOR = np.stack([np.arange(30).reshape(5, 6) * 3 + channel for channel in range(3)])  # (3, 5, 6), from 0 to 89
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        torch.arange(30.0).reshape(5, 6),
+        torch.arange(30.0).reshape(1, 5, 6) - 4,
+        torch.arange(30.0).reshape(1, 1, 5, 6).bfloat16() * 0.5,
+        np.arange(30).reshape(5, 6, 1),
+        {"label": torch.tensor(3), "image": torch.arange(30.0, requires_grad=True).reshape(1, 5, 6)},
+        (3, [torch.arange(30, dtype=torch.uint8).reshape(5, 6), "a name"]),
+        Image.fromarray(GREY),
+    ],
+    ids=["(H, W)", "(1, H, W)", "bfloat16", "(H, W, 1)", "dict", "nested", "PIL"],
+)
+def test_grey_pictures(item: Any) -> None:
+    picture, _ = view_of(item)
+    assert picture is not None
+    assert picture.dtype == np.uint8
+    assert np.array_equal(picture, GREY)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        torch.tensor(COLOR),
+        COLOR.transpose(1, 2, 0) / 1000,
+        np.concatenate([COLOR, np.full((1, 5, 6), 40)]),
+        np.concatenate([COLOR, np.full((1, 5, 6), 40)]).transpose(1, 2, 0),
+    ],
+    ids=["(3, H, W)", "(H, W, 3)", "(4, H, W)", "(H, W, 4)"],
+)
+def test_color_pictures(item: Any) -> None:
+    picture, _ = view_of(item)
+    assert picture is not None
+    assert np.array_equal(picture, np.rint(COLOR.transpose(1, 2, 0) * 255 / 89))
+
+
+def test_pil_pictures_of_bytes_keep_their_values() -> None:
+    pale = np.full((8, 9, 3), 200, np.uint8)
+    pale[0, 0] = 190
+    for image in (Image.fromarray(pale), Image.fromarray(pale).convert("RGBA")):
+        picture, text = view_of((image, 0))
+        assert np.array_equal(picture, pale)
+        assert text == "9 x 8 pixels"
+    palette, _ = view_of(Image.fromarray(pale).convert("P"))
+    assert palette.shape == pale.shape
+    deep, _ = view_of(Image.fromarray((np.arange(30).reshape(5, 6) * 1000).astype(np.uint16)))
+    assert np.array_equal(deep, GREY)
+
+
+def test_values_that_are_no_numbers_do_not_spoil_a_picture() -> None:
+    values = torch.arange(30.0).reshape(5, 6)
+    values[0, 1], values[0, 2] = nan, inf
+    picture, _ = view_of(values)
+    expected = GREY.copy()
+    expected[0, 1:3] = 0, 255
+    assert np.array_equal(picture, expected)
+    assert (view_of(torch.full((8, 8), nan))[0] == 0).all()
+    assert (view_of(torch.full((8, 8), 7.0))[0] == 0).all()
+
+
+def test_large_pictures_are_made_smaller_by_means() -> None:
+    checks = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(192, 96)
+    picture, _ = view_of(checks)
+    assert picture.shape == (192, 96)
+    assert set(np.unique(picture)) <= {127, 128}
+    assert view_of(torch.rand(3, 384, 2000))[0].shape == (37, 192, 3)
+
+
+@pytest.mark.parametrize(
+    ("item", "text"),
+    [
+        ("a  line\nand <another>", "a line and <another>"),
+        ("half a pair \ud800", "half a pair ?"),
+        (("x" * 700, 1), "x" * 597 + "..."),
+        ({"input_ids": [101, 7, 102], "label": 1}, "ids 101 7 102"),
+        (torch.arange(50)[None], "ids " + " ".join(map(str, range(40))) + " ... (50)"),
+        (torch.rand(64), "shape (64,)"),
+        ((torch.rand(2, 64, 64), 1), "shape (2, 64, 64)"),
+        (torch.rand(4, 3, 8, 8), "shape (4, 3, 8, 8)"),
+        (torch.rand(2, 100), "shape (2, 100)"),
+        (np.array(["a", "b"]), "shape (2,)"),
+        (torch.zeros(8, 8, dtype=torch.complex64), "shape (8, 8)"),
+        ((3, 4.0), "a tuple"),
+        (None, "a NoneType"),
+        ([], "a list"),
+    ],
+)
+def test_other_inputs_are_words(item: Any, text: str) -> None:
+    assert view_of(item) == (None, text)
+
+
+# The page.
+
+
+class Reader(HTMLParser):
+    """Gathers tags with attributes, and the text of each list item."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, Any]]] = []
+        self.open: list[str] = []
+        self.cards: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        if tag == "li":
+            self.cards.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "li" in self.open:
+            self.cards[-1] += " " + data
+
+    def facts(self) -> list[str]:
+        return [" ".join(card.split()) for card in self.cards]
+
+
+def sample(index: int = 0, **changes: Any) -> Sample:
+    given = {"rank": 0, "score": 0.5, "label": 1, "prediction": 2, "wrong": True, "kept": True}
+    return Sample(index=index, **{**given, "picture": GREY, "text": "in words", **changes})
+
+
+def test_page_shows_each_sample_with_its_facts() -> None:
+    groups = [sample(7, score=2.25)], [sample(3, rank=9, prediction=1, wrong=False, kept=False, picture=None)]
+    read = Reader(page_of(scored([1.0, nan], kept=[1]), groups, "Title"))
+    assert read.facts() == [
+        "label 1 ✗ predicted 2 score 2.25, rank 0 index 7, kept",
+        "in words label 1 ✓ predicted 1 score 0.5, rank 9 index 3, pruned",
+    ]
+    wrong = [attributes for tag, attributes in read.tags if attributes.get("class") == "wrong"]
+    assert len(wrong) == 1
+
+
+def test_page_says_how_many_samples_there_are() -> None:
+    page = page_of(scored([1.0, nan, 2.0, 3.0], kept=[1]), ([sample()], []), "Title")
+    assert "4 samples, 1 kept (25.0%). 1 have no score and are not shown." in page
+    assert "The 1 hardest samples" in page
+    assert "easiest" not in page
+
+
+def test_page_leaves_out_what_is_unknown() -> None:
+    groups = [sample(label=None, prediction=None, wrong=False)], [sample(label=None, wrong=False)]
+    facts = Reader(page_of(scored([1.0, 2.0]), groups, "Title")).facts()
+    assert facts == ["score 0.5, rank 0 index 0, kept", "→ predicted 2 score 0.5, rank 0 index 0, kept"]
+
+
+PLAIN_TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "ul", "li", "p", "b", "br", "img"}
+
+
+def test_page_needs_nothing_else_and_runs_nothing() -> None:
+    evil = "</p><script>alert(1)</script><img src=x onerror='alert(2)'>&amp;"
+    shown = sample(picture=None, text=evil, label=evil, prediction=evil + "!")
+    page = page_of(scored([1.0, 2.0]), ([shown], [sample(1)]), evil)
+    read = Reader(page)
+    assert {tag for tag, _ in read.tags} <= PLAIN_TAGS
+    sources = [attributes["src"] for tag, attributes in read.tags if tag == "img"]
+    assert len(sources) == 1
+    assert sources[0].startswith("data:image/png;base64,")
+    assert not re.search(r"https?:|url\(|@import", page)
+    assert read.facts()[0].count(evil) == 3
+
+
+def test_page_can_be_read_on_a_phone_and_in_the_dark() -> None:
+    page = page_of(scored([1.0]), ([sample()], []), "Title")
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert "color-scheme: light dark" in page
+    assert "prefers-color-scheme: dark" in page
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 6), (7, 3, 3), (192, 101, 3)])
+def test_png_holds_the_very_picture(shape: tuple[int, ...]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    with Image.open(io.BytesIO(_png(pixels))) as image:
+        image.load()
+        assert image.mode == ("L" if len(shape) == 2 else "RGB")
+        assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_page_of_digits_shows_the_digits(
+    trainer: pl.Trainer, folder: Path, digits: tuple[TensorDataset, ScoredSet]
+) -> None:
+    dataset, found = digits
+    report(trainer, found, dataset, "DataPruning", show=3, figure=False)
+    read = Reader((folder / f"{STEM}_samples.html").read_text(encoding="utf-8"))
+    images = [attributes for tag, attributes in read.tags if tag == "img"]
+    indices = [int(index) for index in column(folder / f"{STEM}_samples.csv", "index")]
+    assert [image["alt"] for image in images] == [f"input of sample {index}" for index in indices]
+    for image, index in zip(images, indices, strict=True):
+        data = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
+        with Image.open(io.BytesIO(data)) as shown:
+            expected = dataset[index][0][0].numpy()
+            expected = (expected - expected.min()) / (expected.max() - expected.min()) * 255
+            assert np.abs(np.asarray(shown) - expected).max() <= 0.5
+
+
+# The figure of the scores.
+
+
+def bars(axis: Any) -> dict[str, list[float]]:
+    """Return the heights of the bars by the name of their kind."""
+    return {bars.get_label().split(":")[0]: [bar.get_height() for bar in bars] for bars in axis.containers}
+
+
+def legend(axis: Any) -> list[str]:
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def rendered(figure: Any) -> Any:
+    figure.savefig(io.BytesIO(), format="png")
+    return figure
+
+
+def test_histogram_counts_kept_and_pruned() -> None:
+    values = torch.rand(1000, generator=torch.Generator().manual_seed(0)).double()
+    kept = values.argsort()[:300].sort().values
+    axis = rendered(draw_scores(scored(values, kept), "Title", None)).axes[0]
+    (inner, outer), edges = bars(axis).values(), [bar.get_x() for bar in axis.containers[0]]
+    edges.append(edges[-1] + axis.containers[0][-1].get_width())
+    assert inner == np.histogram(values[kept], edges)[0].tolist()
+    assert np.add(inner, outer).tolist() == np.histogram(values, edges)[0].tolist()
+    assert sum(inner) == 300
+    assert sum(outer) == 700
+    assert [bar.get_y() for bar in axis.containers[1]] == inner  # pruned stands on kept
+    assert legend(axis) == ["kept: 300", "pruned: 700", f"cut at {values[kept].max():.4g}"]
+
+
+VALUES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+
+
+@pytest.mark.parametrize(
+    ("values", "kept", "cuts"),
+    [
+        (VALUES, None, []),
+        (VALUES, [3, 4, 5], [0.4]),
+        (VALUES, [0, 1], [0.2]),
+        (VALUES, [2, 3], [0.3, 0.4]),
+        (VALUES, [0, 3], []),
+        ([0.3, 0.3, 0.3, 0.4], [2, 3], [0.3]),
+        ([0.3, 0.3, 0.3], [2], []),
+        ([0.1, nan, 0.3, inf], [1, 2, 3], [0.3]),
+        ([0.1, 0.2, inf], [2], []),
+        ([nan, nan, 0.3], [0], []),
+    ],
+)
+def test_cut_is_drawn_where_the_kept_scores_are_an_interval(
+    values: list[float], kept: list[int] | None, cuts: list[float]
+) -> None:
+    axis = rendered(draw_scores(scored(values, kept), "Title", None)).axes[0]
+    assert [line.get_xdata()[0] for line in axis.lines] == cuts
+
+
+def test_infinite_scores_have_a_bin_at_the_end_and_missing_ones_are_counted() -> None:
+    found = scored([0.0, 1.0, 1.0, 3.0, inf, inf, nan], kept=[4, 6], name="forgetting")
+    axis = rendered(draw_scores(found, "Title", None)).axes[0]
+    assert bars(axis) == {"kept": [0, 0, 0, 0, 1], "pruned": [1, 2, 0, 1, 1]}
+    last, before = axis.containers[0][-1], axis.containers[0][-2]
+    assert last.get_x() > before.get_x() + before.get_width()
+    center = last.get_x() + last.get_width() / 2
+    assert dict(zip(axis.get_xticks(), map(str, legend_of_ticks(axis)), strict=True))[center] == "inf"
+    assert axis.get_xlabel().splitlines() == [
+        "forgetting score, higher is harder",
+        "infinite (never learned): 2 samples, in a bin at the end",
+        "without a score: 1 samples, not drawn",
+    ]
+
+
+def legend_of_ticks(axis: Any) -> list[str]:
+    return [label.get_text() for label in axis.get_xticklabels()]
+
+
+def test_long_tails_have_a_logarithmic_axis_and_lose_no_sample() -> None:
+    values = torch.logspace(-6, 1, 500, dtype=torch.float64)
+    axis = rendered(draw_scores(scored([*values.tolist(), inf, -inf], kept=range(250, 501)), "Title", None)).axes[0]
+    assert axis.get_xscale() == "log"
+    assert {name: sum(heights) for name, heights in bars(axis).items()} == {"kept": 251, "pruned": 251}
+    assert bars(axis)["pruned"][-2:] == [1, 0]
+    assert bars(axis)["kept"][-2:] == [0, 1]
+
+
+@pytest.mark.parametrize("values", [[0.0] * 5, [2.5] * 5, [-1e-9] * 5, [nan] * 5, [inf] * 5, [1e300, 1e300]])
+def test_constant_scores_are_drawn(values: list[float]) -> None:
+    axis = rendered(draw_scores(scored(values, kept=[0]), "Title", None)).axes[0]
+    drawn = sum(map(sum, bars(axis).values()))
+    assert drawn == sum(not math.isnan(value) for value in values)
+
+
+def test_kept_share_of_each_class() -> None:
+    labels = [2, 2, 2, 2, 5, 5, -1, -1]
+    figure = rendered(draw_scores(scored(range(8), [0, 4, 5, 6], labels), "Title", ["a", "b", "c $x_"]))
+    axis = figure.axes[1]
+    assert [bar.get_height() for bar in axis.containers[0]] == [0.25, 1.0]
+    assert legend_of_ticks(axis) == ["c $x_", "5"]
+    assert [line.get_ydata()[0] for line in axis.lines] == [0.5]
+    assert legend(axis) == ["all classes: 50.0% kept"]
+
+
+def test_many_classes_are_a_sorted_curve() -> None:
+    labels = torch.arange(400) % 40
+    kept = [index for index in range(400) if index // 40 < (index % 40) / 4]  # of class c, ceil(c / 4) of ten
+    axis = rendered(draw_scores(scored(range(400), kept, labels), "Title", None)).axes[1]
+    (curve,) = axis.patches
+    assert curve.get_data().values == pytest.approx([math.ceil(number / 4) / 10 for number in range(40)])
+    assert axis.get_xlabel() == "40 classes, sorted: from 0 (0% kept) to 39 (100% kept)"
+
+
+@pytest.mark.parametrize(
+    "found", [scored(range(4), [1]), scored(range(4), labels=[0, 1, 0, 1]), scored(range(4), [1], labels=[-1] * 4)]
+)
+def test_classes_are_drawn_only_if_known_and_pruned(found: ScoredSet) -> None:
+    assert len(draw_scores(found, "Title", None).axes) == 1
+
+
+# The figure of the samples.
+
+
+def test_captions_mark_wrong_predictions_by_sign_and_color() -> None:
+    right = sample(8, prediction=1, wrong=False, score=12.3456)
+    figure = rendered(draw_samples(([sample(7, label="$\\frac")], [right]), "Title $"))
+    captions = [[text.get_text() for text in axis.texts] for axis in figure.axes]
+    assert captions == [["$\\frac", "✗ 2", "0.5 #7"], ["1", "✓ 1", "12.3 #8"]]
+    wrong, good = (axis.texts[1].get_color() for axis in figure.axes)
+    assert wrong != good == "black"
+
+
+def test_captions_do_not_overlap() -> None:
+    names = ["a very long name of a class", "GREAT MOUNTAIN GOAT"]
+    shown = [sample(9999999, label=names[i % 2], prediction=names[0], score=-1.23456e-05) for i in range(9)]
+    figure = rendered(draw_samples((shown, [sample(picture=None, text="word " * 99)]), "Title"))
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [text.get_window_extent(renderer) for axis in figure.axes for text in axis.texts]
+    boxes += [axis.get_window_extent(renderer) for axis in figure.axes[:-1]]
+    for place, box in enumerate(boxes):
+        assert box.y0 >= 0
+        for other in boxes[:place]:
+            overlaps = min(box.x1, other.x1) - max(box.x0, other.x0), min(box.y1, other.y1) - max(box.y0, other.y0)
+            assert min(overlaps) <= 4  # pixels; a line's box is higher than its letters
+
+
+def test_figure_has_no_more_samples_than_can_be_drawn() -> None:
+    many = [sample(index) for index in range(100)]
+    figure = draw_samples((many, many), "Title")
+    assert len(figure.axes) == 80
+    shown = [int(axis.texts[-1].get_text().split("#")[1]) for axis in figure.axes]
+    assert shown == [*range(40), *range(60, 100)]
+
+
+def test_texts_have_a_page_and_a_table_but_no_figure(trainer: pl.Trainer, folder: Path) -> None:
+    dataset = [{"text": f"<review> {index}", "label": 1} for index in range(4)]
+    report(trainer, scored([4.0, 3.0, 2.0, 1.0]), dataset, "DataPruning", show=1, figure=True)
+    assert not (folder / f"{STEM}_samples.png").exists()
+    assert column(folder / f"{STEM}_samples.csv", "input") == ["<review> 0", "<review> 3"]
+    assert "&lt;review&gt; 3" in (folder / f"{STEM}_samples.html").read_text()
+
+
+# Loggers.
+
+
+def test_tensorboard_has_figures_and_table(tmp_path: Path, digits: tuple[TensorDataset, ScoredSet]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    dataset, found = digits
+    logger = TensorBoardLogger(tmp_path, name="board", version=0)
+    report(trainer_with(logger), found, dataset, "DataPruning[late]", show=2, figure=True)
+    logger.experiment.flush()
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    assert sorted(events.Tags()["images"]) == ["data/late/samples_figure", "data/late/scores_figure"]
+    (tag,) = events.Tags()["tensors"]
+    assert tag == "data/late/samples/text_summary"
+    text = events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+    assert text.splitlines()[0] == "| index | score | rank | label | prediction | kept |"
+    assert len(text.splitlines()) == 2 + 4
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbLogger]:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
+    import wandb
+
+    wandb.teardown()  # of another test's run, whose settings would stay
+    yield WandbLogger(project="project", save_dir=tmp_path, version="v1", offline=True)
+    wandb.teardown()
+
+
+def test_wandb_has_figures_and_tables_with_pictures(
+    tmp_path: Path, offline: WandbLogger, digits: tuple[TensorDataset, ScoredSet]
+) -> None:
+    import wandb
+
+    (dataset, found), trainer = digits, trainer_with(offline)
+    names = [f"digit {number}" for number in range(10)]
+    report(trainer, found, dataset, "DataPruning", show=2, figure=True, class_names=names)
+    mixed = [torch.rand(8, 8), "a text", torch.rand(3, 8, 8), torch.rand(7)]
+    report(trainer, scored([4.0, 3.0, 2.0, 1.0], labels=[-1, 0, 1, 2]), mixed, "DataPruning[mixed]", 2, figure=False)
+    wandb.finish()
+    wandb.teardown()  # only then is all of the file written
+    (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    tables = {name: table for record in parsed(run) for name, table in tables_of(record)}
+    assert sorted(tables) == ["data/mixed/samples", "data/samples"]
+    keys = {key for row in read_history(tmp_path) for key in row}
+    assert {"data/samples/path", "data/samples_figure/filenames", "data/scores_figure/filenames"} <= keys
+
+    columns, rows = tables["data/samples"]
+    assert columns == ["picture", "index", "score", "rank", "label", "prediction", "kept"]
+    written = rows_of(tmp_path / "project" / "v1" / f"{STEM}_samples.csv")
+    assert [str(row[1]) for row in rows] == [row["index"] for row in written]
+    assert [row[4] for row in rows] == [f"digit {found.labels[row[1]]}" for row in rows]
+    for row in rows:
+        assert np.array_equal(row[0], view_of(dataset[row[1]])[0])
+
+    _, rows = tables["data/mixed/samples"]
+    assert [None if row[0] is None else row[0].shape for row in rows] == [(8, 8), None, (8, 8, 3), None]
+    assert [row[4] for row in rows] == [None, 0, 1, 2]
+    assert [row[-1] for row in rows] == ["shape (8, 8)", "a text", "shape (3, 8, 8)", "shape (7,)"]
+
+
+def tables_of(record: Any) -> Iterator[tuple[str, tuple[list[str], list[list[Any]]]]]:
+    """Yield the name, the columns and the rows, with pixels, of a table with images: it is kept as an artifact."""
+    local = {content.path: content.local_path for content in record.artifact.manifest.contents}
+    for path in local:
+        if path.endswith(".table.json"):
+            table = json.loads(Path(local[path]).read_text())
+            pixels = [row[0] and np.asarray(Image.open(local[row[0]["path"]])) for row in table["data"]]
+            rows = [[shown, *row[1:]] for shown, row in zip(pixels, table["data"], strict=True)]
+            yield path.removesuffix(".table.json"), (table["columns"], rows)
