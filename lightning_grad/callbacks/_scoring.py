@@ -33,6 +33,7 @@ class Look:
         pl_module: The module, in eval mode.
         batch: Its batch, on the device.
         indices: The samples' indices in the data set.
+        total: Length of the data set.
         run: Runs ``training_step`` on it.
         memory: What a measure wants to keep from batch to batch.
         which: Which loss of the step, if it has several.
@@ -41,6 +42,7 @@ class Look:
     pl_module: pl.LightningModule
     batch: Any
     indices: list[int]
+    total: int
     run: Callable[[], object]
     memory: dict[str, Any] = field(default_factory=dict)
     which: int | None = None
@@ -48,18 +50,27 @@ class Look:
     def loss(self, keep_graph: bool = False) -> LossCall:
         """Run the step and return the call of its loss."""
         which = self.which if self.which is not None else self.memory.get("which")
-        with torch.set_grad_enabled(keep_graph), LossCapture(len(self.indices), keep_graph=keep_graph) as capture:
-            self.run()
+        capture = self._captured(keep_graph)
         several = len(capture.calls) + len(capture.unread) > 1
-        if which is None and several and not keep_graph:
-            which = self.memory["which"] = self._which_has_a_graph()
+        if which is None and several and not any(call.has_graph for call in capture.calls):
+            # Only with a graph the loss can be told from what a step computes for its log.
+            found = self._captured(with_graph=True)
+            which = self.memory["which"] = found.calls.index(found.only())
         return capture.only(which)
 
-    def _which_has_a_graph(self) -> int:
-        # Only with a graph the loss can be told from what a step computes for its log.
-        with torch.enable_grad(), LossCapture(len(self.indices)) as capture:
-            self.run()
-        return capture.calls.index(capture.only())
+    def _captured(self, with_graph: bool) -> LossCapture:
+        with_graph = with_graph or bool(self.memory.get("needs_graph"))
+        try:
+            with torch.set_grad_enabled(with_graph), LossCapture(len(self.indices), keep_graph=with_graph) as capture:
+                self.run()
+            return capture
+        except RuntimeError:
+            if with_graph:
+                raise
+        # A step that differentiates something itself, as a gradient penalty does, needs a graph.
+        found = self._captured(with_graph=True)
+        self.memory["needs_graph"] = True
+        return found
 
     def gradient_norms(self) -> tuple[Tensor, LossCall]:
         """Return the norm of every sample's own gradient, and the loss."""
@@ -82,9 +93,11 @@ class Look:
         """
         seen: list[tuple[nn.Linear, Tensor, Tensor]] = []
         layers = [layer for layer in self.pl_module.modules() if isinstance(layer, nn.Linear)]
-        hooks = [
-            layer.register_forward_hook(lambda l, args, output: seen.append((l, args[0], output))) for layer in layers
-        ]
+
+        def see(layer: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.append((layer, args[0], output))
+
+        hooks = [layer.register_forward_hook(see) for layer in layers]
         try:
             call = self.loss()
         finally:
@@ -140,7 +153,8 @@ def look_at_all(
         for number, batch in enumerate(_with_progress(loader, title, trainer)):
             indices = chunks[number] if number < len(chunks) else chunks[0]
             batch = _to_device(trainer, batch)
-            look = Look(pl_module, batch, indices, _runner(trainer, pl_module, batch, number), memory, which)
+            run = _runner(trainer, pl_module, batch, number)
+            look = Look(pl_module, batch, indices, training_set.sampler.total, run, memory, which)
             with torch.no_grad():
                 found.put(indices, measure(look))
     return found.over_ranks(trainer)

@@ -246,9 +246,9 @@ class LossCapture(TorchFunctionMode):
     def _read_or_raise(
         self, func: Any, loss: LossFunction, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
     ) -> _Read:
-        if loss.signature is None:
+        if loss.defaults is None:
             raise TypeError("it does not have one input and one target per sample")
-        given = bind(loss.signature, args, kwargs)
+        given = bind(loss.defaults, args, kwargs)
         if _transformed(given.values()):
             raise TypeError("it was called inside a transform of torch.func")
         detached = {name: v.detach() if isinstance(v, Tensor) else v for name, v in given.items()}

@@ -32,7 +32,7 @@ ScoreFunction = Callable[[pl.LightningModule, Any], Tensor]
 
 
 def measure_for(score: str, score_fn: ScoreFunction | None = None) -> Measure:
-    """Return what a pass measures for a score; without one of its own, for the classes of the samples only."""
+    """Return what a pass measures for a score that one pass gives."""
     if score_fn is not None:
         return lambda look: {"score": torch.as_tensor(score_fn(look.pl_module, look.batch))}
     return {
@@ -42,7 +42,8 @@ def measure_for(score: str, score_fn: ScoreFunction | None = None) -> Measure:
         "grand": _grand,
         "grand-last": _grand_last,
         "prototypes": _embedding,
-    }.get(score, lambda look: classes_of(look.loss()))
+        "chance": lambda look: _of_call(look.loss(), lambda call: torch.zeros_like(call.losses)),
+    }[score]
 
 
 def classes_of(call: LossCall) -> dict[str, Tensor]:
@@ -77,7 +78,6 @@ class VarianceOfGradients:
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
-        self.total = 0
 
     def measure(self, look: Look) -> Mapping[str, Tensor]:
         """Take in one batch."""
@@ -96,7 +96,7 @@ class VarianceOfGradients:
         finally:
             inputs.requires_grad_(False)
         if not self.state:
-            self.state = vog_state(self.total, inputs.shape[1:])
+            self.state = vog_state(look.total, inputs.shape[1:])
         update_vog_(self.state, torch.tensor(look.indices), gradients)
         return classes_of(call)
 

@@ -40,7 +40,7 @@ def page_of(scored: ScoredSet, groups: Groups, title: str) -> str:
     kept = total if scored.kept is None else len(scored.kept)
     facts = f"{total:,} samples, {kept:,} kept ({scored.kept_share:.1%})."
     if missing:
-        facts += f" {missing:,} have no score and are not shown."
+        facts += f" Without a score, and not shown: {missing:,}."
     wide = ' class="wide"' if all(sample.picture is None for group in groups for sample in group) else ""
     sections = [
         f"<h2>{order.format(len(group))}</h2>\n<ul{wide}>\n" + "\n".join(map(_card, group)) + "\n</ul>"

@@ -55,9 +55,9 @@ def _notes(scored: ScoredSet) -> Iterator[str]:
     never, missing = int(scored.values.isinf().sum()), int(scored.values.isnan().sum())
     if never:
         meaning = " (never learned)" if "forget" in scored.name else ""
-        yield f"infinite{meaning}: {never:,} samples, in a bin at the end"
+        yield f"samples with an infinite score{meaning}, in a bin at the end: {never:,}"
     if missing:
-        yield f"without a score: {missing:,} samples, not drawn"
+        yield f"samples without a score, not drawn: {missing:,}"
 
 
 def _kept_mask(scored: ScoredSet) -> NDArray[np.bool_]:

@@ -56,7 +56,7 @@ class Sample:
 
 
 Groups = tuple[Sequence[Sample], Sequence[Sample]]  # the hardest and the easiest
-ORDERS = ("The {} hardest samples, the hardest first", "The {} easiest samples, the easiest last")
+ORDERS = ("The hardest samples ({}), hardest first", "The easiest samples ({}), easiest last")
 
 
 def view_of(item: Any) -> tuple[NDArray[np.uint8] | None, str]:

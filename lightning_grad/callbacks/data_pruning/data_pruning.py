@@ -2,56 +2,31 @@
 
 Scores, selection and score files are functions, in ``functional/data_scores.py``, ``functional/data_selection.py``,
 ``functional/per_sample_gradients.py`` and ``data/score_files.py``. Beside this file: ``_subset.py`` is the base,
-``_measures.py`` says what a score looks at, ``_report.py`` what is shown; ``callbacks/_scoring.py`` runs the pass.
+``_sources.py`` says where scores come from, ``_measures.py`` what a pass looks at, ``_report.py`` what is shown.
+``callbacks/_scoring.py`` runs the pass.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_grad.callbacks._loss_tap import read_losses
-from lightning_grad.callbacks._scoring import look_at_all, merge_ranks
-from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
-from lightning_grad.callbacks.data_pruning._measures import (
-    GRADIENT_SCORES,
-    HISTORIES,
-    SCORES,
-    Score,
-    ScoreFunction,
-    VarianceOfGradients,
-    measure_for,
-)
+from lightning_grad.callbacks._scoring import Measure, look_at_all
+from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, SCORES, Score
 from lightning_grad.callbacks.data_pruning._report import report
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
+from lightning_grad.callbacks.data_pruning._sources import FileScores, HistoryScores, Pass, source_of
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
-from lightning_grad.data import SampleScores, average_scores, fingerprint, load_scores, save_scores
-from lightning_grad.functional import (
-    LossCall,
-    aum,
-    aum_state,
-    count_kept,
-    forgetting,
-    forgetting_state,
-    is_correct,
-    margin,
-    normalize_by_class,
-    prototype_distance,
-    select_samples,
-    update_aum_,
-    update_forgetting_,
-    vog,
-)
+from lightning_grad.data import SampleScores, fingerprint, save_scores
+from lightning_grad.functional import LossCall, count_kept, select_samples
 from lightning_grad.utilities.checks import (
     check_between,
     check_choice,
@@ -198,7 +173,7 @@ class DataPruning(SubsetCallback):
         self.budget = budget
         self.score_files = as_names(score_files, "score_files")
         self.save_scores = save_scores
-        self.score_fn: ScoreFunction | None = score_fn
+        self.score_fn = score_fn
         self.score_dataset = score_dataset
         self.loss = loss
         self.checkpoints = checkpoints
@@ -209,6 +184,7 @@ class DataPruning(SubsetCallback):
         self._rounds = self._read_rounds()
         self._check()
         super().__init__(loader_key, name)
+        self._check_rounds()
 
     def _read_rounds(self) -> list[tuple[int, float]]:
         """Return the epochs of the rounds, each with the share left out from then on."""
@@ -234,12 +210,9 @@ class DataPruning(SubsetCallback):
             check_choice(self.balance, ("class",), "balance")
         check_between(self.offset, 0.0, 1.0, "offset")
         check_between(self.class_floor, 0.0, 1.0, "class_floor")
-        for value, least, parameter in (
-            (self.strata, 1, "strata"),
-            (self.checkpoints, 1, "checkpoints"),
-            (self.show, 0, "show"),
-        ):
-            check_count(value, least, parameter)
+        check_count(self.strata, 1, "strata")
+        check_count(self.checkpoints, 1, "checkpoints")
+        check_count(self.show, 0, "show")
         if self.select == "ccs" and self.keep != "hard":
             raise ValueError(
                 f"select='ccs' draws from all scores, so that keep={self.keep!r} means nothing. Leave keep at 'hard'."
@@ -247,31 +220,29 @@ class DataPruning(SubsetCallback):
         least = min((share for _, share in self._rounds if share), default=1.0)
         if self.keep != "random" and self.offset > least:
             raise ValueError(f"offset is part of what prune leaves out, so at most {least}; got {self.offset}.")
-        if self.score in HISTORIES and self._scores_itself and self._rounds[0][0] == 0:
+
+    def _check_rounds(self) -> None:
+        if isinstance(self._source, HistoryScores) and self._rounds[0][0] == 0:
             raise ValueError(f"score={self.score!r} is recorded while training, so epoch must be at least 1; got 0.")
 
     def _clear(self) -> None:
         super()._clear()
         self.scored: ScoredSet | None = None
         self._rounds_done = 0
-        self._record, self._labels = EpochRecord(), EpochRecord()
-        self._history: dict[str, Tensor] = {}
-        self._gradients = VarianceOfGradients()
+        self._source = source_of(
+            self.score,
+            self.score_fn,
+            self.score_files,
+            self.strict,
+            by_chance=self.keep == "random",
+            needs_classes=not self._needs_no_classes,
+            checkpoints=self.checkpoints,
+            seed=self.seed,
+        )
 
     @property
     def _needs_no_classes(self) -> bool:
         return self.balance is None and self.class_floor == 0.0
-
-    @property
-    def _scores_itself(self) -> bool:
-        """Whether a score is to be taken, and not read from a file or left to a function or to chance."""
-        return not self.score_files and self.score_fn is None and self.keep != "random"
-
-    @property
-    def _runs_the_step(self) -> bool:
-        """Whether samples are looked at in a pass of its own through ``training_step``."""
-        looks = self._scores_itself and self.score not in HISTORIES
-        return looks or (self.keep == "random" and not self._needs_no_classes and self.score_fn is None)
 
     @property
     @override
@@ -285,28 +256,24 @@ class DataPruning(SubsetCallback):
         super().setup(trainer, pl_module, stage)
         if not self._fitting:
             return
-        if self._runs_the_step:
+        if self._source.runs_the_step:
             refuse_manual_optimization(
                 pl_module,
                 f"{self.label}(score={self.score!r})",
                 "its training_step also steps, so that it cannot be run just to score samples. Use keep='random', "
                 "score_files, or score_fn=, which takes the module and a batch and returns the scores.",
             )
-        if self._scores_itself and self.score in GRADIENT_SCORES:
+        if self._source.name in GRADIENT_SCORES:
             refuse_sharded(trainer, f"{self.label}(score={self.score!r})")
-        self._check_files_and_epochs(trainer)
+        if isinstance(self._source, FileScores):
+            self._source.check(self.label)
+        self._refuse_unreached(trainer, self._rounds[0][0], "prune")
         self._warn()
-        if self._scores_itself and self.score in HISTORIES:
+        if isinstance(self._source, HistoryScores):
             self._undo.push(read_losses(pl_module, self._read, self.loss))
 
-    def _check_files_and_epochs(self, trainer: pl.Trainer) -> None:
-        for path in self.score_files or ():
-            if not Path(path).is_file():
-                raise FileNotFoundError(f"{self.label} finds no score file {path!r}.")
-        self._refuse_unreached(trainer, self._rounds[0][0], "prune")
-
     def _warn(self) -> None:
-        if self._rounds[0][0] == 0 and self._scores_itself:
+        if self._rounds[0][0] == 0 and self._source.runs_the_step and self.keep != "random":
             rank_zero_warn(
                 f"{self.label}(score={self.score!r}) scores at initialisation, before the module has learnt anything. Scores "
                 "taken there hardly agree with later ones; GraNd follows the norm of the input (arXiv 2303.14753). Set epoch "
@@ -327,10 +294,7 @@ class DataPruning(SubsetCallback):
         return {
             **super().state_dict(),
             "rounds_done": self._rounds_done,
-            "epoch_values": self._record.values,
-            "epoch_labels": self._labels.values,
-            "history": self._history,
-            "gradients": self._gradients.state,
+            "source": self._source.state_dict(),
             "scored": scored,
         }
 
@@ -340,9 +304,7 @@ class DataPruning(SubsetCallback):
             return
         super().load_state_dict(state_dict)
         self._rounds_done = state_dict["rounds_done"]
-        self._record.values, self._labels.values = state_dict["epoch_values"], state_dict["epoch_labels"]
-        self._history = state_dict["history"]
-        self._gradients.state = state_dict["gradients"]
+        self._source.load_state_dict(state_dict["source"])
         if state_dict["scored"] is not None:
             self.scored = ScoredSet(**state_dict["scored"], kept=self._kept)
 
@@ -350,24 +312,27 @@ class DataPruning(SubsetCallback):
 
     @override
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
-        self._take_history(trainer)
-        if self._scores_itself and self.score == "vog":
-            self._collect_gradients(trainer, pl_module)
+        def run_pass(measure: Measure, title: str) -> Mapping[str, Tensor]:
+            assert self._training_set is not None
+            dataset = None if self.score_dataset is None else self.score_dataset(trainer)
+            return look_at_all(trainer, pl_module, self._training_set, measure, title, dataset, self.loss, self.seed)
+
+        self._source.epoch_begins(trainer, run_pass, [epoch for epoch, _ in self._rounds])
         due = sum(epoch <= trainer.current_epoch for epoch, _ in self._rounds)
         if due <= self._rounds_done:
             return self._kept
         self._rounds_done = due
-        return self._prune(trainer, pl_module, self._rounds[due - 1][1])
+        return self._prune(trainer, run_pass, self._rounds[due - 1][1])
 
-    def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, share: float) -> Tensor | None:
+    def _prune(self, trainer: pl.Trainer, run_pass: Pass, share: float) -> Tensor | None:
         assert self._training_set is not None
-        scored = self._take_scores(trainer, pl_module)
+        scored = self._source.take(trainer, run_pass, self._training_set)
         sampler = self._training_set.sampler
         population = sampler.population
         count = count_kept(len(population), share, sampler.batch_size, sampler.ranks, sampler.drop_last)
         kept = None if share == 0.0 else population[self._select(scored, population, count)]
         self.scored = replace(scored, kept=kept)
-        self._save(trainer)
+        self._save(trainer, self.scored)
         report(trainer, self.scored, self._dataset(trainer), self.label, self.show, self.figure)
         self._say(count, len(population), share)
         return kept
@@ -405,55 +370,15 @@ class DataPruning(SubsetCallback):
             "with batches end where they would have."
         )
 
-    # Scores.
-
-    def _take_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ScoredSet:
-        assert self._training_set is not None
-        total, epoch = self._training_set.sampler.total, trainer.current_epoch
-        if self.score_files:
-            return self._read_files(total)
-        if self.keep == "random" and self._needs_no_classes and self.score_fn is None:
-            return ScoredSet("chance", epoch, torch.zeros(total, dtype=torch.float64))
-        if self._scores_itself and self.score in HISTORIES:
-            return self._read_history(epoch)
-        name = self.score if self.score_fn is None else getattr(self.score_fn, "__name__", "score_fn")
-        found = self._look(trainer, pl_module, measure_for(self.score, self.score_fn), f"Scoring by {name}")
-        labels = _classes(found.get("label"))
-        values = self._values(found, labels, trainer)
-        return ScoredSet(name, epoch, values, labels=labels, predictions=_classes(found.get("prediction")))
-
-    def _values(self, found: dict[str, Tensor], labels: Tensor | None, trainer: pl.Trainer) -> Tensor:
-        if "score" in found:
-            return found["score"]
-        if self.score == "vog":
-            values = merge_ranks(trainer, vog(self._gradients.state).to(trainer.strategy.root_device)).cpu()
-            self._gradients.state = {}
-            return values.double() if labels is None else normalize_by_class(values.double(), labels)
-        return _prototypes(found["embedding"], labels, self.seed)
-
-    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, measure: Any, title: str) -> dict[str, Tensor]:
-        assert self._training_set is not None
-        dataset = None if self.score_dataset is None else self.score_dataset(trainer)
-        return look_at_all(trainer, pl_module, self._training_set, measure, title, dataset, self.loss, self.seed)
-
     def _dataset(self, trainer: pl.Trainer) -> Any:
         assert self._training_set is not None
         return self._training_set.loader.dataset if self.score_dataset is None else self.score_dataset(trainer)
 
-    def _read_files(self, total: int) -> ScoredSet:
-        assert self._training_set is not None
-        dataset = self._training_set.loader.dataset
-        scores = average_scores([load_scores(path, dataset, self.strict) for path in self.score_files or ()])
-        labels = None
-        if scores.labels is not None:
-            labels = _classes(SampleScores(scores.labels.double(), "labels", index=scores.index).dense(total))
-        return ScoredSet(scores.name, int(scores.epoch or 0), scores.dense(total), labels=labels)
-
-    def _save(self, trainer: pl.Trainer) -> None:
-        assert self.scored is not None
+    def _save(self, trainer: pl.Trainer, scored: ScoredSet) -> None:
         folder = output_folder(trainer)
-        path = self.save_scores or (folder / f"{self._stem}.npz" if folder is not None else None)
-        if path is None or self.score_files or self.scored.name == "chance":
+        stem = "_".join(part for part in ("scores", self.name, f"epoch{scored.epoch}") if part)
+        path = self.save_scores or (folder / f"{stem}.npz" if folder is not None else None)
+        if path is None or self.score_files or scored.name == "chance":
             return
         mark = fingerprint(self._dataset(trainer))
         if mark.items is None and self.score_dataset is None:
@@ -462,61 +387,12 @@ class DataPruning(SubsetCallback):
                 "score_dataset=, a function of the trainer that returns the training set without it."
             )
         if trainer.is_global_zero:
-            scored = self.scored
             scores = SampleScores(scored.values, scored.name, scored.epoch, self.seed, mark, scored.labels)
-            log_file(trainer, save_scores(scores, path), f"{self._stem}", "scores")
+            log_file(trainer, save_scores(scores, path), stem, "scores")
 
-    @property
-    def _stem(self) -> str:
-        assert self.scored is not None
-        return "_".join(part for part in ("scores", self.name, f"epoch{self.scored.epoch}") if part)
-
-    # Histories.
+    # A batch is trained on.
 
     def _read(self, call: LossCall) -> None:
         assert self._training_set is not None
-        total = self._training_set.sampler.total
-        self._record.put(self._indices, margin(call) if self.score == "aum" else is_correct(call), total)
-        if call.labels is not None:
-            self._labels.put(self._indices, call.labels, total)
-
-    def _take_history(self, trainer: pl.Trainer) -> None:
-        values = self._record.take(trainer)
-        if values is None:
-            return
-        make, update = (aum_state, update_aum_) if self.score == "aum" else (forgetting_state, update_forgetting_)
-        self._history = self._history or make(len(values))
-        update(self._history, torch.arange(len(values)), values)
-        labels = self._labels.take(trainer)
-        if labels is not None:
-            before = self._history.get("labels", labels)
-            self._history["labels"] = torch.where(labels.isnan(), before, labels)
-
-    def _read_history(self, epoch: int) -> ScoredSet:
-        values = -aum(self._history) if self.score == "aum" else forgetting(self._history)
-        return ScoredSet(self.score, epoch, values.double(), labels=_classes(self._history.get("labels")))
-
-    def _collect_gradients(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        last = next((epoch for epoch, _ in self._rounds[self._rounds_done :]), None)
-        if last is None:
-            return
-        first = self._rounds[self._rounds_done - 1][0] if self._rounds_done else 0
-        passes = {
-            first + math.ceil((last - first) * number / self.checkpoints) for number in range(1, self.checkpoints + 1)
-        }
-        if trainer.current_epoch in passes:
-            assert self._training_set is not None
-            self._gradients.total = self._training_set.sampler.total
-            self._look(trainer, pl_module, self._gradients.measure, "Collecting gradients for vog")
-
-
-def _classes(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.nan_to_num(nan=-1.0).long()
-
-
-def _prototypes(embeddings: Tensor, labels: Tensor | None, seed: int) -> Tensor:
-    known = ~embeddings.isnan().any(1)
-    clusters = int(labels.max()) + 1 if labels is not None else 10
-    scores = torch.full((len(embeddings),), float("nan"), dtype=torch.float64)
-    scores[known] = prototype_distance(embeddings[known], min(clusters, int(known.sum())), seed).double()
-    return scores
+        assert isinstance(self._source, HistoryScores)
+        self._source.read(call, self._indices, self._training_set.sampler.total)

@@ -176,6 +176,18 @@ def test_hardest_and_easiest(
     assert column(table, "rank") == [str(rank) for rank in ranks]
 
 
+def test_equal_scores_stay_in_order(trainer: pl.Trainer, folder: Path) -> None:
+    values = torch.arange(1000) % 2
+    report(trainer, scored(values), pages(1000), "DataPruning", show=3, figure=False)
+    assert column(folder / f"{STEM}_samples.csv", "index") == ["1", "3", "5", "994", "996", "998"]
+
+
+def test_few_samples_are_shared_between_the_hardest_and_the_easiest(trainer: pl.Trainer, folder: Path) -> None:
+    report(trainer, scored([1.0, 3.0, 2.0]), pages(3), "DataPruning", show=9, figure=False)
+    headings = re.findall("<h2>(.*)</h2>", (folder / f"{STEM}_samples.html").read_text())
+    assert headings == ["The hardest samples (2), hardest first", "The easiest samples (1), easiest last"]
+
+
 def test_no_sample_has_a_score(trainer: pl.Trainer, folder: Path) -> None:
     with pytest.warns(UserWarning, match="no sample is shown, for none of 2 has a score"):
         report(trainer, scored([nan, nan]), pages(2), "DataPruning", show=1, figure=True)
@@ -409,8 +421,8 @@ def test_page_shows_each_sample_with_its_facts() -> None:
 
 def test_page_says_how_many_samples_there_are() -> None:
     page = page_of(scored([1.0, nan, 2.0, 3.0], kept=[1]), ([sample()], []), "Title")
-    assert "4 samples, 1 kept (25.0%). 1 have no score and are not shown." in page
-    assert "The 1 hardest samples" in page
+    assert "4 samples, 1 kept (25.0%). Without a score, and not shown: 1." in page
+    assert "The hardest samples (1)" in page
     assert "easiest" not in page
 
 
@@ -535,8 +547,8 @@ def test_infinite_scores_have_a_bin_at_the_end_and_missing_ones_are_counted() ->
     assert dict(zip(axis.get_xticks(), map(str, legend_of_ticks(axis)), strict=True))[center] == "inf"
     assert axis.get_xlabel().splitlines() == [
         "forgetting score, higher is harder",
-        "infinite (never learned): 2 samples, in a bin at the end",
-        "without a score: 1 samples, not drawn",
+        "samples with an infinite score (never learned), in a bin at the end: 2",
+        "samples without a score, not drawn: 1",
     ]
 
 
@@ -545,7 +557,8 @@ def legend_of_ticks(axis: Any) -> list[str]:
 
 
 def test_long_tails_have_a_logarithmic_axis_and_lose_no_sample() -> None:
-    values = torch.logspace(-6, 1, 500, dtype=torch.float64)
+    values = torch.logspace(-4, 1, 500, dtype=torch.float64)
+    values[0], values[-1] = 1.64e-05, 16.37  # the powers of their logarithms are larger and smaller than they
     axis = rendered(draw_scores(scored([*values.tolist(), inf, -inf], kept=range(250, 501)), "Title", None)).axes[0]
     assert axis.get_xscale() == "log"
     assert {name: sum(heights) for name, heights in bars(axis).items()} == {"kept": 251, "pruned": 251}

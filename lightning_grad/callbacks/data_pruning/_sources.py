@@ -1,0 +1,269 @@
+"""Where the scores of a training set come from: a pass, several passes, the training's own batches, files, or chance.
+
+:func:`source_of` builds what the arguments of ``DataPruning`` ask for. What a pass measures of a batch is in
+``_measures.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_grad.callbacks._scoring import Measure, merge_ranks
+from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
+from lightning_grad.callbacks.data_pruning._measures import (
+    HISTORIES,
+    ScoreFunction,
+    VarianceOfGradients,
+    measure_for,
+)
+from lightning_grad.callbacks.data_pruning._scored import ScoredSet
+from lightning_grad.data import SampleScores, average_scores, load_scores
+from lightning_grad.functional import (
+    LossCall,
+    aum,
+    aum_state,
+    forgetting,
+    forgetting_state,
+    is_correct,
+    margin,
+    normalize_by_class,
+    prototype_distance,
+    update_aum_,
+    update_forgetting_,
+    vog,
+)
+from lightning_grad.utilities.training_set import TrainingSet
+
+Pass = Callable[[Measure, str], Mapping[str, Tensor]]  # a measure and a title give values by name
+_PROTOTYPES = 10  # of samples without classes
+
+
+class ScoreSource:
+    """Gives the scores of all samples when asked for them.
+
+    Args:
+        name: What the scores are called.
+    """
+
+    runs_the_step = False  # in a pass of its own
+    needs_training = False  # before it can give anything
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def epoch_begins(self, trainer: pl.Trainer, run_pass: Pass, rounds: Sequence[int]) -> None:
+        """Collect what is due when an epoch begins; ``rounds`` are the epochs after which scores will be taken."""
+
+    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet) -> ScoredSet:
+        """Return the scores as they are now."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed fit needs."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+
+
+def source_of(
+    score: str,
+    score_fn: ScoreFunction | None,
+    score_files: Sequence[str] | None,
+    strict: bool,
+    by_chance: bool,
+    needs_classes: bool,
+    checkpoints: int,
+    seed: int,
+) -> ScoreSource:
+    """Return the source for arguments that are checked already."""
+    if score_files:
+        return FileScores(score_files, strict)
+    if score_fn is not None:
+        return PassScores(getattr(score_fn, "__name__", "score_fn"), score_fn)
+    if by_chance:
+        return PassScores("chance") if needs_classes else Chance("chance")
+    if score in HISTORIES:
+        return HistoryScores(score)
+    if score == "vog":
+        return VarianceScores(checkpoints)
+    if score == "prototypes":
+        return PrototypeScores(seed)
+    return PassScores(score)
+
+
+class Chance(ScoreSource):
+    """No scores: all are equal, and their order is left to a seed."""
+
+    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet) -> ScoredSet:
+        return ScoredSet(self.name, trainer.current_epoch, torch.zeros(training_set.sampler.total, dtype=torch.float64))
+
+
+class FileScores(ScoreSource):
+    """The mean of score files.
+
+    Args:
+        paths: The files.
+        strict: Whether those of another data set are refused.
+    """
+
+    def __init__(self, paths: Sequence[str], strict: bool) -> None:
+        super().__init__("files")
+        self._paths = paths
+        self._strict = strict
+
+    def check(self, label: str) -> None:
+        """Raise if a file is missing."""
+        for path in self._paths:
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"{label} finds no score file {path!r}.")
+
+    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet) -> ScoredSet:
+        dataset, total = training_set.loader.dataset, training_set.sampler.total
+        scores = average_scores([load_scores(path, dataset, self._strict) for path in self._paths])
+        labels = None
+        if scores.labels is not None:
+            labels = _classes(SampleScores(scores.labels.double(), "labels", index=scores.index).dense(total))
+        epoch = trainer.current_epoch if scores.epoch is None else int(scores.epoch)
+        return ScoredSet(scores.name, epoch, scores.dense(total), labels=labels)
+
+
+class PassScores(ScoreSource):
+    """Scores of one pass over the training set.
+
+    Args:
+        name: What they are called; a score, or ``"chance"``, for which a pass only finds the classes.
+        score_fn: Function of the module and a batch that returns the scores, instead of ``training_step``.
+    """
+
+    def __init__(self, name: str, score_fn: ScoreFunction | None = None) -> None:
+        super().__init__(name)
+        self._score_fn = score_fn
+        self.runs_the_step = score_fn is None
+
+    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet) -> ScoredSet:
+        found = run_pass(measure_for(self.name, self._score_fn), f"Scoring by {self.name}")
+        labels, predictions = _classes(found.get("label")), _classes(found.get("prediction"))
+        values = self._values(found, labels)
+        return ScoredSet(self.name, trainer.current_epoch, values, labels=labels, predictions=predictions)
+
+    def _values(self, found: Mapping[str, Tensor], labels: Tensor | None) -> Tensor:
+        return found["score"]
+
+
+class PrototypeScores(PassScores):
+    """Distances to prototypes of the last layer's input, as many as there are classes.
+
+    Args:
+        seed: Seed of the clusters.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__("prototypes")
+        self._seed = seed
+
+    def _values(self, found: Mapping[str, Tensor], labels: Tensor | None) -> Tensor:
+        embeddings = found["embedding"]
+        known = ~embeddings.isnan().any(1)
+        clusters = min(int(labels.max()) + 1 if labels is not None else _PROTOTYPES, int(known.sum()))
+        scores = torch.full((len(embeddings),), float("nan"), dtype=torch.float64)
+        scores[known] = prototype_distance(embeddings[known], clusters, self._seed).double()
+        return scores
+
+
+class VarianceScores(ScoreSource):
+    """The variance of gradients over several passes, the last of them when scores are taken.
+
+    Args:
+        checkpoints: Number of passes, evenly spread over the epochs before.
+    """
+
+    runs_the_step = True
+
+    def __init__(self, checkpoints: int) -> None:
+        super().__init__("vog")
+        self._checkpoints = checkpoints
+        self._gradients = VarianceOfGradients()
+        self._classes: Mapping[str, Tensor] = {}
+
+    def epoch_begins(self, trainer: pl.Trainer, run_pass: Pass, rounds: Sequence[int]) -> None:
+        earlier = [epoch for epoch in rounds if epoch < trainer.current_epoch]
+        later = [epoch for epoch in rounds if epoch >= trainer.current_epoch]
+        if not later:
+            return
+        first, last = max(earlier, default=0), min(later)
+        spacing = (last - first) / self._checkpoints
+        if trainer.current_epoch in {first + math.ceil(spacing * (number + 1)) for number in range(self._checkpoints)}:
+            self._classes = run_pass(self._gradients.measure, "Collecting gradients for vog")
+
+    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet) -> ScoredSet:
+        if not self._gradients.state:  # in a fit that went on from another one, behind the epoch of this round
+            self._classes = run_pass(self._gradients.measure, "Collecting gradients for vog")
+        own = vog(self._gradients.state).to(trainer.strategy.root_device)
+        merged = merge_ranks(trainer, own).double().cpu()
+        labels = _classes(self._classes.get("label"))
+        self._gradients.state = {}
+        scores = merged if labels is None else normalize_by_class(merged, labels)
+        answers = _classes(self._classes.get("prediction"))
+        return ScoredSet(self.name, trainer.current_epoch, scores, labels=labels, predictions=answers)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"gradients": self._gradients.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._gradients.state = state["gradients"]
+
+
+class HistoryScores(ScoreSource):
+    """What the samples' own batches have shown: ``"aum"`` or ``"forgetting"``.
+
+    Args:
+        name: Which of both.
+    """
+
+    needs_training = True
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._values = EpochRecord()
+        self._labels = EpochRecord()
+        self._history: dict[str, Tensor] = {}
+
+    def read(self, call: LossCall, indices: list[int], total: int) -> None:
+        """Take in the loss of a batch."""
+        self._values.put(indices, margin(call) if self.name == "aum" else is_correct(call), total)
+        if call.labels is not None:
+            self._labels.put(indices, call.labels, total)
+
+    def epoch_begins(self, trainer: pl.Trainer, run_pass: Pass, rounds: Sequence[int]) -> None:
+        values, labels = self._values.take(trainer), self._labels.take(trainer)
+        if values is None:
+            return
+        make, update = (aum_state, update_aum_) if self.name == "aum" else (forgetting_state, update_forgetting_)
+        self._history = self._history or make(len(values))
+        update(self._history, torch.arange(len(values)), values)
+        if labels is not None:
+            self._history["labels"] = torch.where(labels.isnan(), self._history.get("labels", labels), labels)
+
+    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet) -> ScoredSet:
+        values = -aum(self._history) if self.name == "aum" else forgetting(self._history)
+        labels = _classes(self._history.get("labels"))
+        return ScoredSet(self.name, trainer.current_epoch, values.double(), labels=labels)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self._values.values, "labels": self._labels.values, "history": self._history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._values.values, self._labels.values = state["values"], state["labels"]
+        self._history = state["history"]
+
+
+def _classes(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.nan_to_num(nan=-1.0).long()
