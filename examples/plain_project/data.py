@@ -51,6 +51,25 @@ class LoaderModule(LightningDataModule):
         return self.loader(self.val_set)
 
 
+def flip_labels(labels: Tensor, share: float, classes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Replace the labels of randomly chosen samples by another class, each other class being as likely.
+
+    Args:
+        labels: Labels ``(n,)``.
+        share: Share of the samples, 0 to 1, whose labels are replaced.
+        classes: Number of classes, at least two.
+        seed: Seed of the choice.
+
+    Returns:
+        New labels ``(n,)``, and the sorted indices of those that are replaced.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))].sort().values
+    flipped = labels.clone()
+    flipped[chosen] += torch.randint(1, classes, chosen.shape, generator=generator)
+    return flipped % classes, chosen
+
+
 class Digits(LoaderModule):
     """The 1797 handwritten 8x8 digits that ship with scikit-learn, standardised.
 
@@ -59,14 +78,26 @@ class Digits(LoaderModule):
     Args:
         batch_size: Images per batch.
         num_workers: Worker processes of each loader.
-        seed: Seed of the split and of the noise.
+        seed: Seed of the split, of the noise and of the wrong labels.
         noise: Standard deviation of Gaussian noise added once to the training images, ``None`` for none.
+        flip: Share of the training labels that are replaced by another class.
+
+    Attributes:
+        flipped: After ``setup``, the sorted indices of the training images whose labels are replaced.
     """
 
-    def __init__(self, batch_size: int = 64, num_workers: int = 0, seed: int = 0, noise: float | None = None) -> None:
+    def __init__(
+        self,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        noise: float | None = None,
+        flip: float = 0.0,
+    ) -> None:
         super().__init__(batch_size, num_workers)
         self.seed = seed
         self.noise = noise
+        self.flip = flip
 
     def setup(self, stage: str) -> None:
         """Load, split and standardise the images."""
@@ -78,7 +109,8 @@ class Digits(LoaderModule):
         if self.noise is not None:
             generator = torch.Generator().manual_seed(self.seed)
             x[train] += self.noise * torch.randn(x[train].shape, generator=generator)
-        self.train_set = TensorDataset(x[train], y[train])
+        train_labels, self.flipped = flip_labels(y[train], self.flip, len(y.unique()), self.seed)
+        self.train_set = TensorDataset(x[train], train_labels)
         self.val_set = TensorDataset(x[val], y[val])
         self.test_set = TensorDataset(x[test], y[test])
 

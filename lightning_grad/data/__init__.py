@@ -1,8 +1,9 @@
 """Which samples a run sees: score files and their comparison, for use with and without a Trainer."""
 
 from lightning_grad.data.comparison import compare_scores
+from lightning_grad.data.fingerprints import fingerprint
 from lightning_grad.data.prunable_sampler import PrunableBatchSampler
-from lightning_grad.data.score_files import SampleScores, average_scores, fingerprint, load_scores, save_scores
+from lightning_grad.data.score_files import SampleScores, average_scores, load_scores, save_scores
 
 __all__ = [
     "PrunableBatchSampler",

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import enum
-import hashlib
 import os
-import random
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,181 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_grad.data.fingerprints import Fingerprint, fingerprint
+
 _FORMAT = 1
-_READ_TWICE = 8  # items, to find out whether the data set augments
-_DEEPEST = 16
 _SCORE_COLUMNS = ("score", "scores", "value", "values", "metric")
 _INDEX_COLUMNS = ("index", "idx", "id")
 _NAME_COLUMNS = ("name", "filename", "file", "path", "image")
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What is remembered of a data set to know it again.
-
-    Attributes:
-        length: Number of items.
-        class_name: Name of its class; that of a ``Subset`` also names what it is a subset of.
-        items: Hash of the sampled items; ``None`` if two readings of one item differ.
-        samples: How many items were to be sampled.
-        seed: Seed of their choice.
-    """
-
-    length: int
-    class_name: str
-    items: str | None
-    samples: int = 64
-    seed: int = 0
-
-    def differences(self, other: Fingerprint) -> list[str]:
-        """Return in words what differs from another fingerprint; an empty list if it may be the same data set.
-
-        The items decide: the same items in a data set of another class are the same data. Where items cannot be compared
-        (one side augments, or they were sampled in another way), the names of the classes must agree.
-
-        Example:
-            >>> Fingerprint(100, "Digits", None).differences(Fingerprint(90, "Digits", None))
-            ['the length (100 against 90)']
-        """
-        found = []
-        if self.length != other.length:
-            found.append(f"the length ({self.length} against {other.length})")
-        sampled_alike = (self.samples, self.seed) == (other.samples, other.seed)
-        if self.items is not None and other.items is not None and sampled_alike and self.length == other.length:
-            if self.items != other.items:
-                found.append("the items (another content, order, or transform)")
-        elif self.class_name != other.class_name:
-            found.append(f"the class ({self.class_name} against {other.class_name})")
-        return found
-
-
-def _class_name(dataset: Any) -> str:
-    name = type(dataset).__name__
-    return f"{name}[{_class_name(dataset.dataset)}]" if isinstance(dataset, torch.utils.data.Subset) else name
-
-
-@contextmanager
-def _random_streams_kept() -> Iterator[None]:
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    cuda = torch.cuda.get_rng_state_all() if started else None
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-
-
-def _seed_streams(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reach the generators of GPUs
-
-
-def _tensor_bytes(tensor: Tensor) -> bytes:
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return plain.view(torch.uint8).numpy().tobytes()
-
-
-def _parts(value: Any) -> tuple[str, list[Any]] | None:
-    """Return a description of a container and what it holds, or None if the value is no container."""
-    if isinstance(value, Mapping):
-        entries = sorted(value.items(), key=lambda entry: (type(entry[0]).__name__, repr(entry[0])))
-        return f"dict {len(entries)}", [part for entry in entries for part in entry]
-    if isinstance(value, list | tuple):
-        return f"{'list' if isinstance(value, list) else 'tuple'} {len(value)}", list(value)
-    if isinstance(value, set | frozenset):
-        return f"set {len(value)}", sorted(value, key=repr)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        return type(value).__name__, [part for f in fields for part in (f.name, getattr(value, f.name))]
-    if isinstance(value, np.ndarray) and value.dtype.hasobject:
-        return f"array {value.shape}", list(value.flat)
-    return None
-
-
-def _leaf(value: Any) -> tuple[str, bytes]:
-    """Return the kind of a value that is no container, and its content; of an unknown kind there is no content."""
-    kind = type(value).__name__
-    if isinstance(value, enum.Enum):
-        return kind, value.name.encode()
-    if isinstance(value, str | os.PathLike):
-        return "str", os.fspath(value).encode("utf-8", "surrogatepass") if isinstance(value, str) else os.fsencode(
-            value
-        )
-    if isinstance(value, bytes | bytearray):
-        return "bytes", bytes(value)
-    if value is None or (isinstance(value, bool | int | float | complex) and not isinstance(value, np.generic)):
-        return kind, repr(value).encode()
-    if isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_quantized or value.is_nested):
-        return f"Tensor {value.dtype} {tuple(value.shape)}", _tensor_bytes(value)
-    if isinstance(value, np.ndarray | np.generic):
-        return f"array {value.dtype.str} {value.shape}", value.tobytes()
-    if all(hasattr(value, name) for name in ("tobytes", "mode", "size")):  # an image of PIL, which is not imported here
-        return f"image {value.mode} {value.size}", value.tobytes()
-    return kind, b""
-
-
-def _add(digest: Any, value: Any, depth: int = 0) -> None:
-    parts = _parts(value) if depth < _DEEPEST else None
-    kind, content = _leaf(value) if parts is None else (parts[0], b"")
-    # With their lengths, so that ("ab", "c") and ("a", "bc") differ.
-    digest.update(f"{kind}|{len(content)}|".encode())
-    digest.update(content)
-    for part in parts[1] if parts else []:
-        _add(digest, part, depth + 1)
-
-
-def _digest(value: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    _add(digest, value)
-    return digest.hexdigest()
-
-
-def fingerprint(dataset: Any, samples: int = 64, seed: int = 0) -> Fingerprint:
-    """Return what is to be remembered of a data set: its length, class, and a hash of some of its items.
-
-    Tensors, arrays, images, text, numbers and containers of them are hashed by content, whatever else by the name of its
-    type. The items are read here and now; python's, numpy's and torch's random streams are afterwards where they were (a
-    generator that the data set itself holds moves on).
-
-    A data set that augments gives another item at each reading. It is found out by reading items twice; its items are left
-    out, so that only its length and class can be compared.
-
-    Args:
-        dataset: A map-style data set, with ``__len__`` and ``__getitem__``.
-        samples: How many items are hashed, in the order in which they are drawn.
-        seed: Seed of their choice.
-
-    Returns:
-        Fingerprint: Equal for equal data sets, also in another process.
-
-    Raises:
-        TypeError: If the data set has no length or no items.
-
-    Example:
-        >>> data = [(torch.tensor([0.5]), 0), (torch.tensor([0.7]), 1)]
-        >>> fingerprint(data) == fingerprint(list(data)), fingerprint(data) == fingerprint(data[::-1])
-        (True, False)
-    """
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise TypeError(
-            f"A fingerprint needs a map-style data set, with __len__ and __getitem__; got {type(dataset).__name__}. "
-            "Scores belong to the indices of such a data set."
-        )
-    length = len(dataset)
-    drawn = torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
-    with _random_streams_kept():
-        # Seeded, so that every rank and every run comes to the same verdict.
-        _seed_streams(seed)
-        first = [_digest(dataset[i]) for i in drawn]
-        _seed_streams(seed + 1)
-        second = [_digest(dataset[i]) for i in drawn[:_READ_TWICE]]
-    items = _digest(first) if second == first[:_READ_TWICE] else None
-    return Fingerprint(length, _class_name(dataset), items, samples, seed)
 
 
 @dataclass(frozen=True, eq=False)

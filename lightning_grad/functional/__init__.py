@@ -24,23 +24,7 @@ from lightning_grad.functional.conditioning import (
     reset_moments_,
     reset_warmup,
 )
-from lightning_grad.functional.data_scores import (
-    aum,
-    aum_state,
-    el2n,
-    forgetting,
-    forgetting_state,
-    is_correct,
-    last_layer_gradient_norm,
-    margin,
-    normalize_by_class,
-    predictions,
-    update_aum_,
-    update_forgetting_,
-    update_vog_,
-    vog,
-    vog_state,
-)
+from lightning_grad.functional.data_scores import el2n, is_correct, last_layer_gradient_norm, margin, predictions
 from lightning_grad.functional.data_selection import class_shares, count_kept, round_up_count, select_samples
 from lightning_grad.functional.dynamic_pruning import (
     infobatch_count,
@@ -82,6 +66,18 @@ from lightning_grad.functional.norm_statistics import (
     zclip_threshold_,
 )
 from lightning_grad.functional.per_sample_gradients import PerSampleGradientNorms, per_sample_gradient_norms
+from lightning_grad.functional.sample_histories import (
+    aum,
+    aum_state,
+    forgetting,
+    forgetting_state,
+    normalize_by_class,
+    update_aum_,
+    update_forgetting_,
+    update_vog_,
+    vog,
+    vog_state,
+)
 
 __all__ = [
     "RECIPES",

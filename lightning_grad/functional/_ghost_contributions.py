@@ -37,7 +37,8 @@ def chunks(samples: int, entries: int) -> Iterator[tuple[int, int]]:
 
 def sum_squares(tensor: Tensor) -> Tensor:
     # One pass over memory; a product followed by a sum, as in vecdot, takes three.
-    return torch.linalg.vector_norm(tensor.reshape(tensor.shape[0], -1), dim=1).square()
+    norms: Tensor = torch.linalg.vector_norm(tensor.reshape(tensor.shape[0], -1), dim=1)
+    return norms.square()
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Outer:
     def _gram(self, chunk: slice) -> Tensor:
         left, right = self.left[chunk], self.right[chunk]
         lefts, rights = torch.bmm(left, left.mT), torch.bmm(right, right.mT)
-        return torch.linalg.vecdot(lefts.flatten(1), rights.flatten(1))
+        return (lefts * rights).sum((1, 2))
 
     def dense(self, start: int, stop: int) -> Tensor:
         return torch.bmm(self.left[start:stop].mT, self.right[start:stop])
@@ -119,17 +120,17 @@ class Scattered:
         chosen = (self.sample >= start) & (self.sample < stop)
         place = (self.sample[chosen] - start) * self.table + self.index[chosen]
         sums = self.rows.new_zeros((stop - start) * self.table, self.rows.shape[1])
-        return sums.index_add_(0, place, self.rows[chosen]).unflatten(0, (stop - start, self.table))
+        return sums.index_add_(0, place, self.rows[chosen]).view(stop - start, self.table, -1)
 
     def times(self, outer: Outer) -> Tensor:
         """Return the inner product with the gradients of a Linear that has the same weight, (B,)."""
         # <e_i x^T, l r^T> = l_i (x . r): one number for each row here and each row there.
-        values = torch.linalg.vecdot(outer.left[self.sample, :, self.index], self._products(outer.right))
+        values = (outer.left[self.sample, :, self.index] * self._products(outer.right)).sum(1)
         return values.new_zeros(self.samples).index_add_(0, self.sample, values)
 
     def _products(self, right: Tensor) -> Tensor:
         if self.rows.shape[0] % self.samples == 0 and self._is_in_order():
-            return torch.bmm(self.rows.unflatten(0, (self.samples, -1)), right.mT).flatten(0, 1)
+            return torch.bmm(self.rows.view(self.samples, -1, self.rows.shape[1]), right.mT).flatten(0, 1)
         return torch.einsum("nd,nrd->nr", self.rows, right[self.sample])
 
     def _is_in_order(self) -> bool:
@@ -229,7 +230,9 @@ class Convolution:
 
     def _products(self, start: int, stop: int) -> Tensor:
         s, positions = self.settings, self._positions
-        met = self._met[start:stop].unflatten(2, (s.groups, -1)).movedim(2, 1).flatten(0, 1)  # (b G, M, rows, ...)
+        met = (
+            torch.unflatten(self._met[start:stop], 2, (s.groups, -1)).movedim(2, 1).flatten(0, 1)
+        )  # (b G, M, rows, ...)
         left = met.flatten(3).transpose(2, 3).reshape(len(met), positions, -1)
         columns = _columns(self._scanned[start:stop], s, tuple(self._met.shape[3:]))
         if self._is_short:
@@ -250,7 +253,7 @@ def _columns(scanned: Tensor, settings: ConvolutionSettings, size: tuple[int, ..
         size: Number of positions in each dimension.
     """
     s = settings
-    groups = scanned.unflatten(2, (s.groups, -1)).movedim(2, 1).flatten(0, 1)
+    groups = torch.unflatten(scanned, 2, (s.groups, -1)).movedim(2, 1).flatten(0, 1)
     if s.is_pointwise:
         steps = (slice(None, (n - 1) * step + 1, step) for n, step in zip(size, s.stride, strict=True))
         pixels = groups[(..., *steps)].flatten(3).transpose(2, 3)

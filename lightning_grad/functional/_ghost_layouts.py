@@ -38,8 +38,8 @@ class Layout:
         if each == 1:
             return tensor.movedim(self.dim, 0).unsqueeze(self.dim + 1)
         if self.outer:
-            return tensor.unflatten(self.dim, (samples, each)).movedim(self.dim, 0)
-        return tensor.unflatten(self.dim, (each, samples)).movedim(self.dim + 1, 0)
+            return torch.unflatten(tensor, self.dim, (samples, each)).movedim(self.dim, 0)
+        return torch.unflatten(tensor, self.dim, (each, samples)).movedim(self.dim + 1, 0)
 
     def __str__(self) -> str:
         if self.dim is None:

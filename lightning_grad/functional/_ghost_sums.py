@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -72,7 +73,7 @@ class SquaredNorms:
                 return None
             expected *= size
         order = tuple(s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
-        return (tensor.storage_offset(), tensor.numel(), *order)
+        return (int(tensor.storage_offset()), tensor.numel(), *order)
 
     def add(self, source: Source, contribution: Contribution) -> None:
         """Take in one contribution."""
@@ -132,4 +133,4 @@ def _connected(sources: list[Source]) -> list[list[Source]]:
 
 def _are_disjoint(places: set[Place]) -> bool:
     ordered = sorted(places)
-    return all(a[0] + a[1] <= b[0] for a, b in zip(ordered, ordered[1:], strict=False))
+    return all(a[0] + a[1] <= b[0] for a, b in itertools.pairwise(ordered))

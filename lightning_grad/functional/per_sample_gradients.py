@@ -1,9 +1,9 @@
-"""The norm of each sample's gradient over all parameters, at about the cost of one forward and backward pass.
+r"""The norm of each sample's gradient over all parameters, at about the cost of one forward and backward pass.
 
 The gradient of a sample's own loss tells how much the sample would move the network (GraNd). Writing one such gradient down
 for each sample takes B times the memory of the parameters; its norm does not need that. At a linear layer, say, the
 gradient of sample b is the product :math:`g_b a_b^T` of the gradient of the output and the input, whose norm is
-:math:`\\lVert g_b \\rVert \\lVert a_b \\rVert`, and both factors are at hand during one ordinary backward pass.
+:math:`\lVert g_b \rVert \lVert a_b \rVert`, and both factors are at hand during one ordinary backward pass.
 
 Parameters are followed through every operation that uses them, not through module classes, so custom modules, tied weights
 and modules that are called twice need no care. What no rule covers is measured by one backward pass for each sample, through

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from lightning_grad.data import SampleScores, average_scores, fingerprint, load_scores, save_scores
-from lightning_grad.data.score_files import Fingerprint, _digest
+from lightning_grad.data.fingerprints import Fingerprint, _digest
 
 NAN, INF = float("nan"), float("inf")
 

@@ -233,6 +233,21 @@ def test_digits_are_standardised_and_only_training_images_are_noisy() -> None:
     assert noisy.val_set.tensors[0].equal(data.val_set.tensors[0])
 
 
+def test_a_share_of_the_training_labels_is_flipped_always_in_the_same_way() -> None:
+    data, flipped, again = Digits(), Digits(flip=0.1), Digits(flip=0.1)
+    for each in (data, flipped, again):
+        each.setup("fit")
+    right, wrong = data.train_set.tensors[1], flipped.train_set.tensors[1]
+    assert len(flipped.flipped) == 140
+    assert (right != wrong).nonzero().flatten().equal(flipped.flipped)
+    assert 0 <= wrong.min() < wrong.max() <= 9
+    assert len(((wrong - right)[flipped.flipped] % 10).unique()) == 9
+    assert wrong.equal(again.train_set.tensors[1])
+    assert flipped.val_set.tensors[1].equal(data.val_set.tensors[1])
+    assert flipped.test_set.tensors[1].equal(data.test_set.tensors[1])
+    assert len(data.flipped) == 0
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_cifar10_formats_give_the_same_images(cifar_batches: Path, cifar_archives: Path, split: str) -> None:
     n = 20 if split == "train" else 8

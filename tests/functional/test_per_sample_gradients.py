@@ -902,6 +902,9 @@ class Custom2(nn.Module):
 # Against another library
 
 
+OPACUS = ["sequence", "conv strided", "conv depthwise", "conv3d", "layer norm", "group norm", "embedding"]
+
+
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed")
 @pytest.mark.parametrize(
     "name", ["sequence", "conv strided", "conv depthwise", "conv3d", "layer norm", "group norm", "embedding"]

@@ -574,8 +574,8 @@ def test_constant_scores_are_drawn(values: list[float]) -> None:
 
 
 def test_kept_share_of_each_class() -> None:
-    labels = [2, 2, 2, 2, 5, 5, -1, -1]
-    figure = rendered(draw_scores(scored(range(8), [0, 4, 5, 6], labels), "Title", ["a", "b", "c $x_"]))
+    labels = [-1, 2, 2, 2, 2, 5, 5, -1]
+    figure = rendered(draw_scores(scored(range(8), [0, 1, 5, 6], labels), "Title", ["a", "b", "c $x_"]))
     axis = figure.axes[1]
     assert [bar.get_height() for bar in axis.containers[0]] == [0.25, 1.0]
     assert legend_of_ticks(axis) == ["c $x_", "5"]

@@ -1,0 +1,223 @@
+r"""What happens to each sample over a run: forgetting, area under the margin, variance of gradients.
+
+A state is a dict of tensors with one row per sample of the data set, made by one function and changed in place by another, so
+that it goes into a checkpoint as it is and nothing waits for the device; keep it where the scores are computed. An index may
+stand in a call only once. The scores of a single batch are in ``data_scores.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def vog_state(n: int, shape: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    r"""Return the state of the variance of gradients before the first checkpoint.
+
+    Args:
+        n: How many samples the data set has.
+        shape: The shape of one input, such as (3, 32, 32). Two tensors of (n, \*shape) are kept.
+        device: Where the gradients are.
+
+    Returns:
+        dict: ``count`` (n,), ``mean`` and ``m2`` (n, \*shape), float32.
+    """
+    return {
+        "count": torch.zeros(n, device=device),
+        "mean": torch.zeros(n, *shape, device=device),
+        "m2": torch.zeros(n, *shape, device=device),
+    }
+
+
+@torch.no_grad()
+def update_vog_(state: dict[str, Tensor], indices: Tensor, gradients: Tensor) -> None:
+    r"""Take in the gradients of a batch at one checkpoint.
+
+    Welford's update, which does not lose the digits of a small variance: with :math:`\delta = g - \mu`,
+    :math:`\mu \leftarrow \mu + \delta / k` and :math:`M \leftarrow M + \delta (g - \mu)`.
+
+    Args:
+        state: From :func:`vog_state`; changed in place.
+        indices: (B,), of the samples in the data set; each only once.
+        gradients: g, (B, \*shape): of the logit of the true class (before softmax) by the input.
+    """
+    mean, m2 = state["mean"], state["m2"]
+    indices, g = indices.to(mean.device), gradients.to(mean)
+    state["count"].index_add_(0, indices, torch.ones_like(indices, dtype=torch.float32))
+    old = mean[indices]
+    new = old + (g - old) / state["count"][indices].reshape(-1, *[1] * (g.dim() - 1))
+    mean.index_copy_(0, indices, new)
+    m2.index_add_(0, indices, (g - old) * (g - new))
+
+
+@torch.no_grad()
+def vog(state: dict[str, Tensor], labels: Tensor | None = None) -> Tensor:
+    r"""Return the variance of gradients (VoG) of every sample.
+
+    .. math::
+        v_i = \frac 1 P \sum_p \sqrt{\frac 1 K \sum_{k=1}^K (S_{kip} - \mu_{ip})^2}, \qquad
+        \hat v_i = \frac{v_i - \operatorname{mean}_{y_j = y_i} v_j}{\operatorname{std}_{y_j = y_i} v_j}
+
+    where :math:`S_k` is the gradient at checkpoint k and p runs over all P entries of the input. Both standard deviations are
+    those of the population (division by the number, not by one less), as in the released code.
+
+    Args:
+        state: From :func:`vog_state`.
+        labels: The class of every sample, (n,), to normalise by class; by default :math:`v_i` is returned.
+
+    Returns:
+        Tensor: (n,); nan for samples never seen, and normalised for a class of one.
+
+    Example:
+        >>> state = vog_state(2, (1,))
+        >>> for gradient in (1.0, 3.0):
+        ...     update_vog_(state, torch.tensor([0]), torch.tensor([[gradient]]))
+        >>> vog(state)
+        tensor([1., nan])
+
+    References:
+        Agarwal et al., "Estimating Example Difficulty Using Variance of Gradients", 2020, arXiv 2008.11600, section 2.
+    """
+    count = state["count"].reshape(-1, *[1] * (state["m2"].dim() - 1))
+    values = (state["m2"] / count).sqrt().flatten(1).mean(1)
+    return values if labels is None else normalize_by_class(values, labels)
+
+
+def normalize_by_class(values: Tensor, labels: Tensor) -> Tensor:
+    r"""Return scores less the mean of their class, over its standard deviation.
+
+    Args:
+        values: (n,), nan where unknown.
+        labels: (n,): the class of every sample.
+
+    Returns:
+        Tensor: (n,); nan where the value is, and for a class of one.
+
+    Example:
+        >>> normalize_by_class(torch.tensor([1.0, 3.0, 10.0, 30.0]), torch.tensor([0, 0, 1, 1]))
+        tensor([-1.,  1., -1.,  1.])
+    """
+    group = torch.unique(labels.to(values.device), return_inverse=True)[1]
+    seen = ~values.isnan()
+
+    def class_mean(x: Tensor) -> Tensor:
+        sums = torch.zeros_like(values).index_add_(0, group, x.where(seen, 0.0))
+        return (sums / torch.zeros_like(values).index_add_(0, group, seen.to(values)))[group]
+
+    centred = values - class_mean(values)
+    return centred / class_mean(centred.square()).sqrt()
+
+
+def forgetting_state(n: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Return the state of the forgetting events before the first batch.
+
+    Args:
+        n: How many samples the data set has.
+        device: Where the predictions are.
+
+    Returns:
+        dict: ``events`` (n,) int64, the times forgotten; ``correct`` (n,) bool, the last time; ``learned`` and ``seen`` (n,)
+        bool, ever.
+    """
+    flags = {key: torch.zeros(n, dtype=torch.bool, device=device) for key in ("correct", "learned", "seen")}
+    return {"events": torch.zeros(n, dtype=torch.int64, device=device), **flags}
+
+
+@torch.no_grad()
+def update_forgetting_(state: dict[str, Tensor], indices: Tensor, correct: Tensor) -> None:
+    """Take in whether the samples of a batch were predicted right, before the step that learns from them.
+
+    Args:
+        state: From :func:`forgetting_state`; changed in place.
+        indices: (B,), of the samples in the data set; each only once.
+        correct: (B,), bool, or a share as of :func:`is_correct`: right above one half. A nan changes nothing.
+    """
+    indices, correct = indices.to(state["correct"].device), correct.to(state["correct"].device)
+    known, before = ~correct.isnan(), state["correct"][indices]
+    now = torch.where(known, correct > 0.5, before)
+    state["events"].index_add_(0, indices, (before & ~now).long())
+    state["correct"].index_copy_(0, indices, now)
+    for key, value in (("learned", now), ("seen", known)):
+        state[key].index_copy_(0, indices, state[key][indices] | value)
+
+
+def forgetting(state: dict[str, Tensor]) -> Tensor:
+    """Return how often every sample was forgotten: predicted right at one of its batches and wrong at the next.
+
+    Args:
+        state: From :func:`forgetting_state`.
+
+    Returns:
+        Tensor: (n,) float32; infinite where the sample was never predicted right, nan where it was never seen.
+
+    Example:
+        >>> state = forgetting_state(3)
+        >>> for correct in ([1.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]):
+        ...     update_forgetting_(state, torch.tensor([0, 1]), torch.tensor(correct))
+        >>> forgetting(state)
+        tensor([2., inf, nan])
+
+    References:
+        Toneva et al., "An Empirical Study of Example Forgetting during Deep Neural Network Learning", 2019,
+        arXiv 1812.05159, section 3, algorithm 1.
+    """
+    counts = state["events"].to(torch.float32)
+    return counts.masked_fill(~state["learned"], math.inf).masked_fill(~state["seen"], math.nan)
+
+
+def aum_state(n: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Return the state of the area under the margin before the first batch.
+
+    Args:
+        n: How many samples the data set has.
+        device: Where the margins are.
+
+    Returns:
+        dict: ``count`` and ``sum``, (n,) float32.
+    """
+    return {"count": torch.zeros(n, device=device), "sum": torch.zeros(n, device=device)}
+
+
+@torch.no_grad()
+def update_aum_(state: dict[str, Tensor], indices: Tensor, margins: Tensor) -> None:
+    """Take in the margins of a batch.
+
+    Args:
+        state: From :func:`aum_state`; changed in place.
+        indices: (B,), of the samples in the data set.
+        margins: (B,), as of :func:`margin`. A nan changes nothing.
+    """
+    indices, margins = indices.to(state["sum"].device), margins.to(state["sum"])
+    known = ~margins.isnan()
+    state["sum"].index_add_(0, indices, margins.where(known, 0.0))
+    state["count"].index_add_(0, indices, known.to(margins))
+
+
+def aum(state: dict[str, Tensor]) -> Tensor:
+    r"""Return the area under the margin (AUM) of every sample: its mean margin over the updates.
+
+    .. math::
+        \operatorname{AUM}_i = \frac 1 T \sum_{t=1}^T m_i^{(t)}
+
+    Low is suspicious: a sample with a wrong label stays behind the class that it looks like.
+
+    Args:
+        state: From :func:`aum_state`.
+
+    Returns:
+        Tensor: (n,); nan where the sample was never seen.
+
+    Example:
+        >>> state = aum_state(2)
+        >>> for value in (-1.0, 2.0):
+        ...     update_aum_(state, torch.tensor([1]), torch.tensor([value]))
+        >>> aum(state)
+        tensor([   nan, 0.5000])
+
+    References:
+        Pleiss et al., "Identifying Mislabeled Data using the Area Under the Margin Ranking", 2020, arXiv 2001.10528, eq. 1.
+    """
+    return state["sum"] / state["count"]
