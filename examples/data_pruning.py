@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 CLASSES = 10
 OFFSET = 0.1  # share of the hardest that "offset" and "ccs" leave out, against wrong labels
 VALIDATIONS = 4
-FOLLOWS = "full", "infobatch"  # variants that have nothing to do with a score
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def label(variant: str, prune: float) -> str:
     return f"{variant} {100 * prune:g}%" if prune else variant
 
 
-def scored(prune: float, study: Study, seed: int, **settings: Any) -> list[Callback]:
+def scored(prune: float | list[float], study: Study, seed: int, **settings: Any) -> list[Callback]:
     """Return DataPruning as this study uses it: no page, table or figure, which are not part of what is timed."""
     plain = unaugmented if study.cifar10 else None
     settings = {"epoch": study.score_epoch, "budget": study.budget, "show": 0, "figure": False} | settings
@@ -310,11 +309,367 @@ class StopAfterScoring(Callback):
         trainer.should_stop = trainer.current_epoch >= self.epoch
 
 
-def score(study: Study, kind: str, flip: float, seed: int, epochs: Sequence[int], **settings: Any) -> Path:
-    """Score all samples after these epochs, prune none (or as said), and return the folder of what is written."""
-    name = f"scores/{kind}_flip{flip:g}_seed{seed}"
-    rule = scored(0.0, study, seed, epoch=list(epochs), **{"prune": [0.0] * len(epochs), "score": kind} | settings)
+def score(
+    study: Study, name: str, flip: float, seed: int, epochs: Sequence[int], prune: float = 0.0, **settings: Any
+) -> Path:
+    """Score all samples after each of these epochs, and return the folder of what is written; the training ends there."""
+    name = f"scores/{name}_flip{flip:g}_seed{seed}"
+    rule = scored([prune] * len(epochs), study, seed, epoch=list(epochs), **settings)
     trainer, module = build(study, name, seed, [*rule, StopAfterScoring(max(epochs))], study.epochs)
     trainer.fit(module, build_data(study, flip, seed))
     finish_loggers(trainer)
     return study.output / name
+
+
+def read_scores(folder: Path, epoch: int) -> SampleScores:
+    """Read the score file of one scoring."""
+    return load_scores(folder / f"scores_epoch{epoch}.npz")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How many of the hardest samples have wrong labels.
+
+    Args:
+        seed: Of the training that scored.
+        total: Number of all samples.
+        wrong: Number of those with wrong labels.
+        looked_at: Number of the hardest samples that are looked at.
+        found: How many of these are wrong.
+    """
+
+    seed: int
+    total: int
+    wrong: int
+    looked_at: int
+    found: int
+
+    @property
+    def precision(self) -> float:
+        """Share of the wrong ones among those looked at."""
+        return self.found / self.looked_at
+
+
+def find_label_errors(study: Study) -> list[Finding]:
+    """Score by EL2N, count the wrong labels among the hardest, and write ``label_errors.csv`` and ``label_errors.png``."""
+    prepare(study)
+    flip, findings = max(study.flips), []
+    for seed in range(study.seeds):
+        shown: dict[str, Any] = {"show": 40, "figure": True} if seed == 0 else {}
+        folder = score(study, "el2n", flip, seed, [study.score_epoch], **shown)
+        wrong = hardest_wrong(study, folder, flip, seed)
+        for size in (len(wrong) // 100, len(wrong) // 20, wrong.sum()):
+            looked_at = wrong[: max(1, size)]
+            findings.append(Finding(seed, len(wrong), int(wrong.sum()), len(looked_at), int(looked_at.sum())))
+    write_results(findings, study.output / "label_errors.csv")
+    draw_label_errors(study, flip).savefig(study.output / "label_errors.png", dpi=140)
+    return findings
+
+
+def hardest_wrong(study: Study, folder: Path, flip: float, seed: int) -> np.ndarray:
+    """Return whether the labels of the samples are wrong, from the hardest sample to the easiest."""
+    data = build_data(study, flip, seed)
+    data.setup("fit")
+    order = read_scores(folder, study.score_epoch).values.argsort(descending=True, stable=True)
+    return np.isin(order.numpy(), data.flipped.numpy())
+
+
+def look_at_scores(study: Study) -> None:
+    """Score with both gradient norms and errors, and write ``scores.png`` and ``histogram.png``, for the first seed."""
+    prepare(study)
+    flip, epochs = max(study.flips), [0, study.score_epoch]
+    score(study, "grand", flip, 0, epochs, score="grand")
+    score(study, "el2n", flip, 0, [study.score_epoch])
+    cut = score(study, "cut", flip, 0, [study.score_epoch], prune=0.5, offset=OFFSET, show=16, figure=True)
+    shutil.copy(cut / f"data_pruning_epoch{study.score_epoch}_scores.png", study.output / "histogram.png")
+    draw_scores(study, flip).savefig(study.output / "scores.png", dpi=140)
+
+
+# What is printed at the end.
+
+
+def print_table(results: Sequence[Result], study: Study) -> None:
+    """Print a row for each variant, over its seeds, and what the columns mean."""
+    for flip in study.flips:
+        own = [result for result in results if result.flip == flip]
+        full = statistics.mean(r.samples for r in own if r.variant == "full") if "full" in study.variants else None
+        print(f"\n{kind_of_labels(flip)}")
+        header = ("variant", "left out", "test accuracy", "samples seen", "of all", "CPU time")
+        print_rows(header, [summarise(variant, prune, own, full) for variant, prune in study.trainings()])
+    kept = "epochs" if study.budget == "epochs" else "optimizer steps (InfoBatch: the same epochs)"
+    print(f"\nbudget: all train for the same {kept}")
+    if study.seeds > 1:
+        print(f"numbers: mean ± standard deviation over {study.seeds} seeds")
+    print(f"full, rs2, rs2-equal, infobatch: choose anew in each of {study.epochs} epochs")
+    print(f"all others: train on everything for {study.score_epoch} epochs, then on what they have chosen")
+    print("rs2-equal: leaves out less than rs2, to see as many samples as those")
+
+
+def summarise(variant: str, prune: float, results: Sequence[Result], full: float | None) -> tuple[str, ...]:
+    """Return the row of one variant."""
+    own = [result for result in results if (result.variant, result.prune) == (variant, prune)]
+    samples = statistics.mean(result.samples for result in own)
+    return (
+        variant,
+        f"{100 * prune:g} %",
+        mean_and_spread([100 * result.test_accuracy for result in own]) + " %",
+        f"{samples:,.0f}",
+        f"{100 * samples / full:.0f} %" if full else "",
+        f"{statistics.mean(result.cpu_seconds for result in own):.1f} s",
+    )
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Write a mean, and the standard deviation where there are several values."""
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Print how many of the hardest samples are wrong, over the seeds."""
+    wrong, total = findings[0].wrong, findings[0].total
+    print(f"\nDataPruning(prune=0) looks for wrong labels: {wrong} of {total} are, {100 * wrong / total:.0f} %")
+    rows = []
+    for size in dict.fromkeys(finding.looked_at for finding in findings):
+        own = [finding.precision for finding in findings if finding.looked_at == size]
+        rows.append((f"the {size} hardest", mean_and_spread([100 * share for share in own]) + " %"))
+    print_rows(("looked at", "of them wrong"), rows)
+
+
+def kind_of_labels(flip: float) -> str:
+    """Name a training set by its wrong labels."""
+    return f"{100 * flip:g} % of the training labels wrong" if flip else "all labels right"
+
+
+# The figures.
+
+COLOURS = {
+    "full": "0.45",
+    "random": "black",
+    "rs2": "#56B4E9",
+    "rs2-equal": "#0072B2",
+    "hard": "#D55E00",
+    "easy": "#F0E442",
+    "offset": "#E69F00",
+    "ccs": "#009E73",
+    "infobatch": "#CC79A7",
+}
+MARKERS = "osD^v"
+RIGHT, WRONG = "#0072B2", "#D55E00"
+ERRORS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.9)
+
+
+def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
+    """Draw test accuracy against samples seen, a panel for each training set."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(0.6 + 4.4 * len(study.flips), 5), layout="constrained")
+    axes = figure.subplots(1, len(study.flips), squeeze=False, sharey=True)[0]
+    for axis, flip in zip(axes, study.flips, strict=True):
+        draw_accuracies(axis, study, [result for result in results if result.flip == flip])
+        axis.set_title(kind_of_labels(flip), fontsize=10, loc="left")
+        axis.set_xlabel("samples seen, in epochs of the whole training set", fontsize=9)
+        tidy(axis)
+    errors = [1 - result.test_accuracy for result in results]
+    axes[0].set_ylim(1.2 * max(*errors, 0.01), max(0.7 * min(errors), 0.002))
+    axes[0].set_yscale("log")
+    axes[0].set_yticks(ERRORS, [f"{100 * (1 - error):g} %" for error in ERRORS])
+    axes[0].minorticks_off()
+    axes[0].set_ylim(1.2 * max(*errors, 0.01), max(0.7 * min(errors), 0.002))
+    axes[0].set_ylabel("test accuracy (logarithm of the error)", fontsize=9)
+    seeds = f"mean and standard deviation of {study.seeds} seeds" if study.seeds > 1 else "one seed"
+    figure.suptitle(f"Training on a part of the samples, for the same {study.budget}: {seeds}", fontsize=12)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    return figure
+
+
+def draw_accuracies(axis: Axes, study: Study, results: Sequence[Result]) -> None:
+    """Draw the means of all variants; those of equal samples stand side by side."""
+    size = max((r.samples for r in results if r.variant == "full"), default=1) / study.epochs
+    side = 0.1 * max(result.samples for result in results) / size / len(COLOURS)
+    for place, variant in enumerate(study.variants):
+        for prune, marker in zip((0.0, *study.prunes), "*" + MARKERS, strict=False):
+            own = [result for result in results if (result.variant, result.prune) == (variant, prune)]
+            if not own:
+                continue
+            errors = np.array([1 - result.test_accuracy for result in own])
+            seen = statistics.mean(r.samples for r in own) / size + side * (place - len(study.variants) / 2)
+            error, spread = max(errors.mean(), 0.002), errors.std(ddof=1) if len(own) > 1 else 0.0
+            below = min(spread, error - 0.001)  # the logarithm of less is no length
+            look = {"color": COLOURS[variant], "markersize": 12 if marker == "*" else 8, "markeredgecolor": "0.25"}
+            axis.errorbar(seen, error, [[below], [spread]], fmt=marker, capsize=2, elinewidth=1.2, **look)
+            if variant == "full":
+                axis.axhline(error, color=COLOURS[variant], linewidth=1, linestyle=":", zorder=0)
+        axis.plot([], [], "o" if variant != "full" else "*", color=COLOURS[variant], markeredgecolor="0.25", label=variant)
+    for prune, marker in zip(study.prunes, MARKERS, strict=False):
+        axis.plot([], [], marker, color="none", markeredgecolor="0.25", label=f"{100 * prune:g} % left out")
+    axis.set_xlim(0, None)
+
+
+def draw_label_errors(study: Study, flip: float) -> Figure:
+    """Draw the hardest and the easiest samples, those with wrong labels framed, beside the precision over all seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.4, 5.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1.55, 1])
+    draw_samples(left, study, flip)
+    axis = right.subplots()
+    for seed in range(study.seeds):
+        wrong = hardest_wrong(study, study.output / f"scores/el2n_flip{flip:g}_seed{seed}", flip, seed)
+        sizes = np.arange(1, len(wrong) + 1)
+        axis.plot(sizes / len(wrong), wrong.cumsum() / sizes, color=WRONG, linewidth=1, alpha=0.7)
+    axis.axvline(flip, color="0.5", linewidth=1, linestyle="--")
+    axis.axhline(flip, color="0.5", linewidth=1, linestyle=":")
+    axis.text(flip + 0.01, 0.03, "as many as are wrong", fontsize=8, color="0.35", rotation=90, va="bottom")
+    axis.text(0.5, flip + 0.015, "by chance", fontsize=8, color="0.35", ha="right")
+    axis.set(xlim=(0, 0.5), ylim=(0, 1.03))
+    axis.set_xlabel("hardest samples by EL2N, as a share of all", fontsize=9)
+    axis.set_title("Share of them whose labels are wrong, each seed", fontsize=10, loc="left")
+    tidy(axis)
+    return figure
+
+
+def draw_samples(figure: Any, study: Study, flip: float, columns: int = 9) -> None:
+    """Draw images with their labels; where the label is wrong, framed, with the right one behind it."""
+    data, right = build_data(study, flip, 0), build_data(study, 0.0, 0)
+    data.setup("fit")
+    right.setup("fit")
+    wrong = set(data.flipped.tolist())
+    values = read_scores(study.output / f"scores/el2n_flip{flip:g}_seed0", study.score_epoch).values
+    order = values.argsort(descending=True, stable=True).tolist()
+    figure.suptitle(f"The hardest samples, then the {columns} easiest; framed: label wrong → right", fontsize=10)
+    axes = figure.subplots(5, columns)
+    for axis, index in zip(axes.flat, [*order[: 4 * columns], *order[-columns:]], strict=True):
+        image, given = data.train_set[index]
+        pixels = image.movedim(0, -1).numpy()
+        axis.imshow((pixels - pixels.min()) / (np.ptp(pixels) or 1.0), cmap="gray_r")
+        is_wrong = index in wrong
+        caption = f"{given} → {right.train_set[index][1]}" if is_wrong else f"{given}"
+        axis.set_title(caption, fontsize=8, color=WRONG if is_wrong else "0.2", pad=2)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set(color=WRONG if is_wrong else "0.8", linewidth=2.5 if is_wrong else 0.6)
+
+
+def draw_scores(study: Study, flip: float) -> Figure:
+    """Draw scores against each other, what is kept of each class, and the learning rate in shorter epochs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.6), layout="constrained")
+    axes = figure.subplots(2, 3)
+    data, k = build_data(study, flip, 0), study.score_epoch
+    data.setup("fit")
+    lengths = torch.stack([image.norm() for image, _ in inputs(data.train_set)])
+    wrong = np.isin(np.arange(len(lengths)), data.flipped.numpy())
+    grand = study.output / f"scores/grand_flip{flip:g}_seed0"
+    start, later = (read_scores(grand, epoch).values for epoch in (0, k))
+    errors = read_scores(study.output / f"scores/el2n_flip{flip:g}_seed0", k).values
+    norm, names = "norm of the input", ("GraNd at initialisation", f"GraNd after {k} epochs")
+    draw_scatter(axes[0, 0], (lengths, norm), (start, names[0]), wrong)
+    draw_scatter(axes[0, 1], (lengths, norm), (later, names[1]), wrong)
+    draw_scatter(axes[0, 2], (start, names[0]), (later, names[1]), wrong)
+    draw_scatter(axes[1, 0], (errors, f"EL2N after {k} epochs"), (later, names[1]), wrong)
+    axes[0, 0].legend(fontsize=8, frameon=False, markerscale=2)
+    draw_classes(axes[1, 1], study)
+    draw_rates(axes[1, 2], study)
+    for axis in axes.flat:
+        tidy(axis)
+    return figure
+
+
+def inputs(train_set: Any) -> Any:
+    """Return the training set without augmentation."""
+    return Images(train_set.images, train_set.labels) if isinstance(train_set, Images) else train_set
+
+
+def draw_scatter(axis: Axes, x: tuple[Tensor, str], y: tuple[Tensor, str], wrong: np.ndarray) -> None:
+    """Draw one score against another, samples with wrong labels in another colour, with the rank correlation."""
+    for chosen, colour, name in ((~wrong, RIGHT, "label right"), (wrong, WRONG, "label wrong")):
+        axis.plot(x[0].numpy()[chosen], y[0].numpy()[chosen], ".", color=colour, markersize=2.5, alpha=0.6, label=name)
+    agreement = compare_scores(x[0], y[0], shares=()).spearman
+    axis.set_title(f"Spearman {agreement:.2f}", fontsize=10, loc="left")
+    axis.set_xlabel(x[1], fontsize=9)
+    axis.set_ylabel(y[1], fontsize=9)
+
+
+def draw_classes(axis: Axes, study: Study) -> None:
+    """Draw which share of each class a rule keeps, over the seeds."""
+    flip, prune = study.flips[0], study.prunes[-1]
+    shown = [variant for variant in study.variants if variant in ("random", "hard", "easy", "ccs")]
+    for place, variant in enumerate(shown):
+        kept, total = np.zeros(CLASSES), np.zeros(CLASSES)
+        for seed in range(study.seeds):
+            kept += read_column(study.folder(variant, prune, flip, seed) / "classes.csv", "samples")
+            total += read_column(study.folder("full", 0.0, flip, seed) / "classes.csv", "samples")
+        width = 0.8 / len(shown)
+        places = np.arange(CLASSES) + width * (place - (len(shown) - 1) / 2)
+        axis.bar(places, kept / np.maximum(total, 1), width, color=COLOURS[variant], label=variant)
+    axis.axhline(1 - prune, color="0.5", linewidth=1, linestyle="--")
+    axis.set_xticks(range(CLASSES))
+    axis.set_xlabel("class", fontsize=9)
+    axis.set_title(f"Kept of each class, {100 * prune:g} % left out", fontsize=10, loc="left")
+    axis.legend(fontsize=8, frameon=False, ncols=len(shown), columnspacing=1, handlelength=1)
+
+
+def draw_rates(axis: Axes, study: Study) -> None:
+    """Draw the learning rate of each step, of the first seed."""
+    for variant, prune in (("full", 0.0), *(("hard", prune) for prune in study.prunes)):
+        if (variant, prune) in study.trainings():
+            rates = read_column(study.folder(variant, prune, study.flips[0], 0) / "steps.csv", "lr")
+            dashes = "-" if prune in (0.0, study.prunes[0]) else "--"
+            axis.plot(rates, dashes, color=COLOURS[variant], label=label(variant, prune))
+    axis.set_title("Learning rate: the cosine ends at zero", fontsize=10, loc="left")
+    axis.set_xlabel("optimizer step", fontsize=9)
+    axis.legend(fontsize=8, frameon=False)
+
+
+def tidy(axis: Axes) -> None:
+    """Take away from a panel what says nothing."""
+    axis.grid(color="0.93")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+
+
+# The command line.
+
+
+def parse(arguments: Sequence[str] | None = None) -> Study:
+    """Read the command line."""
+    default = Study()
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    rules = (
+        "what to compare: full, that is all samples; random, hard, easy: DataPruning with this keep; offset and ccs: hard "
+        "without the hardest tenth; rs2 and rs2-equal: RepeatedRandomSubset; infobatch"
+    )
+    add("--variants", nargs="+", choices=RULES, default=default.variants, metavar="VARIANT", help=rules)
+    add("--prunes", nargs="+", type=float, default=default.prunes, metavar="SHARE", help="shares of the samples left out")
+    add("--flips", nargs="+", type=float, default=default.flips, metavar="SHARE", help="shares of wrong training labels")
+    add("--seeds", type=int, default=default.seeds, help="number of seeds; each trains every variant once")
+    add("--epochs", type=int, default=default.epochs, help="epochs of each training")
+    add("--score-epoch", type=int, default=default.score_epoch, help="epochs after which samples are scored")
+    budget = "what all variants share: epochs, which are shorter with fewer samples, or steps"
+    add("--budget", choices=("epochs", "steps"), default=default.budget, help=budget)
+    add("--width", type=int, help="channels of the network's first stage (default: 8, of CIFAR-10 64)")
+    add("--cifar10", type=Path, metavar="FOLDER", help="learn CIFAR-10 from the files in this folder, not the digits")
+    add("--limit", type=int, help="read only so many images of CIFAR-10, for a quick try")
+    add("--output", type=Path, default=default.output, help="folder of the results")
+    add("--wandb", nargs="?", const="offline", choices=("offline", "online"), help="log each training to W&B too")
+    add("--accelerator", default=default.accelerator, help="device, as the Trainer calls it")
+    add("--threads", type=int, default=default.threads, help="CPU threads; so small a network gains nothing by more")
+    return Study(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the study that the command line describes."""
+    study = parse(arguments)
+    results = run_study(study)
+    print_table(results, study)
+    if max(study.flips) > 0:
+        print_findings(find_label_errors(study))
+        look_at_scores(study)
+    print(f"\nWritten to {study.output}/: the figures comparison, label_errors, histogram and scores (png), results.csv,")
+    print("label_errors.csv, scores/ with tables and pages of the hardest samples, and a folder for each training.")
+
+
+if __name__ == "__main__":
+    main()

@@ -22,18 +22,25 @@ _INNERMOST = -100
 _TAPS: WeakKeyDictionary[Any, _LossTap] = WeakKeyDictionary()
 
 
-def read_losses(pl_module: pl.LightningModule, reader: Callable[[LossCall], None], which: int | None = None) -> Any:
+def read_losses(
+    pl_module: pl.LightningModule,
+    reader: Callable[[LossCall], None],
+    which: int | None = None,
+    samples: Callable[[], int] | None = None,
+) -> Any:
     """Have ``reader`` called with the loss of every training step, after it.
 
     Args:
         pl_module: The module.
         reader: Gets the call of the loss.
         which: Which loss of the step, if it has several.
+        samples: Tells the number of samples of the batch. Default: the length of its tensors.
 
     Returns:
         Callable: Takes the reader away.
     """
     tap = _tap_of(pl_module)
+    tap.samples = samples or tap.samples
     entry = (reader, which)
     tap.readers.append(entry)
     return lambda: tap.remove(entry)
@@ -44,6 +51,7 @@ def reweight_losses(
     reweight: Callable[[LossCall], Tensor | None],
     needed_by: str,
     which: int | None = None,
+    samples: Callable[[], int] | None = None,
 ) -> Any:
     """Have the samples of every training step weighted, before its backward.
 
@@ -52,6 +60,7 @@ def reweight_losses(
         reweight: Gets the call of the loss, and returns a weight for each sample, or ``None`` to leave them alone.
         needed_by: Who asks, for errors.
         which: Which loss of the step, if it has several.
+        samples: Tells the number of samples of the batch. Default: the length of its tensors.
 
     Returns:
         Callable: Takes the weighting away.
@@ -66,6 +75,7 @@ def reweight_losses(
             "callbacks."
         )
     tap.reweight, tap.reweighted_by, tap.which = reweight, needed_by, which
+    tap.samples = samples or tap.samples
     return lambda: tap.remove(None)
 
 
@@ -83,6 +93,7 @@ class _LossTap:
         self.reweight: Callable[[LossCall], Tensor | None] | None = None
         self.reweighted_by = ""
         self.which: int | None = None
+        self.samples: Callable[[], int] | None = None
         self._seen = 0
 
         def around(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +113,7 @@ class _LossTap:
 
     def _step(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._seen = 0
-        samples = batch_size_of([*args, *kwargs.values()][0])
+        samples = batch_size_of([*args, *kwargs.values()][0]) if self.samples is None else self.samples()
         with LossCapture(samples, None if self.reweight is None else self._weights) as capture:
             output = inner(*args, **kwargs)
         if self.reweight is not None:

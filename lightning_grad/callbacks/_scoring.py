@@ -60,8 +60,9 @@ class Look:
 
     def _captured(self, with_graph: bool) -> LossCapture:
         with_graph = with_graph or bool(self.memory.get("needs_graph"))
+        capture = LossCapture(len(self.indices), keep_graph=with_graph)
         try:
-            with torch.set_grad_enabled(with_graph), LossCapture(len(self.indices), keep_graph=with_graph) as capture:
+            with torch.set_grad_enabled(with_graph), capture:
                 self.run()
             return capture
         except RuntimeError:
@@ -136,9 +137,17 @@ def look_at_all(
         which: Which loss of the step, if it has several.
         seed: Seed of the random streams during the pass, so that two of them see the same.
 
+    Raises:
+        ValueError: If the other data set has another length.
+
     Returns:
         dict: For each name the values of the whole data set, (n, ...), float64, on the CPU, nan where not looked at.
     """
+    if dataset is not None and len(dataset) != training_set.sampler.total:  # type: ignore[arg-type]
+        raise ValueError(
+            f"score_dataset must hold the training set's own samples, {training_set.sampler.total}, without augmentation; got "
+            f"{len(dataset)}."  # type: ignore[arg-type]
+        )
     population, batch_size = training_set.sampler.population, training_set.sampler.batch_size
     mine = population[trainer.global_rank :: trainer.world_size].tolist()
     chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
@@ -153,7 +162,7 @@ def look_at_all(
         for number, batch in enumerate(_with_progress(loader, title, trainer)):
             indices = chunks[number] if number < len(chunks) else chunks[0]
             batch = _to_device(trainer, batch)
-            run = _runner(trainer, pl_module, batch, number)
+            run = _runner(trainer, pl_module, batch, number) if training_set.is_whole_batch else _refuse_part
             look = Look(pl_module, batch, indices, training_set.sampler.total, run, memory, which)
             with torch.no_grad():
                 found.put(indices, measure(look))
@@ -225,6 +234,13 @@ def _to_device(trainer: pl.Trainer, batch: Any) -> Any:
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _refuse_part() -> object:
+    raise ValueError(
+        "training_step takes a batch of each of several training loaders, so that it cannot be run on the samples of one. "
+        "Pass score_fn=, which takes the module and a batch of this loader and returns the scores."
+    )
 
 
 def _runner(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, number: int) -> Callable[[], object]:

@@ -115,8 +115,10 @@ class PrunableBatchSampler(Sampler[list[int]]):
     @property
     def full_samples(self) -> int:
         """Samples of an epoch of this process when nothing is pruned."""
-        whole = type(self.original) is BatchSampler
-        return len(self.sampler) if whole else len(self.original) * self.batch_size  # type: ignore[arg-type]
+        if type(self.original) is BatchSampler:
+            return len(self.sampler)  # type: ignore[arg-type]
+        most = len(self.original) * self.batch_size
+        return self.total if abs(most - self.total) < self.batch_size else most  # one pass, up to the last batch
 
     @property
     def full_length(self) -> int:
@@ -157,6 +159,12 @@ class PrunableBatchSampler(Sampler[list[int]]):
             return self.full_length
         return self.samples // self.batch_size if self.drop_last else -(-self.samples // self.batch_size)
 
+    def __getattr__(self, name: str) -> Any:
+        # Hooks of a module may speak to their own batch sampler, as to set its epoch.
+        if name == "original":
+            raise AttributeError(name)
+        return getattr(self.original, name)
+
     def __iter__(self) -> RecordedBatches:
         self.latest = RecordedBatches(iter(self.original) if self._kept is None else self._batches())
         return self.latest
@@ -168,6 +176,7 @@ class PrunableBatchSampler(Sampler[list[int]]):
                 yield batch
 
     def _passes(self) -> Iterator[int]:
+        assert self._kept is not None
         number = 0
         while True:
             empty = True
@@ -175,9 +184,7 @@ class PrunableBatchSampler(Sampler[list[int]]):
                 empty = False
                 yield int(index)
             if empty:
-                raise ValueError(
-                    f"{type(self.original).__name__} yields none of the {len(self._kept or ())} samples kept."
-                )
+                raise ValueError(f"{type(self.original).__name__} yields none of the {len(self._kept)} samples kept.")
             number += 1
 
     def _pruned_sampler(self, number: int) -> _Subset:
@@ -241,7 +248,8 @@ class _Filtered:
         counts = self._counts.tolist()
         for repeat in range(max(counts)):
             for found in self._source:
-                indices = found if isinstance(found, (list, tuple)) else (found,)
+                plain = found.tolist() if hasattr(found, "tolist") else found  # batches may be tensors or arrays
+                indices = plain if isinstance(plain, (list, tuple)) else (plain,)
                 yield from (index for index in indices if counts[index] > repeat)
 
 

@@ -255,8 +255,9 @@ def _columns(scanned: Tensor, settings: ConvolutionSettings, size: tuple[int, ..
     s = settings
     groups = torch.unflatten(scanned, 2, (s.groups, -1)).movedim(2, 1).flatten(0, 1)
     if s.is_pointwise:
-        steps = (slice(None, (n - 1) * step + 1, step) for n, step in zip(size, s.stride, strict=True))
-        pixels = groups[(..., *steps)].flatten(3).transpose(2, 3)
+        for dim, (n, step) in enumerate(zip(size, s.stride, strict=True), start=3):
+            groups = groups.narrow(dim, 0, (n - 1) * step + 1)[(slice(None),) * dim + (slice(None, None, step),)]
+        pixels = groups.flatten(3).transpose(2, 3)
         yield pixels.reshape(len(groups), -1, pixels.shape[3])
         return
     lines = _unfold_lines(F.pad(groups, [p for p in reversed(s.padding) for _ in range(2)]), s, size[-1])

@@ -37,7 +37,6 @@ def _elementwise(source: Tensor, others: Sequence[Tensor], factor: Callable[[Ten
     return Binding([(source, term)], _broadcast(source), others)
 
 
-Operands = tuple[Any, Any]
 IsSource = Callable[[Any], bool]
 
 
@@ -49,8 +48,21 @@ def add(is_source: IsSource, input: Any, other: Any, *, alpha: float = 1, out: T
     return _elementwise(other, (), lambda gradient: gradient * alpha if alpha != 1 else gradient)
 
 
-def subtract(is_source: IsSource, input: Any, other: Any, *, alpha: float = 1, out: Tensor | None = None) -> Binding | None:
+def subtract(
+    is_source: IsSource, input: Any, other: Any, *, alpha: float = 1, out: Tensor | None = None
+) -> Binding | None:
     return add(is_source, input, other, alpha=1 if is_source(input) else -alpha, out=out)
+
+
+def add_(is_source: IsSource, input: Any, other: Any, *, alpha: float = 1) -> Binding | None:
+    # The gradient of a view also arrives through its base, where no hook sees it.
+    if is_source(input) or not input.requires_grad or input._is_view():
+        return None
+    return add(is_source, input, other, alpha=alpha)
+
+
+def subtract_(is_source: IsSource, input: Any, other: Any, *, alpha: float = 1) -> Binding | None:
+    return add_(is_source, input, other, alpha=-alpha)
 
 
 def multiply(is_source: IsSource, input: Any, other: Any, *, out: Tensor | None = None) -> Binding | None:

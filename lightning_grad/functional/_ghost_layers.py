@@ -30,7 +30,7 @@ def _folded_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return F.linear(input.reshape(-1, input.shape[-1]), weight, bias).view(*input.shape[:-1], len(weight))
 
 
-def matmul(input: Tensor, other: Tensor, *, out: None = None) -> Binding | None:
+def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Binding | None:
     if out is not None or other.dim() != 2 or input.dim() < 2:
         return None
     kept = input.detach()
@@ -42,7 +42,7 @@ def matmul(input: Tensor, other: Tensor, *, out: None = None) -> Binding | None:
 
 
 def addmm(
-    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: None = None
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None
 ) -> Binding | None:
     if input.dim() != 1 or beta != 1 or alpha != 1 or out is not None:
         return None

@@ -20,12 +20,14 @@ from lightning_grad.functional._ghost_convolutions import convolution, transpose
 from lightning_grad.functional._ghost_elementwise import (
     IsSource,
     add,
+    add_,
     divide,
     expand,
     multiply,
     prelu,
     repeat,
     subtract,
+    subtract_,
 )
 from lightning_grad.functional._ghost_layers import (
     addmm,
@@ -71,6 +73,8 @@ def _table() -> Mapping[Any, Rule]:
 def _two_sided() -> Mapping[Any, Callable[..., Binding | None]]:
     names = {
         add: "add __add__ __radd__",
+        add_: "add_ __iadd__",
+        subtract_: "sub_ __isub__",
         subtract: "sub subtract __sub__",
         multiply: "mul multiply __mul__ __rmul__",
         divide: "div divide true_divide __truediv__",

@@ -19,9 +19,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from lightning_grad.functional._ghost_graph import Leaf, leaves, squared_norms_by_backward
-from lightning_grad.functional._ghost_layouts import Layout, belongs_to, candidates, has_mass
+from lightning_grad.functional._ghost_layouts import Layout, candidates
+from lightning_grad.functional._ghost_probing import probe_layouts, run_backward, where_samples_meet
 from lightning_grad.functional._ghost_sums import SquaredNorms
 from lightning_grad.functional._ghost_tracer import Key, Tracer, Use
 
@@ -107,11 +109,20 @@ class PerSampleGradientNorms:
         parameters = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
         _refuse_training_batch_norm(self._module)
         with _plain_forward():
-            tracer, losses = self._trace(compute_losses, parameters)
             try:
-                return self._measure(tracer, losses)
-            finally:
-                tracer.close()
+                return self._run(compute_losses, parameters)
+            except CheckpointError as error:
+                raise RuntimeError(
+                    "Per-sample gradient norms do not work with torch.utils.checkpoint.checkpoint, which runs a part of the "
+                    "module again during the backward pass. Turn activation checkpointing off while measuring."
+                ) from error
+
+    def _run(self, compute_losses: Callable[[], Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
+        tracer, losses = self._trace(compute_losses, parameters)
+        try:
+            return self._measure(tracer, losses)
+        finally:
+            tracer.close()
 
     def _trace(self, compute_losses: Callable[[], Tensor], parameters: Mapping[str, Tensor]) -> tuple[Tracer, Tensor]:
         """Run the forward until all that is cut off the graph may be cut off, and each layout is known."""
@@ -149,7 +160,7 @@ class PerSampleGradientNorms:
 
     def _settle(self, failed: Sequence[Use], tracer: Tracer, losses: Tensor, ends: Mapping[int, Leaf]) -> None:
         """Decide on uses that no layout fits: samples lie apart, in no order; or it is one tensor for all; or they mix."""
-        meeting = _where_samples_meet(failed, tracer, losses, ends)
+        meeting = where_samples_meet(failed, tracer, losses, ends)
         apart = [use for use in failed if id(use) not in meeting]
         alike = [use for use in failed if id(use) in meeting and use.is_batchless]
         if not apart and not alike:
@@ -183,27 +194,13 @@ class PerSampleGradientNorms:
 
     def _probe(self, tracer: Tracer, losses: Tensor, unknown: Sequence[Use], ends: Mapping[int, Leaf]) -> list[Use]:
         """Find the layouts by backward passes of single losses; return the uses that none fits."""
-        samples = len(losses)
         silent = {use.key for use in unknown} <= self._silent  # as before: do not ask many samples in every batch
-        fitting = {id(use): candidates(use.shape, use.dims, samples) for use in unknown}
-        told: set[int] = set()
-        for sample in _probed_samples(samples)[: 1 if silent else _PROBES]:
-
-            def receive(use: Use, gradient: Tensor, sample: int = sample) -> None:
-                layouts = fitting.get(id(use))
-                if layouts and has_mass(gradient):
-                    told.add(id(use))
-                    fitting[id(use)] = [each for each in layouts if belongs_to(each, gradient, sample, samples)]
-
-            with tracer.listening(receive):
-                _backward(losses[sample], ends, retain_graph=True)
-            if all(len(layouts) == 0 or (len(layouts) == 1 and key in told) for key, layouts in fitting.items()):
-                break
-        for use in unknown:
-            use.layout = next(iter(fitting[id(use)]), None)
-            if use.layout is not None and len(fitting[id(use)]) == 1 and id(use) in told:
-                self._layouts[use.key, len(use.shape)] = use.layout
-            else:
+        answers = probe_layouts(unknown, tracer, losses, ends, most=1 if silent else _PROBES)
+        for use, (layout, is_certain) in zip(unknown, answers, strict=True):
+            use.layout = layout
+            if layout is not None and is_certain:
+                self._layouts[use.key, len(use.shape)] = layout
+            elif layout is not None:
                 self._silent.add(use.key)
         return [use for use in unknown if use.layout is None]
 
@@ -237,7 +234,7 @@ class PerSampleGradientNorms:
 
         if tracer.uses:
             with tracer.listening(receive):
-                _backward(losses, ends)
+                run_backward(losses, ends)
         return sums.finish().clamp(min=0).sqrt()
 
     def _report(self, tracer: Tracer, rest: Mapping[str, Leaf]) -> None:
@@ -284,35 +281,6 @@ def per_sample_gradient_norms(module: nn.Module, compute_losses: Callable[[], Te
     return PerSampleGradientNorms(module)(compute_losses)
 
 
-def _backward(outputs: Tensor, ends: Mapping[int, Leaf], retain_graph: bool = False) -> None:
-    """Run a backward pass down to all leaves, among them one for each use, and touch no ``.grad``."""
-    inputs = [leaf.tensor for leaf in ends.values()]
-    with torch.autocast(outputs.device.type, enabled=False):
-        torch.autograd.grad(outputs, inputs, torch.ones_like(outputs), retain_graph=retain_graph, allow_unused=True)
-
-
-def _where_samples_meet(uses: Sequence[Use], tracer: Tracer, losses: Tensor, ends: Mapping[int, Leaf]) -> set[int]:
-    """Return the identities of those uses in which the losses of two samples depend on one entry of the output."""
-    touched: dict[int, Tensor] = {}
-    meeting: set[int] = set()
-    chosen = {id(use) for use in uses}
-
-    def receive(use: Use, gradient: Tensor) -> None:
-        if id(use) not in chosen:
-            return
-        before = touched.get(id(use), torch.zeros_like(gradient, dtype=torch.bool))
-        if bool((before & (gradient != 0)).any()):
-            meeting.add(id(use))
-        touched[id(use)] = before | (gradient != 0)
-
-    with tracer.listening(receive):
-        for loss in losses:
-            _backward(loss, ends, retain_graph=True)
-            if meeting == chosen:
-                break
-    return meeting
-
-
 def _checked(losses: object) -> Tensor:
     if not isinstance(losses, Tensor) or losses.dim() != 1 or len(losses) == 0:
         found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
@@ -330,12 +298,6 @@ def _checked(losses: object) -> Tensor:
 
 def _numel(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
-
-
-def _probed_samples(samples: int) -> list[int]:
-    """Return which samples to ask: one from the middle first, where B-major and T-major differ most."""
-    spread = [samples // 2, samples - 1, 0, samples // 4, 3 * samples // 4, 1, samples // 3, 2 * samples // 3]
-    return list(dict.fromkeys(min(sample, samples - 1) for sample in spread))
 
 
 def _refuse_training_batch_norm(module: nn.Module) -> None:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
-from lightning.fabric.utilities.data import sized_len
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -50,6 +50,7 @@ class TrainingSet:
         self._undo = undo
         self._loader_key = loader_key
         self._waiting: list[str] = []
+        self._keys = [""]
         self._kept: Tensor | None = None
         self._fixed_steps = False
         self._begun = False
@@ -84,6 +85,11 @@ class TrainingSet:
         assert self._sampler is not None
         return self._sampler
 
+    @property
+    def is_whole_batch(self) -> bool:
+        """Whether a batch of the loader is all that ``training_step`` gets, and not one of several loaders' batches."""
+        return self._keys == [""]
+
     # The data is loaded.
 
     def _expect(self, inner: Callable[[], Any]) -> Any:
@@ -97,7 +103,7 @@ class TrainingSet:
         if self._loader_key is not None and self._loader_key not in keys:
             known = ", ".join(map(repr, keys)) if keys != [""] else "a single one, without a key"
             raise ValueError(f"loader_key={self._loader_key!r} names no training loader; there is {known}.")
-        self._waiting = keys
+        self._waiting, self._keys = keys, list(keys)
         return loaders
 
     def _receive(self, inner: Callable[[Any], Any], loader: Any) -> Any:
@@ -250,7 +256,7 @@ class TrainingSet:
     def full_samples(self) -> float:
         """Samples of an epoch of the whole training set, over all ranks."""
         sampler = self.sampler
-        return min(sampler.full_samples, self.full_batches * sampler.batch_size) * sampler.ranks
+        return min(sampler.full_samples, self.full_batches * sampler.batch_size) * self._trainer.world_size
 
     # A batch is trained on.
 

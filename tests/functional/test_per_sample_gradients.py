@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from lightning_grad.functional._ghost_layouts import Layout, belongs_to, candidates
 from lightning_grad.functional.per_sample_gradients import PerSampleGradientNorms, per_sample_gradient_norms
@@ -439,6 +440,23 @@ class Slices(nn.Module):
         return F.linear(x, self.weight[:3]) * F.linear(x, self.weight[1:4]) + F.linear(x, self.weight[2:])
 
 
+class InPlace(nn.Module):
+    def __init__(self, view: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 2)
+        self.shift, self.other, self.view = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(1, 6)), view
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).sin()
+        if self.view:
+            hidden[:, :3] += self.shift[:3]
+        else:
+            hidden += self.shift
+            hidden -= self.other
+        out: Tensor = self.last(hidden.relu_())
+        return out
+
+
 SHARED: dict[str, tuple[Callable[[], nn.Module], Draw]] = {
     "language": (Language, tokens(6)),
     "language, tokens = samples": (lambda: Language(4), tokens(4)),
@@ -459,6 +477,7 @@ SHARED: dict[str, tuple[Callable[[], nn.Module], Draw]] = {
     "position network, longer": (PositionNetwork, images(2, 4, 6)),
     "tied autoencoder": (Autoencoder, images(6)),
     "overlapping slices": (Slices, images(6)),
+    "in place": (lambda: InPlace(False), images(3, 6)),
     "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(6, 5)), images(6)),
     "weight norm conv": (lambda: parametrizations.weight_norm(nn.Conv1d(3, 4, 3)), images(3, 6)),
 }
@@ -546,6 +565,7 @@ UNCOVERED: dict[str, tuple[Callable[[], nn.Module], Draw, set[str]]] = {
         tokens(4, high=5),
         {"weight"},
     ),
+    "in place on a view": (lambda: InPlace(True), images(6), {"shift"}),
     "bag max": (lambda: nn.EmbeddingBag(5, 3, mode="max"), tokens(4, high=5), {"weight"}),
 }
 
@@ -772,6 +792,18 @@ def test_inputs_overwritten_after_their_use_are_refused() -> None:
     module = Overwrites()
     with pytest.raises(RuntimeError, match="changed in place"):
         PerSampleGradientNorms(module)(lambda: module(torch.randn(4, 3)).square().sum(1))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_is_refused(reentrant: bool) -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+
+    def compute_losses() -> Tensor:
+        hidden = checkpoint(lambda x: module[1](x.tanh()).tanh(), module[0](torch.randn(5, 3)), use_reentrant=reentrant)
+        return module[2](hidden).square().sum(1)
+
+    with pytest.raises(RuntimeError, match="Turn activation checkpointing off"):
+        PerSampleGradientNorms(module)(compute_losses)
 
 
 @pytest.mark.parametrize("wrong", [lambda out: out.mean(), lambda out: out, lambda out: 1.0, lambda out: out[:0, 0]])

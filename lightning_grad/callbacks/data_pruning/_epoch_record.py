@@ -22,7 +22,15 @@ class EpochRecord:
             indices: Of its samples in the data set.
             values: (B,).
             total: Length of the data set.
+
+        Raises:
+            RuntimeError: If the loss was not one of the batch's own samples.
         """
+        if len(values) != len(indices):
+            raise RuntimeError(
+                f"The loss has {len(values)} rows, and the batch {len(indices)} samples: which row belongs to which sample "
+                "cannot be told."
+            )
         if self.values is None or self.values.device != values.device:
             before = self.values
             self.values = torch.full((total,), float("nan"), device=values.device)

@@ -91,7 +91,7 @@ class VarianceOfGradients:
                     "or give score_fn=, which takes the module and a batch and returns the scores."
                 )
             with torch.enable_grad():
-                true = call.output.gather(1, call.labels.unsqueeze(1)).sum()
+                true = call.output.gather(1, call.labels.clamp(min=0).unsqueeze(1)).sum()
             (gradients,) = torch.autograd.grad(true, inputs)
         finally:
             inputs.requires_grad_(False)

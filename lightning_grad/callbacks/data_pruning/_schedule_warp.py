@@ -1,11 +1,12 @@
 """Learning-rate schedules that were made for whole epochs, in epochs that are shorter or longer.
 
 A scheduler that steps with every batch counts steps. When an epoch has half its batches, it gets two steps for one, so
-that a cosine or a one-cycle schedule ends where it should.
+that a cosine or a one-cycle schedule ends where it should. Where ``max_steps`` ends the run, schedules are left alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -68,8 +69,18 @@ def _steps_now(trainer: pl.Trainer, training_set: TrainingSet, scheduler: Any) -
     if not counts or batches == full_batches or float("inf") in (batches, full_batches):
         return 1
     assert config is not None
+    if not _epochs_end_the_run(trainer, full_batches):
+        return 1
     spacing = (trainer.accumulate_grad_batches, config.frequency)
     steps = count_steps(int(batches), int(batches), *spacing)
     full_steps = count_steps(int(full_batches), int(full_batches), *spacing)
     done = count_steps(int(batches), trainer.fit_loop.batch_idx + 1, *spacing)
     return steps_due(done, steps, full_steps)
+
+
+def _epochs_end_the_run(trainer: pl.Trainer, full_batches: float) -> bool:
+    """Whether schedules were made for a number of epochs, and not for ``max_steps``, which pruning does not change."""
+    if trainer.max_epochs in (None, -1):
+        return False
+    steps = trainer.max_epochs * math.ceil(full_batches / trainer.accumulate_grad_batches)
+    return trainer.max_steps == -1 or trainer.max_steps >= steps

@@ -42,6 +42,7 @@ from lightning_grad.functional import (
 from lightning_grad.utilities.training_set import TrainingSet
 
 Pass = Callable[[Measure, str], Mapping[str, Tensor]]  # a measure and a title give values by name
+CHANCE = "chance"
 _PROTOTYPES = 10  # of samples without classes
 
 
@@ -89,7 +90,7 @@ def source_of(
     if score_fn is not None:
         return PassScores(getattr(score_fn, "__name__", "score_fn"), score_fn)
     if by_chance:
-        return PassScores("chance") if needs_classes else Chance("chance")
+        return PassScores(CHANCE) if needs_classes else Chance(CHANCE)
     if score in HISTORIES:
         return HistoryScores(score)
     if score == "vog":
@@ -266,4 +267,4 @@ class HistoryScores(ScoreSource):
 
 
 def _classes(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.nan_to_num(nan=-1.0).long()
+    return None if values is None else values.nan_to_num(nan=-1.0).clamp(min=-1).long()

@@ -23,7 +23,7 @@ from lightning_grad.callbacks._scoring import Measure, look_at_all
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, SCORES, Score
 from lightning_grad.callbacks.data_pruning._report import report
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
-from lightning_grad.callbacks.data_pruning._sources import FileScores, HistoryScores, Pass, source_of
+from lightning_grad.callbacks.data_pruning._sources import CHANCE, FileScores, HistoryScores, Pass, source_of
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
 from lightning_grad.data import SampleScores, fingerprint, save_scores
 from lightning_grad.functional import LossCall, count_kept, select_samples
@@ -218,7 +218,9 @@ class DataPruning(SubsetCallback):
                 f"select='ccs' draws from all scores, so that keep={self.keep!r} means nothing. Leave keep at 'hard'."
             )
         least = min((share for _, share in self._rounds if share), default=1.0)
-        if self.keep != "random" and self.offset > least:
+        if self.keep == "random" and self.offset:
+            raise ValueError("offset leaves out the hardest, and keep='random' looks at no score. Leave offset at 0.")
+        if self.offset > least:
             raise ValueError(f"offset is part of what prune leaves out, so at most {least}; got {self.offset}.")
 
     def _check_rounds(self) -> None:
@@ -270,7 +272,7 @@ class DataPruning(SubsetCallback):
         self._refuse_unreached(trainer, self._rounds[0][0], "prune")
         self._warn()
         if isinstance(self._source, HistoryScores):
-            self._undo.push(read_losses(pl_module, self._read, self.loss))
+            self._undo.push(read_losses(pl_module, self._read, self.loss, lambda: len(self._indices)))
 
     def _warn(self) -> None:
         if self._rounds[0][0] == 0 and self._source.runs_the_step and self.keep != "random":
@@ -332,61 +334,63 @@ class DataPruning(SubsetCallback):
         count = count_kept(len(population), share, sampler.batch_size, sampler.ranks, sampler.drop_last)
         kept = None if share == 0.0 else population[self._select(scored, population, count)]
         self.scored = replace(scored, kept=kept)
-        self._save(trainer, self.scored)
-        report(trainer, self.scored, self._dataset(trainer), self.label, self.show, self.figure)
+        if scored.name != CHANCE:
+            self._save(trainer, self.scored)
+            report(trainer, self.scored, self._dataset(trainer), self.label, self.show, self.figure)
         self._say(count, len(population), share)
         return kept
 
     def _select(self, scored: ScoredSet, population: Tensor, count: int) -> Tensor:
-        labels = None if scored.labels is None else scored.labels[population]
-        if labels is None and not self._needs_no_classes:
-            raise ValueError(
-                f"{self.label} balances classes, and the samples have none that the loss would tell: leave balance at None "
-                "and class_floor at 0."
-            )
+        labels = None if self._needs_no_classes else self._labels_of(scored, population)
         return select_samples(
             scored.values[population],
             count,
             keep=self.keep,
             rule=self.select,
             offset=self.offset,
-            labels=labels if not self._needs_no_classes else None,
+            labels=labels,
             balance=self.balance,
             class_floor=self.class_floor,
             strata=self.strata,
             seed=self.seed,
         )
 
+    def _labels_of(self, scored: ScoredSet, population: Tensor) -> Tensor:
+        if scored.labels is None:
+            raise ValueError(
+                f"{self.label} balances classes, and the loss does not tell which class a sample has. Leave balance at None "
+                "and class_floor at 0."
+            )
+        labels = scored.labels[population]
+        return labels.where(labels >= 0, labels.max() + 1)  # those of unknown class are one of their own
+
     def _say(self, count: int, total: int, share: float) -> None:
         assert self.scored is not None
         if share == 0.0:
             rank_zero_info(f"{self.label} has scored {total} samples by {self.scored.name}, and keeps them all.")
             return
-        steps = (
-            "epochs keep their number of steps" if self._passes_more_than_once else "epochs are shorter by the others"
+        what = (
+            "Epochs keep their number of steps, and pass through these samples more than once."
+            if self._passes_more_than_once
+            else "Epochs get shorter, and schedules that step with batches advance faster, to end where they would have."
         )
-        rank_zero_info(
-            f"{self.label} goes on with {count} of {total} samples (by {self.scored.name}): {steps}, and schedules that step "
-            "with batches end where they would have."
-        )
+        rank_zero_info(f"{self.label} goes on with {count} of {total} samples (by {self.scored.name}). {what}")
 
     def _dataset(self, trainer: pl.Trainer) -> Any:
         assert self._training_set is not None
         return self._training_set.loader.dataset if self.score_dataset is None else self.score_dataset(trainer)
 
     def _save(self, trainer: pl.Trainer, scored: ScoredSet) -> None:
-        folder = output_folder(trainer)
-        stem = "_".join(part for part in ("scores", self.name, f"epoch{scored.epoch}") if part)
-        path = self.save_scores or (folder / f"{stem}.npz" if folder is not None else None)
-        if path is None or self.score_files or scored.name == "chance":
-            return
         mark = fingerprint(self._dataset(trainer))
-        if mark.items is None and self.score_dataset is None:
+        if mark.items is None and self.score_dataset is None and self._source.runs_the_step:
             rank_zero_warn(
                 f"{self.label} scores samples that differ each time they are read, as augmentation makes them. Give "
                 "score_dataset=, a function of the trainer that returns the training set without it."
             )
-        if trainer.is_global_zero:
+        folder = output_folder(trainer)
+        stem = "_".join(part for part in ("scores", self.name, f"epoch{scored.epoch}") if part)
+        path = self.save_scores or (folder / f"{stem}.npz" if folder is not None else None)
+        if path is not None and not self.score_files and trainer.is_global_zero:
             scores = SampleScores(scored.values, scored.name, scored.epoch, self.seed, mark, scored.labels)
             log_file(trainer, save_scores(scores, path), stem, "scores")
 

@@ -103,7 +103,8 @@ class InfoBatch(SubsetCallback):
                 "the loss is weighted before backward, which comes inside training_step. Use "
                 "RepeatedRandomSubset, which needs no loss.",
             )
-            self._undo.push(reweight_losses(pl_module, self._weigh, self.label, self.loss))
+            own = (pl_module, self._weigh, self.label, self.loss)
+            self._undo.push(reweight_losses(*own, samples=lambda: len(self._indices)))
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,423 @@
+"""Inside ``quiet`` a step does what it likes, and afterwards nothing has happened."""
+
+import copy
+import pickle
+import random
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import Logger
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import CatMetric, MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_grad.callbacks import NMSparsity
+from lightning_grad.callbacks._quiet import is_quiet, quiet
+from tests.contract.projects import assert_identical, fit, make_classifier, make_trainer, state_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+
+
+class Meter:
+    """An average as people write it."""
+
+    def __init__(self) -> None:
+        self.sum, self.count, self.values = 0.0, 0, []
+
+    def update(self, value: float) -> None:
+        self.sum += value
+        self.count += 1
+        self.values.append(value)
+
+
+class Part(pl.LightningModule):
+    """A nested LightningModule that logs, when asked to: Lightning itself lets it log from hooks of its own only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+        self.calls = 0
+        self.logs = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.logs:
+            self.log("nested", 1.0)
+        return self.layer(x)
+
+
+class Busy(pl.LightningModule):
+    """Its step leaves a trace wherever one can be left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5))
+        self.fixed = nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.5))
+        self.part = Part()
+        self.teacher = nn.Linear(8, 3).requires_grad_(False)
+        self.accuracy = MulticlassAccuracy(3)
+        self.metrics = MetricCollection({"mean": MeanMetric(), "all": CatMetric()})
+        self.register_buffer("seen", torch.zeros(3))
+        self.register_buffer("empty", None)
+        self.losses: list[Any] = []
+        self.nested = {"a": [1, {"b": [0.0]}], "tensor": torch.zeros(2)}
+        self.indices = {3}
+        self.recent: deque[float] = deque(maxlen=2)
+        self.number, self.word, self.nothing = 0, "before", None
+        self.average, self.array = torch.zeros(3), np.zeros(3)
+        self.cpu_generator = torch.Generator().manual_seed(0)
+        self.numpy_generator, self.numpy_state = np.random.default_rng(0), np.random.RandomState(0)
+        self.python_random = random.Random(0)
+        self.meter = Meter()
+        self.fails = self.is_changing_weights = False
+        self.saw: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self.part(self.fixed(self.body(x)))
+        loss = F.cross_entropy(logits, y)
+        self._count(loss.item(), logits.detach(), y)
+        self._draw()
+        self._log(loss)
+        with torch.no_grad():
+            for own, other in zip(self.part.layer.parameters(), self.teacher.parameters(), strict=True):
+                other.lerp_(own, 0.1)
+            if self.is_changing_weights:
+                self.part.layer.weight.mul_(1.01)
+        if self.fails:
+            raise KeyError("on purpose")
+        return loss
+
+    def _count(self, loss: float, logits: Tensor, y: Tensor) -> None:
+        self.losses.append([loss])
+        self.nested["a"][1]["b"].append(loss)  # type: ignore[index]
+        self.nested["tensor"].add_(1)  # type: ignore[union-attr]
+        self.nested["new"] = logits
+        self.indices.add(self.number)
+        self.recent.append(loss)
+        self.number, self.word, self.nothing = self.number + 1, "after", 1
+        self.average.mul_(0.9)
+        self.average = self.average + 1
+        self.array += loss
+        self.meter.update(loss)
+        self.made_in_step = logits
+        self.seen += 1
+        self.empty = logits
+        self.accuracy(logits, y)
+        self.metrics(torch.tensor(loss))
+        self.train()
+
+    def _draw(self) -> None:
+        random.random(), np.random.rand(), torch.rand(1)
+        torch.rand(1, generator=self.cpu_generator)
+        self.numpy_generator.random(), self.numpy_state.rand(), self.python_random.random()
+
+    def _log(self, loss: Tensor) -> None:
+        self.log("loss", loss)
+        self.log("accuracy", self.accuracy)
+        self.log_dict({"two": 2.0, "three": 3.0}, on_step=True, on_epoch=True)
+        self.print("loud")
+        self.logger.log_metrics({"direct": 1.0})
+        self.logger.experiment.anything.at_all(1)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+
+class Record(Logger):
+    """Remembers every call; the experiment takes whatever is called on it."""
+
+    name = version = None
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.calls.append(f"metrics {sorted(metrics)}")
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        self.calls.append("hyperparameters")
+
+    @property
+    def experiment(self) -> Any:
+        self.calls.append("experiment")
+        return self
+
+    @property
+    def anything(self) -> Any:
+        return self
+
+    def at_all(self, value: int) -> None:
+        self.calls.append("experiment called")
+
+
+class Look(pl.Callback):
+    """Runs some steps quietly where an epoch begins and, unlike a scoring pass, in the middle of it."""
+
+    def __init__(self, steps: int = 2, check: Callable[[Any, Any], None] | None = None) -> None:
+        self.steps = steps
+        self.check = check or (lambda trainer, module: None)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        with quiet(trainer, pl_module):
+            for number in range(self.steps):
+                pl_module.training_step(batch_of(trainer), number)
+        self.check(trainer, pl_module)
+
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        with quiet(trainer, pl_module):
+            pl_module.training_step(batch_of(trainer), 0)
+
+
+def batch_of(trainer: Any) -> Any:
+    dataset = trainer.train_dataloader.dataset
+    return dataset[:4]
+
+
+def data() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    return DataLoader(TensorDataset(torch.randn(12, 4, generator=generator), torch.arange(12) % 3), 4)
+
+
+def make_busy() -> Busy:
+    pl.seed_everything(3, verbose=False)
+    module = Busy()
+    module.fixed.eval()
+    return module
+
+
+def run(module: Any, *callbacks: Any, **arguments: Any) -> pl.Trainer:
+    trainer = make_trainer(callbacks=list(callbacks), max_epochs=2, log_every_n_steps=1, **arguments)
+    trainer.fit(module, data())
+    return trainer
+
+
+def everything_in(module: nn.Module) -> dict[str, Any]:
+    """Copy what every module holds, and the identities of the objects, the random streams too."""
+    found: dict[str, Any] = {"random": [random.getstate(), np.random.get_state(), torch.get_rng_state()]}
+    for name, part in module.named_modules():
+        own = {key: value for key, value in vars(part).items() if key not in ("_modules", "_trainer")}
+        gradients = [None if p.grad is None else p.grad.clone() for p in part.parameters(recurse=False)]
+        found[name] = (copy.deepcopy({key: plain(value) for key, value in own.items()}), gradients)
+        found[f"{name} objects"] = {key: id(value) for key, value in own.items() if not isinstance(value, (int, float))}
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Turn generators and small objects into something that can be compared."""
+    if isinstance(value, (torch.Generator, np.random.RandomState)):
+        return value.get_state()
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    if isinstance(value, random.Random):
+        return value.getstate()
+    return vars(value) if isinstance(value, Meter) else value
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    if isinstance(a, (Tensor, np.ndarray)):
+        assert np.array_equal(
+            np.asarray(a.detach() if isinstance(a, Tensor) else a), np.asarray(torch.as_tensor(b).detach())
+        ), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple, deque)):
+        assert type(a) is type(b), where
+        assert len(a) == len(b), where
+        for index, (left, right) in enumerate(zip(a, b, strict=True)):
+            assert_same(left, right, f"{where}/{index}")
+    else:
+        assert a == b, where
+
+
+@pytest.fixture
+def busy() -> tuple[pl.Trainer, Busy]:
+    """A module that has trained, with states and gradients to lose, and the trainer that it can log to."""
+    module = make_busy()
+    trainer = run(module, logger=Record())
+    trainer.logger.calls.clear()
+    module.part.logs = True
+    module.part.layer.weight.grad = torch.ones_like(module.part.layer.weight)
+    return trainer, module
+
+
+def test_nothing_in_any_module_has_changed(busy: tuple[pl.Trainer, Busy]) -> None:
+    trainer, module = busy
+    before = everything_in(module)
+    with quiet(trainer, module):
+        module.training_step(batch_of(trainer), 0)
+        module.training_step(batch_of(trainer), 1).backward()
+        assert module.number == before[""][0]["number"] + 2  # or nothing would be put back
+    assert_same(before, everything_in(module))
+    assert not module.fixed.training
+    assert not module.fixed[1].training
+    assert module.body[1].training
+
+
+def test_the_module_is_in_eval_mode(busy: tuple[pl.Trainer, Busy]) -> None:
+    trainer, module = busy
+    with quiet(trainer, module):
+        assert not any(part.training for part in module.modules())
+        first, second = (module.body(torch.ones(2, 4)) for _ in range(2))
+        assert torch.equal(first, second)
+
+
+def test_nothing_has_changed_after_an_exception(busy: tuple[pl.Trainer, Busy]) -> None:
+    trainer, module = busy
+    module.fails = True
+    before, loggers = everything_in(module), trainer.loggers
+    with pytest.raises(KeyError, match="on purpose"), quiet(trainer, module):
+        module.training_step(batch_of(trainer), 0)
+    assert_same(before, everything_in(module))
+    assert trainer.loggers is loggers
+    assert not is_quiet(module)
+
+
+def test_no_logger_hears_of_it(busy: tuple[pl.Trainer, Busy], capsys: pytest.CaptureFixture[str]) -> None:
+    trainer, module = busy
+    with quiet(trainer, module):
+        module.training_step(batch_of(trainer), 0)
+    assert trainer.logger.calls == []
+    assert capsys.readouterr().out == ""
+    for part in (module, module.part):
+        assert not {"log", "log_dict", "print"} & set(vars(part))
+
+
+def test_a_fit_is_the_same_with_and_without_looking(tmp_path: Path) -> None:
+    found = []
+    for folder, callbacks in (("plain", []), ("looked", [Look()])):
+        module = make_busy()
+        module._log = lambda loss, own=module: own.log("loss", loss, on_step=True, on_epoch=True)  # type: ignore[method-assign]
+        trainer = run(module, *callbacks, logger=CSVLogger(tmp_path / folder, name="", version=""))
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        found.append((state_of(trainer, module), metrics, (tmp_path / folder / "metrics.csv").read_text()))
+    plain_run, looked = found
+    assert_identical(plain_run[0], looked[0])
+    assert plain_run[1:] == looked[1:]
+
+
+def test_csv_gets_no_row(tmp_path: Path) -> None:
+    module = make_busy()
+    module._log = lambda loss: module.logger.log_metrics({"direct": loss.item()}, step=module.number)  # type: ignore[method-assign]
+    before: list[int] = []
+
+    class Count(pl.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            rows = trainer.logger.experiment.metrics
+            before.append(len(rows))
+            with quiet(trainer, pl_module):
+                pl_module.training_step(batch_of(trainer), 0)
+            assert len(rows) == before[-1]
+
+    run(module, Count(), logger=CSVLogger(tmp_path))
+    assert len(before) == 2
+    assert before[1] > 0
+
+
+def test_a_parameter_that_is_trained_may_not_change(busy: tuple[pl.Trainer, Busy]) -> None:
+    trainer, module = busy
+    module.is_changing_weights = True
+    with pytest.raises(RuntimeError, match=r"'part\.layer\.weight'.*score_fn="), quiet(trainer, module):
+        module.training_step(batch_of(trainer), 0)
+
+
+def test_a_large_frozen_base_may_not_change_either(busy: tuple[pl.Trainer, Busy]) -> None:
+    trainer, module = busy
+    module.body.requires_grad_(False)
+    module.fixed.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"'teacher\.weight'"), quiet(trainer, module):
+        module.training_step(batch_of(trainer), 0)
+
+
+def test_is_quiet_only_inside(busy: tuple[pl.Trainer, Busy]) -> None:
+    trainer, module = busy
+    assert not is_quiet(module)
+    with quiet(trainer, module):
+        assert is_quiet(module)
+        assert not is_quiet(make_busy())
+    assert not is_quiet(module)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_compiled_code_runs_eagerly_inside_and_compiled_afterwards(in_place: bool) -> None:
+    torch._dynamo.reset()
+    ran: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        def compiled(*args: Any) -> Any:
+            ran.append(1)
+            return graph.forward(*args)
+
+        return compiled
+
+    module, trainer = make_classifier(), make_trainer()
+    if in_place:
+        module.mix.compile(backend=backend)
+    else:
+        module.mix = torch.compile(module.mix, backend=backend)
+    x = torch.ones(2, 4, 16)
+    with quiet(trainer, module):
+        inside = module.mix(x)
+    assert ran == []
+    assert torch.equal(module.mix(x), inside)
+    assert ran == [1]
+
+
+def test_masks_are_seen_and_weights_dense_again() -> None:
+    class Check(pl.Callback):
+        looked = 0
+
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch < 2:
+                return
+            dense = pl_module.mix._parameters["w"].detach().clone()
+            weights: list[Tensor] = []
+            handle = pl_module.mix.register_forward_hook(
+                lambda mix, *_: weights.append(mix._parameters["w"].detach().clone())
+            )
+            with quiet(trainer, pl_module):
+                pl_module.training_step(batch_of(trainer), 0)
+            handle.remove()
+            share = (weights[0] == 0).float().mean()
+            assert share == 0.75
+            assert torch.equal(pl_module.mix._parameters["w"], dense)
+            assert (dense != 0).all()
+            self.looked += 1
+
+    def train(*callbacks: Any) -> Any:
+        sparse = NMSparsity(pattern="1:4", include=["mix.w"], recipe="sr-ste")
+        return fit([sparse, *callbacks], make_classifier())
+
+    check = Check()
+    expected, found = (state_of(*train(*callbacks)) for callbacks in ([], [check]))
+    assert check.looked == 2
+    assert_identical(expected, found)
+
+
+def test_the_module_can_be_pickled_afterwards(busy: tuple[pl.Trainer, Busy]) -> None:
+    trainer, module = busy
+    with quiet(trainer, module):
+        module.training_step(batch_of(trainer), 0)
+    again = pickle.loads(pickle.dumps(module))
+    assert_identical(dict(module.state_dict()), dict(again.state_dict()))
+    assert again.number == module.number
+
+
+def test_a_second_look_leaves_no_more_than_the_first(busy: tuple[pl.Trainer, Busy]) -> None:
+    trainer, module = busy
+    before = everything_in(module)
+    for _ in range(2):
+        with quiet(trainer, module):
+            module.training_step(batch_of(trainer), 0)
+    assert_same(before, everything_in(module))
