@@ -151,7 +151,8 @@ def run_study(study: Study) -> list[Result]:
     names = [label(variant, prune) for variant, prune in study.trainings()]
     results = []
     for flip in study.flips:
-        print(f"{kind_of_labels(flip)}:", flush=True)
+        if len(study.flips) > 1:
+            print(f"{kind_of_labels(flip)}:", flush=True)
         with progress(names, study.seeds) as show:
             for seed in range(study.seeds):
                 results += [train(study, *training, flip, seed, show) for training in study.trainings()]
@@ -400,9 +401,14 @@ def print_table(results: Sequence[Result], study: Study) -> None:
     print(f"\nbudget: all train for the same {kept}")
     if study.seeds > 1:
         print(f"numbers: mean ± standard deviation over {study.seeds} seeds")
-    print(f"full, rs2, rs2-equal, infobatch: choose anew in each of {study.epochs} epochs")
-    print(f"all others: train on everything for {study.score_epoch} epochs, then on what they have chosen")
-    print("rs2-equal: leaves out less than rs2, to see as many samples as those")
+    anew = [variant for variant in study.variants if variant in ("rs2", "rs2-equal", "infobatch")]
+    once = [variant for variant in study.variants if variant in ("random", "hard", "easy", "offset", "ccs")]
+    if anew:
+        print(f"{', '.join(anew)}: choose anew in each epoch")
+    if once:
+        print(f"{', '.join(once)}: choose once, after {study.score_epoch} of {study.epochs} epochs")
+    if "rs2-equal" in anew:
+        print("rs2-equal: leaves out less than rs2, to see as many samples as those")
 
 
 def summarise(variant: str, prune: float, results: Sequence[Result], full: float | None) -> tuple[str, ...]:
@@ -454,6 +460,7 @@ COLOURS = {
     "infobatch": "#CC79A7",
 }
 MARKERS = "osD^v"
+SIDE_BY_SIDE = ("random", "rs2-equal", "hard", "easy", "offset", "ccs")  # these see equally many samples
 RIGHT, WRONG = "#0072B2", "#D55E00"
 ERRORS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.9)
 
@@ -462,12 +469,12 @@ def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
     """Draw test accuracy against samples seen, a panel for each training set."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(0.6 + 4.4 * len(study.flips), 5), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 0.6 + 4.4 * len(study.flips)), 5), layout="constrained")
     axes = figure.subplots(1, len(study.flips), squeeze=False, sharey=True)[0]
     for axis, flip in zip(axes, study.flips, strict=True):
         draw_accuracies(axis, study, [result for result in results if result.flip == flip])
         axis.set_title(kind_of_labels(flip), fontsize=10, loc="left")
-        axis.set_xlabel("samples seen, in epochs of the whole training set", fontsize=9)
+        axis.set_xlabel("samples seen, in % of what training on all sees", fontsize=9)
         tidy(axis)
     errors = [1 - result.test_accuracy for result in results]
     axes[0].set_ylim(1.2 * max(*errors, 0.01), max(0.7 * min(errors), 0.002))
@@ -483,16 +490,16 @@ def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
 
 
 def draw_accuracies(axis: Axes, study: Study, results: Sequence[Result]) -> None:
-    """Draw the means of all variants; those of equal samples stand side by side."""
-    size = max((r.samples for r in results if r.variant == "full"), default=1) / study.epochs
-    side = 0.1 * max(result.samples for result in results) / size / len(COLOURS)
-    for place, variant in enumerate(study.variants):
+    """Draw the means of all variants; those that see equally many samples stand side by side."""
+    most = max(result.samples for result in results)
+    for variant in study.variants:
+        beside = 1.5 * (SIDE_BY_SIDE.index(variant) - 2.5) if variant in SIDE_BY_SIDE else 0.0
         for prune, marker in zip((0.0, *study.prunes), "*" + MARKERS, strict=False):
             own = [result for result in results if (result.variant, result.prune) == (variant, prune)]
             if not own:
                 continue
             errors = np.array([1 - result.test_accuracy for result in own])
-            seen = statistics.mean(r.samples for r in own) / size + side * (place - len(study.variants) / 2)
+            seen = 100 * statistics.mean(result.samples for result in own) / most + beside
             error, spread = max(errors.mean(), 0.002), errors.std(ddof=1) if len(own) > 1 else 0.0
             below = min(spread, error - 0.001)  # the logarithm of less is no length
             look = {"color": COLOURS[variant], "markersize": 12 if marker == "*" else 8, "markeredgecolor": "0.25"}
@@ -502,7 +509,7 @@ def draw_accuracies(axis: Axes, study: Study, results: Sequence[Result]) -> None
         axis.plot([], [], "o" if variant != "full" else "*", color=COLOURS[variant], markeredgecolor="0.25", label=variant)
     for prune, marker in zip(study.prunes, MARKERS, strict=False):
         axis.plot([], [], marker, color="none", markeredgecolor="0.25", label=f"{100 * prune:g} % left out")
-    axis.set_xlim(0, None)
+    axis.set_xlim(0, 106)
 
 
 def draw_label_errors(study: Study, flip: float) -> Figure:
@@ -533,17 +540,19 @@ def draw_samples(figure: Any, study: Study, flip: float, columns: int = 9) -> No
     data, right = build_data(study, flip, 0), build_data(study, 0.0, 0)
     data.setup("fit")
     right.setup("fit")
-    wrong = set(data.flipped.tolist())
+    images, truths, wrong = inputs(data.train_set), inputs(right.train_set), set(data.flipped.tolist())
     values = read_scores(study.output / f"scores/el2n_flip{flip:g}_seed0", study.score_epoch).values
     order = values.argsort(descending=True, stable=True).tolist()
-    figure.suptitle(f"The hardest samples, then the {columns} easiest; framed: label wrong → right", fontsize=10)
+    honest = [index for index in order if index not in wrong]
+    rows = [order[:columns], order[columns : 2 * columns], honest[:columns], honest[columns : 2 * columns]]
+    figure.suptitle("Hardest samples; hardest with right labels; easiest. Framed: label wrong → right", fontsize=10)
     axes = figure.subplots(5, columns)
-    for axis, index in zip(axes.flat, [*order[: 4 * columns], *order[-columns:]], strict=True):
-        image, given = data.train_set[index]
+    for axis, index in zip(axes.flat, [index for row in [*rows, order[-columns:]] for index in row], strict=True):
+        image, given = images[index]
         pixels = image.movedim(0, -1).numpy()
         axis.imshow((pixels - pixels.min()) / (np.ptp(pixels) or 1.0), cmap="gray_r")
         is_wrong = index in wrong
-        caption = f"{given} → {right.train_set[index][1]}" if is_wrong else f"{given}"
+        caption = f"{given} → {truths[index][1]}" if is_wrong else f"{given}"
         axis.set_title(caption, fontsize=8, color=WRONG if is_wrong else "0.2", pad=2)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set(color=WRONG if is_wrong else "0.8", linewidth=2.5 if is_wrong else 0.6)

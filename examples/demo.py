@@ -1,5 +1,6 @@
-"""What lightning-grad does, in two minutes: sparse weights, and gradients that are clipped (``make demo``)."""
+"""What lightning-grad does, in two minutes: sparse weights, clipped gradients, pruned data (``make demo``)."""
 
+from dataclasses import replace
 from pathlib import Path
 
 INTRODUCTION = """\
@@ -15,10 +16,18 @@ lightning-grad: gradient techniques in Lightning projects that know nothing of i
    that its loss spikes, first without clipping, then with one line added:
 
        Trainer(callbacks=[ZClip()])
+
+3. Pruned data (half a minute). A small residual network learns handwritten digits
+   from all samples, then from half of them, with one line added:
+
+       Trainer(callbacks=[DataPruning(prune=0.5, epoch=3)])
+
+   The same line with prune=0 leaves none out, and finds wrong labels.
 """
 
 SPARSITY = "1. Sparse weights: four trainings\n"
 CLIPPING = "\n2. Clipped gradients: six trainings\n"
+PRUNING = "\n3. Pruned data: four trainings, and a short one that looks for wrong labels\n"
 
 PLACES = """
 Written to {folder}/
@@ -31,13 +40,18 @@ Written to {folder}/
   clipping/comparison.png           clipping: losses and gradient norms
   clipping/results.csv              the numbers of the second table
   clipping/*_seed0/steps.csv        loss and gradient norms of every step
+  data_pruning/comparison.png       pruned data: accuracy against samples seen
+  data_pruning/results.csv          the numbers of the third table
+  data_pruning/label_errors.png     the wrong labels among the hardest samples
+  data_pruning/scores/*/*.html      the hardest and easiest samples, as a page
 
 Show it in W&B:       wandb sync {folder}/wandb/offline-run-*
 Try other settings:   .venv/bin/python examples/nm_sparsity.py --help
-                      .venv/bin/python examples/clipping.py --help"""
+                      .venv/bin/python examples/clipping.py --help
+                      .venv/bin/python examples/data_pruning.py --help"""
 
 
-def main(output: Path = Path("runs/demo"), epochs: int = 16, steps: int = 350) -> None:
+def main(output: Path = Path("runs/demo"), epochs: int = 16, steps: int = 350, pruned_epochs: int = 20) -> None:
     """Train, and tell what came of it."""
     print(INTRODUCTION, SPARSITY, sep="\n", flush=True)
     import nm_sparsity  # takes seconds, so after the first words
@@ -54,7 +68,21 @@ def main(output: Path = Path("runs/demo"), epochs: int = 16, steps: int = 350) -
     trained = clipping.run_study(spikes)
     print()
     clipping.print_table(trained, spikes.steps)
+
+    print(PRUNING, flush=True)
+    prune_data(output / "data_pruning", pruned_epochs)
     print(PLACES.format(folder=output))
+
+
+def prune_data(output: Path, epochs: int) -> None:
+    """Run the third part."""
+    import data_pruning
+
+    variants = ("full", "random", "hard", "infobatch")
+    study = data_pruning.Study(variants, (0.5,), (0.0,), epochs=epochs, score_epoch=3, output=output, accelerator="cpu")
+    results = data_pruning.run_study(study)
+    data_pruning.print_table(results, study)
+    data_pruning.print_findings(data_pruning.find_label_errors(replace(study, flips=(0.1,))))
 
 
 if __name__ == "__main__":

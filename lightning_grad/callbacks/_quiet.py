@@ -124,6 +124,8 @@ def _modules_as_they_are(pl_module: pl.LightningModule) -> Iterator[None]:
     watched = {name: p for name, p in parameters.items() if p.requires_grad or not copied}
     before = {name: _checksum(p) for name, p in watched.items()}
     gradients = {name: p.grad for name, p in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None  # a backward pass would add to it in place
     try:
         yield
     finally:

@@ -138,7 +138,7 @@ def look_at_all(
         seed: Seed of the random streams during the pass, so that two of them see the same.
 
     Raises:
-        ValueError: If the other data set has another length.
+        ValueError: If the other data set has another length, or there are fewer samples than ranks.
 
     Returns:
         dict: For each name the values of the whole data set, (n, ...), float64, on the CPU, nan where not looked at.
@@ -149,23 +149,29 @@ def look_at_all(
             f"{len(dataset)}."  # type: ignore[arg-type]
         )
     population, batch_size = training_set.sampler.population, training_set.sampler.batch_size
+    if len(population) < trainer.world_size:
+        raise ValueError(
+            f"{len(population)} samples cannot be shared among {trainer.world_size} ranks. Use fewer devices."
+        )
     mine = population[trainer.global_rank :: trainer.world_size].tolist()
     chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    # Ranks that share parameters must all run equally often; rank 0 has most.
+    # A step may talk to the other ranks, so that all must run it equally often; rank 0 has most samples.
     most = math.ceil(math.ceil(len(population) / trainer.world_size) / batch_size)
-    padding = most - len(chunks) if is_sharded(trainer) else 0
-    loader = _scoring_loader(training_set.loader, dataset, [*chunks, *chunks[:1] * padding], seed)
+    batches = [*chunks, *chunks[:1] * (most - len(chunks))]
+    loader = _scoring_loader(training_set.loader, dataset, batches, seed)
     found = _Found(training_set.sampler.total, trainer.strategy.root_device)
     memory: dict[str, Any] = {}
     with quiet(trainer, pl_module):
         torch.manual_seed(seed)
         for number, batch in enumerate(_with_progress(loader, title, trainer)):
-            indices = chunks[number] if number < len(chunks) else chunks[0]
             batch = _to_device(trainer, batch)
             run = _runner(trainer, pl_module, batch, number) if training_set.is_whole_batch else _refuse_part
-            look = Look(pl_module, batch, indices, training_set.sampler.total, run, memory, which)
+            look = Look(pl_module, batch, batches[number], training_set.sampler.total, run, memory, which)
             with torch.no_grad():
-                found.put(indices, measure(look))
+                if number < len(chunks):
+                    found.put(look.indices, measure(look))
+                else:
+                    run()
     return found.over_ranks(trainer)
 
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 2 << 20  # entries that a temporary may have; larger ones leave the cache and cost page faults
+CHUNK = 1 << 20  # entries that a temporary may have on a CPU: larger ones leave the cache and cost page faults
+CHUNK_ON_DEVICE = 1 << 25
 
 
 class Contribution(Protocol):
@@ -29,9 +30,10 @@ class Contribution(Protocol):
         """Return the gradients of some samples, (stop - start, ...), in the order of the parameter's entries."""
 
 
-def chunks(samples: int, entries: int) -> Iterator[tuple[int, int]]:
-    """Cut a batch into ranges, so that a temporary of so many entries a sample stays small."""
-    step = max(1, CHUNK // max(1, entries))
+def chunks(of: Tensor, entries: int) -> Iterator[tuple[int, int]]:
+    """Cut the samples of a tensor into ranges, so that a temporary of so many entries a sample stays small."""
+    samples = len(of)
+    step = max(1, (CHUNK if of.device.type == "cpu" else CHUNK_ON_DEVICE) // max(1, entries))
     return ((start, min(start + step, samples)) for start in range(0, samples, step))
 
 
@@ -74,12 +76,12 @@ class Outer:
     right: Tensor
 
     def squared(self) -> Tensor:
-        (samples, rows, p), q = self.left.shape, self.right.shape[2]
+        (_, rows, p), q = self.left.shape, self.right.shape[2]
         if rows == 1:
             return sum_squares(self.left) * sum_squares(self.right)
         if rows * (p + q) > p * q:
-            return torch.cat([sum_squares(self.dense(*chunk)) for chunk in chunks(samples, p * q)])
-        return torch.cat([self._gram(slice(*chunk)) for chunk in chunks(samples, 2 * rows * rows)])
+            return torch.cat([sum_squares(self.dense(*chunk)) for chunk in chunks(self.left, p * q)])
+        return torch.cat([self._gram(slice(*chunk)) for chunk in chunks(self.left, 2 * rows * rows)])
 
     def _gram(self, chunk: slice) -> Tensor:
         left, right = self.left[chunk], self.right[chunk]
@@ -179,7 +181,7 @@ class Convolution:
         samples = self.inputs.shape[0]
         if self._is_odd:
             return torch.cat([sum_squares(self.dense(b, b + 1)) for b in range(samples)])
-        return torch.cat([self._products(*chunk) for chunk in chunks(samples, self._entries)])
+        return torch.cat([self._products(*chunk) for chunk in chunks(self.inputs, self._entries)])
 
     def dense(self, start: int, stop: int) -> Tensor:
         pairs = zip(self.inputs[start:stop], self.gradients[start:stop], strict=True)
@@ -260,7 +262,7 @@ def _columns(scanned: Tensor, settings: ConvolutionSettings, size: tuple[int, ..
         pixels = groups.flatten(3).transpose(2, 3)
         yield pixels.reshape(len(groups), -1, pixels.shape[3])
         return
-    lines = _unfold_lines(F.pad(groups, [p for p in reversed(s.padding) for _ in range(2)]), s, size[-1])
+    lines = _unfold_lines(_padded_channels_last(groups, s.padding), s, size[-1])
     for offset in itertools.product(*(range(k) for k in s.kernel[:-1])):
         begins = [i * d for i, d in zip(offset, s.dilation, strict=False)]
         seen = [slice(b, b + (n - 1) * t + 1, t) for b, n, t in zip(begins, size, s.stride, strict=False)]
@@ -268,17 +270,30 @@ def _columns(scanned: Tensor, settings: ConvolutionSettings, size: tuple[int, ..
         yield part.reshape(len(part), part.shape[1] * math.prod(size), -1)
 
 
-def _unfold_lines(padded: Tensor, settings: ConvolutionSettings, positions: int) -> Tensor:
-    """Return what each line of the kernel sees, (N, M, ..., positions, kernel * C), of (N, M, C, ..., pixels)."""
-    last = padded.movedim(2, -1).contiguous()
+def _padded_channels_last(images: Tensor, padding: Sequence[int]) -> Tensor:
+    """Return (N, M, ..., C) of (N, M, C, ...), with zeros around, in one copy."""
+    last = images.movedim(2, -1)
+    if not any(padding):
+        return last.contiguous()
+    sizes = [size + 2 * p for size, p in zip(last.shape[2:-1], padding, strict=True)]
+    padded = last.new_zeros(*last.shape[:2], *sizes, last.shape[-1])
+    inside = padded
+    for dim, (size, p) in enumerate(zip(last.shape[2:-1], padding, strict=True), start=2):
+        inside = inside.narrow(dim, p, size)
+    inside.copy_(last)
+    return padded
+
+
+def _unfold_lines(last: Tensor, settings: ConvolutionSettings, positions: int) -> Tensor:
+    """Return what each line of the kernel sees, (N, M, ..., positions, kernel * C), of (N, M, ..., pixels, C)."""
     step, spread, channels = settings.stride[-1], settings.dilation[-1], last.shape[-1]
     shape = (*last.shape[:-2], positions, settings.kernel[-1], channels)
     strides = (*last.stride()[:-2], step * channels, spread * channels, 1)
     return last.as_strided(shape, strides).flatten(-2)
 
 
-def combine(contributions: Sequence[Contribution], samples: int) -> Tensor:
-    """Return the squared norms of the *sums* of what all uses of a parameter contribute, (B,)."""
+def combine(contributions: Sequence[Contribution], like: Tensor) -> Tensor:
+    """Return the squared norms of the *sums* of what all uses of a parameter contribute, (B,), as ``like`` is."""
     if len(contributions) == 1:
         return contributions[0].squared()
     outers = [each for each in contributions if isinstance(each, Outer)]
@@ -289,7 +304,7 @@ def combine(contributions: Sequence[Contribution], samples: int) -> Tensor:
             return (outer or table or contributions[0]).squared()
         return outer.squared() + table.squared() + 2 * table.times(outer)
     entries = contributions[0].dense(0, 1).numel()
-    return torch.cat([sum_squares(add_up(contributions, *chunk)) for chunk in chunks(samples, entries)])
+    return torch.cat([sum_squares(add_up(contributions, *chunk)) for chunk in chunks(like, entries)])
 
 
 def add_up(contributions: Sequence[Contribution], start: int, stop: int) -> Tensor:

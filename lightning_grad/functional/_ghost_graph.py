@@ -89,7 +89,7 @@ def squared_norms_by_backward(losses: Tensor, parameters: Sequence[Tensor], entr
         entries: How many entries of memory one such backward needs.
     """
     squares = torch.zeros_like(losses, requires_grad=False)
-    for start, stop in chunks(len(losses), entries):
+    for start, stop in chunks(losses, entries):
         rows = torch.zeros(stop - start, len(losses), dtype=losses.dtype, device=losses.device)
         rows[range(stop - start), range(start, stop)] = 1
         for gradient in rows_of_jacobian(losses, parameters, rows):

@@ -90,7 +90,7 @@ class SquaredNorms:
                 self._carry_on(group)
             elif group.parts:
                 parts = [contribution for _, part in group.parts.values() for contribution in part]
-                self.total += combine(parts, len(self.total)).to(self.total)
+                self.total += combine(parts, self.total).to(self.total)
         return self.total
 
     def _carry_on(self, group: _Group) -> None:
@@ -99,7 +99,7 @@ class SquaredNorms:
         names = sorted(frozenset().union(*(source.roots for source, _ in parts)))
         leaves = [self._parameters[name] for name in names]
         entries = sum(source.tensor.numel() for source, _ in parts) + sum(leaf.numel() for leaf in leaves)
-        for start, stop in chunks(len(self.total), entries):
+        for start, stop in chunks(self.total, entries):
             sums = [leaf.new_zeros(stop - start, *leaf.shape, dtype=self.total.dtype) for leaf in leaves]
             for source, contributions in parts:
                 rows = add_up(contributions, start, stop).view(stop - start, *source.tensor.shape)

@@ -118,13 +118,15 @@ class PerSampleGradientNorms:
                 ) from error
 
     def _run(self, compute_losses: Callable[[], Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
-        tracer, losses = self._trace(compute_losses, parameters)
+        tracer, losses, ends = self._trace(compute_losses, parameters)
         try:
-            return self._measure(tracer, losses)
+            return self._measure(tracer, losses, ends)
         finally:
             tracer.close()
 
-    def _trace(self, compute_losses: Callable[[], Tensor], parameters: Mapping[str, Tensor]) -> tuple[Tracer, Tensor]:
+    def _trace(
+        self, compute_losses: Callable[[], Tensor], parameters: Mapping[str, Tensor]
+    ) -> tuple[Tracer, Tensor, dict[int, Leaf]]:
         """Run the forward until all that is cut off the graph may be cut off, and each layout is known."""
         random = _random_states(parameters.values())
         for run in range(_RUNS):
@@ -134,8 +136,9 @@ class PerSampleGradientNorms:
             try:
                 with tracer:
                     losses = _checked(compute_losses())
-                if not self._learn(tracer, losses):
-                    return tracer, losses
+                ends = leaves(losses)
+                if not self._learn(tracer, losses, ends):
+                    return tracer, losses, ends
             except BaseException:
                 tracer.close()
                 raise
@@ -144,10 +147,9 @@ class PerSampleGradientNorms:
             "compute_losses does something else each time it is called; per-sample norms need it to repeat."
         )
 
-    def _learn(self, tracer: Tracer, losses: Tensor) -> bool:
+    def _learn(self, tracer: Tracer, losses: Tensor, ends: Mapping[int, Leaf]) -> bool:
         """Find out what must be done otherwise; return whether the forward has to be run again for it."""
         samples = len(losses)
-        ends = leaves(losses)
         if self._exclude(tracer, {name for name, p in tracer.parameters.items() if id(p) in ends}):
             return True
         unknown = [use for use in tracer.uses if not self._recall(use, samples)]
@@ -204,9 +206,8 @@ class PerSampleGradientNorms:
                 self._silent.add(use.key)
         return [use for use in unknown if use.layout is None]
 
-    def _measure(self, tracer: Tracer, losses: Tensor) -> Tensor:
+    def _measure(self, tracer: Tracer, losses: Tensor, ends: Mapping[int, Leaf]) -> Tensor:
         """Return the norms, by the rules and, for what they leave, by one backward pass for each sample."""
-        ends = leaves(losses)
         rest = {name: p for name, p in tracer.parameters.items() if id(p) in ends}
         self._report(tracer, {name: ends[id(p)] for name, p in rest.items()})
         is_double = any(tensor.dtype == torch.float64 for tensor in (losses, *tracer.parameters.values()))

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_grad.data import PrunableBatchSampler
+from lightning_grad.data.prunable_sampler import RecordedBatches
 from lightning_grad.utilities.dispatch import wrap_method
 from lightning_grad.utilities.undo import UndoList
 
@@ -54,9 +55,10 @@ class TrainingSet:
         self._kept: Tensor | None = None
         self._fixed_steps = False
         self._begun = False
-        self._has_drawn = False
         self._loader: DataLoader[Any] | None = None
         self._sampler: PrunableBatchSampler | None = None
+        self._next_batch: int | None = None  # not known when an epoch goes on in its middle
+        self._drawing = RecordedBatches(iter(()))
         self._attach()
 
     def _attach(self) -> None:
@@ -69,6 +71,7 @@ class TrainingSet:
             )
         loop.__dict__[_OWNER] = self._needed_by
         self._undo.push(lambda: loop.__dict__.pop(_OWNER, None))
+        self._undo.push(self._give_back)
         self._undo.push(wrap_method(loop._data_source, "dataloader", self._expect))
         self._undo.push(wrap_method(self._trainer.strategy, "process_dataloader", self._receive))
         self._undo.push(wrap_method(loop, "setup_data", self._around_loading))
@@ -131,11 +134,15 @@ class TrainingSet:
                 f"{type(original).__name__}({type(sampler.sampler).__name__}). Use a sampler of torch.utils.data, or one "
                 "process."
             )
+        self._give_back()
         _replace(loader, sampler)
-        self._undo.push(lambda: _replace(loader, original))
         self._loader, self._sampler = loader, sampler
         if self._begun:
             self._tell_sampler()
+
+    def _give_back(self) -> None:
+        if self._loader is not None:
+            _replace(self._loader, self.sampler.original)
 
     def _around_loading(self, inner: Callable[[], None]) -> None:
         # A pruned epoch may be shorter than a val_check_interval that was right for the whole one, which Lightning refuses
@@ -161,6 +168,7 @@ class TrainingSet:
         """
         self._begun = True
         self.keep(kept, fixed_steps)
+        self._next_batch = None
 
     def keep(self, kept: Tensor | None, fixed_steps: bool = False) -> None:
         """Train on these samples from the next epoch's first batch on.
@@ -170,6 +178,7 @@ class TrainingSet:
             fixed_steps: Whether an epoch has as many batches as the whole data set would give, so that the kept samples are
                 passed through more than once.
         """
+        self._next_batch = 0
         changed = not _same(kept, self._kept) or fixed_steps != self._fixed_steps
         self._kept, self._fixed_steps = kept, fixed_steps
         if self._sampler is None or not changed:
@@ -207,7 +216,7 @@ class TrainingSet:
 
     def _fit_interval(self, batches: int) -> None:
         trainer = self._trainer
-        if trainer.val_check_interval > batches and trainer.val_check_batch != batches:
+        if trainer.val_check_interval > batches != trainer.val_check_batch and trainer.enable_validation:
             rank_zero_warn(
                 f"val_check_interval={trainer.val_check_interval} is more than the {batches} batches of a pruned epoch: "
                 "validation comes at the end of each such epoch."
@@ -255,8 +264,12 @@ class TrainingSet:
     @property
     def full_samples(self) -> float:
         """Samples of an epoch of the whole training set, over all ranks."""
-        sampler = self.sampler
-        return min(sampler.full_samples, self.full_batches * sampler.batch_size) * self._trainer.world_size
+        sampler, loaders = self.sampler, self._trainer.fit_loop._combined_loader
+        passes, rest = divmod(self.full_batches, sampler.full_length)
+        if loaders is not None and loaders._mode == "max_size":
+            passes, rest = min((passes, rest), (1, 0))
+        whole = min(sampler.full_samples, sampler.full_length * sampler.batch_size)
+        return (passes * whole + rest * sampler.batch_size) * self._trainer.world_size
 
     # A batch is trained on.
 
@@ -269,13 +282,12 @@ class TrainingSet:
         Raises:
             RuntimeError: If the loader has made the batch without its batch sampler.
         """
-        source = self._source()
-        if not self._has_drawn and hasattr(self.loader, "load_state_dict"):
-            for _ in range(
-                min(batch_idx, len(source.drawn) - 1)
-            ):  # one that continues in mid-epoch draws what it skips
-                source.drawn.popleft()
-        self._has_drawn = True
+        if self._is_exhausted(batch_idx):
+            return []
+        source = self._source(batch_idx)
+        for _ in range(min(self._passed_over(batch_idx), len(source.drawn) - 1)):
+            source.drawn.popleft()
+        self._next_batch = batch_idx + 1
         if not source.drawn:
             raise RuntimeError(
                 f"{self._needed_by} does not know which samples are in batch {batch_idx}: {type(self.loader).__name__} has "
@@ -283,14 +295,35 @@ class TrainingSet:
             )
         return list(source.drawn.popleft())
 
-    def _source(self) -> Any:
+    def _is_exhausted(self, batch_idx: int) -> bool:
+        """Say whether only other loaders still have batches, in the one mode in which they then go on without this one."""
+        loaders = self._trainer.fit_loop._combined_loader
+        return loaders is not None and loaders._mode == "max_size" and batch_idx >= len(self.sampler)
+
+    def _passed_over(self, batch_idx: int) -> int:
+        """Return how many batches have been drawn before this one that no hook was called for.
+
+        They are those that a loader collates to ``None``, and those that a loader skips which continues in mid-epoch.
+        """
+        if self._next_batch is None:
+            self._next_batch = 0 if hasattr(self.loader, "load_state_dict") else batch_idx
+        return batch_idx - self._next_batch
+
+    def _source(self, batch_idx: int) -> RecordedBatches:
+        # What somebody else draws in mid-epoch has nothing to do with the fit. When a loader is begun again in mid-epoch, its
+        # last batches may still be under way.
+        if batch_idx == 0 or not self._drawing.drawn:
+            self._drawing = self._source_now()
+        return self._drawing
+
+    def _source_now(self) -> RecordedBatches:
         loaders = self._trainer.fit_loop._combined_loader
         iterator = None if loaders is None else loaders._iterator
         for loader, live in zip(
             [] if loaders is None else loaders.flattened, getattr(iterator, "iterators", None) or [], strict=False
         ):
             drawing = getattr(live, "_sampler_iter", None)
-            if loader is self._loader and hasattr(drawing, "drawn"):
+            if loader is self._loader and isinstance(drawing, RecordedBatches):
                 return drawing
         return self.sampler.latest
 

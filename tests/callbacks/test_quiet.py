@@ -4,7 +4,6 @@ import copy
 import pickle
 import random
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -161,21 +160,16 @@ class Record(Logger):
 
 
 class Look(pl.Callback):
-    """Runs some steps quietly where an epoch begins and, unlike a scoring pass, in the middle of it."""
-
-    def __init__(self, steps: int = 2, check: Callable[[Any, Any], None] | None = None) -> None:
-        self.steps = steps
-        self.check = check or (lambda trainer, module: None)
+    """Runs steps quietly where an epoch begins, and before each batch."""
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         with quiet(trainer, pl_module):
-            for number in range(self.steps):
+            for number in range(2):
                 pl_module.training_step(batch_of(trainer), number)
-        self.check(trainer, pl_module)
 
-    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         with quiet(trainer, pl_module):
-            pl_module.training_step(batch_of(trainer), 0)
+            pl_module.training_step(batch, 0)
 
 
 def batch_of(trainer: Any) -> Any:
@@ -248,6 +242,7 @@ def busy() -> tuple[pl.Trainer, Busy]:
     trainer = run(module, logger=Record())
     trainer.logger.calls.clear()
     module.part.logs = True
+    module.fixed.eval()
     module.part.layer.weight.grad = torch.ones_like(module.part.layer.weight)
     return trainer, module
 

@@ -29,11 +29,14 @@ EXPECTED = {
     "nm_sparsity_schedule": {"pattern": "1:4", "recipe": [(0.1, "3:4"), (0.3, "2:4"), (0.5, "1:4")]},
 }
 
-FAMILY = {
-    getattr(callbacks, name).__module__.rpartition(".")[2]: name
-    for name in callbacks.__all__
-    if ".clipping." in getattr(callbacks, name).__module__
-}
+FAMILY, DATA_FAMILY = (
+    {
+        getattr(callbacks, name).__module__.rpartition(".")[2]: name
+        for name in callbacks.__all__
+        if f".{package}." in getattr(callbacks, name).__module__
+    }
+    for package in ("clipping", "data_pruning")
+)
 
 
 def instantiate(*overrides: str) -> NMSparsity:
@@ -69,15 +72,15 @@ def test_snippet_becomes_a_callback_with_plain_settings(snippet: str) -> None:
 
 def test_every_snippet_is_tested() -> None:
     snippets = {path.stem for path in (CONFIGS / "callbacks").glob("*.yaml")}
-    assert snippets == {*EXPECTED, *FAMILY}
+    assert snippets == {*EXPECTED, *FAMILY, *DATA_FAMILY}
 
 
-@pytest.mark.parametrize("word", sorted(FAMILY))
-def test_snippet_of_the_clipping_family_becomes_its_callback_and_trains(word: str) -> None:
+@pytest.mark.parametrize("word", sorted(FAMILY | DATA_FAMILY))
+def test_snippet_of_a_family_becomes_its_callback_and_trains(word: str) -> None:
     with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
         config = hydra.compose(overrides=[f"+callbacks={word}"])
     callback = hydra.utils.instantiate(config.callbacks[word])
-    assert type(callback).__name__ == FAMILY[word]
+    assert type(callback).__name__ == (FAMILY | DATA_FAMILY)[word]
     arguments = {key: value for key, value in config.callbacks[word].items() if key != "_target_"}
     assert {key: callback.settings[key] for key in arguments} == arguments
     quiet = {

@@ -33,10 +33,21 @@ pytestmark = [
 # The study, once, with W&B.
 
 
+OTHER_PARTS = (
+    "clipping/comparison.png",
+    "clipping/results.csv",
+    "clipping/none_seed0/steps.csv",
+    "data_pruning/comparison.png",
+    "data_pruning/results.csv",
+    "data_pruning/label_errors.png",
+    "data_pruning/scores/el2n_flip0.1_seed0/data_pruning_epoch3_samples.html",
+)
+
+
 def write_stand_ins(folder: Path) -> None:
-    """Stand in for what the second part of the demo writes; tests/examples/test_clipping_example.py runs it."""
-    (folder / "none_seed0").mkdir(parents=True)
-    for name in ("comparison.png", "results.csv", "none_seed0/steps.csv"):
+    """Stand in for what the other parts of the demo write; the tests of their studies run them."""
+    for name in OTHER_PARTS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
 
 
@@ -61,7 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         results = run_study(study)
         print_table(results, study.pattern)
         print(demo.PLACES.format(folder=output))
-        write_stand_ins(output / "clipping")
+        write_stand_ins(output)
     return Run(study, results, "\n".join(lines))
 
 
@@ -90,7 +101,7 @@ def test_table_and_places_are_printed(run: Run) -> None:
     assert any(line.startswith("recipe") and "exactly 1:8" in line for line in lines)
     assert max(map(len, lines)) <= 80 + len(str(run.study.output))
     named = [line.split()[0] for line in lines if line.startswith("  ") and not line.startswith("   ")]
-    assert len(named) == 9
+    assert len(named) == 13
     for name in named:
         assert list(run.study.output.glob(name.replace("<recipe>", "mdgf-exponential"))), name
 
@@ -258,7 +269,7 @@ def test_convolutions_by_the_command_line(tmp_path: Path, capsys: pytest.Capture
 # The demo and the YAML.
 
 
-def test_demo_runs_both_studies(
+def test_demo_runs_all_studies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Study] = []
@@ -267,7 +278,10 @@ def test_demo_runs_both_studies(
     clipped: list[clipping.Study] = []
     trained = [clipping.Result(variant, 0, 1.2, 1, 5, 0.1) for variant in clipping.RULES]
     monkeypatch.setattr(clipping, "run_study", lambda study: clipped.append(study) or trained)
+    pruned: list[tuple[Path, int]] = []
+    monkeypatch.setattr(demo, "prune_data", lambda output, epochs: pruned.append((output, epochs)))
     demo.main(tmp_path)
+    assert pruned == [(tmp_path / "data_pruning", 20)]
     assert asked == [Study(output=tmp_path, wandb="offline", accelerator="cpu")]
     assert clipped == [clipping.Study(output=tmp_path / "clipping", accelerator="cpu")]
     printed = capsys.readouterr().out

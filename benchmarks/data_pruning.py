@@ -1,0 +1,540 @@
+"""What data pruning costs and saves: ratios to a plain backward pass, an evaluation pass, a full epoch, a step unread.
+
+Norms of per-sample gradients are computed in eval mode on a batch that stays the same, next to other ways to the same norms.
+Peak memory is that of a process that does nothing else; a batch of two samples comes first, as what is learnt from the
+first batch is a matter of its own. The other tables are those of a real ``Trainer.fit``.
+
+Everything is interleaved with its baseline in rotating order, and the median over the rounds counts. With one thread, time
+is processor time: on an idle machine it is the wall clock's, and on a busy one it leaves out the slices that other
+processes get. With more threads or a GPU it is the wall clock's.
+
+::
+
+    python benchmarks/data_pruning.py --quick
+    python benchmarks/data_pruning.py --out data_pruning.json
+"""
+
+from __future__ import annotations
+
+import copy
+import resource
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import LambdaCallback
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils.data import DataLoader, TensorDataset
+from typing_extensions import override
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from benchmarks.clipping import Against
+from benchmarks.common import (
+    WARM_STEPS,
+    Clock,
+    Row,
+    machine,
+    markdown_table,
+    quiet_trainer,
+    rotated,
+    silence,
+    speed_options,
+    timed_fit,
+    transformer,
+    write_tables,
+)
+from lightning_grad.callbacks import DataPruning, RepeatedRandomSubset
+from lightning_grad.callbacks._loss_tap import read_losses, reweight_losses
+from lightning_grad.callbacks._scoring import look_at_all
+from lightning_grad.callbacks.data_pruning._measures import measure_for
+from lightning_grad.functional import PerSampleGradientNorms
+from plain_project import ResidualConvNet
+
+GHOST_CONVNET, GHOST_TRANSFORMER, VMAP_FACTOR = 1.5, 1.2, 3.0
+GHOST_MEMORY, VMAP_MEMORY_FACTOR = 1.2, 3.5
+SCORING, HALF, READING = 1.1, 0.55, 1.06
+PLAIN, GHOST, VMAP, ONE_BY_ONE = "plain forward and backward", "ghost norms", "vmap(grad)", "one by one"
+OPACUS, FIRST = "Opacus GradSampleModule", "ghost norms, first batch"
+CONVNET, RESNET, TRANSFORMER = "a residual convnet", "a network like ResNet-18", "a transformer"
+EPOCHS, STEADY = 5, 2  # epochs of a fit, and the first one that counts
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is.
+
+    Args:
+        width: Channels of the first stage of the convnets.
+        image: Height and width of their images.
+        batch: Samples of a batch.
+        crowd: Samples of the batch whose memory is measured.
+        samples: Samples of a training set.
+        steps: Steps whose losses are read.
+        reading: Channels of the network whose steps are read, some 4 ms each.
+    """
+
+    width: int
+    image: int
+    batch: int
+    crowd: int
+    samples: int
+    steps: int
+    reading: int
+
+
+SIZES = {"cpu": Sizes(32, 32, 32, 64, 512, 300, 8), "cuda": Sizes(64, 32, 512, 512, 51200, 300, 32)}
+
+
+def residual(sizes: Sizes, stages: int = 3) -> ResidualConvNet:
+    """Build the project's residual network, with three stages of one block or, as ResNet-18, four of two."""
+    blocks = (1,) * 3 if stages == 3 else (2,) * stages
+    return ResidualConvNet(3, sizes.width, blocks, schedule="constant", optimizer="sgd", lr=0.01)
+
+
+# What is differentiated, and ways to the norms.
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network in eval mode, a batch, and a loss that returns one value for each sample, (B,)."""
+
+    network: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+    def losses(self) -> Tensor:
+        """Run the network."""
+        return self.loss(self.network(self.inputs), self.targets)
+
+    def part(self, samples: slice) -> Problem:
+        """Return the problem of some of the samples."""
+        return replace(self, inputs=self.inputs[samples], targets=self.targets[samples])
+
+
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the losses of a classification."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def squared_errors(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the losses of a regression."""
+    return F.mse_loss(outputs, targets, reduction="none").flatten(1).mean(1)
+
+
+def problem(name: str, sizes: Sizes, samples: int, device: str) -> Problem:
+    """Build one of the problems."""
+    torch.manual_seed(0)
+    if name == TRANSFORMER:
+        module, (inputs, targets) = transformer()
+        network = cast(nn.Module, module.encoder)
+        return Problem(network.eval().to(device), inputs.to(device), targets.to(device), squared_errors)
+    network = residual(sizes, 4 if name == RESNET else 3).net.eval().to(device)
+    inputs, targets = images(sizes, samples)
+    return Problem(network, inputs.to(device), targets.to(device), cross_entropies)
+
+
+def images(sizes: Sizes, samples: int) -> tuple[Tensor, Tensor]:
+    """Return noise and labels."""
+    return torch.randn(samples, 3, sizes.image, sizes.image), torch.randint(10, (samples,))
+
+
+Way = Callable[[nn.Module], Callable[[Problem], Any]]
+
+
+def plain(network: nn.Module) -> Callable[[Problem], None]:
+    """Return the mean loss and its gradient: what a training step computes."""
+
+    def run(of: Problem) -> None:
+        network.zero_grad()
+        of.losses().mean().backward()
+
+    return run
+
+
+def ghost(network: nn.Module) -> Callable[[Problem], Tensor]:
+    """Return ours, which keeps what it has learnt from one call to the next."""
+    norms = PerSampleGradientNorms(network)
+    return lambda of: norms(of.losses)
+
+
+def by_vmap(network: nn.Module) -> Callable[[Problem], Tensor]:
+    """Return what torch offers: all gradients at once."""
+    parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    buffers = dict(network.named_buffers())
+
+    def run(of: Problem) -> Tensor:
+        def loss(parameters: dict[str, Tensor], inputs: Tensor, target: Tensor) -> Tensor:
+            outputs = functional_call(network, (parameters, buffers), (inputs.unsqueeze(0),))
+            return of.loss(outputs, target.unsqueeze(0))[0]
+
+        gradients = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, of.inputs, of.targets)
+        return joined_norms(gradients.values())
+
+    return run
+
+
+def joined_norms(gradients: Iterable[Tensor]) -> Tensor:
+    """Return the norm over all parameters of gradients that have one row for each sample."""
+    norms: Tensor = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+    return norms
+
+
+def one_by_one(network: nn.Module) -> Callable[[Problem], Tensor]:
+    """Return a loop over the samples, each with a forward and a backward pass of its own."""
+    parameters = list(network.parameters())
+
+    def norm(of: Problem) -> Tensor:
+        gradients = torch.autograd.grad(of.losses()[0], parameters)
+        return torch.stack(torch._foreach_norm(gradients)).norm()
+
+    return lambda of: torch.stack([norm(of.part(slice(i, i + 1))) for i in range(len(of.inputs))])
+
+
+def by_opacus(network: nn.Module) -> Callable[[Problem], Tensor]:
+    """Return Opacus, made for differential privacy: all gradients, by hooks on modules.
+
+    Raises:
+        ImportError: If it is not installed.
+        NotImplementedError: If it does not take the network.
+    """
+    from opacus import GradSampleModule
+    from opacus.layers import DPMultiheadAttention
+    from opacus.validators import ModuleValidator
+
+    # Its hooks take note in training mode only, which without dropout changes nothing else, and attention must be its own.
+    network = copy.deepcopy(network).train()
+    if any(isinstance(module, nn.MultiheadAttention) for module in network.modules()):
+        network = ModuleValidator.fix(network)
+    for module in network.modules():
+        if isinstance(module, DPMultiheadAttention):
+            module.batch_first = True  # which gets lost
+    wrapped = GradSampleModule(network, loss_reduction="sum")
+
+    def run(of: Problem) -> Tensor:
+        wrapped.zero_grad()
+        of.loss(wrapped(of.inputs), of.targets).sum().backward()
+        return joined_norms(parameter.grad_sample for parameter in wrapped.parameters())
+
+    return run
+
+
+WAYS: dict[str, Way] = {PLAIN: plain, GHOST: ghost, VMAP: by_vmap, ONE_BY_ONE: one_by_one, OPACUS: by_opacus}
+
+
+@dataclass(frozen=True)
+class Missing(Row):
+    """One line for what could not be measured."""
+
+    reason: str = ""
+
+    @property
+    @override
+    def cells(self) -> list[str]:
+        return [self.name, self.reason, "", "", "", ""]
+
+
+def norm_rows(name: str, sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
+    """Time all ways to the norms of one network."""
+    of = problem(name, sizes, sizes.batch, clock.device)
+    calls: dict[str, Callable[[], Any]] = {}
+    missing: list[Row] = []
+    for way, build in WAYS.items():
+        try:
+            calls[way] = partial(build(of.network), of)
+        except ImportError:
+            missing.append(Missing(way, 0.0, 0.0, None, reason="not installed"))
+        except NotImplementedError:
+            missing.append(Missing(way, 0.0, 0.0, None, reason="refuses BatchNorm"))
+    typical = medians(calls, rounds, clock)
+    is_transformer = name == TRANSFORMER
+    budgets = {GHOST: GHOST_TRANSFORMER if is_transformer else GHOST_CONVNET}
+    rows = [against(way, typical, PLAIN, budgets.get(way)) for way in calls]
+    factor = against(VMAP, typical, GHOST, None if is_transformer else VMAP_FACTOR, at_least=True)
+    return [*rows, *missing, factor]
+
+
+def medians(calls: Mapping[str, Callable[[], Any]], rounds: int, clock: Clock) -> dict[str, float]:
+    """Time calls in turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name in rotated(list(calls), i):
+            seconds = clock.seconds(calls[name])
+            if i:  # the first round warms up, and ghost norms learn in it
+                times[name].append(seconds)
+    return {name: median(seconds) for name, seconds in times.items()}
+
+
+def against(
+    name: str, typical: Mapping[str, float], baseline: str, budget: float | None = None, at_least: bool = False
+) -> Against:
+    """Return one line of a table of times."""
+    ratio = typical[name] / typical[baseline]
+    return Against(name, 1000 * typical[name], ratio, budget, at_least, "" if baseline == name else baseline)
+
+
+# Their memory.
+
+
+@dataclass(frozen=True)
+class Peak(Against):
+    """One line of a table of memory, which has no time."""
+
+    megabytes: float = 0.0
+
+    @property
+    @override
+    def cells(self) -> list[str]:
+        name, _, *others = super().cells
+        return [name, f"{self.megabytes:.0f}", *others]
+
+
+def memory_rows(name: str, sizes: Sizes, threads: int, device: str) -> list[Row]:
+    """Measure the peak memory of the ways, each in a process of its own."""
+    cases = {PLAIN: (PLAIN, True), GHOST: (GHOST, True), FIRST: (GHOST, False), VMAP: (VMAP, True)}
+    peaks = {row: in_fresh_process(peak_memory, *case, name, sizes, threads, device) for row, case in cases.items()}
+
+    def row(case: str, baseline: str, budget: float | None = None, at_least: bool = False) -> Peak:
+        ratio, to = peaks[case] / peaks[baseline], "" if case == baseline else baseline
+        return Peak(case, 0.0, ratio, budget, at_least, to, peaks[case] / 1e6)
+
+    rows = [row(case, PLAIN, GHOST_MEMORY if case == GHOST else None) for case in cases]
+    return [*rows, row(VMAP, GHOST, VMAP_MEMORY_FACTOR, at_least=True)]
+
+
+def in_fresh_process(function: Callable[..., float], *arguments: Any) -> float:
+    """Call a function in a process that does nothing else."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_memory(way: str, learnt: bool, name: str, sizes: Sizes, threads: int, device: str) -> float:
+    """Return the bytes that one call takes at its peak, above network and batch.
+
+    Args:
+        way: What to call.
+        learnt: Whether to call it on two samples first.
+        name: Of the problem.
+        sizes: Of the problem.
+        threads: Of torch.
+        device: Where to run.
+    """
+    torch.set_num_threads(threads)
+    of = problem(name, sizes, sizes.crowd, device)
+    run = WAYS[way](of.network)
+    before = highest_memory(device)
+    if learnt:
+        run(of.part(slice(0, 2)))
+    run(of)
+    return highest_memory(device) - before
+
+
+def highest_memory(device: str) -> float:
+    """Return the most bytes that this process ever had."""
+    if device == "cuda":
+        return float(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+# A scoring pass.
+
+
+def training_set(sizes: Sizes) -> DataLoader[Any]:
+    """Return a loader of noise, shuffled."""
+    return DataLoader(TensorDataset(*images(sizes, sizes.samples)), sizes.batch, shuffle=True)
+
+
+def scoring_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
+    """Time passes of EL2N and of ghost norms beside evaluation, all within one fit."""
+    seed_everything(0, verbose=False)
+    module, loader, subset = residual(sizes), training_set(sizes), RepeatedRandomSubset(0.0)
+    rows: list[Row] = []
+
+    def measure(trainer: Trainer, pl_module: LightningModule) -> None:
+        def look(score: str) -> Callable[[], Any]:
+            assert subset._training_set is not None
+            return partial(look_at_all, trainer, pl_module, subset._training_set, measure_for(score), score)
+
+        calls = {
+            "evaluation": lambda: evaluate(module, loader, clock.device),
+            "evaluation, again": lambda: evaluate(module, loader, clock.device),
+            "el2n": look("el2n"),
+            "grand": look("grand"),
+        }
+        typical = medians(calls, rounds, clock)
+        rows.extend(against(name, typical, "evaluation", SCORING if name == "el2n" else None) for name in calls)
+
+    callbacks = [subset, LambdaCallback(on_train_epoch_start=measure)]
+    quiet_trainer(clock.device, max_steps=1, callbacks=callbacks).fit(module, loader)
+    return rows
+
+
+@torch.no_grad()
+def evaluate(module: ResidualConvNet, shuffled: DataLoader[Any], device: str) -> float:
+    """Return the mean loss over a data set, in eval mode."""
+    module.eval()
+    total = torch.zeros((), device=device)
+    for inputs, labels in DataLoader(shuffled.dataset, shuffled.batch_size):
+        total += cross_entropies(module(inputs.to(device)), labels.to(device)).sum()
+    module.train()
+    return float(total) / len(cast(Any, shuffled.dataset))
+
+
+# Epochs.
+
+
+class EpochTimer(Callback):
+    """Notes when each epoch starts; stands first among the callbacks, so that it sees all that the others do.
+
+    Args:
+        clock: What tells the time.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._starts: list[float] = []
+        self._clock = clock
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._starts.append(self._clock.now())
+
+    @property
+    def periods(self) -> list[float]:
+        """Seconds from each epoch's start to the next one's."""
+        return [end - start for start, end in pairwise(self._starts)]
+
+
+def epochs_with(callbacks: Sequence[Callback], sizes: Sizes, clock: Clock) -> list[float]:
+    """Train, and return how long each epoch took but the last."""
+    seed_everything(0, verbose=False)
+    timer = EpochTimer(clock)
+    trainer = quiet_trainer(clock.device, max_epochs=EPOCHS + 1, callbacks=[timer, *callbacks])
+    trainer.fit(residual(sizes), training_set(sizes))
+    return timer.periods
+
+
+def epoch_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
+    """Time epochs of half the data beside full ones; scores are taken, and samples left out, when the second begins."""
+    scored = "DataPruning(prune=0.5)"
+    used: dict[str, Callable[[], list[Callback]]] = {
+        "full": list,
+        "full, again": list,
+        'DataPruning(prune=0.5, keep="random")': lambda: [DataPruning(0.5, epoch=1, keep="random")],
+        scored: lambda: [DataPruning(0.5, epoch=1)],
+        "RepeatedRandomSubset(prune=0.5)": lambda: [RepeatedRandomSubset(0.5)],
+    }
+    steady: dict[str, list[float]] = {name: [] for name in used}
+    extra: list[float] = []
+    for i in range(rounds):
+        for name in rotated(list(used), i):
+            periods = epochs_with(used[name](), sizes, clock)
+            steady[name].append(median(periods[STEADY:]))
+            if name == scored:
+                extra.append(periods[1] - steady[name][-1])
+    typical = {name: median(seconds) for name, seconds in steady.items()}
+    scoring = f"{scored}, its scoring, once"
+    typical[scoring] = median(extra)
+    halves = [name for name in used if not name.startswith("full")]
+    return [against(name, typical, "full", HALF if name in halves else None) for name in typical]
+
+
+# Losses read.
+
+
+class ReadInTurns:
+    """Has the losses of each other step read.
+
+    Args:
+        module: Whose.
+        ways: Each begins something and returns what ends it.
+    """
+
+    def __init__(
+        self, module: LightningModule, ways: Sequence[Callable[[LightningModule], Callable[[], object]]]
+    ) -> None:
+        self._module = module
+        self._ways = ways
+        self._steps = 0
+        self._end: Callable[[], object] = lambda: None
+
+    def __call__(self) -> None:
+        """Go over to the next way; call it between steps."""
+        self._end()
+        self._end = self._ways[self._steps % len(self._ways)](self._module)
+        self._steps += 1
+
+
+def reading_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
+    """Time steps of one fit whose losses nobody looks at, are read, or are read and weighted, in turn."""
+    module = ResidualConvNet(1, sizes.reading, (1,), schedule="constant", optimizer="sgd", lr=0.01)
+    batch = (torch.randn(64, 1, 8, 8), torch.randint(10, (64,)))
+    ways: dict[str, Callable[[LightningModule], Callable[[], object]]] = {
+        "unread": lambda module: lambda: None,
+        "read": lambda module: cast(Any, read_losses(module, lambda call: None)),
+        "unread, again": lambda module: lambda: None,
+        "weighted": lambda module: cast(
+            Any, reweight_losses(module, lambda call: torch.ones_like(call.losses), "benchmark")
+        ),
+    }
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        turns = ReadInTurns(module, list(ways.values()))
+        periods = timed_fit(module, batch, sizes.steps, [], clock, turns)
+        for i, name in enumerate(ways):
+            found[name].append(median(periods[(i - WARM_STEPS) % len(ways) :: len(ways)]))
+    typical = {name: median(seconds) for name, seconds in found.items()}
+    return [against(name, typical, "unread", READING if name == "read" else None) for name in ways]
+
+
+# The whole.
+
+
+def display(title: str, unit: str, rows: Sequence[Row]) -> None:
+    """Print one result whose rows have several baselines."""
+    header = ["variant", unit, "ratio", "to", "budget", ""]
+    print(f"\n{title}\n\n{markdown_table(header, [row.cells for row in rows])}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the tables and write them."""
+    assert __doc__ is not None
+    options = speed_options(__doc__, arguments, quick="one round, one convnet: a rough answer in two minutes")
+    silence()
+    torch.set_num_threads(options.threads)
+    torch.backends.mha.set_fastpath_enabled(False)  # which vmap cannot follow; with gradients it is off anyway
+    rounds, clock, sizes = options.rounds, Clock(options.device), SIZES[options.device]
+    print(f"{machine(options.device)}; {rounds} rounds")
+    tables: dict[str, list[Row]] = {}
+
+    def add(title: str, unit: str, rows: list[Row]) -> None:
+        tables[title] = rows
+        display(title, unit, rows)
+
+    for name in (CONVNET, TRANSFORMER) if options.quick else (CONVNET, RESNET, TRANSFORMER):
+        add(f"Norms, {name}", "median ms", norm_rows(name, sizes, 2 * rounds, clock))
+    for name in (CONVNET,) if options.quick else (CONVNET, RESNET):
+        add(f"Memory, {name}", "peak MB", memory_rows(name, sizes, options.threads, options.device))
+    add("A scoring pass", "median ms", scoring_rows(sizes, rounds, clock))
+    add("Epochs", "median ms", epoch_rows(sizes, max(1, rounds // 2), clock))
+    add("Steps read", "median ms", reading_rows(sizes, rounds, clock))
+    over = [f"{row.name} ({title})" for title, rows in tables.items() for row in rows if row.is_over]
+    print(f"\nOver budget: {'; '.join(over) or 'nothing'}.")
+    write_tables(options, tables)
+
+
+if __name__ == "__main__":
+    main()
