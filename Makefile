@@ -36,6 +36,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	@$(BIN)/python benchmarks/nm_sparsity.py
 	@$(BIN)/python benchmarks/clipping.py
+	@$(BIN)/python benchmarks/data_pruning.py
 
 docs: $(INSTALLED)
 	@$(BIN)/sphinx-build -W -q -b html docs docs/_build/html

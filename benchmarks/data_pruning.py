@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import resource
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,11 +36,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from plain_project import ResidualConvNet
 
 from benchmarks.clipping import Against
 from benchmarks.common import (
@@ -61,7 +65,6 @@ from lightning_grad.callbacks._loss_tap import read_losses, reweight_losses
 from lightning_grad.callbacks._scoring import look_at_all
 from lightning_grad.callbacks.data_pruning._measures import measure_for
 from lightning_grad.functional import PerSampleGradientNorms
-from plain_project import ResidualConvNet
 
 GHOST_CONVNET, GHOST_TRANSFORMER, VMAP_FACTOR = 1.5, 1.2, 3.0
 GHOST_MEMORY, VMAP_MEMORY_FACTOR = 1.2, 3.5
@@ -84,6 +87,7 @@ class Sizes:
         samples: Samples of a training set.
         steps: Steps whose losses are read.
         reading: Channels of the network whose steps are read, some 4 ms each.
+        stages: Of the network that is trained, see :func:`residual`.
     """
 
     width: int
@@ -93,12 +97,13 @@ class Sizes:
     samples: int
     steps: int
     reading: int
+    stages: int
 
 
-SIZES = {"cpu": Sizes(32, 32, 32, 64, 512, 300, 8), "cuda": Sizes(64, 32, 512, 512, 51200, 300, 32)}
+SIZES = {"cpu": Sizes(32, 32, 32, 64, 512, 500, 8, 3), "cuda": Sizes(64, 32, 512, 512, 51200, 500, 32, 4)}
 
 
-def residual(sizes: Sizes, stages: int = 3) -> ResidualConvNet:
+def residual(sizes: Sizes, stages: int) -> ResidualConvNet:
     """Build the project's residual network, with three stages of one block or, as ResNet-18, four of two."""
     blocks = (1,) * 3 if stages == 3 else (2,) * stages
     return ResidualConvNet(3, sizes.width, blocks, schedule="constant", optimizer="sgd", lr=0.01)
@@ -160,7 +165,7 @@ def plain(network: nn.Module) -> Callable[[Problem], None]:
 
     def run(of: Problem) -> None:
         network.zero_grad()
-        of.losses().mean().backward()
+        of.losses().mean().backward()  # type: ignore[no-untyped-call]
 
     return run
 
@@ -189,8 +194,9 @@ def by_vmap(network: nn.Module) -> Callable[[Problem], Tensor]:
 
 def joined_norms(gradients: Iterable[Tensor]) -> Tensor:
     """Return the norm over all parameters of gradients that have one row for each sample."""
-    norms: Tensor = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
-    return norms
+    norms = [torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients]
+    joined: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return joined
 
 
 def one_by_one(network: nn.Module) -> Callable[[Problem], Tensor]:
@@ -199,7 +205,8 @@ def one_by_one(network: nn.Module) -> Callable[[Problem], Tensor]:
 
     def norm(of: Problem) -> Tensor:
         gradients = torch.autograd.grad(of.losses()[0], parameters)
-        return torch.stack(torch._foreach_norm(gradients)).norm()
+        joined: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        return joined
 
     return lambda of: torch.stack([norm(of.part(slice(i, i + 1))) for i in range(len(of.inputs))])
 
@@ -211,22 +218,19 @@ def by_opacus(network: nn.Module) -> Callable[[Problem], Tensor]:
         ImportError: If it is not installed.
         NotImplementedError: If it does not take the network.
     """
-    from opacus import GradSampleModule
-    from opacus.layers import DPMultiheadAttention
-    from opacus.validators import ModuleValidator
+    from opacus import GradSampleModule  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    from opacus.validators import ModuleValidator  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
     # Its hooks take note in training mode only, which without dropout changes nothing else, and attention must be its own.
+    # That of 1.6.0 mixes up the heads with batch_first, so that norms differ from the others'; it computes as much.
     network = copy.deepcopy(network).train()
     if any(isinstance(module, nn.MultiheadAttention) for module in network.modules()):
         network = ModuleValidator.fix(network)
-    for module in network.modules():
-        if isinstance(module, DPMultiheadAttention):
-            module.batch_first = True  # which gets lost
     wrapped = GradSampleModule(network, loss_reduction="sum")
 
     def run(of: Problem) -> Tensor:
         wrapped.zero_grad()
-        of.loss(wrapped(of.inputs), of.targets).sum().backward()
+        of.loss(wrapped(of.inputs), of.targets).sum().backward()  # type: ignore[no-untyped-call]
         return joined_norms(parameter.grad_sample for parameter in wrapped.parameters())
 
     return run
@@ -333,6 +337,9 @@ def peak_memory(way: str, learnt: bool, name: str, sizes: Sizes, threads: int, d
         device: Where to run.
     """
     torch.set_num_threads(threads)
+    # Code that torch loads when it is first used takes memory too. What loads it stays alive, lest its memory is used again.
+    other = problem(name, sizes, 2, device)
+    plain(other.network)(other)
     of = problem(name, sizes, sizes.crowd, device)
     run = WAYS[way](of.network)
     before = highest_memory(device)
@@ -346,8 +353,11 @@ def highest_memory(device: str) -> float:
     """Return the most bytes that this process ever had."""
     if device == "cuda":
         return float(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    status = Path("/proc/self/status")
+    if status.is_file():  # where the resource module counts what the parent had as well
+        lines = status.read_text().splitlines()
+        return 1024 * float(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes, on a Mac
 
 
 # A scoring pass.
@@ -361,7 +371,7 @@ def training_set(sizes: Sizes) -> DataLoader[Any]:
 def scoring_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
     """Time passes of EL2N and of ghost norms beside evaluation, all within one fit."""
     seed_everything(0, verbose=False)
-    module, loader, subset = residual(sizes), training_set(sizes), RepeatedRandomSubset(0.0)
+    module, loader, subset = residual(sizes, sizes.stages), training_set(sizes), RepeatedRandomSubset(0.0)
     rows: list[Row] = []
 
     def measure(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -423,7 +433,7 @@ def epochs_with(callbacks: Sequence[Callback], sizes: Sizes, clock: Clock) -> li
     seed_everything(0, verbose=False)
     timer = EpochTimer(clock)
     trainer = quiet_trainer(clock.device, max_epochs=EPOCHS + 1, callbacks=[timer, *callbacks])
-    trainer.fit(residual(sizes), training_set(sizes))
+    trainer.fit(residual(sizes, sizes.stages), training_set(sizes))
     return timer.periods
 
 
@@ -454,18 +464,19 @@ def epoch_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
 
 # Losses read.
 
+# Begins something and returns what ends it.
+SetUp = Callable[[LightningModule], Callable[[], object]]
+
 
 class ReadInTurns:
-    """Has the losses of each other step read.
+    """Has each step of a fit run in the next of several ways.
 
     Args:
-        module: Whose.
-        ways: Each begins something and returns what ends it.
+        module: Whose steps.
+        ways: What is set up before a step and ended after it.
     """
 
-    def __init__(
-        self, module: LightningModule, ways: Sequence[Callable[[LightningModule], Callable[[], object]]]
-    ) -> None:
+    def __init__(self, module: LightningModule, ways: Sequence[SetUp]) -> None:
         self._module = module
         self._ways = ways
         self._steps = 0
@@ -478,22 +489,38 @@ class ReadInTurns:
         self._steps += 1
 
 
+def under_an_empty_mode(module: LightningModule) -> Callable[[], None]:
+    """Run the steps in a context of torch that sees every function and does nothing: the least that a reader can cost."""
+    inner = module.training_step
+
+    def step(*args: Any) -> Any:
+        with BaseTorchFunctionMode():
+            return inner(*args)
+
+    module.training_step = step  # type: ignore[method-assign]
+
+    def end() -> None:
+        del module.__dict__["training_step"]
+
+    return end
+
+
 def reading_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
     """Time steps of one fit whose losses nobody looks at, are read, or are read and weighted, in turn."""
     module = ResidualConvNet(1, sizes.reading, (1,), schedule="constant", optimizer="sgd", lr=0.01)
     batch = (torch.randn(64, 1, 8, 8), torch.randint(10, (64,)))
-    ways: dict[str, Callable[[LightningModule], Callable[[], object]]] = {
+    ways: dict[str, SetUp] = {
         "unread": lambda module: lambda: None,
         "read": lambda module: cast(Any, read_losses(module, lambda call: None)),
-        "unread, again": lambda module: lambda: None,
         "weighted": lambda module: cast(
-            Any, reweight_losses(module, lambda call: torch.ones_like(call.losses), "benchmark")
+            Any, reweight_losses(module, lambda call: torch.ones_like(call.losses), "weighted")
         ),
+        "an empty mode of torch": under_an_empty_mode,
+        "unread, again": lambda module: lambda: None,
     }
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
-        turns = ReadInTurns(module, list(ways.values()))
-        periods = timed_fit(module, batch, sizes.steps, [], clock, turns)
+        periods = timed_fit(module, batch, sizes.steps, [], clock, ReadInTurns(module, list(ways.values())))
         for i, name in enumerate(ways):
             found[name].append(median(periods[(i - WARM_STEPS) % len(ways) :: len(ways)]))
     typical = {name: median(seconds) for name, seconds in found.items()}
@@ -509,13 +536,20 @@ def display(title: str, unit: str, rows: Sequence[Row]) -> None:
     print(f"\n{title}\n\n{markdown_table(header, [row.cells for row in rows])}", flush=True)
 
 
+def prepare() -> None:
+    """Silence what vmap and Opacus say about themselves, and turn off what vmap cannot follow and gradients do not use."""
+    silence()
+    for message in (".*have not yet implemented the batching rule.*", ".*Full backward hook is firing.*"):
+        warnings.filterwarnings("ignore", message)
+    torch.backends.mha.set_fastpath_enabled(False)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the tables and write them."""
     assert __doc__ is not None
     options = speed_options(__doc__, arguments, quick="one round, one convnet: a rough answer in two minutes")
-    silence()
+    prepare()
     torch.set_num_threads(options.threads)
-    torch.backends.mha.set_fastpath_enabled(False)  # which vmap cannot follow; with gradients it is off anyway
     rounds, clock, sizes = options.rounds, Clock(options.device), SIZES[options.device]
     print(f"{machine(options.device)}; {rounds} rounds")
     tables: dict[str, list[Row]] = {}

@@ -10,9 +10,10 @@ A small residual network of the plain project learns handwritten digits, once as
 training labels replaced by another class. What chooses the samples is one line in :data:`RULES`; all else here measures and
 draws.
 
-What is fair to compare: all train for the same epochs, and an epoch of fewer samples has fewer steps (``--budget steps`` keeps
-the steps instead). DataPruning trains on everything until it scores, RepeatedRandomSubset (RS2) and InfoBatch leave samples out
-before. So the table says how many samples each has seen, and ``rs2-equal`` is RS2 with as many as the scored variants.
+What is fair to compare: all train for the same epochs, and an epoch of fewer samples has fewer steps (``--budget steps``
+keeps the steps instead). DataPruning trains on everything until it scores, RepeatedRandomSubset (RS2) and InfoBatch leave
+samples out from the first and the second epoch on. So the table says how many samples each has seen, and ``rs2-equal`` is RS2
+with as many as the scored variants.
 """
 
 from __future__ import annotations
@@ -173,7 +174,9 @@ def train(study: Study, variant: str, prune: float, flip: float, seed: int, show
     """Train once, and test."""
     recorder, follow = Recorder(), Follow(show, label(variant, prune), seed)
     callbacks = [recorder, follow, *RULES[variant](prune, study, seed)]
-    trainer, module = build(study, study.name(variant, prune, flip, seed), seed, callbacks, epochs_of(study, variant, prune))
+    trainer, module = build(
+        study, study.name(variant, prune, flip, seed), seed, callbacks, epochs_of(study, variant, prune)
+    )
     data = build_data(study, flip, seed)
     start = time.process_time()
     trainer.fit(module, data)
@@ -216,8 +219,8 @@ def build_module(study: Study) -> LightningModule:
     """Return a new module: a small residual network for the digits, one like ResNet-18 for CIFAR-10."""
     if study.cifar10 is None:
         return ResidualConvNet(width=study.width or 8)
-    stages, sgd = (2, 2, 2, 2), {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4}
-    return ResidualConvNet(3, study.width or 64, blocks_per_stage=stages, **sgd)
+    width, stages = study.width or 64, (2, 2, 2, 2)
+    return ResidualConvNet(3, width, stages, optimizer="sgd", lr=0.1, weight_decay=5e-4)
 
 
 def build_data(study: Study, flip: float, seed: int) -> Digits | FlippedCIFAR10:
@@ -236,6 +239,8 @@ class FlippedCIFAR10(CIFAR10):
         seed: Seed of the choice.
         limit: Read only so many images of each file, ``None`` for all.
     """
+
+    train_set: Images
 
     def __init__(self, folder: Path, flip: float, seed: int, limit: int | None = None) -> None:
         super().__init__(folder, limit=limit)
@@ -356,7 +361,7 @@ def find_label_errors(study: Study) -> list[Finding]:
     prepare(study)
     flip, findings = max(study.flips), []
     for seed in range(study.seeds):
-        shown: dict[str, Any] = {"show": 40, "figure": True} if seed == 0 else {}
+        shown: dict[str, Any] = {"show": 24, "figure": True} if seed == 0 else {}
         folder = score(study, "el2n", flip, seed, [study.score_epoch], **shown)
         wrong = hardest_wrong(study, folder, flip, seed)
         for size in (len(wrong) // 100, len(wrong) // 20, wrong.sum()):
@@ -399,6 +404,8 @@ def print_table(results: Sequence[Result], study: Study) -> None:
         print_rows(header, [summarise(variant, prune, own, full) for variant, prune in study.trainings()])
     kept = "epochs" if study.budget == "epochs" else "optimizer steps (InfoBatch: the same epochs)"
     print(f"\nbudget: all train for the same {kept}")
+    if study.cifar10 is None:
+        print("test accuracy: on 200 images, so that one image is 0.5 %")
     if study.seeds > 1:
         print(f"numbers: mean ± standard deviation over {study.seeds} seeds")
     anew = [variant for variant in study.variants if variant in ("rs2", "rs2-equal", "infobatch")]
@@ -502,11 +509,17 @@ def draw_accuracies(axis: Axes, study: Study, results: Sequence[Result]) -> None
             seen = 100 * statistics.mean(result.samples for result in own) / most + beside
             error, spread = max(errors.mean(), 0.002), errors.std(ddof=1) if len(own) > 1 else 0.0
             below = min(spread, error - 0.001)  # the logarithm of less is no length
-            look = {"color": COLOURS[variant], "markersize": 12 if marker == "*" else 8, "markeredgecolor": "0.25"}
+            look: dict[str, Any] = {
+                "color": COLOURS[variant],
+                "markersize": 12 if marker == "*" else 8,
+                "markeredgecolor": "0.25",
+            }
             axis.errorbar(seen, error, [[below], [spread]], fmt=marker, capsize=2, elinewidth=1.2, **look)
             if variant == "full":
                 axis.axhline(error, color=COLOURS[variant], linewidth=1, linestyle=":", zorder=0)
-        axis.plot([], [], "o" if variant != "full" else "*", color=COLOURS[variant], markeredgecolor="0.25", label=variant)
+        axis.plot(
+            [], [], "o" if variant != "full" else "*", color=COLOURS[variant], markeredgecolor="0.25", label=variant
+        )
     for prune, marker in zip(study.prunes, MARKERS, strict=False):
         axis.plot([], [], marker, color="none", markeredgecolor="0.25", label=f"{100 * prune:g} % left out")
     axis.set_xlim(0, 106)
@@ -517,9 +530,9 @@ def draw_label_errors(study: Study, flip: float) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.4, 5.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.55, 1])
-    draw_samples(left, study, flip)
-    axis = right.subplots()
+    halves: Any = figure.subfigures(1, 2, width_ratios=[1.55, 1])
+    draw_samples(halves[0], study, flip)
+    axis = halves[1].subplots()
     for seed in range(study.seeds):
         wrong = hardest_wrong(study, study.output / f"scores/el2n_flip{flip:g}_seed{seed}", flip, seed)
         sizes = np.arange(1, len(wrong) + 1)
@@ -651,8 +664,17 @@ def parse(arguments: Sequence[str] | None = None) -> Study:
         "without the hardest tenth; rs2 and rs2-equal: RepeatedRandomSubset; infobatch"
     )
     add("--variants", nargs="+", choices=RULES, default=default.variants, metavar="VARIANT", help=rules)
-    add("--prunes", nargs="+", type=float, default=default.prunes, metavar="SHARE", help="shares of the samples left out")
-    add("--flips", nargs="+", type=float, default=default.flips, metavar="SHARE", help="shares of wrong training labels")
+    add(
+        "--prunes",
+        nargs="+",
+        type=float,
+        default=default.prunes,
+        metavar="SHARE",
+        help="shares of the samples left out",
+    )
+    add(
+        "--flips", nargs="+", type=float, default=default.flips, metavar="SHARE", help="shares of wrong training labels"
+    )
     add("--seeds", type=int, default=default.seeds, help="number of seeds; each trains every variant once")
     add("--epochs", type=int, default=default.epochs, help="epochs of each training")
     add("--score-epoch", type=int, default=default.score_epoch, help="epochs after which samples are scored")
@@ -676,7 +698,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if max(study.flips) > 0:
         print_findings(find_label_errors(study))
         look_at_scores(study)
-    print(f"\nWritten to {study.output}/: the figures comparison, label_errors, histogram and scores (png), results.csv,")
+    print(
+        f"\nWritten to {study.output}/: the figures comparison, label_errors, histogram and scores (png), results.csv,"
+    )
     print("label_errors.csv, scores/ with tables and pages of the hardest samples, and a folder for each training.")
 
 

@@ -109,7 +109,7 @@ class Digits(LoaderModule):
         if self.noise is not None:
             generator = torch.Generator().manual_seed(self.seed)
             x[train] += self.noise * torch.randn(x[train].shape, generator=generator)
-        train_labels, self.flipped = flip_labels(y[train], self.flip, len(y.unique()), self.seed)
+        train_labels, self.flipped = flip_labels(y[train], self.flip, int(y.max()) + 1, self.seed)
         self.train_set = TensorDataset(x[train], train_labels)
         self.val_set = TensorDataset(x[val], y[val])
         self.test_set = TensorDataset(x[test], y[test])

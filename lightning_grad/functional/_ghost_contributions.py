@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 1 << 20  # entries that a temporary may have on a CPU: larger ones leave the cache and cost page faults

@@ -53,18 +53,25 @@ def addmm(
 # Normalization: the gradient of the scale is that of the output times the normalized input, summed over positions.
 
 
+def _per_channel(split: Tensor) -> Tensor:
+    """Sum (B, M, C, ...) to (B, C)."""
+    return split.flatten(3).sum((1, 3)) if split.dim() > 3 else split.sum(1)
+
+
 def _channel_norm(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, normalize: Callable[[Tensor], Tensor]
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalize: Callable[[Tensor], Tensor],
+    scale: Tensor | float = 1.0,
 ) -> Binding:
     kept = input.detach()
 
     def term(gradient: Tensor, rows: Rows) -> Contribution:
-        product = rows(gradient) * rows(normalize(kept).to(gradient.dtype))
-        return Dense(product.flatten(3).sum((1, 3)) if product.dim() > 3 else product.sum(1))
+        return Dense(_per_channel(rows(gradient) * rows(normalize(kept))) * scale)
 
     def shift(gradient: Tensor, rows: Rows) -> Contribution:
-        split = rows(gradient)
-        return Dense(split.flatten(3).sum((1, 3)) if split.dim() > 3 else split.sum(1))
+        return Dense(_per_channel(rows(gradient)))
 
     return Binding(given((weight, term), (bias, shift)), first, (input,))
 
@@ -81,22 +88,9 @@ def batch_norm(
 ) -> Binding | None:
     if running_mean is None or running_var is None or training:
         return None  # mixes samples; told before
-    shape = (-1, *(1,) * (input.dim() - 2))
-    mean, scale = running_mean.detach().view(shape), (running_var.detach() + eps).rsqrt().view(shape)
-    kept = input.detach()
-
-    def term(gradient: Tensor, rows: Rows) -> Contribution:
-        split, centred = rows(gradient), rows(kept - mean)
-        if split.dim() == 3:
-            return Dense((split * centred).sum(1) * scale)
-        sums = (split * centred).flatten(3).sum((1, 3))
-        return Dense(sums * scale.view(-1))
-
-    def shift(gradient: Tensor, rows: Rows) -> Contribution:
-        split = rows(gradient)
-        return Dense(split.flatten(3).sum((1, 3)) if split.dim() > 3 else split.sum(1))
-
-    return Binding(given((weight, term), (bias, shift)), first, (input, running_mean, running_var))
+    mean = running_mean.detach().clone().view(-1, *(1,) * (input.dim() - 2))
+    scale = (running_var.detach() + eps).rsqrt()
+    return _channel_norm(input, weight, bias, lambda x: x - mean, scale)
 
 
 def instance_norm(

@@ -30,6 +30,10 @@ class Layout:
             return samples == 1
         return self.dim < len(shape) and shape[self.dim] > 0 and shape[self.dim] % samples == 0
 
+    def is_ambiguous(self, shape: Sequence[int], samples: int) -> bool:
+        """Whether the dimension holds several entries of each sample, so that their order matters."""
+        return self.dim is not None and shape[self.dim] != samples
+
     def split(self, tensor: Tensor, samples: int) -> Tensor:
         """Return a tensor, samples first: (B, ...), with B times fewer entries in the dimension that held them."""
         if self.dim is None:

@@ -55,6 +55,7 @@ class TrainingSet:
         self._kept: Tensor | None = None
         self._fixed_steps = False
         self._begun = False
+        self._warned_of_interval = False
         self._loader: DataLoader[Any] | None = None
         self._sampler: PrunableBatchSampler | None = None
         self._next_batch: int | None = None  # not known when an epoch goes on in its middle
@@ -178,7 +179,7 @@ class TrainingSet:
             fixed_steps: Whether an epoch has as many batches as the whole data set would give, so that the kept samples are
                 passed through more than once.
         """
-        self._next_batch = 0
+        self._next_batch, self._drawing = 0, RecordedBatches(iter(()))
         changed = not _same(kept, self._kept) or fixed_steps != self._fixed_steps
         self._kept, self._fixed_steps = kept, fixed_steps
         if self._sampler is None or not changed:
@@ -216,7 +217,8 @@ class TrainingSet:
 
     def _fit_interval(self, batches: int) -> None:
         trainer = self._trainer
-        if trainer.val_check_interval > batches != trainer.val_check_batch and trainer.enable_validation:
+        if trainer.val_check_interval > batches and trainer.enable_validation and not self._warned_of_interval:
+            self._warned_of_interval = True
             rank_zero_warn(
                 f"val_check_interval={trainer.val_check_interval} is more than the {batches} batches of a pruned epoch: "
                 "validation comes at the end of each such epoch."
@@ -284,7 +286,7 @@ class TrainingSet:
         """
         if self._is_exhausted(batch_idx):
             return []
-        source = self._source(batch_idx)
+        source = self._source()
         for _ in range(min(self._passed_over(batch_idx), len(source.drawn) - 1)):
             source.drawn.popleft()
         self._next_batch = batch_idx + 1
@@ -309,10 +311,10 @@ class TrainingSet:
             self._next_batch = 0 if hasattr(self.loader, "load_state_dict") else batch_idx
         return batch_idx - self._next_batch
 
-    def _source(self, batch_idx: int) -> RecordedBatches:
+    def _source(self) -> RecordedBatches:
         # What somebody else draws in mid-epoch has nothing to do with the fit. When a loader is begun again in mid-epoch, its
         # last batches may still be under way.
-        if batch_idx == 0 or not self._drawing.drawn:
+        if not self._drawing.drawn:
             self._drawing = self._source_now()
         return self._drawing
 

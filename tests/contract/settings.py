@@ -29,6 +29,8 @@ class Technique:
         observes: Whether it changes nothing in a run in which nothing goes wrong.
         clips: Whether it refuses ``Trainer(gradient_clip_val=...)``.
         manual: Whether it works with manual optimization.
+        broad: Whether it goes through everything. Another setting of a mechanism that a neighbour covers is held to
+            neutrality, resuming, checkpoints and the rest of what its setting could break.
         refuses: Sharding strategies that it refuses.
         wrong: Pairs of wrong constructor arguments and a piece of the error.
     """
@@ -44,6 +46,7 @@ class Technique:
     observes: bool = False
     clips: bool = False
     manual: bool = True
+    broad: bool = True
     refuses: tuple[str, ...] = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
     wrong: tuple[tuple[Mapping[str, Any], str], ...] = ()
 
@@ -82,6 +85,7 @@ def _nm(variant: str, **arguments: Any) -> Technique:
         second={**both, "include": ["head"], "name": "head"},
         needs_adam=freezes,
         compile=variant in ("mdgf-exponential", "mdgf-exponential-masked", "sdgf-stepwise"),
+        broad=variant in ("mdgf-exponential", "sr-ste", "step", "mask-every-4"),
         wrong=_NM_WRONG if variant == "mdgf-exponential" else (),
     )
 
@@ -145,7 +149,7 @@ _CLIPPING: list[Technique] = [
             ({"norm_type": 0.0}, "norm_type must be above 0"),
         ),
     ),
-    _conditioner("NormClipping", "by-name", {"max_norm": {"encoder.*": 0.1, "*": 0.2}, "norm_type": _INF}),
+    _conditioner("NormClipping", "by-name", {"max_norm": {"encoder.*": 0.1, "*": 0.2}, "norm_type": _INF}, broad=False),
     _conditioner(
         "ValueClipping",
         arguments={"clip_value": 0.001},
@@ -183,7 +187,7 @@ _CLIPPING: list[Technique] = [
         neutral={"max_norm": _INF},
         wrong=(({"max_norm": 0.0}, "max_norm must be above 0"), ({"per": "modul"}, "Did you mean 'module'")),
     ),
-    _conditioner("LayerwiseClipping", "weighted", {"max_norm": 0.1, "weighted": True, "per": "parameter"}),
+    _conditioner("LayerwiseClipping", "weighted", {"max_norm": 0.1, "weighted": True, "per": "parameter"}, broad=False),
     _conditioner(
         "LayerwiseNormalization",
         arguments={"coefficient": 0.01, "max_ratio": 10.0},
@@ -288,12 +292,19 @@ _DATA: list[Technique] = [
     Technique(
         "DataPruning",
         "forgetting-rounds",
+        broad=False,
         arguments={"prune": [0.2, 0.4], "epoch": [1, 3], "score": "forgetting", "loss": 0},
         neutral={"prune": 0.0, "epoch": 1, "score": "forgetting"},
         **_SUBSET,
     ),
     Technique(
-        "InfoBatch", arguments={"prune": 0.5}, neutral={"prune": 0.0}, manual=False, compile=True, refuses=(), wrong=_SHARES
+        "InfoBatch",
+        arguments={"prune": 0.5},
+        neutral={"prune": 0.0},
+        manual=False,
+        compile=True,
+        refuses=(),
+        wrong=_SHARES,
     ),
     Technique("RepeatedRandomSubset", arguments={"prune": 0.3}, neutral={"prune": 0.0}, wrong=_SHARES, **_SUBSET),
     Technique(
@@ -334,6 +345,7 @@ TECHNIQUES: list[Technique] = [
     *_CLIPPING,
     *_DATA,
 ]
+BROAD: list[Technique] = [technique for technique in TECHNIQUES if technique.broad]
 CANONICAL: list[Technique] = [next(t for t in TECHNIQUES if t.name == name) for name in callbacks.__all__]
 
 

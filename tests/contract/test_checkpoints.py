@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 
 from tests.contract.projects import fit, loaders, make_classifier
-from tests.contract.settings import TECHNIQUES
+from tests.contract.settings import BROAD, TECHNIQUES
 from tests.contract.test_no_trace import StopAt
 
 # These runs monitor val_loss from the first epoch on, which the technique may rightly warn about.
@@ -60,7 +60,7 @@ def test_every_checkpoint_computes_what_was_validated(technique, weights_only, t
         assert_computes_what_was_validated(path, remembered)
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.parametrize("technique", BROAD, ids=str)
 @pytest.mark.parametrize("ema_first", [False, True])
 def test_beside_weight_averaging_in_either_order(technique, ema_first, tmp_path):
     remembered = RememberLogits()
@@ -78,7 +78,7 @@ def test_beside_weight_averaging_in_either_order(technique, ema_first, tmp_path)
         assert_computes_what_was_validated(path, remembered)
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.parametrize("technique", BROAD, ids=str)
 def test_order_beside_weight_averaging_makes_no_difference(technique):
     _, one = fit([technique.build(), EMAWeightAveraging(decay=0.8)])
     _, other = fit([EMAWeightAveraging(decay=0.8), technique.build()])
@@ -104,7 +104,7 @@ def test_checkpoint_on_exception_computes_what_a_validation_would_have(technique
         assert torch.equal(value, saved_state[key]), key
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.parametrize("technique", BROAD, ids=str)
 def test_on_exception_checkpoint_and_one_saved_by_hand_hold_the_same(technique, tmp_path):
     trainers: list[Any] = []
     stop = StopAt(14)
@@ -118,7 +118,7 @@ def test_on_exception_checkpoint_and_one_saved_by_hand_hold_the_same(technique, 
         assert torch.equal(value, second[key]), key
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.parametrize("technique", BROAD, ids=str)
 def test_state_dict_in_mid_fit_has_the_plain_keys_in_the_plain_order(technique):
     seen: list[list[str]] = []
 

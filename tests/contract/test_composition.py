@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.contract.projects import BATCH, fit, loaders, make_classifier, make_data, make_trainer
-from tests.contract.settings import CANONICAL, TECHNIQUES
+from tests.contract.settings import BROAD, CANONICAL, TECHNIQUES
 
 PLAIN_TYPES = {type(child) for child in list(make_classifier().modules())[1:]}
 
@@ -28,7 +28,7 @@ def start_of(module: Any) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.parametrize("technique", BROAD, ids=str)
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -59,7 +59,7 @@ def test_trainer_options(technique, arguments):
     assert_trained(module, start)
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.parametrize("technique", BROAD, ids=str)
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the optimizer rightly skips its first step
 def test_fp16_grad_scaler_with_overflow_at_the_start(technique):
     module = make_classifier()
@@ -119,7 +119,7 @@ def test_inductor(technique):
     assert_trained(module, start)
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.parametrize("technique", BROAD, ids=str)
 def test_pytorch_lightning_trainer(technique):
     module = make_classifier(base=pytorch_lightning.LightningModule)
     train, validation = loaders()
@@ -129,7 +129,7 @@ def test_pytorch_lightning_trainer(technique):
         assert torch.equal(value, module.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("technique", [t for t in TECHNIQUES if t.second is not None], ids=str)
+@pytest.mark.parametrize("technique", [t for t in BROAD if t.second is not None], ids=str)
 def test_two_instances(technique):
     second = type(technique)(technique.name, arguments=technique.second)
     module = make_classifier()
@@ -153,7 +153,7 @@ class _WriteWeights(pl.Callback):
             json.dump(weights, file)
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.parametrize("technique", BROAD, ids=str)
 def test_two_ranks_agree(technique, tmp_path):
     module = make_classifier()
     start = start_of(module)

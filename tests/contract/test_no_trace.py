@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.contract.projects import fit, make_classifier
-from tests.contract.settings import TECHNIQUES, build_together
+from tests.contract.settings import BROAD, build_together
 
 _HOOKS = [name for name in vars(nn.Linear(1, 1)) if name.endswith(("_hooks", "_hooks_with_kwargs", "_always_called"))]
 
@@ -62,7 +62,7 @@ def _fit_and_end(callbacks: list[Any], how: str) -> tuple[Any, Any]:
     return trainers[0], module
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.parametrize("technique", BROAD, ids=str)
 @pytest.mark.parametrize("how", ["success", "exception", "interrupt", "in on_fit_start"])
 def test_nothing_is_left(technique, how):
     plain_trainer, plain = _fit_and_end([], how)
@@ -85,7 +85,7 @@ def test_nothing_is_left_of_several_together(how):
         assert "on_before_optimizer_step" not in set(vars(technique)) - attributes
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.parametrize("technique", BROAD, ids=str)
 def test_second_fit_with_the_same_objects_works(technique):
     callback, module = technique.build(), make_classifier()
     first, _ = fit([callback], module)
@@ -97,7 +97,7 @@ def test_second_fit_with_the_same_objects_works(technique):
     del first
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.parametrize("technique", BROAD, ids=str)
 def test_fit_after_an_exception_equals_a_fresh_fit(technique):
     callback = technique.build()
     with pytest.raises(RuntimeError):
@@ -108,7 +108,7 @@ def test_fit_after_an_exception_equals_a_fresh_fit(technique):
         assert torch.equal(value, after.state_dict()[key]), key
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.parametrize("technique", BROAD, ids=str)
 def test_callback_pickles_and_copies_before_and_after_a_fit(technique):
     callback = technique.build()
     for _ in range(2):
@@ -118,7 +118,7 @@ def test_callback_pickles_and_copies_before_and_after_a_fit(technique):
         fit([callback])
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.parametrize("technique", BROAD, ids=str)
 def test_module_copied_in_mid_fit_is_plain_and_computes_the_same(technique):
     copies: list[tuple[nn.Module, torch.Tensor]] = []
     x = torch.randn(3, 4, 16)

@@ -47,15 +47,15 @@ pytestmark = [
 
 
 def short(output: Path, **settings: object) -> Study:
-    """Return a study of a moment, in which half of what is pruned is seen."""
-    fixed = {"epochs": 4, "score_epoch": 1, "width": 2, "output": output, "accelerator": "cpu"}
+    """Return a study of a moment: an epoch on everything, and one on what is chosen."""
+    fixed = {"epochs": 2, "score_epoch": 1, "width": 2, "output": output, "accelerator": "cpu"}
     return Study(**{**fixed, **settings})
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[Result]]:
-    """Train every variant for a moment, on right and on wrong labels, and draw everything."""
-    study = short(tmp_path_factory.mktemp("study"))
+    """Train every variant for a moment, on some wrong labels, and draw everything."""
+    study = short(tmp_path_factory.mktemp("study"), flips=[0.1])
     results = run_study(study)
     find_label_errors(study)
     look_at_scores(study)
@@ -65,8 +65,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[Result]
 def test_every_variant_has_a_result_at_every_rate(study: tuple[Study, list[Result]]) -> None:
     asked, results = study
     expected = [("full", 0.0), *((variant, prune) for prune in (0.5, 0.8) for variant in RULES if variant != "full")]
-    assert [(result.variant, result.prune) for result in results] == 2 * expected
-    assert [result.flip for result in results] == 17 * [0.0] + 17 * [0.1]
+    assert [(result.variant, result.prune) for result in results] == expected
+    assert {(result.flip, result.seed) for result in results} == {(0.1, 0)}
     assert all(0 < result.test_accuracy <= 1 and result.cpu_seconds > 0 for result in results)
     with (asked.output / "results.csv").open(newline="") as file:
         assert [row["variant"] for row in csv.DictReader(file)] == [result.variant for result in results]
@@ -75,12 +75,12 @@ def test_every_variant_has_a_result_at_every_rate(study: tuple[Study, list[Resul
 def test_samples_seen_are_those_that_the_table_promises(study: tuple[Study, list[Result]]) -> None:
     _, results = study
     seen = {(result.variant, result.prune): result.samples for result in results}
-    assert seen["full", 0.0] == 4 * 1400
-    assert {seen[variant, 0.5] for variant in ("random", "hard", "easy", "offset", "ccs")} == {1400 + 3 * 700}
-    assert {seen[variant, 0.8] for variant in ("random", "hard", "easy", "offset", "ccs")} == {1400 + 3 * 280}
-    assert (seen["rs2", 0.5], seen["rs2", 0.8]) == (4 * 700, 4 * 280)
-    assert seen["rs2-equal", 0.5] == pytest.approx(seen["hard", 0.5], abs=4)  # a sample an epoch, rounded
-    assert seen["rs2-equal", 0.8] == pytest.approx(seen["hard", 0.8], abs=4)
+    assert seen["full", 0.0] == 2 * 1400
+    assert {seen[variant, 0.5] for variant in ("random", "hard", "easy", "offset", "ccs")} == {1400 + 700}
+    assert {seen[variant, 0.8] for variant in ("random", "hard", "easy", "offset", "ccs")} == {1400 + 280}
+    assert (seen["rs2", 0.5], seen["rs2", 0.8]) == (2 * 700, 2 * 280)
+    assert seen["rs2-equal", 0.5] == pytest.approx(seen["hard", 0.5], abs=2)  # a sample an epoch, rounded
+    assert seen["rs2-equal", 0.8] == pytest.approx(seen["hard", 0.8], abs=2)
     assert seen["rs2", 0.5] < seen["infobatch", 0.5] < seen["full", 0.0]
 
 
@@ -97,18 +97,16 @@ def test_runs_are_the_same_until_they_prune(study: tuple[Study, list[Result]]) -
 
 def test_schedules_end_at_zero_however_short_the_epochs(study: tuple[Study, list[Result]]) -> None:
     asked, _ = study
-    rates = {
-        key: read_column(asked.folder(*key, 0.0, 0) / "steps.csv", "lr") for key in (("full", 0.0), ("hard", 0.8))
-    }
-    assert len(rates["hard", 0.8]) < 0.6 * len(rates["full", 0.0])
+    rates = {key: read_column(asked.folder(*key, 0.1, 0) / "steps.csv", "lr") for key in (("full", 0.0), ("hard", 0.8))}
+    assert (len(rates["full", 0.0]), len(rates["hard", 0.8])) == (44, 27)
     np.testing.assert_array_equal(rates["hard", 0.8][:22], rates["full", 0.0][:22])
-    assert all(each[-1] < 0.01 * each.max() for each in rates.values())
+    assert all(each[-1] < 0.05 * each.max() for each in rates.values())
 
 
 def test_classes_of_the_last_epoch_are_kept(study: tuple[Study, list[Result]]) -> None:
     asked, _ = study
     for variant, prune, expected in (("full", 0.0, 1400), ("hard", 0.5, 700), ("ccs", 0.8, 280)):
-        assert read_column(asked.folder(variant, prune, 0.0, 0) / "classes.csv", "samples").sum() == expected
+        assert read_column(asked.folder(variant, prune, 0.1, 0) / "classes.csv", "samples").sum() == expected
 
 
 @pytest.mark.parametrize("name", ["comparison", "label_errors", "histogram", "scores"])
@@ -147,9 +145,9 @@ def test_the_same_seed_gives_the_same_numbers(study: tuple[Study, list[Result]],
 
 def test_with_the_budget_of_steps_all_see_as_many_samples(tmp_path: Path) -> None:
     study = short(tmp_path, variants=["full", "rs2", "hard"], prunes=[0.5], flips=[0.0], budget="steps")
-    assert [epochs_of(study, variant, 0.5) for variant in ("full", "rs2", "hard")] == [4, 8, 4]
-    assert equal(0.5, study) == 0.375
-    assert {result.samples for result in run_study(study)} == {4 * 1400}
+    assert [epochs_of(study, variant, 0.5) for variant in ("full", "rs2", "hard")] == [2, 4, 2]
+    assert equal(0.5, study) == 0.25
+    assert {result.samples for result in run_study(study)} == {2 * 1400}
 
 
 # What is printed.
@@ -189,9 +187,7 @@ def test_command_line() -> None:
     assert parse([]) == Study()
     options = ["--variants", "full", "hard", "--prunes", "0.3", "--flips", "0", "--seeds", "3", "--epochs", "20"]
     study = parse([*options, "--score-epoch", "2", "--budget", "steps", "--wandb", "--accelerator", "cpu"])
-    assert study == Study(
-        ["full", "hard"], [0.3], [0.0], 3, 20, 2, budget="steps", wandb="offline", accelerator="cpu"
-    )
+    assert study == Study(["full", "hard"], [0.3], [0.0], 3, 20, 2, budget="steps", wandb="offline", accelerator="cpu")
 
 
 def test_cifar10_from_a_folder(tmp_path: Path) -> None:
@@ -201,10 +197,14 @@ def test_cifar10_from_a_folder(tmp_path: Path) -> None:
     for name in [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]:
         pixels = torch.randint(256, (20, 3072), generator=generator, dtype=torch.uint8)
         (folder / name).write_bytes(pickle.dumps({b"data": pixels.numpy(), b"labels": [*range(10)] * 2}))
-    rules, output = ["full", "hard", "infobatch"], tmp_path / "out"
+    rules, output = ["full", "hard"], tmp_path / "out"
     options = f"--cifar10 {tmp_path} --epochs 2 --score-epoch 1 --width 1 --prunes 0.5 --accelerator cpu --limit 60"
     data_pruning.main([*options.split(), "--output", str(output), "--variants", *rules])
     assert (output / "scores.png").read_bytes().startswith(PNG)
+    with (output / "results.csv").open(newline="") as file:
+        assert [(row["flip"], row["variant"]) for row in csv.DictReader(file)] == [
+            (flip, rule) for flip in ("0.0", "0.1") for rule in rules
+        ]
     data = build_data(parse(options.split()), 0.1, 0)
     data.setup("fit")
     plain = plain_project.CIFAR10(tmp_path, limit=60)

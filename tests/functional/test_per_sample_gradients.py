@@ -691,6 +691,43 @@ def test_layouts_are_found_although_first_gradients_are_zero() -> None:
         torch.testing.assert_close(norms(compute_losses), reference(module, compute_losses()))
 
 
+@pytest.mark.parametrize("outer", [True, False])
+def test_one_token_does_not_tell_how_several_lie(outer: bool) -> None:
+    module = Flattened(outer).double()
+    norms = PerSampleGradientNorms(module)
+    for length in (1, 3, 1, 4):
+        inputs = torch.randn(4, length, 6).double()
+
+        def compute_losses(inputs: Tensor = inputs) -> Tensor:
+            return module(inputs).square().sum((1, 2))
+
+        torch.testing.assert_close(norms(compute_losses), reference(module, compute_losses()))
+
+
+def test_inside_vmap() -> None:
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(torch.func.vmap(lambda row: self.first(row).tanh())(x))
+            return out
+
+    coverage = assert_exact(Inside(), images(6))
+    assert coverage["last.weight"] == "ghost: linear"
+    assert coverage["first.weight"].startswith("per-sample backward")
+
+
+def test_compiled_modules_run_uncompiled() -> None:
+    module, inputs = nn.Sequential(nn.Linear(6, 5), nn.Tanh()), torch.randn(4, 6)
+    compiled = torch.compile(module, backend="eager")
+    norms = PerSampleGradientNorms(module)
+    found = norms(lambda: compiled(inputs).square().sum(1))
+    torch.testing.assert_close(found, reference(module, module(inputs).square().sum(1)))
+    assert is_ghost(dict(norms.coverage))
+
+
 def test_a_batch_is_one_forward_and_one_backward_once_the_module_is_known() -> None:
     module, calls = Language().double(), []
     hooks = []

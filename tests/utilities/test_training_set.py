@@ -1,7 +1,7 @@
 """The samples of every batch, read back from the data itself, and the length of epochs, inside real fits."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
 
 from lightning_grad.callbacks import RepeatedRandomSubset
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
@@ -199,7 +199,7 @@ def test_fixed_steps_pass_through_the_kept_samples_more_than_once(drop_last: boo
 
 def test_accumulation_and_limits() -> None:
     for limit, batches in ((3, 3), (0.5, 2), (1.0, 5), (8, 5)):
-        choose = Choose({0: None}.get if False else lambda epoch: None if epoch == 0 else HALF)
+        choose = Choose(lambda epoch: None if epoch == 0 else HALF)
         fit(choose, loader(num_workers=2 if limit == 3 else 0), limit_train_batches=limit, accumulate_grad_batches=3)
         choose.check()
         assert choose.lengths[1:] == [batches, batches]
@@ -274,7 +274,7 @@ def skip_threes(items: list[Tensor]) -> Tensor | None:
 
 def test_batches_that_collate_to_nothing_leave_the_others_right() -> None:
     # Lightning calls no hook for a batch that is None.
-    choose = Choose(lambda epoch: None if epoch == 0 else torch.arange(0, TOTAL, 1)[::2])
+    choose = Choose(lambda epoch: None if epoch == 0 else HALF)
     train = loader(batch_size=2, collate_fn=skip_threes)
     with pytest.warns(UserWarning, match="train_dataloader yielded None"):
         fit(choose, train)
@@ -370,7 +370,9 @@ def test_a_key_is_needed_and_must_be_known() -> None:
         fit(Choose(), both)
     with pytest.raises(ValueError, match=r"loader_key='c' names no training loader; there is 'a', 'b'\."):
         fit(Choose(loader_key="c"), both)
-    with pytest.raises(ValueError, match="loader_key='c' names no training loader; there is a single one, without a key"):
+    with pytest.raises(
+        ValueError, match="loader_key='c' names no training loader; there is a single one, without a key"
+    ):
         fit(Choose(loader_key="c"), loader())
 
 
@@ -385,12 +387,6 @@ class Interrupt(pl.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (trainer.current_epoch, batch_idx) == self.where:
             raise self.error("stopped on purpose")
-
-
-QUIET = [
-    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
-]
 
 
 def changing(epoch: int) -> Tensor | None:
@@ -432,7 +428,7 @@ def test_resume_with_a_plain_loader(every: int, workers: int, tmp_path: Any) -> 
         trainer.fit(Net(), loader(shuffle=False, num_workers=workers), ckpt_path=path)
         rest.check()
         assert len(rest.held) == len(whole.held) - steps
-        assert rest.held[-6:] == whole.held[-6:]
+        assert [epoch for epoch, _ in rest.held] == [epoch for epoch, _ in whole.held[steps:]]
         if steps == 10:
             assert rest.held == whole.held[10:]
 
@@ -459,11 +455,10 @@ class TQDM(TQDMProgressBar):
         super().on_train_epoch_end(trainer, pl_module)
 
 
-@pytest.mark.parametrize("first", [False, True], ids=["bar last", "bar first"])
-def test_bars_show_the_length_of_each_epoch(first: bool) -> None:
+def test_bars_show_the_length_of_each_epoch() -> None:
     plan = {0: None, 1: HALF, 2: torch.arange(30)}
     bar, choose = Bar(), Choose(plan.get)
-    fit([bar, choose] if first else [choose, bar], enable_progress_bar=True)
+    fit([choose, bar], enable_progress_bar=True)
     assert bar.totals == choose.lengths == [10, 5, 8]
 
 
@@ -508,7 +503,9 @@ def test_validation_follows_the_interval_in_each_epoch(interval: Any, expected: 
 @pytest.mark.parametrize("reload", [0, 1])
 def test_an_interval_that_a_pruned_epoch_does_not_reach_validates_at_its_end(reload: int) -> None:
     plan = {0: None, 1: HALF, 2: HALF + 1, 3: torch.arange(30), 4: None}
-    with pytest.warns(UserWarning, match="val_check_interval=9 is more than the [58] batches of a pruned epoch") as caught:
+    with pytest.warns(
+        UserWarning, match="val_check_interval=9 is more than the [58] batches of a pruned epoch"
+    ) as caught:
         _, net = fit(
             Choose(plan.get),
             validate=True,
@@ -519,7 +516,7 @@ def test_an_interval_that_a_pruned_epoch_does_not_reach_validates_at_its_end(rel
         )
     assert net.validations == [(0, 9), (1, 5), (2, 5), (3, 8), (4, 9)]
     warnings = [str(warning.message) for warning in caught if "val_check_interval" in str(warning.message)]
-    assert len(warnings) == 2 if not reload else len(warnings) <= 3, "once for each length"
+    assert len(warnings) == 1
 
 
 def test_without_validation_no_word_about_its_interval() -> None:
@@ -578,9 +575,15 @@ def test_schedules_are_made_for_the_whole_run_also_on_resume(tmp_path: Any) -> N
 
 def test_what_fills_no_batch_is_an_error() -> None:
     train = loader(drop_last=True)
-    with pytest.raises(ValueError, match="Choose keeps 3 samples, which do not fill one batch of 4, and drop_last=True"):
+    with pytest.raises(
+        ValueError, match="Choose keeps 3 samples, which do not fill one batch of 4, and drop_last=True"
+    ):
         fit(Choose(lambda epoch: torch.arange(3) if epoch else None), train)
-    fit(RepeatedRandomSubset(0.99), loader(drop_last=True))
+    with pytest.raises(ValueError, match="RepeatedRandomSubset keeps 1 samples"):
+        fit(RepeatedRandomSubset(0.99), train)
+    choose = Choose(lambda epoch: torch.arange(4))
+    fit(choose, train)
+    assert choose.lengths == [1, 1, 1]
 
 
 # Everything is given back.
@@ -677,7 +680,10 @@ class ByHand:
         (ByHand(), r"Choose needs a torch DataLoader .* got ByHand\."),
         ([torch.arange(4.0)], r"Choose needs a torch DataLoader .* got Tensor\."),
         (DataLoader(Stream(), BATCH), "the samples of the IterableDataset Stream have no index"),
-        (DataLoader(Indices(), batch_size=None), "Choose needs the DataLoader to make the batches, and batch_size=None"),
+        (
+            DataLoader(Indices(), batch_size=None),
+            "Choose needs the DataLoader to make the batches, and batch_size=None",
+        ),
         (
             DataLoader(Indices(), BATCH, num_workers=1, in_order=False),
             r"DataLoader\(in_order=False\) does not keep their order\. Leave in_order at True",
@@ -691,9 +697,7 @@ def test_data_without_indices_is_refused(train: Any, message: str) -> None:
 
 
 def test_two_that_choose_samples_are_refused() -> None:
-    message = (
-        r"RepeatedRandomSubset and Choose would both choose the training samples\. Keep one of them in the list of callbacks"
-    )
+    message = r"RepeatedRandomSubset and Choose would both choose the training samples\. Keep one of them in the list of callbacks"
     with pytest.raises(ValueError, match=message):
         fit([RepeatedRandomSubset(), Choose()])
 
@@ -725,7 +729,9 @@ def test_samplers_of_ones_own_are_refused_under_several_ranks(train: Any) -> Non
     original = train.batch_sampler
     TrainingSet(_stand_in(1), "Choose", UndoList())._install(train)
     train.__dict__["batch_sampler"] = original
-    with pytest.raises(TypeError, match=r"Choose cannot tell which samples each of 2 ranks draws from (Own|BatchSampler)"):
+    with pytest.raises(
+        TypeError, match=r"Choose cannot tell which samples each of 2 ranks draws from (Own|BatchSampler)"
+    ):
         TrainingSet(_stand_in(2), "Choose", UndoList())._install(train)
     assert train.batch_sampler is original
 
@@ -740,7 +746,9 @@ def test_a_strategy_that_wraps_the_loader_is_refused() -> None:
     trainer.fit_loop._data_source.dataloader = lambda: train
     TrainingSet(trainer, "Choose", undo)
     trainer.fit_loop._data_source.dataloader()
-    with pytest.raises(TypeError, match="Choose must see the training loader's own batches, and .* wraps it in a Wrapped"):
+    with pytest.raises(
+        TypeError, match=r"Choose must see the training loader's own batches, and .* wraps it in a Wrapped"
+    ):
         trainer.strategy.process_dataloader(train)
     undo.run()
     assert train.batch_sampler is original
@@ -754,18 +762,6 @@ class Bypassing(DataLoader[Any]):
 def test_a_loader_that_makes_batches_without_its_sampler_is_found_out() -> None:
     with pytest.raises(RuntimeError, match="does not know which samples are in batch 0: Bypassing has made it without"):
         fit(Choose(), loader(kind=Bypassing))
-
-
-class OwnFetching(Net):
-    def training_step(self, dataloader_iter: Any) -> Tensor:
-        batch, _, _ = next(dataloader_iter)
-        return self.layer(batch[:, None]).mean()
-
-
-@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
-def test_a_module_that_fetches_its_batches_itself_is_refused() -> None:
-    with pytest.raises((RuntimeError, ValueError, TypeError), match="Choose"):
-        fit(Choose(), net=OwnFetching())
 
 
 # Two ranks.

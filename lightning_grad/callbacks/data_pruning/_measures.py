@@ -59,7 +59,8 @@ def _of_call(call: LossCall, score: Callable[[LossCall], Tensor]) -> dict[str, T
 
 def _grand(look: Look) -> Mapping[str, Tensor]:
     norms, call = look.gradient_norms()
-    return {"score": norms, **classes_of(call)}
+    # Where all positions are ignored there is no gradient, which would count as the easiest sample.
+    return {"score": norms.masked_fill(call.losses.isnan(), float("nan")), **classes_of(call)}
 
 
 def _grand_last(look: Look) -> Mapping[str, Tensor]:

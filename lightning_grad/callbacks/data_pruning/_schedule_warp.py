@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 
 from lightning_grad.utilities.dispatch import wrap_method
 from lightning_grad.utilities.training_set import TrainingSet
+from lightning_grad.utilities.undo import UndoList
 
 
 def steps_due(done: int, steps: int, full_steps: int) -> int:
@@ -59,23 +60,50 @@ def warp_schedules(trainer: pl.Trainer, pl_module: pl.LightningModule, training_
         for _ in range(_steps_now(trainer, training_set, scheduler)):
             inner(scheduler, metric)
 
-    return wrap_method(pl_module, "lr_scheduler_step", step)
+    def end_epoch(inner: Callable[..., Any], interval: str, update_plateau_schedulers: bool) -> None:
+        # Before it updates what steps with epochs, Lightning is done with what steps with batches.
+        if interval == "epoch" and not update_plateau_schedulers and pl_module.automatic_optimization:
+            for config in trainer.lr_scheduler_configs:
+                if _is_passed_over(trainer, training_set, config):
+                    pl_module.lr_scheduler_step(config.scheduler, None)
+        inner(interval, update_plateau_schedulers=update_plateau_schedulers)
+
+    undo = UndoList()
+    undo.push(wrap_method(pl_module, "lr_scheduler_step", step))
+    undo.push(wrap_method(trainer.fit_loop.epoch_loop, "update_lr_schedulers", end_epoch))
+    return undo.run
 
 
 def _steps_now(trainer: pl.Trainer, training_set: TrainingSet, scheduler: Any) -> int:
-    batches, full_batches = training_set.batches, training_set.full_batches
     config = next((c for c in trainer.lr_scheduler_configs if c.scheduler is scheduler), None)
-    counts = config is not None and config.interval == "step" and not config.reduce_on_plateau
-    if not counts or batches == full_batches or float("inf") in (batches, full_batches):
+    if config is None or not _is_warped(trainer, training_set, config):
         return 1
-    assert config is not None
-    if not _epochs_end_the_run(trainer, full_batches):
-        return 1
+    steps, full_steps = _steps_of_epochs(trainer, training_set, config)
+    if not steps:
+        return full_steps
     spacing = (trainer.accumulate_grad_batches, config.frequency)
-    steps = count_steps(int(batches), int(batches), *spacing)
-    full_steps = count_steps(int(full_batches), int(full_batches), *spacing)
-    done = count_steps(int(batches), trainer.fit_loop.batch_idx + 1, *spacing)
+    done = count_steps(int(training_set.batches), trainer.fit_loop.batch_idx + 1, *spacing)
     return steps_due(done, steps, full_steps)
+
+
+def _is_warped(trainer: pl.Trainer, training_set: TrainingSet, config: Any) -> bool:
+    batches, full_batches = training_set.batches, training_set.full_batches
+    counts = config.interval == "step" and not config.reduce_on_plateau
+    if not counts or batches == full_batches or float("inf") in (batches, full_batches):
+        return False
+    return _epochs_end_the_run(trainer, full_batches)
+
+
+def _is_passed_over(trainer: pl.Trainer, training_set: TrainingSet, config: Any) -> bool:
+    """Whether a scheduler has no step in an epoch at all: it steps more rarely than once in so few batches."""
+    return _is_warped(trainer, training_set, config) and not _steps_of_epochs(trainer, training_set, config)[0]
+
+
+def _steps_of_epochs(trainer: pl.Trainer, training_set: TrainingSet, config: Any) -> tuple[int, int]:
+    """Return the steps of a scheduler in this epoch and in one of the whole training set."""
+    spacing = (trainer.accumulate_grad_batches, config.frequency)
+    batches, full_batches = int(training_set.batches), int(training_set.full_batches)
+    return count_steps(batches, batches, *spacing), count_steps(full_batches, full_batches, *spacing)
 
 
 def _epochs_end_the_run(trainer: pl.Trainer, full_batches: float) -> bool:

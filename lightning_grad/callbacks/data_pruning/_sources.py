@@ -207,6 +207,11 @@ class VarianceScores(ScoreSource):
     def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet) -> ScoredSet:
         if not self._gradients.state:  # in a fit that went on from another one, behind the epoch of this round
             self._classes = run_pass(self._gradients.measure, "Collecting gradients for vog")
+        if not (self._gradients.state["count"] > 1).any():
+            raise ValueError(
+                f"score='vog' is the variance over at least two passes, at different epochs; there was one before epoch "
+                f"{trainer.current_epoch}. Set checkpoints to at least 2, and epoch so that 2 epochs come before each round."
+            )
         own = vog(self._gradients.state).to(trainer.strategy.root_device)
         merged = merge_ranks(trainer, own).double().cpu()
         labels = _classes(self._classes.get("label"))

@@ -14,7 +14,7 @@ from lightning_grad.callbacks._loss_tap import reweight_losses
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional import LossCall, annealed_temperature, loss_weights
 from lightning_grad.utilities.checks import check_above, check_between, check_choice, refuse_manual_optimization
-from lightning_grad.utilities.progress import run_progress
+from lightning_grad.utilities.progress import run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step
 
 Rule = Literal["linupper", "quadratic", "extremes"]
@@ -43,7 +43,8 @@ class LossReweighting(GradCallback):
 
     Raises:
         ValueError: In the constructor for an unknown rule or a number outside its range. In setup for manual optimization, or
-            another technique that weighs samples. In the first step if the loss cannot be seen.
+            another technique that weighs samples. When training starts, if the run has no known end. In the first step if
+            the loss cannot be seen.
 
     **Hooks.** The loss is weighted inside ``training_step``, before its backward. What the step logs as its loss is the
     weighted one. With accumulation each batch is weighted by itself.
@@ -113,6 +114,11 @@ class LossReweighting(GradCallback):
             )
             self._trainer = trainer
             self._undo.push(reweight_losses(pl_module, self._weigh, self.label, self.loss))
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if math.isfinite(self.temperature):
+            total_steps(trainer, self.label)  # raises if the run has no known end: the temperature would never fall
 
     @override
     def on_train_batch_start(

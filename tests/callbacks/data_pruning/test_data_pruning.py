@@ -4,8 +4,10 @@ The other tests of this folder take their small module and data from here.
 """
 
 import copy
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +16,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
 
 from lightning_grad.callbacks import DataPruning
+from lightning_grad.data import load_scores
 from lightning_grad.functional import prototype_distance
 from tests.contract.projects import make_trainer
+from tests.wandb_offline import items, parsed
 
 SAMPLES, WIDTH, CLASSES, BATCH = 22, 6, 3, 8
 
@@ -166,9 +170,10 @@ def test_scores_of_a_pass(score: str) -> None:
 
 @pytest.mark.parametrize("score", ["el2n", "grand", "vog", "prototypes"])
 def test_scores_do_not_depend_on_workers(score: str) -> None:
-    alone, two = DataPruning(0.5, score, epoch=1), DataPruning(0.5, score, epoch=1)
-    train(alone)
-    train(two, workers=2)
+    alone, two = (DataPruning(0.5, score, epoch=2, checkpoints=2) for _ in range(2))
+    train(alone, epochs=3)
+    train(two, epochs=3, workers=2)
+    assert alone.scored.values.isfinite().all()
     assert torch.equal(alone.scored.values, two.scored.values)
 
 
@@ -195,6 +200,14 @@ def test_vog_is_that_of_the_gradients_at_its_epochs() -> None:
         [(raw[i] - raw[y == y[i]].mean()) / raw[y == y[i]].std(correction=0) for i in range(SAMPLES)]
     )
     torch.testing.assert_close(callback.scored.values, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"epoch": 1}, {"epoch": 2, "checkpoints": 1}, {"epoch": [2, 3], "prune": [0.1, 0.2]}]
+)
+def test_one_pass_has_no_variance(arguments: Any) -> None:
+    with pytest.raises(ValueError, match=r"score='vog'.*two passes"):
+        train(DataPruning(score="vog", **arguments), epochs=4)
 
 
 def logits_by_epoch(module: Classifier, epochs: int) -> Tensor:
@@ -235,7 +248,7 @@ def test_scoring_leaves_no_trace() -> None:
 
     plain = all_logits()
     for score in ("el2n", "grand", "vog", "aum", "prototypes"):
-        for (indices, logits), (others, found) in zip(plain, all_logits(DataPruning(0.0, score, epoch=1)), strict=True):
+        for (indices, logits), (others, found) in zip(plain, all_logits(DataPruning(0.0, score, epoch=2)), strict=True):
             assert indices == others
             assert torch.equal(logits, found)
 
@@ -327,15 +340,20 @@ def test_ccs_spreads_over_the_scores_behind_the_hardest() -> None:
     )
 
 
+def turned_around(pl_module: Any, batch: Any) -> Tensor:
+    """Score as :func:`by_list` at first, and later the other way round."""
+    return SCORES[batch[2]] * (1 if pl_module.current_epoch < 2 else -1)
+
+
 def test_several_rounds_count_from_the_whole_set() -> None:
-    callback = DataPruning([0.2, 0.5], epoch=[1, 3])
+    callback = DataPruning([0.2, 0.5], epoch=[1, 3], score_fn=turned_around)
     run = train(callback, epochs=5)
-    assert [len(epoch) for epoch in run.watch.epochs] == [22, 18, 18, 11, 11]
-    module = run.watch.module_at(3, run.module)
-    expected = BY_HAND["el2n"](module, *make_data().tensors[:2])
+    assert sorted(run.watch.epochs[0]) == list(range(SAMPLES))
+    for epoch in run.watch.epochs[1:3]:
+        assert sorted(epoch) == sorted(ORDER[:18])
+    for epoch in run.watch.epochs[3:]:
+        assert sorted(epoch) == sorted(ORDER[11:])
     assert callback.scored.epoch == 3
-    assert_kept(callback, expected.topk(11).indices)
-    assert not set(run.watch.epochs[4]) <= set(run.watch.epochs[1])  # who was left out may come back
 
 
 def test_prune_0_scores_all_and_keeps_all() -> None:
@@ -367,3 +385,415 @@ def test_only_samples_of_the_sampler_are_scored_and_kept() -> None:
     assert scored == chosen
     assert_kept(callback, callback.scored.values.nan_to_num(-1.0).topk(6).indices)
     assert sorted(run.watch.epochs[1]) == callback.scored.kept.tolist()
+
+
+# Where scores come from.
+
+
+def test_score_files_are_averaged(tmp_path: Path) -> None:
+    dataset, paths, values = make_data(), [str(tmp_path / f"{name}.npz") for name in "ab"], []
+    for path, learning_rate in zip(paths, (0.1, 1.0), strict=True):
+        module = Classifier()
+        module.learning_rate = learning_rate
+        callback = DataPruning(0.5, epoch=1, save_scores=path)
+        train(callback, module)
+        assert torch.equal(load_scores(path, dataset).values, callback.scored.values)
+        assert torch.equal(load_scores(path).labels, dataset.tensors[1])
+        values.append(callback.scored.values)
+    assert not torch.equal(*values)
+    callback = DataPruning(0.5, score_files=paths)
+    run = train(callback, epochs=1)
+    mean = torch.stack(values).mean(0)
+    torch.testing.assert_close(callback.scored.values, mean)
+    assert_kept(callback, mean.topk(11).indices)
+    assert sorted(run.watch.epochs[0]) == callback.scored.kept.tolist()
+    assert (callback.scored.name, callback.scored.epoch) == ("el2n", 1)
+    assert torch.equal(callback.scored.labels, dataset.tensors[1])
+
+
+def test_score_files_of_other_data(tmp_path: Path) -> None:
+    path = str(tmp_path / "scores.npz")
+    train(DataPruning(0.5, epoch=1, save_scores=path))
+    x, y, index = make_data().tensors
+    other = TensorDataset(x + 1, y, index)
+    with pytest.raises(ValueError, match=r"made for another data set.*strict=False"):
+        train(DataPruning(0.5, score_files=[path]), dataset=other)
+    callback = DataPruning(0.5, score_files=[path], strict=False)
+    with pytest.warns(UserWarning, match="made for another data set"):
+        train(callback, dataset=other)
+    assert len(callback.scored.kept) == 11
+
+
+def test_a_missing_score_file_is_told_before_data_is_loaded() -> None:
+    class Unloadable(pl.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            raise AssertionError("loaded")
+
+    with pytest.raises(FileNotFoundError, match=r"DataPruning finds no score file 'nowhere\.npz'"):
+        make_trainer(callbacks=[DataPruning(0.5, score_files=["nowhere.npz"])]).fit(Classifier(), Unloadable())
+
+
+class Noisy(Dataset[Any]):
+    def __init__(self) -> None:
+        self.clean = make_data()
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> Any:
+        x, y, number = self.clean[index]
+        return x + torch.randn(WIDTH), y, number
+
+
+def test_samples_that_differ_each_time_are_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"differ each time they are read.*score_dataset="):
+        train(DataPruning(0.5, epoch=1, save_scores=str(tmp_path / "scores.npz")), dataset=Noisy())
+
+
+def test_scores_are_those_of_the_data_set_without_augmentation(tmp_path: Path) -> None:
+    path = str(tmp_path / "scores.npz")
+    callback = DataPruning(0.5, epoch=1, save_scores=path, score_dataset=lambda trainer: make_data())
+    values, module = scores_of(callback, dataset=Noisy())
+    expected = BY_HAND["el2n"](module, *make_data().tensors[:2]).detach().double()
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(load_scores(path, make_data()).values, values)
+
+
+def test_scores_come_back_with_a_checkpoint(tmp_path: Path) -> None:
+    callback = DataPruning(0.5, epoch=1)
+    train(callback, epochs=2).trainer.save_checkpoint(tmp_path / "run.ckpt")
+    resumed = DataPruning(0.5, epoch=1)
+    run = train(resumed, epochs=3, ckpt=tmp_path / "run.ckpt")
+    assert len(run.watch.epochs) == 1
+    assert sorted(run.watch.epochs[0]) == callback.scored.kept.tolist()
+    for key, value in vars(callback.scored).items():
+        found = getattr(resumed.scored, key)
+        assert torch.equal(found, value) if isinstance(value, Tensor) else found == value, key
+
+
+class Manual(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def losses_of(pl_module: Any, batch: Any) -> Tensor:
+    """Score by the loss."""
+    x, y, _ = batch
+    return F.cross_entropy(pl_module(x), y, reduction="none")
+
+
+def test_manual_optimization_is_refused_unless_nothing_runs_the_step() -> None:
+    with pytest.raises(ValueError, match=r"DataPruning\(score='el2n'\).*manual optimization.*score_fn="):
+        train(DataPruning(0.5, epoch=1), Manual())
+    callback = DataPruning(0.5, epoch=1, score_fn=losses_of)
+    values, module = scores_of(callback, Manual())
+    expected = BY_HAND["loss"](module, *make_data().tensors[:2]).detach().double()
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6)
+    run = train(DataPruning(0.5, keep="random"), Manual(), epochs=1)
+    assert len(run.watch.epochs[0]) == 11
+
+
+# Other steps than that of a classifier.
+
+
+class Tiny(Classifier):
+    """A network and a loss of its own, without BatchNorm."""
+
+    def __init__(self, network: nn.Module, loss: Callable[[Any, Any], Tensor]) -> None:
+        super().__init__()
+        self.body, self.head = network, nn.Identity()
+        self.loss = loss
+
+    def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
+        return self.loss(self(batch[0]), batch[1])
+
+
+def test_segmentation_takes_the_mean_over_the_pixels_that_count() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(10, 2, 4, 5, generator=generator), torch.randint(3, (10, 4, 5), generator=generator)
+    y[3, :3] = 255
+    callback = DataPruning(0.5, epoch=1)
+    network = nn.Conv2d(2, 3, 3, padding=1)
+    module = Tiny(network, nn.CrossEntropyLoss(ignore_index=255))
+    values, module = scores_of(callback, module, TensorDataset(x, y), batch_size=4)
+    error = module(x).softmax(1) - F.one_hot(y.clamp(max=2), 3).permute(0, 3, 1, 2)
+    counts = (y != 255).flatten(1).double()
+    expected = (error.norm(dim=1).flatten(1) * counts).sum(1) / counts.sum(1)
+    torch.testing.assert_close(values, expected.detach().double(), rtol=1e-4, atol=1e-6)
+    assert callback.scored.labels is None
+    assert_kept(callback, expected.topk(5 + 1).indices)  # 5 would leave a last batch of one
+
+
+@pytest.mark.parametrize("score", ["loss", "el2n", "grand"])
+def test_language_model(score: str) -> None:
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(11, (10, 6), generator=generator)
+    y = x.roll(-1, 1)
+    y[:, -1], y[2, 3:], y[7] = -100, -100, -100
+    callback = DataPruning(0.6, score, epoch=1)
+    module = Tiny(nn.Sequential(nn.Embedding(11, 5), nn.Linear(5, 11)), loss)
+    values, module = scores_of(callback, module, TensorDataset(x, y), batch_size=4)
+
+    def of_sample(index: int) -> Tensor:
+        valid = y[index] != -100
+        logits, targets = module(x[index])[valid], y[index][valid]
+        error = logits.softmax(1) - F.one_hot(targets, 11)
+        return error.norm(dim=1).mean() if score == "el2n" else F.cross_entropy(logits, targets)
+
+    others = [index for index in range(10) if index != 7]
+    if score == "grand":
+        expected = gradient_norms(module, of_sample, 7)
+        torch.testing.assert_close(values[:7], expected.double(), rtol=1e-4, atol=1e-6)
+    else:
+        expected = torch.stack([of_sample(index) for index in others]).detach().double()
+        torch.testing.assert_close(values[others], expected, rtol=1e-4, atol=1e-6)
+    assert values[7].isnan()
+    assert values[others].isfinite().all()
+    assert_kept(callback, [7, *values.nan_to_num(-1.0).topk(3).indices.tolist()])
+
+
+@pytest.mark.parametrize(
+    ("loss", "target", "by_hand"),
+    [
+        (F.binary_cross_entropy_with_logits, (torch.arange(30) % 2).float().reshape(10, 3), torch.sigmoid),
+        (F.mse_loss, torch.arange(30.0).reshape(10, 3).cos(), lambda output: output),
+    ],
+)
+def test_several_labels_and_regression(loss: Any, target: Tensor, by_hand: Any) -> None:
+    x = torch.arange(20.0).reshape(10, 2).sin()
+    callback = DataPruning(0.5, epoch=1)
+    values, module = scores_of(callback, Tiny(nn.Linear(2, 3), loss), TensorDataset(x, target))
+    expected = (by_hand(module(x)) - target).norm(dim=1).detach().double()
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6)
+    assert callback.scored.labels is None
+    assert_kept(callback, expected.topk(5).indices)
+
+
+class Hugging(Classifier):
+    """Takes a batch by its keys, computes the loss in the model, and needs no batch_idx."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.loss_function = (
+                nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(20, 2)),
+                nn.CrossEntropyLoss(),
+            )
+
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+            logits = self.network(input_ids)
+            loss = None if labels is None else self.loss_function(logits.view(-1, 2), labels.view(-1))
+            return SimpleNamespace(logits=logits, loss=loss)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Hugging.Model()
+
+    def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
+        return self.model(**batch).loss
+
+
+@pytest.mark.parametrize("score", ["el2n", "grand"])
+def test_a_model_with_the_loss_in_its_forward(score: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, labels = torch.randint(7, (12, 5), generator=generator), torch.randint(2, (12,), generator=generator)
+    dataset = [{"input_ids": i, "labels": y} for i, y in zip(inputs, labels, strict=True)]
+    callback = DataPruning(0.5, score, epoch=1)
+    values, module = scores_of(callback, Hugging(), dataset)
+    if score == "el2n":
+        expected = (module.model(inputs).logits.softmax(1) - F.one_hot(labels)).norm(dim=1).detach()
+    else:
+        model = module.model
+        expected = gradient_norms(model, lambda i: model(inputs[i : i + 1], labels[i : i + 1]).loss, 12)
+    torch.testing.assert_close(values, expected.double(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(callback.scored.labels, labels)
+
+
+class TwoLosses(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y, _ = batch
+        logits = self(x)
+        return F.cross_entropy(logits, y) + F.mse_loss(logits, x[:, :CLASSES])
+
+
+@pytest.mark.parametrize("score", ["el2n", "grand", "aum"])
+def test_of_two_losses_one_must_be_named(score: str) -> None:
+    with pytest.raises(RuntimeError, match=r"0: cross_entropy, 1: mse_loss.*loss=0"):
+        train(DataPruning(0.5, score, epoch=1), TwoLosses())
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_loss_that_is_named_counts(which: int) -> None:
+    callback = DataPruning(0.5, "loss", epoch=1, loss=which)
+    values, module = scores_of(callback, TwoLosses())
+    x, y, _ = make_data().tensors
+    residual = (module(x) - x[:, :CLASSES]).square().mean(1)
+    expected = residual if which else BY_HAND["loss"](module, x, y)
+    torch.testing.assert_close(values, expected.detach().double(), rtol=1e-4, atol=1e-6)
+
+
+class WithMetric(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y, _ = batch
+        logits = self(x)
+        self.log("smoothed", F.cross_entropy(logits.detach(), y, label_smoothing=0.5))
+        return F.cross_entropy(logits, y)
+
+
+def test_a_figure_for_the_log_is_not_the_loss() -> None:
+    values, module = scores_of(DataPruning(0.5, "loss", epoch=1), WithMetric())
+    expected = BY_HAND["loss"](module, *make_data().tensors[:2]).detach().double()
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6)
+
+
+class WithPenalty(Classifier):
+    """Differentiates inside its step, as a gradient penalty does."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y, _ = batch
+        x = x.clone().requires_grad_(True)
+        logits = self(x)
+        (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+        return F.cross_entropy(logits, y) + 0.1 * gradient.square().sum()
+
+
+@pytest.mark.parametrize("score", ["el2n", "loss", "grand", "grand-last"])
+def test_a_step_that_differentiates(score: str) -> None:
+    values, module = scores_of(DataPruning(0.5, score, epoch=1), WithPenalty())
+    expected = BY_HAND[score](module, *make_data().tensors[:2]).detach().double()
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6)
+
+
+class HandWritten(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y, _ = batch
+        return -self(x).log_softmax(1).gather(1, y[:, None]).mean()
+
+
+def test_a_hand_written_loss_names_the_way_out() -> None:
+    with pytest.raises(RuntimeError, match="score_fn="):
+        train(DataPruning(0.5, epoch=1), HandWritten())
+    callback = DataPruning(0.5, epoch=1, score_fn=losses_of)
+    train(callback, HandWritten())
+    assert len(callback.scored.kept) == 11
+
+
+# What is said.
+
+
+@pytest.mark.parametrize("score", ["el2n", "grand"])
+def test_scores_at_initialisation_are_warned_of(score: str) -> None:
+    with pytest.warns(UserWarning, match=rf"score='{score}'\) scores at initialisation.*2303\.14753"):
+        train(DataPruning(0.5, score, epoch=0), epochs=1)
+
+
+def test_few_hard_samples_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"hardest 30 % .*select='ccs'"):
+        train(DataPruning(0.7, epoch=1))
+    for harmless in ({"prune": 0.6}, {"prune": 0.7, "keep": "easy"}, {"prune": 0.7, "select": "ccs"}):
+        train(DataPruning(**harmless, epoch=1))  # a warning would raise
+
+
+def test_an_epoch_that_never_comes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"after 10 epochs.*max_epochs=2.*smaller number"):
+        train(DataPruning(0.5))
+
+
+@pytest.mark.parametrize("score", ["grand", "grand-last", "vog"])
+def test_gradient_scores_are_refused_where_parameters_are_sharded(score: str) -> None:
+    stand_in = type("FSDPStrategy", (pl.strategies.SingleDeviceStrategy,), {})(device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=rf"score='{score}'\).*FSDP"):
+        train(DataPruning(0.5, score, epoch=1), strategy=stand_in)
+
+
+def test_classes_cannot_be_balanced_where_there_are_none() -> None:
+    dataset = TensorDataset(torch.zeros(8, 2), torch.zeros(8, 3))
+    with pytest.raises(ValueError, match="balances classes"):
+        train(DataPruning(0.5, epoch=1, balance="class"), Tiny(nn.Linear(2, 3), F.mse_loss), dataset)
+
+
+@pytest.mark.parametrize("epoch", [None, [1, 3]])
+def test_a_smoke_test_runs(epoch: Any) -> None:
+    prune = [0.1, 0.2] if isinstance(epoch, list) else 0.5
+    run = train(DataPruning(prune, epoch=epoch), fast_dev_run=True)
+    assert run.trainer.global_step == 1
+
+
+# Several processes, loggers.
+
+
+class Fixed(Classifier):
+    """Stays as it is, and has no BatchNorm, so that ranks see what one process sees."""
+
+    learning_rate = 0.0
+
+    def __init__(self) -> None:
+        super().__init__(normalizes=False)
+
+
+class Write(pl.Callback):
+    """Every rank writes what it keeps and what it draws."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.kept: list[list[int]] = []
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        (pruning,) = [callback for callback in trainer.callbacks if isinstance(callback, DataPruning)]
+        self.kept.append([] if pruning.scored is None else pruning.scored.kept.tolist())
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        (watch,) = [callback for callback in trainer.callbacks if isinstance(callback, Watch)]
+        found = {"kept": self.kept, "drawn": watch.epochs}
+        (self.folder / f"{trainer.world_size}-{trainer.global_rank}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.filterwarnings("ignore:.*keeps only the hardest")
+@pytest.mark.parametrize("score", ["grand", "aum"])
+def test_two_ranks_keep_what_one_process_keeps(score: Any, tmp_path: Path) -> None:
+    for arguments in ({}, {"strategy": "ddp_fork", "devices": 2}):
+        callback = DataPruning([0.55, 0.6, 0.65], score, epoch=[1, 2, 3])
+        train(callback, Fixed(), make_data(20), 4, more=[Write(tmp_path)], **arguments)
+    alone, *ranks = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
+    # One process rounds 9 up, for a last batch of one.
+    assert [len(kept) for kept in alone["kept"]] == [0, 10, 8, 7]
+    assert [len(kept) for kept in ranks[0]["kept"]] == [0, 9, 8, 7]
+    assert ranks[0]["kept"] == ranks[1]["kept"]
+    assert set(ranks[0]["kept"][1]) < set(alone["kept"][1])
+    assert ranks[0]["kept"][2:] == alone["kept"][2:]
+    for epoch in (1, 2, 3):
+        drawn = [rank["drawn"][epoch] for rank in ranks]
+        assert len(drawn[0]) == len(drawn[1])
+        assert sorted({*drawn[0], *drawn[1]}) == ranks[0]["kept"][epoch]
+
+
+def test_an_offline_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
+    wandb.teardown()  # of another test's run, whose settings would stay
+    logger = pl.loggers.WandbLogger(project="project", save_dir=tmp_path, offline=True)
+    train(DataPruning(0.5, epoch=1, show=2, figure=False), logger=logger)
+    wandb.finish()
+    wandb.teardown()
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    config, summary, artifacts = {}, {}, []
+    for record in parsed(path):
+        config.update(items(record.config.update) if record.HasField("config") else ())
+        summary.update(items(record.summary.update) if record.HasField("summary") else ())
+        artifacts += [(record.artifact.name, record.artifact.type)] if record.HasField("artifact") else []
+    assert config["DataPruning"]["prune"] == 0.5
+    assert config["DataPruning"]["score"] == "el2n"
+    assert summary["data/samples_share"] == 0.75
+    assert ("scores_epoch1", "scores") in artifacts
