@@ -95,6 +95,7 @@ class _LossTap:
         self.which: int | None = None
         self.samples: Callable[[], int] | None = None
         self._seen = 0
+        self._may_skip = pl_module.automatic_optimization
 
         def around(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return inner(*args, **kwargs) if is_quiet(pl_module) else self._step(inner, *args, **kwargs)
@@ -116,6 +117,8 @@ class _LossTap:
         samples = batch_size_of([*args, *kwargs.values()][0]) if self.samples is None else self.samples()
         with LossCapture(samples, None if self.reweight is None else self._weights) as capture:
             output = inner(*args, **kwargs)
+        if output is None and self._may_skip and not capture.calls and not capture.unread:
+            return None  # Lightning trains on no batch for which an automatic step returns nothing
         if self.reweight is not None:
             capture.only(self.which)  # an unseen or ambiguous loss is an error, not a step without weights
         for reader, which in self.readers:

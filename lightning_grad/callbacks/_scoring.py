@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -122,6 +124,7 @@ def look_at_all(
     dataset: Dataset[Any] | None = None,
     which: int | None = None,
     seed: int = 0,
+    rehearsal: bool = False,
 ) -> dict[str, Tensor]:
     """Measure every sample that training may see, each once, in eval mode.
 
@@ -136,6 +139,7 @@ def look_at_all(
         dataset: Read the samples here instead, at the same indices.
         which: Which loss of the step, if it has several.
         seed: Seed of the random streams during the pass, so that two of them see the same.
+        rehearsal: Look at one batch only, to raise what the pass would raise; what is returned means nothing.
 
     Raises:
         ValueError: If the other data set has another length, or there are fewer samples than ranks.
@@ -157,13 +161,13 @@ def look_at_all(
     chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     # A step may talk to the other ranks, so that all must run it equally often; rank 0 has most samples.
     most = math.ceil(math.ceil(len(population) / trainer.world_size) / batch_size)
-    batches = [*chunks, *chunks[:1] * (most - len(chunks))]
-    loader = _scoring_loader(training_set.loader, dataset, batches, seed)
+    batches = chunks[:1] if rehearsal else [*chunks, *chunks[:1] * (most - len(chunks))]
+    loader = _scoring_loader(training_set.loader, dataset, batches, seed, in_main_process=rehearsal)
     found = _Found(training_set.sampler.total, trainer.strategy.root_device)
     memory: dict[str, Any] = {}
     with quiet(trainer, pl_module):
-        torch.manual_seed(seed)
-        for number, batch in enumerate(_with_progress(loader, title, trainer)):
+        _seed_streams(seed)
+        for number, batch in enumerate(loader if rehearsal else _with_progress(loader, title, trainer)):
             batch = _to_device(trainer, batch)
             run = _runner(trainer, pl_module, batch, number) if training_set.is_whole_batch else _refuse_part
             look = Look(pl_module, batch, batches[number], training_set.sampler.total, run, memory, which)
@@ -172,7 +176,7 @@ def look_at_all(
                     found.put(look.indices, measure(look))
                 else:
                     run()
-    return found.over_ranks(trainer)
+    return found.values if rehearsal else found.over_ranks(trainer)
 
 
 class _Found:
@@ -181,7 +185,7 @@ class _Found:
     def __init__(self, total: int, device: torch.device) -> None:
         self._total = total
         self._device = device
-        self._values: dict[str, Tensor] = {}
+        self.values: dict[str, Tensor] = {}
 
     def put(self, indices: list[int], values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
@@ -189,15 +193,15 @@ class _Found:
                 raise ValueError(
                     f"{name} must have a row for each of {len(indices)} samples; got {tuple(value.shape)}."
                 )
-            if name not in self._values:
+            if name not in self.values:
                 kind = torch.float32 if self._device.type == "mps" else torch.float64
                 shape = (self._total, *value.shape[1:])
-                self._values[name] = torch.full(shape, float("nan"), dtype=kind, device=self._device)
-            own = self._values[name]
+                self.values[name] = torch.full(shape, float("nan"), dtype=kind, device=self._device)
+            own = self.values[name]
             own[torch.tensor(indices, device=own.device)] = value.detach().to(own)
 
     def over_ranks(self, trainer: pl.Trainer) -> dict[str, Tensor]:
-        return {name: merge_ranks(trainer, value).double().cpu() for name, value in self._values.items()}
+        return {name: merge_ranks(trainer, value).double().cpu() for name, value in self.values.items()}
 
 
 def merge_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
@@ -214,19 +218,32 @@ def merge_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
 _INFINITE = 1e30  # stands for an infinity in a sum over ranks
 
 
-def _scoring_loader(loader: DataLoader[Any], dataset: Any, chunks: list[list[int]], seed: int) -> DataLoader[Any]:
+def _scoring_loader(
+    loader: DataLoader[Any], dataset: Any, chunks: list[list[int]], seed: int, in_main_process: bool
+) -> DataLoader[Any]:
+    workers: dict[str, Any] = {}
+    if not in_main_process:
+        workers = {
+            "num_workers": loader.num_workers,
+            "timeout": loader.timeout,
+            "worker_init_fn": loader.worker_init_fn,
+            "multiprocessing_context": loader.multiprocessing_context,
+            "prefetch_factor": loader.prefetch_factor,
+        }
     return DataLoader(
         loader.dataset if dataset is None else dataset,
         batch_sampler=chunks,
-        num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
         generator=torch.Generator().manual_seed(seed),
-        prefetch_factor=loader.prefetch_factor,
+        **workers,
     )
+
+
+def _seed_streams(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def _with_progress(loader: DataLoader[Any], title: str, trainer: pl.Trainer) -> Iterator[Any]:

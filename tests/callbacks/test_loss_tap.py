@@ -274,6 +274,27 @@ def test_a_module_that_is_tapped_can_be_pickled_without_the_tap() -> None:
     assert reader.calls == []
 
 
+class Skipping(HandWritten):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) and None
+
+
+def test_a_batch_that_is_skipped_has_no_loss() -> None:
+    module, reader = Skipping(), Reader()
+    read_losses(module, reader)
+    reweigh(module, torch.ones(3))
+    assert module.training_step(BATCH, 0) is None
+    assert reader.calls == []
+
+
+def test_a_manual_step_returns_nothing_and_is_still_read() -> None:
+    module = Skipping()
+    module.automatic_optimization = False
+    read_losses(module, Reader())
+    with pytest.raises(RuntimeError, match="score_fn="):
+        module.training_step(BATCH, 0)
+
+
 @pytest.mark.parametrize(
     ("batch", "size"),
     [

@@ -88,12 +88,15 @@ class VarianceOfGradients:
             call = look.loss(keep_graph=True)
             if call.labels is None or call.name != "cross_entropy" or call.output is None:
                 raise ValueError(
-                    f"score='vog' needs the logit of one true class a sample, and the loss is {call.name}. Use another score, "
-                    "or give score_fn=, which takes the module and a batch and returns the scores."
+                    f"score='vog' needs cross_entropy with one true class a sample, and the loss is {call.name} with targets "
+                    f"{tuple(call.target.shape)} of {call.target.dtype}. Use another score, or give score_fn=, which takes "
+                    "the module and a batch and returns the scores."
                 )
+            is_valid = call.valid.reshape(call.samples)
             with torch.enable_grad():
-                true = call.output.gather(1, call.labels.clamp(min=0).unsqueeze(1)).sum()
+                true = call.output.gather(1, call.labels.where(is_valid, 0).unsqueeze(1)).sum()
             (gradients,) = torch.autograd.grad(true, inputs)
+            gradients[~is_valid] = float("nan")
         finally:
             inputs.requires_grad_(False)
         if not self.state:

@@ -59,11 +59,15 @@ class ScoreSource:
     def __init__(self, name: str) -> None:
         self.name = name
 
+    def rehearse(self, run_pass: Pass) -> Mapping[str, Tensor] | None:
+        """Raise if scores could not be taken; ``run_pass`` looks at one batch only. Return what it has found."""
+        return None
+
     def epoch_begins(self, trainer: pl.Trainer, run_pass: Pass, rounds: Sequence[int]) -> None:
         """Collect what is due when an epoch begins; ``rounds`` are the epochs after which scores will be taken."""
 
-    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet) -> ScoredSet:
-        """Return the scores as they are now."""
+    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
+        """Return the scores as they are now, of the samples as ``dataset`` gives them."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -103,7 +107,7 @@ def source_of(
 class Chance(ScoreSource):
     """No scores: all are equal, and their order is left to a seed."""
 
-    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet) -> ScoredSet:
+    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
         return ScoredSet(self.name, trainer.current_epoch, torch.zeros(training_set.sampler.total, dtype=torch.float64))
 
 
@@ -126,8 +130,8 @@ class FileScores(ScoreSource):
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{label} finds no score file {path!r}.")
 
-    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet) -> ScoredSet:
-        dataset, total = training_set.loader.dataset, training_set.sampler.total
+    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
+        total = training_set.sampler.total
         scores = average_scores([load_scores(path, dataset, self._strict) for path in self._paths])
         labels = None
         if scores.labels is not None:
@@ -149,7 +153,10 @@ class PassScores(ScoreSource):
         self._score_fn = score_fn
         self.runs_the_step = score_fn is None
 
-    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet) -> ScoredSet:
+    def rehearse(self, run_pass: Pass) -> Mapping[str, Tensor] | None:
+        return run_pass(measure_for(self.name, self._score_fn), "")
+
+    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
         found = run_pass(measure_for(self.name, self._score_fn), f"Scoring by {self.name}")
         labels, predictions = _classes(found.get("label")), _classes(found.get("prediction"))
         values = self._values(found, labels)
@@ -194,6 +201,9 @@ class VarianceScores(ScoreSource):
         self._gradients = VarianceOfGradients()
         self._classes: Mapping[str, Tensor] = {}
 
+    def rehearse(self, run_pass: Pass) -> Mapping[str, Tensor] | None:
+        return run_pass(VarianceOfGradients().measure, "")
+
     def epoch_begins(self, trainer: pl.Trainer, run_pass: Pass, rounds: Sequence[int]) -> None:
         earlier = [epoch for epoch in rounds if epoch < trainer.current_epoch]
         later = [epoch for epoch in rounds if epoch >= trainer.current_epoch]
@@ -204,13 +214,13 @@ class VarianceScores(ScoreSource):
         if trainer.current_epoch in {first + math.ceil(spacing * (number + 1)) for number in range(self._checkpoints)}:
             self._classes = run_pass(self._gradients.measure, "Collecting gradients for vog")
 
-    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet) -> ScoredSet:
-        if not self._gradients.state:  # in a fit that went on from another one, behind the epoch of this round
-            self._classes = run_pass(self._gradients.measure, "Collecting gradients for vog")
-        if not (self._gradients.state["count"] > 1).any():
+    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
+        count = self._gradients.state.get("count")
+        if count is None or not (count > 1).any():
             raise ValueError(
-                f"score='vog' is the variance over at least two passes, at different epochs; there was one before epoch "
-                f"{trainer.current_epoch}. Set checkpoints to at least 2, and epoch so that 2 epochs come before each round."
+                "score='vog' is the variance over at least two passes, which come at different epochs; before epoch "
+                f"{trainer.current_epoch} there was {'none' if count is None else 'one'}. Set checkpoints to at least 2, and "
+                "epoch so that this fit trains for at least 2 epochs before each round."
             )
         own = vog(self._gradients.state).to(trainer.strategy.root_device)
         merged = merge_ranks(trainer, own).double().cpu()
@@ -258,7 +268,7 @@ class HistoryScores(ScoreSource):
         if labels is not None:
             self._history["labels"] = torch.where(labels.isnan(), self._history.get("labels", labels), labels)
 
-    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet) -> ScoredSet:
+    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
         values = -aum(self._history) if self.name == "aum" else forgetting(self._history)
         labels = _classes(self._history.get("labels"))
         return ScoredSet(self.name, trainer.current_epoch, values.double(), labels=labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -44,6 +45,9 @@ class SubsetCallback(GradCallback):
         """Return the indices of the samples of the epoch that begins, ``None`` for all."""
         raise NotImplementedError
 
+    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise before the first batch if what will be done in later epochs cannot be."""
+
     @property
     def _passes_more_than_once(self) -> bool:
         """Whether epochs keep their number of batches."""
@@ -82,6 +86,7 @@ class SubsetCallback(GradCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._training_set is not None
+        self._rehearse(trainer, pl_module)
         if self._training_set.resumes_behind_last_batch:
             # Lightning then begins the next epoch without calling on_train_epoch_start.
             self.on_train_epoch_start(trainer, pl_module)
@@ -124,6 +129,15 @@ class SubsetCallback(GradCallback):
             raise ValueError(
                 f"{self.label} would {would} after {epoch} epochs, and Trainer(max_epochs={trainer.max_epochs}) ends before. "
                 "Set epoch to a smaller number."
+            )
+
+    def _refuse_unreached_steps(self, trainer: pl.Trainer, epoch: int, would: str) -> None:
+        assert self._training_set is not None
+        steps = epoch * self._training_set.full_batches / trainer.accumulate_grad_batches
+        if 0 <= trainer.max_steps <= steps and epoch > 0 and math.isfinite(steps) and trainer.global_step == 0:
+            raise ValueError(
+                f"{self.label} would {would} after {epoch} epochs of {self._training_set.full_batches:.0f} batches, and "
+                f"Trainer(max_steps={trainer.max_steps}) ends before. Set epoch to a smaller number."
             )
 
     def _warn_of_own_schedules(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

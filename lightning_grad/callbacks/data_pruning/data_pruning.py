@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -23,7 +25,14 @@ from lightning_grad.callbacks._scoring import Measure, look_at_all
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, SCORES, Score
 from lightning_grad.callbacks.data_pruning._report import report
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
-from lightning_grad.callbacks.data_pruning._sources import CHANCE, FileScores, HistoryScores, Pass, source_of
+from lightning_grad.callbacks.data_pruning._sources import (
+    CHANCE,
+    FileScores,
+    HistoryScores,
+    Pass,
+    VarianceScores,
+    source_of,
+)
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
 from lightning_grad.data import SampleScores, fingerprint, save_scores
 from lightning_grad.functional import LossCall, count_kept, select_samples
@@ -84,12 +93,12 @@ class DataPruning(SubsetCallback):
         budget: "epochs" makes epochs shorter, and training faster; "steps" keeps their number of steps, as the paper does,
             and passes through the kept samples more than once.
         score_files: Score files to rank by instead of scoring; several are averaged.
-        save_scores: Where to write the scores (.npz). Default: beside the logs.
+        save_scores: Where to write the scores (.npz); with several rounds the epoch is added. Default: beside the logs.
         score_fn: Function of the module and a batch that returns the scores (B,), for losses that cannot be seen; by dotted
             path in YAML.
         score_dataset: Function of the trainer that returns the training set without augmentation, to score that.
         loss: Which loss counts, from 0, if the step computes several.
-        checkpoints: Number of passes of vog, spread evenly over the epochs before.
+        checkpoints: Number of passes of vog, at least 2, spread evenly over the epochs before.
         strict: Whether score files of another data set are refused.
         show: Number of the hardest and of the easiest samples that are shown, in a table and a page; 0 for none.
         figure: Draw histogram and samples (needs matplotlib, and a logger whose folder takes the file).
@@ -100,7 +109,8 @@ class DataPruning(SubsetCallback):
     Raises:
         ValueError: In the constructor for a share outside its range, an unknown name, or rounds that do not fit. In setup
             for manual optimization (unless nothing has to be scored in a pass), a gradient score with sharded parameters, an
-            epoch that never comes, another technique that chooses samples. On scoring, if the loss cannot be seen.
+            epoch that never comes, another technique that chooses samples. Before the first batch, if the loss cannot be
+            seen or does not suit the score: one batch is scored to find out.
         TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
         FileNotFoundError: In setup, if a score file is missing.
 
@@ -109,8 +119,9 @@ class DataPruning(SubsetCallback):
     ``on_train_batch_start`` learns which samples come; step schedulers take several steps for one in shorter epochs, in
     ``lr_scheduler_step``, so that they end where they should.
 
-    **Logs** under ``data/``, at each epoch: ``kept_share``, ``samples_seen``. On scoring: a histogram with the cut, the
-    kept share of each class, a table and a page of the hardest and easiest samples, and the score file (W&B: an artifact).
+    **Logs** under ``data/``, at each epoch: ``kept_share``, ``samples_seen``. On scoring: a figure of the scores with the
+    cut and the kept share of each class, a table and a page of the hardest and easiest samples, and the score file (W&B: an
+    artifact).
     In the summary ``samples_share``, samples seen against those that training on all would have seen.
 
     **State.** The samples kept, the scores, and what histories have recorded; resuming is bit-exact. Of several ranks only
@@ -119,7 +130,8 @@ class DataPruning(SubsetCallback):
     **Cost.** One evaluation pass of the training set for each round (grand: forward and backward), see docs/benchmarks.md.
 
     **Works with** accumulation, fp16 and bf16, DDP, compiled submodules, any sampler of torch.utils.data, workers: yes.
-    FSDP, DeepSpeed: all but gradient scores. Manual optimization: with ``keep="random"``, score files or score_fn.
+    FSDP, DeepSpeed: all but grand, grand-last and vog. Manual optimization: with ``keep="random"``, score files, score_fn,
+    aum or forgetting.
 
     Example:
         .. code-block:: yaml
@@ -211,7 +223,7 @@ class DataPruning(SubsetCallback):
         check_between(self.offset, 0.0, 1.0, "offset")
         check_between(self.class_floor, 0.0, 1.0, "class_floor")
         check_count(self.strata, 1, "strata")
-        check_count(self.checkpoints, 1, "checkpoints")
+        check_count(self.checkpoints, 2, "checkpoints")
         check_count(self.show, 0, "show")
         if self.select == "ccs" and self.keep != "hard":
             raise ValueError(
@@ -224,6 +236,11 @@ class DataPruning(SubsetCallback):
             raise ValueError(f"offset is part of what prune leaves out, so at most {least}; got {self.offset}.")
 
     def _check_rounds(self) -> None:
+        epochs = [0, *(epoch for epoch, _ in self._rounds)]
+        if isinstance(self._source, VarianceScores) and any(b - a < 2 for a, b in pairwise(epochs)):
+            raise ValueError(
+                f"score='vog' compares passes at different epochs, so each round needs at least 2 before it; got {self.epoch}."
+            )
         if isinstance(self._source, HistoryScores) and self._rounds[0][0] == 0:
             raise ValueError(f"score={self.score!r} is recorded while training, so epoch must be at least 1; got 0.")
 
@@ -262,8 +279,9 @@ class DataPruning(SubsetCallback):
             refuse_manual_optimization(
                 pl_module,
                 f"{self.label}(score={self.score!r})",
-                "its training_step also steps, so that it cannot be run just to score samples. Use keep='random', "
-                "score_files, or score_fn=, which takes the module and a batch and returns the scores.",
+                "its training_step also steps, so that it cannot be run just to score samples. Use score='aum' or "
+                "'forgetting', keep='random', score_files, or score_fn=, which takes the module and a batch and returns the "
+                "scores.",
             )
         if self._source.name in GRADIENT_SCORES:
             refuse_sharded(trainer, f"{self.label}(score={self.score!r})")
@@ -310,15 +328,19 @@ class DataPruning(SubsetCallback):
         if state_dict["scored"] is not None:
             self.scored = ScoredSet(**state_dict["scored"], kept=self._kept)
 
+    @override
+    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._refuse_unreached_steps(trainer, self._rounds[0][0], "prune")
+        if self._rounds_done < len(self._rounds):
+            found = self._source.rehearse(self._passes(trainer, pl_module, rehearsal=True))
+            if found is not None and "label" not in found:
+                self._refuse_balance()
+
     # An epoch begins.
 
     @override
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
-        def run_pass(measure: Measure, title: str) -> Mapping[str, Tensor]:
-            assert self._training_set is not None
-            dataset = None if self.score_dataset is None else self.score_dataset(trainer)
-            return look_at_all(trainer, pl_module, self._training_set, measure, title, dataset, self.loss, self.seed)
-
+        run_pass = self._passes(trainer, pl_module)
         self._source.epoch_begins(trainer, run_pass, [epoch for epoch, _ in self._rounds])
         due = sum(epoch <= trainer.current_epoch for epoch, _ in self._rounds)
         if due <= self._rounds_done:
@@ -326,9 +348,17 @@ class DataPruning(SubsetCallback):
         self._rounds_done = due
         return self._prune(trainer, run_pass, self._rounds[due - 1][1])
 
+    def _passes(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rehearsal: bool = False) -> Pass:
+        def run(measure: Measure, title: str) -> Mapping[str, Tensor]:
+            assert self._training_set is not None
+            own = (trainer, pl_module, self._training_set, measure, title, self._dataset(trainer))
+            return look_at_all(*own, which=self.loss, seed=self.seed, rehearsal=rehearsal)
+
+        return run
+
     def _prune(self, trainer: pl.Trainer, run_pass: Pass, share: float) -> Tensor | None:
         assert self._training_set is not None
-        scored = self._source.take(trainer, run_pass, self._training_set)
+        scored = self._source.take(trainer, run_pass, self._training_set, self._dataset(trainer))
         sampler = self._training_set.sampler
         population = sampler.population
         count = count_kept(len(population), share, sampler.batch_size, sampler.ranks, sampler.drop_last)
@@ -357,12 +387,17 @@ class DataPruning(SubsetCallback):
 
     def _labels_of(self, scored: ScoredSet, population: Tensor) -> Tensor:
         if scored.labels is None:
-            raise ValueError(
-                f"{self.label} balances classes, and the loss does not tell which class a sample has. Leave balance at None "
-                "and class_floor at 0."
-            )
+            self._refuse_balance()
+        assert scored.labels is not None
         labels = scored.labels[population]
         return labels.where(labels >= 0, labels.max() + 1)  # those of unknown class are one of their own
+
+    def _refuse_balance(self) -> None:
+        if not self._needs_no_classes:
+            raise ValueError(
+                f"{self.label} balances classes, and nothing tells which class a sample has. Leave balance at None and "
+                "class_floor at 0."
+            )
 
     def _say(self, count: int, total: int, share: float) -> None:
         assert self.scored is not None
@@ -389,10 +424,16 @@ class DataPruning(SubsetCallback):
             )
         folder = output_folder(trainer)
         stem = "_".join(part for part in ("scores", self.name, f"epoch{scored.epoch}") if part)
-        path = self.save_scores or (folder / f"{stem}.npz" if folder is not None else None)
+        path = self._named_file(scored) or (folder / f"{stem}.npz" if folder is not None else None)
         if path is not None and not self.score_files and trainer.is_global_zero:
             scores = SampleScores(scored.values, scored.name, scored.epoch, self.seed, mark, scored.labels)
             log_file(trainer, save_scores(scores, path), stem, "scores")
+
+    def _named_file(self, scored: ScoredSet) -> Path | None:
+        if self.save_scores is None:
+            return None
+        path = Path(self.save_scores)
+        return path if len(self._rounds) == 1 else path.with_stem(f"{path.stem}_epoch{scored.epoch}")
 
     # A batch is trained on.
 

@@ -28,8 +28,9 @@ class InfoBatch(SubsetCallback):
         \text{loss} = \frac 1 B \sum_{i=1}^B w_i \ell_i
 
     :math:`\ell_i` is the loss that sample i had when it was last trained on; r n_L of the n_L samples in L are left out and
-    m_L stay (:func:`~lightning_grad.functional.infobatch_subset`). The expectation of the weighted gradient is that of the
-    whole set. The last epochs train on all.
+    m_L stay (:func:`~lightning_grad.functional.infobatch_subset`). The weighted gradients of an epoch add up, in
+    expectation, to those of the whole set, in fewer steps: each is in the mean n over the number kept times as long. The
+    last epochs train on all.
 
     Args:
         prune: Share r of the samples of low loss that is left out, at least 0 and below 1 (0.5 in the paper).

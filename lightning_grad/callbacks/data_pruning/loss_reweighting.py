@@ -29,9 +29,10 @@ class LossReweighting(GradCallback):
         \text{loss} = \sum_i w_i \ell_i
 
     Minimum, maximum and softmax go over the global batch, the samples of all ranks. f is min(h + 1, 1) for "linupper", which
-    takes weight from samples of low loss; 1 - h^2 for "quadratic", from both ends; |h| for "extremes", from the middle
+    takes weight from samples of low loss; 1 - h^2 for "quadratic", from both ends; abs(h) for "extremes", from the middle
     (:func:`~lightning_grad.functional.loss_weights`). The temperature r falls from ``start_temperature`` to ``temperature``
-    over the run; before, in the first ``warmup``, all weigh the same.
+    over the run; before, in the first ``warmup``, all weigh the same. A sample with several positions (tokens, pixels) also
+    counts by their number, as in the mean of the batch.
 
     Args:
         rule: f, "linupper" (best in the paper), "quadratic" or "extremes".
@@ -56,8 +57,8 @@ class LossReweighting(GradCallback):
 
     **Cost.** The losses of each batch are computed a second time, without reduction; with several ranks they are gathered.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP, compiled submodules, iterable data: yes. Manual optimization:
-    raises.
+    **Works with** accumulation, fp16 and bf16, DDP and FSDP with batches of equal size on all ranks, compiled submodules,
+    iterable data: yes. Manual optimization: raises.
 
     Example:
         .. code-block:: yaml
@@ -88,6 +89,8 @@ class LossReweighting(GradCallback):
         check_choice(rule, ("linupper", "quadratic", "extremes"), "rule")
         check_above(temperature, 0.0, "temperature")
         check_above(start_temperature, 0.0, "start_temperature")
+        if math.isinf(start_temperature):
+            raise ValueError("start_temperature must be finite; temperature=inf turns the weighting off.")
         check_between(warmup, 0.0, 1.0, "warmup")
         self.rule = rule
         self.temperature = temperature

@@ -36,7 +36,8 @@ class UniformLearning(SubsetCallback):
 
     Raises:
         ValueError: In the constructor for numbers below their least. In setup for manual optimization, an epoch that never
-            comes, or another technique that chooses samples. On clustering, if the loss is none of one class a sample.
+            comes, or another technique that chooses samples. Before the first batch, if the loss is none of one class a
+            sample: one batch is looked at to find out.
         TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
 
     **Hooks.** As :class:`DataPruning`. Epochs become longer; schedules that step with batches are held back so that they
@@ -108,14 +109,23 @@ class UniformLearning(SubsetCallback):
             self._found = state_dict["found"]
 
     @override
+    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._refuse_unreached_steps(trainer, self.epoch, "cluster")
+        if not self._found and self.repeats:
+            self._look(trainer, pl_module, rehearsal=True)
+
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rehearsal: bool = False) -> dict[str, Tensor]:
+        assert self._training_set is not None
+        own = (trainer, pl_module, self._training_set, _outputs, "Clustering outputs")
+        return look_at_all(*own, which=self.loss, seed=self.seed, rehearsal=rehearsal)
+
+    @override
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
         if self._found or self.repeats == 0 or trainer.current_epoch < self.epoch:
             return self._kept
         self._found = True
         assert self._training_set is not None
-        found = look_at_all(
-            trainer, pl_module, self._training_set, _outputs, "Clustering outputs", which=self.loss, seed=self.seed
-        )
+        found = self._look(trainer, pl_module)
         sampler = self._training_set.sampler
         population = sampler.population
         outputs, losses, labels = (found[key][population] for key in ("outputs", "losses", "labels"))

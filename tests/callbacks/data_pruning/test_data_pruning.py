@@ -4,16 +4,20 @@ The other tests of this folder take their small module and data from here.
 """
 
 import copy
+import csv
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
@@ -60,6 +64,15 @@ def make_data(samples: int = SAMPLES) -> TensorDataset:
     x = torch.randn(samples, WIDTH, generator=generator)
     y = (x[:, :CLASSES] + 0.7 * torch.randn(samples, CLASSES, generator=generator)).argmax(1)
     return TensorDataset(x, y, torch.arange(samples))
+
+
+class Fixed(Classifier):
+    """Stays as it is, and has no BatchNorm, so that ranks see what one process sees."""
+
+    learning_rate = 0.0
+
+    def __init__(self) -> None:
+        super().__init__(normalizes=False)
 
 
 class Watch(pl.Callback):
@@ -177,6 +190,29 @@ def test_scores_do_not_depend_on_workers(score: str) -> None:
     assert torch.equal(alone.scored.values, two.scored.values)
 
 
+class Masking(Fixed):
+    """Looks at random parts of its input, drawn in one of the ways that people use."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y, _ = batch
+        return F.cross_entropy(self(x * self.draw()), y)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(()).item()])
+def test_every_pass_sees_the_same_random_numbers(draw: Any) -> None:
+    def scores(epoch: int, seed: int) -> Tensor:
+        callback = DataPruning(0.5, epoch=epoch, seed=seed)
+        train(callback, Masking(draw), epochs=3)
+        return callback.scored.values
+
+    assert torch.equal(scores(1, seed=0), scores(2, seed=0))
+    assert not torch.equal(scores(1, seed=0), scores(1, seed=1))
+
+
 def test_last_layer_without_bias() -> None:
     module = Classifier()
     module.head = nn.Linear(8, CLASSES, bias=False)
@@ -206,8 +242,21 @@ def test_vog_is_that_of_the_gradients_at_its_epochs() -> None:
     "arguments", [{"epoch": 1}, {"epoch": 2, "checkpoints": 1}, {"epoch": [2, 3], "prune": [0.1, 0.2]}]
 )
 def test_one_pass_has_no_variance(arguments: Any) -> None:
-    with pytest.raises(ValueError, match=r"score='vog'.*two passes"):
+    with pytest.raises(ValueError, match=r"score='vog'.*two passes.*there was one"):
         train(DataPruning(score="vog", **arguments), epochs=4)
+
+
+def test_vog_cannot_begin_behind_its_epoch(tmp_path: Path) -> None:
+    train(pl.Callback(), epochs=3).trainer.save_checkpoint(tmp_path / "run.ckpt")
+    with pytest.raises(ValueError, match=r"before epoch 3 there was none"):
+        train(DataPruning(0.5, "vog", epoch=2, checkpoints=2), epochs=5, ckpt=tmp_path / "run.ckpt")
+
+
+def test_vog_of_targets_that_are_no_classes() -> None:
+    x, y, index = make_data().tensors
+    dataset = TensorDataset(x, F.one_hot(y, CLASSES).float(), index)
+    with pytest.raises(ValueError, match=r"cross_entropy with targets \(8, 3\) of torch\.float32"):
+        train(DataPruning(0.5, "vog", epoch=2), dataset=dataset, epochs=3)
 
 
 def logits_by_epoch(module: Classifier, epochs: int) -> Tensor:
@@ -579,6 +628,18 @@ def test_several_labels_and_regression(loss: Any, target: Tensor, by_hand: Any) 
     assert_kept(callback, expected.topk(5).indices)
 
 
+@pytest.mark.parametrize("score", ["el2n", "loss", "margin", "grand", "grand-last", "vog", "aum", "forgetting"])
+def test_ignored_samples_have_no_score_and_are_kept(score: Any) -> None:
+    x, y, index = make_data().tensors
+    ignored = torch.tensor([3, 10])
+    callback = DataPruning(0.5, score, epoch=2, checkpoints=2)
+    module = Classifier()
+    train(callback, module, TensorDataset(x, y.index_fill(0, ignored, -100), index), epochs=3)
+    assert callback.scored.values.isnan().nonzero().flatten().tolist() == ignored.tolist()
+    assert set(ignored.tolist()) < set(callback.scored.kept.tolist())
+    assert torch.equal(callback.scored.labels, y.index_fill(0, ignored, -1))
+
+
 class Hugging(Classifier):
     """Takes a batch by its keys, computes the loss in the model, and needs no batch_idx."""
 
@@ -732,15 +793,6 @@ def test_a_smoke_test_runs(epoch: Any) -> None:
 # Several processes, loggers.
 
 
-class Fixed(Classifier):
-    """Stays as it is, and has no BatchNorm, so that ranks see what one process sees."""
-
-    learning_rate = 0.0
-
-    def __init__(self) -> None:
-        super().__init__(normalizes=False)
-
-
 class Write(pl.Callback):
     """Every rank writes what it keeps and what it draws."""
 
@@ -777,13 +829,26 @@ def test_two_ranks_keep_what_one_process_keeps(score: Any, tmp_path: Path) -> No
         assert sorted({*drawn[0], *drawn[1]}) == ranks[0]["kept"][epoch]
 
 
+def test_logs(tmp_path: Path) -> None:
+    run = train(DataPruning(0.5, epoch=1, show=0, figure=False), epochs=3, logger=CSVLogger(tmp_path))
+    folder = Path(run.trainer.logger.log_dir)
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    values = {key: [float(row[key]) for row in rows if row.get(key)] for key in rows[0]}
+    assert values["data/kept_share"] == [1.0, 0.5, 0.5]
+    assert values["data/samples_seen"][:3] == [22.0, 33.0, 44.0]
+    assert values["data/samples_share"] == pytest.approx([44 / 66])
+    assert (folder / "scores_epoch1.npz").is_file()
+    assert "el2n" in (folder / "hparams.yaml").read_text()
+
+
 def test_an_offline_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
     wandb.teardown()  # of another test's run, whose settings would stay
-    logger = pl.loggers.WandbLogger(project="project", save_dir=tmp_path, offline=True)
+    logger = WandbLogger(project="project", save_dir=tmp_path, offline=True)
     train(DataPruning(0.5, epoch=1, show=2, figure=False), logger=logger)
     wandb.finish()
     wandb.teardown()
