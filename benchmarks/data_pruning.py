@@ -17,7 +17,6 @@ processes get. With more threads or a GPU it is the wall clock's.
 from __future__ import annotations
 
 import copy
-import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -357,6 +356,8 @@ def highest_memory(device: str) -> float:
     if status.is_file():  # where the resource module counts what the parent had as well
         lines = status.read_text().splitlines()
         return 1024 * float(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+    import resource  # which Windows lacks
+
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes, on a Mac
 
 
@@ -484,9 +485,14 @@ class ReadInTurns:
 
     def __call__(self) -> None:
         """Go over to the next way; call it between steps."""
-        self._end()
+        self.close()
         self._end = self._ways[self._steps % len(self._ways)](self._module)
         self._steps += 1
+
+    def close(self) -> None:
+        """End the way of the last step."""
+        self._end()
+        self._end = lambda: None
 
 
 def under_an_empty_mode(module: LightningModule) -> Callable[[], None]:
@@ -520,7 +526,9 @@ def reading_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
     }
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
-        periods = timed_fit(module, batch, sizes.steps, [], clock, ReadInTurns(module, list(ways.values())))
+        turns = ReadInTurns(module, list(ways.values()))
+        periods = timed_fit(module, batch, sizes.steps, [], clock, turns)
+        turns.close()
         for i, name in enumerate(ways):
             found[name].append(median(periods[(i - WARM_STEPS) % len(ways) :: len(ways)]))
     typical = {name: median(seconds) for name, seconds in found.items()}

@@ -468,7 +468,8 @@ COLOURS = {
 }
 MARKERS = "osD^v"
 SIDE_BY_SIDE = ("random", "rs2-equal", "hard", "easy", "offset", "ccs")  # these see equally many samples
-RIGHT, WRONG = "#0072B2", "#D55E00"
+RIGHT, WRONG, EDGE = "#0072B2", "#D55E00", "0.25"
+FEWEST = 0.002  # errors: none at all has no place on a logarithmic axis
 ERRORS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.9)
 
 
@@ -478,19 +479,19 @@ def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
 
     figure = Figure(figsize=(max(7.0, 0.6 + 4.4 * len(study.flips)), 5), layout="constrained")
     axes = figure.subplots(1, len(study.flips), squeeze=False, sharey=True)[0]
+    whole = "training on all" if "full" in study.variants else "the variant that sees most"
     for axis, flip in zip(axes, study.flips, strict=True):
         draw_accuracies(axis, study, [result for result in results if result.flip == flip])
         axis.set_title(kind_of_labels(flip), fontsize=10, loc="left")
-        axis.set_xlabel("samples seen, in % of what training on all sees", fontsize=9)
+        axis.set_xlabel(f"samples seen, in % of {whole}", fontsize=9)
         tidy(axis)
     errors = [1 - result.test_accuracy for result in results]
-    axes[0].set_ylim(1.2 * max(*errors, 0.01), max(0.7 * min(errors), 0.002))
     axes[0].set_yscale("log")
     axes[0].set_yticks(ERRORS, [f"{100 * (1 - error):g} %" for error in ERRORS])
     axes[0].minorticks_off()
-    axes[0].set_ylim(1.2 * max(*errors, 0.01), max(0.7 * min(errors), 0.002))
+    axes[0].set_ylim(1.2 * max(*errors, 0.01), max(0.7 * min(errors), 0.9 * FEWEST))
     axes[0].set_ylabel("test accuracy (logarithm of the error)", fontsize=9)
-    seeds = f"mean and standard deviation of {study.seeds} seeds" if study.seeds > 1 else "one seed"
+    seeds = f"mean, worst and best of {study.seeds} seeds" if study.seeds > 1 else "one seed"
     figure.suptitle(f"Training on a part of the samples, for the same {study.budget}: {seeds}", fontsize=12)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     return figure
@@ -499,30 +500,26 @@ def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
 def draw_accuracies(axis: Axes, study: Study, results: Sequence[Result]) -> None:
     """Draw the means of all variants; those that see equally many samples stand side by side."""
     most = max(result.samples for result in results)
+    crowd = SIDE_BY_SIDE if study.budget == "epochs" else tuple(study.variants)
     for variant in study.variants:
-        beside = 1.5 * (SIDE_BY_SIDE.index(variant) - 2.5) if variant in SIDE_BY_SIDE else 0.0
+        beside = 1.5 * (crowd.index(variant) - (len(crowd) - 1) / 2) if variant in crowd else 0.0
         for prune, marker in zip((0.0, *study.prunes), "*" + MARKERS, strict=False):
             own = [result for result in results if (result.variant, result.prune) == (variant, prune)]
             if not own:
                 continue
             errors = np.array([1 - result.test_accuracy for result in own])
             seen = 100 * statistics.mean(result.samples for result in own) / most + beside
-            error, spread = max(errors.mean(), 0.002), errors.std(ddof=1) if len(own) > 1 else 0.0
-            below = min(spread, error - 0.001)  # the logarithm of less is no length
-            look: dict[str, Any] = {
-                "color": COLOURS[variant],
-                "markersize": 12 if marker == "*" else 8,
-                "markeredgecolor": "0.25",
-            }
-            axis.errorbar(seen, error, [[below], [spread]], fmt=marker, capsize=2, elinewidth=1.2, **look)
+            error, best, worst = (max(value, FEWEST) for value in (errors.mean(), errors.min(), errors.max()))
+            look: dict[str, Any] = {"color": COLOURS[variant], "markersize": 12 if variant == "full" else 8}
+            bars: dict[str, Any] = {"capsize": 2, "elinewidth": 1.2, "markeredgecolor": EDGE}
+            axis.errorbar(seen, error, [[error - best], [worst - error]], fmt=marker, **bars, **look)
             if variant == "full":
                 axis.axhline(error, color=COLOURS[variant], linewidth=1, linestyle=":", zorder=0)
-        axis.plot(
-            [], [], "o" if variant != "full" else "*", color=COLOURS[variant], markeredgecolor="0.25", label=variant
-        )
+        shape = "*" if variant == "full" else "o"
+        axis.plot([], [], shape, color=COLOURS[variant], markeredgecolor=EDGE, label=variant)
     for prune, marker in zip(study.prunes, MARKERS, strict=False):
-        axis.plot([], [], marker, color="none", markeredgecolor="0.25", label=f"{100 * prune:g} % left out")
-    axis.set_xlim(0, 106)
+        axis.plot([], [], marker, color="none", markeredgecolor=EDGE, label=f"{100 * prune:g} % left out")
+    axis.set_xlim(0, 108)
 
 
 def draw_label_errors(study: Study, flip: float) -> Figure:
@@ -616,11 +613,10 @@ def draw_classes(axis: Axes, study: Study) -> None:
     """Draw which share of each class a rule keeps, over the seeds."""
     flip, prune = study.flips[0], study.prunes[-1]
     shown = [variant for variant in study.variants if variant in ("random", "hard", "easy", "ccs")]
+    total = sum(class_counts(study, flip, seed) for seed in range(study.seeds))
     for place, variant in enumerate(shown):
-        kept, total = np.zeros(CLASSES), np.zeros(CLASSES)
-        for seed in range(study.seeds):
-            kept += read_column(study.folder(variant, prune, flip, seed) / "classes.csv", "samples")
-            total += read_column(study.folder("full", 0.0, flip, seed) / "classes.csv", "samples")
+        folders = [study.folder(variant, prune, flip, seed) for seed in range(study.seeds)]
+        kept = sum(read_column(folder / "classes.csv", "samples") for folder in folders)
         width = 0.8 / len(shown)
         places = np.arange(CLASSES) + width * (place - (len(shown) - 1) / 2)
         axis.bar(places, kept / np.maximum(total, 1), width, color=COLOURS[variant], label=variant)
@@ -628,7 +624,15 @@ def draw_classes(axis: Axes, study: Study) -> None:
     axis.set_xticks(range(CLASSES))
     axis.set_xlabel("class", fontsize=9)
     axis.set_title(f"Kept of each class, {100 * prune:g} % left out", fontsize=10, loc="left")
-    axis.legend(fontsize=8, frameon=False, ncols=len(shown), columnspacing=1, handlelength=1)
+    if shown:
+        axis.legend(fontsize=8, frameon=False, ncols=len(shown), columnspacing=1, handlelength=1)
+
+
+def class_counts(study: Study, flip: float, seed: int) -> np.ndarray:
+    """Return how many training samples each class has."""
+    data = build_data(study, flip, seed)
+    data.setup("fit")
+    return np.bincount([int(target) for _, target in inputs(data.train_set)], minlength=CLASSES)
 
 
 def draw_rates(axis: Axes, study: Study) -> None:
@@ -640,7 +644,8 @@ def draw_rates(axis: Axes, study: Study) -> None:
             axis.plot(rates, dashes, color=COLOURS[variant], label=label(variant, prune))
     axis.set_title("Learning rate: the cosine ends at zero", fontsize=10, loc="left")
     axis.set_xlabel("optimizer step", fontsize=9)
-    axis.legend(fontsize=8, frameon=False)
+    if axis.lines:
+        axis.legend(fontsize=8, frameon=False)
 
 
 def tidy(axis: Axes) -> None:

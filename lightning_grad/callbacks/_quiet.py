@@ -143,7 +143,10 @@ def _modules_as_they_are(pl_module: pl.LightningModule) -> Iterator[None]:
 
 def _checksum(parameter: Tensor) -> Tensor:
     value = parameter.detach()
-    return torch.stack([value.sum(), value.abs().sum()])
+    kind = torch.float32 if value.device.type == "mps" else torch.float64  # half precision would overflow
+    size = value.abs()
+    total = size if value.is_complex() else value
+    return torch.stack([total.sum(dtype=kind), size.sum(dtype=kind)]).nan_to_num()  # a nan equals nothing
 
 
 class _Snapshot:
@@ -156,11 +159,7 @@ class _Snapshot:
         buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
         self._tensors = [(tensor, tensor.detach().clone()) for tensor in (*buffers, *frozen)]
         self._buffers = dict(module._buffers)
-        self._attributes = {
-            name: _Held(value)
-            for name, value in module.__dict__.items()
-            if name not in _OF_MODULES and _is_plain(value)
-        }
+        self._attributes = {name: _Held(value) for name, value in module.__dict__.items() if name not in _OF_MODULES}
         self._names = set(module.__dict__)
 
     def restore(self) -> None:
@@ -197,6 +196,9 @@ class _Held:
             value.bit_generator.state = was
         elif isinstance(value, random.Random):
             value.setstate(was)
+        elif isinstance(value, tuple):
+            for item in was:
+                _given_back(item)
         elif isinstance(value, _CONTAINERS):
             value.clear()
             _refill(value, was)
@@ -219,15 +221,11 @@ def _given_back(item: Any) -> Any:
     return item.restored() if isinstance(item, _Held) else item
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (*_NUMBERS, *_CONTAINERS, *_GENERATORS, *_ARRAYS)) or _is_record(value)
-
-
 def _is_record(value: Any) -> bool:
     """Say whether an object is a small one of the user's, such as an average meter: all that it has are plain values."""
     if isinstance(value, (nn.Module, ModuleType, Enum)) or callable(value) or not hasattr(value, "__dict__"):
         return False
-    return all(isinstance(item, (*_NUMBERS, *_CONTAINERS, *_ARRAYS)) for item in vars(value).values())
+    return all(isinstance(item, (*_NUMBERS, *_CONTAINERS, tuple, *_ARRAYS)) for item in vars(value).values())
 
 
 def _copied(value: Any) -> Any:
@@ -243,7 +241,7 @@ def _copied(value: Any) -> Any:
         return value.getstate()
     if isinstance(value, set):
         return set(value)
-    if isinstance(value, (list, deque)):
+    if isinstance(value, (list, tuple, deque)):
         return [_put_aside(item) for item in value]
     if isinstance(value, dict) or _is_record(value):
         return {key: _put_aside(item) for key, item in (value if isinstance(value, dict) else vars(value)).items()}
@@ -251,5 +249,5 @@ def _copied(value: Any) -> Any:
 
 
 def _put_aside(item: Any) -> Any:
-    changes = isinstance(item, (*_CONTAINERS, *_GENERATORS, *_ARRAYS)) or _is_record(item)
+    changes = isinstance(item, (*_CONTAINERS, tuple, *_GENERATORS, *_ARRAYS)) or _is_record(item)
     return _Held(item) if changes else item

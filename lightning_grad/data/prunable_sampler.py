@@ -63,7 +63,7 @@ class PrunableBatchSampler(Sampler[list[int]]):
     one pass, they are passed through again, in a new order.
 
     Args:
-        original: The batch sampler to stand for. Other classes than ``BatchSampler`` need ``batch_size``.
+        original: The batch sampler to stand for. Other classes than ``BatchSampler`` need ``batch_size`` and a length.
         total: Length of the data set.
 
     Raises:
@@ -201,11 +201,12 @@ class PrunableBatchSampler(Sampler[list[int]]):
             kept = kept[torch.isin(kept, self.population)]
             return _Subset(kept, SubsetRandomSampler(range(len(kept)), sampler.generator))
         if type(sampler) is WeightedRandomSampler:
+            weights = sampler.weights[kept]
             drawn = _scaled(sampler.num_samples, len(kept), self.total)
-            return _Subset(
-                kept,
-                WeightedRandomSampler(sampler.weights[kept].tolist(), drawn, sampler.replacement, sampler.generator),
-            )
+            if not sampler.replacement:
+                drawn = min(drawn, int((weights > 0).sum()))  # more cannot be drawn
+            drawing = WeightedRandomSampler(weights.tolist(), drawn, sampler.replacement, sampler.generator)
+            return _Subset(kept, drawing)
         if type(sampler) is DistributedSampler:
             return _Subset(kept, _redistributed(sampler, positions, number))
         source = sampler if sampler is not None else self.original
@@ -269,6 +270,10 @@ def _refuse(original: Any) -> None:
     name = type(original).__name__
     if not isinstance(getattr(original, "batch_size", None), int):
         raise TypeError(f"Samples can be left out of batches of known size only, and {name} has no batch_size.")
+    if not hasattr(original, "__len__"):
+        raise TypeError(
+            f"A pruned epoch is a part of a whole one, and {name} has no __len__ that tells how long that is."
+        )
     sampler = getattr(original, "sampler", None)
     known = type(sampler) is DistributedSampler
     if isinstance(sampler, DistributedSampler) and not known and sampler.num_replicas > 1:

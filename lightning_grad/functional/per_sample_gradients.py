@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from lightning_grad.functional._ghost_graph import Leaf, leaves, squared_norms_by_backward
-from lightning_grad.functional._ghost_layouts import Layout, candidates
-from lightning_grad.functional._ghost_probing import probe_layouts, run_backward, where_samples_meet
-from lightning_grad.functional._ghost_sums import SquaredNorms
-from lightning_grad.functional._ghost_tracer import Key, Tracer, Use
+from lightning_grad.functional._ghost.graph import Leaf, leaves, squared_norms_by_backward
+from lightning_grad.functional._ghost.layouts import Layout, candidates
+from lightning_grad.functional._ghost.probing import probe_layouts, run_backward, where_samples_meet
+from lightning_grad.functional._ghost.sums import SquaredNorms
+from lightning_grad.functional._ghost.tracer import Key, Tracer, Use
 
 _PROBES = 8  # samples asked before an undecided layout is taken as it is
 _RUNS = 12  # forward passes that the first batch may take; each but the last learns something

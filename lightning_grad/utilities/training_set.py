@@ -97,22 +97,27 @@ class TrainingSet:
     # The data is loaded.
 
     def _expect(self, inner: Callable[[], Any]) -> Any:
+        # An error in here would leave torch's DataLoader patched by Lightning for the rest of the process.
         loaders = inner()
         keys = list(_keys_of(loaders.iterables if isinstance(loaders, CombinedLoader) else loaders))
-        if self._loader_key is None and len(keys) > 1:
-            raise ValueError(
-                f"{self._needed_by} must know which of the training loaders it shall act on. Set loader_key to one of "
-                f"{', '.join(map(repr, keys))}."
-            )
-        if self._loader_key is not None and self._loader_key not in keys:
-            known = ", ".join(map(repr, keys)) if keys != [""] else "a single one, without a key"
-            raise ValueError(f"loader_key={self._loader_key!r} names no training loader; there is {known}.")
         self._waiting, self._keys = keys, list(keys)
         return loaders
 
+    def _check_key(self) -> None:
+        known = ", ".join(map(repr, self._keys)) if self._keys != [""] else "a single one, without a key"
+        if self._loader_key is None and len(self._keys) > 1:
+            raise ValueError(
+                f"{self._needed_by} must know which of the training loaders it shall act on. Set loader_key to one of "
+                f"{known}."
+            )
+        if self._loader_key is not None and self._loader_key not in self._keys:
+            raise ValueError(f"loader_key={self._loader_key!r} names no training loader; there is {known}.")
+
     def _receive(self, inner: Callable[[Any], Any], loader: Any) -> Any:
-        key = self._waiting.pop(0) if self._waiting else None
-        if key is None or self._loader_key not in (None, key):
+        if not self._waiting:
+            return inner(loader)
+        self._check_key()
+        if self._loader_key not in (None, self._waiting.pop(0)):
             return inner(loader)
         self._install(loader)
         processed = inner(loader)

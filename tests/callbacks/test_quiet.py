@@ -1,6 +1,7 @@
 """Inside ``quiet`` a step does what it likes, and afterwards nothing has happened."""
 
 import copy
+import math
 import pickle
 import random
 from collections import deque
@@ -30,12 +31,15 @@ class Meter:
     """An average as people write it."""
 
     def __init__(self) -> None:
-        self.sum, self.count, self.values = 0.0, 0, []
+        self.name, self.sum, self.count, self.values = "loss", 0.0, 0, []
+        self.bins, self.last = np.zeros(2), (0.0, torch.zeros(1))
 
     def update(self, value: float) -> None:
         self.sum += value
         self.count += 1
         self.values.append(value)
+        self.bins += value
+        self.last = (value, self.last[1].add_(1))
 
 
 class Part(pl.LightningModule):
@@ -68,7 +72,7 @@ class Busy(pl.LightningModule):
         self.register_buffer("seen", torch.zeros(3))
         self.register_buffer("empty", None)
         self.losses: list[Any] = []
-        self.nested = {"a": [1, {"b": [0.0]}], "tensor": torch.zeros(2)}
+        self.nested = {"a": [1, {"b": [0.0]}], "tensor": torch.zeros(2), "array": np.zeros(2)}
         self.indices = {3}
         self.recent: deque[float] = deque(maxlen=2)
         self.number, self.word, self.nothing = 0, "before", None
@@ -77,6 +81,9 @@ class Busy(pl.LightningModule):
         self.numpy_generator, self.numpy_state = np.random.default_rng(0), np.random.RandomState(0)
         self.python_random = random.Random(0)
         self.meter = Meter()
+        self.hidden: Any = (torch.zeros(2), [0.0])
+        self.kept: Any = (torch.zeros(2), [0.0])
+        self.loss_class: Any = nn.MSELoss
         self.fails = self.is_changing_weights = False
         self.saw: list[Any] = []
 
@@ -100,6 +107,7 @@ class Busy(pl.LightningModule):
         self.losses.append([loss])
         self.nested["a"][1]["b"].append(loss)  # type: ignore[index]
         self.nested["tensor"].add_(1)  # type: ignore[union-attr]
+        self.nested["array"] += loss  # type: ignore[operator]
         self.nested["new"] = logits
         self.indices.add(self.number)
         self.recent.append(loss)
@@ -109,6 +117,10 @@ class Busy(pl.LightningModule):
         self.array += loss
         self.meter.update(loss)
         self.made_in_step = logits
+        self.hidden = (self.hidden[0] + 1, [loss])
+        self.kept[0].add_(1)
+        self.kept[1].append(loss)
+        self.loss_class = nn.L1Loss
         self.seen += 1
         self.empty = logits
         self.accuracy(logits, y)
@@ -243,6 +255,7 @@ def busy() -> tuple[pl.Trainer, Busy]:
     trainer.logger.calls.clear()
     module.part.logs = True
     module.fixed.eval()
+    del module.made_in_step
     module.part.layer.weight.grad = torch.ones_like(module.part.layer.weight)
     return trainer, module
 
@@ -325,6 +338,24 @@ def test_a_parameter_that_is_trained_may_not_change(busy: tuple[pl.Trainer, Busy
     module.is_changing_weights = True
     with pytest.raises(RuntimeError, match=r"'part\.layer\.weight'.*score_fn="), quiet(trainer, module):
         module.training_step(batch_of(trainer), 0)
+
+
+def test_a_parameter_of_complex_numbers_may_not_change() -> None:
+    module = Busy()
+    module.register_parameter("phase", nn.Parameter(torch.ones(2, dtype=torch.complex64)))
+    with pytest.raises(RuntimeError, match="'phase'"), quiet(make_trainer(), module):
+        module.phase.data.mul_(1j).add_(1)
+
+
+@pytest.mark.parametrize("values", [[math.nan, 1.0], [math.inf, -math.inf], [6e4, 6e4]])
+def test_parameters_that_have_gone_out_of_bounds_are_not_said_to_change(values: list[float]) -> None:
+    module = Busy()
+    module.register_parameter("far", nn.Parameter(torch.tensor(values, dtype=torch.float16)))
+    with quiet(make_trainer(), module):
+        pass
+    module.far.data.fill_(6e4)
+    with pytest.raises(RuntimeError, match="'far'"), quiet(make_trainer(), module):
+        module.far.data[1] /= 2
 
 
 def test_a_large_frozen_base_may_not_change_either(busy: tuple[pl.Trainer, Busy]) -> None:

@@ -146,8 +146,7 @@ def test_keeping_all_again_gives_the_original_back(name: str) -> None:
 # What is promised for every sampler.
 
 
-def one_process() -> list[str]:
-    return [name for name in ORIGINALS if name != "distributed"]
+ALONE = [name for name in ORIGINALS if name != "distributed"]
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
@@ -194,7 +193,7 @@ def test_of_an_unknown_sampler_the_second_copies_come_in_a_second_round() -> Non
     assert flat(sampler) == [4, 8, 3, 4, 3]
 
 
-@pytest.mark.parametrize("name", one_process())
+@pytest.mark.parametrize("name", ALONE)
 def test_several_passes_are_whole_and_exactly_as_long_as_asked(name: str) -> None:
     sampler = PrunableBatchSampler(ORIGINALS[name](), TOTAL)
     sampler.keep([9, 11, 13, 16, 18], samples=12)
@@ -307,6 +306,14 @@ def test_weighted_without_replacement_draws_each_once() -> None:
     sampler = wrap(WeightedRandomSampler([1.0] * 10, 10, False, seeded()), total=10)
     sampler.keep([1, 4, 6])
     assert sorted(flat(sampler)) == [1, 4, 6]
+
+
+def test_weighted_without_replacement_draws_no_more_than_have_weight() -> None:
+    weights = [1.0] * 5 + [0.0] * 5
+    sampler = wrap(WeightedRandomSampler(weights, 5, False, seeded()), total=10)
+    sampler.keep([0, 6, 7, 8])
+    assert list(sampler) == [[0]]
+    assert len(sampler) == 1
 
 
 def test_unknown_samplers_keep_their_order() -> None:
@@ -470,6 +477,14 @@ class NoSize:
 def test_batches_of_unknown_size_are_refused() -> None:
     with pytest.raises(TypeError, match="NoSize has no batch_size"):
         PrunableBatchSampler(NoSize(), TOTAL)
+
+
+def test_batches_of_unknown_number_are_refused() -> None:
+    class NoLength(NoSize):
+        batch_size = 1
+
+    with pytest.raises(TypeError, match="NoLength has no __len__"):
+        PrunableBatchSampler(NoLength(), TOTAL)
 
 
 def test_samples_that_the_original_never_yields_are_an_error_and_no_endless_loop() -> None:

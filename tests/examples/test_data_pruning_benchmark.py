@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -235,6 +236,16 @@ def test_steps_are_read_in_turns():
     for _ in range(3):
         turns()
     assert seen == ["a begins", "a ends", "b begins", "b ends", "a begins"]
+    turns.close()
+    turns.close()
+    assert seen[5:] == ["a ends"]
+
+
+@pytest.mark.parametrize("steps", [10, 11, 12, 13, 14])
+def test_no_way_lasts_longer_than_its_fit(steps):
+    rows = data_pruning.reading_rows(replace(TINY, steps=steps), 2, Clock("cpu"))
+    assert [row.name for row in rows][:3] == ["unread", "read", "weighted"]
+    assert all(row.ratio > 0 for row in rows)
 
 
 def test_the_empty_mode_runs_the_step_and_is_taken_away():

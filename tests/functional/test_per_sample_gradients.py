@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from lightning_grad.functional._ghost_layouts import Layout, belongs_to, candidates
+from lightning_grad.functional._ghost.layouts import Layout, belongs_to, candidates
 from lightning_grad.functional.per_sample_gradients import PerSampleGradientNorms, per_sample_gradient_norms
 
 Draw = Callable[[int], tuple[Tensor, ...]]

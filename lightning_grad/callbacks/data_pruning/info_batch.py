@@ -14,7 +14,6 @@ from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
 from lightning_grad.functional import LossCall, infobatch_count, infobatch_subset, round_up_count
 from lightning_grad.utilities.checks import check_between, check_share, refuse_manual_optimization
-from lightning_grad.utilities.progress import run_progress
 
 _NEXT_SEED = 1_000_003  # more than any run has epochs
 
@@ -142,9 +141,9 @@ class InfoBatch(SubsetCallback):
             self._losses = seen if self._losses is None else torch.where(seen.isnan(), self._losses, seen)
 
     def _is_over(self, trainer: pl.Trainer) -> bool:
-        if trainer.max_epochs not in (None, -1):
-            return bool(trainer.current_epoch >= self.stop * trainer.max_epochs)
-        return run_progress(trainer) >= self.stop
+        # Not run_progress, which counts the batches of epochs as long as the present one.
+        ends = ((trainer.max_epochs, trainer.current_epoch), (trainer.max_steps, trainer.global_step))
+        return any(end not in (None, -1) and done >= self.stop * end for end, done in ends)
 
     def _weigh(self, call: LossCall) -> Tensor | None:
         assert self._training_set is not None

@@ -202,7 +202,9 @@ class Masking(Fixed):
         return F.cross_entropy(self(x * self.draw()), y)
 
 
-@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(()).item()])
+@pytest.mark.parametrize(
+    "draw", [random.random, np.random.rand, lambda: torch.rand(()).item()], ids=["python", "numpy", "torch"]
+)
 def test_every_pass_sees_the_same_random_numbers(draw: Any) -> None:
     def scores(epoch: int, seed: int) -> Tensor:
         callback = DataPruning(0.5, epoch=epoch, seed=seed)
@@ -799,14 +801,16 @@ class Write(pl.Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.kept: list[list[int]] = []
+        self.values: list[float] = []
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         (pruning,) = [callback for callback in trainer.callbacks if isinstance(callback, DataPruning)]
         self.kept.append([] if pruning.scored is None else pruning.scored.kept.tolist())
+        self.values = [] if pruning.scored is None else pruning.scored.values.tolist()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         (watch,) = [callback for callback in trainer.callbacks if isinstance(callback, Watch)]
-        found = {"kept": self.kept, "drawn": watch.epochs}
+        found = {"kept": self.kept, "drawn": watch.epochs, "values": self.values}
         (self.folder / f"{trainer.world_size}-{trainer.global_rank}.json").write_text(json.dumps(found))
 
 
@@ -821,6 +825,8 @@ def test_two_ranks_keep_what_one_process_keeps(score: Any, tmp_path: Path) -> No
     assert [len(kept) for kept in alone["kept"]] == [0, 10, 8, 7]
     assert [len(kept) for kept in ranks[0]["kept"]] == [0, 9, 8, 7]
     assert ranks[0]["kept"] == ranks[1]["kept"]
+    for rank in ranks:
+        assert rank["values"] == pytest.approx(alone["values"], rel=1e-5)
     assert set(ranks[0]["kept"][1]) < set(alone["kept"][1])
     assert ranks[0]["kept"][2:] == alone["kept"][2:]
     for epoch in (1, 2, 3):

@@ -150,8 +150,9 @@ def test_last_epochs_train_on_all(stop: float, pruned: int) -> None:
     assert all(weights is None for weights in found.spy.weights[max(pruned, 1) :])
 
 
-def test_a_run_of_so_many_steps_ends_on_all_too() -> None:
-    found = run(InfoBatch(0.5, stop=0.6), epochs=-1, max_steps=20)
+@pytest.mark.parametrize("epochs", [-1, 50])
+def test_a_run_of_so_many_steps_ends_on_all_too(epochs: int) -> None:
+    found = run(InfoBatch(0.5, stop=0.6), epochs=epochs, max_steps=20)
     sizes = [len(epoch) for epoch in found.watch.epochs]
     steps = [0]
     for size in sizes:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_grad.functional._ghost_contributions import chunks, sum_squares
+from lightning_grad.functional._ghost.contributions import chunks, sum_squares
 
 _REENTRANT = "CheckpointFunctionBackward"  # hides what happens inside from the graph
 

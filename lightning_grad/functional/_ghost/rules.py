@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_grad.functional._ghost_binding import Binding
-from lightning_grad.functional._ghost_convolutions import convolution, transposed_convolution
-from lightning_grad.functional._ghost_elementwise import (
+from lightning_grad.functional._ghost.binding import Binding
+from lightning_grad.functional._ghost.convolutions import convolution, transposed_convolution
+from lightning_grad.functional._ghost.elementwise import (
     IsSource,
     add,
     add_,
@@ -29,7 +29,7 @@ from lightning_grad.functional._ghost_elementwise import (
     subtract,
     subtract_,
 )
-from lightning_grad.functional._ghost_layers import (
+from lightning_grad.functional._ghost.layers import (
     addmm,
     batch_norm,
     group_norm,
@@ -39,7 +39,7 @@ from lightning_grad.functional._ghost_layers import (
     matmul,
     rms_norm,
 )
-from lightning_grad.functional._ghost_tables import embedding, embedding_bag, getitem
+from lightning_grad.functional._ghost.tables import embedding, embedding_bag, getitem
 
 Rule = Callable[..., Binding | None]
 

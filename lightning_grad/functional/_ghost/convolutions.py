@@ -8,8 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_grad.functional._ghost_binding import Binding, Rows, Term, first, given
-from lightning_grad.functional._ghost_contributions import Contribution, Convolution, ConvolutionSettings, Dense
+from lightning_grad.functional._ghost.binding import Binding, Rows, Term, first, given
+from lightning_grad.functional._ghost.contributions import Contribution, Convolution, ConvolutionSettings, Dense
 
 
 def _sum_of_pixels(gradient: Tensor, rows: Rows) -> Contribution:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_grad.functional._ghost_contributions import Contribution, add_up, chunks, combine, sum_squares
-from lightning_grad.functional._ghost_graph import rows_of_jacobian
-from lightning_grad.functional._ghost_tracer import Source, Use
+from lightning_grad.functional._ghost.contributions import Contribution, add_up, chunks, combine, sum_squares
+from lightning_grad.functional._ghost.graph import rows_of_jacobian
+from lightning_grad.functional._ghost.tracer import Source, Use
 
 Place = tuple[int, ...]  # what part of a parameter's memory a tensor is, and in which order
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_grad.functional._ghost_binding import Binding, Term
-from lightning_grad.functional._ghost_layouts import Layout
-from lightning_grad.functional._ghost_rules import bind
+from lightning_grad.functional._ghost.binding import Binding, Term
+from lightning_grad.functional._ghost.layouts import Layout
+from lightning_grad.functional._ghost.rules import bind
 
 Key = tuple[str, tuple[str, ...], int]  # operation, parameters, how many such calls came before
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_grad.functional._ghost_binding import Binding, Rows, all_but, first
-from lightning_grad.functional._ghost_contributions import Contribution, Dense
+from lightning_grad.functional._ghost.binding import Binding, Rows, all_but, first
+from lightning_grad.functional._ghost.contributions import Contribution, Dense
 
 
 def _broadcast(source: Tensor) -> Callable[[Sequence[int]], Sequence[int]]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_grad.functional._ghost_binding import Binding, Rows, all_but, first, flat
-from lightning_grad.functional._ghost_contributions import Contribution, Scattered
+from lightning_grad.functional._ghost.binding import Binding, Rows, all_but, first, flat
+from lightning_grad.functional._ghost.contributions import Contribution, Scattered
 
 
 def embedding(

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_grad.functional._ghost_graph import Leaf
-from lightning_grad.functional._ghost_layouts import Layout, belongs_to, candidates, has_mass
-from lightning_grad.functional._ghost_tracer import Tracer, Use
+from lightning_grad.functional._ghost.graph import Leaf
+from lightning_grad.functional._ghost.layouts import Layout, belongs_to, candidates, has_mass
+from lightning_grad.functional._ghost.tracer import Tracer, Use
 
 
 def run_backward(outputs: Tensor, ends: Mapping[int, Leaf], retain_graph: bool = False) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_grad.functional._ghost_contributions import Contribution, Dense
+from lightning_grad.functional._ghost.contributions import Contribution, Dense
 
 Rows = Callable[[Tensor], Tensor]  # returns a tensor with the samples first, in the type that norms are computed in
 Term = Callable[[Tensor, Rows], Contribution]  # takes the gradient of the output

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_grad.functional._ghost_binding import Binding, Rows, all_but, first, flat, given, sum_of_rows
-from lightning_grad.functional._ghost_contributions import Contribution, Dense, Outer
+from lightning_grad.functional._ghost.binding import Binding, Rows, all_but, first, flat, given, sum_of_rows
+from lightning_grad.functional._ghost.contributions import Contribution, Dense, Outer
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Binding | None:
