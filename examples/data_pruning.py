@@ -470,7 +470,7 @@ MARKERS = "osD^v"
 SIDE_BY_SIDE = ("random", "rs2-equal", "hard", "easy", "offset", "ccs")  # these see equally many samples
 RIGHT, WRONG, EDGE = "#0072B2", "#D55E00", "0.25"
 FEWEST = 0.002  # errors: none at all has no place on a logarithmic axis
-ERRORS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.9)
+ERRORS = (FEWEST, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.9)
 
 
 def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
@@ -487,7 +487,8 @@ def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
         tidy(axis)
     errors = [1 - result.test_accuracy for result in results]
     axes[0].set_yscale("log")
-    axes[0].set_yticks(ERRORS, [f"{100 * (1 - error):g} %" for error in ERRORS])
+    ticks = [f"{'≥ ' if error == FEWEST else ''}{100 * (1 - error):g} %" for error in ERRORS]
+    axes[0].set_yticks(ERRORS, ticks)
     axes[0].minorticks_off()
     axes[0].set_ylim(1.2 * max(*errors, 0.01), max(0.7 * min(errors), 0.9 * FEWEST))
     axes[0].set_ylabel("test accuracy (logarithm of the error)", fontsize=9)

@@ -63,10 +63,12 @@ def flip_labels(labels: Tensor, share: float, classes: int, seed: int) -> tuple[
     Returns:
         New labels ``(n,)``, and the sorted indices of those that are replaced.
     """
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))].sort().values
+    # Of numpy, for what chooses samples by the same seed from torch would otherwise choose these very ones.
+    generator = np.random.default_rng(seed)
+    count = round(share * len(labels))
+    chosen = torch.from_numpy(generator.permutation(len(labels))[:count]).sort().values
     flipped = labels.clone()
-    flipped[chosen] += torch.randint(1, classes, chosen.shape, generator=generator)
+    flipped[chosen] += torch.from_numpy(generator.integers(1, classes, count))
     return flipped % classes, chosen
 
 

@@ -246,6 +246,8 @@ def test_a_share_of_the_training_labels_is_flipped_always_in_the_same_way() -> N
     assert flipped.val_set.tensors[1].equal(data.val_set.tensors[1])
     assert flipped.test_set.tensors[1].equal(data.test_set.tensors[1])
     assert len(data.flipped) == 0
+    drawn = torch.randperm(1400, generator=torch.Generator().manual_seed(0))[:280]
+    assert torch.isin(drawn, flipped.flipped).sum() < 56  # 28 by chance; a draw by the same seed is another one
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

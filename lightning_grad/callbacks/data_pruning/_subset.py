@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from typing_extensions import override
 
@@ -58,6 +59,11 @@ class SubsetCallback(GradCallback):
         super().setup(trainer, pl_module, stage)
         if self._fitting:
             self._clear()
+            if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+                raise TypeError(
+                    f"{self.label} must know the samples of each batch, and training_step(dataloader_iter) draws batches "
+                    "itself. Let training_step take a batch."
+                )
             self._training_set = TrainingSet(trainer, self.label, self._undo, self.loader_key)
             self._undo.push(self._let_go)
 
@@ -124,8 +130,7 @@ class SubsetCallback(GradCallback):
         return torch.tensor(self._indices, device=device)
 
     def _refuse_unreached(self, trainer: pl.Trainer, epoch: int, would: str) -> None:
-        smoke_test: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
-        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch and not smoke_test:
+        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch and not _is_smoke_test(trainer):
             raise ValueError(
                 f"{self.label} would {would} after {epoch} epochs, and Trainer(max_epochs={trainer.max_epochs}) ends before. "
                 "Set epoch to a smaller number."
@@ -134,7 +139,8 @@ class SubsetCallback(GradCallback):
     def _refuse_unreached_steps(self, trainer: pl.Trainer, epoch: int, would: str) -> None:
         assert self._training_set is not None
         steps = epoch * self._training_set.full_batches / trainer.accumulate_grad_batches
-        if 0 <= trainer.max_steps <= steps and epoch > 0 and math.isfinite(steps) and trainer.global_step == 0:
+        is_new = trainer.global_step == 0 and not _is_smoke_test(trainer)
+        if is_new and epoch > 0 and math.isfinite(steps) and 0 <= trainer.max_steps <= steps:
             raise ValueError(
                 f"{self.label} would {would} after {epoch} epochs of {self._training_set.full_batches:.0f} batches, and "
                 f"Trainer(max_steps={trainer.max_steps}) ends before. Set epoch to a smaller number."
@@ -146,3 +152,7 @@ class SubsetCallback(GradCallback):
                 f"{self.label} keeps schedules in step with shorter epochs where Lightning steps them. This module steps its "
                 "own: one that counts batches will not come to its end."
             )
+
+
+def _is_smoke_test(trainer: pl.Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

@@ -244,8 +244,8 @@ def test_vog_is_that_of_the_gradients_at_its_epochs() -> None:
     "arguments", [{"epoch": 1}, {"epoch": 2, "checkpoints": 1}, {"epoch": [2, 3], "prune": [0.1, 0.2]}]
 )
 def test_one_pass_has_no_variance(arguments: Any) -> None:
-    with pytest.raises(ValueError, match=r"score='vog'.*two passes.*there was one"):
-        train(DataPruning(score="vog", **arguments), epochs=4)
+    with pytest.raises(ValueError, match="at least 2"):
+        DataPruning(score="vog", **arguments)
 
 
 def test_vog_cannot_begin_behind_its_epoch(tmp_path: Path) -> None:
@@ -776,7 +776,7 @@ def test_an_epoch_that_never_comes_is_refused() -> None:
 def test_gradient_scores_are_refused_where_parameters_are_sharded(score: str) -> None:
     stand_in = type("FSDPStrategy", (pl.strategies.SingleDeviceStrategy,), {})(device=torch.device("cpu"))
     with pytest.raises(ValueError, match=rf"score='{score}'\).*FSDP"):
-        train(DataPruning(0.5, score, epoch=1), strategy=stand_in)
+        train(DataPruning(0.5, score, epoch=2), epochs=3, strategy=stand_in)
 
 
 def test_classes_cannot_be_balanced_where_there_are_none() -> None:
