@@ -42,9 +42,10 @@ def is_quiet(pl_module: nn.Module) -> bool:
 def quiet(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
     """Let the module be run in eval mode, and leave no trace of it.
 
-    Put back bit for bit: modes, buffers, gradients and frozen parameters, torchmetrics and other attributes that are numbers,
-    tensors, generators or containers of them, the random states of Python, numpy and torch. Kept from happening: logging by
-    ``self.log``, loggers and ``print``. Compiled code runs eagerly.
+    Put back bit for bit: modes, buffers, gradients (there are none inside) and frozen parameters, the states of torchmetrics
+    and all other attributes, with the contents of those that are tensors, generators, containers or small objects, the random
+    states of Python, numpy and torch. Kept from happening: logging by ``self.log``, loggers and ``print``. Compiled code runs
+    eagerly.
 
     Raises:
         RuntimeError: If the step has changed a parameter that is trained.

@@ -105,9 +105,9 @@ class Busy(pl.LightningModule):
 
     def _count(self, loss: float, logits: Tensor, y: Tensor) -> None:
         self.losses.append([loss])
-        self.nested["a"][1]["b"].append(loss)  # type: ignore[index]
-        self.nested["tensor"].add_(1)  # type: ignore[union-attr]
-        self.nested["array"] += loss  # type: ignore[operator]
+        self.nested["a"][1]["b"].append(loss)
+        self.nested["tensor"].add_(1)
+        self.nested["array"] += loss
         self.nested["new"] = logits
         self.indices.add(self.number)
         self.recent.append(loss)
@@ -306,7 +306,7 @@ def test_a_fit_is_the_same_with_and_without_looking(tmp_path: Path) -> None:
     found = []
     for folder, callbacks in (("plain", []), ("looked", [Look()])):
         module = make_busy()
-        module._log = lambda loss, own=module: own.log("loss", loss, on_step=True, on_epoch=True)  # type: ignore[method-assign]
+        module._log = lambda loss, own=module: own.log("loss", loss, on_step=True, on_epoch=True)
         trainer = run(module, *callbacks, logger=CSVLogger(tmp_path / folder, name="", version=""))
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
         found.append((state_of(trainer, module), metrics, (tmp_path / folder / "metrics.csv").read_text()))
@@ -317,7 +317,7 @@ def test_a_fit_is_the_same_with_and_without_looking(tmp_path: Path) -> None:
 
 def test_csv_gets_no_row(tmp_path: Path) -> None:
     module = make_busy()
-    module._log = lambda loss: module.logger.log_metrics({"direct": loss.item()}, step=module.number)  # type: ignore[method-assign]
+    module._log = lambda loss: module.logger.log_metrics({"direct": loss.item()}, step=module.number)
     before: list[int] = []
 
     class Count(pl.Callback):

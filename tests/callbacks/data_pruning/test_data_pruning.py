@@ -527,7 +527,7 @@ class Manual(Classifier):
         super().__init__()
         self.automatic_optimization = False
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+    def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(super().training_step(batch, batch_idx))
@@ -562,7 +562,7 @@ class Tiny(Classifier):
         self.body, self.head = network, nn.Identity()
         self.loss = loss
 
-    def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
+    def training_step(self, batch: Any) -> Tensor:
         return self.loss(self(batch[0]), batch[1])
 
 
@@ -662,7 +662,7 @@ class Hugging(Classifier):
         super().__init__()
         self.model = Hugging.Model()
 
-    def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
+    def training_step(self, batch: Any) -> Tensor:
         return self.model(**batch).loss
 
 

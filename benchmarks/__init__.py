@@ -1,0 +1,1 @@
+"""Speed and memory, as ratios to a baseline that is measured in the same run; ``common.py`` is what the scripts share."""
