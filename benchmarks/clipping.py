@@ -45,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from benchmarks.common import (
+    Against,
     Clock,
     Row,
     convnet,
@@ -225,20 +226,6 @@ class Case:
     baseline: str = TORCH_NORM
     budget: float | None = None
     at_least: bool = False
-
-
-@dataclass(frozen=True)
-class Against(Row):
-    """One line of a result that says what it is a ratio to."""
-
-    baseline: str = ""
-
-    @property
-    @override
-    def cells(self) -> list[str]:
-        name, milliseconds, ratio, budget, verdict = super().cells
-        sign = ">= " if self.at_least else "<= "
-        return [name, milliseconds, ratio, self.baseline, sign + budget if budget else "", verdict]
 
 
 def function_cases(found: Gradients) -> list[Case]:

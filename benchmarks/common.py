@@ -189,6 +189,20 @@ class Row:
         return [self.name, f"{self.milliseconds:.2f}", f"{self.ratio:.3f}", budget, verdict]
 
 
+@dataclass(frozen=True)
+class Against(Row):
+    """One line of a result that says what it is a ratio to."""
+
+    baseline: str = ""
+
+    @property
+    @override
+    def cells(self) -> list[str]:
+        name, milliseconds, ratio, budget, verdict = super().cells
+        sign = ">= " if self.at_least else "<= "
+        return [name, milliseconds, ratio, self.baseline, sign + budget if budget else "", verdict]
+
+
 def rotated(items: Sequence[T], by: int) -> list[T]:
     """Return the items from another first one on, every other time backwards."""
     start = by % len(items)

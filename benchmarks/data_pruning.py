@@ -44,9 +44,9 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from plain_project import ResidualConvNet
 
-from benchmarks.clipping import Against
 from benchmarks.common import (
     WARM_STEPS,
+    Against,
     Clock,
     Row,
     machine,
