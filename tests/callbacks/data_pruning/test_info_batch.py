@@ -17,6 +17,7 @@ from tests.callbacks.data_pruning.test_data_pruning import (
     BATCH,
     SAMPLES,
     Classifier,
+    Fixed,
     Manual,
     Watch,
     make_data,
@@ -99,6 +100,18 @@ def test_share_that_is_left_out(prune: float) -> None:
     found = run(InfoBatch(prune, stop=1.0), epochs=2, batch_size=1, module=Classifier(normalizes=False))
     low = int((found.spy.losses[1] < found.spy.losses[1].mean()).sum()) if prune else 0
     assert SAMPLES - len(found.watch.epochs[1]) == math.floor(prune * low + 0.5)
+
+
+def test_the_same_losses_are_left_out_differently_in_each_epoch() -> None:
+    _, *epochs = run(InfoBatch(0.5, stop=1.0), Fixed(), epochs=4).spy.kept
+    assert len({tuple(kept) for kept in epochs}) == 3
+    assert len({len(kept) for kept in epochs}) == 1
+
+
+def test_no_batch_of_one_is_left_over() -> None:
+    size = len(run(InfoBatch(0.5), Fixed(), epochs=2, batch_size=1).watch.epochs[1])
+    epoch = run(InfoBatch(0.5), Fixed(), epochs=2, batch_size=size - 1).watch.epochs[1]
+    assert len(epoch) == size + 1
 
 
 def test_seeds_choose_differently() -> None:
