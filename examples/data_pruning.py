@@ -402,8 +402,8 @@ def print_table(results: Sequence[Result], study: Study) -> None:
         print(f"\n{kind_of_labels(flip)}")
         header = ("variant", "left out", "test accuracy", "samples seen", "of all", "CPU time")
         print_rows(header, [summarise(variant, prune, own, full) for variant, prune in study.trainings()])
-    kept = "epochs" if study.budget == "epochs" else "optimizer steps (InfoBatch: the same epochs)"
-    print(f"\nbudget: all train for the same {kept}")
+    exception = " (infobatch: epochs)" if study.budget == "steps" and "infobatch" in study.variants else ""
+    print(f"\nbudget: all train for the same {study.budget}{exception}")
     if study.cifar10 is None:
         print("test accuracy: on 200 images, so that one image is 0.5 %")
     if study.seeds > 1:
@@ -701,13 +701,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study = parse(arguments)
     results = run_study(study)
     print_table(results, study)
+    written = ["comparison.png", "results.csv", "a folder for each training"]
     if max(study.flips) > 0:
         print_findings(find_label_errors(study))
         look_at_scores(study)
-    print(
-        f"\nWritten to {study.output}/: the figures comparison, label_errors, histogram and scores (png), results.csv,"
-    )
-    print("label_errors.csv, scores/ with tables and pages of the hardest samples, and a folder for each training.")
+        written[1:1] = ["label_errors.png", "histogram.png", "scores.png"]
+        written += ["label_errors.csv", "scores/ with a page of the hardest samples"]
+    print(f"\nWritten to {study.output}/:", *written, sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import plain_project
 import pytest
 from lightning.pytorch import Trainer
-from plain_project import Digits, VisionTransformer
+from plain_project import Digits, ResidualConvNet, VisionTransformer
 
 from lightning_grad import callbacks
 from lightning_grad.callbacks import NMSparsity
@@ -75,23 +75,48 @@ def test_every_snippet_is_tested() -> None:
     assert snippets == {*EXPECTED, *FAMILY, *DATA_FAMILY}
 
 
-@pytest.mark.parametrize("word", sorted(FAMILY | DATA_FAMILY))
-def test_snippet_of_a_family_becomes_its_callback_and_trains(word: str) -> None:
+def instantiate_of_family(word: str) -> Any:
+    """Compose the group ``callbacks`` with one technique, and check that it gets what its file says."""
     with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
         config = hydra.compose(overrides=[f"+callbacks={word}"])
     callback = hydra.utils.instantiate(config.callbacks[word])
     assert type(callback).__name__ == (FAMILY | DATA_FAMILY)[word]
     arguments = {key: value for key, value in config.callbacks[word].items() if key != "_target_"}
     assert {key: callback.settings[key] for key in arguments} == arguments
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = Trainer(max_steps=2, accelerator="cpu", limit_val_batches=0, callbacks=[callback], **quiet)
+    return callback
+
+
+QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+@pytest.mark.parametrize("word", sorted(FAMILY))
+def test_snippet_of_the_clipping_family_becomes_its_callback_and_trains(word: str) -> None:
+    callback = instantiate_of_family(word)
+    trainer = Trainer(max_steps=2, accelerator="cpu", limit_val_batches=0, callbacks=[callback], **QUIET)
     trainer.fit(VisionTransformer(), datamodule=Digits())
     assert trainer.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "fewest", "most"),
+    [
+        ("data_pruning", 42, 42),  # ten whole epochs, and half of one
+        ("info_batch", 23, 43),
+        ("loss_reweighting", 44, 44),
+        ("repeated_random_subset", 22, 22),
+        ("uniform_learning", 47, 55),  # three epochs with repeated samples
+    ],
+)
+def test_snippet_of_the_data_family_becomes_its_callback_and_chooses(word: str, fewest: int, most: int) -> None:
+    callback = instantiate_of_family(word)
+    trainer = Trainer(max_epochs=11, accelerator="cpu", limit_val_batches=0, callbacks=[callback], **QUIET)
+    trainer.fit(ResidualConvNet(width=2), datamodule=Digits(batch_size=350))  # four steps for a whole epoch
+    assert fewest <= trainer.global_step <= most
 
 
 @pytest.mark.parametrize(
