@@ -13,6 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lightning_grad.functional._shuffling import shuffled
+
 
 def _check_choice(value: str | None, choices: Iterable[str], parameter: str) -> None:
     known = list(choices)
@@ -209,7 +211,7 @@ def select_samples(
     _check_count(scores, count, offset)
     _check_classes(scores, labels, balance, class_floor, rule)
     scores = scores.detach().to("cpu", torch.float64)
-    shuffle = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))
+    shuffle = shuffled(len(scores), seed, "selection")
 
     def choose(among: Tensor, quota: int) -> Tensor:
         """Return ``quota`` of the samples ``among``, which come in shuffled order."""

@@ -6,11 +6,12 @@ Both are computed on the CPU: from a generator that the caller owns and saves (I
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
 from torch import Tensor
+
+from lightning_grad.functional._shuffling import shuffled
 
 
 def _low_samples(losses: Tensor) -> Tensor:
@@ -119,13 +120,6 @@ def infobatch_subset(losses: Tensor, prune: float, generator: torch.Generator, e
     return kept, infobatch_weights(is_low, kept)
 
 
-def _permutation(total: int, seed: int, number: int) -> Tensor:
-    # Hashed, so that neighbouring seeds and numbers have nothing in common.
-    mixed = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(mixed, "little") >> 1)
-    return torch.randperm(total, generator=generator)
-
-
 def _carried(total: int, count: int, cycle: int) -> int:
     """Return how many samples at the end of a cycle belong to an epoch that goes on in the next one."""
     return (cycle + 1) * total % count
@@ -152,11 +146,11 @@ def _cycle(total: int, count: int, cycle: int, seed: int) -> Tensor:
         start -= 1
         if count + _carried(total, count, start) <= total:
             break
-    order = _permutation(total, seed, start)
+    order = shuffled(total, seed, start)
     for number in range(start + 1, cycle + 1):
         carried = _carried(total, count, number - 1)
         taken = order[total - carried :]
-        order = _permutation(total, seed, number)
+        order = shuffled(total, seed, number)
         order = _deferred(order, taken, count - carried) if carried else order
     return order
 
@@ -198,7 +192,7 @@ def repeated_random_subset(total: int, count: int, epoch: int, seed: int, replac
     if epoch < 0:
         raise ValueError(f"epoch must be at least 0; got {epoch}.")
     if replacement or count == 0:
-        return _permutation(total, seed, epoch)[:count].sort().values
+        return shuffled(total, seed, epoch)[:count].sort().values
     start, end = epoch * count, (epoch + 1) * count
     cycles = range(start // total, (end - 1) // total + 1)
     parts = [_cycle(total, count, c, seed)[max(start - c * total, 0) : end - c * total] for c in cycles]

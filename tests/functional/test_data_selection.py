@@ -320,3 +320,9 @@ def test_nothing_is_rounded_up_where_a_batch_of_one_cannot_be() -> None:
     assert count_kept(10, 0.99, batch_size=1, ranks=4) == 4
     assert count_kept(3, 0.5, batch_size=1, ranks=4) == 3
     assert round_up_count(1, 1, batch_size=8) == 1
+
+
+def test_a_random_choice_is_not_what_others_draw_from_the_same_seed() -> None:
+    others = torch.randperm(1400, generator=torch.Generator().manual_seed(0))[:140]
+    kept = select_samples(torch.zeros(1400), 140, keep="random", seed=0)
+    assert torch.isin(kept, others).sum() < 30  # 14 by chance; all of them, if both were the same permutation

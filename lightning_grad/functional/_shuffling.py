@@ -1,0 +1,20 @@
+"""Random orders that nobody else draws by chance."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def shuffled(total: int, seed: int, purpose: int | str) -> Tensor:
+    """Return a random order of so many things, on the CPU; the same for the same seed and purpose.
+
+    Seeds are hashed, so that neighbouring ones have nothing in common, and so that the order is not the one that a user gets
+    from ``torch.randperm`` with the same seed: whoever flips labels at random with seed 0, say, and keeps samples at random
+    with seed 0, would otherwise keep just the flipped ones.
+    """
+    mixed = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(mixed, "little") >> 1)
+    return torch.randperm(total, generator=generator)
