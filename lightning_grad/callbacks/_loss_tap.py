@@ -114,16 +114,31 @@ class _LossTap:
 
     def _step(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._seen = 0
-        samples = batch_size_of([*args, *kwargs.values()][0]) if self.samples is None else self.samples()
+        batch = next(iter((*args, *kwargs.values())))
+        samples = batch_size_of(batch) if self.samples is None else self.samples()
+        if (
+            samples == 0
+        ):  # none of the samples that are watched: another loader's batch, or a tuner that tries a few steps
+            return inner(*args, **kwargs)
         with LossCapture(samples, None if self.reweight is None else self._weights) as capture:
             output = inner(*args, **kwargs)
         if output is None and self._may_skip and not capture.calls and not capture.unread:
             return None  # Lightning trains on no batch for which an automatic step returns nothing
         if self.reweight is not None:
-            capture.only(self.which)  # an unseen or ambiguous loss is an error, not a step without weights
+            self._refuse_unweighted(capture)
         for reader, which in self.readers:
             reader(capture.only(which))
         return output
+
+    def _refuse_unweighted(self, capture: LossCapture) -> None:
+        # An unseen or ambiguous loss is an error, and not a step without weights.
+        try:
+            capture.only(self.which)
+        except (RuntimeError, ValueError) as error:
+            raise type(error)(
+                f"{self.reweighted_by} weights the loss of each sample, and must see it. It needs one loss of "
+                f"torch.nn.functional in training_step, or loss=, which says which of several. {error}"
+            ) from None
 
     def _weights(self, call: LossCall) -> Tensor | None:
         assert self.reweight is not None

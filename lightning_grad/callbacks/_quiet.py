@@ -30,6 +30,7 @@ _NUMBERS = (bool, int, float, complex, str, bytes, type(None))
 _CONTAINERS = (list, dict, set, deque)
 _ARRAYS = (Tensor, np.ndarray)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_FEW = 100  # data sets or transforms in a list; the samples themselves are more
 _OF_MODULES = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric")
 
 
@@ -60,6 +61,28 @@ def quiet(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
         stack.callback(close_windows, pl_module)
         pl_module.eval()
         yield
+
+
+@contextmanager
+def generators_kept(holder: Any) -> Iterator[None]:
+    """Put back the state of random generators that a data set, or what it is made of, has of its own."""
+    held = [_Held(generator) for generator in _generators_of(holder)]
+    try:
+        yield
+    finally:
+        for generator in held:
+            generator.restored()
+
+
+def _generators_of(holder: Any, depth: int = 4) -> Iterator[Any]:
+    if isinstance(holder, _GENERATORS):
+        yield holder
+    elif isinstance(holder, (list, tuple)) and len(holder) <= _FEW and depth:
+        for item in holder:
+            yield from _generators_of(item, depth - 1)
+    elif hasattr(holder, "__dict__") and not isinstance(holder, (type, ModuleType)) and depth:
+        for item in vars(holder).values():
+            yield from _generators_of(item, depth - 1)
 
 
 @contextmanager
@@ -222,11 +245,17 @@ def _given_back(item: Any) -> Any:
     return item.restored() if isinstance(item, _Held) else item
 
 
-def _is_record(value: Any) -> bool:
+def _is_record(value: Any, depth: int = 3) -> bool:
     """Say whether an object is a small one of the user's, such as an average meter: all that it has are plain values."""
-    if isinstance(value, (nn.Module, ModuleType, Enum)) or callable(value) or not hasattr(value, "__dict__"):
+    if (
+        isinstance(value, (nn.Module, ModuleType, Enum))
+        or callable(value)
+        or not hasattr(value, "__dict__")
+        or not depth
+    ):
         return False
-    return all(isinstance(item, (*_NUMBERS, *_CONTAINERS, tuple, *_ARRAYS)) for item in vars(value).values())
+    plain = (*_NUMBERS, *_CONTAINERS, tuple, *_GENERATORS, *_ARRAYS)
+    return all(isinstance(item, plain) or _is_record(item, depth - 1) for item in vars(value).values())
 
 
 def _copied(value: Any) -> Any:

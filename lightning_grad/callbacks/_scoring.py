@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_grad.callbacks._quiet import quiet
+from lightning_grad.callbacks._quiet import generators_kept, quiet
 from lightning_grad.functional import LossCall, LossCapture, PerSampleGradientNorms
 from lightning_grad.utilities.checks import is_sharded
 from lightning_grad.utilities.training_set import TrainingSet
@@ -165,7 +165,7 @@ def look_at_all(
     loader = _scoring_loader(training_set.loader, dataset, batches, seed, in_main_process=rehearsal)
     found = _Found(training_set.sampler.total, trainer.strategy.root_device)
     memory: dict[str, Any] = {}
-    with quiet(trainer, pl_module):
+    with quiet(trainer, pl_module), generators_kept(loader.dataset):
         _seed_streams(seed)
         for number, batch in enumerate(loader if rehearsal else _with_progress(loader, title, trainer)):
             batch = _to_device(trainer, batch)
@@ -194,7 +194,8 @@ class _Found:
                     f"{name} must have a row for each of {len(indices)} samples; got {tuple(value.shape)}."
                 )
             if name not in self.values:
-                kind = torch.float32 if self._device.type == "mps" else torch.float64
+                # Vectors of ImageNet's samples are gigabytes; what no float64 holds, Apple's GPU has no use for.
+                kind = torch.float32 if value.dim() > 1 or self._device.type == "mps" else torch.float64
                 shape = (self._total, *value.shape[1:])
                 self.values[name] = torch.full(shape, float("nan"), dtype=kind, device=self._device)
             own = self.values[name]

@@ -140,11 +140,25 @@ class TrainingSet:
                 f"{type(original).__name__}({type(sampler.sampler).__name__}). Use a sampler of torch.utils.data, or one "
                 "process."
             )
+        self._refuse_other_length(sampler.total)
+        if not sampler.shares_are_known and sampler.full_samples < sampler.total:
+            rank_zero_warn(
+                f"{type(sampler.sampler or original).__name__} draws {sampler.full_samples} of {sampler.total} samples an "
+                f"epoch, and {self._needed_by} cannot know which: it chooses among all. If the others are never drawn, train on a "
+                "torch.utils.data.Subset instead."
+            )
         self._give_back()
         _replace(loader, sampler)
         self._loader, self._sampler = loader, sampler
         if self._begun:
             self._tell_sampler()
+
+    def _refuse_other_length(self, total: int) -> None:
+        if self._kept is not None and self._sampler is not None and self._sampler.total != total:
+            raise ValueError(
+                f"{self._needed_by} knows samples by their index, and the training set had {self._sampler.total} of them and "
+                f"now, reloaded, has {total}. Keep the data set the same for the whole fit."
+            )
 
     def _give_back(self) -> None:
         if self._loader is not None:
@@ -231,7 +245,12 @@ class TrainingSet:
         trainer.val_check_batch = min(trainer.val_check_interval, batches)
 
     def _limit(self, length: float) -> float:
-        return _parse_num_batches(RunningStage.TRAINING, length, self._trainer.limit_train_batches)
+        limit = self._trainer.limit_train_batches
+        if isinstance(limit, float) and 0 < limit < 1 and 0 < length < float("inf"):
+            return max(
+                1, int(length * limit)
+            )  # Lightning refuses a share of less than one batch, which was one and more
+        return _parse_num_batches(RunningStage.TRAINING, length, limit)
 
     def _trainer_draws_anew(self) -> bool:
         loop = self._trainer.fit_loop

@@ -34,7 +34,7 @@ ScoreFunction = Callable[[pl.LightningModule, Any], Tensor]
 def measure_for(score: str, score_fn: ScoreFunction | None = None) -> Measure:
     """Return what a pass measures for a score that one pass gives."""
     if score_fn is not None:
-        return lambda look: {"score": torch.as_tensor(score_fn(look.pl_module, look.batch))}
+        return lambda look: {"score": _of_function(look, score_fn)}
     return {
         "el2n": lambda look: _of_call(look.loss(), el2n),
         "loss": lambda look: _of_call(look.loss(), lambda call: call.losses),
@@ -44,6 +44,16 @@ def measure_for(score: str, score_fn: ScoreFunction | None = None) -> Measure:
         "prototypes": _embedding,
         "chance": lambda look: _of_call(look.loss(), lambda call: torch.zeros_like(call.losses)),
     }[score]
+
+
+def _of_function(look: Look, score_fn: ScoreFunction) -> Tensor:
+    scores = torch.as_tensor(score_fn(look.pl_module, look.batch))
+    if scores.shape != (len(look.indices),):
+        raise ValueError(
+            f"score_fn must return one score for each of the {len(look.indices)} samples of a batch, ({len(look.indices)},); "
+            f"got {tuple(scores.shape)}."
+        )
+    return scores
 
 
 def classes_of(call: LossCall) -> dict[str, Tensor]:
@@ -79,6 +89,7 @@ class VarianceOfGradients:
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
+        self._measured: list[int] = []
 
     def measure(self, look: Look) -> Mapping[str, Tensor]:
         """Take in one batch."""
@@ -102,7 +113,19 @@ class VarianceOfGradients:
         if not self.state:
             self.state = vog_state(look.total, inputs.shape[1:])
         update_vog_(self.state, torch.tensor(look.indices), gradients)
+        self._measured += look.indices
         return classes_of(call)
+
+    def gather(self, trainer: pl.Trainer) -> None:
+        """Give every rank what the others have measured in this pass, so that any of them may save it."""
+        own, self._measured = torch.tensor(self._measured), []
+        if trainer.world_size == 1:
+            return
+        for key, value in self.state.items():
+            share = torch.zeros_like(value)
+            share[own] = value[own]
+            total = trainer.strategy.reduce(share.to(trainer.strategy.root_device), reduce_op="sum")
+            self.state[key] = torch.as_tensor(total).cpu()
 
 
 def _inputs_of(batch: Any, samples: int) -> Tensor:

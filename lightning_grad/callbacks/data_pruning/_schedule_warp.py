@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_grad.utilities.dispatch import wrap_method
 from lightning_grad.utilities.training_set import TrainingSet
@@ -44,9 +45,9 @@ def count_steps(batches: int, until: int, accumulate: int, frequency: int) -> in
         >>> count_steps(batches=7, until=7, accumulate=3, frequency=1)
         3
     """
-    return sum(
-        number % frequency == 0 and (number % accumulate == 0 or number == batches) for number in range(1, until + 1)
-    )
+    # It steps with every batch that its frequency divides, if the optimizer does, as it does at the last one of all.
+    only_at_the_end = until == batches and batches % frequency == 0 and batches % accumulate != 0
+    return until // math.lcm(accumulate, frequency) + only_at_the_end
 
 
 def warp_schedules(trainer: pl.Trainer, pl_module: pl.LightningModule, training_set: TrainingSet) -> Callable[[], None]:
@@ -72,6 +73,22 @@ def warp_schedules(trainer: pl.Trainer, pl_module: pl.LightningModule, training_
     undo.push(wrap_method(pl_module, "lr_scheduler_step", step))
     undo.push(wrap_method(trainer.fit_loop.epoch_loop, "update_lr_schedulers", end_epoch))
     return undo.run
+
+
+def warn_of_two_ends(trainer: pl.Trainer, training_set: TrainingSet, label: str) -> bool:
+    """Warn if schedules are left alone for the sake of ``max_steps``, but epochs will end the run before; say whether."""
+    configs = [config for config in trainer.lr_scheduler_configs if config.interval == "step"]
+    batches, full_batches = training_set.batches, training_set.full_batches
+    if not configs or trainer.max_epochs in (None, -1) or batches >= full_batches:
+        return False
+    left = (trainer.max_epochs - trainer.current_epoch) * math.ceil(batches / trainer.accumulate_grad_batches)
+    if _epochs_end_the_run(trainer, full_batches) or trainer.global_step + left >= trainer.max_steps:
+        return False
+    rank_zero_warn(
+        f"With {label} the run will end after max_epochs={trainer.max_epochs}, and before max_steps={trainer.max_steps}, for "
+        "which schedules that step with batches are made: they will not come to their end. Set only one of both."
+    )
+    return True
 
 
 def _steps_now(trainer: pl.Trainer, training_set: TrainingSet, scheduler: Any) -> int:

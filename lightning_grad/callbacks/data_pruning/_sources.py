@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.callbacks._scoring import Measure, merge_ranks
+from lightning_grad.callbacks._scoring import Measure
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.callbacks.data_pruning._measures import (
     HISTORIES,
@@ -62,6 +62,9 @@ class ScoreSource:
     def rehearse(self, run_pass: Pass) -> Mapping[str, Tensor] | None:
         """Raise if scores could not be taken; ``run_pass`` looks at one batch only. Return what it has found."""
         return None
+
+    def gather(self, trainer: pl.Trainer) -> None:
+        """Bring together what the ranks have recorded."""
 
     def epoch_begins(self, trainer: pl.Trainer, run_pass: Pass, rounds: Sequence[int]) -> None:
         """Collect what is due when an epoch begins; ``rounds`` are the epochs after which scores will be taken."""
@@ -213,6 +216,7 @@ class VarianceScores(ScoreSource):
         spacing = (last - first) / self._checkpoints
         if trainer.current_epoch in {first + math.ceil(spacing * (number + 1)) for number in range(self._checkpoints)}:
             self._classes = run_pass(self._gradients.measure, "Collecting gradients for vog")
+            self._gradients.gather(trainer)
 
     def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
         count = self._gradients.state.get("count")
@@ -222,11 +226,9 @@ class VarianceScores(ScoreSource):
                 f"{trainer.current_epoch} there was {'none' if count is None else 'one'}. Set checkpoints to at least 2, and "
                 "epoch so that this fit trains for at least 2 epochs before each round."
             )
-        own = vog(self._gradients.state).to(trainer.strategy.root_device)
-        merged = merge_ranks(trainer, own).double().cpu()
-        labels = _classes(self._classes.get("label"))
+        values, labels = vog(self._gradients.state).double(), _classes(self._classes.get("label"))
         self._gradients.state = {}
-        scores = merged if labels is None else normalize_by_class(merged, labels)
+        scores = values if labels is None else normalize_by_class(values, labels)
         answers = _classes(self._classes.get("prediction"))
         return ScoredSet(self.name, trainer.current_epoch, scores, labels=labels, predictions=answers)
 
@@ -259,6 +261,9 @@ class HistoryScores(ScoreSource):
             self._labels.put(indices, call.labels, total)
 
     def epoch_begins(self, trainer: pl.Trainer, run_pass: Pass, rounds: Sequence[int]) -> None:
+        self.gather(trainer)
+
+    def gather(self, trainer: pl.Trainer) -> None:
         values, labels = self._values.take(trainer), self._labels.take(trainer)
         if values is None:
             return

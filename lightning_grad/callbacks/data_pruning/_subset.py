@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks.base import GradCallback
-from lightning_grad.callbacks.data_pruning._schedule_warp import warp_schedules
+from lightning_grad.callbacks.data_pruning._schedule_warp import warn_of_two_ends, warp_schedules
 from lightning_grad.utilities.reporting import log_summary
 from lightning_grad.utilities.training_set import TrainingSet
 
@@ -31,7 +31,7 @@ class SubsetCallback(GradCallback):
 
     namespace: ClassVar[str] = "data"
 
-    def __init__(self, loader_key: str | None = None, name: str | None = None) -> None:
+    def __init__(self, loader_key: str | int | None = None, name: str | None = None) -> None:
         super().__init__(name)
         self.loader_key = loader_key
         self._clear()
@@ -41,13 +41,17 @@ class SubsetCallback(GradCallback):
         self._kept: Tensor | None = None
         self._indices: list[int] = []
         self._samples_seen = 0
+        self._is_rehearsed = self._has_warned = False
 
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
         """Return the indices of the samples of the epoch that begins, ``None`` for all."""
         raise NotImplementedError
 
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise before the first batch if what will be done in later epochs cannot be."""
+        """Raise if what will be done in later epochs cannot be; called after the first batch, all hooks of which have run."""
+
+    def _epoch_ends(self, trainer: pl.Trainer) -> None:
+        """Gather what the ranks have recorded; called after an epoch's last batch, before any checkpoint is written."""
 
     @property
     def _passes_more_than_once(self) -> bool:
@@ -64,7 +68,7 @@ class SubsetCallback(GradCallback):
                     f"{self.label} must know the samples of each batch, and training_step(dataloader_iter) draws batches "
                     "itself. Let training_step take a batch."
                 )
-            self._training_set = TrainingSet(trainer, self.label, self._undo, self.loader_key)
+            self._training_set = TrainingSet(trainer, self.label, self._undo, _as_text(self.loader_key))
             self._undo.push(self._let_go)
 
     def _let_go(self) -> None:
@@ -92,7 +96,6 @@ class SubsetCallback(GradCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._training_set is not None
-        self._rehearse(trainer, pl_module)
         if self._training_set.resumes_behind_last_batch:
             # Lightning then begins the next epoch without calling on_train_epoch_start.
             self.on_train_epoch_start(trainer, pl_module)
@@ -103,6 +106,7 @@ class SubsetCallback(GradCallback):
         assert self._training_set is not None
         self._kept = self._choose(trainer, pl_module)
         self._training_set.keep(self._kept, self._passes_more_than_once)
+        self._has_warned = self._has_warned or warn_of_two_ends(trainer, self._training_set, self.label)
         total = len(self._training_set.sampler.population)
         self._log(pl_module, {"kept_share": 1.0 if self._kept is None else len(self._kept) / total}, sync_dist=True)
 
@@ -115,13 +119,25 @@ class SubsetCallback(GradCallback):
         self._samples_seen += len(self._indices) * trainer.world_size
 
     @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._indices = []
+        if not self._is_rehearsed:
+            self._is_rehearsed = True
+            self._rehearse(trainer, pl_module)
+        if trainer.is_last_batch:
+            self._epoch_ends(trainer)
+
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._log(pl_module, {"samples_seen": float(self._samples_seen)}, sync_dist=True)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._training_set is not None
-        all_samples = self._training_set.full_samples * trainer.current_epoch
+        trained = trainer.fit_loop.epoch_loop.batch_progress.current.ready / max(1.0, self._training_set.batches)
+        all_samples = self._training_set.full_samples * (max(0, trainer.current_epoch - 1) + min(1.0, trained))
         if all_samples:
             share = self._samples_seen / all_samples
             log_summary(trainer, {self._key("samples_seen"): self._samples_seen, self._key("samples_share"): share})
@@ -139,7 +155,7 @@ class SubsetCallback(GradCallback):
     def _refuse_unreached_steps(self, trainer: pl.Trainer, epoch: int, would: str) -> None:
         assert self._training_set is not None
         steps = epoch * self._training_set.full_batches / trainer.accumulate_grad_batches
-        is_new = trainer.global_step == 0 and not _is_smoke_test(trainer)
+        is_new = trainer.current_epoch == 0 and not _is_smoke_test(trainer)
         if is_new and epoch > 0 and math.isfinite(steps) and 0 <= trainer.max_steps <= steps:
             raise ValueError(
                 f"{self.label} would {would} after {epoch} epochs of {self._training_set.full_batches:.0f} batches, and "
@@ -152,6 +168,10 @@ class SubsetCallback(GradCallback):
                 f"{self.label} keeps schedules in step with shorter epochs where Lightning steps them. This module steps its "
                 "own: one that counts batches will not come to its end."
             )
+
+
+def _as_text(key: str | int | None) -> str | None:
+    return None if key is None else str(key)
 
 
 def _is_smoke_test(trainer: pl.Trainer) -> bool:

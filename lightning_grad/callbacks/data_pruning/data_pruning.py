@@ -17,10 +17,10 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_grad.callbacks._loss_tap import read_losses
+from lightning_grad.callbacks._quiet import generators_kept
 from lightning_grad.callbacks._scoring import Measure, look_at_all
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, SCORES, Score
 from lightning_grad.callbacks.data_pruning._report import report
@@ -95,7 +95,7 @@ class DataPruning(SubsetCallback):
         score_files: Score files to rank by instead of scoring; several are averaged.
         save_scores: Where to write the scores (.npz); with several rounds the epoch is added. Default: beside the logs.
         score_fn: Function of the module and a batch that returns the scores (B,), for losses that cannot be seen; by dotted
-            path in YAML.
+            path in YAML. It runs in eval mode and without gradients, unless it turns them on.
         score_dataset: Function of the trainer that returns the training set without augmentation, to score that.
         loss: Which loss counts, from 0, if the step computes several.
         checkpoints: Number of passes of vog, at least 2, spread evenly over the epochs before.
@@ -162,15 +162,15 @@ class DataPruning(SubsetCallback):
         budget: Literal["epochs", "steps"] = "epochs",
         score_files: Sequence[str] | None = None,
         save_scores: str | None = None,
-        score_fn: Callable[[pl.LightningModule, Any], Tensor] | None = None,
-        score_dataset: Callable[[pl.Trainer], Dataset[Any]] | None = None,
+        score_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
+        score_dataset: Callable[[pl.Trainer], Any] | None = None,
         loss: int | None = None,
         checkpoints: int = 3,
         strict: bool = True,
         show: int = 16,
         figure: bool = True,
         seed: int = 0,
-        loader_key: str | None = None,
+        loader_key: str | int | None = None,
         name: str | None = None,
     ) -> None:
         self.prune = list(prune) if isinstance(prune, Sequence) else prune
@@ -225,15 +225,32 @@ class DataPruning(SubsetCallback):
         check_count(self.strata, 1, "strata")
         check_count(self.checkpoints, 2, "checkpoints")
         check_count(self.show, 0, "show")
+        check_count(self.seed, 0, "seed")
+        check_count(0 if self.loss is None else self.loss, 0, "loss")
         if self.select == "ccs" and self.keep != "hard":
             raise ValueError(
                 f"select='ccs' draws from all scores, so that keep={self.keep!r} means nothing. Leave keep at 'hard'."
             )
         least = min((share for _, share in self._rounds if share), default=1.0)
+        if self.score_fn is not None and (self.score_files or self.score != "el2n"):
+            other = "score_files" if self.score_files else f"score={self.score!r}"
+            raise ValueError(f"score_fn and {other} would both give the scores. Leave one of them out.")
+        if self.score_files and self.keep == "random":
+            raise ValueError(
+                "keep='random' looks at no score, so that score_files mean nothing. Leave one of them out."
+            )
+        self._check_floor()
         if self.keep == "random" and self.offset:
             raise ValueError("offset leaves out the hardest, and keep='random' looks at no score. Leave offset at 0.")
         if self.offset > least:
             raise ValueError(f"offset is part of what prune leaves out, so at most {least}; got {self.offset}.")
+
+    def _check_floor(self) -> None:
+        if self.class_floor and (self.select != "top" or self.balance is not None):
+            raise ValueError("class_floor goes with select='top' and without balance, which has a rule of its own.")
+        most = max(share for _, share in self._rounds)
+        if self.class_floor > 1.0 - most:
+            raise ValueError(f"class_floor={self.class_floor} of each class is more than prune={most} leaves of all.")
 
     def _check_rounds(self) -> None:
         epochs = [0, *(epoch for epoch, _ in self._rounds)]
@@ -276,9 +293,10 @@ class DataPruning(SubsetCallback):
         if not self._fitting:
             return
         if self._source.runs_the_step:
+            asked = "balance or class_floor" if self._source.name == CHANCE else f"score={self.score!r}"
             refuse_manual_optimization(
                 pl_module,
-                f"{self.label}(score={self.score!r})",
+                f"{self.label} with {asked}",
                 "its training_step also steps, so that it cannot be run just to score samples. Use score='aum' or "
                 "'forgetting', keep='random', score_files, or score_fn=, which takes the module and a batch and returns the "
                 "scores.",
@@ -288,6 +306,13 @@ class DataPruning(SubsetCallback):
         if isinstance(self._source, FileScores):
             self._source.check(self.label)
         self._refuse_unreached(trainer, self._rounds[0][0], "prune")
+        late = [
+            epoch for epoch, _ in self._rounds if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch
+        ]
+        if late and late != [epoch for epoch, _ in self._rounds]:
+            rank_zero_warn(
+                f"{self.label} has rounds that never come: max_epochs={trainer.max_epochs}, epoch={self.epoch}."
+            )
         self._warn()
         if isinstance(self._source, HistoryScores):
             self._undo.push(read_losses(pl_module, self._read, self.loss, lambda: len(self._indices)))
@@ -336,6 +361,10 @@ class DataPruning(SubsetCallback):
             if found is not None and "label" not in found:
                 self._refuse_balance()
 
+    @override
+    def _epoch_ends(self, trainer: pl.Trainer) -> None:
+        self._source.gather(trainer)
+
     # An epoch begins.
 
     @override
@@ -365,8 +394,10 @@ class DataPruning(SubsetCallback):
         kept = None if share == 0.0 else population[self._select(scored, population, count)]
         self.scored = replace(scored, kept=kept)
         if scored.name != CHANCE:
-            self._save(trainer, self.scored)
-            report(trainer, self.scored, self._dataset(trainer), self.label, self.show, self.figure)
+            dataset = self._dataset(trainer)
+            with generators_kept(dataset):
+                self._save(trainer, self.scored)
+                report(trainer, self.scored, dataset, self.label, self.show, self.figure)
         self._say(count, len(population), share)
         return kept
 

@@ -13,7 +13,7 @@ from lightning_grad.callbacks._loss_tap import reweight_losses
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
 from lightning_grad.functional import LossCall, infobatch_count, infobatch_subset, round_up_count
-from lightning_grad.utilities.checks import check_between, check_share, refuse_manual_optimization
+from lightning_grad.utilities.checks import check_between, check_count, check_share, refuse_manual_optimization
 
 _NEXT_SEED = 1_000_003  # more than any run has epochs
 
@@ -76,11 +76,13 @@ class InfoBatch(SubsetCallback):
         stop: float = 0.875,
         loss: int | None = None,
         seed: int = 0,
-        loader_key: str | None = None,
+        loader_key: str | int | None = None,
         name: str | None = None,
     ) -> None:
         check_share(prune, "prune")
         check_between(stop, 0.0, 1.0, "stop")
+        check_count(0 if loss is None else loss, 0, "loss")
+        check_count(seed, 0, "seed")
         self.prune = prune
         self.stop = stop
         self.loss = loss
@@ -134,6 +136,10 @@ class InfoBatch(SubsetCallback):
         kept, weights = infobatch_subset(losses, self.prune, generator, extra=count - wanted)
         self._weights = torch.ones(sampler.total).index_put((population[kept],), weights)
         return population[kept]
+
+    @override
+    def _epoch_ends(self, trainer: pl.Trainer) -> None:
+        self._take_losses(trainer)
 
     def _take_losses(self, trainer: pl.Trainer) -> None:
         seen = self._record.take(trainer)

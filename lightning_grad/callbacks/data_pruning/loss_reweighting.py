@@ -57,7 +57,7 @@ class LossReweighting(GradCallback):
 
     **Cost.** The losses of each batch are computed a second time, without reduction; with several ranks they are gathered.
 
-    **Works with** accumulation, fp16 and bf16, DDP and FSDP with batches of equal size on all ranks, compiled submodules,
+    **Works with** accumulation, fp16 and bf16, DDP and FSDP (batches up to the loader's batch size), compiled submodules,
     iterable data: yes. Manual optimization: raises.
 
     Example:
@@ -104,6 +104,9 @@ class LossReweighting(GradCallback):
         self._effective: Tensor | None = None
         self._now = math.inf
 
+    def _let_go(self) -> None:
+        self._trainer = None
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_trainer": None}
 
@@ -116,6 +119,7 @@ class LossReweighting(GradCallback):
                 pl_module, self.label, "the loss is weighted before backward, which comes inside training_step."
             )
             self._trainer = trainer
+            self._undo.push(self._let_go)
             self._undo.push(reweight_losses(pl_module, self._weigh, self.label, self.loss))
 
     @override
@@ -143,18 +147,31 @@ class LossReweighting(GradCallback):
         if math.isinf(self._now):
             return None
         assert self._trainer is not None
-        weights = loss_weights(self._of_all_ranks(call.losses), self.rule, self._now)
-        samples = len(weights)
-        self._effective = 1.0 / (weights.square().sum() * samples)
-        own = len(call.losses)
-        first = self._trainer.global_rank * own
-        # The mean that the step takes divides by the samples of this rank, and that over ranks by their number.
-        return weights[first : first + own] * samples
+        losses = self._of_all_ranks(call.losses)
+        weights = loss_weights(losses.flatten(), self.rule, self._now).reshape(losses.shape)
+        counted = losses.isfinite().sum()
+        self._effective = 1.0 / (weights.square().sum() * counted)
+        # The step takes a mean, and so do the ranks: equal weights of 1 / n must leave both as they are.
+        return weights[self._trainer.global_rank, : len(call.losses)] * counted
 
     def _of_all_ranks(self, losses: Tensor) -> Tensor:
+        """Return the losses of the global batch, (ranks, B), nan where a rank has fewer."""
         assert self._trainer is not None
         if self._trainer.world_size == 1:
-            return losses
-        everyone = losses.new_zeros(self._trainer.world_size, len(losses))
-        everyone[self._trainer.global_rank] = losses
-        return torch.as_tensor(self._trainer.strategy.reduce(everyone, reduce_op="sum")).flatten()
+            return losses.unsqueeze(0)
+        # The last batch may be smaller on one rank, and a reduction wants equal shapes, without asking the others for theirs.
+        size = max(len(losses), _batch_size(self._trainer))
+        everyone = losses.new_zeros(self._trainer.world_size, size)
+        own = everyone[self._trainer.global_rank]
+        own[: len(losses)] = losses
+        own[len(losses) :] = math.nan
+        return torch.as_tensor(self._trainer.strategy.reduce(everyone, reduce_op="sum"))
+
+
+def _batch_size(trainer: pl.Trainer) -> int:
+    """Return the batch size of the training loader, 0 if there are several or it has none."""
+    loader = trainer.train_dataloader
+    batch_size = getattr(loader, "batch_size", None) or getattr(
+        getattr(loader, "batch_sampler", None), "batch_size", None
+    )
+    return batch_size if isinstance(batch_size, int) else 0

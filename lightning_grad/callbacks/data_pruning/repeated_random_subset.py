@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
 from lightning_grad.functional import count_kept, repeated_random_subset
-from lightning_grad.utilities.checks import check_share
+from lightning_grad.utilities.checks import check_count, check_share
 
 
 class RepeatedRandomSubset(SubsetCallback):
@@ -59,12 +59,13 @@ class RepeatedRandomSubset(SubsetCallback):
         prune: float = 0.5,
         replacement: bool = False,
         seed: int = 0,
-        loader_key: str | None = None,
+        loader_key: str | int | None = None,
         name: str | None = None,
     ) -> None:
         check_share(prune, "prune")
         self.prune = prune
         self.replacement = replacement
+        check_count(seed, 0, "seed")
         self.seed = seed
         super().__init__(loader_key, name)
 

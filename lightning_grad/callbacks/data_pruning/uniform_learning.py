@@ -72,7 +72,7 @@ class UniformLearning(SubsetCallback):
         repeats: int = 1,
         loss: int | None = None,
         seed: int = 0,
-        loader_key: str | None = None,
+        loader_key: str | int | None = None,
         name: str | None = None,
     ) -> None:
         check_count(epoch, 1, "epoch")
@@ -80,6 +80,7 @@ class UniformLearning(SubsetCallback):
         self.epoch = epoch
         self.repeats = repeats
         self.loss = loss
+        check_count(seed, 0, "seed")
         self.seed = seed
         super().__init__(loader_key, name)
 

@@ -542,7 +542,7 @@ def losses_of(pl_module: Any, batch: Any) -> Tensor:
 
 
 def test_manual_optimization_is_refused_unless_nothing_runs_the_step() -> None:
-    with pytest.raises(ValueError, match=r"DataPruning\(score='el2n'\).*manual optimization.*score_fn="):
+    with pytest.raises(ValueError, match=r"DataPruning with score='el2n'.*manual optimization.*score_fn="):
         train(DataPruning(0.5, epoch=1), Manual())
     callback = DataPruning(0.5, epoch=1, score_fn=losses_of)
     values, module = scores_of(callback, Manual())
