@@ -144,8 +144,8 @@ class TrainingSet:
         if not sampler.shares_are_known and sampler.full_samples < sampler.total:
             rank_zero_warn(
                 f"{type(sampler.sampler or original).__name__} draws {sampler.full_samples} of {sampler.total} samples an "
-                f"epoch, and {self._needed_by} cannot know which: it chooses among all. If the others are never drawn, train on a "
-                "torch.utils.data.Subset instead."
+                f"epoch, and {self._needed_by} cannot know which: it chooses among all. If the others are never drawn, train "
+                "on a torch.utils.data.Subset instead."
             )
         self._give_back()
         _replace(loader, sampler)

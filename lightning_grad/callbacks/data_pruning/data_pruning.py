@@ -109,7 +109,7 @@ class DataPruning(SubsetCallback):
     Raises:
         ValueError: In the constructor for a share outside its range, an unknown name, or rounds that do not fit. In setup
             for manual optimization (unless nothing has to be scored in a pass), a gradient score with sharded parameters, an
-            epoch that never comes, another technique that chooses samples. Before the first batch, if the loss cannot be
+            epoch that never comes, another technique that chooses samples. After the first batch, if the loss cannot be
             seen or does not suit the score: one batch is scored to find out.
         TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
         FileNotFoundError: In setup, if a score file is missing.

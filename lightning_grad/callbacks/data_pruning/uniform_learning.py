@@ -36,7 +36,7 @@ class UniformLearning(SubsetCallback):
 
     Raises:
         ValueError: In the constructor for numbers below their least. In setup for manual optimization, an epoch that never
-            comes, or another technique that chooses samples. Before the first batch, if the loss is none of one class a
+            comes, or another technique that chooses samples. After the first batch, if the loss is none of one class a
             sample: one batch is looked at to find out.
         TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
 
