@@ -154,7 +154,7 @@ class TrainingSet:
             self._tell_sampler()
 
     def _refuse_other_length(self, total: int) -> None:
-        if self._kept is not None and self._sampler is not None and self._sampler.total != total:
+        if self._begun and self._sampler is not None and self._sampler.total != total:
             raise ValueError(
                 f"{self._needed_by} knows samples by their index, and the training set had {self._sampler.total} of them and "
                 f"now, reloaded, has {total}. Keep the data set the same for the whole fit."
@@ -296,6 +296,14 @@ class TrainingSet:
             passes, rest = min((passes, rest), (1, 0))
         whole = min(sampler.full_samples, sampler.full_length * sampler.batch_size)
         return (passes * whole + rest * sampler.batch_size) * self._trainer.world_size
+
+    @property
+    def full_samples_until_now(self) -> float:
+        """Samples that the fit would have seen by now without pruning, over all ranks; of an epoch cut short its part."""
+        trainer = self._trainer
+        ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        in_batches = ready * self.full_batches / max(1.0, self.batches) * self.sampler.batch_size * trainer.world_size
+        return self.full_samples * max(0, trainer.current_epoch - 1) + min(self.full_samples, in_batches)
 
     # A batch is trained on.
 

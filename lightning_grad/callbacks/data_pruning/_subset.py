@@ -136,8 +136,7 @@ class SubsetCallback(GradCallback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._training_set is not None
-        trained = trainer.fit_loop.epoch_loop.batch_progress.current.ready / max(1.0, self._training_set.batches)
-        all_samples = self._training_set.full_samples * (max(0, trainer.current_epoch - 1) + min(1.0, trained))
+        all_samples = self._training_set.full_samples_until_now
         if all_samples:
             share = self._samples_seen / all_samples
             log_summary(trainer, {self._key("samples_seen"): self._samples_seen, self._key("samples_share"): share})

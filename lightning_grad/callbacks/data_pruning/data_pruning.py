@@ -249,8 +249,11 @@ class DataPruning(SubsetCallback):
         if self.class_floor and (self.select != "top" or self.balance is not None):
             raise ValueError("class_floor goes with select='top' and without balance, which has a rule of its own.")
         most = max(share for _, share in self._rounds)
-        if self.class_floor > 1.0 - most:
-            raise ValueError(f"class_floor={self.class_floor} of each class is more than prune={most} leaves of all.")
+        if self.class_floor and self.class_floor >= 1.0 - most - 1e-9:  # a rounding away from what is left of all
+            raise ValueError(
+                f"class_floor={self.class_floor} of each class leaves no choice with prune={most}. Use balance='class', which "
+                "keeps the same share of every class."
+            )
 
     def _check_rounds(self) -> None:
         epochs = [0, *(epoch for epoch, _ in self._rounds)]

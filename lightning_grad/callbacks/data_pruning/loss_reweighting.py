@@ -13,7 +13,13 @@ from typing_extensions import override
 from lightning_grad.callbacks._loss_tap import reweight_losses
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional import LossCall, annealed_temperature, loss_weights
-from lightning_grad.utilities.checks import check_above, check_between, check_choice, refuse_manual_optimization
+from lightning_grad.utilities.checks import (
+    check_above,
+    check_between,
+    check_choice,
+    check_count,
+    refuse_manual_optimization,
+)
 from lightning_grad.utilities.progress import run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step
 
@@ -92,6 +98,7 @@ class LossReweighting(GradCallback):
         if math.isinf(start_temperature):
             raise ValueError("start_temperature must be finite; temperature=inf turns the weighting off.")
         check_between(warmup, 0.0, 1.0, "warmup")
+        check_count(0 if loss is None else loss, 0, "loss")
         self.rule = rule
         self.temperature = temperature
         self.start_temperature = start_temperature

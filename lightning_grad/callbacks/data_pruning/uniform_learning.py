@@ -77,6 +77,7 @@ class UniformLearning(SubsetCallback):
     ) -> None:
         check_count(epoch, 1, "epoch")
         check_count(repeats, 0, "repeats")
+        check_count(0 if loss is None else loss, 0, "loss")
         self.epoch = epoch
         self.repeats = repeats
         self.loss = loss

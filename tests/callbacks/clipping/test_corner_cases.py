@@ -100,7 +100,7 @@ def test_optimizers_that_are_set_up_anew_do_not_end_the_training(technique):
                 trainer.strategy.setup_optimizers(trainer)
 
     trainer, _ = fit([technique.build(), Anew()])
-    assert trainer.global_step == 24
+    assert trainer.current_epoch == 4
 
 
 class Unfreeze(BaseFinetuning):
@@ -402,7 +402,7 @@ def test_a_technique_pickles_and_copies_in_mid_fit(technique):
 
     original = technique.build()
     trainer, _ = fit([original, Copy()])
-    assert trainer.global_step == 24
+    assert trainer.current_epoch == 4
     for twin in twins:
         assert twin.settings == original.settings
         assert twin.state_dict().keys() == original.state_dict().keys()

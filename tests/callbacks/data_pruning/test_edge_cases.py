@@ -39,28 +39,24 @@ def state_after(callback: Any, *args: Any, **arguments: Any) -> Any:
 # Modules whose step needs what their own hooks set.
 
 
-class FromTrainStart(Classifier):
-    """Has a factor for its loss only since training has begun."""
-
-    def on_train_start(self) -> None:
-        self.factor = 0.7
+class Scaled(Classifier):
+    """Scales its loss by a factor that it has only once a hook has set it."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return super().training_step(batch, batch_idx) * self.factor
 
 
-class FromEpochStart(FromTrainStart):
+class FromTrainStart(Scaled):
     def on_train_start(self) -> None:
-        pass
+        self.factor = 0.7
 
+
+class FromEpochStart(Scaled):
     def on_train_epoch_start(self) -> None:
         self.factor = 1.0 / (1 + self.current_epoch)
 
 
-class FromBatchStart(FromTrainStart):
-    def on_train_start(self) -> None:
-        pass
-
+class FromBatchStart(Scaled):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.factor = 1.0 / (1 + batch_idx)
 
@@ -175,7 +171,7 @@ class WriteLosses(Effective):
 def test_two_ranks_with_batches_of_different_size(tmp_path: Path) -> None:
     callback = LossReweighting(temperature=0.5, start_temperature=0.5, warmup=0.0)
     loader = DataLoader(Uneven(), BATCH)
-    arguments = {"strategy": "ddp_fork", "devices": 2, "max_steps": 6}
+    arguments: Any = {"strategy": "ddp_fork", "devices": 2, "max_steps": 6}
     train(callback, Classifier(normalizes=False), loader=loader, more=[WriteLosses(callback, tmp_path)], **arguments)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert [len(losses) for losses in first["losses"]] == [8, 8, 8] * 2
@@ -305,9 +301,15 @@ def share_in_summary(folder: Path, samples: int, **arguments: Any) -> tuple[floa
     return float(row["data/samples_share"]), found.trainer.global_step
 
 
-@pytest.mark.parametrize("max_steps", [4, 5, 6, 7, -1])
-def test_nothing_is_saved_where_nothing_is_pruned(max_steps: int, tmp_path: Path) -> None:
-    share, steps = share_in_summary(tmp_path, 24, epochs=3, max_steps=max_steps)
+@pytest.mark.parametrize(
+    ("samples", "max_steps"),
+    [
+        *((24, max_steps) for max_steps in (4, 5, 6, 7, -1)),
+        *((22, max_steps) for max_steps in (4, 5, 6, 7, -1)),
+    ],
+)
+def test_nothing_is_saved_where_nothing_is_pruned(samples: int, max_steps: int, tmp_path: Path) -> None:
+    share, steps = share_in_summary(tmp_path, samples, epochs=3, max_steps=max_steps)
     assert steps == (max_steps if max_steps > 0 else 9)
     assert share == pytest.approx(1.0)
 
@@ -347,18 +349,13 @@ class Growing(Classifier):
         return DataLoader(make_data(SAMPLES + 4 * self.current_epoch), BATCH, shuffle=True)
 
 
-BEFORE_PRUNING = pytest.mark.xfail(
-    strict=True, raises=IndexError, reason="the length is compared only once something is pruned"
-)
-
-
 @pytest.mark.parametrize(
     "make",
     [
         lambda: pruning(0.5, epoch=1),
         lambda: UniformLearning(epoch=1),
-        pytest.param(lambda: InfoBatch(0.5, stop=1.0), marks=BEFORE_PRUNING),
-        pytest.param(lambda: pruning(0.5, "aum", epoch=2), marks=BEFORE_PRUNING),
+        lambda: InfoBatch(0.5, stop=1.0),
+        lambda: pruning(0.5, "aum", epoch=2),
     ],
     ids=["el2n", "uniform", "info", "aum"],
 )
@@ -421,8 +418,8 @@ def scores_nothing(pl_module: Any, batch: Any) -> Tensor:
     [
         ({"select": "ccs", "class_floor": 0.2}, "class_floor goes with select='top'"),
         ({"balance": "class", "class_floor": 0.2}, "class_floor goes with .* without balance"),
-        ({"prune": 0.5, "class_floor": 0.6}, r"class_floor=0\.6 of each class is more than prune=0\.5 leaves"),
-        ({"prune": [0.2, 0.5], "epoch": [1, 2], "class_floor": 0.6}, r"more than prune=0\.5 leaves"),
+        ({"prune": 0.5, "class_floor": 0.6}, r"class_floor=0\.6 of each class leaves no choice with prune=0\.5"),
+        ({"prune": [0.2, 0.5], "epoch": [1, 2], "class_floor": 0.6}, r"leaves no choice with prune=0\.5"),
         ({"loss": -1}, "loss .*-1"),
         ({"seed": 0.5}, r"seed .*0\.5"),
         ({"score_fn": scores_nothing, "score_files": ["scores.npz"]}, "score_fn and score_files would both"),
@@ -435,13 +432,20 @@ def test_settings_that_do_not_go_together(arguments: Any, words: str) -> None:
         DataPruning(**arguments)
 
 
+@pytest.mark.parametrize("prune", [0.3, 0.5, 0.7, 0.8, 0.9])
+def test_a_floor_that_is_all_that_is_left_is_refused(prune: float) -> None:
+    with pytest.raises(ValueError, match="leaves no choice"):
+        DataPruning(prune, class_floor=round(1 - prune, 1))
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "value"),
     [
         (InfoBatch, "loss", -1),
         (InfoBatch, "seed", 0.5),
         (UniformLearning, "seed", -1),
-        pytest.param(UniformLearning, "loss", -1, marks=pytest.mark.xfail(strict=True, reason="loss is not checked")),
+        (UniformLearning, "loss", -1),
+        (LossReweighting, "loss", -1),
     ],
 )
 def test_counts_of_the_others(kind: Any, name: str, value: Any) -> None:

@@ -48,7 +48,12 @@ class Write(pl.Callback):
 
 def fit(callback: Any, path: Path, more: Any = (), ckpt: Any = None) -> list[Any]:
     """Train on two ranks, and return what each of them has written."""
-    arguments = {"strategy": "ddp_fork", "devices": 2, "enable_checkpointing": bool(more), "num_sanity_val_steps": 0}
+    arguments: Any = {
+        "strategy": "ddp_fork",
+        "devices": 2,
+        "enable_checkpointing": bool(more),
+        "num_sanity_val_steps": 0,
+    }
     train(
         callback, Validated(), make_data(SAMPLES), EPOCHS, more=[Write(callback, path), *more], ckpt=ckpt, **arguments
     )
