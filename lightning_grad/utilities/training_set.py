@@ -2,7 +2,7 @@
 
 A :class:`TrainingSet` puts a :class:`~lightning_grad.data.PrunableBatchSampler` into the training loader at the one place
 where it is complete and nothing has been drawn from it yet, ``strategy.process_dataloader``; keeps the Trainer's own
-counts right when the epoch's length changes; and takes everything back when the fit ends.
+counts right when the epoch's length changes (``epoch_length.py``); and takes everything back when the fit ends.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
-from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -21,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_grad.data import PrunableBatchSampler
 from lightning_grad.data.prunable_sampler import RecordedBatches
 from lightning_grad.utilities.dispatch import wrap_method
+from lightning_grad.utilities.epoch_length import EpochLength, length_of
 from lightning_grad.utilities.undo import UndoList
 
 _OWNER = "_lightning_grad_training_set"
@@ -52,10 +50,10 @@ class TrainingSet:
         self._loader_key = loader_key
         self._waiting: list[str] = []
         self._keys = [""]
+        self._length = EpochLength(trainer)
         self._kept: Tensor | None = None
         self._fixed_steps = False
         self._begun = False
-        self._warned_of_interval = False
         self._loader: DataLoader[Any] | None = None
         self._sampler: PrunableBatchSampler | None = None
         self._next_batch: int | None = None  # not known when an epoch goes on in its middle
@@ -166,7 +164,7 @@ class TrainingSet:
 
     def _around_loading(self, inner: Callable[[], None]) -> None:
         # A pruned epoch may be shorter than a val_check_interval that was right for the whole one, which Lightning refuses
-        # when it loads the data; _resize then makes it fit.
+        # when it loads the data; the update then makes it fit.
         trainer = self._trainer
         interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
         if self._begun and self._kept is not None and isinstance(interval, int):
@@ -176,7 +174,7 @@ class TrainingSet:
         finally:
             trainer.check_val_every_n_epoch = every
         if self._begun and self._sampler is not None:
-            self._resize()
+            self._length.update()
 
     # The training set changes.
 
@@ -204,7 +202,7 @@ class TrainingSet:
         if self._sampler is None or not changed:
             return
         self._tell_sampler()
-        self._resize()
+        self._length.update()
         if not self._trainer_draws_anew():
             iter(self._trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
 
@@ -216,41 +214,6 @@ class TrainingSet:
                 f"{self._needed_by} keeps {len(self._kept)} samples, which do not fill one batch of {sampler.batch_size}, "
                 "and drop_last=True drops it. Prune less, or use smaller batches."
             )
-
-    def _resize(self) -> None:
-        trainer, loop = self._trainer, self._trainer.fit_loop
-        loaders = loop._combined_loader
-        if loaders is None:
-            return
-        loaders.limits = [self._limit(_length(loader)) for loader in loaders.flattened]
-        if loaders._iterator is not None:
-            loaders._iterator.limits = loaders.limits
-        batches = sized_len(loaders)
-        loop.max_batches = float("inf") if batches is None else batches
-        if trainer.val_check_batch is None or batches is None:
-            return
-        if isinstance(trainer.val_check_interval, float):
-            trainer.val_check_batch = max(1, int(batches * trainer.val_check_interval))
-        elif trainer.check_val_every_n_epoch is not None:
-            self._fit_interval(batches)
-
-    def _fit_interval(self, batches: int) -> None:
-        trainer = self._trainer
-        if trainer.val_check_interval > batches and trainer.enable_validation and not self._warned_of_interval:
-            self._warned_of_interval = True
-            rank_zero_warn(
-                f"val_check_interval={trainer.val_check_interval} is more than the {batches} batches of a pruned epoch: "
-                "validation comes at the end of each such epoch."
-            )
-        trainer.val_check_batch = min(trainer.val_check_interval, batches)
-
-    def _limit(self, length: float) -> float:
-        limit = self._trainer.limit_train_batches
-        if isinstance(limit, float) and 0 < limit < 1 and 0 < length < float("inf"):
-            return max(
-                1, int(length * limit)
-            )  # Lightning refuses a share of less than one batch, which was one and more
-        return _parse_num_batches(RunningStage.TRAINING, length, limit)
 
     def _trainer_draws_anew(self) -> bool:
         loop = self._trainer.fit_loop
@@ -273,19 +236,14 @@ class TrainingSet:
     @property
     def batches(self) -> float:
         """Batches of an epoch as it is now."""
-        return float(self._trainer.fit_loop.max_batches)
+        return self._length.batches
 
     @property
     def full_batches(self) -> float:
         """Batches of an epoch of the whole training set."""
-        loaders = self._trainer.fit_loop._combined_loader
-        if loaders is None:
-            return float("inf")
-        lengths = [
-            self._limit(self.sampler.full_length if loader is self._loader else _length(loader))
-            for loader in loaders.flattened
-        ]
-        return float(min(lengths) if loaders._mode == "min_size" else max(lengths))
+        return self._length.batches_if(
+            lambda loader: self.sampler.full_length if loader is self._loader else length_of(loader)
+        )
 
     @property
     def full_samples(self) -> float:
@@ -404,11 +362,6 @@ def _replace(loader: DataLoader[Any], sampler: Any) -> None:
     loader.__dict__["batch_sampler"] = sampler
     if loader._iterator is not None:
         loader._iterator = None
-
-
-def _length(loader: Any) -> float:
-    length = sized_len(loader)
-    return float("inf") if length is None else length
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -2,15 +2,14 @@
 
 Scores, selection and score files are functions, in ``functional/data_scores.py``, ``functional/data_selection.py``,
 ``functional/per_sample_gradients.py`` and ``data/score_files.py``. Beside this file: ``_subset.py`` is the base,
-``_sources.py`` says where scores come from, ``_measures.py`` what a pass looks at, ``_report.py`` what is shown.
-``callbacks/_scoring.py`` runs the pass.
+``_arguments.py`` checks the settings, ``_sources.py`` says where scores come from, ``_measures.py`` what a pass looks at,
+``_report.py`` what is shown. ``callbacks/_scoring.py`` runs the pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,8 @@ from typing_extensions import override
 from lightning_grad.callbacks._loss_tap import read_losses
 from lightning_grad.callbacks._quiet import generators_kept
 from lightning_grad.callbacks._scoring import Measure, look_at_all
-from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, SCORES, Score
+from lightning_grad.callbacks.data_pruning._arguments import check_settings, read_rounds
+from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score
 from lightning_grad.callbacks.data_pruning._report import report
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
 from lightning_grad.callbacks.data_pruning._sources import (
@@ -30,17 +30,12 @@ from lightning_grad.callbacks.data_pruning._sources import (
     FileScores,
     HistoryScores,
     Pass,
-    VarianceScores,
     source_of,
 )
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
 from lightning_grad.data import SampleScores, fingerprint, save_scores
 from lightning_grad.functional import LossCall, count_kept, select_samples
 from lightning_grad.utilities.checks import (
-    check_between,
-    check_choice,
-    check_count,
-    check_share,
     refuse_manual_optimization,
     refuse_sharded,
 )
@@ -193,80 +188,14 @@ class DataPruning(SubsetCallback):
         self.show = show
         self.figure = figure
         self.seed = seed
-        self._rounds = self._read_rounds()
-        self._check()
+        self._rounds = read_rounds(self.prune, self.epoch, default=0 if self._needs_no_training else _EPOCH)
+        check_settings(self, self._rounds)
         super().__init__(loader_key, name)
-        self._check_rounds()
-
-    def _read_rounds(self) -> list[tuple[int, float]]:
-        """Return the epochs of the rounds, each with the share left out from then on."""
-        default = 0 if self.score_files or (self.keep == "random" and self._needs_no_classes) else _EPOCH
-        epochs = self.epoch if isinstance(self.epoch, list) else [default if self.epoch is None else self.epoch]
-        shares = self.prune if isinstance(self.prune, list) else [self.prune] * len(epochs)
-        if len(epochs) != len(shares) or not epochs or sorted(set(epochs)) != epochs:
-            raise ValueError(
-                f"Rounds need one share for each epoch, and epochs that rise; got epoch={self.epoch}, prune={self.prune}."
-            )
-        for epoch in epochs:
-            check_count(epoch, 0, "epoch")
-        return list(zip(epochs, shares, strict=True))
-
-    def _check(self) -> None:
-        for _, rate in self._rounds:
-            check_share(rate, "prune")
-        check_choice(self.score, SCORES, "score")
-        check_choice(self.keep, ("hard", "easy", "random"), "keep")
-        check_choice(self.select, ("top", "ccs"), "select")
-        check_choice(self.budget, ("epochs", "steps"), "budget")
-        if self.balance is not None:
-            check_choice(self.balance, ("class",), "balance")
-        check_between(self.offset, 0.0, 1.0, "offset")
-        check_between(self.class_floor, 0.0, 1.0, "class_floor")
-        check_count(self.strata, 1, "strata")
-        check_count(self.checkpoints, 2, "checkpoints")
-        check_count(self.show, 0, "show")
-        check_count(self.seed, 0, "seed")
-        check_count(0 if self.loss is None else self.loss, 0, "loss")
-        if self.select == "ccs" and self.keep != "hard":
-            raise ValueError(
-                f"select='ccs' draws from all scores, so that keep={self.keep!r} means nothing. Leave keep at 'hard'."
-            )
-        least = min((share for _, share in self._rounds if share), default=1.0)
-        if self.score_fn is not None and (self.score_files or self.score != "el2n"):
-            other = "score_files" if self.score_files else f"score={self.score!r}"
-            raise ValueError(f"score_fn and {other} would both give the scores. Leave one of them out.")
-        if self.score_files and self.keep == "random":
-            raise ValueError(
-                "keep='random' looks at no score, so that score_files mean nothing. Leave one of them out."
-            )
-        self._check_floor()
-        if self.keep == "random" and self.offset:
-            raise ValueError("offset leaves out the hardest, and keep='random' looks at no score. Leave offset at 0.")
-        if self.offset > least:
-            raise ValueError(f"offset is part of what prune leaves out, so at most {least}; got {self.offset}.")
-
-    def _check_floor(self) -> None:
-        if self.class_floor and (self.select != "top" or self.balance is not None):
-            raise ValueError("class_floor goes with select='top' and without balance, which has a rule of its own.")
-        most = max(share for _, share in self._rounds)
-        if self.class_floor and self.class_floor >= 1.0 - most - 1e-9:  # a rounding away from what is left of all
-            raise ValueError(
-                f"class_floor={self.class_floor} of each class leaves no choice with prune={most}. Use balance='class', which "
-                "keeps the same share of every class."
-            )
-
-    def _check_rounds(self) -> None:
-        epochs = [0, *(epoch for epoch, _ in self._rounds)]
-        if isinstance(self._source, VarianceScores) and any(b - a < 2 for a, b in pairwise(epochs)):
-            raise ValueError(
-                f"score='vog' compares passes at different epochs, so each round needs at least 2 before it; got {self.epoch}."
-            )
-        if isinstance(self._source, HistoryScores) and self._rounds[0][0] == 0:
-            raise ValueError(f"score={self.score!r} is recorded while training, so epoch must be at least 1; got 0.")
 
     def _clear(self) -> None:
         super()._clear()
         self.scored: ScoredSet | None = None
+        self._unaugmented: Any = None
         self._rounds_done = 0
         self._source = source_of(
             self.score,
@@ -279,9 +208,22 @@ class DataPruning(SubsetCallback):
             seed=self.seed,
         )
 
+    @override
+    def _let_go(self) -> None:
+        super()._let_go()
+        self._unaugmented = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_unaugmented": None}
+
     @property
     def _needs_no_classes(self) -> bool:
         return self.balance is None and self.class_floor == 0.0
+
+    @property
+    def _needs_no_training(self) -> bool:
+        """Whether pruning may begin with the first epoch, because nothing has to be learnt before."""
+        return bool(self.score_files) or (self.keep == "random" and self._needs_no_classes)
 
     @property
     @override
@@ -447,7 +389,11 @@ class DataPruning(SubsetCallback):
 
     def _dataset(self, trainer: pl.Trainer) -> Any:
         assert self._training_set is not None
-        return self._training_set.loader.dataset if self.score_dataset is None else self.score_dataset(trainer)
+        if self.score_dataset is None:
+            return self._training_set.loader.dataset
+        if self._unaugmented is None:
+            self._unaugmented = self.score_dataset(trainer)
+        return self._unaugmented
 
     def _save(self, trainer: pl.Trainer, scored: ScoredSet) -> None:
         mark = fingerprint(self._dataset(trainer))

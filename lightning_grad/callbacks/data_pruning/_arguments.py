@@ -1,0 +1,99 @@
+"""The arguments of ``DataPruning``: reading its rounds, and refusing what cannot be or contradicts itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from lightning_grad.callbacks.data_pruning._measures import HISTORIES, SCORES
+from lightning_grad.utilities.checks import check_between, check_choice, check_count, check_share
+
+if TYPE_CHECKING:
+    from lightning_grad.callbacks.data_pruning.data_pruning import DataPruning
+
+Rounds = Sequence[tuple[int, float]]  # epochs, each with the share left out from then on
+
+
+def read_rounds(prune: float | list[float], epoch: int | list[int] | None, default: int) -> Rounds:
+    """Return the rounds that ``prune`` and ``epoch`` stand for, one or several.
+
+    Raises:
+        ValueError: If they do not fit, or are outside their ranges.
+
+    Example:
+        >>> read_rounds([0.2, 0.5], [5, 10], default=10), read_rounds(0.5, None, default=10)
+        ([(5, 0.2), (10, 0.5)], [(10, 0.5)])
+    """
+    epochs = epoch if isinstance(epoch, list) else [default if epoch is None else epoch]
+    shares = prune if isinstance(prune, list) else [prune] * len(epochs)
+    if len(epochs) != len(shares) or not epochs or sorted(set(epochs)) != epochs:
+        raise ValueError(
+            f"Rounds need one share for each epoch, and epochs that rise; got epoch={epoch}, prune={prune}."
+        )
+    for number in epochs:
+        check_count(number, 0, "epoch")
+    for share in shares:
+        check_share(share, "prune")
+    return list(zip(epochs, shares, strict=True))
+
+
+def check_settings(settings: DataPruning, rounds: Rounds) -> None:
+    """Raise unless all settings are possible, and possible together.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    check_choice(settings.score, SCORES, "score")
+    check_choice(settings.keep, ("hard", "easy", "random"), "keep")
+    check_choice(settings.select, ("top", "ccs"), "select")
+    check_choice(settings.budget, ("epochs", "steps"), "budget")
+    if settings.balance is not None:
+        check_choice(settings.balance, ("class",), "balance")
+    check_between(settings.offset, 0.0, 1.0, "offset")
+    check_between(settings.class_floor, 0.0, 1.0, "class_floor")
+    check_count(settings.strata, 1, "strata")
+    check_count(settings.checkpoints, 2, "checkpoints")
+    check_count(settings.show, 0, "show")
+    check_count(settings.seed, 0, "seed")
+    check_count(0 if settings.loss is None else settings.loss, 0, "loss")
+    _check_source(settings, rounds)
+    _check_selection(settings, rounds)
+
+
+def _check_source(settings: DataPruning, rounds: Rounds) -> None:
+    score, by_function = settings.score, settings.score_fn is not None
+    if by_function and (settings.score_files or score != "el2n"):
+        other = "score_files" if settings.score_files else f"score={score!r}"
+        raise ValueError(f"score_fn and {other} would both give the scores. Leave one of them out.")
+    if settings.score_files and settings.keep == "random":
+        raise ValueError("keep='random' looks at no score, so that score_files mean nothing. Leave one of them out.")
+    if settings.score_files or by_function or settings.keep == "random":
+        return
+    if score == "vog" and any(later - earlier < 2 for earlier, later in pairwise([0, *(epoch for epoch, _ in rounds)])):
+        raise ValueError(
+            "score='vog' compares passes at different epochs, so each round needs at least 2 before it; got "
+            f"{settings.epoch}."
+        )
+    if score in HISTORIES and rounds[0][0] == 0:
+        raise ValueError(f"score={score!r} is recorded while training, so epoch must be at least 1; got 0.")
+
+
+def _check_selection(settings: DataPruning, rounds: Rounds) -> None:
+    least = min((share for _, share in rounds if share), default=1.0)
+    most = max(share for _, share in rounds)
+    if settings.select == "ccs" and settings.keep != "hard":
+        raise ValueError(
+            f"select='ccs' draws from all scores, so that keep={settings.keep!r} means nothing. Leave keep at 'hard'."
+        )
+    if settings.class_floor and (settings.select != "top" or settings.balance is not None):
+        raise ValueError("class_floor goes with select='top' and without balance, which has a rule of its own.")
+    if settings.class_floor and settings.class_floor >= 1.0 - most - 1e-9:  # a rounding away from what is left of all
+        raise ValueError(
+            f"class_floor={settings.class_floor} of each class leaves no choice with prune={most}. Use balance='class', which "
+            "keeps the same share of every class."
+        )
+    if settings.keep == "random" and settings.offset:
+        raise ValueError("offset leaves out the hardest, and keep='random' looks at no score. Leave offset at 0.")
+    if settings.offset > least:
+        raise ValueError(f"offset is part of what prune leaves out, so at most {least}; got {settings.offset}.")
