@@ -31,8 +31,11 @@ def records(path: Path) -> Iterator[bytes]:
 
 
 def parsed(path: Path) -> Iterator[Any]:
+    """Yield the records of an offline run that is finished."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # the service that writes the file may lag behind the end of the run
     for raw in records(path):
         record = Record()
         record.ParseFromString(raw)

@@ -858,7 +858,6 @@ def test_an_offline_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     logger = WandbLogger(project="project", save_dir=tmp_path, offline=True)
     train(DataPruning(0.5, epoch=1, show=2, figure=False), logger=logger)
     wandb.finish()
-    wandb.teardown()
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     config, summary, artifacts = {}, {}, []
     for record in parsed(path):

@@ -684,7 +684,6 @@ def test_wandb_has_figures_and_tables_with_pictures(
     mixed = [torch.rand(8, 8), "a text", torch.rand(3, 8, 8), torch.rand(7)]
     report(trainer, scored([4.0, 3.0, 2.0, 1.0], labels=[-1, 0, 1, 2]), mixed, "DataPruning[mixed]", 2, figure=False)
     wandb.finish()
-    wandb.teardown()  # only then is all of the file written
     (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     tables = {name: table for record in parsed(run) for name, table in tables_of(record)}
     assert sorted(tables) == ["data/mixed/samples", "data/samples"]
