@@ -159,8 +159,7 @@ def prototype_distance(embeddings: Tensor, clusters: int, seed: int = 0, cosine:
         tensor([0.5000, 0.5000, 1.0000, 1.0000])
 
     References:
-        Sorscher et al., "Beyond neural scaling laws: beating power law scaling via data pruning", 2022, arXiv 2206.14486,
-        section 6.
+        Sorscher et al., "Beyond neural scaling laws: beating power law scaling via data pruning", 2022, arXiv 2206.14486.
     """
     found = kmeans(embeddings, clusters, seed)
     if not cosine:
@@ -208,7 +207,7 @@ def uniform_learning_repeats(outputs: Tensor, losses: Tensor, labels: Tensor, se
 
     References:
         Nguyen et al., "Changing the Training Data Distribution to Reduce Simplicity Bias Improves In-distribution
-        Generalization", 2024, arXiv 2404.17768, algorithm 1.
+        Generalization", 2024, arXiv 2404.17768.
     """
     if not len(outputs) == len(losses) == len(labels):
         raise ValueError(

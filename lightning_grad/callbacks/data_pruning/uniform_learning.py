@@ -62,7 +62,7 @@ class UniformLearning(SubsetCallback):
 
     References:
         Nguyen et al., "Changing the Training Data Distribution to Reduce Simplicity Bias Improves In-distribution
-        Generalization", 2024, arXiv 2404.17768, algorithm 1. There training begins anew with the repeated samples; here it
+        Generalization", 2024, arXiv 2404.17768. There training begins anew with the repeated samples; here it
         goes on.
     """
 
