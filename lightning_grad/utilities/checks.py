@@ -58,6 +58,16 @@ def check_count(value: int, least: int, parameter: str) -> None:
         raise ValueError(f"{parameter} must be at least {least}, and whole; got {value}.")
 
 
+def check_position(value: int | None, parameter: str) -> None:
+    """Raise unless a number counts from 0 which of several is meant, or is ``None``.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value is not None:
+        check_count(value, 0, parameter)
+
+
 def check_above(value: float, bound: float, parameter: str) -> None:
     """Raise unless a number is above ``bound``; infinity is.
 

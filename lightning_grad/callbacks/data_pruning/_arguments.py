@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from lightning_grad.callbacks.data_pruning._measures import HISTORIES, SCORES
-from lightning_grad.utilities.checks import check_between, check_choice, check_count, check_share
+from lightning_grad.utilities.checks import check_between, check_choice, check_count, check_position, check_share
 
 if TYPE_CHECKING:
     from lightning_grad.callbacks.data_pruning.data_pruning import DataPruning
@@ -56,7 +56,7 @@ def check_settings(settings: DataPruning, rounds: Rounds) -> None:
     check_count(settings.checkpoints, 2, "checkpoints")
     check_count(settings.show, 0, "show")
     check_count(settings.seed, 0, "seed")
-    check_count(0 if settings.loss is None else settings.loss, 0, "loss")
+    check_position(settings.loss, "loss")
     _check_source(settings, rounds)
     _check_selection(settings, rounds)
 

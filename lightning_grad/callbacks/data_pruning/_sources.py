@@ -54,7 +54,6 @@ class ScoreSource:
     """
 
     runs_the_step = False  # in a pass of its own
-    needs_training = False  # before it can give anything
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -245,8 +244,6 @@ class HistoryScores(ScoreSource):
     Args:
         name: Which of both.
     """
-
-    needs_training = True
 
     def __init__(self, name: str) -> None:
         super().__init__(name)

@@ -13,7 +13,13 @@ from lightning_grad.callbacks._loss_tap import reweight_losses
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
 from lightning_grad.functional import LossCall, infobatch_count, infobatch_subset, round_up_count
-from lightning_grad.utilities.checks import check_between, check_count, check_share, refuse_manual_optimization
+from lightning_grad.utilities.checks import (
+    check_between,
+    check_count,
+    check_position,
+    check_share,
+    refuse_manual_optimization,
+)
 
 _NEXT_SEED = 1_000_003  # more than any run has epochs
 
@@ -81,7 +87,7 @@ class InfoBatch(SubsetCallback):
     ) -> None:
         check_share(prune, "prune")
         check_between(stop, 0.0, 1.0, "stop")
-        check_count(0 if loss is None else loss, 0, "loss")
+        check_position(loss, "loss")
         check_count(seed, 0, "seed")
         self.prune = prune
         self.stop = stop

@@ -17,7 +17,7 @@ from lightning_grad.utilities.checks import (
     check_above,
     check_between,
     check_choice,
-    check_count,
+    check_position,
     refuse_manual_optimization,
 )
 from lightning_grad.utilities.progress import run_progress, total_steps
@@ -98,7 +98,7 @@ class LossReweighting(GradCallback):
         if math.isinf(start_temperature):
             raise ValueError("start_temperature must be finite; temperature=inf turns the weighting off.")
         check_between(warmup, 0.0, 1.0, "warmup")
-        check_count(0 if loss is None else loss, 0, "loss")
+        check_position(loss, "loss")
         self.rule = rule
         self.temperature = temperature
         self.start_temperature = start_temperature

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_grad.callbacks._scoring import Look, look_at_all
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
 from lightning_grad.functional import round_up_count, uniform_learning_repeats
-from lightning_grad.utilities.checks import check_count, refuse_manual_optimization
+from lightning_grad.utilities.checks import check_count, check_position, refuse_manual_optimization
 
 
 class UniformLearning(SubsetCallback):
@@ -77,7 +77,7 @@ class UniformLearning(SubsetCallback):
     ) -> None:
         check_count(epoch, 1, "epoch")
         check_count(repeats, 0, "repeats")
-        check_count(0 if loss is None else loss, 0, "loss")
+        check_position(loss, "loss")
         self.epoch = epoch
         self.repeats = repeats
         self.loss = loss
