@@ -9,11 +9,11 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, cast
 from weakref import WeakSet
 
@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grad.utilities.dispatch import wrap_method
-from lightning_grad.utilities.weight_view import close_windows
+from lightning_grad.utilities.weight_view import close_windows, open_windows
 
 _QUIET: WeakSet[nn.Module] = WeakSet()
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None))
 _CONTAINERS = (list, dict, set, deque)
+_DICTIONARIES = (dict, OrderedDict)
 _ARRAYS = (Tensor, np.ndarray)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _FEW = 100  # data sets or transforms in a list; the samples themselves are more
@@ -40,26 +41,40 @@ def is_quiet(pl_module: nn.Module) -> bool:
 
 
 @contextmanager
-def quiet(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-    """Let the module be run in eval mode, and leave no trace of it.
+def quiet(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    evaluate: bool = True,
+    check: bool = True,
+    advice: str = "",
+) -> Iterator[None]:
+    """Let the module be run, and leave no trace of it.
 
     Put back bit for bit: modes, buffers, gradients (there are none inside) and frozen parameters, the states of torchmetrics
     and all other attributes, with the contents of those that are tensors, generators, containers or small objects, the random
-    states of Python, numpy and torch. Kept from happening: logging by ``self.log``, loggers and ``print``. Compiled code runs
-    eagerly.
+    states of Python, numpy and torch. Kept from happening: logging by ``self.log``, loggers and ``print``.
+
+    Args:
+        trainer: The trainer.
+        pl_module: Its module. It may be quiet already; then the outer context counts it as quiet until it ends.
+        evaluate: Run it in eval mode, and compiled code eagerly; else in the modes in which it is, and as it is compiled.
+        check: Read every parameter before and after, to see whether the step changes one. It costs a pass over the weights.
+        advice: What to do about a step that does, for the error.
 
     Raises:
         RuntimeError: If the step has changed a parameter that is trained.
     """
     with ExitStack() as stack:
-        stack.enter_context(_random_streams())
+        stack.enter_context(random_streams_kept())
         stack.enter_context(_silence(trainer, pl_module))
-        stack.enter_context(_modules_as_they_are(pl_module))
-        stack.enter_context(_eager())
-        _QUIET.add(pl_module)
-        stack.callback(_QUIET.discard, pl_module)
-        stack.callback(close_windows, pl_module)
-        pl_module.eval()
+        stack.enter_context(_modules_as_they_are(pl_module, check, advice))
+        if evaluate:
+            stack.enter_context(_eager())
+            pl_module.eval()
+        if pl_module not in _QUIET:
+            _QUIET.add(pl_module)
+            stack.callback(_QUIET.discard, pl_module)
+        stack.callback(close_windows, pl_module, open_windows(pl_module))
         yield
 
 
@@ -86,7 +101,8 @@ def _generators_of(holder: Any, depth: int = 4) -> Iterator[Any]:
 
 
 @contextmanager
-def _random_streams() -> Iterator[None]:
+def random_streams_kept() -> Iterator[None]:
+    """Put back the states of the global generators of Python, numpy and torch, on every device in use."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices):
@@ -106,14 +122,23 @@ def _silence(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Non
     undo = [
         wrap_method(module, name, nothing, priority=1000) for module in loud for name in ("log", "log_dict", "print")
     ]
+    try:
+        with loggers_muted(trainer):
+            yield
+    finally:
+        for step in undo:
+            step()
+
+
+@contextmanager
+def loggers_muted(trainer: pl.Trainer) -> Iterator[None]:
+    """Let whatever is done with the loggers do nothing; ``self.log`` is none of them."""
     loggers = trainer.loggers
     trainer.loggers = [cast(Any, _Mute()) for _ in loggers]
     try:
         yield
     finally:
         trainer.loggers = loggers
-        for step in undo:
-            step()
 
 
 @contextmanager
@@ -139,14 +164,14 @@ class _Mute:
 
 
 @contextmanager
-def _modules_as_they_are(pl_module: pl.LightningModule) -> Iterator[None]:
+def _modules_as_they_are(pl_module: pl.LightningModule, check: bool, advice: str) -> Iterator[None]:
     parameters = dict(pl_module.named_parameters())
     frozen = sum(p.numel() for p in parameters.values() if not p.requires_grad)
     # A teacher that the step moves is as large as its student; a large frozen base is not worth a copy.
     copied = frozen <= sum(p.numel() for p in parameters.values() if p.requires_grad)
     snapshots = [_Snapshot(module, copied) for module in pl_module.modules()]
     watched = {name: p for name, p in parameters.items() if p.requires_grad or not copied}
-    before = {name: _checksum(p) for name, p in watched.items()}
+    before = {name: _checksum(p) for name, p in watched.items()} if check else {}
     gradients = {name: p.grad for name, p in parameters.items()}
     for parameter in parameters.values():
         parameter.grad = None  # a backward pass would add to it in place
@@ -157,11 +182,11 @@ def _modules_as_they_are(pl_module: pl.LightningModule) -> Iterator[None]:
             snapshot.restore()
         for name, gradient in gradients.items():
             parameters[name].grad = gradient
-    changed = [name for name, p in watched.items() if not torch.equal(before[name], _checksum(p))]
+    changed = [name for name, was in before.items() if not torch.equal(was, _checksum(watched[name]))]
     if changed:
         raise RuntimeError(
-            f"training_step changes the parameter {changed[0]!r}, so that it cannot be run just to score samples. Change it "
-            "in on_train_batch_end, or pass score_fn=, which takes the module and a batch and returns the scores."
+            f"training_step changes the parameter {changed[0]!r}, so that it cannot be run just to look at what it returns. "
+            f"Change it in on_train_batch_end{advice}."
         )
 
 
@@ -183,21 +208,33 @@ class _Snapshot:
         buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
         self._tensors = [(tensor, tensor.detach().clone()) for tensor in (*buffers, *frozen)]
         self._buffers = dict(module._buffers)
-        self._attributes = {name: _Held(value) for name, value in module.__dict__.items() if name not in _OF_MODULES}
+        self._attributes = {name: value for name, value in module.__dict__.items() if name not in _OF_MODULES}
+        # Every module has a dozen empty dictionaries; to empty them again is quicker than to copy them.
+        self._empty = [value for value in self._attributes.values() if type(value) in _DICTIONARIES and not value]
+        empty = set(map(id, self._empty))
+        self._held = [_Held(v) for v in self._attributes.values() if id(v) not in empty and _may_change(v)]
         self._names = set(module.__dict__)
 
     def restore(self) -> None:
         module = self._module
-        with torch.inference_mode(False), torch.no_grad():
-            for tensor, value in self._tensors:
-                tensor.detach().copy_(value)
+        for tensor, value in self._tensors:
+            put_back(tensor, value)
         module._buffers.clear()
         module._buffers.update(self._buffers)
         for name in [name for name in module.__dict__ if name not in self._names]:
             del module.__dict__[name]
-        for name, held in self._attributes.items():
-            module.__dict__[name] = held.restored()
+        module.__dict__.update(self._attributes)
+        for held in self._held:
+            held.restored()
+        for container in self._empty:
+            container.clear()
         module.training = self._training
+
+
+def put_back(tensor: Tensor, value: Tensor) -> None:
+    """Give a tensor another content, in the mode in which it was made: only inference may change an inference tensor."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.detach().copy_(value)
 
 
 class _Held:
@@ -210,8 +247,7 @@ class _Held:
     def restored(self) -> Any:
         value, was = self._value, self._was
         if isinstance(value, Tensor):
-            with torch.inference_mode(False), torch.no_grad():
-                value.detach().copy_(was)
+            put_back(value, was)
         elif isinstance(value, np.ndarray):
             value[...] = was
         elif isinstance(value, (torch.Generator, np.random.RandomState)):
@@ -226,7 +262,7 @@ class _Held:
         elif isinstance(value, _CONTAINERS):
             value.clear()
             _refill(value, was)
-        elif _is_record(value):
+        elif is_record(value):
             value.__dict__.clear()
             _refill(value.__dict__, was)
         return value
@@ -245,7 +281,7 @@ def _given_back(item: Any) -> Any:
     return item.restored() if isinstance(item, _Held) else item
 
 
-def _is_record(value: Any, depth: int = 3) -> bool:
+def is_record(value: Any, depth: int = 3) -> bool:
     """Say whether an object is a small one of the user's, such as an average meter: all that it has are plain values."""
     if (
         isinstance(value, (nn.Module, ModuleType, Enum))
@@ -255,7 +291,7 @@ def _is_record(value: Any, depth: int = 3) -> bool:
     ):
         return False
     plain = (*_NUMBERS, *_CONTAINERS, tuple, *_GENERATORS, *_ARRAYS)
-    return all(isinstance(item, plain) or _is_record(item, depth - 1) for item in vars(value).values())
+    return all(isinstance(item, plain) or is_record(item, depth - 1) for item in vars(value).values())
 
 
 def _copied(value: Any) -> Any:
@@ -273,11 +309,17 @@ def _copied(value: Any) -> Any:
         return set(value)
     if isinstance(value, (list, tuple, deque)):
         return [_put_aside(item) for item in value]
-    if isinstance(value, dict) or _is_record(value):
+    if isinstance(value, dict) or is_record(value):
         return {key: _put_aside(item) for key, item in (value if isinstance(value, dict) else vars(value)).items()}
     return value
 
 
 def _put_aside(item: Any) -> Any:
-    changes = isinstance(item, (*_CONTAINERS, tuple, *_GENERATORS, *_ARRAYS)) or _is_record(item)
-    return _Held(item) if changes else item
+    return _Held(item) if _may_change(item) else item
+
+
+def _may_change(value: Any) -> bool:
+    kind = type(value)
+    if kind in _NUMBERS or kind is FunctionType:
+        return False
+    return isinstance(value, (*_CONTAINERS, tuple, *_GENERATORS, *_ARRAYS)) or is_record(value)

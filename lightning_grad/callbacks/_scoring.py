@@ -165,7 +165,7 @@ def look_at_all(
     loader = _scoring_loader(training_set.loader, dataset, batches, seed, in_main_process=rehearsal)
     found = _Found(training_set.sampler.total, trainer.strategy.root_device)
     memory: dict[str, Any] = {}
-    with quiet(trainer, pl_module), generators_kept(loader.dataset):
+    with quiet(trainer, pl_module, advice=_SCORE_FN), generators_kept(loader.dataset):
         _seed_streams(seed)
         for number, batch in enumerate(loader if rehearsal else _with_progress(loader, title, trainer)):
             batch = _to_device(trainer, batch)
@@ -216,6 +216,7 @@ def merge_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
     return torch.where(mean.abs() > _INFINITE / 1e3, mean.sign() * float("inf"), mean)
 
 
+_SCORE_FN = ", or pass score_fn=, which takes the module and a batch and returns the scores"
 _INFINITE = 1e30  # stands for an infinity in a sum over ranks
 
 

@@ -1,4 +1,4 @@
-"""Random orders that nobody else draws by chance."""
+"""Random orders and seeds that nobody else draws by chance."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ def shuffled(total: int, seed: int, purpose: int | str) -> Tensor:
     from ``torch.randperm`` with the same seed: whoever flips labels at random with seed 0, say, and keeps samples at random
     with seed 0, would otherwise keep just the flipped ones.
     """
+    return torch.randperm(total, generator=torch.Generator().manual_seed(hashed_seed(seed, purpose)))
+
+
+def hashed_seed(seed: int, purpose: int | str) -> int:
+    """Return the seed of a generator, another one for each purpose."""
     mixed = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(mixed, "little") >> 1)
-    return torch.randperm(total, generator=generator)
+    return int.from_bytes(mixed, "little") >> 1

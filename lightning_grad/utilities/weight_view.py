@@ -212,10 +212,21 @@ class InPlaceView:
             handle.remove()
 
 
-def close_windows(pl_module: pl.LightningModule) -> None:
-    """Close what a ``training_step`` has opened after which no backward comes, because it only scored samples."""
-    for window in [window for window in _OPEN if window.pl_module is pl_module]:
-        window.close()
+def open_windows(pl_module: pl.LightningModule) -> list[InPlaceWindow]:
+    """Return the windows that are open now."""
+    return [window for window in _OPEN if window.pl_module is pl_module]
+
+
+def close_windows(pl_module: pl.LightningModule, but: Sequence[InPlaceWindow] = ()) -> None:
+    """Close what a ``training_step`` has opened after which no backward comes, because somebody only looked.
+
+    Args:
+        pl_module: The LightningModule.
+        but: Windows that stay open, because they were before.
+    """
+    for window in open_windows(pl_module):
+        if window not in but:
+            window.close()
 
 
 class InPlaceWindow:

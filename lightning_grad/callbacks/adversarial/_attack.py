@@ -1,0 +1,194 @@
+"""How inputs are attacked: the settings that training and evaluation share, their checks, and the run of an attack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_grad.callbacks.adversarial._places import Place
+from lightning_grad.functional._shuffling import hashed_seed
+from lightning_grad.functional.adversarial_attacks import FGSM_STEP, PGD_STEP, Norm, pgd
+from lightning_grad.utilities.checks import check_above, check_at_least, check_choice, check_count
+from lightning_grad.utilities.precision import grad_scaler
+
+NORMS = ("linf", "l2")
+_ROUNDING = 1e-3  # of the bounds' distance: half precision, and means that were rounded
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack with all its settings; a callable, so that it can be handed on.
+
+    Args:
+        epsilon: Radius of the ball.
+        steps: Steps of the ascent.
+        step_size: Its step size.
+        norm: Norm of the ball.
+        random_start: Whether it begins at a random point.
+        bounds: Least and largest value of an input.
+        mean: Mean by which inputs were normalised.
+        std: Standard deviation by which they were divided.
+    """
+
+    epsilon: float
+    steps: int
+    step_size: float
+    norm: Norm
+    random_start: bool
+    bounds: tuple[float, float] | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+    def __call__(
+        self,
+        loss_of: Callable[[Tensor], Tensor],
+        inputs: Tensor,
+        generator: torch.Generator | None = None,
+        share: float = 1.0,
+    ) -> Tensor:
+        """Attack inputs, with this share of epsilon and step size."""
+        # What autocast has cast without a graph must not serve here, nor what is cast here afterwards.
+        torch.clear_autocast_cache()
+        sizes = (share * self.epsilon, self.steps, share * self.step_size)
+        space = (self.bounds, self.mean, self.std)
+        attacked = pgd(loss_of, inputs, *sizes, self.norm, self.random_start, *space, generator)
+        torch.clear_autocast_cache()
+        return attacked
+
+    def refuse_inputs(self, inputs: Tensor, needed_by: str) -> None:
+        """Raise if inputs are not what the settings say. It waits for the device, so ask once.
+
+        Raises:
+            ValueError: If they lie outside the bounds, or mean and std are not one for each channel.
+        """
+        channels = inputs.shape[1] if inputs.dim() > 1 else 1
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) not in (1, channels):
+                raise ValueError(
+                    f"{needed_by} needs {name} for each of {channels} channels (dimension 1 of {tuple(inputs.shape)}), or one "
+                    f"number; got {len(values)}."
+                )
+        if self.bounds is None:
+            return
+        (low, high), (least, most) = self.bounds, self._range_in_pixels(inputs)
+        slack = _ROUNDING * (high - low)
+        if least < low - slack or most > high + slack:
+            raise ValueError(
+                f"{needed_by}: the inputs reach from {least:.3g} to {most:.3g}, outside bounds=({low:g}, {high:g}). If they "
+                "are normalised, give mean and std, and epsilon and bounds in pixels; else give the bounds they have."
+            )
+
+    def _range_in_pixels(self, inputs: Tensor) -> tuple[float, float]:
+        shape = (1, -1, *[1] * (inputs.dim() - 2)) if inputs.dim() > 1 else (-1,)
+        for values, act in ((self.std, torch.mul), (self.mean, torch.add)):
+            if values is not None:
+                inputs = act(inputs, torch.tensor(values, device=inputs.device).view(shape))
+        return float(inputs.min()), float(inputs.max())
+
+
+def attack_of(
+    epsilon: float,
+    steps: int,
+    step_size: float | None,
+    norm: Norm,
+    random_start: bool,
+    bounds: Sequence[float] | None,
+    mean: Sequence[float] | float | None,
+    std: Sequence[float] | float | None,
+) -> Attack:
+    """Check settings, and fill in the step size.
+
+    Raises:
+        ValueError: For the first that is wrong.
+    """
+    check_at_least(epsilon, 0.0, "epsilon")
+    if math.isinf(epsilon):
+        raise ValueError("epsilon must be finite: an attack without a limit can show any input.")
+    check_count(steps, 1, "steps")
+    check_choice(norm, NORMS, "norm")
+    if step_size is not None:
+        check_above(step_size, 0.0, "step_size")
+    elif steps == 1:
+        step_size = FGSM_STEP * epsilon if random_start else epsilon
+    else:
+        step_size = PGD_STEP * epsilon / steps
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std belong together; got mean={mean} and std={std}.")
+    space = (_checked_bounds(bounds), _numbers(mean), _checked_std(_numbers(std)))
+    return Attack(epsilon, steps, step_size, norm, random_start, *space)
+
+
+def generator_for(device: torch.device, seed: int, purpose: str) -> torch.Generator:
+    """Return a generator for one attack: the same numbers for the same purpose, also in a run that resumes."""
+    return torch.Generator(device).manual_seed(hashed_seed(seed, purpose))
+
+
+def attack_losses(
+    trainer: pl.Trainer,
+    place: Place,
+    batch: Any,
+    run: Callable[[Any], Any],
+    note: Callable[[Tensor], None] | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """Return the loss that an attack raises, as a function of the inputs.
+
+    Under a GradScaler it is multiplied by the scale: small gradients with respect to inputs would vanish in half precision.
+
+    Args:
+        trainer: The trainer.
+        place: Where the inputs go.
+        batch: The batch whose inputs are replaced.
+        run: Runs the step on a batch.
+        note: Called with every loss, before it is scaled.
+    """
+    scaler = grad_scaler(trainer)
+
+    def loss_of(inputs: Tensor) -> Tensor:
+        with place.shown(batch, inputs) as shown:
+            loss = loss_of_output(run(shown))
+        if loss is None:
+            raise NoLossError("The step returns no loss.")
+        if note is not None:
+            note(loss)
+        return loss if scaler is None else scaler.scale(loss)
+
+    return loss_of
+
+
+class NoLossError(RuntimeError):
+    """A step has returned no loss."""
+
+
+def loss_of_output(output: Any) -> Tensor | None:
+    """Return the loss in what a step returned, if it is there."""
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return loss if isinstance(loss, Tensor) else None
+
+
+def _checked_bounds(bounds: Sequence[float] | None) -> tuple[float, float] | None:
+    if bounds is None:
+        return None
+    pair = tuple(float(bound) for bound in bounds)
+    if len(pair) != 2 or not pair[0] < pair[1]:
+        raise ValueError(
+            f"bounds must be the least and the largest value of an input, such as [0, 1]; got {list(pair)}."
+        )
+    return pair
+
+
+def _checked_std(std: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    for value in std or ():
+        check_above(value, 0.0, "std")
+    return std
+
+
+def _numbers(values: Sequence[float] | float | None) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    return (float(values),) if isinstance(values, (int, float)) else tuple(float(value) for value in values)

@@ -1,0 +1,82 @@
+"""The loss of an evaluation step, which need not return any: what it returns or, if nothing, what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_grad.callbacks.adversarial._attack import loss_of_output
+from lightning_grad.functional import LossCapture
+
+Step = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of a step, with its graph.
+
+    Args:
+        total: The loss of the batch, a scalar; ``None`` if there is none.
+        each: The loss of each sample, (B,); ``None`` if it is not seen.
+    """
+
+    total: Tensor | None
+    each: Tensor | None
+
+
+def run_for_loss(step: Step, batch: Any, samples: int, which: int | None) -> StepLoss:
+    """Run a step on a batch and return its loss.
+
+    Args:
+        step: The step.
+        batch: The batch.
+        samples: Number of samples in it.
+        which: Which of the losses that it computes; ``None`` for what it returns, or for the only one.
+    """
+    with LossCapture(samples, keep_graph=True) as capture:
+        returned = loss_of_output(step(batch))
+    try:
+        each = capture.only(which).losses.nan_to_num()
+    except (RuntimeError, ValueError):
+        each = None
+    each = each if each is not None and each.requires_grad else None
+    returned = returned if returned is not None and returned.requires_grad else None
+    if (which is not None or returned is None) and each is not None:
+        return StepLoss(each.sum(), each)
+    return StepLoss(returned if which is None else None, each)
+
+
+def find_step(
+    steps: Mapping[str, Step], batch: Any, samples: int, which: int | None, each: bool, needed_by: str
+) -> str:
+    """Return the name of the first step that has a loss.
+
+    Args:
+        steps: Steps by name.
+        batch: A batch to try them on.
+        samples: Number of samples in it.
+        which: Which loss counts.
+        each: Whether that of each sample is needed.
+        needed_by: Who asks, for the error.
+
+    Raises:
+        RuntimeError: If none has.
+    """
+    reasons = []
+    for name, step in steps.items():
+        try:
+            loss = run_for_loss(step, batch, samples, which)
+        except Exception as error:  # a training_step need not know what a validation loader yields
+            reasons.append(f"{name} fails on its batch ({type(error).__name__}: {error})")
+            continue
+        if (loss.each if each else loss.total) is not None:
+            return name
+        reasons.append(f"{name} shows none")
+    kind = "the loss of each sample, for several restarts" if each else "a loss to raise"
+    raise RuntimeError(
+        f"{needed_by} needs {kind}: {'; '.join(reasons)}. Compute it in {next(iter(steps))} by a loss of "
+        f"torch.nn.functional{'' if each else ', or return it'}."
+    )

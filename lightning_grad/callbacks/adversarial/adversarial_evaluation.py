@@ -1,0 +1,337 @@
+"""Measuring how a module does on attacked inputs, beside its own validation and by the same code."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar, Literal
+from weakref import WeakSet
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lightning_grad.callbacks._quiet import is_quiet, loggers_muted, quiet, random_streams_kept
+from lightning_grad.callbacks.adversarial._attack import attack_losses, attack_of, generator_for
+from lightning_grad.callbacks.adversarial._places import Place, find_place
+from lightning_grad.callbacks.adversarial._second_state import SecondState
+from lightning_grad.callbacks.adversarial._step_loss import StepLoss, find_step, run_for_loss
+from lightning_grad.callbacks.base import GradCallback
+from lightning_grad.functional.adversarial_attacks import IndependentLossError
+from lightning_grad.utilities.batches import map_tensors
+from lightning_grad.utilities.checks import check_count, check_position, refuse_sharded
+from lightning_grad.utilities.dispatch import overrides, wrap_method
+
+_INSIDE_WEIGHT_VIEWS = -50
+_STAGES = {"fit": "validation", "validate": "validation", "test": "test"}
+_HOOKS = ("on_{}_start", "on_{}_epoch_start", "on_{}_batch_start", "{}_step", "on_{}_batch_end", "on_{}_epoch_end")
+_SECOND: WeakSet[pl.LightningModule] = WeakSet()  # modules that run on attacked inputs just now
+
+
+class AdversarialEvaluation(GradCallback):
+    r"""Run each validation a second time on attacked inputs, and log what the module logs once more, as ``adversarial/...``.
+
+    .. math::
+        \text{adversarial/val\_acc} = \frac 1 n \sum_{i=1}^n
+            \mathbb 1\bigl[f_\theta(x_i + \delta_i) = y_i\bigr], \qquad
+        \delta_i \approx \operatorname*{arg\,max}_{\lVert \delta \rVert \le \epsilon} L(f_\theta(x_i + \delta), y_i)
+
+    for a module that logs its accuracy as ``val_acc``; whatever else it logs is treated the same. After each batch, PGD
+    attacks it through the module's own loss, and the module's own ``validation_step`` and hooks run on the result, with
+    metrics and lists of outputs of their own. It takes part in ``trainer.validate`` and ``trainer.test`` too.
+
+    Args:
+        epsilon: Radius of the ball, in units of the input, or in pixels if mean and std are given (8/255 on CIFAR-10).
+        steps: Steps of PGD (20 in most papers).
+        restarts: Attacks on each batch; of each sample the one with the highest loss counts. Above 1, the loss of each
+            sample must be seen.
+        every: Attack every so many validations of a fit, beginning with the first.
+        step_size: Step size; by default 2.5 epsilon / steps.
+        norm: Norm of the ball, "linf" or "l2".
+        random_start: Begin at a random point of the ball.
+        bounds: Least and largest value that an input can have, such as [0, 1]; None for no limit.
+        mean: Mean by which inputs were normalised, one number or one a channel; epsilon and bounds then count in pixels.
+        std: Standard deviation by which inputs were divided.
+        input_key: Key or position of the input in the batch, joined by dots where nested, or "embedding". By default the
+            first floating tensor with two dimensions or more or, if there is none, the output of the first nn.Embedding.
+        loss: Which of the losses that the step computes is raised, from 0; by default what it returns, or the only one.
+        seed: Seed of random starts, which are the same in every validation.
+        name: Name of this instance, part of its keys: ``adversarial/<name>/val_acc``.
+
+    Raises:
+        ValueError: In the constructor for a number out of its range. In setup for sharded strategies, and a module without
+            ``validation_step`` (``test_step`` in a test). At the first batch for inputs outside the bounds.
+        TypeError: At the first batch, if the batch holds no floating tensor and the module no embedding.
+        RuntimeError: At the first batch, if neither the step nor ``training_step`` shows a loss that depends on the input.
+
+    **Hooks.** ``validation_step`` and the module's own hooks around it are wrapped on the instance. The loss is what the step
+    returns, or computes by a loss of ``torch.nn.functional``, or else that of ``training_step`` on the same batch.
+
+    **Logs** ``adversarial/<key>`` for every key that the module logs in validation, when it does. Loggers are mute while it
+    runs on attacked inputs, so that figures come once.
+
+    **State.** The number of validations.
+
+    **Cost.** 2 steps + 1 forward passes' worth of a validation, more with restarts; see docs/benchmarks.md.
+
+    **Works with** fp16 and bf16, DDP, compiled modules (with embeddings: raises), several loaders, EMA, manual optimization
+    (if ``validation_step`` shows a loss): yes. FSDP, DeepSpeed: raises.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.AdversarialEvaluation
+                  init_args:
+                    epsilon: 0.03137
+                    bounds: [0.0, 1.0]
+
+    References:
+        Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, arXiv 1706.06083, section 5 (20
+        steps).
+    """
+
+    namespace: ClassVar[str] = "adversarial"
+
+    def __init__(
+        self,
+        epsilon: float = 8 / 255,
+        steps: int = 20,
+        restarts: int = 1,
+        every: int = 1,
+        step_size: float | None = None,
+        norm: Literal["linf", "l2"] = "linf",
+        random_start: bool = True,
+        bounds: Sequence[float] | None = None,
+        mean: Sequence[float] | float | None = None,
+        std: Sequence[float] | float | None = None,
+        input_key: str | int | None = None,
+        loss: int | None = None,
+        seed: int = 0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        self._attack = attack_of(epsilon, steps, step_size, norm, random_start, bounds, mean, std)
+        check_count(restarts, 1, "restarts")
+        check_count(every, 1, "every")
+        check_position(loss, "loss")
+        check_count(seed, 0, "seed")
+        self.epsilon = epsilon
+        self.steps = steps
+        self.restarts = restarts
+        self.every = every
+        self.step_size = step_size
+        self.norm = norm
+        self.random_start = random_start
+        self.bounds = bounds
+        self.mean = mean
+        self.std = std
+        self.input_key = input_key
+        self.loss = loss
+        self.seed = seed
+        self._validations = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what belongs to one fit or evaluation."""
+        self._places: dict[Any, tuple[Place, str]] = {}
+        self._leave()
+
+    def _leave(self) -> None:
+        self._fresh: SecondState | None = None
+        self._second: SecondState | None = None
+        self._attacked: tuple[Any, Any] | None = None
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        live: dict[str, Any] = {"_places": {}, "_fresh": None, "_second": None, "_attacked": None}
+        return {**super().__getstate__(), **live}
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage not in _STAGES:
+            return
+        step = f"{_STAGES[stage]}_step"
+        refuse_sharded(trainer, self.label)
+        if not overrides(pl_module, step):
+            raise ValueError(f"{self.label} runs {step} on attacked inputs, and {type(pl_module).__name__} has none.")
+        if self._fitting:
+            self._validations = 0
+        self._forget()
+        self._undo.push(self._forget)
+        for hook in (template.format(_STAGES[stage]) for template in _HOOKS):
+            around = partial(self._twice, trainer, pl_module, hook)
+            self._undo.push(wrap_method(pl_module, hook, around, priority=_INSIDE_WEIGHT_VIEWS))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self._validations}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._fitting:
+            self._validations = state_dict["validations"]
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        due = trainer.sanity_checking or not self._fitting or self._validations % self.every == 0
+        self._enter(pl_module) if due else self._leave()
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._leave()
+        self._validations += self._fitting and not trainer.sanity_checking
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._enter(pl_module)
+
+    @override
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._leave()
+
+    def _enter(self, pl_module: pl.LightningModule) -> None:
+        self._fresh, self._second = SecondState(pl_module), SecondState(pl_module)
+
+    # Around the module's hooks.
+
+    def _twice(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        hook: str,
+        inner: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        output = inner(*args, **kwargs)
+        if self._second is None or pl_module in _SECOND or is_quiet(pl_module):
+            return output
+        if hook.endswith("_step"):
+            self._attacked = self._step(trainer, pl_module, inner, *args, **kwargs)
+        else:
+            if hook.endswith("_batch_end") and self._attacked is not None:
+                args = (*self._attacked, *args[2:])
+            with self._as_second(trainer, pl_module):
+                inner(*args, **kwargs)
+        return output
+
+    def _step(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        inner: Callable[..., Any],
+        batch: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Attack the batch, run the step on it, and return what it returns and what it got."""
+
+        def run(shown: Any) -> Any:
+            return inner(shown, *args, **kwargs)
+
+        place, inputs = self._attack_batch(trainer, pl_module, run, batch, args)
+        with place.shown(batch, inputs) as shown, self._as_second(trainer, pl_module):
+            return run(shown), shown
+
+    @contextmanager
+    def _as_second(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+        assert self._second is not None
+        undo = [
+            wrap_method(pl_module, "log", self._log_again, priority=-1000),
+            wrap_method(pl_module, "print", lambda inner, *args, **kwargs: None),
+        ]
+        _SECOND.add(pl_module)
+        try:
+            with self._second.used(), loggers_muted(trainer), random_streams_kept():
+                yield
+        finally:
+            _SECOND.discard(pl_module)
+            for step in undo:
+                step()
+
+    def _log_again(self, inner: Callable[..., Any], name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(value, Metric):
+            kwargs.setdefault("metric_attribute", name)  # the metric of the second state is no attribute of the module
+        inner(self._key(name), value, *args, **kwargs)
+
+    # The attack.
+
+    def _attack_batch(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        run: Callable[[Any], Any],
+        batch: Any,
+        position: tuple[Any, ...],
+    ) -> tuple[Place, Tensor]:
+        assert self._fresh is not None
+        batch_idx, loader = (*position, 0, 0)[:2]
+        # Inference tensors have no gradient, and what was counted in inference mode cannot be counted further outside of it.
+        with torch.inference_mode(False), torch.enable_grad(), self._fresh.used():
+            scratch = SecondState(pl_module)
+        with torch.inference_mode(False), torch.enable_grad(), scratch.used(), quiet(trainer, pl_module, check=False):
+            batch = map_tensors(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+            steps = self._steps(trainer, pl_module, run, batch_idx)
+            if loader not in self._places:
+                self._places[loader] = self._place_of(pl_module, batch, steps)
+            place, name = self._places[loader]
+            inputs = self._worst(trainer, place, batch, steps[name], f"{loader}/{batch_idx}/{trainer.global_rank}")
+        return place, inputs
+
+    def _steps(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, run: Callable[[Any], Any], batch_idx: int
+    ) -> dict[str, Callable[[Any], Any]]:
+        """Return the steps whose loss may be raised, in the order in which they are asked."""
+
+        def train(shown: Any) -> Any:
+            arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), shown, batch_idx)
+            return pl_module.training_step(*arguments.values())
+
+        own = {"test_step" if trainer.testing else "validation_step": run}
+        return {**own, "training_step": train} if pl_module.automatic_optimization else own
+
+    def _place_of(
+        self, pl_module: pl.LightningModule, batch: Any, steps: dict[str, Callable[[Any], Any]]
+    ) -> tuple[Place, str]:
+        """Return where the batches of a loader are attacked, and the step whose loss is raised."""
+        place = find_place(pl_module, batch, self.input_key, self.label)
+        clean = place.inputs(batch, next(iter(steps.values())))
+        self._attack.refuse_inputs(clean, self.label)
+        with place.shown(batch, clean) as shown:
+            return place, find_step(steps, shown, len(clean), self.loss, self.restarts > 1, self.label)
+
+    def _worst(self, trainer: pl.Trainer, place: Place, batch: Any, step: Callable[[Any], Any], purpose: str) -> Tensor:
+        """Return for each sample the attacked input, of all restarts, whose loss is highest."""
+        clean = place.inputs(batch, step)
+
+        def run(shown: Any) -> StepLoss:
+            return run_for_loss(step, shown, len(clean), self.loss)
+
+        loss_of = attack_losses(trainer, place, batch, lambda shown: run(shown).total)
+        worst, highest = clean, torch.full((len(clean),), -torch.inf, device=clean.device)
+        for restart in range(self.restarts):
+            inputs = self._raised(loss_of, clean, generator_for(clean.device, self.seed, f"{purpose}/{restart}"))
+            if self.restarts == 1:
+                return inputs
+            with place.shown(batch, inputs) as shown:
+                each = run(shown).each
+            assert each is not None
+            is_worse = each.detach() > highest
+            worst = torch.where(is_worse.view(-1, *[1] * (clean.dim() - 1)), inputs, worst)
+            highest = torch.where(is_worse, each.detach().to(highest), highest)
+        return worst
+
+    def _raised(self, loss_of: Callable[[Tensor], Tensor], clean: Tensor, generator: torch.Generator) -> Tensor:
+        try:
+            return self._attack(loss_of, clean, generator)
+        except IndependentLossError as error:
+            raise RuntimeError(
+                f"{self.label}: {error} If another part of the batch is the input, name it by input_key."
+            ) from None

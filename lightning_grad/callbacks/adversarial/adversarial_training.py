@@ -1,0 +1,332 @@
+"""Training on inputs attacked anew in each step. The attacks are functions, in ``functional/adversarial_attacks.py``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad.callbacks._quiet import is_quiet, quiet
+from lightning_grad.callbacks.adversarial._attack import (
+    NoLossError,
+    attack_losses,
+    attack_of,
+    generator_for,
+    loss_of_output,
+)
+from lightning_grad.callbacks.adversarial._overfitting import accuracies_under
+from lightning_grad.callbacks.adversarial._places import Place, find_place
+from lightning_grad.callbacks.base import GradCallback
+from lightning_grad.functional.adversarial_attacks import IndependentLossError
+from lightning_grad.utilities.batches import same_tensors
+from lightning_grad.utilities.checks import (
+    check_between,
+    check_choice,
+    check_count,
+    check_share,
+    refuse_manual_optimization,
+)
+from lightning_grad.utilities.dispatch import wrap_method
+from lightning_grad.utilities.progress import run_progress, total_steps
+from lightning_grad.utilities.reporting import is_log_step, log_many
+
+OUTSIDE_WEIGHT_VIEWS = 50  # inside of what only looks, outside of loss capture and of weights seen through a view
+_PGD_STEPS = 7
+_CHECK_STEPS = 10
+_COLLAPSE = 0.5  # of the best accuracy under PGD so far
+
+
+class AdversarialTraining(GradCallback):
+    r"""Train on inputs that are moved, inside a small ball, to where the loss is higher.
+
+    .. math::
+        \min_\theta \; \mathbb E_{(x, y)} \max_{\lVert \delta \rVert \le \epsilon} L(f_\theta(x + \delta), y)
+
+    The inner maximum is found by one step (FGSM) or several (PGD) along the gradient of the module's own loss, which its own
+    ``training_step`` returns. The real step then sees a new batch in which only the input differs. What the step does in the
+    attack (logs, metrics, BatchNorm, random numbers, gradients) leaves no trace.
+
+    Args:
+        epsilon: Radius of the ball, in units of the input, or in pixels if mean and std are given (8/255 on CIFAR-10).
+        attack: "fgsm", one step, or "pgd", several.
+        steps: Steps of PGD (7 by default, as in the paper's CIFAR-10 training).
+        step_size: Step size; by default 1.25 epsilon for FGSM (epsilon without random start), 2.5 epsilon / steps for PGD.
+        norm: Norm of the ball, "linf" or "l2", the latter over all of a sample.
+        random_start: Begin at a random point of the ball; FGSM without it overfits to itself soon.
+        bounds: Least and largest value that an input can have, such as [0, 1]; None for no limit.
+        mean: Mean by which inputs were normalised, one number or one a channel; epsilon and bounds then count in pixels.
+        std: Standard deviation by which inputs were divided.
+        clean_fraction: Share of the samples of each batch that stay as they are, at least 0 and below 1.
+        input_key: Key or position of the input in the batch, joined by dots where nested, or "embedding". By default the
+            first floating tensor with two dimensions or more or, if there is none, the output of the first nn.Embedding.
+        warmup_fraction: Share of the run in which epsilon grows from 0, linearly.
+        check_every: After every so many epochs, tell the accuracy of one batch under PGD with 10 steps, beside that under
+            the attack of the training; None never does. FGSM may lose all robustness within an epoch, and only this shows it.
+        seed: Seed of random starts and of the choice of clean samples.
+        name: Name of this instance.
+
+    Raises:
+        ValueError: In the constructor for a number out of its range, steps other than 1 with FGSM, or mean without std. In
+            setup for manual optimization, sharded strategies and ``training_step(dataloader_iter)``. At the start for a
+            warmup in a run whose length is not known. At the first batch for inputs outside the bounds, and an input_key
+            that leads nowhere.
+        TypeError: At the first batch, if the batch holds no floating tensor and the module no embedding.
+        RuntimeError: At the first batch, if the loss does not depend on the input, or the step changes trained parameters.
+
+    **Hooks.** ``training_step`` is wrapped on the instance: outside of what reads or weighs the loss, inside of what scores
+    samples, so that these see clean inputs.
+
+    **Logs** under ``adversarial/``: at log steps ``epsilon`` and ``loss_gain`` (loss of the step less that at the start of
+    the attack); after every check_every epochs ``attack_accuracy`` and ``pgd_accuracy`` of one batch, in eval mode. What the
+    module logs in its step is measured under attack.
+
+    **State.** None. Random numbers are those of seed, epoch, batch and rank, so resuming is bit-exact.
+
+    **Cost.** A forward and the input's part of a backward pass for each step of the attack, see docs/benchmarks.md.
+
+    **Works with** accumulation, fp16 and bf16, DDP, compiled modules (with embeddings: raises), several loaders, closures that
+    are evaluated again (LBFGS, SAM: the attack stays the same): yes. Manual optimization, FSDP, DeepSpeed: raises.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.AdversarialTraining
+                  init_args:
+                    epsilon: 0.03137
+                    attack: fgsm
+                    bounds: [0.0, 1.0]
+
+    References:
+        Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, arXiv 1706.06083, equation 2.
+        Goodfellow et al., "Explaining and Harnessing Adversarial Examples", 2015, arXiv 1412.6572 (FGSM, clean_fraction).
+        Wong et al., "Fast is better than free: Revisiting adversarial training", 2020, arXiv 2001.03994 (random start).
+        Embeddings: Miyato et al., "Adversarial Training Methods for Semi-Supervised Text Classification", 2017, arXiv
+        1605.07725. The ramp of epsilon and check_every are ours.
+    """
+
+    namespace: ClassVar[str] = "adversarial"
+    needs_whole_weights: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        epsilon: float = 8 / 255,
+        attack: Literal["fgsm", "pgd"] = "fgsm",
+        steps: int | None = None,
+        step_size: float | None = None,
+        norm: Literal["linf", "l2"] = "linf",
+        random_start: bool = True,
+        bounds: Sequence[float] | None = None,
+        mean: Sequence[float] | float | None = None,
+        std: Sequence[float] | float | None = None,
+        clean_fraction: float = 0.0,
+        input_key: str | int | None = None,
+        warmup_fraction: float = 0.0,
+        check_every: int | None = 1,
+        seed: int = 0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        check_choice(attack, ("fgsm", "pgd"), "attack")
+        if attack == "fgsm" and steps not in (None, 1):
+            raise ValueError(f"attack='fgsm' makes one step; got steps={steps}. Use attack='pgd'.")
+        number = 1 if attack == "fgsm" else _PGD_STEPS if steps is None else steps
+        space = (norm, random_start, bounds, mean, std)
+        self._attack = attack_of(epsilon, number, step_size, *space)
+        self._checking_attack = attack_of(epsilon, _CHECK_STEPS, None, *space)
+        check_share(clean_fraction, "clean_fraction")
+        check_between(warmup_fraction, 0.0, 1.0, "warmup_fraction")
+        check_count(1 if check_every is None else check_every, 1, "check_every")
+        check_count(seed, 0, "seed")
+        self.epsilon = epsilon
+        self.attack = attack
+        self.steps = steps
+        self.step_size = step_size
+        self.norm = norm
+        self.random_start = random_start
+        self.bounds = bounds
+        self.mean = mean
+        self.std = std
+        self.clean_fraction = clean_fraction
+        self.input_key = input_key
+        self.warmup_fraction = warmup_fraction
+        self.check_every = check_every
+        self.seed = seed
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what belongs to one fit."""
+        self._best_checked = 0.0
+        self._place: Place | None = None
+        self._batch: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None  # the first of the epoch
+        self._start_loss: Tensor | None = None
+        self._logged: dict[str, Tensor | float] = {}
+        self._attacked: tuple[Any, Any, Tensor] | None = None
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        live: dict[str, Any] = {"_place": None, "_batch": None, "_start_loss": None, "_logged": {}, "_attacked": None}
+        return {**super().__getstate__(), **live}
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if not self._fitting:
+            return
+        refuse_manual_optimization(
+            pl_module, self.label, "its training_step also steps, so that an attack through it would train."
+        )
+        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+            raise ValueError(f"{self.label} needs the batch, and training_step(dataloader_iter) gets it by itself.")
+        self._refuse_another(trainer)
+        self._forget()
+        self._undo.push(self._forget)
+        around = partial(self._around_step, trainer, pl_module)
+        self._undo.push(wrap_method(pl_module, "training_step", around, priority=OUTSIDE_WEIGHT_VIEWS))
+
+    def _refuse_another(self, trainer: pl.Trainer) -> None:
+        others = [callback for callback in trainer.callbacks if isinstance(callback, AdversarialTraining)]  # type: ignore[attr-defined]
+        if len(others) > 1:
+            raise ValueError(
+                f"{' and '.join(other.label for other in others)} would attack each other's inputs. Keep one of them in the "
+                "list of callbacks."
+            )
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.warmup_fraction:
+            total_steps(trainer, self.label)
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self._attacked = None
+        if self._logged:
+            self._log(pl_module, self._logged)
+            self._logged = {}
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        is_due = (trainer.current_epoch + 1) % (self.check_every or 1) == 0
+        if is_due and self._batch is not None and self._place is not None:
+            self._check(trainer, pl_module)
+        self._batch = None
+
+    # Inside the step.
+
+    def _around_step(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        inner: Callable[..., Any],
+        batch: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        def run(shown: Any) -> Any:
+            return inner(shown, *args, **kwargs)
+
+        share = self._share(trainer)
+        # A validation_step may call training_step too.
+        if share == 0.0 or not trainer.training or is_quiet(pl_module):
+            return run(batch)
+        try:
+            inputs = self._inputs(trainer, pl_module, batch, run, share)
+        except NoLossError:  # the module passes this batch over
+            return run(batch)
+        if self._batch is None and self.check_every is not None:
+            self._batch = (batch, args, kwargs)
+        assert self._place is not None
+        with self._place.shown(batch, inputs) as shown:
+            output = run(shown)
+        self._keep_for_log(trainer, output, share)
+        return output
+
+    def _share(self, trainer: pl.Trainer) -> float:
+        """Return the share of epsilon that is reached."""
+        if self.epsilon == 0.0 or self.warmup_fraction == 0.0:
+            return float(self.epsilon > 0.0)
+        return min(1.0, run_progress(trainer) / self.warmup_fraction)
+
+    def _inputs(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, run: Callable[[Any], Any], share: float
+    ) -> Tensor:
+        epoch, batch_idx = trainer.current_epoch, trainer.fit_loop.batch_idx
+        known = self._attacked
+        # DDP on a GPU gives the tensors in new containers.
+        if known is not None and known[0] == (epoch, batch_idx) and same_tensors(known[1], batch):
+            return known[2]  # an optimizer evaluates its closure again: the problem must stay the same
+        is_first = self._place is None
+        place = self._place = self._place or find_place(pl_module, batch, self.input_key, self.label)
+        with quiet(trainer, pl_module, evaluate=False, check=is_first, advice=f", or train without {self.label}"):
+            clean = place.inputs(batch, run)
+            if is_first:
+                self._attack.refuse_inputs(clean, self.label)
+            self._start_loss = None
+            loss_of = attack_losses(trainer, place, batch, run, self._note_start)
+            generator = generator_for(clean.device, self.seed, f"{epoch}/{batch_idx}/{trainer.global_rank}")
+            inputs = self._partly(clean, self._attacking(loss_of, clean, generator, share), generator)
+        self._attacked = ((epoch, batch_idx), batch, inputs)
+        return inputs
+
+    def _attacking(
+        self, loss_of: Callable[[Tensor], Tensor], clean: Tensor, generator: torch.Generator, share: float
+    ) -> Tensor:
+        try:
+            return self._attack(loss_of, clean, generator, share)
+        except IndependentLossError as error:
+            raise RuntimeError(
+                f"{self.label}: {error} If another part of the batch is the input, name it by input_key; if training_step "
+                "detaches it or computes it without gradients, it cannot be attacked."
+            ) from None
+
+    def _partly(self, clean: Tensor, attacked: Tensor, generator: torch.Generator) -> Tensor:
+        count = int(self.clean_fraction * len(clean) * (1 + 1e-12))  # 0.29 * 100 is 28.999999999999996
+        if count == 0:
+            return attacked
+        rows = torch.rand(len(clean), generator=generator, device=clean.device).argsort()[:count]
+        return attacked.index_copy(0, rows, clean.index_select(0, rows))
+
+    # What is told.
+
+    def _note_start(self, loss: Tensor) -> None:
+        if self._start_loss is None:
+            self._start_loss = loss.detach().mean()
+
+    def _keep_for_log(self, trainer: pl.Trainer, output: Any, share: float) -> None:
+        loss = loss_of_output(output)
+        if loss is not None and self._start_loss is not None and is_log_step(trainer):
+            self._logged = {"epsilon": share * self.epsilon, "loss_gain": loss.detach().mean() - self._start_loss}
+
+    def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell how one batch of this epoch is classified under the attack of the training, and under a stronger one."""
+        assert self._place is not None
+        assert self._batch is not None
+        batch, args, kwargs = self._batch
+
+        def run(shown: Any) -> Any:
+            with trainer.precision_plugin.train_step_context():
+                return pl_module.training_step(shown, *args, **kwargs)
+
+        attacks = {"attack_accuracy": self._attack, "pgd_accuracy": self._checking_attack}
+        with quiet(trainer, pl_module, check=False):
+            found = accuracies_under(attacks, trainer, self._place, batch, run, f"{self.seed}/{trainer.current_epoch}")
+        log_many(trainer, {self._key(key): value for key, value in found.items()})
+        if found:
+            self._warn_of_collapse(found["attack_accuracy"], found["pgd_accuracy"])
+
+    def _warn_of_collapse(self, easy: float, robust: float) -> None:
+        if robust < _COLLAPSE * min(easy, self._best_checked):
+            rank_zero_warn(
+                f"{self.label}: the accuracy on one batch is {easy:.1%} under the attack of the training, but {robust:.1%} "
+                f"under PGD with {_CHECK_STEPS} steps, which was {self._best_checked:.1%} before: the network has overfitted "
+                "to the attack. Train with attack='pgd', or a smaller step_size or epsilon."
+            )
+        self._best_checked = max(self._best_checked, robust)

@@ -1,0 +1,261 @@
+"""Inputs that a network gets wrong: perturbations inside a small ball that raise the loss, found by its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Norm = Literal["linf", "l2"]
+FGSM_STEP = 1.25  # of epsilon, after a random start (Wong et al. 2020: 10/255 for 8/255)
+PGD_STEP = 2.5  # of epsilon / steps (Madry et al. 2018, released code of the MNIST and CIFAR-10 challenges)
+
+
+class IndependentLossError(RuntimeError):
+    """The loss does not depend on the inputs, so that no attack on them can raise it."""
+
+
+def attack_direction(gradient: Tensor, norm: Norm = "linf") -> Tensor:
+    r"""Return the unit step that raises a linear function most.
+
+    .. math::
+        \operatorname{sign}(g) \;(\ell_\infty), \qquad g_i / \lVert g_i \rVert_2 \;(\ell_2, \text{each sample } i)
+
+    Args:
+        gradient: Gradient g, (B, ...).
+        norm: In which norm the step has length 1.
+
+    Returns:
+        Tensor: (B, ...), zero where the gradient is nan, and for samples whose gradient is zero.
+
+    Example:
+        >>> attack_direction(torch.tensor([[3.0, -4.0]])), attack_direction(torch.tensor([[3.0, -4.0]]), "l2")
+        (tensor([[ 1., -1.]]), tensor([[ 0.6000, -0.8000]]))
+
+    References:
+        Goodfellow et al., "Explaining and Harnessing Adversarial Examples", 2015, arXiv 1412.6572, section 4; Madry et al.,
+        "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, arXiv 1706.06083.
+    """
+    gradient = gradient.nan_to_num(nan=0.0)  # an infinity becomes the largest number
+    if norm == "linf":
+        return gradient.sign()
+    # Divided by the largest entry first: squares of small gradients vanish, those of large ones overflow.
+    scaled = gradient / _each(_rows(gradient.abs()).amax(1), gradient).clamp(min=torch.finfo(gradient.dtype).tiny)
+    return scaled / _norms(scaled).clamp(min=torch.finfo(gradient.dtype).tiny)
+
+
+def project_perturbation(perturbation: Tensor, epsilon: float, norm: Norm = "linf") -> Tensor:
+    """Return the nearest perturbation whose norm is at most ``epsilon``.
+
+    Args:
+        perturbation: One of each sample, (B, ...).
+        epsilon: Radius of the ball.
+        norm: Which ball.
+
+    Returns:
+        Tensor: (B, ...).
+
+    Example:
+        >>> perturbation = torch.tensor([[3.0, -4.0]])
+        >>> project_perturbation(perturbation, 1.0), project_perturbation(perturbation, 1.0, "l2")
+        (tensor([[ 1., -1.]]), tensor([[ 0.6000, -0.8000]]))
+    """
+    if norm == "linf":
+        return perturbation.clamp(-epsilon, epsilon)
+    least = torch.finfo(perturbation.dtype).tiny
+    return perturbation * (epsilon / _norms(perturbation).clamp(min=max(epsilon, least)))
+
+
+def random_perturbation(
+    like: Tensor, epsilon: float, norm: Norm = "linf", generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw perturbations uniformly from a ball.
+
+    Args:
+        like: Gives shape (B, ...), type and device.
+        epsilon: Radius of the ball.
+        norm: Which ball.
+        generator: Source of the numbers, on the same device.
+
+    Returns:
+        Tensor: (B, ...).
+
+    Example:
+        >>> drawn = random_perturbation(torch.zeros(1000, 3), 0.5, "l2")
+        >>> bool((drawn.norm(dim=1) <= 0.5001).all())
+        True
+    """
+    if norm == "linf":
+        return torch.empty_like(like).uniform_(-epsilon, epsilon, generator=generator)
+    direction = torch.empty_like(like).normal_(generator=generator)
+    share = torch.rand(len(like), dtype=like.dtype, device=like.device, generator=generator)
+    radius = epsilon * share ** (1.0 / max(1, like[0].numel()))  # volume grows with the power of the dimension
+    return attack_direction(direction, "l2") * _each(radius, like)
+
+
+def pgd(
+    loss_of: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    epsilon: float,
+    steps: int = 10,
+    step_size: float | None = None,
+    norm: Norm = "linf",
+    random_start: bool = True,
+    bounds: tuple[float, float] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Attack inputs by projected gradient ascent.
+
+    .. math::
+        \delta_{t+1} = \Pi_{\lVert \delta \rVert \le \epsilon,\; x + \delta \in [l, u]}
+            \bigl(\delta_t + \alpha\, d(\nabla_x L(x + \delta_t))\bigr)
+
+    d is :func:`attack_direction`, the projection :math:`\Pi` is :func:`project_perturbation` and then a clamp to the bounds.
+    With ``mean`` and ``std`` the inputs are taken as (pixel - mean) / std, and :math:`\epsilon`, :math:`\alpha`, l and u count
+    in pixels. No gradient of a parameter is touched.
+
+    Args:
+        loss_of: Returns the loss of inputs (B, ...), summed or averaged over samples.
+        inputs: Inputs x, (B, ...), floating.
+        epsilon: Radius of the ball.
+        steps: Steps of the ascent.
+        step_size: Step size alpha. Default: 2.5 epsilon / steps.
+        norm: Norm of the ball.
+        random_start: Whether to begin at a random point of the ball, instead of at x.
+        bounds: Least and largest value (l, u) of an input.
+        mean: Mean by which inputs were normalised, one for each channel (dimension 1), or a single one.
+        std: Standard deviation by which they were divided.
+        generator: Source of the random start, on the inputs' device.
+
+    Returns:
+        Tensor: Attacked inputs, (B, ...), without graph; the given inputs themselves if epsilon is 0.
+
+    Raises:
+        IndependentLossError: If the loss does not depend on the inputs; a RuntimeError.
+
+    Example:
+        >>> weight = torch.tensor([2.0, -1.0])
+        >>> pgd(lambda x: (x @ weight).sum(), torch.zeros(1, 2), epsilon=0.1, random_start=False)
+        tensor([[ 0.1000, -0.1000]])
+
+    References:
+        Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, arXiv 1706.06083, equation 2.
+    """
+    if epsilon == 0.0:
+        return inputs
+    step_size = PGD_STEP * epsilon / steps if step_size is None else step_size
+    space = _Pixels(inputs.detach(), bounds, mean, std)
+    start = torch.zeros_like(space.inputs)
+    perturbation = space.clamp(random_perturbation(start, epsilon, norm, generator) if random_start else start)
+    for _ in range(steps):
+        gradient = space.gradient(loss_of, perturbation)
+        raised = perturbation + step_size * attack_direction(gradient, norm)
+        perturbation = space.clamp(project_perturbation(raised, epsilon, norm))
+    return space.at(perturbation)
+
+
+def fgsm(
+    loss_of: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    epsilon: float,
+    step_size: float | None = None,
+    norm: Norm = "linf",
+    random_start: bool = True,
+    bounds: tuple[float, float] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Attack inputs by one step (fast gradient sign method): :func:`pgd` with ``steps=1``.
+
+    Args:
+        loss_of: Returns the loss of inputs (B, ...), summed or averaged over samples.
+        inputs: Inputs, (B, ...), floating.
+        epsilon: Radius of the ball.
+        step_size: Size of the step. Default: 1.25 epsilon after a random start, epsilon without.
+        norm: Norm of the ball.
+        random_start: Whether to begin at a random point of the ball; without, training on the attack soon overfits to it.
+        bounds: Least and largest value of an input.
+        mean: Mean by which inputs were normalised.
+        std: Standard deviation by which they were divided.
+        generator: Source of the random start, on the inputs' device.
+
+    Returns:
+        Tensor: Attacked inputs, (B, ...).
+
+    Raises:
+        IndependentLossError: If the loss does not depend on the inputs; a RuntimeError.
+
+    Example:
+        >>> weight = torch.tensor([2.0, -1.0])
+        >>> fgsm(lambda x: (x @ weight).sum(), torch.zeros(1, 2), epsilon=0.1, random_start=False)
+        tensor([[ 0.1000, -0.1000]])
+
+    References:
+        Goodfellow et al., 2015, arXiv 1412.6572, section 4. Random start and step size: Wong et al., "Fast is better than
+        free: Revisiting adversarial training", 2020, arXiv 2001.03994, algorithm 3.
+    """
+    default = FGSM_STEP * epsilon if random_start else epsilon
+    step_size = default if step_size is None else step_size
+    return pgd(loss_of, inputs, epsilon, 1, step_size, norm, random_start, bounds, mean, std, generator)
+
+
+class _Pixels:
+    """Inputs seen in the units in which epsilon and bounds are told. Perturbations are in these units, float32 at least."""
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        bounds: tuple[float, float] | None,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+    ) -> None:
+        self._type = inputs.dtype
+        self.inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+        self._std = None if std is None else _by_channel(std, self.inputs)
+        self._bounds: tuple[Any, Any] | None = bounds  # of the inputs as they are
+        if bounds is not None and (mean is not None or self._std is not None):
+            shift = 0.0 if mean is None else _by_channel(mean, self.inputs)
+            low, high = ((bound - shift) / (1.0 if self._std is None else self._std) for bound in bounds)
+            self._bounds = (low, high)
+
+    def at(self, perturbation: Tensor) -> Tensor:
+        moved = self.inputs + (perturbation if self._std is None else perturbation / self._std)
+        return (moved if self._bounds is None else moved.clamp(*self._bounds)).to(self._type)
+
+    def clamp(self, perturbation: Tensor) -> Tensor:
+        if self._bounds is None:
+            return perturbation
+        scale = 1.0 if self._std is None else self._std
+        low, high = ((bound - self.inputs) * scale for bound in self._bounds)
+        return perturbation.clamp(low, high)
+
+    def gradient(self, loss_of: Callable[[Tensor], Tensor], perturbation: Tensor) -> Tensor:
+        with torch.enable_grad():
+            point = self.at(perturbation).requires_grad_(True)
+            loss = loss_of(point).sum()
+            found = torch.autograd.grad(loss, point, allow_unused=True)[0] if loss.requires_grad else None
+        if found is None:
+            raise IndependentLossError("The loss does not depend on the inputs, so that no attack on them can raise it.")
+        return found.to(self.inputs.dtype) / (1.0 if self._std is None else self._std)
+
+
+def _by_channel(values: Sequence[float], inputs: Tensor) -> Tensor:
+    own = torch.tensor(list(values), dtype=inputs.dtype, device=inputs.device)
+    return own if len(own) == 1 else own.view(1, -1, *[1] * (inputs.dim() - 2))
+
+
+def _each(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(len(tensor), -1)
+
+
+def _norms(tensor: Tensor) -> Tensor:
+    return _each(torch.linalg.vector_norm(_rows(tensor), dim=1), tensor)

@@ -1,0 +1,164 @@
+"""Finding the input in a batch of any form, and giving a batch another one without touching the old.
+
+A batch may be a tensor, and any nesting of tuples, named tuples, lists, mappings, dataclasses and objects that keep tensors
+as attributes. Where something is in it is told as a path of keys, positions and attribute names.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Path = tuple[Any, ...]
+_DEEPEST = 8  # an object of a batch may know its owner
+
+
+def find_input(batch: Any, key: str | int | None, needed_by: str) -> Path | None:
+    """Return where the input of a batch is.
+
+    Args:
+        batch: The batch.
+        key: Where to look: a key, a position, or several joined by dots, such as ``"images"``, ``0`` or ``"0.pixels"``.
+            Default: the first floating tensor with at least two dimensions.
+        needed_by: Who asks, for errors.
+
+    Returns:
+        tuple | None: The path, or ``None`` if no key is given and no such tensor is there.
+
+    Raises:
+        ValueError: If the key leads nowhere, or to no floating tensor.
+
+    Example:
+        >>> batch = {"ids": torch.zeros(4, dtype=torch.long), "pixels": torch.zeros(4, 3)}
+        >>> find_input(batch, None, "doctest"), find_input([batch], "0.pixels", "doctest")
+        (('pixels',), (0, 'pixels'))
+    """
+    if key is not None:
+        return _follow(batch, key, needed_by)
+    found = (path for path, value in _tensors_of(batch) if value.is_floating_point() and value.dim() >= 2)
+    return next(found, None)
+
+
+def input_at(batch: Any, path: Path) -> Tensor:
+    """Return the tensor at a path.
+
+    Example:
+        >>> input_at([{"x": torch.ones(2)}], (0, "x"))
+        tensor([1., 1.])
+    """
+    for key in path:
+        batch = _child(batch, key)
+    assert isinstance(batch, Tensor)
+    return batch
+
+
+def with_input(batch: Any, path: Path, value: Tensor) -> Any:
+    """Return a batch that has another tensor at a path, and shares all else with the old, which stays as it is.
+
+    Example:
+        >>> batch = [torch.zeros(1), torch.ones(1)]
+        >>> with_input(batch, (0,), torch.full((1,), 5.0)), batch
+        ([tensor([5.]), tensor([1.])], [tensor([0.]), tensor([1.])])
+    """
+    if not path:
+        return value
+    key, rest = path[0], path[1:]
+    child = with_input(_child(batch, key), rest, value)
+    if isinstance(batch, tuple):
+        items = [child if position == key else item for position, item in enumerate(batch)]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    other = _shallow_copy(batch)
+    if isinstance(other, (list, MutableMapping)):
+        other[key] = child
+    else:
+        object.__setattr__(other, key, child)  # a dataclass may be frozen
+    return other
+
+
+def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return a batch with every tensor replaced by what a function makes of it.
+
+    Example:
+        >>> map_tensors({"x": torch.zeros(1), "n": 3}, lambda tensor: tensor + 1)
+        {'x': tensor([1.]), 'n': 3}
+    """
+    for path, value in list(_tensors_of(batch)):
+        batch = with_input(batch, path, function(value))
+    return batch
+
+
+def same_tensors(batch: Any, other: Any) -> bool:
+    """Say whether two batches hold the same tensors, in containers that may have been made anew.
+
+    Example:
+        >>> x = torch.ones(2)
+        >>> same_tensors((x, 3), (x, 3)), same_tensors((x, 3), (x.clone(), 3))
+        (True, False)
+    """
+    ours, theirs = ([value for _, value in _tensors_of(each)] for each in (batch, other))
+    return len(ours) == len(theirs) and all(one is another for one, another in zip(ours, theirs, strict=True))
+
+
+def _shallow_copy(batch: Any) -> Any:
+    other = copy.copy(batch)
+    if isinstance(other, MutableMapping) and not isinstance(other, dict) and hasattr(other, "__dict__"):
+        # What a mapping keeps its entries in must not be shared either.
+        for name, value in vars(other).items():
+            if isinstance(value, MutableMapping) and value is vars(batch).get(name):
+                vars(other)[name] = copy.copy(value)
+    return other
+
+
+def _tensors_of(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    if isinstance(batch, Tensor):
+        yield path, batch
+        return
+    for key, child in _children(batch) if len(path) < _DEEPEST else ():
+        yield from _tensors_of(child, (*path, key))
+
+
+def _children(batch: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(batch, Mapping):
+        yield from batch.items()
+    elif isinstance(batch, (list, tuple)):
+        yield from enumerate(batch)
+    elif hasattr(batch, "__dict__") and not isinstance(batch, (type, torch.nn.Module)):
+        yield from vars(batch).items()
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):  # with slots
+        yield from ((field.name, getattr(batch, field.name)) for field in dataclasses.fields(batch))
+
+
+def _child(batch: Any, key: Any) -> Any:
+    return batch[key] if isinstance(batch, (Mapping, list, tuple)) else getattr(batch, key)
+
+
+def _follow(batch: Any, key: str | int, needed_by: str) -> Path:
+    path: Path = ()
+    here = batch
+    for part in [key] if isinstance(key, int) else _parts(batch, key):
+        known = dict(_children(here))
+        found = part if part in known else _as_position(part)
+        if found not in known:
+            there = ", ".join(map(repr, known)) if known else f"no parts: it is a {type(here).__name__}"
+            raise ValueError(f"{needed_by}: input_key={key!r} leads nowhere in the batch; there it has {there}.")
+        path, here = (*path, found), known[found]
+    if not isinstance(here, Tensor) or not here.is_floating_point():
+        kind = f"a tensor of {here.dtype}" if isinstance(here, Tensor) else f"a {type(here).__name__}"
+        raise ValueError(
+            f"{needed_by}: input_key={key!r} must name a floating tensor of the batch, and leads to {kind}."
+        )
+    return path
+
+
+def _parts(batch: Any, key: str) -> list[str]:
+    # A mapping may have a key with a dot in it.
+    return [key] if isinstance(batch, Mapping) and key in batch else key.split(".")
+
+
+def _as_position(part: Any) -> Any:
+    return int(part) if isinstance(part, str) and part.isdecimal() else part
