@@ -1,9 +1,11 @@
 """Callbacks: one line in ``Trainer(callbacks=[...])`` each.
 
 What all of them share is in ``base.py``, the file to read first. Those that change gradients stand in ``clipping`` and
-share ``conditioner.py``; those that choose or weigh samples in ``data_pruning``.
+share ``conditioner.py``; those that choose or weigh samples in ``data_pruning``; those that attack inputs, and the learning
+rate made for them, in ``adversarial``.
 """
 
+from lightning_grad.callbacks.adversarial import AccuracyGradientLR, AdversarialEvaluation, AdversarialTraining
 from lightning_grad.callbacks.clipping import (
     AdaptiveGradientClipping,
     AutoClip,
@@ -29,7 +31,10 @@ from lightning_grad.callbacks.data_pruning import (
 from lightning_grad.callbacks.nm_sparsity import NMSparsity
 
 __all__ = [
+    "AccuracyGradientLR",
     "AdaptiveGradientClipping",
+    "AdversarialEvaluation",
+    "AdversarialTraining",
     "AutoClip",
     "DataPruning",
     "GradientCentralization",

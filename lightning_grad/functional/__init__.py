@@ -3,6 +3,19 @@
 Nothing here knows Lightning, reads a file or keeps a global, so each function also serves a hand-written loop.
 """
 
+from lightning_grad.functional.accuracy_gradient import (
+    accuracy_gradient,
+    accuracy_gradient_cuts,
+    accuracy_gradient_scales,
+)
+from lightning_grad.functional.adversarial_attacks import (
+    IndependentLossError,
+    attack_direction,
+    fgsm,
+    pgd,
+    project_perturbation,
+    random_perturbation,
+)
 from lightning_grad.functional.clipping import (
     clip_adaptively_,
     clip_layers_,
@@ -81,6 +94,7 @@ from lightning_grad.functional.sample_histories import (
 
 __all__ = [
     "RECIPES",
+    "IndependentLossError",
     "KMeans",
     "LossCall",
     "LossCapture",
@@ -88,9 +102,13 @@ __all__ = [
     "NMPhase",
     "NMSchedule",
     "PerSampleGradientNorms",
+    "accuracy_gradient",
+    "accuracy_gradient_cuts",
+    "accuracy_gradient_scales",
     "add_gradient_noise_",
     "add_sr_ste_",
     "annealed_temperature",
+    "attack_direction",
     "aum",
     "aum_state",
     "autoclip_state",
@@ -106,6 +124,7 @@ __all__ = [
     "count_kept",
     "el2n",
     "exponential_decay",
+    "fgsm",
     "forgetting",
     "forgetting_state",
     "geometric_patterns",
@@ -131,9 +150,12 @@ __all__ = [
     "normalize_by_class",
     "normalize_layers_",
     "per_sample_gradient_norms",
+    "pgd",
     "predictions",
+    "project_perturbation",
     "prototype_distance",
     "prune",
+    "random_perturbation",
     "repeated_random_subset",
     "reset_moments_",
     "reset_warmup",

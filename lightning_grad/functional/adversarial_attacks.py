@@ -240,7 +240,9 @@ class _Pixels:
             loss = loss_of(point).sum()
             found = torch.autograd.grad(loss, point, allow_unused=True)[0] if loss.requires_grad else None
         if found is None:
-            raise IndependentLossError("The loss does not depend on the inputs, so that no attack on them can raise it.")
+            raise IndependentLossError(
+                "The loss does not depend on the inputs, so that no attack on them can raise it."
+            )
         return found.to(self.inputs.dtype) / (1.0 if self._std is None else self._std)
 
 

@@ -28,6 +28,8 @@ class Technique:
         compile: Whether this configuration gives a compiler something else to trace than its neighbours.
         observes: Whether it changes nothing in a run in which nothing goes wrong.
         clips: Whether it refuses ``Trainer(gradient_clip_val=...)``.
+        decides: Whether it decides at validations. Of a run that resumes behind its last step, Lightning runs nothing, and so
+            not the validation that was due there either.
         manual: Whether it works with manual optimization.
         broad: Whether it goes through everything. Another setting of a mechanism that a neighbour covers is held to
             neutrality, resuming, checkpoints and the rest of what its setting could break.
@@ -45,6 +47,7 @@ class Technique:
     compile: bool = True
     observes: bool = False
     clips: bool = False
+    decides: bool = False
     manual: bool = True
     broad: bool = True
     refuses: tuple[str, ...] = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
@@ -330,6 +333,105 @@ _DATA: list[Technique] = [
     ),
 ]
 
+_ALWAYS_CUTS = {"window": 1, "quiet": 1, "threshold": 10.0, "factor": 0.5}
+_ATTACK_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
+    ({"epsilon": -0.1}, "epsilon must be at least 0"),
+    ({"epsilon": _INF}, "epsilon must be finite"),
+    ({"norm": "l1"}, "is none of"),
+    ({"step_size": 0.0}, "step_size must be above 0"),
+    ({"bounds": [1.0, 0.0]}, "least and the largest"),
+    ({"mean": 0.5}, "mean and std belong together"),
+    ({"mean": 0.5, "std": 0.0}, "std must be above 0"),
+    ({"seed": -1}, "seed must be at least 0"),
+)
+_ADVERSARIAL: list[Technique] = [
+    Technique(
+        "AccuracyGradientLR",
+        arguments=_ALWAYS_CUTS,
+        neutral={**_ALWAYS_CUTS, "factor": 1.0},
+        second={**_ALWAYS_CUTS, "monitor": "val_loss", "mode": "min", "name": "second"},
+        compile=False,
+        decides=True,
+        refuses=(),
+        wrong=(
+            ({"mode": "maximum"}, "Did you mean 'max'"),
+            ({"window": 0}, "window must be at least 1"),
+            ({"quiet": -1}, "quiet must be at least 0"),
+            ({"factor": 0.0}, "factor must be"),
+            ({"factor": 1.5}, "factor must be"),
+            ({"min_lr": -1.0}, "min_lr must be at least 0"),
+            ({"start_after": -1}, "start_after must be at least 0"),
+            ({"policy": "replaced"}, "Did you mean 'replace'"),
+            ({"interval": "epochs"}, "Did you mean 'epoch'"),
+        ),
+    ),
+    Technique(
+        "AccuracyGradientLR",
+        "replace-epoch",
+        arguments={**_ALWAYS_CUTS, "policy": "replace", "interval": "epoch"},
+        no_neutral_because="the module's own schedule is set aside",
+        compile=False,
+        decides=True,
+        broad=False,
+        refuses=(),
+    ),
+    Technique(
+        "AdversarialTraining",
+        arguments={"epsilon": 0.1},
+        neutral={"epsilon": 0.0},
+        manual=False,
+        wrong=(
+            *_ATTACK_WRONG,
+            ({"attack": "fgms"}, "Did you mean 'fgsm'"),
+            ({"steps": 3}, "one step"),
+            ({"attack": "pgd", "steps": 0}, "steps must be at least 1"),
+            ({"clean_fraction": 1.0}, "at least 0 and below 1"),
+            ({"warmup_fraction": 1.5}, "warmup_fraction must be from 0 to 1"),
+            ({"check_every": 0}, "check_every must be at least 1"),
+        ),
+    ),
+    Technique(
+        "AdversarialTraining",
+        "pgd-l2",
+        arguments={
+            "epsilon": 0.5,
+            "attack": "pgd",
+            "steps": 2,
+            "norm": "l2",
+            "bounds": [-9.0, 9.0],
+            "clean_fraction": 0.25,
+            "warmup_fraction": 0.2,
+        },
+        neutral={"epsilon": 0.0, "attack": "pgd"},
+        manual=False,
+        compile=False,
+        broad=False,
+    ),
+    Technique(
+        "AdversarialEvaluation",
+        arguments={"epsilon": 0.1, "steps": 2},
+        neutral={"epsilon": 0.1, "steps": 2},
+        second={"epsilon": 0.2, "steps": 1, "name": "second"},
+        observes=True,
+        wrong=(
+            *_ATTACK_WRONG,
+            ({"steps": 0}, "steps must be at least 1"),
+            ({"restarts": 0}, "restarts must be at least 1"),
+            ({"every": 0}, "every must be at least 1"),
+            ({"loss": -1}, "loss must be at least 0"),
+        ),
+    ),
+    Technique(
+        "AdversarialEvaluation",
+        "restarts",
+        arguments={"epsilon": 0.1, "steps": 1, "restarts": 2, "every": 2},
+        neutral={"epsilon": 0.1, "steps": 1, "restarts": 2, "every": 2},
+        observes=True,
+        compile=False,
+        broad=False,
+    ),
+]
+
 TECHNIQUES: list[Technique] = [
     _nm("mdgf-exponential", recipe="mdgf-exponential", dense_fraction=0.1),
     _nm("mdgf-exponential-masked", recipe="mdgf-exponential", gradient="masked"),
@@ -344,6 +446,7 @@ TECHNIQUES: list[Technique] = [
     _nm("output-axis", recipe="sr-ste", axis="output"),
     *_CLIPPING,
     *_DATA,
+    *_ADVERSARIAL,
 ]
 BROAD: list[Technique] = [technique for technique in TECHNIQUES if technique.broad]
 CANONICAL: list[Technique] = [next(t for t in TECHNIQUES if t.name == name) for name in callbacks.__all__]
@@ -352,5 +455,6 @@ CANONICAL: list[Technique] = [next(t for t in TECHNIQUES if t.name == name) for 
 def build_together() -> list[Any]:
     """Build one technique of each phase, and sparse weights, as a user might list them."""
     names = ("NMSparsity", "SkipNonFinite", "GradientCentralization", "MomentumReset", "SpikeClipping")
-    wanted = (*names, "GradientNoise", "GradientMonitor", "DataPruning")
+    data = ("DataPruning", "AdversarialTraining", "AdversarialEvaluation", "AccuracyGradientLR")
+    wanted = (*names, "GradientNoise", "GradientMonitor", *data)
     return [next(t for t in CANONICAL if t.name == name).build() for name in wanted]

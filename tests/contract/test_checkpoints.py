@@ -92,10 +92,10 @@ def test_checkpoint_on_exception_computes_what_a_validation_would_have(technique
     step = 14
     remembered = RememberLogits()
     every = ModelCheckpoint(tmp_path / "every", save_top_k=-1, every_n_train_steps=1, save_weights_only=weights_only)
-    fit([technique.build(), remembered, every], limit_val_batches=0)
+    fit([technique.build(), remembered, every], limit_val_batches=1)
     on_exception = ModelCheckpoint(tmp_path / "stop", save_on_exception=True, save_weights_only=weights_only)
     with pytest.raises(RuntimeError):
-        fit([technique.build(), StopAt(step), on_exception], limit_val_batches=0)
+        fit([technique.build(), StopAt(step), on_exception], limit_val_batches=1)
     saved = [torch.load(p, weights_only=True) for p in (tmp_path / "stop").glob("*.ckpt")]
     expected = [torch.load(p, weights_only=True) for p in (tmp_path / "every").glob("*.ckpt")]
     saved_state = next(c["state_dict"] for c in saved if c["global_step"] == step)

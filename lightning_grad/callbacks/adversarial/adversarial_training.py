@@ -41,6 +41,7 @@ OUTSIDE_WEIGHT_VIEWS = 50  # inside of what only looks, outside of loss capture 
 _PGD_STEPS = 7
 _CHECK_STEPS = 10
 _COLLAPSE = 0.5  # of the best accuracy under PGD so far
+_GAP = 0.3  # between the two attacks; small batches differ by less
 
 
 class AdversarialTraining(GradCallback):
@@ -323,7 +324,7 @@ class AdversarialTraining(GradCallback):
             self._warn_of_collapse(found["attack_accuracy"], found["pgd_accuracy"])
 
     def _warn_of_collapse(self, easy: float, robust: float) -> None:
-        if robust < _COLLAPSE * min(easy, self._best_checked):
+        if robust < _COLLAPSE * self._best_checked and easy - robust > _GAP:
             rank_zero_warn(
                 f"{self.label}: the accuracy on one batch is {easy:.1%} under the attack of the training, but {robust:.1%} "
                 f"under PGD with {_CHECK_STEPS} steps, which was {self._best_checked:.1%} before: the network has overfitted "

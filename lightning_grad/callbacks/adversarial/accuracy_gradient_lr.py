@@ -1,0 +1,381 @@
+"""Cutting the learning rate by the accuracy gradient: the callback. The rule is in ``functional/accuracy_gradient.py``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_grad.callbacks.adversarial._monitored import MonitoredValue, describe_unknown
+from lightning_grad.callbacks.adversarial._rate_report import RateRecord, write_record
+from lightning_grad.callbacks.adversarial._schedules import mute_schedulers, warn_of_schedulers
+from lightning_grad.callbacks.base import GradCallback
+from lightning_grad.functional.accuracy_gradient import accuracy_gradient, accuracy_gradient_cuts
+from lightning_grad.utilities.checks import check_above, check_at_least, check_between, check_choice, check_count
+from lightning_grad.utilities.dispatch import wrap_method
+from lightning_grad.utilities.learning_rates import (
+    base_rate,
+    choose_groups,
+    restore_initial_rates_,
+    scale_rates_,
+    scale_schedules_,
+)
+from lightning_grad.utilities.missed_validation import is_validation_due, run_missed_validation
+from lightning_grad.utilities.reporting import log_many, log_summary, output_folder, stepped_batches
+
+
+class AccuracyGradientLR(GradCallback):
+    r"""Cut the learning rate when the moving mean of the validation accuracy stops rising (AccelAT).
+
+    .. math::
+        g_t = m_t - m_{t-1} = \frac{a_t - a_{t-w}}{w}, \qquad
+        \eta \leftarrow \max(f \eta, \eta_\text{min}) \quad \text{if } g_t < \theta
+
+    :math:`a_t` is the accuracy of the t-th observation and :math:`m_t` the mean of the last w. Nothing is cut before
+    observation w + 2, nor until q observations after a cut
+    (:func:`~lightning_grad.functional.accuracy_gradient.accuracy_gradient_cuts`). The mean is compared with the one before it
+    and not with the best, so a slow rise is cut too: by the defaults one of less than 2.5 points over five observations. An
+    observation is a validation, or an epoch. A value that was not logged anew is none, nor is one that is not finite.
+
+    Schedulers of the module go on from the rate that was cut, for their base rates are cut too. A floor of a schedule's own
+    (``eta_min``) stays.
+
+    Args:
+        monitor: Metric that is observed, as the module logs it.
+        mode: max if larger is better, min if smaller is.
+        window: Observations w in a mean (5 in the released code).
+        quiet: Observations q from one cut to the next, at least (5 in the released code).
+        threshold: Cut if the mean rose by less than this (0.005 in the released code, of an accuracy from 0 to 1).
+        factor: What a cut multiplies rates by, above 0 (0.8 in the released code); 1 cuts nothing.
+        min_lr: Floor of the first group's rate (1e-6 in the released code); other groups keep their ratio to it.
+        start_after: Observations of which none cuts; they still enter the means.
+        policy: multiply scales what the module's schedulers do; replace lets none of them act.
+        interval: Observe at each validation, or once at the end of each training epoch.
+        reach: Stop training when an observation is as good as this; None never stops.
+        optimizers: Which optimizers' rates are cut, from 0; None is all.
+        param_groups: Which parameter groups of them, from 0; None is all.
+        figure: Draw values, gradients and rates at the end; needs matplotlib and a logger.
+        name: Name of this instance, needed when two are used.
+
+    Raises:
+        ValueError: In the constructor for arguments outside their range. Before the first batch if nothing would be validated,
+            for an optimizer or group that does not exist or has no rate, and for ``policy="replace"`` where a module under
+            manual optimization steps schedulers itself.
+        RuntimeError: After the first observation is due, if the metric is not logged, with the names of those that are.
+
+    **Hooks.** ``on_validation_end`` observes and cuts, so that checkpoints of that validation hold the cut rates. With
+    ``interval="epoch"`` the module's ``on_train_epoch_end`` is wrapped: what it logs is seen, and callbacks that monitor
+    come after. With ``policy="replace"`` the module's ``lr_scheduler_step`` is wrapped.
+
+    **Logs** under ``lr/``, at each observation: ``accuracy_gradient`` (gain of the mean for each observation, once there are
+    more than w), ``scale`` (of the rates), ``cuts`` (so far); in the summary ``final_scale`` and ``final_cuts``. A table with
+    a row for each observation and a figure, as ``accuracy_gradient_lr.csv`` and ``.png``.
+
+    **State.** Observations, scale, floor, cuts. Resuming is bit-exact. From a checkpoint that was written before a validation
+    that is due (``every_n_train_steps``), Lightning would go on without it; it is run first. What Lightning loses is a metric
+    of *training* (``interval="epoch"``) in an epoch that was interrupted after its first batch: of it, the part that is
+    left is observed, or none.
+
+    **Cost.** A few numbers for each observation; nothing in a step.
+
+    **Works with** accumulation, fp16 and bf16, compiled modules, several optimizers, manual optimization, FSDP, DeepSpeed:
+    yes. DDP: all ranks cut together, by the mean of their values, whether or not the module logs with ``sync_dist``.
+    Schedulers of torch: all. A scheduler of another kind may undo cuts, and is warned of.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.AccuracyGradientLR
+                  init_args:
+                    monitor: val_acc
+                    threshold: 0.005
+                    factor: 0.8
+
+    References:
+        Nikfam et al., "AccelAT: A Framework for Accelerating the Adversarial Training of Deep Neural Networks through
+        Accuracy Gradient", 2022, arXiv 2210.06888, and its released code. There it observes epochs, of one optimizer without a
+        scheduler; mode, start_after, interval, policy and the choice of groups are ours, and reach is the code's, which looks
+        at the training accuracy.
+    """
+
+    namespace: ClassVar[str] = "lr"
+
+    def __init__(
+        self,
+        monitor: str = "val_acc",
+        mode: Literal["max", "min"] = "max",
+        window: int = 5,
+        quiet: int = 5,
+        threshold: float = 0.005,
+        factor: float = 0.8,
+        min_lr: float = 1e-6,
+        start_after: int = 0,
+        policy: Literal["multiply", "replace"] = "multiply",
+        interval: Literal["validation", "epoch"] = "validation",
+        reach: float | None = None,
+        optimizers: Sequence[int] | None = None,
+        param_groups: Sequence[int] | None = None,
+        figure: bool = True,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        check_choice(mode, ("max", "min"), "mode")
+        check_count(window, 1, "window")
+        check_count(quiet, 0, "quiet")
+        check_between(threshold, -math.inf, math.inf, "threshold")
+        check_above(factor, 0.0, "factor")
+        check_between(factor, 0.0, 1.0, "factor")
+        check_at_least(min_lr, 0.0, "min_lr")
+        check_count(start_after, 0, "start_after")
+        check_choice(policy, ("multiply", "replace"), "policy")
+        check_choice(interval, ("validation", "epoch"), "interval")
+        check_between(0.0 if reach is None else reach, -math.inf, math.inf, "reach")
+        self.monitor = monitor
+        self.mode = mode
+        self.window = window
+        self.quiet = quiet
+        self.threshold = threshold
+        self.factor = factor
+        self.min_lr = min_lr
+        self.start_after = start_after
+        self.policy = policy
+        self.interval = interval
+        self.reach = reach
+        self.optimizers = _indices(optimizers, "optimizers")
+        self.param_groups = _indices(param_groups, "param_groups")
+        self.figure = figure
+        self._reset()
+
+    def _reset(self) -> None:
+        self._record = RateRecord(self.monitor, self.window, self.mode == "max")
+        self._since_cut = self.quiet
+        self._scale = 1.0
+        self._floor: float | None = None
+        self._in_validation = MonitoredValue(self.monitor)
+        self._in_epoch = MonitoredValue(self.monitor)
+        self._validated: float | None = None  # what waits for the end of the epoch
+        self._due: float | None = None  # epochs done, if a validation follows here
+        self._has_validated = self._has_whole_epoch = False
+        self._told: list[str] = []
+
+    # The fit begins.
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self._fitting:
+            self._reset()
+            if self.interval == "validation" and not trainer.enable_validation:
+                self._refuse_without_validation()
+
+    def _refuse_without_validation(self) -> None:
+        raise ValueError(
+            f"{self.label} observes {self.monitor!r} at validations, and this fit has none. Give fit() a validation loader, "
+            "the module a validation_step, and limit_val_batches above 0; or observe a metric of training: interval='epoch'."
+        )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        own = {"since_cut": self._since_cut, "scale": self._scale, "floor": self._floor}
+        return {**own, "validated": self._validated, "due": self._due, **self._record.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._fitting:
+            self._record.load_state_dict(state_dict)
+            self._since_cut, self._scale = state_dict["since_cut"], state_dict["scale"]
+            self._floor, self._validated, self._due = (state_dict[key] for key in ("floor", "validated", "due"))
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        optimizers = [optimizer for optimizer, _ in self._chosen(trainer)]
+        if self.policy == "multiply":
+            warn_of_schedulers(trainer, optimizers, self.monitor, self.label)
+        elif trainer.lr_scheduler_configs:
+            self._undo.push(mute_schedulers(pl_module, optimizers, self.label))
+        if self.interval == "epoch":
+
+            def end_epoch(inner: Callable[..., Any], *args: Any) -> None:
+                inner(*args)
+                self._end_epoch(trainer)
+
+            self._undo.push(wrap_method(pl_module, "on_train_epoch_end", end_epoch))
+
+    def _chosen(self, trainer: pl.Trainer) -> list[tuple[Optimizer, list[int]]]:
+        return choose_groups(trainer.optimizers, self.optimizers, self.param_groups, self.label)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # The sanity check or Lightning itself has asked for the loaders by now, if the first epoch is validated.
+        if self.interval == "validation" and trainer.val_dataloaders is not None and not sum(trainer.num_val_batches):
+            self._refuse_without_validation()
+        if self._floor is None:
+            # Only now are the optimizers of a checkpoint restored. One with our state has the rates as they should be.
+            self._begin_rates(trainer)
+        if self._due is not None:
+            end = partial(self._end_missed_epoch, trainer, self._due)
+            self._undo.push(run_missed_validation(trainer, end))
+
+    def _end_missed_epoch(self, trainer: pl.Trainer, epochs: float) -> None:
+        # Lightning goes on with the next epoch, so that this one's end has no hook.
+        if self.interval == "epoch" and self._validated is not None and epochs.is_integer():
+            self._due = epochs
+            self._observe(trainer, self._validated)
+            self._validated = self._due = None
+
+    def _begin_rates(self, trainer: pl.Trainer) -> None:
+        chosen = self._chosen(trainer)
+        if self.policy == "replace":
+            restore_initial_rates_([(optimizer, range(len(optimizer.param_groups))) for optimizer, _ in chosen])
+        optimizer, groups = chosen[0]
+        keys = ("lr",) if self.policy == "replace" else ("max_lr", "initial_lr", "lr")
+        base = base_rate(optimizer.param_groups[groups[0]], keys)
+        self._floor = min(1.0, self.min_lr / base) if base > 0.0 else 0.0
+
+    # One observation.
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not at the end of the epoch before: what it has logged gets new tensors until its very end.
+        self._in_epoch.begin(trainer)
+        self._has_validated, self._has_whole_epoch = False, True
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self._due = _epochs_done(trainer) if is_validation_due(trainer) else None
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._in_validation.begin(trainer)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._fitting or trainer.sanity_checking:
+            return
+        value, is_known = self._in_validation.read(trainer)
+        if self.interval == "epoch":
+            # A run that is resumed from a checkpoint of this validation has no other trace of the value.
+            self._validated = self._validated if value is None else value
+            self._has_validated = True
+        elif value is not None:
+            self._observe(trainer, value)
+        elif not len(self._record) and "nonfinite" not in self._told:
+            self._refuse_unlogged(trainer, is_known)
+        self._due = None
+
+    def _end_epoch(self, trainer: pl.Trainer) -> None:
+        value, is_known = self._in_epoch.read(trainer)
+        value = self._validated if value is None else value
+        self._validated = None
+        may_be_late = trainer.enable_validation and not self._has_validated
+        if value is not None:
+            self._observe(trainer, value)
+        elif not is_known and not len(self._record) and self._has_whole_epoch and not may_be_late:
+            self._refuse_unlogged(trainer, is_known)
+
+    def _refuse_unlogged(self, trainer: pl.Trainer, is_known: bool) -> None:
+        if is_known:
+            raise RuntimeError(
+                f"{self.label}: monitor={self.monitor!r} is logged in training and not in validation. Use interval='epoch'."
+            )
+        raise RuntimeError(f"{self.label}: {describe_unknown(self.monitor, trainer.callback_metrics)}")
+
+    def _observe(self, trainer: pl.Trainer, value: float) -> None:
+        if not math.isfinite(value):
+            self._tell_once(
+                "nonfinite", rank_zero_warn, f"{self.monitor} is {value}: values that are not finite are ignored."
+            )
+            return
+        record = self._record
+        epochs = _epochs_done(trainer) if self._due is None else self._due
+        record.observe(value, epochs, stepped_batches(trainer))
+        self._since_cut += 1
+        settings = (self.window, self.quiet, self.threshold, self.start_after)
+        is_cut = False
+        if accuracy_gradient_cuts(record.gains, self._since_cut, *settings):
+            self._since_cut = 1
+            is_cut = self._cut(trainer)
+        record.conclude(self._scale, self._rate(trainer), is_cut)
+        self._log_observation(trainer)
+        self._stop_if_reached(trainer, value)
+
+    def _cut(self, trainer: pl.Trainer) -> bool:
+        """Cut the rates as far as the floor allows, and say whether there was anything to cut."""
+        assert self._floor is not None
+        target = self._scale * self.factor
+        scale = max(target, self._floor)
+        if scale >= self._scale:
+            if target < self._scale:
+                self._tell_once("floor", rank_zero_info, f"the learning rate is at its floor, min_lr={self.min_lr:g}.")
+            return False
+        factor = self.factor if scale == target else scale / self._scale
+        before, self._scale = self._rate(trainer), scale
+        chosen = self._chosen(trainer)
+        scale_rates_(chosen, factor)
+        if self.policy == "multiply":
+            scale_schedules_(chosen, [config.scheduler for config in trainer.lr_scheduler_configs], factor)
+        gradient = accuracy_gradient(self._record.gains, self.window)
+        rank_zero_info(
+            f"{self.label} cuts the learning rate from {before:g} to {self._rate(trainer):g} after {self.interval} "
+            f"{len(self._record)}: the mean of {self.monitor} gained {gradient:.4g}, less than {self.threshold:g}."
+        )
+        return True
+
+    def _rate(self, trainer: pl.Trainer) -> float:
+        optimizer, groups = self._chosen(trainer)[0]
+        return float(optimizer.param_groups[groups[0]]["lr"])
+
+    def _log_observation(self, trainer: pl.Trainer) -> None:
+        values = {"scale": self._scale, "cuts": float(len(self._record.cuts))}
+        gradient = accuracy_gradient(self._record.gains, self.window)
+        if gradient is not None:
+            values["accuracy_gradient"] = gradient
+        log_many(trainer, {self._key(key): value for key, value in values.items()})
+
+    def _stop_if_reached(self, trainer: pl.Trainer, value: float) -> None:
+        if self.reach is not None and (value >= self.reach if self.mode == "max" else value <= self.reach):
+            trainer.should_stop = True
+            self._tell_once("reach", rank_zero_info, f"{self.monitor} has reached {value:g}: training stops.")
+
+    def _tell_once(self, what: str, tell: Callable[[str], Any], text: str) -> None:
+        if what not in self._told:
+            self._told.append(what)
+            tell(f"{self.label}: {text}")
+
+    # The end.
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        cuts = float(len(self._record.cuts))
+        log_summary(trainer, {self._key("final_scale"): self._scale, self._key("final_cuts"): cuts})
+        stem = "accuracy_gradient_lr" if self.name is None else f"accuracy_gradient_lr_{self.name}"
+        folder = output_folder(trainer)
+        if folder is not None and len(self._record):
+            write_record(trainer, self._record, self._key, folder / stem, self.label, self.threshold, self.figure)
+
+
+def _indices(given: Sequence[int] | None, parameter: str) -> list[int] | None:
+    if given is None:
+        return None
+    indices = list(given)
+    if not indices:
+        raise ValueError(f"{parameter} must name at least one by its position, from 0, or be None for all; got none.")
+    for index in indices:
+        check_count(index, 0, parameter)
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"{parameter} must name each once; got {indices}.")
+    return indices
+
+
+def _epochs_done(trainer: pl.Trainer) -> float:
+    batches = trainer.num_training_batches
+    part = (trainer.fit_loop.batch_idx + 1) / batches if math.isfinite(batches) and batches > 0 else 1.0
+    return float(trainer.current_epoch + part)

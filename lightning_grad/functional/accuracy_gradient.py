@@ -1,0 +1,123 @@
+"""When to cut the learning rate: by how much the moving mean of the accuracy rose (AccelAT).
+
+The rule sees numbers only: what was observed, in order, larger being better. Values of which smaller is better are negated
+by the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+Observations = Sequence[float] | Tensor
+
+
+def accuracy_gradient(values: Observations, window: int = 5) -> float | None:
+    r"""Return by how much the moving mean of the last observations rose with the last one.
+
+    .. math::
+        g_t = m_t - m_{t-1} = \frac{a_t - a_{t-w}}{w}, \qquad m_t = \frac 1 w \sum_{i=t-w+1}^t a_i
+
+    Args:
+        values: :math:`a_1, \dots, a_t`, the observations so far, (t,).
+        window: w, observations in a mean, at least 1.
+
+    Returns:
+        float: :math:`g_t`, or ``None`` while there are not more than w observations.
+
+    Example:
+        >>> accuracy_gradient([0.50, 0.60, 0.70, 0.75], window=2)
+        0.07500000000000001
+        >>> accuracy_gradient([0.50, 0.60], window=2) is None
+        True
+
+    References:
+        Nikfam et al., "AccelAT: A Framework for Accelerating the Adversarial Training of Deep Neural Networks through
+        Accuracy Gradient", 2022, arXiv 2210.06888.
+    """
+    if len(values) <= window:
+        return None
+    return float(values[-1] - values[-1 - window]) / window
+
+
+def accuracy_gradient_cuts(
+    values: Observations,
+    since_cut: int,
+    window: int = 5,
+    quiet: int = 5,
+    threshold: float = 0.005,
+    start_after: int = 0,
+) -> bool:
+    r"""Say whether the learning rate is cut after the last observation.
+
+    .. math::
+        t - 1 > w, \qquad t > t_0, \qquad c_t > q, \qquad g_t < \theta
+
+    must all hold. :math:`c_t` counts observations: it starts at q, so that it does not delay the first cut, goes up by one with
+    each, and is set to 1 by a cut: cuts come at least q observations apart. A constant accuracy is cut at observations 7, 12, 17 by the defaults.
+
+    Args:
+        values: :math:`a_1, \dots, a_t`, the observations so far, (t,).
+        since_cut: :math:`c_t`, the present observation counted.
+        window: w, observations in a mean, at least 1.
+        quiet: q, observations from one cut to the next, at least; 0 is as 1.
+        threshold: :math:`\theta`, in the unit of the observations.
+        start_after: :math:`t_0`, observations of which none cuts; they still enter the means.
+
+    Example:
+        >>> accuracy_gradient_cuts([0.5] * 7, since_cut=7), accuracy_gradient_cuts([0.5] * 6, since_cut=6)
+        (True, False)
+
+    References:
+        Nikfam et al., arXiv 2210.06888, and its released code, which has these defaults.
+    """
+    gradient = accuracy_gradient(values, window)
+    if gradient is None or len(values) <= max(window + 1, start_after):
+        return False
+    return since_cut > quiet and gradient < threshold
+
+
+def accuracy_gradient_scales(
+    values: Observations,
+    window: int = 5,
+    quiet: int = 5,
+    threshold: float = 0.005,
+    factor: float = 0.8,
+    floor: float = 0.0,
+    start_after: int = 0,
+) -> list[float]:
+    r"""Replay the rule over a whole run, and return the scale of the learning rate after each observation.
+
+    .. math::
+        s_0 = 1, \qquad
+        s_t = \begin{cases} \max(f s_{t-1}, s_\text{min}) & \text{cut at } t \\ s_{t-1} & \text{else} \end{cases}
+
+    What a run would have done with other settings, had its accuracies been the same.
+
+    Args:
+        values: :math:`a_1, \dots, a_T`, all observations, (T,).
+        window: w, observations in a mean, at least 1.
+        quiet: q, observations from one cut to the next, at least; 0 is as 1.
+        threshold: :math:`\theta`, in the unit of the observations.
+        factor: f, what a cut multiplies by.
+        floor: :math:`s_\text{min}`, below which no cut goes; 1 at most.
+        start_after: :math:`t_0`, observations of which none cuts.
+
+    Returns:
+        list: :math:`s_1, \dots, s_T`.
+
+    Example:
+        >>> accuracy_gradient_scales([0.5] * 12, factor=0.5)
+        [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.25]
+
+    References:
+        Nikfam et al., arXiv 2210.06888.
+    """
+    scale, since_cut, scales = 1.0, quiet, []
+    for count in range(1, len(values) + 1):
+        since_cut += 1
+        if accuracy_gradient_cuts(values[:count], since_cut, window, quiet, threshold, start_after):
+            scale, since_cut = max(scale * factor, floor), 1
+        scales.append(scale)
+    return scales

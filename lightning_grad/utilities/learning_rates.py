@@ -1,0 +1,180 @@
+"""Scaling learning rates of optimizers, together with the schedulers that would undo it.
+
+A scheduler that computes a rate from the last one keeps a scaled rate; one that computes it from a base rate writes over
+it, unless the base is scaled too. Base rates stand in the parameter groups (``initial_lr``; ``max_lr`` and ``min_lr`` of
+``OneCycleLR``; ``swa_lr`` of ``SWALR``) and in the schedulers (``base_lrs``, ``max_lrs``). Floors of a schedule's own
+(``eta_min``, ``ReduceLROnPlateau(min_lr=...)``) stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+ChosenGroups = Sequence[tuple[Optimizer, Sequence[int]]]
+
+_BASES_OF_GROUPS = ("initial_lr", "max_lr", "min_lr", "swa_lr")
+_LISTS_OF_SCHEDULERS = ("base_lrs", "max_lrs", "_last_lr")
+
+
+def choose_groups(
+    optimizers: Sequence[Optimizer],
+    optimizer_indices: Sequence[int] | None,
+    group_indices: Sequence[int] | None,
+    needed_by: str,
+) -> list[tuple[Optimizer, list[int]]]:
+    """Return the optimizers meant, each with the positions of the parameter groups meant.
+
+    Args:
+        optimizers: Of the trainer.
+        optimizer_indices: Which of them; ``None`` is all.
+        group_indices: Which groups of each; ``None`` is all.
+        needed_by: Who asks, for the error.
+
+    Raises:
+        ValueError: If there is no such optimizer or group, or if one of the groups has no learning rate.
+    """
+    numbered = list(range(len(optimizers))) if optimizer_indices is None else list(optimizer_indices)
+    _check_range(numbered, len(optimizers), needed_by, "optimizers", "the module has")
+    chosen = []
+    for number in numbered:
+        groups = optimizers[number].param_groups
+        indices = list(range(len(groups))) if group_indices is None else list(group_indices)
+        _check_range(indices, len(groups), needed_by, "param_groups", f"optimizer {number} has")
+        for index in indices:
+            if not isinstance(groups[index].get("lr"), (int, float, Tensor)):
+                raise ValueError(
+                    f"{needed_by} scales learning rates, and group {index} of optimizer {number} "
+                    f"({type(optimizers[number]).__name__}) has none: its lr is {groups[index].get('lr')!r}. Choose others: "
+                    "optimizers=[...], param_groups=[...]."
+                )
+        if indices:  # Lightning's stand-in for no optimizer has no groups
+            chosen.append((optimizers[number], indices))
+    if not chosen:
+        raise ValueError(
+            f"{needed_by} scales learning rates, and configure_optimizers of the module returns no optimizer."
+        )
+    return chosen
+
+
+def _check_range(indices: Sequence[int], count: int, needed_by: str, parameter: str, who_has: str) -> None:
+    outside = [index for index in indices if not 0 <= index < count]
+    if outside:
+        raise ValueError(
+            f"{needed_by}: {parameter}={list(indices)} counts from 0, and {who_has} {count}. Leave out "
+            f"{', '.join(map(str, outside))}."
+        )
+
+
+def base_rate(group: Mapping[str, Any], keys: Sequence[str] = ("max_lr", "initial_lr", "lr")) -> float:
+    """Return the first rate of a group that stands under one of the keys.
+
+    Example:
+        >>> base_rate({"lr": 0.004, "initial_lr": 0.004, "max_lr": 0.1})
+        0.1
+    """
+    return float(next((group[key] for key in keys if isinstance(group.get(key), (int, float, Tensor))), 0.0))
+
+
+@torch.no_grad()
+def scale_rates_(chosen: ChosenGroups, factor: float) -> None:
+    """Multiply the present rates of groups, those that are tensors in place.
+
+    Args:
+        chosen: Optimizers, each with the positions of its groups.
+        factor: What they are multiplied by.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+        >>> scale_rates_([(optimizer, [0])], 0.5)
+        >>> optimizer.param_groups[0]["lr"]
+        0.25
+    """
+    scaled: set[int] = set()
+    for optimizer, indices in chosen:
+        others = [group["lr"] for index, group in enumerate(optimizer.param_groups) if index not in indices]
+        for index in indices:
+            group = optimizer.param_groups[index]
+            rate = group["lr"]
+            # Groups made from one tensor share it: it is scaled once, and not at all for those that are not meant.
+            if not isinstance(rate, Tensor) or any(rate is other for other in others):
+                group["lr"] = rate * factor
+            elif id(rate) not in scaled:
+                scaled.add(id(rate))
+                rate.mul_(factor)
+
+
+def scale_schedules_(chosen: ChosenGroups, schedulers: Iterable[Any], factor: float) -> None:
+    """Multiply the base rates of groups, and those that their schedulers keep, so that schedules go on from scaled rates.
+
+    Args:
+        chosen: Optimizers, each with the positions of its groups.
+        schedulers: Of the trainer; those that step others (``SequentialLR``, ``ChainedScheduler``) stand for them.
+        factor: What they are multiplied by.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+        >>> scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
+        >>> scale_rates_([(optimizer, [0])], 0.5)
+        >>> scale_schedules_([(optimizer, [0])], [scheduler], 0.5)
+        >>> optimizer.step()
+        >>> scheduler.step()
+        >>> optimizer.param_groups[0]["lr"]
+        0.25
+    """
+    nested = list(_flatten(schedulers))
+    for optimizer, indices in chosen:
+        for index in indices:
+            group = optimizer.param_groups[index]
+            group.update({key: _times(group[key], factor) for key in _BASES_OF_GROUPS if key in group})
+        for scheduler in nested:
+            if getattr(scheduler, "optimizer", None) is optimizer:
+                _scale_lists(scheduler, set(indices), factor)
+
+
+def _flatten(schedulers: Iterable[Any]) -> Iterator[Any]:
+    """Yield schedulers and those that they step, each once."""
+    seen: list[Any] = []
+    waiting = list(schedulers)
+    while waiting:
+        scheduler = waiting.pop(0)
+        if not any(scheduler is other for other in seen):
+            seen.append(scheduler)
+            waiting.extend(getattr(scheduler, "_schedulers", ()))
+            yield scheduler
+
+
+def _scale_lists(scheduler: Any, indices: set[int], factor: float) -> None:
+    for name in _LISTS_OF_SCHEDULERS:
+        rates = getattr(scheduler, name, None)
+        if isinstance(rates, (list, tuple)):
+            # A new list: SequentialLR shows the very _last_lr of the one that it steps.
+            scaled = [_times(rate, factor) if index in indices else rate for index, rate in enumerate(rates)]
+            setattr(scheduler, name, scaled)
+
+
+def _times(value: Any, factor: float) -> Any:
+    return value * factor if isinstance(value, (int, float, Tensor)) else value
+
+
+def unknown_schedulers(schedulers: Iterable[Any]) -> list[str]:
+    """Return the class names of schedulers that keep their base rates where :func:`scale_schedules_` does not look."""
+    unknown = [s for s in _flatten(schedulers) if not isinstance(s, LRScheduler) and not hasattr(s, "base_lrs")]
+    return sorted({type(scheduler).__name__ for scheduler in unknown})
+
+
+def restore_initial_rates_(chosen: ChosenGroups) -> None:
+    """Set the rates of groups back to those before any scheduler was made, where a scheduler has kept them."""
+    for optimizer, indices in chosen:
+        for index in indices:
+            group = optimizer.param_groups[index]
+            if "initial_lr" in group:
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(float(group["initial_lr"]))
+                else:
+                    group["lr"] = float(group["initial_lr"])
