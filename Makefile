@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help demo test lint bench docs clean
 
 help:
-	@echo "make demo   train small networks sparse, with clipped gradients, with pruned data, and show the difference (two minutes)"
+	@echo "make demo   train small networks sparse, with clipped gradients, pruned data, attacked inputs, and show the difference (three minutes)"
 	@echo "make test   run the tests"
 	@echo "make lint   check style and types"
 	@echo "make bench  measure speed, as ratios to a baseline of the same run"
@@ -37,6 +37,7 @@ bench: $(INSTALLED)
 	@$(BIN)/python benchmarks/nm_sparsity.py
 	@$(BIN)/python benchmarks/clipping.py
 	@$(BIN)/python benchmarks/data_pruning.py
+	@$(BIN)/python benchmarks/adversarial.py
 
 docs: $(INSTALLED)
 	@$(BIN)/sphinx-build -W -q -b html docs docs/_build/html

@@ -7,10 +7,11 @@ and random streams are bitwise what they were. Techniques that act on training o
 from __future__ import annotations
 
 import copy
+import logging
 import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from types import FunctionType, ModuleType
@@ -21,6 +22,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_grad.utilities.dispatch import wrap_method
 from lightning_grad.utilities.weight_view import close_windows, open_windows
@@ -31,6 +33,7 @@ _CONTAINERS = (list, dict, set, deque)
 _DICTIONARIES = (dict, OrderedDict)
 _ARRAYS = (Tensor, np.ndarray)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_SHARED = (nn.Module, ModuleType, Enum, Dataset, DataLoader, logging.Logger)  # which no step keeps its own state in
 _FEW = 100  # data sets or transforms in a list; the samples themselves are more
 _OF_MODULES = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric")
 
@@ -70,6 +73,7 @@ def quiet(
         stack.enter_context(_modules_as_they_are(pl_module, check, advice))
         if evaluate:
             stack.enter_context(_eager())
+            stack.enter_context(_recurrent_layers_have_gradients(pl_module))
             pl_module.eval()
         if pl_module not in _QUIET:
             _QUIET.add(pl_module)
@@ -81,7 +85,7 @@ def quiet(
 @contextmanager
 def generators_kept(holder: Any) -> Iterator[None]:
     """Put back the state of random generators that a data set, or what it is made of, has of its own."""
-    held = [_Held(generator) for generator in _generators_of(holder)]
+    held = [_Held(generator, set()) for generator in _generators_of(holder)]
     try:
         yield
     finally:
@@ -151,6 +155,20 @@ def _eager() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _recurrent_layers_have_gradients(pl_module: nn.Module) -> Iterator[None]:
+    # cuDNN has no backward pass of an RNN in eval mode.
+    cudnn = torch.backends.cudnn
+    if not any(isinstance(module, nn.RNNBase) for module in pl_module.modules()) or not cudnn.enabled:
+        yield
+        return
+    cudnn.enabled = False
+    try:
+        yield
+    finally:
+        cudnn.enabled = True
+
+
 class _Mute:
     """Takes the place of a logger: whatever is called on it or on what it has does nothing."""
 
@@ -211,14 +229,14 @@ class _Snapshot:
         self._attributes = {name: value for name, value in module.__dict__.items() if name not in _OF_MODULES}
         # Every module has a dozen empty dictionaries; to empty them again is quicker than to copy them.
         self._empty = [value for value in self._attributes.values() if type(value) in _DICTIONARIES and not value]
-        empty = set(map(id, self._empty))
-        self._held = [_Held(v) for v in self._attributes.values() if id(v) not in empty and _may_change(v)]
+        known = set(map(id, self._empty))
+        put_aside = [_put_aside(value, known) for value in self._attributes.values()]
+        self._held = [held for held in put_aside if isinstance(held, _Held)]
         self._names = set(module.__dict__)
 
     def restore(self) -> None:
         module = self._module
-        for tensor, value in self._tensors:
-            put_back(tensor, value)
+        put_back(self._tensors)
         module._buffers.clear()
         module._buffers.update(self._buffers)
         for name in [name for name in module.__dict__ if name not in self._names]:
@@ -231,23 +249,34 @@ class _Snapshot:
         module.training = self._training
 
 
-def put_back(tensor: Tensor, value: Tensor) -> None:
-    """Give a tensor another content, in the mode in which it was made: only inference may change an inference tensor."""
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        tensor.detach().copy_(value)
+def put_back(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Give each first tensor the content of the second, in its own mode: only inference may change an inference tensor."""
+    normal = [pair for pair in pairs if not pair[0].is_inference()]
+    others = [pair for pair in pairs if pair[0].is_inference()]
+    for mode, chosen in ((False, normal), (True, others)):
+        if chosen:
+            with torch.inference_mode(mode), torch.no_grad():
+                for tensor, value in chosen:
+                    tensor.detach().copy_(value)
 
 
 class _Held:
-    """A value, and what it was; the same object is given back, with the same contents."""
+    """A value, and what it was; the same object is given back, with the same contents.
 
-    def __init__(self, value: Any) -> None:
+    Args:
+        value: The value.
+        known: Identities of what is held already, to which this is added: objects may know each other.
+    """
+
+    def __init__(self, value: Any, known: set[int]) -> None:
+        known.add(id(value))
         self._value = value
-        self._was = _copied(value)
+        self._was = _copied(value, known)
 
     def restored(self) -> Any:
         value, was = self._value, self._was
         if isinstance(value, Tensor):
-            put_back(value, was)
+            put_back([(value, was)])
         elif isinstance(value, np.ndarray):
             value[...] = was
         elif isinstance(value, (torch.Generator, np.random.RandomState)):
@@ -283,18 +312,13 @@ def _given_back(item: Any) -> Any:
 
 def is_record(value: Any, depth: int = 3) -> bool:
     """Say whether an object is a small one of the user's, such as an average meter: all that it has are plain values."""
-    if (
-        isinstance(value, (nn.Module, ModuleType, Enum))
-        or callable(value)
-        or not hasattr(value, "__dict__")
-        or not depth
-    ):
+    if isinstance(value, _SHARED) or callable(value) or not hasattr(value, "__dict__") or not depth:
         return False
     plain = (*_NUMBERS, *_CONTAINERS, tuple, *_GENERATORS, *_ARRAYS)
     return all(isinstance(item, plain) or is_record(item, depth - 1) for item in vars(value).values())
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, known: set[int]) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, np.ndarray):
@@ -308,14 +332,15 @@ def _copied(value: Any) -> Any:
     if isinstance(value, set):
         return set(value)
     if isinstance(value, (list, tuple, deque)):
-        return [_put_aside(item) for item in value]
+        return [_put_aside(item, known) for item in value]
     if isinstance(value, dict) or is_record(value):
-        return {key: _put_aside(item) for key, item in (value if isinstance(value, dict) else vars(value)).items()}
+        items = value if isinstance(value, dict) else vars(value)
+        return {key: _put_aside(item, known) for key, item in items.items()}
     return value
 
 
-def _put_aside(item: Any) -> Any:
-    return _Held(item) if _may_change(item) else item
+def _put_aside(item: Any, known: set[int]) -> Any:
+    return _Held(item, known) if id(item) not in known and _may_change(item) else item
 
 
 def _may_change(value: Any) -> bool:

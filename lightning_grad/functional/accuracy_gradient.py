@@ -54,8 +54,9 @@ def accuracy_gradient_cuts(
     .. math::
         t - 1 > w, \qquad t > t_0, \qquad c_t > q, \qquad g_t < \theta
 
-    must all hold. :math:`c_t` counts observations: it starts at q, so that it does not delay the first cut, goes up by one with
-    each, and is set to 1 by a cut: cuts come at least q observations apart. A constant accuracy is cut at observations 7, 12, 17 by the defaults.
+    must all hold. :math:`c_t` counts observations: it starts at q, so that it does not delay the first cut, goes up by one
+    with each, and is set to 1 by a cut: cuts come at least q observations apart. A constant accuracy is cut at observations
+    7, 12, 17 by the defaults.
 
     Args:
         values: :math:`a_1, \dots, a_t`, the observations so far, (t,).

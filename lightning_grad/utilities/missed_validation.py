@@ -22,7 +22,7 @@ def is_validation_due(trainer: pl.Trainer) -> bool:
 
 
 def run_missed_validation(trainer: pl.Trainer, afterwards: Callable[[], None]) -> Callable[[], None]:
-    """Before the first batch, run a whole validation with all hooks and logs, as it would have been run; for ``on_train_start``.
+    """Have a whole validation run before the first batch, with all hooks and logs; for ``on_train_start``.
 
     Nothing is run if Lightning does it itself, because the checkpoint was written in the middle of the validation.
 

@@ -1,10 +1,11 @@
 """Inside ``quiet`` a step does what it likes, and afterwards nothing has happened."""
 
 import copy
+import logging
 import math
 import pickle
 import random
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import CatMetric, MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_grad.callbacks import NMSparsity
-from lightning_grad.callbacks._quiet import is_quiet, quiet
+from lightning_grad.callbacks import NMSparsity, _quiet
+from lightning_grad.callbacks._quiet import is_quiet, loggers_muted, quiet
+from lightning_grad.utilities.weight_view import InPlaceView, InPlaceWindow, open_windows
 from tests.contract.projects import assert_identical, fit, make_classifier, make_trainer, state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
@@ -336,7 +338,10 @@ def test_csv_gets_no_row(tmp_path: Path) -> None:
 def test_a_parameter_that_is_trained_may_not_change(busy: tuple[pl.Trainer, Busy]) -> None:
     trainer, module = busy
     module.is_changing_weights = True
-    with pytest.raises(RuntimeError, match=r"'part\.layer\.weight'.*score_fn="), quiet(trainer, module):
+    with (
+        pytest.raises(RuntimeError, match=r"'part\.layer\.weight'.*batch_end, or not\."),
+        quiet(trainer, module, advice=", or not"),
+    ):
         module.training_step(batch_of(trainer), 0)
 
 
@@ -447,3 +452,185 @@ def test_a_second_look_leaves_no_more_than_the_first(busy: tuple[pl.Trainer, Bus
         with quiet(trainer, module):
             module.training_step(batch_of(trainer), 0)
     assert_same(before, everything_in(module))
+
+
+# As training goes on: in its own modes, as often as once a step, and one look inside of another.
+
+
+def test_modes_stay_where_nothing_is_evaluated(busy: tuple[pl.Trainer, Busy]) -> None:
+    trainer, module = busy
+    before = everything_in(module)
+    with quiet(trainer, module, evaluate=False):
+        assert [module.training, module.body[1].training, module.fixed.training] == [True, True, False]
+        module.training_step(batch_of(trainer), 0)
+        first, second = (module.body(torch.ones(2, 4)) for _ in range(2))
+        assert not torch.equal(first, second)  # there is dropout
+        assert module.fixed.training  # the step has called train()
+    assert_same(before, everything_in(module))
+    assert not module.fixed.training
+
+
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_compiled_code_runs_compiled_where_nothing_is_evaluated(evaluate: bool) -> None:
+    torch._dynamo.reset()
+    ran: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        def compiled(*args: Any) -> Any:
+            ran.append(1)
+            return graph.forward(*args)
+
+        return compiled
+
+    module, x = make_classifier(), torch.ones(2, 4, 16)
+    module.mix.compile(backend=backend)
+    expected = module.mix(x)
+    for _ in range(2):
+        with quiet(make_trainer(), module, evaluate=evaluate):
+            assert torch.equal(module.mix(x), expected)
+    assert len(ran) == (1 if evaluate else 3)
+
+
+def test_parameters_are_not_read_where_nothing_is_checked(
+    busy: tuple[pl.Trainer, Busy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(parameter: Tensor) -> Tensor:
+        raise AssertionError("read")
+
+    trainer, module = busy
+    before = everything_in(module)
+    monkeypatch.setattr(_quiet, "_checksum", refuse)
+    with pytest.raises(AssertionError, match="read"), quiet(trainer, module):
+        pass
+    with quiet(trainer, module, check=False):
+        module.training_step(batch_of(trainer), 0)
+    assert_same(before, everything_in(module))
+
+
+def test_a_look_inside_of_another_leaves_the_outer_one_as_it_is(busy: tuple[pl.Trainer, Busy]) -> None:
+    trainer, module = busy
+    before, loggers = everything_in(module), trainer.loggers
+    with quiet(trainer, module, evaluate=False):
+        module.training_step(batch_of(trainer), 0)
+        between = everything_in(module.body), module.number, list(module.losses), torch.get_rng_state()
+        with quiet(trainer, module):
+            assert not module.body.training
+            module.training_step(batch_of(trainer), 1)
+        assert_same(between, (everything_in(module.body), module.number, list(module.losses), torch.get_rng_state()))
+        assert is_quiet(module)
+        module.training_step(batch_of(trainer), 2)
+    assert not is_quiet(module)
+    assert trainer.loggers is loggers
+    assert trainer.logger.calls == []
+    assert_same(before, everything_in(module))
+
+
+class Halved:
+    """A view that is easily told from the weight."""
+
+    def value(self, dense: Tensor) -> Tensor:
+        return dense / 2
+
+    def stored(self, dense: Tensor) -> Tensor:
+        return dense.clone() / 2
+
+
+def test_windows_that_were_open_stay_open_and_others_are_closed() -> None:
+    module, trainer = make_classifier(), make_trainer()
+    weight = module.mix.w
+    dense = weight.detach().clone()
+    window = InPlaceWindow(module, [InPlaceView(module.mix, "w", Halved())])
+    batch = (torch.ones(2, 4, 16), torch.zeros(2, dtype=torch.long))
+    with quiet(trainer, module):
+        module.training_step(batch, 0)
+        assert torch.equal(weight, dense / 2)
+    assert torch.equal(weight, dense)
+    window.open()
+    with quiet(trainer, module):
+        module.training_step(batch, 0)
+    assert open_windows(module) == [window]
+    assert torch.equal(weight, dense / 2)
+    with quiet(trainer, module), quiet(trainer, module):
+        pass
+    assert torch.equal(weight, dense / 2)
+    window.close()
+    assert torch.equal(weight, dense)
+    window.remove()
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, lambda: defaultdict(list)])
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_a_dictionary_that_was_empty_is_emptied_again(kind: Any, is_replaced: bool) -> None:
+    module = make_classifier()
+    module.mix.cache = cache = kind()
+    with quiet(make_trainer(), module):
+        if is_replaced:
+            module.mix.cache = {"other": 1}
+        cache["key"] = [1.0]
+    assert module.mix.cache is cache
+    assert dict(cache) == {}
+    cache["kept"] = [2.0]
+    with quiet(make_trainer(), module):
+        cache["kept"].append(3.0)
+        cache["key"] = [1.0]
+    assert dict(cache) == {"kept": [2.0]}
+
+
+def test_hooks_that_a_step_adds_are_gone_again() -> None:
+    module = make_classifier()
+    with quiet(make_trainer(), module):
+        module.mix.register_forward_hook(lambda *_: None)
+    assert not module.mix._forward_hooks
+
+
+def test_loggers_alone_are_mute(busy: tuple[pl.Trainer, Busy]) -> None:
+    trainer, module = busy
+    before, loggers = everything_in(module), trainer.loggers
+    with loggers_muted(trainer):
+        module.logger.log_metrics({"direct": 1.0})
+        trainer.logger.experiment.anything.at_all(1)
+    assert trainer.loggers is loggers
+    with pytest.raises(KeyError), loggers_muted(trainer):
+        raise KeyError
+    assert trainer.loggers is loggers
+    assert loggers[0].calls == []
+    assert_same(before, everything_in(module))
+
+
+class Member:
+    """A record whose parts know it."""
+
+    def __init__(self, owner: Any = None) -> None:
+        self.count, self.owner, self.members = 0, owner, []
+
+
+def test_attributes_that_lead_back_to_themselves_are_put_back(busy: tuple[pl.Trainer, Busy]) -> None:
+    trainer, module = busy
+    club = Member()
+    club.members.append(Member(club))
+    module.python_logger, module.club, module.ring = logging.getLogger("test"), club, [1]
+    module.ring.append(module.ring)
+    with quiet(trainer, module):
+        module.ring.append(2)
+        club.count = club.members[0].count = 5
+        club.members[0].owner = None
+        club.members.append(Member(club))
+    assert module.ring[0] == 1
+    assert module.ring[1] is module.ring
+    assert len(module.ring) == 2
+    assert len(club.members) == 1
+    assert (club.count, club.members[0].count) == (0, 0)
+    assert club.members[0].owner is club
+
+
+def test_a_recurrent_layer_has_a_gradient_in_eval_mode(busy: tuple[pl.Trainer, Busy]) -> None:
+    trainer, module = busy
+    assert torch.backends.cudnn.enabled
+    with quiet(trainer, module):
+        assert torch.backends.cudnn.enabled
+    module.recurrent = nn.LSTM(2, 2)
+    with quiet(trainer, module, evaluate=False):
+        assert torch.backends.cudnn.enabled
+    with quiet(trainer, module):
+        assert not torch.backends.cudnn.enabled  # cuDNN refuses it
+    assert torch.backends.cudnn.enabled

@@ -417,6 +417,7 @@ _ADVERSARIAL: list[Technique] = [
             *_ATTACK_WRONG,
             ({"steps": 0}, "steps must be at least 1"),
             ({"restarts": 0}, "restarts must be at least 1"),
+            ({"restarts": 2, "random_start": False}, "would repeat one attack"),
             ({"every": 0}, "every must be at least 1"),
             ({"loss": -1}, "loss must be at least 0"),
         ),

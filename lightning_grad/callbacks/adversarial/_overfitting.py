@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from lightning_grad.callbacks.adversarial._attack import Attack, attack_losses, generator_for
 from lightning_grad.callbacks.adversarial._places import Place
@@ -15,20 +17,20 @@ from lightning_grad.functional import LossCapture, is_correct
 
 def accuracies_under(
     attacks: Mapping[str, Attack],
-    trainer: pl.Trainer,
     place: Place,
     batch: Any,
     run: Callable[[Any], Any],
+    trainer: pl.Trainer,
     purpose: str,
-) -> dict[str, float]:
-    """Return the accuracy on one batch under each attack, a mean over ranks; inside of ``quiet``.
+) -> dict[str, Tensor]:
+    """Return the accuracy on one batch under each attack; inside of ``quiet``.
 
     Args:
         attacks: Attacks by name.
-        trainer: The trainer.
         place: Where the input is.
         batch: The batch.
         run: Runs the step on a batch.
+        trainer: The trainer.
         purpose: What the random numbers are for.
 
     Returns:
@@ -38,12 +40,27 @@ def accuracies_under(
     loss_of = attack_losses(trainer, place, batch, run)
     found = {}
     for name, attack in attacks.items():
-        attacked = attack(loss_of, clean, generator_for(clean.device, trainer.global_rank, f"{purpose}/{name}"))
-        with place.shown(batch, attacked) as shown, torch.no_grad(), LossCapture() as capture:
-            run(shown)
+        generator = generator_for(clean.device, trainer.global_rank, f"{purpose}/{name}")
         try:
-            correct = is_correct(capture.only()).nanmean()
-        except (RuntimeError, ValueError):
+            with (
+                place.shown(batch, attack(loss_of, clean, generator)) as shown,
+                torch.no_grad(),
+                LossCapture() as capture,
+            ):
+                run(shown)
+            found[name] = is_correct(capture.only()).nanmean()
+        except (RuntimeError, ValueError):  # no loss, none of a classifier, or one that no attack moves
             return {}
-        found[name] = float(trainer.strategy.reduce(correct, reduce_op="mean"))
     return found
+
+
+def mean_over_ranks(trainer: pl.Trainer, values: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
+    """Return the means of the values that some ranks have; to be called on every rank, also by one that has none."""
+    means = {}
+    for name in names:
+        value = values.get(name, torch.tensor(math.nan)).to(trainer.strategy.root_device)
+        facts = torch.stack([value.nan_to_num(), value.isfinite().to(value)])
+        total, known = torch.as_tensor(trainer.strategy.reduce(facts, reduce_op="sum")).tolist()
+        if known:
+            means[name] = total / known
+    return means

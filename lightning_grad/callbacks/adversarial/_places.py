@@ -62,8 +62,8 @@ class EmbeddingOutput:
         self._needed_by = needed_by
         if any(is_compiled(module) for module in pl_module.modules()):
             raise ValueError(
-                f"{needed_by} perturbs the output of an nn.Embedding by a hook, as the batch holds only integers, and "
-                "compiled code does not run hooks. Train uncompiled."
+                f"{needed_by} perturbs the output of an nn.Embedding by a hook, and compiled code does not run hooks. Train "
+                "uncompiled, or name a floating tensor of the batch by input_key."
             )
 
     def inputs(self, batch: Any, run: Run) -> Tensor:
@@ -120,6 +120,8 @@ def find_place(pl_module: pl.LightningModule, batch: Any, input_key: str | int |
         rank_zero_info(f"{needed_by} perturbs batch{where}, of shape {tuple(input_at(batch, path).shape)}.")
         return BatchTensor(path)
     if not any(isinstance(module, nn.Embedding) for module in pl_module.modules()):
+        if wants_embedding:
+            raise TypeError(f"{needed_by}: input_key='embedding', and the module has no nn.Embedding.")
         raise TypeError(
             f"{needed_by} needs an input with a gradient: the batch holds no floating tensor with two or more dimensions, and "
             "the module has no nn.Embedding. Convert integer images to floats in the data set or in "

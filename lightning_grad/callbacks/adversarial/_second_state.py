@@ -11,7 +11,7 @@ import random
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -22,8 +22,9 @@ from torchmetrics import Metric, MetricCollection
 from lightning_grad.callbacks._quiet import is_record, put_back
 
 _METRICS = (Metric, MetricCollection)
-_COPIED = (*_METRICS, np.ndarray, np.random.Generator, np.random.RandomState, random.Random)
+_COPIED = (np.ndarray, np.random.Generator, np.random.RandomState, random.Random)
 _HYPERPARAMETERS = ("_hparams", "_hparams_initial", "_hparams_name")
+_OURS = "_lightning_grad"  # what techniques keep on a module, such as views of its weights
 
 
 class SecondState:
@@ -35,20 +36,28 @@ class SecondState:
 
     def __init__(self, pl_module: pl.LightningModule) -> None:
         internal = {*vars(pl.LightningModule()), *_HYPERPARAMETERS}
-        memo: dict[int, Any] = {}
+        modules = list(_outside_metrics(pl_module, set()))
+        # An LSTM has its weights in a list too. They are the same, and so is a buffer: its contents are exchanged.
+        same = [*pl_module.parameters(), *(b for module in modules for b in module._buffers.values() if b is not None)]
+        memo: dict[int, Any] = {id(tensor): tensor for tensor in same}
         with torch.inference_mode(False), torch.no_grad():
-            self._parts = [_Part(module, internal, memo) for module in _outside_metrics(pl_module)]
+            self._parts = [_Part(module, internal, memo) for module in modules]
 
     @contextmanager
     def used(self) -> Iterator[None]:
         """Let the module have this state, and afterwards its own again."""
         for part in self._parts:
-            part.swap()
+            part.enter()
         try:
             yield
         finally:
-            for part in self._parts:
-                part.swap()
+            for part in reversed(self._parts):  # a buffer that two modules share is exchanged twice
+                part.leave()
+
+    def take_buffers(self) -> None:
+        """Copy the buffers anew, from those that the module has by now."""
+        for part in self._parts:
+            part.take_buffers()
 
 
 class _Part:
@@ -57,51 +66,97 @@ class _Part:
     def __init__(self, module: nn.Module, internal: set[str], memo: dict[int, Any]) -> None:
         self._module = module
         self._internal = internal
-        children = module._modules.items()
-        self._metrics = {name: _twin(child, memo) for name, child in children if isinstance(child, _METRICS)}
+        self._metrics = {name: _twin(metric, memo) for name, metric in self._own_metrics().items()}
         self._attributes = {name: _twin(value, memo) for name, value in self._own().items()}
-        self._buffers = {name: b.detach().clone() for name, b in module._buffers.items() if b is not None}
+        self._buffers: dict[str, Tensor | None] = {}
+        self._lent: tuple[dict[str, Tensor | None], dict[str, Tensor]] = ({}, {})
+        self.take_buffers()
+
+    def take_buffers(self) -> None:
+        """Copy the buffers."""
+        self._buffers = {name: b if b is None else _clone(b) for name, b in self._module._buffers.items()}
 
     def _own(self) -> dict[str, Any]:
         # Methods that are wrapped on the instance are callable, and stay.
-        attributes = vars(self._module).items()
-        return {name: value for name, value in attributes if name not in self._internal and not callable(value)}
+        attributes, internal = vars(self._module).items(), self._internal
+        return {k: v for k, v in attributes if k not in internal and not k.startswith(_OURS) and not callable(v)}
 
-    def swap(self) -> None:
-        """Exchange this state and the module's."""
-        module = self._module
-        metrics = {name: module._modules[name] for name in self._metrics}
-        module._modules.update(self._metrics)
-        attributes = self._own()
-        for name in attributes.keys() - self._attributes.keys():
-            del vars(module)[name]
-        vars(module).update(self._attributes)
-        self._metrics, self._attributes = metrics, attributes
+    def _own_metrics(self) -> dict[str, Any]:
+        return {name: child for name, child in self._module._modules.items() if isinstance(child, _METRICS)}
+
+    def enter(self) -> None:
+        """Give the module this state, and keep its own."""
+        self._exchange()
+        buffers = self._module._buffers
+        contents: dict[str, Tensor] = {}
+        self._lent = (dict(buffers), contents)
         for name, other in self._buffers.items():
-            buffer = module._buffers[name]
-            if buffer is not None and buffer.shape == other.shape:  # the same object: compiled code looks at it
-                held = buffer.detach().clone()
-                put_back(buffer, other)
-                put_back(other, held)
+            own = buffers.get(name)
+            if own is not None and other is not None and _alike(own, other):  # compiled code looks at the object
+                contents[name] = _clone(own)
+                put_back([(own, other)])
+            else:
+                buffers[name] = other
+        for name in buffers.keys() - self._buffers.keys():
+            del buffers[name]
+
+    def leave(self) -> None:
+        """Give the module its own state back, and keep this one."""
+        self._exchange()
+        buffers, (own, contents) = self._module._buffers, self._lent
+        self._buffers = {k: _clone(b) if b is not None and b is own.get(k) else b for k, b in buffers.items()}
+        for name, content in contents.items():
+            put_back([(cast(Tensor, own[name]), content)])
+        buffers.clear()
+        buffers.update(own)
+        self._lent = ({}, {})
+
+    def _exchange(self) -> None:
+        self._metrics = _exchanged(self._module._modules, self._own_metrics(), self._metrics)
+        self._attributes = _exchanged(vars(self._module), self._own(), self._attributes)
 
 
-def _outside_metrics(module: nn.Module) -> Iterator[nn.Module]:
-    yield module
-    for child in module.children():
-        if not isinstance(child, _METRICS):
-            yield from _outside_metrics(child)
+def _exchanged(holder: dict[str, Any], own: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    for name in own.keys() - others.keys():
+        del holder[name]
+    holder.update(others)
+    return own
+
+
+def _outside_metrics(module: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Module]:
+    if module not in seen and not isinstance(module, _METRICS):
+        seen.add(module)
+        yield module
+        for child in module.children():
+            yield from _outside_metrics(child, seen)
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():  # with an inference tensor nothing could be attacked
+        return tensor.detach().clone()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    same = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+    return same and not one.is_inference() and not other.is_inference()
 
 
 def _twin(value: Any, memo: dict[int, Any]) -> Any:
     """Return a copy of what a step may change; what is known twice stays one thing, all else is shared."""
     if id(value) not in memo:
-        memo[id(value)] = _copied(value, memo)
+        twin = _begun(value, memo)
+        memo[id(value)] = twin
+        if twin is not value:  # a container may hold itself, by way of what it holds
+            _fill(twin, memo)
     return memo[id(value)]
 
 
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
+def _begun(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a copy; of what is in a container, not yet."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return value if isinstance(value, nn.Parameter) else _clone(value)
+    if isinstance(value, _METRICS):
+        return _copied_metric(value, memo)
     if isinstance(value, _COPIED):
         return copy.deepcopy(value, memo)
     if isinstance(value, torch.Generator):
@@ -111,18 +166,27 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if isinstance(value, tuple):
         items = [_twin(item, memo) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, (list, dict, set, deque)) or is_record(value):
-        return _filled(copy.copy(value), memo)
-    return value
+    is_container = isinstance(value, (list, dict, set, deque))
+    return copy.copy(value) if is_container or is_record(value) else value
 
 
-def _filled(container: Any, memo: dict[int, Any]) -> Any:
-    if isinstance(container, set):
-        return container
+def _copied_metric(metric: Any, memo: dict[int, Any]) -> Any:
+    """Copy a metric; networks in it share their weights, and what it remembers of a training step leaves its graph."""
+    memo.update({id(parameter): parameter for parameter in metric.parameters()})
+    for module in metric.modules():
+        for held in vars(module).values():
+            items = held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple)) else [held]
+            memo.update(
+                {id(item): _clone(item) for item in items if isinstance(item, Tensor) and item.grad_fn is not None}
+            )
+    return copy.deepcopy(metric, memo)
+
+
+def _fill(container: Any, memo: dict[int, Any]) -> None:
     if isinstance(container, (list, deque)):
         for position, item in enumerate(container):
             container[position] = _twin(item, memo)
-    else:
-        items = container if isinstance(container, dict) else vars(container)
-        items.update({key: _twin(item, memo) for key, item in items.items()})
-    return container
+    elif isinstance(container, dict):
+        container.update({key: _twin(item, memo) for key, item in container.items()})
+    elif is_record(container):
+        vars(container).update({key: _twin(item, memo) for key, item in vars(container).items()})

@@ -43,7 +43,8 @@ def run_for_loss(step: Step, batch: Any, samples: int, which: int | None) -> Ste
     except (RuntimeError, ValueError):
         each = None
     each = each if each is not None and each.requires_grad else None
-    returned = returned if returned is not None and returned.requires_grad else None
+    # Logits that are returned are no loss.
+    returned = returned if returned is not None and returned.requires_grad and returned.numel() == 1 else None
     if (which is not None or returned is None) and each is not None:
         return StepLoss(each.sum(), each)
     return StepLoss(returned if which is None else None, each)

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_grad.callbacks._quiet import is_quiet, loggers_muted, quiet, random_streams_kept
-from lightning_grad.callbacks.adversarial._attack import attack_losses, attack_of, generator_for
+from lightning_grad.callbacks.adversarial._attack import NoLossError, attack_losses, attack_of, generator_for
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.callbacks.adversarial._second_state import SecondState
 from lightning_grad.callbacks.adversarial._step_loss import StepLoss, find_step, run_for_loss
@@ -118,6 +118,8 @@ class AdversarialEvaluation(GradCallback):
         super().__init__(name)
         self._attack = attack_of(epsilon, steps, step_size, norm, random_start, bounds, mean, std)
         check_count(restarts, 1, "restarts")
+        if restarts > 1 and not random_start:
+            raise ValueError(f"restarts={restarts} without random_start would repeat one attack. Keep random_start=True.")
         check_count(every, 1, "every")
         check_position(loss, "loss")
         check_count(seed, 0, "seed")
@@ -197,7 +199,7 @@ class AdversarialEvaluation(GradCallback):
         self._leave()
 
     def _enter(self, pl_module: pl.LightningModule) -> None:
-        self._fresh, self._second = SecondState(pl_module), SecondState(pl_module)
+        self._second = SecondState(pl_module)
 
     # Around the module's hooks.
 
@@ -210,9 +212,11 @@ class AdversarialEvaluation(GradCallback):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        output = inner(*args, **kwargs)
         if self._second is None or pl_module in _SECOND or is_quiet(pl_module):
-            return output
+            return inner(*args, **kwargs)
+        if hook.endswith("_epoch_start"):
+            self._second.take_buffers()  # averaged weights have come since, with buffers of their own
+        output = inner(*args, **kwargs)
         if hook.endswith("_step"):
             self._attacked = self._step(trainer, pl_module, inner, *args, **kwargs)
         else:
@@ -220,6 +224,9 @@ class AdversarialEvaluation(GradCallback):
                 args = (*self._attacked, *args[2:])
             with self._as_second(trainer, pl_module):
                 inner(*args, **kwargs)
+        if hook.endswith("_epoch_start"):  # which may make the lists that a step needs
+            with self._second.used():
+                self._fresh = SecondState(pl_module)
         return output
 
     def _step(
@@ -271,13 +278,17 @@ class AdversarialEvaluation(GradCallback):
         batch: Any,
         position: tuple[Any, ...],
     ) -> tuple[Place, Tensor]:
-        assert self._fresh is not None
         batch_idx, loader = (*position, 0, 0)[:2]
+        # What has gathered since the start is not copied for each batch, unless something is set before each batch.
+        stage = "test" if trainer.testing else "validation"
+        state = self._second if overrides(pl_module, f"on_{stage}_batch_start") else self._fresh
+        assert state is not None
         # Inference tensors have no gradient, and what was counted in inference mode cannot be counted further outside of it.
-        with torch.inference_mode(False), torch.enable_grad(), self._fresh.used():
+        with torch.inference_mode(False), torch.enable_grad(), state.used():
             scratch = SecondState(pl_module)
         with torch.inference_mode(False), torch.enable_grad(), scratch.used(), quiet(trainer, pl_module, check=False):
             batch = map_tensors(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+            torch.clear_autocast_cache()  # older versions of torch would take what they have cast in inference mode
             steps = self._steps(trainer, pl_module, run, batch_idx)
             if loader not in self._places:
                 self._places[loader] = self._place_of(pl_module, batch, steps)
@@ -295,7 +306,8 @@ class AdversarialEvaluation(GradCallback):
             return pl_module.training_step(*arguments.values())
 
         own = {"test_step" if trainer.testing else "validation_step": run}
-        return {**own, "training_step": train} if pl_module.automatic_optimization else own
+        trains = pl_module.automatic_optimization and overrides(pl_module, "training_step")
+        return {**own, "training_step": train} if trains else own
 
     def _place_of(
         self, pl_module: pl.LightningModule, batch: Any, steps: dict[str, Callable[[Any], Any]]
@@ -331,6 +343,11 @@ class AdversarialEvaluation(GradCallback):
     def _raised(self, loss_of: Callable[[Tensor], Tensor], clean: Tensor, generator: torch.Generator) -> Tensor:
         try:
             return self._attack(loss_of, clean, generator)
+        except NoLossError:
+            raise RuntimeError(
+                f"{self.label}: the step that showed a loss for the first batch of a loader shows none for a later one. "
+                "Compute it for every batch."
+            ) from None
         except IndependentLossError as error:
             raise RuntimeError(
                 f"{self.label}: {error} If another part of the batch is the input, name it by input_key."

@@ -21,7 +21,7 @@ from lightning_grad.callbacks.adversarial._attack import (
     generator_for,
     loss_of_output,
 )
-from lightning_grad.callbacks.adversarial._overfitting import accuracies_under
+from lightning_grad.callbacks.adversarial._overfitting import accuracies_under, mean_over_ranks
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional.adversarial_attacks import IndependentLossError
@@ -40,8 +40,8 @@ from lightning_grad.utilities.reporting import is_log_step, log_many
 OUTSIDE_WEIGHT_VIEWS = 50  # inside of what only looks, outside of loss capture and of weights seen through a view
 _PGD_STEPS = 7
 _CHECK_STEPS = 10
-_COLLAPSE = 0.5  # of the best accuracy under PGD so far
-_GAP = 0.3  # between the two attacks; small batches differ by less
+_COLLAPSE = 0.5  # of the accuracy under the attack of the training
+_GAP = 0.3  # between the two; on small batches they differ by less
 
 
 class AdversarialTraining(GradCallback):
@@ -165,7 +165,6 @@ class AdversarialTraining(GradCallback):
 
     def _forget(self) -> None:
         """Drop what belongs to one fit."""
-        self._best_checked = 0.0
         self._place: Place | None = None
         self._batch: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None  # the first of the epoch
         self._start_loss: Tensor | None = None
@@ -215,8 +214,8 @@ class AdversarialTraining(GradCallback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        is_due = (trainer.current_epoch + 1) % (self.check_every or 1) == 0
-        if is_due and self._batch is not None and self._place is not None:
+        attacks = self.epsilon > 0.0 and self.check_every is not None
+        if attacks and (trainer.current_epoch + 1) % (self.check_every or 1) == 0:
             self._check(trainer, pl_module)
         self._batch = None
 
@@ -308,26 +307,27 @@ class AdversarialTraining(GradCallback):
 
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell how one batch of this epoch is classified under the attack of the training, and under a stronger one."""
-        assert self._place is not None
-        assert self._batch is not None
-        batch, args, kwargs = self._batch
-
-        def run(shown: Any) -> Any:
-            with trainer.precision_plugin.train_step_context():
-                return pl_module.training_step(shown, *args, **kwargs)
-
         attacks = {"attack_accuracy": self._attack, "pgd_accuracy": self._checking_attack}
-        with quiet(trainer, pl_module, check=False):
-            found = accuracies_under(attacks, trainer, self._place, batch, run, f"{self.seed}/{trainer.current_epoch}")
-        log_many(trainer, {self._key(key): value for key, value in found.items()})
-        if found:
-            self._warn_of_collapse(found["attack_accuracy"], found["pgd_accuracy"])
+        found: dict[str, Tensor] = {}
+        if self._batch is not None and self._place is not None:
+            batch, args, kwargs = self._batch
+
+            def run(shown: Any) -> Any:
+                with trainer.precision_plugin.train_step_context():
+                    return pl_module.training_step(shown, *args, **kwargs)
+
+            with quiet(trainer, pl_module, check=False):
+                purpose = f"{self.seed}/{trainer.current_epoch}"
+                found = accuracies_under(attacks, self._place, batch, run, trainer, purpose)
+        accuracies = mean_over_ranks(trainer, found, attacks)
+        log_many(trainer, {self._key(name): accuracy for name, accuracy in accuracies.items()})
+        if len(accuracies) == len(attacks):
+            self._warn_of_collapse(*accuracies.values())
 
     def _warn_of_collapse(self, easy: float, robust: float) -> None:
-        if robust < _COLLAPSE * self._best_checked and easy - robust > _GAP:
+        if robust < _COLLAPSE * easy and easy - robust > _GAP:
             rank_zero_warn(
                 f"{self.label}: the accuracy on one batch is {easy:.1%} under the attack of the training, but {robust:.1%} "
-                f"under PGD with {_CHECK_STEPS} steps, which was {self._best_checked:.1%} before: the network has overfitted "
-                "to the attack. Train with attack='pgd', or a smaller step_size or epsilon."
+                f"under PGD with {_CHECK_STEPS} steps: the network has overfitted to the attack. Train with attack='pgd', or "
+                "a smaller step_size or epsilon."
             )
-        self._best_checked = max(self._best_checked, robust)

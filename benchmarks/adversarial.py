@@ -1,0 +1,215 @@
+"""What adversarial training costs: ratios of a step to a plain step, of an evaluation to a validation pass, of an epoch.
+
+Steps are those of ``Trainer.fit``, from one batch's start to the next, with all hooks and the optimizer. An attack of k steps
+adds k forward passes, and k backward passes as far as the input: not those to the weights, a third of a plain step. The
+small convnet shows what the callback itself costs, which the larger networks hide. An evaluation is a validation pass, an
+attack, and a validation pass on what it found; beside it stands a loop that does just that.
+
+Everything is interleaved with its baseline in rotating order, and the median over the rounds counts. With one thread, time
+is processor time: on an idle machine it is the wall clock's, and on a busy one it leaves out the slices that other
+processes get. With more threads or a GPU it is the wall clock's.
+
+::
+
+    python benchmarks/adversarial.py --quick
+    python benchmarks/adversarial.py --out adversarial.json
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from plain_project import ResidualConvNet
+
+from benchmarks.common import (
+    Clock,
+    Row,
+    convnet,
+    machine,
+    quiet_trainer,
+    rotated,
+    silence,
+    speed_options,
+    timed_fit,
+    transformer,
+    write_tables,
+)
+from benchmarks.data_pruning import EpochTimer, against, display, medians
+from lightning_grad.callbacks.adversarial import AccuracyGradientLR, AdversarialEvaluation, AdversarialTraining
+
+PGD_STEPS = (2, 5, 10)
+EVALUATION_STEPS = (1, 20)
+PLAIN, FGSM, VALIDATION = "plain", "FGSM", "validation"
+EPSILON = 0.03
+FGSM_BUDGET, PGD_OVERHEAD, EPOCH_BUDGET = 2.1, 1.1, 1.05
+EVALUATION_BUDGET = 1.1
+CONVNET, SMALL, TRANSFORMER = "a residual convnet", "a small convnet", "a transformer"
+EPOCHS = 8
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is.
+
+    Args:
+        steps: Steps that are timed in each fit of a large network.
+        small_steps: Steps that are timed in each fit of the small one.
+        samples: Samples of the set that is validated.
+        epoch: Samples of the training set whose epochs are timed; half as many are validated.
+        width: Channels of the small convnet.
+    """
+
+    steps: int
+    small_steps: int
+    samples: int
+    epoch: int
+    width: int
+
+
+SIZES = {"cpu": Sizes(3, 60, 128, 1024, 8), "cuda": Sizes(50, 100, 4096, 8192, 32)}
+
+
+def small_convnet(sizes: Sizes) -> tuple[LightningModule, Any]:
+    """Build a convnet whose plain step takes some 5 ms, and a batch of 64 images for it."""
+    module = ResidualConvNet(1, sizes.width, (1,), schedule="constant", optimizer="sgd", lr=0.01)
+    return module, images(64, 1, 8)
+
+
+def images(samples: int, channels: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return noise and labels."""
+    return torch.randn(samples, channels, size, size), torch.randint(10, (samples,))
+
+
+# Steps.
+
+
+def step_rows(build: Callable[[], tuple[LightningModule, Any]], steps: int, rounds: int, clock: Clock) -> list[Row]:
+    """Time steps under attacks beside plain ones."""
+    used: dict[str, dict[str, Any] | None] = {PLAIN: None, f"{PLAIN}, again": None, FGSM: {"attack": "fgsm"}}
+    used |= {f"PGD-{k}": {"attack": "pgd", "steps": k} for k in PGD_STEPS}
+    budgets = {FGSM: FGSM_BUDGET, **{f"PGD-{k}": k + PGD_OVERHEAD for k in PGD_STEPS}}
+    found: dict[str, list[float]] = {name: [] for name in used}
+    for i in range(rounds):
+        for name in rotated(list(used), i):
+            seed_everything(0, verbose=False)
+            settings = used[name]
+            callbacks = [] if settings is None else [AdversarialTraining(EPSILON, check_every=None, **settings)]
+            found[name] += timed_fit(*build(), steps, callbacks, clock)
+    typical = {name: median(seconds) for name, seconds in found.items()}
+    return [against(name, typical, PLAIN, budgets.get(name)) for name in used]
+
+
+# Evaluation.
+
+
+def evaluation_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
+    """Time validation passes that are attacked beside a plain one."""
+    seed_everything(0, verbose=False)
+    module, _ = convnet()
+    loader = DataLoader(TensorDataset(*images(sizes.samples, 3, 32)), 32)
+    baselines = {f"by hand, steps={k}": k for k in EVALUATION_STEPS}
+    names = {f"AdversarialEvaluation(steps={k})": k for k in EVALUATION_STEPS}
+
+    def validation(*callbacks: Callback) -> Callable[[], object]:
+        trainer: Trainer = quiet_trainer(clock.device, callbacks=list(callbacks))
+        return lambda: trainer.validate(module, loader, verbose=False)
+
+    calls = {VALIDATION: validation(), f"{VALIDATION}, again": validation()}
+    calls |= {name: partial(evaluate_by_hand, module, loader, k, clock.device) for name, k in baselines.items()}
+    calls |= {name: validation(AdversarialEvaluation(EPSILON, k)) for name, k in names.items()}
+    typical = medians(calls, rounds, clock)
+    rows: list[Row] = [against(name, typical, VALIDATION) for name in calls]
+    pairs = zip(names, baselines, strict=True)
+    return [*rows, *(against(name, typical, baseline, EVALUATION_BUDGET) for name, baseline in pairs)]
+
+
+def evaluate_by_hand(module: LightningModule, loader: DataLoader[Any], steps: int, device: str) -> None:
+    """Run a network on clean and on attacked images, in a loop of plain torch."""
+    module.eval().to(device)
+    for batch in loader:
+        clean, labels = (part.to(device) for part in batch)
+        moved = clean + torch.empty_like(clean).uniform_(-EPSILON, EPSILON)
+        for _ in range(steps):
+            (gradient,) = torch.autograd.grad(F.cross_entropy(module(moved.requires_grad_()), labels), moved)
+            moved = moved.detach() + 2.5 * EPSILON / steps * gradient.sign()
+            moved = clean + (moved - clean).clamp(-EPSILON, EPSILON)
+        with torch.no_grad():
+            for inputs in (clean, moved):
+                F.cross_entropy(module(inputs), labels).item()
+
+
+# Epochs.
+
+
+def epoch_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
+    """Time epochs, each with a validation, whose accuracy is followed beside others."""
+    followed = "AccuracyGradientLR()"
+    used: dict[str, Callable[[], list[Callback]]] = {
+        PLAIN: list,
+        f"{PLAIN}, again": list,
+        followed: lambda: [AccuracyGradientLR(figure=False)],
+    }
+    found: dict[str, list[float]] = {name: [] for name in used}
+    for i in range(rounds):
+        for name in rotated(list(used), i):
+            found[name] += epochs_with(used[name](), sizes, clock)
+    typical = {name: median(seconds) for name, seconds in found.items()}
+    return [against(name, typical, PLAIN, EPOCH_BUDGET if name == followed else None) for name in used]
+
+
+def epochs_with(callbacks: Sequence[Callback], sizes: Sizes, clock: Clock) -> list[float]:
+    """Train the small convnet, and return how long each epoch took but the first and the last."""
+    seed_everything(0, verbose=False)
+    module, _ = small_convnet(sizes)
+    training, validation = (
+        DataLoader(TensorDataset(*images(samples, 1, 8)), 64) for samples in (sizes.epoch, sizes.epoch // 2)
+    )
+    timer = EpochTimer(clock)
+    trainer = quiet_trainer(clock.device, max_epochs=EPOCHS, callbacks=[timer, *callbacks])
+    trainer.fit(module, training, validation)
+    return timer.periods[1:]
+
+
+# The whole.
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the tables and write them."""
+    assert __doc__ is not None
+    options = speed_options(__doc__, arguments, quick="one round: a rough answer in two minutes")
+    silence()
+    torch.set_num_threads(options.threads)
+    rounds, clock, sizes = options.rounds, Clock(options.device), SIZES[options.device]
+    print(f"{machine(options.device)}; {rounds} rounds")
+    tables: dict[str, list[Row]] = {}
+
+    def add(title: str, rows: list[Row]) -> None:
+        tables[title] = rows
+        display(title, "median ms", rows)
+
+    add(f"A step of {SMALL}", step_rows(lambda: small_convnet(sizes), sizes.small_steps, rounds, clock))
+    add(f"A step of {CONVNET}", step_rows(convnet, sizes.steps, rounds, clock))
+    add(f"A step of {TRANSFORMER}", step_rows(transformer, sizes.steps, rounds, clock))
+    add("A validation pass", evaluation_rows(sizes, rounds, clock))
+    add("An epoch", epoch_rows(sizes, rounds, clock))
+    over = [f"{row.name} ({title})" for title, rows in tables.items() for row in rows if row.is_over]
+    print(f"\nOver budget: {'; '.join(over) or 'nothing'}.")
+    write_tables(options, tables)
+
+
+if __name__ == "__main__":
+    main()
