@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,13 +15,11 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_grad.callbacks._quiet import is_quiet, loggers_muted, quiet, random_streams_kept
-from lightning_grad.callbacks.adversarial._attack import NoLossError, attack_losses, attack_of, generator_for
-from lightning_grad.callbacks.adversarial._places import Place, find_place
+from lightning_grad.callbacks.adversarial._attack import attack_of
+from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.callbacks.adversarial._second_state import SecondState
-from lightning_grad.callbacks.adversarial._step_loss import StepLoss, find_step, run_for_loss
+from lightning_grad.callbacks.adversarial._worst_inputs import WorstInputs
 from lightning_grad.callbacks.base import GradCallback
-from lightning_grad.functional.adversarial_attacks import IndependentLossError
-from lightning_grad.utilities.batches import map_tensors
 from lightning_grad.utilities.checks import check_count, check_position, refuse_sharded
 from lightning_grad.utilities.dispatch import overrides, wrap_method
 
@@ -76,7 +73,8 @@ class AdversarialEvaluation(GradCallback):
 
     **State.** The number of validations.
 
-    **Cost.** 2 steps + 1 forward passes' worth of a validation, more with restarts; see docs/benchmarks.md.
+    **Cost.** A forward and a backward pass to the input for each step: with 20 steps some 47 validations, and as many more
+    for each restart; see docs/benchmarks.md.
 
     **Works with** fp16 and bf16, DDP, compiled modules (with embeddings: raises), several loaders, EMA, manual optimization
     (if ``validation_step`` shows a loss): yes. FSDP, DeepSpeed: raises.
@@ -119,7 +117,9 @@ class AdversarialEvaluation(GradCallback):
         self._attack = attack_of(epsilon, steps, step_size, norm, random_start, bounds, mean, std)
         check_count(restarts, 1, "restarts")
         if restarts > 1 and not random_start:
-            raise ValueError(f"restarts={restarts} without random_start would repeat one attack. Keep random_start=True.")
+            raise ValueError(
+                f"restarts={restarts} without random_start would repeat one attack. Keep random_start=True."
+            )
         check_count(every, 1, "every")
         check_position(loss, "loss")
         check_count(seed, 0, "seed")
@@ -141,7 +141,7 @@ class AdversarialEvaluation(GradCallback):
 
     def _forget(self) -> None:
         """Drop what belongs to one fit or evaluation."""
-        self._places: dict[Any, tuple[Place, str]] = {}
+        self._search = WorstInputs(self._attack, self.restarts, self.input_key, self.loss, self.seed, self.label)
         self._leave()
 
     def _leave(self) -> None:
@@ -151,7 +151,7 @@ class AdversarialEvaluation(GradCallback):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        live: dict[str, Any] = {"_places": {}, "_fresh": None, "_second": None, "_attacked": None}
+        live: dict[str, Any] = {"_fresh": None, "_second": None, "_attacked": None}
         return {**super().__getstate__(), **live}
 
     @override
@@ -287,68 +287,4 @@ class AdversarialEvaluation(GradCallback):
         with torch.inference_mode(False), torch.enable_grad(), state.used():
             scratch = SecondState(pl_module)
         with torch.inference_mode(False), torch.enable_grad(), scratch.used(), quiet(trainer, pl_module, check=False):
-            batch = map_tensors(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
-            torch.clear_autocast_cache()  # older versions of torch would take what they have cast in inference mode
-            steps = self._steps(trainer, pl_module, run, batch_idx)
-            if loader not in self._places:
-                self._places[loader] = self._place_of(pl_module, batch, steps)
-            place, name = self._places[loader]
-            inputs = self._worst(trainer, place, batch, steps[name], f"{loader}/{batch_idx}/{trainer.global_rank}")
-        return place, inputs
-
-    def _steps(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, run: Callable[[Any], Any], batch_idx: int
-    ) -> dict[str, Callable[[Any], Any]]:
-        """Return the steps whose loss may be raised, in the order in which they are asked."""
-
-        def train(shown: Any) -> Any:
-            arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), shown, batch_idx)
-            return pl_module.training_step(*arguments.values())
-
-        own = {"test_step" if trainer.testing else "validation_step": run}
-        trains = pl_module.automatic_optimization and overrides(pl_module, "training_step")
-        return {**own, "training_step": train} if trains else own
-
-    def _place_of(
-        self, pl_module: pl.LightningModule, batch: Any, steps: dict[str, Callable[[Any], Any]]
-    ) -> tuple[Place, str]:
-        """Return where the batches of a loader are attacked, and the step whose loss is raised."""
-        place = find_place(pl_module, batch, self.input_key, self.label)
-        clean = place.inputs(batch, next(iter(steps.values())))
-        self._attack.refuse_inputs(clean, self.label)
-        with place.shown(batch, clean) as shown:
-            return place, find_step(steps, shown, len(clean), self.loss, self.restarts > 1, self.label)
-
-    def _worst(self, trainer: pl.Trainer, place: Place, batch: Any, step: Callable[[Any], Any], purpose: str) -> Tensor:
-        """Return for each sample the attacked input, of all restarts, whose loss is highest."""
-        clean = place.inputs(batch, step)
-
-        def run(shown: Any) -> StepLoss:
-            return run_for_loss(step, shown, len(clean), self.loss)
-
-        loss_of = attack_losses(trainer, place, batch, lambda shown: run(shown).total)
-        worst, highest = clean, torch.full((len(clean),), -torch.inf, device=clean.device)
-        for restart in range(self.restarts):
-            inputs = self._raised(loss_of, clean, generator_for(clean.device, self.seed, f"{purpose}/{restart}"))
-            if self.restarts == 1:
-                return inputs
-            with place.shown(batch, inputs) as shown:
-                each = run(shown).each
-            assert each is not None
-            is_worse = each.detach() > highest
-            worst = torch.where(is_worse.view(-1, *[1] * (clean.dim() - 1)), inputs, worst)
-            highest = torch.where(is_worse, each.detach().to(highest), highest)
-        return worst
-
-    def _raised(self, loss_of: Callable[[Tensor], Tensor], clean: Tensor, generator: torch.Generator) -> Tensor:
-        try:
-            return self._attack(loss_of, clean, generator)
-        except NoLossError:
-            raise RuntimeError(
-                f"{self.label}: the step that showed a loss for the first batch of a loader shows none for a later one. "
-                "Compute it for every batch."
-            ) from None
-        except IndependentLossError as error:
-            raise RuntimeError(
-                f"{self.label}: {error} If another part of the batch is the input, name it by input_key."
-            ) from None
+            return self._search.run(trainer, pl_module, run, batch, batch_idx, loader)

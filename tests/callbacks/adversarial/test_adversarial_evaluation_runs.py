@@ -148,7 +148,7 @@ def test_after_a_fit_nothing_is_left() -> None:
     trainer = fit([callback], module)
     assert vars(module).keys() == vars(plain).keys()
     assert callback._second is callback._fresh is callback._attacked is None
-    assert callback._places == {}
+    assert callback._search._places == {}
     assert trainer.loggers == []
 
 
