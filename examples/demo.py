@@ -1,4 +1,4 @@
-"""What lightning-grad does, in two minutes: sparse weights, clipped gradients, pruned data (``make demo``)."""
+"""What lightning-grad does, in three minutes: sparse weights, clipped gradients, pruned data, attacks (``make demo``)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +23,19 @@ lightning-grad: gradient techniques in Lightning projects that know nothing of i
        Trainer(callbacks=[DataPruning(prune=0.5, epoch=3)])
 
    The same line with prune=0 leaves none out, and finds wrong labels.
+
+4. Attacked inputs (a quarter of a minute). A small network learns handwritten
+   digits as they are, then as an attack changes them in each step, so that it
+   errs. Its learning rate is cut when the accuracy under attack stops rising:
+
+       Trainer(callbacks=[AdversarialTraining(0.15), AdversarialEvaluation(0.15),
+                          AccuracyGradientLR("adversarial/val_acc")])
 """
 
 SPARSITY = "1. Sparse weights: four trainings\n"
 CLIPPING = "\n2. Clipped gradients: six trainings\n"
 PRUNING = "\n3. Pruned data: four trainings, and a short one that looks for wrong labels\n"
+ATTACKS = "\n4. Attacked inputs: three trainings\n"
 
 PLACES = """
 Written to {folder}/
@@ -44,14 +52,25 @@ Written to {folder}/
   data_pruning/results.csv          the numbers of the third table
   data_pruning/label_errors.png     the wrong labels among the hardest samples
   data_pruning/scores/*/*.html      the hardest and easiest samples, as a page
+  adversarial/digits.png            attacked inputs: the digits, and the answers
+  adversarial/comparison.png        accuracy over epochs, attacked and not
+  adversarial/rates.png             the learning rate and its cuts
+  adversarial/results.csv           the numbers of the fourth table
 
 Show it in W&B:       wandb sync {folder}/wandb/offline-run-*
 Try other settings:   .venv/bin/python examples/nm_sparsity.py --help
                       .venv/bin/python examples/clipping.py --help
-                      .venv/bin/python examples/data_pruning.py --help"""
+                      .venv/bin/python examples/data_pruning.py --help
+                      .venv/bin/python examples/adversarial.py --help"""
 
 
-def main(output: Path = Path("runs/demo"), epochs: int = 16, steps: int = 350, pruned_epochs: int = 20) -> None:
+def main(
+    output: Path = Path("runs/demo"),
+    epochs: int = 16,
+    steps: int = 350,
+    pruned_epochs: int = 20,
+    attacked_epochs: int = 24,
+) -> None:
     """Train, and tell what came of it."""
     print(INTRODUCTION, SPARSITY, sep="\n", flush=True)
     import nm_sparsity  # takes seconds, so after the first words
@@ -71,6 +90,9 @@ def main(output: Path = Path("runs/demo"), epochs: int = 16, steps: int = 350, p
 
     print(PRUNING, flush=True)
     prune_data(output / "data_pruning", pruned_epochs)
+
+    print(ATTACKS, flush=True)
+    attack_inputs(output / "adversarial", attacked_epochs)
     print(PLACES.format(folder=output))
 
 
@@ -83,6 +105,15 @@ def prune_data(output: Path, epochs: int) -> None:
     results = data_pruning.run_study(study)
     data_pruning.print_table(results, study)
     data_pruning.print_findings(data_pruning.find_label_errors(replace(study, flips=(0.1,))))
+
+
+def attack_inputs(output: Path, epochs: int) -> None:
+    """Run the fourth part."""
+    import adversarial
+
+    schedule, rate = "accuracy-gradient", 0.1
+    study = adversarial.Study(schedules=(schedule,), rates=(rate,), epochs=epochs, output=output, accelerator="cpu")
+    adversarial.print_tables(adversarial.run_study(study), study)
 
 
 if __name__ == "__main__":

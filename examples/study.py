@@ -76,7 +76,7 @@ def progress(names: Sequence[str], seeds: int, write: Callable[[float], str] = p
 
     def show_line(name: str, seed: int, share: float, value: float) -> None:
         if share == 1.0:
-            print(f"{name:<18} seed {seed}   validation {write(value)}", flush=True)
+            print(f"{name:<22} seed {seed}   validation {write(value)}", flush=True)
 
     try:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
@@ -84,7 +84,7 @@ def progress(names: Sequence[str], seeds: int, write: Callable[[float], str] = p
         yield show_line
         return
     note = TextColumn("[dim]validation[/] {task.fields[value]}")
-    bars = Progress(TextColumn("{task.description:<18}"), BarColumn(30), TaskProgressColumn(), note)
+    bars = Progress(TextColumn("{task.description:<22}"), BarColumn(30), TaskProgressColumn(), note)
     if not bars.console.is_terminal:
         yield show_line
         return

@@ -86,6 +86,8 @@ class Digits(LoaderModule):
 
     Attributes:
         flipped: After ``setup``, the sorted indices of the training images whose labels are replaced.
+        mean: After ``setup``, the mean that was taken from pixels between 0 and 1.
+        std: After ``setup``, the standard deviation that they were divided by.
     """
 
     def __init__(
@@ -107,7 +109,8 @@ class Digits(LoaderModule):
         x = torch.from_numpy(images).float().view(-1, 1, 8, 8) / 16
         y = torch.from_numpy(labels)
         train, val, test = (torch.from_numpy(indices) for indices in self.split(labels))
-        x = (x - x[train].mean()) / x[train].std()
+        self.mean, self.std = x[train].mean().item(), x[train].std().item()
+        x = (x - self.mean) / self.std
         if self.noise is not None:
             generator = torch.Generator().manual_seed(self.seed)
             x[train] += self.noise * torch.randn(x[train].shape, generator=generator)

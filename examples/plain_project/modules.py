@@ -24,8 +24,9 @@ class ImageClassifier(LightningModule):
         weight_decay: Weight decay of the optimizer.
         momentum: Momentum of ``"sgd"``; ``"adamw"`` does not use it.
         schedule: ``"cosine"`` for linear warm-up and cosine decay to zero, ``"warmup"`` for the warm-up and a fixed
-            rate, ``"constant"`` for a fixed rate.
-        warmup: Fraction of the training steps spent on the warm-up.
+            rate, ``"linear"`` for a linear decay to zero, ``"piecewise"`` for a tenth of the rate after half of the run
+            and again after three quarters, ``"one-cycle"`` for torch's ``OneCycleLR``, ``"constant"`` for a fixed rate.
+        warmup: Fraction of the training steps spent on the warm-up of the first two.
     """
 
     def __init__(

@@ -29,13 +29,13 @@ EXPECTED = {
     "nm_sparsity_schedule": {"pattern": "1:4", "recipe": [(0.1, "3:4"), (0.3, "2:4"), (0.5, "1:4")]},
 }
 
-FAMILY, DATA_FAMILY = (
+FAMILY, DATA_FAMILY, ATTACK_FAMILY = (
     {
         getattr(callbacks, name).__module__.rpartition(".")[2]: name
         for name in callbacks.__all__
         if f".{package}." in getattr(callbacks, name).__module__
     }
-    for package in ("clipping", "data_pruning")
+    for package in ("clipping", "data_pruning", "adversarial")
 )
 
 
@@ -72,7 +72,7 @@ def test_snippet_becomes_a_callback_with_plain_settings(snippet: str) -> None:
 
 def test_every_snippet_is_tested() -> None:
     snippets = {path.stem for path in (CONFIGS / "callbacks").glob("*.yaml")}
-    assert snippets == {*EXPECTED, *FAMILY, *DATA_FAMILY}
+    assert snippets == {*EXPECTED, *FAMILY, *DATA_FAMILY, *ATTACK_FAMILY}
 
 
 def instantiate_of_family(word: str) -> Any:
@@ -80,7 +80,7 @@ def instantiate_of_family(word: str) -> Any:
     with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
         config = hydra.compose(overrides=[f"+callbacks={word}"])
     callback = hydra.utils.instantiate(config.callbacks[word])
-    assert type(callback).__name__ == (FAMILY | DATA_FAMILY)[word]
+    assert type(callback).__name__ == (FAMILY | DATA_FAMILY | ATTACK_FAMILY)[word]
     arguments = {key: value for key, value in config.callbacks[word].items() if key != "_target_"}
     assert {key: callback.settings[key] for key in arguments} == arguments
     return callback
@@ -117,6 +117,20 @@ def test_snippet_of_the_data_family_becomes_its_callback_and_chooses(word: str, 
     trainer = Trainer(max_epochs=11, accelerator="cpu", limit_val_batches=0, callbacks=[callback], **QUIET)
     trainer.fit(ResidualConvNet(width=2), datamodule=Digits(batch_size=350))  # four steps for a whole epoch
     assert fewest <= trainer.global_step <= most
+
+
+@pytest.mark.parametrize(
+    ("word", "logged"),
+    [
+        ("accuracy_gradient_lr", "lr/scale"),
+        ("adversarial_evaluation", "adversarial/val_acc"),
+        ("adversarial_training", "adversarial/pgd_accuracy"),
+    ],
+)
+def test_snippet_of_the_adversarial_family_becomes_its_callback_and_logs(word: str, logged: str) -> None:
+    trainer = Trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=1, callbacks=[instantiate_of_family(word)], **QUIET)
+    trainer.fit(ResidualConvNet(width=2), datamodule=Digits(batch_size=50))
+    assert logged in trainer.callback_metrics
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,10 @@ OTHER_PARTS = (
     "data_pruning/results.csv",
     "data_pruning/label_errors.png",
     "data_pruning/scores/el2n_flip0.1_seed0/data_pruning_epoch3_samples.html",
+    "adversarial/digits.png",
+    "adversarial/comparison.png",
+    "adversarial/rates.png",
+    "adversarial/results.csv",
 )
 
 
@@ -101,7 +105,7 @@ def test_table_and_places_are_printed(run: Run) -> None:
     assert any(line.startswith("recipe") and "exactly 1:8" in line for line in lines)
     assert max(map(len, lines)) <= 80 + len(str(run.study.output))
     named = [line.split()[0] for line in lines if line.startswith("  ") and not line.startswith("   ")]
-    assert len(named) == 13
+    assert len(named) == 17
     for name in named:
         assert list(run.study.output.glob(name.replace("<recipe>", "mdgf-exponential"))), name
 
@@ -280,7 +284,10 @@ def test_demo_runs_all_studies(
     monkeypatch.setattr(clipping, "run_study", lambda study: clipped.append(study) or trained)
     pruned: list[tuple[Path, int]] = []
     monkeypatch.setattr(demo, "prune_data", lambda output, epochs: pruned.append((output, epochs)))
+    attacked: list[tuple[Path, int]] = []
+    monkeypatch.setattr(demo, "attack_inputs", lambda output, epochs: attacked.append((output, epochs)))
     demo.main(tmp_path)
+    assert attacked == [(tmp_path / "adversarial", 24)]
     assert pruned == [(tmp_path / "data_pruning", 20)]
     assert asked == [Study(output=tmp_path, wandb="offline", accelerator="cpu")]
     assert clipped == [clipping.Study(output=tmp_path / "clipping", accelerator="cpu")]
