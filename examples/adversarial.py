@@ -552,7 +552,8 @@ def draw_digits(study: Study, chosen: Chosen, columns: int = 10) -> Figure:
     rows = 1 + 2 * len(study.attacks)
     figure = Figure(figsize=(1.6 + 0.86 * len(labels), 0.6 + 0.98 * rows), layout="constrained")
     axes = figure.subplots(rows, len(labels), squeeze=False)
-    what = f"Test images, no pixel changed by more than {study.radius:.3g} of 1 (red: more, blue: less)"
+    signs = "red: more, blue: less" if images.shape[1] == 1 else "grey: not at all, in each colour"
+    what = f"Test images, no pixel changed by more than {study.radius:.3g} of 1 ({signs})"
     figure.suptitle(f"{what}. Answers before → after: blue right, orange wrong", fontsize=10)
     draw_row(axes[0], "test image", images, [(f"{label}", "0.2") for label in labels.tolist()], space)
     for place, attack in enumerate(study.attacks):
@@ -616,7 +617,8 @@ def draw_changes(axes: np.ndarray, name: str, changes: Tensor, radius: float, sp
     """Draw how images are changed: red adds, blue takes away; in colour images each channel for itself."""
     changes = changes * torch.tensor(space["std"]).view(-1, 1, 1) / radius
     for axis, change in zip(axes, changes.movedim(1, -1).numpy(), strict=True):
-        axis.imshow(change if change.shape[-1] == 1 else 0.5 + 0.5 * change, cmap="RdBu_r", vmin=-1.4, vmax=1.4)
+        shown = change if change.shape[-1] == 1 else np.clip(0.5 + 0.5 * change, 0, 1)
+        axis.imshow(shown, cmap="RdBu_r", vmin=-1.4, vmax=1.4)
     frame(axes, name)
 
 

@@ -128,7 +128,9 @@ def test_snippet_of_the_data_family_becomes_its_callback_and_chooses(word: str, 
     ],
 )
 def test_snippet_of_the_adversarial_family_becomes_its_callback_and_logs(word: str, logged: str) -> None:
-    trainer = Trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=1, callbacks=[instantiate_of_family(word)], **QUIET)
+    trainer = Trainer(
+        max_epochs=1, limit_train_batches=2, limit_val_batches=1, callbacks=[instantiate_of_family(word)], **QUIET
+    )
     trainer.fit(ResidualConvNet(width=2), datamodule=Digits(batch_size=50))
     assert logged in trainer.callback_metrics
 
