@@ -6,15 +6,12 @@ and random streams are bitwise what they were. Techniques that act on training o
 
 from __future__ import annotations
 
-import copy
-import logging
 import random
 import sys
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from enum import Enum
-from types import FunctionType, ModuleType
+from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 from weakref import WeakSet
 
@@ -22,20 +19,15 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
+from lightning_grad.callbacks._held import Held, Snapshot
 from lightning_grad.utilities.dispatch import wrap_method
 from lightning_grad.utilities.weight_view import close_windows, open_windows
 
 _QUIET: WeakSet[nn.Module] = WeakSet()
-_NUMBERS = (bool, int, float, complex, str, bytes, type(None))
-_CONTAINERS = (list, dict, set, deque)
-_DICTIONARIES = (dict, OrderedDict)
-_ARRAYS = (Tensor, np.ndarray)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_SHARED = (nn.Module, ModuleType, Enum, Dataset, DataLoader, logging.Logger)  # which no step keeps its own state in
 _FEW = 100  # data sets or transforms in a list; the samples themselves are more
-_OF_MODULES = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric")
+_TOLD = ("name", "version", "save_dir", "log_dir", "root_dir", "sub_dir")  # by a logger, without asking its experiment
 
 
 def is_quiet(pl_module: nn.Module) -> bool:
@@ -54,8 +46,9 @@ def quiet(
     """Let the module be run, and leave no trace of it.
 
     Put back bit for bit: modes, buffers, gradients (there are none inside) and frozen parameters, the states of torchmetrics
-    and all other attributes, with the contents of those that are tensors, generators, containers or small objects, the random
-    states of Python, numpy and torch. Kept from happening: logging by ``self.log``, loggers and ``print``.
+    and all other attributes, with the contents of those that are tensors, generators, containers or objects of the user's, and
+    the random states of Python, numpy and torch (CPU and CUDA). Kept from happening: logging by ``self.log``, loggers and
+    ``print``.
 
     Args:
         trainer: The trainer.
@@ -85,12 +78,12 @@ def quiet(
 @contextmanager
 def generators_kept(holder: Any) -> Iterator[None]:
     """Put back the state of random generators that a data set, or what it is made of, has of its own."""
-    held = [_Held(generator, set()) for generator in _generators_of(holder)]
+    held = [Held(generator, set()) for generator in _generators_of(holder)]
     try:
         yield
     finally:
         for generator in held:
-            generator.restored()
+            generator.restore()
 
 
 def _generators_of(holder: Any, depth: int = 4) -> Iterator[Any]:
@@ -106,7 +99,7 @@ def _generators_of(holder: Any, depth: int = 4) -> Iterator[Any]:
 
 @contextmanager
 def random_streams_kept() -> Iterator[None]:
-    """Put back the states of the global generators of Python, numpy and torch, on every device in use."""
+    """Put back the states of the global generators of Python, numpy and torch, on the CPU and on CUDA."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices):
@@ -138,7 +131,7 @@ def _silence(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Non
 def loggers_muted(trainer: pl.Trainer) -> Iterator[None]:
     """Let whatever is done with the loggers do nothing; ``self.log`` is none of them."""
     loggers = trainer.loggers
-    trainer.loggers = [cast(Any, _Mute()) for _ in loggers]
+    trainer.loggers = [cast(Any, _Mute(logger)) for logger in loggers]
     try:
         yield
     finally:
@@ -170,15 +163,32 @@ def _recurrent_layers_have_gradients(pl_module: nn.Module) -> Iterator[None]:
 
 
 class _Mute:
-    """Takes the place of a logger: whatever is called on it or on what it has does nothing."""
+    """Takes the place of a logger: whatever is called on it or on what it has does nothing. It still says where files go.
+
+    Args:
+        logger: The logger.
+    """
+
+    def __init__(self, logger: Any = None) -> None:
+        self._logger = logger
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _Mute()
+        told = getattr(self._logger, name, None) if name in _TOLD else None
+        return told if isinstance(told, (str, int, float, Path)) else None if name in _TOLD else _Mute()
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         return None
+
+    def __enter__(self) -> _Mute:
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        return None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
 
 @contextmanager
@@ -187,7 +197,9 @@ def _modules_as_they_are(pl_module: pl.LightningModule, check: bool, advice: str
     frozen = sum(p.numel() for p in parameters.values() if not p.requires_grad)
     # A teacher that the step moves is as large as its student; a large frozen base is not worth a copy.
     copied = frozen <= sum(p.numel() for p in parameters.values() if p.requires_grad)
-    snapshots = [_Snapshot(module, copied) for module in pl_module.modules()]
+    modules = list(pl_module.modules())
+    known = set(map(id, modules))
+    snapshots = [Snapshot(module, copied, known) for module in modules]
     watched = {name: p for name, p in parameters.items() if p.requires_grad or not copied}
     before = {name: _checksum(p) for name, p in watched.items()} if check else {}
     gradients = {name: p.grad for name, p in parameters.items()}
@@ -214,137 +226,3 @@ def _checksum(parameter: Tensor) -> Tensor:
     size = value.abs()
     total = size if value.is_complex() else value
     return torch.stack([total.sum(dtype=kind), size.sum(dtype=kind)]).nan_to_num()  # a nan equals nothing
-
-
-class _Snapshot:
-    """What one module holds besides submodules and trained parameters."""
-
-    def __init__(self, module: nn.Module, copies_frozen: bool) -> None:
-        self._module = module
-        self._training = module.training
-        frozen = [p for p in module._parameters.values() if p is not None and not p.requires_grad and copies_frozen]
-        buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
-        self._tensors = [(tensor, tensor.detach().clone()) for tensor in (*buffers, *frozen)]
-        self._buffers = dict(module._buffers)
-        self._attributes = {name: value for name, value in module.__dict__.items() if name not in _OF_MODULES}
-        # Every module has a dozen empty dictionaries; to empty them again is quicker than to copy them.
-        self._empty = [value for value in self._attributes.values() if type(value) in _DICTIONARIES and not value]
-        known = set(map(id, self._empty))
-        put_aside = [_put_aside(value, known) for value in self._attributes.values()]
-        self._held = [held for held in put_aside if isinstance(held, _Held)]
-        self._names = set(module.__dict__)
-
-    def restore(self) -> None:
-        module = self._module
-        put_back(self._tensors)
-        module._buffers.clear()
-        module._buffers.update(self._buffers)
-        for name in [name for name in module.__dict__ if name not in self._names]:
-            del module.__dict__[name]
-        module.__dict__.update(self._attributes)
-        for held in self._held:
-            held.restored()
-        for container in self._empty:
-            container.clear()
-        module.training = self._training
-
-
-def put_back(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Give each first tensor the content of the second, in its own mode: only inference may change an inference tensor."""
-    normal = [pair for pair in pairs if not pair[0].is_inference()]
-    others = [pair for pair in pairs if pair[0].is_inference()]
-    for mode, chosen in ((False, normal), (True, others)):
-        if chosen:
-            with torch.inference_mode(mode), torch.no_grad():
-                for tensor, value in chosen:
-                    tensor.detach().copy_(value)
-
-
-class _Held:
-    """A value, and what it was; the same object is given back, with the same contents.
-
-    Args:
-        value: The value.
-        known: Identities of what is held already, to which this is added: objects may know each other.
-    """
-
-    def __init__(self, value: Any, known: set[int]) -> None:
-        known.add(id(value))
-        self._value = value
-        self._was = _copied(value, known)
-
-    def restored(self) -> Any:
-        value, was = self._value, self._was
-        if isinstance(value, Tensor):
-            put_back([(value, was)])
-        elif isinstance(value, np.ndarray):
-            value[...] = was
-        elif isinstance(value, (torch.Generator, np.random.RandomState)):
-            value.set_state(was)
-        elif isinstance(value, np.random.Generator):
-            value.bit_generator.state = was
-        elif isinstance(value, random.Random):
-            value.setstate(was)
-        elif isinstance(value, tuple):
-            for item in was:
-                _given_back(item)
-        elif isinstance(value, _CONTAINERS):
-            value.clear()
-            _refill(value, was)
-        elif is_record(value):
-            value.__dict__.clear()
-            _refill(value.__dict__, was)
-        return value
-
-
-def _refill(container: Any, was: Any) -> None:
-    if isinstance(container, dict):
-        container.update({key: _given_back(item) for key, item in was.items()})
-    elif isinstance(container, set):
-        container.update(was)
-    else:
-        container.extend(_given_back(item) for item in was)
-
-
-def _given_back(item: Any) -> Any:
-    return item.restored() if isinstance(item, _Held) else item
-
-
-def is_record(value: Any, depth: int = 3) -> bool:
-    """Say whether an object is a small one of the user's, such as an average meter: all that it has are plain values."""
-    if isinstance(value, _SHARED) or callable(value) or not hasattr(value, "__dict__") or not depth:
-        return False
-    plain = (*_NUMBERS, *_CONTAINERS, tuple, *_GENERATORS, *_ARRAYS)
-    return all(isinstance(item, plain) or is_record(item, depth - 1) for item in vars(value).values())
-
-
-def _copied(value: Any, known: set[int]) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    if isinstance(value, (torch.Generator, np.random.RandomState)):
-        return value.get_state()
-    if isinstance(value, np.random.Generator):
-        return copy.deepcopy(value.bit_generator.state)
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, set):
-        return set(value)
-    if isinstance(value, (list, tuple, deque)):
-        return [_put_aside(item, known) for item in value]
-    if isinstance(value, dict) or is_record(value):
-        items = value if isinstance(value, dict) else vars(value)
-        return {key: _put_aside(item, known) for key, item in items.items()}
-    return value
-
-
-def _put_aside(item: Any, known: set[int]) -> Any:
-    return _Held(item, known) if id(item) not in known and _may_change(item) else item
-
-
-def _may_change(value: Any) -> bool:
-    kind = type(value)
-    if kind in _NUMBERS or kind is FunctionType:
-        return False
-    return isinstance(value, (*_CONTAINERS, tuple, *_GENERATORS, *_ARRAYS)) or is_record(value)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 Norm = Literal["linf", "l2"]
-FGSM_STEP = 1.25  # of epsilon, after a random start (Wong et al. 2020: 10/255 for 8/255)
-PGD_STEP = 2.5  # of epsilon / steps (Madry et al. 2018, released code of the MNIST and CIFAR-10 challenges)
+_FGSM_STEP = 1.25  # of epsilon, after a random start (Wong et al. 2020: 10/255 for 8/255)
+_PGD_STEP = 2.5  # of epsilon / steps (Madry et al. 2018, released code of the MNIST and CIFAR-10 challenges)
 
 
 class IndependentLossError(RuntimeError):
@@ -132,9 +133,11 @@ def pgd(
         generator: Source of the random start, on the inputs' device.
 
     Returns:
-        Tensor: Attacked inputs, (B, ...), without graph; the given inputs themselves if epsilon is 0.
+        Tensor: Attacked inputs, (B, ...), without graph; the given inputs themselves if epsilon is 0, or the batch empty.
 
     Raises:
+        ValueError: For another norm, steps below 1, an epsilon that is negative or not finite, and mean without std.
+        RuntimeError: In inference mode, and for inputs made in it: they have no gradient.
         IndependentLossError: If the loss does not depend on the inputs; a RuntimeError.
 
     Example:
@@ -145,9 +148,11 @@ def pgd(
     References:
         Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, arXiv 1706.06083, equation 2.
     """
-    if epsilon == 0.0:
+    _check_settings(epsilon, steps, norm, mean, std)
+    if epsilon == 0.0 or inputs.numel() == 0:
         return inputs
-    step_size = PGD_STEP * epsilon / steps if step_size is None else step_size
+    _refuse_inference(inputs)
+    step_size = _PGD_STEP * epsilon / steps if step_size is None else step_size
     space = _Pixels(inputs.detach(), bounds, mean, std)
     start = torch.zeros_like(space.inputs)
     perturbation = space.clamp(random_perturbation(start, epsilon, norm, generator) if random_start else start)
@@ -188,6 +193,8 @@ def fgsm(
         Tensor: Attacked inputs, (B, ...).
 
     Raises:
+        ValueError: As in :func:`pgd`.
+        RuntimeError: As in :func:`pgd`.
         IndependentLossError: If the loss does not depend on the inputs; a RuntimeError.
 
     Example:
@@ -199,9 +206,30 @@ def fgsm(
         Goodfellow et al., 2015, arXiv 1412.6572, section 4. Random start and step size: Wong et al., "Fast is better than
         free: Revisiting adversarial training", 2020, arXiv 2001.03994, algorithm 3.
     """
-    default = FGSM_STEP * epsilon if random_start else epsilon
+    default = _FGSM_STEP * epsilon if random_start else epsilon
     step_size = default if step_size is None else step_size
     return pgd(loss_of, inputs, epsilon, 1, step_size, norm, random_start, bounds, mean, std, generator)
+
+
+def _check_settings(
+    epsilon: float, steps: int, norm: str, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> None:
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm={norm!r} is none of {', '.join(map(repr, get_args(Norm)))}.")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}.")
+    if not (math.isfinite(epsilon) and epsilon >= 0.0):
+        raise ValueError(f"epsilon must be at least 0, and finite; got {epsilon}.")
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std belong together; got mean={mean} and std={std}.")
+
+
+def _refuse_inference(inputs: Tensor) -> None:
+    if torch.is_inference_mode_enabled() or inputs.is_inference():
+        raise RuntimeError(
+            "An attack needs gradients, and there are none in inference mode, nor of tensors made in it. Leave it by "
+            "`with torch.inference_mode(False):`, and clone there the inputs, and all else that was made in it."
+        )
 
 
 class _Pixels:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 Path = tuple[Any, ...]
 _DEEPEST = 8  # an object of a batch may know its owner
+_NO_INPUT = re.compile(r"labels?|targets?|y|(.*_)?mask|(sample_)?weights?", re.IGNORECASE)
 
 
 def find_input(batch: Any, key: str | int | None, needed_by: str) -> Path | None:
@@ -24,11 +26,12 @@ def find_input(batch: Any, key: str | int | None, needed_by: str) -> Path | None
     Args:
         batch: The batch.
         key: Where to look: a key, a position, or several joined by dots, such as ``"images"``, ``0`` or ``"0.pixels"``.
-            Default: the first floating tensor with at least two dimensions.
+            Default: the first tensor of numbers with at least two dimensions, if it is floating. Not looked at is what a
+            key or attribute names ``label``, ``target``, ``y``, ``mask``, ``..._mask``, ``weight`` or ``sample_weight``.
         needed_by: Who asks, for errors.
 
     Returns:
-        tuple | None: The path, or ``None`` if no key is given and no such tensor is there.
+        tuple | None: The path, or ``None`` if no key is given, and no such tensor is there or integers come before it.
 
     Raises:
         ValueError: If the key leads nowhere, or to no floating tensor.
@@ -40,35 +43,81 @@ def find_input(batch: Any, key: str | int | None, needed_by: str) -> Path | None
     """
     if key is not None:
         return _follow(batch, key, needed_by)
-    found = (path for path, value in _tensors_of(batch) if value.is_floating_point() and value.dim() >= 2)
-    return next(found, None)
+    path, value = first_numbers(batch)
+    return path if value is not None and value.is_floating_point() else None
+
+
+def first_numbers(batch: Any) -> tuple[Path, Tensor] | tuple[None, None]:
+    """Return the first tensor of real numbers with at least two dimensions whose name tells nothing else, and where it is.
+
+    Example:
+        >>> batch = {"labels": torch.zeros(4, 2), "mask": torch.zeros(4, 3), "ids": torch.zeros(4, 3, dtype=torch.long)}
+        >>> first_numbers(batch)[0]
+        ('ids',)
+    """
+    return next(_numbers_of(batch), (None, None))
+
+
+def text_of(path: Path) -> str:
+    """Return a path as one would write it.
+
+    Example:
+        >>> text_of((0, "x"))
+        "batch[0]['x']"
+    """
+    return "batch" + "".join(f"[{key!r}]" for key in path)
+
+
+def has_input(batch: Any, path: Path) -> bool:
+    """Say whether there is a floating tensor at a path.
+
+    Example:
+        >>> has_input([None], (0,)), has_input([torch.ones(1)], (0,))
+        (False, True)
+    """
+    try:
+        return input_at(batch, path).is_floating_point()
+    except ValueError:
+        return False
 
 
 def input_at(batch: Any, path: Path) -> Tensor:
     """Return the tensor at a path.
 
+    Raises:
+        ValueError: If there is none.
+
     Example:
         >>> input_at([{"x": torch.ones(2)}], (0, "x"))
         tensor([1., 1.])
     """
-    for key in path:
-        batch = _child(batch, key)
-    assert isinstance(batch, Tensor)
-    return batch
+    found = batch
+    for depth in range(len(path)):
+        found = _child_at(found, path, depth)
+    if not isinstance(found, Tensor):
+        raise ValueError(f"There is no tensor at {text_of(path)}: it is a {type(found).__name__}.")
+    return found
 
 
 def with_input(batch: Any, path: Path, value: Tensor) -> Any:
     """Return a batch that has another tensor at a path, and shares all else with the old, which stays as it is.
+
+    Raises:
+        ValueError: If the path leads nowhere.
 
     Example:
         >>> batch = [torch.zeros(1), torch.ones(1)]
         >>> with_input(batch, (0,), torch.full((1,), 5.0)), batch
         ([tensor([5.]), tensor([1.])], [tensor([0.]), tensor([1.])])
     """
-    if not path:
+    return _with_child(batch, path, value, 0)
+
+
+def _with_child(batch: Any, path: Path, value: Tensor, depth: int) -> Any:
+    if depth == len(path):
         return value
-    key, rest = path[0], path[1:]
-    child = with_input(_child(batch, key), rest, value)
+    key = path[depth]
+    child = _with_child(_child_at(batch, path, depth), path, value, depth + 1)
     if isinstance(batch, tuple):
         items = [child if position == key else item for position, item in enumerate(batch)]
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
@@ -122,6 +171,18 @@ def _tensors_of(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
         yield from _tensors_of(child, (*path, key))
 
 
+def _numbers_of(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    if isinstance(batch, Tensor):
+        if batch.dim() >= 2 and batch.dtype != torch.bool and not batch.is_complex():
+            yield path, batch
+        return
+    fields = getattr(batch, "_fields", None) if isinstance(batch, tuple) else None
+    for key, child in _children(batch) if len(path) < _DEEPEST else ():
+        name = fields[key] if fields else key
+        if not (isinstance(name, str) and _NO_INPUT.fullmatch(name)):
+            yield from _numbers_of(child, (*path, key))
+
+
 def _children(batch: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(batch, Mapping):
         yield from batch.items()
@@ -133,8 +194,15 @@ def _children(batch: Any) -> Iterator[tuple[Any, Any]]:
         yield from ((field.name, getattr(batch, field.name)) for field in dataclasses.fields(batch))
 
 
-def _child(batch: Any, key: Any) -> Any:
-    return batch[key] if isinstance(batch, (Mapping, list, tuple)) else getattr(batch, key)
+def _child_at(part: Any, path: Path, depth: int) -> Any:
+    """Return what stands at a path in a part of a batch, ``depth`` keys down."""
+    key = path[depth]
+    try:
+        return part[key] if isinstance(part, (Mapping, list, tuple)) else getattr(part, key)
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError(
+            f"There is no {text_of(path)}: {text_of(path[:depth])}, a {type(part).__name__}, has no {key!r}."
+        ) from None
 
 
 def _follow(batch: Any, key: str | int, needed_by: str) -> Path:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -157,6 +158,19 @@ def refuse_manual_optimization(pl_module: pl.LightningModule, technique: str, wh
     """
     if not pl_module.automatic_optimization:
         raise ValueError(f"{technique} does not work with manual optimization: {why}")
+
+
+def refuse_dataloader_iter(step: Callable[..., Any], technique: str) -> None:
+    """Raise if a step gets its batch from the loader by itself.
+
+    Raises:
+        ValueError: If it has an argument ``dataloader_iter``.
+    """
+    if "dataloader_iter" in inspect.signature(step).parameters:
+        name = getattr(step, "__name__", "the step")
+        raise ValueError(
+            f"{technique} needs the batch, and {name}(dataloader_iter) gets it by itself. Let it take batch and batch_idx."
+        )
 
 
 def refuse_sparse_gradients(module: nn.Module, chosen: set[int], technique: str) -> None:

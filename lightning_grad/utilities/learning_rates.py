@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 ChosenGroups = Sequence[tuple[Optimizer, Sequence[int]]]
 
@@ -163,9 +162,12 @@ def _times(value: Any, factor: float) -> Any:
 
 
 def unknown_schedulers(schedulers: Iterable[Any]) -> list[str]:
-    """Return the class names of schedulers that keep their base rates where :func:`scale_schedules_` does not look."""
-    unknown = [s for s in _flatten(schedulers) if not isinstance(s, LRScheduler) and not hasattr(s, "base_lrs")]
-    return sorted({type(scheduler).__name__ for scheduler in unknown})
+    """Return the names of classes that torch does not define: :func:`scale_schedules_` may not know their base rates.
+
+    Those derived from torch's are among them. They have ``base_lrs``, and may still compute rates from something else.
+    """
+    kinds = {type(scheduler) for scheduler in _flatten(schedulers)}
+    return sorted({kind.__name__ for kind in kinds if not kind.__module__.startswith("torch.")})
 
 
 def restore_initial_rates_(chosen: ChosenGroups) -> None:

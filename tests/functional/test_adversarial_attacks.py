@@ -336,6 +336,47 @@ def test_it_works_where_gradients_are_off() -> None:
     assert found.tolist() == [[0.5, -0.5, 0.0]]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"norm": "l1"}, r"norm='l1' is none of 'linf', 'l2'\."),
+        ({"epsilon": -0.1}, r"epsilon must be at least 0, and finite; got -0\.1\."),
+        ({"epsilon": math.inf}, r"epsilon must be at least 0, and finite; got inf\."),
+        ({"epsilon": math.nan}, r"epsilon must be at least 0, and finite; got nan\."),
+        ({"mean": [0.5]}, r"mean and std belong together; got mean=\[0\.5\] and std=None\."),
+        ({"std": [0.5], "bounds": (0, 1)}, r"mean and std belong together"),
+    ],
+)
+def test_settings_that_cannot_be(arguments: Any, said: str) -> None:
+    for attack in (pgd, fgsm):
+        with pytest.raises(ValueError, match=said):
+            attack(linear, torch.rand(2, 3), **{"epsilon": 0.1, **arguments})
+
+
+def test_an_attack_has_steps() -> None:
+    with pytest.raises(ValueError, match=r"steps must be at least 1; got 0\."):
+        pgd(linear, torch.rand(2, 3), 0.1, steps=0)
+
+
+def test_inference_mode_is_refused_with_advice() -> None:
+    said = r"inference mode.*torch\.inference_mode\(False\).*clone"
+    with torch.inference_mode():
+        x = torch.zeros(1, 3)
+        with pytest.raises(RuntimeError, match=said):
+            pgd(linear, torch.zeros(1, 3), 0.5)
+        with torch.inference_mode(False):
+            assert fgsm(linear, x.clone(), 0.5, random_start=False).tolist() == [[0.5, -0.5, 0.0]]
+    with pytest.raises(RuntimeError, match=said):
+        fgsm(linear, x, 0.5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_empty_batch_is_returned_as_it_is(norm: Any) -> None:
+    x = torch.rand(0, 3)
+    for attack in (pgd, fgsm):
+        assert attack(linear, x, 0.1, norm=norm) is x
+
+
 def test_losses_of_each_sample_are_summed() -> None:
     x = torch.rand(3, 3, generator=generator())
     each, summed = (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lightning_grad.utilities.batches import find_input, input_at, map_tensors, same_tensors, with_input
+from lightning_grad.utilities.batches import find_input, has_input, input_at, map_tensors, same_tensors, with_input
 
 X, IDS, Y = torch.arange(6.0).view(2, 3), torch.arange(2), torch.tensor([0.5, 1.5])
 NEW = torch.full((2, 3), 9.0)
@@ -155,6 +155,55 @@ def test_only_floating_tensors_of_two_dimensions_are_inputs() -> None:
     assert find_input((Y, X.half()), None, "Somebody") == (1,)
     assert find_input(None, None, "Somebody") is None
     assert find_input((nn.Linear(2, 2), Record, X), None, "Somebody") == (2,)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["label", "labels", "Target", "targets", "y", "Y", "mask", "attention_mask", "weight", "weights", "sample_weight"],
+)
+def test_targets_masks_and_weights_are_no_inputs(name: str) -> None:
+    pair = namedtuple("pair", [name, "x"])  # type: ignore[misc]
+    assert find_input({name: X, "pixels": X}, None, "Somebody") == ("pixels",)
+    assert find_input([SimpleNamespace(**{name: {"boxes": X}}, x=X)], None, "Somebody") == (0, "x")
+    assert find_input(pair(X, X), None, "Somebody") == (1,)
+    assert find_input({name: X}, None, "Somebody") is None
+    assert find_input({name: X}, name, "Somebody") == (name,)
+
+
+def test_names_are_compared_whole() -> None:
+    for name in ("style", "masked", "weighted", "labelled", "yy", 0):
+        assert find_input({name: X}, None, "Somebody") == (name,)
+
+
+def test_integers_before_the_first_floating_tensor_make_it_unclear() -> None:
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    assert find_input((tokens, X), None, "Somebody") is None
+    assert find_input((X, tokens), None, "Somebody") == (0,)
+    assert find_input({"labels": tokens, "mask": tokens, "x": X}, None, "Somebody") == ("x",)
+    assert find_input((tokens > 0, X), None, "Somebody") == (1,)
+
+
+@pytest.mark.parametrize(
+    ("batch", "path", "said"),
+    [
+        ({"x": X}, ("z",), r"There is no batch\['z'\]: batch, a dict, has no 'z'\."),
+        ({"a": None}, ("a", 0), r"There is no batch\['a'\]\[0\]: batch\['a'\], a NoneType, has no 0\."),
+        ([X], (1,), r"There is no batch\[1\]: batch, a list, has no 1\."),
+    ],
+)
+def test_a_path_that_leads_nowhere(batch: Any, path: Any, said: str) -> None:
+    assert not has_input(batch, path)
+    with pytest.raises(ValueError, match=said):
+        input_at(batch, path)
+    with pytest.raises(ValueError, match=said):
+        with_input(batch, path, X)
+
+
+def test_a_path_to_something_else() -> None:
+    assert not has_input({"x": [X]}, ("x",))
+    assert not has_input({"x": IDS}, ("x",))
+    with pytest.raises(ValueError, match=r"There is no tensor at batch\['x'\]: it is a list\."):
+        input_at({"x": [X]}, ("x",))
 
 
 @pytest.mark.parametrize(

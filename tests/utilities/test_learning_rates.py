@@ -112,6 +112,20 @@ def test_schedulers_that_are_not_torchs_are_named():
     assert unknown_schedulers([*torchs, Foreign(optimizer), Foreign(optimizer)]) == ["Foreign"]
 
 
+class OwnBases(lrs.LRScheduler):
+    """Keeps base rates of its own besides those of torch."""
+
+    def get_lr(self):
+        return [0.5 for _ in self.base_lrs]
+
+
+def test_schedulers_derived_from_torchs_are_named_wherever_they_stand():
+    optimizer = two_groups()
+    own, lambdas = OwnBases(optimizer), lrs.LambdaLR(optimizer, lambda _: 1.0)
+    assert unknown_schedulers([own]) == unknown_schedulers([lrs.ChainedScheduler([lambdas, own])]) == ["OwnBases"]
+    assert unknown_schedulers([lambdas]) == []
+
+
 @pytest.mark.parametrize("tensor", [False, True])
 def test_rates_go_back_to_those_before_the_scheduler(tensor):
     optimizer = Adam([nn.Parameter(torch.zeros(1))], lr=torch.tensor(0.5) if tensor else 0.5)

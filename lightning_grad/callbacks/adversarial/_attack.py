@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.functional._shuffling import hashed_seed
-from lightning_grad.functional.adversarial_attacks import FGSM_STEP, PGD_STEP, Norm, pgd
+from lightning_grad.functional.adversarial_attacks import Norm, fgsm, pgd
+from lightning_grad.utilities.batches import map_tensors
 from lightning_grad.utilities.checks import check_above, check_at_least, check_choice, check_count
 from lightning_grad.utilities.precision import grad_scaler
 
@@ -28,7 +30,7 @@ class Attack:
     Args:
         epsilon: Radius of the ball.
         steps: Steps of the ascent.
-        step_size: Its step size.
+        step_size: Its step size; ``None`` for that of :func:`fgsm` with one step, of :func:`pgd` with more.
         norm: Norm of the ball.
         random_start: Whether it begins at a random point.
         bounds: Least and largest value of an input.
@@ -38,7 +40,7 @@ class Attack:
 
     epsilon: float
     steps: int
-    step_size: float
+    step_size: float | None
     norm: Norm
     random_start: bool
     bounds: tuple[float, float] | None
@@ -55,9 +57,19 @@ class Attack:
         """Attack inputs, with this share of epsilon and step size."""
         # What autocast has cast without a graph must not serve here, nor what is cast here afterwards.
         torch.clear_autocast_cache()
-        sizes = (share * self.epsilon, self.steps, share * self.step_size)
-        space = (self.bounds, self.mean, self.std)
-        attacked = pgd(loss_of, inputs, *sizes, self.norm, self.random_start, *space, generator)
+        attack: Callable[..., Tensor] = fgsm if self.steps == 1 else partial(pgd, steps=self.steps)
+        attacked = attack(
+            loss_of,
+            inputs,
+            share * self.epsilon,
+            step_size=None if self.step_size is None else share * self.step_size,
+            norm=self.norm,
+            random_start=self.random_start,
+            bounds=self.bounds,
+            mean=self.mean,
+            std=self.std,
+            generator=generator,
+        )
         torch.clear_autocast_cache()
         return attacked
 
@@ -102,7 +114,7 @@ def attack_of(
     mean: Sequence[float] | float | None,
     std: Sequence[float] | float | None,
 ) -> Attack:
-    """Check settings, and fill in the step size.
+    """Check settings.
 
     Raises:
         ValueError: For the first that is wrong.
@@ -114,10 +126,6 @@ def attack_of(
     check_choice(norm, NORMS, "norm")
     if step_size is not None:
         check_above(step_size, 0.0, "step_size")
-    elif steps == 1:
-        step_size = FGSM_STEP * epsilon if random_start else epsilon
-    else:
-        step_size = PGD_STEP * epsilon / steps
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std belong together; got mean={mean} and std={std}.")
     space = (_checked_bounds(bounds), _numbers(mean), _checked_std(_numbers(std)))
@@ -150,7 +158,7 @@ def attack_losses(
     scaler = grad_scaler(trainer)
 
     def loss_of(inputs: Tensor) -> Tensor:
-        with place.shown(batch, inputs) as shown:
+        with place.shown(copy_of(batch), inputs.clone()) as shown:
             loss = loss_of_output(run(shown))
         if loss is None:
             raise NoLossError("The step returns no loss.")
@@ -159,6 +167,11 @@ def attack_losses(
         return loss if scaler is None else scaler.scale(loss)
 
     return loss_of
+
+
+def copy_of(batch: Any) -> Any:
+    """Return a batch whose containers and tensors are its own: a step may pop labels, or change inputs in place."""
+    return map_tensors(batch, torch.clone)
 
 
 class NoLossError(RuntimeError):

@@ -10,9 +10,15 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.callbacks.adversarial._attack import Attack, attack_losses, generator_for
+from lightning_grad.callbacks.adversarial._attack import Attack, NoLossError, attack_losses, copy_of, generator_for
 from lightning_grad.callbacks.adversarial._places import Place
+from lightning_grad.callbacks.adversarial._step_loss import first_sentence
 from lightning_grad.functional import LossCapture, is_correct
+from lightning_grad.functional.adversarial_attacks import IndependentLossError
+
+
+class UnknownAccuracyError(RuntimeError):
+    """A step does not show how it classifies its batch."""
 
 
 def accuracies_under(
@@ -34,24 +40,31 @@ def accuracies_under(
         purpose: What the random numbers are for.
 
     Returns:
-        dict: Accuracies by name; empty if the step shows no loss of a classifier.
+        dict: Accuracies by name.
+
+    Raises:
+        UnknownAccuracyError: If the step shows no loss of a classifier, or one that no attack moves.
     """
-    clean = place.inputs(batch, run)
+    clean = place.inputs(copy_of(batch), run)
     loss_of = attack_losses(trainer, place, batch, run)
     found = {}
     for name, attack in attacks.items():
         generator = generator_for(clean.device, trainer.global_rank, f"{purpose}/{name}")
         try:
-            with (
-                place.shown(batch, attack(loss_of, clean, generator)) as shown,
-                torch.no_grad(),
-                LossCapture() as capture,
-            ):
-                run(shown)
-            found[name] = is_correct(capture.only()).nanmean()
-        except (RuntimeError, ValueError):  # no loss, none of a classifier, or one that no attack moves
-            return {}
+            attacked = attack(loss_of, clean, generator)
+        except (NoLossError, IndependentLossError) as error:
+            raise UnknownAccuracyError(str(error)) from None
+        with place.shown(copy_of(batch), attacked) as shown, torch.no_grad(), LossCapture() as capture:
+            run(shown)
+        found[name] = _accuracy(capture)
     return found
+
+
+def _accuracy(capture: LossCapture) -> Tensor:
+    try:
+        return is_correct(capture.only()).nanmean()
+    except (RuntimeError, ValueError) as error:
+        raise UnknownAccuracyError(f"{first_sentence(error)}.") from None
 
 
 def mean_over_ranks(trainer: pl.Trainer, values: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:

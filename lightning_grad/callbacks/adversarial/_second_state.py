@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_grad.callbacks._quiet import is_record, put_back
+from lightning_grad.callbacks._held import CONTAINERS, has_own_state, holds_fixed_only, is_code, put_back, state_of
 
 _METRICS = (Metric, MetricCollection)
 _COPIED = (np.ndarray, np.random.Generator, np.random.RandomState, random.Random)
@@ -77,9 +77,9 @@ class _Part:
         self._buffers = {name: b if b is None else _clone(b) for name, b in self._module._buffers.items()}
 
     def _own(self) -> dict[str, Any]:
-        # Methods that are wrapped on the instance are callable, and stay.
+        # Methods that are wrapped on the instance stay.
         attributes, internal = vars(self._module).items(), self._internal
-        return {k: v for k, v in attributes if k not in internal and not k.startswith(_OURS) and not callable(v)}
+        return {k: v for k, v in attributes if k not in internal and not k.startswith(_OURS) and not is_code(v)}
 
     def _own_metrics(self) -> dict[str, Any]:
         return {name: child for name, child in self._module._modules.items() if isinstance(child, _METRICS)}
@@ -166,8 +166,10 @@ def _begun(value: Any, memo: dict[int, Any]) -> Any:
     if isinstance(value, tuple):
         items = [_twin(item, memo) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    is_container = isinstance(value, (list, dict, set, deque))
-    return copy.copy(value) if is_container or is_record(value) else value
+    try:
+        return copy.copy(value) if isinstance(value, CONTAINERS) or has_own_state(value) else value
+    except Exception:  # an object that cannot be copied is shared
+        return value
 
 
 def _copied_metric(metric: Any, memo: dict[int, Any]) -> Any:
@@ -182,11 +184,14 @@ def _copied_metric(metric: Any, memo: dict[int, Any]) -> Any:
     return copy.deepcopy(metric, memo)
 
 
-def _fill(container: Any, memo: dict[int, Any]) -> None:
-    if isinstance(container, (list, deque)):
-        for position, item in enumerate(container):
-            container[position] = _twin(item, memo)
-    elif isinstance(container, dict):
-        container.update({key: _twin(item, memo) for key, item in container.items()})
-    elif is_record(container):
-        vars(container).update({key: _twin(item, memo) for key, item in vars(container).items()})
+def _fill(holder: Any, memo: dict[int, Any]) -> None:
+    if isinstance(holder, CONTAINERS) and holds_fixed_only(holder):
+        return
+    if isinstance(holder, (list, deque)):
+        for position, item in enumerate(holder):
+            holder[position] = _twin(item, memo)
+    elif isinstance(holder, dict):
+        holder.update({key: _twin(item, memo) for key, item in holder.items()})
+    elif has_own_state(holder):
+        for name, item in state_of(holder).items():
+            object.__setattr__(holder, name, _twin(item, memo))

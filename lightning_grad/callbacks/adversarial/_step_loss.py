@@ -21,10 +21,12 @@ class StepLoss:
     Args:
         total: The loss of the batch, a scalar; ``None`` if there is none.
         each: The loss of each sample, (B,); ``None`` if it is not seen.
+        reason: Why it is not, where the step computes something that may be meant.
     """
 
     total: Tensor | None
     each: Tensor | None
+    reason: str = ""
 
 
 def run_for_loss(step: Step, batch: Any, samples: int, which: int | None) -> StepLoss:
@@ -38,16 +40,26 @@ def run_for_loss(step: Step, batch: Any, samples: int, which: int | None) -> Ste
     """
     with LossCapture(samples, keep_graph=True) as capture:
         returned = loss_of_output(step(batch))
-    try:
-        each = capture.only(which).losses.nan_to_num()
-    except (RuntimeError, ValueError):
-        each = None
-    each = each if each is not None and each.requires_grad else None
+    each, reason = _each(capture, which)
     # Logits that are returned are no loss.
     returned = returned if returned is not None and returned.requires_grad and returned.numel() == 1 else None
     if (which is not None or returned is None) and each is not None:
         return StepLoss(each.sum(), each)
-    return StepLoss(returned if which is None else None, each)
+    return StepLoss(returned if which is None else None, each, reason)
+
+
+def _each(capture: LossCapture, which: int | None) -> tuple[Tensor | None, str]:
+    try:
+        each = capture.only(which).losses.nan_to_num()
+    except (RuntimeError, ValueError) as error:
+        seen = bool(capture.calls or capture.unread)
+        return None, first_sentence(error) if seen else ""
+    return (each, "") if each.requires_grad else (None, "its loss has no gradient")
+
+
+def first_sentence(error: Exception) -> str:
+    """Return what is wrong; what to do about it, in the words of the function that raised, does not apply here."""
+    return str(error).partition(". ")[0].removesuffix(".")
 
 
 def find_step(
@@ -75,9 +87,9 @@ def find_step(
             continue
         if (loss.each if each else loss.total) is not None:
             return name
-        reasons.append(f"{name} shows none")
+        reasons.append(f"{name} shows none{f' ({loss.reason})' if loss.reason else ''}")
     kind = "the loss of each sample, for several restarts" if each else "a loss to raise"
     raise RuntimeError(
         f"{needed_by} needs {kind}: {'; '.join(reasons)}. Compute it in {next(iter(steps))} by a loss of "
-        f"torch.nn.functional{'' if each else ', or return it'}."
+        f"torch.nn.functional{'' if each else ', or return it'}; of several, loss=0 is the first."
     )

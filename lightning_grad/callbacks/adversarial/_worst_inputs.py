@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.callbacks.adversarial._attack import Attack, NoLossError, attack_losses, generator_for
+from lightning_grad.callbacks.adversarial._attack import Attack, NoLossError, attack_losses, copy_of, generator_for
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.callbacks.adversarial._step_loss import StepLoss, find_step, run_for_loss
 from lightning_grad.functional.adversarial_attacks import IndependentLossError
@@ -68,7 +68,19 @@ class WorstInputs:
         if loader not in self._places:
             self._places[loader] = self._place_of(pl_module, batch, steps)
         place, name = self._places[loader]
-        return place, self._worst(trainer, place, batch, steps[name], f"{loader}/{batch_idx}/{trainer.global_rank}")
+        failed: Exception | None = None
+        # A step may fail on an input that has a gradient, for one batch only: where it draws a picture, say.
+        for run in (steps[name], *(other for own, other in steps.items() if own != name)):
+            try:
+                return place, self._worst(trainer, place, batch, run, f"{loader}/{batch_idx}/{trainer.global_rank}")
+            except Exception as error:
+                failed = failed or error
+        assert failed is not None
+        failed.add_note(
+            f"{self._needed_by} ran {name} on an input that has a gradient, to attack it. If that fails because a tensor was "
+            "made in inference mode, use Trainer(inference_mode=False)."
+        )
+        raise failed
 
     def _steps(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step, batch_idx: int) -> dict[str, Step]:
         """Return the steps whose loss may be raised, in the order in which they are asked."""
@@ -83,13 +95,13 @@ class WorstInputs:
 
     def _place_of(self, pl_module: pl.LightningModule, batch: Any, steps: Mapping[str, Step]) -> tuple[Place, str]:
         place = find_place(pl_module, batch, self._input_key, self._needed_by)
-        clean = place.inputs(batch, next(iter(steps.values())))
+        clean = place.inputs(copy_of(batch), next(iter(steps.values())))
         self._attack.refuse_inputs(clean, self._needed_by)
-        with place.shown(batch, clean) as shown:
+        with place.shown(copy_of(batch), clean.clone().requires_grad_().clone()) as shown:
             return place, find_step(steps, shown, len(clean), self._loss, self._restarts > 1, self._needed_by)
 
     def _worst(self, trainer: pl.Trainer, place: Place, batch: Any, step: Step, purpose: str) -> Tensor:
-        clean = place.inputs(batch, step)
+        clean = place.inputs(copy_of(batch), step)
 
         def run(shown: Any) -> StepLoss:
             return run_for_loss(step, shown, len(clean), self._loss)
@@ -100,7 +112,7 @@ class WorstInputs:
             inputs = self._raised(loss_of, clean, generator_for(clean.device, self._seed, f"{purpose}/{restart}"))
             if self._restarts == 1:
                 return inputs
-            with place.shown(batch, inputs) as shown:
+            with place.shown(copy_of(batch), inputs) as shown:
                 each = run(shown).each
             assert each is not None
             is_worse = each.detach() > highest

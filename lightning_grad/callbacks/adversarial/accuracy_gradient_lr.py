@@ -86,7 +86,7 @@ class AccuracyGradientLR(GradCallback):
 
     **Works with** accumulation, fp16 and bf16, compiled modules, several optimizers, manual optimization, FSDP, DeepSpeed:
     yes. DDP: all ranks cut together, by the mean of their values, whether or not the module logs with ``sync_dist``.
-    Schedulers of torch: all. A scheduler of another kind may undo cuts, and is warned of.
+    Schedulers of torch: all. One that torch does not define may undo cuts, and is warned of.
 
     Example:
         .. code-block:: yaml
@@ -163,7 +163,7 @@ class AccuracyGradientLR(GradCallback):
         self._in_epoch = MonitoredValue(self.monitor)
         self._validated: float | None = None  # what waits for the end of the epoch
         self._due: float | None = None  # epochs done, if a validation follows here
-        self._has_validated = self._has_whole_epoch = False
+        self._has_validated = self._has_whole_epoch = self._was_validated = False
         self._told: list[str] = []
 
     # The fit begins.
@@ -260,6 +260,7 @@ class AccuracyGradientLR(GradCallback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._fitting or trainer.sanity_checking:
             return
+        self._was_validated = True
         value, is_known = self._in_validation.read(trainer)
         if self.interval == "epoch":
             # A run that is resumed from a checkpoint of this validation has no other trace of the value.
@@ -323,9 +324,11 @@ class AccuracyGradientLR(GradCallback):
         if self.policy == "multiply":
             scale_schedules_(chosen, [config.scheduler for config in trainer.lr_scheduler_configs], factor)
         gradient = accuracy_gradient(self._record.gains, self.window)
+        epoch = round(self._record.epochs[-1], 2)
         rank_zero_info(
-            f"{self.label} cuts the learning rate from {before:g} to {self._rate(trainer):g} after {self.interval} "
-            f"{len(self._record)}: the mean of {self.monitor} gained {gradient:.4g}, less than {self.threshold:g}."
+            f"{self.label} cuts the learning rate from {before:g} to {self._rate(trainer):g} after observation "
+            f"{len(self._record)} (epoch {epoch:g}): the mean of {self.monitor} gained {gradient:.4g}, less than "
+            f"{self.threshold:g}."
         )
         return True
 
@@ -358,8 +361,19 @@ class AccuracyGradientLR(GradCallback):
         log_summary(trainer, {self._key("final_scale"): self._scale, self._key("final_cuts"): cuts})
         stem = "accuracy_gradient_lr" if self.name is None else f"accuracy_gradient_lr_{self.name}"
         folder = output_folder(trainer)
-        if folder is not None and len(self._record):
+        if not len(self._record):
+            self._warn_of_nothing()
+        elif folder is not None:
             write_record(trainer, self._record, self._key, folder / stem, self.label, self.threshold, self.figure)
+
+    def _warn_of_nothing(self) -> None:
+        if "nonfinite" in self._told:
+            why = f"{self.monitor!r} was never finite"
+        elif self.interval == "validation" and not self._was_validated:
+            why = "no validation came; see check_val_every_n_epoch and val_check_interval of the Trainer"
+        else:
+            why = f"{self.monitor!r} was never logged"
+        rank_zero_warn(f"{self.label} has observed nothing, so that no learning rate was cut: {why}.")
 
 
 def _indices(given: Sequence[int] | None, parameter: str) -> list[int] | None:

@@ -15,12 +15,12 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_grad.callbacks._quiet import is_quiet, loggers_muted, quiet, random_streams_kept
-from lightning_grad.callbacks.adversarial._attack import attack_of
+from lightning_grad.callbacks.adversarial._attack import attack_of, copy_of
 from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.callbacks.adversarial._second_state import SecondState
 from lightning_grad.callbacks.adversarial._worst_inputs import WorstInputs
 from lightning_grad.callbacks.base import GradCallback
-from lightning_grad.utilities.checks import check_count, check_position, refuse_sharded
+from lightning_grad.utilities.checks import check_count, check_position, refuse_dataloader_iter, refuse_sharded
 from lightning_grad.utilities.dispatch import overrides, wrap_method
 
 _INSIDE_WEIGHT_VIEWS = -50
@@ -54,15 +54,18 @@ class AdversarialEvaluation(GradCallback):
         mean: Mean by which inputs were normalised, one number or one a channel; epsilon and bounds then count in pixels.
         std: Standard deviation by which inputs were divided.
         input_key: Key or position of the input in the batch, joined by dots where nested, or "embedding". By default the
-            first floating tensor with two dimensions or more or, if there is none, the output of the first nn.Embedding.
+            first floating tensor with two dimensions or more that is not named as a target, mask or weight; without one, or
+            with integers before it, the output of the first nn.Embedding.
         loss: Which of the losses that the step computes is raised, from 0; by default what it returns, or the only one.
         seed: Seed of random starts, which are the same in every validation.
         name: Name of this instance, part of its keys: ``adversarial/<name>/val_acc``.
 
     Raises:
         ValueError: In the constructor for a number out of its range. In setup for sharded strategies, and a module without
-            ``validation_step`` (``test_step`` in a test). At the first batch for inputs outside the bounds.
-        TypeError: At the first batch, if the batch holds no floating tensor and the module no embedding.
+            ``validation_step`` (``test_step`` in a test), or one that takes ``dataloader_iter``. At the first batch for inputs
+            outside the bounds.
+        TypeError: At the first batch, if the batch holds no floating tensor, or integers before it, and the module no
+            embedding.
         RuntimeError: At the first batch, if neither the step nor ``training_step`` shows a loss that depends on the input.
 
     **Hooks.** ``validation_step`` and the module's own hooks around it are wrapped on the instance. The loss is what the step
@@ -163,6 +166,7 @@ class AdversarialEvaluation(GradCallback):
         refuse_sharded(trainer, self.label)
         if not overrides(pl_module, step):
             raise ValueError(f"{self.label} runs {step} on attacked inputs, and {type(pl_module).__name__} has none.")
+        refuse_dataloader_iter(getattr(pl_module, step), self.label)
         if self._fitting:
             self._validations = 0
         self._forget()
@@ -216,9 +220,13 @@ class AdversarialEvaluation(GradCallback):
             return inner(*args, **kwargs)
         if hook.endswith("_epoch_start"):
             self._second.take_buffers()  # averaged weights have come since, with buffers of their own
+        is_step = hook.endswith("_step")
+        if is_step:
+            batch, *rest = args
+            kept = copy_of(batch)  # the step may change what it gets
         output = inner(*args, **kwargs)
-        if hook.endswith("_step"):
-            self._attacked = self._step(trainer, pl_module, inner, *args, **kwargs)
+        if is_step:
+            self._attacked = self._step(trainer, pl_module, inner, kept, *rest, **kwargs)
         else:
             if hook.endswith("_batch_end") and self._attacked is not None:
                 args = (*self._attacked, *args[2:])
@@ -243,7 +251,7 @@ class AdversarialEvaluation(GradCallback):
         def run(shown: Any) -> Any:
             return inner(shown, *args, **kwargs)
 
-        place, inputs = self._attack_batch(trainer, pl_module, run, batch, args)
+        place, inputs = self._attack_batch(trainer, pl_module, run, copy_of(batch), args)
         with place.shown(batch, inputs) as shown, self._as_second(trainer, pl_module):
             return run(shown), shown
 

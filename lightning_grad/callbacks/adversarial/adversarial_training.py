@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -18,10 +17,11 @@ from lightning_grad.callbacks.adversarial._attack import (
     NoLossError,
     attack_losses,
     attack_of,
+    copy_of,
     generator_for,
     loss_of_output,
 )
-from lightning_grad.callbacks.adversarial._overfitting import accuracies_under, mean_over_ranks
+from lightning_grad.callbacks.adversarial._overfitting import UnknownAccuracyError, accuracies_under, mean_over_ranks
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional.adversarial_attacks import IndependentLossError
@@ -31,6 +31,7 @@ from lightning_grad.utilities.checks import (
     check_choice,
     check_count,
     check_share,
+    refuse_dataloader_iter,
     refuse_manual_optimization,
 )
 from lightning_grad.utilities.dispatch import wrap_method
@@ -66,7 +67,8 @@ class AdversarialTraining(GradCallback):
         std: Standard deviation by which inputs were divided.
         clean_fraction: Share of the samples of each batch that stay as they are, at least 0 and below 1.
         input_key: Key or position of the input in the batch, joined by dots where nested, or "embedding". By default the
-            first floating tensor with two dimensions or more or, if there is none, the output of the first nn.Embedding.
+            first floating tensor with two dimensions or more that is not named as a target, mask or weight; without one, or
+            with integers before it, the output of the first nn.Embedding.
         warmup_fraction: Share of the run in which epsilon grows from 0, linearly.
         check_every: After every so many epochs, tell the accuracy of one batch under PGD with 10 steps, beside that under
             the attack of the training; None never does. FGSM may lose all robustness within an epoch, and only this shows it.
@@ -78,7 +80,8 @@ class AdversarialTraining(GradCallback):
             setup for manual optimization, sharded strategies and ``training_step(dataloader_iter)``. At the start for a
             warmup in a run whose length is not known. At the first batch for inputs outside the bounds, and an input_key
             that leads nowhere.
-        TypeError: At the first batch, if the batch holds no floating tensor and the module no embedding.
+        TypeError: At the first batch, if the batch holds no floating tensor, or integers before it, and the module no
+            embedding.
         RuntimeError: At the first batch, if the loss does not depend on the input, or the step changes trained parameters.
 
     **Hooks.** ``training_step`` is wrapped on the instance: outside of what reads or weighs the loss, inside of what scores
@@ -170,6 +173,7 @@ class AdversarialTraining(GradCallback):
         self._start_loss: Tensor | None = None
         self._logged: dict[str, Tensor | float] = {}
         self._attacked: tuple[Any, Any, Tensor] | None = None
+        self._has_told = False
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -184,8 +188,7 @@ class AdversarialTraining(GradCallback):
         refuse_manual_optimization(
             pl_module, self.label, "its training_step also steps, so that an attack through it would train."
         )
-        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
-            raise ValueError(f"{self.label} needs the batch, and training_step(dataloader_iter) gets it by itself.")
+        refuse_dataloader_iter(pl_module.training_step, self.label)
         self._refuse_another(trainer)
         self._forget()
         self._undo.push(self._forget)
@@ -242,7 +245,7 @@ class AdversarialTraining(GradCallback):
         except NoLossError:  # the module passes this batch over
             return run(batch)
         if self._batch is None and self.check_every is not None:
-            self._batch = (batch, args, kwargs)
+            self._batch = (copy_of(batch), args, kwargs)
         assert self._place is not None
         with self._place.shown(batch, inputs) as shown:
             output = run(shown)
@@ -266,7 +269,7 @@ class AdversarialTraining(GradCallback):
         is_first = self._place is None
         place = self._place = self._place or find_place(pl_module, batch, self.input_key, self.label)
         with quiet(trainer, pl_module, evaluate=False, check=is_first, advice=f", or train without {self.label}"):
-            clean = place.inputs(batch, run)
+            clean = place.inputs(copy_of(batch), run)
             if is_first:
                 self._attack.refuse_inputs(clean, self.label)
             self._start_loss = None
@@ -286,6 +289,11 @@ class AdversarialTraining(GradCallback):
                 f"{self.label}: {error} If another part of the batch is the input, name it by input_key; if training_step "
                 "detaches it or computes it without gradients, it cannot be attacked."
             ) from None
+        except NoLossError:
+            raise
+        except Exception as error:
+            error.add_note(f"{self.label} ran training_step on an input that has a gradient, to attack it.")
+            raise
 
     def _partly(self, clean: Tensor, attacked: Tensor, generator: torch.Generator) -> Tensor:
         count = int(self.clean_fraction * len(clean) * (1 + 1e-12))  # 0.29 * 100 is 28.999999999999996
@@ -318,11 +326,19 @@ class AdversarialTraining(GradCallback):
 
             with quiet(trainer, pl_module, check=False):
                 purpose = f"{self.seed}/{trainer.current_epoch}"
-                found = accuracies_under(attacks, self._place, batch, run, trainer, purpose)
+                try:
+                    found = accuracies_under(attacks, self._place, batch, run, trainer, purpose)
+                except UnknownAccuracyError as error:
+                    self._tell_unknown(error)
         accuracies = mean_over_ranks(trainer, found, attacks)
         log_many(trainer, {self._key(name): accuracy for name, accuracy in accuracies.items()})
         if len(accuracies) == len(attacks):
             self._warn_of_collapse(*accuracies.values())
+
+    def _tell_unknown(self, error: UnknownAccuracyError) -> None:
+        if not self._has_told:
+            rank_zero_info(f"{self.label} leaves out the accuracies of check_every: {error}")
+        self._has_told = True
 
     def _warn_of_collapse(self, easy: float, robust: float) -> None:
         if robust < _COLLAPSE * easy and easy - robust > _GAP:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,20 @@ from tests.contract.projects import make_trainer, state_of
 BATCH, BATCHES, INPUTS, CLASSES = 8, 6, 6, 3
 
 
-class Tape:
-    """Remembers what it is called with. A function of the module's, so that what puts a module back leaves it alone."""
+class Tape(partial):
+    """Remembers what it is called with. Code, as a function is, so that what puts a module back leaves it alone."""
 
-    def __init__(self) -> None:
-        self.seen: list[Any] = []
+    seen: list[Any]
 
-    def __call__(self, value: Any) -> None:
-        self.seen.append(value.detach().clone() if isinstance(value, Tensor) else value)
+    def __new__(cls) -> Any:
+        seen: list[Any] = []
+        tape = super().__new__(cls, _note, seen)
+        tape.seen = seen
+        return tape
+
+
+def _note(seen: list[Any], value: Any) -> None:
+    seen.append(value.detach().clone() if isinstance(value, Tensor) else value)
 
 
 class Linear(pl.LightningModule):

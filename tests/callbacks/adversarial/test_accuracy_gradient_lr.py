@@ -307,8 +307,8 @@ def test_each_cut_is_told(told: list[str]) -> None:
     train([AccuracyGradientLR(min_lr=0.025, **QUICK)])
     after = "the mean of val_acc gained 0, less than 0.005."
     assert told == [
-        f"AccuracyGradientLR cuts the learning rate from 0.1 to 0.05 after validation 4: {after}",
-        f"AccuracyGradientLR cuts the learning rate from 0.05 to 0.025 after validation 6: {after}",
+        f"AccuracyGradientLR cuts the learning rate from 0.1 to 0.05 after observation 4 (epoch 4): {after}",
+        f"AccuracyGradientLR cuts the learning rate from 0.05 to 0.025 after observation 6 (epoch 6): {after}",
         "AccuracyGradientLR: the learning rate is at its floor, min_lr=0.025.",
     ]
 

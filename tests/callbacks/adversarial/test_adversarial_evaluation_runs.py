@@ -120,6 +120,11 @@ class Fails(ListsCleared):
             raise KeyError(now)
         return super().validation_step(batch, batch_idx)
 
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if is_quiet(self):  # which an attack asks next
+            raise ValueError("no")
+        return super().training_step(batch, batch_idx)
+
 
 @pytest.mark.parametrize("where", ["attack", "attacked", "clean"])
 @pytest.mark.parametrize("run", [validate, fit])
@@ -261,6 +266,9 @@ def test_a_later_batch_without_a_loss() -> None:
     class Skips(Net):
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
             return super().validation_step(batch, batch_idx) if batch_idx == 0 else None
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) if batch_idx == 0 else None
 
     with pytest.raises(
         RuntimeError, match=r"AdversarialEvaluation: the step that showed a loss .* none for a later one"

@@ -1,9 +1,11 @@
 """A module has a second state: what it keeps from step to step is held twice, and neither sees the other."""
 
 import logging
+import pathlib
 import random
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
 
 from lightning_grad.callbacks.adversarial._second_state import SecondState
@@ -274,11 +276,6 @@ def test_compute_groups_stay_groups() -> None:
     assert module.held["MulticlassRecall"]._update_count == 2
 
 
-class Tokenizer:
-    def __init__(self) -> None:
-        self.words, self.lock = [1], object()
-
-
 class Singular:
     """There is one only."""
 
@@ -297,19 +294,19 @@ def test_what_is_no_plain_state_is_shared() -> None:
     data = TensorDataset(torch.zeros(3))
     held = [
         data,
-        Tokenizer(),
+        pathlib.Path(),
         layer,
         logging.getLogger("tests.second.state"),
         print,
         nn.Parameter(torch.zeros(1)),
         Singular(),
     ]
-    module.held, module.tokenizer, module.data, module.hidden = held, held[1], data, {"teacher": layer}
+    module.held, module.path, module.data, module.hidden = held, held[1], data, {"teacher": layer}
     module.log_of_mine, module.singular = held[3], Singular()
     manager, values = held[3].manager, held[6].values
     with SecondState(module).used():
         assert all(one is other for one, other in zip(module.held, held, strict=True))
-        assert module.tokenizer is held[1]
+        assert module.path is held[1]
         assert module.data is data
         assert module.hidden["teacher"] is layer
         assert module.log_of_mine is held[3]
@@ -444,3 +441,32 @@ def test_what_stays_as_it_is() -> None:
         assert module.step is step
         assert module.hparams is hparams
         assert module.net.__dict__["_lightning_grad_views"]["weight"] is meter
+
+
+class Slotted:
+    """A meter without a dictionary, that can be called."""
+
+    __slots__ = ("count", "device")
+
+    def __init__(self) -> None:
+        self.count, self.device = 0, torch.device("cpu")
+
+    def __call__(self) -> None:
+        self.count += 1
+
+
+def test_an_object_with_a_foreign_part_has_a_state_of_its_own() -> None:
+    module = pl.LightningModule()
+    module.meter, module.space = Slotted(), SimpleNamespace(metric=SumMetric(), logger=logging.getLogger("tests"))
+    meter, metric = module.meter, module.space.metric
+    second = SecondState(module)
+    with second.used():
+        module.meter()
+        module.space.metric.update(3.0)
+        assert module.space.logger is logging.getLogger("tests")
+    assert (module.meter, module.space.metric) == (meter, metric)
+    assert meter.count == 0
+    assert metric.sum_value == 0.0
+    with second.used():
+        assert module.meter.count == 1
+        assert module.space.metric.compute() == 3.0
