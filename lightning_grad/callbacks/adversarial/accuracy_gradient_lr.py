@@ -9,23 +9,16 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.callbacks.adversarial._monitored import MonitoredValue, describe_unknown
 from lightning_grad.callbacks.adversarial._rate_report import RateRecord, write_record
+from lightning_grad.callbacks.adversarial._rates import ChosenRates
 from lightning_grad.callbacks.adversarial._schedules import mute_schedulers, warn_of_schedulers
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional.accuracy_gradient import accuracy_gradient, accuracy_gradient_cuts
 from lightning_grad.utilities.checks import check_above, check_at_least, check_between, check_choice, check_count
 from lightning_grad.utilities.dispatch import wrap_method
-from lightning_grad.utilities.learning_rates import (
-    base_rate,
-    choose_groups,
-    restore_initial_rates_,
-    scale_rates_,
-    scale_schedules_,
-)
 from lightning_grad.utilities.missed_validation import is_validation_due, run_missed_validation
 from lightning_grad.utilities.reporting import log_many, log_summary, output_folder, stepped_batches
 
@@ -157,8 +150,7 @@ class AccuracyGradientLR(GradCallback):
     def _reset(self) -> None:
         self._record = RateRecord(self.monitor, self.window, self.mode == "max")
         self._since_cut = self.quiet
-        self._scale = 1.0
-        self._floor: float | None = None
+        self._rates = ChosenRates(self.optimizers, self.param_groups, self.policy, self.min_lr, self.label)
         self._in_validation = MonitoredValue(self.monitor)
         self._in_epoch = MonitoredValue(self.monitor)
         self._validated: float | None = None  # what waits for the end of the epoch
@@ -184,19 +176,19 @@ class AccuracyGradientLR(GradCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        own = {"since_cut": self._since_cut, "scale": self._scale, "floor": self._floor}
+        own = {"since_cut": self._since_cut, "scale": self._rates.scale, "floor": self._rates.floor}
         return {**own, "validated": self._validated, "due": self._due, **self._record.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._fitting:
             self._record.load_state_dict(state_dict)
-            self._since_cut, self._scale = state_dict["since_cut"], state_dict["scale"]
-            self._floor, self._validated, self._due = (state_dict[key] for key in ("floor", "validated", "due"))
+            self._rates.scale, self._rates.floor = state_dict["scale"], state_dict["floor"]
+            self._since_cut, self._validated, self._due = (state_dict[key] for key in ("since_cut", "validated", "due"))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        optimizers = [optimizer for optimizer, _ in self._chosen(trainer)]
+        optimizers = [optimizer for optimizer, _ in self._rates.groups(trainer)]
         if self.policy == "multiply":
             warn_of_schedulers(trainer, optimizers, self.monitor, self.label)
         elif trainer.lr_scheduler_configs:
@@ -209,17 +201,12 @@ class AccuracyGradientLR(GradCallback):
 
             self._undo.push(wrap_method(pl_module, "on_train_epoch_end", end_epoch))
 
-    def _chosen(self, trainer: pl.Trainer) -> list[tuple[Optimizer, list[int]]]:
-        return choose_groups(trainer.optimizers, self.optimizers, self.param_groups, self.label)
-
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # The sanity check or Lightning itself has asked for the loaders by now, if the first epoch is validated.
         if self.interval == "validation" and trainer.val_dataloaders is not None and not sum(trainer.num_val_batches):
             self._refuse_without_validation()
-        if self._floor is None:
-            # Only now are the optimizers of a checkpoint restored. One with our state has the rates as they should be.
-            self._begin_rates(trainer)
+        self._rates.begin(trainer)
         if self._due is not None:
             end = partial(self._end_missed_epoch, trainer, self._due)
             self._undo.push(run_missed_validation(trainer, end))
@@ -230,15 +217,6 @@ class AccuracyGradientLR(GradCallback):
             self._due = epochs
             self._observe(trainer, self._validated)
             self._validated = self._due = None
-
-    def _begin_rates(self, trainer: pl.Trainer) -> None:
-        chosen = self._chosen(trainer)
-        if self.policy == "replace":
-            restore_initial_rates_([(optimizer, range(len(optimizer.param_groups))) for optimizer, _ in chosen])
-        optimizer, groups = chosen[0]
-        keys = ("lr",) if self.policy == "replace" else ("max_lr", "initial_lr", "lr")
-        base = base_rate(optimizer.param_groups[groups[0]], keys)
-        self._floor = min(1.0, self.min_lr / base) if base > 0.0 else 0.0
 
     # One observation.
 
@@ -304,40 +282,27 @@ class AccuracyGradientLR(GradCallback):
         if accuracy_gradient_cuts(record.gains, self._since_cut, *settings):
             self._since_cut = 1
             is_cut = self._cut(trainer)
-        record.conclude(self._scale, self._rate(trainer), is_cut)
+        record.conclude(self._rates.scale, self._rates.first(trainer), is_cut)
         self._log_observation(trainer)
         self._stop_if_reached(trainer, value)
 
     def _cut(self, trainer: pl.Trainer) -> bool:
-        """Cut the rates as far as the floor allows, and say whether there was anything to cut."""
-        assert self._floor is not None
-        target = self._scale * self.factor
-        scale = max(target, self._floor)
-        if scale >= self._scale:
-            if target < self._scale:
+        before = self._rates.first(trainer)
+        if not self._rates.cut(trainer, self.factor):
+            if self.factor < 1.0:
                 self._tell_once("floor", rank_zero_info, f"the learning rate is at its floor, min_lr={self.min_lr:g}.")
             return False
-        factor = self.factor if scale == target else scale / self._scale
-        before, self._scale = self._rate(trainer), scale
-        chosen = self._chosen(trainer)
-        scale_rates_(chosen, factor)
-        if self.policy == "multiply":
-            scale_schedules_(chosen, [config.scheduler for config in trainer.lr_scheduler_configs], factor)
         gradient = accuracy_gradient(self._record.gains, self.window)
         epoch = round(self._record.epochs[-1], 2)
         rank_zero_info(
-            f"{self.label} cuts the learning rate from {before:g} to {self._rate(trainer):g} after observation "
+            f"{self.label} cuts the learning rate from {before:g} to {self._rates.first(trainer):g} after observation "
             f"{len(self._record)} (epoch {epoch:g}): the mean of {self.monitor} gained {gradient:.4g}, less than "
             f"{self.threshold:g}."
         )
         return True
 
-    def _rate(self, trainer: pl.Trainer) -> float:
-        optimizer, groups = self._chosen(trainer)[0]
-        return float(optimizer.param_groups[groups[0]]["lr"])
-
     def _log_observation(self, trainer: pl.Trainer) -> None:
-        values = {"scale": self._scale, "cuts": float(len(self._record.cuts))}
+        values = {"scale": self._rates.scale, "cuts": float(len(self._record.cuts))}
         gradient = accuracy_gradient(self._record.gains, self.window)
         if gradient is not None:
             values["accuracy_gradient"] = gradient
@@ -358,7 +323,7 @@ class AccuracyGradientLR(GradCallback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         cuts = float(len(self._record.cuts))
-        log_summary(trainer, {self._key("final_scale"): self._scale, self._key("final_cuts"): cuts})
+        log_summary(trainer, {self._key("final_scale"): self._rates.scale, self._key("final_cuts"): cuts})
         stem = "accuracy_gradient_lr" if self.name is None else f"accuracy_gradient_lr_{self.name}"
         folder = output_folder(trainer)
         if not len(self._record):
