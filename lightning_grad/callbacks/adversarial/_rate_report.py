@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _VALUE, _MEAN, _RATE, _CUT, _THRESHOLD = "#9a9a9a", "#0072b2", "#009e73", "#d55e00", "#333333"
+_MANY_CUTS = 3.0  # of the rate: what is cut less is seen well enough on a linear axis
 _COLUMNS = ("values", "epochs", "steps", "scales", "rates")
 
 
@@ -87,6 +88,7 @@ class RateRecord:
     def draw(self, title: str, threshold: float) -> Figure:
         """Draw the value, its gradient and the learning rate over epochs, with the cuts."""
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         figure = Figure(figsize=(8, 7), layout="constrained")
         axes = figure.subplots(3, 1, sharex=True, height_ratios=[1.25, 1.0, 1.0])
@@ -100,6 +102,7 @@ class RateRecord:
         self._draw_gradient(axes[1], threshold)
         self._draw_rate(axes[2])
         axes[-1].set_xlabel(self._x_label)
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.align_ylabels(axes)
         return figure
 
@@ -150,14 +153,13 @@ class RateRecord:
         axis.axhline(threshold, color=_THRESHOLD, linewidth=1.0)
         axis.annotate(
             f"threshold {threshold:g}",
-            (1.0, threshold),
+            (0.0, threshold),  # on the left, where there is no gradient yet
             xycoords=("axes fraction", "data"),
-            xytext=(0, 3),
+            xytext=(3, 3),
             textcoords="offset points",
-            ha="right",
+            ha="left",
             fontsize="small",
             color=_THRESHOLD,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
         )
         axis.set_ylabel("gain of the mean")
 
@@ -165,7 +167,8 @@ class RateRecord:
         from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
         axis.step(self._x, self.rates, where="post", color=_RATE, linewidth=1.8)
-        if any(rate > 0.0 for rate in self.rates):
+        positive = [rate for rate in self.rates if rate > 0.0]
+        if positive and max(positive) > _MANY_CUTS * min(positive):
             axis.set_yscale("log")
             axis.margins(y=0.12)
             axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
