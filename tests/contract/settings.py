@@ -401,6 +401,7 @@ _ADVERSARIAL: list[Technique] = [
             "bounds": [-9.0, 9.0],
             "clean_fraction": 0.25,
             "warmup_fraction": 0.2,
+            "check_every": None,
         },
         neutral={"epsilon": 0.0, "attack": "pgd"},
         manual=False,
@@ -421,15 +422,6 @@ _ADVERSARIAL: list[Technique] = [
             ({"every": 0}, "every must be at least 1"),
             ({"loss": -1}, "loss must be at least 0"),
         ),
-    ),
-    Technique(
-        "AdversarialEvaluation",
-        "restarts",
-        arguments={"epsilon": 0.1, "steps": 1, "restarts": 2, "every": 2},
-        neutral={"epsilon": 0.1, "steps": 1, "restarts": 2, "every": 2},
-        observes=True,
-        compile=False,
-        broad=False,
     ),
 ]
 
