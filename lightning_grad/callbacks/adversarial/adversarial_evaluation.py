@@ -76,7 +76,7 @@ class AdversarialEvaluation(GradCallback):
 
     **State.** The number of validations.
 
-    **Cost.** A forward and a backward pass to the input for each step: with 20 steps some 47 validations, and as many more
+    **Cost.** A forward and a backward pass to the input for each step: with 20 steps some 50 validations, and as many more
     for each restart; see docs/benchmarks.md.
 
     **Works with** fp16 and bf16, DDP, compiled modules (with embeddings: raises), several loaders, EMA, manual optimization
