@@ -1,0 +1,92 @@
+"""The learning rates that ``AccuracyGradientLR`` cuts: which they are, by how much they are cut, and how far they may be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import lightning.pytorch as pl
+from torch.optim import Optimizer
+
+from lightning_grad.utilities.learning_rates import (
+    base_rate,
+    choose_groups,
+    restore_initial_rates_,
+    scale_rates_,
+    scale_schedules_,
+)
+
+
+class ChosenRates:
+    """Rates of some parameter groups, with one scale for all.
+
+    Args:
+        optimizers: Which optimizers', ``None`` for all.
+        groups: Which groups of them, ``None`` for all.
+        policy: Whether schedulers go on from what is cut, or do not act.
+        min_lr: Floor of the first group's rate.
+        needed_by: Who asks, for errors.
+
+    Attributes:
+        scale: Product of all cuts.
+        floor: Least scale; ``None`` until the rates are known.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[int] | None,
+        groups: Sequence[int] | None,
+        policy: Literal["multiply", "replace"],
+        min_lr: float,
+        needed_by: str,
+    ) -> None:
+        self._optimizers = optimizers
+        self._groups = groups
+        self._policy = policy
+        self._min_lr = min_lr
+        self._needed_by = needed_by
+        self.scale = 1.0
+        self.floor: float | None = None
+
+    def groups(self, trainer: pl.Trainer) -> list[tuple[Optimizer, list[int]]]:
+        """Return the optimizers, each with the positions of its groups.
+
+        Raises:
+            ValueError: If there is none such, or it has no rate.
+        """
+        return choose_groups(trainer.optimizers, self._optimizers, self._groups, self._needed_by)
+
+    def first(self, trainer: pl.Trainer) -> float:
+        """Return the rate of the first group."""
+        optimizer, groups = self.groups(trainer)[0]
+        return float(optimizer.param_groups[groups[0]]["lr"])
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Note the floor; to be called once the optimizers of a checkpoint are restored.
+
+        Rates from a checkpoint that has the floor are as they should be.
+        """
+        if self.floor is not None:
+            return
+        chosen = self.groups(trainer)
+        if self._policy == "replace":
+            restore_initial_rates_([(optimizer, range(len(optimizer.param_groups))) for optimizer, _ in chosen])
+        optimizer, groups = chosen[0]
+        keys = ("lr",) if self._policy == "replace" else ("max_lr", "initial_lr", "lr")
+        base = base_rate(optimizer.param_groups[groups[0]], keys)
+        self.floor = min(1.0, self._min_lr / base) if base > 0.0 else 0.0
+
+    def cut(self, trainer: pl.Trainer, factor: float) -> bool:
+        """Multiply the rates as far as the floor allows, and say whether there was anything to cut."""
+        assert self.floor is not None
+        target = self.scale * factor
+        scale = max(target, self.floor)
+        if scale >= self.scale:
+            return False
+        factor = factor if scale == target else scale / self.scale
+        self.scale = scale
+        chosen = self.groups(trainer)
+        scale_rates_(chosen, factor)
+        if self._policy == "multiply":
+            scale_schedules_(chosen, [config.scheduler for config in trainer.lr_scheduler_configs], factor)
+        return True
