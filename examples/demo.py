@@ -1,4 +1,4 @@
-"""What lightning-grad does, in three minutes: sparse weights, clipped gradients, pruned data, attacks (``make demo``)."""
+"""What lightning-grad does, in two minutes: sparse weights, clipped gradients, pruned data, attacks (``make demo``)."""
 
 from dataclasses import replace
 from pathlib import Path
