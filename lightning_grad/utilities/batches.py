@@ -141,6 +141,18 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return batch
 
 
+def copy_of(batch: Any) -> Any:
+    """Return a batch whose containers and tensors are its own: a step may pop labels, or change inputs in place.
+
+    Example:
+        >>> batch = {"x": torch.zeros(1)}
+        >>> other = copy_of(batch)
+        >>> other.pop("x").add_(1), batch
+        (tensor([1.]), {'x': tensor([0.])})
+    """
+    return map_tensors(batch, torch.clone)
+
+
 def same_tensors(batch: Any, other: Any) -> bool:
     """Say whether two batches hold the same tensors, in containers that may have been made anew.
 

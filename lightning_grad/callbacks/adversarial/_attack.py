@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.functional._shuffling import hashed_seed
 from lightning_grad.functional.adversarial_attacks import Norm, fgsm, pgd
-from lightning_grad.utilities.batches import map_tensors
+from lightning_grad.utilities.batches import copy_of
 from lightning_grad.utilities.checks import check_above, check_at_least, check_choice, check_count
 from lightning_grad.utilities.precision import grad_scaler
 
@@ -167,11 +167,6 @@ def attack_losses(
         return loss if scaler is None else scaler.scale(loss)
 
     return loss_of
-
-
-def copy_of(batch: Any) -> Any:
-    """Return a batch whose containers and tensors are its own: a step may pop labels, or change inputs in place."""
-    return map_tensors(batch, torch.clone)
 
 
 class NoLossError(RuntimeError):

@@ -10,11 +10,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.callbacks.adversarial._attack import Attack, NoLossError, attack_losses, copy_of, generator_for
+from lightning_grad.callbacks.adversarial._attack import Attack, NoLossError, attack_losses, generator_for
 from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.callbacks.adversarial._step_loss import first_sentence
 from lightning_grad.functional import LossCapture, is_correct
 from lightning_grad.functional.adversarial_attacks import IndependentLossError
+from lightning_grad.utilities.batches import copy_of
 
 
 class UnknownAccuracyError(RuntimeError):
@@ -45,7 +46,7 @@ def accuracies_under(
     Raises:
         UnknownAccuracyError: If the step shows no loss of a classifier, or one that no attack moves.
     """
-    clean = place.inputs(copy_of(batch), run)
+    clean = place.inputs(batch, run)
     loss_of = attack_losses(trainer, place, batch, run)
     found = {}
     for name, attack in attacks.items():

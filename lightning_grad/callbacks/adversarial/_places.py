@@ -11,7 +11,16 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_grad.utilities.batches import Path, find_input, first_numbers, has_input, input_at, text_of, with_input
+from lightning_grad.utilities.batches import (
+    Path,
+    copy_of,
+    find_input,
+    first_numbers,
+    has_input,
+    input_at,
+    text_of,
+    with_input,
+)
 from lightning_grad.utilities.forward_order import is_compiled
 
 Run = Callable[[Any], Any]
@@ -90,7 +99,7 @@ class EmbeddingOutput:
         """Run the step, and return what the embedding gives."""
         seen: list[Tensor] = []
         with self._hooked(lambda output: seen.append(output.detach())), torch.no_grad():
-            run(batch)
+            run(copy_of(batch))
         if not seen:
             raise RuntimeError(f"{self._needed_by}: the step calls none of the module's nn.Embedding layers.")
         return seen[0]

@@ -10,11 +10,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.callbacks.adversarial._attack import Attack, NoLossError, attack_losses, copy_of, generator_for
+from lightning_grad.callbacks.adversarial._attack import Attack, NoLossError, attack_losses, generator_for
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.callbacks.adversarial._step_loss import StepLoss, find_step, run_for_loss
 from lightning_grad.functional.adversarial_attacks import IndependentLossError
-from lightning_grad.utilities.batches import map_tensors
+from lightning_grad.utilities.batches import copy_of, map_tensors
 from lightning_grad.utilities.dispatch import overrides
 
 Step = Callable[[Any], Any]
@@ -95,13 +95,13 @@ class WorstInputs:
 
     def _place_of(self, pl_module: pl.LightningModule, batch: Any, steps: Mapping[str, Step]) -> tuple[Place, str]:
         place = find_place(pl_module, batch, self._input_key, self._needed_by)
-        clean = place.inputs(copy_of(batch), next(iter(steps.values())))
+        clean = place.inputs(batch, next(iter(steps.values())))
         self._attack.refuse_inputs(clean, self._needed_by)
         with place.shown(copy_of(batch), clean.clone().requires_grad_().clone()) as shown:
             return place, find_step(steps, shown, len(clean), self._loss, self._restarts > 1, self._needed_by)
 
     def _worst(self, trainer: pl.Trainer, place: Place, batch: Any, step: Step, purpose: str) -> Tensor:
-        clean = place.inputs(copy_of(batch), step)
+        clean = place.inputs(batch, step)
 
         def run(shown: Any) -> StepLoss:
             return run_for_loss(step, shown, len(clean), self._loss)

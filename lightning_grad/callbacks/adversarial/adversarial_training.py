@@ -17,7 +17,6 @@ from lightning_grad.callbacks.adversarial._attack import (
     NoLossError,
     attack_losses,
     attack_of,
-    copy_of,
     generator_for,
     loss_of_output,
 )
@@ -25,7 +24,7 @@ from lightning_grad.callbacks.adversarial._overfitting import UnknownAccuracyErr
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional.adversarial_attacks import IndependentLossError
-from lightning_grad.utilities.batches import same_tensors
+from lightning_grad.utilities.batches import copy_of, same_tensors
 from lightning_grad.utilities.checks import (
     check_between,
     check_choice,
@@ -269,7 +268,7 @@ class AdversarialTraining(GradCallback):
         is_first = self._place is None
         place = self._place = self._place or find_place(pl_module, batch, self.input_key, self.label)
         with quiet(trainer, pl_module, evaluate=False, check=is_first, advice=f", or train without {self.label}"):
-            clean = place.inputs(copy_of(batch), run)
+            clean = place.inputs(batch, run)
             if is_first:
                 self._attack.refuse_inputs(clean, self.label)
             self._start_loss = None
