@@ -61,6 +61,20 @@ def refuse_trainer_clipping(trainer: pl.Trainer, technique: str, phase: Phase) -
     )
 
 
+def refuse_compressed_gradients(trainer: pl.Trainer, technique: str, phase: Phase) -> None:
+    """Raise if the strategy hands over gradients that it has accumulated over many steps: clipping loses part of them.
+
+    Raises:
+        ValueError: For a technique of the phase clip.
+    """
+    if phase == "clip" and getattr(trainer.strategy, "gradient_is_compressed", False):
+        strategy = type(trainer.strategy).__name__
+        raise ValueError(
+            f"{technique} would clip what {strategy} has accumulated over many steps. Drop the callback, and clip before "
+            f"that: {strategy}(local_clip=...)."
+        )
+
+
 def warn_of_other_clippers(trainer: pl.Trainer, pl_module: pl.LightningModule, clipper: Any, mine: set[int]) -> None:
     """Say who else clips the same gradients: a technique before this one in the list, or the module itself.
 

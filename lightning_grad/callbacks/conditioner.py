@@ -20,7 +20,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.callbacks._phases import Phase, refuse_order, refuse_trainer_clipping, warn_of_other_clippers
+from lightning_grad.callbacks._phases import (
+    Phase,
+    refuse_compressed_gradients,
+    refuse_order,
+    refuse_trainer_clipping,
+    warn_of_other_clippers,
+)
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.utilities.checks import (
     check_above,
@@ -157,6 +163,7 @@ class GradientConditioner(GradCallback):
             refuse_flat_shards(trainer, self.label)
         refuse_order(trainer)
         refuse_trainer_clipping(trainer, self.label, self.phase)
+        refuse_compressed_gradients(trainer, self.label, self.phase)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

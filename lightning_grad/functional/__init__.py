@@ -29,6 +29,15 @@ from lightning_grad.functional.clipping import (
     unit_norms,
 )
 from lightning_grad.functional.clustering import KMeans, kmeans, prototype_distance, uniform_learning_repeats
+from lightning_grad.functional.communication import (
+    PAPER_WARMUP,
+    RELEASED_WARMUP,
+    all_gather_bytes,
+    all_reduce_bytes,
+    kept_count,
+    sparse_wire_gain,
+    warmup_density,
+)
 from lightning_grad.functional.conditioning import (
     add_gradient_noise_,
     centralize_,
@@ -45,6 +54,7 @@ from lightning_grad.functional.dynamic_pruning import (
     infobatch_weights,
     repeated_random_subset,
 )
+from lightning_grad.functional.error_feedback import accumulate_residual_, as_sent, remove_sent_
 from lightning_grad.functional.gradient_statistics import (
     gradient_cosine,
     moment_signal_to_noise,
@@ -53,6 +63,7 @@ from lightning_grad.functional.gradient_statistics import (
 )
 from lightning_grad.functional.loss_capture import LossCall, LossCapture
 from lightning_grad.functional.loss_weights import annealed_temperature, loss_weights
+from lightning_grad.functional.low_rank import initial_factor, low_rank_numel, matrix_shape, orthonormalize
 from lightning_grad.functional.nm_schedule import (
     RECIPES,
     NMPhase,
@@ -91,9 +102,20 @@ from lightning_grad.functional.sample_histories import (
     vog,
     vog_state,
 )
+from lightning_grad.functional.sparse_messages import add_pairs_, pack_pairs, pairs_bytes, unpack_pairs
+from lightning_grad.functional.topk_selection import (
+    SELECTORS,
+    select_chunk,
+    select_exact,
+    select_largest,
+    select_sampled,
+)
 
 __all__ = [
+    "PAPER_WARMUP",
     "RECIPES",
+    "RELEASED_WARMUP",
+    "SELECTORS",
     "IndependentLossError",
     "KMeans",
     "LossCall",
@@ -102,12 +124,17 @@ __all__ = [
     "NMPhase",
     "NMSchedule",
     "PerSampleGradientNorms",
+    "accumulate_residual_",
     "accuracy_gradient",
     "accuracy_gradient_cuts",
     "accuracy_gradient_scales",
     "add_gradient_noise_",
+    "add_pairs_",
     "add_sr_ste_",
+    "all_gather_bytes",
+    "all_reduce_bytes",
     "annealed_temperature",
+    "as_sent",
     "attack_direction",
     "aum",
     "aum_state",
@@ -133,15 +160,19 @@ __all__ = [
     "infobatch_count",
     "infobatch_subset",
     "infobatch_weights",
+    "initial_factor",
     "is_correct",
     "is_nm",
+    "kept_count",
     "kmeans",
     "last_layer_gradient_norm",
     "layer_limits",
     "linear_decay",
     "loss_weights",
+    "low_rank_numel",
     "margin",
     "mask_distance",
+    "matrix_shape",
     "moment_signal_to_noise",
     "nm_mask",
     "noise_deviation",
@@ -149,6 +180,9 @@ __all__ = [
     "nonfinite",
     "normalize_by_class",
     "normalize_layers_",
+    "orthonormalize",
+    "pack_pairs",
+    "pairs_bytes",
     "per_sample_gradient_norms",
     "pgd",
     "predictions",
@@ -156,21 +190,29 @@ __all__ = [
     "prototype_distance",
     "prune",
     "random_perturbation",
+    "remove_sent_",
     "repeated_random_subset",
     "reset_moments_",
     "reset_warmup",
     "round_up_count",
     "scale_weight",
+    "select_chunk",
+    "select_exact",
+    "select_largest",
+    "select_sampled",
     "select_samples",
+    "sparse_wire_gain",
     "stepwise_patterns",
     "total_norm",
     "uniform_learning_repeats",
     "unit_norms",
+    "unpack_pairs",
     "update_aum_",
     "update_forgetting_",
     "update_vog_",
     "vog",
     "vog_state",
+    "warmup_density",
     "zclip_state",
     "zclip_threshold_",
     "zero_share",

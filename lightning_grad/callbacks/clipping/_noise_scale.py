@@ -44,6 +44,8 @@ class NoiseScaleMeter:
             return "under manual optimization it cannot be told which backward passes make a step"
         if any(hasattr(parameter, "full_tensor") for parameter in pl_module.parameters()):
             return "gradients of sharded parameters are reduced before they can be seen"
+        if getattr(trainer.strategy, "gradient_is_compressed", False):
+            return "the gradient after the exchange is no mean: its entries come late (gradient_noise=True logs it instead)"
         if trainer.world_size == 1 and trainer.accumulate_grad_batches == 1:
             return "it compares parts of a batch, and needs accumulate_grad_batches or several ranks"
         return None

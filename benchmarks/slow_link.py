@@ -1,0 +1,497 @@
+"""What compressed gradients save on a slow link: two ranks in network namespaces, joined by a link of a given speed.
+
+Each rank is a process in a Linux network namespace of its own, with Lightning's ``Trainer(num_nodes=2)`` and gloo. A veth pair
+joins the namespaces, and a token bucket (``tc``'s tbf) shapes what leaves either end, so that the link is full duplex. A
+perceptron of 10.2 M parameters trains on one small batch, so that a step of plain DDP is communication, nearly all of it.
+
+Time is the wall clock's on rank 0; what was sent is what the interface counted, acknowledgements included. The strategies
+take turns, in rotating order, and the median over the rounds of the median step counts. It needs Linux, root, ``ip`` and
+``tc``, and leaves no namespace, interface or process behind.
+
+::
+
+    python benchmarks/slow_link.py --quick
+    python benchmarks/slow_link.py --megabits 100 1000 --strategies ddp fp16 --out slow_link.json
+    python benchmarks/slow_link.py --strategies ddp 'lightning_grad.strategies.DGCStrategy={"ratio": 0.01}'
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from itertools import count, pairwise
+from pathlib import Path
+from pydoc import locate
+from statistics import median
+from typing import IO, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from benchmarks.common import WARM_STEPS, Clock, machine, markdown_table, rotated, silence, timed_fit
+
+RANKS = 2
+INTERFACE, NETWORK, ADDRESSES = "slow0", "10.77.0.0/24", ("10.77.0.1", "10.77.0.2")
+BURST_MS, LEAST_BURST, LARGEST_SEND = 1.0, 4000, 65536
+QUEUE_MS = 100
+GRACE_S = 5.0  # for a rank to end by itself, once another has failed
+TAIL = 3000
+WIDTHS = (640, 2048, 2048, 2048, 256)
+BATCH = 4
+SETTLE = 3  # steps that are not counted, on top of WARM_STEPS: PowerSGD starts, TCP finds its speed
+CHILD = "train-in-namespace"
+
+# A strategy by a short name: what the child process imports and builds.
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "ddp": {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {}},
+    "fp16": {"class_path": "benchmarks.slow_link.HookedDDP", "init_args": {"hook": "fp16"}},
+    "powersgd_torch": {
+        "class_path": "benchmarks.slow_link.HookedDDP",
+        "init_args": {"hook": "powersgd", "rank": 4, "bucket_cap_mb": 1000},
+    },
+    "powersgd": {"class_path": "lightning_grad.strategies.PowerSGDStrategy", "init_args": {"rank": 4}},
+    "dgc": {"class_path": "lightning_grad.strategies.DGCStrategy", "init_args": {"ratio": 1e-3, "warmup": None}},
+}
+
+
+# The link.
+
+
+@cache
+def why_unavailable(delay_ms: float = 0.0) -> str | None:
+    """Say what keeps this machine from making a slow link; ``None`` if nothing does.
+
+    Args:
+        delay_ms: That the link shall have; a kernel may know how to shape the speed, but not how to delay.
+
+    Returns:
+        str: The reason, found by making a link.
+    """
+    if not sys.platform.startswith("linux"):
+        return f"a slow link needs Linux's network namespaces; this is {sys.platform}"
+    if os.geteuid() != 0:
+        return "a slow link needs root, to make network namespaces; run it as root"
+    for tool in ("ip", "tc"):
+        if shutil.which(tool) is None:
+            return f"a slow link needs `{tool}`; install iproute2"
+    try:
+        with slow_link(1000.0, delay_ms):
+            return None
+    except (RuntimeError, OSError) as error:
+        return f"a slow link could not be made: {error}"
+
+
+def _call(*command: str) -> str:
+    """Run a tool and return what it prints; its complaint is part of the error."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"`{' '.join(command)}` failed: {done.stderr.strip() or done.returncode}")
+    return done.stdout
+
+
+_numbers = count()
+
+
+@contextmanager
+def slow_link(megabits: float, delay_ms: float = 0.0) -> Iterator[Link]:
+    """Join two network namespaces by a link, and take it all away in the end, with all that runs there.
+
+    Args:
+        megabits: Speed in either direction, in Mbit/s.
+        delay_ms: What a packet takes on top, in milliseconds, one way.
+
+    Yields:
+        Link: Where commands can be run.
+
+    Raises:
+        ValueError: If the speed is no speed.
+        RuntimeError: If a part of it cannot be made; see :func:`why_unavailable`.
+    """
+    if not megabits > 0:
+        raise ValueError(f"slow_link: megabits must be positive, got {megabits}")
+    stem = f"slow-{os.getpid()}-{next(_numbers)}"
+    names = (f"{stem}-0", f"{stem}-1")
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(_delete_namespace, name)  # before it is there: an interrupt may come between
+            _call("ip", "netns", "add", name)
+        # Both ends are made where they belong: the machine's own namespace never sees them.
+        pair = ("type", "veth", "peer", "name", INTERFACE, "netns", names[1])
+        _call("ip", "-netns", names[0], "link", "add", "name", INTERFACE, *pair)
+        for name, address in zip(names, ADDRESSES, strict=True):
+            _configure(name, address, megabits, delay_ms)
+        yield Link(names)
+
+
+def _configure(name: str, address: str, megabits: float, delay_ms: float) -> None:
+    """Bring up one end, and shape what leaves it.
+
+    What fits into the bucket passes at once, so the bucket holds a millisecond's worth. TCP hands over nothing larger than the
+    bucket: tbf would cut it into single packets, and this takes more of the processor than the training. The congestion
+    control is one that each kernel has, as machines differ in their default.
+    """
+    burst = max(LEAST_BURST, round(megabits * 1e6 / 8 * BURST_MS / 1000))
+    send = str(min(LARGEST_SEND, burst - 1000))  # headers come on top
+    ip, tc = ("ip", "-netns", name), ("tc", "-netns", name, "qdisc", "add", "dev", INTERFACE)
+    _call(*ip, "link", "set", "lo", "up")
+    _call(*ip, "addr", "add", f"{address}/24", "dev", INTERFACE)
+    _call(*ip, "link", "set", INTERFACE, "up", "gso_max_size", send)
+    _call(*ip, "route", "change", NETWORK, "dev", INTERFACE, "src", address, "congctl", "reno")
+    rate = ("rate", f"{round(megabits * 1e6)}bit", "burst", str(burst), "latency", f"{QUEUE_MS}ms")
+    _call(*tc, "root", "handle", "1:", "tbf", *rate)
+    if delay_ms > 0:
+        _call(*tc, "parent", "1:1", "handle", "10:", "netem", "delay", f"{delay_ms}ms", "limit", "100000")
+
+
+def _delete_namespace(name: str) -> None:
+    """Kill what runs in a namespace, and delete it with its interfaces; nothing if there is none."""
+    if not Path("/run/netns", name).exists():
+        return
+    for pid in _call("ip", "netns", "pids", name).split():
+        _kill(int(pid), os.kill)
+    _call("ip", "netns", "delete", name)
+
+
+def _kill(pid: int, how: Any) -> None:
+    with suppress(ProcessLookupError):  # it has ended
+        how(pid, signal.SIGKILL)
+
+
+@dataclass
+class Link:
+    """Two network namespaces that reach each other, and nothing else, over a slow link."""
+
+    names: tuple[str, ...]
+    addresses: tuple[str, ...] = ADDRESSES
+    _runs: int = field(default=0, init=False)
+
+    def variables(self, rank: int) -> dict[str, str]:
+        """Return the environment of one rank: what torch, gloo and Lightning's own cluster environment read."""
+        return {
+            "MASTER_ADDR": self.addresses[0],
+            "MASTER_PORT": str(29500 + self._runs),  # the last run's port may still be in TIME_WAIT
+            "WORLD_SIZE": str(len(self.names)),
+            "RANK": str(rank),
+            "NODE_RANK": str(rank),
+            "LOCAL_RANK": "0",  # set at all, it tells Lightning to launch no process
+            "GLOO_SOCKET_IFNAME": INTERFACE,
+            "TP_SOCKET_IFNAME": INTERFACE,
+        }
+
+    def run(self, command: Sequence[str], env: Mapping[str, str], timeout_s: float) -> list[str]:
+        """Run a command in both namespaces at once.
+
+        Args:
+            command: What to run; ``RANK`` tells it where it is.
+            env: Variables on top of this process's own.
+            timeout_s: Seconds until all is killed.
+
+        Returns:
+            list: What each rank printed.
+
+        Raises:
+            RuntimeError: If a rank fails, with the end of what each wrote to its standard error.
+            TimeoutError: If a rank takes too long, likewise.
+        """
+        self._runs += 1
+        with ExitStack() as stack:
+            ranks = [stack.enter_context(self._start(rank, command, env)) for rank in range(len(self.names))]
+            in_time = _wait([rank.process for rank in ranks], timeout_s)
+            codes = [rank.process.poll() for rank in ranks]
+            if not in_time:
+                raise TimeoutError(f"a rank took more than {timeout_s:g} s{_complaints(ranks, codes)}")
+            if any(codes):
+                raise RuntimeError(f"a rank failed{_complaints(ranks, codes)}")
+            return [_text(rank.out) for rank in ranks]
+
+    @contextmanager
+    def _start(self, rank: int, command: Sequence[str], env: Mapping[str, str]) -> Iterator[_Rank]:
+        # Files, not pipes: nobody reads while both run.
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            process = subprocess.Popen(
+                ["ip", "netns", "exec", self.names[rank], *command],
+                env={**os.environ, **env, **self.variables(rank)},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+            try:
+                yield _Rank(process, out, err)
+            finally:
+                _end(process)
+
+
+@dataclass(frozen=True)
+class _Rank:
+    process: subprocess.Popen[bytes]
+    out: IO[bytes]
+    err: IO[bytes]
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> bool:
+    """Wait until all have ended, or one has failed and the others had a while to notice; say whether it was in time."""
+    deadline, failed = time.monotonic() + timeout_s, False
+    while any(process.poll() is None for process in processes):
+        if not failed and any(process.poll() for process in processes):
+            failed, deadline = True, time.monotonic() + GRACE_S
+        if time.monotonic() > deadline:
+            return failed
+        time.sleep(0.02)
+    return True
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process with all that it has started."""
+    _kill(process.pid, os.killpg)
+    process.wait()
+
+
+def _text(stream: IO[bytes]) -> str:
+    stream.seek(0)
+    return stream.read().decode(errors="replace")
+
+
+def _complaints(ranks: Sequence[_Rank], codes: Sequence[int | None]) -> str:
+    states = ["was still running" if code is None else f"ended with {code}" for code in codes]
+    told = [
+        f"\n--- rank {i} {state}:\n{_text(rank.err)[-TAIL:].strip()}"
+        for i, (rank, state) in enumerate(zip(ranks, states, strict=True))
+    ]
+    return "".join(told)
+
+
+# What runs at either end.
+
+
+class HookedDDP(DDPStrategy):
+    """DDP with one of torch's communication hooks, also on the CPU, where Lightning leaves hooks out.
+
+    Args:
+        hook: The hook.
+        rank: Of PowerSGD's approximation.
+        bucket_cap_mb: Largest bucket. PowerSGD on gloo needs all in one, as its messages of two buckets get mixed up.
+    """
+
+    def __init__(self, hook: Literal["fp16", "powersgd"], rank: int = 4, bucket_cap_mb: int = 25) -> None:
+        super().__init__(bucket_cap_mb=bucket_cap_mb)
+        self._hook, self._rank = hook, rank
+
+    @override
+    def _register_ddp_hooks(self) -> None:
+        assert isinstance(self.model, DistributedDataParallel)
+        if self._hook == "fp16":
+            self.model.register_comm_hook(None, fp16_compress_hook)
+        else:
+            state = PowerSGDState(None, matrix_approximation_rank=self._rank, start_powerSGD_iter=2)
+            self.model.register_comm_hook(state, powerSGD_hook)
+
+
+class Perceptron(LightningModule):
+    """Four linear layers of 10.2 M parameters in all, with momentum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [module for a, b in pairwise(WIDTHS) for module in (nn.Linear(a, b), nn.ReLU())]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss on ``batch``."""
+        return F.mse_loss(self.layers(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Build the optimizer."""
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+class WallClock(Clock):
+    """Tells the time that passes, also while the process waits for the link."""
+
+    @override
+    def now(self) -> float:
+        return time.perf_counter()
+
+
+def _build(strategy: Mapping[str, Any]) -> Any:
+    found = locate(strategy["class_path"])
+    if not callable(found):
+        raise ValueError(f"there is no strategy {strategy['class_path']!r}: give the dotted path of a class")
+    return found(**strategy.get("init_args", {}))
+
+
+def _sent() -> int:
+    return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
+
+
+def _train(text: str) -> None:
+    """Train as one rank, and print the milliseconds of each step and the bytes that each sent, as JSON."""
+    task, sent = json.loads(text), list[int]()
+    silence()
+    torch.set_num_threads(1)
+    seed_everything(0, verbose=False)
+    batch = (torch.randn(BATCH, WIDTHS[0]), torch.randn(BATCH, WIDTHS[-1]))
+    seconds = timed_fit(
+        Perceptron(),
+        batch,
+        task["steps"] + task["settle"],
+        [],
+        WallClock("cpu"),
+        pause=lambda: sent.append(_sent()),
+        num_nodes=RANKS,
+        use_distributed_sampler=False,
+        strategy=_build(task["strategy"]),
+    )
+    milliseconds = [1000 * s for s in seconds[task["settle"] :]]
+    sizes = [after - before for before, after in pairwise(sent)][WARM_STEPS + task["settle"] :]
+    print(json.dumps({"milliseconds": milliseconds, "sent": sizes}))
+
+
+# The measurement.
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a step took on rank 0: the median, the fastest one, which other processes disturb least, and 1e6 bytes sent."""
+
+    milliseconds: float
+    fastest: float
+    megabytes: float
+
+
+def measure(
+    link: Link, strategy: str | Mapping[str, Any], steps: int = 5, settle: int = SETTLE, timeout_s: float = 300.0
+) -> Measured:
+    """Train for a few steps over a link.
+
+    Args:
+        link: From :func:`slow_link`.
+        strategy: A name out of ``STRATEGIES``, or a mapping of ``class_path`` and ``init_args``.
+        steps: How many steps count.
+        settle: How many come before them, on top of the two that every benchmark leaves out.
+        timeout_s: Seconds until the ranks are killed.
+
+    Returns:
+        Measured: Milliseconds and bytes a step.
+
+    Raises:
+        RuntimeError: If a rank fails, with what it wrote.
+        TimeoutError: If it takes too long.
+    """
+    built = STRATEGIES[strategy] if isinstance(strategy, str) else dict(strategy)
+    task = {"steps": steps, "settle": settle, "strategy": built}
+    command = [sys.executable, str(Path(__file__).resolve()), CHILD, json.dumps(task)]
+    output = link.run(command, {"OMP_NUM_THREADS": "1"}, timeout_s)[0]
+    found = json.loads(output.splitlines()[-1])
+    times, sent = found["milliseconds"], found["sent"]
+    return Measured(median(times), min(times), sum(sent) / len(sent) / 1e6)
+
+
+def measure_all(
+    strategies: Mapping[str, Mapping[str, Any]], megabits: float, delay_ms: float, rounds: int, steps: int
+) -> dict[str, Measured]:
+    """Measure strategies in turns at one speed, and return the medians over the rounds."""
+    found: dict[str, list[Measured]] = {name: [] for name in strategies}
+    with slow_link(megabits, delay_ms) as link:
+        for i in range(rounds):
+            for name in rotated(list(strategies), i):
+                found[name].append(measure(link, strategies[name], steps))
+    return {
+        name: Measured(
+            median(m.milliseconds for m in runs), min(m.fastest for m in runs), median(m.megabytes for m in runs)
+        )
+        for name, runs in found.items()
+    }
+
+
+def table(found: Mapping[float, Mapping[str, Measured]]) -> str:
+    """Return all that was measured in Markdown; the strategy that was named first is the baseline."""
+    names = list(next(iter(found.values())))
+    header = ["strategy", "MB a step"]
+    for megabits in found:
+        header += [f"ms at {megabits:g} Mbit/s", f"ratio to {names[0]}"]
+    rows = []
+    for name in names:
+        row = [name, f"{median(speed[name].megabytes for speed in found.values()):.3f}"]
+        for speed in found.values():
+            ratio = speed[name].milliseconds / speed[names[0]].milliseconds
+            row += [f"{speed[name].milliseconds:.0f}", f"{ratio:.3f}"]
+        rows.append(row)
+    return markdown_table(header, rows)
+
+
+def _strategy(text: str) -> tuple[str, dict[str, Any]]:
+    """Read a strategy from the command line: a name, a dotted path, or a dotted path, ``=`` and JSON."""
+    if text in STRATEGIES:
+        return text, STRATEGIES[text]
+    path, _, arguments = text.partition("=")
+    if "." not in path:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a dotted path nor one of {', '.join(STRATEGIES)}")
+    return text, {"class_path": path, "init_args": json.loads(arguments or "{}")}
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one round of three steps, at 1 Gbit/s unless told")
+    parser.add_argument("--megabits", type=float, nargs="+", help="speeds in Mbit/s (default 100 1000)")
+    parser.add_argument("--delay-ms", type=float, default=0.0, help="delay one way, in milliseconds (default 0)")
+    named = (
+        "ddp, the baseline, and what to hold against it: names, or dotted paths, each with =JSON if it has arguments"
+    )
+    parser.add_argument("--strategies", type=_strategy, nargs="+", help=f"{named} (default: {' '.join(STRATEGIES)})")
+    parser.add_argument("--rounds", type=int, help="rounds (default 3, with --quick 1)")
+    parser.add_argument("--steps", type=int, help="steps of a round that count (default 5, with --quick 3)")
+    parser.add_argument("--out", type=Path, help="JSON file to write the table to")
+    options = parser.parse_args(arguments)
+    options.megabits = options.megabits or ([1000.0] if options.quick else [100.0, 1000.0])
+    options.strategies = dict(options.strategies or STRATEGIES.items())
+    options.rounds = options.rounds or (1 if options.quick else 3)
+    options.steps = options.steps or (3 if options.quick else 5)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the table and write it."""
+    options = _options(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what a link has made goes away then, too
+    if reason := why_unavailable(options.delay_ms):
+        print(f"Left out: {reason}.")
+        return
+    torch.set_num_threads(1)
+    print(f"{machine()} a rank; {options.rounds} round(s) of {options.steps} steps", flush=True)
+    found = {
+        megabits: measure_all(options.strategies, megabits, options.delay_ms, options.rounds, options.steps)
+        for megabits in options.megabits
+    }
+    print(f"\nA step of two ranks with 10.2 M parameters, {options.delay_ms:g} ms delay\n\n{table(found)}")
+    if options.out is not None:
+        rows = {f"{speed:g}": {name: asdict(m) for name, m in runs.items()} for speed, runs in found.items()}
+        options.out.write_text(json.dumps({"machine": machine(), "rounds": options.rounds, **rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == [CHILD]:
+        _train(sys.argv[2])
+    else:
+        main()

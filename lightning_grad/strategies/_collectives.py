@@ -1,0 +1,65 @@
+"""The collectives of an exchange: their bytes are counted, their waiting is not timed, their failures are explained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_grad.strategies._ledger import ByteLedger, Stopwatch
+
+
+class Collectives:
+    """Talks to all ranks.
+
+    Args:
+        label: Who talks, for errors.
+        rank: This rank.
+        ranks: How many there are.
+        ledger: Counts bytes.
+        watch: Stands still while ranks wait for each other.
+    """
+
+    def __init__(self, label: str, rank: int, ranks: int, ledger: ByteLedger, watch: Stopwatch) -> None:
+        self.rank, self.ranks = rank, ranks
+        self._label, self._ledger, self._watch = label, ledger, watch
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the tensors of all ranks, of equal shape, in the order of ranks: (ranks, ...)."""
+        everyone = tensor.new_empty(self.ranks, *tensor.shape)
+        self._ledger.send(tensor)
+        with self._connection():
+            dist.all_gather(list(everyone), tensor)
+        return everyone
+
+    def mean_(self, tensor: Tensor) -> Tensor:
+        """Return the mean of a tensor over ranks, in place."""
+        self.begin_mean_(tensor)()
+        return tensor
+
+    def begin_mean_(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to average a tensor over ranks, in place; what is returned waits for the end."""
+        tensor.mul_(1.0 / self.ranks)  # as DDP does, which multiplies
+        self._ledger.send(tensor)
+        with self._connection():
+            work = dist.all_reduce(tensor, async_op=True)
+
+        def finish() -> None:
+            with self._connection():
+                work.wait()
+
+        return finish
+
+    @contextmanager
+    def _connection(self) -> Iterator[None]:
+        try:
+            with self._watch.paused():
+                yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{self._label}: rank {self.rank} could not exchange the gradients of step {self._ledger.steps}, because "
+                "another rank has stopped or cannot be reached; see its own error. Start the run again from its last "
+                f"checkpoint. ({error})"
+            ) from error

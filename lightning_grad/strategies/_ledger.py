@@ -1,0 +1,108 @@
+"""What the strategies measure of themselves: bytes handed to collectives, and time spent between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MOST_ROWS = 2000  # of the history; beyond, every second one goes
+
+_COUNTS = ("steps", "sent_bytes", "dense_bytes", "step_sent", "step_dense")
+
+
+class ByteLedger:
+    """Counts the bytes that this rank hands to collectives, and those of the gradients that they stand for.
+
+    Attributes:
+        steps: Exchanges of the run.
+        sent_bytes: Of the run.
+        dense_bytes: Of the gradients of the run, in their own type.
+        step_sent: Bytes of the last exchange.
+        step_dense: Bytes of its gradients.
+        history: What was logged, one row a log step.
+    """
+
+    def __init__(self) -> None:
+        self.steps = self.sent_bytes = self.dense_bytes = 0
+        self.step_sent = self.step_dense = 0
+        self.history: list[dict[str, float]] = []
+
+    def open(self, dense: int) -> None:
+        """Begin an exchange of gradients of so many bytes."""
+        self.steps += 1
+        self.step_sent, self.step_dense = 0, dense
+        self.dense_bytes += dense
+
+    def send(self, tensor: Tensor) -> None:
+        """Take in a tensor that goes to a collective."""
+        size = tensor.numel() * tensor.element_size()
+        self.step_sent += size
+        self.sent_bytes += size
+
+    @property
+    def step_ratio(self) -> float:
+        """How many times smaller the last exchange was than its gradients."""
+        return self.step_dense / max(self.step_sent, 1)
+
+    @property
+    def ratio(self) -> float:
+        """How many times less was sent in the run than its gradients have."""
+        return self.dense_bytes / max(self.sent_bytes, 1)
+
+    def note(self, row: Mapping[str, float]) -> None:
+        """Keep what was logged."""
+        self.history.append(dict(row))
+        if len(self.history) > _MOST_ROWS:
+            self.history = self.history[::2]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything."""
+        return {**{name: getattr(self, name) for name in _COUNTS}, "history": [dict(row) for row in self.history]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with a saved ledger."""
+        for name in _COUNTS:
+            setattr(self, name, state[name])
+        self.history = [dict(row) for row in state["history"]]
+
+
+class Stopwatch:
+    """Adds up the time in which it runs; a GPU is waited for only while it is on.
+
+    Args:
+        device: Whose work is timed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._on = False
+        self._begin = 0.0
+        self.seconds = 0.0
+
+    def start(self, on: bool) -> None:
+        """Begin at zero; ``on=False`` measures nothing and costs nothing."""
+        self._on, self.seconds = on, 0.0
+        self._begin = self._now()
+
+    def stop(self) -> None:
+        """End."""
+        self.seconds += self._now() - self._begin
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what happens meanwhile."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self._begin = self._now()
+
+    def _now(self) -> float:
+        if self._on and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()

@@ -1,0 +1,111 @@
+"""Momentum and weight decay of compressed parameters, taken out of an SGD for the length of its update.
+
+Used by ``dgc.py``. Momentum of the gradient lives in the compressor of each rank, so the optimizer must not apply it again;
+weight decay is the same on all ranks, needs no communication, and keeps its own momentum here. As momentum is linear, both
+together are what the optimizer alone would have done. Its groups keep their values: schedulers, monitors, hooks and
+checkpoints see the user's momentum and decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from lightning_grad.utilities.undo import UndoList
+
+_BUFFER = "momentum_buffer"
+
+
+class LocalMomentum:
+    """Makes an SGD leave out the momentum of some parameters, in each update and nowhere else.
+
+    A pre-hook of the step puts its own closure around the user's, which ends after everything that Lightning does
+    before an update; a post-hook, the first of all, gives back what was taken. In between ``optimizer.param_groups``
+    is a list of other dictionaries. ``momentum_buffer`` of a parameter holds the momentum of its weight decay, and
+    what a run without compression may have left there: it decays and is applied as before.
+
+    Args:
+        optimizer: Whose updates change.
+        compressed: Identities of the parameters whose gradients carry momentum already.
+    """
+
+    def __init__(self, optimizer: SGD, compressed: Collection[int]) -> None:
+        self._optimizer = optimizer
+        self._compressed = compressed
+        self._own_groups: list[dict[str, Any]] | None = None
+        self._groups: dict[int, dict[str, Any]] = {}
+        self._undo = UndoList()
+
+    def attach(self) -> None:
+        """Begin."""
+        self._undo.push(self._optimizer.register_step_pre_hook(self._before_step).remove)
+        after = self._optimizer.register_step_post_hook(lambda *_: self.give_back())
+        self._optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
+        self._undo.push(after.remove)
+        self._undo.push(self.give_back)
+
+    def detach(self) -> None:
+        """End, and leave the optimizer as it was found."""
+        self._undo.run()
+
+    def of(self, parameter: Tensor) -> tuple[float, bool]:
+        """Return the momentum of a parameter as it stands in its group now, and whether it is Nesterov's."""
+        if id(parameter) not in self._groups:
+            groups = self._optimizer.param_groups
+            self._groups = {id(member): group for group in groups for member in group["params"]}
+        group = self._groups.get(id(parameter))  # None: no optimizer moves it, or none does so yet
+        return (0.0, False) if group is None else (float(group["momentum"]), bool(group["nesterov"]))
+
+    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        self._groups = {}  # a checkpoint or a callback may have put new ones in place
+
+        def then_take() -> Any:
+            loss = None if closure is None else closure()
+            self._take()
+            return loss
+
+        return (args[0],), {**kwargs, "closure": then_take}
+
+    @torch.no_grad()
+    def _take(self) -> None:
+        groups = self._optimizer.param_groups
+        changed: list[dict[str, Any]] = []
+        for group in groups:
+            mine = [parameter for parameter in group["params"] if id(parameter) in self._compressed]
+            if not mine or group["momentum"] == 0:
+                changed.append(group)
+                continue
+            self._apply_decay_(group, [parameter for parameter in mine if parameter.grad is not None])
+            others = [parameter for parameter in group["params"] if id(parameter) not in self._compressed]
+            off = {"momentum": 0.0, "weight_decay": 0.0, "nesterov": False}
+            changed += [{**group, "params": others}, {**group, **off, "params": mine}]
+        self._own_groups, self._optimizer.param_groups = groups, changed
+
+    def give_back(self) -> None:
+        """Put the optimizer's own groups back, if they are away."""
+        if self._own_groups is not None:
+            self._optimizer.param_groups, self._own_groups = self._own_groups, None
+
+    def _apply_decay_(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        momentum, decay, rate = group["momentum"], group["weight_decay"], group["lr"]
+        for parameter in parameters:
+            state = self._optimizer.state[parameter]
+            buffer = state.get(_BUFFER)
+            if decay == 0 and buffer is None:
+                continue
+            force = parameter * decay
+            if buffer is None:
+                buffer = state[_BUFFER] = force.clone()
+            else:
+                buffer.mul_(momentum).add_(force)
+            parameter.sub_((force.add_(buffer, alpha=momentum) if group["nesterov"] else buffer) * rate)
+
+
+def is_plain_sgd(optimizer: Optimizer) -> bool:
+    """Say whether an optimizer's step is that of ``torch.optim.SGD``."""
+    return isinstance(optimizer, SGD) and type(optimizer).step is SGD.step

@@ -1,0 +1,370 @@
+"""Deep Gradient Compression: send one gradient entry in a thousand, and the rest when it has grown.
+
+The maths is in ``functional``: ``topk_selection`` (which entries), ``error_feedback`` (what stays), ``sparse_messages`` (pairs
+in a buffer), ``communication`` (densities and costs). Read ``compressed_ddp.py`` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Literal, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+from typing_extensions import override
+
+from lightning_grad.functional import (
+    PAPER_WARMUP,
+    RELEASED_WARMUP,
+    SELECTORS,
+    accumulate_residual_,
+    add_pairs_,
+    as_sent,
+    clip_norm_,
+    kept_count,
+    pack_pairs,
+    remove_sent_,
+    select_largest,
+    unpack_pairs,
+    warmup_density,
+)
+from lightning_grad.functional._shuffling import hashed_seed
+from lightning_grad.strategies._local_momentum import LocalMomentum, is_plain_sgd
+from lightning_grad.strategies.compressed_ddp import (
+    DEFAULT_TIMEOUT,
+    CompressedDDPStrategy,
+    Gradient,
+    Message,
+    ResidualPolicy,
+    StartMethod,
+)
+from lightning_grad.utilities.checks import check_above, check_choice, check_count
+from lightning_grad.utilities.dispatch import overrides
+from lightning_grad.utilities.parameters import check_patterns, matches
+
+Correction = Literal["auto", "momentum", "error_feedback"]
+Selector = Literal["auto", "exact", "sampled", "chunk"]
+ValueType = Literal["float32", "float16", "bfloat16"]
+
+_PAIRS = "pairs"
+_RESIDUAL, _VELOCITY = "residual", "velocity"
+_WARMUPS = {"paper": PAPER_WARMUP, "released": RELEASED_WARMUP}
+
+
+class DGCStrategy(CompressedDDPStrategy):
+    r"""Send the largest entries of the accumulated gradient, and keep the others until they have grown.
+
+    .. math::
+        u_r \leftarrow m u_r + g_r, \quad v_r \leftarrow v_r + u_r, \quad
+        I_r = \operatorname{top}_k |v_r|, \quad
+        \bar g = \frac{1}{N} \sum_r \operatorname{sparse}(v_r[I_r]), \quad
+        v_r[I_r] \leftarrow 0, \quad u_r[I_r] \leftarrow 0
+
+    With :math:`g_r` the gradient of rank :math:`r` of :math:`N`, :math:`u_r` its momentum, :math:`v_r` what it has
+    not sent, and :math:`k = \lceil \rho n \rceil` of the :math:`n` entries of each tensor at density :math:`\rho`.
+    Every rank sends pairs of index and value, and all ranks add everybody's pairs. Tensors of one dimension and small
+    ones are averaged as DDP does.
+
+    The momentum of a ``torch.optim.SGD`` moves into the compressor (momentum correction), and the optimizer keeps
+    that of its weight decay; groups are read live, so that schedules of rate, momentum and decay work, and nobody
+    sees a change in the optimizer. Any other optimizer is fed the sparse mean of plain error feedback, once
+    ``correction='error_feedback'`` says so.
+
+    Args:
+        ratio: Share of the entries of each large gradient that a step sends; 1 is plain DDP.
+        warmup: Higher shares for the first epochs: 'paper', 'released', a list of shares, or None.
+        warmup_steps: Optimizer steps that each share of the warm-up lasts; default an epoch.
+        correction: 'momentum' moves SGD's momentum before the selection, 'error_feedback' leaves the optimizer alone,
+            'auto' is 'momentum' for SGD and refuses other optimizers.
+        momentum_masking: Whether the momentum of an entry that was sent starts at zero again.
+        local_clip: Norm to which the mean gradient would be clipped; each rank clips its own gradient to this times
+            the root of the number of ranks, before it accumulates.
+        selector: 'exact' top-k, 'sampled' threshold, best of each 'chunk', or 'auto': exact below a million entries, sampled
+            above.
+        value_dtype: Type in which values are sent; what rounding takes away is sent later.
+        layer_ratios: Shares for parameters by name or wildcard, instead of ratio; 1 sends them dense.
+        exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
+        min_numel: Entries below which a gradient is sent dense.
+        residual_policy: On resuming with other ranks or without rank files: 'strict' raises, 'mean' gives every rank the mean
+            over the old ranks, 'reset' begins empty.
+        gradient_noise: Log comm/gradient_noise at log steps, for one small all-reduce more in each.
+        start_method: How Lightning starts the ranks of a node: 'popen', 'spawn', 'fork' or 'forkserver'.
+        static_graph: DDP's option of that name.
+        gradient_as_bucket_view: DDP's option of that name, which saves the memory of one copy of the gradients.
+        broadcast_buffers: DDP's option of that name: send rank 0's buffers before each forward pass.
+        find_unused_parameters: DDP's option of that name; True is refused.
+        process_group_backend: 'nccl' or 'gloo'; default by device.
+        timeout: How long a collective may take.
+
+    Raises:
+        ValueError: For shares outside (0, 1], unknown choices, ``find_unused_parameters=True``; in ``setup`` for
+            ``Trainer(gradient_clip_val)``, an optimizer that is no SGD (with ``correction`` 'auto' or 'momentum'),
+            dampening, several optimizers, manual optimization, an fp16 GradScaler, sparse and complex gradients.
+
+    Hooks: DDP's communication hook, which exchanges everything at the last bucket of a backward pass; a pre-hook and a
+    post-hook of the optimizer's step, between which it updates without momentum.
+
+    **Logs** at log steps, from rank 0: ``comm/bytes_sent``, ``comm/ratio``, ``comm/residual_norm``, ``comm/compress_ms``,
+    ``comm/density`` (share that is sent now), and ``comm/gradient_noise`` if asked for. At the end ``comm.png``,
+    ``comm_layers.csv``, and ``comm/final_ratio`` and ``comm/total_megabytes`` in the summary.
+
+    **State**: residual and velocity of each compressed gradient, of each rank, in ``<checkpoint>.ranks``. The
+    checkpoint itself is DDP's, and loads under DDP or on one device.
+
+    **Cost**: two numbers a compressed entry in memory. A message of 8 bytes a pair (6 with float16); an all-gather
+    carries it (N - 1) times, so it wins over dense gradients by :math:`8 / (N \rho b)` on the wire. 'sampled' waits
+    for the device once or twice for each large tensor; 'exact' and 'chunk' do not.
+
+    **Works with**: accumulation yes; bf16-mixed yes; fp16 GradScaler raises; FSDP and DeepSpeed do not apply; compiled modules
+    yes; manual optimization raises; one rank yes (it trains as compressed); clipping callbacks raise.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> strategy = DGCStrategy(ratio=0.001, warmup="paper")
+        >>> trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
+
+        .. code-block:: yaml
+
+            trainer:
+              devices: 2
+              strategy:
+                class_path: lightning_grad.strategies.DGCStrategy
+                init_args:
+                  ratio: 0.001
+                  warmup: paper
+
+    References:
+        - Lin et al. (2018), Deep Gradient Compression: Reducing the Communication Bandwidth for Distributed Training,
+          arXiv 1712.01887; sections 3.1 to 3.3. Defaults: ratio 0.001 and the warm-up of section 3.3;
+          ``warmup='released'`` is that of the released code (github.com/synxlin/deep-gradient-compression). Different
+          here: the first message of a step is collected from all buckets, and clipping takes the norm of the whole
+          local gradient.
+    """
+
+    def __init__(
+        self,
+        ratio: float = 0.001,
+        warmup: Literal["paper", "released"] | Sequence[float] | None = "paper",
+        warmup_steps: int | None = None,
+        correction: Correction = "auto",
+        momentum_masking: bool = True,
+        local_clip: float | None = None,
+        selector: Selector = "auto",
+        value_dtype: ValueType = "float32",
+        layer_ratios: Mapping[str, float] | None = None,
+        exclude: Sequence[str] | None = None,
+        min_numel: int = 1024,
+        residual_policy: ResidualPolicy = "strict",
+        gradient_noise: bool = False,
+        start_method: StartMethod = "popen",
+        static_graph: bool = False,
+        gradient_as_bucket_view: bool = False,
+        broadcast_buffers: bool = True,
+        find_unused_parameters: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = DEFAULT_TIMEOUT,
+    ) -> None:
+        super().__init__(
+            exclude,
+            min_numel,
+            residual_policy,
+            gradient_noise,
+            start_method,
+            static_graph,
+            gradient_as_bucket_view,
+            broadcast_buffers,
+            find_unused_parameters,
+            process_group_backend,
+            timeout,
+        )
+        check_choice(correction, ("auto", "momentum", "error_feedback"), "correction")
+        check_choice(selector, SELECTORS, "selector")
+        check_choice(value_dtype, ("float32", "float16", "bfloat16"), "value_dtype")
+        if local_clip is not None:
+            check_above(local_clip, 0.0, "local_clip")
+        if warmup_steps is not None:
+            check_count(warmup_steps, 1, "warmup_steps")
+        self.ratio = _as_ratio(ratio, "ratio")
+        self.layer_ratios = {
+            name: _as_ratio(share, f"layer_ratios[{name!r}]") for name, share in (layer_ratios or {}).items()
+        }
+        self.warmup = _as_warmup(warmup)
+        self.warmup_steps = warmup_steps
+        self.correction = correction
+        self.momentum_masking = momentum_masking
+        self.local_clip = local_clip
+        self.selector = selector
+        self.value_dtype = value_dtype
+        self._momentum: LocalMomentum | None = None
+        self._sent: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def _value_type(self) -> torch.dtype:
+        return cast(torch.dtype, getattr(torch, self.value_dtype))
+
+    # The fit begins.
+
+    @property
+    @override
+    def wants_to_compress(self) -> bool:
+        return min([self.ratio, *self.layer_ratios.values()]) < 1.0
+
+    @property
+    @override
+    def gradient_is_compressed(self) -> bool:
+        return self.wants_to_compress
+
+    @override
+    def compresses(self, name: str, parameter: Tensor) -> bool:
+        return super().compresses(name, parameter) and self._ratio_of(name) < 1.0
+
+    def _ratio_of(self, name: str) -> float:
+        return next((share for pattern, share in self.layer_ratios.items() if matches(name, [pattern])), self.ratio)
+
+    @override
+    def refuse(self, trainer: pl.Trainer) -> None:
+        super().refuse(trainer)
+        module = trainer.lightning_module
+        check_patterns(list(self.layer_ratios), [name for name, _ in module.named_parameters()], "layer_ratios")
+        if not self.wants_to_compress:
+            return
+        clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+        if clip:
+            instead = f"Set gradient_clip_val=None and {self.label}(local_clip={clip})"
+            if algorithm is not None and str(getattr(algorithm, "value", algorithm)) != "norm":
+                instead = "Set gradient_clip_val=None; local_clip clips by norm"
+            raise ValueError(
+                f"Trainer(gradient_clip_val={clip}) would clip what {self.label} has accumulated over many steps. "
+                f"{instead}, which clips the gradient of each rank before it is accumulated."
+            )
+        if overrides(module, "configure_gradient_clipping"):
+            rank_zero_warn(
+                f"{type(module).__name__}.configure_gradient_clipping is the module's own, and gets what {self.label} has "
+                "accumulated over many steps. If it clips, use local_clip instead."
+            )
+
+    @override
+    def connect_optimizer(self, optimizer: Optimizer) -> None:
+        super().connect_optimizer(optimizer)
+        if self.correction == "error_feedback" or not self.wants_to_compress:
+            return
+        if not is_plain_sgd(optimizer):
+            raise ValueError(
+                f"{self.label}(correction={self.correction!r}) moves the momentum of torch.optim.SGD, and this is "
+                f"{type(optimizer).__name__}. Use SGD, or correction='error_feedback', which feeds any optimizer the "
+                "sparse mean gradient."
+            )
+        if any(group["dampening"] != 0 for group in optimizer.param_groups):
+            raise ValueError(f"{self.label} moves SGD's momentum, which knows no dampening there. Set dampening=0.")
+        if not self.is_neutral:
+            compressed = {key for key, name in self._names.items() if name in self._chosen}
+            self._momentum = LocalMomentum(cast(SGD, optimizer), compressed)
+            self._momentum.attach()
+
+    # One step.
+
+    @property
+    def density(self) -> float:
+        """The share of entries that is sent at this point of the warm-up, of parameters without a share of their own."""
+        return self._now(self.ratio)
+
+    def _now(self, ratio: float) -> float:
+        steps = max(self.ledger.steps - 1, 0)
+        position = self._trainer.current_epoch if self.warmup_steps is None else steps // self.warmup_steps
+        return warmup_density(position, self.warmup or (), ratio)
+
+    def _count(self, name: str, numel: int) -> int:
+        return kept_count(numel, self._now(self._ratio_of(name)))
+
+    @override
+    def prepare_(self, gradients: Sequence[Gradient]) -> Tensor:
+        finite = super().prepare_(gradients)
+        if self.local_clip is not None:
+            clip_norm_([gradient.values for gradient in gradients], self.local_clip * self.world_size**0.5)
+        return finite
+
+    @override
+    def send(self, gradients: Sequence[Gradient]) -> Message:
+        indices, values = [], []
+        for gradient in gradients:
+            kept = self._accumulate_(gradient)
+            count = self._count(gradient.name, len(kept))
+            start = hashed_seed(self.global_rank, f"{gradient.name}/{self.ledger.steps}")
+            index = select_largest(kept, count, self.selector, start)
+            indices.append(index)
+            values.append(as_sent(kept[index], self._value_type))
+        self._sent = list(zip(indices, values, strict=True))
+        return {_PAIRS: self.ranks.gather(pack_pairs(indices, values, self._counts(gradients), self._value_type))}
+
+    def _accumulate_(self, gradient: Gradient) -> Tensor:
+        memory, values = self.memory.setdefault(gradient.name, {}), gradient.values
+        kind = torch.promote_types(values.dtype, torch.float32)  # half types lose what is small beside a large residual
+        if _RESIDUAL not in memory:
+            memory[_RESIDUAL] = torch.zeros_like(values, dtype=kind)
+        momentum, nesterov = (0.0, False) if self._momentum is None else self._momentum.of(gradient.parameter)
+        if momentum and _VELOCITY not in memory:
+            memory[_VELOCITY] = torch.zeros_like(values, dtype=kind)
+        return accumulate_residual_(memory[_RESIDUAL], values, memory.get(_VELOCITY), momentum, nesterov)
+
+    def _counts(self, gradients: Sequence[Gradient]) -> list[int]:
+        return [self._count(gradient.name, gradient.values.numel()) for gradient in gradients]
+
+    @override
+    def settle(self, gradients: Sequence[Gradient], message: Message, arrived: Tensor) -> None:
+        for gradient, (indices, values) in zip(gradients, self._sent, strict=True):
+            memory = self.memory[gradient.name]
+            velocity = memory.get(_VELOCITY) if self.momentum_masking else None
+            remove_sent_(memory[_RESIDUAL], indices, values, velocity, arrived)
+        self._sent = []
+
+    @override
+    def write(self, gradients: Sequence[Gradient], message: Message, failure: Tensor) -> None:
+        counts, everyone = self._counts(gradients), message[_PAIRS]
+        for gradient in gradients:
+            gradient.values.zero_()
+        for pairs in everyone:  # rank by rank, so that all ranks add in the same order and get the same bits
+            for gradient, (indices, values) in zip(
+                gradients, unpack_pairs(pairs, counts, self._value_type), strict=True
+            ):
+                add_pairs_(gradient.values, indices, values + failure.to(values.dtype), 1.0 / len(everyone))
+
+    @override
+    def unsent(self) -> Iterator[Tensor]:
+        for kept in self.memory.values():
+            yield kept[_RESIDUAL]
+
+    @override
+    def figures(self) -> dict[str, float]:
+        return {"density": self.density}
+
+    @override
+    def sent_bytes(self, name: str, shape: torch.Size, itemsize: int) -> int:
+        return self._count(name, shape.numel()) * (4 + self._value_type.itemsize)
+
+    # The fit ends.
+
+    @override
+    def disconnect(self) -> None:
+        super().disconnect()
+        if self._momentum is not None:
+            self._momentum.detach()
+            self._momentum = None
+
+
+def _as_ratio(value: float, parameter: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
+        raise ValueError(f"{parameter} is a share of entries, above 0 and at most 1; got {value!r}.")
+    return float(value)
+
+
+def _as_warmup(value: str | Sequence[float] | None) -> list[float] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        check_choice(value, _WARMUPS, "warmup")
+        return list(_WARMUPS[value])
+    return [_as_ratio(share, f"warmup[{place}]") for place, share in enumerate(value)]

@@ -1,0 +1,63 @@
+"""G1 and G2 of strategies: an unmodified module, and at the neutral setting plain DDP bit for bit."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_grad import strategies
+from tests.contract.projects import assert_identical, state_of
+from tests.contract.strategy_runs import on_ranks, outcome, train
+from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*has nothing to compress, and is DDP")
+
+
+def test_every_exported_strategy_has_an_entry():
+    exported = {name for name in strategies.__all__ if not inspect.isabstract(getattr(strategies, name))}
+    assert exported == {scheme.name for scheme in SCHEMES} == {scheme.name for scheme in CANONICAL}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_every_entry_is_neutral_or_says_why_not(scheme):
+    assert scheme.neutral is not None or scheme.no_neutral_because
+
+
+def _run(strategy: Any, scheme: Scheme, folder: Any, **arguments: Any) -> dict[str, Any]:
+    saving = ModelCheckpoint(folder, save_top_k=-1, monitor="val_loss")
+    trainer, module = train(strategy, [saving], scheme.module(), **arguments)
+    metrics = {key: value for key, value in trainer.callback_metrics.items() if not key.startswith("comm/")}
+    checkpoints = [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.ckpt"))]
+    keys = [[*checkpoint, *checkpoint["state_dict"]] for checkpoint in checkpoints]
+    random = state_of(trainer, module)["random"]
+    files = sorted(path.name for path in folder.rglob("*"))
+    own = [key for key in trainer.callback_metrics if key.startswith("comm/")]
+    return {"metrics": metrics, "keys": keys, "random": random, "files": files, "own": own, "left": outcome(trainer, module)}
+
+
+def _compare(scheme: Scheme, folder: Any, arguments: dict[str, Any]) -> tuple[Any, Any, Any]:
+    plain = _run("ddp", scheme, folder / "plain", **arguments)
+    neutral = _run(scheme.build_neutral(), scheme, folder / "neutral", **arguments)
+    changed = _run(scheme.build(), scheme, folder / "changed", **arguments)
+    assert neutral["left"].pop("memory") == {}
+    assert neutral["left"].pop("sent") == [0, 0, 0]
+    return plain, neutral, changed
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_neutral_setting_is_bitwise_ddp(scheme, accumulate, tmp_path):
+    by_rank = on_ranks(2, _compare, scheme, tmp_path, {"accumulate_grad_batches": accumulate})
+    for plain, neutral, changed in by_rank:
+        assert_identical(plain, neutral)
+        assert changed["own"], "the technique itself logs what it sends"
+        assert_identical(plain["random"], changed["random"])
+        assert plain["left"]["steps"] == changed["left"]["steps"]
+        with pytest.raises(AssertionError):
+            assert_identical(plain["left"]["module"], changed["left"]["module"])
+        assert [[key for key in keys if key != "lightning_grad_ranks"] for keys in changed["keys"]] == plain["keys"]
+    first, second = (changed["left"]["module"] for _, _, changed in by_rank)
+    for name, _ in scheme.module().named_parameters():
+        assert torch.equal(first[name], second[name]), f"{name} is not the same on both ranks"

@@ -1,0 +1,152 @@
+"""G5 of strategies: stop anywhere, resume, and get bitwise the uninterrupted run on every rank."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.contract.projects import BATCH, assert_identical, make_classifier, make_data, make_trainer
+from tests.contract.strategy_runs import finish, on_ranks, outcome
+from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model"),
+    pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+]
+
+
+def _paths(folder: Any) -> list[Any]:
+    return sorted(folder.glob("*.ckpt"), key=lambda path: torch.load(path, weights_only=True)["global_step"])
+
+
+def _resume_everywhere(build: Any, module: Any, folder: Any, arguments: dict[str, Any]) -> int:
+    saving = ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=2 // arguments.get("accumulate_grad_batches", 1))
+    expected = finish(build(), [saving], module=module(), **arguments)
+    for path in _paths(folder):
+        resumed = finish(build(), module=module(), ckpt=path, **arguments)
+        assert_identical(expected, resumed, path.name)
+    return len(_paths(folder))
+
+
+def test_ddp_itself_resumes_bitwise(tmp_path):
+    """The premise: these loaders and modules make Lightning itself exact, also in mid-epoch."""
+    assert on_ranks(2, _resume_everywhere, lambda: "ddp", _sgd, tmp_path, {}) == [4, 4]
+
+
+def _sgd() -> Any:
+    return make_classifier(optimizer="sgd")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "accumulate"), [*((s, 1) for s in SCHEMES), *((s, 2) for s in CANONICAL)], ids=str
+)
+def test_resume_at_any_saved_step(scheme, accumulate, tmp_path):
+    arguments = {} if accumulate == 1 else {"accumulate_grad_batches": accumulate}
+    found = on_ranks(2, _resume_everywhere, scheme.build, scheme.module, tmp_path, arguments)
+    assert found == [4, 4] if accumulate == 1 else [6, 6]
+
+
+@pytest.mark.parametrize("arguments", [{"precision": "bf16-mixed"}, {"devices": 1}], ids=str)
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_resume_in_half_precision_and_on_one_rank(scheme, arguments, tmp_path):
+    on_ranks(arguments.get("devices", 2), _resume_everywhere, scheme.build, scheme.module, tmp_path, arguments)
+
+
+class StopIn(pl.Callback):
+    """Raises on every rank, in a hook of a step."""
+
+    def __init__(self, hook: str, step: int) -> None:
+        self.step = step
+        setattr(self, hook, self._raise)
+
+    def _raise(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("stopped on purpose")
+
+
+def _fit_on_one_batch(strategy: Any, optimizer: str, callbacks: list[Any], ckpt: Any = None) -> tuple[Any, Any]:
+    """Fit without anything that a forward pass changes, on batches that are all the same.
+
+    So that a step which is run again is, for DDP itself, the step that it was.
+    """
+    module = make_classifier(optimizer=optimizer)
+    module.norm = nn.Identity()
+    x, y = make_data(seed=dist.get_rank()).tensors
+    data = DataLoader(TensorDataset(x[:BATCH].repeat(4, 1, 1), y[:BATCH].repeat(4)), BATCH)
+    saves = any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks)
+    trainer = make_trainer(
+        strategy=strategy,
+        devices=dist.get_world_size(),
+        callbacks=callbacks,
+        max_epochs=3,
+        use_distributed_sampler=False,
+        enable_checkpointing=saves,
+    )
+    trainer.fit(module, data, ckpt_path=ckpt)
+    return trainer, module
+
+
+def _stop_and_resume(build: Any, optimizer: str, where: str, step: int, saving: Any, folder: Any) -> None:
+    expected = outcome(*_fit_on_one_batch(build(), optimizer, []))
+    with pytest.raises(RuntimeError, match="on purpose"):
+        _fit_on_one_batch(build(), optimizer, [StopIn(where, step), saving])
+    (path,) = _paths(folder)
+    assert_identical(expected, outcome(*_fit_on_one_batch(build(), optimizer, [], path)))
+
+
+_HOOKS = ("on_train_batch_start", "on_before_zero_grad", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end")
+
+
+@pytest.mark.parametrize("where", _HOOKS)
+def test_ddp_itself_resumes_bitwise_from_an_exception(where, tmp_path):
+    on_ranks(2, _stop_and_resume, lambda: "ddp", "sgd", where, 6, OnExceptionCheckpoint(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "where"),
+    [*((s, where) for s in CANONICAL for where in _HOOKS), *((s, "on_before_optimizer_step") for s in SCHEMES)],
+    ids=str,
+)
+def test_resume_from_an_exception(scheme, where, tmp_path):
+    saving = OnExceptionCheckpoint(tmp_path)
+    on_ranks(2, _stop_and_resume, scheme.build, scheme.optimizer, where, 6, saving, tmp_path)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_resume_from_an_exception_where_the_warm_up_turns(scheme, step, tmp_path):
+    saving = ModelCheckpoint(tmp_path, save_on_exception=True, every_n_epochs=100)
+    where = "on_before_optimizer_step"
+    on_ranks(2, _stop_and_resume, scheme.build, scheme.optimizer, where, step, saving, tmp_path)
+
+
+def _raise_in_training_step(scheme: Scheme, folder: Any) -> None:
+    expected = outcome(*_fit_on_one_batch(scheme.build(), scheme.optimizer, []))
+
+    class InStep(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            step = pl_module.training_step
+
+            def raising(batch: Any, batch_idx: int) -> Any:
+                if trainer.global_step == 6:
+                    raise RuntimeError("stopped on purpose")
+                return step(batch, batch_idx)
+
+            pl_module.training_step = raising
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        _fit_on_one_batch(scheme.build(), scheme.optimizer, [InStep(), OnExceptionCheckpoint(folder)])
+    (path,) = _paths(folder)
+    assert_identical(expected, outcome(*_fit_on_one_batch(scheme.build(), scheme.optimizer, [], path)))
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_resume_from_an_exception_in_training_step(scheme, tmp_path):
+    on_ranks(2, _raise_in_training_step, scheme, tmp_path)
