@@ -2,7 +2,8 @@
 
 Each rank is a process in a Linux network namespace of its own, with Lightning's ``Trainer(num_nodes=2)`` and gloo. A veth pair
 joins the namespaces, and a token bucket (``tc``'s tbf) shapes what leaves either end, so that the link is full duplex. A
-perceptron of 10.2 M parameters trains on one small batch, so that a step of plain DDP is communication, nearly all of it.
+perceptron of 10.2 M parameters trains on one small batch a rank, so that a step of plain DDP is communication, nearly all of
+it. The ranks must end with equal weights.
 
 Time is the wall clock's on rank 0; what was sent is what the interface counted, acknowledgements included. The strategies
 take turns, in rotating order, and the median over the rounds of the median step counts. It needs Linux, root, ``ip`` and
@@ -18,6 +19,7 @@ take turns, in rotating order, and the median over the rounds of the median step
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -148,8 +150,8 @@ def _configure(name: str, address: str, megabits: float, delay_ms: float) -> Non
     """Bring up one end, and shape what leaves it.
 
     What fits into the bucket passes at once, so the bucket holds a millisecond's worth. TCP hands over nothing larger than the
-    bucket: tbf would cut it into single packets, and this takes more of the processor than the training. The congestion
-    control is one that each kernel has, as machines differ in their default.
+    bucket: tbf would cut it into single packets, which takes much of the processor and can double a step. The congestion
+    control is one that every kernel has, as machines differ in their default.
     """
     burst = max(LEAST_BURST, round(megabits * 1e6 / 8 * BURST_MS / 1000))
     send = str(min(LARGEST_SEND, burst - 1000))  # headers come on top
@@ -263,9 +265,10 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> boo
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process with all that it has started."""
-    _kill(process.pid, os.killpg)
-    process.wait()
+    """Kill a process with its group; what outlives a process that has ended goes with the namespace."""
+    if process.poll() is None:  # else its number may be another's by now
+        _kill(process.pid, os.killpg)
+        process.wait()
 
 
 def _text(stream: IO[bytes]) -> str:
@@ -309,11 +312,16 @@ class HookedDDP(DDPStrategy):
 
 
 class Perceptron(LightningModule):
-    """Four linear layers of 10.2 M parameters in all, with momentum."""
+    """Linear layers, with momentum.
 
-    def __init__(self) -> None:
+    Args:
+        widths: Of the layers, inputs first; those of the default have 10.2 M parameters.
+        bias: Whether they have biases.
+    """
+
+    def __init__(self, widths: Sequence[int] = WIDTHS, bias: bool = True) -> None:
         super().__init__()
-        layers = [module for a, b in pairwise(WIDTHS) for module in (nn.Linear(a, b), nn.ReLU())]
+        layers = [module for a, b in pairwise(widths) for module in (nn.Linear(a, b, bias), nn.ReLU())]
         self.layers = nn.Sequential(*layers[:-1])
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -333,11 +341,29 @@ class WallClock(Clock):
         return time.perf_counter()
 
 
-def _build(strategy: Mapping[str, Any]) -> Any:
+def build_strategy(strategy: Mapping[str, Any]) -> DDPStrategy:
+    """Build a strategy from its ``class_path`` and ``init_args``.
+
+    Raises:
+        ValueError: If there is no such class.
+    """
     found = locate(strategy["class_path"])
     if not callable(found):
         raise ValueError(f"there is no strategy {strategy['class_path']!r}: give the dotted path of a class")
-    return found(**strategy.get("init_args", {}))
+    built: DDPStrategy = found(**strategy.get("init_args", {}))
+    return built
+
+
+def noise(widths: Sequence[int], rank: int) -> tuple[Tensor, Tensor]:
+    """Return a small batch, another one on each rank: ranks that do not exchange gradients then part."""
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(BATCH, widths[0], generator=generator), torch.randn(BATCH, widths[-1], generator=generator)
+
+
+def digest(module: nn.Module) -> str:
+    """Return what tells weights apart that differ in a bit."""
+    flat = torch.cat([parameter.detach().view(-1) for parameter in module.parameters()])
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
 
 
 def _sent() -> int:
@@ -345,26 +371,26 @@ def _sent() -> int:
 
 
 def _train(text: str) -> None:
-    """Train as one rank, and print the milliseconds of each step and the bytes that each sent, as JSON."""
+    """Train as one rank, and print as JSON: milliseconds of each step, the bytes that each sent, a digest of the weights."""
     task, sent = json.loads(text), list[int]()
     silence()
     torch.set_num_threads(1)
     seed_everything(0, verbose=False)
-    batch = (torch.randn(BATCH, WIDTHS[0]), torch.randn(BATCH, WIDTHS[-1]))
+    module = Perceptron(task["widths"])
     seconds = timed_fit(
-        Perceptron(),
-        batch,
+        module,
+        noise(task["widths"], int(os.environ["RANK"])),
         task["steps"] + task["settle"],
         [],
         WallClock("cpu"),
         pause=lambda: sent.append(_sent()),
         num_nodes=RANKS,
         use_distributed_sampler=False,
-        strategy=_build(task["strategy"]),
+        strategy=build_strategy(task["strategy"]),
     )
     milliseconds = [1000 * s for s in seconds[task["settle"] :]]
     sizes = [after - before for before, after in pairwise(sent)][WARM_STEPS + task["settle"] :]
-    print(json.dumps({"milliseconds": milliseconds, "sent": sizes}))
+    print(json.dumps({"milliseconds": milliseconds, "sent": sizes, "weights": digest(module)}))
 
 
 # The measurement.
@@ -380,7 +406,12 @@ class Measured:
 
 
 def measure(
-    link: Link, strategy: str | Mapping[str, Any], steps: int = 5, settle: int = SETTLE, timeout_s: float = 300.0
+    link: Link,
+    strategy: str | Mapping[str, Any],
+    steps: int = 5,
+    settle: int = SETTLE,
+    timeout_s: float = 300.0,
+    widths: Sequence[int] = WIDTHS,
 ) -> Measured:
     """Train for a few steps over a link.
 
@@ -390,32 +421,40 @@ def measure(
         steps: How many steps count.
         settle: How many come before them, on top of the two that every benchmark leaves out.
         timeout_s: Seconds until the ranks are killed.
+        widths: Of the perceptron.
 
     Returns:
         Measured: Milliseconds and bytes a step.
 
     Raises:
-        RuntimeError: If a rank fails, with what it wrote.
+        RuntimeError: If a rank fails, with what it wrote, or if the ranks end with different weights.
         TimeoutError: If it takes too long.
     """
     built = STRATEGIES[strategy] if isinstance(strategy, str) else dict(strategy)
-    task = {"steps": steps, "settle": settle, "strategy": built}
+    task = {"steps": steps, "settle": settle, "strategy": built, "widths": list(widths)}
     command = [sys.executable, str(Path(__file__).resolve()), CHILD, json.dumps(task)]
-    output = link.run(command, {"OMP_NUM_THREADS": "1"}, timeout_s)[0]
-    found = json.loads(output.splitlines()[-1])
-    times, sent = found["milliseconds"], found["sent"]
+    outputs = link.run(command, {"OMP_NUM_THREADS": "1"}, timeout_s)
+    found = [json.loads(output.splitlines()[-1]) for output in outputs]
+    if len({rank["weights"] for rank in found}) > 1:
+        raise RuntimeError(f"the ranks ended with different weights: {built} does not make them agree")
+    times, sent = found[0]["milliseconds"], found[0]["sent"]
     return Measured(median(times), min(times), sum(sent) / len(sent) / 1e6)
 
 
 def measure_all(
-    strategies: Mapping[str, Mapping[str, Any]], megabits: float, delay_ms: float, rounds: int, steps: int
+    strategies: Mapping[str, Mapping[str, Any]],
+    megabits: float,
+    delay_ms: float,
+    rounds: int,
+    steps: int,
+    settle: int = SETTLE,
 ) -> dict[str, Measured]:
     """Measure strategies in turns at one speed, and return the medians over the rounds."""
     found: dict[str, list[Measured]] = {name: [] for name in strategies}
     with slow_link(megabits, delay_ms) as link:
         for i in range(rounds):
             for name in rotated(list(strategies), i):
-                found[name].append(measure(link, strategies[name], steps))
+                found[name].append(measure(link, strategies[name], steps, settle))
     return {
         name: Measured(
             median(m.milliseconds for m in runs), min(m.fastest for m in runs), median(m.megabytes for m in runs)

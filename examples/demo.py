@@ -1,4 +1,4 @@
-"""What lightning-grad does, in two minutes: sparse weights, clipped gradients, pruned data, attacks (``make demo``)."""
+"""What lightning-grad does, in three minutes: sparse, clipped, pruned, attacked and compressed (``make demo``)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,12 +30,19 @@ lightning-grad: gradient techniques in Lightning projects that know nothing of i
 
        Trainer(callbacks=[AdversarialTraining(0.15), AdversarialEvaluation(0.15),
                           AccuracyGradientLR("adversarial/val_acc")])
+
+5. Compressed gradients (half a minute). Two processes train one network, each on
+   its half of every batch. They send each other all of their gradients, then an
+   approximation, then only the largest entries, with one line changed:
+
+       Trainer(devices=2, strategy=DGCStrategy(ratio=0.001))
 """
 
 SPARSITY = "1. Sparse weights: four trainings\n"
 CLIPPING = "\n2. Clipped gradients: six trainings\n"
 PRUNING = "\n3. Pruned data: four trainings, and a short one that looks for wrong labels\n"
 ATTACKS = "\n4. Attacked inputs: three trainings\n"
+COMPRESSION = "\n5. Compressed gradients: three trainings, each on two processes\n"
 
 PLACES = """
 Written to {folder}/
@@ -56,12 +63,16 @@ Written to {folder}/
   adversarial/comparison.png        accuracy over epochs, attacked and not
   adversarial/rates.png             the learning rate and its cuts
   adversarial/results.csv           the numbers of the fourth table
+  strategies/comparison.png         compressed gradients: accuracy by megabytes
+  strategies/results.csv            the numbers of the fifth table
+  strategies/dgc*_seed0/comm.png    one training: bytes a step, by layer, unsent
 
 Show it in W&B:       wandb sync {folder}/wandb/offline-run-*
 Try other settings:   .venv/bin/python examples/nm_sparsity.py --help
                       .venv/bin/python examples/clipping.py --help
                       .venv/bin/python examples/data_pruning.py --help
-                      .venv/bin/python examples/adversarial.py --help"""
+                      .venv/bin/python examples/adversarial.py --help
+                      .venv/bin/python examples/strategies.py --help"""
 
 
 def main(
@@ -70,6 +81,7 @@ def main(
     steps: int = 350,
     pruned_epochs: int = 20,
     attacked_epochs: int = 24,
+    compressed_epochs: int = 24,
 ) -> None:
     """Train, and tell what came of it."""
     print(INTRODUCTION, SPARSITY, sep="\n", flush=True)
@@ -93,6 +105,9 @@ def main(
 
     print(ATTACKS, flush=True)
     attack_inputs(output / "adversarial", attacked_epochs)
+
+    print(COMPRESSION, flush=True)
+    compress_gradients(output / "strategies", compressed_epochs)
     print(PLACES.format(folder=output))
 
 
@@ -114,6 +129,14 @@ def attack_inputs(output: Path, epochs: int) -> None:
     schedule, rate = "accuracy-gradient", 0.1
     study = adversarial.Study(schedules=(schedule,), rates=(rate,), epochs=epochs, output=output, accelerator="cpu")
     adversarial.print_tables(adversarial.run_study(study), study)
+
+
+def compress_gradients(output: Path, epochs: int) -> None:
+    """Run the fifth part."""
+    import strategies
+
+    study = strategies.Study(("dense", "powersgd-4", "dgc-99.9"), epochs=epochs, output=output)
+    strategies.print_table(strategies.run_study(study), study)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ time: benchmarks/slow_link.py measures time, on links of a given speed.
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import statistics
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,9 +77,9 @@ STRATEGIES: dict[str, Callable[[StartMethod], DDPStrategy]] = {
 MEANINGS = {
     "dense": "every entry of the gradient, as DDP does",
     "fp16": "every entry, in half precision, by torch's own hook",
-    "powersgd-": "the product of two thin matrices, with so many columns (PowerSGD)",
-    "dgc-99": "the largest 1 % of the entries; the others wait until they have grown (DGC)",
-    "dgc-99.9": "the largest 0.1 % of the entries",
+    "powersgd": "the product of two thin matrices, with so many columns (PowerSGD)",
+    "dgc-99": "the largest 1 % of the entries; the others wait until they grow (DGC)",
+    "dgc-99.9": "the largest 0.1 % of the entries, likewise",
     "unmasked": "without momentum masking",
 }
 
@@ -93,12 +94,13 @@ class Study:
     lr: float = 0.05
     ranks: int = 2
     output: Path = Path("runs/strategies")
+    resume: bool = False
     wandb: str | None = None
     start_method: StartMethod | None = None
 
     @property
     def start(self) -> StartMethod:
-        """How ranks are started: the quick way, which macOS, Windows and processes that have used a GPU do not bear."""
+        """How ranks are started: forked, which is quick, where neither the system nor a GPU forbids it."""
         is_safe = sys.platform == "linux" and not torch.cuda.is_available()
         return self.start_method or ("fork" if is_safe else "spawn")
 
@@ -139,7 +141,7 @@ def run_study(study: Study) -> list[Result]:
     """Train everything, and write ``results.csv`` and ``comparison.png``."""
     prepare()
     study.output.mkdir(parents=True, exist_ok=True)
-    results = [train(study, gradients, seed) for seed in range(study.seeds) for gradients in study.gradients]
+    results = [result_of(study, gradients, seed) for seed in range(study.seeds) for gradients in study.gradients]
     write_results(results, study.output / "results.csv")
     draw_comparison(study, results).savefig(study.output / "comparison.png", dpi=140)
     return results
@@ -150,6 +152,18 @@ def prepare() -> None:
     hush()
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     torch.set_num_threads(1)
+
+
+def result_of(study: Study, gradients: str, seed: int) -> Result:
+    """Return the result of one training, which an earlier run may have written."""
+    path, settings = study.folder(gradients, seed) / "result.json", [study.epochs, study.lr, study.ranks]
+    if study.resume and path.exists():
+        kept = json.loads(path.read_text())
+        if kept["settings"] == settings:
+            return Result(**kept["result"])
+    result = train(study, gradients, seed)
+    path.write_text(json.dumps({"settings": settings, "result": asdict(result)}))
+    return result
 
 
 def train(study: Study, gradients: str, seed: int) -> Result:
@@ -265,21 +279,22 @@ def show_line(name: str, seed: int, share: float, value: float) -> None:
 def print_table(results: Sequence[Result], study: Study) -> None:
     """Print a row for each way to send gradients, over its seeds, and what the columns mean."""
     print()
-    header = ("gradients", "test accuracy", "kB a step", "MB in all", "smaller by", "not sent yet")
+    header = ("gradients", "test accuracy", "kB a step", "MB in all", "smaller by", "unsent")
     print_rows(header, [summarise(gradients, results) for gradients in study.gradients])
-    print(f"\nkB a step, MB in all: what each of {study.ranks} ranks sends of its gradients; DGC begins with denser epochs")
-    print("smaller by: dense gradients to that, over the whole training")
-    print("not sent yet: norm of what a rank has kept back at the end")
+    print(f"\nkB a step: what each of the {study.ranks} ranks sends of its gradients in the last step")
+    print("MB in all: over the whole training; the first four epochs of DGC are denser")
+    print("smaller by: all gradients to that, over the whole training")
+    print("unsent: norm of what a rank has kept back at the end")
     for word, meaning in MEANINGS.items():
         if any(names(word, gradients) for gradients in study.gradients):
-            print(f"{word.rstrip('-')}: {meaning}")
+            print(f"{word}: {meaning}")
     if study.seeds > 1:
         print(f"numbers: mean ± standard deviation over {study.seeds} seeds")
 
 
 def names(word: str, gradients: str) -> bool:
     """Say whether a word of :data:`MEANINGS` is about a way to send gradients."""
-    return gradients == word or (word.endswith("-") and gradients.startswith(word)) or gradients.endswith(f"-{word}")
+    return gradients == word or gradients.startswith(f"{word}-") or gradients.endswith(f"-{word}")
 
 
 def summarise(gradients: str, results: Sequence[Result]) -> tuple[str, ...]:
@@ -305,3 +320,125 @@ def mean_and_spread(values: Sequence[float], form: str = ".1f") -> str:
     """Write a mean, and the standard deviation where there are several values."""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{form}}{spread}"
+
+
+# The figure.
+
+PALETTE = ("0.45", "black", "#00493A", "#009E73", "#7FCDB5", "#0072B2", "#56B4E9", "#D55E00", "#E69F00")
+COLOURS = dict(zip(STRATEGIES, PALETTE, strict=True))
+FEWEST = 0.002  # errors: none at all has no place on a logarithmic axis
+ERRORS = (FEWEST, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.9)
+
+
+def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
+    """Draw validation accuracy by epoch and by megabytes sent, and test accuracy at the end."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.5, 4.8), layout="constrained")
+    by_epoch, by_bytes, at_end = figure.subplots(1, 3, width_ratios=[1, 1.15, 1.05])
+    for gradients in study.gradients:
+        draw_curves(by_epoch, by_bytes, study, gradients)
+    show_errors(by_epoch, by_bytes)
+    draw_test_accuracies(at_end, study, results)
+    titles = (
+        "Validation accuracy by epoch",
+        "Validation accuracy by what is sent",
+        "Test accuracy at the end, and what was sent",
+    )
+    for axis, title in zip((by_epoch, by_bytes, at_end), titles, strict=True):
+        axis.set_title(title, fontsize=10, loc="left")
+        tidy(axis)
+    seeds = f"mean of {study.seeds} seeds" if study.seeds > 1 else "one seed"
+    figure.suptitle(f"Digits learnt on {study.ranks} ranks that send less of their gradients: {seeds}", fontsize=12)
+    handles = by_epoch.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(study.gradients), frameon=False, fontsize=8.5)
+    return figure
+
+
+def draw_curves(by_epoch: Axes, by_bytes: Axes, study: Study, gradients: str) -> None:
+    """Draw the validation errors of one way to send gradients, as means over the seeds, up to a mark at the end."""
+    columns = [read_epochs(study.folder(gradients, seed)) for seed in range(study.seeds)]
+    accuracies, sent = (np.mean([column[key] for column in columns], axis=0) for key in ("val_acc", "megabytes"))
+    errors, colour = np.maximum(1 - accuracies, FEWEST), COLOURS[gradients]
+    width = 3.0 if gradients == REFERENCE else 1.6  # it lies below the others, and shows where they cover it
+    by_epoch.plot(columns[0]["epoch"], errors, color=colour, linewidth=width, label=gradients)
+    by_bytes.plot(sent, errors, color=colour, linewidth=width)
+    by_bytes.plot(sent[-1:], errors[-1:], "o", color=colour, markersize=7, markeredgecolor="white", zorder=3)
+
+
+def show_errors(by_epoch: Axes, by_bytes: Axes) -> None:
+    """Write accuracies along logarithmic axes of errors, the same on both."""
+    lines = [np.asarray(line.get_ydata(), dtype=float) for line in by_epoch.lines]
+    for axis in (by_epoch, by_bytes):
+        axis.set_yscale("log")
+        axis.set_yticks(ERRORS, [f"{'≥ ' if error == FEWEST else ''}{100 * (1 - error):g} %" for error in ERRORS])
+        axis.minorticks_off()
+        axis.set_ylim(1.1 * max(line.max() for line in lines), 0.8 * min(line.min() for line in lines))
+    by_epoch.set_ylabel("logarithm of the error", fontsize=9)
+    by_epoch.set_xlabel("epoch", fontsize=9)
+    by_bytes.set_xscale("log")
+    by_bytes.xaxis.set_major_formatter("{x:g}")
+    by_bytes.set_xlabel("megabytes that each rank has sent", fontsize=9)
+
+
+def draw_test_accuracies(axis: Axes, study: Study, results: Sequence[Result]) -> None:
+    """Draw the test accuracy of every seed and their mean, and how far it may lie below that of dense gradients."""
+    for place, gradients in enumerate(study.gradients):
+        own = of(gradients, results)
+        shown = [100 * result.test_accuracy for result in own]
+        beside = place + (0.4 * (np.arange(len(shown)) + 0.5) / len(shown) - 0.2 if len(shown) > 1 else np.zeros(1))
+        axis.plot(shown, beside, "o", color=COLOURS[gradients], markersize=4.5, alpha=0.7, markeredgewidth=0)
+        axis.vlines(statistics.mean(shown), place - 0.34, place + 0.34, color=COLOURS[gradients], linewidth=2.5)
+        less = f"{statistics.mean(result.ratio for result in own):,.0f} x less"
+        if gradients != REFERENCE:
+            axis.text(1.02, place, less, transform=axis.get_yaxis_transform(), fontsize=8, va="center", color="0.3")
+    if REFERENCE in study.gradients:
+        dense = statistics.mean(100 * result.test_accuracy for result in of(REFERENCE, results))
+        axis.axvspan(dense - 100 * NEAR, dense, color="0.93", zorder=0)
+        axis.axvline(dense, color=COLOURS[REFERENCE], linewidth=1, linestyle=":", zorder=1)
+        axis.set_xlabel(f"% of 200 test images; grey: within {100 * NEAR:g} points of dense", fontsize=9)
+    axis.margins(x=0.1)
+    axis.set_yticks(range(len(study.gradients)), study.gradients)
+    axis.set_ylim(len(study.gradients) - 0.4, -0.6)
+
+
+def tidy(axis: Axes) -> None:
+    """Take away from a panel what says nothing."""
+    axis.grid(color="0.93")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+
+
+# The command line.
+
+
+def parse(arguments: Sequence[str] | None = None) -> Study:
+    """Read the command line."""
+    default = Study()
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    ways = f"how gradients are sent: {', '.join(STRATEGIES)} (default: all)"
+    add("--gradients", nargs="+", choices=STRATEGIES, default=SUPPRESS, metavar="WAY", help=ways)
+    add("--seeds", type=int, default=default.seeds, help="number of seeds; each trains every way once")
+    add("--epochs", type=int, default=default.epochs, help="epochs of each training; DGC takes four to get sparse")
+    add("--lr", type=float, default=default.lr, help="peak learning rate")
+    add("--ranks", type=int, default=default.ranks, help=f"processes, which share a batch of {BATCH}")
+    add("--output", type=Path, default=default.output, help="folder of the results")
+    add("--resume", action="store_true", help="keep what an earlier run has finished with the same settings")
+    add("--wandb", nargs="?", const="offline", choices=("offline", "online"), help="log each training to W&B too")
+    start = "how ranks are started (default: fork on Linux without a GPU, which is quicker, else spawn)"
+    add("--start-method", choices=("fork", "spawn"), default=SUPPRESS, help=start)
+    return Study(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the study that the command line describes."""
+    study = parse(arguments)
+    print_table(run_study(study), study)
+    written = ["comparison.png", "results.csv", "a folder for each training, with comm.png if it is compressed"]
+    print(f"\nWritten to {study.output}/:", *written, sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_grad
-from lightning_grad import callbacks, functional, utilities
+from lightning_grad import callbacks, functional, strategies, utilities
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
@@ -42,6 +43,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available"),
+    pytest.mark.filterwarnings("ignore:.broadcast_buffers. is deprecated:FutureWarning"),  # of torch, on DDP's behalf
 ]
 
 
@@ -171,6 +174,7 @@ class Files:
 
     One of its own file, ``callbacks/<word>.py``, has everything under its word. One of a family,
     ``callbacks/<family>/<word>.py``, has its card in the family's folder, and shares page, example and YAML with it.
+    Strategies are such a family, in ``strategies/<word>.py``.
 
     Args:
         word: Name of the file its class stands in.
@@ -190,20 +194,30 @@ class Files:
         return f"examples/{topic}.py", f"examples/{topic}.yaml"
 
 
+SCHEMES = [name for name in strategies.__all__ if not inspect.isabstract(getattr(strategies, name))]
+BASES = sorted({*strategies.__all__} - {*SCHEMES})
+TECHNIQUES = [*callbacks.__all__, *SCHEMES]
+
+
+def class_of(name: str) -> Any:
+    """Return a technique, callback or strategy."""
+    return getattr(strategies if name in SCHEMES else callbacks, name)
+
+
 def files_of(name: str) -> Files:
     """Return the files of a technique, by the module of its class."""
-    *family, word = getattr(callbacks, name).__module__.removeprefix(f"{callbacks.__name__}.").split(".")
-    return Files(word, "/".join(family))
+    _, kind, *family, word = class_of(name).__module__.split(".")
+    return Files(word, "strategies" if kind == "strategies" else "/".join(family))
 
 
-FAMILIES = sorted({files_of(name).family for name in callbacks.__all__} - {""})
+FAMILIES = sorted({files_of(name).family for name in TECHNIQUES} - {""})
 
 
 def read(file: str) -> str:
     return (ROOT / file).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", callbacks.__all__)
+@pytest.mark.parametrize("name", TECHNIQUES)
 def test_technique_is_told_everywhere(name: str) -> None:
     files = files_of(name)
     row = next((line for line in read("README.md").splitlines() if line.startswith(f"| `{name}` |")), "")
@@ -215,7 +229,7 @@ def test_technique_is_told_everywhere(name: str) -> None:
         assert re.search(rf"\b{name}\b", read(file)), f"{file} does not name {name}"
 
 
-@pytest.mark.parametrize("name", [name for name in callbacks.__all__ if files_of(name).family])
+@pytest.mark.parametrize("name", [name for name in TECHNIQUES if files_of(name).family])
 def test_family_page_leads_to_the_card(name: str) -> None:
     files = files_of(name)
     link = f"[`{name}`]({files.card.removeprefix('docs/')})"
@@ -224,18 +238,36 @@ def test_family_page_leads_to_the_card(name: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_examples_of_a_family_show_some_of_it(family: str) -> None:
-    members = [name for name in callbacks.__all__ if files_of(name).family == family]
+    members = [name for name in TECHNIQUES if files_of(name).family == family]
     for file in files_of(members[0]).examples:
         assert any(name in read(file) for name in members), f"{file} names none of {', '.join(members)}"
 
 
-@pytest.mark.parametrize("name", callbacks.__all__)
+@pytest.mark.parametrize("name", TECHNIQUES)
 def test_card_is_complete(name: str) -> None:
     card = read(files_of(name).card)
     for section in SECTIONS:
         assert re.search(rf"^## {section}", card, re.MULTILINE), f"no section {section!r}"
-    arguments = inspect.signature(getattr(callbacks, name)).parameters
+    arguments = inspect.signature(class_of(name)).parameters
     assert not [argument for argument in arguments if not re.search(rf"\b{argument}\b", card)]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_base_of_strategies_is_told_to_authors(name: str) -> None:
+    for file in ("CHANGELOG.md", "docs/strategies.md", "docs/api.md", "docs/adding_a_technique.md"):
+        assert re.search(rf"\b{name}\b", read(file)), f"{file} does not name {name}"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_names_of_a_strategy_are_told(scheme: str) -> None:
+    names = [name for name in StrategyRegistry.available_strategies() if _registered(name) is class_of(scheme)]
+    assert len(names) == 3
+    for file in ("CHANGELOG.md", files_of(scheme).card):
+        assert not [name for name in names if not re.search(rf"\b{name}\b", read(file))], file
+
+
+def _registered(name: str) -> Any:
+    return StrategyRegistry[name]["strategy"]
 
 
 @pytest.mark.parametrize("package", [functional, utilities], ids=lambda package: package.__name__)

@@ -121,12 +121,18 @@ def test_optional_packages_are_imported_where_they_are_used(module: str) -> None
     assert [name for name in names if name.split(".")[0] in OPTIONAL] == []
 
 
-def test_importing_the_callbacks_brings_no_optional_package() -> None:
+def test_importing_brings_no_optional_package_and_registers_the_strategies() -> None:
     script = f"""
-import sys, lightning
-before = set(sys.modules)
-import lightning_grad.callbacks
+import sys, lightning.pytorch
+from lightning.pytorch.strategies import StrategyRegistry
+before, known = set(sys.modules), set(StrategyRegistry)
+import lightning_grad
+print(*sorted(set(StrategyRegistry) - known))
+import lightning_grad.callbacks, lightning_grad.strategies
 print(sorted({OPTIONAL!r} & (set(sys.modules) - before)))
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    names, packages = done.stdout.splitlines()
+    short = ("ddp_dgc", "ddp_powersgd")
+    assert names.split() == sorted(name + start for name in short for start in ("", "_fork", "_spawn"))
+    assert packages == "[]"

@@ -120,7 +120,9 @@ class CompressedDDPStrategy(DDPStrategy):
             timeout=timeout,
             static_graph=static_graph,
             gradient_as_bucket_view=gradient_as_bucket_view,
-            broadcast_buffers=broadcast_buffers,
+            **(
+                {} if broadcast_buffers else {"broadcast_buffers": False}
+            ),  # torch 2.13 warns of any value that is given
         )
         self.exclude = as_names(exclude, "exclude")
         self.min_numel = min_numel
@@ -207,9 +209,8 @@ class CompressedDDPStrategy(DDPStrategy):
     @property
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments that are this technique's own."""
-        names = [name for name in inspect.signature(type(self).__init__).parameters if name != "self"]
-        ddp = {**self._ddp_kwargs, "start_method": self._start_method}
-        return {name: ddp.get(name, getattr(self, name, None)) for name in names if name not in _OF_DDP}
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        return {name: getattr(self, name) for name in names if name not in _OF_DDP}
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -286,24 +287,24 @@ class CompressedDDPStrategy(DDPStrategy):
         super().load_optimizer_state_dict(checkpoint)
         manifest = checkpoint.get(_rank_files.MANIFEST_KEY)
         if not self.is_neutral:
-            self._restore(manifest)
+            self._load_state(self._saved_state(manifest))
         elif manifest is not None:
             rank_zero_warn(f"{self.label} sends everything now; what {manifest['strategy']} had not sent is lost.")
 
-    def _restore(self, manifest: Mapping[str, Any] | None) -> None:
+    def _saved_state(self, manifest: Mapping[str, Any] | None) -> Mapping[str, Any]:
         if manifest is None or self.residual_policy == "reset":
             rank_zero_info(f"{self.label} begins with nothing unsent.")
-            return
+            return _EMPTY
         if manifest["strategy"] != self.label:
             rank_zero_warn(
                 f"{self.label} begins with nothing unsent: the checkpoint is of {manifest['strategy']}, whose residuals mean "
                 "something else, and are lost."
             )
-            return
+            return _EMPTY
         assert self._loaded_from is not None
         files = _rank_files.find_rank_files(self._loaded_from, manifest, self.label)
         io, policy = self.checkpoint_io, self.residual_policy
-        self._load_state(_rank_files.read_state(io, files, self.global_rank, self.world_size, self.label, policy))
+        return _rank_files.read_state(io, files, self.global_rank, self.world_size, self.label, policy)
 
     # One step.
 
@@ -475,4 +476,10 @@ def _write_dense(gradients: Sequence[Gradient], flat: Tensor) -> None:
         start = end
 
 
-_OF_DDP = ("process_group_backend", "timeout", "find_unused_parameters")
+_EMPTY: dict[str, Any] = {"memory": {}, "in_flight": None, "ledger": ByteLedger().state_dict(), "noise": None}
+_OF_DDP = set(inspect.signature(CompressedDDPStrategy.__init__).parameters) - {
+    "exclude",
+    "min_numel",
+    "residual_policy",
+    "gradient_noise",
+}

@@ -192,7 +192,8 @@ class DGCStrategy(CompressedDDPStrategy):
         self.layer_ratios = {
             name: _as_ratio(share, f"layer_ratios[{name!r}]") for name, share in (layer_ratios or {}).items()
         }
-        self.warmup = _as_warmup(warmup)
+        self.warmup = warmup if isinstance(warmup, str) or warmup is None else [float(share) for share in warmup]
+        self._warmup_densities = _as_densities(warmup)
         self.warmup_steps = warmup_steps
         self.correction = correction
         self.momentum_masking = momentum_masking
@@ -275,7 +276,7 @@ class DGCStrategy(CompressedDDPStrategy):
     def _now(self, ratio: float) -> float:
         steps = max(self.ledger.steps - 1, 0)
         position = self._trainer.current_epoch if self.warmup_steps is None else steps // self.warmup_steps
-        return warmup_density(position, self.warmup or (), ratio)
+        return warmup_density(position, self._warmup_densities, ratio)
 
     def _count(self, name: str, numel: int) -> int:
         return kept_count(numel, self._now(self._ratio_of(name)))
@@ -361,10 +362,8 @@ def _as_ratio(value: float, parameter: str) -> float:
     return float(value)
 
 
-def _as_warmup(value: str | Sequence[float] | None) -> list[float] | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        check_choice(value, _WARMUPS, "warmup")
-        return list(_WARMUPS[value])
-    return [_as_ratio(share, f"warmup[{place}]") for place, share in enumerate(value)]
+def _as_densities(warmup: str | Sequence[float] | None) -> list[float]:
+    if isinstance(warmup, str):
+        check_choice(warmup, _WARMUPS, "warmup")
+        return list(_WARMUPS[warmup])
+    return [_as_ratio(share, f"warmup[{place}]") for place, share in enumerate(warmup or ())]

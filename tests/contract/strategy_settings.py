@@ -96,7 +96,13 @@ SCHEMES: list[Scheme] = [
     Scheme(
         "DGCStrategy",
         "sampled-fp16",
-        arguments={"ratio": 0.1, "selector": "sampled", "value_dtype": "float16", "warmup": "released", "min_numel": 100},
+        arguments={
+            "ratio": 0.1,
+            "selector": "sampled",
+            "value_dtype": "float16",
+            "warmup": "released",
+            "min_numel": 100,
+        },
         neutral={"ratio": 1.0, "selector": "sampled", "value_dtype": "float16", "local_clip": 1.0},
         syncs="a threshold from a sample has to be counted before its entries can be taken",
     ),

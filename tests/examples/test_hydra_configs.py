@@ -1,4 +1,4 @@
-"""The snippets for lightning-hydra-template compose, become callbacks with plain settings, and train."""
+"""The snippets for lightning-hydra-template compose, become callbacks and strategies with plain settings, and train."""
 
 import pickle
 from collections.abc import Iterator
@@ -12,10 +12,18 @@ from plain_project import Digits, ResidualConvNet, VisionTransformer
 
 from lightning_grad import callbacks
 from lightning_grad.callbacks import NMSparsity
+from lightning_grad.functional import PAPER_WARMUP
+from lightning_grad.strategies import DGCStrategy, PowerSGDStrategy
 
 hydra = pytest.importorskip("hydra")
+OmegaConf = pytest.importorskip("omegaconf").OmegaConf
 
-pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+# What Lightning and torch say about themselves.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
+]
 
 CONFIGS = Path(plain_project.__file__).parents[1] / "configs"
 EXPECTED = {
@@ -134,6 +142,43 @@ def test_snippet_of_the_adversarial_family_becomes_its_callback_and_logs(word: s
     )
     trainer.fit(ResidualConvNet(width=2), datamodule=Digits(batch_size=50))
     assert logged in trainer.callback_metrics
+
+
+STRATEGIES = {"dgc": DGCStrategy, "powersgd": PowerSGDStrategy}
+
+
+def test_every_snippet_of_a_strategy_is_tested() -> None:
+    assert {path.stem for path in (CONFIGS / "strategies").glob("*.yaml")} == set(STRATEGIES)
+
+
+@pytest.mark.parametrize("word", sorted(STRATEGIES))
+def test_snippet_of_a_strategy_becomes_part_of_the_trainer_and_trains(word: str) -> None:
+    config, trainer = instantiate_trainer(word)
+    strategy = trainer.strategy
+    assert type(strategy) is STRATEGIES[word]
+    arguments = {key: value for key, value in config.strategy.items() if key not in ("_target_", "start_method")}
+    shares = {"warmup": list(PAPER_WARMUP)} if word == "dgc" else {}  # what the word in the file stands for
+    assert {key: strategy.settings[key] for key in arguments} == arguments | shares
+    assert {type(part) for part in parts(strategy.settings)} <= {str, int, float, bool, dict, list, tuple, type(None)}
+    trainer.fit(ResidualConvNet(width=8, optimizer="sgd"), datamodule=Digits(batch_size=50))
+    assert trainer.callback_metrics["comm/ratio"] > 1
+
+
+def test_settings_of_a_strategy_change_on_the_command_line() -> None:
+    _, trainer = instantiate_trainer("dgc", "trainer.strategy.ratio=0.01", "trainer.strategy.exclude=['*.head.*']")
+    assert (trainer.strategy.ratio, trainer.strategy.exclude) == (0.01, ["*.head.*"])
+
+
+def instantiate_trainer(word: str, *overrides: str) -> tuple[Any, Trainer]:
+    """Compose a trainer of two ranks, which named a strategy already, with a snippet, as the template does."""
+    trainer = {"_target_": "lightning.pytorch.Trainer", "accelerator": "cpu", "devices": 2, "strategy": "ddp"}
+    short = {"max_steps": 2, "limit_val_batches": 0, "log_every_n_steps": 1, **QUIET}
+    added = [f"+trainer.{key}={value}" for key, value in (trainer | short).items()]
+    with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
+        base = hydra.compose(overrides=added)
+        snippet = hydra.compose(overrides=[f"+strategies={word}", "+trainer.strategy.start_method=fork", *overrides])
+    config = OmegaConf.merge(base, snippet)
+    return config.trainer, hydra.utils.instantiate(config.trainer)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,9 @@ OTHER_PARTS = (
     "adversarial/comparison.png",
     "adversarial/rates.png",
     "adversarial/results.csv",
+    "strategies/comparison.png",
+    "strategies/results.csv",
+    "strategies/dgc-99.9_seed0/comm.png",
 )
 
 
@@ -105,7 +108,7 @@ def test_table_and_places_are_printed(run: Run) -> None:
     assert any(line.startswith("recipe") and "exactly 1:8" in line for line in lines)
     assert max(map(len, lines)) <= 80 + len(str(run.study.output))
     named = [line.split()[0] for line in lines if line.startswith("  ") and not line.startswith("   ")]
-    assert len(named) == 17
+    assert len(named) == 20
     for name in named:
         assert list(run.study.output.glob(name.replace("<recipe>", "mdgf-exponential"))), name
 
@@ -286,7 +289,10 @@ def test_demo_runs_all_studies(
     monkeypatch.setattr(demo, "prune_data", lambda output, epochs: pruned.append((output, epochs)))
     attacked: list[tuple[Path, int]] = []
     monkeypatch.setattr(demo, "attack_inputs", lambda output, epochs: attacked.append((output, epochs)))
+    compressed: list[tuple[Path, int]] = []
+    monkeypatch.setattr(demo, "compress_gradients", lambda output, epochs: compressed.append((output, epochs)))
     demo.main(tmp_path)
+    assert compressed == [(tmp_path / "strategies", 24)]
     assert attacked == [(tmp_path / "adversarial", 24)]
     assert pruned == [(tmp_path / "data_pruning", 20)]
     assert asked == [Study(output=tmp_path, wandb="offline", accelerator="cpu")]

@@ -1,0 +1,192 @@
+"""From how many ranks do sparse gradients stop paying? Bytes that a rank sends in a step, worked out, not measured.
+
+Pairs of index and value travel by an all-gather, in which each rank's message reaches every other: what a rank sends grows
+with their number. Dense gradients and PowerSGD's factors travel by an all-reduce, which does not. Rings are assumed for both.
+What is sent is what the strategies send, biases and the flag in their dense message included.
+
+::
+
+    python benchmarks/all_gather_cost.py
+    python benchmarks/all_gather_cost.py --ratio 0.01 --rank 2 --widths 512 512 512
+    python benchmarks/all_gather_cost.py --out docs/images/strategies_ranks.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, pairwise
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from benchmarks.common import markdown_table
+from benchmarks.slow_link import WIDTHS
+from lightning_grad.functional import all_gather_bytes, all_reduce_bytes, kept_count, low_rank_numel, pairs_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TABLE = (2, 4, 6, 8, 16, 64, 256, 1024)
+CURVE = [round(2 ** (step / 8)) for step in range(8, 90)]
+MOST = 100_000  # ranks; what has not been overtaken by then is not
+FLAG = 1  # entry of the dense message that says whether a gradient was finite
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A way to send gradients.
+
+    Args:
+        name: In the table and in the figure.
+        sent: Bytes that a rank sends in a step, given the number of ranks.
+        color: In the figure.
+        dash: Style of its line there.
+        label_at: Ranks at which the figure names it.
+    """
+
+    name: str
+    sent: Callable[[int], float]
+    color: str
+    dash: str
+    label_at: int
+
+
+def schemes(shapes: Sequence[tuple[int, ...]], ratio: float, rank: int) -> list[Scheme]:
+    """Return what is compared, for the parameters of a net."""
+    total = sum(prod(shape) for shape in shapes)
+    share, sparse = f"DGC {100 * ratio:g} %", partial(sparse_bytes, shapes, ratio)
+    return [
+        Scheme("dense", lambda ranks: all_reduce_bytes(total, ranks), "#555555", "-", 3),
+        Scheme("fp16", lambda ranks: all_reduce_bytes(total, ranks, 2), "#999999", "-", 3),
+        Scheme(f"PowerSGD rank {rank}", partial(low_rank_bytes, shapes, rank), "#d55e00", "-", 90),
+        Scheme(share, lambda ranks: sparse(torch.float32, ranks), "#0072b2", "-", 40),
+        Scheme(f"{share}, fp16 values", lambda ranks: sparse(torch.float16, ranks), "#56b4e9", "--", 50),
+    ]
+
+
+def sparse_bytes(shapes: Sequence[tuple[int, ...]], ratio: float, kind: torch.dtype, ranks: int) -> float:
+    """Return what a rank sends under DGC after the warm-up: pairs of all matrices, and the vectors as DDP does."""
+    pairs = [kept_count(prod(shape), ratio) for shape in shapes if len(shape) > 1]
+    return all_gather_bytes(pairs_bytes(pairs, kind), ranks) + all_reduce_bytes(vector_numel(shapes), ranks)
+
+
+def low_rank_bytes(shapes: Sequence[tuple[int, ...]], rank: int, ranks: int) -> float:
+    """Return what a rank sends under PowerSGD: both factors of all matrices, and the vectors as DDP does."""
+    factors = sum(low_rank_numel(shape, rank) for shape in shapes if len(shape) > 1)
+    return all_reduce_bytes(factors + vector_numel(shapes), ranks)
+
+
+def vector_numel(shapes: Sequence[tuple[int, ...]]) -> int:
+    """Return the entries of the dense message."""
+    return sum(shape[0] for shape in shapes if len(shape) == 1) + FLAG
+
+
+def perceptron(widths: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return the shapes of the weights and biases of linear layers."""
+    return [shape for inputs, outputs in pairwise(widths) for shape in ((outputs, inputs), (outputs,))]
+
+
+def overtaken(scheme: Scheme, by: Scheme) -> int | None:
+    """Return from how many ranks on a scheme sends more than another one, if it does at all."""
+    return next((ranks for ranks in count(2) if ranks > MOST or scheme.sent(ranks) > by.sent(ranks)), None)
+
+
+# What is shown.
+
+
+def print_tables(compared: Sequence[Scheme]) -> None:
+    """Print megabytes a step by number of ranks, and from how many ranks on each sparse scheme sends more than the others."""
+    rows = [[str(ranks), *(f"{scheme.sent(ranks) / 1e6:.3g}" for scheme in compared)] for ranks in TABLE]
+    print(f"MB that a rank sends in a step\n\n{markdown_table(['ranks', *(s.name for s in compared)], rows)}\n")
+    others, sparse = compared[:3], compared[3:]
+    crossings = [[scheme.name, *(_ranks(overtaken(scheme, other)) for other in others)] for scheme in sparse]
+    print("Ranks from which on it sends more\n")
+    print(markdown_table(["", *(f"than {other.name}" for other in others)], crossings))
+
+
+def _ranks(number: int | None) -> str:
+    return "never" if number is None or number > MOST else f"{number:,}"
+
+
+def draw(compared: Sequence[Scheme], title: str) -> Figure:
+    """Draw bytes against ranks, and where the sparse schemes cross the others."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 5.2), layout="constrained")
+    axes = figure.subplots()
+    for scheme in compared:
+        _draw_scheme(axes, scheme)
+    for other in compared[:3]:
+        _mark(axes, compared[3], other)
+    axes.set(xscale="log", yscale="log", xlabel="ranks", ylabel="bytes a rank sends in a step", title=title)
+    ticks = [2**power for power in range(1, 12)]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    sizes = [10**power for power in range(5, 9)]
+    axes.set_yticks(sizes, ["100 kB", "1 MB", "10 MB", "100 MB"])
+    axes.set(xlim=(1.85, 2300), ylim=(4e4, 3e8))
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _draw_scheme(axes: Axes, scheme: Scheme) -> None:
+    axes.plot(CURVE, [scheme.sent(ranks) for ranks in CURVE], color=scheme.color, linestyle=scheme.dash, linewidth=2)
+    above = not scheme.name.endswith("values")
+    axes.annotate(
+        scheme.name,
+        (scheme.label_at, scheme.sent(scheme.label_at)),
+        xytext=(-6, 7) if above else (10, -10),
+        textcoords="offset points",
+        ha="right" if above and scheme.name.startswith("DGC") else "left",
+        va="bottom" if above else "top",
+        color=scheme.color,
+        fontweight="bold",
+    )
+
+
+def _mark(axes: Axes, scheme: Scheme, other: Scheme) -> None:
+    ranks = overtaken(scheme, other)
+    if ranks is None or not CURVE[0] < ranks < CURVE[-1]:
+        return
+    axes.plot(ranks, other.sent(ranks), "o", color=scheme.color, markersize=7)
+    axes.annotate(
+        f"{ranks:,} ranks",
+        (ranks, other.sent(ranks)),
+        xytext=(-5, 7),
+        textcoords="offset points",
+        ha="right",
+        color=scheme.color,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables, and draw the figure where ``--out`` asks for it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--ratio", type=float, default=0.001, help="share of the entries that DGC sends (default 0.001)"
+    )
+    parser.add_argument("--rank", type=int, default=4, help="of PowerSGD (default 4)")
+    parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), help="of the perceptron, inputs first")
+    parser.add_argument("--out", type=Path, help="PNG file to draw to")
+    options = parser.parse_args(arguments)
+    shapes = perceptron(options.widths)
+    compared = schemes(shapes, options.ratio, options.rank)
+    print_tables(compared)
+    if options.out is not None:
+        entries = sum(prod(shape) for shape in shapes)
+        draw(compared, f"A perceptron of {entries / 1e6:.1f} M parameters").savefig(options.out, dpi=140)
+
+
+if __name__ == "__main__":
+    main()

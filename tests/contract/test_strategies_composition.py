@@ -1,0 +1,233 @@
+"""G6 of strategies: they compose with what Lightning and the callbacks here offer."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_grad import callbacks
+from tests.contract.projects import BATCH, assert_identical, loaders, make_data, make_trainer
+from tests.contract.strategy_runs import finish, on_ranks, outcome, train
+from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+def _fit_with(scheme: Scheme, arguments: dict[str, Any], make_callbacks: Any = list) -> dict[str, Any]:
+    module = scheme.module()
+    start = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer, _ = train(scheme.build(), make_callbacks(), module, **arguments)
+    for name, value in module.state_dict().items():
+        assert torch.isfinite(value).all(), name
+    assert any(not torch.equal(value, start[name]) for name, value in module.state_dict().items())
+    assert trainer.strategy.memory
+    return outcome(trainer, module)
+
+
+def assert_ranks_agree(results: list[dict[str, Any]], scheme: Scheme) -> None:
+    for name, _ in scheme.module().named_parameters():
+        for other in results[1:]:
+            assert torch.equal(results[0]["module"][name], other["module"][name]), name
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"accumulate_grad_batches": 3},
+        {"precision": "bf16-mixed"},
+        {"max_steps": 7, "max_epochs": -1},
+        {"val_check_interval": 2},
+        {"fast_dev_run": 5},
+        {"sync_batchnorm": False, "detect_anomaly": True},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_trainer_options(scheme, arguments):
+    assert_ranks_agree(on_ranks(2, _fit_with, scheme, arguments), scheme)
+
+
+def _bf16_true(scheme: Scheme) -> dict[str, Any]:
+    module = scheme.module()
+    inputs, targets = make_data().tensors
+    half = DataLoader(TensorDataset(inputs.bfloat16(), targets), BATCH)
+    strategy = scheme.build()
+    trainer = make_trainer(strategy=strategy, devices=2, precision="bf16-true")
+    trainer.fit(module, half, half)
+    assert all(value.dtype == torch.float32 for kept in strategy.memory.values() for value in kept.values())
+    return outcome(trainer, module)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_half_precision_keeps_what_is_unsent_in_float32(scheme):
+    results = on_ranks(2, _bf16_true, scheme)
+    assert_ranks_agree(results, scheme)
+    assert all(value.isfinite().all() for value in results[0]["module"].values())
+
+
+def _micro_batches(scheme: Scheme) -> None:
+    """Three micro-batches that are the same are one batch: accumulation exchanges once a step."""
+    strategy = scheme.build()
+    trainer, _ = train(strategy, (), scheme.module(), accumulate_grad_batches=3)
+    assert trainer.global_step == 3
+    assert strategy.ledger.steps == 3
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_accumulation_exchanges_once_a_step(scheme):
+    on_ranks(2, _micro_batches, scheme)
+
+
+def _compiled(scheme: Scheme, how: str) -> None:
+    expected = finish(scheme.build(), module=scheme.module())
+    module = scheme.module()
+    torch._dynamo.reset()
+    if how == "module.compile()":
+        module.hidden.compile(backend="eager")
+        module.encoder.compile(backend="eager")
+    else:
+        module.hidden = torch.compile(module.hidden, backend="eager")
+    strategy = scheme.build()
+    train(strategy, (), module)
+    for name, value in module.state_dict().items():
+        assert torch.allclose(value, expected["module"][name.replace("_orig_mod.", "")], atol=1e-5), name
+    assert strategy.memory.keys() == expected["memory"].keys()
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+@pytest.mark.parametrize("how", ["module.compile()", "torch.compile(module)"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_submodules_give_the_same_weights(scheme, how):
+    on_ranks(2, _compiled, scheme, how)
+
+
+_SPARSE = {"pattern": "1:4", "include": ["encoder.*", "hidden", "mix.w"], "recipe": "sr-ste"}
+_BESIDE: dict[str, Any] = {
+    "NMSparsity": lambda: callbacks.NMSparsity(**_SPARSE),
+    "SkipNonFinite": callbacks.SkipNonFinite,
+    "GradientMonitor": callbacks.GradientMonitor,
+    "InfoBatch": lambda: callbacks.InfoBatch(prune=0.5),
+    "AccuracyGradientLR": lambda: callbacks.AccuracyGradientLR(window=1, quiet=1, threshold=10.0, factor=0.5),
+    "AdversarialTraining": lambda: callbacks.AdversarialTraining(epsilon=0.1),
+    "GradientNoise": lambda: callbacks.GradientNoise(eta=0.01),
+    "EMAWeightAveraging": lambda: EMAWeightAveraging(decay=0.8),
+}
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+@pytest.mark.parametrize("name", _BESIDE)
+def test_beside_callbacks(scheme, name):
+    assert_ranks_agree(on_ranks(2, _fit_with, scheme, {}, lambda: [_BESIDE[name]()]), scheme)
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_beside_several_callbacks(scheme):
+    names = (
+        "NMSparsity",
+        "SkipNonFinite",
+        "GradientNoise",
+        "GradientMonitor",
+        "AdversarialTraining",
+        "AccuracyGradientLR",
+    )
+    assert_ranks_agree(on_ranks(2, _fit_with, scheme, {}, lambda: [_BESIDE[name]() for name in names]), scheme)
+
+
+class _BreakOneRank(pl.Callback):
+    """Makes the loss of one rank NaN, once."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        step = pl_module.training_step
+
+        def breaking(batch: Any, batch_idx: int) -> Any:
+            loss = step(batch, batch_idx)
+            broken = trainer.global_step == 4 and trainer.is_global_zero
+            return loss * float("nan") if broken else loss
+
+        pl_module.training_step = breaking
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.filterwarnings("ignore:.*SkipNonFinite")
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(scheme):
+    both = on_ranks(2, _fit_with, scheme, {}, lambda: [_BreakOneRank(), callbacks.SkipNonFinite()])
+    assert_ranks_agree(both, scheme)
+    for left in both:
+        assert all(value.isfinite().all() for kept in left["memory"].values() for value in kept.values())
+
+
+def _clipped_by_the_trainer(scheme: Scheme) -> None:
+    seen: list[float] = []
+
+    class Norm(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            seen.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    train(scheme.build(), [Norm()], scheme.module(), gradient_clip_val=0.01)
+    assert seen
+    assert max(seen) <= 0.01 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme.clips], ids=str)
+def test_clipping_of_the_trainer_sees_the_mean_gradient(scheme):
+    on_ranks(2, _clipped_by_the_trainer, scheme)
+
+
+def _frozen(scheme: Scheme) -> None:
+    module = scheme.module()
+    module.encoder.requires_grad_(False)
+    start = {name: value.clone() for name, value in module.encoder.state_dict().items()}
+    strategy = scheme.build(exclude=None)
+    train(strategy, (), module)
+    assert_identical(start, dict(module.encoder.state_dict()))
+    assert not any(name.startswith("encoder") for name in strategy.memory)
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_frozen_parameters_stay_what_they_are(scheme):
+    on_ranks(2, _frozen, scheme)
+
+
+def _ddp_options(scheme: Scheme) -> None:
+    expected = finish(scheme.build(), module=scheme.module())
+    for arguments in ({"static_graph": True}, {"gradient_as_bucket_view": True}):
+        found = finish(scheme.build(**arguments), module=scheme.module())
+        assert_identical(expected, found, str(arguments))
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_options_of_ddp_change_nothing(scheme):
+    on_ranks(2, _ddp_options, scheme)
+
+
+def _without_broadcast(scheme: Scheme) -> tuple[dict[str, Any], dict[str, Any]]:
+    ours, plain = (
+        finish(strategy, module=scheme.module())["module"]
+        for strategy in (scheme.build(broadcast_buffers=False), pl.strategies.DDPStrategy(broadcast_buffers=False))
+    )
+    return ours, plain
+
+
+def test_buffers_stay_apart_where_that_is_asked_for():
+    first, second = on_ranks(2, _without_broadcast, CANONICAL[0])
+    for ours, theirs in zip(first, second, strict=True):
+        assert not torch.equal(ours["norm.running_mean"], theirs["norm.running_mean"])
+
+
+def _validate_after_a_fit(scheme: Scheme) -> None:
+    trainer, module = train(scheme.build(), (), scheme.module())
+    before = outcome(trainer, module)
+    (metrics,) = trainer.validate(module, loaders()[1], verbose=False)
+    assert metrics["val_loss"] > 0
+    assert_identical(before["memory"], trainer.strategy.memory)
+    assert trainer.strategy.ledger.steps == before["sent"][0]
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
+def test_validation_after_a_fit_leaves_the_memory_alone(scheme):
+    on_ranks(2, _validate_after_a_fit, scheme)

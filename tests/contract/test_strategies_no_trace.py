@@ -1,0 +1,129 @@
+"""G3 of strategies: after a fit, an exception or Ctrl-C nothing is left on the module, the optimizer or the trainer."""
+
+import copy
+import pickle
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from tests.contract.projects import assert_identical, loaders, make_trainer
+from tests.contract.strategy_runs import on_ranks, outcome, train
+from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+from tests.contract.test_no_trace import StopAt, traces, trainer_traces
+from tests.contract.test_strategies_resume import StopIn
+
+_ENDS = ("success", "exception", "interrupt", "before the update", "in the update")
+
+
+def _fit_and_end(strategy: Any, scheme: Scheme, how: str) -> tuple[Any, Any]:
+    module = scheme.module()
+    if how == "success":
+        return train(strategy, [], module)
+    stop = StopIn("on_before_optimizer_step", 5) if how == "before the update" else StopAt(5)
+    if how == "interrupt":
+        stop = StopAt(5, KeyboardInterrupt)
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(SystemExit if how == "interrupt" else RuntimeError):
+        if how == "in the update":
+            monkeypatch.setattr(torch.optim.sgd, "sgd", _raise)
+        train(strategy, [] if how == "in the update" else [stop], module)
+    return module._trainer, module
+
+
+def _raise(*_: Any, **__: Any) -> None:
+    raise RuntimeError("stopped on purpose")
+
+
+def _optimizer_traces(trainer: Any) -> Any:
+    (optimizer,) = trainer.optimizers
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    hooks = [len(value) for name, value in vars(optimizer).items() if name.endswith("_hooks")]
+    own = [type(optimizer), sorted(vars(optimizer)), len(optimizer._optimizer_step_post_hooks)]
+    return own, hooks, groups, [len(group["params"]) for group in optimizer.param_groups], _state_keys(optimizer)
+
+
+def _state_keys(optimizer: Any) -> Any:
+    return len(optimizer.state_dict()["param_groups"])
+
+
+def _trainer_keys(trainer: Any) -> Any:
+    strategy = trainer.strategy
+    return sorted(vars(trainer)), type(strategy.model), strategy.lightning_module is not None, trainer.callbacks
+
+
+def _look(scheme: Scheme, how: str) -> None:
+    plain_trainer, plain = _fit_and_end("ddp", scheme, how)
+    trainer, module = _fit_and_end(scheme.build(), scheme, how)
+    assert traces(module) == traces(plain)
+    assert trainer_traces(trainer) == trainer_traces(plain_trainer)
+    assert _optimizer_traces(trainer) == _optimizer_traces(plain_trainer)
+    assert _trainer_keys(trainer)[:2] == _trainer_keys(plain_trainer)[:2]
+    parameters = [parameter for group in trainer.optimizers[0].param_groups for parameter in group["params"]]
+    assert all(a is b for a, b in zip(parameters, module.parameters(), strict=True))
+    module._trainer = None
+    for twin in (pickle.loads(pickle.dumps(module.encoder)), copy.deepcopy(module.encoder)):
+        assert_identical(dict(twin.state_dict()), dict(module.encoder.state_dict()))
+    optimizer = copy.deepcopy(trainer.optimizers[0])
+    assert len(pickle.dumps(optimizer)) > 0
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+@pytest.mark.parametrize("how", _ENDS)
+@pytest.mark.filterwarnings("ignore:.*Detected KeyboardInterrupt")
+def test_nothing_is_left(scheme, how):
+    on_ranks(2, _look, scheme, how)
+
+
+def _fit_again(trainer: Any, scheme: Scheme) -> dict[str, Any]:
+    """Fit a new module with the same Trainer, from its first epoch on."""
+    module, loop = scheme.module(), trainer.fit_loop
+    trainer.fit_loop = type(loop)(trainer, max_epochs=loop.max_epochs)
+    trainer.should_stop = False
+    trainer.fit(module, *loaders())
+    return outcome(trainer, module)
+
+
+def _fit_twice(scheme: Scheme) -> None:
+    strategy = scheme.build()
+    trainer, module = train(strategy, (), scheme.module(), resumable=False)
+    expected = outcome(trainer, module)
+    assert expected["memory"]
+    assert_identical(expected, _fit_again(trainer, scheme), "the second fit")
+    trainer.callbacks.append(StopIn("on_before_optimizer_step", 5))
+    with pytest.raises(RuntimeError, match="on purpose"):
+        _fit_again(trainer, scheme)
+    trainer.callbacks.pop()
+    assert_identical(expected, _fit_again(trainer, scheme), "the fit after an exception")
+    assert trainer.strategy is strategy
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_a_second_fit_works(scheme):
+    on_ranks(2, _fit_twice, scheme)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_strategy_pickles_and_copies_before_a_fit(scheme):
+    strategy = scheme.build()
+    for twin in (pickle.loads(pickle.dumps(strategy)), copy.deepcopy(strategy)):
+        assert twin.settings == strategy.settings
+
+
+def test_ranks_started_by_lightning_with_spawn():
+    """The slow way, once: everything is pickled into new interpreters."""
+    found = _boring_weights(_boring_strategy("spawn"))
+    for weights in on_ranks(2, lambda: _boring_weights(_boring_strategy("popen"))):
+        assert_identical(weights, found)
+
+
+def _boring_strategy(start: str) -> Any:
+    return CANONICAL[0].build(start_method=start, min_numel=1)
+
+
+def _boring_weights(strategy: Any) -> dict[str, Any]:
+    pl.seed_everything(3, verbose=False)
+    module = BoringModel()
+    make_trainer(strategy=strategy, devices=2, max_epochs=1, limit_train_batches=3, limit_val_batches=0).fit(module)
+    return dict(module.state_dict())

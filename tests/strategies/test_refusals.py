@@ -1,0 +1,262 @@
+"""What cannot be compressed is refused before the first batch, in words that say what to do."""
+
+import re
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+
+from lightning_grad import callbacks
+from lightning_grad.strategies import DGCStrategy, PowerSGDStrategy
+from tests.contract.projects import make_classifier
+from tests.contract.strategy_runs import on_ranks, train
+from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+
+DGC, POWER = CANONICAL
+
+
+@pytest.mark.parametrize(
+    ("scheme", "arguments", "words"),
+    [(scheme, arguments, words) for scheme in SCHEMES for arguments, words in scheme.wrong],
+    ids=str,
+)
+def test_wrong_arguments_raise_in_the_constructor(scheme, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        type(scheme.build())(**arguments)
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_unknown_arguments_are_not_swallowed(scheme):
+    with pytest.raises(TypeError):
+        scheme.build(no_such_argument=1)
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_one_name_is_no_list_of_names(scheme):
+    with pytest.raises(TypeError, match=re.escape("Write ['head']")):
+        scheme.build(exclude="head")
+
+
+class _NoBatch(pl.Callback):
+    def on_train_batch_start(self, *_: Any) -> None:
+        raise AssertionError("a batch was trained before the refusal")
+
+
+def _refused(build: Any, module: Any, arguments: dict[str, Any], kind: type[Exception]) -> str:
+    extra = arguments.pop("extra", [])
+    with pytest.raises(kind) as error:
+        train(build(), [_NoBatch(), *extra], module(), **arguments)
+    return str(error.value)
+
+
+def refusal(build: Any, module: Any, kind: type[Exception] = ValueError, **arguments: Any) -> str:
+    """Return the words with which a fit is refused, on one rank."""
+    (message,) = on_ranks(1, _refused, build, module, arguments, kind)
+    return message
+
+
+def sgd() -> Any:
+    return make_classifier(optimizer="sgd")
+
+
+def with_optimizer(make: Any) -> Any:
+    """Return a builder of the module with other optimizers."""
+
+    def build() -> Any:
+        module = sgd()
+        module.configure_optimizers = lambda: make(list(module.parameters()))
+        return module
+
+    return build
+
+
+@pytest.mark.parametrize("value", [0.5, 2])
+def test_clipping_of_the_trainer_under_dgc(value):
+    message = refusal(DGC.build, sgd, gradient_clip_val=value)
+    assert f"Trainer(gradient_clip_val={value})" in message
+    assert f"gradient_clip_val=None and DGCStrategy(local_clip={value})" in message
+
+
+def test_clipping_by_value_of_the_trainer_under_dgc():
+    message = refusal(DGC.build, sgd, gradient_clip_val=0.5, gradient_clip_algorithm="value")
+    assert "gradient_clip_val=0.5" in message
+    assert "local_clip clips by norm" in message
+
+
+_CLIPPERS = {
+    "NormClipping": {"max_norm": 0.1},
+    "ValueClipping": {"clip_value": 0.001},
+    "AdaptiveGradientClipping": {"ratio": 0.01},
+    "AutoClip": {},
+    "ZClip": {},
+    "LayerwiseClipping": {"max_norm": 0.1},
+}
+
+
+def _clipper(name: str) -> Any:
+    return getattr(callbacks, name)(**_CLIPPERS[name])
+
+
+@pytest.mark.parametrize("name", _CLIPPERS)
+def test_clipping_callbacks_under_dgc(name):
+    message = refusal(DGC.build, sgd, extra=[_clipper(name)])
+    assert name in message
+    assert "local_clip" in message
+
+
+@pytest.mark.parametrize("name", _CLIPPERS)
+def test_clipping_callbacks_under_powersgd_and_neutral_dgc_work(name):
+    on_ranks(1, _fit_both, name)
+
+
+def _fit_both(name: str) -> None:
+    for build in (POWER.build, DGC.build_neutral):
+        trainer, _ = train(build(), [_clipper(name)], max_epochs=1)
+        assert trainer.global_step == 6
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_several_optimizers(scheme):
+    def two(parameters: list[Any]) -> list[Any]:
+        return [torch.optim.SGD(parameters[:3], 0.1), torch.optim.SGD(parameters[3:], 0.1)]
+
+    # Lightning itself refuses several optimizers unless they are stepped by hand.
+    message = refusal(scheme.build, with_optimizer(two), RuntimeError)
+    assert "multiple optimizers" in message
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_manual_optimization(scheme):
+    message = refusal(scheme.build, lambda: make_classifier(optimizer="sgd", manual=True))
+    assert f"{scheme.name} does not work with manual optimization" in message
+    assert "strategy='ddp'" in message
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_fp16_with_a_grad_scaler(scheme):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    message = refusal(scheme.build, sgd, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert f"{scheme.name} adds up gradients over steps" in message
+    assert "bf16-mixed" in message
+
+
+def _with_embedding(**arguments: Any) -> Any:
+    module = sgd()
+    module.table = nn.Embedding(100, 16, **arguments)
+    return module
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_sparse_gradients(scheme):
+    message = refusal(scheme.build, lambda: _with_embedding(sparse=True))
+    assert f"{scheme.name} needs dense gradients, and Embedding 'table'" in message
+    assert "sparse=False" in message
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_complex_parameters(scheme):
+    def build() -> Any:
+        module = sgd()
+        module.waves = nn.Parameter(torch.zeros(8, 8, dtype=torch.complex64))
+        return module
+
+    message = refusal(scheme.build, build)
+    assert f"{scheme.name} compresses real gradients, and 'waves' is complex" in message
+
+
+def test_dampening():
+    make = with_optimizer(lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9, dampening=0.5))
+    message = refusal(DGC.build, make)
+    assert "DGCStrategy moves SGD's momentum, which knows no dampening" in message
+    assert "Set dampening=0" in message
+
+
+@pytest.mark.parametrize("correction", ["auto", "momentum"])
+def test_momentum_correction_without_sgd(correction):
+    message = refusal(lambda: DGC.build(correction=correction), make_classifier)
+    assert "AdamW" in message
+    assert "correction='error_feedback'" in message
+    assert "SGD" in message
+
+
+class _OwnSGD(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_momentum_correction_of_an_sgd_with_a_step_of_its_own():
+    message = refusal(DGC.build, with_optimizer(lambda parameters: _OwnSGD(parameters, 0.1, momentum=0.9)))
+    assert "_OwnSGD" in message
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda: DGC.build(correction="error_feedback"), DGC.build, POWER.build],
+    ids=["error", "momentum", "power"],
+)
+def test_lbfgs(build):
+    message = refusal(build, with_optimizer(torch.optim.LBFGS))
+    assert "LBFGS" in message
+
+
+@pytest.mark.parametrize("strategy", [DGCStrategy, PowerSGDStrategy])
+def test_unused_parameters(strategy):
+    with pytest.raises(ValueError, match="Set find_unused_parameters=False, and freeze what is not used"):
+        strategy(find_unused_parameters=True)
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_names_that_match_nothing(scheme):
+    message = refusal(lambda: scheme.build(exclude=["encodr.*"]), sgd)
+    assert "exclude: no parameter is named 'encodr.*'" in message
+    assert "encoder" in message
+
+
+def test_layer_ratios_that_match_nothing():
+    message = refusal(lambda: DGC.build(layer_ratios={"haed": 0.5}), sgd)
+    assert "layer_ratios: no parameter is named 'haed'" in message
+    assert "head" in message
+
+
+def _warned(scheme: Scheme) -> None:
+    with pytest.warns(UserWarning, match="has nothing to compress, and is DDP.*min_numel=1000000"):
+        trainer, _ = train(scheme.build(min_numel=1_000_000), module=scheme.module(), max_epochs=1)
+    assert trainer.global_step == 6
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_nothing_to_compress_is_said(scheme):
+    on_ranks(1, _warned, scheme)
+
+
+def _own_clipping() -> None:
+    module = sgd()
+
+    class Clips(type(module)):
+        def configure_gradient_clipping(self, optimizer: Any, *arguments: Any, **more: Any) -> None:
+            super().configure_gradient_clipping(optimizer, *arguments, **more)
+
+    module.__class__ = Clips
+    with pytest.warns(UserWarning, match="use local_clip instead"):
+        train(DGC.build(), module=module, max_epochs=1)
+
+
+def test_the_modules_own_clipping_is_warned_about_under_dgc():
+    on_ranks(1, _own_clipping)
+
+
+def _validate_only(scheme: Scheme) -> None:
+    """What only fitting could not do is no reason to refuse anything else."""
+    from tests.contract.projects import loaders, make_trainer
+
+    trainer = make_trainer(strategy=scheme.build(), gradient_clip_val=1.0)
+    (metrics,) = trainer.validate(make_classifier(manual=True), loaders()[1], verbose=False)
+    assert metrics["val_loss"] > 0
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_validation_refuses_nothing(scheme):
+    on_ranks(1, _validate_only, scheme)

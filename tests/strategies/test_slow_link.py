@@ -1,0 +1,73 @@
+"""On a link of 100 Mbit/s: what crosses the wire, ranks that agree, and a harness that leaves nothing. Nothing about speed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import slow_link
+from benchmarks.slow_link import Perceptron, digest, measure, noise, why_unavailable
+
+WIDTHS = (4096, 512)  # 2.1 M weights, and few biases, which always go dense
+FEWER = 300
+
+
+@pytest.fixture
+def root():
+    if reason := why_unavailable():
+        pytest.skip(reason)
+
+
+def namespaces() -> list[str]:
+    """Return the namespaces that this process has made and not deleted."""
+    folder = Path("/run/netns")
+    return sorted(path.name for path in folder.glob(f"slow-{os.getpid()}-*")) if folder.exists() else []
+
+
+@pytest.mark.needs_root
+@pytest.mark.usefixtures("root")
+def test_dgc_sends_300_times_less_than_ddp_over_the_wire_and_ranks_agree():
+    with slow_link.slow_link(100.0) as link:
+        assert namespaces() == sorted(link.names)
+        # Each raises unless its ranks end with equal weights.
+        dense, sparse = (measure(link, name, steps=2, settle=0, widths=WIDTHS) for name in ("ddp", "dgc"))
+    gradients = 4 * (WIDTHS[0] + 1) * WIDTHS[1] / 1e6
+    assert gradients <= dense.megabytes < 1.1 * gradients
+    assert dense.megabytes > FEWER * sparse.megabytes
+    assert namespaces() == []
+
+
+def test_ranks_that_do_not_agree_in_the_end_are_an_error():
+    class Told:
+        def run(self, command, env, timeout_s):
+            assert json.loads(command[-1])["widths"] == [8, 4]
+            return [json.dumps({"milliseconds": [1.0], "sent": [2], "weights": weights}) for weights in self.weights]
+
+    link = Told()
+    link.weights = ["a", "a"]
+    assert measure(link, "ddp", widths=(8, 4)).milliseconds == 1.0
+    link.weights = ["a", "b"]
+    with pytest.raises(RuntimeError, match="different weights"):
+        measure(link, "ddp", widths=(8, 4))
+    # Agreement says something: gradients differ, and one entry more or less shows.
+    assert not torch.equal(noise(WIDTHS, 0)[0], noise(WIDTHS, 1)[0])
+    module = Perceptron((8, 4))
+    before = digest(module)
+    module.layers[0].weight.data[0, 0] += 1e-6
+    assert digest(module) != before
+
+
+@pytest.mark.needs_root
+@pytest.mark.usefixtures("root")
+def test_what_still_runs_ends_with_the_link():
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with slow_link.slow_link(100.0) as link:
+        process = subprocess.Popen(["ip", "netns", "exec", link.names[0], *command])
+        with pytest.raises(TimeoutError, match="more than 0"):
+            link.run(command, {}, timeout_s=0.3)
+    assert process.wait(5) != 0
+    assert namespaces() == []
