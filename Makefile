@@ -38,6 +38,7 @@ bench: $(INSTALLED)
 	@$(BIN)/python benchmarks/clipping.py
 	@$(BIN)/python benchmarks/data_pruning.py
 	@$(BIN)/python benchmarks/adversarial.py
+	@$(BIN)/python benchmarks/strategies.py
 
 docs: $(INSTALLED)
 	@$(BIN)/sphinx-build -W -q -b html docs docs/_build/html

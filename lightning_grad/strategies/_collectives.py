@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_grad.strategies._ledger import ByteLedger, Stopwatch
+
+_LOST = (
+    "another rank has stopped or cannot be reached; see its own error. Start the run again from its last checkpoint."
+)
+_SIGNS = r"connection (closed|reset|refused)|timed out waiting|broken pipe|remote process exited|gloo/transport"
 
 
 class Collectives:
@@ -58,8 +64,17 @@ class Collectives:
             with self._watch.paused():
                 yield
         except RuntimeError as error:
-            raise RuntimeError(
-                f"{self._label}: rank {self.rank} could not exchange the gradients of step {self._ledger.steps}, because "
-                "another rank has stopped or cannot be reached; see its own error. Start the run again from its last "
-                f"checkpoint. ({error})"
-            ) from error
+            step = f"could not exchange the gradients of step {self._ledger.steps}, because"
+            raise RuntimeError(f"{self._label}: rank {self.rank} {step} {_LOST} ({error})") from error
+
+
+def explain_lost_rank(error: BaseException, label: str) -> None:
+    """Add to an error of torch.distributed, from whatever else DDP or Lightning send, what it means.
+
+    Args:
+        error: Its message is changed, if it tells of a lost connection.
+        label: Whose run it is.
+    """
+    text = str(error)
+    if isinstance(error, RuntimeError) and _LOST not in text and re.search(_SIGNS, text, re.IGNORECASE):
+        error.args = (f"{text}\n{label}: {_LOST}", *error.args[1:])

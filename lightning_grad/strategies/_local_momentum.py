@@ -94,13 +94,12 @@ class LocalMomentum:
     def _apply_decay_(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         momentum, decay, rate = group["momentum"], group["weight_decay"], group["lr"]
         for parameter in parameters:
-            state = self._optimizer.state[parameter]
-            buffer = state.get(_BUFFER)
+            buffer = self._optimizer.state.get(parameter, {}).get(_BUFFER)
             if decay == 0 and buffer is None:
                 continue
             force = parameter * decay
             if buffer is None:
-                buffer = state[_BUFFER] = force.clone()
+                buffer = self._optimizer.state[parameter][_BUFFER] = force.clone()
             else:
                 buffer.mul_(momentum).add_(force)
             parameter.sub_((force.add_(buffer, alpha=momentum) if group["nesterov"] else buffer) * rate)

@@ -5,6 +5,7 @@ Used by ``compressed_ddp.py``; the estimate is :func:`lightning_grad.functional.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -37,9 +38,10 @@ class GradientNoise:
         now = [float(term) for term in terms]
         if self._terms is not None:
             now = [_MEMORY * old + (1 - _MEMORY) * new for old, new in zip(self._terms, now, strict=True)]
-        self._terms = now
-        noise, signal = now
-        return noise / signal if signal > 0 else float("inf")
+        if all(map(math.isfinite, now)):
+            self._terms = now
+        noise, signal = self._terms or (math.nan, math.nan)
+        return noise / signal if signal > 0 else math.inf
 
     def state_dict(self) -> list[float] | None:
         """Return the averages."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
@@ -73,11 +73,13 @@ def find_rank_files(path: str, manifest: Mapping[str, Any], technique: str) -> l
     )
 
 
-def remove_other_saves(path: str, save: str) -> None:
-    """Remove the rank files of earlier saves to the same path."""
+def remove_other_saves(path: str, kept: Collection[str | None]) -> None:
+    """Remove the rank files of saves to the same path, but for some."""
     filesystem, folder = get_filesystem(path), folder_of(path)
+    if not filesystem.exists(folder):  # nothing is written yet
+        return
     for entry in filesystem.ls(folder, detail=False):
-        if posixpath.basename(_with_slashes(str(entry)).rstrip("/")) != save:
+        if posixpath.basename(_with_slashes(str(entry)).rstrip("/")) not in kept:
             filesystem.rm(entry, recursive=True)
 
 

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -33,7 +34,7 @@ from typing_extensions import override
 from lightning_grad.functional import total_norm
 from lightning_grad.strategies import _rank_files, _report
 from lightning_grad.strategies._buckets import BucketCollector, Gradient
-from lightning_grad.strategies._collectives import Collectives
+from lightning_grad.strategies._collectives import Collectives, explain_lost_rank
 from lightning_grad.strategies._ledger import ByteLedger, Stopwatch
 from lightning_grad.strategies._noise import GradientNoise
 from lightning_grad.strategies._refusals import refuse_optimizers, refuse_run
@@ -60,7 +61,7 @@ class CompressedDDPStrategy(DDPStrategy):
 
     - ``memory[name]`` is the scheme's dictionary of tensors for a parameter (a residual, a velocity, a factor). It is
       saved for each rank in ``<checkpoint>.ranks`` and restored bit for bit, on a fit that resumes.
-    - A gradient that is not finite on one rank makes the mean NaN on all of them, so that a guard
+    - A gradient that is not finite on one rank puts NaN into every gradient of all of them, so that a guard
       (:class:`~lightning_grad.callbacks.SkipNonFinite`) skips the step everywhere; it never enters the memory, and
       nothing counts as sent in such a step.
     - An exception between an exchange and its update does not lose it: the checkpoint that is written then holds the
@@ -114,15 +115,14 @@ class CompressedDDPStrategy(DDPStrategy):
                 f"{self.label} needs a gradient of every parameter in every step: one that is unused would send its old "
                 "residual as if it were new. Set find_unused_parameters=False, and freeze what is not used."
             )
+        ddp: dict[str, Any] = {} if broadcast_buffers else {"broadcast_buffers": False}  # torch 2.13 deprecates it
         super().__init__(
             start_method=start_method,
             process_group_backend=process_group_backend,
             timeout=timeout,
             static_graph=static_graph,
             gradient_as_bucket_view=gradient_as_bucket_view,
-            **(
-                {} if broadcast_buffers else {"broadcast_buffers": False}
-            ),  # torch 2.13 warns of any value that is given
+            **ddp,
         )
         self.exclude = as_names(exclude, "exclude")
         self.min_numel = min_numel
@@ -144,6 +144,7 @@ class CompressedDDPStrategy(DDPStrategy):
         self._replayed: Message | None = None
         self._measured: dict[str, float] = {}
         self._saves = 0
+        self._written: dict[str, str] = {}
 
     # What a scheme says and writes.
 
@@ -341,7 +342,7 @@ class CompressedDDPStrategy(DDPStrategy):
 
     def prepare_(self, gradients: Sequence[Gradient]) -> Tensor:
         """Zero the gradients of this rank if one of them is not finite, and return whether all are, a 0-dimensional tensor."""
-        finite = total_norm([gradient.values for gradient in gradients], accurate=True).isfinite()
+        finite = _all_finite([gradient.values for gradient in gradients])
         if (
             not finite.is_cpu or not finite.numpy()
         ):  # a look at the CPU waits for nobody, and saves a pass over everything
@@ -386,16 +387,17 @@ class CompressedDDPStrategy(DDPStrategy):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         path, self._saves = str(filepath), self._saves + 1
-        save = f"{self._run}-{self._saves}"
+        save, before = f"{self._run}-{self._saves}", self._written.get(path)
+        file = _rank_files.rank_file(_rank_files.folder_of(path), save, self.global_rank)
+        self.checkpoint_io.save_checkpoint(self._state(), file, storage_options)
+        # Only with all rank files there: a checkpoint that lacks some must not take the place of one that can be resumed.
+        self.barrier("all rank files are written")
         checkpoint[_rank_files.MANIFEST_KEY] = _rank_files.make_manifest(path, save, self.label, self.world_size)
-        try:
-            file = _rank_files.rank_file(_rank_files.folder_of(path), save, self.global_rank)
-            self.checkpoint_io.save_checkpoint(self._state(), file, storage_options)
-            self.barrier("rank files are there before the checkpoint that names them")
-        finally:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        self._written[path] = save
         if self.is_global_zero:
-            _rank_files.remove_other_saves(path, save)
+            is_late = isinstance(self.checkpoint_io, AsyncCheckpointIO)  # the checkpoint of before may still be there
+            _rank_files.remove_other_saves(path, {save, before} if is_late else {save})
 
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
@@ -447,6 +449,7 @@ class CompressedDDPStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
+        explain_lost_rank(exception, self.label)
         self.disconnect()
 
     @override
@@ -461,6 +464,12 @@ class CompressedDDPStrategy(DDPStrategy):
     def _trainer(self) -> pl.Trainer:
         assert self.lightning_module is not None
         return self.lightning_module.trainer
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    # Neither sums, which overflow, nor maximum norms, which take the CPU twenty times as long.
+    extremes = [extreme for tensor in tensors for extreme in torch.aminmax(tensor)]
+    return torch.stack([extreme.isfinite() for extreme in extremes]).all()
 
 
 def _concatenated(flat: Sequence[Tensor], last: Tensor) -> Tensor:

@@ -151,7 +151,8 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         matrices = [self._accumulate_(gradient) for gradient in gradients]
         rights = [self.memory[gradient.name][_RIGHT] for gradient in gradients]
         left = _joined([matrix @ right for matrix, right in zip(matrices, rights, strict=True)])
-        lefts = [orthonormalize(part) for part in self._left_parts(gradients, self.ranks.mean_(left))]
+        means = self._left_parts(gradients, self.ranks.mean_(left))
+        lefts = [orthonormalize(mean.to(matrix.dtype)) for mean, matrix in zip(means, matrices, strict=True)]
         right = _joined([matrix.t() @ part for matrix, part in zip(matrices, lefts, strict=True)])
         return {"left": _joined(lefts), "right": self.ranks.mean_(right)}
 
@@ -181,6 +182,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     def settle(self, gradients: Sequence[Gradient], message: Message, arrived: Tensor) -> None:
         for gradient, left, right in self._factors(gradients, message):
             memory = self.memory[gradient.name]
+            left, right = left.to(memory[_ERROR].dtype), right.to(memory[_ERROR].dtype)
             memory[_ERROR].view(len(left), -1).addmm_(left, torch.where(arrived, right, 0.0).t(), alpha=-1)
             memory[_RIGHT].copy_(right)
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,13 +23,15 @@ def _fit_and_end(strategy: Any, scheme: Scheme, how: str) -> tuple[Any, Any]:
     module = scheme.module()
     if how == "success":
         return train(strategy, [], module)
-    stop = StopIn("on_before_optimizer_step", 5) if how == "before the update" else StopAt(5)
-    if how == "interrupt":
-        stop = StopAt(5, KeyboardInterrupt)
-    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(SystemExit if how == "interrupt" else RuntimeError):
+    stop: list[Any] = [StopAt(5, KeyboardInterrupt if how == "interrupt" else RuntimeError)]
+    if how == "before the update":
+        stop = [StopIn("on_before_optimizer_step", 5)]
+    with pytest.MonkeyPatch.context() as monkeypatch:
         if how == "in the update":
-            monkeypatch.setattr(torch.optim.sgd, "sgd", _raise)
-        train(strategy, [] if how == "in the update" else [stop], module)
+            stop = []
+            monkeypatch.setattr(sys.modules[torch.optim.SGD.__module__], "sgd", _raise)
+        with pytest.raises(SystemExit if how == "interrupt" else RuntimeError):
+            train(strategy, stop, module)
     return module._trainer, module
 
 

@@ -30,8 +30,6 @@ Result = dict[str, Any]
 
 def _work(rank: int, work: Callable[[], Any], ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    # DDP's option is called otherwise from torch 2.13 on.
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     # With LOCAL_RANK set, Lightning takes the process as started by someone else, and joins the group that is there.
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", GLOO_SOCKET_IFNAME="lo")
     method, limit = (folder / "rendezvous").as_uri(), timedelta(seconds=LIMIT / 2)

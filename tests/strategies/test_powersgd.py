@@ -240,7 +240,6 @@ class TwoTypes(nn.Module):
         return self.last(self.first(x).relu().double())
 
 
-@pytest.mark.xfail(strict=True, reason="factors of float32 and float64 go into one tensor and come out as float64")
 def test_weights_may_be_of_two_types(tmp_path: Any) -> None:
     def work() -> Result:
         return fit(PowerSGDStrategy(rank=2, min_gain=1.0, min_numel=1), Task(TwoTypes()), epochs=1)
