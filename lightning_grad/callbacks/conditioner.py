@@ -34,6 +34,7 @@ from lightning_grad.utilities.checks import (
     refuse_deepspeed,
     refuse_flat_shards,
     refuse_sparse_gradients,
+    warn_of_missing_momentum,
 )
 from lightning_grad.utilities.optimizers import Shape, optimizer_index, optimizer_shape
 from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches
@@ -225,6 +226,8 @@ class GradientConditioner(GradCallback):
         count = len(self.parameters())
         rest = f"; {len(left_out)} left alone ({_short(left_out)})" if left_out else ""
         rank_zero_info(f"{self.label} acts on {count} parameters{rest}.")
+        if self.phase == "noise":
+            warn_of_missing_momentum(trainer, self.label, "noise")
         if self.phase == "clip":
             warn_of_other_clippers(trainer, pl_module, self, {id(parameter) for parameter in self.parameters()})
 

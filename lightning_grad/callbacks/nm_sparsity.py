@@ -46,6 +46,7 @@ from lightning_grad.utilities.checks import (
     check_choice,
     check_keeps,
     owned_ids,
+    warn_of_missing_momentum,
 )
 from lightning_grad.utilities.parameters import as_names, clean_name
 from lightning_grad.utilities.portable import make_portable, wrap_loading, wrap_saving
@@ -265,6 +266,8 @@ class NMSparsity(GradCallback):
             raise ValueError(f"{self.label} finds no weight to make sparse. {choice.why_none()}")
         for weight in choice.chosen:
             refuse_overlap(weight, self.label)
+        if self._adds_sr_ste:
+            warn_of_missing_momentum(trainer, self.label, "its SR-STE term")
         chosen = {id(weight.parameter) for weight in choice.chosen}
         for optimizer in trainer.optimizers:
             if owned_ids(optimizer).isdisjoint(chosen):

@@ -154,6 +154,11 @@ class CompressedDDPStrategy(DDPStrategy):
         return False
 
     @property
+    def gradient_holds_momentum(self) -> bool:
+        """Whether the optimizer, once it is connected, gets gradients with their momentum, and applies none itself."""
+        return False
+
+    @property
     def wants_to_compress(self) -> bool:
         """Whether the arguments leave anything to compress."""
         return True

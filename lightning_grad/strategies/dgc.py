@@ -219,6 +219,11 @@ class DGCStrategy(CompressedDDPStrategy):
     def gradient_is_compressed(self) -> bool:
         return self.wants_to_compress
 
+    @property
+    @override
+    def gradient_holds_momentum(self) -> bool:
+        return self._momentum is not None and any(group["momentum"] for group in self.optimizers[0].param_groups)
+
     @override
     def compresses(self, name: str, parameter: Tensor) -> bool:
         return super().compresses(name, parameter) and self._ratio_of(name) < 1.0

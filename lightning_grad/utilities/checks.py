@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -170,6 +171,22 @@ def refuse_dataloader_iter(step: Callable[..., Any], technique: str) -> None:
         name = getattr(step, "__name__", "the step")
         raise ValueError(
             f"{technique} needs the batch, and {name}(dataloader_iter) gets it by itself. Let it take batch and batch_idx."
+        )
+
+
+def warn_of_missing_momentum(trainer: pl.Trainer, technique: str, term: str) -> None:
+    """Say so if the strategy has taken the momentum out of the optimizer: what is added to gradients now gets none.
+
+    Args:
+        trainer: Whose strategy is asked, once it is set up.
+        technique: Who adds.
+        term: What it adds.
+    """
+    if getattr(trainer.strategy, "gradient_holds_momentum", False):
+        strategy = type(trainer.strategy).__name__
+        rank_zero_warn(
+            f"{technique} adds {term} after {strategy} has applied the momentum, so it gets none and acts 1 / (1 - momentum) "
+            f"times weaker than without {strategy}. Make it stronger, or set {strategy}(correction='error_feedback')."
         )
 
 

@@ -9,7 +9,6 @@ import socket
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +20,6 @@ import torch.distributed as dist
 from tests.contract.projects import fit, make_classifier, state_of
 
 _LIMIT = 90.0  # seconds; nothing here takes a tenth of that
-ABOUT_BUFFERS = "`broadcast_buffers` is deprecated"  # torch 2.13 about an argument that DDP has had for years
 
 
 def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -50,7 +48,6 @@ def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
 
 def _be_rank(rank: int, ranks: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", ABOUT_BUFFERS, FutureWarning)
     os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     result: dict[str, Any] = {}
     try:

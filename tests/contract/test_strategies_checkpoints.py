@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.contract.projects import assert_identical, fit, make_classifier
-from tests.contract.strategy_runs import ABOUT_BUFFERS, finish, on_ranks, train
+from tests.contract.strategy_runs import finish, on_ranks, train
 from tests.contract.strategy_settings import SCHEMES, Scheme
 from tests.contract.test_checkpoints import RememberLogits, assert_computes_what_was_validated
 
@@ -66,7 +66,6 @@ def test_checkpoint_goes_on_under_ddp_and_on_one_device(scheme, tmp_path):
     assert_identical([*plain.state_dict()], [*module.state_dict()])
 
 
-@pytest.mark.filterwarnings(f"ignore:{ABOUT_BUFFERS}:FutureWarning")
 def test_ranks_that_lightning_forks_write_what_another_run_resumes(tmp_path):
     scheme = SCHEMES[0]
     saving = _every_epoch(tmp_path)

@@ -212,6 +212,9 @@ def _without_broadcast(scheme: Scheme) -> tuple[dict[str, Any], dict[str, Any]]:
     return ours, plain
 
 
+@pytest.mark.filterwarnings(
+    "ignore:`broadcast_buffers` is deprecated:FutureWarning"
+)  # by torch 2.13, of DDP itself too
 def test_buffers_stay_apart_where_that_is_asked_for():
     first, second = on_ranks(2, _without_broadcast, CANONICAL[0])
     for ours, theirs in zip(first, second, strict=True):

@@ -51,7 +51,7 @@ def test_arguments_on_the_command_line(name, arguments, tmp_path, monkeypatch):
 def test_short_names_in_yaml(short, name, suffix, tmp_path, monkeypatch):
     built = _from_command_line({"strategy": short + suffix}, tmp_path, monkeypatch)
     assert type(built).__name__ == name
-    assert built.settings["start_method"] == (suffix.strip("_") or "popen")
+    assert built._start_method == (suffix.strip("_") or "popen")
 
 
 def _fit_from_hydra(scheme: Scheme) -> None:

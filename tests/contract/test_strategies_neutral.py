@@ -82,7 +82,6 @@ def _warnings_beside_ddp(scheme: Scheme) -> set[str]:
     return _warnings_of(scheme.build(), scheme) - _warnings_of("ddp", scheme)
 
 
-@pytest.mark.xfail(strict=True, reason="DDP is handed broadcast_buffers, at which torch 2.13 warns")
 @pytest.mark.parametrize("scheme", CANONICAL, ids=str)
 def test_nobody_is_warned_of_what_ddp_does_not_warn_of(scheme):
     assert on_ranks(1, _warnings_beside_ddp, scheme) == [set()]

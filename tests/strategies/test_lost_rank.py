@@ -16,11 +16,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
 from tests.contract.projects import assert_identical, fit
-from tests.contract.strategy_runs import ABOUT_BUFFERS, finish, free_port, on_ranks
+from tests.contract.strategy_runs import finish, free_port, on_ranks
 from tests.contract.strategy_settings import CANONICAL, Scheme
 
 pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{ABOUT_BUFFERS}:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model"),
@@ -96,7 +95,7 @@ def _resume(scheme: Scheme, path: Path) -> None:
 
 
 def _assert_says_why(words: str, scheme: Scheme) -> None:
-    assert f"{scheme.name}: rank 0" in words
+    assert f"{scheme.name}: " in words
     assert "another rank has stopped or cannot be reached" in words
     assert "Start the run again from its last checkpoint" in words
 
@@ -114,7 +113,6 @@ def test_a_killed_rank(scheme, hook, tmp_path):
     on_ranks(2, _resume, scheme, path)
 
 
-@pytest.mark.xfail(strict=True, reason="what DDP or Lightning send themselves fails with gloo's words alone")
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_optimizer_step"])
 def test_a_killed_rank_that_is_missed_first_when_buffers_are_sent(hook, tmp_path):
     kill = _SendSelf(hook, signal.SIGKILL, tmp_path / "lost")
@@ -148,7 +146,6 @@ def test_a_checkpoint_on_the_way_out_does_not_hold_anybody_up(tmp_path):
     on_ranks(2, _resume, CANONICAL[0], path)
 
 
-@pytest.mark.xfail(strict=True, reason="the checkpoint is written over with one whose rank files are not complete")
 def test_a_rank_that_is_missed_first_when_a_checkpoint_is_written_over_leaves_the_former_one(tmp_path):
     kill = _SendSelf("on_train_batch_end", signal.SIGKILL, tmp_path / "lost")
     over = _every_other_step(tmp_path, filename="same", save_top_k=1, enable_version_counter=False)

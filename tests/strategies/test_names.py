@@ -11,7 +11,6 @@ from torch import nn
 from lightning_grad.strategies import DGCStrategy, PowerSGDStrategy
 from lightning_grad.strategies._registry import register_strategies
 from tests.contract.projects import fit, make_classifier, make_trainer
-from tests.contract.strategy_runs import ABOUT_BUFFERS
 
 NAMES = {"ddp_dgc": DGCStrategy, "ddp_powersgd": PowerSGDStrategy}
 STARTS = {"": "popen", "_fork": "fork", "_spawn": "spawn"}
@@ -46,7 +45,6 @@ def test_names_of_lightning_stay_what_they_were():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.filterwarnings(f"ignore:{ABOUT_BUFFERS}:FutureWarning")
 def test_a_fit_by_name(name):
     module = make_classifier(optimizer="sgd")
     module.large = nn.Linear(64, 64)  # more than the default min_numel

@@ -280,10 +280,7 @@ def _slow_async() -> AsyncCheckpointIO:
     return AsyncCheckpointIO(_SlowDisk())
 
 
-_TOO_EARLY = pytest.mark.xfail(strict=True, reason="the folder is listed before anything was written into it")
-
-
-@pytest.mark.parametrize("plugin", [_OwnFormat, AsyncCheckpointIO, pytest.param(_slow_async, marks=_TOO_EARLY)])
+@pytest.mark.parametrize("plugin", [_OwnFormat, AsyncCheckpointIO, _slow_async])
 def test_they_are_written_by_the_trainers_own_plugin(plugin, tmp_path):
     saving = {"filename": "same", "every_n_train_steps": 2, "enable_version_counter": False}
     expected = on_ranks(2, _save, tmp_path, saving, {"plugins": [plugin()]})
