@@ -138,7 +138,7 @@ class Sizes:
     epochs: int
 
 
-FULL = Sizes(topk_selection.ENTRIES, 15, 6, 12, {SLOW: (2, 3), 1000.0: (3, 5)}, 24)
+FULL = Sizes(topk_selection.ENTRIES, 15, 5, 8, {SLOW: (2, 3), 1000.0: (3, 5)}, 24)
 QUICK = Sizes(topk_selection.ENTRIES, 3, 2, 6, {1000.0: (1, 3)}, 4)
 
 
@@ -495,7 +495,8 @@ def draw_accuracies(found: Mapping[str, Sequence[Epoch]]) -> Figure:
         _draw_line(by_time, name, [epoch.seconds for epoch in epochs], epochs)
     by_bytes.set(xscale="log", xlabel="MB that each rank has sent", ylabel="validation accuracy, %")
     by_bytes.xaxis.set_major_formatter("{x:g}")
-    by_time.set(xlabel="seconds since the first step, without validation", xlim=(0, None))
+    by_time.set(xscale="log", xlabel="seconds since the first step, without validation")
+    by_time.xaxis.set_major_formatter("{x:g}")
     for axes in (by_bytes, by_time):
         axes.axhline(100 * GOAL, color="black", linestyle=":", linewidth=1, zorder=1)
         axes.grid(color="#eeeeee", linewidth=0.8)

@@ -264,8 +264,11 @@ class DGCStrategy(CompressedDDPStrategy):
                 f"{type(optimizer).__name__}. Use SGD, or correction='error_feedback', which feeds any optimizer the "
                 "sparse mean gradient."
             )
-        if any(group["dampening"] != 0 for group in optimizer.param_groups):
-            raise ValueError(f"{self.label} moves SGD's momentum, which knows no dampening there. Set dampening=0.")
+        dampening = {group["dampening"] for group in optimizer.param_groups} - {0}
+        if dampening:
+            raise ValueError(
+                f"{self.label} moves SGD's momentum, and has no dampening there; got dampening={max(dampening)}. Set it to 0."
+            )
         if not self.is_neutral:
             compressed = {key for key, name in self._names.items() if name in self._chosen}
             self._momentum = LocalMomentum(cast(SGD, optimizer), compressed)

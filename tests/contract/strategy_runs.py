@@ -1,77 +1,14 @@
-"""Work done on several ranks, in forked processes whose results and errors come back."""
+"""Fits of the contract suite's classifier on several ranks, and what they leave behind."""
 
 from __future__ import annotations
 
 import copy
-import multiprocessing
-import os
 import socket
-import tempfile
-import time
-import traceback
-from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from tests.contract.projects import fit, make_classifier, state_of
-
-_LIMIT = 90.0  # seconds; nothing here takes a tenth of that
-
-
-def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call ``work(*arguments)`` on every rank, and return what each returned.
-
-    The ranks are processes like those of ``torchrun``, so a Trainer starts none of its own, and several fits can follow
-    each other. Their process group meets in a file: no port is taken.
-
-    Raises:
-        AssertionError: With the tracebacks, if a rank raised or did not end.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("fork")
-        processes = [
-            context.Process(target=_be_rank, args=(rank, ranks, folder, work, arguments), daemon=True)
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        _join(processes)
-        results = [_result_of(Path(folder, f"{rank}.pt")) for rank in range(ranks)]
-    errors = [f"--- rank {rank} ---\n{result['error']}" for rank, result in enumerate(results) if "error" in result]
-    assert not errors, "\n".join(errors)
-    return [result["value"] for result in results]
-
-
-def _be_rank(rank: int, ranks: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    result: dict[str, Any] = {}
-    try:
-        store, limit = f"file://{folder}/store", timedelta(seconds=_LIMIT / 3)
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=limit)
-        result["value"] = work(*arguments)
-    except BaseException:  # SystemExit and KeyboardInterrupt must be seen as well
-        result = {"error": traceback.format_exc()}
-    torch.save(result, f"{folder}/{rank}.pt")
-    os._exit(0)  # nothing of the test runner may run a second time
-
-
-def _join(processes: list[Any]) -> None:
-    end = time.monotonic() + _LIMIT
-    for process in processes:
-        process.join(max(end - time.monotonic(), 0.1))
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-            process.join()
-
-
-def _result_of(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=False) if path.exists() else {"error": "did not end, or was killed"}
 
 
 def free_port() -> int:

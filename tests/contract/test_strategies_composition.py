@@ -1,5 +1,7 @@
 """G6 of strategies: they compose with what Lightning and the callbacks here offer."""
 
+import re
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,9 +11,10 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad import callbacks
-from tests.contract.projects import BATCH, assert_identical, loaders, make_data, make_trainer
-from tests.contract.strategy_runs import finish, on_ranks, outcome, train
+from tests.contract.projects import BATCH, assert_identical, loaders, make_classifier, make_data, make_trainer
+from tests.contract.strategy_runs import finish, outcome, train
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
@@ -117,12 +120,17 @@ _BESIDE: dict[str, Any] = {
 }
 
 
+_NO_MOMENTUM = "it gets none and acts 1 / .1 - momentum. times weaker"
+
+
+@pytest.mark.filterwarnings(f"ignore:.*{_NO_MOMENTUM}")
 @pytest.mark.parametrize("scheme", CANONICAL, ids=str)
 @pytest.mark.parametrize("name", _BESIDE)
 def test_beside_callbacks(scheme, name):
     assert_ranks_agree(on_ranks(2, _fit_with, scheme, {}, lambda: [_BESIDE[name]()]), scheme)
 
 
+@pytest.mark.filterwarnings(f"ignore:.*{_NO_MOMENTUM}")
 @pytest.mark.parametrize("scheme", CANONICAL, ids=str)
 def test_beside_several_callbacks(scheme):
     names = (
@@ -134,6 +142,21 @@ def test_beside_several_callbacks(scheme):
         "AccuracyGradientLR",
     )
     assert_ranks_agree(on_ranks(2, _fit_with, scheme, {}, lambda: [_BESIDE[name]() for name in names]), scheme)
+
+
+def _warned(name: str, **changes: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(CANONICAL[0].build(**changes), [_BESIDE[name]()], make_classifier(optimizer="sgd"), max_epochs=1)
+    return [str(warning.message) for warning in caught if re.search(_NO_MOMENTUM, str(warning.message))]
+
+
+@pytest.mark.parametrize("name", ["NMSparsity", "GradientNoise"])
+def test_what_is_added_behind_the_momentum_is_said(name):
+    ((said,),) = on_ranks(1, _warned, name)
+    assert said.startswith(f"{name} adds ")
+    assert on_ranks(1, lambda: _warned(name, correction="error_feedback")) == [[]]
+    assert on_ranks(1, _warned, "GradientMonitor") == [[]]
 
 
 class _BreakOneRank(pl.Callback):

@@ -12,8 +12,9 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 
 from tests.contract.projects import assert_identical
-from tests.contract.strategy_runs import finish, on_ranks, train
+from tests.contract.strategy_runs import finish, train
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+from tests.ranks import on_ranks
 
 
 def _from_command_line(trainer: dict[str, Any], folder: Any, monkeypatch: pytest.MonkeyPatch, *extra: str) -> Any:

@@ -10,8 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_grad import strategies
 from tests.contract.projects import assert_identical, state_of
-from tests.contract.strategy_runs import on_ranks, outcome, train
+from tests.contract.strategy_runs import outcome, train
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has nothing to compress, and is DDP")
 

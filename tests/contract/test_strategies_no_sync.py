@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from lightning_grad.strategies._local_momentum import LocalMomentum
-from tests.contract.strategy_runs import on_ranks, train
+from tests.contract.strategy_runs import train
 from tests.contract.strategy_settings import SCHEMES, Scheme
 from tests.contract.test_no_sync import guarded
+from tests.ranks import on_ranks
 
 _EXACT = [scheme for scheme in SCHEMES if not scheme.syncs]
 

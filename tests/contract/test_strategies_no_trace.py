@@ -11,10 +11,11 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from tests.contract.projects import assert_identical, loaders, make_trainer
-from tests.contract.strategy_runs import on_ranks, outcome, train
+from tests.contract.strategy_runs import outcome, train
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
 from tests.contract.test_no_trace import StopAt, traces, trainer_traces
 from tests.contract.test_strategies_resume import StopIn
+from tests.ranks import on_ranks
 
 _ENDS = ("success", "exception", "interrupt", "before the update", "in the update")
 

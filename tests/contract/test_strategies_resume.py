@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.contract.projects import BATCH, assert_identical, make_classifier, make_data, make_trainer
-from tests.contract.strategy_runs import finish, on_ranks, outcome
+from tests.contract.strategy_runs import finish, outcome
 from tests.contract.strategy_settings import CANONICAL, SCHEMES
+from tests.ranks import on_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),

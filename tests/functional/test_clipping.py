@@ -503,8 +503,8 @@ def acts_on_shards_as_on_the_whole(act: Callable[..., Any], mixed: bool, rank: i
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["sharded", "sharded and plain"])
 @pytest.mark.parametrize("name", ACTIONS)
-def test_dtensors(name: str, mixed: bool, tmp_path: Any) -> None:
-    on_two_ranks(partial(acts_on_shards_as_on_the_whole, ACTIONS[name], mixed), tmp_path)
+def test_dtensors(name: str, mixed: bool) -> None:
+    on_two_ranks(partial(acts_on_shards_as_on_the_whole, ACTIONS[name], mixed))
 
 
 def clips_where_a_rank_holds_nothing(norm_type: float, rank: int, mesh: Any) -> None:
@@ -526,5 +526,5 @@ def clips_where_a_rank_holds_nothing(norm_type: float, rank: int, mesh: Any) -> 
 
 
 @pytest.mark.parametrize("norm_type", [2.0, INF])
-def test_dtensors_smaller_than_the_number_of_ranks(norm_type: float, tmp_path: Any) -> None:
-    on_two_ranks(partial(clips_where_a_rank_holds_nothing, norm_type), tmp_path)
+def test_dtensors_smaller_than_the_number_of_ranks(norm_type: float) -> None:
+    on_two_ranks(partial(clips_where_a_rank_holds_nothing, norm_type))

@@ -300,5 +300,5 @@ DTENSOR_CHECKS: dict[str, Callable[[int, Any], None]] = {
 
 
 @pytest.mark.parametrize("name", DTENSOR_CHECKS)
-def test_dtensors(name: str, tmp_path: Any) -> None:
-    on_two_ranks(DTENSOR_CHECKS[name], tmp_path)
+def test_dtensors(name: str) -> None:
+    on_two_ranks(DTENSOR_CHECKS[name])

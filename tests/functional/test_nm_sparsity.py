@@ -501,12 +501,12 @@ def sharded_gradients_equal_unsharded(rank: int, mesh) -> None:
     "check", [rows_sharded_equal_unsharded, sharded_groups_raise, sharded_gradients_equal_unsharded]
 )
 def test_dtensor(check, tmp_path) -> None:
-    on_two_ranks(check, tmp_path)
+    on_two_ranks(check)
 
 
 def test_a_failure_on_one_rank_fails_the_test(tmp_path) -> None:
     with pytest.raises(AssertionError, match="only on rank 1"):
-        on_two_ranks(fails_on_rank_one, tmp_path)
+        on_two_ranks(fails_on_rank_one)
 
 
 def fails_on_rank_one(rank: int, mesh) -> None:

@@ -113,5 +113,5 @@ def sharded_lists(rank: int, mesh: Any) -> None:
     assert share_of([tensor > 3.0, other > 3.0]).item() == pytest.approx(4 / 8)
 
 
-def test_dtensors(tmp_path: Any) -> None:
-    on_two_ranks(sharded_lists, tmp_path)
+def test_dtensors() -> None:
+    on_two_ranks(sharded_lists)

@@ -1,65 +1,22 @@
-"""Fits on several forked ranks: a few Trainers after each other in one group of processes, which costs a second once."""
+"""A small task for the tests of the strategies, and fits of it that tell what each rank saw."""
 
 from __future__ import annotations
 
-import os
-import time
-import traceback
-import uuid
-import warnings
-from collections.abc import Callable, Sequence
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.strategies import CompressedDDPStrategy, DGCStrategy
 
-LIMIT = 60.0
 BATCH, BATCHES = 12, 6  # a batch is shared out: 12, 6, 4 or 3 samples on 1, 2, 3 or 4 ranks
 
 Result = dict[str, Any]
-
-
-def _work(rank: int, work: Callable[[], Any], ranks: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    # With LOCAL_RANK set, Lightning takes the process as started by someone else, and joins the group that is there.
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", GLOO_SOCKET_IFNAME="lo")
-    method, limit = (folder / "rendezvous").as_uri(), timedelta(seconds=LIMIT / 2)
-    try:
-        dist.init_process_group("gloo", method, rank=rank, world_size=ranks, timeout=limit)
-        torch.save(work(), folder / f"{rank}.pt")
-        dist.barrier()
-    except BaseException:
-        (folder / f"error-of-rank-{rank}").write_text(traceback.format_exc())
-        raise
-
-
-def on_ranks(work: Callable[[], Any], ranks: int, folder: Path) -> list[Any]:
-    """Return what ``work`` returns on each of so many ranks; an error on one is raised here, and no process stays."""
-    folder = folder / uuid.uuid4().hex
-    folder.mkdir(parents=True)
-    context = mp.start_processes(_work, (work, ranks, folder), nprocs=ranks, join=False, start_method="fork")
-    deadline = time.monotonic() + LIMIT
-    try:
-        while not context.join(timeout=1.0):
-            assert time.monotonic() < deadline, "the ranks did not finish"
-    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        errors = sorted(folder.glob("error-of-rank-*"))
-        raise AssertionError("\n".join(path.read_text() for path in errors)) from error
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 def small_net() -> nn.Module:

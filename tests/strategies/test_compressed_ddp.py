@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_grad.callbacks import SkipNonFinite
 from lightning_grad.functional import pairs_bytes
 from lightning_grad.strategies import PowerSGDStrategy
+from tests.ranks import on_ranks
 from tests.strategies.ranks import (
     BATCH,
     BATCHES,
@@ -27,7 +28,6 @@ from tests.strategies.ranks import (
     assert_same,
     dgc,
     fit,
-    on_ranks,
     samples,
     small_net,
 )
@@ -93,7 +93,7 @@ class Remember(pl.Callback):
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[Result, Remember]]]:
+def broken() -> dict[str, list[tuple[Result, Remember]]]:
     """Return, for each kind, both ranks' runs in which one rank's gradients are not finite twice."""
 
     def work() -> dict[str, tuple[Result, Remember]]:
@@ -104,7 +104,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[Res
             found[kind] = fit(make(gradient_noise=True), module, [SkipNonFinite(warnings=0), remember]), remember
         return found
 
-    everyone = on_ranks(work, 2, tmp_path_factory.mktemp("broken"))
+    everyone = on_ranks(2, work)
     return {kind: [found[kind] for found in everyone] for kind in KINDS}
 
 
@@ -117,11 +117,11 @@ def test_the_mean_is_nan_on_all_ranks(kind: str, broken: dict[str, list[tuple[Re
 
 
 @kinds
-def test_without_a_guard_every_mean_holds_nan_on_every_rank(kind: str, tmp_path: Any) -> None:
+def test_without_a_guard_every_mean_holds_nan_on_every_rank(kind: str) -> None:
     def work() -> Result:
         return fit(KINDS[kind](), Broken(), epochs=1, limit_train_batches=2)
 
-    first, second = on_ranks(work, 2, tmp_path)
+    first, second = on_ranks(2, work)
     for result in (first, second):
         assert all(value.isfinite().all() for value in result["mean"][0].values())
         assert all(value.isnan().any() for value in result["mean"][1].values())
@@ -184,7 +184,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[Res
             found[kind] = fit(strategy, Clear(), logger=logger, log_every_n_steps=2)
         return found
 
-    everyone = on_ranks(work, 2, folder)
+    everyone = on_ranks(2, work)
     return {kind: [found[kind] for found in everyone] for kind in KINDS}, folder
 
 
@@ -308,7 +308,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
 
 
 @pytest.fixture(scope="module")
-def odd(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]:
+def odd() -> dict[str, list[Result]]:
     """Return both ranks' runs of each odd module under DDP, DGC that sends all, DGC, and PowerSGD."""
     strategies = {
         "DDP": DDPStrategy,
@@ -326,7 +326,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]:
                 found[f"{name}, {strategy}"] = fit(build(), Task(make(), momentum=0.9, weight_decay=0.01), epochs=1)
         return found
 
-    everyone = on_ranks(work, 2, tmp_path_factory.mktemp("odd"))
+    everyone = on_ranks(2, work)
     return {name: [found[name] for found in everyone] for name in everyone[0]}
 
 
@@ -368,12 +368,12 @@ def test_layouts_in_memory_do_not_move_entries(odd: dict[str, list[Result]]) -> 
 
 
 @kinds
-def test_bf16(kind: str, tmp_path: Any) -> None:
+def test_bf16(kind: str) -> None:
     def work() -> dict[str, Result]:
         modules = {precision: Task(momentum=0.9) for precision in ("bf16-mixed", "bf16-true")}
         return {precision: fit(KINDS[kind](), module, precision=precision) for precision, module in modules.items()}
 
-    first, second = on_ranks(work, 2, tmp_path)
+    first, second = on_ranks(2, work)
     for precision, value in (("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)):
         assert_same(first[precision]["weights"], second[precision]["weights"])
         for result in (first[precision], second[precision]):
@@ -397,23 +397,23 @@ class Sometimes(Task):
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @kinds
-def test_a_batch_without_a_loss_is_left_out(kind: str, tmp_path: Any) -> None:
+def test_a_batch_without_a_loss_is_left_out(kind: str) -> None:
     def work() -> tuple[Result, Remember]:
         remember = Remember()
         return fit(KINDS[kind](), Sometimes(momentum=0.9), [remember], epochs=1), remember
 
-    ((first, watched),) = on_ranks(work, 1, tmp_path)  # Lightning refuses it on several
+    ((first, watched),) = on_ranks(1, work)  # Lightning refuses it on several
     assert first["ledger"]["steps"] == BATCHES - 1
     assert_same(watched.memory[2], watched.memory[1])
     assert not torch.equal(watched.weights[3], watched.weights[2])
 
 
 @kinds
-def test_one_exchange_a_step_under_accumulation(kind: str, tmp_path: Any) -> None:
+def test_one_exchange_a_step_under_accumulation(kind: str) -> None:
     def work() -> Result:
         return fit(KINDS[kind](), accumulate_grad_batches=4, epochs=2)
 
-    for result in on_ranks(work, 2, tmp_path):
+    for result in on_ranks(2, work):
         assert len(result["local"]) == result["ledger"]["steps"] == 4, "two an epoch, the second of two batches"
         assert len(result["mean"]) == 4
 
@@ -481,13 +481,13 @@ class Look(pl.Callback):
         self.seen.append([(g["momentum"], g["nesterov"], g["weight_decay"], len(g["params"])) for g in groups])
 
 
-def test_groups_of_different_settings_and_one_that_joins(tmp_path: Any) -> None:
+def test_groups_of_different_settings_and_one_that_joins() -> None:
     def work() -> tuple[Result, Result, list[Any]]:
         look = Look()
         sent = fit(dgc(ratio=0.9999999, momentum_masking=False), Groups(), [look])
         return sent, fit(DDPStrategy(), Groups()), look.seen
 
-    for sent, ddp, seen in on_ranks(work, 2, tmp_path):
+    for sent, ddp, seen in on_ranks(2, work):
         assert_close(sent["weights"]["net.0.weight"], ddp["weights"]["net.0.weight"])
         assert sent["optimizer"]["param_groups"] == ddp["optimizer"]["param_groups"]
         assert_close(sent["weights"], ddp["weights"])
@@ -501,7 +501,7 @@ def test_monitors_see_the_users_momentum(tmp_path: Any) -> None:
             logger = CSVLogger(tmp_path, name=None, version=version)
             fit(strategy, Task(momentum=0.9, cycle=True), [LearningRateMonitor(log_momentum=True)], logger=logger)
 
-    on_ranks(work, 2, tmp_path)
+    on_ranks(2, work)
     found = {}
     for version in ("dgc", "ddp"):
         with (tmp_path / version / "metrics.csv").open() as file:
@@ -516,23 +516,23 @@ class Adam(Task):
         return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
 
 
-def test_any_optimizer_after_plain_error_feedback(tmp_path: Any) -> None:
+def test_any_optimizer_after_plain_error_feedback() -> None:
     def work() -> tuple[Result, Result, Result]:
         all_sent = dgc(ratio=0.9999999, correction="error_feedback")
         return fit(dgc(correction="error_feedback"), Adam()), fit(all_sent, Adam()), fit(DDPStrategy(), Adam())
 
-    (sparse, sent, ddp), (other, _, _) = on_ranks(work, 2, tmp_path)
+    (sparse, sent, ddp), (other, _, _) = on_ranks(2, work)
     assert_same(sparse["weights"], other["weights"])
     assert all(kept.keys() == {"residual"} for kept in sparse["memory"].values())
     assert_same(sent["weights"], ddp["weights"])
     assert_same(sent["optimizer"], ddp["optimizer"])
 
 
-def test_error_feedback_leaves_the_momentum_to_sgd(tmp_path: Any) -> None:
+def test_error_feedback_leaves_the_momentum_to_sgd() -> None:
     def work() -> tuple[Result, Result]:
         return fit(dgc(correction="error_feedback"), Task(momentum=0.9)), fit(DDPStrategy(), Task(momentum=0.9))
 
-    for result, ddp in on_ranks(work, 2, tmp_path):
+    for result, ddp in on_ranks(2, work):
         weight = small_net()[0].weight.detach()
         buffer = torch.zeros_like(weight)
         for mean in result["mean"]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_grad.functional import kept_count, pairs_bytes
+from tests.ranks import on_ranks
 from tests.strategies.ranks import (
     BATCH,
     BATCHES,
@@ -22,7 +23,6 @@ from tests.strategies.ranks import (
     assert_same,
     dgc,
     fit,
-    on_ranks,
     one_cycle,
     samples,
     small_net,
@@ -143,12 +143,12 @@ def largest(values: Tensor, count: int, chunk: bool) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], list[Result]]:
+def runs() -> dict[tuple[int, str], list[Result]]:
     """Return what every rank has of each case, by number of ranks and case."""
     found = {}
     for ranks, cases in ((1, ON_ONE), (2, ON_TWO), (3, ON_THREE), (4, ON_FOUR)):
         work = partial(lambda cases: [run(case) for case in cases], cases)
-        everyone = on_ranks(work, ranks, tmp_path_factory.mktemp("dgc"))
+        everyone = on_ranks(ranks, work)
         for case, *results in zip(cases, *everyone, strict=True):
             found[ranks, case] = results
     return found
@@ -195,11 +195,11 @@ def test_what_arrived_and_what_is_unsent_are_all_gradients(
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_with_momentum_the_sums_are_those_of_the_velocity(nesterov: bool, tmp_path: Any) -> None:
+def test_with_momentum_the_sums_are_those_of_the_velocity(nesterov: bool) -> None:
     def work() -> Result:
         return fit(dgc(momentum_masking=False), Task(momentum=0.5, nesterov=nesterov))
 
-    results = on_ranks(work, 2, tmp_path)
+    results = on_ranks(2, work)
     for name in (f"net.{name}" for name in LARGE):
         arrived = 2 * sum(mean[name] for mean in results[0]["mean"])
         added = torch.zeros_like(arrived)
@@ -244,7 +244,7 @@ def test_the_options_of_ddp_took_effect(runs: dict[tuple[int, str], list[Result]
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def beside_ddp(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]:
+def beside_ddp(request: pytest.FixtureRequest) -> dict[str, list[Result]]:
     """Return runs of DDP, of ratio 1, and of everything sent as pairs, each for three optimizers."""
     strategies = {
         "ddp": DDPStrategy,
@@ -257,7 +257,7 @@ def beside_ddp(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         made = [(f"{s}, {o}", strategies[s](), Task(**optimizers[o])) for s in strategies for o in optimizers]
         return {name: fit(strategy, module) for name, strategy, module in made}
 
-    everyone = on_ranks(work, request.param, tmp_path_factory.mktemp("ddp"))
+    everyone = on_ranks(request.param, work)
     return {name: [result[name] for result in everyone] for name in everyone[0]}
 
 
@@ -280,7 +280,7 @@ def test_everything_sent_is_ddp(optimizer: str, beside_ddp: dict[str, list[Resul
             assert_same(found["weights"], expected["weights"])
 
 
-def test_a_layer_of_a_million_entries_shrinks_as_promised(tmp_path: Any) -> None:
+def test_a_layer_of_a_million_entries_shrinks_as_promised() -> None:
     def work() -> list[float]:
         ratios = []
         for value in ("float32", "float16"):
@@ -291,6 +291,6 @@ def test_a_layer_of_a_million_entries_shrinks_as_promised(tmp_path: Any) -> None
             ratios.append(fit(strategy, Task(net), epochs=1, limit_train_batches=2)["ratio"])
         return ratios
 
-    for single, half in on_ranks(work, 2, tmp_path):
+    for single, half in on_ranks(2, work):
         assert 499 <= single <= 500
         assert 660 <= half <= 667

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from lightning_grad.functional import initial_factor
 from lightning_grad.strategies import PowerSGDStrategy, powersgd
-from tests.strategies.ranks import BATCH, Result, Task, assert_close, assert_same, fit, on_ranks, samples, small_net
+from tests.ranks import on_ranks
+from tests.strategies.ranks import BATCH, Result, Task, assert_close, assert_same, fit, samples, small_net
 
 LARGE = ["0.weight", "2.weight"]
 ALL = {"momentum": 0.9, "weight_decay": 1e-2, "nesterov": True}
@@ -86,12 +87,12 @@ def gram_schmidt(matrix: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], list[Result]]:
+def runs() -> dict[tuple[int, str], list[Result]]:
     """Return what every rank has of each case, by number of ranks and case."""
     found = {}
     for ranks, cases in CASES_OF.items():
         work = partial(lambda cases: [run(case) for case in cases], cases)
-        everyone = on_ranks(work, ranks, tmp_path_factory.mktemp("powersgd"))
+        everyone = on_ranks(ranks, work)
         for case, *results in zip(cases, *everyone, strict=True):
             found[ranks, case] = results
     return found
@@ -177,7 +178,7 @@ _hook.__annotations__ = {"bucket": torch.distributed.GradBucket, "return": torch
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_it_trains_as_torchs_hook_does(ranks: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_trains_as_torchs_hook_does(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> tuple[Result, Result]:
         torchs = TorchsPowerSGD()
         theirs = fit(torchs, Task(**ALL), precision="64-true")
@@ -185,17 +186,17 @@ def test_it_trains_as_torchs_hook_does(ranks: int, tmp_path: Any, monkeypatch: p
         ours = fit(PowerSGDStrategy(rank=2, min_gain=1.0, min_numel=1, start_step=2), Task(**ALL), precision="64-true")
         return theirs, ours
 
-    for theirs, ours in on_ranks(work, ranks, tmp_path):
+    for theirs, ours in on_ranks(ranks, work):
         assert set(ours["memory"]) == {"net.0.weight", "net.2.weight"}
         assert_close(ours["weights"], theirs["weights"], 1e-8)
 
 
-def test_a_full_rank_sends_all_of_a_small_matrix(tmp_path: Any) -> None:
+def test_a_full_rank_sends_all_of_a_small_matrix() -> None:
     def work() -> tuple[Result, Result]:
         strategy = PowerSGDStrategy(rank=4, min_gain=0.5, min_numel=1, exclude=["net.0"])
         return fit(strategy), fit(DDPStrategy())
 
-    first, second = on_ranks(work, 2, tmp_path)
+    first, second = on_ranks(2, work)
     for ours, ddp in (first, second):
         assert set(ours["memory"]) == {"net.2.weight"}
         assert_close(ours["weights"], ddp["weights"], 1e-5)
@@ -204,13 +205,13 @@ def test_a_full_rank_sends_all_of_a_small_matrix(tmp_path: Any) -> None:
     assert both[0].norm() > 0.1
 
 
-def test_kernels_are_matrices_and_what_gains_too_little_goes_dense(tmp_path: Any) -> None:
+def test_kernels_are_matrices_and_what_gains_too_little_goes_dense() -> None:
     def work() -> Result:
         net = nn.Sequential(nn.Unflatten(1, (2, 4, 4)), nn.Conv2d(2, 16, 3, padding=1), nn.ReLU(), nn.Flatten())
         net = nn.Sequential(*net, nn.Linear(256, 4)).to(memory_format=torch.channels_last)
         return fit(PowerSGDStrategy(rank=3, min_gain=2.0, min_numel=1), Task(net))
 
-    first, second = on_ranks(work, 2, tmp_path)
+    first, second = on_ranks(2, work)
     assert_same(first["weights"], second["weights"])
     kept = first["memory"]["net.1.weight"]
     assert kept["right"].shape == (18, 3)
@@ -219,13 +220,13 @@ def test_kernels_are_matrices_and_what_gains_too_little_goes_dense(tmp_path: Any
     assert first["weights"]["net.1.weight"].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_weight_that_gets_no_gradient_does_not_break_the_factors(tmp_path: Any) -> None:
+def test_a_weight_that_gets_no_gradient_does_not_break_the_factors() -> None:
     def work() -> Result:
         net = small_net()
         nn.init.zeros_(net[2].weight)  # the first layer's gradient is zero in the first step
         return fit(PowerSGDStrategy(rank=2, min_numel=1), Task(net))
 
-    first, second = on_ranks(work, 2, tmp_path)
+    first, second = on_ranks(2, work)
     assert all(value.isfinite().all() for value in first["weights"].values())
     assert_same(first["weights"], second["weights"])
     assert not torch.equal(first["weights"]["net.0.weight"], small_net()[0].weight)
@@ -240,10 +241,10 @@ class TwoTypes(nn.Module):
         return self.last(self.first(x).relu().double())
 
 
-def test_weights_may_be_of_two_types(tmp_path: Any) -> None:
+def test_weights_may_be_of_two_types() -> None:
     def work() -> Result:
         return fit(PowerSGDStrategy(rank=2, min_gain=1.0, min_numel=1), Task(TwoTypes()), epochs=1)
 
-    first, second = on_ranks(work, 2, tmp_path)
+    first, second = on_ranks(2, work)
     assert_same(first["weights"], second["weights"])
     assert set(first["memory"]) == {"net.first.weight", "net.last.weight"}

@@ -14,9 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from tests.contract.projects import assert_identical
-from tests.contract.strategy_runs import finish, on_ranks, outcome, train
+from tests.contract.strategy_runs import finish, outcome, train
 from tests.contract.strategy_settings import CANONICAL
 from tests.contract.test_strategies_resume import StopIn
+from tests.ranks import on_ranks
 
 DGC, POWER = CANONICAL
 pytestmark = [

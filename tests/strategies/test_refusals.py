@@ -12,8 +12,9 @@ from torch import nn
 from lightning_grad import callbacks
 from lightning_grad.strategies import DGCStrategy, PowerSGDStrategy
 from tests.contract.projects import make_classifier
-from tests.contract.strategy_runs import on_ranks, train
+from tests.contract.strategy_runs import train
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+from tests.ranks import on_ranks
 
 DGC, POWER = CANONICAL
 
@@ -170,8 +171,8 @@ def test_complex_parameters(scheme):
 def test_dampening():
     make = with_optimizer(lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9, dampening=0.5))
     message = refusal(DGC.build, make)
-    assert "DGCStrategy moves SGD's momentum, which knows no dampening" in message
-    assert "Set dampening=0" in message
+    assert "DGCStrategy moves SGD's momentum, and has no dampening there; got dampening=0.5" in message
+    assert "Set it to 0" in message
 
 
 @pytest.mark.parametrize("correction", ["auto", "momentum"])

@@ -3,7 +3,6 @@
 A CPU Trainer refuses ModelParallelStrategy, so the rules are called as the Trainer would call them.
 """
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,7 +57,7 @@ def build() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 4))
 
 
-def test_sharded_training_equals_that_of_one_process(tmp_path: Path) -> None:
+def test_sharded_training_equals_that_of_one_process() -> None:
     from torch.distributed.fsdp import fully_shard
 
     def check(rank: int, mesh: Any) -> None:
@@ -72,7 +71,7 @@ def test_sharded_training_equals_that_of_one_process(tmp_path: Path) -> None:
             for (key, expected), found in zip(alone.named_parameters(), sharded.parameters(), strict=True):
                 assert torch.allclose(found.full_tensor(), expected, atol=1e-5), f"{name}: {key}"
 
-    on_two_ranks(check, tmp_path)
+    on_two_ranks(check)
 
 
 def watched(module: nn.Module) -> tuple[dict[str, Any], dict[str, float], dict[str, dict[str, float]]]:
@@ -94,7 +93,7 @@ def watched(module: nn.Module) -> tuple[dict[str, Any], dict[str, float], dict[s
     return record.rows()[-1], scalars, layers
 
 
-def test_the_monitor_sees_whole_gradients(tmp_path: Path) -> None:
+def test_the_monitor_sees_whole_gradients() -> None:
     from torch.distributed.fsdp import fully_shard
 
     def check(rank: int, mesh: Any) -> None:
@@ -110,10 +109,10 @@ def test_the_monitor_sees_whole_gradients(tmp_path: Path) -> None:
         for quantity, by_layer in layers.items():
             assert by_layer == pytest.approx(expected[2][quantity], rel=1e-3), quantity
 
-    on_two_ranks(check, tmp_path)
+    on_two_ranks(check)
 
 
-def test_a_bad_gradient_on_one_rank_is_seen_on_both(tmp_path: Path) -> None:
+def test_a_bad_gradient_on_one_rank_is_seen_on_both() -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     from lightning_grad.functional import nonfinite
@@ -124,4 +123,4 @@ def test_a_bad_gradient_on_one_rank_is_seen_on_both(tmp_path: Path) -> None:
         gradients = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in (torch.zeros(4), bad)]
         assert nonfinite(gradients).tolist() == [False, True]
 
-    on_two_ranks(check, tmp_path)
+    on_two_ranks(check)
