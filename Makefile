@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help demo test lint bench docs clean
 
 help:
-	@echo "make demo   train small networks sparse, with clipped gradients, pruned data, attacked inputs, and show the difference (two minutes)"
+	@echo "make demo   train small networks sparse, with clipped gradients, pruned data, attacked inputs, compressed gradients, and show the difference (three minutes)"
 	@echo "make test   run the tests"
 	@echo "make lint   check style and types"
 	@echo "make bench  measure speed, as ratios to a baseline of the same run"

@@ -36,6 +36,8 @@ def draw(label: str, ledger: ByteLedger, layers: Sequence[Mapping[str, Any]]) ->
     shown = sorted(layers, key=lambda layer: -layer["entries"])[:_MOST_LAYERS]
     figure = Figure(figsize=(11, max(3.6, 1.2 + 0.22 * len(shown))), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
+    for axes in (left, middle, right):
+        axes.spines[["top", "right"]].set_visible(False)
     _draw_bytes(left, ledger)
     _draw_residual(middle, ledger)
     _draw_layers(right, shown, len(layers))
@@ -64,11 +66,12 @@ def _draw_residual(axes: Axes, ledger: ByteLedger) -> None:
 
 def _draw_layers(axes: Axes, layers: Sequence[Mapping[str, Any]], total: int) -> None:
     places, ratios = range(len(layers)), [layer["ratio"] for layer in layers]
-    axes.barh(places, ratios, color=[_SENT if ratio > 1 else _DENSE for ratio in ratios], height=0.7)
+    bars = axes.barh(places, ratios, color=[_SENT if ratio > 1 else _DENSE for ratio in ratios], height=0.7)
+    axes.bar_label(bars, [f"{ratio:,.0f}" for ratio in ratios], padding=3, fontsize=7)
     axes.set_yticks(places, [layer["layer"] for layer in layers], fontsize=7)
     axes.invert_yaxis()
     title = "By layer" if len(layers) == total else f"By layer, the largest {len(layers)} of {total}"
-    axes.set(xscale="log", xlabel="dense bytes / sent bytes", title=title)
+    axes.set(xscale="log", xlabel="dense bytes / sent bytes", title=title, xlim=(0.7, 3 * max(ratios)))
 
 
 def _column(ledger: ByteLedger, key: str) -> list[float]:
