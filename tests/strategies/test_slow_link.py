@@ -1,4 +1,4 @@
-"""On a link of 100 Mbit/s: what crosses the wire, ranks that agree, and a harness that leaves nothing. Nothing about speed."""
+"""On a link of 1 Gbit/s: what crosses the wire, ranks that agree, and a harness that leaves nothing. Nothing about speed."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def namespaces() -> list[str]:
 @pytest.mark.needs_root
 @pytest.mark.usefixtures("root")
 def test_dgc_sends_300_times_less_than_ddp_over_the_wire_and_ranks_agree():
-    with slow_link.slow_link(100.0) as link:
+    with slow_link.slow_link(1000.0) as link:
         assert namespaces() == sorted(link.names)
         # Each raises unless its ranks end with equal weights.
         dense, sparse = (measure(link, name, steps=2, settle=0, widths=WIDTHS) for name in ("ddp", "dgc"))
@@ -65,7 +65,7 @@ def test_ranks_that_do_not_agree_in_the_end_are_an_error():
 @pytest.mark.usefixtures("root")
 def test_what_still_runs_ends_with_the_link():
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with slow_link.slow_link(100.0) as link:
+    with slow_link.slow_link(1000.0) as link:
         process = subprocess.Popen(["ip", "netns", "exec", link.names[0], *command])
         with pytest.raises(TimeoutError, match="more than 0"):
             link.run(command, {}, timeout_s=0.3)
