@@ -71,7 +71,7 @@ def refuse_compressed_gradients(trainer: pl.Trainer, technique: str, phase: Phas
         strategy = type(trainer.strategy).__name__
         raise ValueError(
             f"{technique} would clip what {strategy} has accumulated over many steps. Drop the callback, and clip before "
-            f"that: {strategy}(local_clip=...)."
+            "that: DGCStrategy(local_clip=...) does so on each rank."
         )
 
 

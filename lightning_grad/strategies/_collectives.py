@@ -14,7 +14,7 @@ from lightning_grad.strategies._ledger import ByteLedger, Stopwatch
 _LOST = (
     "another rank has stopped or cannot be reached; see its own error. Start the run again from its last checkpoint."
 )
-_SIGNS = r"connection (closed|reset|refused)|timed out waiting|broken pipe|remote process exited|gloo/transport"
+_SIGNS = r"gloo/|nccl|processgroup"
 
 
 class Collectives:
@@ -64,7 +64,7 @@ class Collectives:
             with self._watch.paused():
                 yield
         except RuntimeError as error:
-            step = f"could not exchange the gradients of step {self._ledger.steps}, because"
+            step = f"could not exchange the gradients of step {self._ledger.steps + 1}, because"
             raise RuntimeError(f"{self._label}: rank {self.rank} {step} {_LOST} ({error})") from error
 
 

@@ -34,15 +34,17 @@ class ByteLedger:
 
     def open(self, dense: int) -> None:
         """Begin an exchange of gradients of so many bytes."""
-        self.steps += 1
         self.step_sent, self.step_dense = 0, dense
-        self.dense_bytes += dense
 
     def send(self, tensor: Tensor) -> None:
         """Take in a tensor that goes to a collective."""
-        size = tensor.numel() * tensor.element_size()
-        self.step_sent += size
-        self.sent_bytes += size
+        self.step_sent += tensor.numel() * tensor.element_size()
+
+    def close(self) -> None:
+        """End an exchange: only one that was made counts."""
+        self.steps += 1
+        self.sent_bytes += self.step_sent
+        self.dense_bytes += self.step_dense
 
     @property
     def step_ratio(self) -> float:

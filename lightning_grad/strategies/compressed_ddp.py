@@ -13,7 +13,6 @@ measures, ``_report.py`` draws.
 from __future__ import annotations
 
 import inspect
-import uuid
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -21,9 +20,6 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -32,20 +28,21 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.functional import total_norm
-from lightning_grad.strategies import _rank_files, _report
+from lightning_grad.strategies import _report
 from lightning_grad.strategies._buckets import BucketCollector, Gradient
 from lightning_grad.strategies._collectives import Collectives, explain_lost_rank
+from lightning_grad.strategies._interrupts import interrupts_deferred
 from lightning_grad.strategies._ledger import ByteLedger, Stopwatch
 from lightning_grad.strategies._noise import GradientNoise
+from lightning_grad.strategies._rank_saving import RankSavingDDP, ResidualPolicy
 from lightning_grad.strategies._refusals import refuse_optimizers, refuse_run
-from lightning_grad.utilities.checks import check_choice, check_count
+from lightning_grad.utilities.checks import check_choice, check_count, owned_ids
 from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches
 from lightning_grad.utilities.reporting import is_log_step, log_many, log_settings, log_summary
 
 __all__ = ["CompressedDDPStrategy", "Gradient", "Message", "ResidualPolicy"]
 
 Message = dict[str, Tensor]
-ResidualPolicy = Literal["strict", "mean", "reset"]
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
 _DENSE = "dense"
@@ -53,7 +50,7 @@ DEFAULT_TIMEOUT = timedelta(minutes=30)  # Lightning's
 _MOST_ENTRIES = 2**31  # of a compressed tensor: an index has four bytes
 
 
-class CompressedDDPStrategy(DDPStrategy):
+class CompressedDDPStrategy(RankSavingDDP):
     r"""DDP that exchanges compressed gradients, keeps what was not sent, and saves that for each rank.
 
     A scheme derives from it and writes ``send``, ``settle`` and ``write``, which together replace the all-reduce of the
@@ -64,14 +61,16 @@ class CompressedDDPStrategy(DDPStrategy):
     - A gradient that is not finite on one rank puts NaN into every gradient of all of them, so that a guard
       (:class:`~lightning_grad.callbacks.SkipNonFinite`) skips the step everywhere; it never enters the memory, and
       nothing counts as sent in such a step.
-    - An exception between an exchange and its update does not lose it: the checkpoint that is written then holds the
-      message, and the resumed run uses it for the batch that is run again.
+    - Resuming is exact after an exception too. Ctrl-C waits for the end of an exchange. The checkpoint holds a message
+      that was exchanged but not used by an update, for the batch that is run again; and of a gradient that was taken into
+      the memory, but not exchanged because another rank was lost, that it is there already.
+    - What no optimizer moves goes dense.
 
     Args:
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
         min_numel: Entries below which a gradient is sent dense.
-        residual_policy: On resuming with other ranks or without rank files: 'strict' raises, 'mean' gives every rank the mean
-            over the old ranks, 'reset' begins empty.
+        residual_policy: On resuming with other ranks or without all rank files: 'strict' raises, 'mean' gives every rank
+            the mean over the old ranks, 'reset' begins empty.
         gradient_noise: Log comm/gradient_noise at log steps, for one small all-reduce more in each.
         start_method: How Lightning starts the ranks of a node: 'popen', 'spawn', 'fork' or 'forkserver'.
         static_graph: DDP's option of that name.
@@ -128,7 +127,6 @@ class CompressedDDPStrategy(DDPStrategy):
         self.min_numel = min_numel
         self.residual_policy = residual_policy
         self.gradient_noise = gradient_noise
-        self._loaded_from: str | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -142,9 +140,9 @@ class CompressedDDPStrategy(DDPStrategy):
         self._buckets = BucketCollector({}, self._exchange)
         self._in_flight: Message | None = None
         self._replayed: Message | None = None
+        self._is_accumulated = False
         self._measured: dict[str, float] = {}
-        self._saves = 0
-        self._written: dict[str, str] = {}
+        self.step = 0  # exchanges before the present one
 
     # What a scheme says and writes.
 
@@ -179,8 +177,12 @@ class CompressedDDPStrategy(DDPStrategy):
         return large and not matches(name, self.exclude or [])
 
     @abstractmethod
+    def accumulate(self, gradients: Sequence[Gradient]) -> None:
+        """Take the gradients of this rank into the memory; not called again for a batch that is run again."""
+
+    @abstractmethod
     def send(self, gradients: Sequence[Gradient]) -> Message:
-        """Take in the gradients of this rank, and return what all ranks have sent of theirs, the same on each.
+        """Return what all ranks send of their memories, the same on each.
 
         Whatever goes to other ranks goes through ``self.ranks``, which counts its bytes.
         """
@@ -205,6 +207,12 @@ class CompressedDDPStrategy(DDPStrategy):
         """Return what else is worth logging at a log step."""
         return {}
 
+    def release_optimizer(self) -> None:
+        """Give back what an update that has failed holds of the optimizer."""
+
+    def disconnect(self) -> None:
+        """Take back what was attached to the optimizer; called however a fit ends, perhaps twice."""
+
     # The fit begins.
 
     @property
@@ -215,8 +223,10 @@ class CompressedDDPStrategy(DDPStrategy):
     @property
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments that are this technique's own."""
-        names = list(inspect.signature(type(self).__init__).parameters)[1:]
-        return {name: getattr(self, name) for name in names if name not in _OF_DDP}
+        constructors = [vars(cls)["__init__"] for cls in type(self).__mro__ if "__init__" in vars(cls)]
+        ours = constructors[: constructors.index(CompressedDDPStrategy.__init__) + 1]
+        names = dict.fromkeys(name for init in reversed(ours) for name in inspect.signature(init).parameters)
+        return {name: getattr(self, name) for name in names if name not in _OF_DDP and hasattr(self, name)}
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -228,7 +238,7 @@ class CompressedDDPStrategy(DDPStrategy):
         self._watch = Stopwatch(self.root_device)
         self.ranks = Collectives(self.label, self.global_rank, self.world_size, self.ledger, self._watch)
         super().setup(trainer)
-        self._run = str(self.broadcast(uuid.uuid4().hex[:8]))
+        self.begin_files()
         log_settings(trainer, self.label, self.settings)
         self._announce()
 
@@ -283,66 +293,63 @@ class CompressedDDPStrategy(DDPStrategy):
                 f"entries, over {self.world_size} rank(s); the others go dense."
             )
 
-    @override
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        self._loaded_from = str(checkpoint_path)
-        return super().load_checkpoint(checkpoint_path, weights_only)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        super().load_optimizer_state_dict(checkpoint)
-        manifest = checkpoint.get(_rank_files.MANIFEST_KEY)
-        if not self.is_neutral:
-            self._load_state(self._saved_state(manifest))
-        elif manifest is not None:
-            rank_zero_warn(f"{self.label} sends everything now; what {manifest['strategy']} had not sent is lost.")
-
-    def _saved_state(self, manifest: Mapping[str, Any] | None) -> Mapping[str, Any]:
-        if manifest is None or self.residual_policy == "reset":
-            rank_zero_info(f"{self.label} begins with nothing unsent.")
-            return _EMPTY
-        if manifest["strategy"] != self.label:
-            rank_zero_warn(
-                f"{self.label} begins with nothing unsent: the checkpoint is of {manifest['strategy']}, whose residuals mean "
-                "something else, and are lost."
-            )
-            return _EMPTY
-        assert self._loaded_from is not None
-        files = _rank_files.find_rank_files(self._loaded_from, manifest, self.label)
-        io, policy = self.checkpoint_io, self.residual_policy
-        return _rank_files.read_state(io, files, self.global_rank, self.world_size, self.label, policy)
-
     # One step.
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self._in_flight = None  # of a step that the module has left out
 
     @torch.no_grad()
     def _exchange(self, gradients: list[Gradient]) -> None:
+        if self._in_flight is not None:
+            raise RuntimeError(
+                f"{self.label} needs one backward pass a step, and this step has made a second. Use an optimizer that makes "
+                "one, or strategy='ddp'."
+            )
+        with interrupts_deferred():
+            self._exchange_at_once(sorted(gradients, key=lambda gradient: self._order[gradient.name]))
+
+    def _exchange_at_once(self, gradients: list[Gradient]) -> None:
         measured = is_log_step(self._trainer)
         self._watch.start(measured)
-        gradients = sorted(gradients, key=lambda gradient: self._order[gradient.name])
         message, self._replayed = self._replayed, None
+        self.step = self.ledger.steps - (message is not None)  # a message that is used again was counted already
+        compressed, dense = self._shared_out(gradients)
+        noise: dict[str, float] = {}
         if message is None:
             self.ledger.open(sum(g.values.numel() * g.values.element_size() for g in gradients))
-        chosen = self._chosen if self.is_active else set()
-        compressed = [gradient for gradient in gradients if gradient.name in chosen]
-        dense = [gradient for gradient in gradients if gradient.name not in chosen]
-        noise = self._measure_noise(gradients) if measured and message is None else {}
-        self._in_flight = message = self._communicate(gradients, compressed, dense) if message is None else message
+            noise = self._measure_noise(gradients) if measured else {}
+            message = self._communicate(compressed, dense)
+            self.ledger.close()
         if compressed:
             self.write(compressed, message, message[_DENSE][-1])
         _write_dense(dense, message[_DENSE])
+        self._in_flight = message
         self._watch.stop()
         self._measured = {"compress_ms": 1000 * self._watch.seconds, **noise} if measured else {}
 
-    def _communicate(
-        self, gradients: Sequence[Gradient], compressed: Sequence[Gradient], dense: Sequence[Gradient]
-    ) -> Message:
-        failed = torch.where(self.prepare_(gradients), 0.0, torch.nan)
-        flat = _concatenated([gradient.values for gradient in dense], failed)
+    def _shared_out(self, gradients: Sequence[Gradient]) -> tuple[list[Gradient], list[Gradient]]:
+        # What no optimizer moves goes dense: nobody zeroes such gradients, and a residual of them would grow for nothing.
+        chosen = self._chosen if self.is_active else set()
+        owned = owned_ids(self.optimizers[0])
+        compressed = [g for g in gradients if g.name in chosen and id(g.parameter) in owned]
+        names = {gradient.name for gradient in compressed}
+        return compressed, [gradient for gradient in gradients if gradient.name not in names]
+
+    def _communicate(self, compressed: Sequence[Gradient], dense: Sequence[Gradient]) -> Message:
+        owned = owned_ids(self.optimizers[0])
+        finite = self.prepare_([gradient for gradient in (*compressed, *dense) if id(gradient.parameter) in owned])
+        flat = _concatenated([gradient.values for gradient in dense], torch.where(finite, 0.0, torch.nan))
         finish = self.ranks.begin_mean_(flat)
+        if not self._is_accumulated:
+            self.accumulate(compressed)
+        self._is_accumulated = True
         message = self.send(compressed) if compressed else {}
         finish()
         if compressed:
             self.settle(compressed, message, flat[-1].isfinite())
+        self._is_accumulated = False
         return {**message, _DENSE: flat}
 
     def prepare_(self, gradients: Sequence[Gradient]) -> Tensor:
@@ -364,7 +371,11 @@ class CompressedDDPStrategy(DDPStrategy):
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         self._buckets.clear()
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        try:
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        except BaseException:
+            self.release_optimizer()
+            raise
         if self._in_flight is not None:
             self._in_flight = None
             self._log_step(self._trainer)
@@ -375,7 +386,8 @@ class CompressedDDPStrategy(DDPStrategy):
             return
         ledger = self.ledger
         row = {"bytes_sent": float(ledger.step_sent), "ratio": ledger.step_ratio, "residual_norm": self.residual_norm()}
-        values = {**row, **self._measured, **self.figures()}
+        # Residuals differ by rank, and what is monitored must not: everyone logs what rank 0 has.
+        values: dict[str, float] = self.broadcast({**row, **self._measured, **self.figures()})
         log_many(trainer, {f"{self.namespace}/{key}": value for key, value in values.items()})
         ledger.note({"step": float(trainer.global_step), **row})
 
@@ -384,47 +396,53 @@ class CompressedDDPStrategy(DDPStrategy):
         residuals = list(self.unsent())
         return float(total_norm(residuals)) if residuals else 0.0
 
-    # Checkpoints.
+    # Checkpoints: written and read by RankSavingDDP.
+
+    @property
+    @override
+    def has_state(self) -> bool:
+        return not self.is_neutral and (self.ledger.steps > 0 or self._is_accumulated)
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        if self.is_neutral or "optimizer_states" not in checkpoint or not self.ledger.steps:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-            return
-        path, self._saves = str(filepath), self._saves + 1
-        save, before = f"{self._run}-{self._saves}", self._written.get(path)
-        file = _rank_files.rank_file(_rank_files.folder_of(path), save, self.global_rank)
-        self.checkpoint_io.save_checkpoint(self._state(), file, storage_options)
-        # Only with all rank files there: a checkpoint that lacks some must not take the place of one that can be resumed.
-        self.barrier("all rank files are written")
-        checkpoint[_rank_files.MANIFEST_KEY] = _rank_files.make_manifest(path, save, self.label, self.world_size)
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-        self._written[path] = save
-        if self.is_global_zero:
-            is_late = isinstance(self.checkpoint_io, AsyncCheckpointIO)  # the checkpoint of before may still be there
-            _rank_files.remove_other_saves(path, {save, before} if is_late else {save})
-
-    @override
-    def remove_checkpoint(self, filepath: _PATH) -> None:
-        super().remove_checkpoint(filepath)
-        if self.is_global_zero:
-            _rank_files.remove_rank_files(str(filepath))
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "memory": {name: {key: value.clone() for key, value in kept.items()} for name, kept in self.memory.items()},
-            "in_flight": self._in_flight,
+    def rank_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        memory = {name: {key: value.clone() for key, value in kept.items()} for name, kept in self.memory.items()}
+        shared = {
+            "in_flight": self._in_flight if self._trainer.interrupted else None,
+            "settings": self._settings_of_messages,
             "ledger": self.ledger.state_dict(),
             "noise": self._noise.state_dict(),
         }
+        return {"memory": memory, "is_accumulated": self._is_accumulated}, shared
 
-    def _load_state(self, state: Mapping[str, Any]) -> None:
-        to = self.root_device
-        self.memory = {name: {key: v.to(to) for key, v in kept.items()} for name, kept in state["memory"].items()}
-        message = state["in_flight"]
+    @property
+    def _settings_of_messages(self) -> dict[str, Any]:
+        return {
+            name: value for name, value in self.settings.items() if name not in ("residual_policy", "gradient_noise")
+        }
+
+    @override
+    def load_rank_state(self, own: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
+        to, saved = self.root_device, own["memory"]
+        self.memory = {
+            name: {key: v.to(to) for key, v in saved[name].items()} for name in saved if name in self._chosen
+        }
+        if len(self.memory) < len(saved):
+            lost = ", ".join(sorted(saved.keys() - self._chosen))
+            rank_zero_warn(f"{self.label} no longer compresses {lost}: what was not sent of them is lost.")
+        self._is_accumulated = own["is_accumulated"]
+        message = shared["in_flight"]
+        if message is not None and shared["settings"] != self._settings_of_messages:
+            rank_zero_warn(f"{self.label} has new settings: the gradient that was exchanged but not used yet is lost.")
+            message = None
         self._replayed = None if message is None else {key: value.to(to) for key, value in message.items()}
-        self.ledger.load_state_dict(state["ledger"])
-        self._noise.load_state_dict(state["noise"])
+        self.ledger.load_state_dict(shared["ledger"])
+        self._noise.load_state_dict(shared["noise"])
+
+    @override
+    def forget_rank_state(self) -> None:
+        self.memory, self._replayed, self._is_accumulated = {}, None, False
+        self.ledger.load_state_dict(ByteLedger().state_dict())
+        self._noise.load_state_dict(None)
 
     # The fit ends.
 
@@ -445,11 +463,8 @@ class CompressedDDPStrategy(DDPStrategy):
         for name, (shape, itemsize) in self._shapes.items():
             dense = shape.numel() * itemsize
             sent = self.sent_bytes(name, shape, itemsize) if name in self._chosen else dense
-            rows.append({"layer": name, "entries": shape.numel(), "bytes": sent, "ratio": dense / sent})
+            rows.append({"layer": name, "entries": shape.numel(), "bytes": sent, "ratio": dense / max(sent, 1)})
         return rows
-
-    def disconnect(self) -> None:
-        """Take back what was attached to the optimizer; called however a fit ends, perhaps twice."""
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -465,15 +480,10 @@ class CompressedDDPStrategy(DDPStrategy):
         # As Lightning does with optimizers: a checkpoint that is written after the fit still holds them.
         self.memory = {name: {key: v.cpu() for key, v in kept.items()} for name, kept in self.memory.items()}
 
-    @property
-    def _trainer(self) -> pl.Trainer:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
-
 
 def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
     # Neither sums, which overflow, nor maximum norms, which take the CPU twenty times as long.
-    extremes = [extreme for tensor in tensors for extreme in torch.aminmax(tensor)]
+    extremes = [extreme for tensor in tensors if tensor.numel() for extreme in torch.aminmax(tensor)]
     return torch.stack([extreme.isfinite() for extreme in extremes]).all()
 
 
@@ -490,10 +500,13 @@ def _write_dense(gradients: Sequence[Gradient], flat: Tensor) -> None:
         start = end
 
 
-_EMPTY: dict[str, Any] = {"memory": {}, "in_flight": None, "ledger": ByteLedger().state_dict(), "noise": None}
-_OF_DDP = set(inspect.signature(CompressedDDPStrategy.__init__).parameters) - {
-    "exclude",
-    "min_numel",
-    "residual_policy",
-    "gradient_noise",
-}
+_OF_DDP = (
+    "self",
+    "start_method",
+    "static_graph",
+    "gradient_as_bucket_view",
+    "broadcast_buffers",
+    "find_unused_parameters",
+    "process_group_backend",
+    "timeout",
+)

@@ -89,8 +89,8 @@ class DGCStrategy(CompressedDDPStrategy):
         layer_ratios: Shares for parameters by name or wildcard, instead of ratio; 1 sends them dense.
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
         min_numel: Entries below which a gradient is sent dense.
-        residual_policy: On resuming with other ranks or without rank files: 'strict' raises, 'mean' gives every rank the mean
-            over the old ranks, 'reset' begins empty.
+        residual_policy: On resuming with other ranks or without all rank files: 'strict' raises, 'mean' gives every rank
+            the mean over the old ranks, 'reset' begins empty.
         gradient_noise: Log comm/gradient_noise at log steps, for one small all-reduce more in each.
         start_method: How Lightning starts the ranks of a node: 'popen', 'spawn', 'fork' or 'forkserver'.
         static_graph: DDP's option of that name.
@@ -169,17 +169,17 @@ class DGCStrategy(CompressedDDPStrategy):
         timeout: timedelta | None = DEFAULT_TIMEOUT,
     ) -> None:
         super().__init__(
-            exclude,
-            min_numel,
-            residual_policy,
-            gradient_noise,
-            start_method,
-            static_graph,
-            gradient_as_bucket_view,
-            broadcast_buffers,
-            find_unused_parameters,
-            process_group_backend,
-            timeout,
+            exclude=exclude,
+            min_numel=min_numel,
+            residual_policy=residual_policy,
+            gradient_noise=gradient_noise,
+            start_method=start_method,
+            static_graph=static_graph,
+            gradient_as_bucket_view=gradient_as_bucket_view,
+            broadcast_buffers=broadcast_buffers,
+            find_unused_parameters=find_unused_parameters,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
         )
         check_choice(correction, ("auto", "momentum", "error_feedback"), "correction")
         check_choice(selector, SELECTORS, "selector")
@@ -282,8 +282,7 @@ class DGCStrategy(CompressedDDPStrategy):
         return self._now(self.ratio)
 
     def _now(self, ratio: float) -> float:
-        steps = max(self.ledger.steps - 1, 0)
-        position = self._trainer.current_epoch if self.warmup_steps is None else steps // self.warmup_steps
+        position = self._trainer.current_epoch if self.warmup_steps is None else self.step // self.warmup_steps
         return warmup_density(position, self._warmup_densities, ratio)
 
     def _count(self, name: str, numel: int) -> int:
@@ -297,27 +296,31 @@ class DGCStrategy(CompressedDDPStrategy):
         return finite
 
     @override
-    def send(self, gradients: Sequence[Gradient]) -> Message:
-        indices, values = [], []
+    def accumulate(self, gradients: Sequence[Gradient]) -> None:
         for gradient in gradients:
-            kept = self._accumulate_(gradient)
-            count = self._count(gradient.name, len(kept))
-            start = hashed_seed(self.global_rank, f"{gradient.name}/{self.ledger.steps}")
-            index = select_largest(kept, count, self.selector, start)
-            indices.append(index)
-            values.append(as_sent(kept[index], self._value_type))
-        self._sent = list(zip(indices, values, strict=True))
-        return {_PAIRS: self.ranks.gather(pack_pairs(indices, values, self._counts(gradients), self._value_type))}
+            memory, values = self.memory.setdefault(gradient.name, {}), gradient.values
+            kind = torch.promote_types(
+                values.dtype, torch.float32
+            )  # half types lose what is small beside a large residual
+            if _RESIDUAL not in memory:
+                memory[_RESIDUAL] = torch.zeros_like(values, dtype=kind)
+            momentum, nesterov = (0.0, False) if self._momentum is None else self._momentum.of(gradient.parameter)
+            if momentum and _VELOCITY not in memory:
+                memory[_VELOCITY] = torch.zeros_like(values, dtype=kind)
+            accumulate_residual_(memory[_RESIDUAL], values, memory.get(_VELOCITY), momentum, nesterov)
 
-    def _accumulate_(self, gradient: Gradient) -> Tensor:
-        memory, values = self.memory.setdefault(gradient.name, {}), gradient.values
-        kind = torch.promote_types(values.dtype, torch.float32)  # half types lose what is small beside a large residual
-        if _RESIDUAL not in memory:
-            memory[_RESIDUAL] = torch.zeros_like(values, dtype=kind)
-        momentum, nesterov = (0.0, False) if self._momentum is None else self._momentum.of(gradient.parameter)
-        if momentum and _VELOCITY not in memory:
-            memory[_VELOCITY] = torch.zeros_like(values, dtype=kind)
-        return accumulate_residual_(memory[_RESIDUAL], values, memory.get(_VELOCITY), momentum, nesterov)
+    @override
+    def send(self, gradients: Sequence[Gradient]) -> Message:
+        counts = self._counts(gradients)
+        self._sent = [self._select(gradient.name, count) for gradient, count in zip(gradients, counts, strict=True)]
+        indices, values = zip(*self._sent, strict=True)
+        return {_PAIRS: self.ranks.gather(pack_pairs(indices, values, counts, self._value_type))}
+
+    def _select(self, name: str, count: int) -> tuple[Tensor, Tensor]:
+        kept = self.memory[name][_RESIDUAL]
+        start = hashed_seed(self.global_rank, f"{name}/{self.step}")
+        index = select_largest(kept, count, self.selector, start)
+        return index, as_sent(kept[index], self._value_type)
 
     def _counts(self, gradients: Sequence[Gradient]) -> list[int]:
         return [self._count(gradient.name, gradient.values.numel()) for gradient in gradients]
@@ -355,6 +358,11 @@ class DGCStrategy(CompressedDDPStrategy):
         return self._count(name, shape.numel()) * (4 + self._value_type.itemsize)
 
     # The fit ends.
+
+    @override
+    def release_optimizer(self) -> None:
+        if self._momentum is not None:
+            self._momentum.give_back()
 
     @override
     def disconnect(self) -> None:

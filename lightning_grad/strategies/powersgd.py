@@ -44,8 +44,8 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         min_gain: A gradient goes dense unless its factors are this many times smaller.
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
         min_numel: Entries below which a gradient is sent dense.
-        residual_policy: On resuming with other ranks or without rank files: 'strict' raises, 'mean' gives every rank the mean
-            over the old ranks, 'reset' begins empty.
+        residual_policy: On resuming with other ranks or without all rank files: 'strict' raises, 'mean' gives every rank
+            the mean over the old ranks, 'reset' begins empty.
         gradient_noise: Log comm/gradient_noise at log steps, for one small all-reduce more in each.
         seed: Of the first factors, the same on all ranks.
         start_method: How Lightning starts the ranks of a node: 'popen', 'spawn', 'fork' or 'forkserver'.
@@ -116,17 +116,17 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         timeout: timedelta | None = DEFAULT_TIMEOUT,
     ) -> None:
         super().__init__(
-            exclude,
-            min_numel,
-            residual_policy,
-            gradient_noise,
-            start_method,
-            static_graph,
-            gradient_as_bucket_view,
-            broadcast_buffers,
-            find_unused_parameters,
-            process_group_backend,
-            timeout,
+            exclude=exclude,
+            min_numel=min_numel,
+            residual_policy=residual_policy,
+            gradient_noise=gradient_noise,
+            start_method=start_method,
+            static_graph=static_graph,
+            gradient_as_bucket_view=gradient_as_bucket_view,
+            broadcast_buffers=broadcast_buffers,
+            find_unused_parameters=find_unused_parameters,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
         )
         check_count(rank, 1, "rank")
         check_count(start_step, 0, "start_step")
@@ -139,31 +139,36 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     @override
     def compresses(self, name: str, parameter: Tensor) -> bool:
         factors = low_rank_numel(parameter.shape, self.rank) if parameter.dim() > 1 else parameter.numel()
+        if parameter.dim() > 2 and parameter.stride(0) * parameter.shape[0] != parameter.numel():
+            return False  # its rows do not lie one after the other
         return super().compresses(name, parameter) and factors * self.min_gain < parameter.numel()
 
     @property
     @override
     def is_active(self) -> bool:
-        return self.ledger.steps > self.start_step
+        return self.step >= self.start_step
+
+    @override
+    def accumulate(self, gradients: Sequence[Gradient]) -> None:
+        for gradient in gradients:
+            memory, kind = self.memory.setdefault(gradient.name, {}), _precise(gradient.values)
+            rank, columns = self._rank_of(gradient), matrix_shape(gradient.parameter.shape)[1]
+            if _ERROR not in memory:
+                memory[_ERROR] = torch.zeros_like(gradient.values, dtype=kind)
+            if _RIGHT not in memory or memory[_RIGHT].shape[1] != rank:  # resumed with another rank
+                right = initial_factor(columns, rank, self.seed, gradient.name)
+                memory[_RIGHT] = right.to(gradient.values.device, kind)
+            memory[_ERROR].add_(gradient.values)
 
     @override
     def send(self, gradients: Sequence[Gradient]) -> Message:
-        matrices = [self._accumulate_(gradient) for gradient in gradients]
+        matrices = [_as_matrix(self.memory[g.name][_ERROR], g.parameter) for g in gradients]
         rights = [self.memory[gradient.name][_RIGHT] for gradient in gradients]
         left = _joined([matrix @ right for matrix, right in zip(matrices, rights, strict=True)])
         means = self._left_parts(gradients, self.ranks.mean_(left))
         lefts = [orthonormalize(mean.to(matrix.dtype)) for mean, matrix in zip(means, matrices, strict=True)]
         right = _joined([matrix.t() @ part for matrix, part in zip(matrices, lefts, strict=True)])
         return {"left": _joined(lefts), "right": self.ranks.mean_(right)}
-
-    def _accumulate_(self, gradient: Gradient) -> Tensor:
-        memory, shape = self.memory.setdefault(gradient.name, {}), matrix_shape(gradient.parameter.shape)
-        kind = torch.promote_types(gradient.values.dtype, torch.float32)
-        if _ERROR not in memory:
-            memory[_ERROR] = torch.zeros_like(gradient.values, dtype=kind)
-            right = initial_factor(shape[1], self._rank_of(gradient), self.seed, gradient.name)
-            memory[_RIGHT] = right.to(gradient.values.device, kind)
-        return memory[_ERROR].add_(gradient.values).view(shape)
 
     def _rank_of(self, gradient: Gradient) -> int:
         return min(self.rank, *matrix_shape(gradient.parameter.shape))
@@ -183,14 +188,15 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         for gradient, left, right in self._factors(gradients, message):
             memory = self.memory[gradient.name]
             left, right = left.to(memory[_ERROR].dtype), right.to(memory[_ERROR].dtype)
-            memory[_ERROR].view(len(left), -1).addmm_(left, torch.where(arrived, right, 0.0).t(), alpha=-1)
+            error = _as_matrix(memory[_ERROR], gradient.parameter)
+            error.addmm_(left, torch.where(arrived, right, 0.0).t(), alpha=-1)
             memory[_RIGHT].copy_(right)
 
     @override
     def write(self, gradients: Sequence[Gradient], message: Message, failure: Tensor) -> None:
         for gradient, left, right in self._factors(gradients, message):
             kind = gradient.values.dtype
-            matrix = gradient.values.view(len(left), -1)
+            matrix = _as_matrix(gradient.values, gradient.parameter)
             torch.addmm(failure.to(kind), left.to(kind), right.to(kind).t(), out=matrix)
 
     @override
@@ -201,6 +207,17 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     @override
     def sent_bytes(self, name: str, shape: torch.Size, itemsize: int) -> int:
         return low_rank_numel(shape, self.rank) * max(itemsize, 4)
+
+
+def _precise(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)  # half types lose what is small beside a large error
+
+
+def _as_matrix(flat: Tensor, parameter: Tensor) -> Tensor:
+    """Return a gradient's entries, flat in the order of memory, as a matrix; a weight may lie there transposed."""
+    if parameter.dim() == 2:
+        return flat.as_strided(parameter.shape, parameter.stride())
+    return flat.view(matrix_shape(parameter.shape))
 
 
 def _joined(matrices: Sequence[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ def filled() -> ByteLedger:
         ledger.open(1000)
         ledger.send(torch.zeros(count, dtype=torch.uint8))
         ledger.send(torch.zeros(5, dtype=torch.bfloat16))
+        ledger.close()
     return ledger
 
 
@@ -26,12 +27,16 @@ def test_bytes_of_a_step_and_of_the_run() -> None:
     assert (ledger.step_sent, ledger.step_dense) == (40, 1000)
     assert ledger.step_ratio == 1000 / 40
     assert ledger.ratio == 2000 / 60
+    ledger.open(1000)
+    ledger.send(torch.zeros(7, dtype=torch.uint8))
+    assert (ledger.steps, ledger.sent_bytes, ledger.dense_bytes) == (2, 60, 2000), "what was not ended does not count"
 
 
 def test_nothing_sent_is_no_division_by_zero() -> None:
     ledger = ByteLedger()
     assert ledger.ratio == ledger.step_ratio == 0.0
     ledger.open(8)
+    ledger.close()
     assert ledger.ratio == 8.0
 
 

@@ -54,6 +54,7 @@ def test_an_offline_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_figure_shows_the_largest_layers_and_says_how_many_there_are() -> None:
     ledger = ByteLedger()
     ledger.open(4000)
+    ledger.close()
     ledger.note({"step": 1.0, "bytes_sent": 40.0, "residual_norm": 2.0})
     layers = [{"layer": f"layer{i}", "entries": i + 1, "bytes": 4, "ratio": float(i + 1)} for i in range(30)]
     _, _, by_layer = draw("DGCStrategy", ledger, layers).axes
