@@ -327,7 +327,14 @@ class CompressedDDPStrategy(RankSavingDDP):
         _write_dense(dense, message[_DENSE])
         self._in_flight = message
         self._watch.stop()
-        self._measured = {"compress_ms": 1000 * self._watch.seconds, **noise} if measured else {}
+        self._measured = self._measure(noise) if measured else {}
+
+    def _measure(self, noise: Mapping[str, float]) -> dict[str, float]:
+        own = {"ratio": self.ledger.step_ratio, "residual_norm": self.residual_norm(), **self.figures(), **noise}
+        own |= {"bytes_sent": float(self.ledger.step_sent), "compress_ms": 1000 * self._watch.seconds}
+        # Residuals differ by rank, and what is monitored must not: everyone logs what rank 0 has. Asked for here, where all
+        # ranks are, and not after the update, which an exception may keep some of them from.
+        return dict(self.broadcast(own))
 
     def _shared_out(self, gradients: Sequence[Gradient]) -> tuple[list[Gradient], list[Gradient]]:
         # What no optimizer moves goes dense: nobody zeroes such gradients, and a residual of them would grow for nothing.
@@ -382,14 +389,10 @@ class CompressedDDPStrategy(RankSavingDDP):
         return output
 
     def _log_step(self, trainer: pl.Trainer) -> None:
-        if not self._measured:
-            return
-        ledger = self.ledger
-        row = {"bytes_sent": float(ledger.step_sent), "ratio": ledger.step_ratio, "residual_norm": self.residual_norm()}
-        # Residuals differ by rank, and what is monitored must not: everyone logs what rank 0 has.
-        values: dict[str, float] = self.broadcast({**row, **self._measured, **self.figures()})
-        log_many(trainer, {f"{self.namespace}/{key}": value for key, value in values.items()})
-        ledger.note({"step": float(trainer.global_step), **row})
+        if self._measured:
+            log_many(trainer, {f"{self.namespace}/{key}": value for key, value in self._measured.items()})
+            kept = {key: self._measured[key] for key in ("bytes_sent", "ratio", "residual_norm")}
+            self.ledger.note({"step": float(trainer.global_step), **kept})
 
     def residual_norm(self) -> float:
         """Return the 2-norm of what this rank has not sent."""
@@ -406,8 +409,10 @@ class CompressedDDPStrategy(RankSavingDDP):
     @override
     def rank_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         memory = {name: {key: value.clone() for key, value in kept.items()} for name, kept in self.memory.items()}
+        batches: Any = self._trainer.fit_loop.epoch_loop.batch_progress.current
+        is_under_way = self._trainer.interrupted and batches.started > batches.processed  # so that the batch runs again
         shared = {
-            "in_flight": self._in_flight if self._trainer.interrupted else None,
+            "in_flight": self._in_flight if is_under_way else None,
             "settings": self._settings_of_messages,
             "ledger": self.ledger.state_dict(),
             "noise": self._noise.state_dict(),

@@ -22,9 +22,14 @@ def interrupt() -> None:
 
 def test_an_interrupt_arrives_at_the_end():
     done = []
-    with pytest.raises(KeyboardInterrupt), interrupts_deferred():
-        interrupt()
-        done.append("the rest of the block")
+
+    def work() -> None:
+        with interrupts_deferred():
+            interrupt()
+            done.append("the rest of the block")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
     assert done
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -47,19 +52,29 @@ def test_without_one_nothing_happens():
 
 def test_in_nested_blocks_it_arrives_at_the_end_of_the_outer_one():
     done = []
-    with pytest.raises(KeyboardInterrupt), interrupts_deferred():
+
+    def work() -> None:
         with interrupts_deferred():
-            interrupt()
-            done.append("inner")
-        done.append("outer")
+            with interrupts_deferred():
+                interrupt()
+                done.append("inner")
+            done.append("outer")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
     assert done == ["inner", "outer"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_error_of_the_block_is_kept_beside_the_interrupt():
-    with pytest.raises(KeyboardInterrupt) as caught, interrupts_deferred():
-        interrupt()
-        raise ValueError("of the block")
+
+    def work() -> None:
+        with interrupts_deferred():
+            interrupt()
+            raise ValueError("of the block")
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        work()
     assert isinstance(caught.value.__context__, ValueError)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import importlib
 import shutil
 import signal
 import time
@@ -44,7 +45,7 @@ def power(**changes: Any) -> PowerSGDStrategy:
     return PowerSGDStrategy(**{"rank": 2, "min_numel": 1, "min_gain": 1.0, **changes})
 
 
-both = pytest.mark.parametrize("build", [dgc, power])
+_both = pytest.mark.parametrize("build", [dgc, power])
 
 
 def fit(
@@ -73,7 +74,7 @@ def finish(*arguments: Any, **more: Any) -> dict[str, Any]:
     return outcome(*fit(*arguments, **more))
 
 
-def stop(match: str, *arguments: Any, kind: Any = RuntimeError, **more: Any) -> None:
+def stop(match: str | None, *arguments: Any, kind: Any = RuntimeError, **more: Any) -> None:
     """Fit, which must raise on every rank, and wait for all of them to have written what they write."""
     with pytest.raises(kind, match=match):
         fit(*arguments, **more)
@@ -139,7 +140,7 @@ def _save_by_loss(build: Build, folder: Path) -> tuple[Any, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
-@both
+@_both
 def test_all_files_lie_where_rank_0_says_when_the_name_holds_a_metric_of_the_rank(build, tmp_path):
     assert_resumed(on_ranks(2, _save_by_loss, build, tmp_path))
     (path,) = tmp_path.glob("*.ckpt")
@@ -164,8 +165,9 @@ class FailsOnce:
 
 
 def _fail_in_the_update(folder: Path) -> Any:
+    functional = importlib.import_module("torch.optim.sgd")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.sgd, "sgd", FailsOnce(torch.optim.sgd.sgd, at=5))
+        patch.setattr(functional, "sgd", FailsOnce(functional.sgd, at=5))
         stop("on purpose", dgc(), [OnExceptionCheckpoint(folder)])
     path = folder / "on_exception.ckpt"
     fit("ddp", ckpt=path)
@@ -205,14 +207,14 @@ def test_what_was_taken_in_but_not_exchanged_is_not_taken_in_again(build, collec
 def _stop_on_either_side(build: Build, hooks: tuple[str, str], folder: Path) -> tuple[Any, Any]:
     hook = hooks[dist.get_rank()]
     step = 4 if hook == "on_train_batch_end" else 3  # the fourth update is made, or is next
-    stop("on purpose", build(), [StopIn(hook, step), OnExceptionCheckpoint(folder)])
+    stop("on purpose", build(), [StopIn(hook, step), OnExceptionCheckpoint(folder)], log_every_n_steps=1)
     return finish(build()), finish(build(), ckpt=folder / "on_exception.ckpt")
 
 
 _AFTER_AND_BEFORE = ("on_train_batch_end", "on_before_optimizer_step")
 
 
-@both
+@_both
 @pytest.mark.parametrize("hooks", [_AFTER_AND_BEFORE, _AFTER_AND_BEFORE[::-1]])
 def test_ranks_that_stop_on_either_side_of_an_update_go_on_together(build, hooks, tmp_path):
     assert_resumed(on_ranks(2, _stop_on_either_side, build, hooks, tmp_path))
@@ -226,6 +228,7 @@ class StopsOneRank(pl.Callback):
 
     def on_before_backward(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == self.step and trainer.global_rank == 0:
+            trainer.strategy.barrier = lambda *_: None  # in which Lightning would wait for the other, after the save
             raise RuntimeError("alone, on purpose")
 
 
@@ -236,7 +239,7 @@ def _stop_alone(build: Build, folder: Path, former: bool) -> Any:
     if former:
         stop("on purpose", build(), [StopIn("on_before_optimizer_step", 3), OnExceptionCheckpoint(folder)])
         earlier = path
-    with pytest.raises(RuntimeError, match="on purpose|another rank"):
+    with pytest.raises(RuntimeError):  # on rank 1 gloo's, from Lightning's barrier after a save
         said(lambda: fit(build(), [StopsOneRank(5), OnExceptionCheckpoint(folder)], ckpt=earlier))
     if dist.get_rank() == 0:
         files = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
@@ -248,7 +251,7 @@ def _resume(build: Build, path: Path) -> Any:
     return finish(build(), ckpt=path)
 
 
-@both
+@_both
 @pytest.mark.parametrize("former", [False, True])
 def test_one_rank_that_fails_alone_saves_what_can_be_resumed(build, former, tmp_path):
     """The former checkpoint, if there is one; else its own, for which the other rank writes its file when it notices."""
@@ -283,11 +286,11 @@ class InterruptsSend(pl.Callback):
 def _interrupt_send(build: Build, after: bool, folder: Path) -> tuple[Any, Any]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     callbacks = [InterruptsSend(4, after), OnExceptionCheckpoint(folder)]
-    stop("", build(), callbacks, kind=SystemExit)  # as which Lightning hands on a KeyboardInterrupt
+    stop(None, build(), callbacks, kind=SystemExit)  # as which Lightning hands on a KeyboardInterrupt
     return finish(build()), finish(build(), ckpt=folder / "on_exception.ckpt")
 
 
-@both
+@_both
 @pytest.mark.parametrize("after", [False, True])
 def test_an_interrupt_within_an_exchange_waits_for_its_end(build, after, tmp_path):
     assert_resumed(on_ranks(2, _interrupt_send, build, after, tmp_path))
@@ -337,11 +340,22 @@ def _resume_after_a_batch_that_was_skipped(build: Build, folder: Path) -> tuple[
     return expected, finish(build(), (), SkipsOddBatches(momentum=0.9), ckpt=folder / "0.ckpt")
 
 
-@both
+@_both
 def test_a_step_that_the_module_leaves_out_leaves_no_message_behind(build, tmp_path):
-    pairs = on_ranks(2, _resume_after_a_batch_that_was_skipped, build, tmp_path)
-    assert pairs[0][0]["steps"] == BATCHES
-    assert_resumed(pairs)
+    assert_resumed(on_ranks(2, _resume_after_a_batch_that_was_skipped, build, tmp_path))
+
+
+def _stop_after_a_batch_that_was_skipped(build: Build, hook: str, step: int, folder: Path) -> list[Any]:
+    callbacks = [StopIn(hook, step), OnExceptionCheckpoint(folder)]
+    stop("on purpose", build(), callbacks, SkipsOddBatches(momentum=0.9))
+    return [finish(build(), (), SkipsOddBatches(momentum=0.9), path) for path in (None, folder / "on_exception.ckpt")]
+
+
+@_both
+@pytest.mark.parametrize(("hook", "step"), [("on_train_batch_start", 4), ("on_train_epoch_end", BATCHES)])
+def test_nor_does_one_that_is_followed_by_an_exception(build, hook, step, tmp_path):
+    """The message is of a batch that is over; the next one must not take it for its own."""
+    assert_resumed(on_ranks(2, _stop_after_a_batch_that_was_skipped, build, hook, step, tmp_path))
 
 
 def _resume_with_another_rank(before: int, after: int, folder: Path) -> tuple[Any, Any, Any]:
@@ -404,14 +418,14 @@ def _resume_with_reset(build: Build, with_files: bool, folder: Path) -> tuple[An
     return expected, left, look, words
 
 
-@both
+@_both
 def test_reset_drops_nothing_while_all_files_are_there(build, tmp_path):
     found = on_ranks(2, _resume_with_reset, build, True, tmp_path)
     assert_resumed([(expected, left) for expected, left, *_ in found])
     assert "is lost" not in found[0][3]
 
 
-@both
+@_both
 def test_reset_begins_empty_without_the_files_and_says_so(build, tmp_path):
     found = on_ranks(2, _resume_with_reset, build, False, tmp_path)
     assert "begins with nothing unsent: what the saved run had not sent is lost" in found[0][3]
@@ -527,14 +541,14 @@ class WithAnEmptyParameter(Task):
         return super().loss(batch, rank, ranks) + self.empty.sum()
 
 
-@both
+@_both
 def test_a_parameter_without_entries(build, tmp_path):
     def work() -> Any:
         return finish(build(), (), WithAnEmptyParameter(momentum=0.9), logger=CSVLogger(tmp_path, "", ""))["steps"]
 
     assert on_ranks(2, work) == [2 * BATCHES] * 2
     (table,) = tmp_path.rglob("comm_layers.csv")
-    rows = {row["layer"]: row for row in csv.DictReader(table.open())}
+    rows = {row["layer"]: row for row in csv.DictReader(table.read_text().splitlines())}
     assert rows["empty"]["entries"] == "0"
     assert float(rows["net.0.weight"]["ratio"]) > 1
     assert list(tmp_path.rglob("comm.png"))
@@ -617,7 +631,7 @@ def _metrics(build: Build) -> dict[str, float]:
     return metrics
 
 
-@both
+@_both
 def test_a_callback_that_monitors_the_communication_sees_the_same_on_all_ranks(build):
     first, second = on_ranks(2, _metrics, build)
     assert {"comm/residual_norm", "comm/compress_ms", "comm/ratio"} <= set(first)
