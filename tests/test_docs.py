@@ -104,7 +104,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python_block_runs(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
+    of_page = folder / re.sub(r"\W", "_", block.page)  # pages may write files of the same name
+    of_page.mkdir(exist_ok=True)
+    monkeypatch.chdir(of_page)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     earlier = [other for other in PYTHON if other.page == block.page and other.line < block.line]
     for other in earlier:

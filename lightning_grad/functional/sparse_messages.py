@@ -53,9 +53,8 @@ def pack_pairs(
         Tensor: uint8, (:func:`pairs_bytes`).
 
     Example:
-        >>> pack_pairs([torch.tensor([7])], [torch.tensor([1.0])], [2])
-        tensor([  7,   0,   0,   0,   0,   0,   0,   0,   0,   0, 128,  63,   0,   0,   0,   0],
-               dtype=torch.uint8)
+        >>> pack_pairs([torch.tensor([7])], [torch.tensor([1.0])], [2]).tolist()
+        [7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 128, 63, 0, 0, 0, 0]
     """
     total = sum(counts)
     message = torch.zeros(pairs_bytes(counts, value_dtype), dtype=torch.uint8, device=values[0].device)

@@ -3,7 +3,7 @@
 DDP hands its buckets of gradients to a communication hook. The hook here only collects them; at the last bucket of a
 backward pass all gradients are known, and one exchange follows: a small dense message (biases, norms, small tensors,
 and one number that says whether a gradient was not finite) and whatever the scheme sends for the large ones. So a
-scheme is three methods on named, flat gradients; it sees no buckets, futures or streams, its collectives come in the
+scheme is four methods on named, flat gradients; it sees no buckets, futures or streams, its collectives come in the
 same order on all ranks, and its memory is keyed by parameter name. Beside this file: ``dgc.py`` and ``powersgd.py``
 are the schemes, ``_buckets.py`` is the hook, ``_collectives.py`` talks to other ranks, ``_ledger.py`` counts bytes,
 ``_rank_files.py`` knows where the memory of each rank is saved, ``_refusals.py`` says what cannot work, ``_noise.py``
@@ -53,7 +53,7 @@ _MOST_ENTRIES = 2**31  # of a compressed tensor: an index has four bytes
 class CompressedDDPStrategy(RankSavingDDP):
     r"""DDP that exchanges compressed gradients, keeps what was not sent, and saves that for each rank.
 
-    A scheme derives from it and writes ``send``, ``settle`` and ``write``, which together replace the all-reduce of the
+    A scheme derives from it and writes ``accumulate``, ``send``, ``settle`` and ``write``, which together replace the all-reduce of the
     tensors that :meth:`compresses` names. All others are averaged as DDP does. What holds for every scheme:
 
     - ``memory[name]`` is the scheme's dictionary of tensors for a parameter (a residual, a velocity, a factor). It is

@@ -12,7 +12,6 @@ from plain_project import Digits, ResidualConvNet, VisionTransformer
 
 from lightning_grad import callbacks
 from lightning_grad.callbacks import NMSparsity
-from lightning_grad.functional import PAPER_WARMUP
 from lightning_grad.strategies import DGCStrategy, PowerSGDStrategy
 
 hydra = pytest.importorskip("hydra")
@@ -156,8 +155,7 @@ def test_snippet_of_a_strategy_becomes_part_of_the_trainer_and_trains(word: str)
     strategy = trainer.strategy
     assert type(strategy) is STRATEGIES[word]
     arguments = {key: value for key, value in config.strategy.items() if key not in ("_target_", "start_method")}
-    shares = {"warmup": list(PAPER_WARMUP)} if word == "dgc" else {}  # what the word in the file stands for
-    assert {key: strategy.settings[key] for key in arguments} == arguments | shares
+    assert {key: strategy.settings[key] for key in arguments} == arguments
     assert {type(part) for part in parts(strategy.settings)} <= {str, int, float, bool, dict, list, tuple, type(None)}
     trainer.fit(ResidualConvNet(width=8, optimizer="sgd"), datamodule=Digits(batch_size=50))
     assert trainer.callback_metrics["comm/ratio"] > 1
