@@ -53,8 +53,9 @@ _MOST_ENTRIES = 2**31  # of a compressed tensor: an index has four bytes
 class CompressedDDPStrategy(RankSavingDDP):
     r"""DDP that exchanges compressed gradients, keeps what was not sent, and saves that for each rank.
 
-    A scheme derives from it and writes ``accumulate``, ``send``, ``settle`` and ``write``, which together replace the all-reduce of the
-    tensors that :meth:`compresses` names. All others are averaged as DDP does. What holds for every scheme:
+    A scheme derives from it and writes ``accumulate``, ``send``, ``settle`` and ``write``, which together replace the
+    all-reduce of the tensors that :meth:`compresses` names. All others are averaged as DDP does. What holds for every
+    scheme:
 
     - ``memory[name]`` is the scheme's dictionary of tensors for a parameter (a residual, a velocity, a factor). It is
       saved for each rank in ``<checkpoint>.ranks`` and restored bit for bit, on a fit that resumes.
