@@ -363,9 +363,8 @@ class CompressedDDPStrategy(RankSavingDDP):
     def prepare_(self, gradients: Sequence[Gradient]) -> Tensor:
         """Zero the gradients of this rank if one of them is not finite, and return whether all are, a 0-dimensional tensor."""
         finite = _all_finite([gradient.values for gradient in gradients])
-        if (
-            not finite.is_cpu or not finite.numpy()
-        ):  # a look at the CPU waits for nobody, and saves a pass over everything
+        # A look at the CPU waits for nobody, and saves a pass over everything.
+        if not finite.is_cpu or not finite.numpy():
             for gradient in gradients:
                 gradient.values.masked_fill_(~finite, 0.0)
         return finite
