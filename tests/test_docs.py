@@ -9,7 +9,6 @@ import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,6 @@ PYTHON = [block for block in BLOCKS if block.language == "python"]
 YAML = [block for block in BLOCKS if block.language == "yaml"]
 
 
-@cache
 def namespace_of(page: str) -> dict[str, Any]:
     """Return the namespace that the blocks of a page share, that of a module, so that its classes pickle."""
     module = types.ModuleType("page_" + re.sub(r"\W", "_", page))
@@ -87,31 +85,22 @@ def namespace_of(page: str) -> dict[str, Any]:
     return module.__dict__
 
 
-@cache
-def run_block(block: Block) -> str:
-    """Run a block once in this process, and return what it printed."""
+def run_block(block: Block, namespace: dict[str, Any]) -> str:
+    """Run a block, and return what it printed."""
     code = compile("\n" * (block.line - 1) + block.text, block.page, "exec", dont_inherit=True)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(code, namespace_of(block.page))
+        exec(code, namespace)
     return printed.getvalue()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return where everything that the blocks write goes."""
-    return tmp_path_factory.mktemp("docs")
-
-
-@pytest.mark.parametrize("block", PYTHON, ids=str)
-def test_python_block_runs(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    of_page = folder / re.sub(r"\W", "_", block.page)  # pages may write files of the same name
-    of_page.mkdir(exist_ok=True)
-    monkeypatch.chdir(of_page)
+@pytest.mark.parametrize("page", dict.fromkeys(block.page for block in PYTHON))
+def test_python_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    earlier = [other for other in PYTHON if other.page == block.page and other.line < block.line]
-    for other in earlier:
-        run_block(other)
-    assert block.prints in run_block(block)
+    namespace = namespace_of(page)
+    for block in PYTHON:
+        if block.page == page:
+            assert block.prints in run_block(block, namespace), str(block)
 
 
 def find_classes(node: Any) -> Iterator[tuple[str, dict[str, Any]]]:

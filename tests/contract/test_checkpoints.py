@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 
 from tests.contract.projects import fit, loaders, make_classifier
-from tests.contract.settings import BROAD, TECHNIQUES
+from tests.contract.settings import BROAD, CANONICAL, TECHNIQUES
 from tests.contract.test_no_trace import StopAt
 
 # These runs monitor val_loss from the first epoch on, which the technique may rightly warn about.
@@ -46,8 +46,10 @@ def assert_computes_what_was_validated(path: Any, remembered: RememberLogits) ->
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
-@pytest.mark.parametrize("weights_only", [False, True])
+_ALL_AND_WEIGHTS_ONLY = [*((t, False) for t in TECHNIQUES), *((t, True) for t in CANONICAL)]
+
+
+@pytest.mark.parametrize(("technique", "weights_only"), _ALL_AND_WEIGHTS_ONLY, ids=str)
 def test_every_checkpoint_computes_what_was_validated(technique, weights_only, tmp_path):
     remembered = RememberLogits()
     saving = ModelCheckpoint(
@@ -86,8 +88,9 @@ def test_order_beside_weight_averaging_makes_no_difference(technique):
         assert torch.equal(value, other.state_dict()[key]), key
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
-@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize(
+    ("technique", "weights_only"), [*((t, False) for t in BROAD), *((t, True) for t in CANONICAL)], ids=str
+)
 def test_checkpoint_on_exception_computes_what_a_validation_would_have(technique, weights_only, tmp_path):
     step = 14
     remembered = RememberLogits()

@@ -17,8 +17,9 @@ def _run(extra, module=None, **arguments):
     return {**state_of(trainer, module), "metrics": metrics}
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(
+    ("technique", "accumulate"), [*((t, 1) for t in TECHNIQUES), *((t, 3) for t in CANONICAL)], ids=str
+)
 def test_neutral_setting_is_bitwise_no_callback(technique, accumulate):
     if technique.neutral is None:
         assert technique.no_neutral_because or technique not in CANONICAL

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.contract.projects import assert_identical, fit, make_classifier
 from tests.contract.strategy_runs import finish, train
-from tests.contract.strategy_settings import SCHEMES, Scheme
+from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
 from tests.contract.test_checkpoints import RememberLogits, assert_computes_what_was_validated
 from tests.ranks import on_ranks
 
@@ -54,7 +54,7 @@ def _two_more_epochs_of_ddp(scheme: Scheme, path: Any) -> int:
     return trainer.current_epoch
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
 def test_checkpoint_goes_on_under_ddp_and_on_one_device(scheme, tmp_path):
     on_ranks(2, _save_two, scheme, tmp_path)
     path = max(tmp_path.glob("*.ckpt"), key=lambda path: path.name)
@@ -122,6 +122,6 @@ def _compare_kinds(scheme: Scheme, folder: Any) -> None:
             assert_identical(left["param_groups"], right["param_groups"])
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
 def test_checkpoint_differs_from_ddps_by_its_manifest_only(scheme, tmp_path):
     on_ranks(1, _compare_kinds, scheme, tmp_path)

@@ -64,7 +64,7 @@ def _fit_from_hydra(scheme: Scheme) -> None:
     assert_identical(expected, finish(built, module=scheme.module(), max_epochs=1))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
 def test_hydra_containers(scheme):
     on_ranks(1, _fit_from_hydra, scheme)
 
