@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
 
@@ -316,12 +316,13 @@ class CompressedDDPStrategy(RankSavingDDP):
         self._watch.start(measured)
         message, self._replayed = self._replayed, None
         self.step = self.ledger.steps - (message is not None)  # a message that is used again was counted already
-        compressed, dense = self._shared_out(gradients)
+        owned = owned_ids(self.optimizers[0])
+        compressed, dense = self._shared_out(gradients, owned)
         noise: dict[str, float] = {}
         if message is None:
             self.ledger.open(sum(g.values.numel() * g.values.element_size() for g in gradients))
             noise = self._measure_noise(gradients) if measured else {}
-            message = self._communicate(compressed, dense)
+            message = self._communicate(compressed, dense, owned)
             self.ledger.close()
         if compressed:
             self.write(compressed, message, message[_DENSE][-1])
@@ -337,16 +338,18 @@ class CompressedDDPStrategy(RankSavingDDP):
         # ranks are, and not after the update, which an exception may keep some of them from.
         return dict(self.broadcast(own))
 
-    def _shared_out(self, gradients: Sequence[Gradient]) -> tuple[list[Gradient], list[Gradient]]:
+    def _shared_out(
+        self, gradients: Sequence[Gradient], owned: Collection[int]
+    ) -> tuple[list[Gradient], list[Gradient]]:
         # What no optimizer moves goes dense: nobody zeroes such gradients, and a residual of them would grow for nothing.
         chosen = self._chosen if self.is_active else set()
-        owned = owned_ids(self.optimizers[0])
         compressed = [g for g in gradients if g.name in chosen and id(g.parameter) in owned]
         names = {gradient.name for gradient in compressed}
         return compressed, [gradient for gradient in gradients if gradient.name not in names]
 
-    def _communicate(self, compressed: Sequence[Gradient], dense: Sequence[Gradient]) -> Message:
-        owned = owned_ids(self.optimizers[0])
+    def _communicate(
+        self, compressed: Sequence[Gradient], dense: Sequence[Gradient], owned: Collection[int]
+    ) -> Message:
         finite = self.prepare_([gradient for gradient in (*compressed, *dense) if id(gradient.parameter) in owned])
         flat = _concatenated([gradient.values for gradient in dense], torch.where(finite, 0.0, torch.nan))
         finish = self.ranks.begin_mean_(flat)
