@@ -101,7 +101,7 @@ def check_kind(value: Any, kind: Any, parameter: str) -> None:
         check_choice(value, choices, parameter)
     described = _joined([_describe(member) for member in members])
     error = ValueError if isinstance(value, float) and math.isnan(value) else TypeError
-    raise error(f"{parameter} must be {described}; got {value!r}.{_hint(value, members)}")
+    raise error(f"{parameter} must be {described}; got {value!r}.{_hint(value, kind)}")
 
 
 def _members(kind: Any) -> list[Any]:
@@ -164,13 +164,20 @@ def _joined(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def _hint(value: Any, members: Sequence[Any]) -> str:
-    wants_text = str in members
+def _hint(value: Any, kind: Any) -> str:
+    members = _members(kind)
+    lists = [member for member in members if get_origin(member) is collections.abc.Sequence]
+    if isinstance(value, Mapping) or _is_list(value):
+        wanted = [
+            get_args(m)[-1] for m in members if get_origin(m) in (collections.abc.Mapping, collections.abc.Sequence)
+        ]
+        items = list(value.values()) if isinstance(value, Mapping) else value
+        return next((_hint(item, part) for part in wanted for item in items if not _fits(item, part)), "")
     if isinstance(value, str) and any(_is_number(member) for member in members):
         return " In YAML, write it without quotes."
-    if isinstance(value, str) and any(get_origin(member) is collections.abc.Sequence for member in members):
+    if isinstance(value, str) and lists:
         return f" Write [{value!r}]."
-    if isinstance(value, (bool, int, float)) and wants_text:
+    if isinstance(value, (bool, int, float)) and str in members:
         return " In YAML, write it in quotes."
     return ""
 
