@@ -8,7 +8,29 @@ and proves that it is a sum over samples, with the kinds of nodes in ``_nodes.py
 """
 
 from lightning_grad.functional.gradients.errors import InseparableLossError
+from lightning_grad.functional.gradients.proofs import (
+    Proof,
+    is_noisy,
+    prove_terms,
+    sample_loss,
+    solo_losses,
+    trace_step,
+    unordered_terms,
+)
 from lightning_grad.functional.gradients.terms import Term, Terms, WeightHandle
 from lightning_grad.functional.gradients.trace import LossTrace
 
-__all__ = ["InseparableLossError", "LossTrace", "Term", "Terms", "WeightHandle"]
+__all__ = [
+    "InseparableLossError",
+    "LossTrace",
+    "Proof",
+    "Term",
+    "Terms",
+    "WeightHandle",
+    "is_noisy",
+    "prove_terms",
+    "sample_loss",
+    "solo_losses",
+    "trace_step",
+    "unordered_terms",
+]

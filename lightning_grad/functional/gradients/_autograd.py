@@ -68,7 +68,9 @@ def _missing() -> list[str]:
         "Node.name() of the form MulBackward0": lambda: kind_of(node) == "Mul",
         "AccumulateGrad.variable": lambda: leaf_of(node.next_functions[0][0]) is leaf,  # type: ignore[union-attr]
         "Node.__call__": lambda: apply_backward(node, [torch.ones(2)])[0].tolist() == [2.0, 2.0],  # type: ignore[union-attr]
-        "one object for one node": lambda: leaf.sum().grad_fn is not None and node.next_functions == node.next_functions,  # type: ignore[union-attr]
+        "one object for one node": lambda: (
+            leaf.sum().grad_fn is not None and node.next_functions == node.next_functions
+        ),  # type: ignore[union-attr]
         "torch._C._functorch.is_functorch_wrapped_tensor": lambda: not is_transformed(leaf),
     }
 

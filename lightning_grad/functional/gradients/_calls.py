@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_grad.functional._loss_functions import (
     LOSSES,
@@ -56,6 +58,10 @@ class Call:
     loss_call: LossCall | None = None
 
 
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def defaults_of(func: Callable[..., Any], loss: LossFunction) -> Mapping[str, Any] | None:
     """Return the parameters of a loss that can be read, by name; ``None`` for the others."""
     if loss.defaults is not None:
@@ -96,9 +102,7 @@ def read_call(
     axis = 1 if name == "ctc_loss" and first.dim() == 3 else 0  # log-probabilities come (T, B, C)
     rows = Rows(1, first.shape[1]) if axis else rows_of(first)
     count = first.shape[axis] if first.dim() > axis else 0
-    with_rows = {
-        edge_of(t): rows for t in tensors if t.requires_grad and t.dim() > axis and t.shape[axis] == count > 0
-    }
+    with_rows = {edge_of(t): rows for t in tensors if t.requires_grad and t.dim() > axis and t.shape[axis] == count > 0}
     others = frozenset(edge_of(t) for t in tensors if t.requires_grad) - set(with_rows)
     covers = rows is None or rows.covers
     call = Call(name, given["reduction"], with_rows, others, covers=covers)
@@ -111,7 +115,9 @@ def read_call(
         return Call(name, given["reduction"], with_rows, others, problem)
     if not values:
         return call
-    return _with_sums(func, call, given, value, samples, rows, keep_graph)
+    # Checkpointing counts what its function saves, and counts again in backward, where no trace is. Ours must not count.
+    with saved_tensors_hooks(_as_it_is, _as_it_is) if keep_graph else nullcontext():
+        return _with_sums(func, call, given, value, samples, rows, keep_graph)
 
 
 def _with_sums(

@@ -88,5 +88,9 @@ class Record:
         assert found is not None
         tensor, version = found
         if tensor._version != version:
-            raise InseparableLossError("", "", f"A tensor {tuple(tensor.shape)} was changed in place after it went into the loss, so its values are lost. Change a clone of it instead.")
+            raise InseparableLossError(
+                "",
+                "",
+                f"A tensor {tuple(tensor.shape)} was changed in place after it went into the loss, so its values are lost. Change a clone of it instead.",
+            )
         return tensor

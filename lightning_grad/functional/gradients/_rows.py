@@ -167,9 +167,7 @@ def _leaves(values: Any) -> Iterator[Tensor]:
             yield from _leaves(value)
 
 
-def _numbers(
-    tensor: Tensor, rows: Rows | None, samples: int, count: int | None, device: torch.device
-) -> Tensor:
+def _numbers(tensor: Tensor, rows: Rows | None, samples: int, count: int | None, device: torch.device) -> Tensor:
     """Return the sample of each entry, of the first ``count`` dimensions only; -1 for that of no sample."""
     shape = tensor.shape[:count]
     if rows is None and obeys_shape_rule(tensor.shape, samples):

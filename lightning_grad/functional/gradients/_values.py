@@ -63,7 +63,8 @@ class Values:
                 if node in at_calls:
                     self.parts.append(self._of_call(node, at_calls[node]))
             for cut in walk.cuts:
-                if cut.call is None and not cut.is_second and (cut.node, cut.index) in at_cuts:
+                wanted = cut.call is None and (keep_graph or not cut.is_second)
+                if wanted and (cut.node, cut.index) in at_cuts:
                     self.parts.append(self._of_cut(cut, at_cuts[cut.node, cut.index]))
 
     def _coefficients(self, loss: Tensor, walk: Walk) -> tuple[dict[tuple[Node, int], Tensor], dict[Node, Tensor]]:
@@ -140,6 +141,8 @@ class Values:
         product = a.to(self._dtype) * (tensor if self._keep_graph else tensor.detach()).to(self._dtype)
         # Positions that do not count may hold anything: nan in nanmean.
         sums = self._per_sample(torch.where(a == 0, 0.0, product), rows)
+        if cut.is_second:
+            sums = sums - sums.detach()  # no value of its own, but the gradient by this factor
         counts = None if cut.is_product else self._counts(cut, a)
         return Part(cut.place, sums, counts, None, rows is None or (rows.covers and rows.owner is None))
 

@@ -97,7 +97,9 @@ class Walk:
         self._run(root)
         self.order.reverse()
         if not self.cuts:
-            raise InseparableLossError("", "", f"No tensor with rows for the {record.samples} samples leads to the loss.")
+            raise InseparableLossError(
+                "", "", f"No tensor with rows for the {record.samples} samples leads to the loss."
+            )
 
     def _run(self, root: Node) -> None:
         # Without recursion: a Python sum over a batch is a chain of as many nodes.
@@ -180,7 +182,11 @@ class Walk:
         if kind in LINEAR:
             if kind in ADDING and (Input.NO_GRAPH in kinds or kind == "Rsub"):
                 self.adding.append(node)
-        elif (kind in SCALED or kind in CONTRACTING) and sum(hits) == 1 or (kind == "Div" and hits in ([True], [True, False])):
+        elif (
+            (kind in SCALED or kind in CONTRACTING)
+            and sum(hits) == 1
+            or (kind == "Div" and hits in ([True], [True, False]))
+        ):
             if any(others):
                 self.learned.append(self._places[node])
         elif kind in CONTRACTING and sum(hits) == 2 and _is_number(node):
@@ -209,7 +215,9 @@ class Walk:
         place = self._places[node]
         if leaf_of(node) is not None:
             raise InseparableLossError(
-                place.function, place.location, "uses a tensor that requires a gradient, is no parameter and has no rows."
+                place.function,
+                place.location,
+                "uses a tensor that requires a gradient, is no parameter and has no rows.",
             )
         if kind_of(node):
             raise InseparableLossError(

@@ -115,6 +115,11 @@ class Terms:
                 self._check(found)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the loss, which says how exact it is."""
+        return self._loss.dtype
+
+    @property
     def shares(self) -> Tensor:
         """Return the shares."""
         return self._with_values(self._shares)
@@ -167,7 +172,9 @@ class Terms:
         if bool(difference > _TOLERANCES.get(self._loss.dtype, 3e-2) * scale):
             seen = self.shares.detach().mean() + found.constant
             raise InseparableLossError(
-                "", "", f"The terms that were seen add up to {float(seen):g}, but the step returned {float(self._loss):g}."
+                "",
+                "",
+                f"The terms that were seen add up to {float(seen):g}, but the step returned {float(self._loss):g}.",
             )
 
     def weighted_loss(self, weights: Tensor) -> Tensor:
@@ -262,6 +269,3 @@ def _sole_call(walk: Walk, record: Record) -> LossCall | None:
             return None
         nodes.append(node)
     return record.calls[nodes[-1]].loss_call
-
-
-

@@ -160,9 +160,11 @@ def cross_entropy(n: Any, b: Batch) -> Tensor:
 
 
 @of(
-    lambda n, b: F.cross_entropy(n(b.x), b.c, CLASS_WEIGHTS, label_smoothing=0.1, reduction="none")
-    * len(b)
-    / CLASS_WEIGHTS[b.c].sum(),
+    lambda n, b: (
+        F.cross_entropy(n(b.x), b.c, CLASS_WEIGHTS, label_smoothing=0.1, reduction="none")
+        * len(b)
+        / CLASS_WEIGHTS[b.c].sum()
+    ),
     solo="own",
 )
 def class_weights_smoothed(n: Any, b: Batch) -> Tensor:
@@ -195,11 +197,11 @@ def gaussian_nll(n: Any, b: Batch) -> Tensor:
 
 
 def ctc_arguments(n: Any, b: Batch) -> tuple[Tensor, ...]:
-    lengths = (torch.full((len(b),), b.s.shape[1]), torch.arange(len(b)) % 2 + 1)
+    lengths = (torch.full((len(b),), b.s.shape[1]), b.c % 2 + 1)
     return n.tokens(b.s).log_softmax(2).transpose(0, 1), b.t[:, :2].clamp(1), *lengths
 
 
-@of(lambda n, b: F.ctc_loss(*ctc_arguments(n, b), reduction="none") / ctc_arguments(n, b)[3], solo="")
+@of(lambda n, b: F.ctc_loss(*ctc_arguments(n, b), reduction="none") / ctc_arguments(n, b)[3])
 def ctc(n: Any, b: Batch) -> Tensor:
     return F.ctc_loss(*ctc_arguments(n, b))
 
@@ -308,7 +310,9 @@ def nan_mean(n: Any, b: Batch) -> Tensor:
 @of(lambda n, b: token_losses(n, b).mean(1))
 def chunks(n: Any, b: Batch) -> Tensor:
     z, t = n.tokens(b.s).reshape(-1, V), b.t.reshape(-1)
-    return torch.cat([F.cross_entropy(i, j, reduction="none") for i, j in zip(z.split(8), t.split(8), strict=True)]).mean()
+    return torch.cat(
+        [F.cross_entropy(i, j, reduction="none") for i, j in zip(z.split(8), t.split(8), strict=True)]
+    ).mean()
 
 
 @of(lambda n, b: token_losses(n, b).mean(1))
@@ -368,8 +372,10 @@ def posterior(n: Any, b: Batch) -> D.Normal:
 
 
 @of(
-    lambda n, b: -D.Normal(n.decode(posterior(n, b).mean + posterior(n, b).stddev * b.e), 1.0).log_prob(b.x).sum(1)
-    + 0.5 * D.kl_divergence(posterior(n, b), D.Normal(0.0, 1.0)).sum(1)
+    lambda n, b: (
+        -D.Normal(n.decode(posterior(n, b).mean + posterior(n, b).stddev * b.e), 1.0).log_prob(b.x).sum(1)
+        + 0.5 * D.kl_divergence(posterior(n, b), D.Normal(0.0, 1.0)).sum(1)
+    )
 )
 def elbo(n: Any, b: Batch) -> Tensor:
     q = posterior(n, b)
@@ -444,14 +450,19 @@ def numbers_added(n: Any, b: Batch) -> Tensor:
 
 @of(
     lambda n, b: b.m.double().sum(1) / b.m.sum() * len(b) * (n(b.x) ** 2).mean(1),
-    solo="",
+    solo="own",
 )
 def weights_of_the_batch(n: Any, b: Batch) -> Tensor:
     weight = b.m.double().sum(1) / b.m.sum()
     return (weight * (n(b.x) ** 2).mean(1)).sum()
 
 
-@of(lambda n, b: F.cross_entropy((z := F.normalize(n(b.x))) @ z.T.detach() / 0.5, torch.arange(len(b)), reduction="none"), solo="")
+@of(
+    lambda n, b: F.cross_entropy(
+        (z := F.normalize(n(b.x))) @ z.T.detach() / 0.5, torch.arange(len(b)), reduction="none"
+    ),
+    solo="",
+)
 def info_nce(n: Any, b: Batch) -> Tensor:
     z = F.normalize(n(b.x))
     return F.cross_entropy(z @ z.T.detach() / 0.5, torch.arange(len(b)))
@@ -571,7 +582,7 @@ def sorted_in_the_step(n: Any, b: Batch) -> Tensor:
     return ((n(b.x[order]) - b.y[order]) ** 2).mean(1).mean()
 
 
-@of(lambda n, b: errors(n, b) * (b.c > 2) * len(b) / (b.c > 2).sum(), solo="")
+@of(lambda n, b: errors(n, b) * (b.c > 2) * len(b) / (b.c > 2).sum(), solo="own")
 def some_rows(n: Any, b: Batch) -> Tensor:
     keep = b.c > 2
     return F.mse_loss(n(b.x[keep]), b.y[keep])
