@@ -91,6 +91,7 @@ class Record:
             raise InseparableLossError(
                 "",
                 "",
-                f"A tensor {tuple(tensor.shape)} was changed in place after it went into the loss, so its values are lost. Change a clone of it instead.",
+                f"A tensor {tuple(tensor.shape)} was changed in place after it went into the loss, so its values are lost. "
+                "Change a clone of it instead.",
             )
         return tensor

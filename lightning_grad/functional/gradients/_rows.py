@@ -7,7 +7,7 @@ rows. Its effect is found by making the same call on a tensor of row numbers, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -60,7 +60,7 @@ def in_order(length: int, samples: int, device: torch.device) -> Tensor:
     return torch.arange(samples, device=device).repeat_interleave(length // samples)
 
 
-def obeys_shape_rule(shape: torch.Size, samples: int) -> bool:
+def obeys_shape_rule(shape: Sequence[int], samples: int) -> bool:
     """Return whether the first dimension is k B."""
     return len(shape) > 0 and shape[0] > 0 and shape[0] % samples == 0
 
@@ -104,6 +104,8 @@ TRANSPOSES = frozenset(
     ]
 )
 REDUCTIONS = frozenset(_functions("mean sum nanmean nansum var std amax amin max min prod logsumexp median mode"))
+# What is added without a graph is a part of the constant.
+ADDITIONS = frozenset(_functions("add add_ sub sub_ subtract rsub __rsub__ __radd__"))
 
 
 def touches_rows(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -113,7 +115,7 @@ def touches_rows(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         # Two index tensors with a slice between them put their own dimension first.
         several = sum(isinstance(i, (Tensor, list)) for i in index) > 1
         return several or not (len(index) and isinstance(index[0], slice) and index[0] == slice(None))
-    position, default = _DIMENSIONS.get(func) or SORTS.get(func, (0, None))
+    position, default = {**_DIMENSIONS, **SORTS}.get(func, (0, None))
     if position == 0:
         return True
     dim = kwargs.get("dim", args[position] if len(args) > position else default)
@@ -181,7 +183,10 @@ def _numbers(tensor: Tensor, rows: Rows | None, samples: int, count: int | None,
     along[rows.axis] = rows.length
     whole = ids.to(device).reshape(along).expand(tensor.shape)
     # Most of the entries would only be counted again: an index of one dimension reads the first entry of the others.
-    return whole[(..., *[0] * (tensor.dim() - len(shape)))] if rows.axis < len(shape) < tensor.dim() else whole
+    if not rows.axis < len(shape) < tensor.dim():
+        return whole
+    first: tuple[Any, ...] = (..., *[0] * (tensor.dim() - len(shape)))
+    return whole[first]
 
 
 def _read(numbers: Tensor, samples: int) -> Rows | None:
@@ -198,7 +203,7 @@ def _read(numbers: Tensor, samples: int) -> Rows | None:
             plain = length % samples == 0 and torch.equal(ids, in_order(length, samples, ids.device))
             if plain:
                 return None if axis == 0 else Rows(axis, length)
-            return Rows(axis, length, ids, covers=len(ids.unique()) == samples)
+            return Rows(axis, length, ids, covers=len(set(ids.tolist())) == samples)
     return Rows(length=numbers.shape[0], mixed=True) if numbers.dim() else None
 
 

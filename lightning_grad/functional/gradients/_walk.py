@@ -121,8 +121,7 @@ class Walk:
         if call is not None and call.reduction != "none":
             self._enter(node, call, place)
             return
-        kind_of_node = kind_of(node)
-        if kind_of_node != "Div" and not any(kind_of_node in kinds for kinds in (LINEAR, SCALED, CONTRACTING)):
+        if not any(kind_of(node) in kinds for kinds in (LINEAR, SCALED, CONTRACTING, ("Div",))):
             self._refuse(node)
         found = self.inputs[node] = []
         for index, edge in enumerate(node.next_functions):
@@ -178,15 +177,11 @@ class Walk:
             self._refuse_unknown(node, kinds)
             return
         self._depends[node] = True
-        others = [k not in (Input.NO_GRAPH,) and not hit for k, hit in zip(kinds, hits, strict=True)]
+        others = [k is not Input.NO_GRAPH and not hit for k, hit in zip(kinds, hits, strict=True)]
         if kind in LINEAR:
             if kind in ADDING and (Input.NO_GRAPH in kinds or kind == "Rsub"):
                 self.adding.append(node)
-        elif (
-            (kind in SCALED or kind in CONTRACTING)
-            and sum(hits) == 1
-            or (kind == "Div" and hits in ([True], [True, False]))
-        ):
+        elif sum(hits) == 1 and (kind in SCALED or kind in CONTRACTING or (kind == "Div" and hits[0])):
             if any(others):
                 self.learned.append(self._places[node])
         elif kind in CONTRACTING and sum(hits) == 2 and _is_number(node):

@@ -7,29 +7,24 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_grad.functional._loss_functions import LOSSES, dropped_weight
-from lightning_grad.functional.gradients._autograd import Edge, is_transformed
+from lightning_grad.functional.gradients._autograd import is_transformed
 from lightning_grad.functional.gradients._calls import Call, read_call
+from lightning_grad.functional.gradients._follow import RowTracker, edge_of, tensors_in
 from lightning_grad.functional.gradients._record import Place, Record
 from lightning_grad.functional.gradients._rows import (
+    ADDITIONS,
     MOVES,
     REDUCTIONS,
     RESHAPES,
     SORTS,
     TRANSPOSES,
-    Rows,
-    assigned_rows,
-    moved_rows,
-    obeys_shape_rule,
-    reduces_samples,
     touches_rows,
-    transposed_rows,
 )
 from lightning_grad.functional.gradients.terms import Terms
 from lightning_grad.functional.loss_capture import LossCall
@@ -98,8 +93,8 @@ class LossTrace(TorchFunctionMode):
         self.values = values
         self.keep_graph = keep_graph
         self.calls: list[LossCall] = []
-        self.record = Record(samples, {id(tensor): tensor for tensor in constants})
-        self._moved: dict[int, tuple[ref[Tensor], Rows]] = {}  # by tensor, also those without a graph
+        self._record = Record(samples, {id(tensor): tensor for tensor in constants})
+        self._rows = RowTracker(self._record)
 
     def terms(self, loss: Tensor, like: Terms | None = None, check: bool = True) -> Terms:
         """Return what each sample contributes to the loss that the step returned.
@@ -123,7 +118,7 @@ class LossTrace(TorchFunctionMode):
                 else type(loss).__name__
             )
             raise ValueError(f"The loss of a step must be one number, computed from what is trained; got {found}.")
-        return Terms(loss, self.record, self.values, self.keep_graph, like, check)
+        return Terms(loss, self._record, self.values, self.keep_graph, like, check)
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -137,7 +132,7 @@ class LossTrace(TorchFunctionMode):
         if out.__class__ is not Tensor:
             if out.__class__ in _NO_TENSORS:
                 return out
-        elif not self._moved:
+        elif not self._rows.moved:
             if out.grad_fn is None and func is not torch.eye:
                 return out
             shape = out.shape
@@ -145,7 +140,7 @@ class LossTrace(TorchFunctionMode):
             # Rows in, rows out. Parameters take the long way: W**2 has rows by coincidence, if W has k B.
             if shape and shape[0] and not shape[0] % self.samples and first.__class__ is Tensor:
                 before = first.shape
-                if before and before[0] == shape[0] and not self.record.is_constant(first):
+                if before and before[0] == shape[0] and not self._record.is_constant(first):
                     return out
         self._note(func, args, kwargs or {}, out)
         return out
@@ -153,175 +148,88 @@ class LossTrace(TorchFunctionMode):
     # While these run, torch has taken the mode off, so that the calls in here are not seen again.
 
     def _special(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function that moves or reduces rows, or a loss, and find out where the rows are afterwards."""
         if func in LOSSES:
             kwargs = {**kwargs, **dropped_weight(func, kwargs)}
         out = func(*args, **kwargs)
         if func in LOSSES:
-            if self._read_call(func, args, kwargs, out):
-                return out
-        elif not isinstance(args[0], (Tensor, tuple, list)):
+            if not self._read_call(func, args, kwargs, out):
+                self._note(func, args, kwargs, out)
             return out
-        elif func is _ASSIGNMENT:
-            if not self.record.is_constant(args[0]):
-                self._set_rows(args[0], assigned_rows(args, self.samples, self._rows_of))
-            out, result = args[0], out
-            self._note(func, args, kwargs, out, inherit=False)
-            return result
-        elif func in MOVES:
-            if touches_rows(func, args, kwargs) or self._lies_elsewhere(args[0]):
-                self._move(func, args, kwargs, out)
-                self._note(func, args, kwargs, out, inherit=False)
-                return out
-        elif func in SORTS:
-            if touches_rows(func, args, kwargs) or self._lies_elsewhere(args[0]):
-                self._sort(args[0], out)
-                self._note(func, args, kwargs, out, inherit=False)
-                return out
-        elif func not in REDUCTIONS and not self.record.is_constant(args[0]) and not is_transformed(args[0]):
-            rows = self._rows_of(args[0])
-            if func in TRANSPOSES:
-                self._set_rows(out, transposed_rows(func, args, kwargs, rows, self.samples))
-            elif rows is not None:
-                self._move(func, args, kwargs, out)
-            self._note(func, args, kwargs, out, inherit=False)
+        args, kwargs = _by_position(args, kwargs)
+        data: Any = args[0] if args else None
+        is_followed = False
+        if func is _ASSIGNMENT:
+            self._rows.assign(args)
+            self._note(func, args, kwargs, data, inherit=False)
             return out
-        self._note(func, args, kwargs, out)
+        if func in MOVES or func in SORTS:
+            is_followed = touches_rows(func, args, kwargs) or self._rows.lies_elsewhere(data)
+            if is_followed:
+                self._rows.move(func, args, kwargs, out)
+        elif func not in REDUCTIONS and isinstance(data, Tensor):
+            is_followed = not self._record.is_constant(data) and not is_transformed(data)
+            if is_followed:
+                self._rows.reshape(func, args, kwargs, out)
+        self._note(func, args, kwargs, out, inherit=not is_followed)
         return out
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, inherit: bool = True) -> None:
         """Keep what the walk through the graph will ask for."""
-        record, inputs = self.record, _tensors((args, kwargs))
-        for output in _tensors(out):
+        record, inputs = self._record, tensors_in((args, kwargs))
+        for output in tensors_in(out):
             node = output.grad_fn
-            if inherit and (self._moved or (node is not None and func in REDUCTIONS)):
-                self._set_rows(output, self._inherited(func, args, kwargs, inputs, output))
+            if inherit and (self._rows.moved or (node is not None and func in REDUCTIONS)):
+                self._rows.set(output, self._rows.inherited(func, args, kwargs, inputs, output))
             if node is None or is_transformed(output):
                 if func is torch.eye:
                     record.constants[id(output)] = output
             elif self._is_fixed(inputs):
                 record.fixed.add(node)
-            elif not self._has_rows(output) or output.shape[:1] != inputs[0].shape[:1]:
+            elif not self._rows.has_rows(output) or output.shape[:1] != inputs[0].shape[:1]:
                 record.places[node] = _place(func)
-                if self.values:
+                if self.values and func in ADDITIONS:
                     record.arguments[node] = args
                 for t in inputs:
                     if t.requires_grad:
-                        record.seen[_edge(t)] = (t, t._version) if self.values else None
+                        record.seen[edge_of(t)] = (t, t._version) if self.values else None
 
     def _read_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
         """Read a call of a loss; return whether that is all there is to note."""
         if is_transformed(out):
             return True
-        if self._is_fixed(_tensors((args, kwargs))):
+        if self._is_fixed(tensors_in((args, kwargs))):
             return False
         call: Call | None
         try:
-            call = read_call(func, args, kwargs, out, self.samples, self._rows_of, _edge, self.values, self.keep_graph)
+            call = read_call(
+                func, args, kwargs, out, self.samples, self._rows.of, edge_of, self.values, self.keep_graph
+            )
         except Exception as error:  # the step must go on as if nobody had looked; the walk says what was wrong
             call = Call(LOSSES[func].name, "", {}, frozenset(), f"could not be read: {error}")
         if call is not None and call.loss_call is not None:
             self.calls.append(call.loss_call)
         if call is None or out.grad_fn is None:
             return call is not None
-        self.record.calls[out.grad_fn] = call
+        self._record.calls[out.grad_fn] = call
         if call.reduction == "none":
             return False
-        self.record.places[out.grad_fn] = _place(func)
+        self._record.places[out.grad_fn] = _place(func)
         return True
 
     def _is_fixed(self, inputs: list[Tensor]) -> bool:
         """Return whether a result belongs to no sample, as it depends on parameters, constants and numbers only."""
-        return all(self.record.is_constant(t) or (t.dim() == 0 and not t.requires_grad) for t in inputs)
-
-    # Rows.
-
-    def _rows_of(self, tensor: Tensor) -> Rows | None:
-        """Return what is known of a tensor's rows beyond the shape rule."""
-        found = self._moved.get(id(tensor))
-        return found[1] if found is not None and found[0]() is tensor else None
-
-    def _set_rows(self, tensor: Tensor, rows: Rows | None) -> None:
-        if rows is not None:
-            # A weak reference: the trace keeps no activation alive, and finds out if another tensor got the same id.
-            self._moved[id(tensor)] = (ref(tensor), rows)
-        elif self._moved.pop(id(tensor), None) is None:
-            return
-        if tensor.grad_fn is not None:
-            if rows is not None:
-                self.record.moved[_edge(tensor)] = rows
-            else:
-                self.record.moved.pop(_edge(tensor), None)
-
-    def _has_rows(self, tensor: Tensor) -> bool:
-        rows = self._rows_of(tensor) if self._moved else None
-        return obeys_shape_rule(tensor.shape, self.samples) if rows is None else not rows.mixed and rows.axis == 0
-
-    def _lies_elsewhere(self, data: Any) -> bool:
-        rows = self._rows_of(data) if isinstance(data, Tensor) else None
-        return rows is not None and rows.axis != 0
-
-    def _move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        data = _tensors(args[0])
-        if not data or is_transformed(data[0]) or all(self.record.is_constant(t) for t in data):
-            return
-        moved = moved_rows(func, args, kwargs, self.samples, self._rows_of)
-        for output, rows in zip(_tensors(out), moved, strict=False):
-            self._set_rows(output, rows)
-
-    def _sort(self, data: Any, out: Any) -> None:
-        found = _tensors(out)
-        values = found[0]
-        if values.requires_grad:
-            self._set_rows(values, Rows(length=values.shape[0], mixed=True) if values.dim() else None)
-        elif len(found) == 2 and values.dim() == 1:
-            self._move(torch.Tensor.__getitem__, (data, found[1]), {}, values)
-
-    def _inherited(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], output: Tensor
-    ) -> Rows | None:
-        """Return the rows of a result, from those of what went into it.
-
-        Where there are tensors with a graph, they decide: of labels, masks and tables only the shape is known.
-        """
-        mixed = Rows(length=output.shape[0], mixed=True) if output.dim() else None
-        if func in REDUCTIONS and args and isinstance(args[0], Tensor):
-            rows = self._rows_of(args[0])
-            axis = 0 if rows is None else rows.axis
-            if (rows is None or rows.owner is None) and reduces_samples(args, kwargs, axis):
-                # A mean over the batch whose (C,) values look like B rows.
-                return mixed if obeys_shape_rule(output.shape, self.samples) else None
-        group = [t for t in inputs if not self.record.is_constant(t)]
-        with_graph = [t for t in group if t.requires_grad]
-        group = with_graph or group
-        known = [rows for t in group if (rows := self._rows_of(t)) is not None and rows.fits(output.shape)]
-        if not known:
-            return None
-        first, others = known[0], [t for t in group if self._rows_of(t) is None and t.dim()]
-        if first.owner is not None:
-            alone = not (with_graph and others) and all(rows.owner == first.owner for rows in known)
-            return first if alone else None
-        if any(rows is not first and not first.same_as(rows) for rows in known):
-            return mixed if with_graph else None
-        if not first.covers and any(t.shape[:1] == output.shape[:1] for t in others):
-            return mixed if with_graph else None
-        return first
+        return all(self._record.is_constant(t) or (t.dim() == 0 and not t.requires_grad) for t in inputs)
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """Return the tensors in nested arguments; torch's pytree takes ten times as long."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (tuple, list)) and value.__class__ is not torch.Size:
-        return [t for v in value for t in _tensors(v)]
-    if isinstance(value, dict):
-        return [t for v in value.values() for t in _tensors(v)]
-    return []
-
-
-def _edge(tensor: Tensor) -> Edge:
-    """Return the edge of the graph that leads to a tensor with a graph."""
-    node = tensor.grad_fn
-    return (node, tensor.output_nr) if node is not None else torch.autograd.graph.get_gradient_edge(tensor)[:2]
+def _by_position(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call with the first one by position, as nearly everybody writes it."""
+    if args:
+        return args, kwargs
+    name = next((name for name in ("input", "tensors", "self") if name in kwargs), None)
+    if name is None:
+        return args, kwargs
+    return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
 
 
 def _place(func: Any) -> Place:
