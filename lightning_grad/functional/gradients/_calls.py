@@ -140,7 +140,7 @@ def _with_sums(
             positions = func(**{**(given if keep_graph else detached), "reduction": "none"})
     owner = None if rows is None else rows.owner
     length = 1 if owner is not None else samples if ids is None else len(ids)
-    if owner is None and not obeys_shape_rule(positions.shape, length):
+    if owner is None and positions.numel() != length and not obeys_shape_rule(positions.shape, length):
         problem = f"got {tuple(positions.shape)} positions for {samples} samples."
         return Call(name, call.reduction, call.inputs, call.others, problem)
     if name == "ctc_loss" and call.reduction == "mean":

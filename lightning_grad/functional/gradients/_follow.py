@@ -76,9 +76,13 @@ class RowTracker:
             if len(found) != 2 or values.dim() != 1:
                 return
             func, args, kwargs = torch.Tensor.__getitem__, (data[0], found[1]), {}
-        moved = moved_rows(func, args, kwargs, self._record.samples, self.of)
+        moved = moved_rows(func, args, kwargs, self._record.samples, self._of_part)
         for output, rows in zip(found, moved, strict=False):
             self.set(output, rows)
+
+    def _of_part(self, tensor: Tensor) -> Rows | None:
+        """Return a tensor's rows for a call that joins several: those of a constant belong to no sample."""
+        return Rows(mixed=True) if self._record.is_constant(tensor) else self.of(tensor)
 
     def reshape(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         rows = self.of(args[0])
@@ -89,7 +93,7 @@ class RowTracker:
 
     def assign(self, args: tuple[Any, ...]) -> None:
         if not self._record.is_constant(args[0]) and not is_transformed(args[0]):
-            self.set(args[0], assigned_rows(args, self._record.samples, self.of))
+            self.set(args[0], assigned_rows(args, self._record.samples, self._of_part))
 
     def inherited(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], output: Tensor
@@ -105,6 +109,8 @@ class RowTracker:
             if (rows is None or rows.owner is None) and reduces_samples(args, kwargs, axis):
                 # A mean over the batch whose (C,) values look like B rows.
                 return mixed if obeys_shape_rule(output.shape, self._record.samples) else None
+        if not any(id(t) in self.moved for t in inputs):
+            return None
         group = [t for t in inputs if not self._record.is_constant(t)]
         with_graph = [t for t in group if t.requires_grad]
         group = with_graph or group

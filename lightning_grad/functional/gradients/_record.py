@@ -57,7 +57,11 @@ class Record:
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Return whether a tensor is a parameter, a constant, or computed from these alone."""
-        if isinstance(tensor, nn.Parameter) or (self.constants and id(tensor) in self.constants):
+        kind = tensor.__class__
+        # isinstance with Parameter runs Python code of torch, and this runs for every function of the step.
+        if kind is nn.Parameter or (kind is not Tensor and isinstance(tensor, nn.Parameter)):
+            return True
+        if self.constants and id(tensor) in self.constants:
             return True
         return bool(self.fixed) and tensor.grad_fn in self.fixed
 

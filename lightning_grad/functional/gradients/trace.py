@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 from lightning_grad.functional._loss_functions import LOSSES, dropped_weight
@@ -132,7 +133,7 @@ class LossTrace(TorchFunctionMode):
         if out.__class__ is not Tensor:
             if out.__class__ in _NO_TENSORS:
                 return out
-        elif not self._rows.moved:
+        elif not self._rows.moved or not _any_of(self._rows.moved, args, kwargs):
             if out.grad_fn is None and func is not torch.eye:
                 return out
             shape = out.shape
@@ -191,7 +192,7 @@ class LossTrace(TorchFunctionMode):
                 if self.values and func in ADDITIONS:
                     record.arguments[node] = args
                 for t in inputs:
-                    if t.requires_grad:
+                    if t.requires_grad and t.__class__ is not Parameter:
                         record.seen[edge_of(t)] = (t, t._version) if self.values else None
 
     def _read_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
@@ -220,6 +221,14 @@ class LossTrace(TorchFunctionMode):
     def _is_fixed(self, inputs: list[Tensor]) -> bool:
         """Return whether a result belongs to no sample, as it depends on parameters, constants and numbers only."""
         return all(self._record.is_constant(t) or (t.dim() == 0 and not t.requires_grad) for t in inputs)
+
+
+def _any_of(moved: dict[int, Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+    """Return whether an argument may be one of these tensors, by their ids."""
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if id(value) in moved or value.__class__ is list or value.__class__ is tuple:
+            return True
+    return False
 
 
 def _by_position(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
