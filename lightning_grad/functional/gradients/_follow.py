@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_grad.functional.gradients._autograd import Edge, is_transformed
 from lightning_grad.functional.gradients._record import Record
 from lightning_grad.functional.gradients._rows import (
+    PRODUCTS,
     REDUCTIONS,
     SORTS,
     TRANSPOSES,
@@ -111,6 +112,8 @@ class RowTracker:
                 return mixed if obeys_shape_rule(output.shape, self._record.samples) else None
         if not any(id(t) in self.moved for t in inputs):
             return None
+        if func in PRODUCTS:
+            inputs = inputs[:1]
         group = [t for t in inputs if not self._record.is_constant(t)]
         with_graph = [t for t in group if t.requires_grad]
         group = with_graph or group

@@ -104,6 +104,8 @@ TRANSPOSES = frozenset(
     ]
 )
 REDUCTIONS = frozenset(_functions("mean sum nanmean nansum var std amax amin max min prod logsumexp median mode"))
+# Rows of the first factor are rows of the product; those of the second are its columns.
+PRODUCTS = frozenset(_functions("matmul mm __matmul__ bmm"))
 # What is added without a graph is a part of the constant.
 ADDITIONS = frozenset(_functions("add add_ sub sub_ subtract rsub __rsub__ __radd__"))
 
@@ -231,6 +233,10 @@ def transposed_rows(
         rows = Rows(0, data.shape[0])
     if rows.owner is not None or rows.mixed:
         return rows
+    if data.dim() == 2 and data.shape[0] == data.shape[1]:
+        # The similarities of all samples with all: both dimensions have the samples, and a loss by rows and by columns
+        # counts each by its anchor. (T, B) with T = B by coincidence is for the proof, and for proven terms.
+        return None if rows.samples is None else rows
     rest = tuple(tuple(a) if isinstance(a, list) else a for a in args[1:])
     axis = _axis_after(func, rest, tuple(kwargs.items()), data.dim(), rows.axis)
     return None if axis == 0 and rows.samples is None else Rows(axis, rows.length, rows.samples, covers=rows.covers)

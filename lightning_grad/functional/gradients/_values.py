@@ -47,6 +47,7 @@ class Values:
         parts: One for each cut and call.
         constant: The sum of all known constants.
         unknown: Places where something is added whose value was not seen.
+        coarsest: The dtype in which the least exact of the terms was reduced.
     """
 
     def __init__(self, loss: Tensor, walk: Walk, record: Record, keep_graph: bool) -> None:
@@ -57,6 +58,7 @@ class Values:
         self.constant = torch.zeros((), dtype=self._dtype, device=loss.device)
         self.unknown: list[Place] = []
         self.parts: list[Part] = []
+        self.coarsest = loss.dtype
         at_cuts, at_calls = self._coefficients(loss, walk)
         with torch.set_grad_enabled(keep_graph):
             for node in walk.calls:
@@ -83,6 +85,7 @@ class Values:
                 continue
             if node not in walk.inputs:
                 assert gradients[0] is not None
+                self._note_dtype(gradients[0])
                 at_calls[node] = gradients[0].to(self._dtype).reshape(())
                 continue
             if node in walk.adding:
@@ -92,6 +95,7 @@ class Values:
                 if gradient is None:
                     continue
                 if kind is Input.ROWS:
+                    self._note_dtype(gradient)
                     at_cuts[node, index] = gradient
                 elif kind is Input.FIXED and kind_of(node) in LINEAR:  # elsewhere it is a factor
                     self._add_fixed(edge, gradient)
@@ -100,6 +104,10 @@ class Values:
                     before = below[edge[1]]
                     below[edge[1]] = gradient if before is None else before + gradient
         return at_cuts, at_calls
+
+    def _note_dtype(self, gradient: Tensor) -> None:
+        if torch.finfo(gradient.dtype).eps > torch.finfo(self.coarsest).eps:
+            self.coarsest = gradient.dtype
 
     def _add_fixed(self, edge: Edge, gradient: Tensor) -> None:
         record = self._record
@@ -173,7 +181,7 @@ class Values:
     def _per_sample(self, values: Tensor, rows: Rows | None) -> Tensor:
         """Return the sum of values over the rows of each sample, (B,)."""
         samples = self._record.samples
-        if rows is None:
+        if rows is None or (rows.samples is None and rows.owner is None):
             return values.reshape(samples, -1).sum(1)
         zeros = torch.zeros(samples, dtype=self._dtype, device=self._device)
         if rows.owner is not None:

@@ -84,6 +84,7 @@ class Terms:
             :class:`~lightning_grad.functional.LossCall`.
         constant: c, a tensor of one number.
         call: The call of a loss of ``torch.nn.functional`` that makes up the whole loss, up to a factor and the constant.
+        dtype: The dtype in which the least exact of the terms was reduced.
         keys: Where the loss was cut; equal in all steps of the same code.
 
     Raises:
@@ -106,18 +107,15 @@ class Terms:
         self.keys: frozenset[Key] = frozenset(cut.key for cut in self._walk.cuts)
         self.terms: tuple[Term, ...] = ()
         self.call: LossCall | None = None
+        self.dtype = loss.dtype
         self._shares: Tensor | None = None
         if values:
             found = Values(loss, self._walk, record, keep_graph)
+            self.dtype = found.coarsest
             self._add_up(found)
             self.call = _sole_call(self._walk, record)
             if check:
                 self._check(found)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype of the loss, which says how exact it is."""
-        return self._loss.dtype
 
     @property
     def shares(self) -> Tensor:
@@ -169,12 +167,13 @@ class Terms:
         terms = [term.shares.detach() for term in self.terms]
         scale = sum((t.abs().mean() for t in terms), found.constant.abs()) + self._loss.abs().reshape(())
         difference = (self.constant - found.constant).abs()
-        if bool(difference > _TOLERANCES.get(self._loss.dtype, 3e-2) * scale):
+        if bool(difference > _TOLERANCES.get(self.dtype, 3e-2) * scale):
             seen = self.shares.detach().mean() + found.constant
             raise InseparableLossError(
                 "",
                 "",
-                f"The terms that were seen add up to {float(seen):g}, but the step returned {float(self._loss):g}.",
+                f"The terms that were seen add up to {float(seen):.9g}, but the step returned {float(self._loss):.9g}."
+                " The loss holds a term that was not seen.",
             )
 
     def weighted_loss(self, weights: Tensor) -> Tensor:

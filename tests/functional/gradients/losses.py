@@ -468,6 +468,36 @@ def info_nce(n: Any, b: Batch) -> Tensor:
     return F.cross_entropy(z @ z.T.detach() / 0.5, torch.arange(len(b)))
 
 
+def similarities(n: Any, b: Batch) -> Tensor:
+    return F.normalize(n(b.x)) @ F.normalize(n(b.y)).T / 0.5
+
+
+def clip_of(n: Any, b: Batch) -> Tensor:
+    logits, same = similarities(n, b), torch.arange(len(b))
+    by_row, by_column = (F.cross_entropy(z, same, reduction="none") for z in (logits, logits.T))
+    return (by_row + by_column) / 2
+
+
+@of(clip_of, solo="")
+def clip(n: Any, b: Batch) -> Tensor:
+    logits, same = similarities(n, b), torch.arange(len(b))
+    return (F.cross_entropy(logits, same) + F.cross_entropy(logits.t(), same)) / 2
+
+
+def simclr_with_graph_of(n: Any, b: Batch) -> Tensor:
+    z = F.normalize(n(torch.cat([b.x, b.y])))
+    similar = (z @ z.T / 0.5).masked_fill(torch.eye(len(z), dtype=torch.bool), -1e9)
+    return F.cross_entropy(similar, torch.arange(len(z)).roll(len(b)), reduction="none").view(2, -1).mean(0)
+
+
+@of(simclr_with_graph_of, solo="")
+def simclr_with_graph(n: Any, b: Batch) -> Tensor:
+    z = F.normalize(n(torch.cat([b.x, b.y], dim=0)), dim=1)
+    similar = torch.mm(z, z.t()) / 0.5
+    similar = similar.masked_fill(torch.eye(len(z), dtype=torch.bool), -1e9)
+    return F.cross_entropy(similar, torch.arange(len(z)).roll(len(b)))
+
+
 def balance(n: Any, b: Batch) -> Tensor:
     gates = n(b.x).softmax(1)
     return 0.8 * gates @ F.one_hot(gates.argmax(1), H).double().mean(0)
