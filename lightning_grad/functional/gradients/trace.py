@@ -187,7 +187,11 @@ class LossTrace(TorchFunctionMode):
                     record.constants[id(output)] = output
             elif self._is_fixed(inputs):
                 record.fixed.add(node)
-            elif not self._rows.has_rows(output) or output.shape[:1] != inputs[0].shape[:1]:
+            elif (
+                not self._rows.has_rows(output)
+                or output.shape[:1] != inputs[0].shape[:1]
+                or (func in TRANSPOSES and output.dim() == 2)  # (T, B) with T = B, which proven terms cut above
+            ):
                 record.places[node] = _place(func)
                 if self.values and func in ADDITIONS:
                     record.arguments[node] = args

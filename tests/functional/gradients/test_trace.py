@@ -150,6 +150,17 @@ def test_bfloat16_weights_of_the_network_keep_their_dtype() -> None:
     assert all(g.dtype == torch.bfloat16 for g in gradients(net, loss))
 
 
+def test_a_loss_in_halves_is_no_difference() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(60, H, dtype=torch.bfloat16, requires_grad=True)
+    with LossTrace(6) as trace:
+        loss = (x + 3).abs().mean().float() + (x.float() ** 2).mean()
+    terms = trace.terms(loss)
+    assert terms.dtype == torch.bfloat16
+    expected = ((x.float() + 3).abs() + x.float() ** 2).reshape(6, -1).mean(1)
+    torch.testing.assert_close(terms.shares, expected.detach(), rtol=2e-2, atol=2e-2)
+
+
 def test_a_sample_without_positions_may_have_a_weight_of_nan() -> None:
     net, batch = setting()
     targets = batch.t.clone()
@@ -241,9 +252,13 @@ def test_a_transform_of_torch_func_inside_the_step() -> None:
     "name", ["masked_mean", "chunk_sums", "two_views_of_tokens", "vae", "time_first_inside", "weight_decay"]
 )
 def test_other_numbers_of_samples(name: str, samples: int) -> None:
+    """Also where the length of a sequence is that of the batch, which without proven terms is taken for it."""
     net, batch = Net(), make_batch(4, samples, time=8)
     case = CASES[name]
-    _, terms = traced(case.loss, net, batch, samples=samples)
+    _, proven = traced(case.loss, net, make_batch())
+    with LossTrace(samples) as trace:
+        loss = case.loss(net, batch)
+    terms = trace.terms(loss, like=proven)
     assert_close(terms.shares, case.shares(net, batch).detach())
 
 
@@ -265,7 +280,8 @@ def test_nothing_stays_alive_and_nothing_is_left_on_tensors() -> None:
         loss = z.pow(2).mean()
     terms: Terms | None = trace.terms(loss)
     assert terms is not None
-    assert not z.__dict__ and not batch.x.__dict__
+    assert not z.__dict__
+    assert not batch.x.__dict__
     alive = weakref.ref(z)
     del z, loss, trace, terms
     gc.collect()
@@ -335,7 +351,7 @@ def test_a_difference_from_the_returned_loss_is_never_ignored() -> None:
         each = errors(net, batch)
         loss = each.mean()
     each.data[0] += 1.0
-    with pytest.raises(InseparableLossError, match="add up to .* but the step returned"):
+    with pytest.raises(InseparableLossError, match=r"add up to .* but the step returned"):
         trace.terms(loss)
 
 
