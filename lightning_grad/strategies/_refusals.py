@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import lightning.pytorch as pl
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_grad.utilities.checks import refuse_manual_optimization
@@ -49,3 +52,22 @@ def refuse_optimizers(optimizers: list[Optimizer], module: pl.LightningModule, l
         raise ValueError(
             f"{label} needs one backward pass a step, and LBFGS makes several. Use another, or strategy='ddp'."
         )
+
+
+def explain_unused_parameters(error: BaseException, label: str, parameters: Mapping[str, Tensor]) -> None:
+    """Replace what Lightning says of parameters that got no gradient, which would lead away from the strategy.
+
+    Args:
+        error: Its message is changed, if it is that one.
+        label: Whose run it is.
+        parameters: Of the module, by name, with the gradients of the step that was broken off.
+    """
+    if not any("parameters that were not used in producing the loss" in str(part) for part in error.args):
+        return
+    unused = [name for name, parameter in parameters.items() if parameter.requires_grad and parameter.grad is None]
+    named = f" ({', '.join(unused[:5])}{', ...' if len(unused) > 5 else ''})" if unused else ""
+    text = (
+        f"{label}: some parameters{named} got no gradient in a step. If that is intended, set "
+        f"{label}(find_unused_parameters=True). If they are never used, freeze them with requires_grad_(False)."
+    )
+    error.args = (text,)
