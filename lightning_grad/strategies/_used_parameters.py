@@ -26,25 +26,31 @@ class UsedParameters:
     def __init__(self, parameters: Mapping[str, Tensor], static: bool) -> None:
         self._places = {id(parameter): place for place, parameter in enumerate(parameters.values())}
         self._parameters, self._static = parameters, static
-        self._marks = [False] * len(parameters)
         self._agreed: Tensor | None = None
         self._undo = UndoList()
+        self.forget()
 
     def attach(self) -> None:
         """Begin to mark."""
         for parameter in self._parameters.values():
-            self._undo.push(parameter.register_post_accumulate_grad_hook(self._mark).remove)
+            hook = parameter.register_post_accumulate_grad_hook(self._mark)  # type: ignore[no-untyped-call]
+            self._undo.push(hook.remove)
 
     def detach(self) -> None:
         """End, and leave the parameters as they were found."""
         self._undo.run()
+
+    def forget(self) -> None:
+        """Begin a step: nothing is marked."""
+        self._marks = [False] * len(self._parameters)
 
     def _mark(self, parameter: Tensor) -> None:
         self._marks[self._places[id(parameter)]] = True
 
     def agree(self, ranks: Collectives, device: torch.device) -> Tensor:
         """Return which parameters any rank has used since the last time, (parameters), uint8, and forget the marks."""
-        marks, self._marks = self._marks, [False] * len(self._marks)
+        marks = self._marks
+        self.forget()
         if self._agreed is None or not self._static:
             # A static graph agrees in the first step only, and a resumed run once more: that must not be counted, lest its
             # counts be other ones than those of an uninterrupted run.

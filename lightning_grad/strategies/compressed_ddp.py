@@ -244,11 +244,12 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             used = {} if self._used is None else {_USED: self._used.agree(self.ranks, self.root_device)}
             compressed, dense = self._shared_out(gradients, owned, used)
             noise = self._measure_noise(gradients) if measured else {}
-            finite = self.prepare_([gradient for gradient in gradients if id(gradient.parameter) in owned])
+            finite = self.prepare_([g for g in (*compressed, *dense) if id(g.parameter) in owned])
             message = {**self._communicate(compressed, dense, finite), **used}
             self.ledger.close()
         else:
             compressed, dense = self._shared_out(gradients, owned, message)
+            self._forget_marks()
         if compressed:
             self.write(compressed, message, message[_DENSE][-1])
         _write_dense(dense, message[_DENSE])
@@ -291,6 +292,8 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
 
     def prepare_(self, gradients: Sequence[Gradient]) -> Tensor:
         """Zero the gradients of this rank if one of them is not finite, and return whether all are, a 0-dimensional tensor."""
+        if not gradients:  # of those that an optimizer moves, this step has used none
+            return torch.ones((), dtype=torch.bool, device=self.root_device)
         finite = _all_finite([gradient.values for gradient in gradients])
         # A look at the CPU waits for nobody, and saves a pass over everything.
         if not finite.is_cpu or not finite.numpy():
@@ -359,6 +362,10 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         super().teardown()
         # As Lightning does with optimizers: a checkpoint that is written after the fit still holds them.
         self.memory = {name: {key: v.cpu() for key, v in kept.items()} for name, kept in self.memory.items()}
+
+    def _forget_marks(self) -> None:
+        if self._used is not None:
+            self._used.forget()
 
     def _detach(self) -> None:
         self.disconnect()

@@ -62,7 +62,6 @@ class Scheme:
 _SHARED_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"min_numel": 0}, "min_numel must be at least 1"),
     ({"residual_policy": "stric"}, "Did you mean 'strict'"),
-    ({"find_unused_parameters": True}, "find_unused_parameters=False"),
 )
 _DGC_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"ratio": 0.0}, "ratio is a share of entries"),
@@ -82,6 +81,7 @@ _POWER_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"rank": 0}, "rank must be at least 1"),
     ({"start_step": -1}, "start_step must be at least 0"),
     ({"min_gain": 0.0}, "min_gain must be above 0"),
+    ({"min_gain": float("inf")}, "min_gain must be above 0 and finite; got inf"),
     *_SHARED_WRONG,
 )
 _WARMUP = {"warmup": [0.5, 0.2], "warmup_steps": 3, "min_numel": 100}
