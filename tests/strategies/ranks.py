@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -135,6 +138,29 @@ def fit(
         ledger = strategy.ledger
         result |= {"memory": strategy.memory, "ledger": ledger.state_dict(), "ratio": ledger.ratio}
     return result
+
+
+@contextmanager
+def said() -> Iterator[list[str]]:
+    """Collect what is printed and warned of inside the block, which is complete after it."""
+    lines: list[str] = []
+
+    class Keeps(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, keeps = logging.getLogger("lightning.pytorch.utilities.rank_zero"), Keeps()
+    level = logger.level
+    logger.addHandler(keeps)
+    logger.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield lines
+    finally:
+        logger.removeHandler(keeps)
+        logger.setLevel(level)
+    lines += [str(warning.message) for warning in caught]
 
 
 def assert_same(found: Any, expected: Any) -> None:
