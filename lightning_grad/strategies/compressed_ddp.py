@@ -38,7 +38,7 @@ from lightning_grad.strategies._used_parameters import UsedParameters
 from lightning_grad.utilities.arguments import CheckedArguments
 from lightning_grad.utilities.checks import check_count, owned_ids
 from lightning_grad.utilities.parameters import as_names, check_patterns
-from lightning_grad.utilities.reporting import is_log_step, log_many, log_settings, log_summary
+from lightning_grad.utilities.reporting import is_log_step, log_many, log_settings, log_summary, say_if_no_figure
 
 __all__ = ["CompressedDDPStrategy", "Gradient", "Message", "ResidualPolicy"]
 
@@ -163,6 +163,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         self.begin_files()
         log_settings(trainer, self.label, self.settings)
         self._announce()
+        say_if_no_figure(trainer, self.label, wanted=not self.is_neutral)
 
     def refuse(self, trainer: pl.Trainer) -> None:
         """Raise for what cannot be compressed, before anything is built.

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning_grad.strategies import DGCStrategy, _report
 from lightning_grad.strategies._ledger import ByteLedger
 from lightning_grad.strategies._report import draw
+from lightning_grad.utilities import reporting
 from tests.ranks import on_ranks
 from tests.strategies.ranks import fit, said
 from tests.wandb_offline import items, parsed
@@ -53,14 +54,15 @@ def test_an_offline_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def _train_without_matplotlib(folder: Path) -> list[str]:
     with pytest.MonkeyPatch.context() as patch, said() as lines:
-        patch.setattr(_report, "is_installed", lambda name: name != "matplotlib")
+        for module in (_report, reporting):
+            patch.setattr(module, "is_installed", lambda name: name != "matplotlib")
         fit(DGCStrategy(ratio=0.1, warmup=None), logger=CSVLogger(folder, "", ""))
     return lines
 
 
 def test_a_figure_that_cannot_be_drawn_is_told_and_the_table_is_there(tmp_path: Path) -> None:
     first, second = on_ranks(2, _train_without_matplotlib, tmp_path)
-    words = "DGCStrategy: no figure without matplotlib; pip install 'lightning-grad[plot]'."
+    words = "DGCStrategy draws no figure, because matplotlib is not installed. Run: pip install 'lightning-grad[plot]'."
     assert words in first
     assert words not in second
     assert list(tmp_path.rglob("comm_layers.csv"))
