@@ -198,6 +198,32 @@ def test_a_folder_of_another_checkpoint_is_told_from_one_that_is_missing(saved: 
         assert "Copy 1.ckpt.ranks along with the checkpoint, or set residual_policy='reset'" in message
 
 
+def _on_other_ranks(path: Path) -> tuple[list[str], Any]:
+    return [_refused(path, "strict")], _begin_empty(path)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_other_ranks_are_refused_or_begin_empty(ranks: int, saved: Saved) -> None:
+    """Under 'mean' they continue, see test_rank_files.py."""
+    results = on_ranks(ranks, _on_other_ranks, saved.path)
+    words = f"it would continue on {ranks} rank(s) what was saved on 2"
+    for (message,), (start, left, _) in results:
+        assert f"DGCStrategy cannot resume from {saved.path}: {words}. Each rank holds gradient" in message
+        assert "set residual_policy='mean' to spread it over the new ranks, or 'reset' to drop it" in message
+        assert start == ({}, 0)
+        assert_same(left["module"], results[0][1][1]["module"])
+    (line,) = (line for line in results[0][1][2] if "begins with nothing unsent" in line)
+    assert f"is lost, because {words}." in line
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_mean_of_files_of_which_one_is_torn_is_refused_by_its_name(ranks: int, saved: Saved) -> None:
+    _tear(saved)
+    for message in on_ranks(ranks, _refused, saved.path, "mean"):
+        assert f"the rank file {saved.file(1)} cannot be read (" in message
+        assert "residual_policy='reset'" in message
+
+
 def _refuse_missing(path: Path) -> str:
     return _refused(path, "strict", kind=FileNotFoundError)
 
