@@ -26,7 +26,7 @@ MANIFEST_KEY = "lightning_grad_ranks"
 _GRACE_SECONDS = 5.0  # for other ranks to write theirs, when an exception is under way and nobody can be waited for
 
 _MISSING, _OTHER_RANKS, _UNUSABLE = "missing", "other ranks", "unusable"
-_RESET = "set residual_policy='reset' to go on without them (the gradient that was not sent is lost)."
+_RESET = "set residual_policy='reset' to continue without the rank files (the gradient that was not sent is lost)."
 _WAYS_OUT = {
     _MISSING: f"Copy {{folder}} along with the checkpoint, or {_RESET}",
     _OTHER_RANKS: "Each rank holds gradient that it has not sent: set residual_policy='mean' to spread it over the new ranks, "

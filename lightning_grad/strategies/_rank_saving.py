@@ -103,7 +103,8 @@ class RankSavingDDP(DDPStrategy, ABC):
             return
         assert self._loaded_from is not None
         assert self._files is not None
-        follow_settings(self.label, manifest["settings"], self.message_settings, {})
+        saved = manifest.get("settings", {})
+        follow_settings(self.label, saved, self.message_settings, {})
         policy, parameters = self.residual_policy, self.parameters
         state, why = self._files.read(
             self.checkpoint_io, self._loaded_from, manifest, policy, parameters, _first_problem
@@ -112,7 +113,7 @@ class RankSavingDDP(DDPStrategy, ABC):
             lost = "begins with nothing unsent: what the saved run had not sent is lost"
             rank_zero_warn(f"{self.label} {lost}, because {why}.")
         else:
-            self.load_rank_state(*state, names_of_changed(manifest["settings"], self.message_settings))
+            self.load_rank_state(*state, names_of_changed(saved, self.message_settings))
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:

@@ -23,10 +23,11 @@ class UsedParameters:
         static: Whether the same ones are used in every step, so that ranks agree once.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], static: bool) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], static: bool = False) -> None:
         self._places = {id(parameter): place for place, parameter in enumerate(parameters.values())}
         self._parameters, self._static = parameters, static
         self._agreed: Tensor | None = None
+        self._read: tuple[Tensor | None, set[str]] = (None, set())
         self._undo = UndoList()
         self.forget()
 
@@ -57,3 +58,9 @@ class UsedParameters:
             mask = torch.tensor(marks, dtype=torch.uint8, device=device)
             self._agreed = ranks.maximum_(mask, counted=not self._static)
         return self._agreed
+
+    def names(self, mask: Tensor) -> set[str]:
+        """Return the names of the parameters in a mask; waits for the device, in a static graph once."""
+        if mask is not self._read[0]:
+            self._read = (mask, {name for name, mark in zip(self._parameters, mask.tolist(), strict=True) if mark})
+        return self._read[1]

@@ -28,6 +28,7 @@ from typing_extensions import override
 from lightning_grad.strategies import _report
 from lightning_grad.strategies._buckets import BucketCollector, Gradient
 from lightning_grad.strategies._collectives import Collectives, explain_lost_rank
+from lightning_grad.strategies._dense import all_finite, concatenated, write_dense
 from lightning_grad.strategies._interrupts import interrupts_deferred
 from lightning_grad.strategies._ledger import Stopwatch
 from lightning_grad.strategies._rank_saving import ResidualPolicy
@@ -134,7 +135,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def _reset(self) -> None:
         super()._reset()
         self._buckets = BucketCollector({}, self._exchange)
-        self._used: UsedParameters | None = None
+        self._used = UsedParameters({})
         self._measured: dict[str, float] = {}
 
     # The fit begins.
@@ -196,8 +197,8 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             return
         self._buckets = BucketCollector(self._names, self._exchange)
         self._buckets.register(self.model)
+        self._used = UsedParameters({name: self._parameters[name] for name in self._shapes}, self._is_static)
         if self._finds_unused:
-            self._used = UsedParameters({name: self._parameters[name] for name in self._shapes}, self._is_static)
             self._used.attach()
 
     def _announce(self) -> None:
@@ -242,7 +243,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         noise: dict[str, float] = {}
         if message is None:
             self.ledger.open(sum(g.values.numel() * g.values.element_size() for g in gradients))
-            used = {} if self._used is None else {_USED: self._used.agree(self.ranks, self.root_device)}
+            used = {_USED: self._used.agree(self.ranks, self.root_device)} if self._finds_unused else {}
             compressed, dense = self._shared_out(gradients, owned, used)
             noise = self._measure_noise(gradients) if measured else {}
             finite = self.prepare_([g for g in (*compressed, *dense) if id(g.parameter) in owned])
@@ -250,10 +251,10 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             self.ledger.close()
         else:
             compressed, dense = self._shared_out(gradients, owned, message)
-            self._forget_marks()
+            self._used.forget()
         if compressed:
             self.write(compressed, message, message[_DENSE][-1])
-        _write_dense(dense, message[_DENSE])
+        write_dense(dense, message[_DENSE])
         self._in_flight = message
         self._watch.stop()
         self._measured = self._measure(noise) if measured else {}
@@ -270,8 +271,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     ) -> tuple[list[Gradient], list[Gradient]]:
         """Return the gradients that are compressed and those that go dense, without those that no rank has."""
         if _USED in message:
-            used = dict(zip(self._shapes, message[_USED].tolist(), strict=True))
-            gradients = [gradient for gradient in gradients if used[gradient.name]]
+            gradients = [gradient for gradient in gradients if gradient.name in self._used.names(message[_USED])]
         # What no optimizer moves goes dense: nobody zeroes such gradients, and a residual of them would grow for nothing.
         chosen = self._chosen if self.is_active else set()
         compressed = [g for g in gradients if g.name in chosen and id(g.parameter) in owned]
@@ -279,10 +279,12 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         return compressed, [gradient for gradient in gradients if gradient.name not in names]
 
     def _communicate(self, compressed: Sequence[Gradient], dense: Sequence[Gradient], finite: Tensor) -> Message:
-        flat = _concatenated([gradient.values for gradient in dense], torch.where(finite, 0.0, torch.nan))
+        flat = concatenated([gradient.values for gradient in dense], torch.where(finite, 0.0, torch.nan))
         finish = self.ranks.begin_mean_(flat)
-        if not self._is_accumulated:
-            self.accumulate(compressed)
+        # After an exception in mid-exchange they are there already, but for what only the repeated step uses.
+        fresh = [g for g in compressed if not self._is_accumulated or g.name not in self.memory]
+        if fresh:
+            self.accumulate(fresh)
         self._is_accumulated = True
         message = self.send(compressed) if compressed else {}
         finish()
@@ -293,9 +295,9 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
 
     def prepare_(self, gradients: Sequence[Gradient]) -> Tensor:
         """Zero the gradients of this rank if one of them is not finite, and return whether all are, a 0-dimensional tensor."""
-        if not gradients:  # of those that an optimizer moves, this step has used none
+        if not any(gradient.values.numel() for gradient in gradients):  # this step uses nothing that an optimizer moves
             return torch.ones((), dtype=torch.bool, device=self.root_device)
-        finite = _all_finite([gradient.values for gradient in gradients])
+        finite = all_finite([gradient.values for gradient in gradients])
         # A look at the CPU waits for nobody, and saves a pass over everything.
         if not finite.is_cpu or not finite.numpy():
             for gradient in gradients:
@@ -364,30 +366,6 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         # As Lightning does with optimizers: a checkpoint that is written after the fit still holds them.
         self.memory = {name: {key: v.cpu() for key, v in kept.items()} for name, kept in self.memory.items()}
 
-    def _forget_marks(self) -> None:
-        if self._used is not None:
-            self._used.forget()
-
     def _detach(self) -> None:
         self.disconnect()
-        if self._used is not None:
-            self._used.detach()
-
-
-def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    # Neither sums, which overflow, nor maximum norms, which take the CPU twenty times as long.
-    extremes = [extreme for tensor in tensors if tensor.numel() for extreme in torch.aminmax(tensor)]
-    return torch.stack([extreme.isfinite() for extreme in extremes]).all()
-
-
-def _concatenated(flat: Sequence[Tensor], last: Tensor) -> Tensor:
-    kind = flat[0].dtype if flat else torch.float32
-    return torch.cat([*flat, last.to(kind).view(1)])
-
-
-def _write_dense(gradients: Sequence[Gradient], flat: Tensor) -> None:
-    start = 0
-    for gradient in gradients:
-        end = start + gradient.values.numel()
-        torch.add(flat[start:end], flat[-1], out=gradient.values)
-        start = end
+        self._used.detach()
