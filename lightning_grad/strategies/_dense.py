@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,3 +30,10 @@ def write_dense(gradients: Sequence[Gradient], flat: Tensor) -> None:
         end = start + gradient.values.numel()
         torch.add(flat[start:end], flat[-1], out=gradient.values)
         start = end
+
+
+def write_past_ddp(gradients: Iterable[Gradient]) -> None:
+    """Write gradients from their buckets to their parameters, where DDP does not do so."""
+    for gradient in gradients:
+        if gradient.parameter.grad is not None:
+            gradient.parameter.grad.copy_(gradient.shaped)

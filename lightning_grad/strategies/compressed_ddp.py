@@ -28,7 +28,7 @@ from typing_extensions import override
 from lightning_grad.strategies import _report
 from lightning_grad.strategies._buckets import BucketCollector, Gradient
 from lightning_grad.strategies._collectives import Collectives, explain_lost_rank
-from lightning_grad.strategies._dense import all_finite, concatenated, write_dense
+from lightning_grad.strategies._dense import all_finite, concatenated, write_dense, write_past_ddp
 from lightning_grad.strategies._interrupts import interrupts_deferred
 from lightning_grad.strategies._ledger import Stopwatch
 from lightning_grad.strategies._rank_saving import ResidualPolicy
@@ -243,7 +243,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         noise: dict[str, float] = {}
         if message is None:
             self.ledger.open(sum(g.values.numel() * g.values.element_size() for g in gradients))
-            used = {_USED: self._used.agree(self.ranks, self.root_device)} if self._finds_unused else {}
+            used = {_USED: self._used.agree(self.ranks, self.root_device, owned)} if self._finds_unused else {}
             compressed, dense = self._shared_out(gradients, owned, used)
             noise = self._measure_noise(gradients) if measured else {}
             finite = self.prepare_([g for g in (*compressed, *dense) if id(g.parameter) in owned])
@@ -255,6 +255,9 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         if compressed:
             self.write(compressed, message, message[_DENSE][-1])
         write_dense(dense, message[_DENSE])
+        if _USED in message:
+            past_ddp = self._used.past_ddp(message[_USED])
+            write_past_ddp(gradient for gradient in (*compressed, *dense) if gradient.name in past_ddp)
         self._in_flight = message
         self._watch.stop()
         self._measured = self._measure(noise) if measured else {}

@@ -231,6 +231,42 @@ def test_what_no_rank_uses_sends_no_bytes(runs: tuple[str, dict[Any, list[Result
     assert set(static) == {everything[0] - 6}, "one byte for each of six parameters says whether it was used"
 
 
+class ZeroesInPlace(Branching):
+    """Leaves zeros where there were gradients, which momentum and decay act upon, used or not."""
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        optimizer.zero_grad(set_to_none=False)
+
+
+def _zeroes_in_place(pattern: str, **options: Any) -> dict[str, Result]:
+    def run(strategy: Any) -> Result:
+        return fit(strategy, ZeroesInPlace(PATTERNS[pattern]), precision="64-true")
+
+    options["find_unused_parameters"] = True
+    return {
+        "ddp": run(DDPStrategy(**options)),
+        "all sent": run(dgc(ratio=0.9999999, momentum_masking=False, **options)),
+        "full rank": run(power(rank=1000, min_gain=0.1, **options)),
+        "dgc": run(dgc(**options)),
+        "power": run(power(**options)),
+    }
+
+
+@pytest.mark.parametrize("views", [False, True])
+@pytest.mark.parametrize("pattern", ["in every second step", "on one rank or none", "on no rank after a while"])
+def test_a_gradient_of_zeros_moves_a_parameter_as_under_ddp(pattern: str, views: bool) -> None:
+    first, second = on_ranks(2, partial(_zeroes_in_place, pattern, gradient_as_bucket_view=views))
+    for name in ("all sent", "full rank"):
+        assert_close(first[name]["weights"], first["ddp"]["weights"])
+    for name in first:
+        assert_same(first[name]["weights"], second[name]["weights"])
+        assert first[name]["weights"]["net.branch.weight"].isfinite().all()
+    name, both = "net.branch.weight", (first["power"], second["power"])
+    arrived = 2 * sum(mean[name] for mean in first["power"]["mean"] if name in mean)
+    unsent = sum(result["memory"][name]["error"] for result in both).view(arrived.shape)
+    assert_close(arrived + unsent, sum(local[name] for result in both for local in result["local"] if name in local))
+
+
 def _beside_ddp(pattern: str, option: str) -> dict[str, Result]:
     uses = PATTERNS[pattern]
     strategies = {
