@@ -1,4 +1,4 @@
-"""The dense message of a step: what is not compressed, and a number that says whether all of it was finite."""
+"""The dense message of a step: what is not compressed, and a number that says whether all gradients were finite."""
 
 from __future__ import annotations
 

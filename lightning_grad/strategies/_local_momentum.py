@@ -111,8 +111,8 @@ def is_plain_sgd(optimizer: Optimizer) -> bool:
 
 
 def why_not_moved(optimizer: Optimizer) -> str:
-    """Say why the momentum of an optimizer cannot move into the compressor, or return an empty text."""
+    """Return why the momentum of an optimizer cannot move into the compressor, or an empty text."""
     if not is_plain_sgd(optimizer):
         return f"{type(optimizer).__name__} is not torch.optim.SGD"
     dampening = max(group["dampening"] for group in optimizer.param_groups)
-    return f"this SGD has dampening={dampening}, which the compressor has not" if dampening else ""
+    return f"this SGD has dampening={dampening}, which the compressor cannot apply" if dampening else ""

@@ -1,4 +1,4 @@
-"""What a rank file says of itself, so that no other one is taken for it. Used by ``_rank_files.py``."""
+"""What a rank file says about itself, so that no other file is taken for it. Used by ``_rank_files.py``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def layout_of(parameter: Tensor) -> Layout:
 def identity_of(
     manifest: Mapping[str, Any], rank: int, memory: Mapping[str, Mapping[str, Tensor]], parameters: Parameters
 ) -> dict[str, Any]:
-    """Return the identity of a rank file: its save, its rank, and the names, shapes and layouts of what it is about."""
+    """Return the identity of a rank file: its save, its rank, and the names, shapes and layouts of its parameters."""
     return {
         **{key: manifest[key] for key in ("strategy", "save", "ranks")},
         "rank": rank,
@@ -40,7 +40,7 @@ def identity_of(
 
 
 def misfit(content: Any, manifest: Mapping[str, Any], rank: int, parameters: Parameters) -> str:
-    """Say why a file is not that of a rank of a checkpoint, or return an empty text.
+    """Return why a file is not that of a rank of a checkpoint, or an empty text.
 
     Args:
         content: Of the file.

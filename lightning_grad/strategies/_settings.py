@@ -1,4 +1,4 @@
-"""The settings of a strategy: those of its own, and how they differ from those of the run that is resumed."""
+"""The settings of a strategy: its own ones, and how they differ from those of a saved run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OF_DDP = (
     "process_group_backend",
     "timeout",
 )
-_OF_THE_LAUNCH = ("residual_policy", "gradient_noise")  # may be others in each start, and change no message
+_OF_THE_LAUNCH = ("residual_policy", "gradient_noise")  # may differ at each start, and change no message
 
 
 def own_settings(strategy: object, base: type) -> dict[str, Any]:

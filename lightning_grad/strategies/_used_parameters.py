@@ -58,7 +58,7 @@ class UsedParameters:
         Args:
             ranks: Talks to them.
             device: Of the mask.
-            owned: Identities of the parameters that an optimizer moves; a gradient that nobody zeroes says nothing.
+            owned: Identities of the parameters that an optimizer moves. Other gradients are never zeroed.
         """
         parameters = zip(self._parameters.values(), self._marks, strict=True)
         marks = [
@@ -66,8 +66,8 @@ class UsedParameters:
         ]
         self.forget()
         if self._agreed is None or not self._static:
-            # A static graph agrees in the first step only, and a resumed run once more: that must not be counted, lest its
-            # counts be other ones than those of an uninterrupted run.
+            # In a static graph ranks agree in the first step only, and once more after a resume. If that was counted, a
+            # resumed run would have sent more than an uninterrupted one.
             mask = torch.tensor(marks, dtype=torch.uint8, device=device)
             self._agreed = ranks.maximum_(mask, counted=not self._static)
         return self._agreed

@@ -112,7 +112,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     ) -> None:
         check_count(min_numel, 1, "min_numel")
         if timeout is not None and timeout <= timedelta(0):
-            raise ValueError(f"timeout must be longer than nothing; got {timeout!r}.")
+            raise ValueError(f"timeout must be longer than zero; got {timeout!r}.")
         ddp: dict[str, Any] = {} if broadcast_buffers else {"broadcast_buffers": False}  # torch 2.13 deprecates it
         if find_unused_parameters and not static_graph:  # which finds them by itself, and warns of both
             ddp["find_unused_parameters"] = True
@@ -272,7 +272,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def _shared_out(
         self, gradients: Sequence[Gradient], owned: Collection[int], message: Message
     ) -> tuple[list[Gradient], list[Gradient]]:
-        """Return the gradients that are compressed and those that go dense, without those that no rank has."""
+        """Return the gradients that are compressed and those that go dense, without parameters that no rank used."""
         if _USED in message:
             gradients = [gradient for gradient in gradients if gradient.name in self._used.names(message[_USED])]
         # What no optimizer moves goes dense: nobody zeroes such gradients, and a residual of them would grow for nothing.
@@ -284,7 +284,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def _communicate(self, compressed: Sequence[Gradient], dense: Sequence[Gradient], finite: Tensor) -> Message:
         flat = concatenated([gradient.values for gradient in dense], torch.where(finite, 0.0, torch.nan))
         finish = self.ranks.begin_mean_(flat)
-        # After an exception in mid-exchange they are there already, but for what only the repeated step uses.
+        # After an exception in mid-exchange the memory has them already, except what only the repeated step uses.
         fresh = [g for g in compressed if not self._is_accumulated or g.name not in self.memory]
         if fresh:
             self.accumulate(fresh)

@@ -151,10 +151,12 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     def load_rank_state(self, own: Mapping[str, Any], shared: Mapping[str, Any], changed: set[str]) -> None:
         super().load_rank_state(own, shared, changed)
         if "seed" in changed and self.memory:
-            rank_zero_info(f"{self.label}: the new seed is only for gradients that have no factors yet.")
+            rank_zero_info(
+                f"{self.label} keeps its factors: the new seed is only for gradients that have no factors yet."
+            )
         if "start_step" in changed and self.ledger.steps < self.start_step:
             rank_zero_info(
-                f"{self.label} sends everything dense until step {self.start_step}; what is not sent yet waits until then."
+                f"{self.label} sends everything dense until step {self.start_step}; what was not sent waits until then."
             )
 
     @property

@@ -63,7 +63,7 @@ class Scheme:
 _SHARED_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"min_numel": 0}, "min_numel must be at least 1"),
     ({"residual_policy": "stric"}, "Did you mean 'strict'"),
-    ({"timeout": timedelta(0)}, "timeout must be longer than nothing"),
+    ({"timeout": timedelta(0)}, "timeout must be longer than zero"),
 )
 _DGC_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"ratio": 0.0}, "ratio is a share of entries"),

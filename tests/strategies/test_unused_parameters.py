@@ -97,7 +97,7 @@ def gradients_of(net: Net, uses: Uses, batch: int, accumulate: int, rank: int, r
 
 
 def by_hand(kind: str, uses: Uses, ranks: int = 2, accumulate: int = 1) -> Result:
-    """Return what a loop over ranks in one process gives; what no rank has used is passed over in its step."""
+    """Return what a loop over ranks in one process gives; what no rank has used is skipped in its step."""
     net = Net().double()
     weights = dict(net.named_parameters())
     scheme = {"dgc": HandMadeDGC, "power": HandMadePowerSGD}[kind](weights, ranks)
