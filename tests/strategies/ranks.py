@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning_utilities.core import rank_zero
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -149,7 +150,7 @@ def said() -> Iterator[list[str]]:
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(record.getMessage())
 
-    logger, keeps = logging.getLogger("lightning.pytorch.utilities.rank_zero"), Keeps()
+    logger, keeps = rank_zero.log, Keeps()  # of the namespace that was imported last
     level = logger.level
     logger.addHandler(keeps)
     logger.setLevel(logging.INFO)
