@@ -108,6 +108,7 @@ def pgd(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     generator: torch.Generator | None = None,
+    support: Tensor | None = None,
 ) -> Tensor:
     r"""Attack inputs by projected gradient ascent.
 
@@ -131,6 +132,7 @@ def pgd(
         mean: Mean by which inputs were normalised, one for each channel (dimension 1), or a single one.
         std: Standard deviation by which they were divided.
         generator: Source of the random start, on the inputs' device.
+        support: Which entries of the inputs may change, 1 there and 0 elsewhere, in a shape that broadcasts. Default: all.
 
     Returns:
         Tensor: Attacked inputs, (B, ...), without graph; the given inputs themselves if epsilon is 0, or the batch empty.
@@ -155,9 +157,11 @@ def pgd(
     step_size = _PGD_STEP * epsilon / steps if step_size is None else step_size
     space = _Pixels(inputs.detach(), bounds, mean, std)
     start = torch.zeros_like(space.inputs)
-    perturbation = space.clamp(random_perturbation(start, epsilon, norm, generator) if random_start else start)
+    begin = random_perturbation(start, epsilon, norm, generator) if random_start else start
+    perturbation = space.clamp(begin if support is None else begin * support)
     for _ in range(steps):
         gradient = space.gradient(loss_of, perturbation)
+        gradient = gradient if support is None else gradient * support
         raised = perturbation + step_size * attack_direction(gradient, norm)
         perturbation = space.clamp(project_perturbation(raised, epsilon, norm))
     return space.at(perturbation)
@@ -174,6 +178,7 @@ def fgsm(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     generator: torch.Generator | None = None,
+    support: Tensor | None = None,
 ) -> Tensor:
     """Attack inputs by one step (fast gradient sign method): :func:`pgd` with ``steps=1``.
 
@@ -188,6 +193,7 @@ def fgsm(
         mean: Mean by which inputs were normalised.
         std: Standard deviation by which they were divided.
         generator: Source of the random start, on the inputs' device.
+        support: Which entries of the inputs may change.
 
     Returns:
         Tensor: Attacked inputs, (B, ...).
@@ -208,7 +214,7 @@ def fgsm(
     """
     default = _FGSM_STEP * epsilon if random_start else epsilon
     step_size = default if step_size is None else step_size
-    return pgd(loss_of, inputs, epsilon, 1, step_size, norm, random_start, bounds, mean, std, generator)
+    return pgd(loss_of, inputs, epsilon, 1, step_size, norm, random_start, bounds, mean, std, generator, support)
 
 
 def _check_settings(

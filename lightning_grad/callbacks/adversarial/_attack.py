@@ -18,6 +18,7 @@ from lightning_grad.functional.adversarial_attacks import Norm, fgsm, pgd
 from lightning_grad.utilities.batches import copy_of
 from lightning_grad.utilities.checks import check_above, check_at_least, check_choice, check_count
 from lightning_grad.utilities.precision import grad_scaler
+from lightning_grad.utilities.tensor_classes import plain
 
 NORMS = ("linf", "l2")
 _ROUNDING = 1e-3  # of the bounds' distance: half precision, and means that were rounded
@@ -53,8 +54,9 @@ class Attack:
         inputs: Tensor,
         generator: torch.Generator | None = None,
         share: float = 1.0,
+        support: Tensor | None = None,
     ) -> Tensor:
-        """Attack inputs, with this share of epsilon and step size."""
+        """Attack inputs, with this share of epsilon and step size, where the support is 1."""
         # What autocast has cast without a graph must not serve here, nor what is cast here afterwards.
         torch.clear_autocast_cache()
         attack: Callable[..., Tensor] = fgsm if self.steps == 1 else partial(pgd, steps=self.steps)
@@ -69,6 +71,7 @@ class Attack:
             mean=self.mean,
             std=self.std,
             generator=generator,
+            support=support,
         )
         torch.clear_autocast_cache()
         return attacked
@@ -158,7 +161,7 @@ def attack_losses(
     scaler = grad_scaler(trainer)
 
     def loss_of(inputs: Tensor) -> Tensor:
-        with place.shown(copy_of(batch), inputs.clone()) as shown:
+        with place.shown(copy_of(batch), inputs) as shown:
             loss = loss_of_output(run(shown))
         if loss is None:
             raise NoLossError("The step returns no loss.")
@@ -174,9 +177,9 @@ class NoLossError(RuntimeError):
 
 
 def loss_of_output(output: Any) -> Tensor | None:
-    """Return the loss in what a step returned, if it is there."""
+    """Return the loss in what a step returned, if it is there, as a plain tensor."""
     loss = output.get("loss") if isinstance(output, Mapping) else output
-    return loss if isinstance(loss, Tensor) else None
+    return plain(loss) if isinstance(loss, Tensor) else None
 
 
 def _checked_bounds(bounds: Sequence[float] | None) -> tuple[float, float] | None:

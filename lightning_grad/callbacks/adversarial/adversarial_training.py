@@ -274,15 +274,21 @@ class AdversarialTraining(GradCallback):
             self._start_loss = None
             loss_of = attack_losses(trainer, place, batch, run, self._note_start)
             generator = generator_for(clean.device, self.seed, f"{epoch}/{batch_idx}/{trainer.global_rank}")
-            inputs = self._partly(clean, self._attacking(loss_of, clean, generator, share), generator)
+            attacked = self._attacking(loss_of, clean, generator, share, place.support(batch))
+            inputs = self._partly(clean, attacked, generator)
         self._attacked = ((epoch, batch_idx), batch, inputs)
         return inputs
 
     def _attacking(
-        self, loss_of: Callable[[Tensor], Tensor], clean: Tensor, generator: torch.Generator, share: float
+        self,
+        loss_of: Callable[[Tensor], Tensor],
+        clean: Tensor,
+        generator: torch.Generator,
+        share: float,
+        support: Tensor | None,
     ) -> Tensor:
         try:
-            return self._attack(loss_of, clean, generator, share)
+            return self._attack(loss_of, clean, generator, share, support)
         except IndependentLossError as error:
             raise RuntimeError(
                 f"{self.label}: {error} If another part of the batch is the input, name it by input_key; if training_step "
