@@ -138,7 +138,7 @@ def pgd(
         Tensor: Attacked inputs, (B, ...), without graph; the given inputs themselves if epsilon is 0, or the batch empty.
 
     Raises:
-        ValueError: For another norm, steps below 1, an epsilon that is negative or not finite, and mean without std.
+        ValueError: For another norm, steps below 1, mean without std, and numbers that are out of their range or not finite.
         RuntimeError: In inference mode, and for inputs made in it: they have no gradient.
         IndependentLossError: If the loss does not depend on the inputs; a RuntimeError.
 
@@ -151,6 +151,7 @@ def pgd(
         Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, arXiv 1706.06083, equation 2.
     """
     _check_settings(epsilon, steps, norm, mean, std)
+    _check_numbers(step_size, bounds, mean, std)
     if epsilon == 0.0 or inputs.numel() == 0:
         return inputs
     _refuse_inference(inputs)
@@ -228,6 +229,22 @@ def _check_settings(
         raise ValueError(f"epsilon must be at least 0, and finite; got {epsilon}.")
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std belong together; got mean={mean} and std={std}.")
+
+
+def _check_numbers(
+    step_size: float | None,
+    bounds: tuple[float, float] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> None:
+    if step_size is not None and not (math.isfinite(step_size) and step_size >= 0.0):
+        raise ValueError(f"step_size must be at least 0, and finite; got {step_size}.")
+    if bounds is not None and not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds must be the least and the largest value of an input; got {bounds}.")
+    if mean is not None and not all(map(math.isfinite, mean)):
+        raise ValueError(f"mean must be finite; got {list(mean)}.")
+    if std is not None and not all(math.isfinite(value) and value > 0.0 for value in std):
+        raise ValueError(f"std must be above 0, and finite; got {list(std)}.")
 
 
 def _refuse_inference(inputs: Tensor) -> None:

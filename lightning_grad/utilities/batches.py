@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_grad.utilities.batch_copies import DEEPEST, children, put, shallow_copy
+from lightning_grad.utilities.batch_copies import DEEPEST as _DEEPEST
+from lightning_grad.utilities.batch_copies import children as _children
 from lightning_grad.utilities.batch_copies import copy_of as copy_of
+from lightning_grad.utilities.batch_copies import put, shallow_copy
 
 Path = tuple[Any, ...]
 _NO_INPUT = re.compile(r"labels?|targets?|y|(.*_)?mask|(sample_)?weights?", re.IGNORECASE)
@@ -158,7 +160,7 @@ def _tensors_of(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     if isinstance(batch, Tensor):
         yield path, batch
         return
-    for key, child in children(batch) if len(path) < DEEPEST else ():
+    for key, child in _children(batch) if len(path) < _DEEPEST else ():
         yield from _tensors_of(child, (*path, key))
 
 
@@ -168,7 +170,7 @@ def _numbers_of(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
             yield path, batch
         return
     fields = getattr(batch, "_fields", None) if isinstance(batch, tuple) else None
-    for key, child in children(batch) if len(path) < DEEPEST else ():
+    for key, child in _children(batch) if len(path) < _DEEPEST else ():
         name = fields[key] if fields else key
         if not (isinstance(name, str) and _NO_INPUT.fullmatch(name)):
             yield from _numbers_of(child, (*path, key))
@@ -189,7 +191,7 @@ def _follow(batch: Any, key: str | int, needed_by: str) -> Path:
     path: Path = ()
     here = batch
     for part in [key] if isinstance(key, int) else _parts(batch, key):
-        known = dict(children(here))
+        known = dict(_children(here))
         found = part if part in known else _as_position(part)
         if found not in known:
             there = ", ".join(map(repr, known)) if known else f"no parts: it is a {type(here).__name__}"

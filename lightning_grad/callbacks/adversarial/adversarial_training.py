@@ -203,6 +203,13 @@ class AdversarialTraining(GradCallback):
             )
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.epsilon == 0.0:
+            self._say("trains on the inputs as they are, for epsilon is 0")
+        else:
+            self._say(f"trains on inputs attacked by {self.attack.upper()} ({self._attack.described})")
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.warmup_fraction:
             total_steps(trainer, self.label)
