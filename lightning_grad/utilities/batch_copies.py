@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_grad.utilities.tensor_classes import clone_of
+from lightning_grad.functional._tensor_classes import clone_of
 
 DEEPEST = 8  # an object of a batch may know its owner
 _FIXED = frozenset({bool, int, float, complex, str, bytes, type(None)})

@@ -205,7 +205,7 @@ def _pattern_of(batch: Any, key: str, needed_by: str) -> Path:
     for part in key.split("."):
         known = dict(children(here))
         found = part if part in known or not part.isdecimal() else int(part)
-        if part != "*" and found not in known or not known:
+        if (part != "*" and found not in known) or not known:
             there = ", ".join(map(repr, known)) or f"no parts: it is a {type(here).__name__}"
             raise ValueError(f"{needed_by}: input_key={key!r} leads nowhere in the batch; there it has {there}.")
         pattern.append(EVERY if part == "*" else found)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.functional._shuffling import hashed_seed
+from lightning_grad.functional._tensor_classes import plain
 from lightning_grad.functional.adversarial_attacks import Norm, fgsm, pgd
 from lightning_grad.utilities.batches import copy_of
 from lightning_grad.utilities.checks import check_above, check_at_least, check_choice, check_count
 from lightning_grad.utilities.precision import grad_scaler
-from lightning_grad.utilities.tensor_classes import plain
 
 NORMS = ("linf", "l2")
 _LARGEST = 1e30  # what is computed from it still fits into float32

@@ -12,10 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_grad.callbacks.adversarial._pieces import joined, parted, support_of
+from lightning_grad.functional._tensor_classes import dressed, is_opaque, plain
 from lightning_grad.utilities.batches import Path, copy_of, first_numbers, input_at, text_of, with_input
 from lightning_grad.utilities.forward_order import is_compiled
 from lightning_grad.utilities.input_patterns import EVERY, are_samples, expanded, find_inputs, has_inputs, neighbours
-from lightning_grad.utilities.tensor_classes import dressed, is_opaque, plain
 
 Run = Callable[[Any], Any]
 
@@ -86,7 +86,9 @@ class BatchTensor:
             )
         if pattern not in self._told:
             self._told.append(pattern)
-            rank_zero_info(f"{self._needed_by} perturbs {text_of(pattern)} in batches without {text_of(self._pattern)}.")
+            rank_zero_info(
+                f"{self._needed_by} perturbs {text_of(pattern)} in batches without {text_of(self._pattern)}."
+            )
         return pattern, are_samples(batch, pattern)
 
 
@@ -203,7 +205,9 @@ def _described(batch: Any, pattern: Path) -> str:
     only = ""
     if wider is not None:
         key = ".".join(map(str, wider))
-        only = f" and none of the others in {text_of(wider)}; input_key={key!r} perturbs all {len(expanded(batch, wider))}"
+        only = (
+            f" and none of the others in {text_of(wider)}; input_key={key!r} perturbs all {len(expanded(batch, wider))}"
+        )
     return f"{text_of(pattern)}, of shape {shapes[0]}{only}"
 
 

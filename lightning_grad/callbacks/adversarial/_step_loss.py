@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_grad.callbacks.adversarial._attack import loss_of_output
 from lightning_grad.functional import LossCapture
+from lightning_grad.functional._tensor_classes import plain
 from lightning_grad.utilities.batches import copy_of
-from lightning_grad.utilities.tensor_classes import plain
 
 Step = Callable[[Any], Any]
 

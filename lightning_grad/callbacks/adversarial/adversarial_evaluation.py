@@ -208,7 +208,7 @@ class AdversarialEvaluation(GradCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # The sanity check or Lightning itself has asked for the loaders by now, if the first epoch is validated.
         is_empty = trainer.val_dataloaders is not None and not sum(trainer.num_val_batches)
-        epochs, every = trainer.max_epochs, trainer.check_val_every_n_epoch  # type: ignore[attr-defined]
+        epochs, every = trainer.max_epochs, trainer.check_val_every_n_epoch
         comes_too_late = epochs is not None and every is not None and 0 <= epochs < every
         if is_empty or comes_too_late:
             self._warn_of_no_validation()
