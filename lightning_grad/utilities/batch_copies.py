@@ -46,13 +46,15 @@ class _Copies:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Any, Any]] = {}  # the original too, so that no other gets its identity
+        self._twins: set[int] = set()
 
     def of(self, value: Any, depth: int = 0) -> Any:
-        if type(value) in _FIXED or depth > DEEPEST or _is_left_alone(value):
+        if type(value) in _FIXED or id(value) in self._twins or depth > DEEPEST or _is_left_alone(value):
             return value
         if id(value) not in self._known:
             self._known[id(value)] = (self._begun(value, depth), value)
             twin = self._known[id(value)][0]
+            self._twins.add(id(twin))
             if twin is not value and not isinstance(value, (Tensor, tuple, np.ndarray)):
                 self._fill(twin, {id(child) for _, child in children(value)}, depth + 1)
         return self._known[id(value)][0]
