@@ -152,8 +152,8 @@ def _is_list_of_samples(batch: Any, path: Path, where: int) -> bool:
     if not isinstance(holder, (list, tuple)) or hasattr(holder, "_fields"):
         return False
     try:
-        lengths = [len(input_at(item, rest)) for item in holder]
-    except (ValueError, TypeError):
+        lengths = [_length(input_at(item, rest)) for item in holder]
+    except ValueError:
         return False
     if rest:
         others = [list(_leaves_beside(item, rest)) for item in holder]
@@ -187,14 +187,14 @@ def _leaves(value: Any, depth: int = 4) -> Iterator[Any]:
 
 
 def _length(leaf: Any) -> int | None:
-    return len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else None
+    return leaf.size(0) if isinstance(leaf, Tensor) and leaf.dim() else None
 
 
 def _size(value: Any) -> int | None:
     return len(value) if isinstance(value, (list, tuple)) else _length(value)
 
 
-def _is_batch_of(value: Any, lengths: list[int]) -> bool:
+def _is_batch_of(value: Any, lengths: list[int | None]) -> bool:
     found = [length for length in map(_length, _leaves(value)) if length is not None]
     return bool(found) and set(found) == set(lengths)
 

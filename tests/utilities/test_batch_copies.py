@@ -130,7 +130,8 @@ def test_graphs_leaves_and_strides_are_kept() -> None:
     leaf = torch.ones(2, requires_grad=True)
     images = torch.zeros(1, 3, 4, 4).to(memory_format=torch.channels_last)
     other = copy_of([leaf, leaf * 2, images])
-    assert other[0].is_leaf and other[0].requires_grad
+    assert other[0].is_leaf
+    assert other[0].requires_grad
     assert other[1].grad_fn is not None
     assert other[2].is_contiguous(memory_format=torch.channels_last)
     other[0].sum().backward()

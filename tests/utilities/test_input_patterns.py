@@ -37,7 +37,7 @@ BOXES = [{"boxes": torch.zeros(count, 4), "labels": torch.zeros(count)} for coun
         pytest.param([[torch.zeros(8, 3), torch.zeros(8)], [torch.zeros(4, 3)]], (0, 0), False, id="one unlabelled"),
         pytest.param([torch.zeros(8, 3)], (0,), False, id="a data set of inputs"),
         pytest.param(SAME, (0,), False, id="images alone"),
-        pytest.param((SAME[:2] + [torch.zeros(3, 8)], [1, 2, 3]), (0, 0), False, id="of several dimensions"),
+        pytest.param(([*SAME[:2], torch.zeros(3, 8)], [1, 2, 3]), (0, 0), False, id="of several dimensions"),
         pytest.param({"a": {"x": torch.zeros(4, 2)}, "b": torch.zeros(4)}, ("a", "x"), False, id="no list"),
     ],
 )
@@ -74,7 +74,11 @@ def test_a_key_may_mean_several(batch: Any, key: Any, paths: Any) -> None:
     [
         ({"x": VIEWS}, "z.*", r"Somebody: input_key='z\.\*' leads nowhere in the batch; there it has 'x'\."),
         ({"x": []}, "x.*", r"input_key='x\.\*' leads nowhere in the batch; there it has no parts: it is a list\."),
-        ((SAME[0], torch.zeros(3)), "*", r"floating tensors of one type with as many dimensions each; batch\[\*\] are not"),
+        (
+            (SAME[0], torch.zeros(3)),
+            "*",
+            r"floating tensors of one type with as many dimensions each; batch\[\*\] are not",
+        ),
         ((SAME[0], torch.zeros(3, 1, 1).long()), "*", r"batch\[\*\] are not\. Name one of them\."),
         (([SAME[0], SAME[0].double()], 1), 0, r"batch\[0\]\[\*\] are not"),
         ({"x": [torch.zeros(2).long()]}, "x", r"must name a floating tensor of the batch, and leads to a list\."),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def joined(pieces: Sequence[Tensor], are_samples: bool) -> Tensor:
-    """Return one tensor of all, those that are smaller filled up with a value that they have.
+    """Return one tensor of all, those that are smaller filled up with values from their edge.
 
     Args:
         pieces: Tensors of as many dimensions each.
@@ -63,10 +63,10 @@ def _largest(rows: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def _filled_up(row: Tensor, size: tuple[int, ...]) -> Tensor:
-    if tuple(row.shape[1:]) == size:
-        return row
-    # A value of its own: zeros might lie outside the bounds.
-    value = row.reshape(-1)[:1] if row.numel() else row.new_zeros(1)
-    whole = value.expand(len(row), *size).clone() if row.numel() else row.new_zeros((len(row), *size))
-    whole[(slice(None), *(slice(length) for length in row.shape[1:]))] = row
-    return whole
+    if not row.numel():
+        return row.new_zeros((len(row), *size))
+    # With values from its edge, in its own channels: others might lie outside the bounds.
+    for dim, length in enumerate(size, 1):
+        if row.shape[dim] < length:
+            row = row.index_select(dim, torch.arange(length, device=row.device).clamp(max=row.shape[dim] - 1))
+    return row

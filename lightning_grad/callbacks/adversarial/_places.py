@@ -205,9 +205,7 @@ def _described(batch: Any, pattern: Path) -> str:
     only = ""
     if wider is not None:
         key = ".".join(map(str, wider))
-        only = (
-            f" and none of the others in {text_of(wider)}; input_key={key!r} perturbs all {len(expanded(batch, wider))}"
-        )
+        only = f", and none of the others in {text_of(wider)}; input_key={key!r} perturbs all {len(expanded(batch, wider))}"
     return f"{text_of(pattern)}, of shape {shapes[0]}{only}"
 
 
