@@ -31,6 +31,8 @@ class Labelled(Tensor):
         return self._kept(Tensor.as_subclass(self, Tensor).detach())
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] == self.device:
+            return self
         return self._kept(Tensor.as_subclass(self, Tensor).to(*args, **kwargs))
 
     def _kept(self, values: Tensor) -> Any:
@@ -63,6 +65,13 @@ class Fussy(Labelled):
         return type(self)(values, self.labels)
 
 
+class Losing(Labelled):
+    """Loses its labels in copies too."""
+
+    def _kept(self, values: Tensor) -> Any:
+        return Tensor.as_subclass(values, type(self))
+
+
 class Slotted(Labelled):
     """Keeps a domain in a slot."""
 
@@ -75,7 +84,13 @@ class Slotted(Labelled):
         return other
 
 
-KINDS: dict[str, type] = {"labelled": Labelled, "demanding": Demanding, "fussy": Fussy, "slotted": Slotted}
+KINDS: dict[str, type] = {
+    "labelled": Labelled,
+    "demanding": Demanding,
+    "fussy": Fussy,
+    "losing": Losing,
+    "slotted": Slotted,
+}
 
 
 def labelled(kind: str, values: Tensor) -> Any:
