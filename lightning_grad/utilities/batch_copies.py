@@ -7,7 +7,7 @@ shows a copy, or keeps one.
 from __future__ import annotations
 
 import copy
-import dataclasses
+import functools
 from collections import deque
 from collections.abc import Iterator, Mapping, MutableMapping
 from types import ModuleType
@@ -24,6 +24,7 @@ DEEPEST = 8  # an object of a batch may know its owner
 _FIXED = frozenset({bool, int, float, complex, str, bytes, type(None)})
 _NO_PARTS = (type, ModuleType, torch.nn.Module)
 _FRAMEWORKS = {"lightning", "lightning_fabric", "pytorch_lightning"}
+_COPIED_WHOLE = {"PIL", "pandas", "polars", "scipy"}  # what they are made of is their own affair
 
 
 def copy_of(batch: Any) -> Any:
@@ -55,7 +56,8 @@ class _Copies:
             self._known[id(value)] = (self._begun(value, depth), value)
             twin = self._known[id(value)][0]
             self._twins.add(id(twin))
-            if twin is not value and not isinstance(value, (Tensor, tuple, np.ndarray)):
+            is_done = isinstance(value, (Tensor, tuple, np.ndarray)) or _package_of(value) in _COPIED_WHOLE
+            if twin is not value and not is_done:
                 self._fill(twin, {id(child) for _, child in children(value)}, depth + 1)
         return self._known[id(value)][0]
 
@@ -70,7 +72,7 @@ class _Copies:
         if not (isinstance(value, (list, dict, set, deque, np.ndarray, Mapping)) or has_parts(value)):
             return value
         try:
-            return shallow_copy(value)
+            return copy.deepcopy(value) if _package_of(value) in _COPIED_WHOLE else shallow_copy(value)
         except Exception:  # an object that cannot be copied is shared
             return value
 
@@ -93,10 +95,18 @@ def children(batch: Any) -> Iterator[tuple[Any, Any]]:
         yield from enumerate(batch)
     elif isinstance(batch, Tensor):
         return
-    elif hasattr(batch, "__dict__") and not isinstance(batch, _NO_PARTS):
-        yield from vars(batch).items()
-    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):  # with slots
-        yield from ((field.name, getattr(batch, field.name)) for field in dataclasses.fields(batch))
+    elif not isinstance(batch, _NO_PARTS):
+        yield from ((name, getattr(batch, name)) for name in _slots_of(type(batch)) if hasattr(batch, name))
+        yield from getattr(batch, "__dict__", {}).items()
+
+
+@functools.cache
+def _slots_of(kind: type) -> tuple[str, ...]:
+    found: list[str] = []
+    for cls in kind.__mro__:
+        slots = vars(cls).get("__slots__", ())
+        found += [slots] if isinstance(slots, str) else list(slots)
+    return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
 
 
 def has_parts(value: Any) -> bool:
@@ -123,6 +133,9 @@ def shallow_copy(batch: Any) -> Any:
     return other
 
 
+def _package_of(value: Any) -> str:
+    return str(type(value).__module__).partition(".")[0]
+
+
 def _is_left_alone(value: Any) -> bool:
-    package = type(value).__module__.partition(".")[0]
-    return package in _FRAMEWORKS or isinstance(value, (*_NO_PARTS, Dataset, DataLoader))
+    return _package_of(value) in _FRAMEWORKS or isinstance(value, (*_NO_PARTS, Dataset, DataLoader))

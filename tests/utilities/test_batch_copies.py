@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.data import TensorDataset
@@ -42,6 +43,15 @@ class Drawing:
         self.strokes, self.count = [1, 2], 0
 
 
+class Compact:
+    """An object without a dictionary."""
+
+    __slots__ = ("names", "x")
+
+    def __init__(self) -> None:
+        self.names, self.x = ["a"], torch.zeros(1)
+
+
 PAIR = namedtuple("PAIR", "left right")
 
 
@@ -60,6 +70,9 @@ PAIR = namedtuple("PAIR", "left right")
         (lambda: [Drawing()], lambda batch: setattr(batch[0], "count", 1)),
         (lambda: [Drawing()], lambda batch: batch[0].strokes.append(3)),
         (lambda: SimpleNamespace(x=SimpleNamespace(n=1)), lambda batch: setattr(batch.x, "n", 2)),
+        (lambda: [Compact()], lambda batch: batch[0].names.append("b")),
+        (lambda: [Compact()], lambda batch: batch[0].x.add_(1)),
+        (lambda: {"image": Image.new("L", (2, 2))}, lambda batch: batch["image"].putpixel((0, 0), 9)),
         (lambda: {"image": np.zeros(3)}, lambda batch: batch["image"].fill(1)),
         (lambda: [np.array([[1], [2]], dtype=object)], lambda batch: batch[0].fill(None)),
     ],
@@ -75,6 +88,10 @@ def test_what_is_no_tensor_is_copied_too(make: Any, change: Any) -> None:
 
 
 def described(value: Any) -> Any:
+    if isinstance(value, Image.Image):
+        return value.tobytes()
+    if isinstance(value, Compact):
+        return [value.names, value.x.tolist()]
     if isinstance(value, (list, tuple, deque)):
         return [described(item) for item in value]
     if isinstance(value, dict):

@@ -286,6 +286,9 @@ class AdversarialEvaluation(GradCallback):
         def run(shown: Any) -> Any:
             return inner(shown, *args, **kwargs)
 
+        if batch is None:  # which a collate function may give for samples that it rejects
+            with self._as_second(trainer, pl_module):
+                return run(None), None
         place, inputs = self._attack_batch(trainer, pl_module, run, batch, args)
         with place.shown(batch, inputs) as shown, self._as_second(trainer, pl_module):
             return run(shown), shown
