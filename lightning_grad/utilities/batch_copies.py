@@ -96,7 +96,8 @@ def children(batch: Any) -> Iterator[tuple[Any, Any]]:
     elif isinstance(batch, Tensor):
         return
     elif not isinstance(batch, _NO_PARTS):
-        yield from ((name, getattr(batch, name)) for name in _slots_of(type(batch)) if hasattr(batch, name))
+        kind: Any = type(batch)
+        yield from ((name, getattr(batch, name)) for name in _slots_of(kind) if hasattr(batch, name))
         yield from getattr(batch, "__dict__", {}).items()
 
 

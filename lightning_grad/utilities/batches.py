@@ -193,6 +193,10 @@ def _follow(batch: Any, key: str | int, needed_by: str) -> Path:
     for part in [key] if isinstance(key, int) else _parts(batch, key):
         known = dict(_children(here))
         found = part if part in known else _as_position(part)
+        by_attribute = _path_of_attribute(here, part)
+        if found not in known and by_attribute is not None:
+            path, here = (*path, *by_attribute), getattr(here, str(part))
+            continue
         if found not in known:
             there = ", ".join(map(repr, known)) if known else f"no parts: it is a {type(here).__name__}"
             raise ValueError(f"{needed_by}: input_key={key!r} leads nowhere in the batch; there it has {there}.")
@@ -203,6 +207,14 @@ def _follow(batch: Any, key: str | int, needed_by: str) -> Path:
             f"{needed_by}: input_key={key!r} must name a floating tensor of the batch, and leads to {kind}."
         )
     return path
+
+
+def _path_of_attribute(here: Any, name: str | int) -> Path | None:
+    """Return where the tensor is that an object shows under a name, as graphs do whose tensors are in a store of theirs."""
+    if not isinstance(name, str) or isinstance(here, Tensor):
+        return None
+    shown = getattr(here, name, None)
+    return next((path for path, value in _tensors_of(here) if value is shown), None)
 
 
 def _parts(batch: Any, key: str) -> list[str]:

@@ -40,6 +40,7 @@ def find_inputs(batch: Any, key: str | int | None, needed_by: str) -> Path | Non
         ValueError: If the key leads nowhere, or to something else, or to tensors of several types or numbers of dimensions.
 
     Example:
+        >>> import torch
         >>> images = [torch.zeros(3, 8, 8), torch.zeros(3, 8, 6)]
         >>> find_inputs((images, [{"boxes": torch.zeros(5, 4)}] * 2), None, "doctest")
         (0, *)
@@ -67,6 +68,7 @@ def expanded(batch: Any, pattern: Path) -> list[Path]:
         ValueError: If the batch has no such list.
 
     Example:
+        >>> import torch
         >>> expanded([[torch.ones(1), torch.ones(1)], 3], (0, EVERY))
         [(0, 0), (0, 1)]
     """
@@ -83,6 +85,7 @@ def has_inputs(batch: Any, pattern: Path) -> bool:
     """Say whether there are floating tensors at a pattern, alike in type and number of dimensions.
 
     Example:
+        >>> import torch
         >>> has_inputs([[torch.ones(1)]], (0, EVERY)), has_inputs([[]], (0, EVERY)), has_inputs([None], (0,))
         (True, False, False)
     """
@@ -97,6 +100,7 @@ def are_samples(batch: Any, pattern: Path) -> bool:
     """Say whether each tensor of a pattern is one sample, rather than a batch of them.
 
     Example:
+        >>> import torch
         >>> images = [torch.zeros(3, 8, 8)] * 2
         >>> are_samples((images, ["cat", "dog"]), (0, EVERY)), are_samples((images, torch.zeros(3)), (0, EVERY))
         (True, False)
@@ -112,6 +116,7 @@ def neighbours(batch: Any, pattern: Path) -> Path | None:
     """Return the pattern of all tensors like an input that stand in one list with it, if only it is taken.
 
     Example:
+        >>> import torch
         >>> neighbours(([torch.zeros(4, 3), torch.zeros(4, 3)], torch.zeros(4)), (0, 0))
         (0, *)
     """

@@ -55,9 +55,10 @@ class AdversarialEvaluation(GradCallback):
         bounds: Least and largest value that an input can have, such as [0, 1]; None for no limit.
         mean: Mean by which inputs were normalised, one number or one a channel; epsilon and bounds then count in pixels.
         std: Standard deviation by which inputs were divided.
-        input_key: Key or position of the input in the batch, joined by dots where nested, or "embedding". By default the
-            first floating tensor with two dimensions or more that is not named as a target, mask or weight; without one, or
-            with integers before it, the output of the first nn.Embedding.
+        input_key: Key or position of the input in the batch, joined by dots where nested, "*" for every item of a list,
+            or "embedding". By default the first floating tensor with two dimensions or more that is not named as a target,
+            mask or weight, with those of the other samples where a batch is a list of them; without one, or with integers
+            before it, the output of the first nn.Embedding.
         loss: Which of the losses that the step computes is raised, from 0; by default what it returns, or the only one.
         seed: Seed of random starts, which are the same in every validation.
         name: Name of this instance, part of its keys: ``adversarial/<name>/val_acc``.
@@ -67,7 +68,7 @@ class AdversarialEvaluation(GradCallback):
             ``validation_step`` (``test_step`` in a test), or one that takes ``dataloader_iter``. At the first batch for inputs
             outside the bounds.
         TypeError: At the first batch, if the batch holds no floating tensor, or integers before it, and the module no
-            embedding.
+            embedding; or if the input is sparse or nested.
         RuntimeError: At the first batch, if neither the step nor ``training_step`` shows a loss that depends on the input.
 
     **Hooks.** ``validation_step`` and the module's own hooks around it are wrapped on the instance. The loss is what the step
@@ -174,6 +175,11 @@ class AdversarialEvaluation(GradCallback):
             self._validations, self._has_warned = 0, False
             if not trainer.enable_validation:
                 self._warn_of_no_validation()
+        if getattr(trainer, "barebones", False):
+            rank_zero_warn(
+                f"{self.label} logs once more what the module logs, and Trainer(barebones=True) logs nothing. Drop one of "
+                "the two."
+            )
         self._forget()
         self._undo.push(self._forget)
         for hook in (template.format(_STAGES[stage]) for template in _HOOKS):
