@@ -167,7 +167,9 @@ def _is_list_of_samples(batch: Any, path: Path, where: int) -> bool:
         foreign = (_length(leaf) != own for own, each in zip(lengths, others, strict=True) for leaf in each)
         return len(holder) > 1 and any(foreign)
     beside = list(_beside(batch, path[:where]))
-    if any(_is_batch_of(each, lengths) for each in beside):
+    # Three images of three channels with three labels: a batch of images would have a dimension more.
+    are_images = set(lengths) == {len(holder)} and input_at(batch, path).dim() == 3
+    if not are_images and any(_is_batch_of(each, lengths) for each in beside):
         return False
     return any(_size(each) == len(holder) for each in beside)
 
