@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_grad.callbacks._quiet import generators_kept, quiet
 from lightning_grad.functional import LossCall, LossCapture, PerSampleGradientNorms
+from lightning_grad.utilities.batches import copy_of
 from lightning_grad.utilities.checks import is_sharded
 from lightning_grad.utilities.training_set import TrainingSet
 
@@ -271,11 +272,11 @@ def _refuse_part() -> object:
 def _runner(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, number: int) -> Callable[[], object]:
     arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, number).values()
     if is_sharded(trainer):
-        return lambda: trainer.strategy.training_step(*arguments)
+        return lambda: trainer.strategy.training_step(*copy_of(list(arguments)))
 
     def run() -> object:
         context: AbstractContextManager[Any] = trainer.precision_plugin.train_step_context() or nullcontext()
         with context:
-            return pl_module.training_step(*arguments)
+            return pl_module.training_step(*copy_of(list(arguments)))  # it may write into what it gets, and run again
 
     return run
