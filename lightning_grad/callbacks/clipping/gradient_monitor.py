@@ -233,7 +233,7 @@ class GradientMonitor(GradCallback):
         self._probes = self.logits and not has_compiled(pl_module)
         if self._probes:
             self._graphs = compiled_graphs()
-            self._undo.push(wrap_method(pl_module, "training_step", partial(self._probe_logits, trainer)))
+            self._undo.push(wrap_method(pl_module, "training_step", partial(self._probe_logits, trainer, pl_module)))
 
     def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         why_not = NoiseScaleMeter.why_not(trainer, pl_module)
@@ -254,11 +254,13 @@ class GradientMonitor(GradCallback):
         if is_log_step(trainer) and NoiseScaleMeter.why_not(trainer, pl_module) is None:
             self._noise.begin_batch(self._watches[0].parameters, batch)
 
-    def _probe_logits(self, trainer: pl.Trainer, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _probe_logits(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, inner: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         # A function that is no module may be compiled too, and would run uncompiled.
         if not is_log_step(trainer) or compiled_graphs() > self._graphs:
             return inner(*args, **kwargs)
-        self._probe = LogitProbe()
+        self._probe = LogitProbe(pl_module)
         with self._probe:
             return inner(*args, **kwargs)
 

@@ -287,8 +287,9 @@ def test_largest_logits_of_attention_and_output_are_read_off_the_operators():
 @pytest.mark.parametrize("masked", [-math.inf, torch.finfo(torch.float32).min])
 def test_masked_logits_do_not_count(masked):
     logits = torch.tensor([1.0, -3.0, masked])
+    query, keys = torch.ones(1, 1), torch.tensor([[1.0, -3.0, 9.0]])
     with LogitProbe() as probe:
-        torch.softmax(logits, 0)
+        torch.softmax((query @ keys).masked_fill(logits == masked, masked), 1) @ torch.ones(3, 1)
         torch.log_softmax(logits, 0)
     assert {key: value.item() for key, value in probe.read().items()} == {
         "attention_logit_max": 1.0,
