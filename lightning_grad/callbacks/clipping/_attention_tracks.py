@@ -95,7 +95,7 @@ class AttentionTracks:
         if mark is None:
             self._marks.pop(storage._cdata, None)
         else:
-            self._marks[storage._cdata] = (StorageWeakRef(storage), mark)
+            self._marks[storage._cdata] = (StorageWeakRef(storage), mark)  # type: ignore[no-untyped-call]
 
 
 def _storage(tensor: Tensor) -> Any:

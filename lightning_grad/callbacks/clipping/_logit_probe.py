@@ -54,7 +54,9 @@ class LogitProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._tracks is not None and not isinstance(func, HigherOrderOperator):
             name = func._schema.name.partition("::")[2]
             if "backward" not in name:
-                with torch._C.DisableTorchFunctionSubclass():  # tensors of a class of their own may refuse to be looked at
+                with (
+                    torch._C.DisableTorchFunctionSubclass()
+                ):  # tensors of a class of their own may refuse to be looked at
                     self._see(self._tracks, name, func, args, kwargs, result)
         return result
 
@@ -81,7 +83,7 @@ class LogitProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tracks.note(name, () if name.endswith("softmax") or name.startswith(_FUSED_ATTENTION) else args, result)
 
     def __exit__(self, *args: Any) -> None:
-        super().__exit__(*args)
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
         if self._tracks is not None:
             self._attention += [self._softmaxes[number] for number in sorted(self._tracks.attending)]
         self._tracks, self._softmaxes = None, []

@@ -23,7 +23,7 @@ from lightning_grad.functional import total_norm
 from tests.contract.projects import fit, make_classifier, make_trainer
 from tests.wandb_offline import read_history
 
-_INFO = "lightning_grad.callbacks.clipping.gradient_monitor.rank_zero_info"
+_INFO = "lightning_grad.callbacks.base.rank_zero_info"
 
 
 def rows_of(folder: Path) -> list[dict[str, float]]:

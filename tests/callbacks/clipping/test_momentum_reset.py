@@ -141,7 +141,7 @@ def test_every_param_group_keeps_its_own_rate() -> None:
 
 def test_a_second_instance_is_refused() -> None:
     callbacks = [MomentumReset(), MomentumReset(name="b")]
-    with pytest.raises(ValueError, match=r"Two MomentumReset would undo each other's learning rates\. Keep one"):
+    with pytest.raises(ValueError, match=r"Use only one MomentumReset per Trainer"):
         train(callbacks, Dictated(make_optimizer=adam), rows_of(DATA))
 
 
