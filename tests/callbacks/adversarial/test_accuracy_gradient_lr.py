@@ -237,9 +237,8 @@ def test_a_metric_that_the_sanity_check_lacks_has_a_way_out() -> None:
 @pytest.mark.parametrize("interval", ["validation", "epoch"])
 @pytest.mark.parametrize("sanity", [0, 2])
 def test_the_accuracy_under_attack_asks_for_the_callback_that_logs_it(sanity: int, interval: str) -> None:
-    seen = Rates()
+    seen, callback = Rates(), AccuracyGradientLR("adversarial/val_acc", interval=interval)
     with pytest.raises(ValueError, match=r"logged by AdversarialEvaluation.*Add AdversarialEvaluation\(\)"):
-        callback = AccuracyGradientLR("adversarial/val_acc", interval=interval)
         train([callback, seen], num_sanity_val_steps=sanity)
     assert not seen.seen, "no batch was trained"
 
