@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from lightning_grad.functional.plain_tensors import on_plain_tensors
 from lightning_grad.utilities.dispatch import overrides
 
 _ROBUST = "adversarial"  # the namespace of what attacks inputs
@@ -34,6 +35,7 @@ class MonitoredValue:
         """Begin a stretch."""
         self._before = trainer.callback_metrics.get(self.key)
 
+    @on_plain_tensors
     def read(self, trainer: pl.Trainer) -> tuple[float | None, bool]:
         """Return the mean over ranks of the value that is new, ``None`` without one, and whether the key is known at all.
 
