@@ -20,6 +20,7 @@ from lightning_grad.callbacks import AdversarialEvaluation
 from lightning_grad.callbacks.adversarial import _rate_report, accuracy_gradient_lr
 from lightning_grad.callbacks.adversarial.accuracy_gradient_lr import AccuracyGradientLR
 from lightning_grad.functional.accuracy_gradient import accuracy_gradient, accuracy_gradient_scales
+from lightning_grad.utilities import reporting
 from tests.callbacks.adversarial.dictated import BATCHES, QUICK, Dictated, Rates, data, train
 from tests.contract.projects import assert_identical, fit, loaders, make_classifier, make_trainer, state_of
 
@@ -277,6 +278,16 @@ def test_a_key_of_the_modules_own_in_that_namespace_is_seen_in_the_sanity_check(
     assert len(callback.state_dict()["values"]) == 10
 
 
+def test_it_says_what_it_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lightning_grad.callbacks.base.rank_zero_info", said.append)
+    train([AccuracyGradientLR(start_after=9, name="a")], max_epochs=1)
+    assert said == [
+        "AccuracyGradientLR[a] multiplies the learning rate by 0.8 when the mean of 'val_acc' over 5 observations gains less "
+        "than 0.005: at each validation, from observation 10 on."
+    ]
+
+
 def test_barebones_is_refused_before_the_first_batch() -> None:
     with pytest.raises(ValueError, match=r"Trainer\(barebones=True\) turns logging off"):
         pl.Trainer(accelerator="cpu", max_epochs=1, barebones=True, callbacks=[AccuracyGradientLR()]).fit(
@@ -483,8 +494,13 @@ def test_no_figure_is_drawn_where_none_is_wanted_or_matplotlib_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train([AccuracyGradientLR(figure=False)], max_epochs=2, logger=CSVLogger(tmp_path))
-    monkeypatch.setattr(_rate_report, "is_installed", lambda package: False)
+    said: list[str] = []
+    for user in (_rate_report, reporting):
+        monkeypatch.setattr(user, "is_installed", lambda package: False)
+    monkeypatch.setattr(reporting, "rank_zero_info", said.append)
     train([AccuracyGradientLR()], max_epochs=2, logger=CSVLogger(tmp_path))
+    assert len(said) == 1
+    assert "pip install 'lightning-grad[plot]'" in said[0]
     assert len(list(tmp_path.rglob("accuracy_gradient_lr.csv"))) == 2
     assert not list(tmp_path.rglob("*.png"))
 
