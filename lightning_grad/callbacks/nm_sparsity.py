@@ -51,7 +51,7 @@ from lightning_grad.utilities.checks import (
 from lightning_grad.utilities.parameters import as_names, clean_name
 from lightning_grad.utilities.portable import make_portable, wrap_loading, wrap_saving
 from lightning_grad.utilities.precision import gradients_are_scaled, refuse_scaled_gradients
-from lightning_grad.utilities.progress import check_total_steps, run_progress, total_steps
+from lightning_grad.utilities.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step, limit_layers, output_folder, stepped_batches
 from lightning_grad.utilities.weight_view import InPlaceView, InPlaceWindow, attach_view
 
@@ -313,6 +313,8 @@ class NMSparsity(GradCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._total_steps = total_steps(trainer, self.label, self.total_steps)
+        if self._total_steps is None:
+            self._say(IN_FIRST_EPOCH)
         self._resume()  # an explicit decay needs the length of the run, which is known only now
         self._restored = {}
         for optimizer in trainer.optimizers:

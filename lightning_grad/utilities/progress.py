@@ -18,6 +18,8 @@ import lightning.pytorch as pl
 
 from lightning_grad.utilities.checks import check_count
 
+IN_FIRST_EPOCH = "waits for the end of the first epoch, which shows how long an epoch of these data is"
+
 
 def check_total_steps(total_steps: int | None) -> None:
     """Raise unless the length of a run, as the user states it, is ``None`` or at least 1.

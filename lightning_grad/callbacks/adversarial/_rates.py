@@ -8,6 +8,7 @@ from typing import Literal
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 
+from lightning_grad.utilities.checks import check_count
 from lightning_grad.utilities.learning_rates import (
     base_rate,
     choose_groups,
@@ -94,3 +95,21 @@ class ChosenRates:
         if self._policy == "multiply":
             scale_schedules_(chosen, [config.scheduler for config in trainer.lr_scheduler_configs], factor)
         return True
+
+
+def as_indices(given: Sequence[int] | None, parameter: str) -> list[int] | None:
+    """Return positions in plain types, each checked.
+
+    Raises:
+        ValueError: If there is none, one is negative, or one comes twice.
+    """
+    if given is None:
+        return None
+    indices = list(given)
+    if not indices:
+        raise ValueError(f"{parameter} must name at least one by its position, from 0, or be None for all; got none.")
+    for index in indices:
+        check_count(index, 0, parameter)
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"{parameter} must name each once; got {indices}.")
+    return indices

@@ -18,7 +18,7 @@ from lightning_grad.callbacks.adversarial._monitored import (
     validated_keys,
 )
 from lightning_grad.callbacks.adversarial._rate_report import RateRecord, write_record
-from lightning_grad.callbacks.adversarial._rates import ChosenRates
+from lightning_grad.callbacks.adversarial._rates import ChosenRates, as_indices
 from lightning_grad.callbacks.adversarial._schedules import mute_schedulers, warn_of_schedulers
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional.accuracy_gradient import accuracy_gradient, accuracy_gradient_cuts
@@ -162,8 +162,8 @@ class AccuracyGradientLR(GradCallback):
         self.policy = policy
         self.interval = interval
         self.reach = reach
-        self.optimizers = _indices(optimizers, "optimizers")
-        self.param_groups = _indices(param_groups, "param_groups")
+        self.optimizers = as_indices(optimizers, "optimizers")
+        self.param_groups = as_indices(param_groups, "param_groups")
         self.figure = figure
         self._reset()
 
@@ -389,19 +389,6 @@ class AccuracyGradientLR(GradCallback):
         else:
             why = f"{self.monitor!r} was never logged"
         rank_zero_warn(f"{self.label} has observed nothing, so that no learning rate was cut: {why}.")
-
-
-def _indices(given: Sequence[int] | None, parameter: str) -> list[int] | None:
-    if given is None:
-        return None
-    indices = list(given)
-    if not indices:
-        raise ValueError(f"{parameter} must name at least one by its position, from 0, or be None for all; got none.")
-    for index in indices:
-        check_count(index, 0, parameter)
-    if len(set(indices)) < len(indices):
-        raise ValueError(f"{parameter} must name each once; got {indices}.")
-    return indices
 
 
 def _epochs_done(trainer: pl.Trainer) -> float:

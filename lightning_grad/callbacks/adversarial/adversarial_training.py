@@ -34,7 +34,7 @@ from lightning_grad.utilities.checks import (
     refuse_manual_optimization,
 )
 from lightning_grad.utilities.dispatch import wrap_method
-from lightning_grad.utilities.progress import check_total_steps, run_progress, total_steps
+from lightning_grad.utilities.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step, log_many
 
 OUTSIDE_WEIGHT_VIEWS = 50  # inside of what only looks, outside of loss capture and of weights seen through a view
@@ -209,8 +209,8 @@ class AdversarialTraining(GradCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.warmup_fraction:
-            total_steps(trainer, self.label, self.total_steps)
+        if self.warmup_fraction and total_steps(trainer, self.label, self.total_steps) is None:
+            self._say(IN_FIRST_EPOCH)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:

@@ -20,7 +20,7 @@ from lightning_grad.utilities.checks import (
     check_position,
     refuse_manual_optimization,
 )
-from lightning_grad.utilities.progress import check_total_steps, run_progress, total_steps
+from lightning_grad.utilities.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step
 
 Rule = Literal["linupper", "quadratic", "extremes"]
@@ -135,10 +135,9 @@ class LossReweighting(GradCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if math.isfinite(self.temperature):
-            total_steps(
-                trainer, self.label, self.total_steps
-            )  # raises if the run has no known end: the temperature would never fall
+        # Without a known end, which raises, the temperature would never fall.
+        if math.isfinite(self.temperature) and total_steps(trainer, self.label, self.total_steps) is None:
+            self._say(IN_FIRST_EPOCH)
 
     @override
     def on_train_batch_start(
