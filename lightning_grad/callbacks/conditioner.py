@@ -119,7 +119,7 @@ class GradientConditioner(GradCallback):
         self._memory: dict[int, Memory] = {}
         self._chosen: dict[int, tuple[Shape, list[Bucket]]] = {}
         self._hook_fired: set[int] = set()
-        self._warned_of_bypass = self._chooses_anew = False
+        self._warned_of_bypass = self._choice_changed = False
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -172,7 +172,7 @@ class GradientConditioner(GradCallback):
             self._memory = {int(index): Memory.load(saved) for index, saved in state_dict["optimizers"].items()}
             saved = state_dict.get("settings", {})
             now, before = self._choice(self.settings), self._choice(saved)
-            self._chooses_anew = bool(saved) and any(now[name] != before[name] for name in before)
+            self._choice_changed = bool(saved) and any(now[name] != before[name] for name in before)
 
     def _choice(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return what of the settings says which parameters have a state together."""
@@ -189,23 +189,23 @@ class GradientConditioner(GradCallback):
         if isinstance(self._threshold, Mapping):
             check_patterns(list(self._threshold), names, str(self.threshold_name))
         left_out: list[str] = []
-        started: list[str] = []
+        restarted: list[str] = []
         for index, optimizer in enumerate(trainer.optimizers):
             refuse_scaled_gradients(trainer, optimizer, self.label)
             self._watch_for_bypass(optimizer)
-            left_out += self._choose(index, optimizer, pl_module, started)
+            left_out += self._choose(index, optimizer, pl_module, restarted)
         self._check_choice(pl_module)
         refuse_sparse_gradients(pl_module, {id(parameter) for parameter in self.parameters()}, self.label)
         if self.elementwise:
             refuse_complex(pl_module, {id(parameter) for parameter in self.parameters()}, self.label)
         self._announce(trainer, pl_module, left_out)
-        if started:
-            self._say_what_starts_anew(started)
+        if restarted:
+            self._say_what_restarts(restarted)
 
-    def _say_what_starts_anew(self, names: Sequence[str]) -> None:
+    def _say_what_restarts(self, names: Sequence[str]) -> None:
         where = ", ".join(repr(name) for name in names if name)
         self._say(
-            f"starts its statistics anew{f' for {where}' if where else ''}, because the checkpoint's are of other parameters"
+            f"restarts its statistics{f' for {where}' if where else ''}, because those of the checkpoint are of other parameters"
         )
 
     def _excluded(self, pl_module: pl.LightningModule) -> list[str]:
@@ -225,7 +225,7 @@ class GradientConditioner(GradCallback):
         )
 
     def _choose(
-        self, index: int, optimizer: Optimizer, pl_module: pl.LightningModule, started: list[str] | None = None
+        self, index: int, optimizer: Optimizer, pl_module: pl.LightningModule, restarted: list[str] | None = None
     ) -> list[str]:
         buckets, left_out = choose_buckets(
             optimizer, pl_module, self._threshold, self.threshold_name, self.include, self._excluded(pl_module)
@@ -235,8 +235,8 @@ class GradientConditioner(GradCallback):
                 as_threshold(bucket.threshold, f"{bucket.key} of the optimizer's {bucket.name}", self._check_threshold)
         self._chosen[index] = (optimizer_shape(optimizer), buckets)
         memory = self._memory.setdefault(index, Memory())
-        if started is not None and self._chooses_anew:
-            started += memory.assign(buckets)
+        if restarted is not None and self._choice_changed:
+            restarted += memory.assign(buckets)
         memory.note(buckets)
         return left_out
 

@@ -1,7 +1,7 @@
 """Treating tensors of a class of their own as plain ones.
 
 Libraries derive from ``torch.Tensor`` to carry labels, units or coordinates, and their classes may refuse or relabel an
-operation. Whoever only reads numbers off such tensors, or changes them in place, wants the numbers alone.
+operation. Code that only reads numbers from such tensors, or changes them in place, has no use for that.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ class RateRecord:
         self.gains = [self._sign * value for value in self.values]
         self.earlier_cuts = state.get("earlier_cuts", 0)
 
-    def begin_anew(self) -> None:
-        """Drop the observations: those that come are of something else."""
+    def restart(self) -> None:
+        """Drop the observations, because the next ones are of something else."""
         self.earlier_cuts = self.cut_count
         for name in (*_COLUMNS, "cuts", "gains"):
             setattr(self, name, [])

@@ -73,8 +73,9 @@ class AccuracyGradientLR(GradCallback):
 
     Raises:
         ValueError: In the constructor for arguments outside their range. Before the first batch if nothing would be validated,
-            for an optimizer or group that does not exist or has no rate, and for ``policy="replace"`` where a module under
-            manual optimization steps schedulers itself.
+            if the sanity check logged other metrics only, under ``Trainer(barebones=True)``, for an optimizer or group that
+            does not exist or has no rate, and for ``policy="replace"`` where a module under manual optimization steps
+            schedulers itself. On resume for another policy, optimizers or param_groups than the checkpoint's.
         RuntimeError: After the first observation is due, if the metric is not logged, with the names of those that are.
 
     **Hooks.** ``on_validation_end`` observes and cuts, so that checkpoints of that validation hold the cut rates. With
@@ -85,10 +86,10 @@ class AccuracyGradientLR(GradCallback):
     more than w), ``scale`` (of the rates), ``cuts`` (so far); in the summary ``final_scale`` and ``final_cuts``. A table with
     a row for each observation and a figure, as ``accuracy_gradient_lr.csv`` and ``.png``.
 
-    **State.** Observations, scale, floor, cuts. Resuming is bit-exact. From a checkpoint that was written before a validation
-    that is due (``every_n_train_steps``), Lightning would go on without it; it is run first. What Lightning loses is a metric
-    of *training* (``interval="epoch"``) in an epoch that was interrupted after its first batch: of it, the part that is
-    left is observed, or none.
+    **State.** Observations, scale, first rate, cuts. Resuming is bit-exact. From a checkpoint that was written before a
+    validation that is due (``every_n_train_steps``), Lightning would go on without it; it is run first. What Lightning
+    loses is a metric of *training* (``interval="epoch"``) in an epoch that was interrupted after its first batch: of it,
+    the part that is left is observed, or none.
 
     **Cost.** A few numbers for each observation; nothing in a step.
 
@@ -217,9 +218,9 @@ class AccuracyGradientLR(GradCallback):
         before = state_dict.get("settings", {})
         changed = [name for name in ("monitor", "interval") if before.get(name) != self.settings[name]]
         if changed:
-            self._record.begin_anew()
+            self._record.restart()
             self._validated = None
-            self._say(f"starts its observations anew, because {' and '.join(changed)} changed; the cuts so far stay")
+            self._say(f"restarts its observations, because {' and '.join(changed)} changed; the cuts so far stay")
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

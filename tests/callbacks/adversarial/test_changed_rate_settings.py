@@ -82,7 +82,7 @@ def test_the_direction_is_that_of_all_observations(mode, expected, tmp_path):
     assert rates == pytest.approx(expected)
 
 
-def test_another_metric_starts_the_observations_anew(tmp_path, said):
+def test_another_metric_restarts_the_observations(tmp_path, said):
     """Naively a loss of 8 follows accuracies of 0.5, and the mean of both decides."""
     callback, rates = resumed(tmp_path, {}, {"monitor": "val_loss", "mode": "min", "threshold": 9.0})
     state = callback.state_dict()
@@ -90,10 +90,10 @@ def test_another_metric_starts_the_observations_anew(tmp_path, said):
     # Four new observations until the first cut, and the cuts of before stay.
     assert rates == pytest.approx(scales([10, 12]))
     assert state["earlier_cuts"] == 2
-    assert [line for line in said if "starts its observations anew, because monitor changed" in line]
+    assert [line for line in said if "restarts its observations, because monitor changed" in line]
 
 
-def test_another_interval_starts_the_observations_anew(tmp_path, said):
+def test_another_interval_restarts_the_observations(tmp_path, said):
     callback, rates = resumed(tmp_path, {}, {"interval": "epoch"})
     assert len(callback.state_dict()["values"]) == 6
     assert rates == pytest.approx(scales([10, 12]))
