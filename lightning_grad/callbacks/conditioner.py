@@ -203,10 +203,9 @@ class GradientConditioner(GradCallback):
             self._say_what_restarts(restarted)
 
     def _say_what_restarts(self, names: Sequence[str]) -> None:
-        where = ", ".join(repr(name) for name in names if name)
-        self._say(
-            f"restarts its statistics{f' for {where}' if where else ''}, because those of the checkpoint are of other parameters"
-        )
+        named = ", ".join(repr(name) for name in names if name)
+        where = f" for {named}" if named else ""
+        self._say(f"restarts its statistics{where}, because those of the checkpoint are of other parameters")
 
     def _excluded(self, pl_module: pl.LightningModule) -> list[str]:
         """Name patterns of what is left alone; a technique may add to what the user said."""

@@ -35,7 +35,7 @@ _WEIGHT, _SCORES = _Mark("weight"), _Mark("scores")
 class AttentionTracks:
     """Follows products of two activations from operator to operator, for as long as one step runs.
 
-    Marks belong to storages, not to tensors: autograd wraps the result of a view anew, but keeps its storage.
+    Marks belong to storages, not to tensors: autograd puts the result of a view into another tensor, but keeps its storage.
 
     Args:
         weights: Parameters and buffers; other parameters are recognized by their class.
