@@ -243,7 +243,7 @@ class AccuracyGradientLR(GradCallback):
         least = max(self.window + 2, self.start_after + 1)
         self._say(
             f"multiplies the learning rate by {self.factor:g} when the mean of {self.monitor!r} over {self.window} "
-            f"observations gains less than {self.threshold:g}: at each {at}, from observation {least} on"
+            f"observations improves by less than {self.threshold:g}: at each {at}, from observation {least} on"
         )
         say_if_no_figure(trainer, self.label, self.figure)
 

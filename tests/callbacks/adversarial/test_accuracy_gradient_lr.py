@@ -283,8 +283,8 @@ def test_it_says_what_it_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_grad.callbacks.base.rank_zero_info", said.append)
     train([AccuracyGradientLR(start_after=9, name="a")], max_epochs=1)
     assert said == [
-        "AccuracyGradientLR[a] multiplies the learning rate by 0.8 when the mean of 'val_acc' over 5 observations gains less "
-        "than 0.005: at each validation, from observation 10 on."
+        "AccuracyGradientLR[a] multiplies the learning rate by 0.8 when the mean of 'val_acc' over 5 observations improves "
+        "by less than 0.005: at each validation, from observation 10 on."
     ]
 
 
