@@ -51,7 +51,7 @@ from lightning_grad.utilities.checks import (
 from lightning_grad.utilities.parameters import as_names, clean_name
 from lightning_grad.utilities.portable import make_portable, wrap_loading, wrap_saving
 from lightning_grad.utilities.precision import gradients_are_scaled, refuse_scaled_gradients
-from lightning_grad.utilities.progress import run_progress, total_steps
+from lightning_grad.utilities.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step, limit_layers, output_folder, stepped_batches
 from lightning_grad.utilities.weight_view import InPlaceView, InPlaceWindow, attach_view
 
@@ -108,6 +108,7 @@ class NMSparsity(GradCallback):
         figure: Draw the run at its end (needs matplotlib, and a logger whose folder takes the file).
         figure_metric: Validation metric in the figure; default the first whose name holds "acc".
         save_masks: Write the final masks to a file beside the logs (W&B: an artifact).
+        total_steps: Length of the schedule in optimizer steps, for runs without a known end. Default: the Trainer's.
         name: Name of this instance, needed when two are used.
 
     Raises:
@@ -177,6 +178,7 @@ class NMSparsity(GradCallback):
         figure: bool = True,
         figure_metric: str | None = None,
         save_masks: bool = False,
+        total_steps: int | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
@@ -200,6 +202,8 @@ class NMSparsity(GradCallback):
         self.figure = figure
         self.figure_metric = figure_metric
         self.save_masks = save_masks
+        self.total_steps = total_steps
+        check_total_steps(total_steps)
         check_at_least(mask_every, 1, "mask_every")
         check_at_least(sr_ste_lambda, 0.0, "sr_ste_lambda")
         check_at_least(top, 0, "top")
@@ -221,7 +225,7 @@ class NMSparsity(GradCallback):
         self._weights: list[SparseWeight] = []
         self._record = SparsityRecord()
         self._progress = 0.0
-        self._total_steps = 1
+        self._total_steps: int | None = None
         self._restored: dict[str, Any] = {}
         self._window: InPlaceWindow | None = None
         self._variances: dict[int, FrozenVariance] = {}
@@ -308,7 +312,9 @@ class NMSparsity(GradCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._total_steps = total_steps(trainer, self.label)
+        self._total_steps = total_steps(trainer, self.label, self.total_steps)
+        if self._total_steps is None:
+            self._say(IN_FIRST_EPOCH)
         self._resume()  # an explicit decay needs the length of the run, which is known only now
         self._restored = {}
         for optimizer in trainer.optimizers:
@@ -352,7 +358,9 @@ class NMSparsity(GradCallback):
     @torch.no_grad()
     def _after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         """Follow an optimizer that has moved its weights."""
-        self._progress = run_progress(trainer, steps_ahead=1)
+        self._progress = run_progress(trainer, steps_ahead=1, stated=self.total_steps)
+        if self._total_steps is None:  # the first epoch measures it
+            self._total_steps = total_steps(trainer, self.label)
         self._stepped = True
         owned = self._owned_by(optimizer)
         for weight in owned:
@@ -401,7 +409,7 @@ class NMSparsity(GradCallback):
         return [weight for weight in self._weights if id(weight.parameter) in owned]
 
     def _phase(self, weight: SparseWeight) -> NMPhase:
-        return self._schedule.phase(self._progress, weight.pattern, self._total_steps, weight.size)
+        return self._schedule.phase(self._progress, weight.pattern, self._total_steps or 1, weight.size)
 
     @property
     def _adds_sr_ste(self) -> bool:
@@ -416,7 +424,7 @@ class NMSparsity(GradCallback):
             self._log_step(trainer, pl_module)
         self._stepped = False
         self._meter.forget_step()
-        if self._progress < 1.0 == run_progress(trainer):  # the last batch need not step
+        if self._progress < 1.0 == run_progress(trainer, stated=self.total_steps):  # the last batch need not step
             self._progress = 1.0
             self._follow_schedule()
 

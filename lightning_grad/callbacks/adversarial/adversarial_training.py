@@ -34,7 +34,7 @@ from lightning_grad.utilities.checks import (
     refuse_manual_optimization,
 )
 from lightning_grad.utilities.dispatch import wrap_method
-from lightning_grad.utilities.progress import run_progress, total_steps
+from lightning_grad.utilities.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step, log_many
 
 OUTSIDE_WEIGHT_VIEWS = 50  # inside of what only looks, outside of loss capture and of weights seen through a view
@@ -73,6 +73,8 @@ class AdversarialTraining(GradCallback):
         check_every: After every so many epochs, tell the accuracy of one batch under PGD with 10 steps, beside that under
             the attack of the training; None never does. FGSM may lose all robustness within an epoch, and only this shows it.
         seed: Seed of random starts and of the choice of clean samples.
+        total_steps: Length of the run in optimizer steps, where it has no known end; for warmup_fraction. Default: the
+            Trainer's.
         name: Name of this instance.
 
     Raises:
@@ -137,6 +139,7 @@ class AdversarialTraining(GradCallback):
         warmup_fraction: float = 0.0,
         check_every: int | None = 1,
         seed: int = 0,
+        total_steps: int | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
@@ -165,6 +168,8 @@ class AdversarialTraining(GradCallback):
         self.warmup_fraction = warmup_fraction
         self.check_every = check_every
         self.seed = seed
+        self.total_steps = total_steps
+        check_total_steps(total_steps)
         self._forget()
 
     def _forget(self) -> None:
@@ -213,8 +218,8 @@ class AdversarialTraining(GradCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.warmup_fraction:
-            total_steps(trainer, self.label)
+        if self.warmup_fraction and total_steps(trainer, self.label, self.total_steps) is None:
+            self._say(IN_FIRST_EPOCH)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
@@ -264,7 +269,7 @@ class AdversarialTraining(GradCallback):
         """Return the share of epsilon that is reached."""
         if self.epsilon == 0.0 or self.warmup_fraction == 0.0:
             return float(self.epsilon > 0.0)
-        return min(1.0, run_progress(trainer) / self.warmup_fraction)
+        return min(1.0, run_progress(trainer, stated=self.total_steps) / self.warmup_fraction)
 
     def _inputs(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, run: Callable[[Any], Any], share: float

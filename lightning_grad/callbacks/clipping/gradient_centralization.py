@@ -71,6 +71,10 @@ class GradientCentralization(GradientConditioner):
         self.conv_only = conv_only
 
     @override
+    def _changes(self, parameter: Tensor) -> bool:
+        return parameter.ndim > (2 if self.conv_only else 1)
+
+    @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
         if not step.measured:
             centralize_(step.gradients, self.conv_only)
