@@ -37,7 +37,14 @@ from lightning_grad.strategies._noise import GradientNoise
 from lightning_grad.strategies._rank_saving import RankSavingDDP, ResidualPolicy
 from lightning_grad.strategies._refusals import refuse_optimizers, refuse_run
 from lightning_grad.utilities.checks import check_choice, check_count, owned_ids
-from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches
+from lightning_grad.utilities.parameters import (
+    all_names,
+    as_names,
+    check_patterns,
+    clean_name,
+    matches,
+    parameter_names,
+)
 from lightning_grad.utilities.reporting import is_log_step, log_many, log_settings, log_summary
 
 __all__ = ["CompressedDDPStrategy", "Gradient", "Message", "ResidualPolicy"]
@@ -135,6 +142,7 @@ class CompressedDDPStrategy(RankSavingDDP):
         self.ledger = ByteLedger()
         self._noise = GradientNoise()
         self._names: dict[int, str] = {}
+        self._tied: dict[str, list[str]] = {}
         self._order: dict[str, int] = {}
         self._shapes: dict[str, tuple[torch.Size, int]] = {}
         self._chosen: set[str] = set()
@@ -175,7 +183,11 @@ class CompressedDDPStrategy(RankSavingDDP):
     def compresses(self, name: str, parameter: Tensor) -> bool:
         """Say whether a parameter's gradient is compressed; the same on all ranks and in all steps."""
         large = parameter.dim() > 1 and self.min_numel <= parameter.numel() < _MOST_ENTRIES
-        return large and not matches(name, self.exclude or [])
+        return large and not matches(self.names_of(name), self.exclude or [])
+
+    def names_of(self, name: str) -> list[str]:
+        """Return every name of the parameter that has this one; a tied parameter has several."""
+        return self._tied.get(name, [name])
 
     @abstractmethod
     def accumulate(self, gradients: Sequence[Gradient]) -> None:
@@ -250,7 +262,7 @@ class CompressedDDPStrategy(RankSavingDDP):
             ValueError: With what to do instead.
         """
         refuse_run(trainer, self.label)
-        check_patterns(self.exclude or [], [name for name, _ in trainer.lightning_module.named_parameters()], "exclude")
+        check_patterns(self.exclude or [], parameter_names(trainer.lightning_module), "exclude")
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -271,6 +283,7 @@ class CompressedDDPStrategy(RankSavingDDP):
         assert isinstance(self.model, DistributedDataParallel)
         named = [(clean_name(name), parameter) for name, parameter in self.model.module.named_parameters()]
         self._names = {id(parameter): name for name, parameter in named}
+        self._tied = {names[0]: names for names in all_names(self.model.module).values()}
         self._order = {name: place for place, (name, _) in enumerate(named)}
         self._chosen = {name for name, p in named if p.requires_grad and self.compresses(name, p)}
         self._shapes = {name: (p.shape, p.element_size()) for name, p in named if p.requires_grad}
