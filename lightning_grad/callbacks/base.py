@@ -16,25 +16,37 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grad.utilities.arguments import CheckedArguments, follow_settings, plain
 from lightning_grad.utilities.checks import refuse_sharded
 from lightning_grad.utilities.dispatch import wrap_method
 from lightning_grad.utilities.reporting import log_settings
 from lightning_grad.utilities.undo import UndoList
 
 
-class GradCallback(Callback):
+class GradCallback(CheckedArguments, Callback):
     """What every technique shares.
 
     The rules a technique keeps:
 
-    - the constructor stores each argument under its own name, and checks it; ``setup`` and ``on_fit_start`` check the
-      trainer and the module;
+    - each constructor argument is annotated with what YAML can say, and is checked against that before the constructor
+      runs; the constructor checks ranges, and stores each argument under its own name; ``setup`` and ``on_fit_start`` check
+      the trainer and the module;
     - whatever is added to the module, its optimizers or the trainer goes with a step back to ``self._undo``;
-    - ``state_dict`` holds tensors, numbers, strings, lists and dicts only, and ``load_state_dict`` acts only when
-      ``self._fitting`` (Lightning calls it for ``validate`` and ``test`` too).
+    - ``state_dict`` extends that of the base, and holds tensors, numbers, strings, lists and dicts only;
+      ``load_state_dict`` calls the base first, and acts only when ``self._fitting`` (Lightning calls it for ``validate`` and
+      ``test`` too);
+    - a setting that changes on resume is followed, unless ``fixed_settings`` names it.
+
+    Class attributes:
+
+    - ``namespace``: the first part of its log keys.
+    - ``needs_whole_weights``: whether it refuses strategies that shard parameters.
+    - ``fixed_settings``: for each argument that must not differ from a checkpoint's when a run resumes the reason, which
+      ends the sentence "it cannot change because ...".
 
     Args:
         name: Name of this instance, needed when two of a class are used; part of its state key and log keys.
@@ -42,6 +54,7 @@ class GradCallback(Callback):
 
     namespace: ClassVar[str]
     needs_whole_weights: ClassVar[bool] = False
+    fixed_settings: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, name: str | None = None) -> None:
         self.name = name
@@ -81,6 +94,15 @@ class GradCallback(Callback):
             log_settings(trainer, self.label, self.settings)
 
     @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"settings": {name: plain(value) for name, value in self.settings.items()}}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._fitting:
+            follow_settings(self.label, state_dict.get("settings", {}), self.settings, self.fixed_settings)
+
+    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._run_undo()
 
@@ -101,6 +123,10 @@ class GradCallback(Callback):
     def _run_undo(self) -> None:
         self._undo.run()
         self._undo_after_exception.run()
+
+    def _say(self, what: str) -> None:
+        """Print one line about this instance: what it acts on when a fit begins, say."""
+        rank_zero_info(f"{self.label} {what}.")
 
     def _log(
         self, pl_module: pl.LightningModule, values: Mapping[str, float | Tensor], sync_dist: bool = False

@@ -168,6 +168,7 @@ class GradientConditioner(GradCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         if self._fitting:
             self._memory = {
                 int(index): _Memory(saved["steps"], {name: dict(state) for name, state in saved["states"].items()})
@@ -282,6 +283,7 @@ class GradientConditioner(GradCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         return {
+            **super().state_dict(),
             "optimizers": {
                 str(index): {
                     "steps": memory.steps,
@@ -291,7 +293,7 @@ class GradientConditioner(GradCallback):
                     },
                 }
                 for index, memory in self._memory.items()
-            }
+            },
         }
 
     # The fit ends.

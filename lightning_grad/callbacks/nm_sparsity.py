@@ -240,6 +240,7 @@ class NMSparsity(GradCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         if self._fitting:
             self._restored = state_dict
             if self._weights:
@@ -475,6 +476,7 @@ class NMSparsity(GradCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         return {
+            **super().state_dict(),
             "progress": self._progress,
             "record": self._record.state_dict(),
             "weights": {weight.name: weight.state_dict() for weight in self._weights},

@@ -36,6 +36,7 @@ from lightning_grad.strategies._ledger import ByteLedger, Stopwatch
 from lightning_grad.strategies._noise import GradientNoise
 from lightning_grad.strategies._rank_saving import RankSavingDDP, ResidualPolicy
 from lightning_grad.strategies._refusals import refuse_optimizers, refuse_run
+from lightning_grad.utilities.arguments import CheckedArguments
 from lightning_grad.utilities.checks import check_choice, check_count, owned_ids
 from lightning_grad.utilities.parameters import (
     all_names,
@@ -57,7 +58,7 @@ DEFAULT_TIMEOUT = timedelta(minutes=30)  # Lightning's
 _MOST_ENTRIES = 2**31  # of a compressed tensor: an index has four bytes
 
 
-class CompressedDDPStrategy(RankSavingDDP):
+class CompressedDDPStrategy(CheckedArguments, RankSavingDDP):
     r"""DDP that exchanges compressed gradients, keeps what was not sent, and saves that for each rank.
 
     A scheme derives from it and writes ``accumulate``, ``send``, ``settle`` and ``write``, which together replace the

@@ -148,7 +148,7 @@ _CLIPPING: list[Technique] = [
         wrong=(
             ({"max_norm": 0.0}, "max_norm must be above 0"),
             ({"max_norm": {"*": -1.0}}, "max_norm must be above 0"),
-            ({"max_norm": float("nan")}, "max_norm must be above 0"),
+            ({"max_norm": float("nan")}, "max_norm must be a number"),
             ({"norm_type": 0.0}, "norm_type must be above 0"),
         ),
     ),

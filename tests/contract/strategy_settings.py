@@ -67,7 +67,7 @@ _SHARED_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
 _DGC_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"ratio": 0.0}, "ratio is a share of entries"),
     ({"ratio": 1.5}, "ratio is a share of entries"),
-    ({"ratio": float("nan")}, "ratio is a share of entries"),
+    ({"ratio": float("nan")}, "ratio must be a number; got nan"),
     ({"warmup": "papre"}, "Did you mean 'paper'"),
     ({"warmup": [0.5, 2.0]}, r"warmup\[1\] is a share"),
     ({"warmup_steps": 0}, "warmup_steps must be at least 1"),

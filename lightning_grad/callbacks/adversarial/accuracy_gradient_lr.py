@@ -176,11 +176,13 @@ class AccuracyGradientLR(GradCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        own = {"since_cut": self._since_cut, "scale": self._rates.scale, "floor": self._rates.floor}
-        return {**own, "validated": self._validated, "due": self._due, **self._record.state_dict()}
+        own: dict[str, Any] = {"since_cut": self._since_cut, "scale": self._rates.scale, "floor": self._rates.floor}
+        own |= {"validated": self._validated, "due": self._due, **self._record.state_dict()}
+        return {**super().state_dict(), **own}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         if self._fitting:
             self._record.load_state_dict(state_dict)
             self._rates.scale, self._rates.floor = state_dict["scale"], state_dict["floor"]

@@ -178,10 +178,11 @@ class AdversarialEvaluation(GradCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"validations": self._validations}
+        return {**super().state_dict(), "validations": self._validations}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         if self._fitting:
             self._validations = state_dict["validations"]
 

@@ -172,6 +172,7 @@ class GradientMonitor(GradCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         if not self._fitting:
             return
         for index, saved in state_dict["records"].items():
@@ -382,6 +383,7 @@ class GradientMonitor(GradCallback):
     def state_dict(self) -> dict[str, Any]:
         self._drain()
         return {
+            **super().state_dict(),
             "records": {str(index): record.state_dict() for index, record in self._records.items()},
             "noise": self._noise.state_dict(),
             "first_bad": dict(self._first_bad),

@@ -102,6 +102,7 @@ class MomentumReset(GradCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         if self._fitting:
             self._steps = {int(index): steps for index, steps in state_dict["steps"].items()}
 
@@ -194,4 +195,4 @@ class MomentumReset(GradCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": {str(index): steps for index, steps in self._steps.items()}}
+        return {**super().state_dict(), "steps": {str(index): steps for index, steps in self._steps.items()}}

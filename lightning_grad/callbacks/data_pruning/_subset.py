@@ -79,10 +79,11 @@ class SubsetCallback(GradCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"kept": self._kept, "samples_seen": self._samples_seen}
+        return {**super().state_dict(), "kept": self._kept, "samples_seen": self._samples_seen}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         if self._fitting:
             self._kept, self._samples_seen = state_dict["kept"], state_dict["samples_seen"]
 

@@ -343,7 +343,7 @@ class DataPruning(SubsetCallback):
             with generators_kept(dataset):
                 self._save(trainer, self.scored)
                 report(trainer, self.scored, dataset, self.label, self.show, self.figure)
-        self._say(count, len(population), share)
+        self._say_kept(count, len(population), share)
         return kept
 
     def _select(self, scored: ScoredSet, population: Tensor, count: int) -> Tensor:
@@ -375,7 +375,7 @@ class DataPruning(SubsetCallback):
                 "class_floor at 0."
             )
 
-    def _say(self, count: int, total: int, share: float) -> None:
+    def _say_kept(self, count: int, total: int, share: float) -> None:
         assert self.scored is not None
         if share == 0.0:
             rank_zero_info(f"{self.label} has scored {total} samples by {self.scored.name}, and keeps them all.")

@@ -1,0 +1,242 @@
+"""Checking constructor arguments against their annotations, and comparing settings with those of a checkpoint.
+
+An annotation says what kind of value an argument takes: ``seed: int`` refuses ``1.5``, ``True`` and ``"0"``. Ranges are
+checked in the constructor, by the functions of ``utilities.checks``.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import functools
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_grad.utilities.checks import check_choice
+
+_PLURALS = {"an integer": "integers", "a number": "numbers", "a string": "strings", "True or False": "booleans"}
+
+
+class CheckedArguments:
+    """Base of classes whose constructor arguments are checked against their annotations before the constructor runs.
+
+    It understands ``bool``, ``int``, ``float``, ``str``, ``None``, ``Literal``, ``Sequence``, ``Mapping``, ``tuple``,
+    ``Callable``, unions of them, and classes. An annotation that cannot be evaluated is not checked.
+
+    Example:
+        >>> class Halving(CheckedArguments):
+        ...     def __init__(self, every: int = 2) -> None:
+        ...         self.every = every
+        >>> Halving(every="2")
+        Traceback (most recent call last):
+        TypeError: every must be an integer; got '2'. In YAML, write it without quotes.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _with_checks(cls.__dict__["__init__"])  # type: ignore[method-assign]
+
+
+def _with_checks(constructor: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(constructor)
+
+    @functools.wraps(constructor)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            given = signature.bind(self, *args, **kwargs).arguments
+        except TypeError:
+            given = {}  # the call below raises, in Python's own words
+        kinds = _kinds_of(constructor)
+        for name, value in given.items():
+            if name in kinds:
+                check_kind(value, kinds[name], name)
+        constructor(self, *args, **kwargs)
+
+    return checked
+
+
+@functools.cache
+def _kinds_of(constructor: Callable[..., None]) -> Mapping[str, Any]:
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {p.name for p in inspect.signature(constructor).parameters.values() if p.kind not in variadic}
+    try:
+        hints = typing.get_type_hints(constructor)
+    except NameError:  # an annotation imported for type checkers only
+        return {}
+    return {name: kind for name, kind in hints.items() if name in named}
+
+
+def check_kind(value: Any, kind: Any, parameter: str) -> None:
+    """Raise unless a value is of the kind that an annotation describes.
+
+    Args:
+        value: What the user gave.
+        kind: The annotation, evaluated.
+        parameter: Name of the argument, for the error.
+
+    Raises:
+        TypeError: If the value is of another kind.
+        ValueError: If it is NaN, or text that is none of the choices of a ``Literal``.
+
+    Example:
+        >>> from collections.abc import Sequence
+        >>> check_kind("encoder", Sequence[str] | None, "include")
+        Traceback (most recent call last):
+        TypeError: include must be a list of strings or None; got 'encoder'. Write ['encoder'].
+        >>> check_kind(float("nan"), float, "eps")
+        Traceback (most recent call last):
+        ValueError: eps must be a number; got nan.
+    """
+    if _fits(value, kind):
+        return
+    members = _members(kind)
+    choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
+    if isinstance(value, str) and choices:
+        check_choice(value, choices, parameter)
+    described = _joined([_describe(member) for member in members])
+    error = ValueError if isinstance(value, float) and math.isnan(value) else TypeError
+    raise error(f"{parameter} must be {described}; got {value!r}.{_hint(value, kind)}")
+
+
+def _members(kind: Any) -> list[Any]:
+    return list(get_args(kind)) if get_origin(kind) in (Union, types.UnionType) else [kind]
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in parts)
+    if origin is collections.abc.Callable:
+        return callable(value)
+    if origin is tuple:
+        is_row = _is_list(value) and len(value) == len(parts)
+        return is_row and all(_fits(item, part) for item, part in zip(value, parts, strict=True))
+    if origin is collections.abc.Sequence:
+        return _is_list(value) and all(_fits(item, parts[0]) for item in value)
+    if origin is collections.abc.Mapping:
+        is_mapping = isinstance(value, Mapping)
+        return is_mapping and all(_fits(key, parts[0]) and _fits(item, parts[1]) for key, item in value.items())
+    return _is_a(value, kind)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if kind is float:  # as type checkers have it, an integer is one too; a boolean is not
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _describe(kind: Any) -> str:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, parts))
+    if origin is collections.abc.Callable:
+        return "a function"
+    if origin is tuple:
+        return "[" + ", ".join(map(_describe, parts)) + "]"
+    if origin is collections.abc.Sequence:
+        return f"a list of {_plural(parts[0])}"
+    if origin is collections.abc.Mapping:
+        return f"a mapping from {_plural(parts[0])} to {_plural(parts[1])}"
+    named = {float: "a number", int: "an integer", str: "a string", bool: "True or False", type(None): "None"}
+    return named.get(kind, f"a {getattr(kind, '__name__', kind)}")
+
+
+def _plural(kind: Any) -> str:
+    singular = _describe(kind)
+    return _PLURALS.get(singular, singular)
+
+
+def _joined(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _hint(value: Any, kind: Any) -> str:
+    members = _members(kind)
+    lists = [member for member in members if get_origin(member) is collections.abc.Sequence]
+    if isinstance(value, Mapping) or _is_list(value):
+        wanted = [
+            get_args(m)[-1] for m in members if get_origin(m) in (collections.abc.Mapping, collections.abc.Sequence)
+        ]
+        items = list(value.values()) if isinstance(value, Mapping) else value
+        return next((_hint(item, part) for part in wanted for item in items if not _fits(item, part)), "")
+    if isinstance(value, str) and any(_is_number(member) for member in members):
+        return " In YAML, write it without quotes."
+    if isinstance(value, str) and lists:
+        return f" Write [{value!r}]."
+    if isinstance(value, (bool, int, float)) and str in members:
+        return " In YAML, write it in quotes."
+    return ""
+
+
+def _is_number(kind: Any) -> bool:
+    return kind in (int, float, bool)
+
+
+def plain(value: Any) -> Any:
+    """Return a setting in the types that a checkpoint holds: numbers, strings, booleans, lists and dicts.
+
+    Functions become their dotted path, and other objects their ``repr``.
+
+    Example:
+        >>> plain({"sizes": (1, 2), "score_fn": len})
+        {'sizes': [1, 2], 'score_fn': 'builtins.len'}
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, float)):
+        return int(value) if isinstance(value, int) else float(value)  # subclasses, such as numpy's, do not load safely
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if _is_list(value):
+        return [plain(item) for item in value]
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return repr(value)
+
+
+def follow_settings(
+    label: str, saved: Mapping[str, Any], settings: Mapping[str, Any], fixed: Mapping[str, str]
+) -> None:
+    """Compare settings with those of a checkpoint that a run resumes from, and say what changed.
+
+    Args:
+        label: Who has the settings.
+        saved: Those of the checkpoint, as :func:`plain` made them. A setting that it lacks is not compared.
+        settings: The present ones.
+        fixed: For each setting that cannot change within a run the reason, which ends the sentence "... because".
+
+    Raises:
+        ValueError: If a fixed setting changed.
+
+    Example:
+        >>> follow_settings("AutoClip", {"window": 9}, {"window": 5}, {"window": "its history has that length"})
+        Traceback (most recent call last):
+        ValueError: AutoClip cannot resume with window=5: the checkpoint was written with window=9, and it cannot change \
+because its history has that length. Set window=9, or start a new fit without ckpt_path.
+    """
+    now = {name: plain(value) for name, value in settings.items()}
+    changed = [name for name in now if name in saved and saved[name] != now[name]]
+    for name in changed:
+        if name in fixed:
+            raise ValueError(
+                f"{label} cannot resume with {name}={now[name]!r}: the checkpoint was written with {name}={saved[name]!r}, "
+                f"and it cannot change because {fixed[name]}. Set {name}={saved[name]!r}, or start a new fit without "
+                "ckpt_path."
+            )
+    if changed:
+        said = ", ".join(f"{name}={now[name]!r} (was {saved[name]!r})" for name in changed)
+        rank_zero_info(f"{label} resumes with changed settings: {said}.")
