@@ -1,14 +1,17 @@
 """Progressive N:M sparsity: the callback.
 
-The masks and schedules are functions, in ``functional/nm_sparsity.py`` and ``functional/nm_schedule.py``. Beside this
-file: ``_nm_arguments.py`` reads the arguments, ``_nm_weight.py`` is one sparse weight and how weights are chosen,
-``_nm_meter.py`` measures, ``_nm_record.py`` records and draws, ``_nm_report.py`` writes what is left behind at the end,
-``_frozen_variance.py`` serves the recipe ``step``.
+The masks and schedules are functions, in ``functional/nm_sparsity.py`` and ``functional/nm_schedule.py``. In this folder:
+
+- ``_nm_arguments.py`` reads the arguments;
+- ``_nm_weight.py`` is one sparse weight, ``_nm_choice.py`` chooses them, and ``_nm_ends.py`` finds the layers that stay dense;
+- ``_nm_monitors.py`` restarts checkpoints and early stopping, ``_nm_seen.py`` looks at weights that are tested;
+- ``_nm_meter.py`` measures, ``_nm_record.py`` records and draws, ``_nm_report.py`` writes what is left behind at the end;
+- ``_frozen_variance.py`` serves the recipe ``step``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -27,16 +30,17 @@ from lightning_grad.callbacks._nm_arguments import (
     read_patterns,
     read_schedule,
 )
+from lightning_grad.callbacks._nm_choice import Choice, choose_weights, is_shown, refuse_overlap, refuse_pruners
+from lightning_grad.callbacks._nm_ends import Ends
 from lightning_grad.callbacks._nm_meter import (
     SparsityMeter,
-    density_by_layer,
-    patterns_in_force,
-    phase_name,
     state_of,
 )
+from lightning_grad.callbacks._nm_monitors import MonitorRestart
 from lightning_grad.callbacks._nm_record import SparsityRecord
 from lightning_grad.callbacks._nm_report import send_summary, warn_of_inexact_best, write_masks, write_record
-from lightning_grad.callbacks._nm_weight import Choice, SparseWeight, choose_weights, refuse_overlap
+from lightning_grad.callbacks._nm_seen import Chosen, as_chosen, describe, lacking
+from lightning_grad.callbacks._nm_weight import SparseWeight
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional import NMPhase, add_sr_ste_
 from lightning_grad.functional.nm_schedule import Recipe
@@ -48,11 +52,11 @@ from lightning_grad.utilities.checks import (
     owned_ids,
     warn_of_missing_momentum,
 )
-from lightning_grad.utilities.parameters import as_names, clean_name
+from lightning_grad.utilities.parameters import as_names
 from lightning_grad.utilities.portable import make_portable, wrap_loading, wrap_saving
 from lightning_grad.utilities.precision import gradients_are_scaled, refuse_scaled_gradients
 from lightning_grad.utilities.progress import run_progress, total_steps
-from lightning_grad.utilities.reporting import is_log_step, limit_layers, output_folder, stepped_batches
+from lightning_grad.utilities.reporting import is_log_step, output_folder, stepped_batches
 from lightning_grad.utilities.weight_view import InPlaceView, InPlaceWindow, attach_view
 
 
@@ -102,6 +106,8 @@ class NMSparsity(GradCallback):
         geometric_start: Factor of the first, widest groups of sdgf-geometric, a power of two.
         zero_pruned_state: Once the pattern is final, clear the optimizer's state of pruned weights after every step, so
             that momentum does not move them.
+        restart_monitors: When the final pattern begins, make callbacks that keep a best value start over: monitored
+            checkpoints and early stopping. Until then early stopping is held.
         bake_on_early_stop: Prune to the final pattern also when the run stops before its schedule has reached it.
         depth: Join layers in logs by this many leading parts of their names; default: do not join.
         top: Log at most this many layers apart.
@@ -171,6 +177,7 @@ class NMSparsity(GradCallback):
         mask_every: int = 1,
         geometric_start: int = 8,
         zero_pruned_state: bool = False,
+        restart_monitors: bool = True,
         bake_on_early_stop: bool = False,
         depth: int | None = None,
         top: int = 16,
@@ -194,6 +201,7 @@ class NMSparsity(GradCallback):
         self.mask_every = mask_every
         self.geometric_start = geometric_start
         self.zero_pruned_state = zero_pruned_state
+        self.restart_monitors = restart_monitors
         self.bake_on_early_stop = bake_on_early_stop
         self.depth = depth
         self.top = top
@@ -226,8 +234,16 @@ class NMSparsity(GradCallback):
         self._window: InPlaceWindow | None = None
         self._variances: dict[int, FrozenVariance] = {}
         self._meter = SparsityMeter()
+        self._ends: Ends | None = None
+        self._detach: dict[str, Callable[[], None]] = {}
+        self._chosen: Chosen = {}
+        self._monitors = MonitorRestart()
         self._stepped = self._validating = self._hook_fired = False
         self._warned_of_bypass = self._warned_of_nan = False
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_ends": None, "_detach": {}}
 
     # The fit begins.
 
@@ -245,16 +261,19 @@ class NMSparsity(GradCallback):
             self._restored = state_dict
             if self._weights:
                 self._resume()
+        else:
+            self._chosen = self._chosen or dict(state_dict.get("chosen", {}))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        choice = choose_weights(pl_module, self._patterns, self.axis, self.include, self.exclude)
+        self._ends = Ends(trainer, pl_module, self._restored.get("ends"))
+        self._undo.push(self._ends.stop)
+        choice = self._choose(pl_module, self._ends)
         self._refuse(trainer, choice)
         for weight in choice.chosen:
-            weight.straight_through = self.gradient == "ste"
-            if not weight.in_place:
-                self._undo.push(attach_view(weight.module, weight.attribute, weight))
-        self._weights = choice.chosen
+            self._attach(weight)
+        self._weights, self._chosen = choice.chosen, as_chosen(choice.chosen)
+        self._undo.push(self._remove_window)
         self._open_window(pl_module)
         for optimizer in trainer.optimizers:
             self._watch(trainer, optimizer)
@@ -262,11 +281,21 @@ class NMSparsity(GradCallback):
         self._resume()
         rank_zero_info(f"{self.label} ({self._recipe_name}) {choice}")
 
+    def _choose(self, pl_module: pl.LightningModule, ends: Ends) -> Choice:
+        return choose_weights(pl_module, self._patterns, self.axis, self.include, self.exclude, ends)
+
+    def _attach(self, weight: SparseWeight) -> None:
+        weight.straight_through = self.gradient == "ste"
+        if not weight.in_place:
+            self._detach[weight.name] = attach_view(weight.module, weight.attribute, weight)
+            self._undo.push(self._detach[weight.name])
+
     def _refuse(self, trainer: pl.Trainer, choice: Choice) -> None:
         if not choice.chosen:
             raise ValueError(f"{self.label} finds no weight to make sparse. {choice.why_none()}")
         for weight in choice.chosen:
             refuse_overlap(weight, self.label)
+        refuse_pruners(trainer.callbacks, choice.chosen, self.label)  # type: ignore[attr-defined]
         if self._adds_sr_ste:
             warn_of_missing_momentum(trainer, self.label, "its SR-STE term")
         chosen = {id(weight.parameter) for weight in choice.chosen}
@@ -285,7 +314,11 @@ class NMSparsity(GradCallback):
         in_place = [weight.exposed for weight in self._weights if weight.exposed is not None]
         if in_place:
             self._window = InPlaceWindow(pl_module, in_place)
-            self._undo.push(self._window.remove)
+
+    def _remove_window(self) -> None:
+        if self._window is not None:
+            self._window.remove()
+            self._window = None
 
     def _watch(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         before = optimizer.register_step_pre_hook(self._before_step)
@@ -299,10 +332,16 @@ class NMSparsity(GradCallback):
         self._progress = float(state.get("progress", 0.0))
         if "record" in state:
             self._record.load_state_dict(state["record"])
+        same = [weight for weight in self._weights if self._as_before(weight)]
         for weight in self._weights:
             weight.refresh(self._phase(weight))
+        for weight in same:
             weight.load_state_dict(state.get("weights", {}).get(weight.name, {}))
-        self._meter.load_state_dict(state.get("logged_masks", {}), self._weights)
+        self._meter.load_state_dict(state.get("logged_masks", {}), same)
+
+    def _as_before(self, weight: SparseWeight) -> bool:
+        """Return whether the checkpoint's masks of a weight are of the same pattern; settings may change on resume."""
+        return bool(self._restored.get("chosen", {}).get(weight.name) == self._chosen[weight.name])
 
     # One training step.
 
@@ -310,10 +349,26 @@ class NMSparsity(GradCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._total_steps = total_steps(trainer, self.label)
         self._resume()  # an explicit decay needs the length of the run, which is known only now
-        self._restored = {}
+        restored, self._restored = self._restored, {}
         for optimizer in trainer.optimizers:
             if optimizer.state and self._owned_by(optimizer):
-                self._hold_variance(optimizer, resumed=True)
+                self._hold_variance(optimizer, resumed=bool(restored.get("frozen")))
+        restarted = restored.get("restarted", False) and restored.get("chosen") == self._chosen
+        self._monitors = MonitorRestart(self.restart_monitors and self._pattern_changes and not restarted)
+        held = self._monitors.announce(trainer)
+        if held:
+            self._say(held)
+
+    @property
+    def _pattern_changes(self) -> bool:
+        """Whether some weight that is pruned at the end is not so from the start."""
+        pruned = [weight for weight in self._weights if weight.pattern.n < weight.pattern.m]
+        starts = [self._schedule.phase(0.0, weight.pattern, self._total_steps, weight.size) for weight in pruned]
+        return not all(phase.final for phase in starts)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._monitors.hold(trainer)
 
     @override
     def on_train_batch_start(
@@ -322,6 +377,8 @@ class NMSparsity(GradCallback):
         self._leave_validation()
         for weight in self._weights:
             weight.refresh_if_changed()
+        if self._ends is not None and self.include is None:
+            self._ends.watch()
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -358,6 +415,8 @@ class NMSparsity(GradCallback):
         for weight in owned:
             weight.refresh(self._phase(weight), self.mask_every)
         self._follow_schedule()
+        if not trainer.enable_validation:
+            self._restart_monitors(trainer)
         if owned:
             self._hold_variance(optimizer)
         if self.zero_pruned_state:
@@ -374,6 +433,12 @@ class NMSparsity(GradCallback):
             phase = self._phase(weight)
             if phase != weight.phase:
                 weight.refresh(phase)
+
+    def _restart_monitors(self, trainer: pl.Trainer) -> None:
+        if self._monitors.is_due and all(weight.phase.final for weight in self._weights):
+            done = self._monitors.restart(trainer)
+            if done:
+                self._say(done)
 
     def _hold_variance(self, optimizer: Optimizer, resumed: bool = False) -> None:
         if self.recipe != "step" or self._progress < self.dense_fraction:
@@ -412,6 +477,7 @@ class NMSparsity(GradCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._close_window()
+        self._learn_ends(pl_module)
         if self._stepped and is_log_step(trainer):
             self._log_step(trainer, pl_module)
         self._stepped = False
@@ -419,6 +485,31 @@ class NMSparsity(GradCallback):
         if self._progress < 1.0 == run_progress(trainer):  # the last batch need not step
             self._progress = 1.0
             self._follow_schedule()
+            if not trainer.enable_validation:
+                self._restart_monitors(trainer)
+
+    def _learn_ends(self, pl_module: pl.LightningModule) -> None:
+        """Choose again once the first batch has shown which layers it reaches first and last."""
+        ends = self._ends
+        if ends is None or not ends.learn():
+            return
+        choice = self._choose(pl_module, ends)
+        before = {weight.name: weight for weight in self._weights}
+        after = {w.name: before.get(w.name, w) for w in choice.chosen if w.name in before or not is_shown(w)}
+        if not after:
+            return  # nothing but ends: better the layers of the start than none
+        self._remove_window()
+        dense = [name for name in before if name not in after]
+        for name in dense:
+            self._detach.pop(name, lambda: None)()
+        self._weights = list(after.values())
+        self._chosen = as_chosen(self._weights)
+        added = [weight for weight in self._weights if weight.name not in before]
+        for weight in added:
+            self._attach(weight)
+            weight.refresh(self._phase(weight))
+        self._open_window(pl_module)
+        self._say(ends.explain(dense, [weight.name for weight in added]))
 
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         known, measured = state_of(self._weights), self._meter.read(self._weights)
@@ -443,6 +534,23 @@ class NMSparsity(GradCallback):
             rank_zero_warn(f"{self.label}: NaN in {', '.join(names[:5])}. It is pruned before any number.")
 
     # Validation and checkpoints.
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._fitting:
+            self._look_at_tested(trainer, pl_module)
+        elif self._weights and not trainer.sanity_checking:
+            self._restart_monitors(trainer)
+            self._monitors.hold(trainer)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look_at_tested(trainer, pl_module)
+
+    def _look_at_tested(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        names = lacking(pl_module, self._chosen)
+        if names:
+            rank_zero_warn(f"{self.label}: {describe(trainer, names, len(self._chosen))}.")
 
     @override
     def on_validation_batch_start(
@@ -481,6 +589,10 @@ class NMSparsity(GradCallback):
             "record": self._record.state_dict(),
             "weights": {weight.name: weight.state_dict() for weight in self._weights},
             "logged_masks": self._meter.state_dict(),
+            "chosen": self._chosen,
+            "frozen": bool(self._variances),
+            "restarted": not self._monitors.is_due,
+            **({} if self._ends is None or self._ends.known is None else {"ends": self._ends.known}),
         }
 
     @override
@@ -503,6 +615,7 @@ class NMSparsity(GradCallback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         self._leave_validation()
+        self._monitors.release(trainer)
         if self._fitting and self._weights:
             rank_zero_info(
                 f"{self.label}: the fit stopped by {type(exception).__name__}. The module in memory is left dense; "
@@ -519,7 +632,10 @@ class NMSparsity(GradCallback):
             for weight in weights:
                 weight.bake()
             self._report(trainer, weights)
+        if self._fitting:
+            self._monitors.release(trainer)
         self._window, self._variances, self._meter = None, {}, SparsityMeter()
+        self._ends, self._detach = None, {}
         self._fitting = False
 
     def _settle_unfinished(self, weights: Sequence[SparseWeight]) -> None:

@@ -54,6 +54,18 @@ def matches(name: str | Iterable[str], patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(level, pattern) for level in levels for pattern in wanted)
 
 
+def is_spelled(name: str | Iterable[str], patterns: Iterable[str]) -> bool:
+    """Return whether a pattern selects a parameter by the last part of its name too, and not only the modules above it.
+
+    Example:
+        >>> is_spelled("mix.w", ["mix.w"]), is_spelled("mix.w", ["*.w"]), is_spelled("mix.w", ["mix", "mix.*"])
+        (True, True, False)
+    """
+    names = [clean_name(one) for one in ([name] if isinstance(name, str) else name)]
+    spelled = [pattern for pattern in patterns if pattern.rpartition(".")[2] != "*"]
+    return any(fnmatchcase(one, clean_name(pattern)) for one in names for pattern in spelled)
+
+
 def _levels(name: str) -> list[str]:
     """Return a parameter's name and the names of all modules above it, the root apart."""
     parts = name.split(".")

@@ -83,9 +83,7 @@ def test_patterns_that_name_something_pass(patterns: list[str]) -> None:
     ],
 )
 def test_pattern_that_names_nothing_raises_with_near_names(pattern: str, near: str) -> None:
-    with pytest.raises(
-        ValueError, match=f"named .{pattern}., and no module. Did you mean .*{near}"
-    ):
+    with pytest.raises(ValueError, match=f"named .{pattern}., and no module. Did you mean .*{near}"):
         check_patterns(["encoder.*", pattern], NAMES, "exclude")
 
 
