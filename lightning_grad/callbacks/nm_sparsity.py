@@ -34,6 +34,9 @@ from lightning_grad.callbacks._nm_choice import Choice, choose_weights, is_shown
 from lightning_grad.callbacks._nm_ends import Ends
 from lightning_grad.callbacks._nm_meter import (
     SparsityMeter,
+    density_by_layer,
+    patterns_in_force,
+    phase_name,
     state_of,
 )
 from lightning_grad.callbacks._nm_monitors import MonitorRestart
@@ -52,11 +55,11 @@ from lightning_grad.utilities.checks import (
     owned_ids,
     warn_of_missing_momentum,
 )
-from lightning_grad.utilities.parameters import as_names
+from lightning_grad.utilities.parameters import as_names, clean_name
 from lightning_grad.utilities.portable import make_portable, wrap_loading, wrap_saving
 from lightning_grad.utilities.precision import gradients_are_scaled, refuse_scaled_gradients
 from lightning_grad.utilities.progress import run_progress, total_steps
-from lightning_grad.utilities.reporting import is_log_step, output_folder, stepped_batches
+from lightning_grad.utilities.reporting import is_log_step, limit_layers, output_folder, stepped_batches
 from lightning_grad.utilities.weight_view import InPlaceView, InPlaceWindow, attach_view
 
 
