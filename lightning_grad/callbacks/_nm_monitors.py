@@ -24,11 +24,13 @@ class MonitorRestart:
     weights, which a checkpoint saved between two validations would still go by, is not kept; else when the pattern begins.
 
     Args:
-        is_due: Whether there is a final pattern that has not begun, and monitors are to restart.
+        is_wanted: Whether monitors are to restart, and the pattern changes in the run.
+        is_done: Whether they did, before the run was resumed.
     """
 
-    def __init__(self, is_due: bool = False) -> None:
-        self.is_due = is_due
+    def __init__(self, is_wanted: bool = False, is_done: bool = False) -> None:
+        self.is_done = is_done
+        self.is_due = is_wanted and not is_done
 
     def announce(self, trainer: pl.Trainer) -> str:
         """Return what is held, as the rest of a sentence; empty if nothing is."""
@@ -57,7 +59,7 @@ class MonitorRestart:
         Returns:
             str: What was done, as the rest of a sentence; empty if nothing was. Files stay on disk and are named.
         """
-        self.is_due = False
+        self.is_due, self.is_done = False, True
         done = [_forget_best(callback) for callback in _checkpoints(trainer) if callback.best_k_models]
         done += [_start_waiting(callback) for callback in _stoppers(trainer)]
         return f"starts {' and '.join(done)} over, because the final pattern has begun" if done else ""

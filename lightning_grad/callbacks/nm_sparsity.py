@@ -3,7 +3,8 @@
 The masks and schedules are functions, in ``functional/nm_sparsity.py`` and ``functional/nm_schedule.py``. In this folder:
 
 - ``_nm_arguments.py`` reads the arguments;
-- ``_nm_weight.py`` is one sparse weight, ``_nm_choice.py`` chooses them, and ``_nm_ends.py`` finds the layers that stay dense;
+- ``_nm_weight.py`` is one sparse weight, ``_nm_choice.py`` chooses them, and ``_nm_ends.py`` finds the layers that stay
+  dense; ``_nm_layers.py`` shows them to the module;
 - ``_nm_monitors.py`` restarts checkpoints and early stopping, ``_nm_seen.py`` looks at weights that are tested;
 - ``_nm_meter.py`` measures, ``_nm_record.py`` records and draws, ``_nm_report.py`` writes what is left behind at the end;
 - ``_frozen_variance.py`` serves the recipe ``step``.
@@ -11,7 +12,7 @@ The masks and schedules are functions, in ``functional/nm_sparsity.py`` and ``fu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -30,8 +31,9 @@ from lightning_grad.callbacks._nm_arguments import (
     read_patterns,
     read_schedule,
 )
-from lightning_grad.callbacks._nm_choice import Choice, choose_weights, is_shown, refuse_overlap, refuse_pruners
+from lightning_grad.callbacks._nm_choice import Choice, choose_weights, refuse_overlap, refuse_pruners
 from lightning_grad.callbacks._nm_ends import Ends
+from lightning_grad.callbacks._nm_layers import SparseLayers
 from lightning_grad.callbacks._nm_meter import (
     SparsityMeter,
     density_by_layer,
@@ -60,7 +62,6 @@ from lightning_grad.utilities.portable import make_portable, wrap_loading, wrap_
 from lightning_grad.utilities.precision import gradients_are_scaled, refuse_scaled_gradients
 from lightning_grad.utilities.progress import run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step, limit_layers, output_folder, stepped_batches
-from lightning_grad.utilities.weight_view import InPlaceView, InPlaceWindow, attach_view
 
 
 class NMSparsity(GradCallback):
@@ -229,16 +230,14 @@ class NMSparsity(GradCallback):
         return self.recipe if isinstance(self.recipe, str) else "custom"
 
     def _reset(self) -> None:
-        self._weights: list[SparseWeight] = []
+        self._layers: SparseLayers | None = None
         self._record = SparsityRecord()
         self._progress = 0.0
         self._total_steps = 1
         self._restored: dict[str, Any] = {}
-        self._window: InPlaceWindow | None = None
         self._variances: dict[int, FrozenVariance] = {}
         self._meter = SparsityMeter()
-        self._ends: Ends | None = None
-        self._detach: dict[str, Callable[[], None]] = {}
+        self._known_ends: list[str] | None = None
         self._chosen: Chosen = {}
         self._monitors = MonitorRestart()
         self._stepped = self._validating = self._hook_fired = False
@@ -246,7 +245,11 @@ class NMSparsity(GradCallback):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_ends": None, "_detach": {}}
+        return {**super().__getstate__(), "_layers": None}
+
+    @property
+    def _weights(self) -> list[SparseWeight]:
+        return [] if self._layers is None else self._layers.weights
 
     # The fit begins.
 
@@ -269,29 +272,23 @@ class NMSparsity(GradCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._ends = Ends(trainer, pl_module, self._restored.get("ends"))
-        self._undo.push(self._ends.stop)
-        choice = self._choose(pl_module, self._ends)
+        self._known_ends = self._restored.get("ends")
+        ends = Ends(trainer, pl_module, self._known_ends)
+
+        def choose() -> Choice:
+            return choose_weights(pl_module, self._patterns, self.axis, self.include, self.exclude, ends)
+
+        choice = choose()
         self._refuse(trainer, choice)
-        for weight in choice.chosen:
-            self._attach(weight)
-        self._weights, self._chosen = choice.chosen, as_chosen(choice.chosen)
-        self._undo.push(self._remove_window)
-        self._open_window(pl_module)
+        layers = self._layers = SparseLayers(pl_module, ends, choose, self.gradient == "ste")
+        self._undo.push(layers.detach)
+        layers.attach(choice)
+        self._chosen = as_chosen(choice.chosen)
         for optimizer in trainer.optimizers:
             self._watch(trainer, optimizer)
-        self._undo_after_exception.push(wrap_saving(pl_module, self.state_key, lambda: self._views(pl_module)))
+        self._undo_after_exception.push(wrap_saving(pl_module, self.state_key, layers.views))
         self._resume()
         rank_zero_info(f"{self.label} ({self._recipe_name}) {choice}")
-
-    def _choose(self, pl_module: pl.LightningModule, ends: Ends) -> Choice:
-        return choose_weights(pl_module, self._patterns, self.axis, self.include, self.exclude, ends)
-
-    def _attach(self, weight: SparseWeight) -> None:
-        weight.straight_through = self.gradient == "ste"
-        if not weight.in_place:
-            self._detach[weight.name] = attach_view(weight.module, weight.attribute, weight)
-            self._undo.push(self._detach[weight.name])
 
     def _refuse(self, trainer: pl.Trainer, choice: Choice) -> None:
         if not choice.chosen:
@@ -309,19 +306,6 @@ class NMSparsity(GradCallback):
                 refuse_scaled_gradients(trainer, optimizer, f"{self.label}(recipe={self.recipe!r})")
             if self.recipe == "step":
                 check_keeps(optimizer, "exp_avg_sq", NO_VARIANCE)
-
-    def _open_window(self, pl_module: pl.LightningModule) -> None:
-        for weight in self._weights:
-            if weight.in_place:
-                weight.exposed = InPlaceView(weight.module, weight.attribute, weight, weight.others)
-        in_place = [weight.exposed for weight in self._weights if weight.exposed is not None]
-        if in_place:
-            self._window = InPlaceWindow(pl_module, in_place)
-
-    def _remove_window(self) -> None:
-        if self._window is not None:
-            self._window.remove()
-            self._window = None
 
     def _watch(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         before = optimizer.register_step_pre_hook(self._before_step)
@@ -356,8 +340,8 @@ class NMSparsity(GradCallback):
         for optimizer in trainer.optimizers:
             if optimizer.state and self._owned_by(optimizer):
                 self._hold_variance(optimizer, resumed=bool(restored.get("frozen")))
-        restarted = restored.get("restarted", False) and restored.get("chosen") == self._chosen
-        self._monitors = MonitorRestart(self.restart_monitors and self._pattern_changes and not restarted)
+        done = bool(restored.get("restarted")) and restored.get("chosen") == self._chosen
+        self._monitors = MonitorRestart(self.restart_monitors and self._pattern_changes, done)
         held = self._monitors.announce(trainer)
         if held:
             self._say(held)
@@ -380,8 +364,8 @@ class NMSparsity(GradCallback):
         self._leave_validation()
         for weight in self._weights:
             weight.refresh_if_changed()
-        if self._ends is not None and self.include is None:
-            self._ends.watch()
+        if self._layers is not None and self.include is None:
+            self._layers.ends.watch()
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -424,8 +408,8 @@ class NMSparsity(GradCallback):
             self._hold_variance(optimizer)
         if self.zero_pruned_state:
             _clear_pruned_state(optimizer, owned)
-        if self._window is not None:
-            self._window.reopen()
+        if self._layers is not None:
+            self._layers.reopen_window()
         if not self._hook_fired:
             self._warn_of_bypass()
         self._hook_fired = False
@@ -461,12 +445,11 @@ class NMSparsity(GradCallback):
             )
 
     def _close_window(self) -> None:
-        if self._window is not None:
-            self._window.close()
+        if self._layers is not None:
+            self._layers.close_window()
 
     def _owned_by(self, optimizer: Optimizer) -> list[SparseWeight]:
-        owned = owned_ids(optimizer)
-        return [weight for weight in self._weights if id(weight.parameter) in owned]
+        return [] if self._layers is None else self._layers.owned_by(optimizer)
 
     def _phase(self, weight: SparseWeight) -> NMPhase:
         return self._schedule.phase(self._progress, weight.pattern, self._total_steps, weight.size)
@@ -480,7 +463,7 @@ class NMSparsity(GradCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._close_window()
-        self._learn_ends(pl_module)
+        self._learn_ends()
         if self._stepped and is_log_step(trainer):
             self._log_step(trainer, pl_module)
         self._stepped = False
@@ -491,28 +474,17 @@ class NMSparsity(GradCallback):
             if not trainer.enable_validation:
                 self._restart_monitors(trainer)
 
-    def _learn_ends(self, pl_module: pl.LightningModule) -> None:
-        """Choose again once the first batch has shown which layers it reaches first and last."""
-        ends = self._ends
-        if ends is None or not ends.learn():
+    def _learn_ends(self) -> None:
+        if self._layers is None:
             return
-        choice = self._choose(pl_module, ends)
-        before = {weight.name: weight for weight in self._weights}
-        after = {w.name: before.get(w.name, w) for w in choice.chosen if w.name in before or not is_shown(w)}
-        if not after:
-            return  # nothing but ends: better the layers of the start than none
-        self._remove_window()
-        dense = [name for name in before if name not in after]
-        for name in dense:
-            self._detach.pop(name, lambda: None)()
-        self._weights = list(after.values())
-        self._chosen = as_chosen(self._weights)
-        added = [weight for weight in self._weights if weight.name not in before]
-        for weight in added:
-            self._attach(weight)
-            weight.refresh(self._phase(weight))
-        self._open_window(pl_module)
-        self._say(ends.explain(dense, [weight.name for weight in added]))
+        sparse, dense = self._layers.learn_ends()
+        ends = self._layers.ends
+        self._known_ends = ends.known
+        if sparse or dense:
+            for weight in sparse:
+                weight.refresh(self._phase(weight))
+            self._chosen = as_chosen(self._weights)
+            self._say(ends.explain([w.name for w in dense], [w.name for w in sparse]))
 
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         known, measured = state_of(self._weights), self._meter.read(self._weights)
@@ -593,9 +565,9 @@ class NMSparsity(GradCallback):
             "weights": {weight.name: weight.state_dict() for weight in self._weights},
             "logged_masks": self._meter.state_dict(),
             "chosen": self._chosen,
-            "frozen": bool(self._variances),
-            "restarted": not self._monitors.is_due,
-            **({} if self._ends is None or self._ends.known is None else {"ends": self._ends.known}),
+            "frozen": self.recipe == "step" and self._progress >= self.dense_fraction,
+            "restarted": self._monitors.is_done or bool(self._restored.get("restarted")),
+            **({} if self._known_ends is None else {"ends": self._known_ends}),
         }
 
     @override
@@ -603,14 +575,8 @@ class NMSparsity(GradCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # During a fit the module's own hook does this, later than every callback; after an exception it is gone.
-        if self._weights and not len(self._undo_after_exception):
-            make_portable(checkpoint, self.state_key, self._views(pl_module))
-
-    def _views(self, pl_module: pl.LightningModule) -> dict[str, tuple[Tensor, SparseWeight]]:
-        """Return dense weight and view by every key of ``state_dict``; a shared parameter has several."""
-        by_identity = {id(weight.parameter): weight for weight in self._weights}
-        named = pl_module.named_parameters(remove_duplicate=False)
-        return {name: (by_identity[id(p)].dense, by_identity[id(p)]) for name, p in named if id(p) in by_identity}
+        if self._layers is not None and self._weights and not len(self._undo_after_exception):
+            make_portable(checkpoint, self.state_key, self._layers.views())
 
     # The fit ends.
 
@@ -629,7 +595,7 @@ class NMSparsity(GradCallback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        weights, self._weights = self._weights, []
+        weights, self._layers = self._weights, None
         if self._fitting and weights and self._progress > 0.0:
             self._settle_unfinished(weights)
             for weight in weights:
@@ -637,8 +603,7 @@ class NMSparsity(GradCallback):
             self._report(trainer, weights)
         if self._fitting:
             self._monitors.release(trainer)
-        self._window, self._variances, self._meter = None, {}, SparsityMeter()
-        self._ends, self._detach = None, {}
+        self._variances, self._meter = {}, SparsityMeter()
         self._fitting = False
 
     def _settle_unfinished(self, weights: Sequence[SparseWeight]) -> None:
