@@ -17,7 +17,7 @@ from lightning_grad.callbacks.conditioner import GradientStep
 from lightning_grad.functional import clip_adaptively_
 from lightning_grad.functional.tensor_lists import whole
 from lightning_grad.utilities.checks import check_above
-from lightning_grad.utilities.parameters import check_patterns, parameter_names
+from lightning_grad.utilities.parameters import all_names, check_patterns, matches, parameter_names
 
 _LAST_LINEAR = "last Linear"
 
@@ -144,6 +144,19 @@ class AdaptiveGradientClipping(UnitConditioner):
     @override
     def _excluded(self, pl_module: pl.LightningModule) -> list[str]:
         return [*super()._excluded(pl_module), *self._head_names(pl_module)]
+
+    @override
+    def _check_choice(self, pl_module: pl.LightningModule) -> None:
+        heads = self._head_names(pl_module)
+        own = super()._excluded(pl_module)
+        known = [n for n in all_names(pl_module).values() if self.include is None or matches(n, self.include)]
+        others = [names for names in known if not matches(names, own)]
+        if others and all(matches(names, heads) for names in others):
+            raise ValueError(
+                f"{self.label} has nothing to act on besides {', '.join(heads)}, which it leaves alone as the classifier. Set "
+                "head=None to clip that too."
+            )
+        super()._check_choice(pl_module)
 
     def _head_names(self, pl_module: pl.LightningModule) -> list[str]:
         if self._heads is not None:

@@ -125,3 +125,10 @@ def test_accumulated_steps_and_heads_without_a_call() -> None:
     changed = {n for a, b in zip(before.seen, after.seen, strict=True) for n in a if not torch.equal(a[n], b[n])}
     assert "net.attention.out_proj.weight" in changed, "torch computes with it without a call; it was registered last"
     assert not [name for name in changed if name.startswith("net.head")]
+
+
+def test_a_single_linear_is_the_head_and_the_message_says_how_to_clip_it() -> None:
+    module = Regression(nn.Sequential(nn.Linear(6, 3)))
+    with pytest.raises(ValueError, match=r"nothing to act on besides net.0, .*Set head=None"):
+        train([AdaptiveGradientClipping()], module, pairs())
+    assert changes(AdaptiveGradientClipping(1e-4, head=None), module)[1] == ["net.0.bias", "net.0.weight"]
