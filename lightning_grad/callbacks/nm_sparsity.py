@@ -597,6 +597,8 @@ class NMSparsity(GradCallback):
         super().teardown(trainer, pl_module, stage)
         weights, self._layers = self._weights, None
         if self._fitting and weights and self._progress > 0.0:
+            # Lightning skips a validation that was due behind the last step of a checkpoint, and with it the restart.
+            self._monitors.is_done |= all(weight.phase.final for weight in weights)
             self._settle_unfinished(weights)
             for weight in weights:
                 weight.bake()
