@@ -47,10 +47,12 @@ class Choice:
         rows += [[name, "dense", reason] for name, reason in self.skipped]
         more = f"\n... and {len(rows) - _MOST_SHOWN} more" if len(rows) > _MOST_SHOWN else ""
         table = format_table(rows[:_MOST_SHOWN], ["weight", "shape", "pattern"])
-        count = f"{len(self.chosen)} weight{'s' * (len(self.chosen) > 1)}"
-        if all(weight.pattern.n == weight.pattern.m for weight in self.chosen):
-            return f"keeps {count} dense, because N = M prunes nothing:\n{table}{more}"
-        return f"makes {count} sparse:\n{table}{more}"
+        pruned = sum(weight.pattern.n < weight.pattern.m for weight in self.chosen)
+        count = pruned or len(self.chosen)
+        weights = f"{count} weight{'s' * (count > 1)}"
+        if not pruned:
+            return f"keeps {weights} dense, because N = M prunes nothing:\n{table}{more}"
+        return f"makes {weights} sparse:\n{table}{more}"
 
     def why_none(self) -> str:
         """Return why nothing was chosen, and what to do."""
@@ -62,46 +64,67 @@ class Choice:
         reasons = [f"{name}: {reason}" for name, reason in self.skipped[:8]]
         frozen = [name for name, reason in self.skipped if reason.startswith(_FROZEN)]
         if frozen:
-            advice = f"Name frozen layers to choose them all the same, such as include={frozen[:1]!r}: they become sparse too"
-            return f"{'; '.join(reasons)}. {advice}, also where a callback unfreezes them later."
+            return (
+                f"{'; '.join(reasons)}. To choose frozen layers, name them, such as include={frozen[:1]!r}: they become "
+                "sparse, and stay so when a callback unfreezes them."
+            )
         return f"{'; '.join(reasons)}. Choose other layers with include=, or another pattern."
 
 
-def choose_weights(
-    module: nn.Module,
-    patterns: Mapping[str, NMPattern],
-    axis: Axis,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    ends: Ends,
-) -> Choice:
-    """Find the weights to make sparse.
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asked for.
 
     Args:
-        module: The LightningModule, complete.
         patterns: N:M pattern by name pattern; the first that matches counts.
         axis: Along which dimension the groups lie.
         include: Name patterns; ``None`` means every Linear, Conv and attention weight, and other matrices that their layer
             multiplies by, but the first and the last.
         exclude: Name patterns of what stays dense.
-        ends: Finds the first and the last.
+    """
+
+    patterns: Mapping[str, NMPattern]
+    axis: Axis
+    include: Sequence[str] | None
+    exclude: Sequence[str] | None
+
+    def excludes(self, names: Sequence[str]) -> bool:
+        """Return whether a parameter of these names stays dense."""
+        return matches(names, self.exclude or [])
+
+
+def choose_weights(module: nn.Module, wanted: Wanted, ends: Ends) -> Choice:
+    """Find the weights to make sparse.
+
+    Args:
+        module: The LightningModule, complete.
+        wanted: What the user asked for.
+        ends: Finds the first and the last layers.
 
     Raises:
         ValueError: If a name pattern matches nothing, or the names of a tied parameter are given different patterns.
     """
     owners, known = list(named_owners(module)), all_names(module)
-    names = parameter_names(module)
-    for argument, asked in (("include", include), ("exclude", exclude), ("pattern", [p for p in patterns if p != "*"])):
-        check_patterns(asked or [], names, argument)
-    candidates = [owner for owner in owners if _is_candidate(owner[1], owner[2], known[id(_parameter(owner))], include)]
-    dense = _find_ends(owners, candidates, known, exclude, ends) if include is None else set()
+    _check_names(wanted, parameter_names(module))
+    names = {name: known[id(owner._parameters[attribute])] for name, owner, attribute in owners}
+    candidates = [owner for owner in owners if _is_candidate(owner, names[owner[0]], wanted.include)]
+    dense = _find_ends(owners, candidates, names, wanted, ends) if wanted.include is None else set()
+    uses: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner in owners:
+        uses.setdefault(id(_parameter(owner)), []).append(owner[1:])
     choice = Choice([], [])
     for candidate in candidates:
-        _take(choice, candidate, owners, known[id(_parameter(candidate))], patterns, axis, include, exclude, dense)
-    for asked in include or []:
-        if not any(matches(known[id(_parameter(candidate))], [asked]) for candidate in candidates):
+        name = candidate[0]
+        _take(choice, candidate, names[name], uses[id(_parameter(candidate))], wanted, clean_name(name) in dense)
+    for asked in wanted.include or []:
+        if not any(matches(names[candidate[0]], [asked]) for candidate in candidates):
             choice.skipped.append((asked, "no Linear, Conv or attention layer; spell parameters of others to the end"))
     return choice
+
+
+def _check_names(wanted: Wanted, names: Sequence[str]) -> None:
+    for argument, asked in (("include", wanted.include), ("exclude", wanted.exclude), ("pattern", wanted.patterns)):
+        check_patterns([pattern for pattern in asked or [] if argument != "pattern" or pattern != "*"], names, argument)
 
 
 def _parameter(owner: Owner) -> nn.Parameter:
@@ -113,36 +136,37 @@ def _parameter(owner: Owner) -> nn.Parameter:
 def _take(
     choice: Choice,
     candidate: Owner,
-    owners: Sequence[Owner],
     names: Sequence[str],
-    patterns: Mapping[str, NMPattern],
-    axis: Axis,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    dense: set[str],
+    uses: Sequence[tuple[nn.Module, str]],
+    wanted: Wanted,
+    is_end: bool,
 ) -> None:
-    """Sort one candidate into the choice."""
+    """Sort one candidate into the choice.
+
+    Args:
+        choice: What is chosen so far.
+        candidate: Name, module and attribute of the parameter.
+        names: All its names.
+        uses: All modules that own it, each with its attribute.
+        wanted: What the user asked for.
+        is_end: Whether it is the first or the last layer.
+    """
     name, owner, attribute = candidate
-    parameter = _parameter(candidate)
-    twins = [(other, key) for _, other, key in owners if other._parameters[key] is parameter]
-    key = first_match(names, patterns)
-    dim = _group_dim(owner, attribute, axis, is_spelled(names, include or []))
-    others = [other for other in names if other != clean_name(name)] if len(twins) > 1 else []
-    reason = _why_not(
-        parameter, None if key is None else patterns[key], dim, include, matches(names, exclude or []), others
-    )
-    if clean_name(name) in dense and not reason:
+    parameter, key = _parameter(candidate), first_match(names, wanted.patterns)
+    dim = _group_dim(owner, attribute, wanted.axis, is_spelled(names, wanted.include or []))
+    reason = _why_not(parameter, key, dim, wanted, names, [n for n in names if n != clean_name(name) and len(uses) > 1])
+    if is_end and not reason:
         reason = "the first and the last layer stay dense unless include names them"
     if reason:
         choice.skipped.append((clean_name(name), reason))
         return
     assert key is not None
     assert dim is not None
-    _refuse_two_patterns(names, patterns, key)
+    _refuse_two_patterns(names, wanted.patterns, key)
     if not any(weight.parameter is parameter for weight in choice.chosen):
-        uses = [twin for twin in twins if twin != (owner, attribute)]
-        in_place = bool(uses) or not _is_known(owner, attribute)
-        choice.chosen.append(SparseWeight(name, owner, attribute, patterns[key], dim, in_place, uses))
+        twins = [use for use in uses if use != (owner, attribute)]
+        in_place = bool(twins) or not _is_known(owner, attribute)
+        choice.chosen.append(SparseWeight(name, owner, attribute, wanted.patterns[key], dim, in_place, twins))
 
 
 def _refuse_two_patterns(names: Sequence[str], patterns: Mapping[str, NMPattern], key: str) -> None:
@@ -163,12 +187,13 @@ def _is_known(owner: nn.Module, attribute: str) -> bool:
     return isinstance(owner, _SINGLE_WEIGHT) and attribute == "weight"
 
 
-def _is_candidate(owner: nn.Module, attribute: str, names: Sequence[str], include: Sequence[str] | None) -> bool:
+def _is_candidate(candidate: Owner, names: Sequence[str], include: Sequence[str] | None) -> bool:
     """Return whether a parameter may be chosen.
 
     Layers of torch are known by their type, other linear layers by a matrix named ``weight``, and parameters of other modules
     only where a pattern spells their own name.
     """
+    _, owner, attribute = candidate
     if _is_known(owner, attribute) or (attribute == "weight" and is_foreign_matrix(owner, attribute)):
         return include is None or matches(names, include)
     return is_spelled(names, include or [])
@@ -191,17 +216,14 @@ def _group_dim(owner: nn.Module, attribute: str, axis: Axis, spelled: bool) -> i
 def _find_ends(
     owners: Sequence[Owner],
     candidates: Sequence[Owner],
-    known: Mapping[int, list[str]],
-    exclude: Sequence[str] | None,
+    names: Mapping[str, Sequence[str]],
+    wanted: Wanted,
     ends: Ends,
 ) -> set[str]:
-    able = [
-        candidate
-        for candidate in candidates
-        if _parameter(candidate).requires_grad and not matches(known[id(_parameter(candidate))], exclude or [])
-    ]
-    left_out = {name for name, _, _ in candidates} - {name for name, _, _ in able}
-    layers = [owner for owner in owners if owner in able or (_is_layer(owner) and owner[0] not in left_out)]
+    able = [c for c in candidates if _parameter(c).requires_grad and not wanted.excludes(names[c[0]])]
+    able_names = {name for name, _, _ in able}
+    left_out = {name for name, _, _ in candidates} - able_names
+    layers = [owner for owner in owners if owner[0] in able_names or (_is_layer(owner) and owner[0] not in left_out)]
     return ends.find(able, layers)
 
 
@@ -215,27 +237,28 @@ def _is_layer(owner: Owner) -> bool:
 
 def _why_not(
     parameter: nn.Parameter,
-    pattern: NMPattern | None,
+    key: str | None,
     dim: int | None,
-    include: Sequence[str] | None,
-    excluded: bool,
+    wanted: Wanted,
+    names: Sequence[str],
     tied_to: Sequence[str],
 ) -> str:
-    if excluded:
+    by_default = wanted.include is None
+    if wanted.excludes(names):
         return "excluded"
-    if pattern is None:
+    if key is None:
         return "no pattern is given for it"
     if isinstance(parameter, UninitializedParameter):
         return "it has no shape yet (a lazy module): run one batch through it before the fit"
     if parameter.ndim < 2 or not parameter.is_floating_point():
         return "only floating weights of two or more dimensions have groups"
-    if include is None and not parameter.requires_grad:
+    if by_default and not parameter.requires_grad:
         return f"{_FROZEN}; include it by name to make it sparse all the same"
     if dim is None:
         return "its layer computes neither x W nor x W^T; spell its name in include= to take dimension 1 for the inputs"
-    if include is None and tied_to:
+    if by_default and tied_to:
         return f"tied to {', '.join(tied_to)}; include it by name to mask every use"
-    size = parameter.shape[dim]
+    pattern, size = wanted.patterns[key], parameter.shape[dim]
     return "" if pattern.fits(size) else f"groups of {pattern.m} do not divide {size}"
 
 

@@ -31,7 +31,7 @@ from lightning_grad.callbacks._nm_arguments import (
     read_patterns,
     read_schedule,
 )
-from lightning_grad.callbacks._nm_choice import Choice, choose_weights, refuse_overlap, refuse_pruners
+from lightning_grad.callbacks._nm_choice import Choice, Wanted, choose_weights, refuse_overlap, refuse_pruners
 from lightning_grad.callbacks._nm_ends import Ends
 from lightning_grad.callbacks._nm_layers import SparseLayers
 from lightning_grad.callbacks._nm_meter import (
@@ -274,9 +274,10 @@ class NMSparsity(GradCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._known_ends = self._restored.get("ends")
         ends = Ends(trainer, pl_module, self._known_ends)
+        wanted = Wanted(self._patterns, self.axis, self.include, self.exclude)
 
         def choose() -> Choice:
-            return choose_weights(pl_module, self._patterns, self.axis, self.include, self.exclude, ends)
+            return choose_weights(pl_module, wanted, ends)
 
         choice = choose()
         self._refuse(trainer, choice)

@@ -2,7 +2,7 @@
 
 ``nn.Linear`` computes :math:`x W^T` with a weight (out, in). Other layers compute :math:`x W` with a weight (in, out), such
 as the ``Conv1D`` of GPT-2 in transformers, and graph libraries have linear layers of their own. A square weight does not show
-by its shape which of both it is, so the product is computed once, with numbers of our own, and compared.
+by its shape which of the two it is, so the product is computed once, with numbers of our own, and compared.
 """
 
 from __future__ import annotations

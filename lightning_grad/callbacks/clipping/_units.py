@@ -84,13 +84,12 @@ class LastLayers:
     """
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._trainer = trainer
+        self._trainer: pl.Trainer | None = trainer
         linear = [(n, owner._parameters[a]) for n, owner, a in named_owners(pl_module) if multiplies_by(owner, a)]
         moved = [owned_ids(optimizer) for optimizer in trainer.optimizers]
         self._groups = [[clean_name(n) for n, p in linear if id(p) in owned] for owned in moved]
-        self._order = ForwardOrder(pl_module)
+        self._order: ForwardOrder | None = ForwardOrder(pl_module)
         self._stop: Callable[[], None] | None = None
-        self._is_over = False
         self.names = [_layer(clean_name(linear[-1][0]))] if linear else []
 
     @property
@@ -100,17 +99,19 @@ class LastLayers:
 
     def watch(self) -> None:
         """See which layers the first batch reaches."""
-        if not self._is_over and self._stop is None:
+        if self._order is not None and self._stop is None:
             self._stop = self._order.watch()
 
     def stop(self) -> None:
-        """Take the hooks away."""
+        """Take the hooks away, for good."""
         if self._stop is not None:
             self._stop()
-        self._stop, self._is_over = None, True
+        self._stop = self._order = self._trainer = None  # nothing of the module outlives the fit here
 
     def learn(self) -> bool:
         """Take the layers that were reached last, on all ranks those of the first; return whether they are others now."""
+        if self._order is None or self._trainer is None:
+            return False
         networks = self._order.networks(self._groups)
         found = [_layer(self._order.last(names)) for names in networks or []]
         before, self.names = self.names, self._trainer.strategy.broadcast(found or self.names)
