@@ -138,6 +138,13 @@ class SparseWeight:
         """Make the stored weight the parameter's own."""
         self.parameter.copy_(self.stored(self.parameter.detach()))
 
+    def clear_pruned(self, state: Mapping[str, Any]) -> None:
+        """Clear what an optimizer remembers of pruned entries, once the pattern is final."""
+        if self.phase.final and self.mask is not None:
+            for value in state.values():
+                if isinstance(value, Tensor) and value.is_floating_point() and value.shape == self.parameter.shape:
+                    value.mul_(self.mask)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a mask that is older than its weight needs to go on."""
         mask = self.mask

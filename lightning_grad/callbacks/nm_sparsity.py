@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -43,7 +42,13 @@ from lightning_grad.callbacks._nm_meter import (
 )
 from lightning_grad.callbacks._nm_monitors import MonitorRestart
 from lightning_grad.callbacks._nm_record import SparsityRecord
-from lightning_grad.callbacks._nm_report import send_summary, warn_of_inexact_best, write_masks, write_record
+from lightning_grad.callbacks._nm_report import (
+    send_summary,
+    settle_unfinished,
+    warn_of_inexact_best,
+    write_masks,
+    write_record,
+)
 from lightning_grad.callbacks._nm_seen import Chosen, as_chosen, describe, lacking
 from lightning_grad.callbacks._nm_weight import SparseWeight
 from lightning_grad.callbacks.base import GradCallback
@@ -100,11 +105,12 @@ class NMSparsity(GradCallback):
         decay: Coefficient beta for one optimizer step; default 7 / steps of the decay phase (mdgf-exponential, ends
             near 1e-3) or 2 / steps (mdgf-linear, reaches 0 half-way).
         sr_ste_lambda: Strength lambda of the SR-STE term (recipes sr-ste and step).
-        axis: Where groups lie: "input" (dimension 1: in_features, input channels; what 2:4 hardware needs), "output"
-            (dimension 0), or the number of a dimension.
-        include: Names or wildcards of the parameters or modules to make sparse. Default: every Linear, Conv1d/2d/3d and
-            attention projection but the first and the last. Parameters of other modules must be spelled to the end
-            ("blocks.*.w1"); they and tied ones are masked in place, in every use.
+        axis: Where groups lie: "input" (in_features, input channels; what 2:4 hardware needs), "output", or the number of
+            a dimension. Inputs are in dimension 1, or in 0 of a matrix by which a layer of another package computes x W.
+        include: Names or wildcards of the parameters or modules to make sparse. Default: every Linear, Conv1d/2d/3d,
+            attention projection and other layer that multiplies by a matrix named weight, but the first and the last that
+            the first batch reaches. Parameters of other modules must be spelled to the end ("blocks.*.w1"); they and tied
+            ones are masked in place, in every use.
         exclude: Names or wildcards of what stays dense.
         mask_every: Take masks anew every so many optimizer steps; above 1 is an approximation that saves time.
         geometric_start: Factor of the first, widest groups of sdgf-geometric, a power of two.
@@ -124,10 +130,13 @@ class NMSparsity(GradCallback):
         ValueError: In the constructor for an impossible pattern, an unknown recipe or one that contradicts the other
             arguments, or fractions that leave the recipe no phase. At the start of the fit if no weight is chosen, a
             name pattern matches nothing, the run has no known end, parameters are sharded (FSDP, DeepSpeed), or another
-            instance has chosen the same weight.
+            instance or ``ModelPruning`` has chosen the same weight.
+        RuntimeError: As soon as something reparametrizes a chosen weight during the fit.
 
     **Hooks.** ``on_fit_start`` chooses the weights, when all layers exist and DDP is set up; each optimizer's post hook
-    refreshes the masks of the weights it owns; ``on_before_optimizer_step`` adds the SR-STE term, unscaled and before
+    refreshes the masks of the weights it owns; the first ``on_train_batch_end`` chooses again if the batch reached the layers
+    in another order than they are registered in; ``on_validation_start`` restarts monitors when the final pattern has begun;
+    ``on_before_optimizer_step`` adds the SR-STE term, unscaled and before
     clipping, so that lambda is exact; the first ``on_validation_batch_start`` switches to what a checkpoint would hold,
     after weight averaging has swapped its weights in; ``teardown`` makes the sparse weights the module's own.
 
@@ -138,8 +147,8 @@ class NMSparsity(GradCallback):
     every validation, so that checkpoints can be told apart). At the end: a figure, a table with the divergence of the
     masks from each phase's last, and histograms of the weights.
 
-    **State.** Progress, the record, masks that are older than their weights, and what a checkpoint's sparse weights lack
-    to be dense again; resuming is bit-exact.
+    **State.** Progress, the record, which weights were chosen, masks that are older than their weights, and what a
+    checkpoint's sparse weights lack to be dense again; resuming is bit-exact. Every setting may change on resume.
 
     **Cost.** One mask an optimizer step and one product for each use of a weight: see docs/benchmarks.md.
 
@@ -408,7 +417,8 @@ class NMSparsity(GradCallback):
         if owned:
             self._hold_variance(optimizer)
         if self.zero_pruned_state:
-            _clear_pruned_state(optimizer, owned)
+            for weight in owned:
+                weight.clear_pruned(optimizer.state[weight.parameter])
         if self._layers is not None:
             self._layers.reopen_window()
         if not self._hook_fired:
@@ -600,7 +610,7 @@ class NMSparsity(GradCallback):
         if self._fitting and weights and self._progress > 0.0:
             # Lightning skips a validation that was due behind the last step of a checkpoint, and with it the restart.
             self._monitors.is_done |= all(weight.phase.final for weight in weights)
-            self._settle_unfinished(weights)
+            settle_unfinished(weights, self._progress, self.bake_on_early_stop, self.label)
             for weight in weights:
                 weight.bake()
             self._report(trainer, weights)
@@ -608,23 +618,6 @@ class NMSparsity(GradCallback):
             self._monitors.release(trainer)
         self._variances, self._meter = {}, SparsityMeter()
         self._fitting = False
-
-    def _settle_unfinished(self, weights: Sequence[SparseWeight]) -> None:
-        """Decide what a run leaves behind that ended before its schedule did."""
-        if all(weight.phase.final for weight in weights):
-            return
-        if self.bake_on_early_stop:
-            for weight in weights:
-                weight.phase = NMPhase(weight.pattern, 0.0, True)
-        outcome = (
-            "The weights are pruned to the final pattern, untrained for it."
-            if self.bake_on_early_stop
-            else "The weights are left as validated; bake_on_early_stop=True would prune them to the final pattern."
-        )
-        rank_zero_warn(
-            f"{self.label}: the run stopped at {100 * self._progress:.0f} % of its schedule, before the final pattern was "
-            f"reached. {outcome}"
-        )
 
     def _report(self, trainer: pl.Trainer, weights: Sequence[SparseWeight]) -> None:
         self._record.close_phase()
@@ -637,11 +630,3 @@ class NMSparsity(GradCallback):
             if self.save_masks:
                 write_masks(trainer, weights, folder / f"{stem}_masks.pt")
         warn_of_inexact_best(trainer, weights, self.label)
-
-
-def _clear_pruned_state(optimizer: Optimizer, weights: Sequence[SparseWeight]) -> None:
-    for weight in weights:
-        if weight.phase.final and weight.mask is not None:
-            for value in optimizer.state[weight.parameter].values():
-                if isinstance(value, Tensor) and value.is_floating_point() and value.shape == weight.parameter.shape:
-                    value.mul_(weight.mask)
