@@ -26,10 +26,12 @@ class MonitorRestart:
     Args:
         is_wanted: Whether monitors are to restart, and the pattern changes in the run.
         is_done: Whether they did, before the run was resumed.
+        at_validation: Whether the run validates.
     """
 
-    def __init__(self, is_wanted: bool = False, is_done: bool = False) -> None:
+    def __init__(self, is_wanted: bool = False, is_done: bool = False, at_validation: bool = False) -> None:
         self.is_done = is_done
+        self.at_validation = at_validation
         self.is_due = is_wanted and not is_done
 
     def announce(self, trainer: pl.Trainer) -> str:

@@ -351,7 +351,8 @@ class NMSparsity(GradCallback):
             if optimizer.state and self._owned_by(optimizer):
                 self._hold_variance(optimizer, resumed=bool(restored.get("frozen")))
         done = bool(restored.get("restarted")) and restored.get("chosen") == self._chosen
-        self._monitors = MonitorRestart(self.restart_monitors and self._pattern_changes, done)
+        wanted = self.restart_monitors and self._pattern_changes
+        self._monitors = MonitorRestart(wanted, done, trainer.enable_validation)
         held = self._monitors.announce(trainer)
         if held:
             self._say(held)
@@ -412,8 +413,7 @@ class NMSparsity(GradCallback):
         for weight in owned:
             weight.refresh(self._phase(weight), self.mask_every)
         self._follow_schedule()
-        if not trainer.enable_validation:
-            self._restart_monitors(trainer)
+        self._restart_monitors(trainer, at_validation=False)
         if owned:
             self._hold_variance(optimizer)
         if self.zero_pruned_state:
@@ -432,8 +432,9 @@ class NMSparsity(GradCallback):
             if phase != weight.phase:
                 weight.refresh(phase)
 
-    def _restart_monitors(self, trainer: pl.Trainer) -> None:
-        if self._monitors.is_due and all(weight.phase.final for weight in self._weights):
+    def _restart_monitors(self, trainer: pl.Trainer, at_validation: bool) -> None:
+        due = self._monitors.is_due and self._monitors.at_validation == at_validation
+        if due and all(weight.phase.final for weight in self._weights):
             done = self._monitors.restart(trainer)
             if done:
                 self._say(done)
@@ -482,8 +483,7 @@ class NMSparsity(GradCallback):
         if self._progress < 1.0 == run_progress(trainer):  # the last batch need not step
             self._progress = 1.0
             self._follow_schedule()
-            if not trainer.enable_validation:
-                self._restart_monitors(trainer)
+            self._restart_monitors(trainer, at_validation=False)
 
     def _learn_ends(self) -> None:
         if self._layers is None:
@@ -526,7 +526,7 @@ class NMSparsity(GradCallback):
         if not self._fitting:
             self._look_at_tested(trainer, pl_module)
         elif self._weights and not trainer.sanity_checking:
-            self._restart_monitors(trainer)
+            self._restart_monitors(trainer, at_validation=True)
             self._monitors.hold(trainer)
 
     @override
