@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import os
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch import Tensor
 from lightning_grad.data.fingerprints import Fingerprint, fingerprint
 
 _FORMAT = 1
+_LONGEST_REASON = 200  # characters
 _SCORE_COLUMNS = ("score", "scores", "value", "values", "metric")
 _INDEX_COLUMNS = ("index", "idx", "id")
 _NAME_COLUMNS = ("name", "filename", "file", "path", "image")
@@ -106,6 +109,22 @@ def _entries(scores: SampleScores) -> dict[str, Any]:
     return {key: np.asarray(value) for key, value in entries.items() if value is not None}
 
 
+def score_path(path: str | os.PathLike[str]) -> Path:
+    """Return where :func:`save_scores` writes: the path itself, with the ending ``.npz``.
+
+    Raises:
+        ValueError: If it names no file.
+
+    Example:
+        >>> score_path("scores/el2n").name
+        'el2n.npz'
+    """
+    found = Path(path)
+    if not found.name or found.name == ".." or found.is_dir():
+        raise ValueError(f"Scores are written to a file, and {os.fspath(path)!r} names a folder. Name a .npz file.")
+    return found if found.suffix == ".npz" else found.with_name(f"{found.name}.npz")
+
+
 def save_scores(scores: SampleScores, path: str | os.PathLike[str]) -> Path:
     """Write scores to a ``.npz`` file.
 
@@ -118,9 +137,11 @@ def save_scores(scores: SampleScores, path: str | os.PathLike[str]) -> Path:
 
     Returns:
         Path: The file that was written.
+
+    Raises:
+        ValueError: If the path names no file.
     """
-    path = Path(path)
-    path = path if path.suffix == ".npz" else path.with_name(f"{path.name}.npz")
+    path = score_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -133,37 +154,90 @@ def save_scores(scores: SampleScores, path: str | os.PathLike[str]) -> Path:
 
 
 def _from_entries(entries: Mapping[str, Any]) -> SampleScores:
-    def plain(key: str) -> Any:
-        return entries[key].item() if key in entries else None
+    def plain(key: str, *kinds: type) -> Any:
+        value = entries[key].item() if key in entries else None
+        if value is not None and not isinstance(value, kinds):
+            raise ValueError(f"its {key} is {value!r}")
+        return value
 
-    keys = [f.name for f in dataclasses.fields(Fingerprint)]
-    found = Fingerprint(*(plain(f"fingerprint_{key}") for key in keys)) if "fingerprint_length" in entries else None
-    values, index = torch.from_numpy(entries["scores"]), torch.from_numpy(entries["index"])
-    return SampleScores(
-        values,
-        plain("name"),
-        plain("epoch"),
-        plain("seed"),
-        found,
-        torch.from_numpy(entries["labels"]) if "labels" in entries else None,
-        None if torch.equal(index, torch.arange(len(values))) else index,
-    )
+    found = None
+    if "fingerprint_length" in entries:
+        kinds = {"length": int, "class_name": str, "items": str, "samples": int, "seed": int}
+        found = Fingerprint(**{key: plain(f"fingerprint_{key}", kind) for key, kind in kinds.items()})
+    values, index = _numbers(entries, "scores", "fiub"), _numbers(entries, "index", "iu")
+    labels = _numbers(entries, "labels", "iu") if "labels" in entries else None
+    is_whole = torch.equal(index, torch.arange(len(values)))
+    name, epoch, seed = plain("name", str), plain("epoch", int, float), plain("seed", int)
+    return SampleScores(values, name, epoch, seed, found, labels, None if is_whole else index)
+
+
+def _numbers(entries: Mapping[str, Any], key: str, kinds: str) -> Tensor:
+    array = entries[key]
+    if array.dtype.kind not in kinds or array.ndim != 1:
+        raise ValueError(f"its {key} hold {array.dtype} of shape {array.shape}")
+    return torch.from_numpy(array.astype(np.float64 if "f" in kinds else np.int64))
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged file makes libraries raise into one error that names the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except _ScoreFileError:
+        raise
+    except Exception as error:  # zipfile, zlib, numpy and csv have dozens of their own
+        reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
+        raise ValueError(
+            f"{path} is no score file, or a damaged one: it should be a .npz file of save_scores, or a .csv ({reason})."
+        ) from error
+
+
+class _ScoreFileError(ValueError):
+    """An error that already names the file."""
+
+
+def _entries_of(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if len(members) != _promised_members(path, archive):
+            raise ValueError("its table of contents is damaged")  # which zipfile reads as far as it can
+        for member in members:
+            _refuse_promise(archive, member)
+    with np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def _promised_members(path: Path, archive: zipfile.ZipFile) -> int:
+    end = 22 + len(archive.comment)  # bytes of the last record, after PKWARE's specification of zip files, 4.3.16
+    with path.open("rb") as file:
+        file.seek(-end, os.SEEK_END)
+        return int.from_bytes(file.read(22)[10:12], "little")
+
+
+def _refuse_promise(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """Raise if an array claims to be larger than its file: numpy would ask for all that memory first."""
+    with archive.open(member) as file:
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read[np.lib.format.read_magic(file)](file)
+    if math.prod(shape) * dtype.itemsize > member.file_size:
+        raise ValueError(f"{member.filename} should have the shape {shape}, and is shorter")
 
 
 def _load_npz(path: Path) -> SampleScores:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            entries = {key: file[key] for key in file.files}
-    except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} is no score file: it should be a .npz file of save_scores, or a .csv ({error})."
-        ) from error
-    missing = {"format", "scores", "index", "name"} - set(entries)
-    if missing:
-        raise ValueError(f"{path} is no score file: it has no {', '.join(sorted(missing))}.")
-    if int(entries["format"]) > _FORMAT:
-        raise ValueError(f"{path} was written by a later version of lightning-grad. Update lightning-grad to read it.")
-    return _from_entries(entries)
+    with _named(path):
+        entries = _entries_of(path)
+        missing = {"format", "scores", "index", "name"} - set(entries)
+        if missing:
+            raise _ScoreFileError(f"{path} is no score file: it has no {', '.join(sorted(missing))}.")
+        if int(entries["format"]) > _FORMAT:
+            raise _ScoreFileError(
+                f"{path} was written by a later version of lightning-grad. Update lightning-grad to read it."
+            )
+        return _from_entries(entries)
 
 
 def _column(columns: Sequence[str], known: Sequence[str]) -> str | None:
@@ -185,7 +259,7 @@ def _positions(names: Sequence[str], dataset: Any) -> Tensor | None:
 
 
 def _load_csv(path: Path, dataset: Any) -> SampleScores:
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with _named(path), path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         rows, columns = list(reader), list(reader.fieldnames or [])
     index, name = _column(columns, _INDEX_COLUMNS), _column(columns, _NAME_COLUMNS)
@@ -199,12 +273,13 @@ def _load_csv(path: Path, dataset: Any) -> SampleScores:
     try:
         values = torch.tensor([float(row[score]) for row in rows], dtype=torch.float64)
         given = torch.tensor([int(row[index]) for row in rows]) if index else None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path} has a row whose score or index is no number ({error}).") from error
     if given is None and name is not None:
         given = _positions([row[name] for row in rows], dataset)
     title = path.stem if score.strip().lower() in _SCORE_COLUMNS else score.strip()
-    return SampleScores(values, title, index=given)
+    with _named(path):
+        return SampleScores(values, title, index=given)
 
 
 def _mismatches(scores: SampleScores, dataset: Any) -> list[str]:
@@ -235,7 +310,7 @@ def load_scores(path: str | os.PathLike[str], dataset: Any = None, strict: bool 
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no score file, or its scores belong to another data set.
+        ValueError: If it cannot be read, is no score file or a damaged one, or its scores belong to another data set.
     """
     path = Path(path)
     scores = _load_csv(path, dataset) if path.suffix.lower() == ".csv" else _load_npz(path)
