@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_grad.callbacks._quiet import generators_kept, quiet
+from lightning_grad.callbacks._quiet import quiet
+from lightning_grad.data.random_streams import generators_kept
 from lightning_grad.functional import LossCall, LossCapture, PerSampleGradientNorms
 from lightning_grad.utilities.checks import is_sharded
 from lightning_grad.utilities.training_set import TrainingSet
@@ -232,9 +233,13 @@ def _scoring_loader(
             "multiprocessing_context": loader.multiprocessing_context,
             "prefetch_factor": loader.prefetch_factor,
         }
+    # With batch_size=None the data set itself takes lists of indices.
+    batches: dict[str, Any] = {"batch_sampler": chunks}
+    if loader.batch_sampler is None:
+        batches = {"batch_size": None, "sampler": chunks}
     return DataLoader(
         loader.dataset if dataset is None else dataset,
-        batch_sampler=chunks,
+        **batches,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         generator=torch.Generator().manual_seed(seed),

@@ -7,14 +7,16 @@ import enum
 import hashlib
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lightning_grad.data.list_items import ListItems
+from lightning_grad.data.random_streams import generators_kept, random_streams_kept
 
 _READ_TWICE = 8  # items, to find out whether the data set augments
 _DEEPEST = 16
@@ -62,23 +64,10 @@ class Fingerprint:
 
 
 def _class_name(dataset: Any) -> str:
+    if isinstance(dataset, ListItems):
+        return _class_name(dataset.dataset)
     name = type(dataset).__name__
     return f"{name}[{_class_name(dataset.dataset)}]" if isinstance(dataset, torch.utils.data.Subset) else name
-
-
-@contextmanager
-def _random_streams_kept() -> Iterator[None]:
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    cuda = torch.cuda.get_rng_state_all() if started else None
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 def _seed_streams(seed: int) -> None:
@@ -204,8 +193,8 @@ def fingerprint(dataset: Any, samples: int = 64, seed: int = 0) -> Fingerprint:
     """Return what is to be remembered of a data set: its length, class, and a hash of some of its items.
 
     Tensors, arrays, images, text, numbers and containers of them are hashed by content, whatever else by the name of its
-    type. The items are read here and now; python's, numpy's and torch's random streams are afterwards where they were (a
-    generator that the data set itself holds moves on).
+    type. The items are read here and now; python's, numpy's and torch's random streams are afterwards where they were, and
+    so are generators that the data set itself holds.
 
     A data set that augments gives another item at each reading. It is found out by reading items twice; its items are left
     out, so that only its length and class can be compared.
@@ -233,7 +222,7 @@ def fingerprint(dataset: Any, samples: int = 64, seed: int = 0) -> Fingerprint:
         )
     length = len(dataset)
     drawn = torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
-    with _random_streams_kept():
+    with random_streams_kept(), generators_kept(dataset):
         # Seeded, so that every rank and every run comes to the same verdict.
         _seed_streams(seed)
         first = [_digest(dataset[i]) for i in drawn]

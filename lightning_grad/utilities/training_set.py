@@ -16,9 +16,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_grad.data import PrunableBatchSampler
+from lightning_grad.data.fingerprints import Fingerprint
+from lightning_grad.data.list_items import ListItems
 from lightning_grad.data.prunable_sampler import RecordedBatches
+from lightning_grad.data.sampler_keys import refuse_other_keys
 from lightning_grad.utilities.dispatch import wrap_method
 from lightning_grad.utilities.epoch_length import EpochLength, length_of
+from lightning_grad.utilities.known_data import mark_of, refuse_other_data
 from lightning_grad.utilities.undo import UndoList
 
 _OWNER = "_lightning_grad_training_set"
@@ -35,19 +39,31 @@ class TrainingSet:
         needed_by: Who asks, for errors.
         undo: Where the steps back go.
         loader_key: Which of several training loaders: its key, its position, or a path of them joined by dots.
+        remembers: Whether something is remembered of each sample, so that other data must not come in its place.
 
     Raises:
         ValueError: If another technique already chooses the samples of this fit; on loading, if there are several loaders
-            and no key, or none of this key.
-        TypeError: On loading, if the data has no indices: an iterable data set, ``batch_size=None``, ``in_order=False``, an
-            object that is no DataLoader, or a sampler of several ranks that is not known.
+            and no key, or none of this key; if the data is loaded again and holds other samples, or others than a checkpoint
+            knows.
+        TypeError: On loading, if the data has no indices: an iterable data set, ``batch_size=None`` with a sampler that yields
+            no batches, ``in_order=False``, an object that is no DataLoader, a sampler of several ranks that is not known, or
+            one that yields keys that are no integers.
     """
 
-    def __init__(self, trainer: pl.Trainer, needed_by: str, undo: UndoList, loader_key: str | None = None) -> None:
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        needed_by: str,
+        undo: UndoList,
+        loader_key: str | None = None,
+        remembers: bool = True,
+    ) -> None:
         self._trainer = trainer
         self._needed_by = needed_by
         self._undo = undo
         self._loader_key = loader_key
+        self._remembers = remembers
+        self._known: Fingerprint | None = None
         self._waiting: list[str] = []
         self._keys = [""]
         self._length = EpochLength(trainer)
@@ -86,6 +102,10 @@ class TrainingSet:
         """The batch sampler in it."""
         assert self._sampler is not None
         return self._sampler
+
+    def items(self, dataset: Any) -> Any:
+        """Return a data set whose samples can be read one by one, if the loader reads lists of them at once."""
+        return _items(self.loader, dataset)
 
     @property
     def is_whole_batch(self) -> bool:
@@ -128,10 +148,12 @@ class TrainingSet:
 
     def _install(self, loader: Any) -> None:
         _refuse(loader, self._needed_by)
-        original = loader.batch_sampler
+        original = getattr(loader, _slot_of(loader))
         if isinstance(original, PrunableBatchSampler):
             original = original.original
-        sampler = PrunableBatchSampler(original, len(loader.dataset))
+        sampler = PrunableBatchSampler(original, len(loader.dataset), self._needed_by)
+        if self._sampler is None:
+            refuse_other_keys(original, loader.dataset, self._needed_by)
         if self._trainer.world_size > 1 and not sampler.shares_are_known:
             raise TypeError(
                 f"{self._needed_by} cannot tell which samples each of {self._trainer.world_size} ranks draws from "
@@ -139,6 +161,7 @@ class TrainingSet:
                 "process."
             )
         self._refuse_other_length(sampler.total)
+        self._compare_data(loader)
         if not sampler.shares_are_known and sampler.full_samples < sampler.total:
             rank_zero_warn(
                 f"{type(sampler.sampler or original).__name__} draws {sampler.full_samples} of {sampler.total} samples an "
@@ -157,6 +180,36 @@ class TrainingSet:
                 f"{self._needed_by} knows samples by their index, and the training set had {self._sampler.total} of them and "
                 f"now, reloaded, has {total}. Keep the data set the same for the whole fit."
             )
+
+    def _compare_data(self, loader: DataLoader[Any]) -> None:
+        if not self._remembers or (self._loader is not None and loader.dataset is self._loader.dataset):
+            return
+        if self._loader is not None:
+            refuse_other_data(self.mark, _items(loader, loader.dataset), self._needed_by, reloaded=True)
+        elif self._known is not None:
+            self._known = refuse_other_data(
+                self._known, _items(loader, loader.dataset), self._needed_by, reloaded=False
+            )
+        elif getattr(self._trainer, "reload_dataloaders_every_n_epochs", 0):
+            # Now, as the same memory may hold other samples by then.
+            self._known = mark_of(_items(loader, loader.dataset))
+
+    @property
+    def mark(self) -> Fingerprint:
+        """The fingerprint of the data set."""
+        if self._known is None:
+            self._known = mark_of(self.items(self.loader.dataset))
+        return self._known
+
+    def expect(self, known: Fingerprint) -> None:
+        """Refuse another data set than the one that a checkpoint knows.
+
+        Raises:
+            ValueError: Now or on loading, if they differ.
+        """
+        self._known = known
+        if self._loader is not None:  # some strategies restore callbacks after the data was loaded
+            self._known = refuse_other_data(known, self.items(self.loader.dataset), self._needed_by, reloaded=False)
 
     def _give_back(self) -> None:
         if self._loader is not None:
@@ -345,10 +398,11 @@ def _refuse(loader: Any, needed_by: str) -> None:
             f"{needed_by} needs a data set with __len__ and __getitem__: the samples of the IterableDataset "
             f"{type(loader.dataset).__name__} have no index by which one could be left out."
         )
-    if loader.batch_sampler is None:
+    if loader.batch_sampler is None and not isinstance(getattr(loader.sampler, "batch_size", None), int):
         raise TypeError(
-            f"{needed_by} needs the DataLoader to make the batches, and batch_size=None leaves that to the data set. Give it "
-            "a batch_size or a batch_sampler."
+            f"{needed_by} needs batches of indices, and with batch_size=None {type(loader.sampler).__name__} yields one index "
+            "at a time. Give the DataLoader a batch_size or a batch_sampler, or a BatchSampler as its sampler, for a data set "
+            "that takes lists of indices."
         )
     if not getattr(loader, "in_order", True):
         raise TypeError(
@@ -357,9 +411,18 @@ def _refuse(loader: Any, needed_by: str) -> None:
         )
 
 
+def _items(loader: DataLoader[Any], dataset: Any) -> Any:
+    return ListItems(dataset) if loader.batch_sampler is None else dataset
+
+
+def _slot_of(loader: DataLoader[Any]) -> str:
+    """Return which attribute yields lists of indices; with ``batch_size=None`` it is the sampler."""
+    return "sampler" if loader.batch_sampler is None else "batch_sampler"
+
+
 def _replace(loader: DataLoader[Any], sampler: Any) -> None:
     # DataLoader refuses to set it. Persistent workers draw from the sampler that they were started with.
-    loader.__dict__["batch_sampler"] = sampler
+    loader.__dict__[_slot_of(loader)] = sampler
     if loader._iterator is not None:
         loader._iterator = None
 

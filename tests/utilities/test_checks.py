@@ -92,7 +92,9 @@ def test_packages_are_asked_for_without_importing_them() -> None:
     assert not is_installed("no_such_package_at_all")
 
 
-@pytest.mark.parametrize("name", [None, "late", "of the second loader", "späte Runde", "v1.2", "a-b_c", "a[0]", "x" * 100])
+@pytest.mark.parametrize(
+    "name", [None, "late", "of the second loader", "späte Runde", "v1.2", "a-b_c", "a[0]", "x" * 100]
+)
 def test_names_that_files_and_log_keys_can_carry_pass(name: str | None) -> None:
     check_name(name)
 

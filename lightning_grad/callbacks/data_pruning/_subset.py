@@ -30,6 +30,7 @@ class SubsetCallback(GradCallback):
     """
 
     namespace: ClassVar[str] = "data"
+    remembers_samples: ClassVar[bool] = True  # whether something is known of each, which is wrong for other data
 
     def __init__(self, loader_key: str | int | None = None, name: str | None = None) -> None:
         super().__init__(name)
@@ -68,7 +69,8 @@ class SubsetCallback(GradCallback):
                     f"{self.label} must know the samples of each batch, and training_step(dataloader_iter) draws batches "
                     "itself. Let training_step take a batch."
                 )
-            self._training_set = TrainingSet(trainer, self.label, self._undo, _as_text(self.loader_key))
+            own = (trainer, self.label, self._undo, _as_text(self.loader_key), self.remembers_samples)
+            self._training_set = TrainingSet(*own)
             self._undo.push(self._let_go)
 
     def _let_go(self) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks._loss_tap import read_losses
-from lightning_grad.callbacks._quiet import generators_kept
 from lightning_grad.callbacks._scoring import Measure, look_at_all
 from lightning_grad.callbacks.data_pruning._arguments import check_settings, read_rounds
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score
@@ -34,6 +33,7 @@ from lightning_grad.callbacks.data_pruning._sources import (
 )
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
 from lightning_grad.data import SampleScores, fingerprint, save_scores
+from lightning_grad.data.random_streams import generators_kept
 from lightning_grad.functional import LossCall, count_kept, select_samples
 from lightning_grad.utilities.checks import (
     refuse_manual_optimization,
@@ -332,7 +332,8 @@ class DataPruning(SubsetCallback):
 
     def _prune(self, trainer: pl.Trainer, run_pass: Pass, share: float) -> Tensor | None:
         assert self._training_set is not None
-        scored = self._source.take(trainer, run_pass, self._training_set, self._dataset(trainer))
+        items = self._training_set.items(self._dataset(trainer))
+        scored = self._source.take(trainer, run_pass, self._training_set, items)
         sampler = self._training_set.sampler
         population = sampler.population
         count = count_kept(len(population), share, sampler.batch_size, sampler.ranks, sampler.drop_last)
@@ -342,7 +343,7 @@ class DataPruning(SubsetCallback):
             dataset = self._dataset(trainer)
             with generators_kept(dataset):
                 self._save(trainer, self.scored)
-                report(trainer, self.scored, dataset, self.label, self.show, self.figure)
+                report(trainer, self.scored, self._training_set.items(dataset), self.label, self.show, self.figure)
         self._say_kept(count, len(population), share)
         return kept
 
@@ -396,7 +397,8 @@ class DataPruning(SubsetCallback):
         return self._unaugmented
 
     def _save(self, trainer: pl.Trainer, scored: ScoredSet) -> None:
-        mark = fingerprint(self._dataset(trainer))
+        assert self._training_set is not None
+        mark = fingerprint(self._training_set.items(self._dataset(trainer)))
         if mark.items is None and self.score_dataset is None and self._source.runs_the_step:
             rank_zero_warn(
                 f"{self.label} scores samples that differ each time they are read, as augmentation makes them. Give "

@@ -178,7 +178,5 @@ class LossReweighting(GradCallback):
 def _batch_size(trainer: pl.Trainer) -> int:
     """Return the batch size of the training loader, 0 if there are several or it has none."""
     loader = trainer.train_dataloader
-    batch_size = getattr(loader, "batch_size", None) or getattr(
-        getattr(loader, "batch_sampler", None), "batch_size", None
-    )
-    return batch_size if isinstance(batch_size, int) else 0
+    owners = (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
+    return next((size for owner in owners if isinstance(size := getattr(owner, "batch_size", None), int)), 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
@@ -53,6 +55,8 @@ class RepeatedRandomSubset(SubsetCallback):
     References:
         Okanovic et al., "Repeated Random Sampling for Minimizing the Time-to-Accuracy of Learning", 2023, arXiv 2305.18424.
     """
+
+    remembers_samples: ClassVar[bool] = False
 
     def __init__(
         self,
