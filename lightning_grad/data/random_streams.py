@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -34,13 +35,18 @@ def random_streams_kept() -> Iterator[None]:
 
 @contextmanager
 def generators_kept(holder: Any) -> Iterator[None]:
-    """Put back the state of random generators that a data set, or what it is made of, has of its own."""
+    """Put back the state of random generators that a data set or a function, or what it is made of, has of its own."""
     undo = [_way_back(generator) for generator in _generators_of(holder)]
     try:
         yield
     finally:
         for step in undo:
             step()
+
+
+def holds_generators(holder: Any) -> bool:
+    """Return whether an object or a function has random generators of its own."""
+    return next(_generators_of(holder), None) is not None
 
 
 def _way_back(generator: Any) -> Callable[[], None]:
@@ -57,9 +63,21 @@ def _way_back(generator: Any) -> Callable[[], None]:
 def _generators_of(holder: Any, depth: int = 4) -> Iterator[Any]:
     if isinstance(holder, _GENERATORS):
         yield holder
-    elif isinstance(holder, (list, tuple)) and len(holder) <= _FEW and depth:
-        for item in holder:
-            yield from _generators_of(item, depth - 1)
-    elif hasattr(holder, "__dict__") and not isinstance(holder, (type, ModuleType)) and depth:
-        for item in vars(holder).values():
-            yield from _generators_of(item, depth - 1)
+    elif depth:
+        for part in _parts_of(holder):
+            yield from _generators_of(part, depth - 1)
+
+
+def _parts_of(holder: Any) -> list[Any]:
+    if isinstance(holder, (list, tuple)):
+        return list(holder) if len(holder) <= _FEW else []
+    if isinstance(holder, functools.partial):
+        return [holder.func, *holder.args, *holder.keywords.values()]
+    if isinstance(holder, MethodType):
+        return [holder.__self__]
+    if isinstance(holder, FunctionType):
+        cells = [cell.cell_contents for cell in holder.__closure__ or () if cell != CellType()]
+        return [*cells, *(holder.__defaults__ or ())]
+    if hasattr(holder, "__dict__") and not isinstance(holder, (type, ModuleType)):
+        return list(vars(holder).values())
+    return []

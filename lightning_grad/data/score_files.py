@@ -125,6 +125,25 @@ def score_path(path: str | os.PathLike[str]) -> Path:
     return found if found.suffix == ".npz" else found.with_name(f"{found.name}.npz")
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise unless :func:`save_scores` can write there. The folder is made, as it will be needed.
+
+    Raises:
+        OSError: If the folder cannot be made or written to.
+    """
+    path = score_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = _part_of(path)
+    try:
+        part.touch()
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
 def save_scores(scores: SampleScores, path: str | os.PathLike[str]) -> Path:
     """Write scores to a ``.npz`` file.
 
@@ -143,7 +162,7 @@ def save_scores(scores: SampleScores, path: str | os.PathLike[str]) -> Path:
     """
     path = score_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = _part_of(path)
     try:
         with part.open("wb") as file:
             np.savez(file, **_entries(scores))

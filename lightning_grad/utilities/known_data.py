@@ -10,7 +10,10 @@ from lightning_grad.data import fingerprint
 from lightning_grad.data.fingerprints import Fingerprint
 from lightning_grad.data.list_items import ListItems
 
-_WORDS = "{who} knows samples by their index, and {dataset}, {when}, holds other samples than {before}: {what} {differ}. {advice}"
+_WORDS = (
+    "{who} knows samples by their index, and the training set {name}, {when}, holds other samples than {before}. "
+    "Not the same: {what}. {advice}"
+)
 _RELOADED = (
     "Make the samples once, in setup or with a fixed seed, so that they stay the same, or set "
     "reload_dataloaders_every_n_epochs=0, which loads them once."
@@ -66,11 +69,10 @@ def refuse_other_data(known: Fingerprint, dataset: Any, needed_by: str, reloaded
         raise ValueError(
             _WORDS.format(
                 who=needed_by,
-                dataset=f"the training set {name}",
+                name=name,
                 when="loaded again" if reloaded else "in this run",
                 before="at the start of the fit" if reloaded else "in the run of the checkpoint",
                 what=" and ".join(differences),
-                differ="differs" if len(differences) == 1 else "differ",
                 advice=_RELOADED if reloaded else _RESUMED.format(who=needed_by.partition("[")[0]),
             )
         )

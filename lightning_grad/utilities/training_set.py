@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_grad.data import PrunableBatchSampler
+from lightning_grad.data.borrowed_workers import can_borrow
 from lightning_grad.data.fingerprints import Fingerprint
 from lightning_grad.data.list_items import ListItems
 from lightning_grad.data.prunable_sampler import RecordedBatches
@@ -272,6 +273,13 @@ class TrainingSet:
         loop = self._trainer.fit_loop
         starts = self._trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting
         return loop._data_fetcher is None or starts
+
+    @property
+    def has_idle_workers(self) -> bool:
+        """Whether the loader's workers wait for an epoch that begins, and that nothing has been drawn of yet."""
+        progress: Any = self._trainer.fit_loop.epoch_progress.current
+        begins = progress.ready > progress.started and self._trainer.fit_loop._data_fetcher is not None
+        return begins and self._trainer_draws_anew() and can_borrow(self.loader)
 
     @property
     def resumes_behind_last_batch(self) -> bool:

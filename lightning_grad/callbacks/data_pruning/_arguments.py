@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from lightning_grad.callbacks.data_pruning._measures import HISTORIES, SCORES
+from lightning_grad.data.score_files import score_path
 from lightning_grad.utilities.checks import check_between, check_choice, check_count, check_position, check_share
 
 if TYPE_CHECKING:
@@ -57,8 +58,17 @@ def check_settings(settings: DataPruning, rounds: Rounds) -> None:
     check_count(settings.show, 0, "show")
     check_count(settings.seed, 0, "seed")
     check_position(settings.loss, "loss")
+    _check_file(settings.save_scores)
     _check_source(settings, rounds)
     _check_selection(settings, rounds)
+
+
+def _check_file(path: str | None) -> None:
+    try:
+        if path is not None:
+            score_path(path)
+    except ValueError as error:
+        raise ValueError(f"save_scores must name a .npz file to write; got {path!r}. {error}") from None
 
 
 def _check_source(settings: DataPruning, rounds: Rounds) -> None:

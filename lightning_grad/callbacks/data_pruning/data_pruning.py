@@ -8,6 +8,7 @@ Scores, selection and score files are functions, in ``functional/data_scores.py`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from lightning_grad.callbacks._scoring import Measure, look_at_all
 from lightning_grad.callbacks.data_pruning._arguments import check_settings, read_rounds
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score
 from lightning_grad.callbacks.data_pruning._report import report
+from lightning_grad.callbacks.data_pruning._resume import choice_settings, refuse_unrecorded, score_settings
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
 from lightning_grad.callbacks.data_pruning._sources import (
     CHANCE,
@@ -34,6 +36,7 @@ from lightning_grad.callbacks.data_pruning._sources import (
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
 from lightning_grad.data import SampleScores, fingerprint, save_scores
 from lightning_grad.data.random_streams import generators_kept
+from lightning_grad.data.score_files import check_writable
 from lightning_grad.functional import LossCall, count_kept, select_samples
 from lightning_grad.utilities.checks import (
     refuse_manual_optimization,
@@ -107,7 +110,8 @@ class DataPruning(SubsetCallback):
             epoch that never comes, another technique that chooses samples. After the first batch, if the loss cannot be
             seen or does not suit the score: one batch is scored to find out.
         TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
-        FileNotFoundError: In setup, if a score file is missing.
+        FileNotFoundError: In setup, if a score file is missing. One that is damaged, or belongs to another data set, raises a
+            ValueError before the first batch, and so does a ``save_scores`` that cannot be written.
 
     **Hooks.** The training loader gets its batch sampler in ``strategy.process_dataloader``, where it is complete and
     nothing is drawn yet; ``on_train_epoch_start`` scores and prunes, before the epoch's first batch is drawn;
@@ -196,7 +200,11 @@ class DataPruning(SubsetCallback):
         super()._clear()
         self.scored: ScoredSet | None = None
         self._unaugmented: Any = None
-        self._rounds_done = 0
+        self._last_round = -1  # epoch
+        self._choice_changed = False
+        self._foreign: dict[str, Any] | None = (
+            None  # settings of the scores of a checkpoint, if they are of another kind
+        )
         self._source = source_of(
             self.score,
             self.score_fn,
@@ -227,6 +235,26 @@ class DataPruning(SubsetCallback):
 
     @property
     @override
+    def _plan(self) -> str:
+        by = "at random" if self.keep == "random" else f"by {self._source.name}"
+        steps = [
+            f"after {epoch} epochs, keeps {100 * (1 - share):g} % of the samples, chosen {by}"
+            for epoch, share in self._rounds
+        ]
+        return "; then, ".join(steps)
+
+    @property
+    @override
+    def _remembers_samples(self) -> bool:
+        return any(share for _, share in self._rounds) or self._source.epochs_needed > 0
+
+    @property
+    @override
+    def _holds_samples(self) -> bool:
+        return self.scored is not None or self._source.is_recording
+
+    @property
+    @override
     def _passes_more_than_once(self) -> bool:
         return self.budget == "steps"
 
@@ -250,6 +278,7 @@ class DataPruning(SubsetCallback):
             refuse_sharded(trainer, f"{self.label}(score={self.score!r})")
         if isinstance(self._source, FileScores):
             self._source.check(self.label)
+        self._refuse_unwritable(trainer)
         self._refuse_unreached(trainer, self._rounds[0][0], "prune")
         late = [
             epoch for epoch, _ in self._rounds if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch
@@ -261,6 +290,18 @@ class DataPruning(SubsetCallback):
         self._warn()
         if isinstance(self._source, HistoryScores):
             self._undo.push(read_losses(pl_module, self._read, self.loss, lambda: len(self._indices)))
+
+    def _refuse_unwritable(self, trainer: pl.Trainer) -> None:
+        fault = None
+        if trainer.is_global_zero and self.save_scores is not None and self._writes_scores:
+            try:
+                check_writable(self._numbered(Path(self.save_scores), self._rounds[-1][0]))
+            except (OSError, ValueError) as error:
+                fault = f"{self.label} cannot write save_scores={self.save_scores!r}: {error}. Name a file that it can write."
+        if self.save_scores is not None:
+            fault = trainer.strategy.broadcast(fault)  # else the other ranks would wait for the first
+        if fault is not None:
+            raise ValueError(fault)
 
     def _warn(self) -> None:
         if self._rounds[0][0] == 0 and self._source.runs_the_step and self.keep != "random":
@@ -283,25 +324,48 @@ class DataPruning(SubsetCallback):
             scored = {key: value for key, value in vars(self.scored).items() if key != "kept"}
         return {
             **super().state_dict(),
-            "rounds_done": self._rounds_done,
+            "last_round": self._last_round,
             "source": self._source.state_dict(),
             "scored": scored,
+            "score_settings": score_settings(self),
+            "choice_settings": choice_settings(self),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         if not self._fitting:
             return
-        super().load_state_dict(state_dict)
-        self._rounds_done = state_dict["rounds_done"]
+        if state_dict["score_settings"] != score_settings(self):
+            self._foreign = state_dict["score_settings"]
+            return
+        self._choice_changed = state_dict["choice_settings"] != choice_settings(self)
+        self._last_round = state_dict["last_round"]
         self._source.load_state_dict(state_dict["source"])
         if state_dict["scored"] is not None:
             self.scored = ScoredSet(**state_dict["scored"], kept=self._kept)
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._foreign is not None:
+            next_epoch = trainer.current_epoch + trainer.fit_loop.restarted_mid_epoch
+            refuse_unrecorded(self, self._foreign, next_epoch)
+            self._source.begin(next_epoch)
+        if isinstance(self._source, FileScores) and self._last_round < self._rounds[-1][0]:
+            self._look_at_files(trainer)
+        super().on_train_start(trainer, pl_module)
+
+    def _look_at_files(self, trainer: pl.Trainer) -> None:
+        assert self._training_set is not None
+        assert isinstance(self._source, FileScores)
+        items = self._training_set.items(self._dataset(trainer))
+        if self._source.look(self._training_set.sampler.total, items).labels is None:
+            self._refuse_balance()
+
+    @override
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._refuse_unreached_steps(trainer, self._rounds[0][0], "prune")
-        if self._rounds_done < len(self._rounds):
+        if self._last_round < self._rounds[-1][0]:
             found = self._source.rehearse(self._passes(trainer, pl_module, rehearsal=True))
             if found is not None and "label" not in found:
                 self._refuse_balance()
@@ -316,11 +380,18 @@ class DataPruning(SubsetCallback):
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
         run_pass = self._passes(trainer, pl_module)
         self._source.epoch_begins(trainer, run_pass, [epoch for epoch, _ in self._rounds])
-        due = sum(epoch <= trainer.current_epoch for epoch, _ in self._rounds)
-        if due <= self._rounds_done:
-            return self._kept
-        self._rounds_done = due
-        return self._prune(trainer, run_pass, self._rounds[due - 1][1])
+        due = [(epoch, share) for epoch, share in self._rounds if epoch <= trainer.current_epoch]
+        if not due:
+            return None
+        epoch, share = due[-1]
+        if epoch > self._last_round:
+            self._last_round = trainer.current_epoch
+            return self._prune(trainer, run_pass, share)
+        if self._choice_changed:  # on resume; the scores are there
+            self._choice_changed = False
+            assert self.scored is not None
+            return self._keep(self.scored, share)
+        return self._kept
 
     def _passes(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rehearsal: bool = False) -> Pass:
         def run(measure: Measure, title: str) -> Mapping[str, Tensor]:
@@ -334,16 +405,23 @@ class DataPruning(SubsetCallback):
         assert self._training_set is not None
         items = self._training_set.items(self._dataset(trainer))
         scored = self._source.take(trainer, run_pass, self._training_set, items)
-        sampler = self._training_set.sampler
-        population = sampler.population
-        count = count_kept(len(population), share, sampler.batch_size, sampler.ranks, sampler.drop_last)
-        kept = None if share == 0.0 else population[self._select(scored, population, count)]
-        self.scored = replace(scored, kept=kept)
+        kept = self._keep(scored, share)
+        assert self.scored is not None
         if scored.name != CHANCE:
             dataset = self._dataset(trainer)
             with generators_kept(dataset):
                 self._save(trainer, self.scored)
                 report(trainer, self.scored, self._training_set.items(dataset), self.label, self.show, self.figure)
+        return kept
+
+    def _keep(self, scored: ScoredSet, share: float) -> Tensor | None:
+        """Return the samples that a share leaves of those scored, and print how many they are."""
+        assert self._training_set is not None
+        sampler = self._training_set.sampler
+        population = sampler.population
+        count = count_kept(len(population), share, sampler.batch_size, sampler.ranks, sampler.drop_last)
+        kept = None if share == 0.0 else population[self._select(scored, population, count)]
+        self.scored = replace(scored, kept=kept)
         self._say_kept(count, len(population), share)
         return kept
 
@@ -406,16 +484,20 @@ class DataPruning(SubsetCallback):
             )
         folder = output_folder(trainer)
         stem = "_".join(part for part in ("scores", self.name, f"epoch{scored.epoch}") if part)
-        path = self._named_file(scored) or (folder / f"{stem}.npz" if folder is not None else None)
-        if path is not None and not self.score_files and trainer.is_global_zero:
+        stem = re.sub(r"[^\w.-]+", "_", stem, flags=re.ASCII)  # a name of files and of artifacts
+        path = None if folder is None else folder / f"{stem}.npz"
+        if self.save_scores is not None:
+            path = self._numbered(Path(self.save_scores), scored.epoch)
+        if path is not None and self._writes_scores and trainer.is_global_zero:
             scores = SampleScores(scored.values, scored.name, scored.epoch, self.seed, mark, scored.labels)
             log_file(trainer, save_scores(scores, path), stem, "scores")
 
-    def _named_file(self, scored: ScoredSet) -> Path | None:
-        if self.save_scores is None:
-            return None
-        path = Path(self.save_scores)
-        return path if len(self._rounds) == 1 else path.with_stem(f"{path.stem}_epoch{scored.epoch}")
+    @property
+    def _writes_scores(self) -> bool:
+        return not self.score_files and self._source.name != CHANCE
+
+    def _numbered(self, path: Path, epoch: int) -> Path:
+        return path if len(self._rounds) == 1 else path.with_stem(f"{path.stem}_epoch{epoch}")
 
     # A batch is trained on.
 

@@ -101,6 +101,26 @@ class InfoBatch(SubsetCallback):
         self._weights: Tensor | None = None
         self._record = EpochRecord()
 
+    @property
+    @override
+    def _plan(self) -> str:
+        if self.prune == 0.0:
+            return "trains on all samples (prune=0)"
+        return (
+            f"drops {100 * self.prune:g} % of the samples of low loss in each epoch but the first, until "
+            f"{100 * self.stop:g} % of the run"
+        )
+
+    @property
+    @override
+    def _remembers_samples(self) -> bool:
+        return self.prune > 0.0
+
+    @property
+    @override
+    def _holds_samples(self) -> bool:
+        return super()._holds_samples or self._losses is not None or self._record.values is not None
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -122,9 +142,13 @@ class InfoBatch(SubsetCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if self._fitting:
-            self._losses, self._weights = state_dict["losses"], state_dict["weights"]
-            self._record.values = state_dict["epoch_values"]
+        if not self._fitting:
+            return
+        self._weights = state_dict["weights"]  # of an epoch that goes on, also where settings changed
+        if state_dict["settings"]["loss"] == self.loss:
+            self._losses, self._record.values = state_dict["losses"], state_dict["epoch_values"]
+        elif state_dict["losses"] is not None:
+            self._say("has no losses of this kind yet, and trains on all samples until each has one")
 
     @override
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
@@ -159,7 +183,7 @@ class InfoBatch(SubsetCallback):
 
     def _weigh(self, call: LossCall) -> Tensor | None:
         assert self._training_set is not None
-        if self.prune == 0.0:
+        if self.prune == 0.0 and self._weights is None:
             return None
         self._record.put(self._indices, call.losses, self._training_set.sampler.total)
         if self._weights is None:

@@ -130,6 +130,13 @@ class LossReweighting(GradCallback):
             self._undo.push(reweight_losses(pl_module, self._weigh, self.label, self.loss))
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if math.isinf(self.temperature):
+            self._say("weights no samples (temperature=inf)")
+        else:
+            self._say(f"weights the samples of each batch by their losses (rule={self.rule!r})")
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if math.isfinite(self.temperature):
             total_steps(trainer, self.label)  # raises if the run has no known end: the temperature would never fall

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
@@ -56,8 +54,6 @@ class RepeatedRandomSubset(SubsetCallback):
         Okanovic et al., "Repeated Random Sampling for Minimizing the Time-to-Accuracy of Learning", 2023, arXiv 2305.18424.
     """
 
-    remembers_samples: ClassVar[bool] = False
-
     def __init__(
         self,
         prune: float = 0.5,
@@ -72,6 +68,16 @@ class RepeatedRandomSubset(SubsetCallback):
         check_count(seed, 0, "seed")
         self.seed = seed
         super().__init__(loader_key, name)
+
+    @property
+    @override
+    def _plan(self) -> str:
+        return f"trains each epoch on a random {100 * (1 - self.prune):g} % of the samples"
+
+    @property
+    @override
+    def _remembers_samples(self) -> bool:
+        return False  # whatever the samples are, a random part of them is one
 
     @override
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
