@@ -47,6 +47,11 @@ def _copied(dataset: Any) -> Any:
     return other
 
 
+def resume_advice(needed_by: str) -> str:
+    """Return what to do about a checkpoint that knows other samples, for an error."""
+    return _RESUMED.format(who=needed_by.partition("[")[0])
+
+
 def refuse_other_data(known: Fingerprint, dataset: Any, needed_by: str, reloaded: bool) -> Fingerprint:
     """Raise unless a data set may be the one that is known.
 
@@ -73,7 +78,7 @@ def refuse_other_data(known: Fingerprint, dataset: Any, needed_by: str, reloaded
                 when="loaded again" if reloaded else "in this run",
                 before="at the start of the fit" if reloaded else "in the run of the checkpoint",
                 what=" and ".join(differences),
-                advice=_RELOADED if reloaded else _RESUMED.format(who=needed_by.partition("[")[0]),
+                advice=_RELOADED if reloaded else resume_advice(needed_by),
             )
         )
     return found

@@ -23,7 +23,7 @@ from lightning_grad.data.prunable_sampler import RecordedBatches
 from lightning_grad.data.sampler_keys import refuse_other_keys
 from lightning_grad.utilities.dispatch import wrap_method
 from lightning_grad.utilities.epoch_length import EpochLength, length_of
-from lightning_grad.utilities.known_data import mark_of, refuse_other_data
+from lightning_grad.utilities.known_data import mark_of, refuse_other_data, resume_advice
 from lightning_grad.utilities.undo import UndoList
 
 _OWNER = "_lightning_grad_training_set"
@@ -262,6 +262,11 @@ class TrainingSet:
 
     def _tell_sampler(self) -> None:
         sampler = self.sampler
+        if self._kept is not None and int(self._kept.max()) >= sampler.total:
+            raise ValueError(
+                f"{self._needed_by} would train on the sample {int(self._kept.max())}, and the training set has {sampler.total} "
+                f"of them. {resume_advice(self._needed_by)}"
+            )
         sampler.keep(self._kept, sampler.full_samples if self._fixed_steps else None)
         if self._kept is not None and not len(sampler):
             raise ValueError(

@@ -119,9 +119,7 @@ def test_the_run_is_that_of_no_workers(borrowed: list[int]) -> None:
     assert torch.equal(own.scored.values, other.scored.values)
 
 
-def test_the_run_is_that_of_workers_started_for_the_pass(
-    borrowed: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_run_is_that_of_workers_started_for_the_pass(borrowed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     one = fit([scoring(0.5)], 0.0)
     monkeypatch.setattr(borrowed_workers, "_NEEDED", ("a_name_that_torch_lacks",))
     assert same(one, fit([scoring(0.5)], 0.0))

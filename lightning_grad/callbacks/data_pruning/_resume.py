@@ -35,30 +35,29 @@ def choice_settings(callback: DataPruning) -> dict[str, Any]:
     return {"rounds": rounds, **{name: plain(getattr(callback, name)) for name in _CHOICE}}
 
 
-def refuse_unrecorded(callback: DataPruning, saved: dict[str, Any], next_epoch: int) -> None:
+def refuse_unrecorded(callback: DataPruning, saved: dict[str, Any] | None, next_epoch: int) -> None:
     """Raise if a score that is recorded over epochs cannot be recorded before the next round.
 
     Args:
         callback: Which begins to record in this fit.
-        saved: The settings of the scores in the checkpoint.
+        saved: What the scores in the checkpoint depend on; ``None`` if there are none.
         next_epoch: The first epoch of which every batch will be recorded.
 
     Raises:
         ValueError: If a round comes too early.
     """
     needed = callback._source.epochs_needed
-    rounds = [epoch for epoch, _ in callback._rounds]
-    if not needed or min(rounds) >= next_epoch + needed:
+    if not needed or min(epoch for epoch, _ in callback._rounds) >= next_epoch + needed:
         return
-    changed = [
-        name for name, value in score_settings(callback).items() if saved.get(name) != value and name != "source"
-    ]
-    name = changed[0] if changed else "score"
+    now = score_settings(callback)
+    changed = [name for name in now if saved is not None and name != "source" and saved.get(name) != now[name]]
+    named = changed[0] if changed else "score"
+    was = f" (was {saved.get(named)!r})" if saved is not None else ""
+    keep = "Keep the settings of the checkpoint, or set" if saved is not None else "Set"
     raise ValueError(
-        f"{callback.label} resumes with {name}={plain(getattr(callback, name))!r} (was {saved.get(name)!r}), and its score is "
-        f"recorded while training, for at least {needed} whole epoch{'s' if needed > 1 else ''} before the first round. Keep "
-        f"the settings of the checkpoint, or set epoch to {next_epoch + needed} or later: until then all samples are trained "
-        "on."
+        f"{callback.label} resumes with {named}={now[named]!r}{was}, and the checkpoint has no record for this score, which "
+        f"takes at least {needed} whole epoch{'s' if needed > 1 else ''} of training before a round. {keep} epoch to "
+        f"{next_epoch + needed} or later; until then all samples are trained on."
     )
 
 

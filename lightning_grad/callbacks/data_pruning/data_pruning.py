@@ -202,6 +202,7 @@ class DataPruning(SubsetCallback):
         self._unaugmented: Any = None
         self._last_round = -1  # epoch
         self._choice_changed = False
+        self._goes_on = False  # with the scores, or their record, of a checkpoint
         self._foreign: dict[str, Any] | None = (
             None  # settings of the scores of a checkpoint, if they are of another kind
         )
@@ -339,6 +340,7 @@ class DataPruning(SubsetCallback):
         if state_dict["score_settings"] != score_settings(self):
             self._foreign = state_dict["score_settings"]
             return
+        self._goes_on = True
         self._choice_changed = state_dict["choice_settings"] != choice_settings(self)
         self._last_round = state_dict["last_round"]
         self._source.load_state_dict(state_dict["source"])
@@ -347,7 +349,7 @@ class DataPruning(SubsetCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._foreign is not None:
+        if not self._goes_on:
             next_epoch = trainer.current_epoch + trainer.fit_loop.restarted_mid_epoch
             refuse_unrecorded(self, self._foreign, next_epoch)
             self._source.begin(next_epoch)
