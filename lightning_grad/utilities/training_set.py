@@ -262,10 +262,11 @@ class TrainingSet:
 
     def _tell_sampler(self) -> None:
         sampler = self.sampler
-        if self._kept is not None and int(self._kept.max()) >= sampler.total:
+        last = -1 if self._kept is None else int(self._kept.max())
+        if last >= sampler.total:
             raise ValueError(
-                f"{self._needed_by} would train on the sample {int(self._kept.max())}, and the training set has {sampler.total} "
-                f"of them. {resume_advice(self._needed_by)}"
+                f"{self._needed_by} would train on the sample {last}, and the training set has {sampler.total} of them. "
+                f"{resume_advice(self._needed_by)}"
             )
         sampler.keep(self._kept, sampler.full_samples if self._fixed_steps else None)
         if self._kept is not None and not len(sampler):
