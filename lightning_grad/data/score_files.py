@@ -120,7 +120,7 @@ def score_path(path: str | os.PathLike[str]) -> Path:
         'el2n.npz'
     """
     found = Path(path)
-    if not found.name or found.name == ".." or found.is_dir():
+    if not found.name or found.name == ".." or os.path.isdir(path):
         raise ValueError(f"Scores are written to a file, and {os.fspath(path)!r} names a folder. Name a .npz file.")
     return found if found.suffix == ".npz" else found.with_name(f"{found.name}.npz")
 

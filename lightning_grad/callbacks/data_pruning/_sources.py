@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -137,7 +137,7 @@ class FileScores(ScoreSource):
     def check(self, label: str) -> None:
         """Raise if a file is missing or no score file, or if they do not go together."""
         for path in self._paths:
-            if not Path(path).exists():
+            if not os.path.exists(path):
                 raise FileNotFoundError(f"{label} finds no score file {path!r}.")
         average_scores(self._paths)
 
