@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import math
 import os
 import warnings
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_grad.data.damaged_files import ScoreFileError, errors_that_name, read_entries
 from lightning_grad.data.fingerprints import Fingerprint, fingerprint
 
 _FORMAT = 1
-_LONGEST_REASON = 200  # characters
 _SCORE_COLUMNS = ("score", "scores", "value", "values", "metric")
 _INDEX_COLUMNS = ("index", "idx", "id")
 _NAME_COLUMNS = ("name", "filename", "file", "path", "image")
@@ -197,63 +194,14 @@ def _numbers(entries: Mapping[str, Any], key: str, kinds: str) -> Tensor:
     return torch.from_numpy(array.astype(np.float64 if "f" in kinds else np.int64))
 
 
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged file makes libraries raise into one error that names the file."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except _ScoreFileError:
-        raise
-    except Exception as error:  # zipfile, zlib, numpy and csv have dozens of their own
-        reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
-        raise ValueError(
-            f"{path} is no score file, or a damaged one: it should be a .npz file of save_scores, or a .csv ({reason})."
-        ) from error
-
-
-class _ScoreFileError(ValueError):
-    """An error that already names the file."""
-
-
-def _entries_of(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        if len(members) != _promised_members(path, archive):
-            raise ValueError("its table of contents is damaged")  # which zipfile reads as far as it can
-        for member in members:
-            _refuse_promise(archive, member)
-    with np.load(path, allow_pickle=False) as file:
-        return {key: file[key] for key in file.files}
-
-
-def _promised_members(path: Path, archive: zipfile.ZipFile) -> int:
-    end = 22 + len(archive.comment)  # bytes of the last record, after PKWARE's specification of zip files, 4.3.16
-    with path.open("rb") as file:
-        file.seek(-end, os.SEEK_END)
-        return int.from_bytes(file.read(22)[10:12], "little")
-
-
-def _refuse_promise(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
-    """Raise if an array claims to be larger than its file: numpy would ask for all that memory first."""
-    with archive.open(member) as file:
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, _, dtype = read[np.lib.format.read_magic(file)](file)
-    if math.prod(shape) * dtype.itemsize > member.file_size:
-        raise ValueError(f"{member.filename} should have the shape {shape}, and is shorter")
-
-
 def _load_npz(path: Path) -> SampleScores:
-    with _named(path):
-        entries = _entries_of(path)
+    with errors_that_name(path):
+        entries = read_entries(path)
         missing = {"format", "scores", "index", "name"} - set(entries)
         if missing:
-            raise _ScoreFileError(f"{path} is no score file: it has no {', '.join(sorted(missing))}.")
+            raise ScoreFileError(f"{path} is no score file: it has no {', '.join(sorted(missing))}.")
         if int(entries["format"]) > _FORMAT:
-            raise _ScoreFileError(
+            raise ScoreFileError(
                 f"{path} was written by a later version of lightning-grad. Update lightning-grad to read it."
             )
         return _from_entries(entries)
@@ -278,7 +226,7 @@ def _positions(names: Sequence[str], dataset: Any) -> Tensor | None:
 
 
 def _load_csv(path: Path, dataset: Any) -> SampleScores:
-    with _named(path), path.open(newline="", encoding="utf-8-sig") as file:
+    with errors_that_name(path), path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         rows, columns = list(reader), list(reader.fieldnames or [])
     index, name = _column(columns, _INDEX_COLUMNS), _column(columns, _NAME_COLUMNS)
@@ -297,7 +245,7 @@ def _load_csv(path: Path, dataset: Any) -> SampleScores:
     if given is None and name is not None:
         given = _positions([row[name] for row in rows], dataset)
     title = path.stem if score.strip().lower() in _SCORE_COLUMNS else score.strip()
-    with _named(path):
+    with errors_that_name(path):
         return SampleScores(values, title, index=given)
 
 

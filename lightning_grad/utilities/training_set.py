@@ -7,23 +7,29 @@ counts right when the epoch's length changes (``epoch_length.py``); and takes ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from lightning_grad.data import PrunableBatchSampler
 from lightning_grad.data.borrowed_workers import can_borrow
 from lightning_grad.data.fingerprints import Fingerprint
-from lightning_grad.data.list_items import ListItems
 from lightning_grad.data.prunable_sampler import RecordedBatches
 from lightning_grad.data.sampler_keys import refuse_other_keys
 from lightning_grad.utilities.dispatch import wrap_method
 from lightning_grad.utilities.epoch_length import EpochLength, length_of
 from lightning_grad.utilities.known_data import mark_of, refuse_other_data, resume_advice
+from lightning_grad.utilities.training_loaders import (
+    items_of,
+    keys_of,
+    refuse_without_indices,
+    replace_sampler,
+    slot_of,
+)
 from lightning_grad.utilities.undo import UndoList
 
 _OWNER = "_lightning_grad_training_set"
@@ -106,7 +112,7 @@ class TrainingSet:
 
     def items(self, dataset: Any) -> Any:
         """Return a data set whose samples can be read one by one, if the loader reads lists of them at once."""
-        return _items(self.loader, dataset)
+        return items_of(self.loader, dataset)
 
     @property
     def is_whole_batch(self) -> bool:
@@ -118,7 +124,7 @@ class TrainingSet:
     def _expect(self, inner: Callable[[], Any]) -> Any:
         # An error in here would leave torch's DataLoader patched by Lightning for the rest of the process.
         loaders = inner()
-        keys = list(_keys_of(loaders.iterables if isinstance(loaders, CombinedLoader) else loaders))
+        keys = list(keys_of(loaders.iterables if isinstance(loaders, CombinedLoader) else loaders))
         self._waiting, self._keys = keys, list(keys)
         return loaders
 
@@ -148,8 +154,8 @@ class TrainingSet:
         return processed
 
     def _install(self, loader: Any) -> None:
-        _refuse(loader, self._needed_by)
-        original = getattr(loader, _slot_of(loader))
+        refuse_without_indices(loader, self._needed_by)
+        original = getattr(loader, slot_of(loader))
         if isinstance(original, PrunableBatchSampler):
             original = original.original
         sampler = PrunableBatchSampler(original, len(loader.dataset), self._needed_by)
@@ -170,7 +176,7 @@ class TrainingSet:
                 "on a torch.utils.data.Subset instead."
             )
         self._give_back()
-        _replace(loader, sampler)
+        replace_sampler(loader, sampler)
         self._loader, self._sampler = loader, sampler
         if self._begun:
             self._tell_sampler()
@@ -186,14 +192,14 @@ class TrainingSet:
         if not self._remembers or (self._loader is not None and loader.dataset is self._loader.dataset):
             return
         if self._loader is not None:
-            refuse_other_data(self.mark, _items(loader, loader.dataset), self._needed_by, reloaded=True)
+            refuse_other_data(self.mark, items_of(loader, loader.dataset), self._needed_by, reloaded=True)
         elif self._known is not None:
             self._known = refuse_other_data(
-                self._known, _items(loader, loader.dataset), self._needed_by, reloaded=False
+                self._known, items_of(loader, loader.dataset), self._needed_by, reloaded=False
             )
         elif getattr(self._trainer, "reload_dataloaders_every_n_epochs", 0):
             # Now, as the same memory may hold other samples by then.
-            self._known = mark_of(_items(loader, loader.dataset))
+            self._known = mark_of(items_of(loader, loader.dataset))
 
     @property
     def mark(self) -> Fingerprint:
@@ -214,7 +220,7 @@ class TrainingSet:
 
     def _give_back(self) -> None:
         if self._loader is not None:
-            _replace(self._loader, self.sampler.original)
+            replace_sampler(self._loader, self.sampler.original)
 
     def _around_loading(self, inner: Callable[[], None]) -> None:
         # A pruned epoch may be shorter than a val_check_interval that was right for the whole one, which Lightning refuses
@@ -385,60 +391,6 @@ class TrainingSet:
             if loader is self._loader and isinstance(drawing, RecordedBatches):
                 return drawing
         return self.sampler.latest
-
-
-def _keys_of(loaders: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the key of every loader of a collection, in the order in which Lightning processes them."""
-    children: Sequence[tuple[str, Any]] | None = None
-    if isinstance(loaders, Mapping):
-        children = [(str(key), child) for key, child in loaders.items()]
-    elif isinstance(loaders, (list, tuple)):
-        children = [(str(position), child) for position, child in enumerate(loaders)]
-    if children is None:
-        yield ".".join(path)
-        return
-    for key, child in children:
-        yield from _keys_of(child, (*path, key))
-
-
-def _refuse(loader: Any, needed_by: str) -> None:
-    if not isinstance(loader, DataLoader):
-        raise TypeError(
-            f"{needed_by} needs a torch DataLoader for training, whose batch sampler tells the indices of a batch; got "
-            f"{type(loader).__name__}."
-        )
-    if isinstance(loader.dataset, IterableDataset):
-        raise TypeError(
-            f"{needed_by} needs a data set with __len__ and __getitem__: the samples of the IterableDataset "
-            f"{type(loader.dataset).__name__} have no index by which one could be left out."
-        )
-    if loader.batch_sampler is None and not isinstance(getattr(loader.sampler, "batch_size", None), int):
-        raise TypeError(
-            f"{needed_by} needs batches of indices, and with batch_size=None {type(loader.sampler).__name__} yields one index "
-            "at a time. Give the DataLoader a batch_size or a batch_sampler, or a BatchSampler as its sampler, for a data set "
-            "that takes lists of indices."
-        )
-    if not getattr(loader, "in_order", True):
-        raise TypeError(
-            f"{needed_by} must know which samples are in a batch, and DataLoader(in_order=False) does not keep their order. "
-            "Leave in_order at True."
-        )
-
-
-def _items(loader: DataLoader[Any], dataset: Any) -> Any:
-    return ListItems(dataset) if loader.batch_sampler is None else dataset
-
-
-def _slot_of(loader: DataLoader[Any]) -> str:
-    """Return which attribute yields lists of indices; with ``batch_size=None`` it is the sampler."""
-    return "sampler" if loader.batch_sampler is None else "batch_sampler"
-
-
-def _replace(loader: DataLoader[Any], sampler: Any) -> None:
-    # DataLoader refuses to set it. Persistent workers draw from the sampler that they were started with.
-    loader.__dict__[_slot_of(loader)] = sampler
-    if loader._iterator is not None:
-        loader._iterator = None
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

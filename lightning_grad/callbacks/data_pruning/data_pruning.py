@@ -8,10 +8,8 @@ Scores, selection and score files are functions, in ``functional/data_scores.py`
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -21,10 +19,11 @@ from typing_extensions import override
 
 from lightning_grad.callbacks._loss_tap import read_losses
 from lightning_grad.callbacks._scoring import Measure, look_at_all
-from lightning_grad.callbacks.data_pruning._arguments import check_settings, read_rounds
+from lightning_grad.callbacks.data_pruning._arguments import check_settings, read_rounds, warn_of_risks
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score
 from lightning_grad.callbacks.data_pruning._report import report
 from lightning_grad.callbacks.data_pruning._resume import choice_settings, refuse_unrecorded, score_settings
+from lightning_grad.callbacks.data_pruning._score_file import ScoreFile
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
 from lightning_grad.callbacks.data_pruning._sources import (
     CHANCE,
@@ -34,19 +33,16 @@ from lightning_grad.callbacks.data_pruning._sources import (
     source_of,
 )
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
-from lightning_grad.data import SampleScores, fingerprint, save_scores
+from lightning_grad.data import SampleScores, fingerprint
 from lightning_grad.data.random_streams import generators_kept
-from lightning_grad.data.score_files import check_writable
 from lightning_grad.functional import LossCall, count_kept, select_samples
 from lightning_grad.utilities.checks import (
     refuse_manual_optimization,
     refuse_sharded,
 )
 from lightning_grad.utilities.parameters import as_names
-from lightning_grad.utilities.reporting import log_file, output_folder
 
 _EPOCH = 10
-_TOO_MUCH = 0.6
 
 
 class DataPruning(SubsetCallback):
@@ -202,10 +198,8 @@ class DataPruning(SubsetCallback):
         self._unaugmented: Any = None
         self._last_round = -1  # epoch
         self._choice_changed = False
-        self._goes_on = False  # with the scores, or their record, of a checkpoint
-        self._foreign: dict[str, Any] | None = (
-            None  # settings of the scores of a checkpoint, if they are of another kind
-        )
+        self._goes_on = False  # with the scores of a checkpoint, or what was recorded for them
+        self._foreign: dict[str, Any] | None = None  # what a checkpoint's scores depend on, if they are of another kind
         self._source = source_of(
             self.score,
             self.score_fn,
@@ -279,7 +273,8 @@ class DataPruning(SubsetCallback):
             refuse_sharded(trainer, f"{self.label}(score={self.score!r})")
         if isinstance(self._source, FileScores):
             self._source.check(self.label)
-        self._refuse_unwritable(trainer)
+        if self._writes_scores:
+            self._score_file.check(trainer, self._rounds[-1][0])
         self._refuse_unreached(trainer, self._rounds[0][0], "prune")
         late = [
             epoch for epoch, _ in self._rounds if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch
@@ -288,35 +283,9 @@ class DataPruning(SubsetCallback):
             rank_zero_warn(
                 f"{self.label} has rounds that never come: max_epochs={trainer.max_epochs}, epoch={self.epoch}."
             )
-        self._warn()
+        warn_of_risks(self, self._rounds)
         if isinstance(self._source, HistoryScores):
             self._undo.push(read_losses(pl_module, self._read, self.loss, lambda: len(self._indices)))
-
-    def _refuse_unwritable(self, trainer: pl.Trainer) -> None:
-        fault = None
-        if trainer.is_global_zero and self.save_scores is not None and self._writes_scores:
-            try:
-                check_writable(self._numbered(Path(self.save_scores), self._rounds[-1][0]))
-            except (OSError, ValueError) as error:
-                fault = f"{self.label} cannot write save_scores={self.save_scores!r}: {error}. Name a file that it can write."
-        if self.save_scores is not None:
-            fault = trainer.strategy.broadcast(fault)  # else the other ranks would wait for the first
-        if fault is not None:
-            raise ValueError(fault)
-
-    def _warn(self) -> None:
-        if self._rounds[0][0] == 0 and self._source.runs_the_step and self.keep != "random":
-            rank_zero_warn(
-                f"{self.label}(score={self.score!r}) scores at initialisation, before the module has learnt anything. Scores "
-                "taken there hardly agree with later ones; GraNd follows the norm of the input (arXiv 2303.14753). Set epoch "
-                "to some epochs of training."
-            )
-        most = max(share for _, share in self._rounds)
-        if most > _TOO_MUCH and self.keep == "hard" and self.select == "top":
-            rank_zero_warn(
-                f"{self.label} keeps only the hardest {100 * (1 - most):.0f} % of the samples. At such rates the "
-                "hardest alone do worse than a random choice (arXiv 2210.15809): use select='ccs', or RepeatedRandomSubset."
-            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -484,22 +453,17 @@ class DataPruning(SubsetCallback):
                 f"{self.label} scores samples that differ each time they are read, as augmentation makes them. Give "
                 "score_dataset=, a function of the trainer that returns the training set without it."
             )
-        folder = output_folder(trainer)
-        stem = "_".join(part for part in ("scores", self.name, f"epoch{scored.epoch}") if part)
-        stem = re.sub(r"[^\w.-]+", "_", stem, flags=re.ASCII)  # a name of files and of artifacts
-        path = None if folder is None else folder / f"{stem}.npz"
-        if self.save_scores is not None:
-            path = self._numbered(Path(self.save_scores), scored.epoch)
-        if path is not None and self._writes_scores and trainer.is_global_zero:
+        if self._writes_scores:
             scores = SampleScores(scored.values, scored.name, scored.epoch, self.seed, mark, scored.labels)
-            log_file(trainer, save_scores(scores, path), stem, "scores")
+            self._score_file.write(trainer, scores, scored.epoch)
 
     @property
     def _writes_scores(self) -> bool:
         return not self.score_files and self._source.name != CHANCE
 
-    def _numbered(self, path: Path, epoch: int) -> Path:
-        return path if len(self._rounds) == 1 else path.with_stem(f"{path.stem}_epoch{epoch}")
+    @property
+    def _score_file(self) -> ScoreFile:
+        return ScoreFile(self.label, self.name, self.save_scores, several=len(self._rounds) > 1)
 
     # A batch is trained on.
 
