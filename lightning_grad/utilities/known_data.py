@@ -10,6 +10,7 @@ from lightning_grad.data import fingerprint
 from lightning_grad.data.fingerprints import Fingerprint
 from lightning_grad.data.list_items import ListItems
 
+_SAMPLES = 16  # items may be slow to read; those of score files, which travel further, are more
 _WORDS = (
     "{who} knows samples by their index, and the training set {name}, {when}, holds other samples than {before}. "
     "Not the same: {what}. {advice}"
@@ -31,7 +32,7 @@ def mark_of(dataset: Any) -> Fingerprint:
     that workers started later do not share them.
     """
     try:
-        return fingerprint(_copied(dataset))
+        return fingerprint(_copied(dataset), _SAMPLES)
     except Exception:  # of the user's data set, which may be made to be read by workers only
         return replace(fingerprint(dataset, samples=0), items=None)
 

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_grad.data.list_items import ListItems
+
+_BATCHES = (
+    "Give the DataLoader a batch_size or a batch_sampler, or a BatchSampler as its sampler, for a data set that takes lists "
+    "of indices."
+)
+_BY_RANK = (
+    "If the Trainer put it in the place of a BatchSampler, set use_distributed_sampler=False and make the sampler yourself: "
+    "BatchSampler(DistributedSampler(data), size, drop_last)."
+)
 
 
 def keys_of(loaders: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
@@ -41,10 +50,11 @@ def refuse_without_indices(loader: Any, needed_by: str) -> None:
             f"{type(loader.dataset).__name__} have no index by which one could be left out."
         )
     if loader.batch_sampler is None and not isinstance(getattr(loader.sampler, "batch_size", None), int):
+        shared = isinstance(loader.sampler, DistributedSampler)
+        found = f"{type(loader.sampler).__name__}, which has no batch_size"
         raise TypeError(
-            f"{needed_by} needs batches of indices, and with batch_size=None {type(loader.sampler).__name__} yields one index "
-            "at a time. Give the DataLoader a batch_size or a batch_sampler, or a BatchSampler as its sampler, for a data set "
-            "that takes lists of indices."
+            f"{needed_by} needs batches of indices, and the sampler of DataLoader(batch_size=None) is {found}. "
+            f"{_BY_RANK if shared else _BATCHES}"
         )
     if not getattr(loader, "in_order", True):
         raise TypeError(

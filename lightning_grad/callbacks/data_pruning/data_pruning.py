@@ -105,7 +105,7 @@ class DataPruning(SubsetCallback):
             for manual optimization (unless nothing has to be scored in a pass), a gradient score with sharded parameters, an
             epoch that never comes, another technique that chooses samples. After the first batch, if the loss cannot be
             seen or does not suit the score: one batch is scored to find out.
-        TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
+        TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
         FileNotFoundError: In setup, if a score file is missing. One that is damaged, or belongs to another data set, raises a
             ValueError before the first batch, and so does a ``save_scores`` that cannot be written.
 
@@ -231,12 +231,10 @@ class DataPruning(SubsetCallback):
     @property
     @override
     def _plan(self) -> str:
-        by = "at random" if self.keep == "random" else f"by {self._source.name}"
-        steps = [
-            f"after {epoch} epochs, keeps {100 * (1 - share):g} % of the samples, chosen {by}"
-            for epoch, share in self._rounds
-        ]
-        return "; then, ".join(steps)
+        by = "chosen at random" if self.keep == "random" else f"by {self._source.name}"
+        steps = [f"on {100 * (1 - share):g} % of the samples from epoch {epoch} on" for epoch, share in self._rounds]
+        first = [] if self._rounds[0][0] == 0 else ["on all samples at first"]
+        return f"trains {', '.join([*first, *steps])} ({by})"
 
     @property
     @override

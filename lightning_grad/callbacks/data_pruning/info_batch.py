@@ -48,7 +48,7 @@ class InfoBatch(SubsetCallback):
     Raises:
         ValueError: In the constructor for a share outside its range. In setup for manual optimization, or another technique
             that chooses or weighs samples. In the first step if the loss cannot be seen.
-        TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
+        TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
     **Hooks.** As :class:`DataPruning`; losses are read and weighted inside ``training_step``, before its backward. What the
     step logs as its loss is the weighted one.

@@ -29,7 +29,7 @@ class RepeatedRandomSubset(SubsetCallback):
 
     Raises:
         ValueError: In the constructor for a share outside its range. In setup if another technique chooses samples.
-        TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
+        TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
     **Hooks.** As :class:`DataPruning`, without scores.
 

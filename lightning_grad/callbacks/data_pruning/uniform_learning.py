@@ -38,7 +38,7 @@ class UniformLearning(SubsetCallback):
         ValueError: In the constructor for numbers below their least. In setup for manual optimization, an epoch that never
             comes, or another technique that chooses samples. After the first batch, if the loss is none of one class a
             sample: one batch is looked at to find out.
-        TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
+        TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
     **Hooks.** As :class:`DataPruning`. Epochs become longer; schedules that step with batches are held back so that they
     end where they should.

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -124,8 +125,49 @@ def test_score_files_know_the_data_set_again(tmp_path: Path) -> None:
 
 def test_a_sampler_of_single_indices_is_refused_and_the_way_out_works() -> None:
     cells = Cells()
-    with pytest.raises(
-        TypeError, match=r"with batch_size=None RandomSampler yields one index at a time.* BatchSampler as"
-    ):
+    with pytest.raises(TypeError, match=r"is RandomSampler, which has no batch_size.* BatchSampler as"):
         weights([InfoBatch()], DataLoader(cells, batch_size=None, sampler=RandomSampler(cells)))
     weights([InfoBatch()], DataLoader(cells, batch_size=None, sampler=BatchSampler(RandomSampler(cells), BATCH, False)))
+
+
+class Ranks(pl.LightningModule):
+    """Loads its data when the ranks are known, and notes what its batches hold."""
+
+    def __init__(self, by_hand: bool, folder: Path) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(16, 4)
+        self.by_hand, self.folder = by_hand, folder
+        self.seen: list[list[float]] = []
+
+    def train_dataloader(self) -> Any:
+        cells = Cells()
+        sampler: Any = RandomSampler(cells)
+        if self.by_hand:
+            ranks = self.trainer.world_size, self.trainer.global_rank
+            sampler = torch.utils.data.DistributedSampler(cells, *ranks)  # type: ignore[arg-type]
+        return DataLoader(cells, batch_size=None, sampler=BatchSampler(sampler, BATCH, False))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen.append(batch[0][:, 0, 0].tolist())
+        return torch.nn.functional.cross_entropy(self.layer(batch[0].mean(1)), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def on_train_end(self) -> None:
+        torch.save(self.seen, self.folder / f"{self.trainer.global_rank}.pt")
+
+
+def test_two_ranks_are_told_how_to_share_the_samples(tmp_path: Path) -> None:
+    def fit(by_hand: bool, **arguments: Any) -> Any:
+        trainer = make_trainer(
+            callbacks=[RepeatedRandomSubset()], max_epochs=1, strategy="ddp_fork", devices=2, **arguments
+        )
+        trainer.fit(Ranks(by_hand, tmp_path))
+
+    with pytest.raises(Exception, match=r"use_distributed_sampler=False.*BatchSampler\(DistributedSampler\(data"):
+        fit(by_hand=False)
+    fit(by_hand=True, use_distributed_sampler=False)
+    one, other = ([x for batch in torch.load(tmp_path / f"{rank}.pt") for x in batch] for rank in (0, 1))
+    assert len(one) == len(other) == 12
+    assert not set(one) & set(other)
