@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch.utils.data import (
 from lightning_grad.data.random_streams import random_streams_kept
 
 _LONGEST = 60  # characters of a key that are shown
+_MOST_READ = 10_000_000  # keys of one epoch, for the time that it takes
 
 
 class KeyReader:
@@ -34,6 +34,7 @@ class KeyReader:
         needed_by: Who asks, for errors.
 
     Example:
+        >>> import torch
         >>> reader = KeyReader(4, [], "Pruning")
         >>> reader.batch([2, torch.tensor(3)]), reader.batch(torch.tensor([0, 1]))
         ([2, 3], [0, 1])
@@ -91,7 +92,7 @@ yield these integers, and let the data set's __getitem__ look up what belongs to
         )
 
 
-def refuse_other_keys(original: Any, dataset: Any, needed_by: str) -> None:
+def refuse_other_keys(original: Any, dataset: Any, needed_by: str, shared: Sequence[Any] = ()) -> None:
     """Raise if a batch sampler yields anything but indices of a data set.
 
     What samplers of torch yield is known. Of others a copy is asked for an epoch: random streams, and the sampler itself,
@@ -101,6 +102,7 @@ def refuse_other_keys(original: Any, dataset: Any, needed_by: str) -> None:
         original: The batch sampler.
         dataset: The data set.
         needed_by: Who asks, for errors.
+        shared: What the sampler may know and is not copied with it, as is the data set.
 
     Raises:
         TypeError: If a key is no integer.
@@ -112,8 +114,8 @@ def refuse_other_keys(original: Any, dataset: Any, needed_by: str) -> None:
     if known is not None:
         reader.batch(known)
         return
-    for batch in _epoch_of_copy(original, dataset):
-        reader.batch(batch)
+    with random_streams_kept():
+        _read_copy(reader, original, {id(part): part for part in (*_chain(dataset), *shared)})
 
 
 def _known_keys(sampler: Any) -> Sequence[int] | None:
@@ -132,15 +134,20 @@ def _known_keys(sampler: Any) -> Sequence[int] | None:
     return [length - 1] if length else []
 
 
-def _epoch_of_copy(original: Any, dataset: Any) -> Iterator[Any]:
-    shared = {id(part): part for part in _chain(dataset)}  # a data set is not copied, however large
-    with random_streams_kept():
+def _read_copy(reader: KeyReader, original: Any, shared: dict[int, Any]) -> None:
+    try:
+        batches = iter(copy.deepcopy(original, shared))
+    except Exception:  # it holds a file, or a lock
+        return
+    read = 0
+    for _ in range(len(original)):
         try:
-            batches = iter(copy.deepcopy(original, shared))
-            limited = list(islice(batches, len(original)))
+            batch = next(batches)
         except Exception:  # of the user's sampler: when it is drawn from in earnest, it raises again
             return
-    yield from limited
+        read += len(reader.batch(batch))
+        if read > _MOST_READ:
+            return
 
 
 def _chain(dataset: Any) -> Iterator[Any]:

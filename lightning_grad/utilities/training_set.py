@@ -159,14 +159,15 @@ class TrainingSet:
         if isinstance(original, PrunableBatchSampler):
             original = original.original
         sampler = PrunableBatchSampler(original, len(loader.dataset), self._needed_by)
-        if self._sampler is None:
-            refuse_other_keys(original, loader.dataset, self._needed_by)
         if self._trainer.world_size > 1 and not sampler.shares_are_known:
             raise TypeError(
                 f"{self._needed_by} cannot tell which samples each of {self._trainer.world_size} ranks draws from "
                 f"{type(original).__name__}({type(sampler.sampler).__name__}). Use a sampler of torch.utils.data, or one "
                 "process."
             )
+        if self._sampler is None:
+            known = [getattr(self._trainer, name, None) for name in ("lightning_module", "datamodule")]
+            refuse_other_keys(original, loader.dataset, self._needed_by, [self._trainer, *known])
         self._refuse_other_length(sampler.total)
         self._compare_data(loader)
         if not sampler.shares_are_known and sampler.full_samples < sampler.total:

@@ -184,6 +184,36 @@ def test_looking_at_a_sampler_leaves_no_trace(wrapped: bool) -> None:
     assert drawn(look=True) == drawn(look=False)
 
 
+class Knowing(Plan):
+    """Knows what must not be copied."""
+
+    def __init__(self, keys: list[Any]) -> None:
+        super().__init__(keys)
+        self.trainer = NotCopied()
+
+
+def test_what_a_sampler_knows_of_the_run_is_not_copied() -> None:
+    sampler = Knowing(["a"])
+    with pytest.raises(TypeError, match="Knowing yields 'a'"):
+        refuse_other_keys(BatchSampler(sampler, 4, False), range(TOTAL), "Pruning", [sampler.trainer])
+
+
+class Endless(Sampler[int]):
+    """Has more keys in an epoch than memory could hold."""
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            yield 3
+
+    def __len__(self) -> int:
+        return 10**15
+
+
+def test_a_sampler_without_end_is_read_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_grad.data.sampler_keys._MOST_READ", 1000)
+    refuse_other_keys(BatchSampler(Endless(), 4, False), range(TOTAL), "Pruning")
+
+
 class Locked(Plan):
     """Cannot be copied."""
 

@@ -112,8 +112,10 @@ class SubsetCallback(GradCallback):
             return
         self._kept, self._samples_seen = state_dict["kept"], state_dict["samples_seen"]
         self._fixed_steps = state_dict["fixed_steps"]
-        if state_dict["data"] is not None and self._remembers_samples and self._training_set is not None:
-            self._training_set.expect(Fingerprint(**state_dict["data"]))
+        if state_dict["data"] is not None and self._remembers_samples:
+            assert self._training_set is not None
+            self._mark = Fingerprint(**state_dict["data"])
+            self._training_set.expect(self._mark)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
