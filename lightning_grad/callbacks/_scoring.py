@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_grad.callbacks._quiet import generators_kept, quiet
+from lightning_grad.callbacks._quiet import quiet
+from lightning_grad.data.borrowed_workers import BorrowedWorkers
+from lightning_grad.data.random_streams import generators_kept
 from lightning_grad.functional import LossCall, LossCapture, PerSampleGradientNorms
 from lightning_grad.utilities.batches import copy_of
 from lightning_grad.utilities.checks import is_sharded
@@ -163,10 +165,10 @@ def look_at_all(
     # A step may talk to the other ranks, so that all must run it equally often; rank 0 has most samples.
     most = math.ceil(math.ceil(len(population) / trainer.world_size) / batch_size)
     batches = chunks[:1] if rehearsal else [*chunks, *chunks[:1] * (most - len(chunks))]
-    loader = _scoring_loader(training_set.loader, dataset, batches, seed, in_main_process=rehearsal)
+    loader = _scoring_loader(training_set, dataset, batches, seed, in_main_process=rehearsal)
     found = _Found(training_set.sampler.total, trainer.strategy.root_device)
     memory: dict[str, Any] = {}
-    with quiet(trainer, pl_module, advice=_SCORE_FN), generators_kept(loader.dataset):
+    with quiet(trainer, pl_module, advice=_SCORE_FN), generators_kept([loader.dataset, training_set.loader.collate_fn]):
         _seed_streams(seed)
         for number, batch in enumerate(loader if rehearsal else _with_progress(loader, title, trainer)):
             batch = _to_device(trainer, batch)
@@ -222,8 +224,12 @@ _INFINITE = 1e30  # stands for an infinity in a sum over ranks
 
 
 def _scoring_loader(
-    loader: DataLoader[Any], dataset: Any, chunks: list[list[int]], seed: int, in_main_process: bool
-) -> DataLoader[Any]:
+    training_set: TrainingSet, dataset: Any, chunks: list[list[int]], seed: int, in_main_process: bool
+) -> DataLoader[Any] | BorrowedWorkers:
+    loader = training_set.loader
+    is_own = dataset is None or dataset is loader.dataset
+    if not in_main_process and is_own and training_set.has_idle_workers:
+        return BorrowedWorkers(loader, chunks, seed)
     workers: dict[str, Any] = {}
     if not in_main_process:
         workers = {
@@ -233,9 +239,13 @@ def _scoring_loader(
             "multiprocessing_context": loader.multiprocessing_context,
             "prefetch_factor": loader.prefetch_factor,
         }
+    # With batch_size=None the data set itself takes lists of indices.
+    batches: dict[str, Any] = {"batch_sampler": chunks}
+    if loader.batch_sampler is None:
+        batches = {"batch_size": None, "sampler": chunks}
     return DataLoader(
         loader.dataset if dataset is None else dataset,
-        batch_sampler=chunks,
+        **batches,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         generator=torch.Generator().manual_seed(seed),
@@ -249,11 +259,12 @@ def _seed_streams(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _with_progress(loader: DataLoader[Any], title: str, trainer: pl.Trainer) -> Iterator[Any]:
+def _with_progress(loader: DataLoader[Any] | BorrowedWorkers, title: str, trainer: pl.Trainer) -> Iterator[Any]:
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    yield from tqdm(loader, desc=title, leave=False, disable=not shown)
+    # Its iterator, and not the loader: tqdm would iterate twice, and start workers twice.
+    yield from tqdm(iter(loader), desc=title, total=len(loader), leave=False, disable=not shown)
 
 
 def _to_device(trainer: pl.Trainer, batch: Any) -> Any:

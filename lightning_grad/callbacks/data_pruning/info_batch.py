@@ -50,7 +50,7 @@ class InfoBatch(SubsetCallback):
     Raises:
         ValueError: In the constructor for a share outside its range. In setup for manual optimization, or another technique
             that chooses or weighs samples. In the first step if the loss cannot be seen.
-        TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
+        TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
     **Hooks.** As :class:`DataPruning`; losses are read and weighted inside ``training_step``, before its backward. What the
     step logs as its loss is the weighted one.
@@ -106,6 +106,26 @@ class InfoBatch(SubsetCallback):
         self._weights: Tensor | None = None
         self._record = EpochRecord()
 
+    @property
+    @override
+    def _plan(self) -> str:
+        if self.prune == 0.0:
+            return "trains on all samples (prune=0)"
+        return (
+            f"drops {100 * self.prune:g} % of the samples of low loss in each epoch but the first, until "
+            f"{100 * self.stop:g} % of the run"
+        )
+
+    @property
+    @override
+    def _remembers_samples(self) -> bool:
+        return self.prune > 0.0
+
+    @property
+    @override
+    def _holds_samples(self) -> bool:
+        return super()._holds_samples or self._losses is not None or self._record.values is not None
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -127,9 +147,13 @@ class InfoBatch(SubsetCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if self._fitting:
-            self._losses, self._weights = state_dict["losses"], state_dict["weights"]
-            self._record.values = state_dict["epoch_values"]
+        if not self._fitting:
+            return
+        self._weights = state_dict["weights"]  # of an epoch that goes on, also where settings changed
+        if state_dict["settings"]["loss"] == self.loss:
+            self._losses, self._record.values = state_dict["losses"], state_dict["epoch_values"]
+        elif state_dict["losses"] is not None:
+            self._say("has no losses of this kind yet, and trains on all samples until each has one")
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -173,7 +197,7 @@ class InfoBatch(SubsetCallback):
 
     def _weigh(self, call: LossCall) -> Tensor | None:
         assert self._training_set is not None
-        if self.prune == 0.0:
+        if self.prune == 0.0 and self._weights is None:
             return None
         self._record.put(self._indices, call.losses, self._training_set.sampler.total)
         if self._weights is None:

@@ -134,6 +134,13 @@ class LossReweighting(GradCallback):
             self._undo.push(reweight_losses(pl_module, self._weigh, self.label, self.loss))
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if math.isinf(self.temperature):
+            self._say("weights no samples (temperature=inf)")
+        else:
+            self._say(f"weights the samples of each batch by their losses (rule={self.rule!r})")
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Without a known end, which raises, the temperature would never fall.
         if math.isfinite(self.temperature) and total_steps(trainer, self.label, self.total_steps) is None:
@@ -183,7 +190,5 @@ class LossReweighting(GradCallback):
 def _batch_size(trainer: pl.Trainer) -> int:
     """Return the batch size of the training loader, 0 if there are several or it has none."""
     loader = trainer.train_dataloader
-    batch_size = getattr(loader, "batch_size", None) or getattr(
-        getattr(loader, "batch_sampler", None), "batch_size", None
-    )
-    return batch_size if isinstance(batch_size, int) else 0
+    owners = (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
+    return next((size for owner in owners if isinstance(size := getattr(owner, "batch_size", None), int)), 0)

@@ -38,7 +38,7 @@ class UniformLearning(SubsetCallback):
         ValueError: In the constructor for numbers below their least. In setup for manual optimization, an epoch that never
             comes, or another technique that chooses samples. After the first batch, if the loss is none of one class a
             sample: one batch is looked at to find out.
-        TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
+        TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
     **Hooks.** As :class:`DataPruning`. Epochs become longer; schedules that step with batches are held back so that they
     end where they should.
@@ -87,7 +87,25 @@ class UniformLearning(SubsetCallback):
 
     def _clear(self) -> None:
         super()._clear()
-        self._found = False
+        self._repeated: Tensor | None = None  # as found
+        self._found_in: int | None = None  # epoch
+
+    @property
+    @override
+    def _plan(self) -> str:
+        if self.repeats == 0:
+            return "repeats no samples (repeats=0)"
+        return f"trains on all samples for {self.epoch} epochs, then repeats those whose features are not learnt yet"
+
+    @property
+    @override
+    def _remembers_samples(self) -> bool:
+        return self.repeats > 0
+
+    @property
+    @override
+    def _holds_samples(self) -> bool:
+        return super()._holds_samples or self._repeated is not None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -102,18 +120,20 @@ class UniformLearning(SubsetCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "found": self._found}
+        return {**super().state_dict(), "repeated": self._repeated, "found_in": self._found_in}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if self._fitting:
-            self._found = state_dict["found"]
+        saved, found_in = state_dict["settings"], state_dict["found_in"]
+        found_alike = all(saved[name] == getattr(self, name) for name in ("loss", "seed"))
+        if self._fitting and found_alike and found_in is not None and found_in >= self.epoch:
+            self._repeated, self._found_in = state_dict["repeated"], found_in
 
     @override
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._refuse_unreached_steps(trainer, self.epoch, "cluster")
-        if not self._found and self.repeats:
+        if self._repeated is None and self.repeats:
             self._look(trainer, pl_module, rehearsal=True)
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rehearsal: bool = False) -> dict[str, Tensor]:
@@ -123,20 +143,25 @@ class UniformLearning(SubsetCallback):
 
     @override
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
-        if self._found or self.repeats == 0 or trainer.current_epoch < self.epoch:
-            return self._kept
-        self._found = True
+        if self.repeats == 0 or trainer.current_epoch < self.epoch:
+            return None
+        if self._repeated is None:
+            self._repeated, self._found_in = self._find(trainer, pl_module), trainer.current_epoch
         assert self._training_set is not None
-        found = self._look(trainer, pl_module)
         sampler = self._training_set.sampler
-        population = sampler.population
-        outputs, losses, labels = (found[key][population] for key in ("outputs", "losses", "labels"))
-        repeated = population[uniform_learning_repeats(outputs, losses, labels.long(), self.seed)]
-        rank_zero_info(f"{self.label} repeats {len(repeated)} of {len(population)} samples.")
-        chosen = torch.cat([population, *[repeated] * self.repeats])
+        chosen = torch.cat([sampler.population, *[self._repeated] * self.repeats])
         size, more = len(chosen), len(chosen) + 1
         leaves_one = round_up_count(size, more, sampler.batch_size, sampler.ranks, sampler.drop_last) != size
         return chosen[:-1] if leaves_one else chosen  # BatchNorm fails on a last batch of one
+
+    def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor:
+        assert self._training_set is not None
+        found = self._look(trainer, pl_module)
+        population = self._training_set.sampler.population
+        outputs, losses, labels = (found[key][population] for key in ("outputs", "losses", "labels"))
+        repeated = population[uniform_learning_repeats(outputs, losses, labels.long(), self.seed)]
+        rank_zero_info(f"{self.label} repeats {len(repeated)} of {len(population)} samples.")
+        return repeated
 
 
 def _outputs(look: Look) -> Mapping[str, Tensor]:
