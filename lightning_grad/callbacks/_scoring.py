@@ -16,15 +16,25 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_grad.callbacks._quiet import generators_kept, quiet
+from lightning_grad.callbacks._whole_step import refuse_rest
 from lightning_grad.functional import LossCall, LossCapture, PerSampleGradientNorms
+from lightning_grad.functional._whole_loss import WholeLossCapture
 from lightning_grad.utilities.checks import is_sharded
 from lightning_grad.utilities.training_set import TrainingSet
 
 Measure = Callable[["Look"], Mapping[str, Tensor]]
+
+
+SCORE_FN = "give score_fn=, which takes the module and a batch and returns the scores"
+
+
+class SkippedBatchError(Exception):
+    """The step returned nothing for a batch, as it does for one that Lightning is to train nothing on."""
 
 
 @dataclass
@@ -38,7 +48,9 @@ class Look:
         total: Length of the data set.
         run: Runs ``training_step`` on it.
         memory: What a measure wants to keep from batch to batch.
-        which: Which loss of the step, if it has several.
+        which: Which loss of the step counts, whatever else it computes. By default the one whose mean the step returns.
+        label: Who looks, for errors.
+        way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
     """
 
     pl_module: pl.LightningModule
@@ -48,9 +60,18 @@ class Look:
     run: Callable[[], object]
     memory: dict[str, Any] = field(default_factory=dict)
     which: int | None = None
+    label: str = "The score"
+    way_out: str = SCORE_FN
 
     def loss(self, keep_graph: bool = False) -> LossCall:
-        """Run the step and return the call of its loss."""
+        """Run the step and return the call of its loss.
+
+        Raises:
+            SkippedBatchError: If the step returns nothing.
+            RuntimeError: If no loss is seen, or only a part of it.
+        """
+        if self.which is None and "whole" not in self.memory:
+            return self._whole_loss()
         which = self.which if self.which is not None else self.memory.get("which")
         capture = self._captured(keep_graph)
         several = len(capture.calls) + len(capture.unread) > 1
@@ -60,12 +81,30 @@ class Look:
             which = self.memory["which"] = found.calls.index(found.only())
         return capture.only(which)
 
+    def _whole_loss(self) -> LossCall:
+        """Return the loss of the first batch that has one, after a look at what else the step's loss consists of."""
+        capture = WholeLossCapture(self.pl_module, len(self.indices), way_out=self.way_out)
+        with torch.enable_grad(), capture:
+            output = self._run()
+        call = capture.only()
+        refuse_rest(capture, call, output, self.label, self.way_out)
+        self.memory["whole"] = True
+        if len(capture.calls) + len(capture.unread) > 1:
+            self.memory["which"] = capture.calls.index(call)
+        return call
+
+    def _run(self) -> object:
+        output = self.run()
+        if output is None:
+            raise SkippedBatchError
+        return output
+
     def _captured(self, with_graph: bool) -> LossCapture:
         with_graph = with_graph or bool(self.memory.get("needs_graph"))
-        capture = LossCapture(len(self.indices), keep_graph=with_graph)
+        capture = LossCapture(len(self.indices), keep_graph=with_graph, way_out=self.way_out)
         try:
             with torch.set_grad_enabled(with_graph), capture:
-                self.run()
+                self._run()
             return capture
         except RuntimeError:
             if with_graph:
@@ -77,6 +116,8 @@ class Look:
 
     def gradient_norms(self) -> tuple[Tensor, LossCall]:
         """Return the norm of every sample's own gradient, and the loss."""
+        if self.which is None and "whole" not in self.memory:
+            self._whole_loss()
         if "norms" not in self.memory:
             self.memory["norms"] = PerSampleGradientNorms(self.pl_module)
         found: list[LossCall] = []
@@ -111,7 +152,7 @@ class Look:
                 return taken_in.detach(), call, layer
         raise ValueError(
             "This score needs the features of the last layer, and the logits of this module are not the output of an "
-            "nn.Linear. Use another score, or give score_fn=, which takes the module and a batch and returns the scores."
+            f"nn.Linear. Use another score, or {SCORE_FN}."
         )
 
 
@@ -125,10 +166,13 @@ def look_at_all(
     which: int | None = None,
     seed: int = 0,
     rehearsal: bool = False,
+    label: str = "The score",
+    way_out: str = SCORE_FN,
 ) -> dict[str, Tensor]:
     """Measure every sample that training may see, each once, in eval mode.
 
-    Every rank looks at its share; all return the same.
+    Every rank looks at its share; all return the same. A batch that the loader makes ``None``, or for which the step returns
+    nothing, is left out, as it is in training.
 
     Args:
         trainer: The trainer, in a fit.
@@ -140,12 +184,15 @@ def look_at_all(
         which: Which loss of the step, if it has several.
         seed: Seed of the random streams during the pass, so that two of them see the same.
         rehearsal: Look at one batch only, to raise what the pass would raise; what is returned means nothing.
+        label: Who looks, for errors.
+        way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
 
     Raises:
-        ValueError: If the other data set has another length, or there are fewer samples than ranks.
+        ValueError: If the other data set has another length, or there are fewer samples than ranks, or no batch has a value.
 
     Returns:
-        dict: For each name the values of the whole data set, (n, ...), float64, on the CPU, nan where not looked at.
+        dict: For each name the values of the whole data set, (n, ...), float64, on the CPU; nan where not looked at or not
+        finite.
     """
     if dataset is not None and len(dataset) != training_set.sampler.total:  # type: ignore[arg-type]
         raise ValueError(
@@ -161,22 +208,30 @@ def look_at_all(
     chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     # A step may talk to the other ranks, so that all must run it equally often; rank 0 has most samples.
     most = math.ceil(math.ceil(len(population) / trainer.world_size) / batch_size)
-    batches = chunks[:1] if rehearsal else [*chunks, *chunks[:1] * (most - len(chunks))]
-    loader = _scoring_loader(training_set.loader, dataset, batches, seed, in_main_process=rehearsal)
+    batches = chunks[:_TRIES] if rehearsal else [*chunks, *chunks[:1] * (most - len(chunks))]
+    loader = scoring_loader(training_set.loader, dataset, batches, seed, in_main_process=rehearsal)
     found = _Found(training_set.sampler.total, trainer.strategy.root_device)
     memory: dict[str, Any] = {}
-    with quiet(trainer, pl_module, advice=_SCORE_FN), generators_kept(loader.dataset):
-        _seed_streams(seed)
+    with quiet(trainer, pl_module, advice=f", or {way_out}"), generators_kept(loader.dataset):
+        seed_streams(seed)
         for number, batch in enumerate(loader if rehearsal else _with_progress(loader, title, trainer)):
-            batch = _to_device(trainer, batch)
-            run = _runner(trainer, pl_module, batch, number) if training_set.is_whole_batch else _refuse_part
-            look = Look(pl_module, batch, batches[number], training_set.sampler.total, run, memory, which)
+            if batch is None:
+                continue
+            batch = to_device(trainer, batch)
+            run = runner(trainer, pl_module, batch, number) if training_set.is_whole_batch else _refuse_part
+            look = Look(
+                pl_module, batch, batches[number], training_set.sampler.total, run, memory, which, label, way_out
+            )
             with torch.no_grad():
-                if number < len(chunks):
-                    found.put(look.indices, measure(look))
-                else:
+                if number >= len(chunks):
                     run()
-    return found.values if rehearsal else found.over_ranks(trainer)
+                elif found.measure(look, measure) and rehearsal:
+                    break
+    if rehearsal:
+        return found.values
+    values = found.over_ranks(trainer)
+    _say_what_is_missing(values, population, label)
+    return values
 
 
 class _Found:
@@ -186,6 +241,14 @@ class _Found:
         self._total = total
         self._device = device
         self.values: dict[str, Tensor] = {}
+
+    def measure(self, look: Look, measure: Measure) -> bool:
+        """Keep what is measured of a batch; return whether it has any values."""
+        try:
+            self.put(look.indices, measure(look))
+        except SkippedBatchError:
+            return False
+        return True
 
     def put(self, indices: list[int], values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
@@ -199,7 +262,8 @@ class _Found:
                 shape = (self._total, *value.shape[1:])
                 self.values[name] = torch.full(shape, float("nan"), dtype=kind, device=self._device)
             own = self.values[name]
-            own[torch.tensor(indices, device=own.device)] = value.detach().to(own)
+            value = value.detach().to(own)
+            own[torch.tensor(indices, device=own.device)] = value.masked_fill(~value.isfinite(), float("nan"))
 
     def over_ranks(self, trainer: pl.Trainer) -> dict[str, Tensor]:
         return {name: merge_ranks(trainer, value).double().cpu() for name, value in self.values.items()}
@@ -216,13 +280,36 @@ def merge_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
     return torch.where(mean.abs() > _INFINITE / 1e3, mean.sign() * float("inf"), mean)
 
 
-_SCORE_FN = ", or pass score_fn=, which takes the module and a batch and returns the scores"
+def _say_what_is_missing(values: Mapping[str, Tensor], population: Tensor, label: str) -> None:
+    if not values:
+        raise ValueError(
+            f"{label} found nothing to look at: each batch was None, or training_step returned None for it. Let collate_fn "
+            "and training_step return something for at least some batches in eval mode."
+        )
+    known = torch.stack([value.reshape(len(value), -1).isfinite().all(1) for value in values.values()])
+    missing = population[~known.all(0)[population]].tolist()
+    if missing:
+        shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
+        rank_zero_info(
+            f"{label} skips {len(missing)} of {len(population)} samples that have no finite value: {shown}. Their batch was "
+            "None, the step returned None for it, all their positions are ignored, or their loss is not finite."
+        )
+
+
+_TRIES = 8  # batches, until one has a value
+_SHOWN = 8  # indices
 _INFINITE = 1e30  # stands for an infinity in a sum over ranks
 
 
-def _scoring_loader(
-    loader: DataLoader[Any], dataset: Any, chunks: list[list[int]], seed: int, in_main_process: bool
+def scoring_loader(
+    loader: DataLoader[Any],
+    dataset: Any,
+    chunks: list[list[int]],
+    seed: int,
+    in_main_process: bool,
+    collate: Any = None,
 ) -> DataLoader[Any]:
+    """Return a loader of given samples that is otherwise as the training loader, or has another ``collate_fn``."""
     workers: dict[str, Any] = {}
     if not in_main_process:
         workers = {
@@ -235,14 +322,15 @@ def _scoring_loader(
     return DataLoader(
         loader.dataset if dataset is None else dataset,
         batch_sampler=chunks,
-        collate_fn=loader.collate_fn,
+        collate_fn=collate or loader.collate_fn,
         pin_memory=loader.pin_memory,
         generator=torch.Generator().manual_seed(seed),
         **workers,
     )
 
 
-def _seed_streams(seed: int) -> None:
+def seed_streams(seed: int) -> None:
+    """Seed the global random streams."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -255,7 +343,8 @@ def _with_progress(loader: DataLoader[Any], title: str, trainer: pl.Trainer) -> 
     yield from tqdm(loader, desc=title, leave=False, disable=not shown)
 
 
-def _to_device(trainer: pl.Trainer, batch: Any) -> Any:
+def to_device(trainer: pl.Trainer, batch: Any) -> Any:
+    """Return a batch as ``training_step`` would get it."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -268,7 +357,8 @@ def _refuse_part() -> object:
     )
 
 
-def _runner(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, number: int) -> Callable[[], object]:
+def runner(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, number: int) -> Callable[[], object]:
+    """Return what runs ``training_step`` on a batch."""
     arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, number).values()
     if is_sharded(trainer):
         return lambda: trainer.strategy.training_step(*arguments)

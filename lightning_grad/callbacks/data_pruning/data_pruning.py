@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks._loss_tap import read_losses
 from lightning_grad.callbacks._quiet import generators_kept
+from lightning_grad.callbacks._rehearsal import Rehearsal
 from lightning_grad.callbacks._scoring import Measure, look_at_all
 from lightning_grad.callbacks.data_pruning._arguments import check_settings, read_rounds
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score
@@ -303,8 +304,25 @@ class DataPruning(SubsetCallback):
         self._refuse_unreached_steps(trainer, self._rounds[0][0], "prune")
         if self._rounds_done < len(self._rounds):
             found = self._source.rehearse(self._passes(trainer, pl_module, rehearsal=True))
-            if found is not None and "label" not in found:
+            if found and "label" not in found:
                 self._refuse_balance()
+            self._check_rows(trainer, pl_module)
+
+    def _check_rows(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._training_set is not None
+        if not self._source.pairs_rows:
+            return
+        in_training = isinstance(self._source, HistoryScores)
+        rehearsal = Rehearsal(
+            trainer,
+            pl_module,
+            self.label,
+            self.loss,
+            measure=self._source.measure,
+            runs_the_step=pl_module.automatic_optimization,
+        )
+        dataset = None if in_training else self._dataset(trainer)
+        rehearsal.check_loader(self._training_set, dataset, in_training)
 
     @override
     def _epoch_ends(self, trainer: pl.Trainer) -> None:
@@ -326,7 +344,7 @@ class DataPruning(SubsetCallback):
         def run(measure: Measure, title: str) -> Mapping[str, Tensor]:
             assert self._training_set is not None
             own = (trainer, pl_module, self._training_set, measure, title, self._dataset(trainer))
-            return look_at_all(*own, which=self.loss, seed=self.seed, rehearsal=rehearsal)
+            return look_at_all(*own, which=self.loss, seed=self.seed, rehearsal=rehearsal, label=self.label)
 
         return run
 

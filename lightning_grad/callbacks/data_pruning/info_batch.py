@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks._loss_tap import reweight_losses
+from lightning_grad.callbacks._rehearsal import Rehearsal
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
 from lightning_grad.functional import LossCall, infobatch_count, infobatch_subset, round_up_count
@@ -21,6 +22,7 @@ from lightning_grad.utilities.checks import (
     refuse_manual_optimization,
 )
 
+_WAY_OUT = "use RepeatedRandomSubset, which needs no loss"
 _NEXT_SEED = 1_000_003  # more than any run has epochs
 
 
@@ -112,7 +114,7 @@ class InfoBatch(SubsetCallback):
                 "RepeatedRandomSubset, which needs no loss.",
             )
             own = (pl_module, self._weigh, self.label, self.loss)
-            self._undo.push(reweight_losses(*own, samples=lambda: len(self._indices)))
+            self._undo.push(reweight_losses(*own, samples=lambda: len(self._indices), way_out=_WAY_OUT))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -125,6 +127,13 @@ class InfoBatch(SubsetCallback):
         if self._fitting:
             self._losses, self._weights = state_dict["losses"], state_dict["weights"]
             self._record.values = state_dict["epoch_values"]
+
+    @override
+    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._training_set is not None
+        if self.prune:
+            rehearsal = Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT)
+            rehearsal.check_loader(self._training_set, in_training=True)
 
     @override
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
