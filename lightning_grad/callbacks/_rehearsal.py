@@ -15,11 +15,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.utils._pytree as pytree
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_grad.callbacks._quiet import eager, generators_kept, quiet
+from lightning_grad.callbacks._row_order import follows, is_close, orders_of, rows_of_batch, rows_of_call, same_rows
 from lightning_grad.callbacks._scoring import (
     SCORE_FN,
     Look,
@@ -31,7 +31,6 @@ from lightning_grad.callbacks._scoring import (
     to_device,
 )
 from lightning_grad.callbacks._whole_step import refuse_rest
-from lightning_grad.functional import LossCall
 from lightning_grad.functional._whole_loss import WholeLossCapture
 from lightning_grad.utilities.batches import copy_of, reordered
 from lightning_grad.utilities.training_set import TrainingSet
@@ -109,20 +108,25 @@ class Rehearsal:
                 with self._loaded(training_set, dataset, indices, order, seed) as batch:
                     if batch is None:
                         return None
-                    seen = Seen([leaf.clone() for leaf in rows_of_batch(batch, size)])
+                    seen = Seen(rows_of_batch(batch, size))
                     return self._run(to_device(self.trainer, batch), size, memory, seen) if runs else seen
 
-            if self._compare(see, size, has_tensors=True):
+            if self._compare(see, size):
                 if in_training and runs:
                     with self._loaded(training_set, dataset, indices, torch.arange(size), 0) as batch:
                         self.check_whole_loss(to_device(self.trainer, batch), size)
                 return
+        rank_zero_warn(
+            f"{self.label} cannot see whether rows follow the samples: {_DRAWS} batches in a row had no loss."
+        )
 
     def check_batch(self, batch: Any, samples: int) -> None:
-        """Check that the losses of a batch follow its rows, where no index is credited with anything.
+        """Check that the rows of a loss that stand together are those of one sample.
+
+        In which order the samples stand does not matter to who credits no index with anything.
 
         Raises:
-            RuntimeError: If they do not.
+            RuntimeError: If they are not.
         """
         memory: dict[str, Any] = {}
 
@@ -130,7 +134,7 @@ class Rehearsal:
             with self._quiet(seed):
                 return self._run(reordered(copy_of(batch), order), samples, memory, Seen())
 
-        self._compare(see, samples, has_tensors=False)
+        self._compare(see, samples, in_order=False)
 
     def check_whole_loss(self, batch: Any, samples: int | None) -> None:
         """Run the step on a batch in training mode, and raise if its loss is seen only in part.
@@ -177,43 +181,41 @@ class Rehearsal:
             self.pl_module, batch, list(range(samples)), samples, run, memory, self.which, self.label, self.way_out
         )
         try:
-            seen.values = dict(self.measure(look)) if self.measure is not None else _rows_of_call(look.loss())
+            seen.values = dict(self.measure(look)) if self.measure is not None else rows_of_call(look.loss())
         except SkippedBatchError:
             return None
         return seen
 
-    def _compare(self, see: See, samples: int, has_tensors: bool) -> bool:
+    def _compare(self, see: See, samples: int, in_order: bool = True) -> bool:
         """Return whether there was anything to compare."""
         if samples < 2:
             return True
         first, again = see(torch.arange(samples), 0), see(torch.arange(samples), 1)
         if first is None or again is None:
             return False
-        noise = [
-            name
-            for name, value in first.values.items()
-            if not is_close(again.values[name], value, self._tolerance(name))
-        ]
+        same = {name for name in first.values if self._follow(first, again, name, torch.arange(samples)) is not False}
+        verdicts: list[bool | None] = []
         for order in orders_of(samples):
             other = see(order, 0)
             if other is None:
                 return False
-            tensors = [
-                follows(one, two, order, _EXACT)
-                for one, same, two in zip(first.tensors, again.tensors, other.tensors, strict=True)
-                if is_close(same, one, _EXACT)
-            ]
-            values = {
-                name: follows(value, other.values[name], order, self._tolerance(name))
-                for name, value in first.values.items()
-                if name not in noise
-            }
-            self._judge(tensors, values)
-        if noise and True not in values.values():
-            self._warn_of_noise(has_tensors and bool(tensors))
+            tensors = _tensors_follow(first, again, other, order)
+            values = {name: self._follow(first, other, name, order, in_order) for name in same}
+            self._judge(tensors, values, in_order)
+            verdicts += [*values.values(), *tensors]
+        if len(same) < len(first.values) and True not in values.values():
+            self._warn_of_noise(True in verdicts)
         return True
 
-    def _judge(self, tensors: Sequence[bool | None], values: Mapping[str, bool | None]) -> None:
+    def _follow(self, first: Seen, other: Seen, name: str, order: Tensor, in_order: bool = True) -> bool | None:
+        if name not in other.values:
+            return False
+        low = 5e-2 if "16" in str(self.trainer.precision) else 1e-3
+        tolerance = _EXACT if name == "target" else low  # which the network does not compute
+        own, others = first.values[name], other.values[name]
+        return follows(own, others, order, tolerance) if in_order else same_rows(own, others, tolerance)
+
+    def _judge(self, tensors: Sequence[bool | None], values: Mapping[str, bool | None], in_order: bool) -> None:
         wrong = [name for name, follow in values.items() if follow is False]
         # A collate_fn that reorders moves them all; one alone may be no row a sample, and as long as the batch by chance.
         moved = False in tensors and True not in tensors
@@ -224,106 +226,29 @@ class Rehearsal:
             )
         if wrong and self.measure is not None:
             raise RuntimeError(
-                f"{self.label} takes row b of a batch for the b-th sample that was drawn, and the {wrong[0]}s did not follow "
-                "when the same samples came in another order. Return one score for each sample, in the order of the batch."
+                f"{self.label} takes score b for the b-th sample that was drawn, and when the same samples came in another "
+                "order, the scores of score_fn did not follow. Return one score for each sample, in the order of the batch."
             )
         if wrong:
+            taken = "the rows of a loss for the samples of the batch, in their order"
+            taken = taken if in_order else "rows of a loss that stand together for one sample"
             raise RuntimeError(
-                f"{self.label} takes the rows of a loss for the samples of the batch, in their order, and training_step does "
-                f"not keep it: when the same samples came in another order, the {wrong[0]} of the loss did not follow. It may "
-                f"sort, join views by torch.cat, or leave out or repeat rows. {_PUT_BACK}; or {self.way_out}."
+                f"{self.label} takes {taken}, and training_step arranges them otherwise: when the same samples came in "
+                f"another order, the {wrong[0]} of the loss did not follow. The step may sort, join views by torch.cat, or "
+                f"leave out or repeat rows. {_PUT_BACK}. Or {self.way_out}."
             )
 
-    def _warn_of_noise(self, has_tensors: bool) -> None:
-        rest = "relies on the tensors of the batch, which do" if has_tensors else "takes it for granted"
+    def _warn_of_noise(self, tensors_follow: bool) -> None:
+        rest = "relies on the tensors of the batch, which do" if tensors_follow else "takes it for granted"
         rank_zero_warn(
             f"{self.label} cannot see whether the rows of the loss follow the samples, because training_step draws random "
             f"numbers in eval mode too; it {rest}. Draw them in training mode only, to have it checked."
         )
 
-    def _tolerance(self, name: str) -> float:
-        if name == "target":  # which the network does not compute
-            return _EXACT
-        return 5e-2 if "16" in str(self.trainer.precision) else 1e-3
 
-
-def orders_of(samples: int) -> Iterator[Tensor]:
-    """Yield orders of a batch that together show every other order than that of the samples: the first moves each sample.
-
-    An order that does not depend on the data, such as the reverse, shows only if it does not commute with these. No order but
-    the samples' own commutes with both, from three samples on.
-
-    Example:
-        >>> [order.tolist() for order in orders_of(4)]
-        [[1, 2, 3, 0], [2, 1, 3, 0]]
-    """
-    rolled = torch.arange(samples).roll(-1)
-    yield rolled
-    if samples > 2:
-        yield torch.cat([rolled[:2].flip(0), rolled[2:]])
-
-
-def follows(before: Tensor, after: Tensor, order: Tensor, tolerance: float = 0.0) -> bool | None:
-    """Return whether rows stand in another order, ``None`` if they are too alike to tell.
-
-    Example:
-        >>> rows, order = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 2, 0])
-        >>> follows(rows, rows[order], order), follows(rows, rows, order)
-        (True, False)
-        >>> follows(torch.ones(3), torch.ones(3), order) is None
-        True
-    """
-    if before.shape != after.shape:
-        return False
-    expected = before[order.to(before.device)]
-    if not is_close(after, expected, tolerance):
-        return False
-    return None if is_close(expected, before, tolerance) else True
-
-
-def is_close(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    """Return whether two tensors are equal, up to what another order of summation may change.
-
-    Example:
-        >>> x = torch.tensor([1.0, torch.nan, 100.0])
-        >>> is_close(x, x * 1.00001, 1e-3), is_close(x, x.flip(0), 1e-3)
-        (True, False)
-    """
-    if one.shape != other.shape:
-        return False
-    if not (one.is_floating_point() or one.is_complex()):
-        return torch.equal(one, other)
-    if one.numel() == 0:
-        return True
-    size = other.detach().abs().float()
-    scale = size[size.isfinite()].median() if bool(size.isfinite().any()) else size.new_zeros(())
-    return bool(torch.isclose(one, other, rtol=tolerance, atol=tolerance * float(scale), equal_nan=True).all())
-
-
-def rows_of_batch(batch: Any, samples: int) -> list[Tensor]:
-    """Return the tensors of a batch that have a row for each sample."""
-    found: list[Tensor] = []
-
-    def note(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.dim() and len(leaf) == samples:
-            found.append(leaf)
-        return leaf
-
-    pytree.tree_map(note, batch)
-    return found
-
-
-def _rows_of_call(call: LossCall) -> dict[str, Tensor]:
-    """Return a few numbers for each sample that tell what the loss got of it."""
-    found = {}
-    for name, value in (("input", call.input), ("target", call.target)):
-        if value.dim() and len(value) and len(value) % call.samples == 0:
-            found[name] = _summary(value).reshape(call.samples, -1)
-    return found if len(found) == 2 else {"value": call.losses.detach()}
-
-
-def _summary(rows: Tensor) -> Tensor:
-    """Return one number for each row, which tells rows apart: logits of a vocabulary are too large to be copied often."""
-    flat = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
-    flat = flat.float().nan_to_num(0.0).clamp(-1e4, 1e4)  # masked logits would hide the others
-    return flat @ torch.arange(1.0, flat.shape[1] + 1, device=flat.device).cos()
+def _tensors_follow(first: Seen, again: Seen, other: Seen, order: Tensor) -> list[bool | None]:
+    """Return for each tensor of the batch whether its rows follow; those that ``collate_fn`` draws at random say nothing."""
+    if not len(first.tensors) == len(again.tensors) == len(other.tensors):
+        return []
+    found = zip(first.tensors, again.tensors, other.tensors, strict=True)
+    return [follows(one, two, order, _EXACT) for one, same, two in found if is_close(same, one, _EXACT)]

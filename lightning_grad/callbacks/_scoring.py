@@ -227,10 +227,12 @@ def look_at_all(
                     run()
                 elif found.measure(look, measure) and rehearsal:
                     break
-    if rehearsal:
-        return found.values
-    values = found.over_ranks(trainer)
-    _say_what_is_missing(values, population, label)
+    values = found.values if rehearsal else found.over_ranks(trainer)
+    if not values and len(batches) >= len(chunks):
+        raise ValueError(
+            f"{label} found nothing to look at: each batch was None, or training_step returned None for it. Let collate_fn "
+            "and training_step return something for some batches in eval mode."
+        )
     return values
 
 
@@ -280,19 +282,21 @@ def merge_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
     return torch.where(mean.abs() > _INFINITE / 1e3, mean.sign() * float("inf"), mean)
 
 
-def _say_what_is_missing(values: Mapping[str, Tensor], population: Tensor, label: str) -> None:
-    if not values:
-        raise ValueError(
-            f"{label} found nothing to look at: each batch was None, or training_step returned None for it. Let collate_fn "
-            "and training_step return something for at least some batches in eval mode."
-        )
-    known = torch.stack([value.reshape(len(value), -1).isfinite().all(1) for value in values.values()])
-    missing = population[~known.all(0)[population]].tolist()
+def say_what_is_skipped(label: str, population: Tensor, has_value: Tensor) -> None:
+    """Say how many samples have no value, and which.
+
+    Args:
+        label: Who looked.
+        population: Indices of the samples that training may see.
+        has_value: Whether each has one, in the same order.
+    """
+    missing = population[~has_value].tolist()
     if missing:
         shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
         rank_zero_info(
             f"{label} skips {len(missing)} of {len(population)} samples that have no finite value: {shown}. Their batch was "
-            "None, the step returned None for it, all their positions are ignored, or their loss is not finite."
+            "None, or training_step returned None for it, or none of their positions counts, or their loss is not finite. "
+            "Training keeps them."
         )
 
 

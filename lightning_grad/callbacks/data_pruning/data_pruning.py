@@ -21,7 +21,7 @@ from typing_extensions import override
 from lightning_grad.callbacks._loss_tap import read_losses
 from lightning_grad.callbacks._quiet import generators_kept
 from lightning_grad.callbacks._rehearsal import Rehearsal
-from lightning_grad.callbacks._scoring import Measure, look_at_all
+from lightning_grad.callbacks._scoring import Measure, look_at_all, say_what_is_skipped
 from lightning_grad.callbacks.data_pruning._arguments import check_settings, read_rounds
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score
 from lightning_grad.callbacks.data_pruning._report import report
@@ -353,7 +353,10 @@ class DataPruning(SubsetCallback):
         scored = self._source.take(trainer, run_pass, self._training_set, self._dataset(trainer))
         sampler = self._training_set.sampler
         population = sampler.population
+        say_what_is_skipped(self.label, population, ~scored.values[population].isnan())
         count = count_kept(len(population), share, sampler.batch_size, sampler.ranks, sampler.drop_last)
+        if share:
+            self._warn_of_too_few(count, len(population))
         kept = None if share == 0.0 else population[self._select(scored, population, count)]
         self.scored = replace(scored, kept=kept)
         if scored.name != CHANCE:

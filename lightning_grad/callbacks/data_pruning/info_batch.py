@@ -144,6 +144,8 @@ class InfoBatch(SubsetCallback):
         assert self._training_set is not None
         sampler = self._training_set.sampler
         population = sampler.population
+        if len(population) == 1:
+            self._warn_of_too_few(1, 1)
         losses = self._losses[population]
         wanted = infobatch_count(losses, self.prune)
         count = round_up_count(wanted, len(losses), sampler.batch_size, sampler.ranks, sampler.drop_last)

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks._rehearsal import Rehearsal
-from lightning_grad.callbacks._scoring import Look, look_at_all
+from lightning_grad.callbacks._scoring import Look, look_at_all, say_what_is_skipped
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
 from lightning_grad.functional import round_up_count, uniform_learning_repeats
 from lightning_grad.utilities.checks import check_count, check_position, refuse_manual_optimization
@@ -139,7 +139,8 @@ class UniformLearning(SubsetCallback):
         sampler = self._training_set.sampler
         population = sampler.population
         outputs, losses, labels = (found[key][population] for key in ("outputs", "losses", "labels"))
-        known = outputs.isfinite().all(1) & labels.isfinite()
+        known = outputs.isfinite().all(1) & losses.isfinite() & labels.isfinite()
+        say_what_is_skipped(self.label, population, known)
         own = (outputs[known], losses[known], labels[known].long())
         repeated = population[known][uniform_learning_repeats(*own, self.seed)]
         rank_zero_info(f"{self.label} repeats {len(repeated)} of {len(population)} samples.")
