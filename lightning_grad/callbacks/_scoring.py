@@ -30,7 +30,7 @@ from lightning_grad.utilities.training_set import TrainingSet
 Measure = Callable[["Look"], Mapping[str, Tensor]]
 
 
-SCORE_FN = "give score_fn=, which takes the module and a batch and returns the scores"
+SCORE_FN = "give score_fn= in place of a score: it takes the module and a batch, and returns the scores"
 
 
 class SkippedBatchError(Exception):
@@ -295,8 +295,7 @@ def say_what_is_skipped(label: str, population: Tensor, has_value: Tensor) -> No
         shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
         rank_zero_info(
             f"{label} skips {len(missing)} of {len(population)} samples that have no finite value: {shown}. Their batch was "
-            "None, or training_step returned None for it, or none of their positions counts, or their loss is not finite. "
-            "Training keeps them."
+            "None, or training_step returned None for it, or none of their positions counts, or their loss is not finite."
         )
 
 

@@ -304,9 +304,9 @@ class DataPruning(SubsetCallback):
         self._refuse_unreached_steps(trainer, self._rounds[0][0], "prune")
         if self._rounds_done < len(self._rounds):
             found = self._source.rehearse(self._passes(trainer, pl_module, rehearsal=True))
+            self._check_rows(trainer, pl_module)
             if found and "label" not in found:
                 self._refuse_balance()
-            self._check_rows(trainer, pl_module)
 
     def _check_rows(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._training_set is not None
