@@ -114,7 +114,8 @@ class Rehearsal:
             if self._compare(see, size):
                 if in_training and runs:
                     with self._loaded(training_set, dataset, indices, torch.arange(size), 0) as batch:
-                        self.check_whole_loss(to_device(self.trainer, batch), size)
+                        batch = to_device(self.trainer, batch)
+                    self.check_whole_loss(batch, size)
                 return
         rank_zero_warn(
             f"{self.label} cannot see whether rows follow the samples: {_DRAWS} batches in a row had no loss."

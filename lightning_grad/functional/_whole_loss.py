@@ -106,7 +106,7 @@ class WholeLossCapture(LossCapture):
             is_same = value.dim() == 0 and bool(torch.isclose(loss.detach().to(value), value, rtol=1e-3))
             return None if is_same else self._word(loss.grad_fn)
         found = self._beside(loss.grad_fn, edge.node)
-        return found or (self._factors(loss, edge, call) if value.dim() else None)
+        return found or (self._factors(loss, edge, call, value) if value.dim() else None)
 
     def _beside(self, start: Node, target: Node) -> str | None:
         """Walk from the loss down to the call, and return the first thing that is no multiple of it and no constant."""
@@ -154,10 +154,11 @@ class WholeLossCapture(LossCapture):
             node = children[0]  # a cast or an expansion of a constant
         return True
 
-    def _factors(self, loss: Tensor, edge: GradientEdge, call: LossCall) -> str | None:
+    def _factors(self, loss: Tensor, edge: GradientEdge, call: LossCall, value: Tensor) -> str | None:
         """Compare the factors with which the positions of an unreduced loss enter the step's loss."""
-        (found,) = torch.autograd.grad(loss.sum(), [edge], retain_graph=True, allow_unused=True)
-        factors = found[call.valid.expand(found.shape)]
+        with torch.enable_grad():
+            (found,) = torch.autograd.grad(loss.sum(), [edge], retain_graph=True, allow_unused=True)
+        factors = found[call.valid.expand(found.shape) & value.isfinite()]
         if not len(factors) or bool(torch.isclose(factors, factors[0], rtol=1e-3, atol=0.0).all()):
             return None
         return "a mask or weights of its own for each position"

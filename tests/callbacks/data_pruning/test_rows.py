@@ -383,6 +383,7 @@ NAMES = ["el2n", "aum", "info", "reweighting", "uniform"]
 SAME_EPOCHS = [lambda: InfoBatch(0.5, stop=0.0), lambda: LossReweighting(warmup=0.0), lambda: pruning("aum", 0.0)]
 
 
+@pytest.mark.filterwarnings("ignore:DataPruning scores samples that differ")
 @pytest.mark.parametrize("make", REHEARSING, ids=NAMES)
 def test_the_rehearsal_leaves_no_trace(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     states = []
