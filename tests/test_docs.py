@@ -1,5 +1,6 @@
 """The documentation holds: Python blocks run and print what is shown, YAML blocks build, links lead on."""
 
+import ast
 import contextlib
 import importlib
 import inspect
@@ -270,3 +271,11 @@ def test_changelog_names_what_is_exported(package: types.ModuleType) -> None:
 def test_changelog_has_this_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"\n## {lightning_grad.__version__}" in changelog
+
+
+def test_the_first_block_of_the_readme_needs_only_the_package() -> None:
+    tree = ast.parse(next(block for block in PYTHON if block.page == "README.md").text)
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    found = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+    found |= {str(node.module) for node in imports if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in found} == {"lightning", "torch", "lightning_grad"}

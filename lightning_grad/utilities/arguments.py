@@ -132,7 +132,7 @@ def _is_a(value: Any, kind: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind) if isinstance(kind, type) else True
+    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
 
 
 def _is_list(value: Any) -> bool:

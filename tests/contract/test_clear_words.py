@@ -31,6 +31,26 @@ class _NoBatch(pl.Callback):
         raise AssertionError("a batch was trained before the refusal")
 
 
+class _LinesBeforeTheFirstBatch(pl.Callback):
+    def __init__(self, caplog: Any) -> None:
+        self.caplog = caplog
+        self.lines: list[str] = []
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 0:
+            self.lines = [record.getMessage() for record in self.caplog.records]
+
+
+@pytest.mark.parametrize("technique", CANONICAL, ids=str)
+def test_a_line_says_what_it_acts_on_before_the_first_batch(technique, caplog):
+    caplog.set_level("INFO")
+    spy = _LinesBeforeTheFirstBatch(caplog)
+    fit([technique.build(), spy], max_epochs=2)
+    own = [line for line in spy.lines if line.startswith((technique.name + " ", technique.name + "("))]
+    assert own, spy.lines
+    assert all(line.endswith(".") and "\n" not in line for line in own)
+
+
 @pytest.mark.parametrize("technique", [t for t in CANONICAL if "include" in t.build().settings], ids=str)
 @pytest.mark.parametrize(
     ("arguments", "words"),
