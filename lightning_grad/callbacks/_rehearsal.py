@@ -19,7 +19,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_grad.callbacks._quiet import eager, generators_kept, quiet
-from lightning_grad.callbacks._row_order import follows, is_close, orders_of, rows_of_batch, rows_of_call, same_rows
+from lightning_grad.callbacks._row_order import (
+    follows,
+    is_close,
+    orders_of,
+    rows_of_batch,
+    rows_of_call,
+    same_rows,
+    size_of_input,
+)
 from lightning_grad.callbacks._scoring import (
     SCORE_FN,
     Look,
@@ -36,6 +44,7 @@ from lightning_grad.utilities.batches import copy_of, reordered
 from lightning_grad.utilities.training_set import TrainingSet
 
 _EXACT = 1e-5
+_NAMES = {"value": "losses", "input": "input of the loss", "target": "target of the loss"}
 _DRAWS = 4  # of samples, until a batch of them has a loss
 _PUT_BACK = (
     "Put the rows back in the order of the samples before the loss, with all rows of a sample together: "
@@ -54,10 +63,12 @@ class Seen:
     Args:
         tensors: The tensors of the batch that have a row for each sample.
         values: What the step made of each sample, (B, ...), by name.
+        floor: How much of that may be rounding.
     """
 
     tensors: list[Tensor] = field(default_factory=list)
     values: dict[str, Tensor] = field(default_factory=dict)
+    floor: float = 0.0
 
 
 See = Callable[[Tensor, int], Seen | None]
@@ -99,6 +110,8 @@ class Rehearsal:
         runs = self.measure is not None or (self.runs_the_step and training_set.is_whole_batch)
         population, world = training_set.sampler.population, self.trainer.world_size
         size = min(training_set.sampler.batch_size, len(population) // world)
+        if not size:
+            return
         mine, memory = population[self.trainer.global_rank :: world], dict[str, Any]()
         for draw in range(_DRAWS):
             chosen = torch.randperm(len(mine), generator=torch.Generator().manual_seed(draw))[:size]
@@ -114,8 +127,9 @@ class Rehearsal:
             if self._compare(see, size):
                 if in_training and runs:
                     with self._loaded(training_set, dataset, indices, torch.arange(size), 0) as batch:
-                        batch = to_device(self.trainer, batch)
-                    self.check_whole_loss(batch, size)
+                        batch = None if batch is None else to_device(self.trainer, batch)
+                    if batch is not None:
+                        self.check_whole_loss(batch, size)
                 return
         rank_zero_warn(
             f"{self.label} cannot see whether rows follow the samples: {_DRAWS} batches in a row had no loss."
@@ -165,12 +179,14 @@ class Rehearsal:
     ) -> Iterator[Any]:
         """Give the batch of some samples, as ``collate_fn`` makes it of them in an order, in a quiet module."""
         loader = training_set.loader
+        takes_lists = loader.batch_sampler is None  # the data set makes the batch of a list of indices
+        chosen = [indices[place] for place in order.tolist()] if takes_lists else indices
 
         def collate(items: Any) -> Any:
             seed_streams(seed)  # the items are read with the same random numbers each time, in the same order
-            return loader.collate_fn([items[place] for place in order.tolist()])
+            return loader.collate_fn(items if takes_lists else [items[place] for place in order.tolist()])
 
-        once = scoring_loader(loader, dataset, [indices], 0, in_main_process=True, collate=collate)
+        once = scoring_loader(training_set, dataset, [chosen], 0, in_main_process=True, collate=collate)
         with generators_kept(once.dataset), self._quiet(0):
             batch = next(iter(once))
             seed_streams(seed)
@@ -182,10 +198,19 @@ class Rehearsal:
             self.pl_module, batch, list(range(samples)), samples, run, memory, self.which, self.label, self.way_out
         )
         try:
-            seen.values = dict(self.measure(look)) if self.measure is not None else rows_of_call(look.loss())
+            if self.measure is not None:
+                seen.values = dict(self.measure(look))
+                return seen
+            call = look.loss()
         except SkippedBatchError:
             return None
+        seen.values = rows_of_call(call)
+        seen.floor = (1e-2 if self._is_coarse else 1e-4) * size_of_input(call)
         return seen
+
+    @property
+    def _is_coarse(self) -> bool:
+        return "16" in str(self.trainer.precision)
 
     def _compare(self, see: See, samples: int, in_order: bool = True) -> bool:
         """Return whether there was anything to compare."""
@@ -201,7 +226,7 @@ class Rehearsal:
             if other is None:
                 return False
             tensors = _tensors_follow(first, again, other, order)
-            values = {name: self._follow(first, other, name, order, in_order) for name in same}
+            values = _decisive({name: self._follow(first, other, name, order, in_order) for name in same})
             self._judge(tensors, values, in_order)
             verdicts += [*values.values(), *tensors]
         if len(same) < len(first.values) and True not in values.values():
@@ -211,10 +236,10 @@ class Rehearsal:
     def _follow(self, first: Seen, other: Seen, name: str, order: Tensor, in_order: bool = True) -> bool | None:
         if name not in other.values:
             return False
-        low = 5e-2 if "16" in str(self.trainer.precision) else 1e-3
-        tolerance = _EXACT if name == "target" else low  # which the network does not compute
         own, others = first.values[name], other.values[name]
-        return follows(own, others, order, tolerance) if in_order else same_rows(own, others, tolerance)
+        # The network does not compute the targets.
+        exactness = (_EXACT, 0.0) if name == "target" else (5e-2 if self._is_coarse else 1e-3, first.floor)
+        return follows(own, others, order, *exactness) if in_order else same_rows(own, others, *exactness)
 
     def _judge(self, tensors: Sequence[bool | None], values: Mapping[str, bool | None], in_order: bool) -> None:
         wrong = [name for name, follow in values.items() if follow is False]
@@ -235,8 +260,8 @@ class Rehearsal:
             taken = taken if in_order else "rows of a loss that stand together for one sample"
             raise RuntimeError(
                 f"{self.label} takes {taken}, and training_step arranges them otherwise: when the same samples came in "
-                f"another order, the {wrong[0]} of the loss did not follow. The step may sort, join views by torch.cat, or "
-                f"leave out or repeat rows. {_PUT_BACK}. Or {self.way_out}."
+                f"another order, the {_NAMES.get(wrong[0], wrong[0])} did not follow. The step may sort, join views by "
+                f"torch.cat, or leave out or repeat rows. {_PUT_BACK}. Or {self.way_out}."
             )
 
     def _warn_of_noise(self, tensors_follow: bool) -> None:
@@ -245,6 +270,13 @@ class Rehearsal:
             f"{self.label} cannot see whether the rows of the loss follow the samples, because training_step draws random "
             f"numbers in eval mode too; it {rest}. Draw them in training mode only, to have it checked."
         )
+
+
+def _decisive(values: Mapping[str, bool | None]) -> dict[str, bool | None]:
+    """Return the verdict on the losses, or on what they were computed from if they are all alike or drawn at random."""
+    if values.get("value") is not None:
+        return {"value": values["value"]}
+    return {name: verdict for name, verdict in values.items() if name != "value"}
 
 
 def _tensors_follow(first: Seen, again: Seen, other: Seen, order: Tensor) -> list[bool | None]:

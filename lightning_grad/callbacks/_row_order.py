@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_grad.functional import LossCall
@@ -28,7 +29,7 @@ def orders_of(samples: int) -> Iterator[Tensor]:
         yield torch.cat([rolled[:2].flip(0), rolled[2:]])
 
 
-def follows(before: Tensor, after: Tensor, order: Tensor, tolerance: float = 0.0) -> bool | None:
+def follows(before: Tensor, after: Tensor, order: Tensor, tolerance: float = 0.0, floor: float = 0.0) -> bool | None:
     """Return whether rows stand in another order, ``None`` if they are too alike to tell.
 
     Example:
@@ -41,13 +42,19 @@ def follows(before: Tensor, after: Tensor, order: Tensor, tolerance: float = 0.0
     if before.shape != after.shape:
         return False
     expected = before[order.to(before.device)]
-    if not is_close(after, expected, tolerance):
+    if not is_close(after, expected, tolerance, floor):
         return False
-    return None if is_close(expected, before, tolerance) else True
+    return None if is_close(expected, before, tolerance, floor) else True
 
 
-def is_close(one: Tensor, other: Tensor, tolerance: float) -> bool:
+def is_close(one: Tensor, other: Tensor, tolerance: float, floor: float = 0.0) -> bool:
     """Return whether two tensors are equal, up to what another order of summation may change.
+
+    Args:
+        one: Any tensor.
+        other: Another.
+        tolerance: Relative to an entry, and to the median entry.
+        floor: A difference that never counts.
 
     Example:
         >>> x = torch.tensor([1.0, torch.nan, 100.0])
@@ -62,11 +69,11 @@ def is_close(one: Tensor, other: Tensor, tolerance: float) -> bool:
         return True
     size = other.detach().abs().float()
     scale = size[size.isfinite()].median() if bool(size.isfinite().any()) else size.new_zeros(())
-    return bool(torch.isclose(one, other, rtol=tolerance, atol=tolerance * float(scale), equal_nan=True).all())
+    return bool(torch.isclose(one, other, rtol=tolerance, atol=tolerance * float(scale) + floor, equal_nan=True).all())
 
 
-def same_rows(before: Tensor, after: Tensor, tolerance: float = 0.0) -> bool:
-    """Return whether the same rows are there, in whichever order.
+def same_rows(before: Tensor, after: Tensor, tolerance: float = 0.0, floor: float = 0.0) -> bool | None:
+    """Return whether the same rows are there, in whichever order; ``None`` if they are too alike to tell.
 
     Example:
         >>> rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -75,8 +82,10 @@ def same_rows(before: Tensor, after: Tensor, tolerance: float = 0.0) -> bool:
     """
     if before.shape != after.shape:
         return False
-    one, other = (_one_number(rows).sort().values for rows in (after, before))
-    return is_close(one, other, tolerance)
+    one, other = (_one_number(rows).sort().values for rows in (before, after))
+    if not is_close(other, one, tolerance, floor):
+        return False
+    return None if is_close(one, one.flip(0), tolerance, floor) else True
 
 
 def rows_of_batch(batch: Any, samples: int) -> list[Tensor]:
@@ -99,12 +108,26 @@ def rows_of_batch(batch: Any, samples: int) -> list[Tensor]:
 
 
 def rows_of_call(call: LossCall) -> dict[str, Tensor]:
-    """Return a few numbers for each sample, (B, ...), that tell what a loss got of it."""
-    found = {}
+    """Return the losses of the positions of each sample, (B, P), and a few numbers that tell what the loss got of it.
+
+    The losses decide: targets that are positions in the batch, as contrastive losses have them, rightly follow no order. Where
+    all losses are alike, the rest has to tell the samples apart.
+    """
+    options = {**call.options, "reduction": "none"}
+    positions = getattr(F, call.name)(input=call.input, target=call.target, **options)
+    found = {"value": call.rows(positions)}
     for name, value in (("input", call.input), ("target", call.target)):
         if value.dim() and len(value) and len(value) % call.samples == 0:
             found[name] = _one_number(value).reshape(call.samples, -1)
-    return found if len(found) == 2 else {"value": call.losses.detach()}
+    return found
+
+
+def size_of_input(call: LossCall) -> float:
+    """Return how large the numbers are that a loss is computed from; its rounding errors are a part of that."""
+    entries = call.input.reshape(-1)
+    some = entries[:: max(1, len(entries) // 4096)].abs().float()
+    some = some[some.isfinite()]
+    return float(some.median()) if len(some) else 0.0
 
 
 def _one_number(rows: Tensor) -> Tensor:

@@ -209,7 +209,7 @@ def look_at_all(
     # A step may talk to the other ranks, so that all must run it equally often; rank 0 has most samples.
     most = math.ceil(math.ceil(len(population) / trainer.world_size) / batch_size)
     batches = chunks[:_TRIES] if rehearsal else [*chunks, *chunks[:1] * (most - len(chunks))]
-    loader = scoring_loader(training_set.loader, dataset, batches, seed, in_main_process=rehearsal)
+    loader = scoring_loader(training_set, dataset, batches, seed, in_main_process=rehearsal)
     found = _Found(training_set.sampler.total, trainer.strategy.root_device)
     memory: dict[str, Any] = {}
     with quiet(trainer, pl_module, advice=f", or {way_out}"), generators_kept(loader.dataset):
@@ -305,7 +305,7 @@ _INFINITE = 1e30  # stands for an infinity in a sum over ranks
 
 
 def scoring_loader(
-    loader: DataLoader[Any],
+    training_set: TrainingSet,
     dataset: Any,
     chunks: list[list[int]],
     seed: int,
@@ -313,6 +313,7 @@ def scoring_loader(
     collate: Any = None,
 ) -> DataLoader[Any]:
     """Return a loader of given samples that is otherwise as the training loader, or has another ``collate_fn``."""
+    loader = training_set.loader
     workers: dict[str, Any] = {}
     if not in_main_process:
         workers = {

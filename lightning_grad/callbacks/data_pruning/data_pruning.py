@@ -93,7 +93,7 @@ class DataPruning(SubsetCallback):
         score_fn: Function of the module and a batch that returns the scores (B,), for losses that cannot be seen; by dotted
             path in YAML. It runs in eval mode and without gradients, unless it turns them on.
         score_dataset: Function of the trainer that returns the training set without augmentation, to score that.
-        loss: Which loss counts, from 0, if the step computes several.
+        loss: Which call of a loss counts, from 0; by default the only one, if it is the whole loss.
         checkpoints: Number of passes of vog, at least 2, spread evenly over the epochs before.
         strict: Whether score files of another data set are refused.
         show: Number of the hardest and of the easiest samples that are shown, in a table and a page; 0 for none.
@@ -107,6 +107,8 @@ class DataPruning(SubsetCallback):
             for manual optimization (unless nothing has to be scored in a pass), a gradient score with sharded parameters, an
             epoch that never comes, another technique that chooses samples. After the first batch, if the loss cannot be
             seen or does not suit the score: one batch is scored to find out.
+        RuntimeError: After the first batch, if rows do not follow their samples into another order, or if only a part of the
+            loss is seen and ``loss`` does not say that it counts alone.
         TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
         FileNotFoundError: In setup, if a score file is missing.
 

@@ -42,7 +42,7 @@ class InfoBatch(SubsetCallback):
     Args:
         prune: Share r of the samples of low loss that is left out, at least 0 and below 1 (0.5 in the paper).
         stop: Share of the run after which all samples are trained on (0.875 in the paper).
-        loss: Which loss counts, from 0, if the step computes several.
+        loss: Which call of a loss counts, from 0; by default the only one, if it is the whole loss.
         seed: Seed of the choices.
         loader_key: Which of several training loaders to prune: its key, or its position in a list.
         name: Name of this instance.
@@ -50,6 +50,8 @@ class InfoBatch(SubsetCallback):
     Raises:
         ValueError: In the constructor for a share outside its range. In setup for manual optimization, or another technique
             that chooses or weighs samples. In the first step if the loss cannot be seen.
+        RuntimeError: After the first batch, if rows do not follow their samples into another order, or if only a part of the
+            loss is seen and ``loss`` does not say that it counts alone.
         TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
 
     **Hooks.** As :class:`DataPruning`; losses are read and weighted inside ``training_step``, before its backward. What the

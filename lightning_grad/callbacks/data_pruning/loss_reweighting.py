@@ -50,13 +50,15 @@ class LossReweighting(GradCallback):
         temperature: r at the end of the run; .inf in YAML turns the weighting off.
         start_temperature: r after the warm-up.
         warmup: Share of the run in which all samples weigh the same (0.05 in the released code).
-        loss: Which loss counts, from 0, if the step computes several.
+        loss: Which call of a loss counts, from 0; by default the only one, if it is the whole loss.
         name: Name of this instance.
 
     Raises:
         ValueError: In the constructor for an unknown rule or a number outside its range. In setup for manual optimization, or
             another technique that weighs samples. When training starts, if the run has no known end. In the first step if
             the loss cannot be seen.
+        RuntimeError: After the first batch, if rows of a loss that stand together belong to several samples, or if only a part
+            of the loss is seen and ``loss`` does not say that it counts alone.
 
     **Hooks.** The loss is weighted inside ``training_step``, before its backward. What the step logs as its loss is the
     weighted one. With accumulation each batch is weighted by itself.

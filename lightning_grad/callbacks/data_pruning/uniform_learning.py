@@ -32,7 +32,7 @@ class UniformLearning(SubsetCallback):
     Args:
         epoch: Number of whole epochs after which samples are clustered (8 of 200 in the paper's CIFAR-10 runs).
         repeats: How often they are repeated (1 in the paper); 0 repeats nothing.
-        loss: Which loss counts, from 0, if the step computes several.
+        loss: Which call of a loss counts, from 0; by default the only one, if it is the whole loss.
         seed: Seed of the clusters.
         loader_key: Which of several training loaders: its key, or its position in a list.
         name: Name of this instance.
@@ -41,6 +41,8 @@ class UniformLearning(SubsetCallback):
         ValueError: In the constructor for numbers below their least. In setup for manual optimization, an epoch that never
             comes, or another technique that chooses samples. After the first batch, if the loss is none of one class a
             sample: one batch is looked at to find out.
+        RuntimeError: After the first batch, if rows do not follow their samples into another order, or if only a part of the
+            loss is seen and ``loss`` does not say that it counts alone.
         TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
 
     **Hooks.** As :class:`DataPruning`. Epochs become longer; schedules that step with batches are held back so that they

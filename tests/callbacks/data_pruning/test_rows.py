@@ -416,3 +416,72 @@ def test_the_module_can_be_copied_in_mid_fit() -> None:
             copy.deepcopy(trainer.callbacks)
 
     train(LossReweighting(warmup=0.0), more=[Copies()])
+
+
+class Contrastive(Classifier):
+    """Tells each sample from the others of its batch: the target is its place."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        one, other = self(batch[0]), self(-batch[0])
+        return F.cross_entropy(one @ other.T, torch.arange(len(one)))
+
+
+class ContrastiveSorted(Contrastive):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step([batch[0][batch[0].sum(1).argsort()]], batch_idx)
+
+
+@pytest.mark.parametrize("make", [lambda: pruning("loss"), InfoBatch, lambda: LossReweighting(warmup=0.0)])
+def test_targets_that_are_places_in_the_batch(make: Any) -> None:
+    train(make(), Contrastive())
+    callback = make()
+    if isinstance(callback, LossReweighting):
+        train(callback, ContrastiveSorted())
+        return
+    with pytest.raises(RuntimeError, match=STEP):
+        train(callback, ContrastiveSorted())
+
+
+class Silent(Classifier):
+    """Says the same of every sample at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.mse_loss(self(batch[0])[:, 0], batch[0][:, 0].sign())
+
+
+class SilentSorted(Silent):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        order = batch[0].sum(1).argsort()
+        return super().training_step([batch[0][order]], batch_idx)
+
+
+class Sure(Silent):
+    """Is so sure that its losses are rounding errors."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        sure = self(batch[0]) + 40 * F.one_hot(batch[1], 3) * (1 + batch[0][:, :1].abs())
+        return F.cross_entropy(sure + 1e-6 * torch.arange(len(sure))[:, None], batch[1])
+
+
+def test_where_all_losses_are_alike_the_input_and_the_target_tell() -> None:
+    class Still(Silent):
+        learning_rate = 0.0
+
+    class StillSorted(SilentSorted):
+        learning_rate = 0.0
+
+    train(pruning("loss"), Still())
+    train(pruning("loss"), Sure())
+    with pytest.raises(RuntimeError, match="the target of the loss did not follow"):
+        train(pruning("loss"), StillSorted())
+
+
+def test_two_views_in_batches_of_two() -> None:
+    for make in READERS:
+        with pytest.raises(RuntimeError, match=STEP):
+            train(make(), TwoViews(), batch_size=2)
