@@ -24,7 +24,7 @@ def refuse_rest(capture: WholeLossCapture, call: LossCall, output: object, label
         return
     index = capture.calls.index(call)
     raise RuntimeError(
-        f"{label} sees {call.name}, which is not all that training_step returns: there is also {rest}. It would take a part "
+        f"{label} sees {call.name}, which is not all that training_step returns: {rest}. It would take a part "
         f"of the loss for the whole. Set loss={index} if {call.name} alone shall count, or {way_out}."
     )
 

@@ -6,7 +6,7 @@ import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -50,7 +50,7 @@ class WholeLossCapture(LossCapture):
         >>> capture.rest_of(seen / 2 + decay, capture.only()) is None
         True
         >>> capture.rest_of(seen + size, capture.only())
-        'mean (...'
+        'there is also mean (...'
     """
 
     def __init__(self, module: nn.Module, samples: int | None = None, **arguments: Any) -> None:
@@ -92,7 +92,7 @@ class WholeLossCapture(LossCapture):
                 self._fixed_nodes.add(node)
 
     def rest_of(self, loss: Tensor, call: LossCall) -> str | None:
-        """Return what a step's loss consists of beside one call, by the function and the line; ``None`` if there is nothing.
+        """Return what makes a step's loss more than one call, by the function and the line; ``None`` if nothing does.
 
         Args:
             loss: What the step returns, with its graph.
@@ -104,7 +104,7 @@ class WholeLossCapture(LossCapture):
         if edge is None or edge.node is None:
             # Without a graph only the values can be compared: a metric, or a loss inside a reentrant checkpoint.
             is_same = value.dim() == 0 and bool(torch.isclose(loss.detach().to(value), value, rtol=1e-3))
-            return None if is_same else self._word(loss.grad_fn)
+            return None if is_same else f"its value comes from {self._word(loss.grad_fn)}"
         found = self._beside(loss.grad_fn, edge.node)
         return found or (self._factors(loss, edge, call, value) if value.dim() else None)
 
@@ -112,7 +112,7 @@ class WholeLossCapture(LossCapture):
         """Walk from the loss down to the call, and return the first thing that is no multiple of it and no constant."""
         leads = self._leading_to(start, target)
         if not leads[start]:
-            return self._word(start)
+            return f"it comes from {self._word(start)}"
         waiting, done = [start], {target}
         while waiting:
             node = waiting.pop()
@@ -123,9 +123,9 @@ class WholeLossCapture(LossCapture):
             hits = [child is not None and leads.get(child, False) for child in following]
             for child, hit in zip(following, hits, strict=True):
                 if child is not None and not hit and not self._is_constant(child):
-                    return self._word(child)
+                    return f"there is also {self._word(child)}"
             if not _is_linear(node, hits):
-                return self._word(node)
+                return f"it goes through {self._word(node)}"
             waiting += [child for child, hit in zip(following, hits, strict=True) if hit and child is not None]
         return None
 
@@ -161,13 +161,15 @@ class WholeLossCapture(LossCapture):
         factors = found[call.valid.expand(found.shape) & value.isfinite()]
         if not len(factors) or bool(torch.isclose(factors, factors[0], rtol=1e-3, atol=0.0).all()):
             return None
-        return "a mask or weights of its own for each position"
+        return "its positions are multiplied by a mask or by weights"
 
     def _word(self, node: Node) -> str:
         return self._places.get(node, node.name())
 
 
 def _is_linear(node: Node, hits: Sequence[bool]) -> bool:
+    if isinstance(cast(object, node), torch.autograd.function.BackwardCFunction):
+        return False  # a function of somebody's own, whatever it is called
     name = _base(node)
     if name == "Mul":
         return sum(hits) == 1

@@ -97,16 +97,35 @@ def dice(net: Net) -> Tensor:
     return F.binary_cross_entropy_with_logits(net(X), truth) + 1 - 2 * (shares * truth).sum() / (shares + truth).sum()
 
 
+class Gather(torch.autograd.Function):
+    """Is called like a function of torch that is linear."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0]
+
+
 MORE = {
-    "a term of the network": (lambda net: loss(net) + net(X).abs().mean(), r"mean \(test_whole_loss.py:\d+\)"),
+    "a function of one's own": (lambda net: Gather.apply(loss(net)), "Gather"),
+    "a term of the network": (
+        lambda net: loss(net) + net(X).abs().mean(),
+        r"there is also mean \(test_whole_loss.py:\d+\)",
+    ),
     "a term that still counts nothing": (lambda net: loss(net) + 0.0 * net(X).abs().mean(), "mul"),
     "a term of token numbers": (lambda net: loss(net) + net.table(torch.arange(3)[Y[:3]]).square().sum(), "sum"),
     "in place": (lambda net: added_in_place(net, net(X).abs().mean()), "mean"),
     "in place, on the loss": (lambda net: changed_in_place(net, net(X).abs().mean()), "mean"),
     "a factor of the network": (lambda net: loss(net) * net(X).abs().mean(), "mean"),
-    "a root": (lambda net: loss(net).sqrt(), "sqrt"),
+    "a root": (lambda net: loss(net).sqrt(), "it goes through sqrt"),
     "a quotient": (lambda net: 1 / loss(net), "Reciprocal|div"),
-    "a mask": (lambda net: (loss(net, reduction="none") * (Y > 0)).sum() / (Y > 0).sum(), "a mask or weights"),
+    "a mask": (
+        lambda net: (loss(net, reduction="none") * (Y > 0)).sum() / (Y > 0).sum(),
+        "its positions are multiplied",
+    ),
     "the hardest": (lambda net: loss(net, reduction="none").topk(2).values.mean(), "topk"),
     "focal": (focal, "mul"),
     "dice": (dice, "div|rsub|mul"),
