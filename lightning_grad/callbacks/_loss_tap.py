@@ -14,8 +14,8 @@ import lightning.pytorch as pl
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from lightning_grad.callbacks._look import SCORE_FN
 from lightning_grad.callbacks._quiet import is_quiet
-from lightning_grad.callbacks._scoring import SCORE_FN
 from lightning_grad.functional import LossCall, LossCapture
 from lightning_grad.utilities.dispatch import wrap_method
 

@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatchError
 from lightning_grad.callbacks._quiet import eager, generators_kept, quiet
 from lightning_grad.callbacks._row_order import (
     follows,
@@ -28,16 +29,7 @@ from lightning_grad.callbacks._row_order import (
     same_rows,
     size_of_input,
 )
-from lightning_grad.callbacks._scoring import (
-    SCORE_FN,
-    Look,
-    Measure,
-    SkippedBatchError,
-    runner,
-    scoring_loader,
-    seed_streams,
-    to_device,
-)
+from lightning_grad.callbacks._scoring import runner, scoring_loader, seed_streams, to_device
 from lightning_grad.callbacks._whole_step import refuse_rest
 from lightning_grad.functional._whole_loss import WholeLossCapture
 from lightning_grad.utilities.batches import copy_of, reordered

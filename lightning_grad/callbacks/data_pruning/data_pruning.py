@@ -18,10 +18,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grad.callbacks._look import Measure
 from lightning_grad.callbacks._loss_tap import read_losses
 from lightning_grad.callbacks._quiet import generators_kept
 from lightning_grad.callbacks._rehearsal import Rehearsal
-from lightning_grad.callbacks._scoring import Measure, look_at_all, say_what_is_skipped
+from lightning_grad.callbacks._scoring import look_at_all, say_what_is_skipped
 from lightning_grad.callbacks.data_pruning._arguments import check_settings, read_rounds
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score
 from lightning_grad.callbacks.data_pruning._report import report

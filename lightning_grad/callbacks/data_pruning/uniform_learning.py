@@ -11,8 +11,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grad.callbacks._look import Look
 from lightning_grad.callbacks._rehearsal import Rehearsal
-from lightning_grad.callbacks._scoring import Look, look_at_all, say_what_is_skipped
+from lightning_grad.callbacks._scoring import look_at_all, say_what_is_skipped
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
 from lightning_grad.functional import round_up_count, uniform_learning_repeats
 from lightning_grad.utilities.checks import check_count, check_position, refuse_manual_optimization
