@@ -179,7 +179,7 @@ class Rehearsal:
             return loader.collate_fn(items if takes_lists else [items[place] for place in order.tolist()])
 
         once = scoring_loader(training_set, dataset, [chosen], 0, in_main_process=True, collate=collate)
-        with generators_kept(once.dataset), self._quiet(0):
+        with generators_kept([once.dataset, loader.collate_fn]), self._quiet(0):
             batch = next(iter(once))
             seed_streams(seed)
             yield batch
