@@ -81,7 +81,8 @@ def look_at_all(
     loader = scoring_loader(training_set, dataset, batches, seed, in_main_process=rehearsal)
     found = _Found(training_set.sampler.total, trainer.strategy.root_device)
     memory: dict[str, Any] = {}
-    with quiet(trainer, pl_module, advice=f", or {way_out}"), generators_kept([loader.dataset, training_set.loader.collate_fn]):
+    sources = [loader.dataset, training_set.loader.collate_fn]
+    with quiet(trainer, pl_module, advice=f", or {way_out}"), generators_kept(sources):
         seed_streams(seed)
         for number, batch in enumerate(loader if rehearsal else _with_progress(loader, title, trainer)):
             if batch is None:
