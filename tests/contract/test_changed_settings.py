@@ -1,0 +1,83 @@
+"""G5, G8: a run that resumes under other settings follows them and says so, or refuses in words."""
+
+import typing
+from typing import Any, Literal, get_args, get_origin
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from tests.contract.projects import fit
+from tests.contract.settings import CANONICAL
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+
+
+def _other(value: Any, kind: Any) -> Any:
+    """Return another value of the same kind, or the same where none is simple."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float) and value not in (0.0, float("inf")):
+        return value * 0.5
+    if get_origin(kind) is Literal:
+        return next(choice for choice in get_args(kind) if choice != value)
+    return value
+
+
+def _changes(technique: Any) -> dict[str, Any]:
+    """Return the settings that can be changed one by one, with another value for each."""
+    callback = technique.build()
+    kinds = typing.get_type_hints(type(callback).__init__)
+    found = {}
+    for name, value in callback.settings.items():
+        other = _other(value, kinds[name])
+        try:
+            technique.build(**{name: other})
+        except ValueError:  # does not go with the others
+            continue
+        if other != value:
+            found[name] = other
+    return found
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    made: dict[str, Any] = {}
+
+    def checkpoint_of(technique: Any) -> Any:
+        if technique.name not in made:
+            folder = tmp_path_factory.mktemp(technique.name)
+            fit([technique.build(), pl.callbacks.ModelCheckpoint(folder, filename="half")], max_epochs=2)
+            made[technique.name] = folder / "half.ckpt"
+        return made[technique.name]
+
+    return checkpoint_of
+
+
+@pytest.mark.parametrize("technique", CANONICAL, ids=str)
+def test_each_changed_setting_is_followed_and_said_or_refused(technique, checkpoints, caplog):
+    changes = _changes(technique)
+    assert changes or not technique.build().settings.keys() - {"name", "include", "exclude"}
+    for name, value in changes.items():
+        caplog.clear()
+        caplog.set_level("INFO")
+        refusal = _refusal([technique.build(**{name: value})], checkpoints(technique))
+        assert name in refusal if refusal else f"changed settings: {name}={value!r} (was " in caplog.text
+
+
+def _refusal(callbacks: list[Any], checkpoint: Any) -> str:
+    """Resume, and return the words of the refusal, empty if the run came to its end."""
+    try:
+        fit(callbacks, ckpt=checkpoint, max_epochs=3)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("technique", CANONICAL, ids=str)
+def test_the_settings_are_in_the_checkpoint(technique, checkpoints):
+    saved = torch.load(checkpoints(technique), weights_only=True)["callbacks"]
+    (state,) = (state for key, state in saved.items() if key == technique.build().state_key)
+    assert state["settings"].keys() == technique.build().settings.keys()
