@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_grad.functional._tensor_classes import plain
 from lightning_grad.functional.gradients._autograd import Edge, Node, apply_backward, kind_of, output_count
 from lightning_grad.functional.gradients._nodes import HOMOGENEOUS, LINEAR
 from lightning_grad.functional.gradients._record import Place, Record
@@ -144,8 +145,7 @@ class Values:
     def _of_cut(self, cut: Cut, a: Tensor) -> Part:
         rows = cut.rows
         tensor = self._record.tensor_at(cut.edge)
-        # A subclass of tensors would bring its own functions into sums that are ours.
-        tensor, a = tensor.as_subclass(Tensor), a.as_subclass(Tensor)
+        tensor, a = plain(tensor), plain(a)
         product = a.to(self._dtype) * (tensor if self._keep_graph else tensor.detach()).to(self._dtype)
         # Positions that do not count may hold anything: nan in nanmean.
         sums = self._per_sample(torch.where(a == 0, 0.0, product), rows)
@@ -175,7 +175,7 @@ class Values:
             found = apply_backward(node, outputs)[inputs[0]]
             if found is None:
                 break
-            gradients, edge, rows = found.as_subclass(Tensor), below, rows_below
+            gradients, edge, rows = plain(found), below, rows_below
         return self._per_sample(gradients.detach().to(self._dtype), rows)
 
     def _per_sample(self, values: Tensor, rows: Rows | None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_grad.functional._tensor_classes import plain
 from lightning_grad.functional.gradients._autograd import Node, kind_of
 from lightning_grad.functional.gradients._nodes import REDUCING
 from lightning_grad.functional.gradients._record import Record
@@ -102,7 +103,7 @@ class Terms:
         check: bool = True,
     ) -> None:
         self.samples = record.samples
-        self._loss = loss.detach()
+        self._loss = plain(loss).detach()
         self._walk = Walk(loss.grad_fn, record, None if like is None else like.keys)
         self.keys: frozenset[Key] = frozenset(cut.key for cut in self._walk.cuts)
         self.terms: tuple[Term, ...] = ()
@@ -131,7 +132,7 @@ class Terms:
     def constant(self) -> Tensor:
         """Return what belongs to no sample."""
         shares = self.shares.detach()
-        return self._loss.reshape(()).as_subclass(Tensor).to(shares.dtype) - shares.mean()
+        return self._loss.reshape(()).to(shares.dtype) - shares.mean()
 
     def _with_values(self, value: Tensor | None) -> Tensor:
         if value is None:

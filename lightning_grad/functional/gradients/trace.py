@@ -29,11 +29,12 @@ from lightning_grad.functional.gradients._rows import (
 )
 from lightning_grad.functional.gradients.terms import Terms
 from lightning_grad.functional.loss_capture import LossCall
+from lightning_grad.functional.plain_tensors import on_plain_tensors
 
 _ASSIGNMENT = torch.Tensor.__setitem__
 _SPECIAL = frozenset([*LOSSES, *MOVES, *RESHAPES, *TRANSPOSES, *REDUCTIONS, *SORTS, _ASSIGNMENT])
 _NO_TENSORS = (type(None), torch.Size, int, bool, float, str, torch.dtype, torch.device)
-_NOT_THE_STEP = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_NOT_THE_STEP = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))  # torch, and this package
 
 
 class LossTrace(TorchFunctionMode):
@@ -97,6 +98,7 @@ class LossTrace(TorchFunctionMode):
         self._record = Record(samples, {id(tensor): tensor for tensor in constants})
         self._rows = RowTracker(self._record)
 
+    @on_plain_tensors
     def terms(self, loss: Tensor, like: Terms | None = None, check: bool = True) -> Terms:
         """Return what each sample contributes to the loss that the step returned.
 
@@ -153,18 +155,23 @@ class LossTrace(TorchFunctionMode):
         if func in LOSSES:
             kwargs = {**kwargs, **dropped_weight(func, kwargs)}
         out = func(*args, **kwargs)
+        self._follow(func, args, kwargs, out)
+        return out
+
+    # Our own questions to a tensor of a class of its own would go through that class, which may refuse or count them.
+    @on_plain_tensors
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         if func in LOSSES:
             if not self._read_call(func, args, kwargs, out):
                 self._note(func, args, kwargs, out)
-            return out
+            return
         args, kwargs = _by_position(args, kwargs)
         data: Any = args[0] if args else None
         is_followed = False
         if func is _ASSIGNMENT:
             self._rows.assign(args)
-            self._note(func, args, kwargs, data, inherit=False)
-            return out
-        if func in MOVES or func in SORTS:
+            out, is_followed = data, True
+        elif func in MOVES or func in SORTS:
             is_followed = touches_rows(func, args, kwargs) or self._rows.lies_elsewhere(data)
             if is_followed:
                 self._rows.move(func, args, kwargs, out)
@@ -173,8 +180,8 @@ class LossTrace(TorchFunctionMode):
             if is_followed:
                 self._rows.reshape(func, args, kwargs, out)
         self._note(func, args, kwargs, out, inherit=not is_followed)
-        return out
 
+    @on_plain_tensors
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, inherit: bool = True) -> None:
         """Keep what the walk through the graph will ask for."""
         record, inputs = self._record, tensors_in((args, kwargs))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_grad.functional import LossCapture
+from lightning_grad.functional._tensor_classes import plain
 from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms
 from lightning_grad.functional.gradients._autograd import missing
 from tests.functional.gradients.losses import CASES, B, H, Net, V, entropies, errors, make_batch, mse, one_tensor_thrice
@@ -242,6 +243,31 @@ def test_a_transform_of_torch_func_inside_the_step() -> None:
     loss, terms = traced(lambda n, b: inner(n(b.x), b.y).mean(), net, batch)
     assert_close(terms.shares, errors(net, batch).detach())
     assert torch.equal(loss, inner(net(batch.x), batch.y).mean())
+
+
+class Stubborn(Tensor):
+    """A class that takes the functions of the step, and refuses all others."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ not in ("linear", "sub", "abs", "mean", "add", "mse_loss", "cat", "mul"):
+            raise TypeError(f"{func.__name__} is not for this class")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_class_that_refuses_functions_is_not_asked() -> None:
+    net, batch = setting()
+    weights = torch.rand(B, dtype=torch.float64)
+    x, y = batch.x.as_subclass(Stubborn), batch.y.as_subclass(Stubborn)
+    with LossTrace(B) as trace:
+        z = net(torch.cat([x, x]))
+        loss = (z - torch.cat([y, y])).abs().mean() + F.mse_loss(z, torch.cat([y, y]))
+    terms = trace.terms(loss)
+    expected = CASES["mae"].shares(net, batch) + errors(net, batch)
+    assert_close(terms.shares, expected.detach())
+    terms.weight_(weights)
+    for found, one in zip(gradients(net, plain(loss)), gradients(net, (weights * expected).mean()), strict=True):
+        assert_close(found, one)
 
 
 # Later batches, other shapes.
