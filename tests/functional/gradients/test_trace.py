@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_grad.functional import LossCapture
+from lightning_grad.functional import LossCapture, per_sample_gradient_norms
 from lightning_grad.functional._tensor_classes import plain
 from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms
 from lightning_grad.functional.gradients._autograd import missing
@@ -70,7 +70,7 @@ def test_the_sole_call_is_found_under_factors_and_constants_only() -> None:
 def test_weights_work_with_accumulation_several_backward_passes_and_removal() -> None:
     net, batch = setting()
     weights = torch.rand(B, dtype=torch.float64)
-    plain = gradients(net, CASES["vae"].loss(net, batch))
+    unweighted = gradients(net, CASES["vae"].loss(net, batch))
     expected = gradients(net, (weights * CASES["vae"].shares(net, batch)).mean())
     loss, terms = traced(CASES["vae"].loss, net, batch, values=False)
     handle = terms.weight_(weights)
@@ -79,7 +79,7 @@ def test_weights_work_with_accumulation_several_backward_passes_and_removal() ->
     for parameter, one in zip(net.parameters(), expected, strict=True):
         assert_close(torch.zeros_like(one) if parameter.grad is None else parameter.grad, one / 2)
     handle.remove()
-    for found, one in zip(gradients(net, loss), plain, strict=True):
+    for found, one in zip(gradients(net, loss), unweighted, strict=True):
         assert torch.equal(found, one)
 
 
@@ -108,6 +108,23 @@ def test_one_hot_weights_give_the_gradient_of_one_sample() -> None:
             assert_close(found, one)
 
 
+@pytest.mark.parametrize("name", ["vae", "quantile", "masked_each", "two_heads", "elbo"])
+def test_norms_of_the_gradients_of_single_samples(name: str) -> None:
+    net, batch = setting()
+    case = CASES[name]
+
+    def shares() -> Tensor:
+        with LossTrace(B, keep_graph=True) as trace:
+            loss = case.loss(net, batch)
+        return trace.terms(loss).shares
+
+    expected = []
+    for i in range(B):
+        found = gradients(net, case.shares(net, batch)[i])
+        expected.append(torch.stack([(g**2).sum() for g in found]).sum().sqrt())
+    assert_close(per_sample_gradient_norms(net, shares), torch.stack(expected))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_and_a_scaled_loss(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -130,8 +147,8 @@ def test_autocast_and_a_scaled_loss(dtype: torch.dtype) -> None:
     torch.testing.assert_close(terms.shares, each().detach(), rtol=1e-5, atol=1e-5)
     terms.weight_(torch.ones(B))
     scale = 1024.0
-    for found, plain in zip(gradients(net, loss * scale), gradients(net, step() * scale), strict=True):
-        assert torch.equal(found, plain)
+    for found, unweighted in zip(gradients(net, loss * scale), gradients(net, step() * scale), strict=True):
+        assert torch.equal(found, unweighted)
     with LossTrace(B) as trace:
         loss = step()
     trace.terms(loss).weight_(weights)
