@@ -33,7 +33,8 @@ from lightning_grad.functional.plain_tensors import on_plain_tensors
 
 _ASSIGNMENT = torch.Tensor.__setitem__
 _SPECIAL = frozenset([*LOSSES, *MOVES, *RESHAPES, *TRANSPOSES, *REDUCTIONS, *SORTS, _ASSIGNMENT])
-_NO_TENSORS = (type(None), torch.Size, int, bool, float, str, torch.dtype, torch.device)
+_OFTEN_STILL = frozenset([*RESHAPES, *TRANSPOSES, torch.Tensor.__getitem__])
+_NO_TENSORS = frozenset([type(None), torch.Size, int, bool, float, str, torch.dtype, torch.device])
 _NOT_THE_STEP = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))  # torch, and this package
 
 
@@ -155,8 +156,26 @@ class LossTrace(TorchFunctionMode):
         if func in LOSSES:
             kwargs = {**kwargs, **dropped_weight(func, kwargs)}
         out = func(*args, **kwargs)
+        if func in _OFTEN_STILL and out.__class__ is Tensor and self._stays(func, args, kwargs, out):
+            return out
         self._follow(func, args, kwargs, out)
         return out
+
+    def _stays(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
+        """Return whether rows by the shape rule stay as they are: attention heads, x[:, 0]. Not if it takes long to tell."""
+        data: Any = args[0] if args else None
+        if data.__class__ is not Tensor or self._record.is_constant(data):
+            return False
+        if self._rows.moved and _any_of(self._rows.moved, args, kwargs):
+            return False
+        shape, before = out.shape, data.shape
+        if not shape or not before or shape[0] != before[0] or not shape[0] or shape[0] % self.samples:
+            return False
+        if func in RESHAPES:
+            return True
+        if func in TRANSPOSES:
+            return len(shape) > 2 and out.stride(0) == data.stride(0) != 0
+        return not touches_rows(func, args, kwargs)
 
     # Our own questions to a tensor of a class of its own would go through that class, which may refuse or count them.
     @on_plain_tensors
@@ -237,7 +256,9 @@ class LossTrace(TorchFunctionMode):
 def _any_of(moved: dict[int, Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
     """Return whether an argument may be one of these tensors, by their ids."""
     for value in (*args, *kwargs.values()) if kwargs else args:
-        if id(value) in moved or value.__class__ is list or value.__class__ is tuple:
+        if id(value) in moved:
+            return True
+        if value.__class__ in (list, tuple) and value and isinstance(value[0], (Tensor, list, tuple)):
             return True
     return False
 
