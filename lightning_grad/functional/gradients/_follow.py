@@ -126,8 +126,11 @@ class RowTracker:
             return first if alone else None
         if any(rows is not first and not first.same_as(rows) for rows in known):
             return mixed if with_graph else None
-        if not first.covers and any(t.shape[:1] == output.shape[:1] for t in others):
-            return mixed if with_graph else None
+        if any(t.shape[:1] == output.shape[:1] and obeys_shape_rule(t.shape, self._record.samples) for t in others):
+            if first.length == self._record.samples and first.covers:
+                return None  # x + x[permutation], as in mixup and in triplets of a batch: the row's own sample counts
+            if with_graph or not first.covers:
+                return mixed if with_graph else None
         return first
 
 

@@ -644,6 +644,37 @@ def pooled_graphs(n: Any, b: Batch) -> Tensor:
     return ((pooled / torch.bincount(nodes)[:, None]) ** 2).mean()
 
 
+# A row with a partner from the batch belongs to its own sample. Other batches have other partners.
+
+
+def mixed_up(n: Any, b: Batch) -> Tensor:
+    return n(0.7 * b.x + 0.3 * b.x[torch.arange(len(b)).roll(1)])
+
+
+def mixup_of(n: Any, b: Batch) -> Tensor:
+    first, second = (F.cross_entropy(mixed_up(n, b), c, reduction="none") for c in (b.c, b.c.roll(1)))
+    return 0.7 * first + 0.3 * second
+
+
+@of(mixup_of, solo="partners")
+def mixup(n: Any, b: Batch) -> Tensor:
+    z = mixed_up(n, b)
+    return 0.7 * F.cross_entropy(z, b.c) + 0.3 * F.cross_entropy(z, b.c.roll(1))
+
+
+def negatives_of(n: Any, b: Batch) -> Tensor:
+    z = n(b.x)
+    near, far = ((z - n(b.y)) ** 2).sum(1), ((z - z[torch.arange(len(b)).roll(2)]) ** 2).sum(1)
+    return (near - far + 1.0).relu()
+
+
+@of(negatives_of, solo="partners")
+def negatives_of_the_batch(n: Any, b: Batch) -> Tensor:
+    z = n(b.x)
+    far = (z - z.roll(2, 0)).pow(2).sum(1)
+    return F.relu((z - n(b.y)).pow(2).sum(1) - far + 1.0).mean()
+
+
 # Parts of the step that run elsewhere.
 
 
