@@ -157,7 +157,8 @@ def moved_rows(
         if func in RESHAPES:
             if any(isinstance(a, torch.dtype) for a in rest):
                 return [rows_of(data)]
-            numbers = numbers.contiguous()  # a view of what was spread would be none
+            # A view of what was spread would be none, and a copy of a whole activation should at least be of small numbers.
+            numbers = numbers.to(torch.int16 if samples < 2**15 else torch.int32).contiguous()
     else:
         numbers = [_numbers(t, rows_of(t), samples, None, device) for t in data]
     found = func(numbers, *rest, **kwargs)
@@ -204,7 +205,7 @@ def _read(numbers: Tensor, samples: int) -> Rows | None:
     for axis in range(min(2, numbers.dim())):
         lines = numbers.movedim(axis, 0).reshape(numbers.shape[axis], -1)
         if bool(((lines == lines[:, :1]) & (lines >= 0)).all()):
-            ids, length = lines[:, 0].contiguous(), lines.shape[0]
+            ids, length = lines[:, 0].to(torch.long), lines.shape[0]
             plain = length % samples == 0 and torch.equal(ids, in_order(length, samples, ids.device))
             if plain:
                 return None if axis == 0 else Rows(axis, length)
@@ -222,7 +223,7 @@ def _read_few(numbers: Tensor, samples: int) -> Rows | None:
     each = length // samples
     if length % samples == 0 and all(i == place // each for place, i in enumerate(ids)):
         return None
-    return Rows(0, length, numbers.contiguous(), covers=len(set(ids)) == samples)
+    return Rows(0, length, numbers.to(torch.long), covers=len(set(ids)) == samples)
 
 
 _FEW = 512

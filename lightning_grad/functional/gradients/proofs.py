@@ -29,7 +29,7 @@ class Proof:
     """What the runs of :func:`prove_terms` showed.
 
     Attributes:
-        terms: The terms of the first run; pass them as ``like`` to :meth:`LossTrace.terms` in later steps.
+        terms: The terms of the first run, without their graph; pass them as ``like`` to :meth:`LossTrace.terms` in later steps.
         noisy: Whether the step draws random numbers. Then the runs cannot be compared, and nothing else was tested.
         unordered: The terms, as "mean (module.py:31)", whose shares do not follow the samples to another order.
         solo: The loss of each sample in a batch of its own, less the constant, (B,); ``None`` if not measured.
@@ -84,6 +84,7 @@ def prove_terms(
     """
     indices = list(indices)
     terms = trace_step(step, batch_of(indices), len(indices), make_trace)
+    terms.release()  # a proof may be kept for a whole run
     if is_noisy(step, batch_of, indices, make_trace):
         return Proof(terms, noisy=True)
     unordered = unordered_terms(step, batch_of, indices, make_trace)

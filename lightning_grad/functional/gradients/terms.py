@@ -79,11 +79,6 @@ class Terms:
     Attributes:
         samples: B.
         terms: The terms by place, with values only.
-        shares: :math:`s_i`, (B,), float32 at least.
-        own: :math:`o_i`, (B,); nan for a sample without any position that counts. For one loss of
-            ``torch.nn.functional`` that is returned as it is, these are bit for bit the losses of
-            :class:`~lightning_grad.functional.LossCall`.
-        constant: c, a tensor of one number.
         call: The call of a loss of ``torch.nn.functional`` that makes up the whole loss, up to a factor and the constant.
         dtype: The dtype in which the least exact of the terms was reduced.
         keys: Where the loss was cut; equal in all steps of the same code.
@@ -104,33 +99,38 @@ class Terms:
     ) -> None:
         self.samples = record.samples
         self._loss = plain(loss).detach()
-        self._walk = Walk(loss.grad_fn, record, None if like is None else like.keys)
-        self.keys: frozenset[Key] = frozenset(cut.key for cut in self._walk.cuts)
+        walk = Walk(loss.grad_fn, record, None if like is None else like.keys)
+        self._walk: Walk | None = walk
+        self.keys: frozenset[Key] = frozenset(cut.key for cut in walk.cuts)
         self.terms: tuple[Term, ...] = ()
         self.call: LossCall | None = None
         self.dtype = loss.dtype
         self._shares: Tensor | None = None
         if values:
-            found = Values(loss, self._walk, record, keep_graph)
+            found = Values(loss, walk, record, keep_graph)
             self.dtype = found.coarsest
             self._add_up(found)
-            self.call = _sole_call(self._walk, record)
+            self.call = _sole_call(walk, record)
             if check:
                 self._check(found)
 
     @property
     def shares(self) -> Tensor:
-        """Return the shares."""
+        r""":math:`s_i`, (B,), float32 at least; detached unless ``keep_graph``."""
         return self._with_values(self._shares)
 
     @property
     def own(self) -> Tensor:
-        """Return the means over own positions."""
+        r""":math:`o_i`, (B,); nan for a sample without any position that counts.
+
+        For one loss of ``torch.nn.functional`` that is returned as it is, these are bit for bit the losses of
+        :class:`~lightning_grad.functional.LossCall`.
+        """
         return self._with_values(None if self._shares is None else _sum_of_means([t.own for t in self.terms]))
 
     @property
     def constant(self) -> Tensor:
-        """Return what belongs to no sample."""
+        """The part of the loss that belongs to no sample, a tensor of one number."""
         shares = self.shares.detach()
         return self._loss.reshape(()).to(shares.dtype) - shares.mean()
 
@@ -198,9 +198,11 @@ class Terms:
             InseparableLossError: If a factor with a graph multiplies a term: its gradient would be that of the plain loss.
             ValueError: If the weights are not (B,).
         """
-        weights = self._checked(weights)
-        if self._walk.learned:
-            place = self._walk.learned[0]
+        weights, walk = self._checked(weights), self._walk
+        if walk is None:
+            raise RuntimeError("These terms were released, so there is no graph to weight. Trace another step.")
+        if walk.learned:
+            place = walk.learned[0]
             raise InseparableLossError(
                 place.function,
                 place.location,
@@ -208,9 +210,13 @@ class Terms:
             )
         # On the edge, not on the tensor: what else the tensor is used for, also in another term, is not weighted here.
         cuts: dict[Node, dict[int, Rows | None]] = {}
-        for cut in self._walk.cuts:
+        for cut in walk.cuts:
             cuts.setdefault(cut.node, {})[cut.index] = cut.rows
         return WeightHandle([node.register_hook(_weighting(rows, weights)) for node, rows in cuts.items()])
+
+    def release(self) -> None:
+        """Let go of the graph, which lives as long as these terms otherwise; values and ``keys`` stay."""
+        self._walk = None
 
     def _checked(self, weights: Tensor) -> Tensor:
         if not isinstance(weights, Tensor) or weights.shape != (self.samples,):
