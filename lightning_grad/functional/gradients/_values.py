@@ -91,6 +91,11 @@ class Values:
                 continue
             if node in walk.adding:
                 self._add_constant(node, walk, gradients[0])
+            whole = self._of_whole_reduction(node, gradients[0], walk)
+            if whole is not None:
+                self._note_dtype(whole)
+                at_cuts[node, 0] = whole
+                continue
             found = zip(apply_backward(node, gradients), walk.inputs[node], node.next_functions, strict=False)
             for index, (gradient, kind, edge) in enumerate(found):
                 if gradient is None:
@@ -105,6 +110,21 @@ class Values:
                     before = below[edge[1]]
                     below[edge[1]] = gradient if before is None else before + gradient
         return at_cuts, at_calls
+
+    def _of_whole_reduction(self, node: Node, gradient: Tensor | None, walk: Walk) -> Tensor | None:
+        """Return the one coefficient of a mean or sum of a whole tensor, spread without memory: the common case."""
+        kind = kind_of(node)
+        if (
+            kind not in ("Mean", "Sum")
+            or walk.inputs[node] != [Input.ROWS]
+            or gradient is None
+            or gradient.numel() != 1
+        ):
+            return None
+        edge = node.next_functions[0]
+        tensor = self._record.tensor_at(edge)
+        one = gradient.reshape(()) / (tensor.numel() if kind == "Mean" else 1)
+        return one.expand(tensor.shape)
 
     def _note_dtype(self, gradient: Tensor) -> None:
         if torch.finfo(gradient.dtype).eps > torch.finfo(self.coarsest).eps:
@@ -146,9 +166,13 @@ class Values:
         rows = cut.rows
         tensor = self._record.tensor_at(cut.edge)
         tensor, a = plain(tensor), plain(a)
-        product = a.to(self._dtype) * (tensor if self._keep_graph else tensor.detach()).to(self._dtype)
-        # Positions that do not count may hold anything: nan in nanmean.
-        sums = self._per_sample(torch.where(a == 0, 0.0, product), rows)
+        values = (tensor if self._keep_graph else tensor.detach()).to(self._dtype)
+        if a.dim() and not any(a.stride()):
+            one = a.reshape(-1)[:1].to(self._dtype)
+            sums = torch.where(one == 0, 0.0, one * self._per_sample(values, rows))
+        else:
+            # Positions that do not count may hold anything: nan in nanmean.
+            sums = self._per_sample(torch.where(a == 0, 0.0, a.to(self._dtype) * values), rows)
         if cut.is_second:
             sums = sums - sums.detach()  # no value of its own, but the gradient by this factor
         counts = None if cut.is_product else self._counts(cut, a)

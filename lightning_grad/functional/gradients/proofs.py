@@ -29,7 +29,8 @@ class Proof:
     """What the runs of :func:`prove_terms` showed.
 
     Attributes:
-        terms: The terms of the first run, without their graph; pass them as ``like`` to :meth:`LossTrace.terms` in later steps.
+        terms: The terms of the first run, without their graph; pass them as ``like`` to :meth:`LossTrace.terms` in later
+            steps.
         noisy: Whether the step draws random numbers. Then the runs cannot be compared, and nothing else was tested.
         unordered: The terms, as "mean (module.py:31)", whose shares do not follow the samples to another order.
         solo: The loss of each sample in a batch of its own, less the constant, (B,); ``None`` if not measured.

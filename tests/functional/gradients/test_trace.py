@@ -331,6 +331,22 @@ def test_nothing_stays_alive_and_nothing_is_left_on_tensors() -> None:
     assert alive() is None
 
 
+def test_released_terms_keep_their_values_and_no_graph() -> None:
+    net, batch = setting()
+    with LossTrace(B) as trace:
+        z = net(batch.x)
+        loss = z.pow(2).mean()
+    terms = trace.terms(loss)
+    terms.release()
+    alive, shares = weakref.ref(z), z.detach().pow(2).mean(1)
+    del z, loss, trace
+    gc.collect()
+    assert alive() is None
+    assert_close(terms.shares, shares)
+    with pytest.raises(RuntimeError, match="Trace another step"):
+        terms.weight_(torch.ones(B))
+
+
 def test_rows_of_an_old_step_do_not_haunt_the_next() -> None:
     net, batch = setting()
     kept: list[Tensor] = []
