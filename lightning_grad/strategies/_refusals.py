@@ -20,7 +20,8 @@ def check_positive(value: float, parameter: str, instead: str) -> None:
         ValueError: If it is not; with what to do instead of an infinity.
     """
     if not 0.0 < value < math.inf:
-        raise ValueError(f"{parameter} must be above 0 and finite; got {value}. {instead}")
+        hint = f" {instead}" if value > 0 else ""
+        raise ValueError(f"{parameter} must be above 0 and finite; got {value}.{hint}")
 
 
 def refuse_run(trainer: pl.Trainer, label: str) -> None:
