@@ -22,7 +22,7 @@ from lightning_grad.strategies._noise import GradientNoise
 from lightning_grad.strategies._rank_identity import Layout, layout_of
 from lightning_grad.strategies._rank_saving import RankSavingDDP
 from lightning_grad.strategies._settings import of_messages
-from lightning_grad.utilities.parameters import clean_name, matches
+from lightning_grad.utilities.parameters import all_names, clean_name, matches
 
 Message = dict[str, Tensor]
 
@@ -48,6 +48,7 @@ class SchemeDDP(RankSavingDDP):
         self._noise = GradientNoise()
         self._parameters: dict[str, Tensor] = {}
         self._names: dict[int, str] = {}
+        self._tied: dict[str, list[str]] = {}
         self._order: dict[str, int] = {}
         self._shapes: dict[str, tuple[torch.Size, int]] = {}
         self._chosen: set[str] = set()
@@ -90,7 +91,11 @@ class SchemeDDP(RankSavingDDP):
     def compresses(self, name: str, parameter: Tensor) -> bool:
         """Say whether a parameter's gradient is compressed; the same on all ranks and in all steps."""
         large = parameter.dim() > 1 and self.min_numel <= parameter.numel() < _MOST_ENTRIES
-        return large and not matches(name, self.exclude or [])
+        return large and not matches(self.names_of(name), self.exclude or [])
+
+    def names_of(self, name: str) -> list[str]:
+        """Return every name of the parameter that has this one; a tied parameter has several."""
+        return self._tied.get(name, [name])
 
     @abstractmethod
     def accumulate(self, gradients: Sequence[Gradient]) -> None:
@@ -140,6 +145,7 @@ class SchemeDDP(RankSavingDDP):
         named = [(clean_name(name), parameter) for name, parameter in model.module.named_parameters()]
         self._parameters = dict(named)
         self._names = {id(parameter): name for name, parameter in named}
+        self._tied = {names[0]: names for names in all_names(model.module).values()}
         self._order = {name: place for place, (name, _) in enumerate(named)}
         self._chosen = {name for name, p in named if p.requires_grad and self.compresses(name, p)}
         self._shapes = {name: (p.shape, p.element_size()) for name, p in named if p.requires_grad}

@@ -43,7 +43,7 @@ from lightning_grad.strategies.compressed_ddp import (
 )
 from lightning_grad.utilities.checks import check_count
 from lightning_grad.utilities.dispatch import overrides
-from lightning_grad.utilities.parameters import check_patterns, matches
+from lightning_grad.utilities.parameters import check_patterns, first_match, parameter_names
 
 Correction = Literal["auto", "momentum", "error_feedback"]
 Selector = Literal["auto", "exact", "sampled", "chunk"]
@@ -226,13 +226,14 @@ class DGCStrategy(CompressedDDPStrategy):
         return super().compresses(name, parameter) and self._ratio_of(name) < 1.0
 
     def _ratio_of(self, name: str) -> float:
-        return next((share for pattern, share in self.layer_ratios.items() if matches(name, [pattern])), self.ratio)
+        pattern = first_match(self.names_of(name), self.layer_ratios)
+        return self.ratio if pattern is None else self.layer_ratios[pattern]
 
     @override
     def refuse(self, trainer: pl.Trainer) -> None:
         super().refuse(trainer)
         module = trainer.lightning_module
-        check_patterns(list(self.layer_ratios), [name for name, _ in module.named_parameters()], "layer_ratios")
+        check_patterns(list(self.layer_ratios), parameter_names(module), "layer_ratios")
         if not self.wants_to_compress:
             return
         clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm

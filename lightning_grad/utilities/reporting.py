@@ -82,11 +82,11 @@ def log_summary(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
 
 
 def say_if_no_figure(trainer: pl.Trainer, label: str, wanted: bool = True) -> None:
-    """Say, when a fit begins, that a figure of its end is left out because matplotlib is not installed.
+    """Print, when a fit begins, that its figure will be missing because matplotlib is not installed.
 
     Args:
-        trainer: Without a logger that has a folder there is no figure to miss.
-        label: Who would draw.
+        trainer: The trainer. Without a logger that has a folder there is no figure to miss.
+        label: Name of the technique or strategy that would draw it.
         wanted: Whether a figure was asked for.
     """
     if wanted and not is_installed("matplotlib") and output_folder(trainer) is not None:

@@ -287,3 +287,22 @@ def _validate_only(scheme: Scheme) -> None:
 @pytest.mark.parametrize("scheme", CANONICAL, ids=str)
 def test_validation_refuses_nothing(scheme):
     on_ranks(1, _validate_only, scheme)
+
+
+def _tied_choice(scheme: Scheme, name: str) -> set[str]:
+    module = sgd()
+    module.twin = nn.Linear(module.hidden.in_features, module.hidden.out_features)
+    module.twin.weight = module.hidden.weight
+    module.twin.bias.requires_grad_(False)  # DDP wants every parameter that trains to be used
+    strategy = scheme.build(exclude=[name])
+    with pytest.raises(AssertionError, match="a batch was trained"):  # all is chosen by then
+        train(strategy, [_NoBatch()], module, max_epochs=1)
+    return set(strategy._chosen)
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_a_tied_weight_is_left_out_by_each_of_its_names(scheme):
+    (first,), (second,) = (on_ranks(1, _tied_choice, scheme, name) for name in ("hidden", "twin"))
+    assert first == second
+    assert "hidden.weight" not in first
+    assert first
