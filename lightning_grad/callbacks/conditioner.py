@@ -40,7 +40,7 @@ from lightning_grad.utilities.checks import (
     warn_of_missing_momentum,
 )
 from lightning_grad.utilities.optimizers import Shape, optimizer_index, optimizer_shape
-from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches
+from lightning_grad.utilities.parameters import all_names, as_names, check_patterns, matches, parameter_names
 from lightning_grad.utilities.precision import refuse_scaled_gradients
 from lightning_grad.utilities.reporting import is_log_step, log_summary
 from lightning_grad.utilities.thresholds import Bucket, Threshold, as_threshold, choose_buckets
@@ -188,7 +188,7 @@ class GradientConditioner(GradCallback):
     @override
     @on_plain_tensors
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = [name for name, _ in pl_module.named_parameters()]
+        names = parameter_names(pl_module)
         for parameter, patterns in (("include", self.include), ("exclude", self.exclude)):
             check_patterns(patterns or [], names, parameter)
         if isinstance(self._threshold, Mapping):
@@ -221,8 +221,8 @@ class GradientConditioner(GradCallback):
         if self.parameters():
             return
         excluded = self._excluded(pl_module)
-        names = [clean_name(name) for name, _ in pl_module.named_parameters()]
-        if not [n for n in names if (self.include is None or matches(n, self.include)) and not matches(n, excluded)]:
+        known = all_names(pl_module).values()
+        if not [n for n in known if (self.include is None or matches(n, self.include)) and not matches(n, excluded)]:
             raise ValueError(f"{self.label} has no parameter to act on: include and exclude leave none.")
         rank_zero_warn(
             f"{self.label} has nothing to act on yet: no optimizer moves the parameters that it is to act on."

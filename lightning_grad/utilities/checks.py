@@ -21,6 +21,8 @@ SHARDED_STRATEGIES = {
     "ModelParallelStrategy": "FSDP2 and tensor parallelism",
 }
 
+_LONGEST_NAME = 100  # bytes; file systems end at 255, and an epoch, a layer and an ending are added
+
 
 def check_choice(value: Any, choices: Iterable[str], parameter: str) -> None:
     """Raise unless a value is one of the choices; a near miss is suggested.
@@ -145,6 +147,36 @@ def check_share(value: float, parameter: str) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
         raise ValueError(f"{parameter} must be at least 0 and below 1; got {value}.")
+
+
+def check_name(name: str | None) -> None:
+    """Raise unless the name of an instance can be part of a log key and of a file's name; ``None`` can.
+
+    Raises:
+        ValueError: If it is empty or long, or has slashes or characters that cannot be printed.
+
+    Example:
+        >>> check_name("../../x")
+        Traceback (most recent call last):
+        ValueError: name must not contain slashes, because files and log keys are named after it; got '../../x'. Choose a \
+short word.
+    """
+    if name is None:
+        return
+    fault = None
+    if not name.strip():
+        fault = "must not be empty"
+    elif "/" in name or "\\" in name:
+        fault = "must not contain slashes"
+    elif not name.isprintable():
+        fault = "must hold printable characters only"
+    elif len(name.encode()) > _LONGEST_NAME:
+        fault = f"must have at most {_LONGEST_NAME} bytes"
+    if fault is not None:
+        shown = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
+        raise ValueError(
+            f"name {fault}, because files and log keys are named after it; got {shown!r}. Choose a short word."
+        )
 
 
 def _sharding(trainer: pl.Trainer) -> str | None:

@@ -38,7 +38,7 @@ from lightning_grad.utilities.checks import (
 from lightning_grad.utilities.dispatch import overrides, wrap_method
 from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.optimizers import optimizer_index, optimizer_shape
-from lightning_grad.utilities.parameters import as_names, check_patterns
+from lightning_grad.utilities.parameters import as_names, check_patterns, parameter_names
 from lightning_grad.utilities.precision import grad_scaler, refuse_scaled_gradients, true_loss
 from lightning_grad.utilities.reporting import (
     is_log_step,
@@ -188,7 +188,7 @@ class GradientMonitor(GradCallback):
     @override
     @on_plain_tensors
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = [name for name, _ in pl_module.named_parameters()]
+        names = parameter_names(pl_module)
         for parameter, patterns in (("include", self.include), ("exclude", self.exclude)):
             check_patterns(patterns or [], names, parameter)
         for index, optimizer in enumerate(trainer.optimizers):
