@@ -65,7 +65,7 @@ from lightning_grad.utilities.checks import (
 from lightning_grad.utilities.parameters import as_names, clean_name
 from lightning_grad.utilities.portable import make_portable, wrap_loading, wrap_saving
 from lightning_grad.utilities.precision import gradients_are_scaled, refuse_scaled_gradients
-from lightning_grad.utilities.progress import run_progress, total_steps
+from lightning_grad.utilities.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step, limit_layers, output_folder, stepped_batches
 
 
@@ -124,6 +124,7 @@ class NMSparsity(GradCallback):
         figure: Draw the run at its end (needs matplotlib, and a logger whose folder takes the file).
         figure_metric: Validation metric in the figure; default the first whose name holds "acc".
         save_masks: Write the final masks to a file beside the logs (W&B: an artifact).
+        total_steps: Length of the schedule in optimizer steps, for runs without a known end. Default: the Trainer's.
         name: Name of this instance, needed when two are used.
 
     Raises:
@@ -197,6 +198,7 @@ class NMSparsity(GradCallback):
         figure: bool = True,
         figure_metric: str | None = None,
         save_masks: bool = False,
+        total_steps: int | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
@@ -221,6 +223,8 @@ class NMSparsity(GradCallback):
         self.figure = figure
         self.figure_metric = figure_metric
         self.save_masks = save_masks
+        self.total_steps = total_steps
+        check_total_steps(total_steps)
         check_at_least(mask_every, 1, "mask_every")
         check_at_least(sr_ste_lambda, 0.0, "sr_ste_lambda")
         check_at_least(top, 0, "top")
@@ -242,7 +246,7 @@ class NMSparsity(GradCallback):
         self._layers: SparseLayers | None = None
         self._record = SparsityRecord()
         self._progress = 0.0
-        self._total_steps = 1
+        self._total_steps: int | None = None
         self._restored: dict[str, Any] = {}
         self._variances: dict[int, FrozenVariance] = {}
         self._meter = SparsityMeter()
@@ -344,7 +348,9 @@ class NMSparsity(GradCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._total_steps = total_steps(trainer, self.label)
+        self._total_steps = total_steps(trainer, self.label, self.total_steps)
+        if self._total_steps is None:
+            self._say(IN_FIRST_EPOCH)
         self._resume()  # an explicit decay needs the length of the run, which is known only now
         restored, self._restored = self._restored, {}
         for optimizer in trainer.optimizers:
@@ -361,7 +367,7 @@ class NMSparsity(GradCallback):
     def _pattern_changes(self) -> bool:
         """Whether some weight that is pruned at the end is not so from the start."""
         pruned = [weight for weight in self._weights if weight.pattern.n < weight.pattern.m]
-        starts = [self._schedule.phase(0.0, weight.pattern, self._total_steps, weight.size) for weight in pruned]
+        starts = [self._schedule.phase(0.0, weight.pattern, self._total_steps or 1, weight.size) for weight in pruned]
         return not all(phase.final for phase in starts)
 
     @override
@@ -407,7 +413,9 @@ class NMSparsity(GradCallback):
     @torch.no_grad()
     def _after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         """Follow an optimizer that has moved its weights."""
-        self._progress = run_progress(trainer, steps_ahead=1)
+        self._progress = run_progress(trainer, steps_ahead=1, stated=self.total_steps)
+        if self._total_steps is None:  # the first epoch measures it
+            self._total_steps = total_steps(trainer, self.label)
         self._stepped = True
         owned = self._owned_by(optimizer)
         for weight in owned:
@@ -464,7 +472,7 @@ class NMSparsity(GradCallback):
         return [] if self._layers is None else self._layers.owned_by(optimizer)
 
     def _phase(self, weight: SparseWeight) -> NMPhase:
-        return self._schedule.phase(self._progress, weight.pattern, self._total_steps, weight.size)
+        return self._schedule.phase(self._progress, weight.pattern, self._total_steps or 1, weight.size)
 
     @property
     def _adds_sr_ste(self) -> bool:
@@ -480,7 +488,7 @@ class NMSparsity(GradCallback):
             self._log_step(trainer, pl_module)
         self._stepped = False
         self._meter.forget_step()
-        if self._progress < 1.0 == run_progress(trainer):  # the last batch need not step
+        if self._progress < 1.0 == run_progress(trainer, stated=self.total_steps):  # the last batch need not step
             self._progress = 1.0
             self._follow_schedule()
             self._restart_monitors(trainer, at_validation=False)

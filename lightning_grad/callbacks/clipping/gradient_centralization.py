@@ -16,7 +16,6 @@ from lightning_grad.callbacks.clipping._units import UnitConditioner
 from lightning_grad.callbacks.conditioner import GradientStep
 from lightning_grad.functional import centralize_
 from lightning_grad.functional.tensor_lists import joined_norm
-from lightning_grad.utilities.parameters import clean_name
 
 
 class GradientCentralization(UnitConditioner):
@@ -92,10 +91,8 @@ class GradientCentralization(UnitConditioner):
             )
 
     @override
-    def _excluded(self, pl_module: pl.LightningModule) -> list[str]:
-        least = 3 if self.conv_only else 2
-        few = [clean_name(name) for name, p in pl_module.named_parameters() if not is_lazy(p) and p.ndim < least]
-        return [*super()._excluded(pl_module), *few]
+    def _changes(self, parameter: Tensor) -> bool:
+        return parameter.ndim > (2 if self.conv_only else 1)
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

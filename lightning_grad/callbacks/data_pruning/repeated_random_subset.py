@@ -29,7 +29,7 @@ class RepeatedRandomSubset(SubsetCallback):
 
     Raises:
         ValueError: In the constructor for a share outside its range. In setup if another technique chooses samples.
-        TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
+        TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
     **Hooks.** As :class:`DataPruning`, without scores.
 
@@ -69,6 +69,16 @@ class RepeatedRandomSubset(SubsetCallback):
         self.seed = seed
         super().__init__(loader_key, name)
 
+    @property
+    @override
+    def _plan(self) -> str:
+        return f"trains each epoch on a random {100 * (1 - self.prune):g} % of the samples"
+
+    @property
+    @override
+    def _remembers_samples(self) -> bool:
+        return False  # whatever the samples are, a random part of them is one
+
     @override
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
         if self.prune == 0.0:
@@ -77,5 +87,6 @@ class RepeatedRandomSubset(SubsetCallback):
         sampler = self._training_set.sampler
         population = sampler.population
         count = count_kept(len(population), self.prune, sampler.batch_size, sampler.ranks, sampler.drop_last)
+        self._warn_of_too_few(count, len(population))
         epoch = trainer.current_epoch
         return population[repeated_random_subset(len(population), count, epoch, self.seed, self.replacement)]
