@@ -184,6 +184,7 @@ class DGCStrategy(CompressedDDPStrategy):
         if warmup_steps is not None:
             check_count(warmup_steps, 1, "warmup_steps")
         self.ratio = as_ratio(ratio, "ratio")
+        self._shares: dict[str, float] = {}
         self.layer_ratios = {
             name: as_ratio(share, f"layer_ratios[{name!r}]") for name, share in (layer_ratios or {}).items()
         }
@@ -225,12 +226,15 @@ class DGCStrategy(CompressedDDPStrategy):
         return super().compresses(name, parameter) and self._ratio_of(name) < 1.0
 
     def _ratio_of(self, name: str) -> float:
-        pattern = first_match(self.names_of(name), self.layer_ratios)
-        return self.ratio if pattern is None else self.layer_ratios[pattern]
+        if name not in self._shares:  # asked in every step
+            pattern = first_match(self.names_of(name), self.layer_ratios)
+            self._shares[name] = self.ratio if pattern is None else self.layer_ratios[pattern]
+        return self._shares[name]
 
     @override
     def refuse(self, trainer: pl.Trainer) -> None:
         super().refuse(trainer)
+        self._shares = {}
         module = trainer.lightning_module
         check_patterns(list(self.layer_ratios), parameter_names(module), "layer_ratios")
         if not self.wants_to_compress:
