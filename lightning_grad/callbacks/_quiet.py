@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_grad.callbacks._held import Snapshot
 from lightning_grad.utilities.dispatch import wrap_method
@@ -55,8 +56,9 @@ def quiet(
         advice: What to do about a step that does, for the error.
 
     Raises:
-        RuntimeError: If the step has changed a parameter that is trained.
+        RuntimeError: If the step has changed a parameter that is trained, or lazy layers have no parameters yet.
     """
+    _refuse_lazy(pl_module)
     with ExitStack() as stack:
         stack.enter_context(random_streams_kept())
         stack.enter_context(_silence(trainer, pl_module))
@@ -70,6 +72,16 @@ def quiet(
             stack.callback(_QUIET.discard, pl_module)
         stack.callback(close_windows, pl_module, open_windows(pl_module))
         yield
+
+
+def _refuse_lazy(pl_module: pl.LightningModule) -> None:
+    lazy = next((name for name, p in pl_module.named_parameters() if is_lazy(p)), None)
+    if lazy is not None:
+        raise RuntimeError(
+            f"{type(pl_module).__name__} cannot be run just to look at what it returns while it has lazy layers without "
+            f"parameters: {lazy!r} has no size yet. Run the network once on a batch, under torch.no_grad(), in the "
+            "module's constructor or before the fit."
+        )
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from lightning_grad.callbacks._quiet import quiet
 from lightning_grad.data.borrowed_workers import BorrowedWorkers
 from lightning_grad.data.random_streams import generators_kept
 from lightning_grad.functional import LossCall, LossCapture, PerSampleGradientNorms
+from lightning_grad.utilities.batches import copy_of
 from lightning_grad.utilities.checks import is_sharded
 from lightning_grad.utilities.training_set import TrainingSet
 
@@ -282,11 +283,11 @@ def _refuse_part() -> object:
 def _runner(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, number: int) -> Callable[[], object]:
     arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, number).values()
     if is_sharded(trainer):
-        return lambda: trainer.strategy.training_step(*arguments)
+        return lambda: trainer.strategy.training_step(*copy_of(list(arguments)))
 
     def run() -> object:
         context: AbstractContextManager[Any] = trainer.precision_plugin.train_step_context() or nullcontext()
         with context:
-            return pl_module.training_step(*arguments)
+            return pl_module.training_step(*copy_of(list(arguments)))  # it may write into what it gets, and run again
 
     return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -80,6 +81,52 @@ def check_above(value: float, bound: float, parameter: str) -> None:
     """
     if not isinstance(value, (int, float)) or not value > bound:
         raise ValueError(f"{parameter} must be above {bound:g}; got {value}.")
+
+
+def check_finite(value: float, parameter: str) -> None:
+    """Raise unless a number is finite.
+
+    Raises:
+        ValueError: If it is infinite, or no number.
+
+    Example:
+        >>> check_finite(float("inf"), "eta")
+        Traceback (most recent call last):
+        ValueError: eta must be finite; got inf.
+    """
+    if not math.isfinite(value):
+        raise ValueError(f"{parameter} must be finite; got {value}.")
+
+
+def check_finite_at_least(value: float, least: float, parameter: str) -> None:
+    """Raise unless a number is finite, and at least ``least``.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    check_at_least(value, least, parameter)
+    check_finite(value, parameter)
+
+
+def check_finite_above(value: float, bound: float, parameter: str) -> None:
+    """Raise unless a number is finite, and above ``bound``.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    check_above(value, bound, parameter)
+    check_finite(value, parameter)
+
+
+def check_count_between(value: int, least: int, most: int, parameter: str) -> None:
+    """Raise unless a number is whole and in a range, its ends included.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    check_count(value, least, parameter)
+    if value > most:
+        raise ValueError(f"{parameter} must be at most {most}; got {value}.")
 
 
 def check_between(value: float, least: float, most: float, parameter: str) -> None:

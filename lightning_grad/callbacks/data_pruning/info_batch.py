@@ -20,6 +20,7 @@ from lightning_grad.utilities.checks import (
     check_share,
     refuse_manual_optimization,
 )
+from lightning_grad.utilities.progress import check_total_steps
 
 _NEXT_SEED = 1_000_003  # more than any run has epochs
 
@@ -43,6 +44,7 @@ class InfoBatch(SubsetCallback):
         loss: Which loss counts, from 0, if the step computes several.
         seed: Seed of the choices.
         loader_key: Which of several training loaders to prune: its key, or its position in a list.
+        total_steps: Length of the run in optimizer steps, where it has no known end. Default: the Trainer's.
         name: Name of this instance.
 
     Raises:
@@ -83,6 +85,7 @@ class InfoBatch(SubsetCallback):
         loss: int | None = None,
         seed: int = 0,
         loader_key: str | int | None = None,
+        total_steps: int | None = None,
         name: str | None = None,
     ) -> None:
         check_share(prune, "prune")
@@ -93,6 +96,8 @@ class InfoBatch(SubsetCallback):
         self.stop = stop
         self.loss = loss
         self.seed = seed
+        self.total_steps = total_steps
+        check_total_steps(total_steps)
         super().__init__(loader_key, name)
 
     def _clear(self) -> None:
@@ -151,6 +156,13 @@ class InfoBatch(SubsetCallback):
             self._say("has no losses of this kind yet, and trains on all samples until each has one")
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        ends = (trainer.max_epochs or -1, trainer.max_steps, self.total_steps or -1)
+        if self.prune > 0.0 and self.stop < 1.0 and max(ends) == -1:
+            self._say("prunes to the end of the run, because that is not known. Set total_steps=... to stop before it")
+
+    @override
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
         self._take_losses(trainer)
         self._weights = None
@@ -178,7 +190,9 @@ class InfoBatch(SubsetCallback):
 
     def _is_over(self, trainer: pl.Trainer) -> bool:
         # Not run_progress, which counts the batches of epochs as long as the present one.
-        ends = ((trainer.max_epochs, trainer.current_epoch), (trainer.max_steps, trainer.global_step))
+        ends = [(trainer.max_epochs, trainer.current_epoch), (trainer.max_steps, trainer.global_step)]
+        if self.total_steps is not None:
+            ends = [(self.total_steps, trainer.global_step)]
         return any(end not in (None, -1) and done >= self.stop * end for end, done in ends)
 
     def _weigh(self, call: LossCall) -> Tensor | None:

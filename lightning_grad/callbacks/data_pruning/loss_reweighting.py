@@ -20,7 +20,7 @@ from lightning_grad.utilities.checks import (
     check_position,
     refuse_manual_optimization,
 )
-from lightning_grad.utilities.progress import run_progress, total_steps
+from lightning_grad.utilities.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step
 
 Rule = Literal["linupper", "quadratic", "extremes"]
@@ -46,6 +46,7 @@ class LossReweighting(GradCallback):
         start_temperature: r after the warm-up.
         warmup: Share of the run in which all samples weigh the same (0.05 in the released code).
         loss: Which loss counts, from 0, if the step computes several.
+        total_steps: Length of the run in optimizer steps, where it has no known end. Default: the Trainer's.
         name: Name of this instance.
 
     Raises:
@@ -89,6 +90,7 @@ class LossReweighting(GradCallback):
         start_temperature: float = 10.0,
         warmup: float = 0.05,
         loss: int | None = None,
+        total_steps: int | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
@@ -104,6 +106,8 @@ class LossReweighting(GradCallback):
         self.start_temperature = start_temperature
         self.warmup = warmup
         self.loss = loss
+        self.total_steps = total_steps
+        check_total_steps(total_steps)
         self._reset()
 
     def _reset(self) -> None:
@@ -138,8 +142,9 @@ class LossReweighting(GradCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if math.isfinite(self.temperature):
-            total_steps(trainer, self.label)  # raises if the run has no known end: the temperature would never fall
+        # Without a known end, which raises, the temperature would never fall.
+        if math.isfinite(self.temperature) and total_steps(trainer, self.label, self.total_steps) is None:
+            self._say(IN_FIRST_EPOCH)
 
     @override
     def on_train_batch_start(
@@ -147,7 +152,7 @@ class LossReweighting(GradCallback):
     ) -> None:
         if math.isfinite(self.temperature):
             self._now = annealed_temperature(
-                run_progress(trainer), self.start_temperature, self.temperature, self.warmup
+                run_progress(trainer, stated=self.total_steps), self.start_temperature, self.temperature, self.warmup
             )
 
     @override
