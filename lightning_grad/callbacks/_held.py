@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_grad.functional._tensor_classes import plain
 from lightning_grad.utilities.dispatch import MethodDispatcher
 
 CONTAINERS = (list, dict, set, deque)
@@ -83,7 +84,7 @@ def put_back(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         if chosen:
             with torch.inference_mode(mode), torch.no_grad():
                 for tensor, value in chosen:
-                    tensor.detach().copy_(value)
+                    plain(tensor).detach().copy_(value)
 
 
 def put_aside(value: Any, known: set[int]) -> list[Held]:
@@ -142,7 +143,7 @@ class Held:
 def _contents(value: Any) -> Any:
     """Return a copy of what a value holds, but not of what that holds in turn; ``None`` for what cannot change itself."""
     if isinstance(value, (Tensor, np.ndarray)):
-        return value.detach().clone() if isinstance(value, Tensor) else value.copy()
+        return plain(value).detach().clone() if isinstance(value, Tensor) else value.copy()
     if isinstance(value, (torch.Generator, np.random.RandomState)):
         return value.get_state()
     if isinstance(value, np.random.Generator):
@@ -200,7 +201,7 @@ class Snapshot:
         known.add(id(module))
         frozen = [p for p in module._parameters.values() if p is not None and not p.requires_grad and copies_frozen]
         buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
-        self._tensors = [(tensor, tensor.detach().clone()) for tensor in (*buffers, *frozen)]
+        self._tensors = [(tensor, plain(tensor).detach().clone()) for tensor in (*buffers, *frozen)]
         self._buffers = dict(module._buffers)
         self._mode = module.training
         self._attributes = {name: value for name, value in module.__dict__.items() if name not in _OF_MODULES}

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_grad.callbacks._nm_meter import state_of
 from lightning_grad.callbacks._nm_record import SparsityRecord
 from lightning_grad.callbacks._nm_weight import SparseWeight
-from lightning_grad.functional import is_nm
+from lightning_grad.functional import NMPhase, is_nm
 from lightning_grad.utilities.imports import is_installed
 from lightning_grad.utilities.parameters import clean_name
 from lightning_grad.utilities.reporting import log_figure, log_file, log_histograms, log_summary, log_table
@@ -54,6 +54,31 @@ def write_masks(trainer: pl.Trainer, weights: Sequence[SparseWeight], path: Path
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({clean_name(w.name): (w.parameter != 0).cpu() for w in weights}, path)
         log_file(trainer, path, name=path.stem, kind="masks")
+
+
+def settle_unfinished(weights: Sequence[SparseWeight], progress: float, bake: bool, technique: str) -> None:
+    """Decide what a run leaves behind that ended before its schedule did, and warn.
+
+    Args:
+        weights: The sparse weights.
+        progress: Share of the schedule that is done.
+        bake: Whether they are to get the final pattern all the same.
+        technique: Who makes them sparse.
+    """
+    if all(weight.phase.final for weight in weights):
+        return
+    if bake:
+        for weight in weights:
+            weight.phase = NMPhase(weight.pattern, 0.0, True)
+    outcome = (
+        "The weights are pruned to the final pattern, untrained for it."
+        if bake
+        else "The weights are left as validated; bake_on_early_stop=True would prune them to the final pattern."
+    )
+    rank_zero_warn(
+        f"{technique}: the run stopped at {100 * progress:.0f} % of its schedule, before the final pattern was reached. "
+        f"{outcome}"
+    )
 
 
 def warn_of_inexact_best(trainer: pl.Trainer, weights: Sequence[SparseWeight], technique: str) -> None:

@@ -51,13 +51,15 @@ def refuse_trainer_clipping(trainer: pl.Trainer, technique: str, phase: Phase) -
     if not trainer.gradient_clip_val or phase not in ("clip", "noise"):
         return
     option = f"Trainer(gradient_clip_val={trainer.gradient_clip_val})"
+    turn_off = (
+        "set gradient_clip_val=None. If a library builds the Trainer, set trainer.gradient_clip_val = None before fit(), or "
+        "in the setup() of a callback that stands before this one"
+    )
     if phase == "clip":
-        raise ValueError(
-            f"{technique} and {option} would both clip. Keep one: drop the callback, or set gradient_clip_val=None."
-        )
+        raise ValueError(f"{technique} and {option} would both clip. Keep one: drop the callback, or {turn_off}.")
     raise ValueError(
         f"{technique} comes after clipping, and {option} clips after every callback. Put NormClipping(max_norm="
-        f"{trainer.gradient_clip_val}) before it and set gradient_clip_val=None."
+        f"{trainer.gradient_clip_val}) before it and {turn_off}."
     )
 
 

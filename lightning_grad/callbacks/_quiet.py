@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 from weakref import WeakSet
 
@@ -19,14 +18,13 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from lightning_grad.callbacks._held import Held, Snapshot
+from lightning_grad.callbacks._held import Snapshot
 from lightning_grad.utilities.dispatch import wrap_method
 from lightning_grad.utilities.weight_view import close_windows, open_windows
 
 _QUIET: WeakSet[nn.Module] = WeakSet()
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_FEW = 100  # data sets or transforms in a list; the samples themselves are more
 _TOLD = ("name", "version", "save_dir", "log_dir", "root_dir", "sub_dir")  # by a logger, without asking its experiment
 
 
@@ -58,8 +56,9 @@ def quiet(
         advice: What to do about a step that does, for the error.
 
     Raises:
-        RuntimeError: If the step has changed a parameter that is trained.
+        RuntimeError: If the step has changed a parameter that is trained, or lazy layers have no parameters yet.
     """
+    _refuse_lazy(pl_module)
     with ExitStack() as stack:
         stack.enter_context(random_streams_kept())
         stack.enter_context(_silence(trainer, pl_module))
@@ -75,26 +74,14 @@ def quiet(
         yield
 
 
-@contextmanager
-def generators_kept(holder: Any) -> Iterator[None]:
-    """Put back the state of random generators that a data set, or what it is made of, has of its own."""
-    held = [Held(generator, set()) for generator in _generators_of(holder)]
-    try:
-        yield
-    finally:
-        for generator in held:
-            generator.restore()
-
-
-def _generators_of(holder: Any, depth: int = 4) -> Iterator[Any]:
-    if isinstance(holder, _GENERATORS):
-        yield holder
-    elif isinstance(holder, (list, tuple)) and len(holder) <= _FEW and depth:
-        for item in holder:
-            yield from _generators_of(item, depth - 1)
-    elif hasattr(holder, "__dict__") and not isinstance(holder, (type, ModuleType)) and depth:
-        for item in vars(holder).values():
-            yield from _generators_of(item, depth - 1)
+def _refuse_lazy(pl_module: pl.LightningModule) -> None:
+    lazy = next((name for name, p in pl_module.named_parameters() if is_lazy(p)), None)
+    if lazy is not None:
+        raise RuntimeError(
+            f"{type(pl_module).__name__} cannot be run just to look at what it returns while it has lazy layers without "
+            f"parameters: {lazy!r} has no size yet. Run the network once on a batch, under torch.no_grad(), in the "
+            "module's constructor or before the fit."
+        )
 
 
 @contextmanager

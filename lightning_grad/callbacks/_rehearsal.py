@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatchError
-from lightning_grad.callbacks._quiet import eager, generators_kept, quiet
+from lightning_grad.callbacks._quiet import eager, quiet
 from lightning_grad.callbacks._row_order import (
     follows,
     is_close,
@@ -31,6 +31,7 @@ from lightning_grad.callbacks._row_order import (
 )
 from lightning_grad.callbacks._scoring import runner, scoring_loader, seed_streams, to_device
 from lightning_grad.callbacks._whole_step import refuse_rest
+from lightning_grad.data.random_streams import generators_kept
 from lightning_grad.functional._whole_loss import WholeLossCapture
 from lightning_grad.utilities.batches import copy_of, reordered
 from lightning_grad.utilities.training_set import TrainingSet

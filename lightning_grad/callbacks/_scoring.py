@@ -20,7 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatchError
-from lightning_grad.callbacks._quiet import generators_kept, quiet
+from lightning_grad.callbacks._quiet import quiet
+from lightning_grad.data.borrowed_workers import BorrowedWorkers
+from lightning_grad.data.random_streams import generators_kept
+from lightning_grad.utilities.batches import copy_of
 from lightning_grad.utilities.checks import is_sharded
 from lightning_grad.utilities.training_set import TrainingSet
 
@@ -181,9 +184,12 @@ def scoring_loader(
     seed: int,
     in_main_process: bool,
     collate: Any = None,
-) -> DataLoader[Any]:
+) -> DataLoader[Any] | BorrowedWorkers:
     """Return a loader of given samples that is otherwise as the training loader, or has another ``collate_fn``."""
     loader = training_set.loader
+    is_own = dataset is None or dataset is loader.dataset
+    if not in_main_process and is_own and training_set.has_idle_workers:
+        return BorrowedWorkers(loader, chunks, seed)
     workers: dict[str, Any] = {}
     if not in_main_process:
         workers = {
@@ -193,9 +199,13 @@ def scoring_loader(
             "multiprocessing_context": loader.multiprocessing_context,
             "prefetch_factor": loader.prefetch_factor,
         }
+    # With batch_size=None the data set itself takes lists of indices.
+    batches: dict[str, Any] = {"batch_sampler": chunks}
+    if loader.batch_sampler is None:
+        batches = {"batch_size": None, "sampler": chunks}
     return DataLoader(
         loader.dataset if dataset is None else dataset,
-        batch_sampler=chunks,
+        **batches,
         collate_fn=collate or loader.collate_fn,
         pin_memory=loader.pin_memory,
         generator=torch.Generator().manual_seed(seed),
@@ -210,11 +220,12 @@ def seed_streams(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _with_progress(loader: DataLoader[Any], title: str, trainer: pl.Trainer) -> Iterator[Any]:
+def _with_progress(loader: DataLoader[Any] | BorrowedWorkers, title: str, trainer: pl.Trainer) -> Iterator[Any]:
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    yield from tqdm(loader, desc=title, leave=False, disable=not shown)
+    # Its iterator, and not the loader: tqdm would iterate twice, and start workers twice.
+    yield from tqdm(iter(loader), desc=title, total=len(loader), leave=False, disable=not shown)
 
 
 def to_device(trainer: pl.Trainer, batch: Any) -> Any:
@@ -235,11 +246,11 @@ def runner(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, numbe
     """Return what runs ``training_step`` on a batch."""
     arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, number).values()
     if is_sharded(trainer):
-        return lambda: trainer.strategy.training_step(*arguments)
+        return lambda: trainer.strategy.training_step(*copy_of(list(arguments)))
 
     def run() -> object:
         context: AbstractContextManager[Any] = trainer.precision_plugin.train_step_context() or nullcontext()
         with context:
-            return pl_module.training_step(*arguments)
+            return pl_module.training_step(*copy_of(list(arguments)))  # it may write into what it gets, and run again
 
     return run

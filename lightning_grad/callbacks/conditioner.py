@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_grad.callbacks._memory import Memory
 from lightning_grad.callbacks._phases import (
     Phase,
     refuse_compressed_gradients,
@@ -28,6 +29,8 @@ from lightning_grad.callbacks._phases import (
     warn_of_other_clippers,
 )
 from lightning_grad.callbacks.base import GradCallback
+from lightning_grad.functional.plain_tensors import on_plain_tensors
+from lightning_grad.utilities.arguments import plain
 from lightning_grad.utilities.checks import (
     check_above,
     refuse_complex,
@@ -37,7 +40,7 @@ from lightning_grad.utilities.checks import (
     warn_of_missing_momentum,
 )
 from lightning_grad.utilities.optimizers import Shape, optimizer_index, optimizer_shape
-from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches
+from lightning_grad.utilities.parameters import all_names, as_names, check_patterns, matches, parameter_names
 from lightning_grad.utilities.precision import refuse_scaled_gradients
 from lightning_grad.utilities.reporting import is_log_step, log_summary
 from lightning_grad.utilities.thresholds import Bucket, Threshold, as_threshold, choose_buckets
@@ -82,14 +85,6 @@ class GradientStep:
         )
 
 
-@dataclass
-class _Memory:
-    """What is remembered of one optimizer: steps seen, and the rule's state by bucket."""
-
-    steps: int = 0
-    states: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-
-
 class GradientConditioner(GradCallback):
     """A rule that changes gradients after accumulation, unscaling and reduction, and before the optimizer's step.
 
@@ -121,10 +116,10 @@ class GradientConditioner(GradCallback):
         self._reset()
 
     def _reset(self) -> None:
-        self._memory: dict[int, _Memory] = {}
+        self._memory: dict[int, Memory] = {}
         self._chosen: dict[int, tuple[Shape, list[Bucket]]] = {}
         self._hook_fired: set[int] = set()
-        self._warned_of_bypass = False
+        self._warned_of_bypass = self._choice_changed = False
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -151,6 +146,10 @@ class GradientConditioner(GradCallback):
         """Raise for a threshold that cannot be, from the constructor or from a param group."""
         check_above(number, 0.0, str(self.threshold_name))
 
+    def _changes(self, parameter: Tensor) -> bool:
+        """Return False for a parameter whose gradient the rule leaves as it is, whatever its values."""
+        return True
+
     # The fit begins.
 
     @override
@@ -170,28 +169,43 @@ class GradientConditioner(GradCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if self._fitting:
-            self._memory = {
-                int(index): _Memory(saved["steps"], {name: dict(state) for name, state in saved["states"].items()})
-                for index, saved in state_dict["optimizers"].items()
-            }
+            self._memory = {int(index): Memory.load(saved) for index, saved in state_dict["optimizers"].items()}
+            saved = state_dict.get("settings", {})
+            now, before = self._choice(self.settings), self._choice(saved)
+            self._choice_changed = bool(saved) and any(now[name] != before[name] for name in before)
+
+    def _choice(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what of the settings says which parameters have a state together."""
+        given = {name: plain(settings[name]) for name in ("include", "exclude") if name in settings}
+        threshold = settings.get(str(self.threshold_name))
+        return given | {"patterns": list(threshold) if isinstance(threshold, Mapping) else None}
 
     @override
+    @on_plain_tensors
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = [name for name, _ in pl_module.named_parameters()]
+        names = parameter_names(pl_module)
         for parameter, patterns in (("include", self.include), ("exclude", self.exclude)):
             check_patterns(patterns or [], names, parameter)
         if isinstance(self._threshold, Mapping):
             check_patterns(list(self._threshold), names, str(self.threshold_name))
         left_out: list[str] = []
+        restarted: list[str] = []
         for index, optimizer in enumerate(trainer.optimizers):
             refuse_scaled_gradients(trainer, optimizer, self.label)
             self._watch_for_bypass(optimizer)
-            left_out += self._choose(index, optimizer, pl_module)
+            left_out += self._choose(index, optimizer, pl_module, restarted)
         self._check_choice(pl_module)
         refuse_sparse_gradients(pl_module, {id(parameter) for parameter in self.parameters()}, self.label)
         if self.elementwise:
             refuse_complex(pl_module, {id(parameter) for parameter in self.parameters()}, self.label)
         self._announce(trainer, pl_module, left_out)
+        if restarted:
+            self._say_what_restarts(restarted)
+
+    def _say_what_restarts(self, names: Sequence[str]) -> None:
+        named = ", ".join(repr(name) for name in names if name)
+        where = f" for {named}" if named else ""
+        self._say(f"restarts its statistics{where}, because those of the checkpoint are of other parameters")
 
     def _excluded(self, pl_module: pl.LightningModule) -> list[str]:
         """Name patterns of what is left alone; a technique may add to what the user said."""
@@ -202,14 +216,16 @@ class GradientConditioner(GradCallback):
         if self.parameters():
             return
         excluded = self._excluded(pl_module)
-        names = [clean_name(name) for name, _ in pl_module.named_parameters()]
-        if not [n for n in names if (self.include is None or matches(n, self.include)) and not matches(n, excluded)]:
+        known = all_names(pl_module).values()
+        if not [n for n in known if (self.include is None or matches(n, self.include)) and not matches(n, excluded)]:
             raise ValueError(f"{self.label} has no parameter to act on: include and exclude leave none.")
         rank_zero_warn(
             f"{self.label} has nothing to act on yet: no optimizer moves the parameters that it is to act on."
         )
 
-    def _choose(self, index: int, optimizer: Optimizer, pl_module: pl.LightningModule) -> list[str]:
+    def _choose(
+        self, index: int, optimizer: Optimizer, pl_module: pl.LightningModule, restarted: list[str] | None = None
+    ) -> list[str]:
         buckets, left_out = choose_buckets(
             optimizer, pl_module, self._threshold, self.threshold_name, self.include, self._excluded(pl_module)
         )
@@ -217,6 +233,10 @@ class GradientConditioner(GradCallback):
             if bucket.group is not None:
                 as_threshold(bucket.threshold, f"{bucket.key} of the optimizer's {bucket.name}", self._check_threshold)
         self._chosen[index] = (optimizer_shape(optimizer), buckets)
+        memory = self._memory.setdefault(index, Memory())
+        if restarted is not None and self._choice_changed:
+            restarted += memory.assign(buckets)
+        memory.note(buckets)
         return left_out
 
     def parameters(self) -> list[Tensor]:
@@ -224,9 +244,12 @@ class GradientConditioner(GradCallback):
         return [parameter for _, buckets in self._chosen.values() for b in buckets for parameter in b.parameters]
 
     def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule, left_out: Sequence[str]) -> None:
-        count = len(self.parameters())
+        buckets = [bucket for _, chosen in self._chosen.values() for bucket in chosen]
+        named = [pair for bucket in buckets for pair in zip(bucket.names, bucket.parameters, strict=True)]
+        unchanged = [name for name, parameter in named if not self._changes(parameter)]
+        left_out = [*left_out, *unchanged]
         rest = f"; {len(left_out)} left alone ({_short(left_out)})" if left_out else ""
-        rank_zero_info(f"{self.label} acts on {count} parameters{rest}.")
+        self._say(f"acts on {_counted(len(named) - len(unchanged), 'parameter')}{rest}")
         if self.phase == "noise":
             warn_of_missing_momentum(trainer, self.label, "noise")
         if self.phase == "clip":
@@ -248,6 +271,7 @@ class GradientConditioner(GradCallback):
 
     @override
     @torch.no_grad()
+    @on_plain_tensors
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
@@ -255,18 +279,19 @@ class GradientConditioner(GradCallback):
         index = optimizer_index(trainer, optimizer, self.label)
         if self._chosen.get(index, ((), []))[0] != optimizer_shape(optimizer):
             self._choose(index, optimizer, pl_module)
-        memory, measured = self._memory.setdefault(index, _Memory()), is_log_step(trainer)
+        memory, measured = self._memory.setdefault(index, Memory()), is_log_step(trainer)
         for bucket in self._chosen[index][1]:
             step = _gather(bucket, memory, measured, optimizer, index)
             off = step.threshold is None and self.threshold_name is not None and not self.acts_without_threshold
             if step.gradients and not off:
-                values = self._count(step, self.condition(step))
+                seen = memory.steps + 1 - memory.since.get(bucket.name, 0)
+                values = self._count(step, self.condition(step), seen)
                 if measured and values:
                     several = len(trainer.optimizers) > 1
                     self._log(pl_module, {self._quantity(key, step, bucket, several): values[key] for key in values})
         memory.steps += 1
 
-    def _count(self, step: GradientStep, values: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
+    def _count(self, step: GradientStep, values: Mapping[str, Tensor | float], seen: int) -> dict[str, Tensor | float]:
         shown = dict(values)
         clipped = shown.pop("clipped", None)
         if isinstance(clipped, Tensor):
@@ -274,7 +299,7 @@ class GradientConditioner(GradCallback):
                 step.state["clipped"] = torch.zeros((), dtype=torch.int64, device=clipped.device)
             step.state["clipped"] += clipped
             if step.measured:
-                shown["clipped_share"] = step.state["clipped"] / (step.step + 1)
+                shown["clipped_share"] = step.state["clipped"] / seen
         return shown
 
     def _quantity(self, key: str, step: GradientStep, bucket: Bucket, several: bool) -> str:
@@ -284,16 +309,7 @@ class GradientConditioner(GradCallback):
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
-            "optimizers": {
-                str(index): {
-                    "steps": memory.steps,
-                    "states": {
-                        name: {key: value.clone() for key, value in state.items()}
-                        for name, state in memory.states.items()
-                    },
-                }
-                for index, memory in self._memory.items()
-            },
+            "optimizers": {str(index): memory.save() for index, memory in self._memory.items()},
         }
 
     # The fit ends.
@@ -301,9 +317,9 @@ class GradientConditioner(GradCallback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         clipped = [
-            (state["clipped"].item(), memory.steps)
+            (state["clipped"].item(), memory.steps - memory.since.get(name, 0))
             for memory in self._memory.values()
-            for state in memory.states.values()
+            for name, state in memory.states.items()
             if "clipped" in state
         ]
         if clipped:
@@ -323,7 +339,7 @@ class GradientConditioner(GradCallback):
         self._fitting = False
 
 
-def _gather(bucket: Bucket, memory: _Memory, measured: bool, optimizer: Optimizer, index: int) -> GradientStep:
+def _gather(bucket: Bucket, memory: Memory, measured: bool, optimizer: Optimizer, index: int) -> GradientStep:
     parameters, names = bucket.parameters, bucket.names
     gradients: list[Any] = [parameter.grad for parameter in parameters]
     if any(gradient is None for gradient in gradients):
@@ -335,6 +351,10 @@ def _gather(bucket: Bucket, memory: _Memory, measured: bool, optimizer: Optimize
         if gradients and value.device != gradients[0].device:  # restored from a checkpoint
             state[key] = value.to(gradients[0].device)
     return GradientStep(parameters, gradients, names, bucket.threshold, state, memory.steps, measured, optimizer, index)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _short(names: Sequence[str], most: int = 5) -> str:

@@ -1,9 +1,13 @@
 """Progressive N:M sparsity: the callback.
 
-The masks and schedules are functions, in ``functional/nm_sparsity.py`` and ``functional/nm_schedule.py``. Beside this
-file: ``_nm_arguments.py`` reads the arguments, ``_nm_weight.py`` is one sparse weight and how weights are chosen,
-``_nm_meter.py`` measures, ``_nm_record.py`` records and draws, ``_nm_report.py`` writes what is left behind at the end,
-``_frozen_variance.py`` serves the recipe ``step``.
+The masks and schedules are functions, in ``functional/nm_sparsity.py`` and ``functional/nm_schedule.py``. In this folder:
+
+- ``_nm_arguments.py`` reads the arguments;
+- ``_nm_weight.py`` is one sparse weight, ``_nm_choice.py`` chooses them, and ``_nm_ends.py`` finds the layers that stay
+  dense; ``_nm_layers.py`` shows them to the module;
+- ``_nm_monitors.py`` restarts checkpoints and early stopping, ``_nm_seen.py`` looks at weights that are tested;
+- ``_nm_meter.py`` measures, ``_nm_record.py`` records and draws, ``_nm_report.py`` writes what is left behind at the end;
+- ``_frozen_variance.py`` serves the recipe ``step``.
 """
 
 from __future__ import annotations
@@ -14,7 +18,6 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -27,6 +30,9 @@ from lightning_grad.callbacks._nm_arguments import (
     read_patterns,
     read_schedule,
 )
+from lightning_grad.callbacks._nm_choice import Choice, Wanted, choose_weights, refuse_overlap, refuse_pruners
+from lightning_grad.callbacks._nm_ends import Ends
+from lightning_grad.callbacks._nm_layers import SparseLayers
 from lightning_grad.callbacks._nm_meter import (
     SparsityMeter,
     density_by_layer,
@@ -34,9 +40,17 @@ from lightning_grad.callbacks._nm_meter import (
     phase_name,
     state_of,
 )
+from lightning_grad.callbacks._nm_monitors import MonitorRestart
 from lightning_grad.callbacks._nm_record import SparsityRecord
-from lightning_grad.callbacks._nm_report import send_summary, warn_of_inexact_best, write_masks, write_record
-from lightning_grad.callbacks._nm_weight import Choice, SparseWeight, choose_weights, refuse_overlap
+from lightning_grad.callbacks._nm_report import (
+    send_summary,
+    settle_unfinished,
+    warn_of_inexact_best,
+    write_masks,
+    write_record,
+)
+from lightning_grad.callbacks._nm_seen import Chosen, as_chosen, describe, lacking
+from lightning_grad.callbacks._nm_weight import SparseWeight
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional import NMPhase, add_sr_ste_
 from lightning_grad.functional.nm_schedule import Recipe
@@ -51,9 +65,8 @@ from lightning_grad.utilities.checks import (
 from lightning_grad.utilities.parameters import as_names, clean_name
 from lightning_grad.utilities.portable import make_portable, wrap_loading, wrap_saving
 from lightning_grad.utilities.precision import gradients_are_scaled, refuse_scaled_gradients
-from lightning_grad.utilities.progress import run_progress, total_steps
+from lightning_grad.utilities.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step, limit_layers, output_folder, stepped_batches
-from lightning_grad.utilities.weight_view import InPlaceView, InPlaceWindow, attach_view
 
 
 class NMSparsity(GradCallback):
@@ -92,32 +105,39 @@ class NMSparsity(GradCallback):
         decay: Coefficient beta for one optimizer step; default 7 / steps of the decay phase (mdgf-exponential, ends
             near 1e-3) or 2 / steps (mdgf-linear, reaches 0 half-way).
         sr_ste_lambda: Strength lambda of the SR-STE term (recipes sr-ste and step).
-        axis: Where groups lie: "input" (dimension 1: in_features, input channels; what 2:4 hardware needs), "output"
-            (dimension 0), or the number of a dimension.
-        include: Names or wildcards of the parameters or modules to make sparse. Default: every Linear, Conv1d/2d/3d and
-            attention projection but the first and the last. Parameters of other modules must be spelled to the end
-            ("blocks.*.w1"); they and tied ones are masked in place, in every use.
+        axis: Where groups lie: "input" (in_features, input channels; what 2:4 hardware needs), "output", or the number of
+            a dimension. Inputs are in dimension 1, or in 0 of a matrix by which a layer of another package computes x W.
+        include: Names or wildcards of the parameters or modules to make sparse. Default: every Linear, Conv1d/2d/3d,
+            attention projection and other layer that multiplies by a matrix named weight, but the first and the last that
+            the first batch reaches. Parameters of other modules must be spelled to the end ("blocks.*.w1"); they and tied
+            ones are masked in place, in every use.
         exclude: Names or wildcards of what stays dense.
         mask_every: Take masks anew every so many optimizer steps; above 1 is an approximation that saves time.
         geometric_start: Factor of the first, widest groups of sdgf-geometric, a power of two.
         zero_pruned_state: Once the pattern is final, clear the optimizer's state of pruned weights after every step, so
             that momentum does not move them.
+        restart_monitors: When the final pattern begins, make callbacks that keep a best value start over: monitored
+            checkpoints and early stopping. Until then early stopping is held.
         bake_on_early_stop: Prune to the final pattern also when the run stops before its schedule has reached it.
         depth: Join layers in logs by this many leading parts of their names; default: do not join.
         top: Log at most this many layers apart.
         figure: Draw the run at its end (needs matplotlib, and a logger whose folder takes the file).
         figure_metric: Validation metric in the figure; default the first whose name holds "acc".
         save_masks: Write the final masks to a file beside the logs (W&B: an artifact).
+        total_steps: Length of the schedule in optimizer steps, for runs without a known end. Default: the Trainer's.
         name: Name of this instance, needed when two are used.
 
     Raises:
         ValueError: In the constructor for an impossible pattern, an unknown recipe or one that contradicts the other
             arguments, or fractions that leave the recipe no phase. At the start of the fit if no weight is chosen, a
             name pattern matches nothing, the run has no known end, parameters are sharded (FSDP, DeepSpeed), or another
-            instance has chosen the same weight.
+            instance or ``ModelPruning`` has chosen the same weight.
+        RuntimeError: As soon as something reparametrizes a chosen weight during the fit.
 
     **Hooks.** ``on_fit_start`` chooses the weights, when all layers exist and DDP is set up; each optimizer's post hook
-    refreshes the masks of the weights it owns; ``on_before_optimizer_step`` adds the SR-STE term, unscaled and before
+    refreshes the masks of the weights it owns; the first ``on_train_batch_end`` chooses again if the batch reached the layers
+    in another order than they are registered in; ``on_validation_start`` restarts monitors when the final pattern has begun;
+    ``on_before_optimizer_step`` adds the SR-STE term, unscaled and before
     clipping, so that lambda is exact; the first ``on_validation_batch_start`` switches to what a checkpoint would hold,
     after weight averaging has swapped its weights in; ``teardown`` makes the sparse weights the module's own.
 
@@ -128,8 +148,8 @@ class NMSparsity(GradCallback):
     every validation, so that checkpoints can be told apart). At the end: a figure, a table with the divergence of the
     masks from each phase's last, and histograms of the weights.
 
-    **State.** Progress, the record, masks that are older than their weights, and what a checkpoint's sparse weights lack
-    to be dense again; resuming is bit-exact.
+    **State.** Progress, the record, which weights were chosen, masks that are older than their weights, and what a
+    checkpoint's sparse weights lack to be dense again; resuming is bit-exact. Every setting may change on resume.
 
     **Cost.** One mask an optimizer step and one product for each use of a weight: see docs/benchmarks.md.
 
@@ -171,12 +191,14 @@ class NMSparsity(GradCallback):
         mask_every: int = 1,
         geometric_start: int = 8,
         zero_pruned_state: bool = False,
+        restart_monitors: bool = True,
         bake_on_early_stop: bool = False,
         depth: int | None = None,
         top: int = 16,
         figure: bool = True,
         figure_metric: str | None = None,
         save_masks: bool = False,
+        total_steps: int | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
@@ -194,12 +216,15 @@ class NMSparsity(GradCallback):
         self.mask_every = mask_every
         self.geometric_start = geometric_start
         self.zero_pruned_state = zero_pruned_state
+        self.restart_monitors = restart_monitors
         self.bake_on_early_stop = bake_on_early_stop
         self.depth = depth
         self.top = top
         self.figure = figure
         self.figure_metric = figure_metric
         self.save_masks = save_masks
+        self.total_steps = total_steps
+        check_total_steps(total_steps)
         check_at_least(mask_every, 1, "mask_every")
         check_at_least(sr_ste_lambda, 0.0, "sr_ste_lambda")
         check_at_least(top, 0, "top")
@@ -218,16 +243,26 @@ class NMSparsity(GradCallback):
         return self.recipe if isinstance(self.recipe, str) else "custom"
 
     def _reset(self) -> None:
-        self._weights: list[SparseWeight] = []
+        self._layers: SparseLayers | None = None
         self._record = SparsityRecord()
         self._progress = 0.0
-        self._total_steps = 1
+        self._total_steps: int | None = None
         self._restored: dict[str, Any] = {}
-        self._window: InPlaceWindow | None = None
         self._variances: dict[int, FrozenVariance] = {}
         self._meter = SparsityMeter()
+        self._known_ends: list[str] | None = None
+        self._chosen: Chosen = {}
+        self._monitors = MonitorRestart()
         self._stepped = self._validating = self._hook_fired = False
         self._warned_of_bypass = self._warned_of_nan = False
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_layers": None}
+
+    @property
+    def _weights(self) -> list[SparseWeight]:
+        return [] if self._layers is None else self._layers.weights
 
     # The fit begins.
 
@@ -245,20 +280,27 @@ class NMSparsity(GradCallback):
             self._restored = state_dict
             if self._weights:
                 self._resume()
+        else:
+            self._chosen = self._chosen or dict(state_dict.get("chosen", {}))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        choice = choose_weights(pl_module, self._patterns, self.axis, self.include, self.exclude)
+        self._known_ends = self._restored.get("ends")
+        ends = Ends(trainer, pl_module, self._known_ends)
+        wanted = Wanted(self._patterns, self.axis, self.include, self.exclude)
+
+        def choose() -> Choice:
+            return choose_weights(pl_module, wanted, ends)
+
+        choice = choose()
         self._refuse(trainer, choice)
-        for weight in choice.chosen:
-            weight.straight_through = self.gradient == "ste"
-            if not weight.in_place:
-                self._undo.push(attach_view(weight.module, weight.attribute, weight))
-        self._weights = choice.chosen
-        self._open_window(pl_module)
+        layers = self._layers = SparseLayers(pl_module, ends, choose, self.gradient == "ste")
+        self._undo.push(layers.detach)
+        layers.attach(choice)
+        self._chosen = as_chosen(choice.chosen)
         for optimizer in trainer.optimizers:
             self._watch(trainer, optimizer)
-        self._undo_after_exception.push(wrap_saving(pl_module, self.state_key, lambda: self._views(pl_module)))
+        self._undo_after_exception.push(wrap_saving(pl_module, self.state_key, layers.views))
         self._resume()
         rank_zero_info(f"{self.label} ({self._recipe_name}) {choice}")
 
@@ -267,6 +309,7 @@ class NMSparsity(GradCallback):
             raise ValueError(f"{self.label} finds no weight to make sparse. {choice.why_none()}")
         for weight in choice.chosen:
             refuse_overlap(weight, self.label)
+        refuse_pruners(trainer.callbacks, choice.chosen, self.label)  # type: ignore[attr-defined]
         if self._adds_sr_ste:
             warn_of_missing_momentum(trainer, self.label, "its SR-STE term")
         chosen = {id(weight.parameter) for weight in choice.chosen}
@@ -277,15 +320,6 @@ class NMSparsity(GradCallback):
                 refuse_scaled_gradients(trainer, optimizer, f"{self.label}(recipe={self.recipe!r})")
             if self.recipe == "step":
                 check_keeps(optimizer, "exp_avg_sq", NO_VARIANCE)
-
-    def _open_window(self, pl_module: pl.LightningModule) -> None:
-        for weight in self._weights:
-            if weight.in_place:
-                weight.exposed = InPlaceView(weight.module, weight.attribute, weight, weight.others)
-        in_place = [weight.exposed for weight in self._weights if weight.exposed is not None]
-        if in_place:
-            self._window = InPlaceWindow(pl_module, in_place)
-            self._undo.push(self._window.remove)
 
     def _watch(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         before = optimizer.register_step_pre_hook(self._before_step)
@@ -299,21 +333,46 @@ class NMSparsity(GradCallback):
         self._progress = float(state.get("progress", 0.0))
         if "record" in state:
             self._record.load_state_dict(state["record"])
+        same = [weight for weight in self._weights if self._as_before(weight)]
         for weight in self._weights:
             weight.refresh(self._phase(weight))
+        for weight in same:
             weight.load_state_dict(state.get("weights", {}).get(weight.name, {}))
-        self._meter.load_state_dict(state.get("logged_masks", {}), self._weights)
+        self._meter.load_state_dict(state.get("logged_masks", {}), same)
+
+    def _as_before(self, weight: SparseWeight) -> bool:
+        """Return whether the checkpoint's masks of a weight are of the same pattern; settings may change on resume."""
+        return bool(self._restored.get("chosen", {}).get(weight.name) == self._chosen[weight.name])
 
     # One training step.
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._total_steps = total_steps(trainer, self.label)
+        self._total_steps = total_steps(trainer, self.label, self.total_steps)
+        if self._total_steps is None:
+            self._say(IN_FIRST_EPOCH)
         self._resume()  # an explicit decay needs the length of the run, which is known only now
-        self._restored = {}
+        restored, self._restored = self._restored, {}
         for optimizer in trainer.optimizers:
             if optimizer.state and self._owned_by(optimizer):
-                self._hold_variance(optimizer, resumed=True)
+                self._hold_variance(optimizer, resumed=bool(restored.get("frozen")))
+        done = bool(restored.get("restarted")) and restored.get("chosen") == self._chosen
+        wanted = self.restart_monitors and self._pattern_changes
+        self._monitors = MonitorRestart(wanted, done, trainer.enable_validation)
+        held = self._monitors.announce(trainer)
+        if held:
+            self._say(held)
+
+    @property
+    def _pattern_changes(self) -> bool:
+        """Whether some weight that is pruned at the end is not so from the start."""
+        pruned = [weight for weight in self._weights if weight.pattern.n < weight.pattern.m]
+        starts = [self._schedule.phase(0.0, weight.pattern, self._total_steps or 1, weight.size) for weight in pruned]
+        return not all(phase.final for phase in starts)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._monitors.hold(trainer)
 
     @override
     def on_train_batch_start(
@@ -322,6 +381,8 @@ class NMSparsity(GradCallback):
         self._leave_validation()
         for weight in self._weights:
             weight.refresh_if_changed()
+        if self._layers is not None and self.include is None:
+            self._layers.ends.watch()
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -352,18 +413,22 @@ class NMSparsity(GradCallback):
     @torch.no_grad()
     def _after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         """Follow an optimizer that has moved its weights."""
-        self._progress = run_progress(trainer, steps_ahead=1)
+        self._progress = run_progress(trainer, steps_ahead=1, stated=self.total_steps)
+        if self._total_steps is None:  # the first epoch measures it
+            self._total_steps = total_steps(trainer, self.label)
         self._stepped = True
         owned = self._owned_by(optimizer)
         for weight in owned:
             weight.refresh(self._phase(weight), self.mask_every)
         self._follow_schedule()
+        self._restart_monitors(trainer, at_validation=False)
         if owned:
             self._hold_variance(optimizer)
         if self.zero_pruned_state:
-            _clear_pruned_state(optimizer, owned)
-        if self._window is not None:
-            self._window.reopen()
+            for weight in owned:
+                weight.clear_pruned(optimizer.state[weight.parameter])
+        if self._layers is not None:
+            self._layers.reopen_window()
         if not self._hook_fired:
             self._warn_of_bypass()
         self._hook_fired = False
@@ -374,6 +439,13 @@ class NMSparsity(GradCallback):
             phase = self._phase(weight)
             if phase != weight.phase:
                 weight.refresh(phase)
+
+    def _restart_monitors(self, trainer: pl.Trainer, at_validation: bool) -> None:
+        due = self._monitors.is_due and self._monitors.at_validation == at_validation
+        if due and all(weight.phase.final for weight in self._weights):
+            done = self._monitors.restart(trainer)
+            if done:
+                self._say(done)
 
     def _hold_variance(self, optimizer: Optimizer, resumed: bool = False) -> None:
         if self.recipe != "step" or self._progress < self.dense_fraction:
@@ -393,15 +465,14 @@ class NMSparsity(GradCallback):
             )
 
     def _close_window(self) -> None:
-        if self._window is not None:
-            self._window.close()
+        if self._layers is not None:
+            self._layers.close_window()
 
     def _owned_by(self, optimizer: Optimizer) -> list[SparseWeight]:
-        owned = owned_ids(optimizer)
-        return [weight for weight in self._weights if id(weight.parameter) in owned]
+        return [] if self._layers is None else self._layers.owned_by(optimizer)
 
     def _phase(self, weight: SparseWeight) -> NMPhase:
-        return self._schedule.phase(self._progress, weight.pattern, self._total_steps, weight.size)
+        return self._schedule.phase(self._progress, weight.pattern, self._total_steps or 1, weight.size)
 
     @property
     def _adds_sr_ste(self) -> bool:
@@ -412,13 +483,27 @@ class NMSparsity(GradCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._close_window()
+        self._learn_ends()
         if self._stepped and is_log_step(trainer):
             self._log_step(trainer, pl_module)
         self._stepped = False
         self._meter.forget_step()
-        if self._progress < 1.0 == run_progress(trainer):  # the last batch need not step
+        if self._progress < 1.0 == run_progress(trainer, stated=self.total_steps):  # the last batch need not step
             self._progress = 1.0
             self._follow_schedule()
+            self._restart_monitors(trainer, at_validation=False)
+
+    def _learn_ends(self) -> None:
+        if self._layers is None:
+            return
+        sparse, dense = self._layers.learn_ends()
+        ends = self._layers.ends
+        self._known_ends = ends.known
+        if sparse or dense:
+            for weight in sparse:
+                weight.refresh(self._phase(weight))
+            self._chosen = as_chosen(self._weights)
+            self._say(ends.explain([w.name for w in dense], [w.name for w in sparse]))
 
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         known, measured = state_of(self._weights), self._meter.read(self._weights)
@@ -443,6 +528,23 @@ class NMSparsity(GradCallback):
             rank_zero_warn(f"{self.label}: NaN in {', '.join(names[:5])}. It is pruned before any number.")
 
     # Validation and checkpoints.
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._fitting:
+            self._look_at_tested(trainer, pl_module)
+        elif self._weights and not trainer.sanity_checking:
+            self._restart_monitors(trainer, at_validation=True)
+            self._monitors.hold(trainer)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look_at_tested(trainer, pl_module)
+
+    def _look_at_tested(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        names = lacking(pl_module, self._chosen)
+        if names:
+            rank_zero_warn(f"{self.label}: {describe(trainer, names, len(self._chosen))}.")
 
     @override
     def on_validation_batch_start(
@@ -481,6 +583,10 @@ class NMSparsity(GradCallback):
             "record": self._record.state_dict(),
             "weights": {weight.name: weight.state_dict() for weight in self._weights},
             "logged_masks": self._meter.state_dict(),
+            "chosen": self._chosen,
+            "frozen": self.recipe == "step" and self._progress >= self.dense_fraction,
+            "restarted": self._monitors.is_done or bool(self._restored.get("restarted")),
+            **({} if self._known_ends is None else {"ends": self._known_ends}),
         }
 
     @override
@@ -488,14 +594,8 @@ class NMSparsity(GradCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # During a fit the module's own hook does this, later than every callback; after an exception it is gone.
-        if self._weights and not len(self._undo_after_exception):
-            make_portable(checkpoint, self.state_key, self._views(pl_module))
-
-    def _views(self, pl_module: pl.LightningModule) -> dict[str, tuple[Tensor, SparseWeight]]:
-        """Return dense weight and view by every key of ``state_dict``; a shared parameter has several."""
-        by_identity = {id(weight.parameter): weight for weight in self._weights}
-        named = pl_module.named_parameters(remove_duplicate=False)
-        return {name: (by_identity[id(p)].dense, by_identity[id(p)]) for name, p in named if id(p) in by_identity}
+        if self._layers is not None and self._weights and not len(self._undo_after_exception):
+            make_portable(checkpoint, self.state_key, self._layers.views())
 
     # The fit ends.
 
@@ -503,6 +603,7 @@ class NMSparsity(GradCallback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         self._leave_validation()
+        self._monitors.release(trainer)
         if self._fitting and self._weights:
             rank_zero_info(
                 f"{self.label}: the fit stopped by {type(exception).__name__}. The module in memory is left dense; "
@@ -513,31 +614,18 @@ class NMSparsity(GradCallback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        weights, self._weights = self._weights, []
+        weights, self._layers = self._weights, None
         if self._fitting and weights and self._progress > 0.0:
-            self._settle_unfinished(weights)
+            # Lightning skips a validation that was due behind the last step of a checkpoint, and with it the restart.
+            self._monitors.is_done |= all(weight.phase.final for weight in weights)
+            settle_unfinished(weights, self._progress, self.bake_on_early_stop, self.label)
             for weight in weights:
                 weight.bake()
             self._report(trainer, weights)
-        self._window, self._variances, self._meter = None, {}, SparsityMeter()
+        if self._fitting:
+            self._monitors.release(trainer)
+        self._variances, self._meter = {}, SparsityMeter()
         self._fitting = False
-
-    def _settle_unfinished(self, weights: Sequence[SparseWeight]) -> None:
-        """Decide what a run leaves behind that ended before its schedule did."""
-        if all(weight.phase.final for weight in weights):
-            return
-        if self.bake_on_early_stop:
-            for weight in weights:
-                weight.phase = NMPhase(weight.pattern, 0.0, True)
-        outcome = (
-            "The weights are pruned to the final pattern, untrained for it."
-            if self.bake_on_early_stop
-            else "The weights are left as validated; bake_on_early_stop=True would prune them to the final pattern."
-        )
-        rank_zero_warn(
-            f"{self.label}: the run stopped at {100 * self._progress:.0f} % of its schedule, before the final pattern was "
-            f"reached. {outcome}"
-        )
 
     def _report(self, trainer: pl.Trainer, weights: Sequence[SparseWeight]) -> None:
         self._record.close_phase()
@@ -550,11 +638,3 @@ class NMSparsity(GradCallback):
             if self.save_masks:
                 write_masks(trainer, weights, folder / f"{stem}_masks.pt")
         warn_of_inexact_best(trainer, weights, self.label)
-
-
-def _clear_pruned_state(optimizer: Optimizer, weights: Sequence[SparseWeight]) -> None:
-    for weight in weights:
-        if weight.phase.final and weight.mask is not None:
-            for value in optimizer.state[weight.parameter].values():
-                if isinstance(value, Tensor) and value.is_floating_point() and value.shape == weight.parameter.shape:
-                    value.mul_(weight.mask)

@@ -45,10 +45,18 @@ def _aligned(a: SampleScores | Tensor, b: SampleScores | Tensor) -> tuple[Tensor
         raise ValueError(
             f"Two scores are compared sample by sample; got {len(scores[0].values)} and {len(scores[1].values)} of them."
         )
-    reach = [len(item.values) if item.index is None else int(item.index.max()) + 1 for item in scores]
-    first, second = (item.dense(max(reach)) for item in scores)
+    # By sorting, and not by a table of all indices, which a single large one would make huge.
+    (index, first), (other, second) = (_sorted(item) for item in scores)
+    first, second = first[torch.isin(index, other)], second[torch.isin(other, index)]
     both = ~(first.isnan() | second.isnan())
     return first[both], second[both]
+
+
+def _sorted(scores: SampleScores) -> tuple[Tensor, Tensor]:
+    if scores.index is None:
+        return torch.arange(len(scores.values)), scores.values
+    index, order = scores.index.sort()
+    return index, scores.values[order]
 
 
 def compare_scores(

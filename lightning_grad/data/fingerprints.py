@@ -7,8 +7,7 @@ import enum
 import hashlib
 import os
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_grad.data.list_items import ListItems
+from lightning_grad.data.random_streams import generators_kept, random_streams_kept
+
 _READ_TWICE = 8  # items, to find out whether the data set augments
 _DEEPEST = 16
+_UNREADABLE = (RuntimeError, TypeError, NotImplementedError)  # raised by tensors that hold no numbers of their own
 
 
 @dataclass(frozen=True)
@@ -61,23 +64,10 @@ class Fingerprint:
 
 
 def _class_name(dataset: Any) -> str:
+    if isinstance(dataset, ListItems):
+        return _class_name(dataset.dataset)
     name = type(dataset).__name__
     return f"{name}[{_class_name(dataset.dataset)}]" if isinstance(dataset, torch.utils.data.Subset) else name
-
-
-@contextmanager
-def _random_streams_kept() -> Iterator[None]:
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    cuda = torch.cuda.get_rng_state_all() if started else None
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 def _seed_streams(seed: int) -> None:
@@ -86,13 +76,66 @@ def _seed_streams(seed: int) -> None:
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reach the generators of GPUs
 
 
+def _pieces(tensor: Tensor) -> Sequence[Any] | None:
+    """Return what a tensor is made of that is not a plain block of numbers, or None if it is one."""
+    if tensor.layout == torch.sparse_coo:
+        whole = tensor.coalesce()
+        return whole.indices(), whole.values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    if tensor.layout != torch.strided:  # of a library of the CPU
+        return (tensor.to_dense(),)
+    if tensor.is_quantized:
+        return tensor.int_repr(), str(tensor.qscheme()), *_scales(tensor)
+    return None
+
+
+def _scales(tensor: Tensor) -> tuple[Any, ...]:
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return tensor.q_scale(), tensor.q_zero_point()
+    return tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points(), tensor.q_per_channel_axis()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU that is no subclass, so that no library has a say in how it is read."""
+    tensor = tensor.detach()
+    plain = tensor.as_subclass(Tensor) if type(tensor) is not Tensor else tensor
+    return plain if plain.is_meta else plain.cpu()
+
+
 def _tensor_bytes(tensor: Tensor) -> bytes:
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    # One element may have any stride, and contiguous() leaves it as it is: a copy has none.
+    plain = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).reshape(-1)
     return plain.view(torch.uint8).numpy().tobytes()
+
+
+def _tensor_parts(tensor: Tensor) -> tuple[str, list[Any]] | None:
+    if tensor.is_nested:
+        return f"Tensor nested {tensor.dtype}", list(tensor.detach().unbind())
+    try:
+        pieces = _pieces(_plain(tensor))
+    except _UNREADABLE:
+        return None
+    shape = tuple(tensor.shape)
+    return None if pieces is None else (f"Tensor {tensor.layout} {tensor.dtype} {shape}", list(pieces))
+
+
+def _tensor_leaf(tensor: Tensor) -> tuple[str, bytes]:
+    """Return the kind of a plain tensor, and its content; of one without storage of its own there is no content."""
+    kind = f"Tensor {tensor.dtype} {tuple(tensor.shape)}"
+    try:
+        plain = _plain(tensor)
+        return kind, b"" if plain.is_meta else _tensor_bytes(plain)
+    except _UNREADABLE:
+        return kind, b""
 
 
 def _parts(value: Any) -> tuple[str, list[Any]] | None:
     """Return a description of a container and what it holds, or None if the value is no container."""
+    if isinstance(value, Tensor):
+        return _tensor_parts(value)
     if isinstance(value, Mapping):
         entries = sorted(value.items(), key=lambda entry: (type(entry[0]).__name__, repr(entry[0])))
         return f"dict {len(entries)}", [part for entry in entries for part in entry]
@@ -121,8 +164,8 @@ def _leaf(value: Any) -> tuple[str, bytes]:
         return "bytes", bytes(value)
     if value is None or (isinstance(value, bool | int | float | complex) and not isinstance(value, np.generic)):
         return kind, repr(value).encode()
-    if isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_quantized or value.is_nested):
-        return f"Tensor {value.dtype} {tuple(value.shape)}", _tensor_bytes(value)
+    if isinstance(value, Tensor):
+        return _tensor_leaf(value)
     if isinstance(value, np.ndarray | np.generic):
         return f"array {value.dtype.str} {value.shape}", value.tobytes()
     if all(hasattr(value, name) for name in ("tobytes", "mode", "size")):  # an image of PIL, which is not imported here
@@ -150,8 +193,8 @@ def fingerprint(dataset: Any, samples: int = 64, seed: int = 0) -> Fingerprint:
     """Return what is to be remembered of a data set: its length, class, and a hash of some of its items.
 
     Tensors, arrays, images, text, numbers and containers of them are hashed by content, whatever else by the name of its
-    type. The items are read here and now; python's, numpy's and torch's random streams are afterwards where they were (a
-    generator that the data set itself holds moves on).
+    type. The items are read here and now; python's, numpy's and torch's random streams are afterwards where they were, and
+    so are generators that the data set itself holds.
 
     A data set that augments gives another item at each reading. It is found out by reading items twice; its items are left
     out, so that only its length and class can be compared.
@@ -179,7 +222,7 @@ def fingerprint(dataset: Any, samples: int = 64, seed: int = 0) -> Fingerprint:
         )
     length = len(dataset)
     drawn = torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
-    with _random_streams_kept():
+    with random_streams_kept(), generators_kept(dataset):
         # Seeded, so that every rank and every run comes to the same verdict.
         _seed_streams(seed)
         first = [_digest(dataset[i]) for i in drawn]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_grad.data.sampler_keys import KeyReader
+
 _KNOWN = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 _NEXT_PASS = 1_000_003  # far from any number of epochs, so that a second pass is shuffled like no epoch
 
@@ -29,16 +31,18 @@ class RecordedBatches(Iterator[list[int]]):
     Loader workers draw ahead of the training; the batches come out of a loader in the order in which they were drawn.
 
     Args:
-        batches: What is drawn from.
+        batches: What is drawn from. A batch is passed on as it is, be it a list, an array or a tensor.
+        read: Returns the indices in a batch.
     """
 
-    def __init__(self, batches: Iterator[list[int]]) -> None:
+    def __init__(self, batches: Iterator[Any], read: Callable[[Any], list[int]] = list) -> None:
         self._batches = batches
+        self._read = read
         self.drawn: deque[list[int]] = deque()
 
     def __next__(self) -> list[int]:
-        batch = next(self._batches)
-        self.drawn.append(batch)
+        batch: list[int] = next(self._batches)
+        self.drawn.append(self._read(batch))
         return batch
 
 
@@ -65,10 +69,12 @@ class PrunableBatchSampler(Sampler[list[int]]):
     Args:
         original: The batch sampler to stand for. Other classes than ``BatchSampler`` need ``batch_size`` and a length.
         total: Length of the data set.
+        needed_by: Who asks, for errors.
 
     Raises:
         TypeError: If the original yields no batches of known size, or is a sampler of several ranks whose shares are not
-            known.
+            known. While it is iterated over, if the original yields keys that are no integers.
+        ValueError: While it is iterated over, if the original yields an integer that is no index of the data set.
 
     Example:
         >>> import torch
@@ -84,13 +90,14 @@ class PrunableBatchSampler(Sampler[list[int]]):
         [[0, 3], [4, 0], [3]]
     """
 
-    def __init__(self, original: Any, total: int) -> None:
+    def __init__(self, original: Any, total: int, needed_by: str = "PrunableBatchSampler") -> None:
         _refuse(original)
         self.original = original
         self.total = total
         self.batch_size: int = original.batch_size
         self.drop_last: bool = getattr(original, "drop_last", False)
         self.sampler = getattr(original, "sampler", None)  # where Lightning looks for one that has epochs
+        self._reader = KeyReader(total, original if self.sampler is None else self.sampler, needed_by)
         self.latest = RecordedBatches(iter(()))
         self._kept: Tensor | None = None
         self._samples: int | None = None
@@ -166,7 +173,8 @@ class PrunableBatchSampler(Sampler[list[int]]):
         return getattr(self.original, name)
 
     def __iter__(self) -> RecordedBatches:
-        self.latest = RecordedBatches(iter(self.original) if self._kept is None else self._batches())
+        batches = iter(self.original) if self._kept is None else self._batches()
+        self.latest = RecordedBatches(batches, self._reader.batch)
         return self.latest
 
     def _batches(self) -> Iterator[list[int]]:
@@ -209,11 +217,11 @@ class PrunableBatchSampler(Sampler[list[int]]):
             return _Subset(kept, drawing)
         if type(sampler) is DistributedSampler:
             return _Subset(kept, _redistributed(sampler, positions, number))
-        source = sampler if sampler is not None else self.original
         counts = torch.bincount(kept, minlength=self.total)
-        return _Subset(
-            kept, _Filtered(source, counts, _scaled(self.full_samples, len(kept), self.total)), is_index=True
-        )
+        length = _scaled(self.full_samples, len(kept), self.total)
+        if sampler is not None:
+            return _Subset(kept, _Filtered(sampler, lambda key: [self._reader.one(key)], counts, length), is_index=True)
+        return _Subset(kept, _Filtered(self.original, self._reader.batch, counts, length), is_index=True)
 
 
 class _Subset:
@@ -237,8 +245,9 @@ class _Subset:
 class _Filtered:
     """What an unknown sampler yields, without the samples that are not kept; those kept twice come in a second round."""
 
-    def __init__(self, source: Any, counts: Tensor, length: int) -> None:
+    def __init__(self, source: Any, read: Callable[[Any], list[int]], counts: Tensor, length: int) -> None:
         self._source = source
+        self._read = read
         self._counts = counts
         self._length = length
 
@@ -249,9 +258,7 @@ class _Filtered:
         counts = self._counts.tolist()
         for repeat in range(max(counts)):
             for found in self._source:
-                plain = found.tolist() if hasattr(found, "tolist") else found  # batches may be tensors or arrays
-                indices = plain if isinstance(plain, (list, tuple)) else (plain,)
-                yield from (index for index in indices if counts[index] > repeat)
+                yield from (index for index in self._read(found) if counts[index] > repeat)
 
 
 def _redistributed(sampler: DistributedSampler[Any], positions: Any, number: int) -> DistributedSampler[Any]:

@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import os
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_grad.data.damaged_files import ScoreFileError, errors_that_name, read_entries
 from lightning_grad.data.fingerprints import Fingerprint, fingerprint
 
 _FORMAT = 1
@@ -106,6 +106,41 @@ def _entries(scores: SampleScores) -> dict[str, Any]:
     return {key: np.asarray(value) for key, value in entries.items() if value is not None}
 
 
+def score_path(path: str | os.PathLike[str]) -> Path:
+    """Return where :func:`save_scores` writes: the path itself, with the ending ``.npz``.
+
+    Raises:
+        ValueError: If it names no file.
+
+    Example:
+        >>> score_path("scores/el2n").name
+        'el2n.npz'
+    """
+    found = Path(path)
+    if not found.name or found.name == ".." or os.path.isdir(path):
+        raise ValueError(f"Scores are written to a file, and {os.fspath(path)!r} names a folder. Name a .npz file.")
+    return found if found.suffix == ".npz" else found.with_name(f"{found.name}.npz")
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise unless :func:`save_scores` can write there. The folder is made, as it will be needed.
+
+    Raises:
+        OSError: If the folder cannot be made or written to.
+    """
+    path = score_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = _part_of(path)
+    try:
+        part.touch()
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
 def save_scores(scores: SampleScores, path: str | os.PathLike[str]) -> Path:
     """Write scores to a ``.npz`` file.
 
@@ -118,11 +153,13 @@ def save_scores(scores: SampleScores, path: str | os.PathLike[str]) -> Path:
 
     Returns:
         Path: The file that was written.
+
+    Raises:
+        ValueError: If the path names no file.
     """
-    path = Path(path)
-    path = path if path.suffix == ".npz" else path.with_name(f"{path.name}.npz")
+    path = score_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = _part_of(path)
     try:
         with part.open("wb") as file:
             np.savez(file, **_entries(scores))
@@ -133,37 +170,41 @@ def save_scores(scores: SampleScores, path: str | os.PathLike[str]) -> Path:
 
 
 def _from_entries(entries: Mapping[str, Any]) -> SampleScores:
-    def plain(key: str) -> Any:
-        return entries[key].item() if key in entries else None
+    def plain(key: str, *kinds: type) -> Any:
+        value = entries[key].item() if key in entries else None
+        if value is not None and not isinstance(value, kinds):
+            raise ValueError(f"its {key} is {value!r}")
+        return value
 
-    keys = [f.name for f in dataclasses.fields(Fingerprint)]
-    found = Fingerprint(*(plain(f"fingerprint_{key}") for key in keys)) if "fingerprint_length" in entries else None
-    values, index = torch.from_numpy(entries["scores"]), torch.from_numpy(entries["index"])
-    return SampleScores(
-        values,
-        plain("name"),
-        plain("epoch"),
-        plain("seed"),
-        found,
-        torch.from_numpy(entries["labels"]) if "labels" in entries else None,
-        None if torch.equal(index, torch.arange(len(values))) else index,
-    )
+    found = None
+    if "fingerprint_length" in entries:
+        kinds = {"length": int, "class_name": str, "items": str, "samples": int, "seed": int}
+        found = Fingerprint(**{key: plain(f"fingerprint_{key}", kind) for key, kind in kinds.items()})
+    values, index = _numbers(entries, "scores", "fiub"), _numbers(entries, "index", "iu")
+    labels = _numbers(entries, "labels", "iu") if "labels" in entries else None
+    is_whole = torch.equal(index, torch.arange(len(values)))
+    name, epoch, seed = plain("name", str), plain("epoch", int, float), plain("seed", int)
+    return SampleScores(values, name, epoch, seed, found, labels, None if is_whole else index)
+
+
+def _numbers(entries: Mapping[str, Any], key: str, kinds: str) -> Tensor:
+    array = entries[key]
+    if array.dtype.kind not in kinds or array.ndim != 1:
+        raise ValueError(f"its {key} hold {array.dtype} of shape {array.shape}")
+    return torch.from_numpy(array.astype(np.float64 if "f" in kinds else np.int64))
 
 
 def _load_npz(path: Path) -> SampleScores:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            entries = {key: file[key] for key in file.files}
-    except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} is no score file: it should be a .npz file of save_scores, or a .csv ({error})."
-        ) from error
-    missing = {"format", "scores", "index", "name"} - set(entries)
-    if missing:
-        raise ValueError(f"{path} is no score file: it has no {', '.join(sorted(missing))}.")
-    if int(entries["format"]) > _FORMAT:
-        raise ValueError(f"{path} was written by a later version of lightning-grad. Update lightning-grad to read it.")
-    return _from_entries(entries)
+    with errors_that_name(path):
+        entries = read_entries(path)
+        missing = {"format", "scores", "index", "name"} - set(entries)
+        if missing:
+            raise ScoreFileError(f"{path} is no score file: it has no {', '.join(sorted(missing))}.")
+        if int(entries["format"]) > _FORMAT:
+            raise ScoreFileError(
+                f"{path} was written by a later version of lightning-grad. Update lightning-grad to read it."
+            )
+        return _from_entries(entries)
 
 
 def _column(columns: Sequence[str], known: Sequence[str]) -> str | None:
@@ -185,7 +226,7 @@ def _positions(names: Sequence[str], dataset: Any) -> Tensor | None:
 
 
 def _load_csv(path: Path, dataset: Any) -> SampleScores:
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with errors_that_name(path), path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         rows, columns = list(reader), list(reader.fieldnames or [])
     index, name = _column(columns, _INDEX_COLUMNS), _column(columns, _NAME_COLUMNS)
@@ -199,12 +240,13 @@ def _load_csv(path: Path, dataset: Any) -> SampleScores:
     try:
         values = torch.tensor([float(row[score]) for row in rows], dtype=torch.float64)
         given = torch.tensor([int(row[index]) for row in rows]) if index else None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path} has a row whose score or index is no number ({error}).") from error
     if given is None and name is not None:
         given = _positions([row[name] for row in rows], dataset)
     title = path.stem if score.strip().lower() in _SCORE_COLUMNS else score.strip()
-    return SampleScores(values, title, index=given)
+    with errors_that_name(path):
+        return SampleScores(values, title, index=given)
 
 
 def _mismatches(scores: SampleScores, dataset: Any) -> list[str]:
@@ -235,7 +277,7 @@ def load_scores(path: str | os.PathLike[str], dataset: Any = None, strict: bool 
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no score file, or its scores belong to another data set.
+        ValueError: If it cannot be read, is no score file or a damaged one, or its scores belong to another data set.
     """
     path = Path(path)
     scores = _load_csv(path, dataset) if path.suffix.lower() == ".csv" else _load_npz(path)

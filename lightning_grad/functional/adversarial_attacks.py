@@ -108,6 +108,7 @@ def pgd(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     generator: torch.Generator | None = None,
+    support: Tensor | None = None,
 ) -> Tensor:
     r"""Attack inputs by projected gradient ascent.
 
@@ -131,12 +132,13 @@ def pgd(
         mean: Mean by which inputs were normalised, one for each channel (dimension 1), or a single one.
         std: Standard deviation by which they were divided.
         generator: Source of the random start, on the inputs' device.
+        support: Which entries of the inputs may change, 1 there and 0 elsewhere, in a shape that broadcasts. Default: all.
 
     Returns:
         Tensor: Attacked inputs, (B, ...), without graph; the given inputs themselves if epsilon is 0, or the batch empty.
 
     Raises:
-        ValueError: For another norm, steps below 1, an epsilon that is negative or not finite, and mean without std.
+        ValueError: For another norm, steps below 1, mean without std, and numbers that are out of their range or not finite.
         RuntimeError: In inference mode, and for inputs made in it: they have no gradient.
         IndependentLossError: If the loss does not depend on the inputs; a RuntimeError.
 
@@ -149,15 +151,18 @@ def pgd(
         Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, arXiv 1706.06083, equation 2.
     """
     _check_settings(epsilon, steps, norm, mean, std)
+    _check_numbers(step_size, bounds, mean, std)
     if epsilon == 0.0 or inputs.numel() == 0:
         return inputs
     _refuse_inference(inputs)
     step_size = _PGD_STEP * epsilon / steps if step_size is None else step_size
     space = _Pixels(inputs.detach(), bounds, mean, std)
     start = torch.zeros_like(space.inputs)
-    perturbation = space.clamp(random_perturbation(start, epsilon, norm, generator) if random_start else start)
+    begin = random_perturbation(start, epsilon, norm, generator) if random_start else start
+    perturbation = space.clamp(begin if support is None else begin * support)
     for _ in range(steps):
         gradient = space.gradient(loss_of, perturbation)
+        gradient = gradient if support is None else gradient * support
         raised = perturbation + step_size * attack_direction(gradient, norm)
         perturbation = space.clamp(project_perturbation(raised, epsilon, norm))
     return space.at(perturbation)
@@ -174,6 +179,7 @@ def fgsm(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     generator: torch.Generator | None = None,
+    support: Tensor | None = None,
 ) -> Tensor:
     """Attack inputs by one step (fast gradient sign method): :func:`pgd` with ``steps=1``.
 
@@ -188,6 +194,7 @@ def fgsm(
         mean: Mean by which inputs were normalised.
         std: Standard deviation by which they were divided.
         generator: Source of the random start, on the inputs' device.
+        support: Which entries of the inputs may change.
 
     Returns:
         Tensor: Attacked inputs, (B, ...).
@@ -208,7 +215,7 @@ def fgsm(
     """
     default = _FGSM_STEP * epsilon if random_start else epsilon
     step_size = default if step_size is None else step_size
-    return pgd(loss_of, inputs, epsilon, 1, step_size, norm, random_start, bounds, mean, std, generator)
+    return pgd(loss_of, inputs, epsilon, 1, step_size, norm, random_start, bounds, mean, std, generator, support)
 
 
 def _check_settings(
@@ -222,6 +229,22 @@ def _check_settings(
         raise ValueError(f"epsilon must be at least 0, and finite; got {epsilon}.")
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std belong together; got mean={mean} and std={std}.")
+
+
+def _check_numbers(
+    step_size: float | None,
+    bounds: tuple[float, float] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> None:
+    if step_size is not None and not (math.isfinite(step_size) and step_size >= 0.0):
+        raise ValueError(f"step_size must be at least 0, and finite; got {step_size}.")
+    if bounds is not None and not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds must be the least and the largest value of an input; got {bounds}.")
+    if mean is not None and not all(map(math.isfinite, mean)):
+        raise ValueError(f"mean must be finite; got {list(mean)}.")
+    if std is not None and not all(math.isfinite(value) and value > 0.0 for value in std):
+        raise ValueError(f"std must be above 0, and finite; got {list(std)}.")
 
 
 def _refuse_inference(inputs: Tensor) -> None:

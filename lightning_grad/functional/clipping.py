@@ -144,24 +144,26 @@ def clip_value_(gradients: Sequence[Tensor], clip_value: float) -> None:
     torch._foreach_clamp_max_(local, clip_value)
 
 
-def unit_norms(tensor: Tensor) -> Tensor:
-    """Return the 2-norm of each unit of a weight: of all dimensions but the first, or of a whole vector.
+def unit_norms(tensor: Tensor, output_dim: int = 0) -> Tensor:
+    """Return the 2-norm of each unit of a weight: of all dimensions but one, or of a whole vector.
 
     A unit is a row of a Linear, a filter of a Conv. For layers that lay out their weights otherwise (ConvTranspose, whose
-    outputs are in dimension 1; query, key and value packed in one weight) a unit is not one neuron.
+    outputs are in dimension 1; query, key and value packed in one weight) a unit is not one neuron, unless ``output_dim``
+    says where the outputs are.
 
     Args:
         tensor: Any shape.
+        output_dim: The dimension that counts the units.
 
     Returns:
-        Tensor: (units, 1, ..., 1), or a scalar for a tensor of one dimension or none.
+        Tensor: (units, 1, ..., 1), or (1, units) with ``output_dim=1``; a scalar for a tensor of one dimension or none.
 
     Example:
         >>> unit_norms(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
         tensor([[5.],
                 [1.]])
     """
-    dimensions = tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else None
+    dimensions = tuple(d for d in range(tensor.ndim) if d != output_dim) if tensor.ndim > 1 else None
     norms: Tensor = torch.linalg.vector_norm(tensor, dim=dimensions, keepdim=dimensions is not None)
     return norms
 
@@ -173,7 +175,11 @@ def _adaptive_coefficients(gradient_norms: Tensor, weight_norms: Tensor, ratio: 
 
 @torch.no_grad()
 def clip_adaptively_(
-    gradients: Sequence[Tensor], weights: Sequence[Tensor], ratio: float = 0.01, eps: float = 1e-3
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    ratio: float = 0.01,
+    eps: float = 1e-3,
+    output_dims: Sequence[int] | None = None,
 ) -> list[Tensor]:
     r"""Clip each unit's gradient by the norm of its weights (adaptive gradient clipping, AGC).
 
@@ -186,6 +192,7 @@ def clip_adaptively_(
         weights: W, of the same shapes. What a unit i is, says :func:`unit_norms`.
         ratio: :math:`\lambda`, the largest ratio of the norms.
         eps: :math:`\epsilon`, so that weights that are zero can leave zero.
+        output_dims: For each weight the dimension that counts its units; ``None`` is the first of all.
 
     Returns:
         list: For each gradient the coefficients of its units, at most 1.
@@ -202,13 +209,14 @@ def clip_adaptively_(
         equation 3.
     """
     coefficients: list[Any] = [None] * len(gradients)
+    dims = output_dims or [0] * len(gradients)
     plain = [i for i, gradient in enumerate(gradients) if not is_sharded(gradient)]
     for positions in by_device([gradients[i] for i in plain]):
         chosen = [plain[i] for i in positions]
         # One vector of all units, so that the formula costs a handful of kernels rather than a handful a tensor.
-        norms = [unit_norms(gradients[i]) for i in chosen]
+        norms = [unit_norms(gradients[i], dims[i]) for i in chosen]
         gradient_norms = torch.cat([norm.flatten() for norm in norms])
-        weight_norms = torch.cat([unit_norms(weights[i]).flatten() for i in chosen])
+        weight_norms = torch.cat([unit_norms(weights[i], dims[i]).flatten() for i in chosen])
         units = _adaptive_coefficients(gradient_norms, weight_norms, ratio, eps)
         found = torch.split(units, [norm.numel() for norm in norms])
         for i, norm, part in zip(chosen, norms, found, strict=True):
@@ -216,7 +224,8 @@ def clip_adaptively_(
         torch._foreach_mul_([gradients[i] for i in chosen], [coefficients[i] for i in chosen])
     for i, gradient in enumerate(gradients):
         if is_sharded(gradient):
-            coefficients[i] = _adaptive_coefficients(unit_norms(gradient), unit_norms(weights[i]), ratio, eps)
+            norm, size = unit_norms(gradient, dims[i]), unit_norms(weights[i], dims[i])
+            coefficients[i] = _adaptive_coefficients(norm, size, ratio, eps)
             gradient.mul_(coefficients[i])
     return coefficients
 

@@ -19,8 +19,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 @torch.no_grad()
-def centralize_(gradients: Sequence[Tensor], conv_only: bool = False) -> None:
-    r"""Take from each gradient the mean over all its dimensions but the first.
+def centralize_(gradients: Sequence[Tensor], conv_only: bool = False, output_dims: Sequence[int] | None = None) -> None:
+    r"""Take from each gradient the mean over all its dimensions but the one that counts the outputs.
 
     .. math::
         G_i \leftarrow G_i - \frac{1}{M} \sum_{j=1}^{M} G_{ij}
@@ -30,6 +30,7 @@ def centralize_(gradients: Sequence[Tensor], conv_only: bool = False) -> None:
     Args:
         gradients: G, tensors of any shape; changed in place.
         conv_only: Leave matrices (Linear, Embedding) alone too.
+        output_dims: For each gradient the dimension i; ``None`` is the first of all.
 
     Example:
         >>> g = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
@@ -42,9 +43,10 @@ def centralize_(gradients: Sequence[Tensor], conv_only: bool = False) -> None:
         Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks", 2020,
         arXiv 2004.01461, equation 1.
     """
-    for gradient in gradients:
+    for gradient, output_dim in zip(gradients, output_dims or [0] * len(gradients), strict=True):
         if gradient.ndim > (2 if conv_only else 1):
-            gradient.sub_(gradient.mean(dim=tuple(range(1, gradient.ndim)), keepdim=True))
+            others = tuple(d for d in range(gradient.ndim) if d != output_dim)
+            gradient.sub_(gradient.mean(dim=others, keepdim=True))
 
 
 def noise_deviation(step: int, eta: float = 0.01, decay: float = 0.55) -> float:

@@ -24,11 +24,13 @@ class Gradient:
         name: Of its parameter, without ``torch.compile``'s prefix.
         parameter: Whose gradient it is.
         values: Its entries, flat, in the order of memory; a view of the bucket.
+        shaped: The same view, in the shape of the parameter.
     """
 
     name: str
     parameter: Tensor
     values: Tensor
+    shaped: Tensor
 
 
 class BucketCollector:
@@ -58,7 +60,7 @@ class BucketCollector:
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
             start = gradient.storage_offset() - buffer.storage_offset()
             values = buffer[start : start + gradient.numel()]
-            self._gradients.append(Gradient(self._names[id(parameter)], parameter, values))
+            self._gradients.append(Gradient(self._names[id(parameter)], parameter, values, gradient))
         devices = [buffer.device] if buffer.device.type == "cuda" else None
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
         self._waiting.append((future, buffer))

@@ -40,6 +40,14 @@ class Collectives:
             dist.all_gather(list(everyone), tensor)
         return everyone
 
+    def maximum_(self, tensor: Tensor, counted: bool = True) -> Tensor:
+        """Return the maximum of a tensor over ranks, in place; ``counted=False`` leaves its bytes out."""
+        if counted:
+            self._ledger.send(tensor)
+        with self._connection():
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
     def mean_(self, tensor: Tensor) -> Tensor:
         """Return the mean of a tensor over ranks, in place."""
         self.begin_mean_(tensor)()

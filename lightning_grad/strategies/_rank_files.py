@@ -1,10 +1,11 @@
-"""What each rank keeps for itself, in files beside the checkpoint.
+"""What each rank keeps for itself, in files next to the checkpoint.
 
 Lightning writes one file, from rank 0. Residuals differ from rank to rank, so each rank writes its own to
 ``<checkpoint>.ranks/<save>/<rank>.pt``, and the checkpoint itself holds a manifest that says which save and how many
 ranks. A save has a name of its own, so that a checkpoint which is written over, and interrupted, still finds the files
-that belong to it. What must be equal on all ranks (counts, a message in flight) is taken from rank 0 on resuming, as
-the weights are. Everything goes through the Trainer's ``CheckpointIO``.
+that belong to it. Each file carries its identity (see ``_rank_identity.py``), which is compared when it is read. What must
+be equal on all ranks (counts, a message in flight) is taken from rank 0 on resuming, as the weights are. Everything goes
+through the Trainer's ``CheckpointIO``.
 """
 
 from __future__ import annotations
@@ -12,16 +13,34 @@ from __future__ import annotations
 import os
 import posixpath
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
+from lightning_grad.strategies._rank_identity import IDENTITY, OWN, SHARED, Parameters, identity_of, misfit
+
 MANIFEST_KEY = "lightning_grad_ranks"
 _GRACE_SECONDS = 5.0  # for other ranks to write theirs, when an exception is under way and nobody can be waited for
-_SHARED, _OWN = "shared", "own"
+
+_MISSING, _OTHER_RANKS, _UNUSABLE = "missing", "other ranks", "unusable"
+_RESET = "set residual_policy='reset' to continue without the rank files (the gradient that was not sent is lost)."
+_WAYS_OUT = {
+    _MISSING: f"Copy {{folder}} along with the checkpoint, or {_RESET}",
+    _OTHER_RANKS: "Each rank holds gradient that it has not sent: set residual_policy='mean' to spread it over the new ranks, "
+    "or 'reset' to drop it.",
+    _UNUSABLE: f"Put the right file back, resume from another checkpoint, or {_RESET}",
+}
+
+State = tuple[dict[str, Any], dict[str, Any]]  # a rank's own, and what is shared
+Problem = tuple[str, str]  # of one of the kinds in _WAYS_OUT, in words
+Agree = Callable[[Problem | None], Problem | None]
+
+
+class UnusableFileError(Exception):
+    """A rank file that cannot be read, or is not the one that the checkpoint means."""
 
 
 class RankFiles:
@@ -39,27 +58,30 @@ class RankFiles:
         self._saves = 0
         self._written: dict[str, str] = {}
 
-    def write(self, io: CheckpointIO, path: str, own: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    def write(self, io: CheckpointIO, path: str, state: State, parameters: Parameters) -> dict[str, Any]:
         """Write the state of this rank for a checkpoint, and return the manifest for it.
 
         Args:
             io: The Trainer's. One that writes later is asked for the one inside it, which does so at once: a checkpoint must
                 not be there before its rank files.
             path: Of the checkpoint.
-            own: What is this rank's.
-            shared: What is the same on all.
+            state: What is this rank's, and what is the same on all.
+            parameters: Of the module.
         """
         self._saves += 1
         save = f"{self._run}-{self._saves}"
-        at_once = io.checkpoint_io if isinstance(io, AsyncCheckpointIO) else io
-        assert at_once is not None
-        at_once.save_checkpoint({_OWN: dict(own), _SHARED: dict(shared)}, _file(_folder(path), save, self._rank))
-        return {
+        manifest = {
             "strategy": self._label,
             "ranks": self._ranks,
             "save": save,
             "folder": posixpath.basename(_folder(path)),
         }
+        identity = identity_of(manifest, self._rank, state[0]["memory"], parameters)
+        content = {IDENTITY: identity, OWN: dict(state[0]), SHARED: dict(state[1])}
+        at_once = io.checkpoint_io if isinstance(io, AsyncCheckpointIO) else io
+        assert at_once is not None
+        at_once.save_checkpoint(content, _file(_folder(path), save, self._rank))
+        return manifest
 
     def are_complete(self, path: str, manifest: Mapping[str, Any]) -> bool:
         """Wait a little for the files of all ranks, and say whether they are there."""
@@ -87,52 +109,101 @@ class RankFiles:
     def find(self, path: str, manifest: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         """Return the files of all ranks that belong to a checkpoint, and those of them that are missing.
 
-        They are looked for beside the checkpoint as it is named now, then under the name with which it was written: a copy of
+        They are looked for next to the checkpoint as it is named now, then under the name with which it was written: a copy of
         it or a link to it (``save_last="link"``) has no folder of its own.
         """
-        filesystem, folder = get_filesystem(path), _folder(path)
-        beside = posixpath.join(posixpath.dirname(folder), manifest["folder"])
+        filesystem = get_filesystem(path)
         found = []
-        for candidate in dict.fromkeys((beside, folder, _folder(_resolved(path)))):
-            files = [_file(candidate, manifest["save"], rank) for rank in range(manifest["ranks"])]
+        for folder in _candidates(path, manifest):
+            files = [_file(folder, manifest["save"], rank) for rank in range(manifest["ranks"])]
             found.append((files, [file for file in files if not filesystem.exists(file)]))
         return min(found, key=lambda pair: len(pair[1]))
 
     def read(
-        self, io: CheckpointIO, path: str, manifest: Mapping[str, Any], policy: str
-    ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """Return what this rank goes on with, its own and the shared part, or ``None`` to begin empty.
+        self,
+        io: CheckpointIO,
+        path: str,
+        manifest: Mapping[str, Any],
+        policy: str,
+        parameters: Parameters,
+        agree: Agree,
+    ) -> tuple[State | None, str]:
+        """Return the state with which this rank continues, or ``None`` to begin empty, and why it is ``None``.
 
         Args:
             io: The Trainer's.
             path: From where the checkpoint was loaded.
             manifest: From the checkpoint.
             policy: 'strict', 'mean' or 'reset'.
+            parameters: Of the module.
+            agree: Returns the first problem of any rank, so that all raise the same or begin empty together.
 
         Raises:
-            FileNotFoundError: If files are missing, unless the policy is 'reset'; every rank finds the same and raises.
-            ValueError: If the number of ranks has changed, with policy 'strict'.
+            FileNotFoundError: If files are missing, unless the policy is 'reset'.
+            ValueError: If a file cannot be read, or is not the one that the checkpoint means, unless the policy is 'reset'; if
+                the number of ranks has changed, with policy 'strict'.
         """
         (files, missing), before = self.find(path, manifest), manifest["ranks"]
-        if missing and policy != "reset":
-            raise FileNotFoundError(
-                f"{self._label} cannot resume from {path}: {len(missing)} of the {before} files with what each rank has not "
-                f"sent yet are missing, {missing[0]} first. Copy {manifest['folder']} along with the checkpoint, or set "
-                "residual_policy='reset' to go on without them (some gradient is lost)."
-            )
-        if before != self._ranks and policy == "strict":
-            raise ValueError(
-                f"{self._label} resumes on {self._ranks} rank(s) what was saved on {before}. Each rank holds gradient that it "
-                "has not sent: set residual_policy='mean' to spread it over the new ranks, or 'reset' to drop it."
-            )
-        if missing or (before != self._ranks and policy == "reset"):
+        state: State | None = None
+        problem = self._problem_of_missing(path, manifest, missing) or self._problem_of_ranks(before, policy)
+        if problem is None:
+            try:
+                state = self._load(io, files, manifest, parameters)
+            except UnusableFileError as error:
+                problem = (_UNUSABLE, str(error))
+        problem = agree(problem)
+        if problem is None:
+            return state, ""
+        kind, text = problem
+        if policy == "reset":
+            return None, text
+        error_class = FileNotFoundError if kind == _MISSING else ValueError
+        way_out = _WAYS_OUT[kind].format(folder=manifest["folder"])
+        raise error_class(f"{self._label} cannot resume from {path}: {text}. {way_out}")
+
+    def _problem_of_missing(self, path: str, manifest: Mapping[str, Any], missing: list[str]) -> Problem | None:
+        if not missing:
             return None
-        first = io.load_checkpoint(files[0], weights_only=True)
-        if before == self._ranks:
-            mine = first if self._rank == 0 else io.load_checkpoint(files[self._rank], weights_only=True)
-            return mine[_OWN], first[_SHARED]
-        others = (io.load_checkpoint(file, weights_only=True)[_OWN] for file in files[1:])
-        return _mean(first[_OWN], others, before), first[_SHARED]
+        text = (
+            f"{len(missing)} of the {manifest['ranks']} files with what each rank has not sent yet are missing, "
+            f"{missing[0]} first"
+        )
+        others = sorted({save for folder in _candidates(path, manifest) for save in _saves(path, folder)})
+        others = [save for save in others if save != manifest["save"]]
+        if others:
+            text += f" (next to it are files of other checkpoints: save {', '.join(others)})"
+        return _MISSING, text
+
+    def _problem_of_ranks(self, before: int, policy: str) -> Problem | None:
+        if before == self._ranks or policy == "mean":
+            return None
+        return _OTHER_RANKS, f"it would continue on {self._ranks} rank(s) what was saved on {before}"
+
+    def _load(self, io: CheckpointIO, files: list[str], manifest: Mapping[str, Any], parameters: Parameters) -> State:
+        def load(rank: int) -> dict[str, Any]:
+            return _load(io, files[rank], rank, manifest, parameters)
+
+        first = load(0)
+        if manifest["ranks"] == self._ranks:
+            mine = first if self._rank == 0 else load(self._rank)
+            return mine[OWN], first[SHARED]
+        return _mean(first[OWN], (load(rank)[OWN] for rank in range(1, len(files))), len(files)), first[SHARED]
+
+
+def _load(
+    io: CheckpointIO, file: str, rank: int, manifest: Mapping[str, Any], parameters: Parameters
+) -> dict[str, Any]:
+    try:
+        content = io.load_checkpoint(file, weights_only=True)
+    except Exception as error:  # torn, empty or of another kind: each reader has errors of its own for them
+        reason = " ".join(str(error).split())[:200]
+        raise UnusableFileError(
+            f"the rank file {file} cannot be read ({type(error).__name__}{f': {reason}' if reason else ''})"
+        ) from error
+    wrong = misfit(content, manifest, rank, parameters)
+    if wrong:
+        raise UnusableFileError(f"the rank file {file} {wrong}")
+    return dict(content)
 
 
 def _mean(first: dict[str, Any], others: Iterator[dict[str, Any]], ranks: int) -> dict[str, Any]:
@@ -140,7 +211,8 @@ def _mean(first: dict[str, Any], others: Iterator[dict[str, Any]], ranks: int) -
     for state in others:
         for name, kept in state["memory"].items():
             for key, value in kept.items():
-                first["memory"][name][key] += value
+                mine = first["memory"].setdefault(name, {})
+                mine[key] = mine[key].add_(value) if key in mine else value
     for kept in first["memory"].values():
         for value in kept.values():
             value.div_(ranks)
@@ -148,10 +220,22 @@ def _mean(first: dict[str, Any], others: Iterator[dict[str, Any]], ranks: int) -
 
 
 def _remove_others(path: str, kept: Collection[str | None]) -> None:
-    filesystem, folder = get_filesystem(path), _folder(path)
-    for entry in filesystem.ls(folder, detail=False):
-        if posixpath.basename(_with_slashes(str(entry)).rstrip("/")) not in kept:
-            filesystem.rm(entry, recursive=True)
+    filesystem = get_filesystem(path)
+    for save in _saves(path, _folder(path)):
+        if save not in kept:
+            filesystem.rm(posixpath.join(_folder(path), save), recursive=True)
+
+
+def _saves(path: str, folder: str) -> list[str]:
+    filesystem = get_filesystem(path)
+    entries = filesystem.ls(folder, detail=False) if filesystem.exists(folder) else []
+    return [posixpath.basename(_with_slashes(str(entry)).rstrip("/")) for entry in entries]
+
+
+def _candidates(path: str, manifest: Mapping[str, Any]) -> list[str]:
+    folder = _folder(path)
+    written = posixpath.join(posixpath.dirname(folder), manifest["folder"])
+    return list(dict.fromkeys((written, folder, _folder(_resolved(path)))))
 
 
 def _folder(path: str) -> str:

@@ -1,4 +1,4 @@
-"""DDP that also saves what each rank keeps for itself. Used by ``compressed_ddp.py``; the files are ``_rank_files.py``'s."""
+"""DDP that also saves what each rank keeps for itself. Used by ``_scheme.py``; the files are ``_rank_files.py``'s."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_grad.strategies._rank_files import MANIFEST_KEY, RankFiles
+from lightning_grad.strategies._rank_files import MANIFEST_KEY, Problem, RankFiles, State
+from lightning_grad.strategies._rank_identity import Parameters
+from lightning_grad.strategies._settings import names_of_changed
+from lightning_grad.utilities.arguments import follow_settings
 
 ResidualPolicy = Literal["strict", "mean", "reset"]
 
@@ -45,13 +49,23 @@ class RankSavingDDP(DDPStrategy, ABC):
     def has_state(self) -> bool:
         """Whether there is something to save now."""
 
+    @property
     @abstractmethod
-    def rank_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def message_settings(self) -> dict[str, Any]:
+        """The settings that a checkpoint holds, and that are compared when a fit resumes."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> Parameters:
+        """Sizes and strides of the module's parameters by name, which are compared too."""
+
+    @abstractmethod
+    def rank_state(self) -> State:
         """Return what is this rank's own, and what is the same on all ranks, of which that of rank 0 counts."""
 
     @abstractmethod
-    def load_rank_state(self, own: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
-        """Go on with what :meth:`rank_state` returned."""
+    def load_rank_state(self, own: Mapping[str, Any], shared: Mapping[str, Any], changed: set[str]) -> None:
+        """Continue with what :meth:`rank_state` returned, although some settings may have changed."""
 
     @abstractmethod
     def forget_rank_state(self) -> None:
@@ -89,11 +103,17 @@ class RankSavingDDP(DDPStrategy, ABC):
             return
         assert self._loaded_from is not None
         assert self._files is not None
-        state = self._files.read(self.checkpoint_io, self._loaded_from, manifest, self.residual_policy)
+        saved = manifest.get("settings", {})
+        follow_settings(self.label, saved, self.message_settings, {})
+        policy, parameters = self.residual_policy, self.parameters
+        state, why = self._files.read(
+            self.checkpoint_io, self._loaded_from, manifest, policy, parameters, _first_problem
+        )
         if state is None:
-            rank_zero_warn(f"{self.label} begins with nothing unsent: what the saved run had not sent is lost.")
+            lost = "begins with nothing unsent: what the saved run had not sent is lost"
+            rank_zero_warn(f"{self.label} {lost}, because {why}.")
         else:
-            self.load_rank_state(*state)
+            self.load_rank_state(*state, names_of_changed(saved, self.message_settings))
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
@@ -103,19 +123,25 @@ class RankSavingDDP(DDPStrategy, ABC):
         if self._trainer.interrupted:
             self._save_on_the_way_out(checkpoint, str(filepath), storage_options)
             return
-        assert self._files is not None
         path = str(self.broadcast(str(filepath)))  # names may hold metrics, which differ by rank
-        checkpoint[MANIFEST_KEY] = manifest = self._files.write(self.checkpoint_io, path, *self.rank_state())
+        manifest = self._write_rank_file(checkpoint, path)
         self.barrier("all rank files are written before the checkpoint that names them")
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if self.is_global_zero:
+            assert self._files is not None
             self._files.forget_earlier(self.checkpoint_io, path, manifest)
+
+    def _write_rank_file(self, checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
+        assert self._files is not None
+        manifest = self._files.write(self.checkpoint_io, path, self.rank_state(), self.parameters)
+        checkpoint[MANIFEST_KEY] = {**manifest, "settings": self.message_settings}
+        return manifest
 
     def _save_on_the_way_out(self, checkpoint: dict[str, Any], path: str, storage_options: Any | None) -> None:
         """Save after an exception, when other ranks may be anywhere: nobody can be asked, and rank 0 only looks for files."""
-        assert self._files is not None
-        checkpoint[MANIFEST_KEY] = manifest = self._files.write(self.checkpoint_io, path, *self.rank_state())
+        manifest = self._write_rank_file(checkpoint, path)
         if self.is_global_zero:
+            assert self._files is not None
             if not self._files.are_complete(path, manifest) and get_filesystem(path).exists(path):
                 # One that lacks files of other ranks must not take the place of one that can be resumed.
                 rank_zero_warn(f"{self.label} keeps the former {path}: other ranks have not written theirs.")
@@ -132,3 +158,9 @@ class RankSavingDDP(DDPStrategy, ABC):
     def _trainer(self) -> pl.Trainer:
         assert self.lightning_module is not None
         return self.lightning_module.trainer
+
+
+def _first_problem(problem: Problem | None) -> Problem | None:
+    problems: list[Problem | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((one for one in problems if one is not None), None)

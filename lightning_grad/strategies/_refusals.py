@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import lightning.pytorch as pl
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_grad.utilities.checks import refuse_manual_optimization
 from lightning_grad.utilities.precision import grad_scaler
+
+
+def check_positive(value: float, parameter: str, instead: str) -> None:
+    """Raise unless a number is above 0 and finite.
+
+    Raises:
+        ValueError: If it is not; with what to do instead of an infinity.
+    """
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"{parameter} must be above 0 and finite; got {value}. {instead}")
 
 
 def refuse_run(trainer: pl.Trainer, label: str) -> None:
@@ -49,3 +63,22 @@ def refuse_optimizers(optimizers: list[Optimizer], module: pl.LightningModule, l
         raise ValueError(
             f"{label} needs one backward pass a step, and LBFGS makes several. Use another, or strategy='ddp'."
         )
+
+
+def explain_unused_parameters(error: BaseException, label: str, parameters: Mapping[str, Tensor]) -> None:
+    """Replace what Lightning says of parameters that got no gradient, which would lead away from the strategy.
+
+    Args:
+        error: Its message is changed, if it is that one.
+        label: Whose run it is.
+        parameters: Of the module, by name, with the gradients of the step that was broken off.
+    """
+    if not any("parameters that were not used in producing the loss" in str(part) for part in error.args):
+        return
+    unused = [name for name, parameter in parameters.items() if parameter.requires_grad and parameter.grad is None]
+    named = f" ({', '.join(unused[:5])}{', ...' if len(unused) > 5 else ''})" if unused else ""
+    text = (
+        f"{label}: some parameters{named} got no gradient in a step. If that is intended, set "
+        f"{label}(find_unused_parameters=True). If they are never used, freeze them with requires_grad_(False)."
+    )
+    error.args = (text,)

@@ -4,17 +4,15 @@ DDP hands its buckets of gradients to a communication hook. The hook here only c
 backward pass all gradients are known, and one exchange follows: a small dense message (biases, norms, small tensors,
 and one number that says whether a gradient was not finite) and whatever the scheme sends for the large ones. So a
 scheme is four methods on named, flat gradients; it sees no buckets, futures or streams, its collectives come in the
-same order on all ranks, and its memory is keyed by parameter name. Beside this file: ``dgc.py`` and ``powersgd.py``
-are the schemes, ``_buckets.py`` is the hook, ``_collectives.py`` talks to other ranks, ``_ledger.py`` counts bytes,
-``_rank_files.py`` knows where the memory of each rank is saved, ``_refusals.py`` says what cannot work, ``_noise.py``
-measures, ``_report.py`` draws.
+same order on all ranks, and its memory is keyed by parameter name. The other files: ``_scheme.py`` says what a scheme is and
+what of it is saved, ``dgc.py`` and ``powersgd.py`` are the schemes, ``_buckets.py`` is the hook, ``_used_parameters.py`` knows
+what got a gradient, ``_collectives.py`` talks to other ranks, ``_ledger.py`` counts bytes, ``_rank_files.py`` knows where the
+memory of each rank is saved, ``_refusals.py`` says what cannot work, ``_noise.py`` measures, ``_report.py`` draws.
 """
 
 from __future__ import annotations
 
-import inspect
-from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
 
@@ -27,31 +25,31 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.functional import total_norm
 from lightning_grad.strategies import _report
 from lightning_grad.strategies._buckets import BucketCollector, Gradient
 from lightning_grad.strategies._collectives import Collectives, explain_lost_rank
+from lightning_grad.strategies._dense import all_finite, concatenated, write_dense, write_past_ddp
 from lightning_grad.strategies._interrupts import interrupts_deferred
-from lightning_grad.strategies._ledger import ByteLedger, Stopwatch
-from lightning_grad.strategies._noise import GradientNoise
-from lightning_grad.strategies._rank_saving import RankSavingDDP, ResidualPolicy
-from lightning_grad.strategies._refusals import refuse_optimizers, refuse_run
+from lightning_grad.strategies._ledger import Stopwatch
+from lightning_grad.strategies._rank_saving import ResidualPolicy
+from lightning_grad.strategies._refusals import explain_unused_parameters, refuse_optimizers, refuse_run
+from lightning_grad.strategies._scheme import Message, SchemeDDP
+from lightning_grad.strategies._settings import own_settings
+from lightning_grad.strategies._used_parameters import UsedParameters
 from lightning_grad.utilities.arguments import CheckedArguments
-from lightning_grad.utilities.checks import check_choice, check_count, owned_ids
-from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches
-from lightning_grad.utilities.reporting import is_log_step, log_many, log_settings, log_summary
+from lightning_grad.utilities.checks import check_count, owned_ids
+from lightning_grad.utilities.parameters import as_names, check_patterns, parameter_names
+from lightning_grad.utilities.reporting import is_log_step, log_many, log_settings, log_summary, say_if_no_figure
 
 __all__ = ["CompressedDDPStrategy", "Gradient", "Message", "ResidualPolicy"]
 
-Message = dict[str, Tensor]
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
-_DENSE = "dense"
+_DENSE, _USED = "dense", "used"
 DEFAULT_TIMEOUT = timedelta(minutes=30)  # Lightning's
-_MOST_ENTRIES = 2**31  # of a compressed tensor: an index has four bytes
 
 
-class CompressedDDPStrategy(CheckedArguments, RankSavingDDP):
+class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     r"""DDP that exchanges compressed gradients, keeps what was not sent, and saves that for each rank.
 
     A scheme derives from it and writes ``accumulate``, ``send``, ``settle`` and ``write``, which together replace the
@@ -67,6 +65,9 @@ class CompressedDDPStrategy(CheckedArguments, RankSavingDDP):
       that was exchanged but not used by an update, for the batch that is run again; and of a gradient that was taken into
       the memory, but not exchanged because another rank was lost, that it is there already.
     - What no optimizer moves goes dense.
+    - With ``find_unused_parameters=True`` or ``static_graph=True`` a parameter that no rank has used in a step sends nothing,
+      keeps its memory, and keeps the gradient that it has, as under DDP. Where only some ranks have used it, the others take
+      part with a gradient of zero.
 
     Args:
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
@@ -78,7 +79,7 @@ class CompressedDDPStrategy(CheckedArguments, RankSavingDDP):
         static_graph: DDP's option of that name.
         gradient_as_bucket_view: DDP's option of that name, which saves the memory of one copy of the gradients.
         broadcast_buffers: DDP's option of that name: send rank 0's buffers before each forward pass.
-        find_unused_parameters: DDP's option of that name; True is refused.
+        find_unused_parameters: DDP's option of that name: allow steps in which some parameters get no gradient.
         process_group_backend: 'nccl' or 'gloo'; default by device.
         timeout: How long a collective may take.
 
@@ -110,13 +111,11 @@ class CompressedDDPStrategy(CheckedArguments, RankSavingDDP):
         timeout: timedelta | None = DEFAULT_TIMEOUT,
     ) -> None:
         check_count(min_numel, 1, "min_numel")
-        check_choice(residual_policy, ("strict", "mean", "reset"), "residual_policy")
-        if find_unused_parameters:
-            raise ValueError(
-                f"{self.label} needs a gradient of every parameter in every step: one that is unused would send its old "
-                "residual as if it were new. Set find_unused_parameters=False, and freeze what is not used."
-            )
+        if timeout is not None and timeout <= timedelta(0):
+            raise ValueError(f"timeout must be longer than zero; got {timeout!r}.")
         ddp: dict[str, Any] = {} if broadcast_buffers else {"broadcast_buffers": False}  # torch 2.13 deprecates it
+        if find_unused_parameters and not static_graph:  # which finds them by itself, and warns of both
+            ddp["find_unused_parameters"] = True
         super().__init__(
             start_method=start_method,
             process_group_backend=process_group_backend,
@@ -129,106 +128,28 @@ class CompressedDDPStrategy(CheckedArguments, RankSavingDDP):
         self.min_numel = min_numel
         self.residual_policy = residual_policy
         self.gradient_noise = gradient_noise
+        self._finds_unused, self._is_static = find_unused_parameters or static_graph, static_graph
         self._reset()
 
+    @override
     def _reset(self) -> None:
-        self.memory: dict[str, dict[str, Tensor]] = {}
-        self.ledger = ByteLedger()
-        self._noise = GradientNoise()
-        self._names: dict[int, str] = {}
-        self._order: dict[str, int] = {}
-        self._shapes: dict[str, tuple[torch.Size, int]] = {}
-        self._chosen: set[str] = set()
+        super()._reset()
         self._buckets = BucketCollector({}, self._exchange)
-        self._in_flight: Message | None = None
-        self._replayed: Message | None = None
-        self._is_accumulated = False
+        self._used = UsedParameters({})
         self._measured: dict[str, float] = {}
-        self.step = 0  # exchanges before the present one
-
-    # What a scheme says and writes.
-
-    @property
-    def gradient_is_compressed(self) -> bool:
-        """Whether callbacks see gradients of another scale than the mean gradient's: clippers refuse those."""
-        return False
-
-    @property
-    def gradient_holds_momentum(self) -> bool:
-        """Whether the optimizer, once it is connected, gets gradients with their momentum, and applies none itself."""
-        return False
-
-    @property
-    def wants_to_compress(self) -> bool:
-        """Whether the arguments leave anything to compress."""
-        return True
-
-    @property
-    def is_neutral(self) -> bool:
-        """Whether this module leaves nothing to compress, so that this is DDP and nothing else."""
-        return not self._chosen
-
-    @property
-    def is_active(self) -> bool:
-        """Whether the present step is compressed; if not, everything goes dense."""
-        return True
-
-    def compresses(self, name: str, parameter: Tensor) -> bool:
-        """Say whether a parameter's gradient is compressed; the same on all ranks and in all steps."""
-        large = parameter.dim() > 1 and self.min_numel <= parameter.numel() < _MOST_ENTRIES
-        return large and not matches(name, self.exclude or [])
-
-    @abstractmethod
-    def accumulate(self, gradients: Sequence[Gradient]) -> None:
-        """Take the gradients of this rank into the memory; not called again for a batch that is run again."""
-
-    @abstractmethod
-    def send(self, gradients: Sequence[Gradient]) -> Message:
-        """Return what all ranks send of their memories, the same on each.
-
-        Whatever goes to other ranks goes through ``self.ranks``, which counts its bytes.
-        """
-
-    @abstractmethod
-    def settle(self, gradients: Sequence[Gradient], message: Message, arrived: Tensor) -> None:
-        """Take what was sent out of the memory, unless ``arrived``, a 0-dimensional bool tensor, is false."""
-
-    @abstractmethod
-    def write(self, gradients: Sequence[Gradient], message: Message, failure: Tensor) -> None:
-        """Write the mean that ``message`` stands for into the gradients, each with ``failure`` in it: 0, or NaN to be seen."""
-
-    @abstractmethod
-    def unsent(self) -> Iterator[Tensor]:
-        """Yield the residuals of this rank."""
-
-    @abstractmethod
-    def sent_bytes(self, name: str, shape: torch.Size, itemsize: int) -> int:
-        """Return the bytes that a compressed gradient takes in the messages of one step."""
-
-    def figures(self) -> dict[str, float]:
-        """Return what else is worth logging at a log step."""
-        return {}
-
-    def release_optimizer(self) -> None:
-        """Give back what an update that has failed holds of the optimizer."""
-
-    def disconnect(self) -> None:
-        """Take back what was attached to the optimizer; called however a fit ends, perhaps twice."""
 
     # The fit begins.
 
     @property
+    @override
     def label(self) -> str:
         """The class, for messages, configs and checkpoints."""
         return type(self).__name__
 
     @property
+    @override
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments that are this technique's own."""
-        constructors = [vars(cls)["__init__"] for cls in type(self).__mro__ if "__init__" in vars(cls)]
-        ours = constructors[: constructors.index(CompressedDDPStrategy.__init__) + 1]
-        names = dict.fromkeys(name for init in reversed(ours) for name in inspect.signature(init).parameters)
-        return {name: getattr(self, name) for name in names if name not in _OF_DDP and hasattr(self, name)}
+        return own_settings(self, CompressedDDPStrategy)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -243,6 +164,7 @@ class CompressedDDPStrategy(CheckedArguments, RankSavingDDP):
         self.begin_files()
         log_settings(trainer, self.label, self.settings)
         self._announce()
+        say_if_no_figure(trainer, self.label, wanted=not self.is_neutral)
 
     def refuse(self, trainer: pl.Trainer) -> None:
         """Raise for what cannot be compressed, before anything is built.
@@ -251,7 +173,7 @@ class CompressedDDPStrategy(CheckedArguments, RankSavingDDP):
             ValueError: With what to do instead.
         """
         refuse_run(trainer, self.label)
-        check_patterns(self.exclude or [], [name for name, _ in trainer.lightning_module.named_parameters()], "exclude")
+        check_patterns(self.exclude or [], parameter_names(trainer.lightning_module), "exclude")
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -270,14 +192,14 @@ class CompressedDDPStrategy(CheckedArguments, RankSavingDDP):
     def _register_ddp_hooks(self) -> None:
         # Lightning registers hooks on CUDA only, and says nothing elsewhere.
         assert isinstance(self.model, DistributedDataParallel)
-        named = [(clean_name(name), parameter) for name, parameter in self.model.module.named_parameters()]
-        self._names = {id(parameter): name for name, parameter in named}
-        self._order = {name: place for place, (name, _) in enumerate(named)}
-        self._chosen = {name for name, p in named if p.requires_grad and self.compresses(name, p)}
-        self._shapes = {name: (p.shape, p.element_size()) for name, p in named if p.requires_grad}
-        if not self.is_neutral:
-            self._buckets = BucketCollector(self._names, self._exchange)
-            self._buckets.register(self.model)
+        self._look_at(self.model)
+        if self.is_neutral:
+            return
+        self._buckets = BucketCollector(self._names, self._exchange)
+        self._buckets.register(self.model)
+        self._used = UsedParameters({name: self._parameters[name] for name in self._shapes}, self._is_static)
+        if self._finds_unused:
+            self._used.attach()
 
     def _announce(self) -> None:
         total = sum(shape.numel() for shape, _ in self._shapes.values())
@@ -292,7 +214,7 @@ class CompressedDDPStrategy(CheckedArguments, RankSavingDDP):
         else:
             rank_zero_info(
                 f"{self.label} compresses {len(self._chosen)} of {len(self._shapes)} gradients, {inside:,} of {total:,} "
-                f"entries, over {self.world_size} rank(s); the others go dense."
+                f"entries, over {self.world_size} rank(s); the others go dense.{self.remark}"
             )
 
     # One step.
@@ -318,16 +240,24 @@ class CompressedDDPStrategy(CheckedArguments, RankSavingDDP):
         message, self._replayed = self._replayed, None
         self.step = self.ledger.steps - (message is not None)  # a message that is used again was counted already
         owned = owned_ids(self.optimizers[0])
-        compressed, dense = self._shared_out(gradients, owned)
         noise: dict[str, float] = {}
         if message is None:
             self.ledger.open(sum(g.values.numel() * g.values.element_size() for g in gradients))
+            used = {_USED: self._used.agree(self.ranks, self.root_device, owned)} if self._finds_unused else {}
+            compressed, dense = self._shared_out(gradients, owned, used)
             noise = self._measure_noise(gradients) if measured else {}
-            message = self._communicate(compressed, dense, owned)
+            finite = self.prepare_([g for g in (*compressed, *dense) if id(g.parameter) in owned])
+            message = {**self._communicate(compressed, dense, finite), **used}
             self.ledger.close()
+        else:
+            compressed, dense = self._shared_out(gradients, owned, message)
+            self._used.forget()
         if compressed:
             self.write(compressed, message, message[_DENSE][-1])
-        _write_dense(dense, message[_DENSE])
+        write_dense(dense, message[_DENSE])
+        if _USED in message:
+            past_ddp = self._used.past_ddp(message[_USED])
+            write_past_ddp(gradient for gradient in (*compressed, *dense) if gradient.name in past_ddp)
         self._in_flight = message
         self._watch.stop()
         self._measured = self._measure(noise) if measured else {}
@@ -340,22 +270,24 @@ class CompressedDDPStrategy(CheckedArguments, RankSavingDDP):
         return dict(self.broadcast(own))
 
     def _shared_out(
-        self, gradients: Sequence[Gradient], owned: Collection[int]
+        self, gradients: Sequence[Gradient], owned: Collection[int], message: Message
     ) -> tuple[list[Gradient], list[Gradient]]:
+        """Return the gradients that are compressed and those that go dense, without parameters that no rank used."""
+        if _USED in message:
+            gradients = [gradient for gradient in gradients if gradient.name in self._used.names(message[_USED])]
         # What no optimizer moves goes dense: nobody zeroes such gradients, and a residual of them would grow for nothing.
         chosen = self._chosen if self.is_active else set()
         compressed = [g for g in gradients if g.name in chosen and id(g.parameter) in owned]
         names = {gradient.name for gradient in compressed}
         return compressed, [gradient for gradient in gradients if gradient.name not in names]
 
-    def _communicate(
-        self, compressed: Sequence[Gradient], dense: Sequence[Gradient], owned: Collection[int]
-    ) -> Message:
-        finite = self.prepare_([gradient for gradient in (*compressed, *dense) if id(gradient.parameter) in owned])
-        flat = _concatenated([gradient.values for gradient in dense], torch.where(finite, 0.0, torch.nan))
+    def _communicate(self, compressed: Sequence[Gradient], dense: Sequence[Gradient], finite: Tensor) -> Message:
+        flat = concatenated([gradient.values for gradient in dense], torch.where(finite, 0.0, torch.nan))
         finish = self.ranks.begin_mean_(flat)
-        if not self._is_accumulated:
-            self.accumulate(compressed)
+        # After an exception in mid-exchange the memory has them already, except what only the repeated step uses.
+        fresh = [g for g in compressed if not self._is_accumulated or g.name not in self.memory]
+        if fresh:
+            self.accumulate(fresh)
         self._is_accumulated = True
         message = self.send(compressed) if compressed else {}
         finish()
@@ -366,7 +298,9 @@ class CompressedDDPStrategy(CheckedArguments, RankSavingDDP):
 
     def prepare_(self, gradients: Sequence[Gradient]) -> Tensor:
         """Zero the gradients of this rank if one of them is not finite, and return whether all are, a 0-dimensional tensor."""
-        finite = _all_finite([gradient.values for gradient in gradients])
+        if not any(gradient.values.numel() for gradient in gradients):  # this step uses nothing that an optimizer moves
+            return torch.ones((), dtype=torch.bool, device=self.root_device)
+        finite = all_finite([gradient.values for gradient in gradients])
         # A look at the CPU waits for nobody, and saves a pass over everything.
         if not finite.is_cpu or not finite.numpy():
             for gradient in gradients:
@@ -398,61 +332,6 @@ class CompressedDDPStrategy(CheckedArguments, RankSavingDDP):
             kept = {key: self._measured[key] for key in ("bytes_sent", "ratio", "residual_norm")}
             self.ledger.note({"step": float(trainer.global_step), **kept})
 
-    def residual_norm(self) -> float:
-        """Return the 2-norm of what this rank has not sent."""
-        residuals = list(self.unsent())
-        return float(total_norm(residuals)) if residuals else 0.0
-
-    # Checkpoints: written and read by RankSavingDDP.
-
-    @property
-    @override
-    def has_state(self) -> bool:
-        return not self.is_neutral and (self.ledger.steps > 0 or self._is_accumulated)
-
-    @override
-    def rank_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        memory = {name: {key: value.clone() for key, value in kept.items()} for name, kept in self.memory.items()}
-        batches: Any = self._trainer.fit_loop.epoch_loop.batch_progress.current
-        is_under_way = self._trainer.interrupted and batches.started > batches.processed  # so that the batch runs again
-        shared = {
-            "in_flight": self._in_flight if is_under_way else None,
-            "settings": self._settings_of_messages,
-            "ledger": self.ledger.state_dict(),
-            "noise": self._noise.state_dict(),
-        }
-        return {"memory": memory, "is_accumulated": self._is_accumulated}, shared
-
-    @property
-    def _settings_of_messages(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in self.settings.items() if name not in ("residual_policy", "gradient_noise")
-        }
-
-    @override
-    def load_rank_state(self, own: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
-        to, saved = self.root_device, own["memory"]
-        self.memory = {
-            name: {key: v.to(to) for key, v in saved[name].items()} for name in saved if name in self._chosen
-        }
-        if len(self.memory) < len(saved):
-            lost = ", ".join(sorted(saved.keys() - self._chosen))
-            rank_zero_warn(f"{self.label} no longer compresses {lost}: what was not sent of them is lost.")
-        self._is_accumulated = own["is_accumulated"]
-        message = shared["in_flight"]
-        if message is not None and shared["settings"] != self._settings_of_messages:
-            rank_zero_warn(f"{self.label} has new settings: the gradient that was exchanged but not used yet is lost.")
-            message = None
-        self._replayed = None if message is None else {key: value.to(to) for key, value in message.items()}
-        self.ledger.load_state_dict(shared["ledger"])
-        self._noise.load_state_dict(shared["noise"])
-
-    @override
-    def forget_rank_state(self) -> None:
-        self.memory, self._replayed, self._is_accumulated = {}, None, False
-        self.ledger.load_state_dict(ByteLedger().state_dict())
-        self._noise.load_state_dict(None)
-
     # The fit ends.
 
     @override
@@ -479,43 +358,17 @@ class CompressedDDPStrategy(CheckedArguments, RankSavingDDP):
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         explain_lost_rank(exception, self.label)
-        self.disconnect()
+        explain_unused_parameters(exception, self.label, self._parameters)
+        self._detach()
 
     @override
     def teardown(self) -> None:
-        self.disconnect()
+        self._detach()
         self._buckets.clear()
         super().teardown()
         # As Lightning does with optimizers: a checkpoint that is written after the fit still holds them.
         self.memory = {name: {key: v.cpu() for key, v in kept.items()} for name, kept in self.memory.items()}
 
-
-def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    # Neither sums, which overflow, nor maximum norms, which take the CPU twenty times as long.
-    extremes = [extreme for tensor in tensors if tensor.numel() for extreme in torch.aminmax(tensor)]
-    return torch.stack([extreme.isfinite() for extreme in extremes]).all()
-
-
-def _concatenated(flat: Sequence[Tensor], last: Tensor) -> Tensor:
-    kind = flat[0].dtype if flat else torch.float32
-    return torch.cat([*flat, last.to(kind).view(1)])
-
-
-def _write_dense(gradients: Sequence[Gradient], flat: Tensor) -> None:
-    start = 0
-    for gradient in gradients:
-        end = start + gradient.values.numel()
-        torch.add(flat[start:end], flat[-1], out=gradient.values)
-        start = end
-
-
-_OF_DDP = (
-    "self",
-    "start_method",
-    "static_graph",
-    "gradient_as_bucket_view",
-    "broadcast_buffers",
-    "find_unused_parameters",
-    "process_group_backend",
-    "timeout",
-)
+    def _detach(self) -> None:
+        self.disconnect()
+        self._used.detach()

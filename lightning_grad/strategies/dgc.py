@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -18,9 +18,6 @@ from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
 from lightning_grad.functional import (
-    PAPER_WARMUP,
-    RELEASED_WARMUP,
-    SELECTORS,
     accumulate_residual_,
     add_pairs_,
     as_sent,
@@ -33,7 +30,9 @@ from lightning_grad.functional import (
     warmup_density,
 )
 from lightning_grad.functional._shuffling import hashed_seed
-from lightning_grad.strategies._local_momentum import LocalMomentum, is_plain_sgd
+from lightning_grad.strategies._densities import as_densities, as_ratio
+from lightning_grad.strategies._local_momentum import LocalMomentum, why_not_moved
+from lightning_grad.strategies._refusals import check_positive
 from lightning_grad.strategies.compressed_ddp import (
     DEFAULT_TIMEOUT,
     CompressedDDPStrategy,
@@ -42,9 +41,9 @@ from lightning_grad.strategies.compressed_ddp import (
     ResidualPolicy,
     StartMethod,
 )
-from lightning_grad.utilities.checks import check_above, check_choice, check_count
+from lightning_grad.utilities.checks import check_count
 from lightning_grad.utilities.dispatch import overrides
-from lightning_grad.utilities.parameters import check_patterns, matches
+from lightning_grad.utilities.parameters import check_patterns, first_match, parameter_names
 
 Correction = Literal["auto", "momentum", "error_feedback"]
 Selector = Literal["auto", "exact", "sampled", "chunk"]
@@ -52,7 +51,6 @@ ValueType = Literal["float32", "float16", "bfloat16"]
 
 _PAIRS = "pairs"
 _RESIDUAL, _VELOCITY = "residual", "velocity"
-_WARMUPS = {"paper": PAPER_WARMUP, "released": RELEASED_WARMUP}
 
 
 class DGCStrategy(CompressedDDPStrategy):
@@ -71,15 +69,14 @@ class DGCStrategy(CompressedDDPStrategy):
 
     The momentum of a ``torch.optim.SGD`` moves into the compressor (momentum correction), and the optimizer keeps
     that of its weight decay; groups are read live, so that schedules of rate, momentum and decay work, and nobody
-    sees a change in the optimizer. Any other optimizer is fed the sparse mean of plain error feedback, once
-    ``correction='error_feedback'`` says so.
+    sees a change in the optimizer. Any other optimizer is fed the sparse mean of plain error feedback.
 
     Args:
         ratio: Share of the entries of each large gradient that a step sends; 1 is plain DDP.
         warmup: Higher shares for the first epochs: 'paper', 'released', a list of shares, or None.
         warmup_steps: Optimizer steps that each share of the warm-up lasts; default an epoch.
         correction: 'momentum' moves SGD's momentum before the selection, 'error_feedback' leaves the optimizer alone,
-            'auto' is 'momentum' for SGD and refuses other optimizers.
+            'auto' is 'momentum' for SGD and 'error_feedback' for other optimizers, which is printed.
         momentum_masking: Whether the momentum of an entry that was sent starts at zero again.
         local_clip: Norm to which the mean gradient would be clipped; each rank clips its own gradient to this times
             the root of the number of ranks, before it accumulates.
@@ -96,14 +93,16 @@ class DGCStrategy(CompressedDDPStrategy):
         static_graph: DDP's option of that name.
         gradient_as_bucket_view: DDP's option of that name, which saves the memory of one copy of the gradients.
         broadcast_buffers: DDP's option of that name: send rank 0's buffers before each forward pass.
-        find_unused_parameters: DDP's option of that name; True is refused.
+        find_unused_parameters: DDP's option of that name: allow steps in which some parameters get no gradient.
         process_group_backend: 'nccl' or 'gloo'; default by device.
         timeout: How long a collective may take.
 
     Raises:
-        ValueError: For shares outside (0, 1], unknown choices, ``find_unused_parameters=True``; in ``setup`` for
-            ``Trainer(gradient_clip_val)``, an optimizer that is no SGD (with ``correction`` 'auto' or 'momentum'),
-            dampening, several optimizers, manual optimization, an fp16 GradScaler, sparse and complex gradients.
+        TypeError: For an argument of the wrong kind.
+        ValueError: For shares outside (0, 1], an empty warm-up, a ``local_clip`` that is not positive and finite, unknown
+            choices; in ``setup`` for ``Trainer(gradient_clip_val)``, an optimizer that is no SGD or has dampening (with
+            ``correction='momentum'``), several optimizers, manual optimization, an fp16 GradScaler, sparse and complex
+            gradients; on resuming for rank files that do not fit.
 
     Hooks: DDP's communication hook, which exchanges everything at the last bucket of a backward pass; a pre-hook and a
     post-hook of the optimizer's step, between which it updates without momentum.
@@ -181,19 +180,16 @@ class DGCStrategy(CompressedDDPStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        check_choice(correction, ("auto", "momentum", "error_feedback"), "correction")
-        check_choice(selector, SELECTORS, "selector")
-        check_choice(value_dtype, ("float32", "float16", "bfloat16"), "value_dtype")
         if local_clip is not None:
-            check_above(local_clip, 0.0, "local_clip")
+            check_positive(local_clip, "local_clip", "Use None for no clipping.")
         if warmup_steps is not None:
             check_count(warmup_steps, 1, "warmup_steps")
-        self.ratio = _as_ratio(ratio, "ratio")
+        self.ratio = as_ratio(ratio, "ratio")
         self.layer_ratios = {
-            name: _as_ratio(share, f"layer_ratios[{name!r}]") for name, share in (layer_ratios or {}).items()
+            name: as_ratio(share, f"layer_ratios[{name!r}]") for name, share in (layer_ratios or {}).items()
         }
         self.warmup = warmup if isinstance(warmup, str) or warmup is None else [float(share) for share in warmup]
-        self._warmup_densities = _as_densities(warmup)
+        self._warmup_densities = as_densities(warmup)
         self.warmup_steps = warmup_steps
         self.correction = correction
         self.momentum_masking = momentum_masking
@@ -201,6 +197,7 @@ class DGCStrategy(CompressedDDPStrategy):
         self.selector = selector
         self.value_dtype = value_dtype
         self._momentum: LocalMomentum | None = None
+        self._feedback_because = ""
         self._sent: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -229,13 +226,14 @@ class DGCStrategy(CompressedDDPStrategy):
         return super().compresses(name, parameter) and self._ratio_of(name) < 1.0
 
     def _ratio_of(self, name: str) -> float:
-        return next((share for pattern, share in self.layer_ratios.items() if matches(name, [pattern])), self.ratio)
+        pattern = first_match(self.names_of(name), self.layer_ratios)
+        return self.ratio if pattern is None else self.layer_ratios[pattern]
 
     @override
     def refuse(self, trainer: pl.Trainer) -> None:
         super().refuse(trainer)
         module = trainer.lightning_module
-        check_patterns(list(self.layer_ratios), [name for name, _ in module.named_parameters()], "layer_ratios")
+        check_patterns(list(self.layer_ratios), parameter_names(module), "layer_ratios")
         if not self.wants_to_compress:
             return
         clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
@@ -258,21 +256,44 @@ class DGCStrategy(CompressedDDPStrategy):
         super().connect_optimizer(optimizer)
         if self.correction == "error_feedback" or not self.wants_to_compress:
             return
-        if not is_plain_sgd(optimizer):
+        why = why_not_moved(optimizer)
+        if why and self.correction == "momentum":
             raise ValueError(
-                f"{self.label}(correction={self.correction!r}) moves the momentum of torch.optim.SGD, and this is "
-                f"{type(optimizer).__name__}. Use SGD, or correction='error_feedback', which feeds any optimizer the "
-                "sparse mean gradient."
+                f"{self.label}(correction='momentum') moves the momentum of torch.optim.SGD, and {why}. Set "
+                "correction='error_feedback', which leaves the optimizer as it is and gives it the sparse mean gradient, or "
+                "train with torch.optim.SGD without dampening."
             )
-        dampening = {group["dampening"] for group in optimizer.param_groups} - {0}
-        if dampening:
-            raise ValueError(
-                f"{self.label} moves SGD's momentum, and has no dampening there; got dampening={max(dampening)}. Set it to 0."
-            )
+        self._feedback_because = why
+        if why:
+            return
         if not self.is_neutral:
             compressed = {key for key, name in self._names.items() if name in self._chosen}
             self._momentum = LocalMomentum(cast(SGD, optimizer), compressed)
             self._momentum.attach()
+
+    @property
+    @override
+    def remark(self) -> str:
+        if not self._feedback_because:
+            return ""
+        return f" correction='auto' chose error feedback, because {self._feedback_because}."
+
+    @property
+    @override
+    def message_settings(self) -> dict[str, Any]:
+        # What 'auto' stands for may change with the optimizer.
+        return {**super().message_settings, "correction": "momentum" if self._momentum else "error_feedback"}
+
+    @override
+    def load_rank_state(self, own: Mapping[str, Any], shared: Mapping[str, Any], changed: set[str]) -> None:
+        super().load_rank_state(own, shared, changed)
+        if self._momentum is not None:
+            return
+        if [name for name, kept in self.memory.items() if kept.pop(_VELOCITY, None) is not None]:
+            rank_zero_warn(
+                f"{self.label} no longer moves the momentum into the compressor: the momentum of compressed gradients begins "
+                "at zero, in the optimizer."
+            )
 
     # One step.
 
@@ -291,7 +312,7 @@ class DGCStrategy(CompressedDDPStrategy):
     @override
     def prepare_(self, gradients: Sequence[Gradient]) -> Tensor:
         finite = super().prepare_(gradients)
-        if self.local_clip is not None:
+        if self.local_clip is not None and gradients:
             clip_norm_([gradient.values for gradient in gradients], self.local_clip * self.world_size**0.5)
         return finite
 
@@ -370,16 +391,3 @@ class DGCStrategy(CompressedDDPStrategy):
         if self._momentum is not None:
             self._momentum.detach()
             self._momentum = None
-
-
-def _as_ratio(value: float, parameter: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
-        raise ValueError(f"{parameter} is a share of entries, above 0 and at most 1; got {value!r}.")
-    return float(value)
-
-
-def _as_densities(warmup: str | Sequence[float] | None) -> list[float]:
-    if isinstance(warmup, str):
-        check_choice(warmup, _WARMUPS, "warmup")
-        return list(_WARMUPS[warmup])
-    return [_as_ratio(share, f"warmup[{place}]") for place, share in enumerate(warmup or ())]

@@ -5,14 +5,17 @@ Read ``compressed_ddp.py`` first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.functional import initial_factor, low_rank_numel, matrix_shape, orthonormalize
+from lightning_grad.strategies._refusals import check_positive
 from lightning_grad.strategies.compressed_ddp import (
     DEFAULT_TIMEOUT,
     CompressedDDPStrategy,
@@ -21,7 +24,7 @@ from lightning_grad.strategies.compressed_ddp import (
     ResidualPolicy,
     StartMethod,
 )
-from lightning_grad.utilities.checks import check_above, check_count
+from lightning_grad.utilities.checks import check_count
 
 _ERROR, _RIGHT = "error", "right"
 
@@ -47,19 +50,20 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         residual_policy: On resuming with other ranks or without all rank files: 'strict' raises, 'mean' gives every rank
             the mean over the old ranks, 'reset' begins empty.
         gradient_noise: Log comm/gradient_noise at log steps, for one small all-reduce more in each.
-        seed: Of the first factors, the same on all ranks.
+        seed: Seed of the initial factors, identical on all ranks.
         start_method: How Lightning starts the ranks of a node: 'popen', 'spawn', 'fork' or 'forkserver'.
         static_graph: DDP's option of that name.
         gradient_as_bucket_view: DDP's option of that name, which saves the memory of one copy of the gradients.
         broadcast_buffers: DDP's option of that name: send rank 0's buffers before each forward pass.
-        find_unused_parameters: DDP's option of that name; True is refused.
+        find_unused_parameters: DDP's option of that name: allow steps in which some parameters get no gradient.
         process_group_backend: 'nccl' or 'gloo'; default by device.
         timeout: How long a collective may take.
 
     Raises:
-        ValueError: For a rank below 1, ``min_gain`` not above 0, a negative ``start_step``,
-            ``find_unused_parameters=True``; in ``setup`` for several optimizers, manual optimization, an fp16
-            GradScaler, sparse and complex gradients.
+        TypeError: For an argument of the wrong kind.
+        ValueError: For a rank below 1, ``min_gain`` that is not positive and finite, a negative ``start_step``; in ``setup``
+            for several optimizers, manual optimization, an fp16 GradScaler, sparse and complex gradients; on resuming for
+            rank files that do not fit.
 
     Hooks: DDP's communication hook, which exchanges everything at the last bucket of a backward pass: one all-reduce of all
     left factors, then one of all right ones, beside that of the dense gradients.
@@ -130,7 +134,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         )
         check_count(rank, 1, "rank")
         check_count(start_step, 0, "start_step")
-        check_above(min_gain, 0.0, "min_gain")
+        check_positive(min_gain, "min_gain", "Use exclude=['*'] to send everything dense.")
         self.rank = rank
         self.start_step = start_step
         self.min_gain = min_gain
@@ -142,6 +146,18 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         if parameter.dim() > 2 and parameter.stride(0) * parameter.shape[0] != parameter.numel():
             return False  # its rows do not lie one after the other
         return super().compresses(name, parameter) and factors * self.min_gain < parameter.numel()
+
+    @override
+    def load_rank_state(self, own: Mapping[str, Any], shared: Mapping[str, Any], changed: set[str]) -> None:
+        super().load_rank_state(own, shared, changed)
+        if "seed" in changed and self.memory:
+            rank_zero_info(
+                f"{self.label} keeps its factors: the new seed is only for gradients that have no factors yet."
+            )
+        if "start_step" in changed and self.ledger.steps < self.start_step:
+            rank_zero_info(
+                f"{self.label} sends everything dense until step {self.start_step}; what was not sent waits until then."
+            )
 
     @property
     @override

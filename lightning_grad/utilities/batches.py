@@ -6,17 +6,19 @@ as attributes. Where something is in it is told as a path of keys, positions and
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_grad.utilities.batch_copies import DEEPEST as _DEEPEST
+from lightning_grad.utilities.batch_copies import children as _children
+from lightning_grad.utilities.batch_copies import copy_of as copy_of
+from lightning_grad.utilities.batch_copies import put, shallow_copy
+
 Path = tuple[Any, ...]
-_DEEPEST = 8  # an object of a batch may know its owner
 _NO_INPUT = re.compile(r"labels?|targets?|y|(.*_)?mask|(sample_)?weights?", re.IGNORECASE)
 
 
@@ -55,7 +57,11 @@ def first_numbers(batch: Any) -> tuple[Path, Tensor] | tuple[None, None]:
         >>> first_numbers(batch)[0]
         ('ids',)
     """
-    return next(_numbers_of(batch), (None, None))
+    found = list(_numbers_of(batch))
+    # An empty tensor stands for something that is not there; of integers, it is no text.
+    full = [each for each in found if each[1].numel()]
+    floating = [each for each in found if each[1].is_floating_point()]
+    return next(iter(full or floating), (None, None))
 
 
 def text_of(path: Path) -> str:
@@ -121,11 +127,8 @@ def _with_child(batch: Any, path: Path, value: Tensor, depth: int) -> Any:
     if isinstance(batch, tuple):
         items = [child if position == key else item for position, item in enumerate(batch)]
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    other = _shallow_copy(batch)
-    if isinstance(other, (list, MutableMapping)):
-        other[key] = child
-    else:
-        object.__setattr__(other, key, child)  # a dataclass may be frozen
+    other = shallow_copy(batch)
+    put(other, key, child)
     return other
 
 
@@ -141,18 +144,6 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return batch
 
 
-def copy_of(batch: Any) -> Any:
-    """Return a batch whose containers and tensors are its own: a step may pop labels, or change inputs in place.
-
-    Example:
-        >>> batch = {"x": torch.zeros(1)}
-        >>> other = copy_of(batch)
-        >>> other.pop("x").add_(1), batch
-        (tensor([1.]), {'x': tensor([0.])})
-    """
-    return map_tensors(batch, torch.clone)
-
-
 def same_tensors(batch: Any, other: Any) -> bool:
     """Say whether two batches hold the same tensors, in containers that may have been made anew.
 
@@ -163,16 +154,6 @@ def same_tensors(batch: Any, other: Any) -> bool:
     """
     ours, theirs = ([value for _, value in _tensors_of(each)] for each in (batch, other))
     return len(ours) == len(theirs) and all(one is another for one, another in zip(ours, theirs, strict=True))
-
-
-def _shallow_copy(batch: Any) -> Any:
-    other = copy.copy(batch)
-    if isinstance(other, MutableMapping) and not isinstance(other, dict) and hasattr(other, "__dict__"):
-        # What a mapping keeps its entries in must not be shared either.
-        for name, value in vars(other).items():
-            if isinstance(value, MutableMapping) and value is vars(batch).get(name):
-                vars(other)[name] = copy.copy(value)
-    return other
 
 
 def _tensors_of(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
@@ -195,17 +176,6 @@ def _numbers_of(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
             yield from _numbers_of(child, (*path, key))
 
 
-def _children(batch: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(batch, Mapping):
-        yield from batch.items()
-    elif isinstance(batch, (list, tuple)):
-        yield from enumerate(batch)
-    elif hasattr(batch, "__dict__") and not isinstance(batch, (type, torch.nn.Module)):
-        yield from vars(batch).items()
-    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):  # with slots
-        yield from ((field.name, getattr(batch, field.name)) for field in dataclasses.fields(batch))
-
-
 def _child_at(part: Any, path: Path, depth: int) -> Any:
     """Return what stands at a path in a part of a batch, ``depth`` keys down."""
     key = path[depth]
@@ -223,6 +193,10 @@ def _follow(batch: Any, key: str | int, needed_by: str) -> Path:
     for part in [key] if isinstance(key, int) else _parts(batch, key):
         known = dict(_children(here))
         found = part if part in known else _as_position(part)
+        by_attribute = _path_of_attribute(here, part)
+        if found not in known and by_attribute is not None:
+            path, here = (*path, *by_attribute), getattr(here, str(part))
+            continue
         if found not in known:
             there = ", ".join(map(repr, known)) if known else f"no parts: it is a {type(here).__name__}"
             raise ValueError(f"{needed_by}: input_key={key!r} leads nowhere in the batch; there it has {there}.")
@@ -233,6 +207,14 @@ def _follow(batch: Any, key: str | int, needed_by: str) -> Path:
             f"{needed_by}: input_key={key!r} must name a floating tensor of the batch, and leads to {kind}."
         )
     return path
+
+
+def _path_of_attribute(here: Any, name: str | int) -> Path | None:
+    """Return where the tensor is that an object shows under a name, as graphs do whose tensors are in a store of theirs."""
+    if not isinstance(name, str) or isinstance(here, Tensor):
+        return None
+    shown = getattr(here, name, None)
+    return next((path for path, value in _tensors_of(here) if value is shown), None)
 
 
 def _parts(batch: Any, key: str) -> list[str]:

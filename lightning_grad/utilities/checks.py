@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +20,8 @@ SHARDED_STRATEGIES = {
     "DeepSpeedStrategy": "DeepSpeed",
     "ModelParallelStrategy": "FSDP2 and tensor parallelism",
 }
+
+_LONGEST_NAME = 100  # bytes; file systems end at 255, and an epoch, a layer and an ending are added
 
 
 def check_choice(value: Any, choices: Iterable[str], parameter: str) -> None:
@@ -80,6 +83,52 @@ def check_above(value: float, bound: float, parameter: str) -> None:
         raise ValueError(f"{parameter} must be above {bound:g}; got {value}.")
 
 
+def check_finite(value: float, parameter: str) -> None:
+    """Raise unless a number is finite.
+
+    Raises:
+        ValueError: If it is infinite, or no number.
+
+    Example:
+        >>> check_finite(float("inf"), "eta")
+        Traceback (most recent call last):
+        ValueError: eta must be finite; got inf.
+    """
+    if not math.isfinite(value):
+        raise ValueError(f"{parameter} must be finite; got {value}.")
+
+
+def check_finite_at_least(value: float, least: float, parameter: str) -> None:
+    """Raise unless a number is finite, and at least ``least``.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    check_at_least(value, least, parameter)
+    check_finite(value, parameter)
+
+
+def check_finite_above(value: float, bound: float, parameter: str) -> None:
+    """Raise unless a number is finite, and above ``bound``.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    check_above(value, bound, parameter)
+    check_finite(value, parameter)
+
+
+def check_count_between(value: int, least: int, most: int, parameter: str) -> None:
+    """Raise unless a number is whole and in a range, its ends included.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    check_count(value, least, parameter)
+    if value > most:
+        raise ValueError(f"{parameter} must be at most {most}; got {value}.")
+
+
 def check_between(value: float, least: float, most: float, parameter: str) -> None:
     """Raise unless a number is in a range, its ends included.
 
@@ -98,6 +147,36 @@ def check_share(value: float, parameter: str) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
         raise ValueError(f"{parameter} must be at least 0 and below 1; got {value}.")
+
+
+def check_name(name: str | None) -> None:
+    """Raise unless the name of an instance can be part of a log key and of a file's name; ``None`` can.
+
+    Raises:
+        ValueError: If it is empty or long, or has slashes or characters that cannot be printed.
+
+    Example:
+        >>> check_name("../../x")
+        Traceback (most recent call last):
+        ValueError: name must not contain slashes, because files and log keys are named after it; got '../../x'. Choose a \
+short word.
+    """
+    if name is None:
+        return
+    fault = None
+    if not name.strip():
+        fault = "must not be empty"
+    elif "/" in name or "\\" in name:
+        fault = "must not contain slashes"
+    elif not name.isprintable():
+        fault = "must hold printable characters only"
+    elif len(name.encode()) > _LONGEST_NAME:
+        fault = f"must have at most {_LONGEST_NAME} bytes"
+    if fault is not None:
+        shown = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
+        raise ValueError(
+            f"name {fault}, because files and log keys are named after it; got {shown!r}. Choose a short word."
+        )
 
 
 def _sharding(trainer: pl.Trainer) -> str | None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_grad.utilities.parameters import clean_name
+
+
+def has_torch_forward(module: nn.Module) -> bool:
+    """Return whether a module computes what a class of torch does, though it may be derived from it."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    forward = module.__dict__.get("forward", type(module).forward)
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+    return str(getattr(forward, "__module__", "")).split(".")[0] == "torch"
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -19,6 +29,15 @@ def is_compiled(module: nn.Module) -> bool:
         or getattr(module, "_compiler_ctx", None) is not None  # a whole LightningModule
         or any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(module).values())  # one of its methods
     )
+
+
+@dataclass
+class _Calls:
+    """When a module was called, counted over all modules, and whether some call had inputs without a history."""
+
+    first: int
+    last: int
+    from_outside: bool = False
 
 
 class ForwardOrder:
@@ -49,7 +68,9 @@ class ForwardOrder:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._called: dict[str, int] = {}
+        self._called: dict[str, _Calls] = {}
+        self._closed: set[str] = set()
+        self._count = 0
 
     def watch(self) -> Callable[[], None]:
         """Begin to learn.
@@ -57,11 +78,15 @@ class ForwardOrder:
         Returns:
             Callable: Takes the hooks away.
         """
-        handles: list[Any] = [
-            child.register_forward_pre_hook(self._seen(clean_name(f"{name}.")))
-            for name, child in self._module.named_modules()
-            if name and next(child.parameters(recurse=False), None) is not None and not self._is_closed(name)
-        ]
+        handles: list[Any] = []
+        for name, child in self._module.named_modules():
+            if not name or next(child.parameters(recurse=False), None) is None:
+                continue
+            if self._is_closed(name):
+                self._closed.add(clean_name(name))
+            else:
+                seen = self._seen(clean_name(name))
+                handles.append(child.register_forward_pre_hook(seen, with_kwargs=True))
 
         def stop() -> None:
             while handles:
@@ -69,9 +94,13 @@ class ForwardOrder:
 
         return stop
 
-    def _seen(self, prefix: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            self._called.setdefault(prefix.rstrip("."), len(self._called))
+    def _seen(self, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls = self._called.setdefault(name, _Calls(self._count, self._count))
+            calls.last = self._count
+            inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            calls.from_outside |= not any(value.requires_grad for value in inputs)
+            self._count += 1
 
         return hook
 
@@ -82,4 +111,56 @@ class ForwardOrder:
 
     def sort(self, names: list[str]) -> list[str]:
         """Return names of parameters in the order of the forward pass."""
-        return sorted(names, key=lambda name: self._called.get(name.rpartition(".")[0], len(self._called)))
+        calls = [self._called.get(name.rpartition(".")[0]) for name in names]
+        first = {name: self._count if c is None else c.first for name, c in zip(names, calls, strict=True)}
+        return sorted(names, key=lambda name: first[name])
+
+    def networks(self, groups: Sequence[Sequence[str]]) -> list[list[str]] | None:
+        """Return the parameters that the batch has reached, network by network, each in the order of the forward pass.
+
+        Groups of parameters are networks of their own where the first layer of each takes something that no other group has
+        made: the discriminator of a GAN sees real data. Otherwise they are parts of one network.
+
+        Args:
+            groups: Names of parameters, such as those that each optimizer moves.
+
+        Returns:
+            list | None: ``None`` if a compiled or scripted layer among them hides when it was called.
+        """
+        names = [name for group in groups for name in group]
+        if any(name.rpartition(".")[0] in self._closed for name in names):
+            return None
+        reached = [sorted((n for n in group if self._calls_of(n)), key=self._first) for group in groups]
+        networks: list[list[str]] = []
+        for group in sorted(filter(None, reached), key=lambda group: self._first(group[0])):
+            calls = self._calls_of(group[0])
+            if networks and calls is not None and not calls.from_outside:
+                networks[-1] = sorted([*networks[-1], *group], key=self._first)
+            else:
+                networks.append(group)
+        return networks
+
+    def last(self, names: Sequence[str]) -> str:
+        """Return the parameter whose layer was called last; of equal ones the last in the order given."""
+        return max(enumerate(names), key=lambda pair: (self._last(pair[1]), pair[0]))[1]
+
+    def _first(self, name: str) -> int:
+        calls = self._calls_of(name)
+        return self._count if calls is None else calls.first
+
+    def _last(self, name: str) -> int:
+        calls = self._calls_of(name)
+        return -1 if calls is None else calls.last
+
+    def _calls_of(self, name: str) -> _Calls | None:
+        """Return the calls of a parameter's module, or of a layer of torch that computes with it without calling it."""
+        path = name.rpartition(".")[0]
+        calls = self._called.get(path)
+        if calls is None and path:
+            outer = path.rpartition(".")[0]
+            if outer and has_torch_forward(self._module.get_submodule(self._raw(outer))):
+                return self._called.get(outer)
+        return calls
+
+    def _raw(self, clean: str) -> str:
+        return next((name for name, _ in self._module.named_modules() if clean_name(name) == clean), clean)

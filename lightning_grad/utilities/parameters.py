@@ -30,20 +30,59 @@ def as_names(names: Sequence[str] | None, parameter: str) -> list[str] | None:
     return None if names is None else list(names)
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Say whether a parameter is meant by one of the patterns.
+def matches(name: str | Iterable[str], patterns: Iterable[str]) -> bool:
+    """Return whether one of the patterns selects a parameter.
 
-    A pattern names the parameter or its module; ``*`` stands for any characters, dots too.
+    A pattern names the parameter or a module; a module stands for everything below it. ``*`` stands for any characters,
+    dots too.
+
+    Args:
+        name: Name of the parameter, or all its names where it is tied.
+        patterns: Names or wildcards.
 
     Example:
         >>> matches("encoder.0.linear.weight", ["encoder.*.linear"])
         True
+        >>> matches("encoder.0.linear.weight", ["encoder"])
+        True
         >>> matches("head.weight", ["encoder.*"])
         False
     """
-    name = clean_name(name)
-    module = name.rpartition(".")[0]
-    return any(fnmatchcase(name, pattern) or fnmatchcase(module, pattern) for pattern in patterns)
+    wanted = [clean_name(pattern) for pattern in patterns]
+    names = [name] if isinstance(name, str) else name
+    levels = [level for one in names for level in _levels(clean_name(one))]
+    return any(fnmatchcase(level, pattern) for level in levels for pattern in wanted)
+
+
+def is_spelled(name: str | Iterable[str], patterns: Iterable[str]) -> bool:
+    """Return whether a pattern selects a parameter by the last part of its name too, and not only the modules above it.
+
+    Example:
+        >>> is_spelled("mix.w", ["mix.w"]), is_spelled("mix.w", ["*.w"]), is_spelled("mix.w", ["mix", "mix.*"])
+        (True, True, False)
+    """
+    names = [clean_name(one) for one in ([name] if isinstance(name, str) else name)]
+    spelled = [pattern for pattern in patterns if pattern.rpartition(".")[2] != "*"]
+    return any(fnmatchcase(one, clean_name(pattern)) for one in names for pattern in spelled)
+
+
+def _levels(name: str) -> list[str]:
+    """Return a parameter's name and the names of all modules above it, the root apart."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
+
+
+def first_match(names: Iterable[str], patterns: Iterable[str]) -> str | None:
+    """Return the first pattern that selects a parameter by any of its names, or ``None``.
+
+    The order of the patterns decides, and not how precise they are or which of several names they match.
+
+    Example:
+        >>> first_match(["embed.weight", "head.weight"], ["encoder", "head", "*"])
+        'head'
+    """
+    known = list(names)
+    return next((pattern for pattern in patterns if matches(known, [pattern])), None)
 
 
 def check_patterns(patterns: Sequence[str], names: Sequence[str], parameter: str) -> None:
@@ -51,7 +90,7 @@ def check_patterns(patterns: Sequence[str], names: Sequence[str], parameter: str
 
     Args:
         patterns: What the user wrote.
-        names: Names of all parameters of the module.
+        names: Names of all parameters of the module, tied ones under each name (:func:`parameter_names`).
         parameter: Name of the argument, for the error.
 
     Raises:
@@ -60,15 +99,47 @@ def check_patterns(patterns: Sequence[str], names: Sequence[str], parameter: str
     known = [clean_name(name) for name in names]
     for pattern in patterns:
         if not any(matches(name, [pattern]) for name in known):
-            modules = {name.rpartition(".")[0] for name in known} - {""}
-            near = difflib.get_close_matches(pattern, [*known, *sorted(modules)], n=3, cutoff=0.4) or known[:3]
-            raise ValueError(f"{parameter}: no parameter is named {pattern!r}. Near to it: {', '.join(near)}.")
+            raise ValueError(
+                f"{parameter}: no parameter is named {pattern!r}, and no module. {_suggest(pattern, known)}"
+            )
+
+
+def _suggest(pattern: str, known: Sequence[str]) -> str:
+    """Return the nearest names of modules and parameters, as a sentence."""
+    plain = clean_name(pattern).rstrip("*").rstrip(".")  # a wildcard at the end would count as a difference
+    choices = dict.fromkeys(level for name in known for level in reversed(_levels(name)))
+    near = difflib.get_close_matches(plain, list(choices), n=3)
+    if near:
+        return f"Did you mean {' or '.join(map(repr, near))}?"
+    return f"Some that exist: {', '.join(known[:3])}." if known else "The module has no parameter."
+
+
+def all_names(module: nn.Module) -> dict[int, list[str]]:
+    """Return, by identity of the parameter, every name under which each parameter of a module is known.
+
+    Example:
+        >>> module = nn.ModuleDict({"embed": nn.Embedding(3, 2), "head": nn.Linear(2, 3, bias=False)})
+        >>> module["head"].weight = module["embed"].weight
+        >>> list(all_names(module).values())
+        [['embed.weight', 'head.weight']]
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        known = names.setdefault(id(parameter), [])
+        if clean_name(name) not in known:
+            known.append(clean_name(name))
+    return names
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """Return the names of all parameters of a module, in order, tied ones under each of their names."""
+    return [name for names in all_names(module).values() for name in names]
 
 
 def named_owners(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Yield (full name, owning module, attribute) of every parameter; one that is tied comes once for each owner."""
     for prefix, owner in module.named_modules():
-        for attribute, parameter in owner.named_parameters(recurse=False):
+        for attribute, parameter in owner._parameters.items():  # named_parameters drops a second name of the same one
             if parameter is not None:
                 yield f"{prefix}.{attribute}" if prefix else attribute, owner, attribute
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_grad.functional.plain_tensors import on_plain_tensors
+
 
 def grad_scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
     """Return the trainer's GradScaler, or ``None`` if it has none that is on."""
@@ -14,6 +16,7 @@ def grad_scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
     return scaler if scaler is not None and scaler.is_enabled() else None
 
 
+@on_plain_tensors
 def true_loss(trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> Tensor:
     """Return the loss that ``training_step`` gave, from the one that ``on_before_backward`` sees.
 

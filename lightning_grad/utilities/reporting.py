@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_grad.utilities.imports import is_installed
@@ -78,6 +79,20 @@ def log_summary(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
         else:
             logger.log_metrics(dict(values), step=stepped_batches(trainer))
             logger.save()
+
+
+def say_if_no_figure(trainer: pl.Trainer, label: str, wanted: bool = True) -> None:
+    """Print, when a fit begins, that its figure will be missing because matplotlib is not installed.
+
+    Args:
+        trainer: The trainer. Without a logger that has a folder there is no figure to miss.
+        label: Name of the technique or strategy that would draw it.
+        wanted: Whether a figure was asked for.
+    """
+    if wanted and not is_installed("matplotlib") and output_folder(trainer) is not None:
+        rank_zero_info(
+            f"{label} draws no figure, because matplotlib is not installed. Run: pip install 'lightning-grad[plot]'."
+        )
 
 
 def log_figure(trainer: pl.Trainer, key: str, figure: Figure, path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_grad.functional import NMPattern, is_nm
 from lightning_grad.utilities.parameters import clean_name, matches, named_owners
 from lightning_grad.utilities.reporting import format_table
+from lightning_grad.utilities.weight_axes import output_dimension
 
 _GROUPS = (2, 4, 8, 16, 32, 64)
 
@@ -51,14 +52,18 @@ class ExportedLayer:
     reason: str
 
 
-def sparsest_pattern(weight: Tensor) -> NMPattern | None:
+def sparsest_pattern(weight: Tensor, dim: int = 1) -> NMPattern | None:
     """Return the N:M pattern of lowest density that a weight satisfies along its inputs, or ``None`` if it is dense.
+
+    Args:
+        weight: Any shape.
+        dim: Dimension of the inputs.
 
     Example:
         >>> str(sparsest_pattern(torch.tensor([[0.0, 1.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0]])))
         '1:4'
     """
-    dim = min(1, weight.ndim - 1)
+    dim = min(dim, weight.ndim - 1)
     found = []
     for m in _GROUPS:
         if weight.shape[dim] % m == 0:
@@ -74,7 +79,8 @@ def sparsity_report(
 ) -> list[LayerSparsity]:
     """Tell for every weight of two or more dimensions how sparse it is, and in which pattern.
 
-    Works on any module, with or without lightning-grad having trained it. During a fit it reports what a checkpoint
+    Works on any module, with or without lightning-grad having trained it. A layer of another package whose weight is (in, out)
+    is recognized by what it computes. During a fit it reports what a checkpoint
     would hold.
 
     Args:
@@ -98,12 +104,13 @@ def sparsity_report(
     """
     wanted = None if pattern is None else NMPattern.parse(pattern)
     stored, rows = module.state_dict(), []
-    for name, _, _ in named_owners(module):
+    for name, owner, attribute in named_owners(module):
         weight = stored.get(name)
         if weight is None or weight.ndim < 2 or not (include is None or matches(name, include)):
             continue
-        found = wanted or sparsest_pattern(weight)
-        exact = found is not None and is_nm(weight, found.n, found.m)
+        dim = 0 if output_dimension(owner, attribute) == 1 else 1
+        found = wanted or sparsest_pattern(weight, dim)
+        exact = found is not None and is_nm(weight, found.n, found.m, dim)
         zeros = (weight == 0).float().mean().item()
         rows.append(LayerSparsity(clean_name(name), tuple(weight.shape), str(found) if found else None, zeros, exact))
     if verbose:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_grad.utilities.parameters import clean_name, matches
+from lightning_grad.utilities.parameters import all_names, first_match, matches
 
 Threshold = float | Mapping[str, float] | None
 
@@ -70,12 +70,12 @@ class Bucket:
         return self.value if self.group is None else self.group[self.key]
 
 
-def named_parameters_of(optimizer: Optimizer, module: nn.Module) -> Iterator[tuple[int, str, Tensor]]:
-    """Yield (number of the param group, name, parameter) of all that an optimizer moves."""
-    names = {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
+def named_parameters_of(optimizer: Optimizer, module: nn.Module) -> Iterator[tuple[int, list[str], Tensor]]:
+    """Yield (number of the param group, names, parameter) of all that an optimizer moves; tied ones have several names."""
+    known = all_names(module)
     for number, group in enumerate(optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):
-            yield number, names.get(id(parameter), f"group{number}.{position}"), parameter
+            yield number, known.get(id(parameter), [f"group{number}.{position}"]), parameter
 
 
 def choose_buckets(
@@ -89,7 +89,7 @@ def choose_buckets(
     """Sort the parameters of an optimizer by the threshold that holds for them.
 
     A param group that carries ``key`` comes first (unless it is an option of the optimizer itself), then the first pattern
-    that matches.
+    that matches. A tied parameter is matched by each of its names, and listed under the first.
 
     Args:
         optimizer: Whose parameters are sorted.
@@ -104,15 +104,15 @@ def choose_buckets(
     """
     buckets: dict[str, Bucket] = {}
     left_out = []
-    for number, name, parameter in named_parameters_of(optimizer, module):
-        group = optimizer.param_groups[number]
-        if (include is not None and not matches(name, include)) or matches(name, exclude or ()):
+    for number, names, parameter in named_parameters_of(optimizer, module):
+        group, name = optimizer.param_groups[number], names[0]
+        if (include is not None and not matches(names, include)) or matches(names, exclude or ()):
             left_out.append(name)
             continue
         if key is not None and key in group and key not in optimizer.defaults:
             bucket = buckets.setdefault(f"group{number}", Bucket(f"group{number}", group=group, key=key))
         elif isinstance(threshold, Mapping):
-            pattern = next((pattern for pattern in threshold if matches(name, [pattern])), None)
+            pattern = first_match(names, threshold)
             if pattern is None:
                 left_out.append(name)
                 continue

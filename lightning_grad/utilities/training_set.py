@@ -7,18 +7,29 @@ counts right when the epoch's length changes (``epoch_length.py``); and takes ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from lightning_grad.data import PrunableBatchSampler
+from lightning_grad.data.borrowed_workers import can_borrow
+from lightning_grad.data.fingerprints import Fingerprint
 from lightning_grad.data.prunable_sampler import RecordedBatches
+from lightning_grad.data.sampler_keys import refuse_other_keys
 from lightning_grad.utilities.dispatch import wrap_method
 from lightning_grad.utilities.epoch_length import EpochLength, length_of
+from lightning_grad.utilities.known_data import mark_of, refuse_other_data, resume_advice
+from lightning_grad.utilities.training_loaders import (
+    items_of,
+    keys_of,
+    refuse_without_indices,
+    replace_sampler,
+    slot_of,
+)
 from lightning_grad.utilities.undo import UndoList
 
 _OWNER = "_lightning_grad_training_set"
@@ -35,19 +46,31 @@ class TrainingSet:
         needed_by: Who asks, for errors.
         undo: Where the steps back go.
         loader_key: Which of several training loaders: its key, its position, or a path of them joined by dots.
+        remembers: Whether something is remembered of each sample, so that other data must not come in its place.
 
     Raises:
         ValueError: If another technique already chooses the samples of this fit; on loading, if there are several loaders
-            and no key, or none of this key.
-        TypeError: On loading, if the data has no indices: an iterable data set, ``batch_size=None``, ``in_order=False``, an
-            object that is no DataLoader, or a sampler of several ranks that is not known.
+            and no key, or none of this key; if the data is loaded again and holds other samples, or others than a checkpoint
+            knows.
+        TypeError: On loading, if the data has no indices: an iterable data set, ``batch_size=None`` with a sampler that yields
+            no batches, ``in_order=False``, an object that is no DataLoader, a sampler of several ranks that is not known, or
+            one that yields keys that are no integers.
     """
 
-    def __init__(self, trainer: pl.Trainer, needed_by: str, undo: UndoList, loader_key: str | None = None) -> None:
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        needed_by: str,
+        undo: UndoList,
+        loader_key: str | None = None,
+        remembers: bool = True,
+    ) -> None:
         self._trainer = trainer
         self._needed_by = needed_by
         self._undo = undo
         self._loader_key = loader_key
+        self._remembers = remembers
+        self._known: Fingerprint | None = None
         self._waiting: list[str] = []
         self._keys = [""]
         self._length = EpochLength(trainer)
@@ -87,6 +110,10 @@ class TrainingSet:
         assert self._sampler is not None
         return self._sampler
 
+    def items(self, dataset: Any) -> Any:
+        """Return a data set whose samples can be read one by one, if the loader reads lists of them at once."""
+        return items_of(self.loader, dataset)
+
     @property
     def is_whole_batch(self) -> bool:
         """Whether a batch of the loader is all that ``training_step`` gets, and not one of several loaders' batches."""
@@ -97,7 +124,7 @@ class TrainingSet:
     def _expect(self, inner: Callable[[], Any]) -> Any:
         # An error in here would leave torch's DataLoader patched by Lightning for the rest of the process.
         loaders = inner()
-        keys = list(_keys_of(loaders.iterables if isinstance(loaders, CombinedLoader) else loaders))
+        keys = list(keys_of(loaders.iterables if isinstance(loaders, CombinedLoader) else loaders))
         self._waiting, self._keys = keys, list(keys)
         return loaders
 
@@ -127,18 +154,22 @@ class TrainingSet:
         return processed
 
     def _install(self, loader: Any) -> None:
-        _refuse(loader, self._needed_by)
-        original = loader.batch_sampler
+        refuse_without_indices(loader, self._needed_by)
+        original = getattr(loader, slot_of(loader))
         if isinstance(original, PrunableBatchSampler):
             original = original.original
-        sampler = PrunableBatchSampler(original, len(loader.dataset))
+        sampler = PrunableBatchSampler(original, len(loader.dataset), self._needed_by)
         if self._trainer.world_size > 1 and not sampler.shares_are_known:
             raise TypeError(
                 f"{self._needed_by} cannot tell which samples each of {self._trainer.world_size} ranks draws from "
                 f"{type(original).__name__}({type(sampler.sampler).__name__}). Use a sampler of torch.utils.data, or one "
                 "process."
             )
+        if self._sampler is None:
+            known = [getattr(self._trainer, name, None) for name in ("lightning_module", "datamodule")]
+            refuse_other_keys(original, loader.dataset, self._needed_by, [self._trainer, *known])
         self._refuse_other_length(sampler.total)
+        self._compare_data(loader)
         if not sampler.shares_are_known and sampler.full_samples < sampler.total:
             rank_zero_warn(
                 f"{type(sampler.sampler or original).__name__} draws {sampler.full_samples} of {sampler.total} samples an "
@@ -146,7 +177,7 @@ class TrainingSet:
                 "on a torch.utils.data.Subset instead."
             )
         self._give_back()
-        _replace(loader, sampler)
+        replace_sampler(loader, sampler)
         self._loader, self._sampler = loader, sampler
         if self._begun:
             self._tell_sampler()
@@ -158,9 +189,39 @@ class TrainingSet:
                 f"now, reloaded, has {total}. Keep the data set the same for the whole fit."
             )
 
+    def _compare_data(self, loader: DataLoader[Any]) -> None:
+        if not self._remembers or (self._loader is not None and loader.dataset is self._loader.dataset):
+            return
+        if self._loader is not None:
+            refuse_other_data(self.mark, items_of(loader, loader.dataset), self._needed_by, reloaded=True)
+        elif self._known is not None:
+            self._known = refuse_other_data(
+                self._known, items_of(loader, loader.dataset), self._needed_by, reloaded=False
+            )
+        elif getattr(self._trainer, "reload_dataloaders_every_n_epochs", 0):
+            # Now, as the same memory may hold other samples by then.
+            self._known = mark_of(items_of(loader, loader.dataset))
+
+    @property
+    def mark(self) -> Fingerprint:
+        """The fingerprint of the data set."""
+        if self._known is None:
+            self._known = mark_of(self.items(self.loader.dataset))
+        return self._known
+
+    def expect(self, known: Fingerprint) -> None:
+        """Refuse another data set than the one that a checkpoint knows.
+
+        Raises:
+            ValueError: Now or on loading, if they differ.
+        """
+        self._known = known
+        if self._loader is not None:  # some strategies restore callbacks after the data was loaded
+            self._known = refuse_other_data(known, self.items(self.loader.dataset), self._needed_by, reloaded=False)
+
     def _give_back(self) -> None:
         if self._loader is not None:
-            _replace(self._loader, self.sampler.original)
+            replace_sampler(self._loader, self.sampler.original)
 
     def _around_loading(self, inner: Callable[[], None]) -> None:
         # A pruned epoch may be shorter than a val_check_interval that was right for the whole one, which Lightning refuses
@@ -208,6 +269,12 @@ class TrainingSet:
 
     def _tell_sampler(self) -> None:
         sampler = self.sampler
+        last = -1 if self._kept is None else int(self._kept.max())
+        if last >= sampler.total:
+            raise ValueError(
+                f"{self._needed_by} would train on the sample {last}, and the training set has {sampler.total} of them. "
+                f"{resume_advice(self._needed_by)}"
+            )
         sampler.keep(self._kept, sampler.full_samples if self._fixed_steps else None)
         if self._kept is not None and not len(sampler):
             raise ValueError(
@@ -219,6 +286,13 @@ class TrainingSet:
         loop = self._trainer.fit_loop
         starts = self._trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting
         return loop._data_fetcher is None or starts
+
+    @property
+    def has_idle_workers(self) -> bool:
+        """Whether the loader's workers wait for an epoch that begins, and that nothing has been drawn of yet."""
+        progress: Any = self._trainer.fit_loop.epoch_progress.current
+        begins = progress.ready > progress.started and self._trainer.fit_loop._data_fetcher is not None
+        return begins and self._trainer_draws_anew() and can_borrow(self.loader)
 
     @property
     def resumes_behind_last_batch(self) -> bool:
@@ -318,50 +392,6 @@ class TrainingSet:
             if loader is self._loader and isinstance(drawing, RecordedBatches):
                 return drawing
         return self.sampler.latest
-
-
-def _keys_of(loaders: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the key of every loader of a collection, in the order in which Lightning processes them."""
-    children: Sequence[tuple[str, Any]] | None = None
-    if isinstance(loaders, Mapping):
-        children = [(str(key), child) for key, child in loaders.items()]
-    elif isinstance(loaders, (list, tuple)):
-        children = [(str(position), child) for position, child in enumerate(loaders)]
-    if children is None:
-        yield ".".join(path)
-        return
-    for key, child in children:
-        yield from _keys_of(child, (*path, key))
-
-
-def _refuse(loader: Any, needed_by: str) -> None:
-    if not isinstance(loader, DataLoader):
-        raise TypeError(
-            f"{needed_by} needs a torch DataLoader for training, whose batch sampler tells the indices of a batch; got "
-            f"{type(loader).__name__}."
-        )
-    if isinstance(loader.dataset, IterableDataset):
-        raise TypeError(
-            f"{needed_by} needs a data set with __len__ and __getitem__: the samples of the IterableDataset "
-            f"{type(loader.dataset).__name__} have no index by which one could be left out."
-        )
-    if loader.batch_sampler is None:
-        raise TypeError(
-            f"{needed_by} needs the DataLoader to make the batches, and batch_size=None leaves that to the data set. Give it "
-            "a batch_size or a batch_sampler."
-        )
-    if not getattr(loader, "in_order", True):
-        raise TypeError(
-            f"{needed_by} must know which samples are in a batch, and DataLoader(in_order=False) does not keep their order. "
-            "Leave in_order at True."
-        )
-
-
-def _replace(loader: DataLoader[Any], sampler: Any) -> None:
-    # DataLoader refuses to set it. Persistent workers draw from the sampler that they were started with.
-    loader.__dict__["batch_sampler"] = sampler
-    if loader._iterator is not None:
-        loader._iterator = None
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from lightning_grad.utilities.dispatch import wrap_method
 
 _VIEWS = "_lightning_grad_views"
+_DENSE = "_lightning_grad_dense"
 _IN_PLACE = "_lightning_grad_in_place"
+_REPLACEMENTS = ("orig", "g", "v")  # under which torch's prune, spectral_norm and weight_norm keep a weight
 _OPEN: WeakSet[InPlaceWindow] = WeakSet()
 
 
@@ -38,6 +40,18 @@ class WeightView(Protocol):
 
     def stored(self, dense: Tensor) -> Tensor:
         """Return what a checkpoint holds and inference uses: a new tensor without gradient, or ``dense`` itself."""
+
+
+class _Parameters:
+    """The parameters of a viewed module, to put back what somebody has taken out before being refused."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._all = dict(module._parameters)
+
+    def put_back(self, module: nn.Module) -> None:
+        present = dict(module._parameters)
+        module._parameters.clear()  # in the old order, by which optimizers store their state
+        module._parameters.update({**self._all, **present})
 
 
 def _dense(module: nn.Module, attribute: str) -> nn.Parameter:
@@ -57,7 +71,7 @@ def _viewing_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         """Pickle and copy as a plain module that computes the same."""
-        state = {key: value for key, value in self.__dict__.items() if key != _VIEWS}
+        state = {key: value for key, value in self.__dict__.items() if key not in (_VIEWS, _DENSE)}
         state["_parameters"] = dict(self._parameters)
         for name, view in self.__dict__[_VIEWS].items():
             dense = _dense(self, name)
@@ -66,11 +80,34 @@ def _viewing_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn
         # Not copyreg.__newobj__: pickle refuses it for another class than the object's own.
         return object.__new__, (base,), state
 
+    def refuse(self: nn.Module, name: str) -> None:
+        """Raise in place of the foreign errors in which a second owner of the weight ends."""
+        self.__dict__[_DENSE].put_back(self)
+        known = getattr(self.__dict__[_VIEWS].get(name), "name", f"{base.__name__}.{name}")
+        raise RuntimeError(
+            f"{known} cannot be reparametrized while a technique shows it through a view: pruning, weight_norm, "
+            "spectral_norm and parametrize would take its place. Do that before the fit, or leave the layer out by the "
+            "technique's exclude=."
+        )
+
+    def delete(self: nn.Module, name: str) -> None:
+        if name in attributes:
+            refuse(self, name)
+        base.__delattr__(self, name)
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        owner = next((attribute for attribute in attributes if name.startswith(f"{attribute}_")), None)
+        # Only what takes the place of a weight: an adapter may be added to the layer.
+        if owner is not None and name.removeprefix(f"{owner}_") in _REPLACEMENTS:
+            refuse(self, owner)
+        base.register_parameter(self, name, param)
+
     def shown(name: str) -> property:
         return property(lambda self: self.__dict__[_VIEWS][name].value(self._parameters[name]))
 
     members: dict[str, Any] = {name: shown(name) for name in attributes}
     members |= {"_save_to_state_dict": save, "__reduce_ex__": reduce, "_viewed_class": base}
+    members |= {"__delattr__": delete, "register_parameter": register}
     members |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), members)
 
@@ -114,6 +151,7 @@ def attach_view(module: nn.Module, attribute: str, view: WeightView) -> Callable
     """
     views = module.__dict__.setdefault(_VIEWS, {})
     views[attribute] = view
+    module.__dict__.setdefault(_DENSE, _Parameters(module))
     base = viewed_class(module)
     module.__class__ = _viewing_class(base, frozenset(views))  # type: ignore[arg-type]
 
@@ -121,7 +159,7 @@ def attach_view(module: nn.Module, attribute: str, view: WeightView) -> Callable
         if views.pop(attribute, None) is not None:
             module.__class__ = _viewing_class(base, frozenset(views)) if views else base  # type: ignore[arg-type]
         if not views and module.__dict__.get(_VIEWS) is views:
-            del module.__dict__[_VIEWS]
+            del module.__dict__[_VIEWS], module.__dict__[_DENSE]
 
     return undo
 

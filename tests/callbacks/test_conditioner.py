@@ -118,6 +118,32 @@ def test_trainer_that_would_clip_the_noise_is_refused() -> None:
         fit([NoBatch(), GradientNoise()], gradient_clip_val=0.3)
 
 
+class TurnsClippingOff(pl.Callback):
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        trainer.gradient_clip_val = None
+
+
+@pytest.mark.parametrize("where", ["on the trainer", "by a callback before it", "by a callback behind it"])
+@pytest.mark.parametrize("callback", [ZClip, GradientNoise])
+def test_a_trainer_that_a_library_built_has_a_way_out(callback, where) -> None:
+    """A library may set gradient_clip_val on a Trainer that its user cannot build."""
+    off = [TurnsClippingOff()]
+    before, behind = (off if where == f"by a callback {side} it" else [] for side in ("before", "behind"))
+    trainer = make_trainer(callbacks=[*before, callback(), *behind], gradient_clip_val=0.3, max_epochs=1)
+    if where == "on the trainer":
+        trainer.gradient_clip_val = None
+    if where == "by a callback behind it":
+        said = (
+            r"set trainer.gradient_clip_val = None before fit\(\), or in the setup\(\) of a callback that stands before"
+        )
+        with pytest.raises(ValueError, match=said):
+            trainer.fit(make_classifier(), *loaders())
+        return
+    trainer.fit(make_classifier(), *loaders())
+    expected = state_of(*fit([callback()], max_epochs=1))
+    assert_identical(state_of(trainer, trainer.lightning_module), expected)
+
+
 @pytest.mark.parametrize("callback", [GradientCentralization, SkipNonFinite])
 def test_trainer_that_clips_after_a_guard_or_a_center_is_right(callback) -> None:
     trainer, _ = fit([callback()], gradient_clip_val=0.3, max_epochs=1)
@@ -568,3 +594,36 @@ def test_a_saved_state_does_not_change_with_the_run() -> None:
 
     train([callback, Save()], Dictated(), rows_of(rows_with_norms([1.0, 2.0, 3.0])))
     assert [state["optimizers"]["0"]["states"][""]["count"].item() for state in saved] == [1, 2, 3]
+
+
+# What is said when a fit begins.
+
+
+def everything() -> nn.Sequential:
+    return nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize(
+    ("callback", "said"),
+    [
+        (NormClipping(), "NormClipping acts on 6 parameters."),
+        (NormClipping(include=["net.4"]), "NormClipping acts on 2 parameters; 4 left alone (net.1.weight, "),
+        (NormClipping(include=["net.4.bias"], name="b"), "NormClipping[b] acts on 1 parameter; 5 left alone"),
+        (GradientCentralization(), "GradientCentralization acts on 2 parameters; 4 left alone (net.1.bias, "),
+        (GradientCentralization(conv_only=True), "GradientCentralization acts on 1 parameter; 5 left alone"),
+        (LayerwiseNormalization(), "LayerwiseNormalization acts on 2 parameters; 4 left alone"),
+        (LayerwiseNormalization(vectors=True), "LayerwiseNormalization acts on 6 parameters."),
+    ],
+    ids=lambda value: getattr(value, "label", ""),
+)
+def test_it_says_how_many_gradients_it_changes(callback, said, monkeypatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("lightning_grad.callbacks.base.rank_zero_info", lines.append)
+    before, after = Gradients(), Gradients()
+    train([before, callback, after], Regression(everything()), pairs())
+    (line,) = lines
+    assert line.startswith(said)
+    count = int(line.split(" acts on ")[1].split()[0])
+    if not isinstance(callback, NormClipping):
+        changed = {n for a, b in zip(before.seen, after.seen, strict=True) for n in a if not torch.equal(a[n], b[n])}
+        assert len(changed) == count

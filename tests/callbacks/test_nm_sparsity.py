@@ -390,9 +390,9 @@ def test_a_best_checkpoint_from_the_dense_phase_is_named(tmp_path):
     saving = ModelCheckpoint(tmp_path, save_top_k=1, monitor="sparsity/density", mode="max")
     module = Regression(linear_net())
     with pytest.warns(UserWarning, match="from before the final pattern"):
-        trainer(NMSparsity("1:4", include=["*"]), saving, max_epochs=4, enable_checkpointing=True).fit(
-            module, data(), data()
-        )
+        trainer(
+            NMSparsity("1:4", include=["*"], restart_monitors=False), saving, max_epochs=4, enable_checkpointing=True
+        ).fit(module, data(), data())
 
 
 def test_state_of_pruned_weights_is_cleared_when_asked():

@@ -170,7 +170,11 @@ _CLIPPING: list[Technique] = [
         "AutoClip",
         arguments={"percentile": 10.0, "window": 7},
         neutral={"percentile": 100.0},
-        wrong=(({"percentile": 101.0}, "from 0 to 100"), ({"window": 0}, "window must be at least 1")),
+        wrong=(
+            ({"percentile": 101.0}, "from 0 to 100"),
+            ({"window": 0}, "window must be at least 1"),
+            ({"window": 10**12}, "window must be at most 1000000"),
+        ),
     ),
     _conditioner(
         "ZClip",
@@ -182,6 +186,7 @@ _CLIPPING: list[Technique] = [
             ({"max_norm": -1.0}, "max_norm must be above 0"),
             ({"warmup_steps": 0}, "warmup_steps must be at least 1"),
             ({"eps": -1.0}, "eps must be at least 0"),
+            ({"eps": _INF}, "eps must be finite"),
         ),
     ),
     _conditioner(
@@ -198,6 +203,8 @@ _CLIPPING: list[Technique] = [
         no_neutral_because="every layer gets the norm of its weights; no coefficient gives it its own",
         wrong=(
             ({"coefficient": 0.0}, "coefficient must be above 0"),
+            ({"coefficient": _INF}, "coefficient must be finite"),
+            ({"coefficient": {"*": _INF}}, "coefficient must be finite"),
             ({"max_ratio": 0.0}, "max_ratio must be above 0"),
             ({"per": "layer"}, "is none of"),
         ),
@@ -220,7 +227,7 @@ _CLIPPING: list[Technique] = [
         wrong=(
             ({"every": 0}, "every must be at least 1"),
             ({"warmup": -1}, "warmup must be at least 0"),
-            ({"every": 3}, "below every"),
+            ({"every": 3, "warmup": 3}, "below every"),
         ),
     ),
     _conditioner(
@@ -236,7 +243,12 @@ _CLIPPING: list[Technique] = [
         "GradientNoise",
         arguments={"eta": 0.01},
         neutral={"eta": 0.0},
-        wrong=(({"eta": -1.0}, "eta must be at least 0"), ({"decay": -1.0}, "decay must be at least 0")),
+        wrong=(
+            ({"eta": -1.0}, "eta must be at least 0"),
+            ({"eta": _INF}, "eta must be finite"),
+            ({"decay": -1.0}, "decay must be at least 0"),
+            ({"decay": _INF}, "decay must be finite"),
+        ),
     ),
     _conditioner(
         "GradientMonitor",
@@ -360,6 +372,10 @@ _ADVERSARIAL: list[Technique] = [
             ({"factor": 0.0}, "factor must be"),
             ({"factor": 1.5}, "factor must be"),
             ({"min_lr": -1.0}, "min_lr must be at least 0"),
+            ({"min_lr": _INF}, "min_lr must be finite"),
+            ({"threshold": -_INF}, "threshold must be finite"),
+            ({"reach": _INF}, "reach must be finite"),
+            ({"window": 10**12}, "window must be at most 1000000"),
             ({"start_after": -1}, "start_after must be at least 0"),
             ({"policy": "replaced"}, "Did you mean 'replace'"),
             ({"interval": "epochs"}, "Did you mean 'epoch'"),

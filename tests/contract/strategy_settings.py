@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 from lightning_grad import strategies
@@ -62,7 +63,7 @@ class Scheme:
 _SHARED_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"min_numel": 0}, "min_numel must be at least 1"),
     ({"residual_policy": "stric"}, "Did you mean 'strict'"),
-    ({"find_unused_parameters": True}, "find_unused_parameters=False"),
+    ({"timeout": timedelta(0)}, "timeout must be longer than zero"),
 )
 _DGC_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"ratio": 0.0}, "ratio is a share of entries"),
@@ -70,11 +71,13 @@ _DGC_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"ratio": float("nan")}, "ratio must be a number; got nan"),
     ({"warmup": "papre"}, "Did you mean 'paper'"),
     ({"warmup": [0.5, 2.0]}, r"warmup\[1\] is a share"),
+    ({"warmup": []}, "warmup must have at least one share; got .*Use None for no warm-up"),
     ({"warmup_steps": 0}, "warmup_steps must be at least 1"),
     ({"correction": "momentun"}, "Did you mean 'momentum'"),
     ({"selector": "sample"}, "Did you mean 'sampled'"),
     ({"value_dtype": "float61"}, "Did you mean 'float16'"),
-    ({"local_clip": 0.0}, "local_clip must be above 0"),
+    ({"local_clip": 0.0}, "local_clip must be above 0 and finite; got 0.0"),
+    ({"local_clip": float("inf")}, "local_clip must be above 0 and finite; got inf. Use None for no clipping"),
     ({"layer_ratios": {"head": 2.0}}, r"layer_ratios\['head'\] is a share"),
     *_SHARED_WRONG,
 )
@@ -82,6 +85,7 @@ _POWER_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"rank": 0}, "rank must be at least 1"),
     ({"start_step": -1}, "start_step must be at least 0"),
     ({"min_gain": 0.0}, "min_gain must be above 0"),
+    ({"min_gain": float("inf")}, "min_gain must be above 0 and finite; got inf"),
     *_SHARED_WRONG,
 )
 _WARMUP = {"warmup": [0.5, 0.2], "warmup_steps": 3, "min_numel": 100}

@@ -6,7 +6,16 @@ import lightning.pytorch as pl
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
-from tests.contract.projects import BATCH, fit, loaders, make_classifier, make_data, make_trainer
+from tests.contract.projects import (
+    BATCH,
+    assert_identical,
+    fit,
+    loaders,
+    make_classifier,
+    make_data,
+    make_trainer,
+    state_of,
+)
 from tests.contract.settings import CANONICAL, TECHNIQUES
 
 
@@ -76,9 +85,45 @@ class _Endless(IterableDataset):
         return iter(make_data())
 
 
-@pytest.mark.parametrize("technique", [t for t in CANONICAL if t.name == "NMSparsity"], ids=str)
-@pytest.mark.parametrize("arguments", [{"max_epochs": -1}, {"max_epochs": 2}], ids=["no limit", "iterable"])
+_NEEDS_AN_END: dict[str, dict[str, Any]] = {
+    "NMSparsity": {},
+    "LossReweighting": {},
+    "AdversarialTraining": {"warmup_fraction": 0.5},
+}
+
+
+@pytest.mark.parametrize("technique", [t for t in CANONICAL if t.name in _NEEDS_AN_END], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [{"max_epochs": -1}, {"max_time": "00:01:00:00"}, {"max_epochs": 1}],
+    ids=["no limit", "time", "iterable"],
+)
 def test_a_run_without_a_known_end(technique, arguments):
-    train = DataLoader(_Endless(), BATCH) if arguments["max_epochs"] == 2 else loaders()[0]
-    with pytest.raises(ValueError, match="no known end"):
-        make_trainer(callbacks=[_NoBatch(), technique.build()], **arguments).fit(make_classifier(), train)
+    given = {"max_epochs": None, **arguments}
+    train = DataLoader(_Endless(), BATCH) if arguments.get("max_epochs") == 1 else loaders()[0]
+    callback = technique.build(**_NEEDS_AN_END[technique.name])
+    with pytest.raises(ValueError, match=rf"no known end. Set total_steps=... of {technique.name}"):
+        make_trainer(callbacks=[_NoBatch(), callback], **given).fit(make_classifier(), train)
+
+
+class _Stop(pl.Callback):
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == 8
+
+
+def test_all_that_need_an_end_are_tried():
+    assert {t.name for t in CANONICAL if "total_steps" in t.build().settings} == {*_NEEDS_AN_END, "InfoBatch"}
+
+
+@pytest.mark.filterwarnings("ignore:.*the run stopped at")
+@pytest.mark.parametrize("technique", [t for t in CANONICAL if t.name in _NEEDS_AN_END], ids=str)
+def test_a_run_whose_end_is_stated_is_the_run_that_has_it(technique):
+    """The way out of the refusal gives, bit for bit, the run with that many steps."""
+    found = []
+    for arguments, stated in (({"max_steps": 8}, {}), ({}, {"total_steps": 8})):
+        callback = technique.build(**{**_NEEDS_AN_END[technique.name], **stated})
+        trainer = make_trainer(callbacks=[callback, _Stop()], max_epochs=-1, **arguments)
+        trainer.fit(make_classifier(), loaders()[0])
+        assert trainer.global_step == 8
+        found.append(state_of(trainer, trainer.lightning_module))
+    assert_identical(*found)

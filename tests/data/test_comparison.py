@@ -170,14 +170,34 @@ def test_average_and_show(files: dict[str, SampleScores], capsys: pytest.Capture
         (["compare", "a.npz", "none.npz"], "error: there is no file none.npz"),
         (["show", "text.npz"], "error: text.npz is no score file"),
         (["average", "a.npz", "c.npz", "--output", "m"], "error: Only scores of one kind"),
+        (["show", "torn.npz"], "error: torn.npz is no score file, or a damaged one"),
+        (["show", "folder.npz"], "error: folder.npz cannot be read: Is a directory."),
+        (["compare", "a.npz", "a.npz/b"], "error: a.npz/b cannot be read: Not a directory."),
+        (["show", "nul.csv"], "error: nul.csv"),
+        (["average", "a.npz", "torn.npz", "--output", "m"], "error: torn.npz is no score file"),
+        (["average", "a.npz", "--output", "."], "error: Scores are written to a file, and '.' names a folder."),
+        (["average", "a.npz", "--output", "a.npz/m"], "error: "),
+        (["show", "a\0b.npz"], "error: "),
+        (["show", "n" * 5000], "error: "),
     ],
 )
 def test_faults_are_said_in_one_line(arguments: list[str], message: str, files: dict[str, SampleScores]) -> None:
     Path("text.npz").write_text("hello")
+    Path("torn.npz").write_bytes(Path("a.npz").read_bytes()[:700])
+    Path("folder.npz").mkdir()
+    Path("nul.csv").write_text("score\n\0\n")
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_scores_of_far_indices_are_compared_without_a_table_of_them_all(files: dict[str, SampleScores]) -> None:
+    far = torch.tensor([5, 2**60, 3, 7])
+    a = SampleScores(torch.tensor([1.0, 2.0, 3.0, 4.0]), "el2n", index=far)
+    b = SampleScores(torch.tensor([9.0, 1.0, 2.0, NAN, 3.0]), "el2n", index=torch.tensor([8, 3, 5, 7, 2**60]))
+    assert compare_scores(a, b, (0.5,)).n == 3
+    assert compare_scores(a, b, (0.5,)).spearman == -0.5
 
 
 @pytest.mark.parametrize("arguments", [[], ["compare", "a.npz"], ["compare", "a.npz", "b.npz", "--at", "2"]])

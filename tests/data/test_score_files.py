@@ -269,6 +269,84 @@ def test_equal_items_have_equal_hashes() -> None:
     assert _digest(Opaque(1)) != _digest(object())
 
 
+class Labelled(torch.Tensor):
+    """A tensor that a library labels."""
+
+
+class Remote(torch.Tensor):
+    """A tensor whose numbers are elsewhere."""
+
+    @staticmethod
+    def __new__(cls) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, (2, 2))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError("far away")
+
+
+def nested(values: torch.Tensor, layout: Any) -> torch.Tensor:
+    return torch.nested.nested_tensor([values, values[:1]], layout=layout)
+
+
+def per_channel(values: torch.Tensor) -> torch.Tensor:
+    return torch.quantize_per_channel(values, torch.tensor([0.1, 0.2]), torch.tensor([0, 0]), 1, torch.qint8)
+
+
+KINDS: dict[str, Any] = {
+    "one element, strided": lambda x: x[1:2, 0],
+    "zero-dim": lambda x: x[1, 1],
+    "transposed": lambda x: x.T,
+    "expanded": lambda x: x.expand(2, 3, 2),
+    "parameter": lambda x: torch.nn.Parameter(x),
+    "with a graph": lambda x: x.requires_grad_() * 2,
+    "subclass": lambda x: x.as_subclass(Labelled),
+    "sparse": lambda x: x.to_sparse(),
+    "sparse, uncoalesced": lambda x: torch.sparse_coo_tensor(torch.tensor([[0, 0]]), x[1, :2], (4,)),
+    "sparse rows": lambda x: x.to_sparse_csr(),
+    "sparse columns": lambda x: x.to_sparse_csc(),
+    "sparse blocks": lambda x: x.to_sparse_bsr((1, 2)),
+    "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
+    "quantized by channel": per_channel,
+    "complex": lambda x: torch.complex(x, x),
+    "conjugate": lambda x: torch.complex(x, x).conj(),
+    "imaginary part": lambda x: torch.complex(x, x).conj().imag,
+    "half complex": lambda x: torch.complex(x, x).to(torch.complex32),
+    "boolean": lambda x: x > 1.5,
+    "bfloat16": lambda x: x.bfloat16(),
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "uint16": lambda x: x.to(torch.uint16),
+    "mkldnn": lambda x: x.to_mkldnn(),
+    "channels last": lambda x: x.view(1, 3, 2, 1).to(memory_format=torch.channels_last),
+    "nested": lambda x: nested(x, torch.strided),
+    "jagged": lambda x: nested(x, torch.jagged),
+}
+IGNORED = "ignore:.*(prototype|beta|invariant checks|deprecated|ComplexHalf).*:UserWarning"
+
+
+@pytest.mark.filterwarnings(IGNORED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tensor_of_any_kind_is_hashed_by_its_content(kind: str) -> None:
+    make = KINDS[kind]
+    first, again, other = (_digest((make(torch.arange(6.0).view(3, 2) + more), 1)) for more in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.filterwarnings(IGNORED)
+def test_layouts_are_told_apart_and_strides_are_not() -> None:
+    x = torch.arange(6.0).view(3, 2)
+    forms = [x, x.to_sparse(), x.to_sparse_csr(), x.to_sparse_csc(), x.to_mkldnn(), KINDS["quantized"](x)]
+    assert len({_digest(form) for form in forms}) == len(forms)
+    assert _digest(x[1:2, 0]) == _digest(x[1:2, 0].clone()) == _digest(torch.tensor([2.0]))
+
+
+def test_tensors_without_numbers_are_known_by_their_shape() -> None:
+    assert _digest(torch.zeros(2, 2, device="meta")) == _digest(torch.ones(2, 2, device="meta"))
+    assert _digest(torch.zeros(2, 2, device="meta")) != _digest(torch.zeros(2, 3, device="meta"))
+    assert _digest(Remote()) == _digest(Remote())
+
+
 def test_an_item_that_holds_itself_is_no_trap() -> None:
     knot: list[Any] = [1]
     knot.append(knot)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning_utilities.core import rank_zero
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -135,6 +139,29 @@ def fit(
         ledger = strategy.ledger
         result |= {"memory": strategy.memory, "ledger": ledger.state_dict(), "ratio": ledger.ratio}
     return result
+
+
+@contextmanager
+def said() -> Iterator[list[str]]:
+    """Collect what is printed and warned of inside the block, which is complete after it."""
+    lines: list[str] = []
+
+    class Keeps(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, keeps = rank_zero.log, Keeps()  # of the namespace that was imported last
+    level = logger.level
+    logger.addHandler(keeps)
+    logger.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield lines
+    finally:
+        logger.removeHandler(keeps)
+        logger.setLevel(level)
+    lines += [str(warning.message) for warning in caught]
 
 
 def assert_same(found: Any, expected: Any) -> None:

@@ -153,3 +153,62 @@ def test_a_rank_that_is_missed_first_when_a_checkpoint_is_written_over_leaves_th
     _run_until_lost(tmp_path, CANONICAL[0], _module(CANONICAL[0]), [kill, over])
     assert torch.load(tmp_path / "same.ckpt", weights_only=True)["global_step"] == 2
     on_ranks(2, _resume, CANONICAL[0], tmp_path / "same.ckpt")
+
+
+class _DiesInASave(pl.Callback):
+    """Kills a rank in its second save: at its rank file, of which half is on the disk, or once that is whole.
+
+    Args:
+        rank: Which dies.
+        torn: Whether its file is torn.
+        note: Where it writes down when.
+    """
+
+    def __init__(self, rank: int, torn: bool, note: Path) -> None:
+        self.rank, self.torn, self.note = rank, torn, note
+        self.saves = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        io, mine = trainer.strategy.checkpoint_io, f"{self.rank}.pt"
+        save = io.save_checkpoint
+
+        def saved_until(checkpoint: Any, path: Any, *arguments: Any, **more: Any) -> None:
+            save(checkpoint, path, *arguments, **more)
+            self.saves += Path(path).name == mine
+            if self.saves == 2 and Path(path).name == mine:
+                if self.torn:
+                    Path(path).write_bytes(Path(path).read_bytes()[:700])
+                self.note.write_text(str(time.time()))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        if trainer.global_rank == self.rank:
+            io.save_checkpoint = saved_until
+
+
+def _resume_and_save(scheme: Scheme, path: Path, saving: Any) -> None:
+    expected = finish(scheme.build(), module=_module(scheme))
+    assert_identical(expected, finish(scheme.build(), [saving], module=_module(scheme), ckpt=path))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "torn", "over"),
+    [(CANONICAL[0], True, True), (CANONICAL[0], False, False), (CANONICAL[1], True, False)],
+    ids=str,
+)
+def test_a_rank_that_is_killed_in_a_save_leaves_the_checkpoint_before(scheme, torn, over, tmp_path):
+    """Also if that is written over by the next; what was left of the broken save goes when its path is saved to again."""
+    names = {"filename": "same", "save_top_k": 1, "enable_version_counter": False} if over else {"filename": "{step}"}
+    callbacks = [_DiesInASave(1, torn, tmp_path / "lost"), _every_other_step(tmp_path / "run", **names)]
+    seconds, code, words = _run_until_lost(tmp_path, scheme, _module(scheme), callbacks)
+    assert seconds < _LIMIT
+    assert code != 0
+    assert "another rank has stopped or cannot be reached" in words
+    (path,) = (tmp_path / "run").glob("*.ckpt")
+    assert torch.load(path, weights_only=True)["global_step"] == 2
+    assert len(list((tmp_path / "run").glob("*.ranks/*"))) == 2, "that of the checkpoint, and that of the one to come"
+    on_ranks(2, _resume_and_save, scheme, path, _every_other_step(tmp_path / "run", **names))
+    for folder in (tmp_path / "run").glob("*.ranks"):
+        (save,) = folder.iterdir()
+        checkpoint = torch.load(folder.with_name(folder.name.removesuffix(".ranks")), weights_only=True)
+        assert checkpoint["lightning_grad_ranks"]["save"] == save.name
+        assert sorted(file.name for file in save.iterdir()) == ["0.pt", "1.pt"]

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
@@ -65,6 +66,27 @@ def test_they_go_with_a_checkpoint_that_is_removed(tmp_path):
     (path,) = tmp_path.glob("*.ckpt")
     assert sorted(tmp_path.iterdir()) == sorted([path, ranks_of(path)])
     assert_complete(path)
+
+
+def _save_and_go_on(folder: Path) -> list[str]:
+    arguments = {"save_top_k": 2, "every_n_train_steps": 1, "filename": "{step}"}
+    _save(folder, arguments, {"max_epochs": 1})
+    before = sorted(path.name for path in folder.glob("*"))
+    dist.barrier()  # nobody looks later than the other saves
+    _save(folder, arguments, {"ckpt": folder / "step=3.ckpt"})
+    return before
+
+
+def test_those_of_a_run_before_go_with_its_checkpoint_when_it_is_resumed(tmp_path):
+    def names(*steps: int) -> list[str]:
+        return [f"step={step}.ckpt{end}" for step in steps for end in ("", ".ranks")]
+
+    for before in on_ranks(2, _save_and_go_on, tmp_path):
+        assert before == names(2, 3)
+    # Lightning keeps the one from which it resumed.
+    assert sorted(path.name for path in tmp_path.glob("*")) == names(3, 8, 9)
+    for path in tmp_path.glob("*.ckpt"):
+        assert_complete(path)
 
 
 def test_of_a_checkpoint_that_is_written_over_one_save_is_left(tmp_path):
@@ -217,8 +239,6 @@ class _FullDisk(TorchCheckpointIO):
 
 
 def _fail_to_save(folder: Path) -> dict[str, Any]:
-    import torch.distributed as dist
-
     expected = finish(DGC.build())
     at = 3 if dist.get_rank() == 0 else 10**9
     saving = ModelCheckpoint(folder, filename="same", every_n_train_steps=2, enable_version_counter=False)

@@ -10,11 +10,11 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from lightning_grad import callbacks
-from lightning_grad.strategies import DGCStrategy, PowerSGDStrategy
-from tests.contract.projects import make_classifier
-from tests.contract.strategy_runs import train
+from tests.contract.projects import assert_identical, make_classifier
+from tests.contract.strategy_runs import outcome, train
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
 from tests.ranks import on_ranks
+from tests.strategies.ranks import said
 
 DGC, POWER = CANONICAL
 
@@ -168,29 +168,61 @@ def test_complex_parameters(scheme):
     assert f"{scheme.name} compresses real gradients, and 'waves' is complex" in message
 
 
-def test_dampening():
-    make = with_optimizer(lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9, dampening=0.5))
-    message = refusal(DGC.build, make)
-    assert "DGCStrategy moves SGD's momentum, and has no dampening there; got dampening=0.5" in message
-    assert "Set it to 0" in message
-
-
-@pytest.mark.parametrize("correction", ["auto", "momentum"])
-def test_momentum_correction_without_sgd(correction):
-    message = refusal(lambda: DGC.build(correction=correction), make_classifier)
-    assert "AdamW" in message
-    assert "correction='error_feedback'" in message
-    assert "SGD" in message
-
-
 class _OwnSGD(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         return super().step(closure)
 
 
-def test_momentum_correction_of_an_sgd_with_a_step_of_its_own():
-    message = refusal(DGC.build, with_optimizer(lambda parameters: _OwnSGD(parameters, 0.1, momentum=0.9)))
-    assert "_OwnSGD" in message
+_NOT_MOVED = {
+    "AdamW": (torch.optim.AdamW, {}, "AdamW is not torch.optim.SGD"),
+    "own step": (_OwnSGD, {"momentum": 0.9}, "_OwnSGD is not torch.optim.SGD"),
+    "dampening": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5}, "this SGD has dampening=0.5"),
+}
+
+
+def _optimizer(name: str) -> Any:
+    kind, options, _ = _NOT_MOVED[name]
+    return with_optimizer(lambda parameters: kind(parameters, lr=0.1, **options))
+
+
+@pytest.mark.parametrize("name", _NOT_MOVED)
+def test_momentum_correction_of_an_optimizer_whose_momentum_cannot_be_moved(name):
+    message = refusal(lambda: DGC.build(correction="momentum"), _optimizer(name))
+    assert _NOT_MOVED[name][2] in message
+    assert "correction='error_feedback'" in message
+
+
+def _fits(name: str) -> list[Any]:
+    """Fit with each correction that goes with the optimizer, and return what each left behind and said."""
+    found = []
+    for correction in ("auto", "error_feedback"):
+        with said() as lines:
+            left = outcome(*train(DGC.build(correction=correction), module=_optimizer(name)(), max_epochs=1))
+        found.append((left, lines))
+    return found
+
+
+@pytest.mark.parametrize("name", _NOT_MOVED)
+def test_auto_chooses_error_feedback_for_it_and_says_so(name):
+    ((auto, lines), (feedback, others)) = on_ranks(1, _fits, name)[0]
+    (line,) = (line for line in lines if "correction='auto'" in line)
+    assert line.startswith("DGCStrategy compresses ")
+    assert f"correction='auto' chose error feedback, because {_NOT_MOVED[name][2]}" in line
+    assert line.endswith(".")
+    assert not any("correction=" in line for line in others)
+    assert_identical(auto, feedback)
+
+
+def _fits_with_sgd() -> list[str]:
+    with said() as lines:
+        train(DGC.build(), module=sgd(), max_epochs=1)
+    return [line for line in lines if "DGCStrategy" in line]
+
+
+def test_auto_moves_the_momentum_of_sgd_and_needs_no_remark():
+    (lines,) = on_ranks(1, _fits_with_sgd)
+    (line,) = lines
+    assert line.endswith("the others go dense.")
 
 
 @pytest.mark.parametrize(
@@ -201,12 +233,6 @@ def test_momentum_correction_of_an_sgd_with_a_step_of_its_own():
 def test_lbfgs(build):
     message = refusal(build, with_optimizer(torch.optim.LBFGS))
     assert "LBFGS" in message
-
-
-@pytest.mark.parametrize("strategy", [DGCStrategy, PowerSGDStrategy])
-def test_unused_parameters(strategy):
-    with pytest.raises(ValueError, match="Set find_unused_parameters=False, and freeze what is not used"):
-        strategy(find_unused_parameters=True)
 
 
 @pytest.mark.parametrize("scheme", CANONICAL, ids=str)
@@ -261,3 +287,22 @@ def _validate_only(scheme: Scheme) -> None:
 @pytest.mark.parametrize("scheme", CANONICAL, ids=str)
 def test_validation_refuses_nothing(scheme):
     on_ranks(1, _validate_only, scheme)
+
+
+def _tied_choice(scheme: Scheme, name: str) -> set[str]:
+    module = sgd()
+    module.twin = nn.Linear(module.hidden.in_features, module.hidden.out_features)
+    module.twin.weight = module.hidden.weight
+    module.twin.bias.requires_grad_(False)  # DDP wants every parameter that trains to be used
+    strategy = scheme.build(exclude=[name])
+    with pytest.raises(AssertionError, match="a batch was trained"):  # all is chosen by then
+        train(strategy, [_NoBatch()], module, max_epochs=1)
+    return set(strategy._chosen)
+
+
+@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def test_a_tied_weight_is_left_out_by_each_of_its_names(scheme):
+    (first,), (second,) = (on_ranks(1, _tied_choice, scheme, name) for name in ("hidden", "twin"))
+    assert first == second
+    assert "hidden.weight" not in first
+    assert first

@@ -221,6 +221,25 @@ def test_keys_and_positions_joined_by_dots(key: Any, path: Any) -> None:
     assert find_input(batch, key, "Somebody") == path
 
 
+class Stored:
+    """Keeps its tensors in a store, and shows them as attributes, as graphs do."""
+
+    def __init__(self) -> None:
+        self.__dict__["_store"] = {"x": X, "pos": X + 1}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["_store"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def test_a_key_may_name_what_an_object_shows() -> None:
+    assert find_input([Stored()], "0.pos", "Somebody") == (0, "_store", "pos")
+    with pytest.raises(ValueError, match=r"input_key='z' leads nowhere in the batch; there it has '_store'\."):
+        find_input(Stored(), "z", "Somebody")
+
+
 def test_a_key_may_name_a_tensor_of_one_dimension() -> None:
     assert find_input((X, Y), 1, "Somebody") == (1,)
 

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_grad.utilities.checks import (
     check_at_least,
     check_choice,
+    check_name,
     owned_ids,
     refuse_sharded,
 )
@@ -89,3 +90,36 @@ def test_owned_parameters_come_from_every_group() -> None:
 def test_packages_are_asked_for_without_importing_them() -> None:
     assert is_installed("torch")
     assert not is_installed("no_such_package_at_all")
+
+
+@pytest.mark.parametrize(
+    "name", [None, "late", "of the second loader", "späte Runde", "v1.2", "a-b_c", "a[0]", "x" * 100]
+)
+def test_names_that_files_and_log_keys_can_carry_pass(name: str | None) -> None:
+    check_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("../../x", "contain slashes"),
+        ("/etc/x", "contain slashes"),
+        ("late/half", "contain slashes"),
+        ("..\\x", "contain slashes"),
+        ("a\0b", "printable"),
+        ("a\nb", "printable"),
+        ("a\x1b[31m", "printable"),
+        ("\ud800", "printable"),
+        ("", "be empty"),
+        ("  ", "be empty"),
+        ("x" * 101, "at most 100 bytes"),
+        ("ä" * 51, "at most 100 bytes"),
+        ("x" * 100_000, "at most 100 bytes"),
+    ],
+)
+def test_names_that_leave_the_folder_or_that_no_file_can_carry_raise(name: str, fault: str) -> None:
+    with pytest.raises(ValueError, match=fault) as caught:
+        check_name(name)
+    assert str(caught.value).startswith("name must")
+    assert len(str(caught.value)) < 300
+    assert str(caught.value).isprintable()

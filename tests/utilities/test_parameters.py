@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_grad.utilities.parameters import check_patterns, clean_name, matches, named_owners, shared_names
+from lightning_grad.utilities.parameters import (
+    all_names,
+    check_patterns,
+    clean_name,
+    first_match,
+    matches,
+    named_owners,
+    parameter_names,
+    shared_names,
+)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +42,11 @@ def test_names_lose_the_prefix_of_compiled_modules(name: str, clean: str) -> Non
         ("encoder.0.linear.weight", "encoder.[01].linear", True),
         ("encoder._orig_mod.0.linear.weight", "encoder.0.linear", True),
         ("encoder.0.linear.weight", "*", True),
-        ("encoder.0.linear.weight", "encoder", False),
+        ("encoder.0.linear.weight", "encoder", True),
+        ("encoder.0.linear.weight", "encoder.0", True),
+        ("encoder.0.linear.weight", "enc", False),
+        ("encoder.0.linear.weight", "*.0", True),
+        ("encoder.0.linear.weight", "encoder._orig_mod.0", True),
         ("encoder.0.linear.weight", "linear", False),
         ("encoder.0.linear.weight", "Encoder.*", False),
         ("encoder.10.linear.weight", "encoder.?.linear", False),
@@ -64,16 +77,18 @@ def test_patterns_that_name_something_pass(patterns: list[str]) -> None:
     [
         ("encoder.0.liner1", "encoder.0.linear1"),
         ("haed", "head"),
+        ("haed.*", "head"),
+        ("encodr", "encoder"),
         ("encoder.0.linear3.weight", "encoder.0.linear2.weight"),
     ],
 )
 def test_pattern_that_names_nothing_raises_with_near_names(pattern: str, near: str) -> None:
-    with pytest.raises(ValueError, match=f"exclude: no parameter is named '{pattern}'. Near to it: .*{near}"):
+    with pytest.raises(ValueError, match=f"named .{pattern}., and no module. Did you mean .*{near}"):
         check_patterns(["encoder.*", pattern], NAMES, "exclude")
 
 
 def test_pattern_near_to_nothing_is_shown_the_first_names() -> None:
-    with pytest.raises(ValueError, match=r"Near to it: encoder.0.linear1.weight, .*head.weight\."):
+    with pytest.raises(ValueError, match=r"Some that exist: encoder.0.linear1.weight, .*head.weight\."):
         check_patterns(["qqqqqq"], NAMES, "include")
 
 
@@ -95,3 +110,27 @@ def test_owners_are_named_with_every_use_of_a_tied_parameter() -> None:
 
 def test_module_without_ties_shares_nothing() -> None:
     assert shared_names(nn.Linear(2, 2)) == {}
+
+
+def test_every_name_of_a_tied_parameter_is_known() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(4, 2), nn.Linear(2, 4, bias=False)
+            self.head.weight = self.embed.weight
+            self.alias = self.head  # one module under two names
+            self.own = nn.Parameter(torch.ones(2))
+            self.again = self.own  # one parameter under two names of one module
+
+    module = Tied()
+    expected = ["own", "again", "embed.weight", "head.weight", "alias.weight"]
+    assert parameter_names(module) == expected
+    for name in expected[2:]:
+        assert matches(all_names(module)[id(module.head.weight)], [name.partition(".")[0]])
+
+
+def test_the_first_pattern_that_fits_any_name_counts() -> None:
+    names = ["embed.weight", "head.weight"]
+    assert first_match(names, ["head", "embed", "*"]) == "head"
+    assert first_match(names, ["*", "head"]) == "*"
+    assert first_match(names, ["body"]) is None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_grad.utilities.progress import run_progress, total_steps
+from lightning_grad.utilities.progress import check_total_steps, run_progress, total_steps
 
 BATCHES = 4
 
@@ -79,20 +79,33 @@ class Recorder(pl.Callback):
 
     def __init__(self) -> None:
         self.seen: list[float] = []
-        self.length = 0
+        self.length: int | None = 0
+        self.lengths: list[int | None] = []
+        self.at_ends: list[float] = []
+        self.stated: int | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.length = total_steps(trainer, "Recorder")
+        self.length = total_steps(trainer, "Recorder", self.stated)
         for optimizer in trainer.optimizers:
-            optimizer.register_step_post_hook(lambda *_: self.seen.append(run_progress(trainer, steps_ahead=1)))
+            optimizer.register_step_post_hook(lambda *_: self._see(trainer))
+
+    def _see(self, trainer: pl.Trainer) -> None:
+        self.seen.append(run_progress(trainer, steps_ahead=1, stated=self.stated))
+        self.lengths.append(total_steps(trainer, "Recorder", self.stated))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.at_ends.append(run_progress(trainer, stated=self.stated))
 
 
 def loader(batches: int = BATCHES) -> DataLoader:
     return DataLoader(TensorDataset(torch.ones(batches, 1)))
 
 
-def fit(module: pl.LightningModule, data: Any = None, ckpt_path: Any = None, **arguments: Any) -> Recorder:
+def fit(
+    module: pl.LightningModule, data: Any = None, ckpt_path: Any = None, stated: int | None = None, **arguments: Any
+) -> Recorder:
     recorder = Recorder()
+    recorder.stated = stated
     quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     arguments = {"callbacks": [], "enable_checkpointing": False, **arguments}
     arguments["callbacks"] = [recorder, *arguments["callbacks"]]
@@ -170,9 +183,93 @@ def test_progress_goes_on_after_a_resume(arguments: dict[str, Any], tmp_path) ->
 
 
 @pytest.mark.parametrize(
-    ("arguments", "stream"), [({"max_epochs": -1}, False), ({"max_epochs": -1}, True), ({"max_epochs": 2}, True)]
+    ("arguments", "stream"),
+    [
+        ({"max_epochs": -1}, False),
+        ({"max_epochs": -1}, True),
+        ({"max_epochs": 1}, True),
+        ({"max_time": {"hours": 1}}, False),
+    ],
 )
 def test_run_without_a_known_end_is_refused(arguments: dict[str, Any], stream: bool) -> None:
-    said = r"Recorder places its phases by the length of the run.*max_steps=\.\.\."
+    said = r"Recorder places its phases by the length of the run.*Set total_steps=\.\.\. of Recorder or Trainer\(max_steps="
     with pytest.raises(ValueError, match=said):
         fit(Plain(), DataLoader(Stream()) if stream else loader(), **arguments)
+
+
+# A length that the user states.
+
+
+@pytest.mark.parametrize("arguments", [{"max_epochs": -1}, {"max_time": {"hours": 1}}, {"max_epochs": 1}], ids=str)
+def test_a_stated_length_places_a_run_without_an_end(arguments: dict[str, Any]) -> None:
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 7
+
+    data = DataLoader(Stream()) if arguments == {"max_epochs": 1} else loader()
+    recorder = fit(Plain(), data, stated=5, callbacks=[Stop()], **arguments)
+    steps = BATCHES if arguments == {"max_epochs": 1} else 7
+    assert recorder.seen == [min(step / 5, 1.0) for step in range(1, steps + 1)]
+    assert recorder.length == 5
+
+
+def test_a_stated_length_counts_where_the_trainer_has_another() -> None:
+    assert fit(Plain(), stated=16, max_epochs=2).seen == shares(list(range(1, 9)), 16)
+
+
+def test_a_stated_length_goes_on_after_a_resume(tmp_path) -> None:
+    class Saver(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.save_checkpoint(tmp_path / "first.ckpt")
+
+    fit(Plain(), stated=12, max_epochs=1, callbacks=[Saver()])
+    assert fit(Plain(), stated=12, max_epochs=3, ckpt_path=tmp_path / "first.ckpt").seen == shares(range(5, 13), 12)
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_stated_length_is_checked(number: int) -> None:
+    with pytest.raises(ValueError, match="total_steps must be at least 1"):
+        check_total_steps(number)
+    check_total_steps(None)
+
+
+# A length that the first epoch shows.
+
+
+class Uneven(IterableDataset):
+    """Data without a length, of another size in each epoch."""
+
+    def __init__(self, *sizes: int) -> None:
+        self.sizes, self.epoch = sizes, 0
+
+    def __iter__(self) -> Any:
+        self.epoch += 1
+        yield from ([torch.ones(1)] for _ in range(self.sizes[min(self.epoch, len(self.sizes)) - 1]))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_first_epoch_shows_how_long_an_epoch_is(accumulate: int) -> None:
+    recorder = fit(Plain(), DataLoader(Stream()), max_epochs=3, accumulate_grad_batches=accumulate)
+    steps = BATCHES // accumulate
+    assert recorder.seen == [0.0] * steps + shares(list(range(steps + 1, 3 * steps + 1)), 3 * steps)
+    assert recorder.length is None
+    assert recorder.lengths == [None] * steps + [3 * steps] * 2 * steps
+
+
+def test_epochs_of_different_lengths_are_measured_by_their_mean() -> None:
+    recorder = fit(Plain(), DataLoader(Uneven(4, 2, 5, 1)), max_epochs=4)
+    # The second epoch is measured by 4 batches, the third by 3, the fourth by 11 / 3; each ends where it should.
+    second, third = [(1 + 1 / 4) / 4, 2 / 4], [(2 + share) / 4 for share in (1 / 3, 2 / 3, 1, 1, 1)]
+    assert recorder.at_ends == pytest.approx([0.0] * 4 + second + third + [1.0])
+    assert recorder.at_ends == sorted(recorder.at_ends)
+
+
+def test_a_measured_epoch_goes_on_after_a_resume(tmp_path) -> None:
+    class Saver(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    whole = fit(Plain(), DataLoader(Stream()), max_epochs=4, callbacks=[Saver()])
+    for epoch in range(3):
+        resumed = fit(Plain(), DataLoader(Stream()), max_epochs=4, ckpt_path=tmp_path / f"{epoch}.ckpt")
+        assert resumed.seen == whole.seen[(epoch + 1) * BATCHES :]

@@ -27,6 +27,7 @@ from lightning_grad.utilities.reporting import (
     log_summary,
     log_table,
     output_folder,
+    say_if_no_figure,
     stepped_batches,
 )
 
@@ -389,3 +390,19 @@ def test_table_of_no_rows_is_its_header() -> None:
 def test_row_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
         format_table([["a", "b", "c"]], ["one", "two"])
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("logs", [True, False])
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_figure_that_will_be_missing_is_told(
+    wanted: bool, logs: bool, installed: bool, csv_logger: CSVLogger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(reporting, "rank_zero_info", said.append)
+    monkeypatch.setattr(reporting, "is_installed", lambda package: installed)
+    say_if_no_figure(trainer_with(*([csv_logger] if logs else [])), "ZClip[b]", wanted)
+    is_missed = wanted and logs and not installed
+    command = "pip install 'lightning-grad[plot]'"
+    expected = f"ZClip[b] draws no figure, because matplotlib is not installed. Run: {command}."
+    assert said == ([expected] if is_missed else [])

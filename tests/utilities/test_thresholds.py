@@ -135,7 +135,7 @@ def test_names_are_those_of_the_module_without_the_prefix_of_compilation() -> No
     net.head = torch.compile(net.head, backend="eager")
     stranger = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([{"params": net.head.parameters()}, {"params": [stranger]}])
-    rows = [(number, name) for number, name, _ in named_parameters_of(optimizer, net)]
+    rows = [(number, names[0]) for number, names, _ in named_parameters_of(optimizer, net)]
     assert rows == [(0, "head.weight"), (0, "head.bias"), (1, "group1.0")]
 
 
@@ -148,3 +148,16 @@ def test_a_bucket_without_a_group_has_its_value() -> None:
     assert Bucket("x", 2.0).threshold == 2.0
     assert Bucket("x").threshold is None
     assert Bucket("group0", 2.0, {"ratio": 3.0}, "ratio").threshold == 3.0
+
+
+def test_a_tied_parameter_is_chosen_by_each_of_its_names() -> None:
+    net = Net()
+    net.tied = nn.Linear(net.head.in_features, net.head.out_features, bias=False)
+    net.tied.weight = net.head.weight
+    optimizer = torch.optim.SGD(net.parameters())
+    for name in ("tied", "head.weight", "tied.weight"):
+        (bucket,), _ = choose_buckets(optimizer, net, 1.0, include=[name])
+        assert bucket.names == ["head.weight"]
+        assert "head.weight" in choose_buckets(optimizer, net, 1.0, exclude=[name])[1]
+        first = choose_buckets(optimizer, net, {name: 0.5, "*": 1.0})[0]
+        assert {bucket.value: bucket.names for bucket in first}[0.5] == ["head.weight"]

@@ -683,7 +683,7 @@ class ByHand:
         (DataLoader(Stream(), BATCH), "the samples of the IterableDataset Stream have no index"),
         (
             DataLoader(Indices(), batch_size=None),
-            "Choose needs the DataLoader to make the batches, and batch_size=None",
+            r"Choose needs batches of indices, and .*\(batch_size=None\) is SequentialSampler, which has no batch_size",
         ),
         (
             DataLoader(Indices(), BATCH, num_workers=1, in_order=False),

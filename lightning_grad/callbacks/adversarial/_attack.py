@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +13,14 @@ from torch import Tensor
 
 from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.functional._shuffling import hashed_seed
+from lightning_grad.functional._tensor_classes import plain
 from lightning_grad.functional.adversarial_attacks import Norm, fgsm, pgd
 from lightning_grad.utilities.batches import copy_of
 from lightning_grad.utilities.checks import check_above, check_at_least, check_choice, check_count
 from lightning_grad.utilities.precision import grad_scaler
 
 NORMS = ("linf", "l2")
+_LARGEST = 1e30  # what is computed from it still fits into float32
 _ROUNDING = 1e-3  # of the bounds' distance: half precision, and means that were rounded
 
 
@@ -47,14 +48,21 @@ class Attack:
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
 
+    @property
+    def described(self) -> str:
+        """What a line about it says in brackets."""
+        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        return f"{steps}, epsilon {self.epsilon:g} in {self.norm}"
+
     def __call__(
         self,
         loss_of: Callable[[Tensor], Tensor],
         inputs: Tensor,
         generator: torch.Generator | None = None,
         share: float = 1.0,
+        support: Tensor | None = None,
     ) -> Tensor:
-        """Attack inputs, with this share of epsilon and step size."""
+        """Attack inputs, with this share of epsilon and step size, where the support is 1."""
         # What autocast has cast without a graph must not serve here, nor what is cast here afterwards.
         torch.clear_autocast_cache()
         attack: Callable[..., Tensor] = fgsm if self.steps == 1 else partial(pgd, steps=self.steps)
@@ -69,6 +77,7 @@ class Attack:
             mean=self.mean,
             std=self.std,
             generator=generator,
+            support=support,
         )
         torch.clear_autocast_cache()
         return attacked
@@ -120,16 +129,13 @@ def attack_of(
         ValueError: For the first that is wrong.
     """
     check_at_least(epsilon, 0.0, "epsilon")
-    if math.isinf(epsilon):
-        raise ValueError("epsilon must be finite: an attack without a limit can show any input.")
+    _check_magnitude(epsilon, "epsilon", "Choose the largest change that must not matter")
     check_count(steps, 1, "steps")
     check_choice(norm, NORMS, "norm")
     if step_size is not None:
         check_above(step_size, 0.0, "step_size")
-    if (mean is None) != (std is None):
-        raise ValueError(f"mean and std belong together; got mean={mean} and std={std}.")
-    space = (_checked_bounds(bounds), _numbers(mean), _checked_std(_numbers(std)))
-    return Attack(epsilon, steps, step_size, norm, random_start, *space)
+        _check_magnitude(step_size, "step_size", "Leave it out for the usual one")
+    return Attack(epsilon, steps, step_size, norm, random_start, _checked_bounds(bounds), *_checked_units(mean, std))
 
 
 def generator_for(device: torch.device, seed: int, purpose: str) -> torch.Generator:
@@ -158,7 +164,7 @@ def attack_losses(
     scaler = grad_scaler(trainer)
 
     def loss_of(inputs: Tensor) -> Tensor:
-        with place.shown(copy_of(batch), inputs.clone()) as shown:
+        with place.shown(copy_of(batch), inputs) as shown:
             loss = loss_of_output(run(shown))
         if loss is None:
             raise NoLossError("The step returns no loss.")
@@ -174,9 +180,14 @@ class NoLossError(RuntimeError):
 
 
 def loss_of_output(output: Any) -> Tensor | None:
-    """Return the loss in what a step returned, if it is there."""
+    """Return the loss in what a step returned, if it is there, as a plain tensor."""
     loss = output.get("loss") if isinstance(output, Mapping) else output
-    return loss if isinstance(loss, Tensor) else None
+    return plain(loss) if isinstance(loss, Tensor) else None
+
+
+def _check_magnitude(value: float, parameter: str, hint: str) -> None:
+    if not abs(value) <= _LARGEST:
+        raise ValueError(f"{parameter} must be finite, and at most {_LARGEST:g}; got {value}. {hint}.")
 
 
 def _checked_bounds(bounds: Sequence[float] | None) -> tuple[float, float] | None:
@@ -187,16 +198,32 @@ def _checked_bounds(bounds: Sequence[float] | None) -> tuple[float, float] | Non
         raise ValueError(
             f"bounds must be the least and the largest value of an input, such as [0, 1]; got {list(pair)}."
         )
+    for bound in pair:
+        _check_magnitude(bound, "bounds", "Where inputs have a limit on one side only, give a number that none reaches")
     return pair
 
 
-def _checked_std(std: tuple[float, ...] | None) -> tuple[float, ...] | None:
-    for value in std or ():
+def _checked_units(
+    mean: Sequence[float] | float | None, std: Sequence[float] | float | None
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std belong together; got mean={mean} and std={std}.")
+    means, stds = _numbers(mean, "mean"), _numbers(std, "std")
+    for value in stds or ():
         check_above(value, 0.0, "std")
-    return std
+    if means and stds and len(means) != len(stds) and 1 not in (len(means), len(stds)):
+        raise ValueError(
+            f"mean and std must have a number for each channel, or one for all; got {len(means)} and {len(stds)}."
+        )
+    return means, stds
 
 
-def _numbers(values: Sequence[float] | float | None) -> tuple[float, ...] | None:
+def _numbers(values: Sequence[float] | float | None, parameter: str) -> tuple[float, ...] | None:
     if values is None:
         return None
-    return (float(values),) if isinstance(values, (int, float)) else tuple(float(value) for value in values)
+    numbers = (float(values),) if isinstance(values, (int, float)) else tuple(float(value) for value in values)
+    if not numbers:
+        raise ValueError(f"{parameter} must be a number, or one for each channel; got {list(numbers)}.")
+    for number in numbers:
+        _check_magnitude(number, parameter, "Give the one by which the inputs were normalised")
+    return numbers

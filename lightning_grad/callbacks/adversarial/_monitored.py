@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+
+from lightning_grad.functional.plain_tensors import on_plain_tensors
+from lightning_grad.utilities.dispatch import overrides
+
+_ROBUST = "adversarial"  # the namespace of what attacks inputs
 
 
 class MonitoredValue:
@@ -30,6 +35,7 @@ class MonitoredValue:
         """Begin a stretch."""
         self._before = trainer.callback_metrics.get(self.key)
 
+    @on_plain_tensors
     def read(self, trainer: pl.Trainer) -> tuple[float | None, bool]:
         """Return the mean over ranks of the value that is new, ``None`` without one, and whether the key is known at all.
 
@@ -47,9 +53,68 @@ class MonitoredValue:
         return total / share if share > 0.0 else None, known > 0.0
 
 
+def validated_keys(trainer: pl.Trainer) -> list[str]:
+    """Return the names of all metrics that a validation has logged, in ``on_validation_end``, the sanity check's too.
+
+    After a sanity check ``callback_metrics`` lacks those of several loaders.
+    """
+    keys = dict.fromkeys(trainer.callback_metrics)
+    for metric in (trainer._results or {}).values():
+        meta = metric.meta
+        suffix = (
+            f"/dataloader_idx_{meta.dataloader_idx}"
+            if meta.add_dataloader_idx and meta.dataloader_idx is not None
+            else ""
+        )
+        if meta.on_epoch:
+            keys |= dict.fromkeys((f"{meta.name}{suffix}", f"{meta.forked_name(on_step=False)}{suffix}"))
+    return list(keys)
+
+
 def describe_unknown(key: str, names: Iterable[str]) -> str:
     """Say that a metric is not logged, what is, and what may have been meant."""
     known = sorted(names)
     similar = [*(name for name in known if key in name), *difflib.get_close_matches(key, known, n=3)]
     hint = f" Did you mean {' or '.join(map(repr, dict.fromkeys(similar)))}?" if similar else ""
     return f"monitor={key!r} is not logged. Logged are: {', '.join(known) or 'none'}.{hint}"
+
+
+def refuse_unknown_monitor(
+    trainer: pl.Trainer, key: str, seen: Sequence[str], in_validation: bool, needed_by: str
+) -> None:
+    """Raise before the first batch for a metric that is not logged, as far as the sanity check has shown it.
+
+    To be called on every rank: a rank may log what another does not.
+
+    Args:
+        trainer: The trainer, when training starts.
+        key: Name of the metric.
+        seen: What the sanity check has logged; empty without one.
+        in_validation: Whether the metric must be logged in validation.
+        needed_by: Who asks, for the error.
+
+    Raises:
+        ValueError: If the sanity check logged other metrics only, or if AdversarialEvaluation would log the metric and is
+            not there.
+    """
+    agree = trainer.strategy.reduce_boolean_decision
+    is_known, was_checked = agree(key in seen, all=False), agree(bool(seen), all=False)
+    if is_known:
+        return
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if key.startswith(f"{_ROBUST}/") and not any(_logs_robustness(callback, in_validation) for callback in callbacks):
+        raise ValueError(
+            f"{needed_by}: monitor={key!r} is logged by AdversarialEvaluation, which is not in the list of callbacks. Add "
+            "AdversarialEvaluation() to it. If the module logs this key itself, set num_sanity_val_steps=2, so that it is "
+            "seen before training."
+        )
+    if was_checked and in_validation:
+        raise ValueError(
+            f"{needed_by}: {describe_unknown(key, seen)} (This is what the sanity check logged.) If the module logs it in "
+            "training, set interval='epoch'; if only in later validations, set num_sanity_val_steps=0."
+        )
+
+
+def _logs_robustness(callback: Any, in_validation: bool) -> bool:
+    is_robust = getattr(callback, "namespace", None) == _ROBUST
+    return is_robust and (not in_validation or overrides(callback, "on_validation_start"))

@@ -52,10 +52,11 @@ def accuracies_under(
     for name, attack in attacks.items():
         generator = generator_for(clean.device, trainer.global_rank, f"{purpose}/{name}")
         try:
-            attacked = attack(loss_of, clean, generator)
+            attacked = attack(loss_of, clean, generator, support=place.support(batch))
         except (NoLossError, IndependentLossError) as error:
             raise UnknownAccuracyError(str(error)) from None
-        with place.shown(copy_of(batch), attacked) as shown, torch.no_grad(), LossCapture() as capture:
+        # With gradients: a step may take some itself, as a gradient penalty does.
+        with place.shown(copy_of(batch), attacked) as shown, torch.enable_grad(), LossCapture() as capture:
             run(shown)
         found[name] = _accuracy(capture)
     return found

@@ -11,69 +11,95 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_grad.utilities.batches import (
-    Path,
-    copy_of,
-    find_input,
-    first_numbers,
-    has_input,
-    input_at,
-    text_of,
-    with_input,
-)
+from lightning_grad.callbacks.adversarial._pieces import joined, parted, support_of
+from lightning_grad.functional._tensor_classes import dressed, is_opaque, plain
+from lightning_grad.utilities.batches import Path, copy_of, first_numbers, input_at, text_of, with_input
 from lightning_grad.utilities.forward_order import is_compiled
+from lightning_grad.utilities.input_patterns import EVERY, are_samples, expanded, find_inputs, has_inputs, neighbours
 
 Run = Callable[[Any], Any]
 
 
 class Place(Protocol):
-    """What is perturbed."""
+    """What is perturbed. What it returns is plain: attacks compute on no tensor of another class."""
 
     def inputs(self, batch: Any, run: Run) -> Tensor:
         """Return what is there now, (B, ...), without graph; ``run`` runs a step on a batch."""
 
+    def support(self, batch: Any) -> Tensor | None:
+        """Return where inputs may change, 1 there and 0 elsewhere; ``None`` for everywhere."""
+
     def shown(self, batch: Any, inputs: Tensor) -> Any:
-        """Return a context in which other inputs are there; it yields the batch to run."""
+        """Return a context in which a copy of other inputs is there; it yields the batch to run."""
 
 
 class BatchTensor:
-    """A tensor of the batch.
+    """A tensor of the batch, or several: those of all samples where a batch is a list.
 
     Args:
-        path: Where in the batch it is.
+        pattern: Where in the batch it is.
+        samples: Whether each tensor is one sample.
         input_key: What was asked for, to find it in a batch of another form.
         needed_by: Who asks, for errors.
     """
 
-    def __init__(self, path: Path, input_key: str | int | None, needed_by: str) -> None:
-        self._path = path
+    def __init__(self, pattern: Path, samples: bool, input_key: str | int | None, needed_by: str) -> None:
+        self._pattern = pattern
+        self._samples = samples
         self._input_key = input_key
         self._needed_by = needed_by
-        self._told = [path]
+        self._told = [pattern]
 
     def inputs(self, batch: Any, run: Run) -> Tensor:
-        """Return the tensor."""
-        return input_at(batch, self._path_in(batch)).detach()
+        """Return the tensor, or all of them as one."""
+        pattern, samples = self._pattern_in(batch)
+        pieces = [plain(input_at(batch, path)).detach() for path in expanded(batch, pattern)]
+        return joined(pieces, samples) if EVERY in pattern else pieces[0]
+
+    def support(self, batch: Any) -> Tensor | None:
+        """Return what of several tensors of different sizes is not filled up."""
+        pattern, samples = self._pattern_in(batch)
+        if EVERY not in pattern:
+            return None
+        return support_of([plain(input_at(batch, path)) for path in expanded(batch, pattern)], samples)
 
     @contextmanager
     def shown(self, batch: Any, inputs: Tensor) -> Iterator[Any]:
-        """Yield another batch that has the inputs."""
-        yield with_input(batch, self._path_in(batch), inputs)
+        """Yield another batch that has a copy of the inputs, for a step may write into what it gets."""
+        pattern, samples = self._pattern_in(batch)
+        paths = expanded(batch, pattern)
+        olds = [input_at(batch, path) for path in paths]
+        parts = parted(inputs, olds, samples) if EVERY in pattern else [inputs]
+        for path, old, part in zip(paths, olds, parts, strict=True):
+            batch = with_input(batch, path, _in_place_of(old, part))
+        yield batch
 
-    def _path_in(self, batch: Any) -> Path:
-        """Return where the input is: in a batch of another form it is looked for anew."""
-        if has_input(batch, self._path):
-            return self._path
-        path = find_input(batch, self._input_key, self._needed_by)
-        if path is None:
+    def _pattern_in(self, batch: Any) -> tuple[Path, bool]:
+        """Return where the input is, and whether each is a sample: in a batch of another form it is looked for anew."""
+        if has_inputs(batch, self._pattern):
+            return self._pattern, self._samples
+        pattern = find_inputs(batch, self._input_key, self._needed_by)
+        if pattern is None:
             raise TypeError(
-                f"{self._needed_by} perturbs {text_of(self._path)}, and a later batch has no floating tensor there, and no "
-                "other input that is clear. Name by input_key one that every batch has."
+                f"{self._needed_by} perturbs {text_of(self._pattern)}, and a later batch has no floating tensor there, and "
+                "no other input that is clear. Name by input_key one that every batch has."
             )
-        if path not in self._told:
-            self._told.append(path)
-            rank_zero_info(f"{self._needed_by} perturbs {text_of(path)} in batches without {text_of(self._path)}.")
-        return path
+        if pattern not in self._told:
+            self._told.append(pattern)
+            rank_zero_info(
+                f"{self._needed_by} perturbs {text_of(pattern)} in batches without {text_of(self._pattern)}."
+            )
+        return pattern, are_samples(batch, pattern)
+
+
+def _in_place_of(old: Tensor, new: Tensor) -> Tensor:
+    """Return a copy of plain inputs, of the class and with the attributes of those that they replace."""
+    own = plain(old)
+    if own.grad_fn is not None:  # what a network before the step has made, which learns by it
+        return dressed(own + (new - own.detach()), old, copy_of)
+    shown = dressed(new.clone(), old, copy_of)
+    # A step may differentiate by an input that a hook before it has prepared for that.
+    return shown.requires_grad_() if own.requires_grad and not shown.requires_grad else shown
 
 
 class EmbeddingOutput:
@@ -98,16 +124,26 @@ class EmbeddingOutput:
     def inputs(self, batch: Any, run: Run) -> Tensor:
         """Run the step, and return what the embedding gives."""
         seen: list[Tensor] = []
-        with self._hooked(lambda output: seen.append(output.detach())), torch.no_grad():
+        # A copy: layers behind the embedding may work in place.
+        with self._hooked(lambda output: seen.append(plain(output).detach().clone())), torch.no_grad():
             run(copy_of(batch))
         if not seen:
             raise RuntimeError(f"{self._needed_by}: the step calls none of the module's nn.Embedding layers.")
         return seen[0]
 
+    def support(self, batch: Any) -> Tensor | None:
+        """Return that all of it may change."""
+        return None
+
     @contextmanager
     def shown(self, batch: Any, inputs: Tensor) -> Iterator[Any]:
         """Have the embedding give the inputs, and yield the batch as it is."""
-        with self._hooked(lambda output: output + (inputs - output.detach())):
+
+        def exchanged(output: Tensor) -> Tensor:
+            own = plain(output)
+            return dressed(own + (inputs - own.detach()), output)
+
+        with self._hooked(exchanged):
             yield batch
 
     @contextmanager
@@ -144,10 +180,11 @@ def find_place(pl_module: pl.LightningModule, batch: Any, input_key: str | int |
             embedding that could take them.
     """
     wants_embedding = input_key == EMBEDDING and not (isinstance(batch, Mapping) and EMBEDDING in batch)
-    path = None if wants_embedding else find_input(batch, input_key, needed_by)
-    if path is not None:
-        rank_zero_info(f"{needed_by} perturbs {text_of(path)}, of shape {tuple(input_at(batch, path).shape)}.")
-        return BatchTensor(path, input_key, needed_by)
+    pattern = None if wants_embedding else find_inputs(batch, input_key, needed_by)
+    if pattern is not None:
+        _refuse_kinds(batch, pattern, needed_by)
+        rank_zero_info(f"{needed_by} perturbs {_described(batch, pattern)}.")
+        return BatchTensor(pattern, are_samples(batch, pattern), input_key, needed_by)
     has_embedding = any(isinstance(module, nn.Embedding) for module in pl_module.modules())
     if wants_embedding and not has_embedding:
         raise TypeError(f"{needed_by}: input_key='embedding', and the module has no nn.Embedding.")
@@ -155,6 +192,32 @@ def find_place(pl_module: pl.LightningModule, batch: Any, input_key: str | int |
         _refuse_unclear(batch, has_embedding, needed_by)
     rank_zero_info(f"{needed_by} perturbs the output of the first nn.Embedding that a step calls.")
     return EmbeddingOutput(pl_module, needed_by)
+
+
+def _described(batch: Any, pattern: Path) -> str:
+    """Say which tensors are perturbed, and of several alike in a list, which are not."""
+    shapes = list(dict.fromkeys(tuple(input_at(batch, path).shape) for path in expanded(batch, pattern)))
+    if EVERY in pattern:
+        several = len(expanded(batch, pattern))
+        each = f"of shape {shapes[0]} each" if len(shapes) == 1 else f"of shapes such as {shapes[0]} and {shapes[1]}"
+        return f"{text_of(pattern)}, {several} tensors {each}"
+    wider = neighbours(batch, pattern)
+    only = ""
+    if wider is not None:
+        key = ".".join(map(str, wider))
+        only = f", and none of the others in {text_of(wider)}; input_key={key!r} perturbs all {len(expanded(batch, wider))}"
+    return f"{text_of(pattern)}, of shape {shapes[0]}{only}"
+
+
+def _refuse_kinds(batch: Any, pattern: Path, needed_by: str) -> None:
+    for path in expanded(batch, pattern):
+        value = input_at(batch, path)
+        if is_opaque(value) or value.is_nested or value.layout != torch.strided:
+            kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+            raise TypeError(
+                f"{needed_by} cannot perturb {text_of(path)}: it is a {type(value).__name__} ({kind}), not dense. Make it "
+                "dense in the data set or in on_after_batch_transfer, or name another input by input_key."
+            )
 
 
 def _refuse_unclear(batch: Any, has_embedding: bool, needed_by: str) -> None:

@@ -39,6 +39,12 @@ class RateRecord:
         self.scales: list[float] = []
         self.rates: list[float] = []
         self.cuts: list[int] = []
+        self.earlier_cuts = 0
+
+    @property
+    def cut_count(self) -> int:
+        """Cuts so far, also those by observations that were dropped."""
+        return self.earlier_cuts + len(self.cuts)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -59,13 +65,20 @@ class RateRecord:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything."""
-        return {name: list(getattr(self, name)) for name in (*_COLUMNS, "cuts")}
+        return {**{name: list(getattr(self, name)) for name in (*_COLUMNS, "cuts")}, "earlier_cuts": self.earlier_cuts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with a saved record."""
         for name in (*_COLUMNS, "cuts"):
             setattr(self, name, list(state[name]))
         self.gains = [self._sign * value for value in self.values]
+        self.earlier_cuts = state.get("earlier_cuts", 0)
+
+    def restart(self) -> None:
+        """Drop the observations, because the next ones are of something else."""
+        self.earlier_cuts = self.cut_count
+        for name in (*_COLUMNS, "cuts", "gains"):
+            setattr(self, name, [])
 
     def means(self) -> list[float]:
         """Return the mean of the last values at each observation, of fewer at the beginning."""

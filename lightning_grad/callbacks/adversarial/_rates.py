@@ -8,6 +8,7 @@ from typing import Literal
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 
+from lightning_grad.utilities.checks import check_count
 from lightning_grad.utilities.learning_rates import (
     base_rate,
     choose_groups,
@@ -29,7 +30,7 @@ class ChosenRates:
 
     Attributes:
         scale: Product of all cuts.
-        floor: Least scale; ``None`` until the rates are known.
+        base: Rate of the first group before any cut; ``None`` until the rates are known.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class ChosenRates:
         self._min_lr = min_lr
         self._needed_by = needed_by
         self.scale = 1.0
-        self.floor: float | None = None
+        self.base: float | None = None
 
     def groups(self, trainer: pl.Trainer) -> list[tuple[Optimizer, list[int]]]:
         """Return the optimizers, each with the positions of its groups.
@@ -62,25 +63,29 @@ class ChosenRates:
         return float(optimizer.param_groups[groups[0]]["lr"])
 
     def begin(self, trainer: pl.Trainer) -> None:
-        """Note the floor; to be called once the optimizers of a checkpoint are restored.
+        """Note the rate before any cut; to be called once the optimizers of a checkpoint are restored.
 
-        Rates from a checkpoint that has the floor are as they should be.
+        Rates from a checkpoint that has it are as they should be.
         """
-        if self.floor is not None:
+        if self.base is not None:
             return
         chosen = self.groups(trainer)
         if self._policy == "replace":
             restore_initial_rates_([(optimizer, range(len(optimizer.param_groups))) for optimizer, _ in chosen])
         optimizer, groups = chosen[0]
         keys = ("lr",) if self._policy == "replace" else ("max_lr", "initial_lr", "lr")
-        base = base_rate(optimizer.param_groups[groups[0]], keys)
-        self.floor = min(1.0, self._min_lr / base) if base > 0.0 else 0.0
+        self.base = base_rate(optimizer.param_groups[groups[0]], keys)
+
+    @property
+    def _floor(self) -> float:
+        """Least scale."""
+        assert self.base is not None
+        return min(1.0, self._min_lr / self.base) if self.base > 0.0 else 0.0
 
     def cut(self, trainer: pl.Trainer, factor: float) -> bool:
         """Multiply the rates as far as the floor allows, and say whether there was anything to cut."""
-        assert self.floor is not None
         target = self.scale * factor
-        scale = max(target, self.floor)
+        scale = max(target, self._floor)
         if scale >= self.scale:
             return False
         factor = factor if scale == target else scale / self.scale
@@ -90,3 +95,21 @@ class ChosenRates:
         if self._policy == "multiply":
             scale_schedules_(chosen, [config.scheduler for config in trainer.lr_scheduler_configs], factor)
         return True
+
+
+def as_indices(given: Sequence[int] | None, parameter: str) -> list[int] | None:
+    """Return positions in plain types, each checked.
+
+    Raises:
+        ValueError: If there is none, one is negative, or one comes twice.
+    """
+    if given is None:
+        return None
+    indices = list(given)
+    if not indices:
+        raise ValueError(f"{parameter} must name at least one by its position, from 0, or be None for all; got none.")
+    for index in indices:
+        check_count(index, 0, parameter)
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"{parameter} must name each once; got {indices}.")
+    return indices

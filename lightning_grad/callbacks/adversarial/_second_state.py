@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_grad.callbacks._held import CONTAINERS, has_own_state, holds_fixed_only, is_code, put_back, state_of
+from lightning_grad.functional._tensor_classes import dressed, plain
 
 _METRICS = (Metric, MetricCollection)
 _COPIED = (np.ndarray, np.random.Generator, np.random.RandomState, random.Random)
@@ -133,7 +134,7 @@ def _outside_metrics(module: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Mod
 
 def _clone(tensor: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():  # with an inference tensor nothing could be attacked
-        return tensor.detach().clone()
+        return dressed(plain(tensor).detach().clone(), tensor)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lightning_grad.callbacks.adversarial._attack import loss_of_output
 from lightning_grad.functional import LossCapture
+from lightning_grad.functional._tensor_classes import plain
+from lightning_grad.utilities.batches import copy_of
 
 Step = Callable[[Any], Any]
 
@@ -50,7 +52,7 @@ def run_for_loss(step: Step, batch: Any, samples: int, which: int | None) -> Ste
 
 def _each(capture: LossCapture, which: int | None) -> tuple[Tensor | None, str]:
     try:
-        each = capture.only(which).losses.nan_to_num()
+        each = plain(capture.only(which).losses).nan_to_num()
     except (RuntimeError, ValueError) as error:
         seen = bool(capture.calls or capture.unread)
         return None, first_sentence(error) if seen else ""
@@ -81,7 +83,7 @@ def find_step(
     reasons = []
     for name, step in steps.items():
         try:
-            loss = run_for_loss(step, batch, samples, which)
+            loss = run_for_loss(step, copy_of(batch), samples, which)  # a step may write into it
         except Exception as error:  # a training_step need not know what a validation loader yields
             reasons.append(f"{name} fails on its batch ({type(error).__name__}: {error})")
             continue

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_grad.callbacks.adversarial._attack import Attack, NoLossError, attack_losses, generator_for
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.callbacks.adversarial._step_loss import StepLoss, find_step, run_for_loss
+from lightning_grad.functional._tensor_classes import clone_of
 from lightning_grad.functional.adversarial_attacks import IndependentLossError
 from lightning_grad.utilities.batches import copy_of, map_tensors
 from lightning_grad.utilities.dispatch import overrides
@@ -62,7 +63,7 @@ class WorstInputs:
         Returns:
             tuple: Where its input is, and the attacked input.
         """
-        batch = map_tensors(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+        batch = map_tensors(batch, lambda tensor: clone_of(tensor) if tensor.is_inference() else tensor)
         torch.clear_autocast_cache()  # older versions of torch would take what they have cast in inference mode
         steps = self._steps(trainer, pl_module, step, batch_idx)
         if loader not in self._places:
@@ -97,7 +98,7 @@ class WorstInputs:
         place = find_place(pl_module, batch, self._input_key, self._needed_by)
         clean = place.inputs(batch, next(iter(steps.values())))
         self._attack.refuse_inputs(clean, self._needed_by)
-        with place.shown(copy_of(batch), clean.clone().requires_grad_().clone()) as shown:
+        with place.shown(copy_of(batch), clean.clone().requires_grad_()) as shown:
             return place, find_step(steps, shown, len(clean), self._loss, self._restarts > 1, self._needed_by)
 
     def _worst(self, trainer: pl.Trainer, place: Place, batch: Any, step: Step, purpose: str) -> Tensor:
@@ -109,7 +110,8 @@ class WorstInputs:
         loss_of = attack_losses(trainer, place, batch, lambda shown: run(shown).total)
         worst, highest = clean, torch.full((len(clean),), -torch.inf, device=clean.device)
         for restart in range(self._restarts):
-            inputs = self._raised(loss_of, clean, generator_for(clean.device, self._seed, f"{purpose}/{restart}"))
+            generator = generator_for(clean.device, self._seed, f"{purpose}/{restart}")
+            inputs = self._raised(loss_of, clean, generator, place.support(batch))
             if self._restarts == 1:
                 return inputs
             with place.shown(copy_of(batch), inputs) as shown:
@@ -120,9 +122,15 @@ class WorstInputs:
             highest = torch.where(is_worse, each.detach().to(highest), highest)
         return worst
 
-    def _raised(self, loss_of: Callable[[Tensor], Tensor], clean: Tensor, generator: torch.Generator) -> Tensor:
+    def _raised(
+        self,
+        loss_of: Callable[[Tensor], Tensor],
+        clean: Tensor,
+        generator: torch.Generator,
+        support: Tensor | None,
+    ) -> Tensor:
         try:
-            return self._attack(loss_of, clean, generator)
+            return self._attack(loss_of, clean, generator, support=support)
         except NoLossError:
             raise RuntimeError(
                 f"{self._needed_by}: the step that showed a loss for the first batch of a loader shows none for a later one. "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -11,16 +11,31 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_grad.callbacks.adversarial._monitored import MonitoredValue, describe_unknown
+from lightning_grad.callbacks.adversarial._monitored import (
+    MonitoredValue,
+    describe_unknown,
+    refuse_unknown_monitor,
+    validated_keys,
+)
 from lightning_grad.callbacks.adversarial._rate_report import RateRecord, write_record
-from lightning_grad.callbacks.adversarial._rates import ChosenRates
+from lightning_grad.callbacks.adversarial._rates import ChosenRates, as_indices
 from lightning_grad.callbacks.adversarial._schedules import mute_schedulers, warn_of_schedulers
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional.accuracy_gradient import accuracy_gradient, accuracy_gradient_cuts
-from lightning_grad.utilities.checks import check_above, check_at_least, check_between, check_choice, check_count
+from lightning_grad.utilities.checks import (
+    check_above,
+    check_between,
+    check_choice,
+    check_count,
+    check_count_between,
+    check_finite,
+    check_finite_at_least,
+)
 from lightning_grad.utilities.dispatch import wrap_method
 from lightning_grad.utilities.missed_validation import is_validation_due, run_missed_validation
-from lightning_grad.utilities.reporting import log_many, log_summary, output_folder, stepped_batches
+from lightning_grad.utilities.reporting import log_many, log_summary, output_folder, say_if_no_figure, stepped_batches
+
+_MOST_OBSERVATIONS = 1_000_000
 
 
 class AccuracyGradientLR(GradCallback):
@@ -58,8 +73,9 @@ class AccuracyGradientLR(GradCallback):
 
     Raises:
         ValueError: In the constructor for arguments outside their range. Before the first batch if nothing would be validated,
-            for an optimizer or group that does not exist or has no rate, and for ``policy="replace"`` where a module under
-            manual optimization steps schedulers itself.
+            if the sanity check logged other metrics only, under ``Trainer(barebones=True)``, for an optimizer or group that
+            does not exist or has no rate, and for ``policy="replace"`` where a module under manual optimization steps
+            schedulers itself. On resume for another policy, optimizers or param_groups than the checkpoint's.
         RuntimeError: After the first observation is due, if the metric is not logged, with the names of those that are.
 
     **Hooks.** ``on_validation_end`` observes and cuts, so that checkpoints of that validation hold the cut rates. With
@@ -70,10 +86,10 @@ class AccuracyGradientLR(GradCallback):
     more than w), ``scale`` (of the rates), ``cuts`` (so far); in the summary ``final_scale`` and ``final_cuts``. A table with
     a row for each observation and a figure, as ``accuracy_gradient_lr.csv`` and ``.png``.
 
-    **State.** Observations, scale, floor, cuts. Resuming is bit-exact. From a checkpoint that was written before a validation
-    that is due (``every_n_train_steps``), Lightning would go on without it; it is run first. What Lightning loses is a metric
-    of *training* (``interval="epoch"``) in an epoch that was interrupted after its first batch: of it, the part that is
-    left is observed, or none.
+    **State.** Observations, scale, first rate, cuts. Resuming is bit-exact. From a checkpoint that was written before a
+    validation that is due (``every_n_train_steps``), Lightning would go on without it; it is run first. What Lightning
+    loses is a metric of *training* (``interval="epoch"``) in an epoch that was interrupted after its first batch: of it,
+    the part that is left is observed, or none.
 
     **Cost.** A few numbers for each observation; nothing in a step.
 
@@ -100,6 +116,11 @@ class AccuracyGradientLR(GradCallback):
     """
 
     namespace: ClassVar[str] = "lr"
+    fixed_settings: ClassVar[Mapping[str, str]] = {
+        "policy": "what the schedulers have done until now depends on it",
+        "optimizers": "the learning rates of those chosen before are cut already",
+        "param_groups": "the learning rates of those chosen before are cut already",
+    }
 
     def __init__(
         self,
@@ -121,16 +142,16 @@ class AccuracyGradientLR(GradCallback):
     ) -> None:
         super().__init__(name)
         check_choice(mode, ("max", "min"), "mode")
-        check_count(window, 1, "window")
+        check_count_between(window, 1, _MOST_OBSERVATIONS, "window")
         check_count(quiet, 0, "quiet")
-        check_between(threshold, -math.inf, math.inf, "threshold")
+        check_finite(threshold, "threshold")
         check_above(factor, 0.0, "factor")
         check_between(factor, 0.0, 1.0, "factor")
-        check_at_least(min_lr, 0.0, "min_lr")
+        check_finite_at_least(min_lr, 0.0, "min_lr")
         check_count(start_after, 0, "start_after")
         check_choice(policy, ("multiply", "replace"), "policy")
         check_choice(interval, ("validation", "epoch"), "interval")
-        check_between(0.0 if reach is None else reach, -math.inf, math.inf, "reach")
+        check_finite(0.0 if reach is None else reach, "reach")
         self.monitor = monitor
         self.mode = mode
         self.window = window
@@ -142,8 +163,8 @@ class AccuracyGradientLR(GradCallback):
         self.policy = policy
         self.interval = interval
         self.reach = reach
-        self.optimizers = _indices(optimizers, "optimizers")
-        self.param_groups = _indices(param_groups, "param_groups")
+        self.optimizers = as_indices(optimizers, "optimizers")
+        self.param_groups = as_indices(param_groups, "param_groups")
         self.figure = figure
         self._reset()
 
@@ -157,6 +178,7 @@ class AccuracyGradientLR(GradCallback):
         self._due: float | None = None  # epochs done, if a validation follows here
         self._has_validated = self._has_whole_epoch = self._was_validated = False
         self._told: list[str] = []
+        self._sanity_keys: list[str] = []  # what a sanity check has logged
 
     # The fit begins.
 
@@ -165,6 +187,11 @@ class AccuracyGradientLR(GradCallback):
         super().setup(trainer, pl_module, stage)
         if self._fitting:
             self._reset()
+            if trainer.barebones:
+                raise ValueError(
+                    f"{self.label} observes {self.monitor!r}, and Trainer(barebones=True) turns logging off, so no metric "
+                    "reaches it. Set barebones=False."
+                )
             if self.interval == "validation" and not trainer.enable_validation:
                 self._refuse_without_validation()
 
@@ -176,17 +203,24 @@ class AccuracyGradientLR(GradCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        own: dict[str, Any] = {"since_cut": self._since_cut, "scale": self._rates.scale, "floor": self._rates.floor}
+        own: dict[str, Any] = {"since_cut": self._since_cut, "scale": self._rates.scale, "base": self._rates.base}
         own |= {"validated": self._validated, "due": self._due, **self._record.state_dict()}
         return {**super().state_dict(), **own}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if self._fitting:
-            self._record.load_state_dict(state_dict)
-            self._rates.scale, self._rates.floor = state_dict["scale"], state_dict["floor"]
-            self._since_cut, self._validated, self._due = (state_dict[key] for key in ("since_cut", "validated", "due"))
+        if not self._fitting:
+            return
+        self._record.load_state_dict(state_dict)
+        self._rates.scale, self._rates.base = state_dict["scale"], state_dict["base"]
+        self._since_cut, self._validated, self._due = (state_dict[key] for key in ("since_cut", "validated", "due"))
+        before = state_dict.get("settings", {})
+        changed = [name for name in ("monitor", "interval") if before.get(name) != self.settings[name]]
+        if changed:
+            self._record.restart()
+            self._validated = None
+            self._say(f"restarts its observations, because {' and '.join(changed)} changed; the cuts so far stay")
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -202,12 +236,24 @@ class AccuracyGradientLR(GradCallback):
                 self._end_epoch(trainer)
 
             self._undo.push(wrap_method(pl_module, "on_train_epoch_end", end_epoch))
+        self._announce(trainer)
+
+    def _announce(self, trainer: pl.Trainer) -> None:
+        at = "validation" if self.interval == "validation" else "epoch"
+        least = max(self.window + 2, self.start_after + 1)
+        self._say(
+            f"multiplies the learning rate by {self.factor:g} when the mean of {self.monitor!r} over {self.window} "
+            f"observations improves by less than {self.threshold:g}: at each {at}, from observation {least} on"
+        )
+        say_if_no_figure(trainer, self.label, self.figure)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # The sanity check or Lightning itself has asked for the loaders by now, if the first epoch is validated.
         if self.interval == "validation" and trainer.val_dataloaders is not None and not sum(trainer.num_val_batches):
             self._refuse_without_validation()
+        if not len(self._record):
+            refuse_unknown_monitor(trainer, self.monitor, self._sanity_keys, self.interval == "validation", self.label)
         self._rates.begin(trainer)
         if self._due is not None:
             end = partial(self._end_missed_epoch, trainer, self._due)
@@ -238,7 +284,10 @@ class AccuracyGradientLR(GradCallback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._fitting or trainer.sanity_checking:
+        if not self._fitting:
+            return
+        if trainer.sanity_checking:
+            self._sanity_keys = validated_keys(trainer)
             return
         self._was_validated = True
         value, is_known = self._in_validation.read(trainer)
@@ -304,7 +353,7 @@ class AccuracyGradientLR(GradCallback):
         return True
 
     def _log_observation(self, trainer: pl.Trainer) -> None:
-        values = {"scale": self._rates.scale, "cuts": float(len(self._record.cuts))}
+        values = {"scale": self._rates.scale, "cuts": float(self._record.cut_count)}
         gradient = accuracy_gradient(self._record.gains, self.window)
         if gradient is not None:
             values["accuracy_gradient"] = gradient
@@ -324,7 +373,7 @@ class AccuracyGradientLR(GradCallback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        cuts = float(len(self._record.cuts))
+        cuts = float(self._record.cut_count)
         log_summary(trainer, {self._key("final_scale"): self._rates.scale, self._key("final_cuts"): cuts})
         stem = "accuracy_gradient_lr" if self.name is None else f"accuracy_gradient_lr_{self.name}"
         folder = output_folder(trainer)
@@ -341,19 +390,6 @@ class AccuracyGradientLR(GradCallback):
         else:
             why = f"{self.monitor!r} was never logged"
         rank_zero_warn(f"{self.label} has observed nothing, so that no learning rate was cut: {why}.")
-
-
-def _indices(given: Sequence[int] | None, parameter: str) -> list[int] | None:
-    if given is None:
-        return None
-    indices = list(given)
-    if not indices:
-        raise ValueError(f"{parameter} must name at least one by its position, from 0, or be None for all; got none.")
-    for index in indices:
-        check_count(index, 0, parameter)
-    if len(set(indices)) < len(indices):
-        raise ValueError(f"{parameter} must name each once; got {indices}.")
-    return indices
 
 
 def _epochs_done(trainer: pl.Trainer) -> float:

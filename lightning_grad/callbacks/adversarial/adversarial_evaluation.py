@@ -10,6 +10,7 @@ from weakref import WeakSet
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
@@ -54,9 +55,10 @@ class AdversarialEvaluation(GradCallback):
         bounds: Least and largest value that an input can have, such as [0, 1]; None for no limit.
         mean: Mean by which inputs were normalised, one number or one a channel; epsilon and bounds then count in pixels.
         std: Standard deviation by which inputs were divided.
-        input_key: Key or position of the input in the batch, joined by dots where nested, or "embedding". By default the
-            first floating tensor with two dimensions or more that is not named as a target, mask or weight; without one, or
-            with integers before it, the output of the first nn.Embedding.
+        input_key: Key or position of the input in the batch, joined by dots where nested, "*" for every item of a list,
+            or "embedding". By default the first floating tensor with two dimensions or more that is not named as a target,
+            mask or weight, with those of the other samples where a batch is a list of them; without one, or with integers
+            before it, the output of the first nn.Embedding.
         loss: Which of the losses that the step computes is raised, from 0; by default what it returns, or the only one.
         seed: Seed of random starts, which are the same in every validation.
         name: Name of this instance, part of its keys: ``adversarial/<name>/val_acc``.
@@ -66,7 +68,7 @@ class AdversarialEvaluation(GradCallback):
             ``validation_step`` (``test_step`` in a test), or one that takes ``dataloader_iter``. At the first batch for inputs
             outside the bounds.
         TypeError: At the first batch, if the batch holds no floating tensor, or integers before it, and the module no
-            embedding.
+            embedding; or if the input is sparse or nested.
         RuntimeError: At the first batch, if neither the step nor ``training_step`` shows a loss that depends on the input.
 
     **Hooks.** ``validation_step`` and the module's own hooks around it are wrapped on the instance. The loss is what the step
@@ -141,6 +143,7 @@ class AdversarialEvaluation(GradCallback):
         self.loss = loss
         self.seed = seed
         self._validations = 0
+        self._has_warned = False
         self._forget()
 
     def _forget(self) -> None:
@@ -169,12 +172,28 @@ class AdversarialEvaluation(GradCallback):
             raise ValueError(f"{self.label} runs {step} on attacked inputs, and {type(pl_module).__name__} has none.")
         refuse_dataloader_iter(getattr(pl_module, step), self.label)
         if self._fitting:
-            self._validations = 0
+            self._validations, self._has_warned = 0, False
+            if not trainer.enable_validation:
+                self._warn_of_no_validation()
+        if getattr(trainer, "barebones", False):
+            rank_zero_warn(
+                f"{self.label} logs once more what the module logs, and Trainer(barebones=True) logs nothing. Drop one of "
+                "the two."
+            )
         self._forget()
         self._undo.push(self._forget)
         for hook in (template.format(_STAGES[stage]) for template in _HOOKS):
             around = partial(self._twice, trainer, pl_module, hook)
             self._undo.push(wrap_method(pl_module, hook, around, priority=_INSIDE_WEIGHT_VIEWS))
+
+    def _warn_of_no_validation(self) -> None:
+        if not self._has_warned:
+            rank_zero_warn(
+                f"{self.label} attacks the batches of validations, and this fit has no validation. Give fit() a validation "
+                "loader, limit_val_batches above 0, and check_val_every_n_epoch of at most max_epochs; or measure after the "
+                "fit, by trainer.validate() or trainer.test()."
+            )
+        self._has_warned = True
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -185,6 +204,25 @@ class AdversarialEvaluation(GradCallback):
         super().load_state_dict(state_dict)
         if self._fitting:
             self._validations = state_dict["validations"]
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        often = "each validation" if self.every == 1 else f"one of every {self.every} validations"
+        self._say(f"runs {often} once more on inputs attacked by PGD ({self._attack.described})")
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # The sanity check or Lightning itself has asked for the loaders by now, if the first epoch is validated.
+        is_empty = trainer.val_dataloaders is not None and not sum(trainer.num_val_batches)
+        epochs, every = trainer.max_epochs, trainer.check_val_every_n_epoch
+        comes_too_late = epochs is not None and every is not None and 0 <= epochs < every
+        if is_empty or comes_too_late:
+            self._warn_of_no_validation()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._validations:
+            self._warn_of_no_validation()
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -226,14 +264,15 @@ class AdversarialEvaluation(GradCallback):
         if is_step:
             batch, *rest = args
             kept = copy_of(batch)  # the step may change what it gets
+        again = copy_of(args) if hook.endswith("_batch_start") and overrides(pl_module, hook) else args
         output = inner(*args, **kwargs)
         if is_step:
             self._attacked = self._step(trainer, pl_module, inner, kept, *rest, **kwargs)
         else:
             if hook.endswith("_batch_end") and self._attacked is not None:
-                args = (*self._attacked, *args[2:])
+                again = (*self._attacked, *args[2:])
             with self._as_second(trainer, pl_module):
-                inner(*args, **kwargs)
+                inner(*again, **kwargs)
         if hook.endswith("_epoch_start"):  # which may make the lists that a step needs
             with self._second.used():
                 self._fresh = SecondState(pl_module)
@@ -253,6 +292,9 @@ class AdversarialEvaluation(GradCallback):
         def run(shown: Any) -> Any:
             return inner(shown, *args, **kwargs)
 
+        if batch is None:  # which a collate function may give for samples that it rejects
+            with self._as_second(trainer, pl_module):
+                return run(None), None
         place, inputs = self._attack_batch(trainer, pl_module, run, batch, args)
         with place.shown(batch, inputs) as shown, self._as_second(trainer, pl_module):
             return run(shown), shown

@@ -34,7 +34,7 @@ from lightning_grad.utilities.checks import (
     refuse_manual_optimization,
 )
 from lightning_grad.utilities.dispatch import wrap_method
-from lightning_grad.utilities.progress import run_progress, total_steps
+from lightning_grad.utilities.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step, log_many
 
 OUTSIDE_WEIGHT_VIEWS = 50  # inside of what only looks, outside of loss capture and of weights seen through a view
@@ -65,13 +65,16 @@ class AdversarialTraining(GradCallback):
         mean: Mean by which inputs were normalised, one number or one a channel; epsilon and bounds then count in pixels.
         std: Standard deviation by which inputs were divided.
         clean_fraction: Share of the samples of each batch that stay as they are, at least 0 and below 1.
-        input_key: Key or position of the input in the batch, joined by dots where nested, or "embedding". By default the
-            first floating tensor with two dimensions or more that is not named as a target, mask or weight; without one, or
-            with integers before it, the output of the first nn.Embedding.
+        input_key: Key or position of the input in the batch, joined by dots where nested, "*" for every item of a list,
+            or "embedding". By default the first floating tensor with two dimensions or more that is not named as a target,
+            mask or weight, with those of the other samples where a batch is a list of them; without one, or with integers
+            before it, the output of the first nn.Embedding.
         warmup_fraction: Share of the run in which epsilon grows from 0, linearly.
         check_every: After every so many epochs, tell the accuracy of one batch under PGD with 10 steps, beside that under
             the attack of the training; None never does. FGSM may lose all robustness within an epoch, and only this shows it.
         seed: Seed of random starts and of the choice of clean samples.
+        total_steps: Length of the run in optimizer steps, where it has no known end; for warmup_fraction. Default: the
+            Trainer's.
         name: Name of this instance.
 
     Raises:
@@ -80,8 +83,9 @@ class AdversarialTraining(GradCallback):
             warmup in a run whose length is not known. At the first batch for inputs outside the bounds, and an input_key
             that leads nowhere.
         TypeError: At the first batch, if the batch holds no floating tensor, or integers before it, and the module no
-            embedding.
-        RuntimeError: At the first batch, if the loss does not depend on the input, or the step changes trained parameters.
+            embedding; or if the input is sparse or nested.
+        RuntimeError: At the first batch, if the loss does not depend on the input, the step changes trained parameters, or
+            lazy layers have no size yet.
 
     **Hooks.** ``training_step`` is wrapped on the instance: outside of what reads or weighs the loss, inside of what scores
     samples, so that these see clean inputs.
@@ -90,7 +94,7 @@ class AdversarialTraining(GradCallback):
     the attack); after every check_every epochs ``attack_accuracy`` and ``pgd_accuracy`` of one batch, in eval mode. What the
     module logs in its step is measured under attack.
 
-    **State.** None. Random numbers are those of seed, epoch, batch and rank, so resuming is bit-exact.
+    **State.** None but its settings. Random numbers are those of seed, epoch, batch and rank, so resuming is bit-exact.
 
     **Cost.** A forward and the input's part of a backward pass for each step of the attack, see docs/benchmarks.md.
 
@@ -135,6 +139,7 @@ class AdversarialTraining(GradCallback):
         warmup_fraction: float = 0.0,
         check_every: int | None = 1,
         seed: int = 0,
+        total_steps: int | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
@@ -163,6 +168,8 @@ class AdversarialTraining(GradCallback):
         self.warmup_fraction = warmup_fraction
         self.check_every = check_every
         self.seed = seed
+        self.total_steps = total_steps
+        check_total_steps(total_steps)
         self._forget()
 
     def _forget(self) -> None:
@@ -203,9 +210,16 @@ class AdversarialTraining(GradCallback):
             )
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.epsilon == 0.0:
+            self._say("trains on the inputs as they are, for epsilon is 0")
+        else:
+            self._say(f"trains on inputs attacked by {self.attack.upper()} ({self._attack.described})")
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.warmup_fraction:
-            total_steps(trainer, self.label)
+        if self.warmup_fraction and total_steps(trainer, self.label, self.total_steps) is None:
+            self._say(IN_FIRST_EPOCH)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
@@ -255,7 +269,7 @@ class AdversarialTraining(GradCallback):
         """Return the share of epsilon that is reached."""
         if self.epsilon == 0.0 or self.warmup_fraction == 0.0:
             return float(self.epsilon > 0.0)
-        return min(1.0, run_progress(trainer) / self.warmup_fraction)
+        return min(1.0, run_progress(trainer, stated=self.total_steps) / self.warmup_fraction)
 
     def _inputs(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, run: Callable[[Any], Any], share: float
@@ -274,15 +288,21 @@ class AdversarialTraining(GradCallback):
             self._start_loss = None
             loss_of = attack_losses(trainer, place, batch, run, self._note_start)
             generator = generator_for(clean.device, self.seed, f"{epoch}/{batch_idx}/{trainer.global_rank}")
-            inputs = self._partly(clean, self._attacking(loss_of, clean, generator, share), generator)
+            attacked = self._attacking(loss_of, clean, generator, share, place.support(batch))
+            inputs = self._partly(clean, attacked, generator)
         self._attacked = ((epoch, batch_idx), batch, inputs)
         return inputs
 
     def _attacking(
-        self, loss_of: Callable[[Tensor], Tensor], clean: Tensor, generator: torch.Generator, share: float
+        self,
+        loss_of: Callable[[Tensor], Tensor],
+        clean: Tensor,
+        generator: torch.Generator,
+        share: float,
+        support: Tensor | None,
     ) -> Tensor:
         try:
-            return self._attack(loss_of, clean, generator, share)
+            return self._attack(loss_of, clean, generator, share, support)
         except IndependentLossError as error:
             raise RuntimeError(
                 f"{self.label}: {error} If another part of the batch is the input, name it by input_key; if training_step "

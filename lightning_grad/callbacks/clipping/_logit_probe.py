@@ -2,12 +2,14 @@
 
 Used by ``gradient_monitor.py``. Logits that grow without bound are the first sign of two instabilities of transformers
 (Wortsman et al., 2023, arXiv 2309.14322). No layer has to be named: what goes into a scaled dot product, a softmax or a
-log-softmax is seen where torch dispatches it, whichever class has called it.
+log-softmax is seen where torch dispatches it, whichever class has called it. ``_attention_tracks.py`` tells a softmax of
+attention from others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,48 +17,81 @@ from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_grad.callbacks.clipping._attention_tracks import AttentionTracks
 from lightning_grad.utilities.forward_order import is_compiled
 
 _MOST_SCORES = 2**22  # of one attention that are computed; beyond, a part of the batch must do
-_SCORES = "_scaled_dot_product"
+_FUSED_ATTENTION = "_scaled_dot_product"
 
 
 class LogitProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps the largest attention logit, and the largest magnitude of an output logit, while it is active.
 
-    Attention logits are inputs of a softmax, and query times key of a fused attention; output logits are inputs of a
-    log-softmax, as in cross entropy. What is masked does not count. The values stay on the device.
+    Attention logits are products of queries and keys: what goes into a softmax that weights values, and query times key of
+    a fused attention. Output logits are inputs of a log-softmax, as in cross entropy. Masked logits do not count. The
+    values stay on the device.
+
+    Args:
+        module: The module whose parameters and buffers are no activations; parameters are recognized without it.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._found: dict[str, list[Tensor]] = {"attention_logit_max": [], "output_logit_max": []}
+        tensors = () if module is None else itertools.chain(module.parameters(), module.buffers())
+        with torch._C.DisableTorchFunctionSubclass():
+            self._tracks: AttentionTracks | None = AttentionTracks(tensors)
+        self._attention: list[Tensor] = []
+        self._softmaxes: list[Tensor] = []  # the largest logit of each softmax that may turn out to be attention
+        self._outputs: list[Tensor] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = "" if isinstance(func, HigherOrderOperator) else func._schema.name.partition("::")[2]
-        if "backward" not in name:
-            if name in ("_softmax", "_safe_softmax"):
-                self._keep("attention_logit_max", args[0], _largest)
-            elif name == "_log_softmax":
-                self._keep("output_logit_max", args[0], _largest_magnitude)
-            elif name.startswith(_SCORES):
-                given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
-                self._keep("attention_logit_max", {**given, **kwargs}, _largest_score)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if self._tracks is not None and not isinstance(func, HigherOrderOperator):
+            name = func._schema.name.partition("::")[2]
+            if "backward" not in name:
+                with (
+                    torch._C.DisableTorchFunctionSubclass()
+                ):  # tensors of a class of their own may refuse to be looked at
+                    self._see(self._tracks, name, func, args, kwargs, result)
+        return result
 
-    def _keep(self, name: str, given: Any, measure: Callable[[Any], Tensor]) -> None:
-        tensor = given["query"] if isinstance(given, dict) else given
-        if tensor.numel():
-            self._found[name].append(measure(given))
+    def _see(
+        self,
+        tracks: AttentionTracks,
+        name: str,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        result: Any,
+    ) -> None:
+        if name in ("_softmax", "_safe_softmax") and args[0].numel() and tracks.are_scores(args[0]):
+            self._softmaxes.append(_largest(args[0]))
+            tracks.note_softmax(len(self._softmaxes) - 1, result)
+            return
+        if name == "_log_softmax" and args[0].numel():
+            self._outputs.append(_largest_magnitude(args[0]))
+        elif name.startswith(_FUSED_ATTENTION):
+            given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+            if given["query"].numel():
+                self._attention.append(_largest_score({**given, **kwargs}))
+        # The result of another softmax, and of attention, is an activation like any other.
+        tracks.note(name, () if name.endswith("softmax") or name.startswith(_FUSED_ATTENTION) else args, result)
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
+        if self._tracks is not None:
+            self._attention += [self._softmaxes[number] for number in sorted(self._tracks.attending)]
+        self._tracks, self._softmaxes = None, []
 
     def read(self) -> dict[str, Tensor]:
         """Return what was seen, scalars by name; nothing where no such operator ran."""
-        return {name: torch.stack(values).max() for name, values in self._found.items() if values}
+        found = {"attention_logit_max": self._attention, "output_logit_max": self._outputs}
+        return {name: torch.stack(values).max() for name, values in found.items() if values}
 
 
 def _largest(logits: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
 from lightning_grad.functional import noise_scale_terms
+from lightning_grad.functional.plain_tensors import on_plain_tensors
 from lightning_grad.functional.tensor_lists import joined_norm
 from lightning_grad.utilities.precision import grad_scaler
 
@@ -66,6 +67,7 @@ class NoiseScaleMeter:
             except Exception:  # a batch of a kind that Lightning cannot read either: count in parts
                 self._batch_size = 1
 
+    @on_plain_tensors
     def _see(self, gradient: Tensor) -> None:
         self._squares.append(joined_norm([gradient.detach()]).square())
 

@@ -3,40 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.callbacks._phases import Phase
-from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
+from lightning_grad.callbacks.clipping._units import LastLayers, UnitConditioner
+from lightning_grad.callbacks.conditioner import GradientStep
 from lightning_grad.functional import clip_adaptively_
 from lightning_grad.functional.tensor_lists import whole
 from lightning_grad.utilities.checks import check_above
-from lightning_grad.utilities.parameters import check_patterns, clean_name
+from lightning_grad.utilities.parameters import all_names, check_patterns, matches, parameter_names
 
 _LAST_LINEAR = "last Linear"
 
 
-class AdaptiveGradientClipping(GradientConditioner):
+class AdaptiveGradientClipping(UnitConditioner):
     r"""Clip the gradient of each neuron by the norm of its weights (AGC).
 
     .. math::
         G_i \leftarrow G_i \frac{m_i}{\lVert G_i \rVert} \text{ where } \lVert G_i \rVert > m_i, \quad
         m_i = \lambda \max(\lVert W_i \rVert, \epsilon)
 
-    i counts units: rows of a Linear, filters of a Conv; a vector is one unit. Layers that lay out their weights otherwise
-    (ConvTranspose; query, key and value packed in one weight, whose rows still are neurons) get other units than neurons.
+    i counts units: rows of a Linear, filters of a Conv; a vector is one unit. A layer of another package whose weight is
+    (in, out), as the Conv1D of GPT-2 in transformers, is recognized by what it computes; a matrix of which that cannot be told
+    is left alone and named. ConvTranspose lays out its weights otherwise, and its units are not neurons.
 
     Args:
         ratio: lambda, the largest ratio of gradient to weight norm; one number, or one for each name pattern, first match
             first. A param group of the optimizer that carries "ratio" has its own.
         eps: epsilon, the least weight norm, so that weights that are zero can leave zero.
-        head: Name or wildcard of the classifier, which is not clipped; "last Linear" is the last Linear registered in the
-            module, None clips all.
-        include: Names or wildcards of the parameters or modules that are clipped; default all.
+        head: Name or wildcard of the classifier, which is not clipped; "last Linear" is the last linear layer that the first
+            batch reaches, in each network of its own (the two of a GAN have two), None clips all.
+        include: Names or wildcards of the parameters or modules that are clipped; default all. A matrix whose own name is
+            spelled ("mix.w") counts its units first if its layer does not show where they are.
         exclude: Names or wildcards of those that are not.
         name: Name of this instance, needed when two are used.
 
@@ -45,7 +49,8 @@ class AdaptiveGradientClipping(GradientConditioner):
             head is "last Linear", beside ``Trainer(gradient_clip_val=...)``, under FSDP1 and DeepSpeed, with a fused
             optimizer in fp16, for sparse gradients, and for a name pattern that matches nothing.
 
-    **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced.
+    **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced. In the first batch hooks on the
+    layers see which is reached last.
 
     **Logs** under ``grad/agc/``, at log steps: ``clipped_units`` (share of units that were clipped in this step) and
     ``least_coefficient`` (how far the most clipped one was).
@@ -88,28 +93,86 @@ class AdaptiveGradientClipping(GradientConditioner):
         self.ratio = self._as_threshold(ratio)
         self.eps = eps
         self.head = head
+        self._heads: LastLayers | None = None
         check_above(eps, 0.0, "eps")
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._heads = None
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.head == _LAST_LINEAR:
+            self._heads = LastLayers(trainer, pl_module)
+            self._undo.push(self._heads.stop)
+            if not self._heads.names:
+                raise ValueError(
+                    f"{self.label} leaves the classifier alone, and finds no Linear. Name it by head='...', or set head=None."
+                )
+        super().on_fit_start(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._heads is not None:
+            self._heads.watch()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._learn_heads(trainer, pl_module)
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._heads is not None and self._heads.is_watching:
+            self._learn_heads(trainer, pl_module)
+            self._heads.stop()
+
+    def _learn_heads(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._heads is None or not self._heads.is_watching or not self._heads.learn():
+            return
+        self._say(f"leaves {', '.join(self._heads.names)} alone: the batch reaches it last")
+        for index, optimizer in enumerate(trainer.optimizers):
+            self._choose(index, optimizer, pl_module)
 
     @override
     def _excluded(self, pl_module: pl.LightningModule) -> list[str]:
         return [*super()._excluded(pl_module), *self._head_names(pl_module)]
 
-    def _head_names(self, pl_module: pl.LightningModule) -> list[str]:
-        if self.head is None:
-            return []
-        if self.head != _LAST_LINEAR:
-            check_patterns([self.head], [name for name, _ in pl_module.named_parameters()], "head")
-            return [self.head]
-        linear = [clean_name(name) for name, module in pl_module.named_modules() if isinstance(module, nn.Linear)]
-        if not linear:
+    @override
+    def _check_choice(self, pl_module: pl.LightningModule) -> None:
+        heads = self._head_names(pl_module)
+        own = super()._excluded(pl_module)
+        known = [n for n in all_names(pl_module).values() if self.include is None or matches(n, self.include)]
+        others = [names for names in known if not matches(names, own)]
+        if others and all(matches(names, heads) for names in others):
             raise ValueError(
-                f"{self.label} leaves the classifier alone, and finds no Linear. Name it by head='...', or set head=None."
+                f"{self.label} has nothing to act on besides {', '.join(heads)}, which it leaves alone as the classifier. Set "
+                "head=None to clip that too."
             )
-        return [linear[-1]]
+        super()._check_choice(pl_module)
+
+    def _head_names(self, pl_module: pl.LightningModule) -> list[str]:
+        if self._heads is not None:
+            return self._heads.names
+        if self.head is not None:
+            check_patterns([self.head], parameter_names(pl_module), "head")
+        return [] if self.head is None else [self.head]
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_heads": None}
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
-        coefficients = clip_adaptively_(step.gradients, step.parameters, step.threshold, self.eps)
+        output_dims = self.output_dims(step.parameters)
+        coefficients = clip_adaptively_(step.gradients, step.parameters, step.threshold, self.eps, output_dims)
         if not step.measured:
             return {}
         units = torch.cat([whole(c).flatten().to(step.gradients[0].device) for c in coefficients])

@@ -12,7 +12,9 @@ from lightning_grad.callbacks._phases import Phase
 from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import autoclip_state, autoclip_threshold_, clip_to_threshold_
 from lightning_grad.functional.tensor_lists import joined_norm
-from lightning_grad.utilities.checks import check_between, check_count
+from lightning_grad.utilities.checks import check_between, check_count_between
+
+_MOST_NORMS = 1_000_000  # 8 MB, which are searched at every step
 
 
 class AutoClip(GradientConditioner):
@@ -28,15 +30,15 @@ class AutoClip(GradientConditioner):
     Args:
         percentile: p, 0 to 100; one number, or one for each name pattern, first match first, each with norms of its own. A
             param group of the optimizer that carries "percentile" has its own. 100 never clips.
-        window: How many of the last norms are kept.
+        window: How many of the last norms are kept, 1 to 1,000,000.
         include: Names or wildcards of the parameters or modules that are clipped; default all.
         exclude: Names or wildcards of those that are not.
         name: Name of this instance, needed when two are used.
 
     Raises:
-        ValueError: In the constructor for a percentile outside 0 to 100 or a window below 1. Before the first batch beside
-            ``Trainer(gradient_clip_val=...)``, under FSDP1 and DeepSpeed, with a fused optimizer in fp16, for sparse
-            gradients, and for a name pattern that matches nothing.
+        ValueError: In the constructor for a percentile outside 0 to 100 or a window outside 1 to 1,000,000. Before the first
+            batch beside ``Trainer(gradient_clip_val=...)``, under FSDP1 and DeepSpeed, with a fused optimizer in fp16, for
+            sparse gradients, and for a name pattern that matches nothing.
 
     **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced.
 
@@ -80,7 +82,7 @@ class AutoClip(GradientConditioner):
         super().__init__(include, exclude, name)
         self.percentile = self._as_threshold(percentile)
         self.window = window
-        check_count(window, 1, "window")
+        check_count_between(window, 1, _MOST_NORMS, "window")
 
     @override
     def _check_threshold(self, number: float) -> None:

@@ -5,28 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_grad.callbacks._phases import Phase
-from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
+from lightning_grad.callbacks.clipping._units import UnitConditioner
+from lightning_grad.callbacks.conditioner import GradientStep
 from lightning_grad.functional import centralize_
 from lightning_grad.functional.tensor_lists import joined_norm
 
 
-class GradientCentralization(GradientConditioner):
+class GradientCentralization(UnitConditioner):
     r"""Take the mean from the gradient of each neuron's weights.
 
     .. math::
         G_i \leftarrow G_i - \frac{1}{M} \sum_{j=1}^{M} G_{ij}
 
-    i counts the first dimension, the outputs of most layers (the inputs of a ConvTranspose); vectors stay as they are. With
-    plain SGD the mean of each neuron's weights then never changes. It comes before clipping.
+    i counts the outputs of the layer, which are in the first dimension of a weight (of a ConvTranspose these are the inputs).
+    A layer of another package whose weight is (in, out), as the Conv1D of GPT-2 in transformers, is recognized by what it
+    computes; a matrix of which that cannot be told is left alone and named. Vectors stay as they are. With plain SGD the mean
+    of each neuron's weights then never changes. It comes before clipping.
 
     Args:
         conv_only: Leave Linear and Embedding weights alone, as the released code has for an option.
-        include: Names or wildcards of the parameters or modules whose gradients are centralized; default all.
+        include: Names or wildcards of the parameters or modules whose gradients are centralized; default all. A matrix
+            whose own name is spelled ("mix.w") counts its outputs first if its layer does not show where they are.
         exclude: Names or wildcards of those that are left alone.
         name: Name of this instance, needed when two are used.
 
@@ -71,11 +77,30 @@ class GradientCentralization(GradientConditioner):
         self.conv_only = conv_only
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._refuse_vectors(pl_module)
+        super().on_fit_start(trainer, pl_module)
+
+    def _refuse_vectors(self, pl_module: pl.LightningModule) -> None:
+        most = max((p.ndim for p in pl_module.parameters() if not is_lazy(p)), default=3)
+        if most < 2:
+            raise ValueError(f"{self.label} centralizes weights, and this module has vectors only. Drop the callback.")
+        if most < 3 and self.conv_only:
+            raise ValueError(
+                f"{self.label}(conv_only=True) centralizes convolutions, and this module has none. Set conv_only=False."
+            )
+
+    @override
+    def _changes(self, parameter: Tensor) -> bool:
+        return parameter.ndim > (2 if self.conv_only else 1)
+
+    @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
+        output_dims = self.output_dims(step.parameters)
         if not step.measured:
-            centralize_(step.gradients, self.conv_only)
+            centralize_(step.gradients, self.conv_only, output_dims)
             return {}
         before = joined_norm(step.gradients)
-        centralize_(step.gradients, self.conv_only)
+        centralize_(step.gradients, self.conv_only, output_dims)
         after = joined_norm(step.gradients)
         return {"removed": torch.where(before > 0, 1.0 - (after / before).square(), 0.0)}

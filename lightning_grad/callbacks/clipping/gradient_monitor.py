@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -27,6 +26,8 @@ from lightning_grad.callbacks.clipping._monitor_record import MonitorRecord
 from lightning_grad.callbacks.clipping._monitor_report import tell_first_bad, write_record
 from lightning_grad.callbacks.clipping._noise_scale import NoiseScaleMeter
 from lightning_grad.callbacks.clipping._optimizer_watch import OptimizerWatch, Place
+from lightning_grad.functional.plain_tensors import PlainTensors, on_plain_tensors
+from lightning_grad.utilities.arguments import plain
 from lightning_grad.utilities.checks import (
     check_count,
     refuse_deepspeed,
@@ -36,7 +37,7 @@ from lightning_grad.utilities.checks import (
 from lightning_grad.utilities.dispatch import overrides, wrap_method
 from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.optimizers import optimizer_index, optimizer_shape
-from lightning_grad.utilities.parameters import as_names, check_patterns
+from lightning_grad.utilities.parameters import as_names, check_patterns, parameter_names
 from lightning_grad.utilities.precision import grad_scaler, refuse_scaled_gradients, true_loss
 from lightning_grad.utilities.reporting import (
     is_log_step,
@@ -44,6 +45,7 @@ from lightning_grad.utilities.reporting import (
     log_many,
     log_summary,
     output_folder,
+    say_if_no_figure,
     stepped_batches,
 )
 from lightning_grad.utilities.thresholds import choose_buckets
@@ -177,12 +179,15 @@ class GradientMonitor(GradCallback):
             return
         for index, saved in state_dict["records"].items():
             self._records.setdefault(int(index), MonitorRecord()).load_state_dict(saved)
-        self._noise.load_state_dict(state_dict["noise"])
+        before = state_dict.get("settings", {})
+        if all(before.get(name) == plain(self.settings[name]) for name in ("include", "exclude")):
+            self._noise.load_state_dict(state_dict["noise"])  # else its averages are of other parameters
         self._first_bad, self._told = dict(state_dict["first_bad"]), bool(state_dict["told"])
 
     @override
+    @on_plain_tensors
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = [name for name, _ in pl_module.named_parameters()]
+        names = parameter_names(pl_module)
         for parameter, patterns in (("include", self.include), ("exclude", self.exclude)):
             check_patterns(patterns or [], names, parameter)
         for index, optimizer in enumerate(trainer.optimizers):
@@ -234,14 +239,23 @@ class GradientMonitor(GradCallback):
         self._probes = self.logits and not has_compiled(pl_module)
         if self._probes:
             self._graphs = compiled_graphs()
-            self._undo.push(wrap_method(pl_module, "training_step", partial(self._probe_logits, trainer)))
+            self._undo.push(wrap_method(pl_module, "training_step", partial(self._probe_logits, trainer, pl_module)))
 
     def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        count = sum(len(watch.parameters) for watch in self._watches)
+        self._say(f"watches the gradients of {count} parameter{'' if count == 1 else 's'}")
+        if trainer.barebones:
+            self._say(
+                "logs nothing, because Trainer(barebones=True) turns logging off; at the end of the fit it names the first "
+                "gradient that was not finite"
+            )
+            return
         why_not = NoiseScaleMeter.why_not(trainer, pl_module)
         if why_not is not None:
-            rank_zero_info(f"{self.label}: no gradient noise scale; {why_not}.")
+            self._say(f"logs no gradient noise scale: {why_not}")
         if self.logits and not self._probes:
-            rank_zero_info(f"{self.label}: no logits; watching them would run compiled modules uncompiled.")
+            self._say("logs no logits: watching them would run compiled modules uncompiled")
+        say_if_no_figure(trainer, self.label, self.figure)
 
     # One training step.
 
@@ -255,11 +269,13 @@ class GradientMonitor(GradCallback):
         if is_log_step(trainer) and NoiseScaleMeter.why_not(trainer, pl_module) is None:
             self._noise.begin_batch(self._watches[0].parameters, batch)
 
-    def _probe_logits(self, trainer: pl.Trainer, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _probe_logits(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, inner: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         # A function that is no module may be compiled too, and would run uncompiled.
         if not is_log_step(trainer) or compiled_graphs() > self._graphs:
             return inner(*args, **kwargs)
-        self._probe = LogitProbe()
+        self._probe = LogitProbe(pl_module)
         with self._probe:
             return inner(*args, **kwargs)
 
@@ -283,7 +299,8 @@ class GradientMonitor(GradCallback):
     def _before_clipping(
         self, inner: Callable[..., Any], trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        self._watches[optimizer_index(trainer, optimizer, self.label)].look_before_clipping()
+        with PlainTensors():
+            self._watches[optimizer_index(trainer, optimizer, self.label)].look_before_clipping()
         inner(trainer, pl_module, optimizer)
 
     @override
@@ -294,6 +311,7 @@ class GradientMonitor(GradCallback):
             self._look_before(trainer, pl_module, optimizer)
 
     @torch.no_grad()
+    @on_plain_tensors
     def _look_before(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         measured = is_log_step(trainer)
         rare = measured and self._is_rare(trainer)
@@ -315,11 +333,12 @@ class GradientMonitor(GradCallback):
     ) -> None:
         inner(optimizer, *args, **kwargs)
         self._stepped = True
-        with torch.no_grad():
+        with torch.no_grad(), PlainTensors():
             watch = self._watches[optimizer_index(trainer, optimizer, self.label)]
             watch.look_after(self._loss, self._place, self._changed)
 
     @torch.no_grad()
+    @on_plain_tensors
     def _look_at_update(self, watch: OptimizerWatch) -> None:
         watch.look_at_update()
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_grad.callbacks._phases import Phase
 from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import add_gradient_noise_, noise_deviation
-from lightning_grad.utilities.checks import check_at_least
+from lightning_grad.utilities.checks import check_finite_at_least
 
 
 class GradientNoise(GradientConditioner):
@@ -33,7 +33,7 @@ class GradientNoise(GradientConditioner):
         name: Name of this instance, needed when two are used.
 
     Raises:
-        ValueError: In the constructor for a negative eta or decay. Before the first batch beside
+        ValueError: In the constructor for an eta or decay that is negative or infinite. Before the first batch beside
             ``Trainer(gradient_clip_val=...)``, which would clip the noise, under FSDP1 and DeepSpeed, with a fused optimizer
             in fp16, for sparse gradients, and for a name pattern that matches nothing.
 
@@ -78,8 +78,8 @@ class GradientNoise(GradientConditioner):
         self.eta = eta
         self.decay = decay
         self.seed = seed
-        check_at_least(eta, 0.0, "eta")
-        check_at_least(decay, 0.0, "decay")
+        check_finite_at_least(eta, 0.0, "eta")
+        check_finite_at_least(decay, 0.0, "decay")
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

@@ -13,7 +13,7 @@ from lightning_grad.callbacks._phases import Phase
 from lightning_grad.callbacks.clipping._layers import LayerFinder, Per
 from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import normalize_layers_
-from lightning_grad.utilities.checks import check_above, check_choice
+from lightning_grad.utilities.checks import check_above, check_choice, check_finite_above
 
 
 class LayerwiseNormalization(GradientConditioner):
@@ -37,9 +37,9 @@ class LayerwiseNormalization(GradientConditioner):
         name: Name of this instance, needed when two are used.
 
     Raises:
-        ValueError: In the constructor unless coefficient and max_ratio are above 0, or for an unknown per. Before the first
-            batch under FSDP1 and DeepSpeed, with a fused optimizer in fp16, for
-            sparse gradients, and for a name pattern that matches nothing.
+        ValueError: In the constructor unless coefficient and max_ratio are above 0 and coefficient is finite, or for an
+            unknown per. Before the first batch under FSDP1 and DeepSpeed, with a fused optimizer in fp16, for sparse
+            gradients, and for a name pattern that matches nothing.
 
     **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced.
 
@@ -90,9 +90,17 @@ class LayerwiseNormalization(GradientConditioner):
         self._layers = LayerFinder(per)
 
     @override
+    def _check_threshold(self, number: float) -> None:
+        check_finite_above(number, 0.0, "coefficient")
+
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._layers = LayerFinder(self.per)  # another module may have the same names
         super().on_fit_start(trainer, pl_module)
+
+    @override
+    def _changes(self, parameter: Tensor) -> bool:
+        return self.vectors or parameter.ndim > 1
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional import reset_moments_, reset_warmup
+from lightning_grad.functional.plain_tensors import PlainTensors, on_plain_tensors
 from lightning_grad.utilities.checks import check_count, check_keeps, refuse_deepspeed
 from lightning_grad.utilities.optimizers import optimizer_index
 from lightning_grad.utilities.precision import gradients_are_scaled
@@ -23,6 +23,9 @@ NO_MOMENTS = (
     "MomentumReset sets the moments (exp_avg, exp_avg_sq) of an Adam-like optimizer to zero, and {} keeps none. Use Adam or "
     "AdamW."
 )
+
+_COUNTS = ("steps", "last", "resets")
+_LONGEST_DEFAULT = 150  # steps of warm-up, as in the released code
 
 
 class MomentumReset(GradCallback):
@@ -37,7 +40,8 @@ class MomentumReset(GradCallback):
 
     Args:
         every: Optimizer steps from one reset to the next.
-        warmup: Steps after a reset in which the learning rate is held down; 0 for none.
+        warmup: Steps after a reset in which the learning rate is reduced; 0 for none. Default: 150, or half of every if
+            that is less.
         name: Name of this instance, in its log keys and its state.
 
     Raises:
@@ -51,7 +55,8 @@ class MomentumReset(GradCallback):
 
     **Logs** under ``grad/momentum_reset/``, at log steps: ``lr_factor`` and ``resets``.
 
-    **State.** Steps of each optimizer.
+    **State.** Of each optimizer its steps, its resets and the step of the last one. A run that resumes with another
+    ``every`` is reset so many steps after its last reset, or at once.
 
     **Cost.** None worth measuring: two Python calls a step, one pass over the moments at a reset.
 
@@ -69,23 +74,28 @@ class MomentumReset(GradCallback):
 
     References:
         Huang et al., "SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training", 2025, arXiv 2501.06842,
-        algorithm 1; the warm-up's length and shape are those of its released code.
+        algorithm 1; the warm-up's length and shape are those of its released code. Half of every is ours.
     """
 
     namespace: ClassVar[str] = "grad/momentum_reset"
 
-    def __init__(self, every: int = 500, warmup: int = 150, name: str | None = None) -> None:
+    def __init__(self, every: int = 500, warmup: int | None = None, name: str | None = None) -> None:
         super().__init__(name)
-        self.every = every
-        self.warmup = warmup
         check_count(every, 1, "every")
-        check_count(warmup, 0, "warmup")
-        if warmup >= every:
-            raise ValueError(f"warmup must be below every, or the rate never comes back; got {warmup} and {every}.")
+        self.every = every
+        self.warmup = min(_LONGEST_DEFAULT, every // 2) if warmup is None else warmup
+        check_count(self.warmup, 0, "warmup")
+        if self.warmup >= every:
+            raise ValueError(
+                f"warmup must be below every, or the learning rate never comes back; got warmup={warmup} and every={every}. "
+                "Leave warmup out for half of every."
+            )
         self._reset()
 
     def _reset(self) -> None:
         self._steps: dict[int, int] = {}
+        self._last: dict[int, int] = {}  # the step of the last reset, from 1
+        self._resets: dict[int, int] = {}
         self._factors: dict[int, float] = {}
         self._rates: dict[int, list[tuple[Any, Any]]] = {}
 
@@ -98,17 +108,22 @@ class MomentumReset(GradCallback):
             self._reset()
             refuse_deepspeed(trainer, self.label)
             if sum(hasattr(c, "steps_since_reset") for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-                raise ValueError("Two MomentumReset would undo each other's learning rates. Keep one.")
+                raise ValueError(
+                    "Use only one MomentumReset per Trainer: two would overwrite each other's learning rates."
+                )
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if self._fitting:
-            self._steps = {int(index): steps for index, steps in state_dict["steps"].items()}
+            self._steps, self._last, self._resets = (
+                {int(index): count for index, count in state_dict.get(key, {}).items()} for key in _COUNTS
+            )
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         without: list[ValueError] = []
+        watched: list[str] = []
         for index, optimizer in enumerate(trainer.optimizers):
             if gradients_are_scaled(trainer, optimizer):
                 raise ValueError(
@@ -121,10 +136,13 @@ class MomentumReset(GradCallback):
                 without.append(error)
             else:
                 self._watch(index, optimizer)
+                watched.append(type(optimizer).__name__)
         if without and len(without) == len(trainer.optimizers):
             raise without[0]
         if without:
-            rank_zero_info(f"{self.label} passes over an optimizer. {without[0]}")
+            self._say(f"skips an optimizer: {str(without[0]).rstrip('.')}")
+        slow = f", and reduces the learning rate for {self.warmup} steps after each reset" if self.warmup else ""
+        self._say(f"resets the moments of {', '.join(watched)} every {self.every} steps{slow}")
 
     def _watch(self, index: int, optimizer: Optimizer) -> None:
         self._undo.push(optimizer.register_step_pre_hook(lambda o, *_: self._before_step(index, o)).remove)
@@ -142,8 +160,11 @@ class MomentumReset(GradCallback):
         Returns:
             int: The steps, or ``None`` before the first reset.
         """
-        step = self._steps.get(index, 0) + 1
-        return step % self.every if step >= self.every else None
+        last = self._last.get(index, 0)
+        since = self._steps.get(index, 0) + 1 - last
+        if since >= self.every:
+            return 0
+        return since if last else None
 
     def _before_step(self, index: int, optimizer: Optimizer) -> None:
         self._restore_rates(index, optimizer)  # a step that raised never came to its post hook
@@ -151,7 +172,8 @@ class MomentumReset(GradCallback):
         if since is None:
             return
         if since == 0:
-            reset_moments_(list(optimizer.state.values()))
+            with PlainTensors():
+                reset_moments_(list(optimizer.state.values()))
         self._hold_down(index, optimizer, reset_warmup(since, self.warmup))
 
     def _hold_down(self, index: int, optimizer: Optimizer, factor: float) -> None:
@@ -173,10 +195,14 @@ class MomentumReset(GradCallback):
                 self._rates[index][number] = (group["lr"], low)
                 group["lr"] = low
 
+    @on_plain_tensors
     def _after_step(self, index: int, optimizer: Optimizer) -> None:
         self._restore_rates(index, optimizer)
         if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            was_reset = self.steps_since_reset(index) == 0
             self._steps[index] = self._steps.get(index, 0) + 1
+            if was_reset:
+                self._last[index], self._resets[index] = self._steps[index], self._resets.get(index, 0) + 1
 
     def _restore_rates(self, index: int, optimizer: Optimizer) -> None:
         for group, (rate, low) in zip(optimizer.param_groups, self._rates.pop(index, []), strict=False):
@@ -190,9 +216,14 @@ class MomentumReset(GradCallback):
         if is_log_step(trainer):
             for index, steps in self._steps.items():
                 prefix = f"optimizer{index}/" if len(trainer.optimizers) > 1 else ""
-                factor = reset_warmup(steps % self.every, self.warmup) if steps >= self.every else 1.0
-                self._log(pl_module, {f"{prefix}lr_factor": factor, f"{prefix}resets": float(steps // self.every)})
+                last = self._last.get(index, 0)
+                factor = reset_warmup(steps - last, self.warmup) if last else 1.0
+                self._log(
+                    pl_module, {f"{prefix}lr_factor": factor, f"{prefix}resets": float(self._resets.get(index, 0))}
+                )
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "steps": {str(index): steps for index, steps in self._steps.items()}}
+        counts = zip(_COUNTS, (self._steps, self._last, self._resets), strict=True)
+        own = {key: {str(index): count for index, count in of.items()} for key, of in counts}
+        return {**super().state_dict(), **own}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -14,7 +15,10 @@ from lightning_grad.callbacks._phases import Phase
 from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import clip_to_threshold_, zclip_state, zclip_threshold_
 from lightning_grad.functional.tensor_lists import joined_norm
-from lightning_grad.utilities.checks import check_above, check_at_least, check_between, check_count
+from lightning_grad.utilities.checks import check_above, check_between, check_count, check_finite_at_least
+
+_MANY = 0.25  # share of steps; a bound that clips more decides by itself
+_ENOUGH_STEPS = 50  # before a share says something
 
 
 class ZClip(GradientConditioner):
@@ -25,14 +29,15 @@ class ZClip(GradientConditioner):
         \tau_t = \mu + z^\ast \sigma \cdot \frac{z^\ast}{z_t} \;\text{ where } z_t > z^\ast
 
     Mean and standard deviation are exponential averages, fed with the norms that the z-score leaves: the larger a spike,
-    the closer it is clipped to the mean, and the less it moves it. Every step is also held to max_norm, from the first on;
-    what that takes off does not enter the averages.
+    the closer it is clipped to the mean, and the less it moves it. ``max_norm`` bounds every step besides, from the first one
+    on. It is off by default: a bound near the usual norm clips most steps, and the z-score then decides nothing.
 
     Args:
         z_threshold: z*, from which z-score on a norm is a spike; .inf in YAML for none.
         alpha: Smoothing of mean and variance, 0 to 1.
-        max_norm: A bound on every step; one number, or one for each name pattern, first match first, each with statistics
-            of its own. A param group of the optimizer that carries "max_norm" has its own. None sets no bound.
+        max_norm: A bound on every step, above the usual norm; None sets no bound. One number, or one for each name pattern,
+            first match first, each with statistics of its own. A param group of the optimizer that carries "max_norm" has
+            its own.
         warmup_steps: How many norms make the first mean and variance; until then only max_norm clips.
         eps: Added to the standard deviation.
         include: Names or wildcards of the parameters or modules that are clipped; default all.
@@ -50,7 +55,9 @@ class ZClip(GradientConditioner):
     where nothing is clipped), ``mean``, ``deviation``, and ``clipped_share`` (of all steps so far, those that were clipped,
     by either bound); the last also in the summary.
 
-    **State.** Mean, variance and count of each optimizer. A norm that is not finite changes none of them, and its step is
+    **Warns** once, at a log step or at the end, if ``max_norm`` clips more than a quarter of the steps.
+
+    **State.** Mean, variance and counts of each optimizer. A norm that is not finite changes none of them, and its step is
     not clipped; in the published code one inf in the warm-up, or one nan after it, makes them nan for ever.
 
     **Cost.** A norm and some thirty operations on single numbers, none of which waits: see docs/benchmarks.md.
@@ -69,7 +76,8 @@ class ZClip(GradientConditioner):
 
     References:
         Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025, arXiv 2504.02507; all defaults are those
-        of its released code.
+        of its released code, except for ``max_norm``, which is 1.0 there. On ordinary classifiers that clips 49 to 98 % of the
+        steps.
     """
 
     namespace: ClassVar[str] = "grad/zclip"
@@ -81,7 +89,7 @@ class ZClip(GradientConditioner):
         self,
         z_threshold: float = 2.5,
         alpha: float = 0.97,
-        max_norm: float | Mapping[str, float] | None = 1.0,
+        max_norm: float | Mapping[str, float] | None = None,
         warmup_steps: int = 25,
         eps: float = 1e-6,
         include: Sequence[str] | None = None,
@@ -97,24 +105,64 @@ class ZClip(GradientConditioner):
         check_above(z_threshold, 0.0, "z_threshold")
         check_between(alpha, 0.0, 1.0, "alpha")
         check_count(warmup_steps, 1, "warmup_steps")
-        check_at_least(eps, 0.0, "eps")
+        check_finite_at_least(eps, 0.0, "eps")
+
+    @override
+    def _reset(self) -> None:
+        super()._reset()
+        self._warned_of_bound = False
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self._fitting and state_dict.get("settings", {}).get("max_norm") != self.settings["max_norm"]:
+            for memory in self._memory.values():  # counts of another bound
+                for state in memory.states.values():
+                    state.pop("bounded", None)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         if self.max_norm is not None:
-            rank_zero_info(f"{self.label} also holds every step to max_norm={self.max_norm}; None would not.")
+            self._say(f"bounds the norm of every step by max_norm={self.max_norm}; None sets no bound")
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
         norm = joined_norm(step.gradients)
         if "mean" not in step.state:
             step.state.update(zclip_state(norm.device))
-        threshold = zclip_threshold_(
-            norm, step.state, self.z_threshold, self.alpha, step.threshold, self.warmup_steps, self.eps
-        )
+        threshold = zclip_threshold_(norm, step.state, self.z_threshold, self.alpha, None, self.warmup_steps, self.eps)
+        if step.threshold is not None:
+            self._count_bounded(step.state, threshold > step.threshold, norm.isfinite())
+            if step.measured:
+                self._warn_of_tight_bound([step.state])
+            threshold = threshold.clamp(max=step.threshold)
         coefficient = clip_to_threshold_(step.gradients, norm, threshold)
         values = {"norm": norm, "threshold": threshold, "clipped": coefficient < 1.0}
         if step.measured:
             values |= {"mean": step.state["mean"].clone(), "deviation": step.state["variance"].sqrt()}
         return values
+
+    def _count_bounded(self, state: dict[str, Tensor], is_above: Tensor, is_finite: Tensor) -> None:
+        if "bounded" not in state:
+            state["bounded"] = torch.zeros(2, dtype=torch.int64, device=is_above.device)
+        state["bounded"] += torch.stack([is_above & is_finite, is_finite])
+
+    def _warn_of_tight_bound(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Warn if max_norm clips many steps. The host waits for the device, so call it at log steps only."""
+        for state in states:
+            if self._warned_of_bound or "bounded" not in state:
+                continue
+            clipped, steps = state["bounded"].tolist()
+            if steps >= _ENOUGH_STEPS and clipped > _MANY * steps:
+                self._warned_of_bound = True
+                rank_zero_warn(
+                    f"{self.label}: max_norm={self.max_norm} clips {clipped / steps:.0%} of the steps so far, so the z-score "
+                    f"hardly matters. Set max_norm=None, or a bound well above the usual norm; the mean is "
+                    f"{state['mean'].item():.3g}."
+                )
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        self._warn_of_tight_bound([state for memory in self._memory.values() for state in memory.states.values()])

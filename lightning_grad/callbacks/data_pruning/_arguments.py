@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_grad.callbacks.data_pruning._measures import HISTORIES, SCORES
+from lightning_grad.data.score_files import score_path
 from lightning_grad.utilities.checks import check_between, check_choice, check_count, check_position, check_share
 
 if TYPE_CHECKING:
     from lightning_grad.callbacks.data_pruning.data_pruning import DataPruning
 
+_TOO_MUCH = 0.6
 Rounds = Sequence[tuple[int, float]]  # epochs, each with the share left out from then on
 
 
@@ -57,8 +61,17 @@ def check_settings(settings: DataPruning, rounds: Rounds) -> None:
     check_count(settings.show, 0, "show")
     check_count(settings.seed, 0, "seed")
     check_position(settings.loss, "loss")
+    _check_file(settings.save_scores)
     _check_source(settings, rounds)
     _check_selection(settings, rounds)
+
+
+def _check_file(path: str | None) -> None:
+    try:
+        if path is not None:
+            score_path(path)
+    except ValueError as error:
+        raise ValueError(f"save_scores must name a .npz file to write; got {path!r}. {error}") from None
 
 
 def _check_source(settings: DataPruning, rounds: Rounds) -> None:
@@ -97,3 +110,19 @@ def _check_selection(settings: DataPruning, rounds: Rounds) -> None:
         raise ValueError("offset leaves out the hardest, and keep='random' looks at no score. Leave offset at 0.")
     if settings.offset > least:
         raise ValueError(f"offset is part of what prune leaves out, so at most {least}; got {settings.offset}.")
+
+
+def warn_of_risks(callback: DataPruning, rounds: Rounds) -> None:
+    """Warn of settings that are possible, and known to do worse than others."""
+    if rounds[0][0] == 0 and callback._source.runs_the_step and callback.keep != "random":
+        rank_zero_warn(
+            f"{callback.label}(score={callback.score!r}) scores at initialisation, before the module has learnt anything. "
+            "Scores taken there hardly agree with later ones; GraNd follows the norm of the input (arXiv 2303.14753). Set "
+            "epoch to some epochs of training."
+        )
+    most = max(share for _, share in rounds)
+    if most > _TOO_MUCH and callback.keep == "hard" and callback.select == "top":
+        rank_zero_warn(
+            f"{callback.label} keeps only the hardest {100 * (1 - most):.0f} % of the samples. At such rates the hardest "
+            "alone do worse than a random choice (arXiv 2210.15809): use select='ccs', or RepeatedRandomSubset."
+        )

@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -54,6 +55,8 @@ class ScoreSource:
     """
 
     runs_the_step = False  # in a pass of its own
+    epochs_needed = 0  # whole epochs before a round, to record what the score is made of
+    is_recording = False  # whether something of each sample is recorded by now
     pairs_rows = True  # with the samples of a batch
     measure: Measure | None = None  # of a batch, where it is not its loss
 
@@ -73,6 +76,9 @@ class ScoreSource:
     def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
         """Return the scores as they are now, of the samples as ``dataset`` gives them."""
         raise NotImplementedError
+
+    def begin(self, epoch: int) -> None:
+        """Record from this epoch on, in a run that resumes without a record."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs."""
@@ -131,21 +137,33 @@ class FileScores(ScoreSource):
         super().__init__("files")
         self._paths = paths
         self._strict = strict
+        self._found: ScoredSet | None = None
+        self._knows_epoch = False
 
     def check(self, label: str) -> None:
-        """Raise if a file is missing."""
+        """Raise if a file is missing or no score file, or if they do not go together."""
         for path in self._paths:
-            if not Path(path).is_file():
+            if not os.path.exists(path):
                 raise FileNotFoundError(f"{label} finds no score file {path!r}.")
+        average_scores(self._paths)
 
-    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
-        total = training_set.sampler.total
+    def look(self, total: int, dataset: Any) -> ScoredSet:
+        """Return the scores of a data set.
+
+        Raises:
+            ValueError: If they belong to another one.
+        """
         scores = average_scores([load_scores(path, dataset, self._strict) for path in self._paths])
         labels = None
         if scores.labels is not None:
             labels = _classes(SampleScores(scores.labels.double(), "labels", index=scores.index).dense(total))
-        epoch = trainer.current_epoch if scores.epoch is None else int(scores.epoch)
-        return ScoredSet(scores.name, epoch, scores.dense(total), labels=labels)
+        self._found = ScoredSet(scores.name, int(scores.epoch or 0), scores.dense(total), labels=labels)
+        self._knows_epoch = scores.epoch is not None
+        return self._found
+
+    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
+        found = self._found or self.look(training_set.sampler.total, dataset)
+        return found if self._knows_epoch else replace(found, epoch=trainer.current_epoch)
 
 
 class PassScores(ScoreSource):
@@ -205,9 +223,11 @@ class VarianceScores(ScoreSource):
     """
 
     runs_the_step = True
+    epochs_needed = 2
 
     def __init__(self, checkpoints: int) -> None:
         super().__init__("vog")
+        self._begun_in = 0
         self._checkpoints = checkpoints
         self._gradients = VarianceOfGradients()
         self._classes: Mapping[str, Tensor] = {}
@@ -220,7 +240,7 @@ class VarianceScores(ScoreSource):
         later = [epoch for epoch in rounds if epoch >= trainer.current_epoch]
         if not later:
             return
-        first, last = max(earlier, default=0), min(later)
+        first, last = max([*earlier, self._begun_in]), min(later)
         spacing = (last - first) / self._checkpoints
         if trainer.current_epoch in {first + math.ceil(spacing * (number + 1)) for number in range(self._checkpoints)}:
             self._classes = run_pass(self._gradients.measure, "Collecting gradients for vog")
@@ -240,11 +260,18 @@ class VarianceScores(ScoreSource):
         answers = _classes(self._classes.get("prediction"))
         return ScoredSet(self.name, trainer.current_epoch, scores, labels=labels, predictions=answers)
 
+    @property
+    def is_recording(self) -> bool:  # type: ignore[override]
+        return bool(self._gradients.state)
+
+    def begin(self, epoch: int) -> None:
+        self._begun_in = epoch
+
     def state_dict(self) -> dict[str, Any]:
-        return {"gradients": self._gradients.state}
+        return {"gradients": self._gradients.state, "begun_in": self._begun_in}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._gradients.state = state["gradients"]
+        self._gradients.state, self._begun_in = state["gradients"], state["begun_in"]
 
 
 class HistoryScores(ScoreSource):
@@ -253,6 +280,8 @@ class HistoryScores(ScoreSource):
     Args:
         name: Which of both.
     """
+
+    epochs_needed = 1
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -283,6 +312,10 @@ class HistoryScores(ScoreSource):
         values = -aum(self._history) if self.name == "aum" else forgetting(self._history)
         labels = _classes(self._history.get("labels"))
         return ScoredSet(self.name, trainer.current_epoch, values.double(), labels=labels)
+
+    @property
+    def is_recording(self) -> bool:  # type: ignore[override]
+        return bool(self._history) or self._values.values is not None
 
     def state_dict(self) -> dict[str, Any]:
         return {"values": self._values.values, "labels": self._labels.values, "history": self._history}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.callbacks.data_pruning._schedule_warp import warn_of_two_ends, warp_schedules
+from lightning_grad.data.fingerprints import Fingerprint
 from lightning_grad.utilities.reporting import log_summary
 from lightning_grad.utilities.training_set import TrainingSet
 
@@ -22,7 +24,8 @@ class SubsetCallback(GradCallback):
     """Trains each epoch on the samples that :meth:`_choose` returns.
 
     It knows the data-set indices of every batch (``self._indices``), keeps schedules in step with shorter epochs, logs
-    what is kept, and has the present choice in its state, so that a resumed epoch goes on with it.
+    what is kept, and has the present choice in its state, so that a resumed epoch goes on with it. Settings that change on
+    resume are followed from the next epoch on.
 
     Args:
         loader_key: Which of several training loaders to prune: its key, or its position in a list.
@@ -39,6 +42,8 @@ class SubsetCallback(GradCallback):
     def _clear(self) -> None:
         self._training_set: TrainingSet | None = None
         self._kept: Tensor | None = None
+        self._fixed_steps = False  # in the present epoch
+        self._mark: Fingerprint | None = None
         self._indices: list[int] = []
         self._samples_seen = 0
         self._is_rehearsed = self._has_warned = self._has_told_of_too_few = False
@@ -54,6 +59,21 @@ class SubsetCallback(GradCallback):
         """Gather what the ranks have recorded; called after an epoch's last batch, before any checkpoint is written."""
 
     @property
+    def _plan(self) -> str:
+        """What it will do in this fit, for the line that is printed when it begins."""
+        return "chooses the samples of each epoch"
+
+    @property
+    def _remembers_samples(self) -> bool:
+        """Whether it remembers something of each sample, so that the data must stay the same."""
+        return True
+
+    @property
+    def _holds_samples(self) -> bool:
+        """Whether its state holds something of each sample by now."""
+        return self._kept is not None
+
+    @property
     def _passes_more_than_once(self) -> bool:
         """Whether epochs keep their number of batches."""
         return False
@@ -63,12 +83,14 @@ class SubsetCallback(GradCallback):
         super().setup(trainer, pl_module, stage)
         if self._fitting:
             self._clear()
+            self._fixed_steps = self._passes_more_than_once
             if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
                 raise TypeError(
                     f"{self.label} must know the samples of each batch, and training_step(dataloader_iter) draws batches "
                     "itself. Let training_step take a batch."
                 )
-            self._training_set = TrainingSet(trainer, self.label, self._undo, _as_text(self.loader_key))
+            own = (trainer, self.label, self._undo, _as_text(self.loader_key), self._remembers_samples)
+            self._training_set = TrainingSet(*own)
             self._undo.push(self._let_go)
 
     def _let_go(self) -> None:
@@ -79,20 +101,29 @@ class SubsetCallback(GradCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "kept": self._kept, "samples_seen": self._samples_seen}
+        data = dataclasses.asdict(self._mark) if self._mark is not None and self._holds_samples else None
+        own = {"kept": self._kept, "fixed_steps": self._fixed_steps, "samples_seen": self._samples_seen, "data": data}
+        return {**super().state_dict(), **own}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if self._fitting:
-            self._kept, self._samples_seen = state_dict["kept"], state_dict["samples_seen"]
+        if not self._fitting:
+            return
+        self._kept, self._samples_seen = state_dict["kept"], state_dict["samples_seen"]
+        self._fixed_steps = state_dict["fixed_steps"]
+        if state_dict["data"] is not None and self._remembers_samples:
+            assert self._training_set is not None
+            self._mark = Fingerprint(**state_dict["data"])
+            self._training_set.expect(self._mark)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._training_set is not None
-        self._training_set.begin(self._kept, self._passes_more_than_once)
+        self._training_set.begin(self._kept, self._fixed_steps)
         self._undo.push(warp_schedules(trainer, pl_module, self._training_set))
         self._warn_of_own_schedules(trainer, pl_module)
+        self._say(self._plan)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -106,7 +137,8 @@ class SubsetCallback(GradCallback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._training_set is not None
         self._kept = self._choose(trainer, pl_module)
-        self._training_set.keep(self._kept, self._passes_more_than_once)
+        self._fixed_steps = self._passes_more_than_once
+        self._training_set.keep(self._kept, self._fixed_steps)
         self._has_warned = self._has_warned or warn_of_two_ends(trainer, self._training_set, self.label)
         total = len(self._training_set.sampler.population)
         self._log(pl_module, {"kept_share": 1.0 if self._kept is None else len(self._kept) / total}, sync_dist=True)
@@ -123,10 +155,13 @@ class SubsetCallback(GradCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        assert self._training_set is not None
         self._indices = []
         if not self._is_rehearsed:
             self._is_rehearsed = True
             self._rehearse(trainer, pl_module)
+            if self._remembers_samples:
+                self._mark = self._training_set.mark
         if trainer.is_last_batch:
             self._epoch_ends(trainer)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -20,12 +19,13 @@ from typing_extensions import override
 
 from lightning_grad.callbacks._look import Measure
 from lightning_grad.callbacks._loss_tap import read_losses
-from lightning_grad.callbacks._quiet import generators_kept
 from lightning_grad.callbacks._rehearsal import Rehearsal
 from lightning_grad.callbacks._scoring import look_at_all, say_what_is_skipped
-from lightning_grad.callbacks.data_pruning._arguments import check_settings, read_rounds
+from lightning_grad.callbacks.data_pruning._arguments import check_settings, read_rounds, warn_of_risks
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score
 from lightning_grad.callbacks.data_pruning._report import report
+from lightning_grad.callbacks.data_pruning._resume import choice_settings, refuse_unrecorded, score_settings
+from lightning_grad.callbacks.data_pruning._score_file import ScoreFile
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
 from lightning_grad.callbacks.data_pruning._sources import (
     CHANCE,
@@ -35,17 +35,16 @@ from lightning_grad.callbacks.data_pruning._sources import (
     source_of,
 )
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
-from lightning_grad.data import SampleScores, fingerprint, save_scores
+from lightning_grad.data import SampleScores, fingerprint
+from lightning_grad.data.random_streams import generators_kept
 from lightning_grad.functional import LossCall, count_kept, select_samples
 from lightning_grad.utilities.checks import (
     refuse_manual_optimization,
     refuse_sharded,
 )
 from lightning_grad.utilities.parameters import as_names
-from lightning_grad.utilities.reporting import log_file, output_folder
 
 _EPOCH = 10
-_TOO_MUCH = 0.6
 
 
 class DataPruning(SubsetCallback):
@@ -110,8 +109,9 @@ class DataPruning(SubsetCallback):
             seen or does not suit the score: one batch is scored to find out.
         RuntimeError: After the first batch, if rows do not follow their samples into another order, or if only a part of the
             loss is seen and ``loss`` does not say that it counts alone.
-        TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
-        FileNotFoundError: In setup, if a score file is missing.
+        TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
+        FileNotFoundError: In setup, if a score file is missing. One that is damaged, or belongs to another data set, raises a
+            ValueError before the first batch, and so does a ``save_scores`` that cannot be written.
 
     **Hooks.** The training loader gets its batch sampler in ``strategy.process_dataloader``, where it is complete and
     nothing is drawn yet; ``on_train_epoch_start`` scores and prunes, before the epoch's first batch is drawn;
@@ -200,7 +200,10 @@ class DataPruning(SubsetCallback):
         super()._clear()
         self.scored: ScoredSet | None = None
         self._unaugmented: Any = None
-        self._rounds_done = 0
+        self._last_round = -1  # epoch
+        self._choice_changed = False
+        self._goes_on = False  # with the scores of a checkpoint, or what was recorded for them
+        self._foreign: dict[str, Any] | None = None  # what a checkpoint's scores depend on, if they are of another kind
         self._source = source_of(
             self.score,
             self.score_fn,
@@ -231,6 +234,24 @@ class DataPruning(SubsetCallback):
 
     @property
     @override
+    def _plan(self) -> str:
+        by = "chosen at random" if self.keep == "random" else f"by {self._source.name}"
+        steps = [f"on {100 * (1 - share):g} % of the samples from epoch {epoch} on" for epoch, share in self._rounds]
+        first = [] if self._rounds[0][0] == 0 else ["on all samples at first"]
+        return f"trains {', '.join([*first, *steps])} ({by})"
+
+    @property
+    @override
+    def _remembers_samples(self) -> bool:
+        return any(share for _, share in self._rounds) or self._source.epochs_needed > 0
+
+    @property
+    @override
+    def _holds_samples(self) -> bool:
+        return self.scored is not None or self._source.is_recording
+
+    @property
+    @override
     def _passes_more_than_once(self) -> bool:
         return self.budget == "steps"
 
@@ -254,6 +275,8 @@ class DataPruning(SubsetCallback):
             refuse_sharded(trainer, f"{self.label}(score={self.score!r})")
         if isinstance(self._source, FileScores):
             self._source.check(self.label)
+        if self._writes_scores:
+            self._score_file.check(trainer, self._rounds[-1][0])
         self._refuse_unreached(trainer, self._rounds[0][0], "prune")
         late = [
             epoch for epoch, _ in self._rounds if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch
@@ -262,23 +285,9 @@ class DataPruning(SubsetCallback):
             rank_zero_warn(
                 f"{self.label} has rounds that never come: max_epochs={trainer.max_epochs}, epoch={self.epoch}."
             )
-        self._warn()
+        warn_of_risks(self, self._rounds)
         if isinstance(self._source, HistoryScores):
             self._undo.push(read_losses(pl_module, self._read, self.loss, lambda: len(self._indices)))
-
-    def _warn(self) -> None:
-        if self._rounds[0][0] == 0 and self._source.runs_the_step and self.keep != "random":
-            rank_zero_warn(
-                f"{self.label}(score={self.score!r}) scores at initialisation, before the module has learnt anything. Scores "
-                "taken there hardly agree with later ones; GraNd follows the norm of the input (arXiv 2303.14753). Set epoch "
-                "to some epochs of training."
-            )
-        most = max(share for _, share in self._rounds)
-        if most > _TOO_MUCH and self.keep == "hard" and self.select == "top":
-            rank_zero_warn(
-                f"{self.label} keeps only the hardest {100 * (1 - most):.0f} % of the samples. At such rates the "
-                "hardest alone do worse than a random choice (arXiv 2210.15809): use select='ccs', or RepeatedRandomSubset."
-            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -287,25 +296,49 @@ class DataPruning(SubsetCallback):
             scored = {key: value for key, value in vars(self.scored).items() if key != "kept"}
         return {
             **super().state_dict(),
-            "rounds_done": self._rounds_done,
+            "last_round": self._last_round,
             "source": self._source.state_dict(),
             "scored": scored,
+            "score_settings": score_settings(self),
+            "choice_settings": choice_settings(self),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         if not self._fitting:
             return
-        super().load_state_dict(state_dict)
-        self._rounds_done = state_dict["rounds_done"]
+        if state_dict["score_settings"] != score_settings(self):
+            self._foreign = state_dict["score_settings"]
+            return
+        self._goes_on = True
+        self._choice_changed = state_dict["choice_settings"] != choice_settings(self)
+        self._last_round = state_dict["last_round"]
         self._source.load_state_dict(state_dict["source"])
         if state_dict["scored"] is not None:
             self.scored = ScoredSet(**state_dict["scored"], kept=self._kept)
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._goes_on:
+            next_epoch = trainer.current_epoch + trainer.fit_loop.restarted_mid_epoch
+            refuse_unrecorded(self, self._foreign, next_epoch)
+            self._source.begin(next_epoch)
+        if isinstance(self._source, FileScores) and self._last_round < self._rounds[-1][0]:
+            self._look_at_files(trainer)
+        super().on_train_start(trainer, pl_module)
+
+    def _look_at_files(self, trainer: pl.Trainer) -> None:
+        assert self._training_set is not None
+        assert isinstance(self._source, FileScores)
+        items = self._training_set.items(self._dataset(trainer))
+        if self._source.look(self._training_set.sampler.total, items).labels is None:
+            self._refuse_balance()
+
+    @override
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._refuse_unreached_steps(trainer, self._rounds[0][0], "prune")
-        if self._rounds_done < len(self._rounds):
+        if self._last_round < self._rounds[-1][0]:
             found = self._source.rehearse(self._passes(trainer, pl_module, rehearsal=True))
             self._check_rows(trainer, pl_module)
             if found and "label" not in found:
@@ -337,11 +370,18 @@ class DataPruning(SubsetCallback):
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
         run_pass = self._passes(trainer, pl_module)
         self._source.epoch_begins(trainer, run_pass, [epoch for epoch, _ in self._rounds])
-        due = sum(epoch <= trainer.current_epoch for epoch, _ in self._rounds)
-        if due <= self._rounds_done:
-            return self._kept
-        self._rounds_done = due
-        return self._prune(trainer, run_pass, self._rounds[due - 1][1])
+        due = [(epoch, share) for epoch, share in self._rounds if epoch <= trainer.current_epoch]
+        if not due:
+            return None
+        epoch, share = due[-1]
+        if epoch > self._last_round:
+            self._last_round = trainer.current_epoch
+            return self._prune(trainer, run_pass, share)
+        if self._choice_changed:  # on resume; the scores are there
+            self._choice_changed = False
+            assert self.scored is not None
+            return self._keep(self.scored, share)
+        return self._kept
 
     def _passes(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rehearsal: bool = False) -> Pass:
         def run(measure: Measure, title: str) -> Mapping[str, Tensor]:
@@ -353,7 +393,20 @@ class DataPruning(SubsetCallback):
 
     def _prune(self, trainer: pl.Trainer, run_pass: Pass, share: float) -> Tensor | None:
         assert self._training_set is not None
-        scored = self._source.take(trainer, run_pass, self._training_set, self._dataset(trainer))
+        items = self._training_set.items(self._dataset(trainer))
+        scored = self._source.take(trainer, run_pass, self._training_set, items)
+        kept = self._keep(scored, share)
+        assert self.scored is not None
+        if scored.name != CHANCE:
+            dataset = self._dataset(trainer)
+            with generators_kept(dataset):
+                self._save(trainer, self.scored)
+                report(trainer, self.scored, self._training_set.items(dataset), self.label, self.show, self.figure)
+        return kept
+
+    def _keep(self, scored: ScoredSet, share: float) -> Tensor | None:
+        """Return the samples that a share leaves of those scored, and print how many they are."""
+        assert self._training_set is not None
         sampler = self._training_set.sampler
         population = sampler.population
         say_what_is_skipped(self.label, population, ~scored.values[population].isnan())
@@ -362,11 +415,6 @@ class DataPruning(SubsetCallback):
             self._warn_of_too_few(count, len(population))
         kept = None if share == 0.0 else population[self._select(scored, population, count)]
         self.scored = replace(scored, kept=kept)
-        if scored.name != CHANCE:
-            dataset = self._dataset(trainer)
-            with generators_kept(dataset):
-                self._save(trainer, self.scored)
-                report(trainer, self.scored, dataset, self.label, self.show, self.figure)
         self._say_kept(count, len(population), share)
         return kept
 
@@ -420,24 +468,24 @@ class DataPruning(SubsetCallback):
         return self._unaugmented
 
     def _save(self, trainer: pl.Trainer, scored: ScoredSet) -> None:
-        mark = fingerprint(self._dataset(trainer))
+        assert self._training_set is not None
+        mark = fingerprint(self._training_set.items(self._dataset(trainer)))
         if mark.items is None and self.score_dataset is None and self._source.runs_the_step:
             rank_zero_warn(
                 f"{self.label} scores samples that differ each time they are read, as augmentation makes them. Give "
                 "score_dataset=, a function of the trainer that returns the training set without it."
             )
-        folder = output_folder(trainer)
-        stem = "_".join(part for part in ("scores", self.name, f"epoch{scored.epoch}") if part)
-        path = self._named_file(scored) or (folder / f"{stem}.npz" if folder is not None else None)
-        if path is not None and not self.score_files and trainer.is_global_zero:
+        if self._writes_scores:
             scores = SampleScores(scored.values, scored.name, scored.epoch, self.seed, mark, scored.labels)
-            log_file(trainer, save_scores(scores, path), stem, "scores")
+            self._score_file.write(trainer, scores, scored.epoch)
 
-    def _named_file(self, scored: ScoredSet) -> Path | None:
-        if self.save_scores is None:
-            return None
-        path = Path(self.save_scores)
-        return path if len(self._rounds) == 1 else path.with_stem(f"{path.stem}_epoch{scored.epoch}")
+    @property
+    def _writes_scores(self) -> bool:
+        return not self.score_files and self._source.name != CHANCE
+
+    @property
+    def _score_file(self) -> ScoreFile:
+        return ScoreFile(self.label, self.name, self.save_scores, several=len(self._rounds) > 1)
 
     # A batch is trained on.
 

@@ -21,6 +21,7 @@ from lightning_grad.utilities.checks import (
     check_share,
     refuse_manual_optimization,
 )
+from lightning_grad.utilities.progress import check_total_steps
 
 _WAY_OUT = "use RepeatedRandomSubset, which needs no loss"
 _NEXT_SEED = 1_000_003  # more than any run has epochs
@@ -45,6 +46,7 @@ class InfoBatch(SubsetCallback):
         loss: Which call of a loss counts, from 0; by default the only one, if it is the whole loss.
         seed: Seed of the choices.
         loader_key: Which of several training loaders to prune: its key, or its position in a list.
+        total_steps: Length of the run in optimizer steps, where it has no known end. Default: the Trainer's.
         name: Name of this instance.
 
     Raises:
@@ -52,7 +54,7 @@ class InfoBatch(SubsetCallback):
             that chooses or weighs samples. In the first step if the loss cannot be seen.
         RuntimeError: After the first batch, if rows do not follow their samples into another order, or if only a part of the
             loss is seen and ``loss`` does not say that it counts alone.
-        TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
+        TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
     **Hooks.** As :class:`DataPruning`; losses are read and weighted inside ``training_step``, before its backward. What the
     step logs as its loss is the weighted one.
@@ -87,6 +89,7 @@ class InfoBatch(SubsetCallback):
         loss: int | None = None,
         seed: int = 0,
         loader_key: str | int | None = None,
+        total_steps: int | None = None,
         name: str | None = None,
     ) -> None:
         check_share(prune, "prune")
@@ -97,6 +100,8 @@ class InfoBatch(SubsetCallback):
         self.stop = stop
         self.loss = loss
         self.seed = seed
+        self.total_steps = total_steps
+        check_total_steps(total_steps)
         super().__init__(loader_key, name)
 
     def _clear(self) -> None:
@@ -104,6 +109,26 @@ class InfoBatch(SubsetCallback):
         self._losses: Tensor | None = None
         self._weights: Tensor | None = None
         self._record = EpochRecord()
+
+    @property
+    @override
+    def _plan(self) -> str:
+        if self.prune == 0.0:
+            return "trains on all samples (prune=0)"
+        return (
+            f"drops {100 * self.prune:g} % of the samples of low loss in each epoch but the first, until "
+            f"{100 * self.stop:g} % of the run"
+        )
+
+    @property
+    @override
+    def _remembers_samples(self) -> bool:
+        return self.prune > 0.0
+
+    @property
+    @override
+    def _holds_samples(self) -> bool:
+        return super()._holds_samples or self._losses is not None or self._record.values is not None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -126,9 +151,20 @@ class InfoBatch(SubsetCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if self._fitting:
-            self._losses, self._weights = state_dict["losses"], state_dict["weights"]
-            self._record.values = state_dict["epoch_values"]
+        if not self._fitting:
+            return
+        self._weights = state_dict["weights"]  # of an epoch that goes on, also where settings changed
+        if state_dict["settings"]["loss"] == self.loss:
+            self._losses, self._record.values = state_dict["losses"], state_dict["epoch_values"]
+        elif state_dict["losses"] is not None:
+            self._say("has no losses of this kind yet, and trains on all samples until each has one")
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        ends = (trainer.max_epochs or -1, trainer.max_steps, self.total_steps or -1)
+        if self.prune > 0.0 and self.stop < 1.0 and max(ends) == -1:
+            self._say("prunes to the end of the run, because that is not known. Set total_steps=... to stop before it")
 
     @override
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -167,12 +203,14 @@ class InfoBatch(SubsetCallback):
 
     def _is_over(self, trainer: pl.Trainer) -> bool:
         # Not run_progress, which counts the batches of epochs as long as the present one.
-        ends = ((trainer.max_epochs, trainer.current_epoch), (trainer.max_steps, trainer.global_step))
+        ends = [(trainer.max_epochs, trainer.current_epoch), (trainer.max_steps, trainer.global_step)]
+        if self.total_steps is not None:
+            ends = [(self.total_steps, trainer.global_step)]
         return any(end not in (None, -1) and done >= self.stop * end for end, done in ends)
 
     def _weigh(self, call: LossCall) -> Tensor | None:
         assert self._training_set is not None
-        if self.prune == 0.0:
+        if self.prune == 0.0 and self._weights is None:
             return None
         self._record.put(self._indices, call.losses, self._training_set.sampler.total)
         if self._weights is None:

@@ -23,7 +23,7 @@ from lightning_grad.utilities.checks import (
     check_position,
     refuse_manual_optimization,
 )
-from lightning_grad.utilities.progress import run_progress, total_steps
+from lightning_grad.utilities.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step
 
 _WAY_OUT = "weight the losses in training_step, by lightning_grad.functional.loss_weights"
@@ -53,6 +53,7 @@ class LossReweighting(GradCallback):
         start_temperature: r after the warm-up.
         warmup: Share of the run in which all samples weigh the same (0.05 in the released code).
         loss: Which call of a loss counts, from 0; by default the only one, if it is the whole loss.
+        total_steps: Length of the run in optimizer steps, where it has no known end. Default: the Trainer's.
         name: Name of this instance.
 
     Raises:
@@ -98,6 +99,7 @@ class LossReweighting(GradCallback):
         start_temperature: float = 10.0,
         warmup: float = 0.05,
         loss: int | None = None,
+        total_steps: int | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
@@ -113,6 +115,8 @@ class LossReweighting(GradCallback):
         self.start_temperature = start_temperature
         self.warmup = warmup
         self.loss = loss
+        self.total_steps = total_steps
+        check_total_steps(total_steps)
         self._reset()
 
     def _reset(self) -> None:
@@ -144,9 +148,17 @@ class LossReweighting(GradCallback):
             self._undo.push(reweight_losses(pl_module, self._weigh, self.label, self.loss, way_out=_WAY_OUT))
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if math.isinf(self.temperature):
+            self._say("weights no samples (temperature=inf)")
+        else:
+            self._say(f"weights the samples of each batch by their losses (rule={self.rule!r})")
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if math.isfinite(self.temperature):
-            total_steps(trainer, self.label)  # raises if the run has no known end: the temperature would never fall
+        # Without a known end, which raises, the temperature would never fall.
+        if math.isfinite(self.temperature) and total_steps(trainer, self.label, self.total_steps) is None:
+            self._say(IN_FIRST_EPOCH)
 
     @override
     def on_train_batch_start(
@@ -154,7 +166,7 @@ class LossReweighting(GradCallback):
     ) -> None:
         if math.isfinite(self.temperature):
             self._now = annealed_temperature(
-                run_progress(trainer), self.start_temperature, self.temperature, self.warmup
+                run_progress(trainer, stated=self.total_steps), self.start_temperature, self.temperature, self.warmup
             )
             if self._rehearsals_left:
                 self._first = copy_of(batch)  # the step may change it
@@ -211,7 +223,5 @@ class LossReweighting(GradCallback):
 def _batch_size(trainer: pl.Trainer) -> int:
     """Return the batch size of the training loader, 0 if there are several or it has none."""
     loader = trainer.train_dataloader
-    batch_size = getattr(loader, "batch_size", None) or getattr(
-        getattr(loader, "batch_sampler", None), "batch_size", None
-    )
-    return batch_size if isinstance(batch_size, int) else 0
+    owners = (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
+    return next((size for owner in owners if isinstance(size := getattr(owner, "batch_size", None), int)), 0)

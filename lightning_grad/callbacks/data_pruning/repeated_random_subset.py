@@ -29,7 +29,7 @@ class RepeatedRandomSubset(SubsetCallback):
 
     Raises:
         ValueError: In the constructor for a share outside its range. In setup if another technique chooses samples.
-        TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
+        TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
     **Hooks.** As :class:`DataPruning`, without scores.
 
@@ -68,6 +68,16 @@ class RepeatedRandomSubset(SubsetCallback):
         check_count(seed, 0, "seed")
         self.seed = seed
         super().__init__(loader_key, name)
+
+    @property
+    @override
+    def _plan(self) -> str:
+        return f"trains each epoch on a random {100 * (1 - self.prune):g} % of the samples"
+
+    @property
+    @override
+    def _remembers_samples(self) -> bool:
+        return False  # whatever the samples are, a random part of them is one
 
     @override
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:

@@ -44,7 +44,7 @@ class UniformLearning(SubsetCallback):
             sample: one batch is looked at to find out.
         RuntimeError: After the first batch, if rows do not follow their samples into another order, or if only a part of the
             loss is seen and ``loss`` does not say that it counts alone.
-        TypeError: If the training data has no indices (iterable data, ``batch_size=None``, ``in_order=False``).
+        TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
     **Hooks.** As :class:`DataPruning`. Epochs become longer; schedules that step with batches are held back so that they
     end where they should.
@@ -93,7 +93,25 @@ class UniformLearning(SubsetCallback):
 
     def _clear(self) -> None:
         super()._clear()
-        self._found = False
+        self._repeated: Tensor | None = None  # as found
+        self._found_in: int | None = None  # epoch
+
+    @property
+    @override
+    def _plan(self) -> str:
+        if self.repeats == 0:
+            return "repeats no samples (repeats=0)"
+        return f"trains on all samples for {self.epoch} epochs, then repeats those whose features are not learnt yet"
+
+    @property
+    @override
+    def _remembers_samples(self) -> bool:
+        return self.repeats > 0
+
+    @property
+    @override
+    def _holds_samples(self) -> bool:
+        return super()._holds_samples or self._repeated is not None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -109,18 +127,20 @@ class UniformLearning(SubsetCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "found": self._found}
+        return {**super().state_dict(), "repeated": self._repeated, "found_in": self._found_in}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if self._fitting:
-            self._found = state_dict["found"]
+        saved, found_in = state_dict["settings"], state_dict["found_in"]
+        found_alike = all(saved[name] == getattr(self, name) for name in ("loss", "seed"))
+        if self._fitting and found_alike and found_in is not None and found_in >= self.epoch:
+            self._repeated, self._found_in = state_dict["repeated"], found_in
 
     @override
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._refuse_unreached_steps(trainer, self.epoch, "cluster")
-        if not self._found and self.repeats:
+        if self._repeated is None and self.repeats:
             self._look(trainer, pl_module, rehearsal=True)
             assert self._training_set is not None
             Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT).check_loader(self._training_set)
@@ -134,24 +154,29 @@ class UniformLearning(SubsetCallback):
 
     @override
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
-        if self._found or self.repeats == 0 or trainer.current_epoch < self.epoch:
-            return self._kept
-        self._found = True
+        if self.repeats == 0 or trainer.current_epoch < self.epoch:
+            return None
+        if self._repeated is None:
+            self._repeated, self._found_in = self._find(trainer, pl_module), trainer.current_epoch
+        assert self._training_set is not None
+        sampler = self._training_set.sampler
+        chosen = torch.cat([sampler.population, *[self._repeated] * self.repeats])
+        size, more = len(chosen), len(chosen) + 1
+        leaves_one = round_up_count(size, more, sampler.batch_size, sampler.ranks, sampler.drop_last) != size
+        # BatchNorm fails on a last batch of one. Where nothing is repeated, that is how the data set is.
+        return chosen[:-1] if leaves_one and len(self._repeated) else chosen
+
+    def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor:
         assert self._training_set is not None
         found = self._look(trainer, pl_module)
-        sampler = self._training_set.sampler
-        population = sampler.population
+        population = self._training_set.sampler.population
         outputs, losses, labels = (found[key][population] for key in ("outputs", "losses", "labels"))
         known = outputs.isfinite().all(1) & losses.isfinite() & labels.isfinite()
         say_what_is_skipped(self.label, population, known)
         own = (outputs[known], losses[known], labels[known].long())
         repeated = population[known][uniform_learning_repeats(*own, self.seed)]
         rank_zero_info(f"{self.label} repeats {len(repeated)} of {len(population)} samples.")
-        chosen = torch.cat([population, *[repeated] * self.repeats])
-        size, more = len(chosen), len(chosen) + 1
-        leaves_one = round_up_count(size, more, sampler.batch_size, sampler.ranks, sampler.drop_last) != size
-        # BatchNorm fails on a last batch of one. Where nothing is repeated, that is how the data set is.
-        return chosen[:-1] if leaves_one and len(repeated) else chosen
+        return repeated
 
 
 def _outputs(look: Look) -> Mapping[str, Tensor]:

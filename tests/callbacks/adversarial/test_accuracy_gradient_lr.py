@@ -16,9 +16,11 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExcept
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_grad.callbacks import AdversarialEvaluation
 from lightning_grad.callbacks.adversarial import _rate_report, accuracy_gradient_lr
 from lightning_grad.callbacks.adversarial.accuracy_gradient_lr import AccuracyGradientLR
 from lightning_grad.functional.accuracy_gradient import accuracy_gradient, accuracy_gradient_scales
+from lightning_grad.utilities import reporting
 from tests.callbacks.adversarial.dictated import BATCHES, QUICK, Dictated, Rates, data, train
 from tests.contract.projects import assert_identical, fit, loaders, make_classifier, make_trainer, state_of
 
@@ -198,15 +200,99 @@ def test_callbacks_that_monitor_come_after_it() -> None:
 # What cannot work is said.
 
 
-@pytest.mark.parametrize("interval", ["validation", "epoch"])
-def test_an_unknown_metric_is_said_after_the_first_time(interval: str) -> None:
+@pytest.mark.parametrize("arguments", [{"interval": "epoch"}, {"num_sanity_val_steps": 0}], ids=str)
+def test_an_unknown_metric_is_said_after_the_first_time(arguments: dict[str, Any]) -> None:
     said = r"monitor='val_ac' is not logged. Logged are: .*val_acc.* Did you mean 'val_acc'\?"
+    interval, seen = arguments.pop("interval", "validation"), Rates()
     with pytest.raises(RuntimeError, match=said):
-        train([AccuracyGradientLR("val_ac", interval=interval)])
-    seen = Rates()
-    with pytest.raises(RuntimeError):
-        train([AccuracyGradientLR("val_ac", interval=interval), seen])
+        train([AccuracyGradientLR("val_ac", interval=interval), seen], **arguments)
     assert len(seen.seen) == BATCHES
+
+
+def test_an_unknown_metric_is_refused_once_the_sanity_check_has_logged_others() -> None:
+    seen = Rates()
+    with pytest.raises(
+        ValueError, match=r"monitor='val_ac' is not logged. Logged are: val_acc. Did you mean 'val_acc'"
+    ):
+        train([AccuracyGradientLR("val_ac"), seen])
+    assert not seen.seen, "no batch was trained"
+
+
+class NotInTheSanityCheck(Dictated):
+    """Logs its accuracy in real validations, and another metric in all."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", 1.0)
+        if not self.trainer.sanity_checking:
+            super().validation_step(batch, batch_idx)
+
+
+def test_a_metric_that_the_sanity_check_lacks_has_a_way_out() -> None:
+    with pytest.raises(ValueError, match="if only in later validations, set num_sanity_val_steps=0"):
+        train([AccuracyGradientLR(**QUICK)], NotInTheSanityCheck())
+    callback = AccuracyGradientLR(**QUICK)
+    train([callback], NotInTheSanityCheck(), num_sanity_val_steps=0)
+    assert len(callback.state_dict()["values"]) == 10
+
+
+@pytest.mark.parametrize("interval", ["validation", "epoch"])
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_the_accuracy_under_attack_asks_for_the_callback_that_logs_it(sanity: int, interval: str) -> None:
+    seen, callback = Rates(), AccuracyGradientLR("adversarial/val_acc", interval=interval)
+    with pytest.raises(ValueError, match=r"logged by AdversarialEvaluation.*Add AdversarialEvaluation\(\)"):
+        train([callback, seen], num_sanity_val_steps=sanity)
+    assert not seen.seen, "no batch was trained"
+
+
+class LossOfItsData(pl.LightningModule):
+    """Its loss depends on its data, so that they can be attacked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.layer(batch[0]).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.training_step(batch, batch_idx)
+        self.log("val_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_the_accuracy_under_attack_is_observed_beside_that_callback(sanity: int) -> None:
+    for every, observed in ((1, 4), (2, 2)):
+        callback = AccuracyGradientLR("adversarial/val_loss", mode="min", **QUICK)
+        evaluation = AdversarialEvaluation(0.1, steps=1, every=every)
+        train([evaluation, callback], LossOfItsData(), max_epochs=4, num_sanity_val_steps=sanity)
+        assert len(callback.state_dict()["values"]) == observed
+
+
+def test_a_key_of_the_modules_own_in_that_namespace_is_seen_in_the_sanity_check() -> None:
+    callback = AccuracyGradientLR("adversarial/mine", **QUICK)
+    train([callback], Dictated(key="adversarial/mine"))
+    assert len(callback.state_dict()["values"]) == 10
+
+
+def test_it_says_what_it_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lightning_grad.callbacks.base.rank_zero_info", said.append)
+    train([AccuracyGradientLR(start_after=9, name="a")], max_epochs=1)
+    assert said == [
+        "AccuracyGradientLR[a] multiplies the learning rate by 0.8 when the mean of 'val_acc' over 5 observations improves "
+        "by less than 0.005: at each validation, from observation 10 on."
+    ]
+
+
+def test_barebones_is_refused_before_the_first_batch() -> None:
+    with pytest.raises(ValueError, match=r"Trainer\(barebones=True\) turns logging off"):
+        pl.Trainer(accelerator="cpu", max_epochs=1, barebones=True, callbacks=[AccuracyGradientLR()]).fit(
+            Dictated(), DataLoader(data(), 1), DataLoader(data(1), 1)
+        )
 
 
 def test_where_nothing_is_logged_that_is_said() -> None:
@@ -220,15 +306,19 @@ def test_the_name_that_lightning_made_of_it_is_found() -> None:
             super().validation_step(batch, batch_idx)
 
     trainer = make_trainer(callbacks=[AccuracyGradientLR()])
-    with pytest.raises(RuntimeError, match="Did you mean 'val_acc/dataloader_idx_0' or 'val_acc/dataloader_idx_1'"):
+    with pytest.raises(ValueError, match="Did you mean 'val_acc/dataloader_idx_0' or 'val_acc/dataloader_idx_1'"):
         trainer.fit(TwoLoaders(), DataLoader(data(), 1), [DataLoader(data(1), 1), DataLoader(data(1), 1)])
 
 
 def test_a_metric_of_training_asks_for_epochs() -> None:
     with pytest.raises(
-        RuntimeError, match=r"'train_acc' is logged in training and not in validation. Use interval='epoch'"
+        ValueError, match=r"'train_acc' is not logged.*If the module logs it in training, set interval="
     ):
         train([AccuracyGradientLR("train_acc")], LogsInTraining())
+    with pytest.raises(
+        RuntimeError, match=r"'train_acc' is logged in training and not in validation. Use interval='epoch'"
+    ):
+        train([AccuracyGradientLR("train_acc")], LogsInTraining(), num_sanity_val_steps=0)
 
 
 def test_a_validation_metric_may_come_in_a_later_epoch() -> None:
@@ -404,8 +494,13 @@ def test_no_figure_is_drawn_where_none_is_wanted_or_matplotlib_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train([AccuracyGradientLR(figure=False)], max_epochs=2, logger=CSVLogger(tmp_path))
-    monkeypatch.setattr(_rate_report, "is_installed", lambda package: False)
+    said: list[str] = []
+    for user in (_rate_report, reporting):
+        monkeypatch.setattr(user, "is_installed", lambda package: False)
+    monkeypatch.setattr(reporting, "rank_zero_info", said.append)
     train([AccuracyGradientLR()], max_epochs=2, logger=CSVLogger(tmp_path))
+    assert len(said) == 1
+    assert "pip install 'lightning-grad[plot]'" in said[0]
     assert len(list(tmp_path.rglob("accuracy_gradient_lr.csv"))) == 2
     assert not list(tmp_path.rglob("*.png"))
 

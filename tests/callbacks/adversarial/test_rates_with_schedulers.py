@@ -383,7 +383,7 @@ def test_a_plain_checkpoint_goes_on_with_the_callback(tmp_path: Any) -> None:
     assert rest.first()[::BATCHES] == pytest.approx(
         [rate * scale for rate, scale in zip(plain.epochs()[4:], [1.0] * 4 + [0.5] * 2, strict=True)]
     )
-    assert math.isclose(callback.state_dict()["floor"], 0.5)
+    assert math.isclose(callback.state_dict()["base"], 0.1)
     again = AccuracyGradientLR(policy="replace", **QUICK)
     _, replaced = train([again, saving], Dictated(configure=configure), ckpt=tmp_path / "epoch=3.ckpt")
     assert replaced.epochs() == [0.1] * 4 + [0.05] * 2

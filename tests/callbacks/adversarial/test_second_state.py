@@ -12,12 +12,13 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
 
 from lightning_grad.callbacks.adversarial._second_state import SecondState
+from tests import labelled
 
 Pair = namedtuple("Pair", "sums count")
 
@@ -470,3 +471,19 @@ def test_an_object_with_a_foreign_part_has_a_state_of_its_own() -> None:
     with second.used():
         assert module.meter.count == 1
         assert module.space.metric.compute() == 3.0
+
+
+@pytest.mark.parametrize("kind", labelled.KINDS)
+def test_tensors_of_a_class_of_their_own_keep_it_and_their_attributes(kind: str) -> None:
+    module = pl.LightningModule()
+    module.grid, module.kept = labelled.labelled(kind, torch.zeros(2, 3)), [labelled.labelled(kind, torch.zeros(2, 3))]
+    grid = module.grid
+    second = SecondState(module)
+    with second.used():
+        for own in (module.grid, module.kept[0]):
+            assert type(own) is labelled.KINDS[kind]
+            assert own.labels == ["c0", "c1", "c2"]
+            Tensor.as_subclass(own, Tensor).add_(1)
+        assert module.grid is not grid
+    assert module.grid is grid
+    assert Tensor.as_subclass(grid, Tensor).sum() == Tensor.as_subclass(module.kept[0], Tensor).sum() == 0

@@ -57,11 +57,33 @@ class Matrix(Dictated):
     ("row", "share"), [([1.0, -1.0, 2.0, -2.0], 0.0), ([1.0, 1.0, 2.0, 2.0], 1.0), ([1.0, 3.0, 0.0, 0.0], 0.8)]
 )
 def test_the_share_that_the_means_were_is_logged(row: list[float], share: float) -> None:
-    trainer = train([GradientCentralization()], Matrix(), rows_of(torch.tensor([row])), log_every_n_steps=1)
+    trainer = train(
+        [GradientCentralization(include=["w"])], Matrix(), rows_of(torch.tensor([row])), log_every_n_steps=1
+    )
     found = {key: value.item() for key, value in trainer.callback_metrics.items()}
     assert found == {"grad/centralization/removed": pytest.approx(share, abs=1e-6)}
 
 
 def test_a_gradient_of_zero_has_no_mean_to_remove() -> None:
-    trainer = train([GradientCentralization()], Matrix(), rows_of(torch.zeros(1, 4)), log_every_n_steps=1)
+    trainer = train([GradientCentralization(include=["w"])], Matrix(), rows_of(torch.zeros(1, 4)), log_every_n_steps=1)
     assert trainer.callback_metrics["grad/centralization/removed"].item() == 0.0
+
+
+def test_a_matrix_of_which_no_layer_tells_the_dimensions_is_named() -> None:
+    with pytest.raises(ValueError, match=r"leaves w alone, .* spell the parameter's name in include="):
+        train([GradientCentralization()], Matrix(), rows_of(torch.zeros(1, 4)))
+
+
+def test_modules_without_weights_to_centralize_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"this module has none. Set conv_only=False"):
+        train([GradientCentralization(conv_only=True)], Regression(small_net()), pairs())
+    with pytest.raises(ValueError, match=r"vectors only. Drop the callback"):
+        train([GradientCentralization()], Dictated(), rows_of(torch.zeros(1, 4)))
+
+
+def test_the_line_at_the_start_counts_what_is_changed(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        train([GradientCentralization()], Regression(small_net()), pairs())
+    assert any(
+        "acts on 2 parameters; 2 left alone (net.0.bias, net.2.bias)" in record.message for record in caplog.records
+    )

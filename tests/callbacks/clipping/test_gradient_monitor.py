@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.callbacks import GradientMonitor, GradientNoise, NormClipping, SkipNonFinite, ZClip
+from lightning_grad.callbacks.clipping import _monitor_report
 from lightning_grad.callbacks.clipping._logit_probe import LogitProbe
 from lightning_grad.callbacks.clipping._monitor_record import MonitorRecord
 from lightning_grad.functional import total_norm
+from lightning_grad.utilities import reporting
 from tests.contract.projects import fit, make_classifier, make_trainer
 from tests.wandb_offline import read_history
 
-_INFO = "lightning_grad.callbacks.clipping.gradient_monitor.rank_zero_info"
+_INFO = "lightning_grad.callbacks.base.rank_zero_info"
 
 
 def rows_of(folder: Path) -> list[dict[str, float]]:
@@ -264,6 +266,28 @@ def test_where_there_is_no_noise_scale_it_says_why(manual, words, monkeypatch):
     assert not [key for key in trainer.callback_metrics if "noise" in key]
 
 
+def test_it_says_what_it_watches_and_that_matplotlib_is_missing(tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(_INFO, said.append)
+    monkeypatch.setattr(reporting, "rank_zero_info", said.append)
+    for user in (_monitor_report, reporting):
+        monkeypatch.setattr(user, "is_installed", lambda package: False)
+    fit([GradientMonitor(include=["head"], histograms=False)], logger=CSVLogger(tmp_path), max_epochs=1)
+    assert said[0] == "GradientMonitor watches the gradients of 2 parameters."
+    assert len([text for text in said if "pip install 'lightning-grad[plot]'" in text]) == 1
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_barebones_trainer_logs_nothing_and_it_says_so(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(_INFO, said.append)
+    trainer = pl.Trainer(accelerator="cpu", barebones=True, max_epochs=1, callbacks=[GradientMonitor()])
+    pl.seed_everything(0, verbose=False)
+    with pytest.warns(UserWarning, match="not finite for the first time at step 3"):
+        trainer.fit(Backwards(), DataLoader(TensorDataset(torch.randn(48, 4)), 8))
+    assert [text for text in said if "logs nothing, because Trainer(barebones=True) turns logging off" in text]
+
+
 # Logits.
 
 
@@ -287,8 +311,9 @@ def test_largest_logits_of_attention_and_output_are_read_off_the_operators():
 @pytest.mark.parametrize("masked", [-math.inf, torch.finfo(torch.float32).min])
 def test_masked_logits_do_not_count(masked):
     logits = torch.tensor([1.0, -3.0, masked])
+    query, keys = torch.ones(1, 1), torch.tensor([[1.0, -3.0, 9.0]])
     with LogitProbe() as probe:
-        torch.softmax(logits, 0)
+        torch.softmax((query @ keys).masked_fill(logits == masked, masked), 1) @ torch.ones(3, 1)
         torch.log_softmax(logits, 0)
     assert {key: value.item() for key, value in probe.read().items()} == {
         "attention_logit_max": 1.0,

@@ -141,7 +141,7 @@ def test_every_param_group_keeps_its_own_rate() -> None:
 
 def test_a_second_instance_is_refused() -> None:
     callbacks = [MomentumReset(), MomentumReset(name="b")]
-    with pytest.raises(ValueError, match=r"Two MomentumReset would undo each other's learning rates\. Keep one"):
+    with pytest.raises(ValueError, match=r"Use only one MomentumReset per Trainer"):
         train(callbacks, Dictated(make_optimizer=adam), rows_of(DATA))
 
 
@@ -192,3 +192,18 @@ def test_what_is_logged() -> None:
         "grad/momentum_reset/lr_factor": pytest.approx(reset_warmup(1, 3)),
         "grad/momentum_reset/resets": 2.0,
     }
+
+
+@pytest.mark.parametrize(("every", "warmup"), [(1, 0), (2, 1), (100, 50), (299, 149), (500, 150), (10**6, 150)])
+def test_the_warmup_is_half_of_every_at_most_unless_it_is_given(every: int, warmup: int) -> None:
+    assert MomentumReset(every).settings == {"every": every, "warmup": warmup, "name": None}
+    assert MomentumReset(every, warmup=0).warmup == 0
+
+
+def test_it_says_what_it_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lightning_grad.callbacks.base.rank_zero_info", said.append)
+    train([MomentumReset(6, 2)], Dictated(make_optimizer=adam), rows_of(DATA[:3]))
+    train([MomentumReset(6, 0)], Dictated(make_optimizer=adam), rows_of(DATA[:3]))
+    start = "MomentumReset resets the moments of Adam every 6 steps"
+    assert said == [f"{start}, and reduces the learning rate for 2 steps after each reset.", f"{start}."]

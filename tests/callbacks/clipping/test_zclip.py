@@ -1,5 +1,6 @@
 """ZClip in a fit: its clipped norms, and norms that are not finite, from bad batches and from fp16 overflow."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_grad.callbacks import ZClip
 from tests.callbacks.clipping import Dictated, Gradients, Spoil, rows_of, rows_with_norms, train
-from tests.contract.projects import assert_identical, fit, make_classifier, state_of
+from tests.contract.projects import assert_identical, fit, make_classifier, make_trainer, state_of
 
 NAN, INF = float("nan"), float("inf")
 WARM = [1.0, 1.2, 0.8, 1.1, 0.9]
@@ -98,3 +99,66 @@ def test_what_is_logged() -> None:
     assert found["clipped_share"] == pytest.approx(3 / 6)
     assert found["mean"] == pytest.approx(1.0, abs=0.02)
     assert found["deviation"] == pytest.approx(0.14, abs=0.02)
+
+
+# The bound.
+
+MANY = [1.0 + 0.1 * (step % 7) for step in range(60)]  # from 1 to 1.6
+
+
+def warnings_of(norms: list[float], callback: ZClip, names: Any = ("w",), **arguments: Any) -> list[str]:
+    rows = rows_with_norms(norms, 4 * len(names))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train([callback], Dictated(names), rows_of(rows), **arguments)
+    return [str(warning.message) for warning in caught if "max_norm" in str(warning.message)]
+
+
+def test_no_bound_is_the_default() -> None:
+    after = Gradients()
+    train([ZClip(z_threshold=float("inf")), after], Dictated(), rows_of(rows_with_norms([9.0, 1.0, 3.0])))
+    assert ZClip().max_norm is None
+    assert after.norms() == pytest.approx([9.0, 1.0, 3.0])
+
+
+@pytest.mark.parametrize("every", [1, 10, 50, 10_000], ids=lambda every: f"logs every {every}")
+def test_a_bound_that_clips_many_steps_is_told_once(every: int) -> None:
+    (said,) = warnings_of(MANY, ZClip(max_norm=1.3), log_every_n_steps=every)
+    assert said.startswith("ZClip: max_norm=1.3 clips 4")
+    assert "Set max_norm=None, or a bound well above the usual norm; the mean is 1.29." in said
+
+
+@pytest.mark.parametrize(
+    ("norms", "bound"),
+    [
+        (MANY, None),
+        (MANY, 1.55),  # one step in seven
+        (MANY[:49], 0.1),  # too few to say
+        ([1.0] * 60, 1.0),
+        ([NAN] * 20 + [1.0] * 60, 1.5),
+        ([1.0, 1.1] * 25 + [50.0] * 12, 25.0),  # spikes
+    ],
+    ids=["no bound", "few", "short", "at the bound", "not finite", "spikes"],
+)
+def test_a_bound_above_the_usual_norm_is_not_told(norms: list[float], bound: float | None) -> None:
+    assert not warnings_of(norms, ZClip(max_norm=bound), log_every_n_steps=7)
+
+
+def test_bounds_by_name_are_told_by_themselves() -> None:
+    assert len(warnings_of(MANY, ZClip(max_norm={"a": 99.0, "b": 0.1}), ("a", "b"))) == 1
+    assert not warnings_of(MANY, ZClip(max_norm={"a": 99.0, "b": 98.0}), ("a", "b"))
+
+
+def test_what_an_earlier_bound_clipped_does_not_count(tmp_path: Any) -> None:
+    def run(bound: float, **arguments: Any) -> Any:
+        trainer = make_trainer(callbacks=[ZClip(max_norm=bound)], log_every_n_steps=5, **arguments)
+        return trainer, (Dictated(), rows_of(rows_with_norms(MANY[:49])))
+
+    trainer, inputs = run(0.1, max_epochs=1)
+    trainer.fit(*inputs)
+    trainer.save_checkpoint(tmp_path / "tight.ckpt")
+    trainer, inputs = run(99.0, max_epochs=2)
+    trainer.fit(*inputs, ckpt_path=tmp_path / "tight.ckpt")  # a warning is an error
+    trainer, inputs = run(0.1, max_epochs=2)
+    with pytest.warns(UserWarning, match="max_norm=0.1 clips 100%"):
+        trainer.fit(*inputs, ckpt_path=tmp_path / "tight.ckpt")

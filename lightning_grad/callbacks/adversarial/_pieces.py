@@ -1,0 +1,72 @@
+"""Several tensors as one, (B, ...), so that they can be attacked together, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def joined(pieces: Sequence[Tensor], are_samples: bool) -> Tensor:
+    """Return one tensor of all, those that are smaller filled up with values from their edge.
+
+    Args:
+        pieces: Tensors of as many dimensions each.
+        are_samples: Whether each is a sample, rather than a batch.
+
+    Example:
+        >>> joined([torch.ones(1, 2), torch.full((1, 1), 2.0)], True).tolist()
+        [[[1.0, 1.0]], [[2.0, 2.0]]]
+    """
+    rows = [piece.unsqueeze(0) for piece in pieces] if are_samples else list(pieces)
+    size = _largest(rows)
+    return torch.cat([_filled_up(row, size) for row in rows])
+
+
+def parted(whole: Tensor, pieces: Sequence[Tensor], are_samples: bool) -> list[Tensor]:
+    """Return what of a joined tensor belongs to each piece.
+
+    Example:
+        >>> pieces = [torch.ones(1, 2), torch.full((1, 1), 2.0)]
+        >>> [part.tolist() for part in parted(joined(pieces, True) + 1, pieces, True)]
+        [[[2.0, 2.0]], [[3.0]]]
+    """
+    parts, begin = [], 0
+    for piece in pieces:
+        shape = (1, *piece.shape) if are_samples else tuple(piece.shape)
+        rows = whole.narrow(0, begin, shape[0])[(slice(None), *(slice(length) for length in shape[1:]))]
+        parts.append(rows.squeeze(0) if are_samples else rows)
+        begin += shape[0]
+    return parts
+
+
+def support_of(pieces: Sequence[Tensor], are_samples: bool) -> Tensor | None:
+    """Return where a joined tensor belongs to a piece, 1 there and 0 elsewhere; ``None`` if everywhere.
+
+    Example:
+        >>> support_of([torch.ones(1, 2), torch.ones(1, 1)], True).tolist()
+        [[[1.0, 1.0]], [[1.0, 0.0]]]
+    """
+    rows = [piece.unsqueeze(0) for piece in pieces] if are_samples else list(pieces)
+    size = _largest(rows)
+    if all(tuple(row.shape[1:]) == size for row in rows):
+        return None
+    found = [row.new_zeros((len(row), *size)) for row in rows]
+    for own, row in zip(found, rows, strict=True):
+        own[(slice(None), *(slice(length) for length in row.shape[1:]))] = 1.0
+    return torch.cat(found)
+
+
+def _largest(rows: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(max(lengths) for lengths in zip(*(row.shape[1:] for row in rows), strict=True))
+
+
+def _filled_up(row: Tensor, size: tuple[int, ...]) -> Tensor:
+    if not row.numel():
+        return row.new_zeros((len(row), *size))
+    # With values from its edge, in its own channels: others might lie outside the bounds.
+    for dim, length in enumerate(size, 1):
+        if row.shape[dim] < length:
+            row = row.index_select(dim, torch.arange(length, device=row.device).clamp(max=row.shape[dim] - 1))
+    return row

@@ -1,0 +1,122 @@
+"""Where the units of each weight lie, for techniques that treat every neuron apart, and which layer is the last.
+
+Used by ``adaptive_gradient_clipping.py`` and ``gradient_centralization.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad.callbacks.conditioner import GradientConditioner
+from lightning_grad.utilities.checks import owned_ids
+from lightning_grad.utilities.forward_order import ForwardOrder
+from lightning_grad.utilities.parameters import all_names, clean_name, is_spelled, matches, named_owners
+from lightning_grad.utilities.weight_axes import multiplies_by, output_dimensions
+
+
+class UnitConditioner(GradientConditioner):
+    """A rule that treats the weights of every neuron apart, and so must know which dimension of a weight counts them.
+
+    It finds that out by what each layer computes. A matrix of which it cannot be told is left alone and named, unless its own
+    name is spelled in ``include``; then its first dimension counts.
+    """
+
+    def __init__(
+        self, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None, name: str | None = None
+    ) -> None:
+        super().__init__(include, exclude, name)
+        self._second: dict[int, int] = {}
+        self._unknown: list[str] = []
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_second": {}, "_unknown": []}
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._second, unknown = output_dimensions(pl_module)
+        names = {known[0]: known for known in all_names(pl_module).values()}
+        self._unknown = []
+        passed_over = self._excluded(pl_module)
+        self._unknown = [
+            name
+            for name in unknown
+            if not is_spelled(names[name], self.include or [])
+            and (self.include is None or matches(names[name], self.include))
+            and not matches(names[name], passed_over)
+        ]
+        super().on_fit_start(trainer, pl_module)
+        if self._unknown:
+            self._say(self._explain())
+
+    def output_dims(self, parameters: Sequence[Tensor]) -> list[int] | None:
+        """Return the dimension that counts the units of each parameter, or ``None`` if it is the first for all."""
+        return [self._second.get(id(p), 0) for p in parameters] if self._second else None
+
+    @override
+    def _excluded(self, pl_module: pl.LightningModule) -> list[str]:
+        return [*super()._excluded(pl_module), *self._unknown]
+
+    @override
+    def _check_choice(self, pl_module: pl.LightningModule) -> None:
+        if self._unknown and not self.parameters():
+            raise ValueError(f"{self.label} has no parameter to act on: it {self._explain()}.")
+        super()._check_choice(pl_module)
+
+    def _explain(self) -> str:
+        return (
+            f"leaves {', '.join(self._unknown)} alone, because the output of the layer is neither x W nor x W^T, so it is not "
+            "known which dimension counts the neurons. To take the first, spell the parameter's name in include="
+        )
+
+
+class LastLayers:
+    """The last linear layer of each network: the last one registered, and after a batch the one that it reached last.
+
+    Args:
+        trainer: The trainer, with its optimizers.
+        pl_module: Its module, complete.
+    """
+
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._trainer: pl.Trainer | None = trainer
+        linear = [(n, owner._parameters[a]) for n, owner, a in named_owners(pl_module) if multiplies_by(owner, a)]
+        moved = [owned_ids(optimizer) for optimizer in trainer.optimizers]
+        self._groups = [[clean_name(n) for n, p in linear if id(p) in owned] for owned in moved]
+        self._order: ForwardOrder | None = ForwardOrder(pl_module)
+        self._stop: Callable[[], None] | None = None
+        self.names = [_layer(clean_name(linear[-1][0]))] if linear else []
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether the first batch is running."""
+        return self._stop is not None
+
+    def watch(self) -> None:
+        """See which layers the first batch reaches."""
+        if self._order is not None and self._stop is None:
+            self._stop = self._order.watch()
+
+    def stop(self) -> None:
+        """Take the hooks away, for good."""
+        if self._stop is not None:
+            self._stop()
+        self._stop = self._order = self._trainer = None  # nothing of the module outlives the fit here
+
+    def learn(self) -> bool:
+        """Take the layers that were reached last, on all ranks those of the first; return whether they are others now."""
+        if self._order is None or self._trainer is None:
+            return False
+        networks = self._order.networks(self._groups)
+        found = [_layer(self._order.last(names)) for names in networks or []]
+        before, self.names = self.names, self._trainer.strategy.broadcast(found or self.names)
+        return set(before) != set(self.names)
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0] or name

@@ -1,0 +1,66 @@
+"""What a resumed fit may take from a checkpoint that other settings of ``DataPruning`` have written.
+
+Scores that the present settings would have given are used again; what is kept is chosen from them anew. Scores of another
+kind are left behind, and the round that is due is done again.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from lightning_grad.callbacks.data_pruning._sources import Chance, FileScores, PrototypeScores
+from lightning_grad.utilities.arguments import plain
+
+if TYPE_CHECKING:
+    from lightning_grad.callbacks.data_pruning.data_pruning import DataPruning
+
+_CHOICE = ("keep", "offset", "balance", "class_floor", "select", "strata", "seed")
+
+
+def score_settings(callback: DataPruning) -> dict[str, Any]:
+    """Return what the scores depend on."""
+    names = ["score", "score_fn", "score_dataset", "loss"]
+    if isinstance(callback._source, (Chance, FileScores)):
+        names = ["score_files"]
+    elif isinstance(callback._source, PrototypeScores):
+        names.append("seed")
+    found = {"source": callback._source.name, **{name: plain(getattr(callback, name)) for name in names}}
+    return {name: _without_address(value) for name, value in found.items()}
+
+
+def choice_settings(callback: DataPruning) -> dict[str, Any]:
+    """Return what the choice of samples depends on beside the scores."""
+    rounds = [[epoch, float(share)] for epoch, share in callback._rounds]
+    return {"rounds": rounds, **{name: plain(getattr(callback, name)) for name in _CHOICE}}
+
+
+def refuse_unrecorded(callback: DataPruning, saved: dict[str, Any] | None, next_epoch: int) -> None:
+    """Raise if a score that is recorded over epochs cannot be recorded before the next round.
+
+    Args:
+        callback: Which begins to record in this fit.
+        saved: What the scores in the checkpoint depend on; ``None`` if there are none.
+        next_epoch: The first epoch of which every batch will be recorded.
+
+    Raises:
+        ValueError: If a round comes too early.
+    """
+    needed = callback._source.epochs_needed
+    if not needed or min(epoch for epoch, _ in callback._rounds) >= next_epoch + needed:
+        return
+    now = score_settings(callback)
+    changed = [name for name in now if saved is not None and name != "source" and saved.get(name) != now[name]]
+    named = changed[0] if changed else "score"
+    was = f" (was {saved.get(named)!r})" if saved is not None else ""
+    keep = "Keep the settings of the checkpoint, or set" if saved is not None else "Set"
+    raise ValueError(
+        f"{callback.label} resumes with {named}={now[named]!r}{was}, and the checkpoint has no record for this score, which "
+        f"takes at least {needed} whole epoch{'s' if needed > 1 else ''} of training before a round. {keep} epoch to "
+        f"{next_epoch + needed} or later; until then all samples are trained on."
+    )
+
+
+def _without_address(value: Any) -> Any:
+    # Of an object without a name, a checkpoint holds its repr, in which another process finds another address.
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", value) if isinstance(value, str) else value

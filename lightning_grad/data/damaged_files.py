@@ -1,0 +1,65 @@
+"""Reading files that may be torn, damaged or hostile: whatever libraries raise becomes one error that names the file."""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_LONGEST_REASON = 200  # characters
+
+
+class ScoreFileError(ValueError):
+    """An error that already names the file."""
+
+
+@contextmanager
+def errors_that_name(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged file makes libraries raise into one error that names the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ScoreFileError:
+        raise
+    except Exception as error:  # zipfile, zlib, numpy and csv have dozens of their own
+        reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
+        raise ValueError(
+            f"{path} is no score file, or a damaged one: it should be a .npz file of save_scores, or a .csv ({reason})."
+        ) from error
+
+
+def read_entries(path: Path) -> dict[str, Any]:
+    """Return the arrays in a ``.npz`` file; one that is damaged raises before it takes memory."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if len(members) != _promised_members(path, archive):
+            raise ValueError("its table of contents is damaged")  # which zipfile reads as far as it can
+        for member in members:
+            _refuse_promise(archive, member)
+    with np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def _promised_members(path: Path, archive: zipfile.ZipFile) -> int:
+    end = 22 + len(archive.comment)  # bytes of the last record, after PKWARE's specification of zip files, 4.3.16
+    with path.open("rb") as file:
+        file.seek(-end, os.SEEK_END)
+        return int.from_bytes(file.read(22)[10:12], "little")
+
+
+def _refuse_promise(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """Raise if an array claims to be larger than its file: numpy would ask for all that memory first."""
+    with archive.open(member) as file:
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read[np.lib.format.read_magic(file)](file)
+    if math.prod(shape) * dtype.itemsize > member.file_size:
+        raise ValueError(f"{member.filename} should have the shape {shape}, and is shorter")

@@ -1,0 +1,159 @@
+"""What a sampler yields: the indices of samples, or keys that only the data set understands.
+
+Samples are known by their index, from 0 to n - 1. What a key of another kind means is not guessed: it is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from lightning_grad.data.random_streams import random_streams_kept
+
+_LONGEST = 60  # characters of a key that are shown
+_MOST_READ = 10_000_000  # keys of one epoch, for the time that it takes
+
+
+class KeyReader:
+    """Reads indices from what a sampler yields.
+
+    Args:
+        total: Length of the data set.
+        sampler: The sampler, for errors.
+        needed_by: Who asks, for errors.
+
+    Example:
+        >>> import torch
+        >>> reader = KeyReader(4, [], "Pruning")
+        >>> reader.batch([2, torch.tensor(3)]), reader.batch(torch.tensor([0, 1]))
+        ([2, 3], [0, 1])
+        >>> reader.one("cat")
+        Traceback (most recent call last):
+        TypeError: Pruning knows samples by their index, an integer from 0 to 3, and list yields 'cat'. Let the sampler \
+yield these integers, and let the data set's __getitem__ look up what belongs to each of them (an id, a name, a crop).
+    """
+
+    def __init__(self, total: int, sampler: Any, needed_by: str) -> None:
+        self.total = total
+        self._sampler = sampler
+        self._needed_by = needed_by
+
+    def batch(self, keys: Any) -> list[int]:
+        """Return the indices of a batch.
+
+        Raises:
+            TypeError: If it is no list, array or tensor of integers.
+            ValueError: If one of them is not in the data set.
+        """
+        if type(keys) is list and all(type(key) is int for key in keys):
+            found = list(keys)
+        else:
+            plain = keys.tolist() if hasattr(keys, "tolist") else keys
+            if not isinstance(plain, (list, tuple)):
+                raise self._error(TypeError, keys)
+            found = [self.one(key) for key in plain]
+        if found and not 0 <= min(found) <= max(found) < self.total:
+            raise self._error(ValueError, next(key for key in found if not 0 <= key < self.total))
+        return found
+
+    def one(self, key: Any) -> int:
+        """Return the index that a single key is.
+
+        Raises:
+            TypeError: If it is no integer.
+            ValueError: If it is not in the data set.
+        """
+        is_single = hasattr(key, "tolist") and not getattr(key, "shape", (1,))  # of numpy or torch
+        plain = key.tolist() if is_single else key
+        if type(plain) is not int:
+            raise self._error(TypeError, key)
+        if not 0 <= plain < self.total:
+            raise self._error(ValueError, plain)
+        return plain
+
+    def _error(self, kind: type[Exception], key: Any) -> Exception:
+        shown = repr(key)
+        shown = shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}..."
+        return kind(
+            f"{self._needed_by} knows samples by their index, an integer from 0 to {self.total - 1}, and "
+            f"{type(self._sampler).__name__} yields {shown}. Let the sampler yield these integers, and let the data set's "
+            "__getitem__ look up what belongs to each of them (an id, a name, a crop)."
+        )
+
+
+def refuse_other_keys(original: Any, dataset: Any, needed_by: str, shared: Sequence[Any] = ()) -> None:
+    """Raise if a batch sampler yields anything but indices of a data set.
+
+    What samplers of torch yield is known. Of others a copy is asked for an epoch: random streams, and the sampler itself,
+    stay as they are. One that cannot be copied is left alone; :class:`KeyReader` looks at what it yields.
+
+    Args:
+        original: The batch sampler.
+        dataset: The data set.
+        needed_by: Who asks, for errors.
+        shared: What the sampler may know and is not copied with it, as is the data set.
+
+    Raises:
+        TypeError: If a key is no integer.
+        ValueError: If an index is not in the data set.
+    """
+    sampler = getattr(original, "sampler", None)
+    reader = KeyReader(len(dataset), original if sampler is None else sampler, needed_by)
+    known = _known_keys(sampler) if type(original) is BatchSampler else None
+    if known is not None:
+        reader.batch(known)
+        return
+    with random_streams_kept():
+        _read_copy(reader, original, {id(part): part for part in (*_chain(dataset), *shared)})
+
+
+def _known_keys(sampler: Any) -> Sequence[int] | None:
+    """Return the keys that a sampler of torch may yield, at least the largest; ``None`` for another sampler."""
+    if type(sampler) is SubsetRandomSampler:
+        return list(sampler.indices)
+    lengths = {
+        SequentialSampler: "data_source",
+        RandomSampler: "data_source",
+        WeightedRandomSampler: "weights",
+        DistributedSampler: "dataset",
+    }
+    if type(sampler) not in lengths:
+        return None
+    length = len(getattr(sampler, lengths[type(sampler)]))
+    return [length - 1] if length else []
+
+
+def _read_copy(reader: KeyReader, original: Any, shared: dict[int, Any]) -> None:
+    try:
+        batches = iter(copy.deepcopy(original, shared))
+    except Exception:  # it holds a file, or a lock
+        return
+    read = 0
+    for _ in range(len(original)):
+        try:
+            batch = next(batches)
+        except Exception:  # of the user's sampler: when it is drawn from in earnest, it raises again
+            return
+        read += len(reader.batch(batch))
+        if read > _MOST_READ:
+            return
+
+
+def _chain(dataset: Any) -> Iterator[Any]:
+    """Yield a data set, and what it is a subset or a view of."""
+    seen: set[int] = set()
+    while dataset is not None and id(dataset) not in seen and not isinstance(dataset, Tensor):
+        seen.add(id(dataset))
+        yield dataset
+        dataset = getattr(dataset, "dataset", None)

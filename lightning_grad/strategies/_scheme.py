@@ -1,0 +1,209 @@
+"""What a compression scheme is: four methods on named gradients, and a memory that is saved for each rank.
+
+``compressed_ddp.py`` calls the methods, and has the run around them; ``_rank_saving.py`` says when the memory is saved.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from lightning_grad.functional import total_norm
+from lightning_grad.strategies._buckets import Gradient
+from lightning_grad.strategies._ledger import ByteLedger
+from lightning_grad.strategies._noise import GradientNoise
+from lightning_grad.strategies._rank_identity import Layout, layout_of
+from lightning_grad.strategies._rank_saving import RankSavingDDP
+from lightning_grad.strategies._settings import of_messages
+from lightning_grad.utilities.parameters import all_names, clean_name, matches
+
+Message = dict[str, Tensor]
+
+_MOST_ENTRIES = 2**31  # of a compressed tensor: an index has four bytes
+
+
+class SchemeDDP(RankSavingDDP):
+    """What a scheme may ask for, what it writes, and what of it is saved.
+
+    Attributes:
+        memory: By parameter, what the scheme keeps.
+        ledger: Counts bytes and exchanges.
+        step: Exchanges before the present one.
+    """
+
+    exclude: list[str] | None
+    min_numel: int
+
+    def _reset(self) -> None:
+        self.memory: dict[str, dict[str, Tensor]] = {}
+        self.ledger = ByteLedger()
+        self.step = 0
+        self._noise = GradientNoise()
+        self._parameters: dict[str, Tensor] = {}
+        self._names: dict[int, str] = {}
+        self._tied: dict[str, list[str]] = {}
+        self._order: dict[str, int] = {}
+        self._shapes: dict[str, tuple[torch.Size, int]] = {}
+        self._chosen: set[str] = set()
+        self._in_flight: Message | None = None
+        self._replayed: Message | None = None
+        self._is_accumulated = False
+
+    # What a scheme says and writes.
+
+    @property
+    def gradient_is_compressed(self) -> bool:
+        """Whether callbacks see gradients of another scale than the mean gradient's: clippers refuse those."""
+        return False
+
+    @property
+    def gradient_holds_momentum(self) -> bool:
+        """Whether the optimizer, once it is connected, gets gradients with their momentum, and applies none itself."""
+        return False
+
+    @property
+    def wants_to_compress(self) -> bool:
+        """Whether the arguments leave anything to compress."""
+        return True
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether this module leaves nothing to compress, so that this is DDP and nothing else."""
+        return not self._chosen
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the present step is compressed; if not, everything goes dense."""
+        return True
+
+    @property
+    def remark(self) -> str:
+        """What else the line says that is printed when a fit begins: a sentence with a space before it, or nothing."""
+        return ""
+
+    def compresses(self, name: str, parameter: Tensor) -> bool:
+        """Say whether a parameter's gradient is compressed; the same on all ranks and in all steps."""
+        large = parameter.dim() > 1 and self.min_numel <= parameter.numel() < _MOST_ENTRIES
+        return large and not matches(self.names_of(name), self.exclude or [])
+
+    def names_of(self, name: str) -> list[str]:
+        """Return every name of the parameter that has this one; a tied parameter has several."""
+        return self._tied.get(name, [name])
+
+    @abstractmethod
+    def accumulate(self, gradients: Sequence[Gradient]) -> None:
+        """Take the gradients of this rank into the memory; not called again for a batch that is run again."""
+
+    @abstractmethod
+    def send(self, gradients: Sequence[Gradient]) -> Message:
+        """Return what all ranks send of their memories, the same on each.
+
+        Whatever goes to other ranks goes through ``self.ranks``, which counts its bytes.
+        """
+
+    @abstractmethod
+    def settle(self, gradients: Sequence[Gradient], message: Message, arrived: Tensor) -> None:
+        """Take what was sent out of the memory, unless ``arrived``, a 0-dimensional bool tensor, is false."""
+
+    @abstractmethod
+    def write(self, gradients: Sequence[Gradient], message: Message, failure: Tensor) -> None:
+        """Write the mean that ``message`` stands for into the gradients, each with ``failure`` in it: 0, or NaN to be seen."""
+
+    @abstractmethod
+    def unsent(self) -> Iterator[Tensor]:
+        """Yield the residuals of this rank."""
+
+    @abstractmethod
+    def sent_bytes(self, name: str, shape: torch.Size, itemsize: int) -> int:
+        """Return the bytes that a compressed gradient takes in the messages of one step."""
+
+    def figures(self) -> dict[str, float]:
+        """Return what else is worth logging at a log step."""
+        return {}
+
+    def release_optimizer(self) -> None:
+        """Give back what an update that has failed holds of the optimizer."""
+
+    def disconnect(self) -> None:
+        """Take back what was attached to the optimizer; called however a fit ends, perhaps twice."""
+
+    def residual_norm(self) -> float:
+        """Return the 2-norm of what this rank has not sent."""
+        residuals = list(self.unsent())
+        return float(total_norm(residuals)) if residuals else 0.0
+
+    # What it knows of the module.
+
+    def _look_at(self, model: DistributedDataParallel) -> None:
+        named = [(clean_name(name), parameter) for name, parameter in model.module.named_parameters()]
+        self._parameters = dict(named)
+        self._names = {id(parameter): name for name, parameter in named}
+        self._tied = {names[0]: names for names in all_names(model.module).values()}
+        self._order = {name: place for place, (name, _) in enumerate(named)}
+        self._chosen = {name for name, p in named if p.requires_grad and self.compresses(name, p)}
+        self._shapes = {name: (p.shape, p.element_size()) for name, p in named if p.requires_grad}
+
+    @property
+    @override
+    def parameters(self) -> dict[str, Layout]:
+        return {name: layout_of(parameter) for name, parameter in self._parameters.items()}
+
+    # Checkpoints: written and read by RankSavingDDP.
+
+    @property
+    @override
+    def has_state(self) -> bool:
+        return not self.is_neutral and (self.ledger.steps > 0 or self._is_accumulated)
+
+    @override
+    def rank_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        memory = {name: {key: value.clone() for key, value in kept.items()} for name, kept in self.memory.items()}
+        batches: Any = self._trainer.fit_loop.epoch_loop.batch_progress.current
+        is_under_way = self._trainer.interrupted and batches.started > batches.processed  # so that the batch runs again
+        shared = {
+            "in_flight": self._in_flight if is_under_way else None,
+            "ledger": self.ledger.state_dict(),
+            "noise": self._noise.state_dict(),
+        }
+        return {"memory": memory, "is_accumulated": self._is_accumulated}, shared
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments that are this technique's own."""
+
+    @property
+    @override
+    def message_settings(self) -> dict[str, Any]:
+        return of_messages(self.settings)
+
+    @override
+    def load_rank_state(self, own: Mapping[str, Any], shared: Mapping[str, Any], changed: set[str]) -> None:
+        to, saved = self.root_device, own["memory"]
+        self.memory = {
+            name: {key: v.to(to) for key, v in saved[name].items()} for name in saved if name in self._chosen
+        }
+        if len(self.memory) < len(saved):
+            lost = ", ".join(sorted(saved.keys() - self._chosen))
+            rank_zero_warn(f"{self.label} no longer compresses {lost}: what was not sent of them is lost.")
+        self._is_accumulated = own["is_accumulated"]
+        message = shared["in_flight"]
+        if message is not None and changed:
+            rank_zero_warn(f"{self.label} has new settings: the gradient that was exchanged but not used yet is lost.")
+            message = None
+        self._replayed = None if message is None else {key: value.to(to) for key, value in message.items()}
+        self.ledger.load_state_dict(shared["ledger"])
+        self._noise.load_state_dict(shared["noise"])
+
+    @override
+    def forget_rank_state(self) -> None:
+        self.memory, self._replayed, self._is_accumulated = {}, None, False
+        self.ledger.load_state_dict(ByteLedger().state_dict())
+        self._noise.load_state_dict(None)

@@ -1,0 +1,167 @@
+"""Which dimension of a weight counts the outputs of its layer: found out by what the layer does, not by its class.
+
+``nn.Linear`` computes :math:`x W^T` with a weight (out, in). Other layers compute :math:`x W` with a weight (in, out), such
+as the ``Conv1D`` of GPT-2 in transformers, and graph libraries have linear layers of their own. A square weight does not show
+by its shape which of the two it is, so the product is computed once, with numbers of our own, and compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from lightning_grad.utilities.forward_order import has_torch_forward
+from lightning_grad.utilities.parameters import clean_name, named_owners
+
+_ROWS = 3
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}  # TF32 keeps 10 bits
+_HALF_TOLERANCE = 5e-2
+
+
+def output_dimension(owner: nn.Module, attribute: str) -> int | None:
+    """Return the dimension of a weight that counts the layer's outputs.
+
+    Torch's own layers are taken at their word: 0. For a two-dimensional parameter of any other module a copy of the layer,
+    with random numbers for this weight, is run on random rows in eval mode. If its output is a multiple of
+    :math:`x W^T`, that is 0, if of :math:`x W`, that is 1.
+
+    Args:
+        owner: The module that owns the parameter.
+        attribute: Name of the parameter in it.
+
+    Returns:
+        int | None: 0 or 1; ``None`` if the output is neither. A subclass of ``nn.Linear`` then counts as one, and a
+        parameter of another number of dimensions always has its outputs first.
+
+    Example:
+        >>> class Transposed(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(torch.eye(2))
+        ...     def forward(self, x):
+        ...         return x @ self.weight
+        >>> output_dimension(nn.Linear(2, 2), "weight"), output_dimension(Transposed(), "weight")
+        (0, 1)
+    """
+    parameter = owner._parameters[attribute]
+    if not _is_matrix(parameter) or has_torch_forward(owner):
+        return 0
+    found = _product_dimension(owner, attribute)
+    return 0 if found is None and isinstance(owner, nn.Linear) else found
+
+
+def multiplies_by(owner: nn.Module, attribute: str) -> bool:
+    """Return whether a module is a linear layer that multiplies its input by this matrix: ``nn.Linear`` or one like it."""
+    if isinstance(owner, nn.Linear):
+        return attribute == "weight"
+    matrix = _is_matrix(owner._parameters[attribute])
+    return matrix and not has_torch_forward(owner) and _product_dimension(owner, attribute) is not None
+
+
+def is_foreign_matrix(owner: nn.Module, attribute: str) -> bool:
+    """Return whether a parameter is a matrix of a module whose ``forward`` is not torch's."""
+    return _is_matrix(owner._parameters[attribute]) and not has_torch_forward(owner)
+
+
+def output_dimensions(module: nn.Module) -> tuple[dict[int, int], list[str]]:
+    """Return the dimension that counts the outputs, for every parameter of a module.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        tuple: Identities of the parameters whose outputs are in dimension 1, as a dict to 1, and the names of those of which
+        it cannot be told, because a tied parameter is used in both ways or its layer computes something else.
+    """
+    found: dict[int, set[int | None]] = {}
+    names: dict[int, str] = {}
+    for name, owner, attribute in named_owners(module):
+        parameter = owner._parameters[attribute]
+        if is_foreign_matrix(owner, attribute) or isinstance(owner, nn.Linear):
+            names.setdefault(id(parameter), clean_name(name))
+            found.setdefault(id(parameter), set()).add(output_dimension(owner, attribute))
+    second = {key: 1 for key, dimensions in found.items() if dimensions - {None} == {1}}
+    unknown = [names[key] for key, dimensions in found.items() if len(dimensions - {None}) != 1]
+    return second, unknown
+
+
+def _is_matrix(parameter: Tensor | None) -> bool:
+    known = isinstance(parameter, Tensor) and not isinstance(parameter, UninitializedParameter)
+    return known and parameter.ndim == 2 and parameter.is_floating_point()  # type: ignore[union-attr]
+
+
+def _product_dimension(owner: nn.Module, attribute: str) -> int | None:
+    if hasattr(owner, "configure_optimizers"):
+        return None  # a LightningModule, whose forward is the whole network
+    parameter = owner._parameters[attribute]
+    assert parameter is not None
+    if parameter.is_meta:
+        return None
+    try:
+        with _unnoticed(parameter.device):
+            return _compare_products(_with_weight(owner, attribute), parameter)
+    except Exception:  # a layer that takes something else than rows of numbers tells nothing
+        return None
+
+
+@contextlib.contextmanager
+def _unnoticed(device: torch.device) -> Iterator[None]:
+    # Compiled code would trace the probe. Without dynamo nothing is compiled, and importing it takes seconds.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    devices = [device] if device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices), eager, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+
+
+def _with_weight(owner: nn.Module, attribute: str) -> Callable[[Tensor, Tensor], Any]:
+    """Return the function of (input, weight) that a layer computes, made of a copy that shares its other parameters."""
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in owner.parameters()}
+    twin = copy.deepcopy(owner, shared).eval()
+    forward = getattr(twin.forward, "_torchdynamo_orig_callable", twin.forward)
+
+    def run(inputs: Tensor, weight: Tensor) -> Any:
+        twin._parameters[attribute] = nn.Parameter(weight, requires_grad=False)
+        return forward(inputs)
+
+    return run
+
+
+def _compare_products(run: Callable[[Tensor, Tensor], Any], like: Tensor) -> int | None:
+    generator = torch.Generator(like.device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=like.device).to(like.dtype)
+
+    weight = draw(*like.shape)
+    matches = []
+    for dimension, factor in ((0, weight.t()), (1, weight)):
+        for leading in ((_ROWS,), (1, _ROWS)):  # some layers take sequences only
+            inputs = draw(*leading, factor.shape[0])
+            try:
+                output = run(inputs, weight) - run(torch.zeros_like(inputs), weight)  # without the bias
+            except Exception:
+                continue
+            if _is_multiple(output, inputs @ factor):
+                matches.append(dimension)
+            break
+    return matches[0] if len(matches) == 1 else None
+
+
+def _is_multiple(output: Tensor, product: Tensor) -> bool:
+    if output.shape != product.shape:
+        return False
+    tolerance = _TOLERANCE.get(output.dtype, _HALF_TOLERANCE)
+    output, product = output.double(), product.double()
+    scale = (output * product).sum() / product.square().sum()
+    return bool(output.norm() > 0 and (output - scale * product).norm() <= tolerance * output.norm())

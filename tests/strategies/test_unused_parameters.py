@@ -1,0 +1,369 @@
+"""Parameters that some steps do not use: against DDP, and against the algorithms written out by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_grad.functional import initial_factor
+from lightning_grad.strategies import PowerSGDStrategy
+from tests.contract.test_strategies_resume import StopIn
+from tests.ranks import on_ranks
+from tests.strategies.ranks import BATCH, BATCHES, Result, Task, assert_close, assert_same, dgc, fit, samples
+from tests.strategies.test_odd_runs import finish as finish_on_one_batch
+from tests.strategies.test_odd_runs import stop
+from tests.strategies.test_powersgd import gram_schmidt
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:PowerSGDStrategy has nothing to compress, and is DDP"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+    pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model"),
+    pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available"),
+]
+
+Uses = Callable[[int, int], bool]
+LARGE = ["first", "branch", "last"]
+OPTIMIZER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
+
+# Whether a rank's step uses the branch, by step and rank.
+PATTERNS: dict[str, Uses] = {
+    "on one rank": lambda step, rank: rank == 0,
+    "on no rank": lambda step, rank: False,
+    "on all ranks": lambda step, rank: True,
+    "in every second step": lambda step, rank: step % 2 == 1,
+    "on either rank by turns": lambda step, rank: (step + rank) % 2 == 0,
+    "on one rank or none": lambda step, rank: step % 3 == rank,
+    "on no rank after a while": lambda step, rank: step < 4,
+}
+STATIC = ["on one rank", "on no rank", "on all ranks"]
+PLACES = [(pattern, "find_unused_parameters") for pattern in PATTERNS] + [(p, "static_graph") for p in STATIC]
+UNDER_ACCUMULATION: Uses = lambda batch, rank: batch % 4 == 0  # noqa: E731  # the first half of every second step
+
+
+class Net(nn.Module):
+    """Three matrices of 2048, 4096 and 256 entries, of which the one in the middle need not be used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.first, self.branch, self.last = nn.Linear(32, 64), nn.Linear(64, 64), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor, use: bool) -> Tensor:
+        x = self.first(x).relu()
+        return self.last(x + self.branch(x).tanh() if use else x)
+
+
+class Branching(Task):
+    """Uses the branch of its net in some steps."""
+
+    def __init__(self, uses: Uses) -> None:
+        super().__init__(Net(), **OPTIMIZER)
+        self.uses = uses
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = (part.chunk(self.trainer.world_size)[self.global_rank] for part in batch)
+        use = self.uses(self.current_epoch * BATCHES + batch_idx, self.global_rank)
+        return F.cross_entropy(self.net(x, use), y)
+
+
+def power(**changes: Any) -> PowerSGDStrategy:
+    return PowerSGDStrategy(**{"rank": 2, "min_gain": 1.0, "min_numel": 1, **changes})
+
+
+def gradients_of(net: Net, uses: Uses, batch: int, accumulate: int, rank: int, ranks: int) -> dict[str, Tensor | None]:
+    """Return a rank's gradient by name, ``None`` of what it has not used."""
+    x, y = samples()
+    loss: Any = 0.0
+    for number in range(batch, batch + accumulate):
+        place = number % BATCHES * BATCH
+        part = [half[place : place + BATCH].chunk(ranks)[rank] for half in (x.double(), y)]
+        loss = loss + F.cross_entropy(net(part[0], uses(number, rank)), part[1]) / accumulate
+    weights = dict(net.named_parameters())
+    return dict(zip(weights, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True))
+
+
+def by_hand(kind: str, uses: Uses, ranks: int = 2, accumulate: int = 1) -> Result:
+    """Return what a loop over ranks in one process gives; what no rank has used is skipped in its step."""
+    net = Net().double()
+    weights = dict(net.named_parameters())
+    scheme = {"dgc": HandMadeDGC, "power": HandMadePowerSGD}[kind](weights, ranks)
+    sgd = torch.optim.SGD(weights.values(), **OPTIMIZER)
+    for step in range(2 * BATCHES // accumulate):
+        everyone = [gradients_of(net, uses, step * accumulate, accumulate, rank, ranks) for rank in range(ranks)]
+        sgd.zero_grad()
+        for name, weight in weights.items():
+            if all(gradients[name] is None for gradients in everyone):
+                continue
+            found = [torch.zeros_like(weight) if g[name] is None else g[name] for g in everyone]
+            if name.endswith("bias"):
+                weight.grad = sum(found) / ranks
+            else:
+                scheme.step(name, weight, found)
+        sgd.step()
+    return {"weights": dict(net.state_dict(prefix="net.")), "unsent": scheme.unsent}
+
+
+class HandMadeDGC:
+    """Moves large weights by itself, and leaves the others to the optimizer."""
+
+    def __init__(self, weights: dict[str, Tensor], ranks: int) -> None:
+        large = {name: torch.zeros(weight.numel()).double() for name, weight in weights.items() if weight.dim() > 1}
+        self.unsent = [{name: zeros.clone() for name, zeros in large.items()} for _ in range(ranks)]
+        self.velocity = [{name: zeros.clone() for name, zeros in large.items()} for _ in range(ranks)]
+        self.decayed: dict[str, Tensor] = {}
+
+    def step(self, name: str, weight: Tensor, gradients: list[Tensor]) -> None:
+        total = torch.zeros(weight.numel()).double()
+        for rank, gradient in enumerate(gradients):
+            u, v = self.velocity[rank][name], self.unsent[rank][name]
+            u.mul_(OPTIMIZER["momentum"]).add_(gradient.flatten())
+            v.add_(u)
+            chosen = v.abs().argsort(descending=True)[: math.ceil(0.05 * len(v) - 1e-9)]
+            sent = v[chosen].float().double()
+            v[chosen] -= sent
+            u[chosen] = 0.0
+            total[chosen] += sent / len(gradients)
+        before = self.decayed.get(name, torch.zeros_like(weight))
+        self.decayed[name] = OPTIMIZER["momentum"] * before + OPTIMIZER["weight_decay"] * weight.detach()
+        with torch.no_grad():
+            weight -= OPTIMIZER["lr"] * (self.decayed[name] + total.view(weight.shape))
+
+
+class HandMadePowerSGD:
+    """Gives all weights to the optimizer, with the gradient that arrives."""
+
+    def __init__(self, weights: dict[str, Tensor], ranks: int) -> None:
+        large = {name: weight for name, weight in weights.items() if weight.dim() > 1}
+        self.right = {n: initial_factor(w.shape[1], 2, 0, f"net.{n}").double() for n, w in large.items()}
+        self.unsent = [{name: torch.zeros_like(w).detach() for name, w in large.items()} for _ in range(ranks)]
+
+    def step(self, name: str, weight: Tensor, gradients: list[Tensor]) -> None:
+        matrices = [g + kept[name] for g, kept in zip(gradients, self.unsent, strict=True)]
+        left = gram_schmidt(sum(matrix @ self.right[name] for matrix in matrices) / len(matrices))
+        self.right[name] = sum(matrix.t() @ left for matrix in matrices) / len(matrices)
+        weight.grad = left @ self.right[name].t()
+        for kept, matrix in zip(self.unsent, matrices, strict=True):
+            kept[name] = matrix - weight.grad
+
+
+def train(strategy: Any, uses: Uses, **options: Any) -> Result:
+    module = Branching(uses)
+    result = fit(strategy, module, precision="64-true", **options)
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in module.parameters())
+    return result
+
+
+BUILDS = {"dgc": dgc, "power": power}
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def runs(request: pytest.FixtureRequest) -> tuple[str, dict[Any, list[Result]]]:
+    """Return what both ranks have of each pattern and option."""
+    build = BUILDS[request.param]
+
+    def work() -> dict[Any, Result]:
+        made = {(pattern, option): train(build(**{option: True}), PATTERNS[pattern]) for pattern, option in PLACES}
+        option = {"find_unused_parameters": True}
+        made["views"] = train(build(gradient_as_bucket_view=True, **option), PATTERNS["on one rank or none"])
+        made["accumulated"] = train(build(**option), UNDER_ACCUMULATION, accumulate_grad_batches=2)
+        made["both options"] = train(build(static_graph=True, **option), PATTERNS["on no rank"])
+        return made
+
+    first, second = on_ranks(2, work)
+    return request.param, {key: [first[key], second[key]] for key in first}
+
+
+_EXPECTED: dict[Any, tuple[Uses, int]] = {
+    **{place: (PATTERNS[place[0]], 1) for place in PLACES},
+    "views": (PATTERNS["on one rank or none"], 1),
+    "accumulated": (UNDER_ACCUMULATION, 2),
+    "both options": (PATTERNS["on no rank"], 1),
+}
+
+
+@pytest.mark.parametrize("place", _EXPECTED, ids=str)
+def test_it_is_the_algorithm_written_by_hand(place: Any, runs: tuple[str, dict[Any, list[Result]]]) -> None:
+    kind, found = runs
+    uses, accumulate = _EXPECTED[place]
+    expected = by_hand(kind, uses, accumulate=accumulate)
+    assert_same(found[place][1]["weights"], found[place][0]["weights"])
+    assert_close(found[place][0]["weights"], expected["weights"])
+    kept = {"dgc": "residual", "power": "error"}[kind]
+    for rank, result in enumerate(found[place]):
+        for name in LARGE:
+            unsent = expected["unsent"][rank][f"{name}.weight"].flatten()
+            memory = result["memory"].get(f"net.{name}.weight", {kept: torch.zeros_like(unsent)})
+            assert_close(memory[kept], unsent)
+
+
+def test_what_no_rank_uses_has_no_gradient_and_no_memory(runs: tuple[str, dict[Any, list[Result]]]) -> None:
+    for option in ("find_unused_parameters", "static_graph"):
+        for result in runs[1]["on no rank", option]:
+            assert set(result["memory"]) == {"net.first.weight", "net.last.weight"}
+            assert all("net.branch.weight" not in mean for mean in result["mean"])
+            assert torch.equal(result["weights"]["net.branch.weight"], Net().branch.weight.double())
+
+
+def test_what_no_rank_uses_sends_no_bytes(runs: tuple[str, dict[Any, list[Result]]]) -> None:
+    kind, found = runs
+    branch = {"dgc": 8 * math.ceil(0.05 * 64 * 64), "power": 8 * 2 * (64 + 64)}[
+        kind
+    ] + 8 * 64  # of the matrix and the bias
+    sent = found["in every second step", "find_unused_parameters"][0]["sent"]
+    assert [more - less for less, more in zip(sent[::2], sent[1::2], strict=True)] == [branch] * BATCHES
+    everything = found["on all ranks", "find_unused_parameters"][0]["sent"]
+    assert set(everything) == set(sent[1::2])
+    static = found["on all ranks", "static_graph"][0]["sent"]
+    assert set(static) == {everything[0] - 6}, "one byte for each of six parameters says whether it was used"
+
+
+class ZeroesInPlace(Branching):
+    """Leaves zeros where there were gradients, which momentum and decay act upon, used or not."""
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        optimizer.zero_grad(set_to_none=False)
+
+
+def _zeroes_in_place(pattern: str, **options: Any) -> dict[str, Result]:
+    def run(strategy: Any) -> Result:
+        return fit(strategy, ZeroesInPlace(PATTERNS[pattern]), precision="64-true")
+
+    options["find_unused_parameters"] = True
+    return {
+        "ddp": run(DDPStrategy(**options)),
+        "all sent": run(dgc(ratio=0.9999999, momentum_masking=False, **options)),
+        "full rank": run(power(rank=1000, min_gain=0.1, **options)),
+        "dgc": run(dgc(**options)),
+        "power": run(power(**options)),
+    }
+
+
+@pytest.mark.parametrize("views", [False, True])
+@pytest.mark.parametrize("pattern", ["in every second step", "on one rank or none", "on no rank after a while"])
+def test_a_gradient_of_zeros_moves_a_parameter_as_under_ddp(pattern: str, views: bool) -> None:
+    first, second = on_ranks(2, partial(_zeroes_in_place, pattern, gradient_as_bucket_view=views))
+    for name in ("all sent", "full rank"):
+        assert_close(first[name]["weights"], first["ddp"]["weights"])
+    for name in first:
+        assert_same(first[name]["weights"], second[name]["weights"])
+        assert first[name]["weights"]["net.branch.weight"].isfinite().all()
+    name, both = "net.branch.weight", (first["power"], second["power"])
+    arrived = 2 * sum(mean[name] for mean in first["power"]["mean"] if name in mean)
+    unsent = sum(result["memory"][name]["error"] for result in both).view(arrived.shape)
+    assert_close(arrived + unsent, sum(local[name] for result in both for local in result["local"] if name in local))
+
+
+def _beside_ddp(pattern: str, option: str) -> dict[str, Result]:
+    uses = PATTERNS[pattern]
+    strategies = {
+        "ddp": DDPStrategy(**{option: True}),
+        "neutral dgc": dgc(ratio=1.0, **{option: True}),
+        "neutral power": power(exclude=["*"], **{option: True}),
+        "all sent": dgc(ratio=0.9999999, momentum_masking=False, **{option: True}),
+        "dense so far": power(start_step=1000, **{option: True}),
+    }
+    return {name: train(strategy, uses) for name, strategy in strategies.items()}
+
+
+@pytest.mark.parametrize(("pattern", "option"), PLACES)
+def test_neutral_is_ddp_bit_by_bit_and_all_sent_is_ddp(pattern: str, option: str) -> None:
+    for found in on_ranks(2, partial(_beside_ddp, pattern, option)):
+        for neutral in ("neutral dgc", "neutral power", "dense so far"):
+            assert_same(found[neutral]["weights"], found["ddp"]["weights"])
+            assert_same(found[neutral]["optimizer"], found["ddp"]["optimizer"])
+        assert_close(found["all sent"]["weights"], found["ddp"]["weights"])
+
+
+class _Counts(Branching):
+    """Uses the branch by the count of updates, so that a batch that is run again uses what it did."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = (part.chunk(self.trainer.world_size)[self.global_rank] for part in batch)
+        return F.cross_entropy(self.net(x, self.uses(self.trainer.global_step, self.global_rank)), y)
+
+
+def _stop_and_resume(build: Any, step: int, folder: Path) -> tuple[Any, Any]:
+    def made() -> tuple[Any, Any]:
+        return build(find_unused_parameters=True), _Counts(PATTERNS["on one rank or none"])
+
+    strategy, module = made()
+    stop("on purpose", strategy, [StopIn("on_before_optimizer_step", step), OnExceptionCheckpoint(folder)], module)
+    expected, resumed = (
+        finish_on_one_batch(strategy, (), module, ckpt)
+        for ckpt in (None, folder / "on_exception.ckpt")
+        for strategy, module in [made()]
+    )
+    return expected, resumed
+
+
+@pytest.mark.parametrize("step", [3, 4, 5])  # which use the branch on rank 0, on rank 1, on neither
+@pytest.mark.parametrize("build", [dgc, power])
+def test_a_run_that_stops_between_an_exchange_and_its_update_goes_on_exactly(
+    build: Any, step: int, tmp_path: Path
+) -> None:
+    for expected, resumed in on_ranks(2, _stop_and_resume, build, step, tmp_path):
+        assert_same(resumed, expected)
+
+
+def _without_the_option(build: Any) -> str:
+    with pytest.raises(RuntimeError) as error:
+        train(build(), PATTERNS["on no rank"])
+    assert train(build(find_unused_parameters=True), PATTERNS["on no rank"])["ledger"]["steps"] == 2 * BATCHES
+    return str(error.value)
+
+
+@pytest.mark.parametrize("build", [dgc, power])
+def test_without_the_option_the_error_names_the_parameters_and_the_option(build: Any) -> None:
+    for words in on_ranks(2, _without_the_option, build):
+        name = type(build()).__name__
+        assert f"{name}: some parameters (net.branch.weight, net.branch.bias) got no gradient in a step" in words
+        assert f"{name}(find_unused_parameters=True)" in words
+
+
+class _UsesOnlyWhatIsNotMoved(Branching):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.branch.parameters(), lr=0.1)
+
+
+def _train_what_is_used_now_and_then(build: Any) -> int:
+    module = _UsesOnlyWhatIsNotMoved(PATTERNS["in every second step"])
+    arguments = {"local_clip": 1.0} if build is dgc else {}
+    return int(fit(build(find_unused_parameters=True, **arguments), module)["ledger"]["steps"])
+
+
+@pytest.mark.parametrize("build", [dgc, power])
+def test_a_step_may_use_nothing_that_the_optimizer_moves(build: Any) -> None:
+    assert on_ranks(2, _train_what_is_used_now_and_then, build) == [2 * BATCHES] * 2
+
+
+class _Breaks(pl.Callback):
+    def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 2:
+            raise RuntimeError("on purpose")
+
+
+def _break() -> list[int]:
+    module = Branching(PATTERNS["on one rank"])
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(dgc(find_unused_parameters=True), module, [_Breaks()])
+    dist.barrier()
+    return [len(parameter._post_accumulate_grad_hooks or ()) for parameter in module.parameters()]
+
+
+def test_an_exception_leaves_no_hook_on_a_parameter() -> None:
+    for left in on_ranks(2, _break):
+        assert left == [0] * 6
