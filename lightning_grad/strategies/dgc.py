@@ -32,7 +32,6 @@ from lightning_grad.functional import (
 from lightning_grad.functional._shuffling import hashed_seed
 from lightning_grad.strategies._densities import as_densities, as_ratio
 from lightning_grad.strategies._local_momentum import LocalMomentum, why_not_moved
-from lightning_grad.strategies._refusals import check_positive
 from lightning_grad.strategies.compressed_ddp import (
     DEFAULT_TIMEOUT,
     CompressedDDPStrategy,
@@ -41,7 +40,7 @@ from lightning_grad.strategies.compressed_ddp import (
     ResidualPolicy,
     StartMethod,
 )
-from lightning_grad.utilities.checks import check_count
+from lightning_grad.utilities.checks import check_count, check_finite_above
 from lightning_grad.utilities.dispatch import overrides
 from lightning_grad.utilities.parameters import check_patterns, first_match, parameter_names
 
@@ -181,7 +180,7 @@ class DGCStrategy(CompressedDDPStrategy):
             timeout=timeout,
         )
         if local_clip is not None:
-            check_positive(local_clip, "local_clip", "Use None for no clipping.")
+            check_finite_above(local_clip, 0.0, "local_clip")
         if warmup_steps is not None:
             check_count(warmup_steps, 1, "warmup_steps")
         self.ratio = as_ratio(ratio, "ratio")
