@@ -203,6 +203,7 @@ class Snapshot:
         buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
         self._tensors = [(tensor, plain(tensor).detach().clone()) for tensor in (*buffers, *frozen)]
         self._buffers = dict(module._buffers)
+        self._mode = module.training
         self._attributes = {name: value for name, value in module.__dict__.items() if name not in _OF_MODULES}
         # Every module has a dozen empty dictionaries; to empty them again is quicker than to copy them.
         self._empty = [value for value in self._attributes.values() if type(value) in _DICTIONARIES and not value]
@@ -214,11 +215,14 @@ class Snapshot:
         """Put it back."""
         module = self._module
         put_back(self._tensors)
-        module._buffers.clear()
-        module._buffers.update(self._buffers)
+        if isinstance(module._buffers, dict):  # a scripted module has a view of its own, which only torch changes
+            module._buffers.clear()
+            module._buffers.update(self._buffers)
         for name in [name for name in module.__dict__ if name not in self._names]:
             del module.__dict__[name]
-        module.__dict__.update(self._attributes)  # its mode among them
+        module.__dict__.update(self._attributes)
+        if module.training != self._mode:  # which a scripted module keeps elsewhere
+            module.training = self._mode
         for held in self._held:
             held.restore()
         for container in self._empty:

@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from lightning_grad.callbacks._look import SCORE_FN
 from lightning_grad.callbacks._quiet import is_quiet
 from lightning_grad.functional import LossCall, LossCapture
 from lightning_grad.utilities.dispatch import wrap_method
@@ -27,6 +28,7 @@ def read_losses(
     reader: Callable[[LossCall], None],
     which: int | None = None,
     samples: Callable[[], int] | None = None,
+    way_out: str = SCORE_FN,
 ) -> Any:
     """Have ``reader`` called with the loss of every training step, after it.
 
@@ -35,13 +37,14 @@ def read_losses(
         reader: Gets the call of the loss.
         which: Which loss of the step, if it has several.
         samples: Tells the number of samples of the batch. Default: the length of its tensors.
+        way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
 
     Returns:
         Callable: Takes the reader away.
     """
     tap = _tap_of(pl_module)
     tap.samples = samples or tap.samples
-    entry = (reader, which)
+    entry = (reader, which, way_out)
     tap.readers.append(entry)
     return lambda: tap.remove(entry)
 
@@ -52,6 +55,7 @@ def reweight_losses(
     needed_by: str,
     which: int | None = None,
     samples: Callable[[], int] | None = None,
+    way_out: str = SCORE_FN,
 ) -> Any:
     """Have the samples of every training step weighted, before its backward.
 
@@ -61,6 +65,7 @@ def reweight_losses(
         needed_by: Who asks, for errors.
         which: Which loss of the step, if it has several.
         samples: Tells the number of samples of the batch. Default: the length of its tensors.
+        way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
 
     Returns:
         Callable: Takes the weighting away.
@@ -74,7 +79,7 @@ def reweight_losses(
             f"{tap.reweighted_by} and {needed_by} would both weight the samples of a batch. Keep one of them in the list of "
             "callbacks."
         )
-    tap.reweight, tap.reweighted_by, tap.which = reweight, needed_by, which
+    tap.reweight, tap.reweighted_by, tap.which, tap.way_out = reweight, needed_by, which, way_out
     tap.samples = samples or tap.samples
     return lambda: tap.remove(None)
 
@@ -89,10 +94,11 @@ class _LossTap:
     """The capture around one module's ``training_step``, there as long as somebody wants it."""
 
     def __init__(self, pl_module: pl.LightningModule) -> None:
-        self.readers: list[tuple[Callable[[LossCall], None], int | None]] = []
+        self.readers: list[tuple[Callable[[LossCall], None], int | None, str]] = []
         self.reweight: Callable[[LossCall], Tensor | None] | None = None
         self.reweighted_by = ""
         self.which: int | None = None
+        self.way_out = SCORE_FN
         self.samples: Callable[[], int] | None = None
         self._seen = 0
         self._may_skip = pl_module.automatic_optimization
@@ -120,13 +126,14 @@ class _LossTap:
             samples == 0
         ):  # none of the samples that are watched: another loader's batch, or a tuner that tries a few steps
             return inner(*args, **kwargs)
-        with LossCapture(samples, None if self.reweight is None else self._weights) as capture:
+        weights = None if self.reweight is None else self._weights
+        with LossCapture(samples, weights, way_out=self.way_out) as capture:
             output = inner(*args, **kwargs)
-        if output is None and self._may_skip and not capture.calls and not capture.unread:
+        if output is None and self._may_skip:
             return None  # Lightning trains on no batch for which an automatic step returns nothing
         if self.reweight is not None:
             self._refuse_unweighted(capture)
-        for reader, which in self.readers:
+        for reader, which, capture.way_out in self.readers:
             reader(capture.only(which))
         return output
 

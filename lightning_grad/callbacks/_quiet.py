@@ -64,7 +64,7 @@ def quiet(
         stack.enter_context(_silence(trainer, pl_module))
         stack.enter_context(_modules_as_they_are(pl_module, check, advice))
         if evaluate:
-            stack.enter_context(_eager())
+            stack.enter_context(eager())
             stack.enter_context(_recurrent_layers_have_gradients(pl_module))
             pl_module.eval()
         if pl_module not in _QUIET:
@@ -126,7 +126,8 @@ def loggers_muted(trainer: pl.Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def _eager() -> Iterator[None]:
+def eager() -> Iterator[None]:
+    """Run compiled code as it was written."""
     # What is compiled may not trace what looks at it. Without dynamo nothing is, and importing it takes seconds.
     if "torch._dynamo" in sys.modules:
         with torch.compiler.set_stance("force_eager"):

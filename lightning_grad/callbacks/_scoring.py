@@ -1,6 +1,6 @@
 """Looking at every sample of a training set through the module's own ``training_step``, without a trace.
 
-:func:`look_at_all` runs the pass; what is measured of a batch is a function of a :class:`Look`.
+:func:`look_at_all` runs the pass; what is measured of a batch is a function of a :class:`~._look.Look`.
 """
 
 from __future__ import annotations
@@ -10,112 +10,22 @@ import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatchError
 from lightning_grad.callbacks._quiet import quiet
 from lightning_grad.data.borrowed_workers import BorrowedWorkers
 from lightning_grad.data.random_streams import generators_kept
-from lightning_grad.functional import LossCall, LossCapture, PerSampleGradientNorms
 from lightning_grad.utilities.batches import copy_of
 from lightning_grad.utilities.checks import is_sharded
 from lightning_grad.utilities.training_set import TrainingSet
-
-Measure = Callable[["Look"], Mapping[str, Tensor]]
-
-
-@dataclass
-class Look:
-    """One batch, and the means to see what the module makes of it.
-
-    Args:
-        pl_module: The module, in eval mode.
-        batch: Its batch, on the device.
-        indices: The samples' indices in the data set.
-        total: Length of the data set.
-        run: Runs ``training_step`` on it.
-        memory: What a measure wants to keep from batch to batch.
-        which: Which loss of the step, if it has several.
-    """
-
-    pl_module: pl.LightningModule
-    batch: Any
-    indices: list[int]
-    total: int
-    run: Callable[[], object]
-    memory: dict[str, Any] = field(default_factory=dict)
-    which: int | None = None
-
-    def loss(self, keep_graph: bool = False) -> LossCall:
-        """Run the step and return the call of its loss."""
-        which = self.which if self.which is not None else self.memory.get("which")
-        capture = self._captured(keep_graph)
-        several = len(capture.calls) + len(capture.unread) > 1
-        if which is None and several and not any(call.has_graph for call in capture.calls):
-            # Only with a graph the loss can be told from what a step computes for its log.
-            found = self._captured(with_graph=True)
-            which = self.memory["which"] = found.calls.index(found.only())
-        return capture.only(which)
-
-    def _captured(self, with_graph: bool) -> LossCapture:
-        with_graph = with_graph or bool(self.memory.get("needs_graph"))
-        capture = LossCapture(len(self.indices), keep_graph=with_graph)
-        try:
-            with torch.set_grad_enabled(with_graph), capture:
-                self.run()
-            return capture
-        except RuntimeError:
-            if with_graph:
-                raise
-        # A step that differentiates something itself, as a gradient penalty does, needs a graph.
-        found = self._captured(with_graph=True)
-        self.memory["needs_graph"] = True
-        return found
-
-    def gradient_norms(self) -> tuple[Tensor, LossCall]:
-        """Return the norm of every sample's own gradient, and the loss."""
-        if "norms" not in self.memory:
-            self.memory["norms"] = PerSampleGradientNorms(self.pl_module)
-        found: list[LossCall] = []
-
-        def losses() -> Tensor:
-            found[:] = [self.loss(keep_graph=True)]
-            return found[0].losses
-
-        with torch.enable_grad():
-            return self.memory["norms"](losses), found[0]
-
-    def features(self) -> tuple[Tensor, LossCall, nn.Linear]:
-        """Return what the last linear layer takes in, the loss of what it gives out, and the layer.
-
-        Raises:
-            ValueError: If the logits are not the output of an ``nn.Linear``.
-        """
-        seen: list[tuple[nn.Linear, Tensor, Tensor]] = []
-        layers = [layer for layer in self.pl_module.modules() if isinstance(layer, nn.Linear)]
-
-        def see(layer: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.append((layer, args[0], output))
-
-        hooks = [layer.register_forward_hook(see) for layer in layers]
-        try:
-            call = self.loss()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for layer, taken_in, output in reversed(seen):
-            if isinstance(output, Tensor) and output.data_ptr() == call.input.data_ptr():
-                return taken_in.detach(), call, layer
-        raise ValueError(
-            "This score needs the features of the last layer, and the logits of this module are not the output of an "
-            "nn.Linear. Use another score, or give score_fn=, which takes the module and a batch and returns the scores."
-        )
 
 
 def look_at_all(
@@ -128,10 +38,13 @@ def look_at_all(
     which: int | None = None,
     seed: int = 0,
     rehearsal: bool = False,
+    label: str = "The score",
+    way_out: str = SCORE_FN,
 ) -> dict[str, Tensor]:
     """Measure every sample that training may see, each once, in eval mode.
 
-    Every rank looks at its share; all return the same.
+    Every rank looks at its share; all return the same. A batch that the loader makes ``None``, or for which the step returns
+    nothing, is left out, as it is in training.
 
     Args:
         trainer: The trainer, in a fit.
@@ -143,12 +56,15 @@ def look_at_all(
         which: Which loss of the step, if it has several.
         seed: Seed of the random streams during the pass, so that two of them see the same.
         rehearsal: Look at one batch only, to raise what the pass would raise; what is returned means nothing.
+        label: Who looks, for errors.
+        way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
 
     Raises:
-        ValueError: If the other data set has another length, or there are fewer samples than ranks.
+        ValueError: If the other data set has another length, or there are fewer samples than ranks, or no batch has a value.
 
     Returns:
-        dict: For each name the values of the whole data set, (n, ...), float64, on the CPU, nan where not looked at.
+        dict: For each name the values of the whole data set, (n, ...), float64, on the CPU; nan where not looked at or not
+        finite.
     """
     if dataset is not None and len(dataset) != training_set.sampler.total:  # type: ignore[arg-type]
         raise ValueError(
@@ -164,22 +80,33 @@ def look_at_all(
     chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     # A step may talk to the other ranks, so that all must run it equally often; rank 0 has most samples.
     most = math.ceil(math.ceil(len(population) / trainer.world_size) / batch_size)
-    batches = chunks[:1] if rehearsal else [*chunks, *chunks[:1] * (most - len(chunks))]
-    loader = _scoring_loader(training_set, dataset, batches, seed, in_main_process=rehearsal)
+    batches = chunks[:_TRIES] if rehearsal else [*chunks, *chunks[:1] * (most - len(chunks))]
+    loader = scoring_loader(training_set, dataset, batches, seed, in_main_process=rehearsal)
     found = _Found(training_set.sampler.total, trainer.strategy.root_device)
     memory: dict[str, Any] = {}
-    with quiet(trainer, pl_module, advice=_SCORE_FN), generators_kept([loader.dataset, training_set.loader.collate_fn]):
-        _seed_streams(seed)
+    sources = [loader.dataset, training_set.loader.collate_fn]
+    with quiet(trainer, pl_module, advice=f", or {way_out}"), generators_kept(sources):
+        seed_streams(seed)
         for number, batch in enumerate(loader if rehearsal else _with_progress(loader, title, trainer)):
-            batch = _to_device(trainer, batch)
-            run = _runner(trainer, pl_module, batch, number) if training_set.is_whole_batch else _refuse_part
-            look = Look(pl_module, batch, batches[number], training_set.sampler.total, run, memory, which)
+            if batch is None:
+                continue
+            batch = to_device(trainer, batch)
+            run = runner(trainer, pl_module, batch, number) if training_set.is_whole_batch else _refuse_part
+            look = Look(
+                pl_module, batch, batches[number], training_set.sampler.total, run, memory, which, label, way_out
+            )
             with torch.no_grad():
-                if number < len(chunks):
-                    found.put(look.indices, measure(look))
-                else:
+                if number >= len(chunks):
                     run()
-    return found.values if rehearsal else found.over_ranks(trainer)
+                elif found.measure(look, measure) and rehearsal:
+                    break
+    values = found.values if rehearsal else found.over_ranks(trainer)
+    if not values and len(batches) >= len(chunks):
+        raise ValueError(
+            f"{label} found nothing to look at: each batch was None, or training_step returned None for it. Let collate_fn "
+            "and training_step return something for some batches in eval mode."
+        )
+    return values
 
 
 class _Found:
@@ -189,6 +116,14 @@ class _Found:
         self._total = total
         self._device = device
         self.values: dict[str, Tensor] = {}
+
+    def measure(self, look: Look, measure: Measure) -> bool:
+        """Keep what is measured of a batch; return whether it has any values."""
+        try:
+            self.put(look.indices, measure(look))
+        except SkippedBatchError:
+            return False
+        return True
 
     def put(self, indices: list[int], values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
@@ -202,7 +137,8 @@ class _Found:
                 shape = (self._total, *value.shape[1:])
                 self.values[name] = torch.full(shape, float("nan"), dtype=kind, device=self._device)
             own = self.values[name]
-            own[torch.tensor(indices, device=own.device)] = value.detach().to(own)
+            value = value.detach().to(own)
+            own[torch.tensor(indices, device=own.device)] = value.masked_fill(~value.isfinite(), float("nan"))
 
     def over_ranks(self, trainer: pl.Trainer) -> dict[str, Tensor]:
         return {name: merge_ranks(trainer, value).double().cpu() for name, value in self.values.items()}
@@ -219,13 +155,37 @@ def merge_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
     return torch.where(mean.abs() > _INFINITE / 1e3, mean.sign() * float("inf"), mean)
 
 
-_SCORE_FN = ", or pass score_fn=, which takes the module and a batch and returns the scores"
+def say_what_is_skipped(label: str, population: Tensor, has_value: Tensor) -> None:
+    """Say how many samples have no value, and which.
+
+    Args:
+        label: Who looked.
+        population: Indices of the samples that training may see.
+        has_value: Whether each has one, in the same order.
+    """
+    missing = population[~has_value].tolist()
+    if missing:
+        shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
+        rank_zero_info(
+            f"{label} skips {len(missing)} of {len(population)} samples that have no finite value: {shown}. Their batch was "
+            "None, or training_step returned None for it, or none of their positions counts, or their loss is not finite."
+        )
+
+
+_TRIES = 8  # batches, until one has a value
+_SHOWN = 8  # indices
 _INFINITE = 1e30  # stands for an infinity in a sum over ranks
 
 
-def _scoring_loader(
-    training_set: TrainingSet, dataset: Any, chunks: list[list[int]], seed: int, in_main_process: bool
+def scoring_loader(
+    training_set: TrainingSet,
+    dataset: Any,
+    chunks: list[list[int]],
+    seed: int,
+    in_main_process: bool,
+    collate: Any = None,
 ) -> DataLoader[Any] | BorrowedWorkers:
+    """Return a loader of given samples that is otherwise as the training loader, or has another ``collate_fn``."""
     loader = training_set.loader
     is_own = dataset is None or dataset is loader.dataset
     if not in_main_process and is_own and training_set.has_idle_workers:
@@ -246,14 +206,15 @@ def _scoring_loader(
     return DataLoader(
         loader.dataset if dataset is None else dataset,
         **batches,
-        collate_fn=loader.collate_fn,
+        collate_fn=collate or loader.collate_fn,
         pin_memory=loader.pin_memory,
         generator=torch.Generator().manual_seed(seed),
         **workers,
     )
 
 
-def _seed_streams(seed: int) -> None:
+def seed_streams(seed: int) -> None:
+    """Seed the global random streams."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -267,7 +228,8 @@ def _with_progress(loader: DataLoader[Any] | BorrowedWorkers, title: str, traine
     yield from tqdm(iter(loader), desc=title, total=len(loader), leave=False, disable=not shown)
 
 
-def _to_device(trainer: pl.Trainer, batch: Any) -> Any:
+def to_device(trainer: pl.Trainer, batch: Any) -> Any:
+    """Return a batch as ``training_step`` would get it."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -280,7 +242,8 @@ def _refuse_part() -> object:
     )
 
 
-def _runner(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, number: int) -> Callable[[], object]:
+def runner(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, number: int) -> Callable[[], object]:
+    """Return what runs ``training_step`` on a batch."""
     arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, number).values()
     if is_sharded(trainer):
         return lambda: trainer.strategy.training_step(*copy_of(list(arguments)))

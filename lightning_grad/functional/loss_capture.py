@@ -112,6 +112,7 @@ class LossCapture(TorchFunctionMode):
             a division that comes out even by chance is not noticed.
         reweight: Called with each :class:`LossCall`; returns weights (B,), or ``None`` to leave this one as it is.
         keep_graph: Keep the graph of ``losses`` and the network's ``output``. By default no graph stays alive.
+        way_out: What an error advises if no loss can be read, as a clause that begins with a verb.
 
     Attributes:
         calls: The calls read, in order.
@@ -142,6 +143,7 @@ class LossCapture(TorchFunctionMode):
         samples: int | None = None,
         reweight: Callable[[LossCall], Tensor | None] | None = None,
         keep_graph: bool = False,
+        way_out: str = _WAY_OUT,
     ) -> None:
         super().__init__()
         if samples is not None and samples < 1:
@@ -149,6 +151,7 @@ class LossCapture(TorchFunctionMode):
         self.samples = samples
         self.reweight = reweight
         self.keep_graph = keep_graph
+        self.way_out = way_out
         self.calls: list[LossCall] = []
         self.unread: list[UnreadLoss] = []
 
@@ -177,7 +180,7 @@ class LossCapture(TorchFunctionMode):
             if not 0 <= which < len(self.calls):
                 raise RuntimeError(
                     f"loss={which} was asked for, but the step has {len(self.calls)}: {_listed(self.calls)}. "
-                    f"Choose one of these, or {_WAY_OUT}."
+                    f"Choose one of these, or {self.way_out}."
                 )
             return self.calls[which]
         seen: list[LossCall | UnreadLoss] = [*self.calls, *self.unread]
@@ -185,9 +188,11 @@ class LossCapture(TorchFunctionMode):
         if len(counted) == 1 and isinstance(counted[0], LossCall):
             return counted[0]
         unread = f"; not readable: {', '.join(u.name for u in self.unread)}" if self.unread else ""
+        chunks = len(counted) > 2 and len({call.name for call in counted}) == 1
+        advice = "If they are chunks of one loss, compute it in one call. " if chunks else ""
         raise RuntimeError(
             f"The step has {len(counted)} losses, so that which one is meant is not clear: "
-            f"{_listed(self.calls)}{unread}. Say which (loss=0 is the first), or {_WAY_OUT}."
+            f"{_listed(self.calls)}{unread}. {advice}Say which (loss=0 is the first), or {self.way_out}."
         )
 
     def _refuse_without_calls(self) -> NoReturn:
@@ -197,7 +202,7 @@ class LossCapture(TorchFunctionMode):
         names = "; ".join(f"{u.name} ({u.reason})" for u in self.unread)
         raise RuntimeError(
             "No loss of torch.nn.functional was seen that can be read per sample"
-            f"{f': only {names}' if names else ''}. Hand-written, scripted and fused losses are not seen: {_WAY_OUT}."
+            f"{f': only {names}' if names else ''}. Hand-written, scripted and fused losses are not seen: {self.way_out}."
         )
 
     def __torch_function__(
@@ -256,7 +261,7 @@ class LossCapture(TorchFunctionMode):
             raise TypeError("it was called inside a transform of torch.func")
         detached = {name: v.detach() if isinstance(v, Tensor) else v for name, v in given.items()}
         positions = self._positions(func, given, detached, value)
-        samples = _samples(loss.name, positions, self.samples)
+        samples = _samples(loss.name, positions, self.samples, self.way_out)
         valid = valid_positions(loss.name, detached, positions)
         sums = SampleSums.of(positions, denominator_shares(loss.name, detached, valid, positions), samples)
         losses = sums.numerators / sums.denominators
@@ -296,14 +301,14 @@ class _IndivisibleError(ValueError):
     """The rows of a loss do not divide by the number of samples."""
 
 
-def _samples(name: str, positions: Tensor, samples: int | None) -> int:
+def _samples(name: str, positions: Tensor, samples: int | None, way_out: str) -> int:
     rows = positions.shape[0] if positions.dim() else 1
     if samples is None:
         return rows
     if rows % samples or rows == 0:
         raise _IndivisibleError(
             f"{name} got {rows} rows for {samples} samples: which row belongs to which sample cannot be told (packed tokens, "
-            f"or a loss of only some of the rows). To score such a step, {_WAY_OUT}; to reweight it, pad instead of packing."
+            f"or a loss of only some of the rows). Pad instead of packing, or {way_out}."
         )
     return samples
 

@@ -224,3 +224,24 @@ def _parts(batch: Any, key: str) -> list[str]:
 
 def _as_position(part: Any) -> Any:
     return int(part) if isinstance(part, str) and part.isdecimal() else part
+
+
+def reordered(batch: Any, order: Tensor) -> Any:
+    """Return a batch whose samples stand in another order: the rows of its tensors, and the entries of its other lists.
+
+    Only what is as long as the order is taken for one entry a sample.
+
+    Example:
+        >>> reordered({"x": torch.tensor([1, 2, 3]), "name": ["a", "b", "c"], "n": 7}, torch.tensor([2, 0, 1]))
+        {'x': tensor([3, 1, 2]), 'name': ['c', 'a', 'b'], 'n': 7}
+    """
+    if isinstance(batch, Tensor):
+        return batch[order.to(batch.device)] if batch.dim() and len(batch) == len(order) else batch
+    holds_rows = any(value.dim() and len(value) == len(order) for _, value in _tensors_of(batch))
+    if type(batch) in (list, tuple) and len(batch) == len(order) and not holds_rows:
+        return type(batch)(batch[place] for place in order.tolist())
+    for key, child in list(_children(batch)):
+        other = reordered(child, order)
+        if other is not child:
+            batch = with_input(batch, (key,), other)
+    return batch

@@ -634,3 +634,21 @@ def test_a_recurrent_layer_has_a_gradient_in_eval_mode(busy: tuple[pl.Trainer, B
     with quiet(trainer, module):
         assert not torch.backends.cudnn.enabled  # cuDNN refuses it
     assert torch.backends.cudnn.enabled
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_part_is_put_back() -> None:
+    class WithScript(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+
+    module = WithScript()
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    with quiet(make_trainer(), module, evaluate=False):
+        module.part(torch.randn(4, 2))
+    with quiet(make_trainer(), module):
+        assert not module.part.training
+    assert module.part.training
+    assert all(child.training for child in module.part.modules())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())

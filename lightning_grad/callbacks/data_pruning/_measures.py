@@ -13,7 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from lightning_grad.callbacks._scoring import Look, Measure
+from lightning_grad.callbacks._look import Look, Measure
 from lightning_grad.functional import (
     LossCall,
     el2n,

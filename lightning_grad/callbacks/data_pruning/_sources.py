@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.callbacks._scoring import Measure
+from lightning_grad.callbacks._look import Measure
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.callbacks.data_pruning._measures import (
     HISTORIES,
@@ -57,6 +57,8 @@ class ScoreSource:
     runs_the_step = False  # in a pass of its own
     epochs_needed = 0  # whole epochs before a round, to record what the score is made of
     is_recording = False  # whether something of each sample is recorded by now
+    pairs_rows = True  # with the samples of a batch
+    measure: Measure | None = None  # of a batch, where it is not its loss
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -115,6 +117,8 @@ def source_of(
 class Chance(ScoreSource):
     """No scores: all are equal, and their order is left to a seed."""
 
+    pairs_rows = False
+
     def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
         return ScoredSet(self.name, trainer.current_epoch, torch.zeros(training_set.sampler.total, dtype=torch.float64))
 
@@ -126,6 +130,8 @@ class FileScores(ScoreSource):
         paths: The files.
         strict: Whether those of another data set are refused.
     """
+
+    pairs_rows = False
 
     def __init__(self, paths: Sequence[str], strict: bool) -> None:
         super().__init__("files")
@@ -172,6 +178,7 @@ class PassScores(ScoreSource):
         super().__init__(name)
         self._score_fn = score_fn
         self.runs_the_step = score_fn is None
+        self.measure = None if score_fn is None else measure_for(name, score_fn)
 
     def rehearse(self, run_pass: Pass) -> Mapping[str, Tensor] | None:
         return run_pass(measure_for(self.name, self._score_fn), "")
@@ -199,9 +206,11 @@ class PrototypeScores(PassScores):
 
     def _values(self, found: Mapping[str, Tensor], labels: Tensor | None) -> Tensor:
         embeddings = found["embedding"]
-        known = ~embeddings.isnan().any(1)
+        known = embeddings.isfinite().all(1)
         clusters = min(int(labels.max()) + 1 if labels is not None else _PROTOTYPES, int(known.sum()))
         scores = torch.full((len(embeddings),), float("nan"), dtype=torch.float64)
+        if not clusters:
+            return scores  # no sample has an embedding
         scores[known] = prototype_distance(embeddings[known], clusters, self._seed).double()
         return scores
 

@@ -46,7 +46,7 @@ class SubsetCallback(GradCallback):
         self._mark: Fingerprint | None = None
         self._indices: list[int] = []
         self._samples_seen = 0
-        self._is_rehearsed = self._has_warned = False
+        self._is_rehearsed = self._has_warned = self._has_told_of_too_few = False
 
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
         """Return the indices of the samples of the epoch that begins, ``None`` for all."""
@@ -179,6 +179,14 @@ class SubsetCallback(GradCallback):
 
     def _device_indices(self, device: torch.device) -> Tensor:
         return torch.tensor(self._indices, device=device)
+
+    def _warn_of_too_few(self, count: int, total: int) -> None:
+        if count == total and not self._has_told_of_too_few:
+            self._has_told_of_too_few = True
+            rank_zero_warn(
+                f"{self.label} keeps all {total} samples: its share of them is less than one sample, or would leave a last "
+                "batch of one. Prune more, or train on more samples."
+            )
 
     def _refuse_unreached(self, trainer: pl.Trainer, epoch: int, would: str) -> None:
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch and not _is_smoke_test(trainer):

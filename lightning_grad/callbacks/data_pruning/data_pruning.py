@@ -17,8 +17,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grad.callbacks._look import Measure
 from lightning_grad.callbacks._loss_tap import read_losses
-from lightning_grad.callbacks._scoring import Measure, look_at_all
+from lightning_grad.callbacks._rehearsal import Rehearsal
+from lightning_grad.callbacks._scoring import look_at_all, say_what_is_skipped
 from lightning_grad.callbacks.data_pruning._arguments import check_settings, read_rounds, warn_of_risks
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score
 from lightning_grad.callbacks.data_pruning._report import report
@@ -91,7 +93,7 @@ class DataPruning(SubsetCallback):
         score_fn: Function of the module and a batch that returns the scores (B,), for losses that cannot be seen; by dotted
             path in YAML. It runs in eval mode and without gradients, unless it turns them on.
         score_dataset: Function of the trainer that returns the training set without augmentation, to score that.
-        loss: Which loss counts, from 0, if the step computes several.
+        loss: Which call of a loss counts, from 0; by default the only one, if it is the whole loss.
         checkpoints: Number of passes of vog, at least 2, spread evenly over the epochs before.
         strict: Whether score files of another data set are refused.
         show: Number of the hardest and of the easiest samples that are shown, in a table and a page; 0 for none.
@@ -105,6 +107,8 @@ class DataPruning(SubsetCallback):
             for manual optimization (unless nothing has to be scored in a pass), a gradient score with sharded parameters, an
             epoch that never comes, another technique that chooses samples. After the first batch, if the loss cannot be
             seen or does not suit the score: one batch is scored to find out.
+        RuntimeError: After the first batch, if rows do not follow their samples into another order, or if only a part of the
+            loss is seen and ``loss`` does not say that it counts alone.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
         FileNotFoundError: In setup, if a score file is missing. One that is damaged, or belongs to another data set, raises a
             ValueError before the first batch, and so does a ``save_scores`` that cannot be written.
@@ -336,8 +340,25 @@ class DataPruning(SubsetCallback):
         self._refuse_unreached_steps(trainer, self._rounds[0][0], "prune")
         if self._last_round < self._rounds[-1][0]:
             found = self._source.rehearse(self._passes(trainer, pl_module, rehearsal=True))
-            if found is not None and "label" not in found:
+            self._check_rows(trainer, pl_module)
+            if found and "label" not in found:
                 self._refuse_balance()
+
+    def _check_rows(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._training_set is not None
+        if not self._source.pairs_rows:
+            return
+        in_training = isinstance(self._source, HistoryScores)
+        rehearsal = Rehearsal(
+            trainer,
+            pl_module,
+            self.label,
+            self.loss,
+            measure=self._source.measure,
+            runs_the_step=pl_module.automatic_optimization,
+        )
+        dataset = None if in_training else self._dataset(trainer)
+        rehearsal.check_loader(self._training_set, dataset, in_training)
 
     @override
     def _epoch_ends(self, trainer: pl.Trainer) -> None:
@@ -366,7 +387,7 @@ class DataPruning(SubsetCallback):
         def run(measure: Measure, title: str) -> Mapping[str, Tensor]:
             assert self._training_set is not None
             own = (trainer, pl_module, self._training_set, measure, title, self._dataset(trainer))
-            return look_at_all(*own, which=self.loss, seed=self.seed, rehearsal=rehearsal)
+            return look_at_all(*own, which=self.loss, seed=self.seed, rehearsal=rehearsal, label=self.label)
 
         return run
 
@@ -388,7 +409,10 @@ class DataPruning(SubsetCallback):
         assert self._training_set is not None
         sampler = self._training_set.sampler
         population = sampler.population
+        say_what_is_skipped(self.label, population, ~scored.values[population].isnan())
         count = count_kept(len(population), share, sampler.batch_size, sampler.ranks, sampler.drop_last)
+        if share:
+            self._warn_of_too_few(count, len(population))
         kept = None if share == 0.0 else population[self._select(scored, population, count)]
         self.scored = replace(scored, kept=kept)
         self._say_kept(count, len(population), share)

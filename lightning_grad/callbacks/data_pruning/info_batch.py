@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks._loss_tap import reweight_losses
+from lightning_grad.callbacks._rehearsal import Rehearsal
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
 from lightning_grad.functional import LossCall, infobatch_count, infobatch_subset, round_up_count
@@ -22,6 +23,7 @@ from lightning_grad.utilities.checks import (
 )
 from lightning_grad.utilities.progress import check_total_steps
 
+_WAY_OUT = "use RepeatedRandomSubset, which needs no loss"
 _NEXT_SEED = 1_000_003  # more than any run has epochs
 
 
@@ -41,7 +43,7 @@ class InfoBatch(SubsetCallback):
     Args:
         prune: Share r of the samples of low loss that is left out, at least 0 and below 1 (0.5 in the paper).
         stop: Share of the run after which all samples are trained on (0.875 in the paper).
-        loss: Which loss counts, from 0, if the step computes several.
+        loss: Which call of a loss counts, from 0; by default the only one, if it is the whole loss.
         seed: Seed of the choices.
         loader_key: Which of several training loaders to prune: its key, or its position in a list.
         total_steps: Length of the run in optimizer steps, where it has no known end. Default: the Trainer's.
@@ -50,6 +52,8 @@ class InfoBatch(SubsetCallback):
     Raises:
         ValueError: In the constructor for a share outside its range. In setup for manual optimization, or another technique
             that chooses or weighs samples. In the first step if the loss cannot be seen.
+        RuntimeError: After the first batch, if rows do not follow their samples into another order, or if only a part of the
+            loss is seen and ``loss`` does not say that it counts alone.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
     **Hooks.** As :class:`DataPruning`; losses are read and weighted inside ``training_step``, before its backward. What the
@@ -137,7 +141,7 @@ class InfoBatch(SubsetCallback):
                 "RepeatedRandomSubset, which needs no loss.",
             )
             own = (pl_module, self._weigh, self.label, self.loss)
-            self._undo.push(reweight_losses(*own, samples=lambda: len(self._indices)))
+            self._undo.push(reweight_losses(*own, samples=lambda: len(self._indices), way_out=_WAY_OUT))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -163,6 +167,13 @@ class InfoBatch(SubsetCallback):
             self._say("prunes to the end of the run, because that is not known. Set total_steps=... to stop before it")
 
     @override
+    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._training_set is not None
+        if self.prune:
+            rehearsal = Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT)
+            rehearsal.check_loader(self._training_set, in_training=True)
+
+    @override
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
         self._take_losses(trainer)
         self._weights = None
@@ -171,6 +182,8 @@ class InfoBatch(SubsetCallback):
         assert self._training_set is not None
         sampler = self._training_set.sampler
         population = sampler.population
+        if len(population) == 1:
+            self._warn_of_too_few(1, 1)
         losses = self._losses[population]
         wanted = infobatch_count(losses, self.prune)
         count = round_up_count(wanted, len(losses), sampler.batch_size, sampler.ranks, sampler.drop_last)

@@ -7,12 +7,15 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks._loss_tap import reweight_losses
+from lightning_grad.callbacks._loss_tap import batch_size_of, reweight_losses
+from lightning_grad.callbacks._rehearsal import Rehearsal
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional import LossCall, annealed_temperature, loss_weights
+from lightning_grad.utilities.batches import copy_of
 from lightning_grad.utilities.checks import (
     check_above,
     check_between,
@@ -22,6 +25,8 @@ from lightning_grad.utilities.checks import (
 )
 from lightning_grad.utilities.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step
+
+_WAY_OUT = "weight the losses in training_step, by lightning_grad.functional.loss_weights"
 
 Rule = Literal["linupper", "quadratic", "extremes"]
 
@@ -45,7 +50,7 @@ class LossReweighting(GradCallback):
         temperature: r at the end of the run; .inf in YAML turns the weighting off.
         start_temperature: r after the warm-up.
         warmup: Share of the run in which all samples weigh the same (0.05 in the released code).
-        loss: Which loss counts, from 0, if the step computes several.
+        loss: Which call of a loss counts, from 0; by default the only one, if it is the whole loss.
         total_steps: Length of the run in optimizer steps, where it has no known end. Default: the Trainer's.
         name: Name of this instance.
 
@@ -53,6 +58,8 @@ class LossReweighting(GradCallback):
         ValueError: In the constructor for an unknown rule or a number outside its range. In setup for manual optimization, or
             another technique that weighs samples. When training starts, if the run has no known end. In the first step if
             the loss cannot be seen.
+        RuntimeError: After the first batch, if rows of a loss that stand together belong to several samples, or if only a part
+            of the loss is seen and ``loss`` does not say that it counts alone.
 
     **Hooks.** The loss is weighted inside ``training_step``, before its backward. What the step logs as its loss is the
     weighted one. With accumulation each batch is weighted by itself.
@@ -113,13 +120,15 @@ class LossReweighting(GradCallback):
     def _reset(self) -> None:
         self._trainer: pl.Trainer | None = None
         self._effective: Tensor | None = None
+        self._first: Any = None
+        self._is_rehearsed = False
         self._now = math.inf
 
     def _let_go(self) -> None:
-        self._trainer = None
+        self._trainer = self._first = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_trainer": None}
+        return {**super().__getstate__(), "_trainer": None, "_first": None}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -127,11 +136,14 @@ class LossReweighting(GradCallback):
         if self._fitting:
             self._reset()
             refuse_manual_optimization(
-                pl_module, self.label, "the loss is weighted before backward, which comes inside training_step."
+                pl_module,
+                self.label,
+                f"the loss is weighted before backward, which comes inside training_step. Use automatic optimization, or "
+                f"{_WAY_OUT}.",
             )
             self._trainer = trainer
             self._undo.push(self._let_go)
-            self._undo.push(reweight_losses(pl_module, self._weigh, self.label, self.loss))
+            self._undo.push(reweight_losses(pl_module, self._weigh, self.label, self.loss, way_out=_WAY_OUT))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -154,13 +166,31 @@ class LossReweighting(GradCallback):
             self._now = annealed_temperature(
                 run_progress(trainer, stated=self.total_steps), self.start_temperature, self.temperature, self.warmup
             )
+            if not self._is_rehearsed:
+                self._first = copy_of(batch)  # the step may change it
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._first is not None:
+            first, self._first, self._is_rehearsed = self._first, None, True
+            self._rehearse(trainer, pl_module, first)
         if self._effective is not None and is_log_step(trainer):
             self._log(pl_module, {"temperature": self._now, "effective_samples": self._effective})
+
+    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        rehearsal = Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT)
+        samples = batch_size_of(batch)
+        rehearsal.check_whole_loss(batch, samples)
+        if samples is None:
+            return  # each row of the loss is a sample
+        if samples * trainer.world_size == 1:
+            rank_zero_warn(
+                f"{self.label} weights the samples of a batch against each other, and a batch has one: every weight is 1. Use "
+                "larger batches."
+            )
+        rehearsal.check_batch(batch, samples)
 
     def _weigh(self, call: LossCall) -> Tensor | None:
         if math.isinf(self._now):

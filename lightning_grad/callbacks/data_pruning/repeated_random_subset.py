@@ -87,5 +87,6 @@ class RepeatedRandomSubset(SubsetCallback):
         sampler = self._training_set.sampler
         population = sampler.population
         count = count_kept(len(population), self.prune, sampler.batch_size, sampler.ranks, sampler.drop_last)
+        self._warn_of_too_few(count, len(population))
         epoch = trainer.current_epoch
         return population[repeated_random_subset(len(population), count, epoch, self.seed, self.replacement)]

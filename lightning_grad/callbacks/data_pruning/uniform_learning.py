@@ -11,10 +11,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks._scoring import Look, look_at_all
+from lightning_grad.callbacks._look import Look
+from lightning_grad.callbacks._rehearsal import Rehearsal
+from lightning_grad.callbacks._scoring import look_at_all, say_what_is_skipped
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
 from lightning_grad.functional import round_up_count, uniform_learning_repeats
 from lightning_grad.utilities.checks import check_count, check_position, refuse_manual_optimization
+
+_WAY_OUT = "use DataPruning with score_fn=, or RepeatedRandomSubset, which needs no loss"
 
 
 class UniformLearning(SubsetCallback):
@@ -29,7 +33,7 @@ class UniformLearning(SubsetCallback):
     Args:
         epoch: Number of whole epochs after which samples are clustered (8 of 200 in the paper's CIFAR-10 runs).
         repeats: How often they are repeated (1 in the paper); 0 repeats nothing.
-        loss: Which loss counts, from 0, if the step computes several.
+        loss: Which call of a loss counts, from 0; by default the only one, if it is the whole loss.
         seed: Seed of the clusters.
         loader_key: Which of several training loaders: its key, or its position in a list.
         name: Name of this instance.
@@ -38,6 +42,8 @@ class UniformLearning(SubsetCallback):
         ValueError: In the constructor for numbers below their least. In setup for manual optimization, an epoch that never
             comes, or another technique that chooses samples. After the first batch, if the loss is none of one class a
             sample: one batch is looked at to find out.
+        RuntimeError: After the first batch, if rows do not follow their samples into another order, or if only a part of the
+            loss is seen and ``loss`` does not say that it counts alone.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
     **Hooks.** As :class:`DataPruning`. Epochs become longer; schedules that step with batches are held back so that they
@@ -114,7 +120,8 @@ class UniformLearning(SubsetCallback):
             refuse_manual_optimization(
                 pl_module,
                 self.label,
-                "its training_step also steps, so that it cannot be run just to look at the outputs.",
+                "its training_step also steps, so that it cannot be run just to look at the outputs. Use "
+                "DataPruning(score='aum') or 'forgetting', which read the outputs in training, or RepeatedRandomSubset.",
             )
             self._refuse_unreached(trainer, self.epoch, "cluster")
 
@@ -135,11 +142,15 @@ class UniformLearning(SubsetCallback):
         self._refuse_unreached_steps(trainer, self.epoch, "cluster")
         if self._repeated is None and self.repeats:
             self._look(trainer, pl_module, rehearsal=True)
+            assert self._training_set is not None
+            Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT).check_loader(self._training_set)
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rehearsal: bool = False) -> dict[str, Tensor]:
         assert self._training_set is not None
         own = (trainer, pl_module, self._training_set, _outputs, "Clustering outputs")
-        return look_at_all(*own, which=self.loss, seed=self.seed, rehearsal=rehearsal)
+        return look_at_all(
+            *own, which=self.loss, seed=self.seed, rehearsal=rehearsal, label=self.label, way_out=_WAY_OUT
+        )
 
     @override
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
@@ -152,14 +163,18 @@ class UniformLearning(SubsetCallback):
         chosen = torch.cat([sampler.population, *[self._repeated] * self.repeats])
         size, more = len(chosen), len(chosen) + 1
         leaves_one = round_up_count(size, more, sampler.batch_size, sampler.ranks, sampler.drop_last) != size
-        return chosen[:-1] if leaves_one else chosen  # BatchNorm fails on a last batch of one
+        # BatchNorm fails on a last batch of one. Where nothing is repeated, that is how the data set is.
+        return chosen[:-1] if leaves_one and len(self._repeated) else chosen
 
     def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor:
         assert self._training_set is not None
         found = self._look(trainer, pl_module)
         population = self._training_set.sampler.population
         outputs, losses, labels = (found[key][population] for key in ("outputs", "losses", "labels"))
-        repeated = population[uniform_learning_repeats(outputs, losses, labels.long(), self.seed)]
+        known = outputs.isfinite().all(1) & losses.isfinite() & labels.isfinite()
+        say_what_is_skipped(self.label, population, known)
+        own = (outputs[known], losses[known], labels[known].long())
+        repeated = population[known][uniform_learning_repeats(*own, self.seed)]
         rank_zero_info(f"{self.label} repeats {len(repeated)} of {len(population)} samples.")
         return repeated
 
@@ -169,6 +184,7 @@ def _outputs(look: Look) -> Mapping[str, Tensor]:
     if call.labels is None or call.input.dim() != 2:
         raise ValueError(
             f"UniformLearning clusters the outputs of each class, and {call.name} got {tuple(call.input.shape)} for targets "
-            f"of {tuple(call.target.shape)}. It needs logits (B, C) and one class a sample."
+            f"of {tuple(call.target.shape)}. It needs logits (B, C) and one class a sample. For other targets use "
+            "DataPruning(score='loss'), or RepeatedRandomSubset, which needs no loss."
         )
     return {"outputs": call.input, "losses": call.losses, "labels": call.labels}

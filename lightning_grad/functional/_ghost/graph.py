@@ -62,20 +62,23 @@ def rows_of_jacobian(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # operations without a batching rule are slow, and say so
         try:
-            return list(
-                torch.autograd.grad(
-                    outputs, inputs, rows, retain_graph=retain_graph, allow_unused=True, is_grads_batched=True
-                )
+            found = torch.autograd.grad(
+                outputs, inputs, rows, retain_graph=retain_graph, allow_unused=True, is_grads_batched=True
             )
+            return [None if gradient is None else _dense(gradient) for gradient in found]
         except RuntimeError:  # a kernel, or a custom function, that cannot be batched
             pass
     return _one_by_one(outputs, inputs, rows)
 
 
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
+
+
 def _one_by_one(outputs: Tensor, inputs: Sequence[Tensor], rows: Tensor) -> list[Tensor | None]:
     found = [torch.autograd.grad(outputs, inputs, row, retain_graph=True, allow_unused=True) for row in rows]
     return [
-        torch.stack([torch.zeros_like(p) if gradient is None else gradient for gradient in gradients])
+        torch.stack([torch.zeros_like(p) if gradient is None else _dense(gradient) for gradient in gradients])
         for p, gradients in zip(inputs, zip(*found, strict=True), strict=True)
     ]
 

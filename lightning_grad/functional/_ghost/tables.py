@@ -20,7 +20,7 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Binding | None:
-    if max_norm is not None or scale_grad_by_freq or sparse:
+    if max_norm is not None or scale_grad_by_freq:  # a sparse gradient is the same gradient
         return None
 
     def term(gradient: Tensor, rows: Rows) -> Contribution:
@@ -64,7 +64,7 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Binding | None:
-    if max_norm is not None or scale_grad_by_freq or sparse or mode == "max" or input.is_nested:
+    if max_norm is not None or scale_grad_by_freq or mode == "max" or input.is_nested:
         return None
 
     def term(gradient: Tensor, rows: Rows) -> Contribution:
