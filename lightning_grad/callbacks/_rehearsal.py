@@ -128,8 +128,8 @@ class Rehearsal:
             f"{self.label} cannot see whether rows follow the samples: {_DRAWS} batches in a row had no loss."
         )
 
-    def check_batch(self, batch: Any, samples: int) -> None:
-        """Check that the rows of a loss that stand together are those of one sample.
+    def check_batch(self, batch: Any, samples: int) -> bool:
+        """Check that the rows of a loss that stand together are those of one sample; return whether there was a loss.
 
         In which order the samples stand does not matter to who credits no index with anything.
 
@@ -142,7 +142,7 @@ class Rehearsal:
             with self._quiet(seed):
                 return self._run(reordered(copy_of(batch), order), samples, memory, Seen())
 
-        self._compare(see, samples, in_order=False)
+        return self._compare(see, samples, in_order=False)
 
     def check_whole_loss(self, batch: Any, samples: int | None) -> None:
         """Run the step on a batch in training mode, and raise if its loss is seen only in part.

@@ -577,6 +577,9 @@ class NMSparsity(GradCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        ends = self._known_ends
+        if ends is None and self.include is None and self._layers is not None and self._stepped:
+            ends = self._layers.ends.seen()  # an exception in the first batch, after its step
         return {
             **super().state_dict(),
             "progress": self._progress,
@@ -586,7 +589,7 @@ class NMSparsity(GradCallback):
             "chosen": self._chosen,
             "frozen": self.recipe == "step" and self._progress >= self.dense_fraction,
             "restarted": self._monitors.is_done or bool(self._restored.get("restarted")),
-            **({} if self._known_ends is None else {"ends": self._known_ends}),
+            **({} if ends is None else {"ends": ends}),
         }
 
     @override
