@@ -66,7 +66,13 @@ from lightning_grad.utilities.parameters import as_names, clean_name
 from lightning_grad.utilities.portable import make_portable, wrap_loading, wrap_saving
 from lightning_grad.utilities.precision import gradients_are_scaled, refuse_scaled_gradients
 from lightning_grad.utilities.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
-from lightning_grad.utilities.reporting import is_log_step, limit_layers, output_folder, stepped_batches
+from lightning_grad.utilities.reporting import (
+    is_log_step,
+    limit_layers,
+    output_folder,
+    say_if_no_figure,
+    stepped_batches,
+)
 
 
 class NMSparsity(GradCallback):
@@ -303,6 +309,7 @@ class NMSparsity(GradCallback):
         self._undo_after_exception.push(wrap_saving(pl_module, self.state_key, layers.views))
         self._resume()
         rank_zero_info(f"{self.label} ({self._recipe_name}) {choice}")
+        say_if_no_figure(trainer, self.label, self.figure)
 
     def _refuse(self, trainer: pl.Trainer, choice: Choice) -> None:
         if not choice.chosen:
