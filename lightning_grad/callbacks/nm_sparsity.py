@@ -58,6 +58,7 @@ from lightning_grad.functional.nm_sparsity import Axis, Gradient
 from lightning_grad.utilities.checks import (
     check_at_least,
     check_choice,
+    check_finite_at_least,
     check_keeps,
     owned_ids,
     warn_of_missing_momentum,
@@ -232,7 +233,7 @@ class NMSparsity(GradCallback):
         self.total_steps = total_steps
         check_total_steps(total_steps)
         check_at_least(mask_every, 1, "mask_every")
-        check_at_least(sr_ste_lambda, 0.0, "sr_ste_lambda")
+        check_finite_at_least(sr_ste_lambda, 0.0, "sr_ste_lambda")
         check_at_least(top, 0, "top")
         check_at_least(1 if depth is None else depth, 1, "depth")
         if isinstance(axis, str):
@@ -308,7 +309,8 @@ class NMSparsity(GradCallback):
             self._watch(trainer, optimizer)
         self._undo_after_exception.push(wrap_saving(pl_module, self.state_key, layers.views))
         self._resume()
-        rank_zero_info(f"{self.label} ({self._recipe_name}) {choice}")
+        self._say(f"{choice.summary()} (recipe: {self._recipe_name})")
+        rank_zero_info(choice.table())
         say_if_no_figure(trainer, self.label, self.figure)
 
     def _refuse(self, trainer: pl.Trainer, choice: Choice) -> None:
