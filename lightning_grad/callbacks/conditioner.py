@@ -346,7 +346,8 @@ class GradientConditioner(GradCallback):
 
 def _gather(bucket: Bucket, memory: Memory, measured: bool, optimizer: Optimizer, index: int) -> GradientStep:
     parameters, names = bucket.parameters, bucket.names
-    gradients: list[Any] = [None if p.grad is None else plain_tensor(p.grad) for p in parameters]
+    found: list[Any] = [parameter.grad for parameter in parameters]
+    gradients: list[Any] = [g if g is None or type(g) is Tensor else plain_tensor(g) for g in found]
     if any(gradient is None for gradient in gradients):
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
         parameters, names = [parameters[i] for i in present], [names[i] for i in present]
