@@ -44,7 +44,7 @@ _PUT_BACK = (
     "torch.stack([x, x], 1).flatten(0, 1) in place of torch.cat([x, x])"
 )
 _KEEP = (
-    "Let collate_fn keep the order of the samples. Where a layer needs them sorted, let training_step sort, and put the rows "
+    "keep the order of the samples. Where a layer needs them sorted, let training_step sort, and put the rows "
     "back before the loss; pack_padded_sequence(enforce_sorted=False) does both"
 )
 
@@ -88,6 +88,7 @@ class Rehearsal:
     way_out: str = SCORE_FN
     measure: Measure | None = None
     runs_the_step: bool = True
+    _maker: str = field(default="collate_fn", init=False)
 
     def check_loader(self, training_set: TrainingSet, dataset: Any = None, in_training: bool = False) -> None:
         """Check the rows of batches that ``collate_fn`` makes of the training set's samples.
@@ -100,6 +101,8 @@ class Rehearsal:
         Raises:
             RuntimeError: If rows do not follow the samples, or the loss is seen only in part.
         """
+        if training_set.loader.batch_sampler is None:
+            self._maker = "the data set"  # which takes lists of indices
         runs = self.measure is not None or (self.runs_the_step and training_set.is_whole_batch)
         population, world = training_set.sampler.population, self.trainer.world_size
         size = min(training_set.sampler.batch_size, len(population) // world)
@@ -240,8 +243,9 @@ class Rehearsal:
         moved = False in tensors and True not in tensors
         if moved and (wrong or True not in values.values()):
             raise RuntimeError(
-                f"{self.label} takes row b of a batch for the b-th sample that was drawn, and collate_fn does not keep that "
-                f"order: with the same samples in another order, the rows of its batch did not follow. {_KEEP}."
+                f"{self.label} takes row b of a batch for the b-th sample that was drawn, and {self._maker} does not keep "
+                f"that order: with the same samples in another order, the rows of its batch did not follow. Let {self._maker} "
+                f"{_KEEP}."
             )
         if wrong and self.measure is not None:
             raise RuntimeError(

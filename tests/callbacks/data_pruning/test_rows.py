@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset, default_collate
 
 from lightning_grad.callbacks import DataPruning, InfoBatch, LossReweighting, RepeatedRandomSubset, UniformLearning
 from lightning_grad.callbacks._rehearsal import Rehearsal
@@ -416,6 +416,30 @@ def test_the_module_can_be_copied_in_mid_fit() -> None:
             copy.deepcopy(trainer.callbacks)
 
     train(LossReweighting(warmup=0.0), more=[Copies()])
+
+
+class Table(Dataset[Any]):
+    """Takes a list of indices, as tables of cells do, and may give their rows in the order in which it stores them."""
+
+    def __init__(self, sorts: bool) -> None:
+        self.sorts = sorts
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, indices: list[int]) -> Any:
+        return make_data()[sorted(indices) if self.sorts else indices]
+
+
+@pytest.mark.parametrize("make", [pruning, InfoBatch, lambda: pruning("aum")])
+def test_a_data_set_that_takes_lists_of_indices(make: Any) -> None:
+    def loader(sorts: bool) -> Any:
+        drawing = RandomSampler(range(SAMPLES), generator=torch.Generator().manual_seed(2))
+        return DataLoader(Table(sorts), batch_size=None, sampler=BatchSampler(drawing, 8, False))
+
+    train(make(), loader=loader(False))
+    with pytest.raises(RuntimeError, match=r"the data set does not keep that order.*Let the data set keep the order"):
+        train(make(), loader=loader(True))
 
 
 class Contrastive(Classifier):
