@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -315,6 +316,35 @@ def test_noise_in_eval_mode_is_told_once_and_the_tensors_decide(make: Any) -> No
 class NoisyInput(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(self(batch[0] + torch.randn_like(batch[0])), batch[1])
+
+
+class OwnNoise(Classifier):
+    """Draws the noise of its inputs from a generator of its own, which no global seed reaches."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.generator = torch.Generator().manual_seed(3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        noise = torch.randn(batch[0].shape, generator=self.generator)
+        return F.cross_entropy(self(batch[0] + noise), batch[1])
+
+
+class OwnNoiseOfBatches:
+    """A collate function whose noise comes from a generator of its own."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(3)
+
+    def __call__(self, items: list[Any]) -> Any:
+        x, *rest = default_collate(items)
+        return [x + torch.from_numpy(self.generator.normal(size=x.shape)).to(x), *rest]
+
+
+@pytest.mark.parametrize("make", [pruning, InfoBatch])
+def test_noise_from_generators_of_their_own_is_told_from_a_wrong_order(make: Any) -> None:
+    train(make(), OwnNoise())
+    train(make(), Classifier(), loader=batches(OwnNoiseOfBatches()))
 
 
 class NoisyInputSorted(Classifier):
