@@ -31,7 +31,7 @@ from lightning_grad.callbacks._row_order import (
 )
 from lightning_grad.callbacks._scoring import runner, scoring_loader, seed_streams, to_device
 from lightning_grad.callbacks._whole_step import refuse_rest
-from lightning_grad.data.random_streams import generators_kept
+from lightning_grad.data.random_streams import generators_kept, seed_generators
 from lightning_grad.functional._whole_loss import WholeLossCapture
 from lightning_grad.utilities.batches import copy_of, reordered
 from lightning_grad.utilities.training_set import TrainingSet
@@ -180,6 +180,7 @@ class Rehearsal:
 
         def collate(items: Any) -> Any:
             seed_streams(seed)  # the items are read with the same random numbers each time, in the same order
+            seed_generators(loader.collate_fn, seed)
             return loader.collate_fn(items if takes_lists else [items[place] for place in order.tolist()])
 
         once = scoring_loader(training_set, dataset, [chosen], 0, in_main_process=True, collate=collate)
