@@ -302,7 +302,8 @@ class NMSparsity(GradCallback):
             self._watch(trainer, optimizer)
         self._undo_after_exception.push(wrap_saving(pl_module, self.state_key, layers.views))
         self._resume()
-        rank_zero_info(f"{self.label} ({self._recipe_name}) {choice}")
+        self._say(f"{choice.summary()} (recipe: {self._recipe_name})")
+        rank_zero_info(choice.table())
 
     def _refuse(self, trainer: pl.Trainer, choice: Choice) -> None:
         if not choice.chosen:
