@@ -319,7 +319,7 @@ def draw_comparison(study: Study) -> Figure:
         axis.tick_params(labelsize=9)
         axis.set_xlabel("optimizer step", fontsize=9)
         axis.set_xlim(0, study.steps)
-    figure.legend(*axes["loss"].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(*axes["loss"].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 

@@ -268,9 +268,11 @@ def test_changelog_names_what_is_exported(package: types.ModuleType) -> None:
     assert not [name for name in functions if f"{name}`" not in changelog]
 
 
-def test_changelog_has_this_version() -> None:
+def test_changelog_begins_with_what_is_unreleased_or_with_this_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert f"\n## {lightning_grad.__version__}" in changelog
+    first = re.search(r"^## (.*)$", changelog, re.MULTILINE)
+    assert first is not None
+    assert first[1] in ("Unreleased", lightning_grad.__version__)
 
 
 def test_the_first_block_of_the_readme_needs_only_the_package() -> None:

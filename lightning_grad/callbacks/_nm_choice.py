@@ -42,17 +42,21 @@ class Choice:
     chosen: list[SparseWeight]
     skipped: list[tuple[str, str]]
 
-    def __str__(self) -> str:
+    def table(self) -> str:
+        """Return a row for each weight: its pattern, or why it is skipped."""
         rows = [[clean_name(w.name), "x".join(map(str, w.parameter.shape)), str(w.pattern)] for w in self.chosen]
         rows += [[name, "dense", reason] for name, reason in self.skipped]
         more = f"\n... and {len(rows) - _MOST_SHOWN} more" if len(rows) > _MOST_SHOWN else ""
-        table = format_table(rows[:_MOST_SHOWN], ["weight", "shape", "pattern"])
+        return format_table(rows[:_MOST_SHOWN], ["weight", "shape", "pattern"]) + more
+
+    def summary(self) -> str:
+        """Return in a clause how many weights are made sparse."""
         pruned = sum(weight.pattern.n < weight.pattern.m for weight in self.chosen)
         count = pruned or len(self.chosen)
         weights = f"{count} weight{'s' * (count > 1)}"
         if not pruned:
-            return f"keeps {weights} dense, because N = M prunes nothing:\n{table}{more}"
-        return f"makes {weights} sparse:\n{table}{more}"
+            return f"keeps {weights} dense, because N = M prunes nothing"
+        return f"makes {weights} sparse"
 
     def why_none(self) -> str:
         """Return why nothing was chosen, and what to do."""

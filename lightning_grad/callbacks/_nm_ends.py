@@ -44,10 +44,7 @@ class Ends:
             layers: These and the weights of all other layers, in the order in which they are registered.
         """
         self._layers, self._choosable = list(layers), {clean_name(name) for name, _, _ in choosable}
-        if self.known is None:
-            names = [clean_name(name) for name, _, _ in layers]
-            return self._ends_of(names, lambda able: able[-1])
-        return set(self.known)
+        return self._as_registered() if self.known is None else set(self.known)
 
     def watch(self) -> None:
         """See which layers the first batch reaches."""
@@ -65,13 +62,19 @@ class Ends:
         if self._stop is None:
             return False
         self.stop()
-        names = [clean_name(name) for name, _, _ in self._layers]
-        before = self._ends_of(names, lambda able: able[-1])
+        self.known = list(self._trainer.strategy.broadcast(self.seen()))
+        return set(self.known) != self._as_registered()
+
+    def seen(self) -> list[str]:
+        """Return the names of the ends as this rank knows them now."""
+        if self.known is not None:
+            return self.known
         networks = self._order.networks(self._groups())
         found = [self._ends_of(network, self._order.last) for network in networks or []]
-        ends = set().union(*found) or before
-        self.known = sorted(self._trainer.strategy.broadcast(sorted(ends)))
-        return set(self.known) != before
+        return sorted(set().union(*found) or self._as_registered())
+
+    def _as_registered(self) -> set[str]:
+        return self._ends_of([clean_name(name) for name, _, _ in self._layers], lambda able: able[-1])
 
     def explain(self, dense: Sequence[str], sparse: Sequence[str]) -> str:
         """Return what the first batch has changed, as the rest of a sentence."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_grad.callbacks._nm_meter import state_of
 from lightning_grad.callbacks._nm_record import SparsityRecord
@@ -40,12 +40,8 @@ def write_record(
 ) -> None:
     """Write the record as ``path.csv`` and, if wanted and possible, its figure as ``path.png``."""
     log_table(trainer, key("record"), record.rows, path.with_name(f"{path.name}.csv"))
-    if not (draw and record.rows and trainer.is_global_zero):
-        return
-    if is_installed("matplotlib"):
+    if draw and record.rows and trainer.is_global_zero and is_installed("matplotlib"):
         log_figure(trainer, key("figure"), record.draw(title, metric), path.with_name(f"{path.name}.png"))
-    else:
-        rank_zero_info(f"{title}: no figure without matplotlib; pip install 'lightning-grad[plot]'.")
 
 
 def write_masks(trainer: pl.Trainer, weights: Sequence[SparseWeight], path: Path) -> None:

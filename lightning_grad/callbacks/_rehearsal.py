@@ -31,7 +31,7 @@ from lightning_grad.callbacks._row_order import (
 )
 from lightning_grad.callbacks._scoring import runner, scoring_loader, seed_streams, to_device
 from lightning_grad.callbacks._whole_step import refuse_rest
-from lightning_grad.data.random_streams import generators_kept
+from lightning_grad.data.random_streams import generators_kept, seed_generators
 from lightning_grad.functional._whole_loss import WholeLossCapture
 from lightning_grad.utilities.batches import copy_of, reordered
 from lightning_grad.utilities.training_set import TrainingSet
@@ -44,7 +44,7 @@ _PUT_BACK = (
     "torch.stack([x, x], 1).flatten(0, 1) in place of torch.cat([x, x])"
 )
 _KEEP = (
-    "Let collate_fn keep the order of the samples. Where a layer needs them sorted, let training_step sort, and put the rows "
+    "keep the order of the samples. Where a layer needs them sorted, let training_step sort, and put the rows "
     "back before the loss; pack_padded_sequence(enforce_sorted=False) does both"
 )
 
@@ -88,6 +88,7 @@ class Rehearsal:
     way_out: str = SCORE_FN
     measure: Measure | None = None
     runs_the_step: bool = True
+    _maker: str = field(default="collate_fn", init=False)
 
     def check_loader(self, training_set: TrainingSet, dataset: Any = None, in_training: bool = False) -> None:
         """Check the rows of batches that ``collate_fn`` makes of the training set's samples.
@@ -100,6 +101,8 @@ class Rehearsal:
         Raises:
             RuntimeError: If rows do not follow the samples, or the loss is seen only in part.
         """
+        if training_set.loader.batch_sampler is None:
+            self._maker = "the data set"  # which takes lists of indices
         runs = self.measure is not None or (self.runs_the_step and training_set.is_whole_batch)
         population, world = training_set.sampler.population, self.trainer.world_size
         size = min(training_set.sampler.batch_size, len(population) // world)
@@ -128,8 +131,8 @@ class Rehearsal:
             f"{self.label} cannot see whether rows follow the samples: {_DRAWS} batches in a row had no loss."
         )
 
-    def check_batch(self, batch: Any, samples: int) -> None:
-        """Check that the rows of a loss that stand together are those of one sample.
+    def check_batch(self, batch: Any, samples: int) -> bool:
+        """Check that the rows of a loss that stand together are those of one sample; return whether there was a loss.
 
         In which order the samples stand does not matter to who credits no index with anything.
 
@@ -142,7 +145,7 @@ class Rehearsal:
             with self._quiet(seed):
                 return self._run(reordered(copy_of(batch), order), samples, memory, Seen())
 
-        self._compare(see, samples, in_order=False)
+        return self._compare(see, samples, in_order=False)
 
     def check_whole_loss(self, batch: Any, samples: int | None) -> None:
         """Run the step on a batch in training mode, and raise if its loss is seen only in part.
@@ -163,8 +166,13 @@ class Rehearsal:
     @contextmanager
     def _quiet(self, seed: int) -> Iterator[None]:
         with quiet(self.trainer, self.pl_module, advice=f", or {self.way_out}"), torch.no_grad():
-            seed_streams(seed)
+            self._seed(seed)
             yield
+
+    def _seed(self, seed: int) -> None:
+        seed_streams(seed)
+        for module in self.pl_module.modules():
+            seed_generators(module, seed, depth=1)  # no further: the module knows its Trainer
 
     @contextmanager
     def _loaded(
@@ -177,12 +185,13 @@ class Rehearsal:
 
         def collate(items: Any) -> Any:
             seed_streams(seed)  # the items are read with the same random numbers each time, in the same order
+            seed_generators(loader.collate_fn, seed)
             return loader.collate_fn(items if takes_lists else [items[place] for place in order.tolist()])
 
         once = scoring_loader(training_set, dataset, [chosen], 0, in_main_process=True, collate=collate)
         with generators_kept([once.dataset, loader.collate_fn]), self._quiet(0):
             batch = next(iter(once))
-            seed_streams(seed)
+            self._seed(seed)
             yield batch
 
     def _run(self, batch: Any, samples: int, memory: dict[str, Any], seen: Seen) -> Seen | None:
@@ -240,8 +249,9 @@ class Rehearsal:
         moved = False in tensors and True not in tensors
         if moved and (wrong or True not in values.values()):
             raise RuntimeError(
-                f"{self.label} takes row b of a batch for the b-th sample that was drawn, and collate_fn does not keep that "
-                f"order: with the same samples in another order, the rows of its batch did not follow. {_KEEP}."
+                f"{self.label} takes row b of a batch for the b-th sample that was drawn, and {self._maker} does not keep "
+                f"that order: with the same samples in another order, the rows of its batch did not follow. Let {self._maker} "
+                f"{_KEEP}."
             )
         if wrong and self.measure is not None:
             raise RuntimeError(

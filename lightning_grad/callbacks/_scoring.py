@@ -243,14 +243,19 @@ def _refuse_part() -> object:
 
 
 def runner(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, number: int) -> Callable[[], object]:
-    """Return what runs ``training_step`` on a batch."""
-    arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, number).values()
+    """Return what runs ``training_step`` on a copy of a batch, as often as it is called."""
+    arguments = list(trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, number).values())
+
+    def shown() -> Any:
+        # A step may write into what it gets. The gradient by an input must reach the batch's own.
+        return copy_of(arguments, leaves_in_graph=True)
+
     if is_sharded(trainer):
-        return lambda: trainer.strategy.training_step(*copy_of(list(arguments)))
+        return lambda: trainer.strategy.training_step(*shown())
 
     def run() -> object:
         context: AbstractContextManager[Any] = trainer.precision_plugin.train_step_context() or nullcontext()
         with context:
-            return pl_module.training_step(*copy_of(list(arguments)))  # it may write into what it gets, and run again
+            return pl_module.training_step(*shown())
 
     return run

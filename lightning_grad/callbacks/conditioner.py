@@ -29,7 +29,7 @@ from lightning_grad.callbacks._phases import (
     warn_of_other_clippers,
 )
 from lightning_grad.callbacks.base import GradCallback
-from lightning_grad.functional.plain_tensors import on_plain_tensors
+from lightning_grad.functional.plain_tensors import on_plain_tensors, plain_tensor
 from lightning_grad.utilities.arguments import plain
 from lightning_grad.utilities.checks import (
     check_above,
@@ -73,6 +73,11 @@ class GradientStep:
     measured: bool
     optimizer: Optimizer
     index: int
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The parameters as plain tensors, to compute with."""
+        return [plain_tensor(parameter) for parameter in self.parameters]
 
     def only(self, wanted: Callable[[Tensor], bool]) -> GradientStep:
         """Return the step with those gradients alone of which ``wanted`` is true."""
@@ -341,7 +346,8 @@ class GradientConditioner(GradCallback):
 
 def _gather(bucket: Bucket, memory: Memory, measured: bool, optimizer: Optimizer, index: int) -> GradientStep:
     parameters, names = bucket.parameters, bucket.names
-    gradients: list[Any] = [parameter.grad for parameter in parameters]
+    found: list[Any] = [parameter.grad for parameter in parameters]
+    gradients: list[Any] = [g if g is None or type(g) is Tensor else plain_tensor(g) for g in found]
     if any(gradient is None for gradient in gradients):
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
         parameters, names = [parameters[i] for i in present], [names[i] for i in present]

@@ -58,6 +58,7 @@ from lightning_grad.functional.nm_sparsity import Axis, Gradient
 from lightning_grad.utilities.checks import (
     check_at_least,
     check_choice,
+    check_finite_at_least,
     check_keeps,
     owned_ids,
     warn_of_missing_momentum,
@@ -66,7 +67,13 @@ from lightning_grad.utilities.parameters import as_names, clean_name
 from lightning_grad.utilities.portable import make_portable, wrap_loading, wrap_saving
 from lightning_grad.utilities.precision import gradients_are_scaled, refuse_scaled_gradients
 from lightning_grad.utilities.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
-from lightning_grad.utilities.reporting import is_log_step, limit_layers, output_folder, stepped_batches
+from lightning_grad.utilities.reporting import (
+    is_log_step,
+    limit_layers,
+    output_folder,
+    say_if_no_figure,
+    stepped_batches,
+)
 
 
 class NMSparsity(GradCallback):
@@ -226,7 +233,7 @@ class NMSparsity(GradCallback):
         self.total_steps = total_steps
         check_total_steps(total_steps)
         check_at_least(mask_every, 1, "mask_every")
-        check_at_least(sr_ste_lambda, 0.0, "sr_ste_lambda")
+        check_finite_at_least(sr_ste_lambda, 0.0, "sr_ste_lambda")
         check_at_least(top, 0, "top")
         check_at_least(1 if depth is None else depth, 1, "depth")
         if isinstance(axis, str):
@@ -302,7 +309,9 @@ class NMSparsity(GradCallback):
             self._watch(trainer, optimizer)
         self._undo_after_exception.push(wrap_saving(pl_module, self.state_key, layers.views))
         self._resume()
-        rank_zero_info(f"{self.label} ({self._recipe_name}) {choice}")
+        self._say(f"{choice.summary()} (recipe: {self._recipe_name})")
+        rank_zero_info(choice.table())
+        say_if_no_figure(trainer, self.label, self.figure)
 
     def _refuse(self, trainer: pl.Trainer, choice: Choice) -> None:
         if not choice.chosen:
@@ -577,6 +586,9 @@ class NMSparsity(GradCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        ends = self._known_ends
+        if ends is None and self.include is None and self._layers is not None and self._stepped:
+            ends = self._layers.ends.seen()  # an exception in the first batch, after its step
         return {
             **super().state_dict(),
             "progress": self._progress,
@@ -586,7 +598,7 @@ class NMSparsity(GradCallback):
             "chosen": self._chosen,
             "frozen": self.recipe == "step" and self._progress >= self.dense_fraction,
             "restarted": self._monitors.is_done or bool(self._restored.get("restarted")),
-            **({} if self._known_ends is None else {"ends": self._known_ends}),
+            **({} if ends is None else {"ends": ends}),
         }
 
     @override

@@ -1,4 +1,4 @@
-"""Reading other batches with the workers that a loader keeps from epoch to epoch, as if nobody had.
+"""Reading other batches with the workers that a loader keeps from epoch to epoch, without a trace.
 
 Workers that are spawned take seconds to start, and each imports the program again. Between two epochs those of
 ``DataLoader(persistent_workers=True)`` have nothing to do. Here they read what is wanted; their random streams, and those of
@@ -66,7 +66,7 @@ class BorrowedWorkers:
             queue.put(message)
         waiting = len(live._index_queues)
         while waiting:
-            answer, _ = live._get_data()  # or a batch of the last epoch that nobody wants
+            answer, _ = live._get_data()  # or a batch that is left of the last epoch
             waiting -= isinstance(answer, _Acknowledged)
 
 

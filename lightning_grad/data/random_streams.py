@@ -44,9 +44,37 @@ def generators_kept(holder: Any) -> Iterator[None]:
             step()
 
 
+def seed_generators(holder: Any, seed: int) -> None:
+    """Seed the random generators that an object or a function has of its own."""
+    for generator in _generators_of(holder):
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(seed)
+        elif isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = type(generator.bit_generator)(seed).state
+        else:
+            generator.seed(seed)
+
+
 def holds_generators(holder: Any) -> bool:
     """Return whether an object or a function has random generators of its own."""
     return next(_generators_of(holder), None) is not None
+
+
+def seed_generators(holder: Any, seed: int, depth: int = 4) -> None:
+    """Seed the random generators that an object or a function has of its own.
+
+    Args:
+        holder: The object or function.
+        seed: The seed.
+        depth: How far to look: 1 for its own attributes only.
+    """
+    for generator in _generators_of(holder, depth):
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(seed)
+        elif isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = type(generator.bit_generator)(seed).state
+        else:
+            generator.seed(seed)
 
 
 def _way_back(generator: Any) -> Callable[[], None]:

@@ -53,12 +53,15 @@ def dressed(tensor: Tensor, like: Tensor, copied: Callable[[Any], Any] = lambda 
     return other
 
 
-def clone_of(tensor: Tensor, copied: Callable[[Any], Any] = lambda value: value) -> Tensor:
+def clone_of(
+    tensor: Tensor, copied: Callable[[Any], Any] = lambda value: value, leaves_in_graph: bool = False
+) -> Tensor:
     """Return a tensor's copy, of its class, with its attributes and in its graph; of a leaf that learns, another leaf.
 
     Args:
         tensor: The tensor.
         copied: What is done with each attribute.
+        leaves_in_graph: Copy a leaf into its own graph, so that the copy's gradient reaches it.
 
     Example:
         >>> class Labelled(Tensor): pass
@@ -68,7 +71,7 @@ def clone_of(tensor: Tensor, copied: Callable[[Any], Any] = lambda value: value)
         ['x', 't']
     """
     own = plain(tensor)
-    if own.requires_grad and own.is_leaf:
+    if own.requires_grad and own.is_leaf and not leaves_in_graph:
         return dressed(own.detach().clone(), tensor, copied).requires_grad_()
     return dressed(own.clone(), tensor, copied)
 

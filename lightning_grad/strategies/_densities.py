@@ -16,7 +16,7 @@ def as_ratio(value: float, parameter: str) -> float:
         ValueError: If it is not above 0 and at most 1.
     """
     if not 0.0 < value <= 1.0:
-        raise ValueError(f"{parameter} is a share of entries, above 0 and at most 1; got {value!r}.")
+        raise ValueError(f"{parameter} must be a share of entries, above 0 and at most 1; got {value!r}.")
     return float(value)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import lightning.pytorch as pl
@@ -11,16 +10,6 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_grad.utilities.checks import refuse_manual_optimization
 from lightning_grad.utilities.precision import grad_scaler
-
-
-def check_positive(value: float, parameter: str, instead: str) -> None:
-    """Raise unless a number is above 0 and finite.
-
-    Raises:
-        ValueError: If it is not; with what to do instead of an infinity.
-    """
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"{parameter} must be above 0 and finite; got {value}. {instead}")
 
 
 def refuse_run(trainer: pl.Trainer, label: str) -> None:

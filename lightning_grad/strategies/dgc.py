@@ -32,7 +32,6 @@ from lightning_grad.functional import (
 from lightning_grad.functional._shuffling import hashed_seed
 from lightning_grad.strategies._densities import as_densities, as_ratio
 from lightning_grad.strategies._local_momentum import LocalMomentum, why_not_moved
-from lightning_grad.strategies._refusals import check_positive
 from lightning_grad.strategies.compressed_ddp import (
     DEFAULT_TIMEOUT,
     CompressedDDPStrategy,
@@ -41,7 +40,7 @@ from lightning_grad.strategies.compressed_ddp import (
     ResidualPolicy,
     StartMethod,
 )
-from lightning_grad.utilities.checks import check_count
+from lightning_grad.utilities.checks import check_count, check_finite_above
 from lightning_grad.utilities.dispatch import overrides
 from lightning_grad.utilities.parameters import check_patterns, first_match, parameter_names
 
@@ -181,10 +180,11 @@ class DGCStrategy(CompressedDDPStrategy):
             timeout=timeout,
         )
         if local_clip is not None:
-            check_positive(local_clip, "local_clip", "Use None for no clipping.")
+            check_finite_above(local_clip, 0.0, "local_clip")
         if warmup_steps is not None:
             check_count(warmup_steps, 1, "warmup_steps")
         self.ratio = as_ratio(ratio, "ratio")
+        self._shares: dict[str, float] = {}
         self.layer_ratios = {
             name: as_ratio(share, f"layer_ratios[{name!r}]") for name, share in (layer_ratios or {}).items()
         }
@@ -226,12 +226,15 @@ class DGCStrategy(CompressedDDPStrategy):
         return super().compresses(name, parameter) and self._ratio_of(name) < 1.0
 
     def _ratio_of(self, name: str) -> float:
-        pattern = first_match(self.names_of(name), self.layer_ratios)
-        return self.ratio if pattern is None else self.layer_ratios[pattern]
+        if name not in self._shares:  # asked in every step
+            pattern = first_match(self.names_of(name), self.layer_ratios)
+            self._shares[name] = self.ratio if pattern is None else self.layer_ratios[pattern]
+        return self._shares[name]
 
     @override
     def refuse(self, trainer: pl.Trainer) -> None:
         super().refuse(trainer)
+        self._shares = {}
         module = trainer.lightning_module
         check_patterns(list(self.layer_ratios), parameter_names(module), "layer_ratios")
         if not self.wants_to_compress:

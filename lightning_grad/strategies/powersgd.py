@@ -15,7 +15,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.functional import initial_factor, low_rank_numel, matrix_shape, orthonormalize
-from lightning_grad.strategies._refusals import check_positive
 from lightning_grad.strategies.compressed_ddp import (
     DEFAULT_TIMEOUT,
     CompressedDDPStrategy,
@@ -24,7 +23,7 @@ from lightning_grad.strategies.compressed_ddp import (
     ResidualPolicy,
     StartMethod,
 )
-from lightning_grad.utilities.checks import check_count
+from lightning_grad.utilities.checks import check_count, check_finite_above
 
 _ERROR, _RIGHT = "error", "right"
 
@@ -134,7 +133,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         )
         check_count(rank, 1, "rank")
         check_count(start_step, 0, "start_step")
-        check_positive(min_gain, "min_gain", "Use exclude=['*'] to send everything dense.")
+        check_finite_above(min_gain, 0.0, "min_gain")
         self.rank = rank
         self.start_step = start_step
         self.min_gain = min_gain

@@ -27,11 +27,15 @@ _FRAMEWORKS = {"lightning", "lightning_fabric", "pytorch_lightning"}
 _COPIED_WHOLE = {"PIL", "pandas", "polars", "scipy"}  # what they are made of is their own affair
 
 
-def copy_of(batch: Any) -> Any:
+def copy_of(batch: Any, leaves_in_graph: bool = False) -> Any:
     """Return a batch whose containers, tensors and arrays are its own, however deep they are.
 
     What stands in it twice stands twice in the copy. Tensors keep their class, their attributes and their graph. Modules, data
     sets, and objects that cannot be copied are shared.
+
+    Args:
+        batch: The batch.
+        leaves_in_graph: Copy leaves that require a gradient into their own graph; by default their copies are leaves too.
 
     Example:
         >>> batch = {"x": torch.zeros(1), "meta": {"ids": [1, 2]}}
@@ -39,13 +43,14 @@ def copy_of(batch: Any) -> Any:
         >>> other["x"].add_(1), other["meta"].pop("ids"), batch
         (tensor([1.]), [1, 2], {'x': tensor([0.]), 'meta': {'ids': [1, 2]}})
     """
-    return _Copies().of(batch)
+    return _Copies(leaves_in_graph).of(batch)
 
 
 class _Copies:
     """What has been copied, by identity."""
 
-    def __init__(self) -> None:
+    def __init__(self, leaves_in_graph: bool) -> None:
+        self._leaves_in_graph = leaves_in_graph
         self._known: dict[int, tuple[Any, Any]] = {}  # the original too, so that no other gets its identity
         self._twins: set[int] = set()
 
@@ -64,7 +69,7 @@ class _Copies:
     def _begun(self, value: Any, depth: int) -> Any:
         """Return a copy; of what is in a mutable container, not yet, as that may hold itself."""
         if isinstance(value, Tensor):
-            return clone_of(value, lambda attribute: self.of(attribute, depth + 1))
+            return clone_of(value, lambda attribute: self.of(attribute, depth + 1), self._leaves_in_graph)
         if isinstance(value, tuple):
             items = [self.of(item, depth + 1) for item in value]
             changed = any(new is not old for new, old in zip(items, value, strict=True))

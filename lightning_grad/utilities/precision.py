@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_grad.functional.plain_tensors import on_plain_tensors
+from lightning_grad.functional.plain_tensors import on_plain_tensors, plain_tensor
 
 
 def grad_scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
@@ -25,7 +25,7 @@ def true_loss(trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) 
     scaler = grad_scaler(trainer)
     scale = 1.0 if scaler is None or scaler._scale is None else scaler._scale.to(loss.device)
     batches = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-    return loss.detach() * batches / scale
+    return plain_tensor(loss).detach() * batches / scale
 
 
 def gradients_are_scaled(trainer: pl.Trainer, optimizer: Optimizer) -> bool:

@@ -18,7 +18,7 @@ from lightning_grad.callbacks import NMSparsity
 from lightning_grad.functional import is_nm
 from lightning_grad.utilities import sparsity_report
 from tests.callbacks.test_nm_sparsity import Regression, Tied, data, trainer
-from tests.contract.projects import assert_identical
+from tests.contract.projects import ResumableLoader, assert_identical
 
 
 class InOut(nn.Module):
@@ -250,6 +250,25 @@ def test_what_the_batch_showed_is_kept_on_resume(tmp_path: Path) -> None:
 
     whole = run()
     assert_identical(whole, run(ckpt_path=tmp_path / "epoch=0-step=20.ckpt"))
+
+
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.filterwarnings("ignore:.*was called without a model", "ignore:.*there is no last checkpoint")
+def test_an_exception_in_the_first_batch_resumes_exactly(where: int, tmp_path: Path) -> None:
+    class Fail(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("lost")
+
+    def run(*others: Any, **arguments: Any) -> Any:
+        callbacks = list(others)
+        callbacks.insert(where, NMSparsity("1:4", "sr-ste", figure=False))
+        module = Regression(Backwards())
+        trainer(*callbacks, enable_checkpointing=bool(others)).fit(module, data(kind=ResumableLoader), **arguments)
+        return module.state_dict()
+
+    with pytest.raises(RuntimeError, match="lost"):
+        run(Fail(), pl.callbacks.OnExceptionCheckpoint(tmp_path, "first"))
+    assert_identical(run(), run(ckpt_path=tmp_path / "first.ckpt"))
 
 
 class Gan(pl.LightningModule):

@@ -46,10 +46,10 @@ def linear_net(**kwargs: Any) -> nn.Sequential:
     return nn.Sequential(nn.Linear(16, 16, **kwargs), nn.Tanh(), nn.Linear(16, 8, **kwargs))
 
 
-def data(inputs: int = 16, outputs: int = 8, shape: tuple[int, ...] = ()) -> DataLoader:
+def data(inputs: int = 16, outputs: int = 8, shape: tuple[int, ...] = (), kind: type = DataLoader) -> DataLoader:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(STEPS * BATCH, inputs, *shape, generator=generator)
-    return DataLoader(TensorDataset(x, torch.randn(len(x), outputs, generator=generator)), BATCH)
+    return kind(TensorDataset(x, torch.randn(len(x), outputs, generator=generator)), BATCH)
 
 
 def trainer(*callbacks: Any, **arguments: Any) -> pl.Trainer:

@@ -53,7 +53,7 @@ def trained(technique: Any, **changes: Any) -> Language:
     tokens, targets = torch.randint(0, CLASSES, (2, 6 * BATCH), generator=generator)
     module = Language()
     callback = technique.build(**{"exclude": None, **changes})
-    make_trainer(callbacks=[callback], max_epochs=2).fit(module, DataLoader(TensorDataset(tokens, targets), BATCH))
+    make_trainer(callbacks=[callback], max_epochs=1).fit(module, DataLoader(TensorDataset(tokens, targets), BATCH))
     return module
 
 

@@ -160,6 +160,20 @@ class Global(Noisy):
         return torch.full((6,), index / TOTAL) + drawn, index % 3, os.getpid()
 
 
+@pytest.mark.parametrize(("train", "started"), [(PERSISTENT, 1), ({"num_workers": 2}, 4)], ids=["persistent", "not"])
+def test_workers_are_started_as_rarely_as_can_be(train: Any, started: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    iterators: list[Any] = []
+    original = torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__
+
+    def noted(self: Any, loader: Any) -> None:
+        iterators.append(loader)
+        original(self, loader)
+
+    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "__init__", noted)
+    fit([scoring(0.5)], train=train)
+    assert len(iterators) == started, "one for each epoch and one for the pass, or one for all"
+
+
 # When they are not borrowed.
 
 

@@ -143,6 +143,15 @@ def generator_for(device: torch.device, seed: int, purpose: str) -> torch.Genera
     return torch.Generator(device).manual_seed(hashed_seed(seed, purpose))
 
 
+def with_clean_samples(attacked: Tensor, clean: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
+    """Return attacked inputs of which a share of the samples, chosen at random and rounded down, is clean."""
+    count = int(fraction * len(clean) * (1 + 1e-12))  # 0.29 * 100 is 28.999999999999996
+    if count == 0:
+        return attacked
+    rows = torch.rand(len(clean), generator=generator, device=clean.device).argsort()[:count]
+    return attacked.index_copy(0, rows, clean.index_select(0, rows))
+
+
 def attack_losses(
     trainer: pl.Trainer,
     place: Place,

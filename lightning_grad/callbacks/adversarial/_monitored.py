@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lightning_grad.functional.plain_tensors import on_plain_tensors
+from lightning_grad.functional.plain_tensors import on_plain_tensors, plain_tensor
 from lightning_grad.utilities.dispatch import overrides
 
 _ROBUST = "adversarial"  # the namespace of what attacks inputs
@@ -43,7 +43,7 @@ class MonitoredValue:
         """
         here = trainer.callback_metrics.get(self.key)
         is_new = here is not None and here is not self._before
-        value = float(here) if is_new and here is not None else 0.0
+        value = float(plain_tensor(here)) if is_new and here is not None else 0.0
         if trainer.world_size == 1:
             return value if is_new else None, here is not None
         facts = torch.tensor(

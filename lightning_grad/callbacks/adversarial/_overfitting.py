@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_grad.callbacks.adversarial._attack import Attack, NoLossError, attack_losses, generator_for
@@ -16,6 +17,9 @@ from lightning_grad.callbacks.adversarial._step_loss import first_sentence
 from lightning_grad.functional import LossCapture, is_correct
 from lightning_grad.functional.adversarial_attacks import IndependentLossError
 from lightning_grad.utilities.batches import copy_of
+
+_COLLAPSE = 0.5  # of the accuracy under the attack of the training
+_GAP = 0.3  # between the two; on small batches they differ by less
 
 
 class UnknownAccuracyError(RuntimeError):
@@ -79,3 +83,20 @@ def mean_over_ranks(trainer: pl.Trainer, values: Mapping[str, Tensor], names: It
         if known:
             means[name] = total / known
     return means
+
+
+def warn_of_collapse(easy: float, robust: float, steps: int, label: str) -> None:
+    """Warn if a network withstands the attack that it trains on, but not a stronger one.
+
+    Args:
+        easy: The accuracy under the attack of the training.
+        robust: That under PGD.
+        steps: Steps of the latter.
+        label: Who warns.
+    """
+    if robust < _COLLAPSE * easy and easy - robust > _GAP:
+        rank_zero_warn(
+            f"{label}: the accuracy on one batch is {easy:.1%} under the attack of the training, but {robust:.1%} under PGD "
+            f"with {steps} steps: the network has overfitted to the attack. Train with attack='pgd', or a smaller step_size "
+            "or epsilon."
+        )

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -19,8 +19,14 @@ from lightning_grad.callbacks.adversarial._attack import (
     attack_of,
     generator_for,
     loss_of_output,
+    with_clean_samples,
 )
-from lightning_grad.callbacks.adversarial._overfitting import UnknownAccuracyError, accuracies_under, mean_over_ranks
+from lightning_grad.callbacks.adversarial._overfitting import (
+    UnknownAccuracyError,
+    accuracies_under,
+    mean_over_ranks,
+    warn_of_collapse,
+)
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional.adversarial_attacks import IndependentLossError
@@ -40,8 +46,6 @@ from lightning_grad.utilities.reporting import is_log_step, log_many
 OUTSIDE_WEIGHT_VIEWS = 50  # inside of what only looks, outside of loss capture and of weights seen through a view
 _PGD_STEPS = 7
 _CHECK_STEPS = 10
-_COLLAPSE = 0.5  # of the accuracy under the attack of the training
-_GAP = 0.3  # between the two; on small batches they differ by less
 
 
 class AdversarialTraining(GradCallback):
@@ -289,7 +293,7 @@ class AdversarialTraining(GradCallback):
             loss_of = attack_losses(trainer, place, batch, run, self._note_start)
             generator = generator_for(clean.device, self.seed, f"{epoch}/{batch_idx}/{trainer.global_rank}")
             attacked = self._attacking(loss_of, clean, generator, share, place.support(batch))
-            inputs = self._partly(clean, attacked, generator)
+            inputs = with_clean_samples(attacked, clean, self.clean_fraction, generator)
         self._attacked = ((epoch, batch_idx), batch, inputs)
         return inputs
 
@@ -313,13 +317,6 @@ class AdversarialTraining(GradCallback):
         except Exception as error:
             error.add_note(f"{self.label} ran training_step on an input that has a gradient, to attack it.")
             raise
-
-    def _partly(self, clean: Tensor, attacked: Tensor, generator: torch.Generator) -> Tensor:
-        count = int(self.clean_fraction * len(clean) * (1 + 1e-12))  # 0.29 * 100 is 28.999999999999996
-        if count == 0:
-            return attacked
-        rows = torch.rand(len(clean), generator=generator, device=clean.device).argsort()[:count]
-        return attacked.index_copy(0, rows, clean.index_select(0, rows))
 
     # What is told.
 
@@ -352,17 +349,13 @@ class AdversarialTraining(GradCallback):
         accuracies = mean_over_ranks(trainer, found, attacks)
         log_many(trainer, {self._key(name): accuracy for name, accuracy in accuracies.items()})
         if len(accuracies) == len(attacks):
-            self._warn_of_collapse(*accuracies.values())
+            easy, robust = accuracies.values()
+            warn_of_collapse(easy, robust, _CHECK_STEPS, self.label)
 
     def _tell_unknown(self, error: UnknownAccuracyError) -> None:
         if not self._has_told:
-            rank_zero_info(f"{self.label} leaves out the accuracies of check_every: {error}")
-        self._has_told = True
-
-    def _warn_of_collapse(self, easy: float, robust: float) -> None:
-        if robust < _COLLAPSE * easy and easy - robust > _GAP:
-            rank_zero_warn(
-                f"{self.label}: the accuracy on one batch is {easy:.1%} under the attack of the training, but {robust:.1%} "
-                f"under PGD with {_CHECK_STEPS} steps: the network has overfitted to the attack. Train with attack='pgd', or "
-                "a smaller step_size or epsilon."
+            rank_zero_info(
+                f"{self.label} leaves out the accuracies of check_every: {error} AdversarialEvaluation measures what the "
+                "module itself logs; check_every=None turns the check off."
             )
+        self._has_told = True

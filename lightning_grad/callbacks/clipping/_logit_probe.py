@@ -18,6 +18,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_grad.callbacks.clipping._attention_tracks import AttentionTracks
+from lightning_grad.functional.plain_tensors import PlainTensors, plain_tensor
 from lightning_grad.utilities.forward_order import is_compiled
 
 _MOST_SCORES = 2**22  # of one attention that are computed; beyond, a part of the batch must do
@@ -40,7 +41,7 @@ class LogitProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, module: nn.Module | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         tensors = () if module is None else itertools.chain(module.parameters(), module.buffers())
-        with torch._C.DisableTorchFunctionSubclass():
+        with PlainTensors():
             self._tracks: AttentionTracks | None = AttentionTracks(tensors)
         self._attention: list[Tensor] = []
         self._softmaxes: list[Tensor] = []  # the largest logit of each softmax that may turn out to be attention
@@ -54,9 +55,8 @@ class LogitProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._tracks is not None and not isinstance(func, HigherOrderOperator):
             name = func._schema.name.partition("::")[2]
             if "backward" not in name:
-                with (
-                    torch._C.DisableTorchFunctionSubclass()
-                ):  # tensors of a class of their own may refuse to be looked at
+                # A tensor of a class of its own may refuse to be looked at.
+                with PlainTensors():
                     self._see(self._tracks, name, func, args, kwargs, result)
         return result
 
@@ -70,11 +70,11 @@ class LogitProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result: Any,
     ) -> None:
         if name in ("_softmax", "_safe_softmax") and args[0].numel() and tracks.are_scores(args[0]):
-            self._softmaxes.append(_largest(args[0]))
+            self._softmaxes.append(_largest(plain_tensor(args[0])))
             tracks.note_softmax(len(self._softmaxes) - 1, result)
             return
         if name == "_log_softmax" and args[0].numel():
-            self._outputs.append(_largest_magnitude(args[0]))
+            self._outputs.append(_largest_magnitude(plain_tensor(args[0])))
         elif name.startswith(_FUSED_ATTENTION):
             given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
             if given["query"].numel():
@@ -104,7 +104,7 @@ def _largest_magnitude(logits: Tensor) -> Tensor:
 
 
 def _largest_score(given: Mapping[str, Any]) -> Tensor:
-    query, key = given["query"].detach(), given["key"].detach()
+    query, key = plain_tensor(given["query"]).detach(), plain_tensor(given["key"]).detach()
     whole, scale = len(query), given.get("scale")
     scores = query.shape[:-1].numel() * key.shape[-2]
     part = max(1, whole * _MOST_SCORES // max(scores, 1))

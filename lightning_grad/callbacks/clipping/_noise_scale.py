@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
 from lightning_grad.functional import noise_scale_terms
-from lightning_grad.functional.plain_tensors import on_plain_tensors
+from lightning_grad.functional.plain_tensors import on_plain_tensors, plain_tensor
 from lightning_grad.functional.tensor_lists import joined_norm
 from lightning_grad.utilities.precision import grad_scaler
 
@@ -69,7 +69,7 @@ class NoiseScaleMeter:
 
     @on_plain_tensors
     def _see(self, gradient: Tensor) -> None:
-        self._squares.append(joined_norm([gradient.detach()]).square())
+        self._squares.append(joined_norm([plain_tensor(gradient).detach()]).square())
 
     def end_part(self) -> None:
         """Take notice that one backward pass is over."""

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_grad.callbacks.clipping._layers import LayerFinder, Layers
 from lightning_grad.callbacks.clipping._monitor_record import MonitorRecord
 from lightning_grad.functional import gradient_cosine, moment_signal_to_noise, zero_share
+from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.functional.tensor_lists import stack_norms, whole
 from lightning_grad.utilities.optimizers import Shape, optimizer_shape
 
@@ -83,7 +84,8 @@ class OptimizerWatch:
         self._bad_norms: Tensor | None = None
 
     def _gradients(self) -> list[Tensor | None]:
-        return [parameter.grad for parameter in self.parameters]
+        gradients = [parameter.grad for parameter in self.parameters]
+        return [None if gradient is None else plain_tensor(gradient) for gradient in gradients]
 
     # Within a step.
 
@@ -127,8 +129,11 @@ class OptimizerWatch:
             self._layers = LayerFinder(depth=self._depth).find(self.names, self.parameters)
             self._roots = torch.tensor([parameter.numel() ** 0.5 for parameter in self.parameters]).to(norms.device)
         present = [(n, p, g) for n, p, g in zip(self.names, self.parameters, gradients, strict=True) if g is not None]
-        self._details = {"norm": self._join(norms), "weight_norm": self._join(stack_norms(self.parameters))}
-        self._snapshot = [(parameter, parameter.detach().clone()) for parameter in self.parameters]
+        weights = [plain_tensor(parameter).detach() for parameter in self.parameters]
+        self._details = {"norm": self._join(norms), "weight_norm": self._join(stack_norms(weights))}
+        self._snapshot = [
+            (parameter, weight.clone()) for parameter, weight in zip(self.parameters, weights, strict=True)
+        ]
         self._measure_vanishing(gradients, norms)
         pairs = [(g, self._previous[n]) for n, _, g in present if n in self._previous]
         if pairs:
@@ -188,7 +193,7 @@ class OptimizerWatch:
     def look_at_update(self) -> None:
         """Compare the weights with those from before the optimizer's step."""
         if self._snapshot:
-            updates = [parameter.detach() - old for parameter, old in self._snapshot]
+            updates = [plain_tensor(parameter).detach() - old for parameter, old in self._snapshot]
             self._details["update_ratio"] = self._join(stack_norms(updates)) / self._details["weight_norm"]
         self._snapshot = []
 

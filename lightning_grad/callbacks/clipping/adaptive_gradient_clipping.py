@@ -172,7 +172,7 @@ class AdaptiveGradientClipping(UnitConditioner):
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
         output_dims = self.output_dims(step.parameters)
-        coefficients = clip_adaptively_(step.gradients, step.parameters, step.threshold, self.eps, output_dims)
+        coefficients = clip_adaptively_(step.gradients, step.weights, step.threshold, self.eps, output_dims)
         if not step.measured:
             return {}
         units = torch.cat([whole(c).flatten().to(step.gradients[0].device) for c in coefficients])

@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks._phases import Phase, conditioners, refuse_order
 from lightning_grad.callbacks.base import GradCallback
+from lightning_grad.callbacks.clipping._constructors import NOT_CONSTRUCTED, constructors_unwatched
 from lightning_grad.callbacks.clipping._logit_probe import LogitProbe, compiled_graphs, has_compiled
 from lightning_grad.callbacks.clipping._monitor_record import MonitorRecord
 from lightning_grad.callbacks.clipping._monitor_report import tell_first_bad, write_record
@@ -276,8 +277,13 @@ class GradientMonitor(GradCallback):
         if not is_log_step(trainer) or compiled_graphs() > self._graphs:
             return inner(*args, **kwargs)
         self._probe = LogitProbe(pl_module)
-        with self._probe:
-            return inner(*args, **kwargs)
+        try:
+            with constructors_unwatched(), self._probe:
+                return inner(*args, **kwargs)
+        except RuntimeError as error:
+            if NOT_CONSTRUCTED in str(error):
+                error.add_note(f"{self.label} watches logits in this step. Set {type(self).__name__}(logits=False).")
+            raise
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:

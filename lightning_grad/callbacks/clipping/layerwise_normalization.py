@@ -109,7 +109,7 @@ class LayerwiseNormalization(GradientConditioner):
             return {}
         layers = self._layers.find(chosen.names, chosen.gradients)
         norms, factors = normalize_layers_(
-            chosen.gradients, chosen.parameters, layers.index, len(layers.names), step.threshold, self.max_ratio
+            chosen.gradients, chosen.weights, layers.index, len(layers.names), step.threshold, self.max_ratio
         )
         if not step.measured:
             return {}

@@ -1,7 +1,7 @@
 """What a resumed fit may take from a checkpoint that other settings of ``DataPruning`` have written.
 
-Scores that the present settings would have given are used again; what is kept is chosen from them anew. Scores of another
-kind are left behind, and the round that is due is done again.
+Scores that the present settings would have given are used again, and the samples to keep are chosen from them. Scores of
+another kind are dropped, and the round that is due is done again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def score_settings(callback: DataPruning) -> dict[str, Any]:
 
 
 def choice_settings(callback: DataPruning) -> dict[str, Any]:
-    """Return what the choice of samples depends on beside the scores."""
+    """Return what the choice of samples depends on, apart from the scores."""
     rounds = [[epoch, float(share)] for epoch, share in callback._rounds]
     return {"rounds": rounds, **{name: plain(getattr(callback, name)) for name in _CHOICE}}
 

@@ -15,12 +15,12 @@ from lightning_grad.utilities.reporting import log_file, output_folder
 
 @dataclass(frozen=True)
 class ScoreFile:
-    """Where the scores of a callback go: to the file that it names, or beside the logs.
+    """Where the scores of a callback go: to the file that it names, or next to the logs.
 
     Args:
         label: Class and name of the callback, for errors.
         name: Its name.
-        path: What it names; ``None`` for a file beside the logs.
+        path: What it names; ``None`` for a file next to the logs.
         several: Whether there are several rounds, whose files are told apart by their epoch.
     """
 

@@ -28,6 +28,8 @@ from lightning_grad.utilities.reporting import is_log_step
 
 _WAY_OUT = "weight the losses in training_step, by lightning_grad.functional.loss_weights"
 
+_REHEARSALS = 4  # batches, until one has a loss
+
 Rule = Literal["linupper", "quadratic", "extremes"]
 
 
@@ -121,7 +123,7 @@ class LossReweighting(GradCallback):
         self._trainer: pl.Trainer | None = None
         self._effective: Tensor | None = None
         self._first: Any = None
-        self._is_rehearsed = False
+        self._rehearsals_left = _REHEARSALS
         self._now = math.inf
 
     def _let_go(self) -> None:
@@ -166,7 +168,7 @@ class LossReweighting(GradCallback):
             self._now = annealed_temperature(
                 run_progress(trainer, stated=self.total_steps), self.start_temperature, self.temperature, self.warmup
             )
-            if not self._is_rehearsed:
+            if self._rehearsals_left:
                 self._first = copy_of(batch)  # the step may change it
 
     @override
@@ -174,23 +176,24 @@ class LossReweighting(GradCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._first is not None:
-            first, self._first, self._is_rehearsed = self._first, None, True
-            self._rehearse(trainer, pl_module, first)
+            first, self._first = self._first, None
+            is_done = self._rehearse(trainer, pl_module, first)
+            self._rehearsals_left = 0 if is_done else self._rehearsals_left - 1
         if self._effective is not None and is_log_step(trainer):
             self._log(pl_module, {"temperature": self._now, "effective_samples": self._effective})
 
-    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> bool:
         rehearsal = Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT)
         samples = batch_size_of(batch)
         rehearsal.check_whole_loss(batch, samples)
         if samples is None:
-            return  # each row of the loss is a sample
+            return True  # each row of the loss is a sample
         if samples * trainer.world_size == 1:
             rank_zero_warn(
                 f"{self.label} weights the samples of a batch against each other, and a batch has one: every weight is 1. Use "
                 "larger batches."
             )
-        rehearsal.check_batch(batch, samples)
+        return rehearsal.check_batch(batch, samples)
 
     def _weigh(self, call: LossCall) -> Tensor | None:
         if math.isinf(self._now):

@@ -39,13 +39,29 @@ _KNOWN = (
 class Labelled(torch.Tensor):
     """Carries a label for each column. An operation that its author did not think of raises."""
 
-    labels: tuple[str, ...] = ()
+    labels: tuple[str, ...]
 
-    @classmethod
-    def of(cls, tensor: Tensor, *labels: str) -> "Labelled":
-        made = tensor.as_subclass(cls)
-        made.labels = labels
-        return made
+    @staticmethod
+    def __new__(cls, tensor: Tensor, labels: tuple[str, ...]) -> "Labelled":
+        return super().__new__(cls, tensor)
+
+    def __init__(self, tensor: Tensor, labels: tuple[str, ...]) -> None:
+        self.labels = labels
+
+    def isfinite(self) -> Tensor:
+        return self._unknown()
+
+    def reshape(self, *shape: Any) -> Tensor:
+        return self._unknown()
+
+    def abs(self) -> Tensor:
+        return self._unknown()
+
+    def norm(self, *_: Any, **__: Any) -> Tensor:
+        return self._unknown()
+
+    def _unknown(self) -> Tensor:
+        raise AttributeError("'Labelled' object knows no labels for this method")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -92,14 +108,14 @@ class LabelledInputs(Plain):
     """Its batches, its activations and its loss carry labels."""
 
     def points(self, x: Tensor) -> Tensor:
-        return Labelled.of(x, "x", "t")
+        return Labelled(x, ("x", "t"))
 
 
 class LabelledParameter(Plain):
     """One parameter is a tensor of that class, and so are its moments."""
 
     def parameter(self, value: Tensor) -> nn.Parameter:
-        return nn.Parameter(Labelled.of(value, "x", "t"))
+        return nn.Parameter(Labelled(value, ("x", "t")))
 
 
 class Both(LabelledInputs, LabelledParameter):
@@ -153,7 +169,7 @@ def test_all_of_the_family_is_tried():
 
 def test_the_class_refuses_what_numbers_are_read_by():
     """Naive code fails on it."""
-    tensor = Labelled.of(torch.ones(2, 2), "x", "t")
+    tensor = Labelled(torch.ones(2, 2), ("x", "t"))
     for read in (lambda: torch.linalg.vector_norm(tensor), lambda: torch.stack([tensor]), tensor.isfinite):
         with pytest.raises(AttributeError, match="knows no labels"):
             read()
@@ -192,3 +208,38 @@ def test_a_grad_scaler_changes_nothing_about_it():
 def test_a_rate_follows_a_labelled_metric():
     trainer = run(Both(), AccuracyGradientLR(**TECHNIQUES["AccuracyGradientLR"]), max_epochs=4)
     assert trainer.callback_metrics["lr/scale"] < 1.0
+
+
+def test_the_class_is_left_as_it_was():
+    constructor = vars(Labelled)["__new__"]
+    run(Both(), GradientMonitor(rarely=1), max_epochs=1)
+    assert vars(Labelled)["__new__"] is constructor
+
+    class Breaks(Both):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            super().training_step(batch, batch_idx)
+            assert vars(Labelled)["__new__"] is not constructor, "it is replaced while the step is watched"
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        run(Breaks(), GradientMonitor(rarely=1), max_epochs=1)
+    assert vars(Labelled)["__new__"] is constructor
+
+
+class Bare(torch.Tensor):
+    """Has no constructor of its own, so that nothing can be put around it."""
+
+
+class MakesBare(Plain):
+    """Makes such tensors in its step."""
+
+    def points(self, x: Tensor) -> Tensor:
+        return Bare(x * 1.0)
+
+
+def test_a_class_that_cannot_be_made_while_logits_are_watched_has_a_way_out():
+    with pytest.raises(RuntimeError, match="Creating a new Tensor subclass") as error:
+        run(MakesBare(), GradientMonitor(), max_epochs=1)
+    assert "Set GradientMonitor(logits=False)." in error.value.__notes__[0]
+    trainer = run(MakesBare(), GradientMonitor(logits=False), max_epochs=1)
+    assert trainer.callback_metrics["grad/norm"] > 0

@@ -4,11 +4,12 @@ import copy
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset, default_collate
 
 from lightning_grad.callbacks import DataPruning, InfoBatch, LossReweighting, RepeatedRandomSubset, UniformLearning
 from lightning_grad.callbacks._rehearsal import Rehearsal
@@ -317,6 +318,35 @@ class NoisyInput(Classifier):
         return F.cross_entropy(self(batch[0] + torch.randn_like(batch[0])), batch[1])
 
 
+class OwnNoise(Classifier):
+    """Draws the noise of its inputs from a generator of its own, which no global seed reaches."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.generator = torch.Generator().manual_seed(3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        noise = torch.randn(batch[0].shape, generator=self.generator)
+        return F.cross_entropy(self(batch[0] + noise), batch[1])
+
+
+class OwnNoiseOfBatches:
+    """A collate function whose noise comes from a generator of its own."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(3)
+
+    def __call__(self, items: list[Any]) -> Any:
+        x, *rest = default_collate(items)
+        return [x + torch.from_numpy(self.generator.normal(size=x.shape)).to(x), *rest]
+
+
+@pytest.mark.parametrize("make", [pruning, InfoBatch])
+def test_noise_from_generators_of_their_own_is_told_from_a_wrong_order(make: Any) -> None:
+    train(make(), OwnNoise())
+    train(make(), Classifier(), loader=batches(OwnNoiseOfBatches()))
+
+
 class NoisyInputSorted(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         order = batch[0].sum(1).argsort()
@@ -416,6 +446,30 @@ def test_the_module_can_be_copied_in_mid_fit() -> None:
             copy.deepcopy(trainer.callbacks)
 
     train(LossReweighting(warmup=0.0), more=[Copies()])
+
+
+class Table(Dataset[Any]):
+    """Takes a list of indices, as tables of cells do, and may give their rows in the order in which it stores them."""
+
+    def __init__(self, sorts: bool) -> None:
+        self.sorts = sorts
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, indices: list[int]) -> Any:
+        return make_data()[sorted(indices) if self.sorts else indices]
+
+
+@pytest.mark.parametrize("make", [pruning, InfoBatch, lambda: pruning("aum")])
+def test_a_data_set_that_takes_lists_of_indices(make: Any) -> None:
+    def loader(sorts: bool) -> Any:
+        drawing = RandomSampler(range(SAMPLES), generator=torch.Generator().manual_seed(2))
+        return DataLoader(Table(sorts), batch_size=None, sampler=BatchSampler(drawing, 8, False))
+
+    train(make(), loader=loader(False))
+    with pytest.raises(RuntimeError, match=r"the data set does not keep that order.*Let the data set keep the order"):
+        train(make(), loader=loader(True))
 
 
 class Contrastive(Classifier):

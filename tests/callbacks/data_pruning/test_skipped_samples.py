@@ -121,6 +121,22 @@ def test_a_step_that_returns_nothing_in_eval_mode_is_refused_at_the_first_batch(
         train(make(), NothingInEval(), epochs=2, limit_train_batches=1)
 
 
+class SkipsTheFirst(Classifier):
+    """Joins two views, which shows only once a batch has a loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y, index = batch
+        if 0 in index.tolist():
+            return None
+        return F.cross_entropy(self(torch.cat([x, -x])), torch.cat([y, y]))
+
+
+@pytest.mark.parametrize("make", [lambda: LossReweighting(warmup=0.0), InfoBatch])
+def test_rows_are_looked_at_in_the_first_batch_that_has_a_loss(make: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"torch\.stack"):
+        train(make(), SkipsTheFirst(), loader=DataLoader(make_data(), 8))
+
+
 # Too little to act on.
 
 
