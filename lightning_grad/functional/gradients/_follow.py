@@ -120,7 +120,7 @@ class RowTracker:
         known = [rows for t in group if (rows := self.of(t)) is not None and rows.fits(output.shape)]
         if not known:
             return None
-        first, others = known[0], [t for t in group if self.of(t) is None and t.dim()]
+        first, others = known[0], [t for t in group if self.of(t) is None]
         if first.owner is not None:
             alone = not (with_graph and others) and all(rows.owner == first.owner for rows in known)
             return first if alone else None
