@@ -83,7 +83,7 @@ class Walk:
 
     def __init__(self, root: Node, record: Record, like: frozenset[Key] | None = None) -> None:
         self._record = record
-        self._like = like
+        self._like = None if record.samples == 1 else like  # what there is belongs to the one sample, however cut
         self._depends: dict[Node, bool] = {}
         self._places: dict[Node, Place] = {}
         self.order: list[Node] = []

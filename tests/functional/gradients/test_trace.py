@@ -292,7 +292,17 @@ def test_a_class_that_refuses_functions_is_not_asked() -> None:
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 8])
 @pytest.mark.parametrize(
-    "name", ["masked_mean", "chunk_sums", "two_views_of_tokens", "vae", "time_first_inside", "weight_decay"]
+    "name",
+    [
+        "masked_mean",
+        "chunk_sums",
+        "two_views_of_tokens",
+        "vae",
+        "time_first_inside",
+        "weight_decay",
+        "running_sum",
+        "heads_in_a_dict",
+    ],
 )
 def test_other_numbers_of_samples(name: str, samples: int) -> None:
     """Also where the length of a sequence is that of the batch, which without proven terms is taken for it."""
