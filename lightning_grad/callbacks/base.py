@@ -21,7 +21,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.utilities.arguments import CheckedArguments, follow_settings, plain
-from lightning_grad.utilities.checks import refuse_sharded
+from lightning_grad.utilities.checks import check_name, refuse_sharded
 from lightning_grad.utilities.dispatch import wrap_method
 from lightning_grad.utilities.reporting import log_settings
 from lightning_grad.utilities.undo import UndoList
@@ -50,6 +50,9 @@ class GradCallback(CheckedArguments, Callback):
 
     Args:
         name: Name of this instance, needed when two of a class are used; part of its state key and log keys.
+
+    Raises:
+        ValueError: For a name that no file or log key can carry.
     """
 
     namespace: ClassVar[str]
@@ -57,6 +60,7 @@ class GradCallback(CheckedArguments, Callback):
     fixed_settings: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, name: str | None = None) -> None:
+        check_name(name)
         self.name = name
         self._fitting = False
         self._undo = UndoList()
@@ -132,6 +136,8 @@ class GradCallback(CheckedArguments, Callback):
         self, pl_module: pl.LightningModule, values: Mapping[str, float | Tensor], sync_dist: bool = False
     ) -> None:
         """Log scalars as ``namespace[/name]/quantity``; ``sync_dist`` where Lightning asks for it, in validation."""
+        if getattr(pl_module.trainer, "barebones", False):  # Lightning would warn of every value
+            return
         pl_module.log_dict({self._key(key): value for key, value in values.items()}, sync_dist=sync_dist)
 
     def _key(self, quantity: str) -> str:

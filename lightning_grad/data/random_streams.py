@@ -44,17 +44,6 @@ def generators_kept(holder: Any) -> Iterator[None]:
             step()
 
 
-def seed_generators(holder: Any, seed: int) -> None:
-    """Seed the random generators that an object or a function has of its own."""
-    for generator in _generators_of(holder):
-        if isinstance(generator, torch.Generator):
-            generator.manual_seed(seed)
-        elif isinstance(generator, np.random.Generator):
-            generator.bit_generator.state = type(generator.bit_generator)(seed).state
-        else:
-            generator.seed(seed)
-
-
 def holds_generators(holder: Any) -> bool:
     """Return whether an object or a function has random generators of its own."""
     return next(_generators_of(holder), None) is not None

@@ -10,6 +10,7 @@ import collections.abc
 import functools
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -189,7 +190,7 @@ def _is_number(kind: Any) -> bool:
 def plain(value: Any) -> Any:
     """Return a setting in the types that a checkpoint holds: numbers, strings, booleans, lists and dicts.
 
-    Functions become their dotted path, and other objects their ``repr``.
+    Functions become their dotted path, and other objects their ``repr`` without its address, which no other process has.
 
     Example:
         >>> plain({"sizes": (1, 2), "score_fn": len})
@@ -205,7 +206,7 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
-    return repr(value)
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def follow_settings(

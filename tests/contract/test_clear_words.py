@@ -1,5 +1,7 @@
 """G8: wrong arguments raise in the constructor, a wrong trainer or module before the first batch."""
 
+import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -58,6 +60,18 @@ def test_a_line_says_what_it_acts_on_before_the_first_batch(technique, caplog):
     own = [line for line in spy.lines if line.startswith((technique.name + " ", technique.name + "("))]
     assert own, spy.lines
     assert all(line.endswith(".") and "\n" not in line for line in own)
+
+
+@pytest.mark.parametrize("technique", CANONICAL, ids=str)
+def test_barebones_runs_without_a_warning_that_names_nobody(technique):
+    module = make_classifier()
+    module.log = lambda *_, **__: None  # of its own it would warn
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=2, barebones=True, callbacks=[technique.build()])
+    needs_metrics = pytest.raises(ValueError, match="barebones=True") if technique.decides else nullcontext()
+    with warnings.catch_warnings(record=True) as told, needs_metrics:
+        warnings.simplefilter("always")
+        trainer.fit(module, *loaders())
+    assert not [w for w in told if "trying to `self.log" in str(w.message)]
 
 
 @pytest.mark.parametrize("technique", [t for t in CANONICAL if "include" in t.build().settings], ids=str)

@@ -1,6 +1,7 @@
 """Arguments are checked against their annotations, and settings are compared on resume."""
 
 import copy
+import functools
 import inspect
 import math
 import pickle
@@ -155,6 +156,14 @@ def test_plain_settings_load_safely(tmp_path):
         "score_fn": "math.sqrt",
         "device": "device(type='cpu')",
     }
+
+
+def test_settings_of_the_same_kind_of_object_are_alike_in_every_process():
+    class Scorer:
+        def __call__(self) -> None: ...
+
+    assert plain(Scorer()) == plain(Scorer())
+    assert plain(functools.partial(max, Scorer())) == plain(functools.partial(max, Scorer()))
 
 
 def test_settings_that_the_checkpoint_lacks_are_not_compared(caplog):

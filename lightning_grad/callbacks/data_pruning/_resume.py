@@ -6,7 +6,6 @@ another kind are dropped, and the round that is due is done again.
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from lightning_grad.callbacks.data_pruning._sources import Chance, FileScores, PrototypeScores
@@ -25,8 +24,7 @@ def score_settings(callback: DataPruning) -> dict[str, Any]:
         names = ["score_files"]
     elif isinstance(callback._source, PrototypeScores):
         names.append("seed")
-    found = {"source": callback._source.name, **{name: plain(getattr(callback, name)) for name in names}}
-    return {name: _without_address(value) for name, value in found.items()}
+    return {"source": callback._source.name, **{name: plain(getattr(callback, name)) for name in names}}
 
 
 def choice_settings(callback: DataPruning) -> dict[str, Any]:
@@ -59,8 +57,3 @@ def refuse_unrecorded(callback: DataPruning, saved: dict[str, Any] | None, next_
         f"takes at least {needed} whole epoch{'s' if needed > 1 else ''} of training before a round. {keep} epoch to "
         f"{next_epoch + needed} or later; until then all samples are trained on."
     )
-
-
-def _without_address(value: Any) -> Any:
-    # Of an object without a name, a checkpoint holds its repr, in which another process finds another address.
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", value) if isinstance(value, str) else value
