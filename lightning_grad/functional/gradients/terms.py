@@ -208,6 +208,9 @@ class Terms:
                 place.location,
                 "multiplies a term by a learned factor, whose own gradient would be that of the unweighted loss.",
             )
+        if self._shares is not None:
+            # A sample without a position that counts has a loss of nan, and so may its weight; its gradient is zero.
+            weights = torch.where(weights.isnan() & self.own.detach().isnan(), 0.0, weights)
         # On the edge, not on the tensor: what else the tensor is used for, also in another term, is not weighted here.
         cuts: dict[Node, dict[int, Rows | None]] = {}
         for cut in walk.cuts:
@@ -247,10 +250,8 @@ def _weighted(gradient: Tensor, rows: Rows | None, weights: Tensor) -> Tensor:
         else:
             factors = weights.repeat_interleave(length // len(weights))
         factors = factors.reshape([length if dim == axis else 1 for dim in range(gradient.dim())])
-    # The product in the wider type, and rounded once. Where the gradient is zero it stays so: a sample without a position
-    # that counts may have a weight of nan.
-    dtype = torch.promote_types(gradient.dtype, weights.dtype)
-    return torch.where(gradient == 0, gradient, (gradient.to(dtype) * factors).to(gradient.dtype))
+    # The product in the wider type, and rounded once.
+    return (gradient.to(torch.promote_types(gradient.dtype, weights.dtype)) * factors).to(gradient.dtype)
 
 
 def _sum_of_means(means: list[Tensor]) -> Tensor:
