@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses, terms_of, trace_of
 from lightning_grad.callbacks._whole_step import refuse_rest
 from lightning_grad.functional import LossCall, LossCapture, PerSampleGradientNorms
 from lightning_grad.functional._whole_loss import WholeLossCapture
@@ -38,6 +39,7 @@ class Look:
         which: Which loss of the step counts, whatever else it computes. By default the one whose mean the step returns.
         label: Who looks, for errors.
         way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
+        kind: Tells what the loss of a sample is where it comes from several terms; asked once.
     """
 
     pl_module: pl.LightningModule
@@ -49,6 +51,49 @@ class Look:
     which: int | None = None
     label: str = "The score"
     way_out: str = SCORE_FN
+    kind: Callable[[], SampleLoss] | None = None
+
+    def losses(self, keep_graph: bool = False) -> SampleLosses:
+        """Run the step and return the loss of every sample, of whatever the step's loss consists.
+
+        Raises:
+            SkippedBatchError: If the step returns nothing.
+            InseparableLossError: If the loss is no sum of one term for each sample.
+        """
+        if self.which is None and not self.memory.keys() & {"whole", "terms"}:
+            capture, output = self._first_run()
+            try:
+                call = self._whole_call(capture, output)
+                return SampleLosses(call.losses if keep_graph else call.losses.detach(), call)
+            except (RuntimeError, ValueError):  # there is more than one call, or none
+                self.memory["calls"] = [call.name for call in capture.calls]
+                return self._by_terms(keep_graph)
+        if "terms" in self.memory:
+            return self._by_terms(keep_graph)
+        call = self.loss(keep_graph)
+        return SampleLosses(call.losses, call)
+
+    def _by_terms(self, keep_graph: bool) -> SampleLosses:
+        """Return the losses by the graph of what the step returns."""
+        trace = trace_of(self.pl_module, len(self.indices), keep_graph)
+        with torch.enable_grad():
+            with trace:
+                output = self._run()
+            terms = terms_of(trace, output, self._ways_out, self.memory.get("terms"))
+        if "terms" not in self.memory:
+            self.memory["terms"] = terms
+            self.memory["kind"] = None if self.kind is None else self.kind()
+        if not keep_graph:
+            terms.release()
+        return SampleLosses.of_terms(terms, self.memory["kind"])
+
+    @property
+    def _ways_out(self) -> str:
+        names = self.memory.get("calls", [])
+        named = f"Set loss=0 if {names[0]} alone shall count, or {self.way_out}." if names else ""
+        return (
+            f"{self.label} needs the loss of each sample. {named or self.way_out[0].upper() + self.way_out[1:] + '.'}"
+        )
 
     def loss(self, keep_graph: bool = False) -> LossCall:
         """Run the step and return the call of its loss.
@@ -70,9 +115,14 @@ class Look:
 
     def _whole_loss(self) -> LossCall:
         """Return the loss of the first batch that has one, after a look at what else the step's loss consists of."""
+        return self._whole_call(*self._first_run())
+
+    def _first_run(self) -> tuple[WholeLossCapture, object]:
         capture = WholeLossCapture(self.pl_module, len(self.indices), way_out=self.way_out)
         with torch.enable_grad(), capture:
-            output = self._run()
+            return capture, self._run()
+
+    def _whole_call(self, capture: WholeLossCapture, output: object) -> LossCall:
         call = capture.only()
         refuse_rest(capture, call, output, self.label, self.way_out)
         self.memory["whole"] = True
@@ -101,16 +151,16 @@ class Look:
         self.memory["needs_graph"] = True
         return found
 
-    def gradient_norms(self) -> tuple[Tensor, LossCall]:
-        """Return the norm of every sample's own gradient, and the loss."""
-        if self.which is None and "whole" not in self.memory:
-            self._whole_loss()
+    def gradient_norms(self) -> tuple[Tensor, SampleLosses]:
+        """Return the norm of every sample's own gradient, and the losses."""
+        if self.which is None and not self.memory.keys() & {"whole", "terms"}:
+            self.losses()
         if "norms" not in self.memory:
             self.memory["norms"] = PerSampleGradientNorms(self.pl_module)
-        found: list[LossCall] = []
+        found: list[SampleLosses] = []
 
         def losses() -> Tensor:
-            found[:] = [self.loss(keep_graph=True)]
+            found[:] = [self.losses(keep_graph=True)]
             return found[0].losses
 
         with torch.enable_grad():

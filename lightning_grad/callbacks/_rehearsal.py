@@ -26,18 +26,22 @@ from lightning_grad.callbacks._row_order import (
     orders_of,
     rows_of_batch,
     rows_of_call,
+    rows_of_terms,
     same_rows,
     size_of_input,
 )
+from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses, loss_of, sum_of_flags
 from lightning_grad.callbacks._scoring import runner, scoring_loader, seed_streams, to_device
 from lightning_grad.callbacks._whole_step import refuse_rest
 from lightning_grad.data.random_streams import generators_kept, seed_generators
 from lightning_grad.functional._whole_loss import WholeLossCapture
+from lightning_grad.functional.gradients import Terms
 from lightning_grad.utilities.batches import copy_of, reordered
 from lightning_grad.utilities.training_set import TrainingSet
 
 _EXACT = 1e-5
 _NAMES = {"value": "losses", "input": "input of the loss", "target": "target of the loss"}
+_ALONE = 16  # samples that are run in batches of one
 _DRAWS = 4  # of samples, until a batch of them has a loss
 _PUT_BACK = (
     "Put the rows back in the order of the samples before the loss, with all rows of a sample together: "
@@ -56,12 +60,14 @@ class Seen:
     Args:
         tensors: The tensors of the batch that have a row for each sample.
         values: What the step made of each sample, (B, ...), by name.
-        floor: How much of that may be rounding.
+        floors: How much of each may be rounding, by name; 0 where it is not named.
+        terms: The terms that the values come from, where they are no call.
     """
 
     tensors: list[Tensor] = field(default_factory=list)
     values: dict[str, Tensor] = field(default_factory=dict)
-    floor: float = 0.0
+    floors: dict[str, float] = field(default_factory=dict)
+    terms: Terms | None = None
 
 
 See = Callable[[Tensor, int], Seen | None]
@@ -79,6 +85,10 @@ class Rehearsal:
         way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
         measure: What is measured of a batch in place of its loss.
         runs_the_step: Whether the step may be run at all; else only the tensors of the batch are compared.
+        by_terms: Whether the loss of each sample is all that has to be known, so that it may come from several terms.
+
+    Attributes:
+        kind: What the loss of a sample alone is, where it comes from several terms; ``None`` if neither fits.
     """
 
     trainer: pl.Trainer
@@ -88,6 +98,8 @@ class Rehearsal:
     way_out: str = SCORE_FN
     measure: Measure | None = None
     runs_the_step: bool = True
+    by_terms: bool = False
+    kind: SampleLoss = field(default=None, init=False)
     _maker: str = field(default="collate_fn", init=False)
 
     def check_loader(self, training_set: TrainingSet, dataset: Any = None, in_training: bool = False) -> None:
@@ -121,7 +133,9 @@ class Rehearsal:
                     return self._run(to_device(self.trainer, batch), size, memory, seen) if runs else seen
 
             if self._compare(see, size):
-                if in_training and runs:
+                if "terms" in memory:
+                    self.kind = self._kind_of(see, training_set, dataset, indices)
+                elif in_training and runs:
                     with self._loaded(training_set, dataset, indices, torch.arange(size), 0) as batch:
                         batch = None if batch is None else to_device(self.trainer, batch)
                     if batch is not None:
@@ -130,6 +144,32 @@ class Rehearsal:
         rank_zero_warn(
             f"{self.label} cannot see whether rows follow the samples: {_DRAWS} batches in a row had no loss."
         )
+
+    def _kind_of(self, see: See, training_set: TrainingSet, dataset: Any, indices: list[int]) -> SampleLoss:
+        """Return what the loss of a sample is: that which the step returns for it in a batch of its own."""
+        whole = see(torch.arange(len(indices)), 0)
+        alone = [self._alone(training_set, dataset, index) for index in indices[:_ALONE]]
+        if whole is None or whole.terms is None or None in alone:
+            fits = [False, False]
+        else:
+            terms, solo = whole.terms, torch.stack([loss for loss in alone if loss is not None])
+            own, shares = (values.detach()[: len(solo)] for values in (terms.own, terms.shares))
+            solo = solo.to(own) - terms.constant
+            known = own.isfinite() & solo.isfinite()
+            exactness = 5e-2 if self._is_coarse else 1e-3
+            floor = exactness * _largest(solo[known])
+            fits = [is_close(values[known], solo[known], exactness, floor) for values in (shares, own)]
+        ranks = sum_of_flags(self.trainer, fits)  # all must take the same
+        kinds: tuple[SampleLoss, SampleLoss] = ("share", "own")
+        return next((kind for kind, count in zip(kinds, ranks, strict=True) if count == self.trainer.world_size), None)
+
+    def _alone(self, training_set: TrainingSet, dataset: Any, index: int) -> Tensor | None:
+        try:
+            with self._loaded(training_set, dataset, [index], torch.arange(1), 0) as batch:
+                loss = loss_of(runner(self.trainer, self.pl_module, to_device(self.trainer, batch), 0)())
+        except Exception:  # a batch of one may be impossible: a deviation over the batch, a squeeze
+            return None
+        return None if loss is None or loss.numel() != 1 else loss.detach().reshape(())
 
     def check_batch(self, batch: Any, samples: int) -> bool:
         """Check that the rows of a loss that stand together are those of one sample; return whether there was a loss.
@@ -203,11 +243,18 @@ class Rehearsal:
             if self.measure is not None:
                 seen.values = dict(self.measure(look))
                 return seen
-            call = look.loss()
+            found = look.losses() if self.by_terms else SampleLosses(Tensor(), look.loss())
         except SkippedBatchError:
             return None
-        seen.values = rows_of_call(call)
-        seen.floor = (1e-2 if self._is_coarse else 1e-4) * size_of_input(call)
+        if found.call is not None:
+            seen.values = rows_of_call(found.call)
+            floor = (1e-2 if self._is_coarse else 1e-4) * size_of_input(found.call)
+            seen.floors = {"value": floor, "input": floor}
+        else:
+            assert found.terms is not None
+            seen.terms, seen.values = found.terms, rows_of_terms(found.terms)
+            exactness = 5e-2 if self._is_coarse else 1e-3
+            seen.floors = {name: exactness * _largest(rows) for name, rows in seen.values.items()}
         return seen
 
     @property
@@ -231,7 +278,8 @@ class Rehearsal:
             values = _decisive({name: self._follow(first, other, name, order, in_order) for name in same})
             self._judge(tensors, values, in_order)
             verdicts += [*values.values(), *tensors]
-        if len(same) < len(first.values) and True not in values.values():
+        # Each term has to be seen to follow; of a call, what it got and what it made of that tell the same.
+        if len(same) < len(first.values) and (first.terms is not None or True not in values.values()):
             self._warn_of_noise(True in verdicts)
         return True
 
@@ -240,7 +288,9 @@ class Rehearsal:
             return False
         own, others = first.values[name], other.values[name]
         # The network does not compute the targets.
-        exactness = (_EXACT, 0.0) if name == "target" else (5e-2 if self._is_coarse else 1e-3, first.floor)
+        exactness = (
+            (_EXACT, 0.0) if name == "target" else (5e-2 if self._is_coarse else 1e-3, first.floors.get(name, 0.0))
+        )
         return follows(own, others, order, *exactness) if in_order else same_rows(own, others, *exactness)
 
     def _judge(self, tensors: Sequence[bool | None], values: Mapping[str, bool | None], in_order: bool) -> None:
@@ -273,6 +323,10 @@ class Rehearsal:
             f"{self.label} cannot see whether the rows of the loss follow the samples, because training_step draws random "
             f"numbers in eval mode too; it {rest}. Draw them in training mode only, to have it checked."
         )
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.nan_to_num(0.0).abs().max()) if values.numel() else 0.0
 
 
 def _decisive(values: Mapping[str, bool | None]) -> dict[str, bool | None]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_grad.functional import LossCall
 from lightning_grad.functional._tensor_classes import plain
+from lightning_grad.functional.gradients import Terms
 from lightning_grad.utilities.batches import map_tensors
 
 
@@ -122,6 +123,17 @@ def rows_of_call(call: LossCall) -> dict[str, Tensor]:
         if value.dim() and len(value) and len(value) % call.samples == 0:
             found[name] = _one_number(value).reshape(call.samples, -1)
     return found
+
+
+def rows_of_terms(terms: Terms) -> dict[str, Tensor]:
+    """Return what the samples contribute to each sum of a loss, (B, sums at that place), by its place in the step.
+
+    Each place is compared, not their sum, in which a small term that does not follow would be lost.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for term in terms.terms:
+        found.setdefault(str(term), []).append(term.shares.detach())
+    return {place: torch.stack(shares, 1) for place, shares in found.items()}
 
 
 def size_of_input(call: LossCall) -> float:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatchError
 from lightning_grad.callbacks._quiet import quiet
+from lightning_grad.callbacks._sample_losses import SampleLoss
 from lightning_grad.data.borrowed_workers import BorrowedWorkers
 from lightning_grad.data.random_streams import generators_kept
 from lightning_grad.utilities.batches import copy_of
@@ -40,6 +41,7 @@ def look_at_all(
     rehearsal: bool = False,
     label: str = "The score",
     way_out: str = SCORE_FN,
+    kind: Callable[[], SampleLoss] | None = None,
 ) -> dict[str, Tensor]:
     """Measure every sample that training may see, each once, in eval mode.
 
@@ -58,6 +60,7 @@ def look_at_all(
         rehearsal: Look at one batch only, to raise what the pass would raise; what is returned means nothing.
         label: Who looks, for errors.
         way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
+        kind: Tells what the loss of a sample is where it comes from several terms; asked once.
 
     Raises:
         ValueError: If the other data set has another length, or there are fewer samples than ranks, or no batch has a value.
@@ -93,7 +96,7 @@ def look_at_all(
             batch = to_device(trainer, batch)
             run = runner(trainer, pl_module, batch, number) if training_set.is_whole_batch else _refuse_part
             look = Look(
-                pl_module, batch, batches[number], training_set.sampler.total, run, memory, which, label, way_out
+                pl_module, batch, batches[number], training_set.sampler.total, run, memory, which, label, way_out, kind
             )
             with torch.no_grad():
                 if number >= len(chunks):

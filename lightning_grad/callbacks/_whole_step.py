@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor
-
+from lightning_grad.callbacks._sample_losses import loss_of
 from lightning_grad.functional import LossCall
 from lightning_grad.functional._whole_loss import WholeLossCapture
 
@@ -18,7 +15,7 @@ def refuse_rest(capture: WholeLossCapture, call: LossCall, output: object, label
     Raises:
         RuntimeError: If it is.
     """
-    loss = _loss_of(output)
+    loss = loss_of(output)
     rest = None if loss is None else capture.rest_of(loss, call)
     if rest is None:
         return
@@ -27,8 +24,3 @@ def refuse_rest(capture: WholeLossCapture, call: LossCall, output: object, label
         f"{label} sees {call.name}, which is not all that training_step returns: {rest}. It would take a part "
         f"of the loss for the whole. Set loss={index} if {call.name} alone shall count, or {way_out}."
     )
-
-
-def _loss_of(output: object) -> Tensor | None:
-    found = output.get("loss") if isinstance(output, Mapping) else output
-    return found if isinstance(found, Tensor) else None

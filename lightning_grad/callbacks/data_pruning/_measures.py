@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from lightning_grad.callbacks._look import Look, Measure
+from lightning_grad.callbacks._sample_losses import SampleLosses
 from lightning_grad.functional import (
     LossCall,
     el2n,
@@ -27,6 +28,7 @@ from lightning_grad.functional import (
 Score = Literal["el2n", "grand", "grand-last", "loss", "margin", "aum", "forgetting", "vog", "prototypes"]
 SCORES: tuple[str, ...] = get_args(Score)
 HISTORIES = ("aum", "forgetting")
+BY_TERMS = ("loss", "grand")  # of which only the loss of each sample has to be known
 GRADIENT_SCORES = ("grand", "grand-last", "vog")
 ScoreFunction = Callable[[pl.LightningModule, Any], Tensor]
 
@@ -37,7 +39,7 @@ def measure_for(score: str, score_fn: ScoreFunction | None = None) -> Measure:
         return lambda look: {"score": _of_function(look, score_fn)}
     return {
         "el2n": lambda look: _of_call(look.loss(), el2n),
-        "loss": lambda look: _of_call(look.loss(), lambda call: call.losses),
+        "loss": _loss,
         "margin": lambda look: _of_call(look.loss(), lambda call: -margin(call)),
         "grand": _grand,
         "grand-last": _grand_last,
@@ -67,10 +69,19 @@ def _of_call(call: LossCall, score: Callable[[LossCall], Tensor]) -> dict[str, T
     return {"score": score(call), **classes_of(call)}
 
 
+def _loss(look: Look) -> Mapping[str, Tensor]:
+    found = look.losses()
+    return {"score": found.losses, **_classes_of_losses(found)}
+
+
 def _grand(look: Look) -> Mapping[str, Tensor]:
-    norms, call = look.gradient_norms()
+    norms, found = look.gradient_norms()
     # Where all positions are ignored there is no gradient, which would count as the easiest sample.
-    return {"score": norms.masked_fill(call.losses.isnan(), float("nan")), **classes_of(call)}
+    return {"score": norms.masked_fill(found.losses.isnan(), float("nan")), **_classes_of_losses(found)}
+
+
+def _classes_of_losses(found: SampleLosses) -> dict[str, Tensor]:
+    return {} if found.call is None else classes_of(found.call)
 
 
 def _grand_last(look: Look) -> Mapping[str, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_grad.callbacks._look import Measure
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.callbacks.data_pruning._measures import (
+    BY_TERMS,
     HISTORIES,
     ScoreFunction,
     VarianceOfGradients,
@@ -59,6 +60,7 @@ class ScoreSource:
     is_recording = False  # whether something of each sample is recorded by now
     pairs_rows = True  # with the samples of a batch
     measure: Measure | None = None  # of a batch, where it is not its loss
+    by_terms = False  # whether only the loss of each sample has to be known
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -179,6 +181,7 @@ class PassScores(ScoreSource):
         self._score_fn = score_fn
         self.runs_the_step = score_fn is None
         self.measure = None if score_fn is None else measure_for(name, score_fn)
+        self.by_terms = score_fn is None and name in BY_TERMS
 
     def rehearse(self, run_pass: Pass) -> Mapping[str, Tensor] | None:
         return run_pass(measure_for(self.name, self._score_fn), "")

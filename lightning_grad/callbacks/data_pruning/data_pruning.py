@@ -20,6 +20,7 @@ from typing_extensions import override
 from lightning_grad.callbacks._look import Measure
 from lightning_grad.callbacks._loss_tap import read_losses
 from lightning_grad.callbacks._rehearsal import Rehearsal
+from lightning_grad.callbacks._sample_losses import SampleLoss
 from lightning_grad.callbacks._scoring import look_at_all, say_what_is_skipped
 from lightning_grad.callbacks.data_pruning._arguments import check_settings, read_rounds, warn_of_risks
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score
@@ -200,6 +201,8 @@ class DataPruning(SubsetCallback):
         super()._clear()
         self.scored: ScoredSet | None = None
         self._unaugmented: Any = None
+        self._sample_loss: SampleLoss = None
+        self._has_checked = False
         self._last_round = -1  # epoch
         self._choice_changed = False
         self._goes_on = False  # with the scores of a checkpoint, or what was recorded for them
@@ -356,9 +359,17 @@ class DataPruning(SubsetCallback):
             self.loss,
             measure=self._source.measure,
             runs_the_step=pl_module.automatic_optimization,
+            by_terms=self._source.by_terms,
         )
         dataset = None if in_training else self._dataset(trainer)
         rehearsal.check_loader(self._training_set, dataset, in_training)
+        self._sample_loss, self._has_checked = rehearsal.kind, True
+
+    def _kind(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> SampleLoss:
+        """Return what the loss of a sample is, where it comes from several terms."""
+        if not self._has_checked:  # scoring comes before the first batch
+            self._check_rows(trainer, pl_module)
+        return self._sample_loss
 
     @override
     def _epoch_ends(self, trainer: pl.Trainer) -> None:
@@ -387,7 +398,8 @@ class DataPruning(SubsetCallback):
         def run(measure: Measure, title: str) -> Mapping[str, Tensor]:
             assert self._training_set is not None
             own = (trainer, pl_module, self._training_set, measure, title, self._dataset(trainer))
-            return look_at_all(*own, which=self.loss, seed=self.seed, rehearsal=rehearsal, label=self.label)
+            kind = None if rehearsal else lambda: self._kind(trainer, pl_module)
+            return look_at_all(*own, which=self.loss, seed=self.seed, rehearsal=rehearsal, label=self.label, kind=kind)
 
         return run
 

@@ -219,7 +219,7 @@ class Walk:
                 place.function or node.name(),
                 place.location,
                 f"combines parameters with a tensor that has no rows for the {self._record.samples} samples, so whether its "
-                "result belongs to a sample is not known. If it does not (a buffer, a constant), name it in constants=.",
+                "result belongs to a sample is not known. If it does not, register it as a buffer of the module.",
             )
         self._refuse(node)
 

@@ -692,8 +692,15 @@ class TwoLosses(Classifier):
         return F.cross_entropy(logits, y) + F.mse_loss(logits, x[:, :CLASSES])
 
 
-@pytest.mark.parametrize("score", ["el2n", "grand", "aum"])
-def test_of_two_losses_one_must_be_named(score: str) -> None:
+def test_of_two_losses_the_sum_counts() -> None:
+    values, module = scores_of(DataPruning(0.5, "loss", epoch=1), TwoLosses())
+    x, y, _ = make_data().tensors
+    expected = BY_HAND["loss"](module, x, y) + (module(x) - x[:, :CLASSES]).square().mean(1)
+    torch.testing.assert_close(values, expected.detach().double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", ["el2n", "aum"])
+def test_of_two_losses_one_must_be_named_where_classes_are_needed(score: str) -> None:
     with pytest.raises(RuntimeError, match=r"0: cross_entropy, 1: mse_loss.*loss=0"):
         train(DataPruning(0.5, score, epoch=1), TwoLosses())
 

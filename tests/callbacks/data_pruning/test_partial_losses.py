@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from lightning_grad.callbacks import DataPruning, InfoBatch, LossReweighting, RepeatedRandomSubset, UniformLearning
 from lightning_grad.functional import loss_weights
+from lightning_grad.functional.gradients import InseparableLossError
 from tests.callbacks.data_pruning.test_data_pruning import (
     BY_HAND,
     CLASSES,
@@ -62,8 +63,11 @@ class Masked(Classifier):
         return (each * mask).sum() / mask.sum().clamp(min=1)
 
 
+BY_TERMS = ("loss", "grand")  # see the whole of it
+
+
 @pytest.mark.parametrize("module", [OwnTerm, Later, Masked])
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", READERS.keys() - BY_TERMS)
 def test_a_step_with_a_term_of_its_own_is_refused(name: str, module: Any) -> None:
     with pytest.raises(RuntimeError, match=PART):
         train(READERS[name](), module(), epochs=3)
@@ -84,6 +88,37 @@ def test_scores_by_the_call_that_is_named(score: str) -> None:
 def losses_of(module: Any, batch: Any) -> Tensor:
     logits = module(batch[0])
     return F.cross_entropy(logits, batch[1], reduction="none") + 0.1 * logits.square().mean(1)
+
+
+def masked_losses(module: Any, batch: Any) -> Tensor:
+    losses = F.cross_entropy(module(batch[0]), batch[1], reduction="none")
+    return losses.where(batch[0][:, 0] > 0, torch.nan)  # a sample that does not count has no loss
+
+
+@pytest.mark.parametrize("kind", [OwnTerm, Masked])
+def test_the_whole_of_it_is_scored(kind: Any) -> None:
+    values, module = scores_of(pruning("loss"), kind())
+    expected = (losses_of if kind is OwnTerm else masked_losses)(module, make_data().tensors)
+    torch.testing.assert_close(values, expected.detach().double(), rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", [OwnTerm, Masked])
+def test_the_gradient_of_the_whole_of_it_is_scored(kind: Any) -> None:
+    values, module = scores_of(pruning("grand"), kind())
+    losses = (losses_of if kind is OwnTerm else masked_losses)(module, make_data().tensors)
+    expected = []
+    for loss in losses:
+        found = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)
+        expected.append(nn.utils.get_total_norm(found) if loss.isfinite() else loss)
+    torch.testing.assert_close(values, torch.stack(expected).detach().double(), rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def test_a_term_that_counts_only_later_is_scored_when_it_counts() -> None:
+    callback = pruning("loss", epoch=2)
+    values, module = scores_of(callback, Later(), epochs=4)
+    x, y, _ = make_data().tensors
+    losses = F.cross_entropy(module(x), y, reduction="none") + 0.2 * module(x).square().mean(1)
+    torch.testing.assert_close(values, losses.detach().double(), rtol=1e-4, atol=1e-6)
 
 
 def test_other_ways_out() -> None:
@@ -156,12 +191,34 @@ class Dice(Classifier):
         return F.binary_cross_entropy_with_logits(logits, truth) + dice
 
 
-@pytest.mark.parametrize("module", [VAE, Dice])
-@pytest.mark.parametrize("name", ["loss", "info", "reweighting"])
-def test_the_usual_mixed_losses(module: Any, name: str) -> None:
+@pytest.mark.parametrize("name", ["info", "reweighting"])
+def test_a_loss_that_draws_noise(name: str) -> None:
     with pytest.raises(RuntimeError, match="not all that training_step returns"):
-        train(READERS[name](), module())
-    train(READERS[name](loss=0), module())
+        train(READERS[name](), VAE())
+    train(READERS[name](loss=0), VAE())
+
+
+def test_noise_is_scored_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="draws random numbers in eval mode too; it relies on the tensors"):
+        train(READERS["loss"](), VAE())
+
+
+@pytest.mark.parametrize("name", ["info", "reweighting"])
+def test_a_loss_that_mixes_the_samples_in_training(name: str) -> None:
+    with pytest.raises(RuntimeError, match="not all that training_step returns"):
+        train(READERS[name](), Dice())
+    train(READERS[name](loss=0), Dice())
+
+
+@pytest.mark.parametrize("name", ["loss", "grand"])
+def test_a_loss_that_mixes_the_samples_is_refused_by_function_and_line(name: str) -> None:
+    words = (
+        r"div \(test_partial_losses.py:\d+\) mixes the samples.*Set loss=0 if binary_cross_entropy_with_logits alone"
+    )
+    with pytest.raises(InseparableLossError, match=words) as error:
+        train(READERS[name](), Dice())
+    assert error.value.function == "div"
+    train(READERS[name](loss=0), Dice())
 
 
 # Losses of which none, or too many, are seen.
@@ -182,7 +239,13 @@ class InOneCall(Classifier):
         return F.cross_entropy(torch.cat(parts), batch[1])
 
 
-@pytest.mark.parametrize("name", ["el2n", "loss", "info", "reweighting", "uniform"])
+def test_a_loss_in_chunks_is_scored() -> None:
+    values, module = scores_of(pruning("loss"), Chunked())
+    expected = F.cross_entropy(module(make_data().tensors[0]), make_data().tensors[1], reduction="none")
+    torch.testing.assert_close(values, expected.detach().double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["el2n", "info", "reweighting", "uniform"])
 def test_a_loss_in_chunks_says_what_to_do(name: str) -> None:
     with pytest.raises((RuntimeError, ValueError), match=r"compute it in one call|got 3 rows for 8 samples.*or "):
         train(READERS[name](), Chunked())
