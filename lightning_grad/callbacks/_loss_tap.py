@@ -1,22 +1,33 @@
 """Reading, or reweighting, the loss of every sample in the training steps of a module.
 
-Several techniques may read the losses of one module; one :class:`~lightning_grad.functional.LossCapture` a step serves
-them all. At most one may reweight.
+Several techniques may read the losses of one module; at most one may reweight. Weights act in the backward pass: what the
+step returns and logs as its loss stays the plain loss. Where one call of a loss of ``torch.nn.functional`` is the whole
+loss, only that call is watched (:class:`~._weighing_capture.WeighingCapture`); else the whole step is traced, and the graph
+of what it returns tells what each sample contributes (:class:`~lightning_grad.functional.gradients.LossTrace`). Which of
+both is decided once, by a quiet run of the first step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import lightning.pytorch as pl
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 from lightning_grad.callbacks._look import SCORE_FN
-from lightning_grad.callbacks._quiet import is_quiet
+from lightning_grad.callbacks._quiet import eager, is_quiet, quiet
+from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses, terms_of, trace_of
+from lightning_grad.callbacks._weighing_capture import Weigh, WeighingCapture
+from lightning_grad.callbacks._whole_step import refuse_rest
 from lightning_grad.functional import LossCall, LossCapture
+from lightning_grad.functional._whole_loss import WholeLossCapture
+from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms
+from lightning_grad.utilities.batches import copy_of
+from lightning_grad.utilities.checks import is_sharded
 from lightning_grad.utilities.dispatch import wrap_method
 
 _INNERMOST = -100
@@ -51,21 +62,27 @@ def read_losses(
 
 def reweight_losses(
     pl_module: pl.LightningModule,
-    reweight: Callable[[LossCall], Tensor | None],
+    reweight: Weigh,
     needed_by: str,
     which: int | None = None,
     samples: Callable[[], int] | None = None,
     way_out: str = SCORE_FN,
+    acts: bool = True,
+    needs: Callable[[], bool] = lambda: True,
+    kind: Callable[[], SampleLoss] = lambda: None,
 ) -> Any:
-    """Have the samples of every training step weighted, before its backward.
+    """Have the samples of every training step weighted in its backward pass.
 
     Args:
         pl_module: The module.
-        reweight: Gets the call of the loss, and returns a weight for each sample, or ``None`` to leave them alone.
+        reweight: Gets the losses, and returns a weight for each sample, or ``None`` to leave them alone.
         needed_by: Who asks, for errors.
-        which: Which loss of the step, if it has several.
+        which: Which loss of the step alone is weighted. By default the whole.
         samples: Tells the number of samples of the batch. Default: the length of its tensors.
         way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
+        acts: Whether it will ever need a loss, so that the first step shall show whether it can be seen.
+        needs: Tells whether it needs the losses of the present step; a step that nobody needs runs as if there were no tap.
+        kind: Tells what the loss of a sample is where it comes from several terms.
 
     Returns:
         Callable: Takes the weighting away.
@@ -80,6 +97,7 @@ def reweight_losses(
             "callbacks."
         )
     tap.reweight, tap.reweighted_by, tap.which, tap.way_out = reweight, needed_by, which, way_out
+    tap.acts, tap.needs, tap.kind = acts, needs, kind
     tap.samples = samples or tap.samples
     return lambda: tap.remove(None)
 
@@ -95,13 +113,19 @@ class _LossTap:
 
     def __init__(self, pl_module: pl.LightningModule) -> None:
         self.readers: list[tuple[Callable[[LossCall], None], int | None, str]] = []
-        self.reweight: Callable[[LossCall], Tensor | None] | None = None
+        self.reweight: Weigh | None = None
         self.reweighted_by = ""
         self.which: int | None = None
         self.way_out = SCORE_FN
         self.samples: Callable[[], int] | None = None
+        self.acts = False
+        self.needs: Callable[[], bool] = lambda: True
+        self.kind: Callable[[], SampleLoss] = lambda: None
+        self._module = ref(pl_module)
         self._seen = 0
         self._may_skip = pl_module.automatic_optimization
+        self._is_decided = False
+        self._terms: Terms | None = None  # of the first step, if its loss is more than one call
 
         def around(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return inner(*args, **kwargs) if is_quiet(pl_module) else self._step(inner, *args, **kwargs)
@@ -111,6 +135,7 @@ class _LossTap:
     def remove(self, entry: Any) -> None:
         if entry is None:
             self.reweight = None
+            self._is_decided, self._terms = False, None
         else:
             self.readers = [other for other in self.readers if other is not entry]
         if self.reweight is None and not self.readers:
@@ -126,16 +151,106 @@ class _LossTap:
             samples == 0
         ):  # none of the samples that are watched: another loader's batch, or a tuner that tries a few steps
             return inner(*args, **kwargs)
-        weights = None if self.reweight is None else self._weights
-        with LossCapture(samples, weights, way_out=self.way_out) as capture:
+        needs = self.reweight is not None and self.needs()
+        if self.reweight is not None and not self._is_decided and (self.acts or needs):
+            self._decide(inner, args, kwargs, samples)
+        if not needs and not self.readers:
+            return inner(*args, **kwargs)
+        if needs and self._terms is not None:
+            assert samples is not None
+            return self._step_by_terms(inner, args, kwargs, samples)
+        return self._step_by_call(inner, args, kwargs, samples, needs)
+
+    def _step_by_call(self, inner: Callable[..., Any], args: Any, kwargs: Any, samples: int | None, needs: bool) -> Any:
+        with WeighingCapture(samples, self._weights if needs else None, self.way_out) as capture:
             output = inner(*args, **kwargs)
         if output is None and self._may_skip:
             return None  # Lightning trains on no batch for which an automatic step returns nothing
-        if self.reweight is not None:
+        if needs:
             self._refuse_unweighted(capture)
+        self._read(capture)
+        return output
+
+    def _step_by_terms(self, inner: Callable[..., Any], args: Any, kwargs: Any, samples: int) -> Any:
+        trace = self._trace(samples)
+        with trace:
+            output = inner(*args, **kwargs)
+        if output is None and self._may_skip:
+            return None
+        terms = terms_of(trace, output, self._ways_out(""), self._terms, check=False)
+        assert self.reweight is not None
+        weights = self.reweight(SampleLosses.of_terms(terms, self.kind()))
+        if weights is not None:
+            terms.weight_(weights)
+        terms.release()
+        capture = LossCapture(samples)
+        capture.calls = trace.calls
+        self._read(capture)
+        return output
+
+    def _read(self, capture: LossCapture) -> None:
         for reader, which, capture.way_out in self.readers:
             reader(capture.only(which))
-        return output
+
+    # The first step.
+
+    def _decide(self, inner: Callable[..., Any], args: Any, kwargs: Any, samples: int | None) -> None:
+        """Run the step without a trace, and find out whether one call of a loss is the whole loss.
+
+        Raises:
+            RuntimeError: If the loss cannot be seen.
+        """
+        module = self._module()
+        assert module is not None
+        trainer = module._trainer
+        # The parts of a sharded module have no parameters of their own to look at, and a manual step also trains.
+        if self.which is not None or trainer is None or is_sharded(trainer) or not self._may_skip:
+            self._is_decided = True
+            return
+
+        def run() -> object:
+            given, named = copy_of([list(args), kwargs], leaves_in_graph=True)
+            return inner(*given, **named)
+
+        advice = f", or {self.way_out}"
+        with quiet(trainer, module, evaluate=False, advice=advice), eager(), torch.enable_grad():
+            capture = WholeLossCapture(module, samples, way_out=self.way_out)
+            with capture:
+                output = run()
+            if output is None:
+                return  # the next step that has a loss tells
+            try:
+                refuse_rest(capture, capture.only(), output, self.reweighted_by, self.way_out)
+            except (RuntimeError, ValueError):
+                if samples is None:
+                    raise
+                self._terms = self._first_terms(run, samples, capture.calls[0].name if capture.calls else "")
+        self._is_decided = True
+
+    def _first_terms(self, run: Callable[[], object], samples: int, call: str) -> Terms:
+        trace = self._trace(samples)
+        with trace:
+            output = run()
+        ways_out = self._ways_out(call)
+        terms = terms_of(trace, output, ways_out)
+        try:
+            terms.weight_(torch.ones(samples)).remove()
+        except InseparableLossError as error:
+            raise InseparableLossError(error.function, error.location, f"{error.reason} {ways_out}") from None
+        terms.release()
+        return terms
+
+    def _trace(self, samples: int) -> LossTrace:
+        module = self._module()
+        assert module is not None
+        return trace_of(module, samples)
+
+    def _ways_out(self, call: str) -> str:
+        named = f"set loss=0 if {call} alone shall count, or " if call else ""
+        clause = f"{named}{self.way_out}"
+        return f"{self.reweighted_by} weights the loss of each sample, and must see it: {clause}."
+
+    # One call.
 
     def _refuse_unweighted(self, capture: LossCapture) -> None:
         # An unseen or ambiguous loss is an error, and not a step without weights.
@@ -143,15 +258,15 @@ class _LossTap:
             capture.only(self.which)
         except (RuntimeError, ValueError) as error:
             raise type(error)(
-                f"{self.reweighted_by} weights the loss of each sample, and must see it. It needs one loss of "
-                f"torch.nn.functional in training_step, or loss=, which says which of several. {error}"
+                f"{self.reweighted_by} weights the loss of each sample, and must see it. {error}"
             ) from None
 
-    def _weights(self, call: LossCall) -> Tensor | None:
+    def _weights(self, losses: SampleLosses) -> Tensor | None:
         assert self.reweight is not None
+        assert losses.call is not None
         self._seen += 1
-        is_meant = call.has_graph if self.which is None else self._seen - 1 == self.which
-        return self.reweight(call) if is_meant else None
+        is_meant = losses.call.has_graph if self.which is None else self._seen - 1 == self.which
+        return self.reweight(losses) if is_meant else None
 
 
 def batch_size_of(batch: Any) -> int | None:

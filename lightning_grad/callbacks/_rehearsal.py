@@ -134,7 +134,8 @@ class Rehearsal:
 
             if self._compare(see, size):
                 if "terms" in memory:
-                    self.kind = self._kind_of(see, training_set, dataset, indices)
+                    alone = [self._alone(training_set, dataset, index) for index in indices[:_ALONE]]
+                    self.kind = self._kind_of(see(torch.arange(size), 0), alone)
                 elif in_training and runs:
                     with self._loaded(training_set, dataset, indices, torch.arange(size), 0) as batch:
                         batch = None if batch is None else to_device(self.trainer, batch)
@@ -145,10 +146,13 @@ class Rehearsal:
             f"{self.label} cannot see whether rows follow the samples: {_DRAWS} batches in a row had no loss."
         )
 
-    def _kind_of(self, see: See, training_set: TrainingSet, dataset: Any, indices: list[int]) -> SampleLoss:
-        """Return what the loss of a sample is: that which the step returns for it in a batch of its own."""
-        whole = see(torch.arange(len(indices)), 0)
-        alone = [self._alone(training_set, dataset, index) for index in indices[:_ALONE]]
+    def _kind_of(self, whole: Seen | None, alone: list[Tensor | None]) -> SampleLoss:
+        """Return what the loss of a sample is: that which the step returns for it in a batch of its own.
+
+        Args:
+            whole: What a batch shows.
+            alone: What the step returns for its first samples alone.
+        """
         if whole is None or whole.terms is None or None in alone:
             fits = [False, False]
         else:
@@ -166,9 +170,20 @@ class Rehearsal:
     def _alone(self, training_set: TrainingSet, dataset: Any, index: int) -> Tensor | None:
         try:
             with self._loaded(training_set, dataset, [index], torch.arange(1), 0) as batch:
-                loss = loss_of(runner(self.trainer, self.pl_module, to_device(self.trainer, batch), 0)())
+                return self._loss_alone(to_device(self.trainer, batch))
         except Exception:  # a batch of one may be impossible: a deviation over the batch, a squeeze
             return None
+
+    def _row_alone(self, batch: Any, samples: int, row: int) -> Tensor | None:
+        try:
+            with self._quiet(0):
+                return self._loss_alone(reordered(copy_of(batch), torch.tensor([row]), samples))
+        except Exception:  # as above, or rows that are not one a sample
+            return None
+
+    def _loss_alone(self, batch: Any) -> Tensor | None:
+        with torch.enable_grad():  # a step may differentiate
+            loss = loss_of(runner(self.trainer, self.pl_module, batch, 0)())
         return None if loss is None or loss.numel() != 1 else loss.detach().reshape(())
 
     def check_batch(self, batch: Any, samples: int) -> bool:
@@ -185,7 +200,12 @@ class Rehearsal:
             with self._quiet(seed):
                 return self._run(reordered(copy_of(batch), order), samples, memory, Seen())
 
-        return self._compare(see, samples, in_order=False)
+        if not self._compare(see, samples, in_order=False):
+            return False
+        if "terms" in memory:
+            alone = [self._row_alone(batch, samples, row) for row in range(min(samples, _ALONE))]
+            self.kind = self._kind_of(see(torch.arange(samples), 0), alone)
+        return True
 
     def check_whole_loss(self, batch: Any, samples: int | None) -> None:
         """Run the step on a batch in training mode, and raise if its loss is seen only in part.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grad.functional import LossCall
+from lightning_grad.functional._loss_functions import SampleSums
 from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms
 
 SampleLoss = Literal["share", "own"] | None
@@ -24,11 +25,13 @@ class SampleLosses:
         losses: One for each sample, (B,); nan where none of its positions counts.
         call: The call of a loss of ``torch.nn.functional`` that they come from, if it is the whole loss.
         terms: Else the terms of the step's loss.
+        sums: What the call's mean is made of.
     """
 
     losses: Tensor
     call: LossCall | None = None
     terms: Terms | None = None
+    sums: SampleSums | None = None
 
     @classmethod
     def of_terms(cls, terms: Terms, kind: SampleLoss) -> SampleLosses:
@@ -36,6 +39,17 @@ class SampleLosses:
         own = terms.own
         shares = terms.shares.masked_fill(own.detach().isnan(), float("nan"))  # a sample without a position has none
         return cls(own if kind == "own" else shares, terms=terms)
+
+    def weighted(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss without and with weights, for a log."""
+        if self.terms is not None:
+            plain = torch.ones_like(self.losses, requires_grad=False)
+            return self.terms.weighted_loss(plain), self.terms.weighted_loss(weights.nan_to_num(0.0))
+        assert self.sums is not None
+        assert self.call is not None
+        numerators, denominators = (values.detach() for values in self.sums)
+        divisor = 1.0 if self.call.options["reduction"] == "sum" else denominators.sum()
+        return numerators.sum() / divisor, (numerators * weights.to(numerators).nan_to_num(0.0)).sum() / divisor
 
 
 def loss_of(output: object) -> Tensor | None:

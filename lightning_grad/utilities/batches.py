@@ -227,23 +227,26 @@ def _as_position(part: Any) -> Any:
     return int(part) if isinstance(part, str) and part.isdecimal() else part
 
 
-def reordered(batch: Any, order: Tensor) -> Any:
+def reordered(batch: Any, order: Tensor, samples: int | None = None) -> Any:
     """Return a batch whose samples stand in another order: the rows of its tensors, and the entries of its other lists.
 
-    Only what is as long as the order is taken for one entry a sample.
+    Only what is as long as there are samples, by default as long as the order, is taken for one entry a sample.
 
     Example:
+        >>> reordered([torch.tensor([1, 2, 3]), "a"], torch.tensor([1]), samples=3)
+        [tensor([2]), 'a']
         >>> reordered({"x": torch.tensor([1, 2, 3]), "name": ["a", "b", "c"], "n": 7}, torch.tensor([2, 0, 1]))
         {'x': tensor([3, 1, 2]), 'name': ['c', 'a', 'b'], 'n': 7}
     """
+    length = len(order) if samples is None else samples
     if isinstance(batch, Tensor):
         rows = plain(batch)
-        return dressed(rows[order.to(rows.device)], batch) if rows.dim() and len(rows) == len(order) else batch
-    holds_rows = any(value.dim() and len(value) == len(order) for _, value in _tensors_of(batch))
-    if type(batch) in (list, tuple) and len(batch) == len(order) and not holds_rows:
+        return dressed(rows[order.to(rows.device)], batch) if rows.dim() and len(rows) == length else batch
+    holds_rows = any(value.dim() and len(value) == length for _, value in _tensors_of(batch))
+    if type(batch) in (list, tuple) and len(batch) == length and not holds_rows:
         return type(batch)(batch[place] for place in order.tolist())
     for key, child in list(_children(batch)):
-        other = reordered(child, order)
+        other = reordered(child, order, samples)
         if other is not child:
             batch = with_input(batch, (key,), other)
     return batch

@@ -68,6 +68,17 @@ def losses_by_hand() -> Tensor:
     return x.logsumexp(1) - x[torch.arange(3), y]
 
 
+def losses_of(module: Any, scale: float = 1.0) -> Tensor:
+    logits = module(BATCH[0]) * scale
+    return logits.logsumexp(1) - logits[torch.arange(3), BATCH[1]]
+
+
+def assert_has_gradient_of(module: Any, loss: Tensor, expected: Tensor) -> None:
+    found, wanted = (torch.autograd.grad(each, list(module.parameters())) for each in (loss, expected))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 class Reader:
     def __init__(self) -> None:
         self.calls: list[LossCall] = []
@@ -91,7 +102,8 @@ def test_several_readers_read_what_one_reweights() -> None:
         assert len(reader.calls) == 1
         torch.testing.assert_close(reader.calls[0].losses, losses_by_hand())
         assert not reader.calls[0].losses.requires_grad
-    torch.testing.assert_close(loss, (weights * losses_by_hand()).mean())
+    torch.testing.assert_close(loss, losses_by_hand().mean())  # its value stays
+    assert_has_gradient_of(module, loss, (weights * losses_of(module)).mean())
 
 
 def test_readers_alone_change_no_bit() -> None:
@@ -147,7 +159,7 @@ def test_a_step_of_the_instance_is_given_back() -> None:
 
     module.training_step = own
     undo = reweigh(module, torch.tensor([1.0, 0.0, 0.0]))
-    torch.testing.assert_close(module.training_step(BATCH, 0), 2 * losses_by_hand()[0] / 3)
+    assert_has_gradient_of(module, module.training_step(BATCH, 0), 2 * losses_of(module)[0] / 3)
     undo()
     assert module.training_step is own
 
@@ -186,13 +198,13 @@ def test_each_reads_the_loss_that_it_names() -> None:
 def test_only_the_loss_that_is_named_is_weighted(which: int) -> None:
     module = TwoLosses()
     module.layer.weight.data.mul_(1.5)
-    logits = BATCH[0] * 1.5
-    both = [F.cross_entropy(logits, BATCH[1], reduction="none"), (logits - BATCH[0]).square().mean(1)]
     weights = torch.tensor([0.5, 0.0, 3.0])
     reweigh(module, weights, which=which)
-    both[which] = both[which] * weights
     for number in range(2):
-        torch.testing.assert_close(module.training_step(BATCH, number), both[0].mean() + both[1].mean())
+        logits = module(BATCH[0])
+        both = [losses_of(module), (logits - BATCH[0]).square().mean(1)]
+        both[which] = both[which] * weights
+        assert_has_gradient_of(module, module.training_step(BATCH, number), both[0].mean() + both[1].mean())
 
 
 def test_a_loss_that_the_step_does_not_have() -> None:
@@ -219,7 +231,7 @@ def test_a_metric_is_not_taken_for_the_loss() -> None:
     weights = torch.tensor([2.0, 1.0, 0.0])
     reweigh(module, weights)
     loss = module.training_step(BATCH, 0)
-    torch.testing.assert_close(loss, (weights * losses_by_hand()).mean())
+    assert_has_gradient_of(module, loss, (weights * losses_of(module)).mean())
     assert [call.name for call in reader.calls] == ["cross_entropy"]
     assert reader.calls[0].options["label_smoothing"] == 0.0
     plain = WithMetric()
@@ -232,13 +244,14 @@ def test_tokens_belong_to_their_samples() -> None:
     module, reader = Tokens(), Reader()
     x = torch.arange(12.0).reshape(2, 3, 2).cos()
     y = torch.tensor([[0, 1, -100], [1, 1, 0]])
-    losses = F.cross_entropy(x.flatten(0, 1), y.flatten(), reduction="none").reshape(2, 3)
+    losses = F.cross_entropy(module(x).flatten(0, 1), y.flatten(), reduction="none").reshape(2, 3)
     read_losses(module, reader)
     weights = torch.tensor([0.5, 2.0])
     reweigh(module, weights)
     loss = module.training_step({"x": x, "y": y}, 0)
-    torch.testing.assert_close(reader.calls[0].losses, torch.stack([losses[0, :2].mean(), losses[1].mean()]))
-    torch.testing.assert_close(loss, (weights[:, None] * losses).sum() / 5)
+    own = torch.stack([losses[0, :2].mean(), losses[1].mean()]).detach()
+    torch.testing.assert_close(reader.calls[0].losses, own)
+    assert_has_gradient_of(module, loss, (weights[:, None] * losses).sum() / 5)
 
 
 def test_a_step_that_has_its_batch_by_name() -> None:
@@ -255,7 +268,7 @@ def test_quiet_steps_are_neither_read_nor_weighted() -> None:
     with quiet(make_trainer(), module):
         torch.testing.assert_close(module.training_step(BATCH, 0), losses_by_hand().mean())
     assert reader.calls == []
-    assert module.training_step(BATCH, 0) == 0.0
+    assert_has_gradient_of(module, module.training_step(BATCH, 0), 0.0 * losses_of(module).mean())
 
 
 def test_an_exception_of_the_step_comes_through_and_the_next_step_is_read() -> None:

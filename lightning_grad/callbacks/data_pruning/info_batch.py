@@ -11,17 +11,21 @@ from typing_extensions import override
 
 from lightning_grad.callbacks._loss_tap import reweight_losses
 from lightning_grad.callbacks._rehearsal import Rehearsal
+from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
-from lightning_grad.functional import LossCall, infobatch_count, infobatch_subset, round_up_count
+from lightning_grad.functional import infobatch_count, infobatch_subset, round_up_count
+from lightning_grad.functional.gradients import Terms
 from lightning_grad.utilities.checks import (
     check_between,
     check_count,
     check_position,
     check_share,
+    is_sharded,
     refuse_manual_optimization,
 )
 from lightning_grad.utilities.progress import check_total_steps
+from lightning_grad.utilities.reporting import is_log_step
 
 _WAY_OUT = "use RepeatedRandomSubset, which needs no loss"
 _NEXT_SEED = 1_000_003  # more than any run has epochs
@@ -43,7 +47,7 @@ class InfoBatch(SubsetCallback):
     Args:
         prune: Share r of the samples of low loss that is left out, at least 0 and below 1 (0.5 in the paper).
         stop: Share of the run after which all samples are trained on (0.875 in the paper).
-        loss: Which call of a loss counts, from 0; by default the only one, if it is the whole loss.
+        loss: Which call of a loss alone counts, from 0; by default all that the step returns.
         seed: Seed of the choices.
         loader_key: Which of several training loaders to prune: its key, or its position in a list.
         total_steps: Length of the run in optimizer steps, where it has no known end. Default: the Trainer's.
@@ -51,20 +55,23 @@ class InfoBatch(SubsetCallback):
 
     Raises:
         ValueError: In the constructor for a share outside its range. In setup for manual optimization, or another technique
-            that chooses or weighs samples. In the first step if the loss cannot be seen.
-        RuntimeError: After the first batch, if rows do not follow their samples into another order, or if only a part of the
-            loss is seen and ``loss`` does not say that it counts alone.
+            that chooses or weighs samples. In the first step if it returns no loss.
+        InseparableLossError: In the first step, if its loss is no sum of one term for each sample, or a learned factor
+            multiplies it.
+        RuntimeError: After the first batch, if rows do not follow their samples into another order.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
-    **Hooks.** As :class:`DataPruning`; losses are read and weighted inside ``training_step``, before its backward. What the
-    step logs as its loss is the weighted one.
+    **Hooks.** As :class:`DataPruning`; losses are read inside ``training_step``, and weighted in its backward pass. What the
+    step returns and logs as its loss is the plain loss.
 
-    **Logs** under ``data/``, at each epoch: ``kept_share``, ``samples_seen``; in the summary ``samples_share``.
+    **Logs** under ``data/``, at each epoch: ``kept_share``, ``samples_seen``; in the summary ``samples_share``. At log steps
+    of a weighted epoch ``loss`` and ``weighted_loss``, the mean loss of the batch without and with weights.
 
     **State.** The last losses, the samples of the epoch and their weights; resuming is bit-exact. Of several ranks only the
     first saves the losses of an epoch that is not done.
 
-    **Cost.** The losses of each batch are computed a second time, without reduction.
+    **Cost.** One call of a loss of ``torch.nn.functional`` is computed a second time, without reduction. Of another loss the
+    step is traced: one to two milliseconds a step.
 
     **Works with** accumulation, fp16 and bf16, DDP, FSDP, compiled submodules: yes. Manual optimization: raises.
 
@@ -109,6 +116,17 @@ class InfoBatch(SubsetCallback):
         self._losses: Tensor | None = None
         self._weights: Tensor | None = None
         self._record = EpochRecord()
+        self._sample_loss: SampleLoss = None  # until one batch has shown it, the shares count
+        self._first: tuple[list[int], Terms] | None = None
+        self._logged: tuple[SampleLosses, Tensor] | None = None
+
+    @override
+    def _let_go(self) -> None:
+        super()._let_go()
+        self._first = self._logged = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_first": None, "_logged": None}
 
     @property
     @override
@@ -140,12 +158,24 @@ class InfoBatch(SubsetCallback):
                 "the loss is weighted before backward, which comes inside training_step. Use "
                 "RepeatedRandomSubset, which needs no loss.",
             )
-            own = (pl_module, self._weigh, self.label, self.loss)
-            self._undo.push(reweight_losses(*own, samples=lambda: len(self._indices), way_out=_WAY_OUT))
+            self._undo.push(
+                reweight_losses(
+                    pl_module,
+                    self._weigh,
+                    self.label,
+                    self.loss,
+                    samples=lambda: len(self._indices),
+                    way_out=_WAY_OUT,
+                    acts=self.prune > 0.0,
+                    needs=lambda: self.prune > 0.0 or self._weights is not None,
+                    kind=lambda: self._sample_loss,
+                )
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        own = {"losses": self._losses, "weights": self._weights, "epoch_values": self._record.values}
+        own: dict[str, Any] = {"losses": self._losses, "weights": self._weights, "epoch_values": self._record.values}
+        own["sample_loss"] = self._sample_loss
         return {**super().state_dict(), **own}
 
     @override
@@ -155,6 +185,7 @@ class InfoBatch(SubsetCallback):
             return
         self._weights = state_dict["weights"]  # of an epoch that goes on, also where settings changed
         if state_dict["settings"]["loss"] == self.loss:
+            self._sample_loss = state_dict["sample_loss"]
             self._losses, self._record.values = state_dict["losses"], state_dict["epoch_values"]
         elif state_dict["losses"] is not None:
             self._say("has no losses of this kind yet, and trains on all samples until each has one")
@@ -170,8 +201,27 @@ class InfoBatch(SubsetCallback):
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._training_set is not None
         if self.prune:
-            rehearsal = Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT)
-            rehearsal.check_loader(self._training_set, in_training=True)
+            rehearsal = Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT, by_terms=True)
+            rehearsal.check_loader(
+                self._training_set, in_training=is_sharded(trainer)
+            )  # else the first step was looked at
+            # What a checkpoint says was true of the losses that it holds.
+            self._sample_loss = self._sample_loss or rehearsal.kind or "share"
+            if self._first is not None:
+                (indices, terms), self._first = self._first, None
+                losses = SampleLosses.of_terms(terms, self._sample_loss).losses
+                self._record.put(indices, losses, self._training_set.sampler.total)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._logged is not None and is_log_step(trainer):
+            losses, weights = self._logged
+            plain, weighted = losses.weighted(weights)
+            self._log(pl_module, {"loss": plain, "weighted_loss": weighted})
+        self._logged = None
 
     @override
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
@@ -208,12 +258,14 @@ class InfoBatch(SubsetCallback):
             ends = [(self.total_steps, trainer.global_step)]
         return any(end not in (None, -1) and done >= self.stop * end for end, done in ends)
 
-    def _weigh(self, call: LossCall) -> Tensor | None:
+    def _weigh(self, losses: SampleLosses) -> Tensor | None:
         assert self._training_set is not None
-        if self.prune == 0.0 and self._weights is None:
-            return None
-        self._record.put(self._indices, call.losses, self._training_set.sampler.total)
+        if losses.terms is not None and self._sample_loss is None:
+            self._first = self._indices, losses.terms
+        self._record.put(self._indices, losses.losses, self._training_set.sampler.total)
         if self._weights is None:
             return None
-        self._weights = self._weights.to(call.losses.device)
-        return self._weights[self._device_indices(call.losses.device)]
+        self._weights = self._weights.to(losses.losses.device)
+        weights = self._weights[self._device_indices(losses.losses.device)]
+        self._logged = losses, weights
+        return weights

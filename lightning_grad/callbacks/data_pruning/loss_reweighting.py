@@ -13,14 +13,16 @@ from typing_extensions import override
 
 from lightning_grad.callbacks._loss_tap import batch_size_of, reweight_losses
 from lightning_grad.callbacks._rehearsal import Rehearsal
+from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses
 from lightning_grad.callbacks.base import GradCallback
-from lightning_grad.functional import LossCall, annealed_temperature, loss_weights
+from lightning_grad.functional import annealed_temperature, loss_weights
 from lightning_grad.utilities.batches import copy_of
 from lightning_grad.utilities.checks import (
     check_above,
     check_between,
     check_choice,
     check_position,
+    is_sharded,
     refuse_manual_optimization,
 )
 from lightning_grad.utilities.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
@@ -52,26 +54,28 @@ class LossReweighting(GradCallback):
         temperature: r at the end of the run; .inf in YAML turns the weighting off.
         start_temperature: r after the warm-up.
         warmup: Share of the run in which all samples weigh the same (0.05 in the released code).
-        loss: Which call of a loss counts, from 0; by default the only one, if it is the whole loss.
+        loss: Which call of a loss alone is weighted, from 0; by default all that the step returns.
         total_steps: Length of the run in optimizer steps, where it has no known end. Default: the Trainer's.
         name: Name of this instance.
 
     Raises:
         ValueError: In the constructor for an unknown rule or a number outside its range. In setup for manual optimization, or
             another technique that weighs samples. When training starts, if the run has no known end. In the first step if
-            the loss cannot be seen.
-        RuntimeError: After the first batch, if rows of a loss that stand together belong to several samples, or if only a part
-            of the loss is seen and ``loss`` does not say that it counts alone.
+            it returns no loss.
+        InseparableLossError: In the first step, if its loss is no sum of one term for each sample, or a learned factor
+            multiplies it.
+        RuntimeError: After the first batch, if rows of a loss that stand together belong to several samples.
 
-    **Hooks.** The loss is weighted inside ``training_step``, before its backward. What the step logs as its loss is the
-    weighted one. With accumulation each batch is weighted by itself.
+    **Hooks.** Losses are read inside ``training_step``, and weighted in its backward pass. What the step returns and logs as
+    its loss is the plain loss. With accumulation each batch is weighted by itself.
 
     **Logs** under ``data/``, at log steps: ``temperature``, ``effective_samples`` (1 / sum of squared weights, as a share of
-    the global batch).
+    the global batch), ``loss`` and ``weighted_loss`` (the mean loss of the batch without and with weights).
 
-    **State.** None: the temperature follows the run.
+    **State.** What the loss of a sample is, where it comes from several terms. The temperature follows the run.
 
-    **Cost.** The losses of each batch are computed a second time, without reduction; with several ranks they are gathered.
+    **Cost.** One call of a loss of ``torch.nn.functional`` is computed a second time, without reduction. Of another loss the
+    step is traced: one to two milliseconds a step. With several ranks losses are gathered. In the warm-up nothing is read.
 
     **Works with** accumulation, fp16 and bf16, DDP and FSDP (batches up to the loader's batch size), compiled submodules,
     iterable data: yes. Manual optimization: raises.
@@ -123,14 +127,16 @@ class LossReweighting(GradCallback):
         self._trainer: pl.Trainer | None = None
         self._effective: Tensor | None = None
         self._first: Any = None
+        self._sample_loss: SampleLoss = None  # until one batch has shown it, the shares count
+        self._logged: tuple[SampleLosses, Tensor] | None = None
         self._rehearsals_left = _REHEARSALS
         self._now = math.inf
 
     def _let_go(self) -> None:
-        self._trainer = self._first = None
+        self._trainer = self._first = self._logged = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_trainer": None, "_first": None}
+        return {**super().__getstate__(), "_trainer": None, "_first": None, "_logged": None}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -145,7 +151,28 @@ class LossReweighting(GradCallback):
             )
             self._trainer = trainer
             self._undo.push(self._let_go)
-            self._undo.push(reweight_losses(pl_module, self._weigh, self.label, self.loss, way_out=_WAY_OUT))
+            self._undo.push(
+                reweight_losses(
+                    pl_module,
+                    self._weigh,
+                    self.label,
+                    self.loss,
+                    way_out=_WAY_OUT,
+                    acts=math.isfinite(self.temperature),
+                    needs=lambda: math.isfinite(self._now),
+                    kind=lambda: self._sample_loss,
+                )
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "sample_loss": self._sample_loss}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self._fitting and state_dict["settings"]["loss"] == self.loss:
+            self._sample_loss = state_dict["sample_loss"]
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -181,11 +208,17 @@ class LossReweighting(GradCallback):
             self._rehearsals_left = 0 if is_done else self._rehearsals_left - 1
         if self._effective is not None and is_log_step(trainer):
             self._log(pl_module, {"temperature": self._now, "effective_samples": self._effective})
+        if self._logged is not None and is_log_step(trainer):
+            losses, weights = self._logged
+            plain, weighted = losses.weighted(weights)
+            self._log(pl_module, {"loss": plain, "weighted_loss": weighted})
+        self._logged = None
 
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> bool:
-        rehearsal = Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT)
+        rehearsal = Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT, by_terms=True)
         samples = batch_size_of(batch)
-        rehearsal.check_whole_loss(batch, samples)
+        if is_sharded(trainer):  # else the first step was looked at
+            rehearsal.check_whole_loss(batch, samples)
         if samples is None:
             return True  # each row of the loss is a sample
         if samples * trainer.world_size == 1:
@@ -193,18 +226,21 @@ class LossReweighting(GradCallback):
                 f"{self.label} weights the samples of a batch against each other, and a batch has one: every weight is 1. Use "
                 "larger batches."
             )
-        return rehearsal.check_batch(batch, samples)
+        is_done = rehearsal.check_batch(batch, samples)
+        if is_done:
+            self._sample_loss = self._sample_loss or rehearsal.kind or "share"
+        return is_done
 
-    def _weigh(self, call: LossCall) -> Tensor | None:
-        if math.isinf(self._now):
-            return None
+    def _weigh(self, seen: SampleLosses) -> Tensor | None:
         assert self._trainer is not None
-        losses = self._of_all_ranks(call.losses)
+        losses = self._of_all_ranks(seen.losses)
         weights = loss_weights(losses.flatten(), self.rule, self._now).reshape(losses.shape)
         counted = losses.isfinite().sum()
         self._effective = 1.0 / (weights.square().sum() * counted)
         # The step takes a mean, and so do the ranks: equal weights of 1 / n must leave both as they are.
-        return weights[self._trainer.global_rank, : len(call.losses)] * counted
+        own = weights[self._trainer.global_rank, : len(seen.losses)] * counted
+        self._logged = seen, own
+        return own
 
     def _of_all_ranks(self, losses: Tensor) -> Tensor:
         """Return the losses of the global batch, (ranks, B), nan where a rank has fewer."""

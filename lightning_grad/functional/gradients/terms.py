@@ -211,11 +211,7 @@ class Terms:
         if self._shares is not None:
             # A sample without a position that counts has a loss of nan, and so may its weight; its gradient is zero.
             weights = torch.where(weights.isnan() & self.own.detach().isnan(), 0.0, weights)
-        # On the edge, not on the tensor: what else the tensor is used for, also in another term, is not weighted here.
-        cuts: dict[Node, dict[int, Rows | None]] = {}
-        for cut in walk.cuts:
-            cuts.setdefault(cut.node, {})[cut.index] = cut.rows
-        return WeightHandle([node.register_hook(_weighting(rows, weights)) for node, rows in cuts.items()])
+        return weight_cuts_(walk, weights)
 
     def release(self) -> None:
         """Let go of the graph, which lives as long as these terms otherwise; values and ``keys`` stay."""
@@ -227,6 +223,15 @@ class Terms:
             raise ValueError(f"The weights must be a tensor of shape ({self.samples},); got {found}.")
         weights = weights.detach().to(self._loss.device)
         return weights if weights.is_floating_point() else weights.to(torch.float32)
+
+
+def weight_cuts_(walk: Walk, weights: Tensor) -> WeightHandle:
+    """Weight the rows in what flows through the cuts of a walk in every backward pass."""
+    # On the edge, not on the tensor: what else the tensor is used for, also in another term, is not weighted here.
+    cuts: dict[Node, dict[int, Rows | None]] = {}
+    for cut in walk.cuts:
+        cuts.setdefault(cut.node, {})[cut.index] = cut.rows
+    return WeightHandle([node.register_hook(_weighting(rows, weights)) for node, rows in cuts.items()])
 
 
 def _weighting(inputs: dict[int, Rows | None], weights: Tensor) -> Callable[..., tuple[Tensor | None, ...]]:

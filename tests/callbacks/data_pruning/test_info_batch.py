@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_grad.callbacks import InfoBatch, LossReweighting
+from lightning_grad.functional.gradients import InseparableLossError
 from tests.callbacks.data_pruning.test_data_pruning import (
     BATCH,
     SAMPLES,
@@ -265,12 +266,12 @@ def test_data_without_indices_are_refused() -> None:
         train(InfoBatch(), loader=DataLoader(Stream(), BATCH))
 
 
-class HandWritten(Classifier):
+class Root(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y, _ = batch
-        return -self(x).log_softmax(1).gather(1, y[:, None]).mean()
+        return F.cross_entropy(self(x), y).sqrt()
 
 
-def test_a_loss_that_cannot_be_seen_is_told_in_the_first_step() -> None:
-    with pytest.raises(RuntimeError, match=r"No loss of torch\.nn\.functional was seen"):
-        train(InfoBatch(), HandWritten())
+def test_a_loss_that_cannot_be_separated_is_told_in_the_first_step() -> None:
+    with pytest.raises(InseparableLossError, match=r"sqrt \(test_info_batch.py:\d+\).*use RepeatedRandomSubset"):
+        train(InfoBatch(), Root())

@@ -70,7 +70,7 @@ def test_gradient_is_that_of_the_weighted_sum(rule: Any) -> None:
         error = (logits.softmax(1) - F.one_hot(y, CLASSES)).double()
         expected = (weights[:, None] * error).T @ x.double()
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-6)
-        assert loss == pytest.approx((weights * losses).sum().item(), rel=1e-4)
+        assert loss == pytest.approx(losses.mean().item(), rel=1e-4)  # the step's own value stays
 
 
 def temperatures(**arguments: Any) -> list[float]:
@@ -174,13 +174,16 @@ def test_a_sample_without_valid_positions_harms_nobody() -> None:
 def test_logs(tmp_path: Path) -> None:
     callback, module = LossReweighting(temperature=0.5, start_temperature=0.5, warmup=0.0), Linear()
     run = train(callback, module, logger=CSVLogger(tmp_path), log_every_n_steps=2)
-    assert set(run.trainer.callback_metrics) == {"loss", "data/temperature", "data/effective_samples"}
+    ours = {"data/temperature", "data/effective_samples", "data/loss", "data/weighted_loss"}
+    assert set(run.trainer.callback_metrics) == {"loss", *ours}
     (x, y, _), matrix, bias = module.steps[-1][:3]
     losses = F.cross_entropy(x @ matrix.T + bias, y, reduction="none")
     weights = weights_by_hand(losses, "linupper", 0.5)
     assert run.trainer.callback_metrics["data/temperature"] == 0.5
     effective = 1 / (weights.square().sum() * len(y))
     torch.testing.assert_close(run.trainer.callback_metrics["data/effective_samples"].double(), effective)
+    logged = [run.trainer.callback_metrics[f"data/{name}"].double() for name in ("loss", "weighted_loss")]
+    torch.testing.assert_close(logged, [losses.double().mean(), (weights * losses).sum()], rtol=1e-5, atol=1e-6)
     with Path(run.trainer.logger.log_dir, "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["data/temperature"]]
     assert [row["step"] for row in rows] == ["1", "3", "5"]
