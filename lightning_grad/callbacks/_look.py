@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses, terms_of, trace_of
 from lightning_grad.callbacks._whole_step import refuse_rest
@@ -19,6 +20,9 @@ Measure = Callable[["Look"], Mapping[str, Tensor]]
 
 
 SCORE_FN = "give score_fn= in place of a score: it takes the module and a batch, and returns the scores"
+LOSS_FN = "give loss_fn=, which takes the module and a batch, and returns the loss of each sample"
+OUTPUTS_FN = "give outputs_fn=, which takes the module and a batch, and returns logits and labels"
+LossFunction = Callable[[pl.LightningModule, Any], Any]
 
 
 class SkippedBatchError(Exception):
@@ -40,6 +44,8 @@ class Look:
         label: Who looks, for errors.
         way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
         kind: Tells what the loss of a sample is where it comes from several terms; asked once.
+        loss_fn: Gives the losses of the samples in place of the step.
+        outputs_fn: Gives logits and labels in place of the step.
     """
 
     pl_module: pl.LightningModule
@@ -52,6 +58,8 @@ class Look:
     label: str = "The score"
     way_out: str = SCORE_FN
     kind: Callable[[], SampleLoss] | None = None
+    loss_fn: LossFunction | None = None
+    outputs_fn: LossFunction | None = None
 
     def losses(self, keep_graph: bool = False) -> SampleLosses:
         """Run the step and return the loss of every sample, of whatever the step's loss consists.
@@ -59,7 +67,11 @@ class Look:
         Raises:
             SkippedBatchError: If the step returns nothing.
             InseparableLossError: If the loss is no sum of one term for each sample.
+            ValueError: If ``loss_fn`` does not return one loss for each sample.
         """
+        if self.loss_fn is not None:
+            with torch.set_grad_enabled(keep_graph):
+                return SampleLosses(losses_of(self.loss_fn, self.pl_module, self.batch, len(self.indices)))
         if self.which is None and not self.memory.keys() & {"whole", "terms"}:
             capture, output = self._first_run()
             try:
@@ -101,7 +113,11 @@ class Look:
         Raises:
             SkippedBatchError: If the step returns nothing.
             RuntimeError: If no loss is seen, or only a part of it.
+            ValueError: If ``outputs_fn`` does not return logits and labels.
         """
+        if self.outputs_fn is not None:
+            with torch.set_grad_enabled(keep_graph):
+                return call_of(self.outputs_fn, self.pl_module, self.batch, len(self.indices), keep_graph)
         if self.which is None and "whole" not in self.memory:
             return self._whole_loss()
         which = self.which if self.which is not None else self.memory.get("which")
@@ -153,7 +169,7 @@ class Look:
 
     def gradient_norms(self) -> tuple[Tensor, SampleLosses]:
         """Return the norm of every sample's own gradient, and the losses."""
-        if self.which is None and not self.memory.keys() & {"whole", "terms"}:
+        if self.which is None and self.loss_fn is None and not self.memory.keys() & {"whole", "terms"}:
             self.losses()
         if "norms" not in self.memory:
             self.memory["norms"] = PerSampleGradientNorms(self.pl_module)
@@ -190,4 +206,94 @@ class Look:
         raise ValueError(
             "This score needs the features of the last layer, and the logits of this module are not the output of an "
             f"nn.Linear. Use another score, or {SCORE_FN}."
+        )
+
+
+def losses_of(loss_fn: LossFunction, pl_module: pl.LightningModule, batch: Any, samples: int) -> Tensor:
+    """Return what ``loss_fn`` gives for a batch.
+
+    Raises:
+        ValueError: If that is not one loss for each sample.
+    """
+    return checked_losses(loss_fn(pl_module, batch), samples)
+
+
+def checked_losses(found: Any, samples: int | None) -> Tensor:
+    """Return what ``loss_fn`` gave.
+
+    Raises:
+        ValueError: If that is not one loss for each sample.
+    """
+    if not isinstance(found, Tensor) or found.dim() != 1 or samples not in (None, len(found)):
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"loss_fn must return a tensor with one loss for each sample of a batch, ({samples or 'B'},); got {shape}."
+        )
+    return found
+
+
+def call_of(
+    outputs_fn: LossFunction, pl_module: pl.LightningModule, batch: Any, samples: int, keep_graph: bool = False
+) -> LossCall:
+    """Return the cross-entropy of what ``outputs_fn`` gives for a batch.
+
+    Raises:
+        ValueError: If that is not logits (B, C) and labels (B,).
+    """
+    found = outputs_fn(pl_module, batch)
+    logits, labels = found if isinstance(found, (tuple, list)) and len(found) == 2 else (None, None)
+    if (
+        not isinstance(logits, Tensor)
+        or not isinstance(labels, Tensor)
+        or logits.dim() != 2
+        or len(logits) != samples
+        or labels.shape != (samples,)
+        or labels.is_floating_point()
+    ):
+        shapes = [
+            f"{tuple(each.shape)} of {each.dtype}" if isinstance(each, Tensor) else type(each).__name__
+            for each in (found if isinstance(found, (tuple, list)) else [found])
+        ]
+        raise ValueError(
+            f"outputs_fn must return logits ({samples}, classes) and the labels as integers, ({samples},); got "
+            f"{', '.join(shapes)}."
+        )
+    capture = LossCapture(samples, keep_graph=keep_graph)
+    with capture:
+        F.cross_entropy(logits, labels)
+    return capture.only()
+
+
+def refuse_other_means(
+    pairs: list[tuple[float, float]], label: str, name: str, exactness: float, with_constant: bool = True
+) -> None:
+    """Raise unless means are the losses of the step, or differ from them by one and the same constant.
+
+    Args:
+        pairs: The mean and the step's loss, for some batches.
+        label: Who asks.
+        name: What the means come from.
+        exactness: Of the comparison, relative to the largest of them.
+        with_constant: Whether a constant is allowed.
+
+    Raises:
+        ValueError: If they do not.
+
+    Example:
+        >>> refuse_other_means([(1.0, 3.0), (2.0, 4.0)], "InfoBatch", "loss_fn", 1e-3)
+        >>> refuse_other_means([(1.0, 3.0), (2.0, 3.0)], "InfoBatch", "loss_fn", 1e-3)
+        Traceback (most recent call last):
+        ...
+        ValueError: InfoBatch takes loss_fn for the loss of each sample, and its mean over a batch is 1 and 2, where ...
+    """
+    differences = [mean - loss for mean, loss in pairs]
+    if with_constant:
+        differences = [one - differences[0] for one in differences]
+    scale = max((abs(number) for pair in pairs for number in pair), default=0.0)
+    if any(abs(one) > exactness * scale for one in differences):
+        means, losses = (" and ".join(f"{value:.6g}" for value in each) for each in zip(*pairs, strict=True))
+        rule = "Both may differ by a constant only" if with_constant else "Both must agree"
+        raise ValueError(
+            f"{label} takes {name} for the loss of each sample, and its mean over a batch is {means}, where training_step "
+            f"returns {losses}. {rule}: the loss takes a mean or a scale over the batch that a sample alone does not have."
         )

@@ -10,6 +10,7 @@ both is decided once, by a quiet run of the first step.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -18,10 +19,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from lightning_grad.callbacks._look import SCORE_FN
-from lightning_grad.callbacks._quiet import eager, is_quiet, quiet
-from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses, terms_of, trace_of
-from lightning_grad.callbacks._weighing_capture import Weigh, WeighingCapture
+from lightning_grad.callbacks._look import SCORE_FN, LossFunction, call_of, checked_losses, refuse_other_means
+from lightning_grad.callbacks._quiet import aside, eager, is_quiet, quiet
+from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses, loss_of, terms_of, trace_of, with_loss
+from lightning_grad.callbacks._weighing_capture import Weigh, WeighingCapture, WithGradientOf
 from lightning_grad.callbacks._whole_step import refuse_rest
 from lightning_grad.functional import LossCall, LossCapture
 from lightning_grad.functional._whole_loss import WholeLossCapture
@@ -40,6 +41,7 @@ def read_losses(
     which: int | None = None,
     samples: Callable[[], int] | None = None,
     way_out: str = SCORE_FN,
+    outputs_fn: LossFunction | None = None,
 ) -> Any:
     """Have ``reader`` called with the loss of every training step, after it.
 
@@ -49,13 +51,14 @@ def read_losses(
         which: Which loss of the step, if it has several.
         samples: Tells the number of samples of the batch. Default: the length of its tensors.
         way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
+        outputs_fn: Gives logits and labels of a batch in place of the step, once more after each.
 
     Returns:
         Callable: Takes the reader away.
     """
     tap = _tap_of(pl_module)
     tap.samples = samples or tap.samples
-    entry = (reader, which, way_out)
+    entry = (reader, which, way_out, outputs_fn)
     tap.readers.append(entry)
     return lambda: tap.remove(entry)
 
@@ -70,6 +73,7 @@ def reweight_losses(
     acts: bool = True,
     needs: Callable[[], bool] = lambda: True,
     kind: Callable[[], SampleLoss] = lambda: None,
+    loss_fn: LossFunction | None = None,
 ) -> Any:
     """Have the samples of every training step weighted in its backward pass.
 
@@ -83,6 +87,7 @@ def reweight_losses(
         acts: Whether it will ever need a loss, so that the first step shall show whether it can be seen.
         needs: Tells whether it needs the losses of the present step; a step that nobody needs runs as if there were no tap.
         kind: Tells what the loss of a sample is where it comes from several terms.
+        loss_fn: Gives the losses of the samples in place of the step: a second forward pass.
 
     Returns:
         Callable: Takes the weighting away.
@@ -97,7 +102,7 @@ def reweight_losses(
             "callbacks."
         )
     tap.reweight, tap.reweighted_by, tap.which, tap.way_out = reweight, needed_by, which, way_out
-    tap.acts, tap.needs, tap.kind = acts, needs, kind
+    tap.acts, tap.needs, tap.kind, tap.loss_fn = acts, needs, kind, loss_fn
     tap.samples = samples or tap.samples
     return lambda: tap.remove(None)
 
@@ -108,11 +113,14 @@ def _tap_of(pl_module: pl.LightningModule) -> _LossTap:
     return _TAPS[pl_module]
 
 
+_Reader = tuple[Callable[[LossCall], None], int | None, str, LossFunction | None]
+
+
 class _LossTap:
     """The capture around one module's ``training_step``, there as long as somebody wants it."""
 
     def __init__(self, pl_module: pl.LightningModule) -> None:
-        self.readers: list[tuple[Callable[[LossCall], None], int | None, str]] = []
+        self.readers: list[_Reader] = []
         self.reweight: Weigh | None = None
         self.reweighted_by = ""
         self.which: int | None = None
@@ -121,6 +129,8 @@ class _LossTap:
         self.acts = False
         self.needs: Callable[[], bool] = lambda: True
         self.kind: Callable[[], SampleLoss] = lambda: None
+        self.loss_fn: LossFunction | None = None
+        self._pairs: list[tuple[float, float]] = []  # of the mean of loss_fn and the step's loss, in the first batches
         self._module = ref(pl_module)
         self._seen = 0
         self._may_skip = pl_module.automatic_optimization
@@ -135,7 +145,7 @@ class _LossTap:
     def remove(self, entry: Any) -> None:
         if entry is None:
             self.reweight = None
-            self._is_decided, self._terms = False, None
+            self._is_decided, self._terms, self.loss_fn, self._pairs = False, None, None, []
         else:
             self.readers = [other for other in self.readers if other is not entry]
         if self.reweight is None and not self.readers:
@@ -156,6 +166,8 @@ class _LossTap:
             self._decide(inner, args, kwargs, samples)
         if not needs and not self.readers:
             return inner(*args, **kwargs)
+        if needs and self.loss_fn is not None:
+            return self._step_by_function(self.loss_fn, inner, args, kwargs, samples)
         if needs and self._terms is not None:
             assert samples is not None
             return self._step_by_terms(inner, args, kwargs, samples)
@@ -168,7 +180,7 @@ class _LossTap:
             return None  # Lightning trains on no batch for which an automatic step returns nothing
         if needs:
             self._refuse_unweighted(capture)
-        self._read(capture)
+        self._read(capture, next(iter((*args, *kwargs.values()))))
         return output
 
     def _step_by_terms(self, inner: Callable[..., Any], args: Any, kwargs: Any, samples: int) -> Any:
@@ -185,12 +197,58 @@ class _LossTap:
         terms.release()
         capture = LossCapture(samples)
         capture.calls = trace.calls
-        self._read(capture)
+        self._read(capture, next(iter((*args, *kwargs.values()))))
         return output
 
-    def _read(self, capture: LossCapture) -> None:
-        for reader, which, capture.way_out in self.readers:
-            reader(capture.only(which))
+    def _step_by_function(
+        self, loss_fn: LossFunction, inner: Callable[..., Any], args: Any, kwargs: Any, samples: int | None
+    ) -> Any:
+        """Run the step as it is, and give its loss the gradient of the weighted losses of the function."""
+        module = self._module()
+        assert module is not None
+        batch = next(iter((*args, *kwargs.values())))
+        given = copy_of(batch)  # the step may write into its own
+        with aside(module):
+            losses = loss_fn(module, given)  # with the random numbers that the step will draw
+        capture = LossCapture(samples)
+        with capture if self.readers else nullcontext():
+            output = inner(*args, **kwargs)
+        if output is None and self._may_skip:
+            return None
+        losses = checked_losses(losses, samples)
+        loss = loss_of(output)
+        if loss is None or loss.numel() != 1:
+            raise ValueError(
+                f"training_step must return one number as its loss, or None; {self.reweighted_by} found none."
+            )
+        self._compare(losses, loss)
+        assert self.reweight is not None
+        weights = self.reweight(SampleLosses(losses.detach()))
+        self._read(capture, batch)
+        if weights is None:
+            return output
+        weighted = (weights.to(losses) * losses).mean()
+        weighted = weighted.reshape(loss.shape).to(loss.dtype)
+        return with_loss(output, WithGradientOf.apply(loss.detach(), weighted))  # type: ignore[no-untyped-call]
+
+    def _compare(self, losses: Tensor, loss: Tensor) -> None:
+        """Refuse a function whose mean is not the loss of the first two steps, up to a constant."""
+        if len(self._pairs) == 2:
+            return
+        self._pairs.append((float(losses.detach().mean()), float(loss.detach())))
+        coarse = losses.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(loss.device.type)
+        refuse_other_means(self._pairs, self.reweighted_by, "loss_fn", 5e-2 if coarse else 1e-3)
+
+    def _read(self, capture: LossCapture, batch: Any) -> None:
+        for reader, which, capture.way_out, outputs_fn in self.readers:
+            if outputs_fn is None:
+                reader(capture.only(which))
+                continue
+            module = self._module()
+            assert module is not None
+            assert self.samples is not None
+            with aside(module), torch.no_grad():
+                reader(call_of(outputs_fn, module, batch, self.samples()))
 
     # The first step.
 
@@ -204,7 +262,13 @@ class _LossTap:
         assert module is not None
         trainer = module._trainer
         # The parts of a sharded module have no parameters of their own to look at, and a manual step also trains.
-        if self.which is not None or trainer is None or is_sharded(trainer) or not self._may_skip:
+        if (
+            self.loss_fn is not None
+            or self.which is not None
+            or trainer is None
+            or is_sharded(trainer)
+            or not self._may_skip
+        ):
             self._is_decided = True
             return
 

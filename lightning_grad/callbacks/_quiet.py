@@ -85,6 +85,18 @@ def _refuse_lazy(pl_module: pl.LightningModule) -> None:
 
 
 @contextmanager
+def aside(module: nn.Module) -> Iterator[None]:
+    """Let a module in training be run once more: random streams and buffers are put back, as cheaply as every step wants."""
+    with random_streams_kept():
+        kept = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+        try:
+            yield
+        finally:
+            for buffer, value in kept:
+                buffer.data.copy_(value)  # what is in the graph of the step must not count this as a change
+
+
+@contextmanager
 def random_streams_kept() -> Iterator[None]:
     """Put back the states of the global generators of Python, numpy and torch, on the CPU and on CUDA."""
     python, numpy = random.getstate(), np.random.get_state()

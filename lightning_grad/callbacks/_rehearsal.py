@@ -8,6 +8,7 @@ depends on the data: where rows do not follow, the technique refuses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatchError
+from lightning_grad.callbacks._look import (
+    SCORE_FN,
+    Look,
+    LossFunction,
+    Measure,
+    SkippedBatchError,
+    losses_of,
+    refuse_other_means,
+)
 from lightning_grad.callbacks._quiet import eager, quiet
 from lightning_grad.callbacks._row_order import (
     follows,
@@ -86,6 +95,8 @@ class Rehearsal:
         measure: What is measured of a batch in place of its loss.
         runs_the_step: Whether the step may be run at all; else only the tensors of the batch are compared.
         by_terms: Whether the loss of each sample is all that has to be known, so that it may come from several terms.
+        loss_fn: Gives the losses of the samples in place of the step.
+        outputs_fn: Gives logits and labels in place of the step.
 
     Attributes:
         kind: What the loss of a sample alone is, where it comes from several terms; ``None`` if neither fits.
@@ -99,6 +110,8 @@ class Rehearsal:
     measure: Measure | None = None
     runs_the_step: bool = True
     by_terms: bool = False
+    loss_fn: LossFunction | None = None
+    outputs_fn: LossFunction | None = None
     kind: SampleLoss = field(default=None, init=False)
     _maker: str = field(default="collate_fn", init=False)
 
@@ -115,7 +128,7 @@ class Rehearsal:
         """
         if training_set.loader.batch_sampler is None:
             self._maker = "the data set"  # which takes lists of indices
-        runs = self.measure is not None or (self.runs_the_step and training_set.is_whole_batch)
+        runs = self._function != "" or (self.runs_the_step and training_set.is_whole_batch)
         population, world = training_set.sampler.population, self.trainer.world_size
         size = min(training_set.sampler.batch_size, len(population) // world)
         if not size:
@@ -167,12 +180,17 @@ class Rehearsal:
         kinds: tuple[SampleLoss, SampleLoss] = ("share", "own")
         return next((kind for kind, count in zip(kinds, ranks, strict=True) if count == self.trainer.world_size), None)
 
-    def _alone(self, training_set: TrainingSet, dataset: Any, index: int) -> Tensor | None:
+    def _alone(self, training_set: TrainingSet, dataset: Any, index: int, strict: bool = False) -> Tensor | None:
         try:
             with self._loaded(training_set, dataset, [index], torch.arange(1), 0) as batch:
                 return self._loss_alone(to_device(self.trainer, batch))
-        except Exception:  # a batch of one may be impossible: a deviation over the batch, a squeeze
-            return None
+        except Exception as error:  # a batch of one may be impossible: a deviation over the batch, a squeeze
+            if not strict:
+                return None
+            raise RuntimeError(
+                f"{self.label} would run training_step on one sample at a time, and it fails on the sample {index} alone: "
+                f"{type(error).__name__}: {error}. Let it run on batches of one, or {self.way_out}."
+            ) from error
 
     def _row_alone(self, batch: Any, samples: int, row: int) -> Tensor | None:
         try:
@@ -185,6 +203,73 @@ class Rehearsal:
         with torch.enable_grad():  # a step may differentiate
             loss = loss_of(runner(self.trainer, self.pl_module, batch, 0)())
         return None if loss is None or loss.numel() != 1 else loss.detach().reshape(())
+
+    def check_means(
+        self,
+        training_set: TrainingSet,
+        dataset: Any,
+        means: Callable[[list[int]], float],
+        name: str,
+        with_constant: bool = True,
+    ) -> None:
+        """Raise unless the mean over single losses is the loss that the step returns, on two batches.
+
+        Args:
+            training_set: The training set.
+            dataset: Read the samples here instead, at the same indices.
+            means: Returns the mean for the samples with these indices.
+            name: What the losses come from, for errors.
+            with_constant: Whether both may differ by a constant.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        population, world = training_set.sampler.population, self.trainer.world_size
+        mine = population[self.trainer.global_rank :: world]
+        size = min(training_set.sampler.batch_size, max(1, len(mine) // 2))
+        pairs: list[tuple[float, float]] = []
+        for start in range(0, min(len(mine), 2 * _DRAWS * size), size):
+            indices = mine[start : start + size].tolist()
+            with self._loaded(training_set, dataset, indices, torch.arange(len(indices)), 0) as batch:
+                loss = None if batch is None else self._loss_alone(to_device(self.trainer, batch))
+            mean = float("nan") if loss is None else means(indices)
+            if loss is not None and math.isfinite(mean) and bool(loss.isfinite()):
+                pairs.append((mean, float(loss)))
+            if len(pairs) == 2:
+                break
+        # Losses at the start of a run are all alike, and so are means over batches. GPUs round products coarsely (TF32).
+        exactness = 1e-4 if self.trainer.strategy.root_device.type == "cpu" else 1e-3
+        refuse_other_means(pairs, self.label, name, 5e-2 if self._is_coarse else exactness, with_constant)
+
+    def check_function(self, training_set: TrainingSet, dataset: Any = None) -> None:
+        """Raise unless the mean of ``loss_fn`` is the loss of the step up to a constant.
+
+        Raises:
+            ValueError: If it is not.
+        """
+
+        def mean(indices: list[int]) -> float:
+            assert self.loss_fn is not None
+            with self._loaded(training_set, dataset, indices, torch.arange(len(indices)), 0) as batch:
+                batch = to_device(self.trainer, batch)
+                return float(losses_of(self.loss_fn, self.pl_module, batch, len(indices)).detach().mean())
+
+        self.check_means(training_set, dataset, mean, "loss_fn")
+
+    def check_alone(self, training_set: TrainingSet, dataset: Any = None) -> None:
+        """Raise unless batches of one sample have the losses of larger ones.
+
+        Raises:
+            ValueError: If they have not.
+            RuntimeError: If the step cannot be run on one sample.
+        """
+
+        def mean(indices: list[int]) -> float:
+            losses = [self._alone(training_set, dataset, index, strict=True) for index in indices]
+            known = [float(loss) for loss in losses if loss is not None]
+            return sum(known) / len(known) if known else float("nan")
+
+        self.check_means(training_set, dataset, mean, "scores_by='sample'", with_constant=False)
 
     def check_batch(self, batch: Any, samples: int) -> bool:
         """Check that the rows of a loss that stand together are those of one sample; return whether there was a loss.
@@ -257,11 +342,24 @@ class Rehearsal:
     def _run(self, batch: Any, samples: int, memory: dict[str, Any], seen: Seen) -> Seen | None:
         run = runner(self.trainer, self.pl_module, batch, 0)
         look = Look(
-            self.pl_module, batch, list(range(samples)), samples, run, memory, self.which, self.label, self.way_out
+            self.pl_module,
+            batch,
+            list(range(samples)),
+            samples,
+            run,
+            memory,
+            self.which,
+            self.label,
+            self.way_out,
+            loss_fn=self.loss_fn,
+            outputs_fn=self.outputs_fn,
         )
         try:
             if self.measure is not None:
                 seen.values = dict(self.measure(look))
+                return seen
+            if self.loss_fn is not None:
+                seen.values = {"loss": look.losses().losses.detach()}
                 return seen
             found = look.losses() if self.by_terms else SampleLosses(Tensor(), look.loss())
         except SkippedBatchError:
@@ -276,6 +374,12 @@ class Rehearsal:
             exactness = 5e-2 if self._is_coarse else 1e-3
             seen.floors = {name: exactness * _largest(rows) for name, rows in seen.values.items()}
         return seen
+
+    @property
+    def _function(self) -> str:
+        """The argument that takes the place of the step; empty if none does."""
+        given = {"score_fn": self.measure, "loss_fn": self.loss_fn, "outputs_fn": self.outputs_fn}
+        return next((name for name, function in given.items() if function is not None), "")
 
     @property
     def _is_coarse(self) -> bool:
@@ -323,10 +427,13 @@ class Rehearsal:
                 f"that order: with the same samples in another order, the rows of its batch did not follow. Let {self._maker} "
                 f"{_KEEP}."
             )
-        if wrong and self.measure is not None:
+        if wrong and self._function:
+            what = {"score_fn": "score", "loss_fn": "loss", "outputs_fn": "row"}[self._function]
+            several = {"score": "scores", "loss": "losses", "row": "rows"}[what]
             raise RuntimeError(
-                f"{self.label} takes score b for the b-th sample that was drawn, and when the same samples came in another "
-                "order, the scores of score_fn did not follow. Return one score for each sample, in the order of the batch."
+                f"{self.label} takes {what} b for the b-th sample that was drawn, and when the same samples came in another "
+                f"order, the {several} of {self._function} did not follow. Return one {what} for each sample, in the order "
+                "of the batch."
             )
         if wrong:
             taken = "the rows of a loss for the samples of the batch, in their order"

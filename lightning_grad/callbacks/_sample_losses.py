@@ -26,6 +26,8 @@ class SampleLosses:
         call: The call of a loss of ``torch.nn.functional`` that they come from, if it is the whole loss.
         terms: Else the terms of the step's loss.
         sums: What the call's mean is made of.
+
+    Without call and terms they are those of a function, whose mean is the loss.
     """
 
     losses: Tensor
@@ -45,8 +47,10 @@ class SampleLosses:
         if self.terms is not None:
             plain = torch.ones_like(self.losses, requires_grad=False)
             return self.terms.weighted_loss(plain), self.terms.weighted_loss(weights.nan_to_num(0.0))
+        if self.call is None:
+            losses = self.losses.detach()
+            return losses.mean(), (losses * weights).mean()
         assert self.sums is not None
-        assert self.call is not None
         numerators, denominators = (values.detach() for values in self.sums)
         divisor = 1.0 if self.call.options["reduction"] == "sum" else denominators.sum()
         return numerators.sum() / divisor, (numerators * weights.to(numerators).nan_to_num(0.0)).sum() / divisor
@@ -56,6 +60,11 @@ def loss_of(output: object) -> Tensor | None:
     """Return the loss in what a step returns, ``None`` if there is none."""
     found = output.get("loss") if isinstance(output, Mapping) else output
     return found if isinstance(found, Tensor) else None
+
+
+def with_loss(output: object, loss: Tensor) -> object:
+    """Return what a step returned with another loss in it."""
+    return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
 
 def trace_of(module: nn.Module, samples: int, keep_graph: bool = False) -> LossTrace:

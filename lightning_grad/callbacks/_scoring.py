@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatchError
+from lightning_grad.callbacks._look import SCORE_FN, Look, LossFunction, Measure, SkippedBatchError
 from lightning_grad.callbacks._quiet import quiet
 from lightning_grad.callbacks._sample_losses import SampleLoss
 from lightning_grad.data.borrowed_workers import BorrowedWorkers
@@ -42,6 +42,9 @@ def look_at_all(
     label: str = "The score",
     way_out: str = SCORE_FN,
     kind: Callable[[], SampleLoss] | None = None,
+    loss_fn: LossFunction | None = None,
+    outputs_fn: LossFunction | None = None,
+    one_by_one: bool = False,
 ) -> dict[str, Tensor]:
     """Measure every sample that training may see, each once, in eval mode.
 
@@ -61,6 +64,9 @@ def look_at_all(
         label: Who looks, for errors.
         way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
         kind: Tells what the loss of a sample is where it comes from several terms; asked once.
+        loss_fn: Gives the losses of the samples in place of the step.
+        outputs_fn: Gives logits and labels in place of the step.
+        one_by_one: Look at batches of one sample.
 
     Raises:
         ValueError: If the other data set has another length, or there are fewer samples than ranks, or no batch has a value.
@@ -74,7 +80,7 @@ def look_at_all(
             f"score_dataset must hold the training set's own samples, {training_set.sampler.total}, without augmentation; got "
             f"{len(dataset)}."  # type: ignore[arg-type]
         )
-    population, batch_size = training_set.sampler.population, training_set.sampler.batch_size
+    population, batch_size = training_set.sampler.population, 1 if one_by_one else training_set.sampler.batch_size
     if len(population) < trainer.world_size:
         raise ValueError(
             f"{len(population)} samples cannot be shared among {trainer.world_size} ranks. Use fewer devices."
@@ -96,7 +102,18 @@ def look_at_all(
             batch = to_device(trainer, batch)
             run = runner(trainer, pl_module, batch, number) if training_set.is_whole_batch else _refuse_part
             look = Look(
-                pl_module, batch, batches[number], training_set.sampler.total, run, memory, which, label, way_out, kind
+                pl_module,
+                batch,
+                batches[number],
+                training_set.sampler.total,
+                run,
+                memory,
+                which,
+                label,
+                way_out,
+                kind,
+                loss_fn,
+                outputs_fn,
             )
             with torch.no_grad():
                 if number >= len(chunks):

@@ -57,7 +57,7 @@ class WeighingCapture(LossCapture):
             return value
         # The gradient of what has no rows, as learned class weights, is that of a loss that is computed with the weights.
         with LossCapture(call.samples, lambda _: weights):
-            return _WithGradientOf.apply(value.detach(), func(*args, **kwargs))  # type: ignore[no-untyped-call]
+            return WithGradientOf.apply(value.detach(), func(*args, **kwargs))  # type: ignore[no-untyped-call]
 
 
 def _has_hooks(
@@ -77,7 +77,7 @@ def _has_hooks(
     return True
 
 
-class _WithGradientOf(torch.autograd.Function):
+class WithGradientOf(torch.autograd.Function):
     """Returns the first tensor, with the gradient of the second."""
 
     @staticmethod

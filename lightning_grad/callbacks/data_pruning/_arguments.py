@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_grad.callbacks.data_pruning._measures import HISTORIES, SCORES
+from lightning_grad.callbacks.data_pruning._measures import HISTORIES, OF_CLASSES, OF_LOSSES, ONE_BY_ONE, SCORES
 from lightning_grad.data.score_files import score_path
 from lightning_grad.utilities.checks import check_between, check_choice, check_count, check_position, check_share
 
@@ -52,6 +52,7 @@ def check_settings(settings: DataPruning, rounds: Rounds) -> None:
     check_choice(settings.keep, ("hard", "easy", "random"), "keep")
     check_choice(settings.select, ("top", "ccs"), "select")
     check_choice(settings.budget, ("epochs", "steps"), "budget")
+    check_choice(settings.scores_by, ("batch", "sample"), "scores_by")
     if settings.balance is not None:
         check_choice(settings.balance, ("class",), "balance")
     check_between(settings.offset, 0.0, 1.0, "offset")
@@ -63,6 +64,7 @@ def check_settings(settings: DataPruning, rounds: Rounds) -> None:
     check_position(settings.loss, "loss")
     _check_file(settings.save_scores)
     _check_source(settings, rounds)
+    _check_functions(settings)
     _check_selection(settings, rounds)
 
 
@@ -90,6 +92,29 @@ def _check_source(settings: DataPruning, rounds: Rounds) -> None:
         )
     if score in HISTORIES and rounds[0][0] == 0:
         raise ValueError(f"score={score!r} is recorded while training, so epoch must be at least 1; got 0.")
+
+
+def _check_functions(settings: DataPruning) -> None:
+    """Refuse functions in place of the step where they would not be asked."""
+    given = {
+        "loss_fn": (settings.loss_fn is not None, OF_LOSSES),
+        "outputs_fn": (settings.outputs_fn is not None, OF_CLASSES),
+        "scores_by='sample'": (settings.scores_by == "sample", ONE_BY_ONE),
+    }
+    chosen = [name for name, (is_given, _) in given.items() if is_given]
+    others = {"loss": settings.loss is not None, "score_fn": settings.score_fn is not None}
+    others["score_files"] = bool(settings.score_files)
+    others["keep='random'"] = settings.keep == "random"
+    both = [*chosen, *(name for name, is_given in others.items() if is_given)]
+    if chosen and len(both) > 1:
+        raise ValueError(f"{both[0]} and {both[1]} would both say what a sample is scored by. Leave one of them out.")
+    for name in chosen:
+        scores = given[name][1]
+        if settings.score not in scores:
+            raise ValueError(
+                f"{name} goes with score={', '.join(map(repr, scores))}; got score={settings.score!r}. "
+                "score_fn= takes the place of any score."
+            )
 
 
 def _check_selection(settings: DataPruning, rounds: Rounds) -> None:

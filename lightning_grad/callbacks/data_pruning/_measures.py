@@ -13,8 +13,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from lightning_grad.callbacks._look import Look, Measure
-from lightning_grad.callbacks._sample_losses import SampleLosses
+from lightning_grad.callbacks._look import Look, Measure, SkippedBatchError
+from lightning_grad.callbacks._sample_losses import SampleLosses, loss_of
 from lightning_grad.functional import (
     LossCall,
     el2n,
@@ -28,6 +28,9 @@ from lightning_grad.functional import (
 Score = Literal["el2n", "grand", "grand-last", "loss", "margin", "aum", "forgetting", "vog", "prototypes"]
 SCORES: tuple[str, ...] = get_args(Score)
 HISTORIES = ("aum", "forgetting")
+OF_CLASSES = ("el2n", "margin", "aum", "forgetting", "grand-last", "prototypes")  # need logits and labels
+OF_LOSSES = ("loss", "grand", "vog")
+ONE_BY_ONE = ("loss", "grand")
 BY_TERMS = ("loss", "grand")  # of which only the loss of each sample has to be known
 GRADIENT_SCORES = ("grand", "grand-last", "vog")
 ScoreFunction = Callable[[pl.LightningModule, Any], Tensor]
@@ -42,6 +45,8 @@ def measure_for(score: str, score_fn: ScoreFunction | None = None) -> Measure:
         "loss": _loss,
         "margin": lambda look: _of_call(look.loss(), lambda call: -margin(call)),
         "grand": _grand,
+        "loss, one by one": loss_alone,
+        "grand, one by one": grand_alone,
         "grand-last": _grand_last,
         "prototypes": _embedding,
         "chance": lambda look: _of_call(look.loss(), lambda call: torch.zeros_like(call.losses)),
@@ -56,6 +61,31 @@ def _of_function(look: Look, score_fn: ScoreFunction) -> Tensor:
             f"got {tuple(scores.shape)}."
         )
     return scores
+
+
+def loss_alone(look: Look) -> Mapping[str, Tensor]:
+    """Return the loss of a batch of one sample, whatever it consists of."""
+    return {"score": _alone(look).detach().reshape(1)}
+
+
+def grand_alone(look: Look) -> Mapping[str, Tensor]:
+    """Return the norm of the gradient of the loss of a batch of one sample, and the loss."""
+    with torch.enable_grad():
+        loss = _alone(look)
+        parameters = [p for p in look.pl_module.parameters() if p.requires_grad]
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    norm = torch.nn.utils.get_total_norm([gradient for gradient in found if gradient is not None])
+    return {"score": norm.reshape(1), "loss": loss.detach().reshape(1)}
+
+
+def _alone(look: Look) -> Tensor:
+    output = look.run()
+    if output is None:
+        raise SkippedBatchError
+    loss = loss_of(output)
+    if loss is None or loss.numel() != 1:
+        raise ValueError("training_step must return one number as its loss for scores_by='sample'.")
+    return loss
 
 
 def classes_of(call: LossCall) -> dict[str, Tensor]:
@@ -107,6 +137,10 @@ class VarianceOfGradients:
         inputs = _inputs_of(look.batch, len(look.indices))
         inputs.requires_grad_(True)
         try:
+            if look.loss_fn is not None:
+                with torch.enable_grad():
+                    (gradients,) = torch.autograd.grad(look.losses(keep_graph=True).losses.sum(), inputs)
+                return self._take(look, inputs, gradients)
             call = look.loss(keep_graph=True)
             if call.labels is None or call.name != "cross_entropy" or call.output is None:
                 raise ValueError(
@@ -121,11 +155,15 @@ class VarianceOfGradients:
             gradients[~is_valid] = float("nan")
         finally:
             inputs.requires_grad_(False)
+        self._take(look, inputs, gradients)
+        return classes_of(call)
+
+    def _take(self, look: Look, inputs: Tensor, gradients: Tensor) -> Mapping[str, Tensor]:
         if not self.state:
             self.state = vog_state(look.total, inputs.shape[1:])
         update_vog_(self.state, torch.tensor(look.indices), gradients)
         self._measured += look.indices
-        return classes_of(call)
+        return {"seen": torch.ones(len(look.indices))}  # a pass without any value has seen nothing
 
     def gather(self, trainer: pl.Trainer) -> None:
         """Give every rank what the others have measured in this pass, so that any of them may save it."""

@@ -19,7 +19,7 @@ _CHOICE = ("keep", "offset", "balance", "class_floor", "select", "strata", "seed
 
 def score_settings(callback: DataPruning) -> dict[str, Any]:
     """Return what the scores depend on."""
-    names = ["score", "score_fn", "score_dataset", "loss"]
+    names = ["score", "score_fn", "score_dataset", "loss", "loss_fn", "outputs_fn", "scores_by"]
     if isinstance(callback._source, (Chance, FileScores)):
         names = ["score_files"]
     elif isinstance(callback._source, PrototypeScores):

@@ -99,8 +99,27 @@ def source_of(
     needs_classes: bool,
     checkpoints: int,
     seed: int,
+    one_by_one: bool = False,
+    by_function: bool = False,
 ) -> ScoreSource:
     """Return the source for arguments that are checked already."""
+    found = _source_of(score, score_fn, score_files, strict, by_chance, needs_classes, checkpoints, seed, one_by_one)
+    if by_function:  # which gives losses or outputs in place of the step
+        found.runs_the_step = False
+    return found
+
+
+def _source_of(
+    score: str,
+    score_fn: ScoreFunction | None,
+    score_files: Sequence[str] | None,
+    strict: bool,
+    by_chance: bool,
+    needs_classes: bool,
+    checkpoints: int,
+    seed: int,
+    one_by_one: bool,
+) -> ScoreSource:
     if score_files:
         return FileScores(score_files, strict)
     if score_fn is not None:
@@ -113,7 +132,7 @@ def source_of(
         return VarianceScores(checkpoints)
     if score == "prototypes":
         return PrototypeScores(seed)
-    return PassScores(score)
+    return PassScores(score, one_by_one=one_by_one)
 
 
 class Chance(ScoreSource):
@@ -174,20 +193,21 @@ class PassScores(ScoreSource):
     Args:
         name: What they are called; a score, or ``"chance"``, for which a pass only finds the classes.
         score_fn: Function of the module and a batch that returns the scores, instead of ``training_step``.
+        one_by_one: Whether batches of one sample are measured.
     """
 
-    def __init__(self, name: str, score_fn: ScoreFunction | None = None) -> None:
+    def __init__(self, name: str, score_fn: ScoreFunction | None = None, one_by_one: bool = False) -> None:
         super().__init__(name)
-        self._score_fn = score_fn
+        self._measure = measure_for(f"{name}, one by one" if one_by_one else name, score_fn)
         self.runs_the_step = score_fn is None
         self.measure = None if score_fn is None else measure_for(name, score_fn)
         self.by_terms = score_fn is None and name in BY_TERMS
 
     def rehearse(self, run_pass: Pass) -> Mapping[str, Tensor] | None:
-        return run_pass(measure_for(self.name, self._score_fn), "")
+        return run_pass(self._measure, "")
 
     def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
-        found = run_pass(measure_for(self.name, self._score_fn), f"Scoring by {self.name}")
+        found = run_pass(self._measure, f"Scoring by {self.name}")
         labels, predictions = _classes(found.get("label")), _classes(found.get("prediction"))
         values = self._values(found, labels)
         return ScoredSet(self.name, trainer.current_epoch, values, labels=labels, predictions=predictions)

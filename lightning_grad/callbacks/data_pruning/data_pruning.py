@@ -17,13 +17,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks._look import Measure
+from lightning_grad.callbacks._look import LOSS_FN, OUTPUTS_FN, SCORE_FN, Measure
 from lightning_grad.callbacks._loss_tap import read_losses
 from lightning_grad.callbacks._rehearsal import Rehearsal
 from lightning_grad.callbacks._sample_losses import SampleLoss
 from lightning_grad.callbacks._scoring import look_at_all, say_what_is_skipped
 from lightning_grad.callbacks.data_pruning._arguments import check_settings, read_rounds, warn_of_risks
-from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score
+from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, OF_CLASSES, ONE_BY_ONE, Score
 from lightning_grad.callbacks.data_pruning._report import report
 from lightning_grad.callbacks.data_pruning._resume import choice_settings, refuse_unrecorded, score_settings
 from lightning_grad.callbacks.data_pruning._score_file import ScoreFile
@@ -93,8 +93,15 @@ class DataPruning(SubsetCallback):
         save_scores: Where to write the scores (.npz); with several rounds the epoch is added. Default: beside the logs.
         score_fn: Function of the module and a batch that returns the scores (B,), for losses that cannot be seen; by dotted
             path in YAML. It runs in eval mode and without gradients, unless it turns them on.
+        loss_fn: Function of the module and a batch that returns the losses (B,), in place of the step, for loss, grand
+            and vog (which then takes the gradient of the loss). Its mean must be the step's loss, up to a constant.
+        outputs_fn: Function of the module and a batch that returns logits (B, C) and labels (B,), for el2n, margin, aum,
+            forgetting, grand-last and prototypes.
+        scores_by: "sample" runs the step on one sample at a time, for loss and grand of losses that mix the samples of a
+            batch; 7 to 30 times as long as "batch".
         score_dataset: Function of the trainer that returns the training set without augmentation, to score that.
-        loss: Which call of a loss counts, from 0; by default the only one, if it is the whole loss.
+        loss: Which call of a loss alone counts, from 0. By default loss and grand take all that the step returns, and the
+            others its only call, if that is the whole loss.
         checkpoints: Number of passes of vog, at least 2, spread evenly over the epochs before.
         strict: Whether score files of another data set are refused.
         show: Number of the hardest and of the easiest samples that are shown, in a table and a page; 0 for none.
@@ -165,6 +172,9 @@ class DataPruning(SubsetCallback):
         score_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         score_dataset: Callable[[pl.Trainer], Any] | None = None,
         loss: int | None = None,
+        loss_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
+        outputs_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
+        scores_by: Literal["batch", "sample"] = "batch",
         checkpoints: int = 3,
         strict: bool = True,
         show: int = 16,
@@ -188,6 +198,9 @@ class DataPruning(SubsetCallback):
         self.score_fn = score_fn
         self.score_dataset = score_dataset
         self.loss = loss
+        self.loss_fn = loss_fn
+        self.outputs_fn = outputs_fn
+        self.scores_by = scores_by
         self.checkpoints = checkpoints
         self.strict = strict
         self.show = show
@@ -216,6 +229,8 @@ class DataPruning(SubsetCallback):
             needs_classes=not self._needs_no_classes,
             checkpoints=self.checkpoints,
             seed=self.seed,
+            one_by_one=self.scores_by == "sample",
+            by_function=self.loss_fn is not None or self.outputs_fn is not None,
         )
 
     @override
@@ -290,7 +305,8 @@ class DataPruning(SubsetCallback):
             )
         warn_of_risks(self, self._rounds)
         if isinstance(self._source, HistoryScores):
-            self._undo.push(read_losses(pl_module, self._read, self.loss, lambda: len(self._indices)))
+            own = (pl_module, self._read, self.loss, lambda: len(self._indices), self._way_out)
+            self._undo.push(read_losses(*own, outputs_fn=self.outputs_fn))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -342,8 +358,11 @@ class DataPruning(SubsetCallback):
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._refuse_unreached_steps(trainer, self._rounds[0][0], "prune")
         if self._last_round < self._rounds[-1][0]:
+            if self.scores_by == "sample":
+                self._check_rows(trainer, pl_module)  # says what a step that fails on one sample is
             found = self._source.rehearse(self._passes(trainer, pl_module, rehearsal=True))
-            self._check_rows(trainer, pl_module)
+            if self.scores_by != "sample":
+                self._check_rows(trainer, pl_module)
             if found and "label" not in found:
                 self._refuse_balance()
 
@@ -360,10 +379,28 @@ class DataPruning(SubsetCallback):
             measure=self._source.measure,
             runs_the_step=pl_module.automatic_optimization,
             by_terms=self._source.by_terms,
+            loss_fn=self.loss_fn,
+            outputs_fn=self.outputs_fn,
+            way_out=self._way_out,
         )
         dataset = None if in_training else self._dataset(trainer)
-        rehearsal.check_loader(self._training_set, dataset, in_training)
+        if self.scores_by == "sample":
+            rehearsal.check_alone(self._training_set, dataset)
+            return
+        rehearsal.check_loader(self._training_set, dataset, in_training and self.outputs_fn is None)
+        if self.loss_fn is not None and pl_module.automatic_optimization and self._training_set.is_whole_batch:
+            rehearsal.check_function(self._training_set, dataset)
         self._sample_loss, self._has_checked = rehearsal.kind, True
+
+    @property
+    def _way_out(self) -> str:
+        """What to do about a loss that cannot be seen."""
+        if self.score in OF_CLASSES:
+            return f"{SCORE_FN}, or {OUTPUTS_FN}"
+        by_sample = (
+            ", or set scores_by='sample', which runs the step on one sample at a time and takes 7 to 30 times as long"
+        )
+        return f"{SCORE_FN}, or {LOSS_FN}{by_sample if self.score in ONE_BY_ONE else ''}"
 
     def _kind(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> SampleLoss:
         """Return what the loss of a sample is, where it comes from several terms."""
@@ -399,9 +436,33 @@ class DataPruning(SubsetCallback):
             assert self._training_set is not None
             own = (trainer, pl_module, self._training_set, measure, title, self._dataset(trainer))
             kind = None if rehearsal else lambda: self._kind(trainer, pl_module)
-            return look_at_all(*own, which=self.loss, seed=self.seed, rehearsal=rehearsal, label=self.label, kind=kind)
+            found = look_at_all(
+                *own,
+                which=self.loss,
+                seed=self.seed,
+                rehearsal=rehearsal,
+                label=self.label,
+                way_out=self._way_out,
+                kind=kind,
+                loss_fn=self.loss_fn,
+                outputs_fn=self.outputs_fn,
+                one_by_one=self.scores_by == "sample",
+            )
+            if self.scores_by == "sample" and not rehearsal:
+                self._compare_with_batches(trainer, pl_module, found.get("loss", found["score"]))
+            return found
 
         return run
+
+    def _compare_with_batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule, losses: Tensor) -> None:
+        """Refuse losses of single samples whose mean is not that of their batch."""
+        assert self._training_set is not None
+
+        def mean(indices: list[int]) -> float:
+            return float(losses[indices].nanmean())
+
+        own = (self._training_set, self._dataset(trainer), mean, "scores_by='sample'")
+        Rehearsal(trainer, pl_module, self.label, way_out=self._way_out).check_means(*own, with_constant=False)
 
     def _prune(self, trainer: pl.Trainer, run_pass: Pass, share: float) -> Tensor | None:
         assert self._training_set is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grad.callbacks._look import LOSS_FN
 from lightning_grad.callbacks._loss_tap import reweight_losses
 from lightning_grad.callbacks._rehearsal import Rehearsal
 from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses
@@ -16,6 +18,7 @@ from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
 from lightning_grad.functional import infobatch_count, infobatch_subset, round_up_count
 from lightning_grad.functional.gradients import Terms
+from lightning_grad.utilities.arguments import plain
 from lightning_grad.utilities.checks import (
     check_between,
     check_count,
@@ -27,7 +30,7 @@ from lightning_grad.utilities.checks import (
 from lightning_grad.utilities.progress import check_total_steps
 from lightning_grad.utilities.reporting import is_log_step
 
-_WAY_OUT = "use RepeatedRandomSubset, which needs no loss"
+_WAY_OUT = f"use RepeatedRandomSubset, which needs no loss, or {LOSS_FN}"
 _NEXT_SEED = 1_000_003  # more than any run has epochs
 
 
@@ -48,6 +51,8 @@ class InfoBatch(SubsetCallback):
         prune: Share r of the samples of low loss that is left out, at least 0 and below 1 (0.5 in the paper).
         stop: Share of the run after which all samples are trained on (0.875 in the paper).
         loss: Which call of a loss alone counts, from 0; by default all that the step returns.
+        loss_fn: Function of the module and a batch that returns the losses (B,), in place of the step's own loss. The step
+            runs as it is; its mean must be the step's loss, up to a constant. It costs a second forward pass.
         seed: Seed of the choices.
         loader_key: Which of several training loaders to prune: its key, or its position in a list.
         total_steps: Length of the run in optimizer steps, where it has no known end. Default: the Trainer's.
@@ -94,6 +99,7 @@ class InfoBatch(SubsetCallback):
         prune: float = 0.5,
         stop: float = 0.875,
         loss: int | None = None,
+        loss_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         seed: int = 0,
         loader_key: str | int | None = None,
         total_steps: int | None = None,
@@ -106,6 +112,9 @@ class InfoBatch(SubsetCallback):
         self.prune = prune
         self.stop = stop
         self.loss = loss
+        self.loss_fn = loss_fn
+        if loss is not None and loss_fn is not None:
+            raise ValueError("loss and loss_fn would both say what is weighted. Leave one of them out.")
         self.seed = seed
         self.total_steps = total_steps
         check_total_steps(total_steps)
@@ -169,6 +178,7 @@ class InfoBatch(SubsetCallback):
                     acts=self.prune > 0.0,
                     needs=lambda: self.prune > 0.0 or self._weights is not None,
                     kind=lambda: self._sample_loss,
+                    loss_fn=self.loss_fn,
                 )
             )
 
@@ -184,7 +194,7 @@ class InfoBatch(SubsetCallback):
         if not self._fitting:
             return
         self._weights = state_dict["weights"]  # of an epoch that goes on, also where settings changed
-        if state_dict["settings"]["loss"] == self.loss:
+        if all(state_dict["settings"][name] == plain(getattr(self, name)) for name in ("loss", "loss_fn")):
             self._sample_loss = state_dict["sample_loss"]
             self._losses, self._record.values = state_dict["losses"], state_dict["epoch_values"]
         elif state_dict["losses"] is not None:
@@ -201,7 +211,9 @@ class InfoBatch(SubsetCallback):
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._training_set is not None
         if self.prune:
-            rehearsal = Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT, by_terms=True)
+            rehearsal = Rehearsal(
+                trainer, pl_module, self.label, self.loss, _WAY_OUT, by_terms=True, loss_fn=self.loss_fn
+            )
             rehearsal.check_loader(
                 self._training_set, in_training=is_sharded(trainer)
             )  # else the first step was looked at
@@ -219,8 +231,8 @@ class InfoBatch(SubsetCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._logged is not None and is_log_step(trainer):
             losses, weights = self._logged
-            plain, weighted = losses.weighted(weights)
-            self._log(pl_module, {"loss": plain, "weighted_loss": weighted})
+            unweighted, weighted = losses.weighted(weights)
+            self._log(pl_module, {"loss": unweighted, "weighted_loss": weighted})
         self._logged = None
 
     @override

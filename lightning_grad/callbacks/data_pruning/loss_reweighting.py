@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -11,11 +12,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grad.callbacks._look import LOSS_FN
 from lightning_grad.callbacks._loss_tap import batch_size_of, reweight_losses
 from lightning_grad.callbacks._rehearsal import Rehearsal
 from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional import annealed_temperature, loss_weights
+from lightning_grad.utilities.arguments import plain
 from lightning_grad.utilities.batches import copy_of
 from lightning_grad.utilities.checks import (
     check_above,
@@ -28,7 +31,8 @@ from lightning_grad.utilities.checks import (
 from lightning_grad.utilities.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step
 
-_WAY_OUT = "weight the losses in training_step, by lightning_grad.functional.loss_weights"
+_BY_HAND = "weight the losses in training_step, by lightning_grad.functional.loss_weights"
+_WAY_OUT = f"{_BY_HAND}, or {LOSS_FN}"
 
 _REHEARSALS = 4  # batches, until one has a loss
 
@@ -55,6 +59,8 @@ class LossReweighting(GradCallback):
         start_temperature: r after the warm-up.
         warmup: Share of the run in which all samples weigh the same (0.05 in the released code).
         loss: Which call of a loss alone is weighted, from 0; by default all that the step returns.
+        loss_fn: Function of the module and a batch that returns the losses (B,), in place of the step's own loss. The step
+            runs as it is; its mean must be the step's loss, up to a constant. It costs a second forward pass.
         total_steps: Length of the run in optimizer steps, where it has no known end. Default: the Trainer's.
         name: Name of this instance.
 
@@ -103,6 +109,7 @@ class LossReweighting(GradCallback):
         start_temperature: float = 10.0,
         warmup: float = 0.05,
         loss: int | None = None,
+        loss_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         total_steps: int | None = None,
         name: str | None = None,
     ) -> None:
@@ -119,6 +126,9 @@ class LossReweighting(GradCallback):
         self.start_temperature = start_temperature
         self.warmup = warmup
         self.loss = loss
+        self.loss_fn = loss_fn
+        if loss is not None and loss_fn is not None:
+            raise ValueError("loss and loss_fn would both say what is weighted. Leave one of them out.")
         self.total_steps = total_steps
         check_total_steps(total_steps)
         self._reset()
@@ -147,7 +157,7 @@ class LossReweighting(GradCallback):
                 pl_module,
                 self.label,
                 f"the loss is weighted before backward, which comes inside training_step. Use automatic optimization, or "
-                f"{_WAY_OUT}.",
+                f"{_BY_HAND}.",
             )
             self._trainer = trainer
             self._undo.push(self._let_go)
@@ -161,6 +171,7 @@ class LossReweighting(GradCallback):
                     acts=math.isfinite(self.temperature),
                     needs=lambda: math.isfinite(self._now),
                     kind=lambda: self._sample_loss,
+                    loss_fn=self.loss_fn,
                 )
             )
 
@@ -171,7 +182,9 @@ class LossReweighting(GradCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if self._fitting and state_dict["settings"]["loss"] == self.loss:
+        if self._fitting and all(
+            state_dict["settings"][name] == plain(getattr(self, name)) for name in ("loss", "loss_fn")
+        ):
             self._sample_loss = state_dict["sample_loss"]
 
     @override
@@ -210,14 +223,14 @@ class LossReweighting(GradCallback):
             self._log(pl_module, {"temperature": self._now, "effective_samples": self._effective})
         if self._logged is not None and is_log_step(trainer):
             losses, weights = self._logged
-            plain, weighted = losses.weighted(weights)
-            self._log(pl_module, {"loss": plain, "weighted_loss": weighted})
+            unweighted, weighted = losses.weighted(weights)
+            self._log(pl_module, {"loss": unweighted, "weighted_loss": weighted})
         self._logged = None
 
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> bool:
-        rehearsal = Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT, by_terms=True)
+        rehearsal = Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT, by_terms=True, loss_fn=self.loss_fn)
         samples = batch_size_of(batch)
-        if is_sharded(trainer):  # else the first step was looked at
+        if is_sharded(trainer) and self.loss_fn is None:  # else the first step was looked at
             rehearsal.check_whole_loss(batch, samples)
         if samples is None:
             return True  # each row of the loss is a sample

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,14 +11,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks._look import Look
+from lightning_grad.callbacks._look import OUTPUTS_FN, Look
 from lightning_grad.callbacks._rehearsal import Rehearsal
 from lightning_grad.callbacks._scoring import look_at_all, say_what_is_skipped
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
 from lightning_grad.functional import round_up_count, uniform_learning_repeats
+from lightning_grad.utilities.arguments import plain
 from lightning_grad.utilities.checks import check_count, check_position, refuse_manual_optimization
 
-_WAY_OUT = "use DataPruning with score_fn=, or RepeatedRandomSubset, which needs no loss"
+_WAY_OUT = f"use DataPruning with score_fn=, or RepeatedRandomSubset, which needs no loss, or {OUTPUTS_FN}"
 
 
 class UniformLearning(SubsetCallback):
@@ -34,6 +35,7 @@ class UniformLearning(SubsetCallback):
         epoch: Number of whole epochs after which samples are clustered (8 of 200 in the paper's CIFAR-10 runs).
         repeats: How often they are repeated (1 in the paper); 0 repeats nothing.
         loss: Which call of a loss counts, from 0; by default the only one, if it is the whole loss.
+        outputs_fn: Function of the module and a batch that returns logits (B, C) and labels (B,), in place of the step.
         seed: Seed of the clusters.
         loader_key: Which of several training loaders: its key, or its position in a list.
         name: Name of this instance.
@@ -77,6 +79,7 @@ class UniformLearning(SubsetCallback):
         epoch: int = 8,
         repeats: int = 1,
         loss: int | None = None,
+        outputs_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         seed: int = 0,
         loader_key: str | int | None = None,
         name: str | None = None,
@@ -87,6 +90,9 @@ class UniformLearning(SubsetCallback):
         self.epoch = epoch
         self.repeats = repeats
         self.loss = loss
+        self.outputs_fn = outputs_fn
+        if loss is not None and outputs_fn is not None:
+            raise ValueError("loss and outputs_fn would both say what is clustered. Leave one of them out.")
         check_count(seed, 0, "seed")
         self.seed = seed
         super().__init__(loader_key, name)
@@ -116,13 +122,14 @@ class UniformLearning(SubsetCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if self._fitting:
+        if self._fitting and self.outputs_fn is None:
             refuse_manual_optimization(
                 pl_module,
                 self.label,
                 "its training_step also steps, so that it cannot be run just to look at the outputs. Use "
                 "DataPruning(score='aum') or 'forgetting', which read the outputs in training, or RepeatedRandomSubset.",
             )
+        if self._fitting:
             self._refuse_unreached(trainer, self.epoch, "cluster")
 
     @override
@@ -133,7 +140,7 @@ class UniformLearning(SubsetCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         saved, found_in = state_dict["settings"], state_dict["found_in"]
-        found_alike = all(saved[name] == getattr(self, name) for name in ("loss", "seed"))
+        found_alike = all(saved[name] == plain(getattr(self, name)) for name in ("loss", "outputs_fn", "seed"))
         if self._fitting and found_alike and found_in is not None and found_in >= self.epoch:
             self._repeated, self._found_in = state_dict["repeated"], found_in
 
@@ -143,13 +150,20 @@ class UniformLearning(SubsetCallback):
         if self._repeated is None and self.repeats:
             self._look(trainer, pl_module, rehearsal=True)
             assert self._training_set is not None
-            Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT).check_loader(self._training_set)
+            rehearsal = Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT, outputs_fn=self.outputs_fn)
+            rehearsal.check_loader(self._training_set)
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rehearsal: bool = False) -> dict[str, Tensor]:
         assert self._training_set is not None
         own = (trainer, pl_module, self._training_set, _outputs, "Clustering outputs")
         return look_at_all(
-            *own, which=self.loss, seed=self.seed, rehearsal=rehearsal, label=self.label, way_out=_WAY_OUT
+            *own,
+            which=self.loss,
+            seed=self.seed,
+            rehearsal=rehearsal,
+            label=self.label,
+            way_out=_WAY_OUT,
+            outputs_fn=self.outputs_fn,
         )
 
     @override
