@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_grad.functional._tensor_classes import plain
+from lightning_grad.functional._attributes import attributes_of
+from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.utilities.dispatch import MethodDispatcher
 
 CONTAINERS = (list, dict, set, deque)
@@ -45,29 +46,13 @@ def is_code(value: Any) -> bool:
 def has_own_state(value: Any) -> bool:
     """Say whether an object is one of the user's, such as an average meter, with attributes of its own."""
     kind: Any = type(value)
-    return _is_own_class(kind) and bool(state_of(value))
+    return _is_own_class(kind) and bool(attributes_of(value))
 
 
 @functools.cache
 def _is_own_class(kind: type) -> bool:
     packages = {cls.__module__.partition(".")[0] for cls in kind.__mro__ if cls is not object}
     return kind.__module__ != "builtins" and not packages & _FOREIGN
-
-
-def state_of(value: Any) -> dict[str, Any]:
-    """Return an object's attributes, those in slots included."""
-    kind: Any = type(value)
-    slots = {name: getattr(value, name) for name in _slots_of(kind) if hasattr(value, name)}
-    return {**slots, **getattr(value, "__dict__", {})}
-
-
-@functools.cache
-def _slots_of(kind: type) -> tuple[str, ...]:
-    found: list[str] = []
-    for cls in kind.__mro__:
-        slots = vars(cls).get("__slots__", ())
-        found += [slots] if isinstance(slots, str) else list(slots)
-    return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
 
 
 def holds_fixed_only(container: Any) -> bool:
@@ -84,7 +69,7 @@ def put_back(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         if chosen:
             with torch.inference_mode(mode), torch.no_grad():
                 for tensor, value in chosen:
-                    plain(tensor).detach().copy_(value)
+                    plain_tensor(tensor).detach().copy_(value)
 
 
 def put_aside(value: Any, known: set[int]) -> list[Held]:
@@ -143,7 +128,7 @@ class Held:
 def _contents(value: Any) -> Any:
     """Return a copy of what a value holds, but not of what that holds in turn; ``None`` for what cannot change itself."""
     if isinstance(value, (Tensor, np.ndarray)):
-        return plain(value).detach().clone() if isinstance(value, Tensor) else value.copy()
+        return plain_tensor(value).detach().clone() if isinstance(value, Tensor) else value.copy()
     if isinstance(value, (torch.Generator, np.random.RandomState)):
         return value.get_state()
     if isinstance(value, np.random.Generator):
@@ -152,7 +137,7 @@ def _contents(value: Any) -> Any:
         return value.getstate()
     if isinstance(value, CONTAINERS):
         return dict(value) if isinstance(value, dict) else list(value)
-    return None if isinstance(value, (tuple, nn.Module)) else state_of(value)
+    return None if isinstance(value, (tuple, nn.Module)) else attributes_of(value)
 
 
 def _items(value: Any) -> Iterable[Any]:
@@ -160,7 +145,9 @@ def _items(value: Any) -> Iterable[Any]:
         return list(value.values())
     if isinstance(value, (list, tuple, set, deque)):
         return list(value)
-    return [] if isinstance(value, (Tensor, np.ndarray)) or _is_generator(value) else list(state_of(value).values())
+    return (
+        [] if isinstance(value, (Tensor, np.ndarray)) or _is_generator(value) else list(attributes_of(value).values())
+    )
 
 
 def _set_generator(generator: Any, state: Any) -> None:
@@ -181,7 +168,7 @@ def _refill(container: Any, was: Any) -> None:
 
 
 def _set_state(value: Any, was: dict[str, Any]) -> None:
-    for name in state_of(value).keys() - was.keys():
+    for name in attributes_of(value).keys() - was.keys():
         object.__delattr__(value, name)
     for name, item in was.items():
         object.__setattr__(value, name, item)  # also where a class is frozen
@@ -201,7 +188,7 @@ class Snapshot:
         known.add(id(module))
         frozen = [p for p in module._parameters.values() if p is not None and not p.requires_grad and copies_frozen]
         buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
-        self._tensors = [(tensor, plain(tensor).detach().clone()) for tensor in (*buffers, *frozen)]
+        self._tensors = [(tensor, plain_tensor(tensor).detach().clone()) for tensor in (*buffers, *frozen)]
         self._buffers = dict(module._buffers)
         self._mode = module.training
         self._attributes = {name: value for name, value in module.__dict__.items() if name not in _OF_MODULES}

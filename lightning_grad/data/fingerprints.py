@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_grad.data.list_items import ListItems
 from lightning_grad.data.random_streams import generators_kept, random_streams_kept
+from lightning_grad.functional.plain_tensors import plain_tensor
 
 _READ_TWICE = 8  # items, to find out whether the data set augments
 _DEEPEST = 16
@@ -98,8 +99,8 @@ def _scales(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points(), tensor.q_per_channel_axis()
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """Return a tensor on the CPU that is no subclass, so that no library has a say in how it is read."""
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU, without its graph, and of no class that has a say in how it is read."""
     tensor = tensor.detach()
     plain = tensor.as_subclass(Tensor) if type(tensor) is not Tensor else tensor
     return plain if plain.is_meta else plain.cpu()
@@ -115,7 +116,7 @@ def _tensor_parts(tensor: Tensor) -> tuple[str, list[Any]] | None:
     if tensor.is_nested:
         return f"Tensor nested {tensor.dtype}", list(tensor.detach().unbind())
     try:
-        pieces = _pieces(_plain(tensor))
+        pieces = _pieces(_on_cpu(tensor))
     except _UNREADABLE:
         return None
     shape = tuple(tensor.shape)
@@ -126,7 +127,7 @@ def _tensor_leaf(tensor: Tensor) -> tuple[str, bytes]:
     """Return the kind of a plain tensor, and its content; of one without storage of its own there is no content."""
     kind = f"Tensor {tensor.dtype} {tuple(tensor.shape)}"
     try:
-        plain = _plain(tensor)
+        plain = _on_cpu(tensor)
         return kind, b"" if plain.is_meta else _tensor_bytes(plain)
     except _UNREADABLE:
         return kind, b""
@@ -135,7 +136,7 @@ def _tensor_leaf(tensor: Tensor) -> tuple[str, bytes]:
 def _parts(value: Any) -> tuple[str, list[Any]] | None:
     """Return a description of a container and what it holds, or None if the value is no container."""
     if isinstance(value, Tensor):
-        return _tensor_parts(value)
+        return _tensor_parts(plain_tensor(value))
     if isinstance(value, Mapping):
         entries = sorted(value.items(), key=lambda entry: (type(entry[0]).__name__, repr(entry[0])))
         return f"dict {len(entries)}", [part for entry in entries for part in entry]
@@ -165,7 +166,7 @@ def _leaf(value: Any) -> tuple[str, bytes]:
     if value is None or (isinstance(value, bool | int | float | complex) and not isinstance(value, np.generic)):
         return kind, repr(value).encode()
     if isinstance(value, Tensor):
-        return _tensor_leaf(value)
+        return _tensor_leaf(plain_tensor(value))
     if isinstance(value, np.ndarray | np.generic):
         return f"array {value.dtype.str} {value.shape}", value.tobytes()
     if all(hasattr(value, name) for name in ("tobytes", "mode", "size")):  # an image of PIL, which is not imported here

@@ -27,7 +27,7 @@ from lightning_grad.functional._loss_functions import (
     targets_are_classes,
     valid_positions,
 )
-from lightning_grad.functional._tensor_classes import plain
+from lightning_grad.functional.plain_tensors import plain_tensor
 
 _WAY_OUT = "give `score_fn=`, a function that returns one score per sample"
 
@@ -255,8 +255,10 @@ class LossCapture(TorchFunctionMode):
         if loss.defaults is None:
             raise TypeError("it does not have one input and one target per sample")
         # Of a class of its own a tensor may demand what only it knows of itself.
-        given = {k: plain(v) if isinstance(v, Tensor) else v for k, v in bind(loss.defaults, args, kwargs).items()}
-        value = plain(value) if isinstance(value, Tensor) else value
+        given = {
+            k: plain_tensor(v) if isinstance(v, Tensor) else v for k, v in bind(loss.defaults, args, kwargs).items()
+        }
+        value = plain_tensor(value) if isinstance(value, Tensor) else value
         if _transformed(given.values()):
             raise TypeError("it was called inside a transform of torch.func")
         detached = {name: v.detach() if isinstance(v, Tensor) else v for name, v in given.items()}

@@ -7,7 +7,6 @@ shows a copy, or keeps one.
 from __future__ import annotations
 
 import copy
-import functools
 from collections import deque
 from collections.abc import Iterator, Mapping, MutableMapping
 from types import ModuleType
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_grad.functional._tensor_classes import clone_of
+from lightning_grad.functional._attributes import attributes_of
+from lightning_grad.functional.plain_tensors import clone_of
 
 DEEPEST = 8  # an object of a batch may know its owner
 _FIXED = frozenset({bool, int, float, complex, str, bytes, type(None)})
@@ -101,18 +101,7 @@ def children(batch: Any) -> Iterator[tuple[Any, Any]]:
     elif isinstance(batch, Tensor):
         return
     elif not isinstance(batch, _NO_PARTS):
-        kind: Any = type(batch)
-        yield from ((name, getattr(batch, name)) for name in _slots_of(kind) if hasattr(batch, name))
-        yield from getattr(batch, "__dict__", {}).items()
-
-
-@functools.cache
-def _slots_of(kind: type) -> tuple[str, ...]:
-    found: list[str] = []
-    for cls in kind.__mro__:
-        slots = vars(cls).get("__slots__", ())
-        found += [slots] if isinstance(slots, str) else list(slots)
-    return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
+        yield from attributes_of(batch).items()
 
 
 def has_parts(value: Any) -> bool:

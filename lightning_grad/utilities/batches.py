@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_grad.functional._tensor_classes import dressed, plain
+from lightning_grad.functional.plain_tensors import dressed, plain_tensor
 from lightning_grad.utilities.batch_copies import DEEPEST as _DEEPEST
 from lightning_grad.utilities.batch_copies import children as _children
 from lightning_grad.utilities.batch_copies import copy_of as copy_of
@@ -237,7 +237,7 @@ def reordered(batch: Any, order: Tensor) -> Any:
         {'x': tensor([3, 1, 2]), 'name': ['c', 'a', 'b'], 'n': 7}
     """
     if isinstance(batch, Tensor):
-        rows = plain(batch)
+        rows = plain_tensor(batch)
         return dressed(rows[order.to(rows.device)], batch) if rows.dim() and len(rows) == len(order) else batch
     holds_rows = any(value.dim() and len(value) == len(order) for _, value in _tensors_of(batch))
     if type(batch) in (list, tuple) and len(batch) == len(order) and not holds_rows:

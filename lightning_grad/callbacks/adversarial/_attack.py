@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.functional._shuffling import hashed_seed
-from lightning_grad.functional._tensor_classes import plain
 from lightning_grad.functional.adversarial_attacks import Norm, fgsm, pgd
+from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.utilities.batches import copy_of
 from lightning_grad.utilities.checks import check_above, check_at_least, check_choice, check_count
 from lightning_grad.utilities.precision import grad_scaler
@@ -191,7 +191,7 @@ class NoLossError(RuntimeError):
 def loss_of_output(output: Any) -> Tensor | None:
     """Return the loss in what a step returned, if it is there, as a plain tensor."""
     loss = output.get("loss") if isinstance(output, Mapping) else output
-    return plain(loss) if isinstance(loss, Tensor) else None
+    return plain_tensor(loss) if isinstance(loss, Tensor) else None
 
 
 def _check_magnitude(value: float, parameter: str, hint: str) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_grad.callbacks.adversarial._pieces import joined, parted, support_of
-from lightning_grad.functional._tensor_classes import dressed, is_opaque, plain
+from lightning_grad.functional.plain_tensors import dressed, is_opaque, plain_tensor
 from lightning_grad.utilities.batches import Path, copy_of, first_numbers, input_at, text_of, with_input
 from lightning_grad.utilities.forward_order import is_compiled
 from lightning_grad.utilities.input_patterns import EVERY, are_samples, expanded, find_inputs, has_inputs, neighbours
@@ -53,7 +53,7 @@ class BatchTensor:
     def inputs(self, batch: Any, run: Run) -> Tensor:
         """Return the tensor, or all of them as one."""
         pattern, samples = self._pattern_in(batch)
-        pieces = [plain(input_at(batch, path)).detach() for path in expanded(batch, pattern)]
+        pieces = [plain_tensor(input_at(batch, path)).detach() for path in expanded(batch, pattern)]
         return joined(pieces, samples) if EVERY in pattern else pieces[0]
 
     def support(self, batch: Any) -> Tensor | None:
@@ -61,7 +61,7 @@ class BatchTensor:
         pattern, samples = self._pattern_in(batch)
         if EVERY not in pattern:
             return None
-        return support_of([plain(input_at(batch, path)) for path in expanded(batch, pattern)], samples)
+        return support_of([plain_tensor(input_at(batch, path)) for path in expanded(batch, pattern)], samples)
 
     @contextmanager
     def shown(self, batch: Any, inputs: Tensor) -> Iterator[Any]:
@@ -94,7 +94,7 @@ class BatchTensor:
 
 def _in_place_of(old: Tensor, new: Tensor) -> Tensor:
     """Return a copy of plain inputs, of the class and with the attributes of those that they replace."""
-    own = plain(old)
+    own = plain_tensor(old)
     if own.grad_fn is not None:  # what a network before the step has made, which learns by it
         return dressed(own + (new - own.detach()), old, copy_of)
     shown = dressed(new.clone(), old, copy_of)
@@ -125,7 +125,7 @@ class EmbeddingOutput:
         """Run the step, and return what the embedding gives."""
         seen: list[Tensor] = []
         # A copy: layers behind the embedding may work in place.
-        with self._hooked(lambda output: seen.append(plain(output).detach().clone())), torch.no_grad():
+        with self._hooked(lambda output: seen.append(plain_tensor(output).detach().clone())), torch.no_grad():
             run(copy_of(batch))
         if not seen:
             raise RuntimeError(f"{self._needed_by}: the step calls none of the module's nn.Embedding layers.")
@@ -140,7 +140,7 @@ class EmbeddingOutput:
         """Have the embedding give the inputs, and yield the batch as it is."""
 
         def exchanged(output: Tensor) -> Tensor:
-            own = plain(output)
+            own = plain_tensor(output)
             return dressed(own + (inputs - own.detach()), output)
 
         with self._hooked(exchanged):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_grad.callbacks.adversarial._attack import loss_of_output
 from lightning_grad.functional import LossCapture
-from lightning_grad.functional._tensor_classes import plain
+from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.utilities.batches import copy_of
 
 Step = Callable[[Any], Any]
@@ -52,7 +52,7 @@ def run_for_loss(step: Step, batch: Any, samples: int, which: int | None) -> Ste
 
 def _each(capture: LossCapture, which: int | None) -> tuple[Tensor | None, str]:
     try:
-        each = plain(capture.only(which).losses).nan_to_num()
+        each = plain_tensor(capture.only(which).losses).nan_to_num()
     except (RuntimeError, ValueError) as error:
         seen = bool(capture.calls or capture.unread)
         return None, first_sentence(error) if seen else ""
