@@ -6,9 +6,7 @@ own state and are left alone, as is code; so is what only a C extension sees.
 
 from __future__ import annotations
 
-import copy
 import functools
-import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_grad.data.random_streams import GENERATORS, set_generator, state_of_generator
 from lightning_grad.functional._attributes import attributes_of
 from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.utilities.dispatch import MethodDispatcher
@@ -82,12 +81,8 @@ def put_aside(value: Any, known: set[int]) -> list[Held]:
     kind = type(value)
     if kind in _FIXED or id(value) in known or isinstance(value, _CODE):
         return []
-    changes = isinstance(value, (*CONTAINERS, tuple, Tensor, nn.Module, np.ndarray)) or _is_generator(value)
+    changes = isinstance(value, (*CONTAINERS, *GENERATORS, tuple, Tensor, nn.Module, np.ndarray))
     return [Held(value, known)] if changes or has_own_state(value) else []
-
-
-def _is_generator(value: Any) -> bool:
-    return isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random))
 
 
 class Held:
@@ -115,8 +110,8 @@ class Held:
             put_back([(value, was)])
         elif isinstance(value, np.ndarray):
             value[...] = was
-        elif _is_generator(value):
-            _set_generator(value, was)
+        elif isinstance(value, GENERATORS):
+            set_generator(value, was)
         elif isinstance(value, CONTAINERS):
             _refill(value, was)
         elif was is not None:
@@ -129,12 +124,8 @@ def _contents(value: Any) -> Any:
     """Return a copy of what a value holds, but not of what that holds in turn; ``None`` for what cannot change itself."""
     if isinstance(value, (Tensor, np.ndarray)):
         return plain_tensor(value).detach().clone() if isinstance(value, Tensor) else value.copy()
-    if isinstance(value, (torch.Generator, np.random.RandomState)):
-        return value.get_state()
-    if isinstance(value, np.random.Generator):
-        return copy.deepcopy(value.bit_generator.state)
-    if isinstance(value, random.Random):
-        return value.getstate()
+    if isinstance(value, GENERATORS):
+        return state_of_generator(value)
     if isinstance(value, CONTAINERS):
         return dict(value) if isinstance(value, dict) else list(value)
     return None if isinstance(value, (tuple, nn.Module)) else attributes_of(value)
@@ -145,18 +136,7 @@ def _items(value: Any) -> Iterable[Any]:
         return list(value.values())
     if isinstance(value, (list, tuple, set, deque)):
         return list(value)
-    return (
-        [] if isinstance(value, (Tensor, np.ndarray)) or _is_generator(value) else list(attributes_of(value).values())
-    )
-
-
-def _set_generator(generator: Any, state: Any) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)
+    return [] if isinstance(value, (Tensor, np.ndarray, *GENERATORS)) else list(attributes_of(value).values())
 
 
 def _refill(container: Any, was: Any) -> None:

@@ -6,7 +6,6 @@ and random streams are bitwise what they were. Techniques that act on training o
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,12 +14,12 @@ from typing import Any, cast
 from weakref import WeakSet
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_grad.callbacks._held import Snapshot
+from lightning_grad.data.random_streams import random_streams_kept
 from lightning_grad.utilities.dispatch import wrap_method
 from lightning_grad.utilities.weight_view import close_windows, open_windows
 
@@ -82,19 +81,6 @@ def _refuse_lazy(pl_module: pl.LightningModule) -> None:
             f"parameters: {lazy!r} has no size yet. Run the network once on a batch, under torch.no_grad(), in the "
             "module's constructor or before the fit."
         )
-
-
-@contextmanager
-def random_streams_kept() -> Iterator[None]:
-    """Put back the states of the global generators of Python, numpy and torch, on the CPU and on CUDA."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 @contextmanager

@@ -29,9 +29,9 @@ from lightning_grad.callbacks._row_order import (
     same_rows,
     size_of_input,
 )
-from lightning_grad.callbacks._scoring import runner, scoring_loader, seed_streams, to_device
+from lightning_grad.callbacks._scoring import runner, scoring_loader, to_device
 from lightning_grad.callbacks._whole_step import refuse_rest
-from lightning_grad.data.random_streams import generators_kept, seed_generators
+from lightning_grad.data.random_streams import generators_kept, seed_generators, seed_streams
 from lightning_grad.functional._whole_loss import WholeLossCapture
 from lightning_grad.utilities.batches import copy_of, reordered
 from lightning_grad.utilities.training_set import TrainingSet

@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 import math
-import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -22,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatchError
 from lightning_grad.callbacks._quiet import quiet
 from lightning_grad.data.borrowed_workers import BorrowedWorkers
-from lightning_grad.data.random_streams import generators_kept
+from lightning_grad.data.random_streams import generators_kept, seed_streams
 from lightning_grad.utilities.batches import copy_of
 from lightning_grad.utilities.checks import is_sharded
 from lightning_grad.utilities.training_set import TrainingSet
@@ -211,13 +209,6 @@ def scoring_loader(
         generator=torch.Generator().manual_seed(seed),
         **workers,
     )
-
-
-def seed_streams(seed: int) -> None:
-    """Seed the global random streams."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def _with_progress(loader: DataLoader[Any] | BorrowedWorkers, title: str, trainer: pl.Trainer) -> Iterator[Any]:

@@ -6,7 +6,6 @@ import dataclasses
 import enum
 import hashlib
 import os
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.data.list_items import ListItems
-from lightning_grad.data.random_streams import generators_kept, random_streams_kept
+from lightning_grad.data.random_streams import generators_kept, random_streams_kept, seed_streams
 from lightning_grad.functional.plain_tensors import plain_tensor
 
 _READ_TWICE = 8  # items, to find out whether the data set augments
@@ -69,12 +68,6 @@ def _class_name(dataset: Any) -> str:
         return _class_name(dataset.dataset)
     name = type(dataset).__name__
     return f"{name}[{_class_name(dataset.dataset)}]" if isinstance(dataset, torch.utils.data.Subset) else name
-
-
-def _seed_streams(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reach the generators of GPUs
 
 
 def _pieces(tensor: Tensor) -> Sequence[Any] | None:
@@ -225,9 +218,9 @@ def fingerprint(dataset: Any, samples: int = 64, seed: int = 0) -> Fingerprint:
     drawn = torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
     with random_streams_kept(), generators_kept(dataset):
         # Seeded, so that every rank and every run comes to the same verdict.
-        _seed_streams(seed)
+        seed_streams(seed)
         first = [_digest(dataset[i]) for i in drawn]
-        _seed_streams(seed + 1)
+        seed_streams(seed + 1)
         second = [_digest(dataset[i]) for i in drawn[:_READ_TWICE]]
     items = _digest(first) if second == first[:_READ_TWICE] else None
     return Fingerprint(length, _class_name(dataset), items, samples, seed)
