@@ -116,8 +116,8 @@ class GradientConditioner(GradCallback):
         self, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None, name: str | None = None
     ) -> None:
         super().__init__(name)
-        self.include = as_names(include, "include")
-        self.exclude = as_names(exclude, "exclude")
+        self.include = as_names(include)
+        self.exclude = as_names(exclude)
         self._reset()
 
     def _reset(self) -> None:

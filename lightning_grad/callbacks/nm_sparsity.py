@@ -57,7 +57,6 @@ from lightning_grad.functional.nm_schedule import Recipe
 from lightning_grad.functional.nm_sparsity import Axis, Gradient
 from lightning_grad.utilities.checks import (
     check_at_least,
-    check_choice,
     check_finite_at_least,
     check_keeps,
     owned_ids,
@@ -218,8 +217,8 @@ class NMSparsity(GradCallback):
         self.decay = decay
         self.sr_ste_lambda = sr_ste_lambda
         self.axis = axis
-        self.include = as_names(include, "include")
-        self.exclude = as_names(exclude, "exclude")
+        self.include = as_names(include)
+        self.exclude = as_names(exclude)
         self.mask_every = mask_every
         self.geometric_start = geometric_start
         self.zero_pruned_state = zero_pruned_state
@@ -236,8 +235,6 @@ class NMSparsity(GradCallback):
         check_finite_at_least(sr_ste_lambda, 0.0, "sr_ste_lambda")
         check_at_least(top, 0, "top")
         check_at_least(1 if depth is None else depth, 1, "depth")
-        if isinstance(axis, str):
-            check_choice(axis, ("input", "output"), "axis")
         check_recipe(self.recipe, gradient, self.finetune_fraction, decay)
         self._patterns = read_patterns(self.pattern)
         self._schedule = read_schedule(

@@ -124,7 +124,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             gradient_as_bucket_view=gradient_as_bucket_view,
             **ddp,
         )
-        self.exclude = as_names(exclude, "exclude")
+        self.exclude = as_names(exclude)
         self.min_numel = min_numel
         self.residual_policy = residual_policy
         self.gradient_noise = gradient_noise

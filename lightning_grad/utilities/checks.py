@@ -59,7 +59,7 @@ def check_count(value: int, least: int, parameter: str) -> None:
     Raises:
         ValueError: If it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if value < least:
         raise ValueError(f"{parameter} must be at least {least}, and whole; got {value}.")
 
 
@@ -79,7 +79,7 @@ def check_above(value: float, bound: float, parameter: str) -> None:
     Raises:
         ValueError: If it is not, or no number.
     """
-    if not isinstance(value, (int, float)) or not value > bound:
+    if not value > bound:
         raise ValueError(f"{parameter} must be above {bound:g}; got {value}.")
 
 
@@ -135,7 +135,7 @@ def check_between(value: float, least: float, most: float, parameter: str) -> No
     Raises:
         ValueError: If it is outside, or no number.
     """
-    if not isinstance(value, (int, float)) or not least <= value <= most:
+    if not least <= value <= most:
         raise ValueError(f"{parameter} must be from {least:g} to {most:g}; got {value}.")
 
 
@@ -145,7 +145,7 @@ def check_share(value: float, parameter: str) -> None:
     Raises:
         ValueError: If it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+    if not 0.0 <= value < 1.0:
         raise ValueError(f"{parameter} must be at least 0 and below 1; got {value}.")
 
 

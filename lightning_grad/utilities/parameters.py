@@ -19,14 +19,8 @@ def clean_name(name: str) -> str:
     return name.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".")
 
 
-def as_names(names: Sequence[str] | None, parameter: str) -> list[str] | None:
-    """Return a list of name patterns in plain types.
-
-    Raises:
-        TypeError: If it is one text and no list.
-    """
-    if isinstance(names, str):
-        raise TypeError(f"{parameter} is a list of names; got {names!r}. Write [{names!r}].")
+def as_names(names: Sequence[str] | None) -> list[str] | None:
+    """Return name patterns as a list of their own."""
     return None if names is None else list(names)
 
 
@@ -142,11 +136,3 @@ def named_owners(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         for attribute, parameter in owner._parameters.items():  # named_parameters drops a second name of the same one
             if parameter is not None:
                 yield f"{prefix}.{attribute}" if prefix else attribute, owner, attribute
-
-
-def shared_names(module: nn.Module) -> dict[int, list[str]]:
-    """Return, by identity of the parameter, the names under which each parameter that is tied is registered."""
-    names: dict[int, list[str]] = {}
-    for name, owner, attribute in named_owners(module):
-        names.setdefault(id(owner._parameters[attribute]), []).append(name)
-    return {key: value for key, value in names.items() if len(value) > 1}

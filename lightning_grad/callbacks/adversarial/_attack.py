@@ -16,10 +16,9 @@ from lightning_grad.functional._shuffling import hashed_seed
 from lightning_grad.functional.adversarial_attacks import Norm, fgsm, pgd
 from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.utilities.batches import copy_of
-from lightning_grad.utilities.checks import check_above, check_at_least, check_choice, check_count
+from lightning_grad.utilities.checks import check_above, check_at_least, check_count
 from lightning_grad.utilities.precision import grad_scaler
 
-NORMS = ("linf", "l2")
 _LARGEST = 1e30  # what is computed from it still fits into float32
 _ROUNDING = 1e-3  # of the bounds' distance: half precision, and means that were rounded
 
@@ -131,7 +130,6 @@ def attack_of(
     check_at_least(epsilon, 0.0, "epsilon")
     _check_magnitude(epsilon, "epsilon", "Choose the largest change that must not matter")
     check_count(steps, 1, "steps")
-    check_choice(norm, NORMS, "norm")
     if step_size is not None:
         check_above(step_size, 0.0, "step_size")
         _check_magnitude(step_size, "step_size", "Leave it out for the usual one")

@@ -25,7 +25,6 @@ from lightning_grad.functional.accuracy_gradient import accuracy_gradient, accur
 from lightning_grad.utilities.checks import (
     check_above,
     check_between,
-    check_choice,
     check_count,
     check_count_between,
     check_finite,
@@ -141,7 +140,6 @@ class AccuracyGradientLR(GradCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        check_choice(mode, ("max", "min"), "mode")
         check_count_between(window, 1, _MOST_OBSERVATIONS, "window")
         check_count(quiet, 0, "quiet")
         check_finite(threshold, "threshold")
@@ -149,8 +147,6 @@ class AccuracyGradientLR(GradCallback):
         check_between(factor, 0.0, 1.0, "factor")
         check_finite_at_least(min_lr, 0.0, "min_lr")
         check_count(start_after, 0, "start_after")
-        check_choice(policy, ("multiply", "replace"), "policy")
-        check_choice(interval, ("validation", "epoch"), "interval")
         check_finite(0.0 if reach is None else reach, "reach")
         self.monitor = monitor
         self.mode = mode

@@ -33,7 +33,6 @@ from lightning_grad.functional.adversarial_attacks import IndependentLossError
 from lightning_grad.utilities.batches import copy_of, same_tensors
 from lightning_grad.utilities.checks import (
     check_between,
-    check_choice,
     check_count,
     check_share,
     refuse_dataloader_iter,
@@ -147,7 +146,6 @@ class AdversarialTraining(GradCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        check_choice(attack, ("fgsm", "pgd"), "attack")
         if attack == "fgsm" and steps not in (None, 1):
             raise ValueError(f"attack='fgsm' makes one step; got steps={steps}. Use attack='pgd'.")
         number = 1 if attack == "fgsm" else _PGD_STEPS if steps is None else steps

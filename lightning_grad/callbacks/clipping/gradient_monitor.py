@@ -136,8 +136,8 @@ class GradientMonitor(GradCallback):
         self.top = top
         self.figure = figure
         self.alert = alert
-        self.include = as_names(include, "include")
-        self.exclude = as_names(exclude, "exclude")
+        self.include = as_names(include)
+        self.exclude = as_names(exclude)
         check_count(1 if rarely is None else rarely, 1, "rarely")
         check_count(1 if depth is None else depth, 1, "depth")
         check_count(top, 0, "top")

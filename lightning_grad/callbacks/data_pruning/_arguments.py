@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_grad.callbacks.data_pruning._measures import HISTORIES, SCORES
+from lightning_grad.callbacks.data_pruning._measures import HISTORIES
 from lightning_grad.data.score_files import score_path
-from lightning_grad.utilities.checks import check_between, check_choice, check_count, check_position, check_share
+from lightning_grad.utilities.checks import check_between, check_count, check_position, check_share
 
 if TYPE_CHECKING:
     from lightning_grad.callbacks.data_pruning.data_pruning import DataPruning
@@ -48,12 +48,6 @@ def check_settings(settings: DataPruning, rounds: Rounds) -> None:
     Raises:
         ValueError: If they are not.
     """
-    check_choice(settings.score, SCORES, "score")
-    check_choice(settings.keep, ("hard", "easy", "random"), "keep")
-    check_choice(settings.select, ("top", "ccs"), "select")
-    check_choice(settings.budget, ("epochs", "steps"), "budget")
-    if settings.balance is not None:
-        check_choice(settings.balance, ("class",), "balance")
     check_between(settings.offset, 0.0, 1.0, "offset")
     check_between(settings.class_floor, 0.0, 1.0, "class_floor")
     check_count(settings.strata, 1, "strata")

@@ -182,7 +182,7 @@ class DataPruning(SubsetCallback):
         self.select = select
         self.strata = strata
         self.budget = budget
-        self.score_files = as_names(score_files, "score_files")
+        self.score_files = as_names(score_files)
         self.save_scores = save_scores
         self.score_fn = score_fn
         self.score_dataset = score_dataset

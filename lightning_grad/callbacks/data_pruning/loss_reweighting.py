@@ -19,7 +19,6 @@ from lightning_grad.utilities.batches import copy_of
 from lightning_grad.utilities.checks import (
     check_above,
     check_between,
-    check_choice,
     check_position,
     refuse_manual_optimization,
 )
@@ -103,7 +102,6 @@ class LossReweighting(GradCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        check_choice(rule, ("linupper", "quadratic", "extremes"), "rule")
         check_above(temperature, 0.0, "temperature")
         check_above(start_temperature, 0.0, "start_temperature")
         if math.isinf(start_temperature):
