@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -64,21 +64,8 @@ def look_at_all(
         dict: For each name the values of the whole data set, (n, ...), float64, on the CPU; nan where not looked at or not
         finite.
     """
-    if dataset is not None and len(dataset) != training_set.sampler.total:  # type: ignore[arg-type]
-        raise ValueError(
-            f"score_dataset must hold the training set's own samples, {training_set.sampler.total}, without augmentation; got "
-            f"{len(dataset)}."  # type: ignore[arg-type]
-        )
-    population, batch_size = training_set.sampler.population, training_set.sampler.batch_size
-    if len(population) < trainer.world_size:
-        raise ValueError(
-            f"{len(population)} samples cannot be shared among {trainer.world_size} ranks. Use fewer devices."
-        )
-    mine = population[trainer.global_rank :: trainer.world_size].tolist()
-    chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    # A step may talk to the other ranks, so that all must run it equally often; rank 0 has most samples.
-    most = math.ceil(math.ceil(len(population) / trainer.world_size) / batch_size)
-    batches = chunks[:_TRIES] if rehearsal else [*chunks, *chunks[:1] * (most - len(chunks))]
+    _refuse_data(trainer, training_set, dataset)
+    chunks, batches = _share_of_rank(trainer, training_set, rehearsal)
     loader = scoring_loader(training_set, dataset, batches, seed, in_main_process=rehearsal)
     found = _Found(training_set.sampler.total, trainer.strategy.root_device)
     memory: dict[str, Any] = {}
@@ -99,12 +86,36 @@ def look_at_all(
                 elif found.measure(look, measure) and rehearsal:
                     break
     values = found.values if rehearsal else found.over_ranks(trainer)
-    if not values and len(batches) >= len(chunks):
+    may_have_some = bool(values) or len(batches) < len(chunks)
+    if not trainer.strategy.reduce_boolean_decision(may_have_some, all=False):  # a single rank's share may have none
         raise ValueError(
             f"{label} found nothing to look at: each batch was None, or training_step returned None for it. Let collate_fn "
             "and training_step return something for some batches in eval mode."
         )
     return values
+
+
+def _refuse_data(trainer: pl.Trainer, training_set: TrainingSet, dataset: Dataset[Any] | None) -> None:
+    if dataset is not None and len(dataset) != training_set.sampler.total:  # type: ignore[arg-type]
+        raise ValueError(
+            f"score_dataset must hold the training set's own samples, {training_set.sampler.total}, without augmentation; got "
+            f"{len(dataset)}."  # type: ignore[arg-type]
+        )
+    samples = len(training_set.sampler.population)
+    if samples < trainer.world_size:
+        raise ValueError(f"{samples} samples cannot be shared among {trainer.world_size} ranks. Use fewer devices.")
+
+
+def _share_of_rank(
+    trainer: pl.Trainer, training_set: TrainingSet, rehearsal: bool
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return this rank's samples in batches, and the batches that it runs."""
+    population, batch_size = training_set.sampler.population, training_set.sampler.batch_size
+    mine = population[trainer.global_rank :: trainer.world_size].tolist()
+    chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    # A step may talk to the other ranks, so that all must run it equally often; rank 0 has most samples.
+    most = math.ceil(math.ceil(len(population) / trainer.world_size) / batch_size)
+    return chunks, chunks[:_TRIES] if rehearsal else [*chunks, *chunks[:1] * (most - len(chunks))]
 
 
 class _Found:
@@ -129,17 +140,30 @@ class _Found:
                 raise ValueError(
                     f"{name} must have a row for each of {len(indices)} samples; got {tuple(value.shape)}."
                 )
-            if name not in self.values:
-                # Vectors of ImageNet's samples are gigabytes; what no float64 holds, Apple's GPU has no use for.
-                kind = torch.float32 if value.dim() > 1 or self._device.type == "mps" else torch.float64
-                shape = (self._total, *value.shape[1:])
-                self.values[name] = torch.full(shape, float("nan"), dtype=kind, device=self._device)
-            own = self.values[name]
+            own = self._table(name, value.shape[1:])
             value = value.detach().to(own)
             own[torch.tensor(indices, device=own.device)] = value.masked_fill(~value.isfinite(), float("nan"))
 
+    def _table(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Return where the values of a name are kept, nan at first; ``shape`` is that of one sample's."""
+        if name not in self.values:
+            # Vectors of ImageNet's samples are gigabytes; what no float64 holds, Apple's GPU has no use for.
+            kind = torch.float32 if shape or self._device.type == "mps" else torch.float64
+            self.values[name] = torch.full((self._total, *shape), float("nan"), dtype=kind, device=self._device)
+        return self.values[name]
+
     def over_ranks(self, trainer: pl.Trainer) -> dict[str, Tensor]:
-        return {name: merge_ranks(trainer, value).double().cpu() for name, value in self.values.items()}
+        shapes = self._shapes(trainer)
+        return {name: merge_ranks(trainer, self._table(name, shape)).double().cpu() for name, shape in shapes.items()}
+
+    def _shapes(self, trainer: pl.Trainer) -> dict[str, list[int]]:
+        """Return what the first rank with any values has found, the same on all: a rank may have found nothing."""
+        own = {name: list(value.shape[1:]) for name, value in self.values.items()}
+        for rank in range(trainer.world_size if trainer.world_size > 1 else 0):
+            shapes: dict[str, list[int]] = trainer.strategy.broadcast(own, src=rank)
+            if shapes:
+                return shapes
+        return own
 
 
 def merge_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
