@@ -211,8 +211,7 @@ class AccuracyGradientLR(GradCallback):
         self._record.load_state_dict(state_dict)
         self._rates.scale, self._rates.base = state_dict["scale"], state_dict["base"]
         self._since_cut, self._validated, self._due = (state_dict[key] for key in ("since_cut", "validated", "due"))
-        before = state_dict.get("settings", {})
-        changed = [name for name in ("monitor", "interval") if before.get(name) != self.settings[name]]
+        changed = self._changed_settings(state_dict, "monitor", "interval")
         if changed:
             self._record.restart()
             self._validated = None

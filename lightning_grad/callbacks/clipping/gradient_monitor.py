@@ -28,7 +28,6 @@ from lightning_grad.callbacks.clipping._monitor_report import tell_first_bad, wr
 from lightning_grad.callbacks.clipping._noise_scale import NoiseScaleMeter
 from lightning_grad.callbacks.clipping._optimizer_watch import OptimizerWatch, Place
 from lightning_grad.functional.plain_tensors import PlainTensors, on_plain_tensors
-from lightning_grad.utilities.arguments import plain
 from lightning_grad.utilities.checks import (
     check_count,
     refuse_deepspeed,
@@ -180,8 +179,7 @@ class GradientMonitor(GradCallback):
             return
         for index, saved in state_dict["records"].items():
             self._records.setdefault(int(index), MonitorRecord()).load_state_dict(saved)
-        before = state_dict.get("settings", {})
-        if all(before.get(name) == plain(self.settings[name]) for name in ("include", "exclude")):
+        if not self._changed_settings(state_dict, "include", "exclude"):
             self._noise.load_state_dict(state_dict["noise"])  # else its averages are of other parameters
         self._first_bad, self._told = dict(state_dict["first_bad"]), bool(state_dict["told"])
 

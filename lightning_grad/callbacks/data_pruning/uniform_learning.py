@@ -132,8 +132,8 @@ class UniformLearning(SubsetCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        saved, found_in = state_dict["settings"], state_dict["found_in"]
-        found_alike = all(saved[name] == getattr(self, name) for name in ("loss", "seed"))
+        found_in = state_dict["found_in"]
+        found_alike = not self._changed_settings(state_dict, "loss", "seed")
         if self._fitting and found_alike and found_in is not None and found_in >= self.epoch:
             self._repeated, self._found_in = state_dict["repeated"], found_in
 
