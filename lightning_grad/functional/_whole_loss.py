@@ -96,11 +96,10 @@ class WholeLossCapture(LossCapture):
         """Return what makes a step's loss more than one call, by the function and the line; ``None`` if nothing does.
 
         Args:
-            loss: What the step returns, with its graph.
+            loss: What the step returns, with its graph; a plain tensor.
             call: One of :attr:`calls`.
         """
         edge, value = self._seen[self.calls.index(call)]
-        loss = plain_tensor(loss)
         if loss.grad_fn is None:
             return None  # nothing is trained by it
         if edge is None or edge.node is None:

@@ -197,6 +197,7 @@ class DGCStrategy(CompressedDDPStrategy):
         self.selector = selector
         self.value_dtype = value_dtype
         self._momentum: LocalMomentum | None = None
+        self._moves_momentum = False  # also once the fit is over, and the optimizer is released
         self._feedback_because = ""
         self._sent: list[tuple[Tensor, Tensor]] = []
 
@@ -257,6 +258,7 @@ class DGCStrategy(CompressedDDPStrategy):
     @override
     def connect_optimizer(self, optimizer: Optimizer) -> None:
         super().connect_optimizer(optimizer)
+        self._moves_momentum = False
         if self.correction == "error_feedback" or not self.wants_to_compress:
             return
         why = why_not_moved(optimizer)
@@ -273,6 +275,7 @@ class DGCStrategy(CompressedDDPStrategy):
             compressed = {key for key, name in self._names.items() if name in self._chosen}
             self._momentum = LocalMomentum(cast(SGD, optimizer), compressed)
             self._momentum.attach()
+            self._moves_momentum = True
 
     @property
     @override
@@ -285,7 +288,7 @@ class DGCStrategy(CompressedDDPStrategy):
     @override
     def message_settings(self) -> dict[str, Any]:
         # What 'auto' stands for may change with the optimizer.
-        return {**super().message_settings, "correction": "momentum" if self._momentum else "error_feedback"}
+        return {**super().message_settings, "correction": "momentum" if self._moves_momentum else "error_feedback"}
 
     @override
     def load_rank_state(self, own: Mapping[str, Any], shared: Mapping[str, Any], changed: set[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,10 +11,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_grad.callbacks._whole_step import loss_of_output
 from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.functional._shuffling import hashed_seed
 from lightning_grad.functional.adversarial_attacks import Norm, fgsm, pgd
-from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.utilities.batches import copy_of
 from lightning_grad.utilities.checks import check_above, check_at_least, check_count
 from lightning_grad.utilities.precision import grad_scaler
@@ -184,12 +184,6 @@ def attack_losses(
 
 class NoLossError(RuntimeError):
     """A step has returned no loss."""
-
-
-def loss_of_output(output: Any) -> Tensor | None:
-    """Return the loss in what a step returned, if it is there, as a plain tensor."""
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    return plain_tensor(loss) if isinstance(loss, Tensor) else None
 
 
 def _check_magnitude(value: float, parameter: str, hint: str) -> None:

@@ -13,12 +13,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks._quiet import is_quiet, quiet
+from lightning_grad.callbacks._whole_step import loss_of_output
 from lightning_grad.callbacks.adversarial._attack import (
     NoLossError,
     attack_losses,
     attack_of,
     generator_for,
-    loss_of_output,
     with_clean_samples,
 )
 from lightning_grad.callbacks.adversarial._overfitting import (
