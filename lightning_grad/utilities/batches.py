@@ -7,17 +7,15 @@ as attributes. Where something is in it is told as a path of keys, positions and
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_grad.functional.plain_tensors import dressed, plain_tensor
-from lightning_grad.utilities.batch_copies import DEEPEST as _DEEPEST
-from lightning_grad.utilities.batch_copies import children as _children
+from lightning_grad.utilities.batch_copies import DEEPEST, children, put, shallow_copy
 from lightning_grad.utilities.batch_copies import copy_of as copy_of
-from lightning_grad.utilities.batch_copies import put, shallow_copy
 
 Path = tuple[Any, ...]
 _NO_INPUT = re.compile(r"labels?|targets?|y|(.*_)?mask|(sample_)?weights?", re.IGNORECASE)
@@ -161,7 +159,7 @@ def _tensors_of(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     if isinstance(batch, Tensor):
         yield path, batch
         return
-    for key, child in _children(batch) if len(path) < _DEEPEST else ():
+    for key, child in children(batch) if len(path) < DEEPEST else ():
         yield from _tensors_of(child, (*path, key))
 
 
@@ -171,7 +169,7 @@ def _numbers_of(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
             yield path, batch
         return
     fields = getattr(batch, "_fields", None) if isinstance(batch, tuple) else None
-    for key, child in _children(batch) if len(path) < _DEEPEST else ():
+    for key, child in children(batch) if len(path) < DEEPEST else ():
         name = fields[key] if fields else key
         if not (isinstance(name, str) and _NO_INPUT.fullmatch(name)):
             yield from _numbers_of(child, (*path, key))
@@ -191,9 +189,9 @@ def _child_at(part: Any, path: Path, depth: int) -> Any:
 def _follow(batch: Any, key: str | int, needed_by: str) -> Path:
     path: Path = ()
     here = batch
-    for part in [key] if isinstance(key, int) else _parts(batch, key):
-        known = dict(_children(here))
-        found = part if part in known else _as_position(part)
+    for part in parts_of_key(batch, key):
+        known = dict(children(here))
+        found = found_key(part, known)
         by_attribute = _path_of_attribute(here, part)
         if found not in known and by_attribute is not None:
             path, here = (*path, *by_attribute), getattr(here, str(part))
@@ -218,13 +216,15 @@ def _path_of_attribute(here: Any, name: str | int) -> Path | None:
     return next((path for path, value in _tensors_of(here) if value is shown), None)
 
 
-def _parts(batch: Any, key: str) -> list[str]:
-    # A mapping may have a key with a dot in it.
-    return [key] if isinstance(batch, Mapping) and key in batch else key.split(".")
+def parts_of_key(batch: Any, key: str | int) -> list[Any]:
+    """Return the parts of what a user has written for a path: a key, a position, or several joined by dots."""
+    is_whole = isinstance(key, int) or (isinstance(batch, Mapping) and key in batch)  # a mapping's key may have dots
+    return [key] if is_whole else str(key).split(".")
 
 
-def _as_position(part: Any) -> Any:
-    return int(part) if isinstance(part, str) and part.isdecimal() else part
+def found_key(part: Any, known: Container[Any]) -> Any:
+    """Return the key or position that a part of a path stands for in a container or object with these keys."""
+    return int(part) if part not in known and isinstance(part, str) and part.isdecimal() else part
 
 
 def reordered(batch: Any, order: Tensor) -> Any:
@@ -242,7 +242,7 @@ def reordered(batch: Any, order: Tensor) -> Any:
     holds_rows = any(value.dim() and len(value) == len(order) for _, value in _tensors_of(batch))
     if type(batch) in (list, tuple) and len(batch) == len(order) and not holds_rows:
         return type(batch)(batch[place] for place in order.tolist())
-    for key, child in list(_children(batch)):
+    for key, child in list(children(batch)):
         other = reordered(child, order)
         if other is not child:
             batch = with_input(batch, (key,), other)

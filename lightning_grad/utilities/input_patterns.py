@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_grad.utilities.batch_copies import children, has_parts
-from lightning_grad.utilities.batches import Path, find_input, has_input, input_at, text_of
+from lightning_grad.utilities.batches import Path, find_input, found_key, has_input, input_at, parts_of_key, text_of
 
 
 class _Every:
@@ -211,7 +211,7 @@ def _pattern_of(batch: Any, key: str, needed_by: str) -> Path:
     here = batch
     for part in key.split("."):
         known = dict(children(here))
-        found = part if part in known or not part.isdecimal() else int(part)
+        found = found_key(part, known)
         if (part != "*" and found not in known) or not known:
             there = ", ".join(map(repr, known)) or f"no parts: it is a {type(here).__name__}"
             raise ValueError(f"{needed_by}: input_key={key!r} leads nowhere in the batch; there it has {there}.")
@@ -222,12 +222,11 @@ def _pattern_of(batch: Any, key: str, needed_by: str) -> Path:
 
 def _list_at(batch: Any, key: str | int) -> Path | None:
     """Return the path of the list to which a key leads, if it holds floating tensors."""
-    parts = [key] if isinstance(key, int) or (isinstance(batch, Mapping) and key in batch) else key.split(".")
     path: Path = ()
     here = batch
-    for part in parts:
+    for part in parts_of_key(batch, key):
         known = dict(children(here))
-        found = part if part in known or not (isinstance(part, str) and part.isdecimal()) else int(part)
+        found = found_key(part, known)
         if found not in known:
             return None
         path, here = (*path, found), known[found]
