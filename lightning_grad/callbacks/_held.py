@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from lightning_grad.data.random_streams import GENERATORS, set_generator, state_of_generator
 from lightning_grad.functional._attributes import attributes_of
 from lightning_grad.functional.plain_tensors import plain_tensor
+from lightning_grad.utilities.batch_copies import FIXED
 from lightning_grad.utilities.dispatch import MethodDispatcher
 
 CONTAINERS = (list, dict, set, deque)
-_FIXED = frozenset({bool, int, float, complex, str, bytes, type(None)})
 _DICTIONARIES = (dict, OrderedDict)
 _CODE = (FunctionType, BuiltinFunctionType, MethodType, functools.partial, type, MethodDispatcher)
 _OF_MODULES = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric")
@@ -57,7 +57,7 @@ def _is_own_class(kind: type) -> bool:
 def holds_fixed_only(container: Any) -> bool:
     """Say whether a container holds nothing that could change, as a vocabulary does."""
     items = container.values() if isinstance(container, dict) else container
-    return _FIXED.issuperset(map(type, items))
+    return FIXED.issuperset(map(type, items))
 
 
 def put_back(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -79,7 +79,7 @@ def put_aside(value: Any, known: set[int]) -> list[Held]:
         known: Identities of what is put aside already, to which this is added: objects may know each other.
     """
     kind = type(value)
-    if kind in _FIXED or id(value) in known or isinstance(value, _CODE):
+    if kind in FIXED or id(value) in known or isinstance(value, _CODE):
         return []
     changes = isinstance(value, (*CONTAINERS, *GENERATORS, tuple, Tensor, nn.Module, np.ndarray))
     return [Held(value, known)] if changes or has_own_state(value) else []

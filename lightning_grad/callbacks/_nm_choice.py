@@ -25,7 +25,7 @@ from lightning_grad.utilities.parameters import (
     named_owners,
     parameter_names,
 )
-from lightning_grad.utilities.reporting import format_table
+from lightning_grad.utilities.reporting import counted, format_table
 from lightning_grad.utilities.weight_axes import is_foreign_matrix, output_dimension
 from lightning_grad.utilities.weight_view import has_view, viewed_class
 
@@ -52,8 +52,7 @@ class Choice:
     def summary(self) -> str:
         """Return in a clause how many weights are made sparse."""
         pruned = sum(weight.pattern.n < weight.pattern.m for weight in self.chosen)
-        count = pruned or len(self.chosen)
-        weights = f"{count} weight{'s' * (count > 1)}"
+        weights = counted(pruned or len(self.chosen), "weight")
         if not pruned:
             return f"keeps {weights} dense, because N = M prunes nothing"
         return f"makes {weights} sparse"

@@ -33,7 +33,8 @@ from lightning_grad.callbacks._scoring import runner, scoring_loader, to_device
 from lightning_grad.callbacks._whole_step import refuse_rest
 from lightning_grad.data.random_streams import generators_kept, seed_generators, seed_streams
 from lightning_grad.functional._whole_loss import WholeLossCapture
-from lightning_grad.utilities.batches import copy_of, reordered
+from lightning_grad.utilities.batch_copies import copy_of
+from lightning_grad.utilities.batches import reordered
 from lightning_grad.utilities.training_set import TrainingSet
 
 _EXACT = 1e-5

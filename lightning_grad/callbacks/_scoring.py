@@ -21,8 +21,9 @@ from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatch
 from lightning_grad.callbacks._quiet import quiet
 from lightning_grad.data.borrowed_workers import BorrowedWorkers
 from lightning_grad.data.random_streams import generators_kept, seed_streams
-from lightning_grad.utilities.batches import copy_of
+from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import is_sharded
+from lightning_grad.utilities.reporting import listed
 from lightning_grad.utilities.training_set import TrainingSet
 
 
@@ -187,7 +188,7 @@ def say_what_is_skipped(label: str, population: Tensor, has_value: Tensor) -> No
     """
     missing = population[~has_value].tolist()
     if missing:
-        shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
+        shown = listed(missing, _SHOWN)
         rank_zero_info(
             f"{label} skips {len(missing)} of {len(population)} samples that have no finite value: {shown}. Their batch was "
             "None, or training_step returned None for it, or none of their positions counts, or their loss is not finite."

@@ -42,7 +42,7 @@ from lightning_grad.utilities.checks import (
 from lightning_grad.utilities.optimizers import Shape, optimizer_index, optimizer_shape
 from lightning_grad.utilities.parameters import all_names, as_names, check_patterns, matches, parameter_names
 from lightning_grad.utilities.precision import refuse_scaled_gradients
-from lightning_grad.utilities.reporting import is_log_step, log_summary
+from lightning_grad.utilities.reporting import counted, is_log_step, listed, log_summary
 from lightning_grad.utilities.thresholds import Bucket, Threshold, as_threshold, choose_buckets
 
 __all__ = ["GradientConditioner", "GradientStep", "Phase"]
@@ -253,8 +253,8 @@ class GradientConditioner(GradCallback):
         named = [pair for bucket in buckets for pair in zip(bucket.names, bucket.parameters, strict=True)]
         unchanged = [name for name, parameter in named if not self._changes(parameter)]
         left_out = [*left_out, *unchanged]
-        rest = f"; {len(left_out)} left alone ({_short(left_out)})" if left_out else ""
-        self._say(f"acts on {_counted(len(named) - len(unchanged), 'parameter')}{rest}")
+        rest = f"; {len(left_out)} left alone ({listed(left_out)})" if left_out else ""
+        self._say(f"acts on {counted(len(named) - len(unchanged), 'parameter')}{rest}")
         if self.phase == "noise":
             warn_of_missing_momentum(trainer, self.label, "noise")
         if self.phase == "clip":
@@ -357,11 +357,3 @@ def _gather(bucket: Bucket, memory: Memory, measured: bool, optimizer: Optimizer
         if gradients and value.device != gradients[0].device:  # restored from a checkpoint
             state[key] = value.to(gradients[0].device)
     return GradientStep(parameters, gradients, names, bucket.threshold, state, memory.steps, measured, optimizer, index)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def _short(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -21,7 +21,7 @@ from lightning_grad.functional._attributes import attributes_of
 from lightning_grad.functional.plain_tensors import clone_of
 
 DEEPEST = 8  # an object of a batch may know its owner
-_FIXED = frozenset({bool, int, float, complex, str, bytes, type(None)})
+FIXED = frozenset({bool, int, float, complex, str, bytes, type(None)})
 _NO_PARTS = (type, ModuleType, torch.nn.Module)
 _FRAMEWORKS = {"lightning", "lightning_fabric", "pytorch_lightning"}
 _COPIED_WHOLE = {"PIL", "pandas", "polars", "scipy"}  # what they are made of is their own affair
@@ -55,7 +55,7 @@ class _Copies:
         self._twins: set[int] = set()
 
     def of(self, value: Any, depth: int = 0) -> Any:
-        if type(value) in _FIXED or id(value) in self._twins or depth > DEEPEST or _is_left_alone(value):
+        if type(value) in FIXED or id(value) in self._twins or depth > DEEPEST or _is_left_alone(value):
             return value
         if id(value) not in self._known:
             self._known[id(value)] = (self._begun(value, depth), value)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lightning_grad.functional.plain_tensors import dressed, plain_tensor
 from lightning_grad.utilities.batch_copies import DEEPEST, children, put, shallow_copy
-from lightning_grad.utilities.batch_copies import copy_of as copy_of
 
 Path = tuple[Any, ...]
 _NO_INPUT = re.compile(r"labels?|targets?|y|(.*_)?mask|(sample_)?weights?", re.IGNORECASE)

@@ -15,9 +15,10 @@ from lightning_grad.callbacks._whole_step import loss_of_output
 from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.functional._shuffling import hashed_seed
 from lightning_grad.functional.adversarial_attacks import Norm, fgsm, pgd
-from lightning_grad.utilities.batches import copy_of
+from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import check_above, check_at_least, check_count
 from lightning_grad.utilities.precision import grad_scaler
+from lightning_grad.utilities.reporting import counted
 
 _LARGEST = 1e30  # what is computed from it still fits into float32
 _ROUNDING = 1e-3  # of the bounds' distance: half precision, and means that were rounded
@@ -50,8 +51,7 @@ class Attack:
     @property
     def described(self) -> str:
         """What a line about it says in brackets."""
-        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
-        return f"{steps}, epsilon {self.epsilon:g} in {self.norm}"
+        return f"{counted(self.steps, 'step')}, epsilon {self.epsilon:g} in {self.norm}"
 
     def __call__(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_grad.callbacks._whole_step import loss_of_output
 from lightning_grad.functional import LossCapture
 from lightning_grad.functional.plain_tensors import plain_tensor
-from lightning_grad.utilities.batches import copy_of
+from lightning_grad.utilities.batch_copies import copy_of
 
 Step = Callable[[Any], Any]
 

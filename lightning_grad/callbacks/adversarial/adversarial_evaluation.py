@@ -22,7 +22,7 @@ from lightning_grad.callbacks.adversarial._second_state import SecondState
 from lightning_grad.callbacks.adversarial._worst_inputs import WorstInputs
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.data.random_streams import random_streams_kept
-from lightning_grad.utilities.batches import copy_of
+from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import check_count, check_position, refuse_dataloader_iter, refuse_sharded
 from lightning_grad.utilities.dispatch import overrides, wrap_method
 

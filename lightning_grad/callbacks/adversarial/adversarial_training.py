@@ -30,7 +30,8 @@ from lightning_grad.callbacks.adversarial._overfitting import (
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional.adversarial_attacks import IndependentLossError
-from lightning_grad.utilities.batches import copy_of, same_tensors
+from lightning_grad.utilities.batch_copies import copy_of
+from lightning_grad.utilities.batches import same_tensors
 from lightning_grad.utilities.checks import (
     check_between,
     check_count,

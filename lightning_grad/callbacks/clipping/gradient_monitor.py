@@ -40,6 +40,7 @@ from lightning_grad.utilities.optimizers import optimizer_index, optimizer_shape
 from lightning_grad.utilities.parameters import as_names, check_patterns, parameter_names
 from lightning_grad.utilities.precision import grad_scaler, refuse_scaled_gradients, true_loss
 from lightning_grad.utilities.reporting import (
+    counted,
     is_log_step,
     log_histograms,
     log_many,
@@ -242,7 +243,7 @@ class GradientMonitor(GradCallback):
 
     def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         count = sum(len(watch.parameters) for watch in self._watches)
-        self._say(f"watches the gradients of {count} parameter{'' if count == 1 else 's'}")
+        self._say(f"watches the gradients of {counted(count, 'parameter')}")
         if trainer.barebones:
             self._say(
                 "logs nothing, because Trainer(barebones=True) turns logging off; at the end of the fit it names the first "

@@ -15,7 +15,7 @@ from lightning_grad.callbacks._loss_tap import batch_size_of, reweight_losses
 from lightning_grad.callbacks._rehearsal import Rehearsal
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional import LossCall, annealed_temperature, loss_weights
-from lightning_grad.utilities.batches import copy_of
+from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import (
     check_above,
     check_between,
