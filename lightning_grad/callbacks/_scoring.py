@@ -9,7 +9,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -25,6 +25,8 @@ from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import is_sharded
 from lightning_grad.utilities.reporting import listed
 from lightning_grad.utilities.training_set import TrainingSet
+
+T = TypeVar("T")
 
 
 def look_at_all(
@@ -154,17 +156,17 @@ class _Found:
         return self.values[name]
 
     def over_ranks(self, trainer: pl.Trainer) -> dict[str, Tensor]:
-        shapes = self._shapes(trainer)
+        shapes = first_of_ranks(trainer, {name: tuple(value.shape[1:]) for name, value in self.values.items()})
         return {name: merge_ranks(trainer, self._table(name, shape)).double().cpu() for name, shape in shapes.items()}
 
-    def _shapes(self, trainer: pl.Trainer) -> dict[str, list[int]]:
-        """Return what the first rank with any values has found, the same on all: a rank may have found nothing."""
-        own = {name: list(value.shape[1:]) for name, value in self.values.items()}
-        for rank in range(trainer.world_size if trainer.world_size > 1 else 0):
-            shapes: dict[str, list[int]] = trainer.strategy.broadcast(own, src=rank)
-            if shapes:
-                return shapes
-        return own
+
+def first_of_ranks(trainer: pl.Trainer, own: dict[str, T]) -> dict[str, T]:
+    """Return what the first rank has that has anything, the same on all; a rank may have found nothing in its share."""
+    for rank in range(trainer.world_size if trainer.world_size > 1 else 0):
+        found: dict[str, T] = trainer.strategy.broadcast(own, src=rank)
+        if found:
+            return found
+    return own
 
 
 def merge_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from lightning_grad.callbacks._look import Look, Measure
+from lightning_grad.callbacks._scoring import first_of_ranks
 from lightning_grad.functional import (
     LossCall,
     el2n,
@@ -118,11 +119,13 @@ class VarianceOfGradients:
 
     def gather(self, trainer: pl.Trainer) -> None:
         """Give every rank what the others have measured in this pass, so that any of them may save it."""
-        own, self._measured = torch.tensor(self._measured), []
+        own, self._measured = torch.tensor(self._measured, dtype=torch.long), []
         if trainer.world_size == 1:
             return
-        for key, value in self.state.items():
-            share = torch.zeros_like(value)
+        layout = first_of_ranks(trainer, {key: (tuple(value.shape), value.dtype) for key, value in self.state.items()})
+        for key, (shape, kind) in layout.items():
+            share = torch.zeros(shape, dtype=kind)
+            value = self.state.get(key, share)
             share[own] = value[own]
             total = trainer.strategy.reduce(share.to(trainer.strategy.root_device), reduce_op="sum")
             self.state[key] = torch.as_tensor(total).cpu()
