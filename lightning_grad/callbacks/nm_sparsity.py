@@ -262,7 +262,7 @@ class NMSparsity(GradCallback):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_layers": None}
+        return {**super().__getstate__(), "_layers": None, "_variances": {}}
 
     @property
     def _weights(self) -> list[SparseWeight]:
