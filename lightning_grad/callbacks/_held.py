@@ -38,12 +38,12 @@ _FOREIGN = frozenset((sys.stdlib_module_names - _BASES) | set(_FRAMEWORKS.split(
 
 
 def is_code(value: Any) -> bool:
-    """Say whether something is run, and holds nothing that changes."""
+    """Return whether something is run, and holds nothing that changes."""
     return isinstance(value, _CODE)
 
 
 def has_own_state(value: Any) -> bool:
-    """Say whether an object is one of the user's, such as an average meter, with attributes of its own."""
+    """Return whether an object is one of the user's, such as an average meter, with attributes of its own."""
     kind: Any = type(value)
     return _is_own_class(kind) and bool(attributes_of(value))
 
@@ -55,7 +55,7 @@ def _is_own_class(kind: type) -> bool:
 
 
 def holds_fixed_only(container: Any) -> bool:
-    """Say whether a container holds nothing that could change, as a vocabulary does."""
+    """Return whether a container holds nothing that could change, as a vocabulary does."""
     items = container.values() if isinstance(container, dict) else container
     return FIXED.issuperset(map(type, items))
 

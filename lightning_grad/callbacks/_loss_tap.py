@@ -122,9 +122,8 @@ class _LossTap:
         self._seen = 0
         batch = next(iter((*args, *kwargs.values())))
         samples = batch_size_of(batch) if self.samples is None else self.samples()
-        if (
-            samples == 0
-        ):  # none of the samples that are watched: another loader's batch, or a tuner that tries a few steps
+        if samples == 0:
+            # None of the samples that are watched: another loader's batch, or a tuner that tries a few steps.
             return inner(*args, **kwargs)
         weights = None if self.reweight is None else self._weights
         with LossCapture(samples, weights, way_out=self.way_out) as capture:

@@ -181,7 +181,7 @@ def merge_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
 
 
 def say_what_is_skipped(label: str, population: Tensor, has_value: Tensor) -> None:
-    """Say how many samples have no value, and which.
+    """Print how many samples have no value, and which.
 
     Args:
         label: Who looked.

@@ -14,7 +14,7 @@ from lightning_grad.functional.plain_tensors import plain_tensor
 def refuse_rest(capture: WholeLossCapture, call: LossCall, output: object, label: str, way_out: str) -> None:
     """Raise if what a step returns is more than the mean of one loss.
 
-    A factor that is the same for all samples, and terms that do not depend on them, are no more.
+    A factor that is the same for all samples does not count, nor do terms that do not depend on samples.
 
     Raises:
         RuntimeError: If it is.

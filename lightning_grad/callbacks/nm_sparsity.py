@@ -141,11 +141,11 @@ class NMSparsity(GradCallback):
         RuntimeError: As soon as something reparametrizes a chosen weight during the fit.
 
     **Hooks.** ``on_fit_start`` chooses the weights, when all layers exist and DDP is set up; each optimizer's post hook
-    refreshes the masks of the weights it owns; the first ``on_train_batch_end`` chooses again if the batch reached the layers
-    in another order than they are registered in; ``on_validation_start`` restarts monitors when the final pattern has begun;
-    ``on_before_optimizer_step`` adds the SR-STE term, unscaled and before
-    clipping, so that lambda is exact; the first ``on_validation_batch_start`` switches to what a checkpoint would hold,
-    after weight averaging has swapped its weights in; ``teardown`` makes the sparse weights the module's own.
+    refreshes the masks of the weights it owns; the first ``on_train_batch_end`` chooses again if the batch reached the
+    layers in another order than they are registered in; ``on_validation_start`` restarts monitors when the final pattern
+    has begun; ``on_before_optimizer_step`` adds the SR-STE term, unscaled and before clipping, so that lambda is exact;
+    the first ``on_validation_batch_start`` switches to what a checkpoint would hold, after weight averaging has swapped
+    its weights in; ``teardown`` makes the sparse weights the module's own.
 
     **Logs** under ``sparsity/``, at log steps: ``n`` and ``m`` of the pattern in force (of each name pattern, where there
     are several), ``decay`` (D), ``density`` (share of chosen weights that is not zero; also for each layer),

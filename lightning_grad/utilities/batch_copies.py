@@ -1,7 +1,7 @@
 """Copies of batches that share nothing with the batch that a step could change.
 
-A step may normalise its input in place, pop its labels, sort a list, draw on an image. Whoever shows a batch a second time
-shows a copy, or keeps one.
+A step may normalise its input in place, pop its labels, sort a list, draw on an image. So a batch that is needed again is
+copied before a step gets it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def children(batch: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def has_parts(value: Any) -> bool:
-    """Say whether something is a container, or an object with attributes, but no tensor."""
+    """Return whether something is a container, or an object with attributes, but no tensor."""
     return next(children(value), None) is not None
 
 

@@ -73,7 +73,7 @@ def text_of(path: Path) -> str:
 
 
 def has_input(batch: Any, path: Path) -> bool:
-    """Say whether there is a floating tensor at a path.
+    """Return whether there is a floating tensor at a path.
 
     Example:
         >>> has_input([None], (0,)), has_input([torch.ones(1)], (0,))
@@ -143,7 +143,7 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def same_tensors(batch: Any, other: Any) -> bool:
-    """Say whether two batches hold the same tensors, in containers that may have been made anew.
+    """Return whether two batches hold the same tensors, in containers that may have been made anew.
 
     Example:
         >>> x = torch.ones(2)

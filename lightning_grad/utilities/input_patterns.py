@@ -82,7 +82,7 @@ def expanded(batch: Any, pattern: Path) -> list[Path]:
 
 
 def has_inputs(batch: Any, pattern: Path) -> bool:
-    """Say whether there are floating tensors at a pattern, alike in type and number of dimensions.
+    """Return whether there are floating tensors at a pattern, alike in type and number of dimensions.
 
     Example:
         >>> import torch
@@ -97,7 +97,7 @@ def has_inputs(batch: Any, pattern: Path) -> bool:
 
 
 def are_samples(batch: Any, pattern: Path) -> bool:
-    """Say whether each tensor of a pattern is one sample, rather than a batch of them.
+    """Return whether each tensor of a pattern is one sample, rather than a batch of them.
 
     Example:
         >>> import torch
@@ -148,7 +148,7 @@ def _over_samples(batch: Any, path: Path) -> Path:
 
 
 def _is_list_of_samples(batch: Any, path: Path, where: int) -> bool:
-    """Say whether the container in which ``path[where]`` leads on holds one sample in each place.
+    """Return whether the container in which ``path[where]`` leads on holds one sample in each place.
 
     A list of samples and a list of batches (two views, two loaders) look alike. What stands with an input tells them apart:
     with a batch stand tensors that are as long, with a sample stand numbers, text and tensors of other lengths.

@@ -74,7 +74,7 @@ def slot_of(loader: DataLoader[Any]) -> str:
 
 
 def replace_sampler(loader: DataLoader[Any], sampler: Any) -> None:
-    """Let a loader draw its lists of indices from another sampler."""
+    """Make a loader draw its lists of indices from another sampler."""
     # DataLoader refuses to set it. Persistent workers draw from the sampler that they were started with.
     loader.__dict__[slot_of(loader)] = sampler
     if loader._iterator is not None:

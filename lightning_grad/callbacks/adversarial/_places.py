@@ -196,7 +196,7 @@ def find_place(pl_module: pl.LightningModule, batch: Any, input_key: str | int |
 
 
 def _described(batch: Any, pattern: Path) -> str:
-    """Say which tensors are perturbed, and of several alike in a list, which are not."""
+    """Return which tensors are perturbed and, if others alike in their list are not, how to include them."""
     shapes = list(dict.fromkeys(tuple(input_at(batch, path).shape) for path in expanded(batch, pattern)))
     if EVERY in pattern:
         several = len(expanded(batch, pattern))
