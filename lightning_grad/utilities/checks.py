@@ -54,10 +54,10 @@ def check_at_least(value: float, least: float, parameter: str) -> None:
 
 
 def check_count(value: int, least: int, parameter: str) -> None:
-    """Raise unless a number is whole and at least ``least``.
+    """Raise unless a count is at least ``least``. The annotation of the argument makes sure that it is whole.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If it is smaller.
     """
     if value < least:
         raise ValueError(f"{parameter} must be at least {least}, and whole; got {value}.")
@@ -119,7 +119,7 @@ def check_finite_above(value: float, bound: float, parameter: str) -> None:
 
 
 def check_count_between(value: int, least: int, most: int, parameter: str) -> None:
-    """Raise unless a number is whole and in a range, its ends included.
+    """Raise unless a count is in a range, its ends included.
 
     Raises:
         ValueError: If it is not.

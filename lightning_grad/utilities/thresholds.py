@@ -36,7 +36,7 @@ def as_threshold(value: Threshold, parameter: str, check: Callable[[float], obje
     if not numbers:
         raise ValueError(f"{parameter} is a number, or one for each name pattern; got an empty mapping.")
     for number in numbers:
-        if isinstance(number, (bool, str)) or not isinstance(number, (int, float)):
+        if isinstance(number, bool) or not isinstance(number, (int, float)):  # a param group may hold anything
             raise TypeError(f"{parameter} is a number, or one for each name pattern; got {value!r}.")
         check(number)
     if isinstance(value, Mapping):
