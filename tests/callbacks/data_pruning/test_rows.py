@@ -496,6 +496,22 @@ def test_targets_that_are_places_in_the_batch(make: Any) -> None:
         train(callback, ContrastiveSorted())
 
 
+class ContrastiveViews(Classifier):
+    """Draws the second view of each sample itself, in eval mode too."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        one, other = self(batch[0]), self(batch[0] + 0.1 * torch.randn_like(batch[0]))
+        return F.cross_entropy(one @ other.T, torch.arange(len(one)))
+
+
+@pytest.mark.parametrize("make", [lambda: pruning("loss"), lambda: pruning("aum"), InfoBatch])
+def test_places_in_the_batch_tell_nothing_where_the_views_are_noisy(make: Any) -> None:
+    with pytest.warns(UserWarning, match="draws random numbers in eval mode.*relies on the tensors"):
+        train(make(), ContrastiveViews())
+    with pytest.raises(RuntimeError, match=KEEP):
+        train(make(), ContrastiveViews(), loader=batches(by_length))
+
+
 class Silent(Classifier):
     """Says the same of every sample at first."""
 
