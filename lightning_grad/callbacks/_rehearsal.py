@@ -31,7 +31,7 @@ from lightning_grad.callbacks._row_order import (
 )
 from lightning_grad.callbacks._scoring import runner, scoring_loader, seed_streams, to_device
 from lightning_grad.callbacks._whole_step import refuse_rest
-from lightning_grad.data.random_streams import generators_kept, seed_generators
+from lightning_grad.data.random_streams import generators_kept, numbers_kept, seed_generators
 from lightning_grad.functional._whole_loss import WholeLossCapture
 from lightning_grad.utilities.batches import copy_of, reordered
 from lightning_grad.utilities.training_set import TrainingSet
@@ -189,7 +189,8 @@ class Rehearsal:
             return loader.collate_fn(items if takes_lists else [items[place] for place in order.tolist()])
 
         once = scoring_loader(training_set, dataset, [chosen], 0, in_main_process=True, collate=collate)
-        with generators_kept([once.dataset, loader.collate_fn]), self._quiet(0):
+        own = [once.dataset, loader.collate_fn]
+        with generators_kept(own), numbers_kept(loader.collate_fn), self._quiet(0):
             batch = next(iter(once))
             self._seed(seed)
             yield batch

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatchError
 from lightning_grad.callbacks._quiet import quiet
 from lightning_grad.data.borrowed_workers import BorrowedWorkers
-from lightning_grad.data.random_streams import generators_kept
+from lightning_grad.data.random_streams import generators_kept, numbers_kept
 from lightning_grad.utilities.batches import copy_of
 from lightning_grad.utilities.checks import is_sharded
 from lightning_grad.utilities.training_set import TrainingSet
@@ -84,8 +84,9 @@ def look_at_all(
     loader = scoring_loader(training_set, dataset, batches, seed, in_main_process=rehearsal)
     found = _Found(training_set.sampler.total, trainer.strategy.root_device)
     memory: dict[str, Any] = {}
-    sources = [loader.dataset, training_set.loader.collate_fn]
-    with quiet(trainer, pl_module, advice=f", or {way_out}"), generators_kept(sources):
+    collate = training_set.loader.collate_fn
+    own = generators_kept([loader.dataset, collate]), numbers_kept(collate)
+    with quiet(trainer, pl_module, advice=f", or {way_out}"), own[0], own[1]:
         seed_streams(seed)
         for number, batch in enumerate(loader if rehearsal else _with_progress(loader, title, trainer)):
             if batch is None:

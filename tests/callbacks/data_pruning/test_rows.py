@@ -426,6 +426,40 @@ def test_the_rehearsal_leaves_no_trace(make: Any, monkeypatch: pytest.MonkeyPatc
     assert_identical(*states)
 
 
+AT_THE_TOP = np.random.default_rng(0)
+
+
+class Resizing:
+    """Counts its batches, as where each tenth has images of another size, and draws from a generator of the file."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, items: list[Any]) -> Any:
+        self.calls += 1
+        x, *rest = default_collate(items)
+        return [x * (1 + self.calls % 3) * AT_THE_TOP.uniform(0.9, 1.1), *rest]
+
+
+class DrawsFromTheFile(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0] * AT_THE_TOP.uniform(0.9, 1.1)), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*(samples that differ|in eval mode)")
+@pytest.mark.parametrize("make", REHEARSING, ids=NAMES)
+def test_the_rehearsal_leaves_no_trace_in_what_the_file_holds(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for rehearses in (True, False):
+        if not rehearses:
+            for name in ("check_loader", "check_batch", "check_whole_loss"):
+                monkeypatch.setattr(Rehearsal, name, lambda *_, **__: None)
+        AT_THE_TOP.bit_generator.state = np.random.default_rng(0).bit_generator.state
+        run = train(make(), DrawsFromTheFile(), loader=batches(Resizing()), epochs=3)
+        states.append(state_of(run.trainer, run.module))
+    assert_identical(*states)
+
+
 @pytest.mark.parametrize("make", SAME_EPOCHS, ids=["info", "reweighting", "aum"])
 def test_nothing_is_run_after_the_first_batch(make: Any) -> None:
     runs: list[int] = []
