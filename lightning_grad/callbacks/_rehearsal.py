@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatchError
+from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatchError, loss_of
 from lightning_grad.callbacks._quiet import eager, quiet
 from lightning_grad.callbacks._row_order import (
     follows,
@@ -161,7 +161,7 @@ class Rehearsal:
             with capture:
                 output = runner(self.trainer, self.pl_module, batch, 0)()
             if output is not None:
-                refuse_rest(capture, capture.only(), output, self.label, self.way_out)
+                refuse_rest(capture, loss_of(capture, None, self.label), output, self.label, self.way_out)
 
     @contextmanager
     def _quiet(self, seed: int) -> Iterator[None]:

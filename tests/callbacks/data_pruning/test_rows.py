@@ -426,6 +426,31 @@ def test_the_rehearsal_leaves_no_trace(make: Any, monkeypatch: pytest.MonkeyPatc
     assert_identical(*states)
 
 
+def without_some(items: list[Any]) -> Any:
+    """Leave out what cannot be used, as for images that cannot be read."""
+    return default_collate([item for item in items if item[0][0] < 1.0])
+
+
+class SomeRows(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        chosen = batch[0][:, 0] < 1.0
+        return F.cross_entropy(self(batch[0][chosen]), batch[1][chosen])
+
+
+@pytest.mark.parametrize("make", [pruning, lambda: pruning("aum"), InfoBatch, lambda: LossReweighting(warmup=0.0)])
+@pytest.mark.parametrize("where", ["collate_fn", "step"])
+def test_samples_that_have_no_row_are_refused_by_name(make: Any, where: str) -> None:
+    callback = make()
+    if where == "collate_fn" and isinstance(callback, LossReweighting):
+        train(callback, loader=batches(without_some))  # which credits nothing to an index
+        return
+    module, collate = (SomeRows(), default_collate) if where == "step" else (Classifier(), without_some)
+    with pytest.raises(
+        ValueError, match=rf"^{callback.label} .* loss of each sample\..* rows for 8 samples: .* leaves sampl"
+    ):
+        train(callback, module, loader=batches(collate))
+
+
 AT_THE_TOP = np.random.default_rng(0)
 
 
