@@ -24,6 +24,24 @@ class SkippedBatchError(Exception):
     """The step returned nothing for a batch, as it does for one that Lightning is to train nothing on."""
 
 
+def loss_of(capture: LossCapture, which: int | None, label: str) -> LossCall:
+    """Return the loss of a step that was run.
+
+    Args:
+        capture: What was seen of it.
+        which: Which of several losses counts.
+        label: Who asks, for errors.
+
+    Raises:
+        RuntimeError: If no loss can be read, or it is not clear which of several is meant.
+        ValueError: If the rows of the only one do not divide by the number of samples.
+    """
+    try:
+        return capture.only(which)
+    except (RuntimeError, ValueError) as error:
+        raise type(error)(f"{label} reads the loss of each sample. {error}") from None
+
+
 @dataclass
 class Look:
     """One batch, and the means to see what the module makes of it.
@@ -65,15 +83,15 @@ class Look:
         if which is None and several and not any(call.has_graph for call in capture.calls):
             # Only with a graph the loss can be told from what a step computes for its log.
             found = self._captured(with_graph=True)
-            which = self.memory["which"] = found.calls.index(found.only())
-        return capture.only(which)
+            which = self.memory["which"] = found.calls.index(loss_of(found, None, self.label))
+        return loss_of(capture, which, self.label)
 
     def _whole_loss(self) -> LossCall:
         """Return the loss of the first batch that has one, after a look at what else the step's loss consists of."""
         capture = WholeLossCapture(self.pl_module, len(self.indices), way_out=self.way_out)
         with torch.enable_grad(), capture:
             output = self._run()
-        call = capture.only()
+        call = loss_of(capture, None, self.label)
         refuse_rest(capture, call, output, self.label, self.way_out)
         self.memory["whole"] = True
         if len(capture.calls) + len(capture.unread) > 1:

@@ -14,9 +14,10 @@ import lightning.pytorch as pl
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from lightning_grad.callbacks._look import SCORE_FN
+from lightning_grad.callbacks._look import SCORE_FN, loss_of
 from lightning_grad.callbacks._quiet import is_quiet
 from lightning_grad.functional import LossCall, LossCapture
+from lightning_grad.functional.loss_capture import IndivisibleError
 from lightning_grad.utilities.dispatch import wrap_method
 
 _INNERMOST = -100
@@ -29,6 +30,7 @@ def read_losses(
     which: int | None = None,
     samples: Callable[[], int] | None = None,
     way_out: str = SCORE_FN,
+    needed_by: str = "A reader",
 ) -> Any:
     """Have ``reader`` called with the loss of every training step, after it.
 
@@ -38,13 +40,14 @@ def read_losses(
         which: Which loss of the step, if it has several.
         samples: Tells the number of samples of the batch. Default: the length of its tensors.
         way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
+        needed_by: Who asks, for errors.
 
     Returns:
         Callable: Takes the reader away.
     """
     tap = _tap_of(pl_module)
     tap.samples = samples or tap.samples
-    entry = (reader, which, way_out)
+    entry = (reader, which, way_out, needed_by)
     tap.readers.append(entry)
     return lambda: tap.remove(entry)
 
@@ -94,7 +97,7 @@ class _LossTap:
     """The capture around one module's ``training_step``, there as long as somebody wants it."""
 
     def __init__(self, pl_module: pl.LightningModule) -> None:
-        self.readers: list[tuple[Callable[[LossCall], None], int | None, str]] = []
+        self.readers: list[tuple[Callable[[LossCall], None], int | None, str, str]] = []
         self.reweight: Callable[[LossCall], Tensor | None] | None = None
         self.reweighted_by = ""
         self.which: int | None = None
@@ -126,14 +129,17 @@ class _LossTap:
             # None of the samples that are watched: another loader's batch, or a tuner that tries a few steps.
             return inner(*args, **kwargs)
         weights = None if self.reweight is None else self._weights
-        with LossCapture(samples, weights, way_out=self.way_out) as capture:
-            output = inner(*args, **kwargs)
+        try:
+            with LossCapture(samples, weights, way_out=self.way_out) as capture:
+                output = inner(*args, **kwargs)
+        except IndivisibleError as error:
+            raise ValueError(f"{self.reweighted_by} weights the loss of each sample. {error}") from None
         if output is None and self._may_skip:
             return None  # Lightning trains on no batch for which an automatic step returns nothing
         if self.reweight is not None:
             self._refuse_unweighted(capture)
-        for reader, which, capture.way_out in self.readers:
-            reader(capture.only(which))
+        for reader, which, capture.way_out, needed_by in self.readers:
+            reader(loss_of(capture, which, needed_by))
         return output
 
     def _refuse_unweighted(self, capture: LossCapture) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_grad.callbacks._nm_ends import Ends, Owner
 from lightning_grad.callbacks._nm_weight import SparseWeight
@@ -27,12 +28,13 @@ from lightning_grad.utilities.parameters import (
 )
 from lightning_grad.utilities.reporting import counted, format_table
 from lightning_grad.utilities.weight_axes import is_foreign_matrix, output_dimension
-from lightning_grad.utilities.weight_view import has_view, viewed_class
+from lightning_grad.utilities.weight_view import REPLACEMENTS, has_view, viewed_class
 
 _SINGLE_WEIGHT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MOST_SHOWN = 24
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _FROZEN = "frozen"
+_REPLACED = "reparametrized (pruning, weight_norm, spectral_norm or parametrize), so that it is computed from others"
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,22 @@ def choose_weights(module: nn.Module, wanted: Wanted, ends: Ends) -> Choice:
     for candidate in candidates:
         name = candidate[0]
         _take(choice, candidate, names[name], uses[id(_parameter(candidate))], wanted, clean_name(name) in dense)
+    replaced = [name for name in _replaced_weights(module) if not wanted.excludes([name])]
+    choice.skipped.extend((name, _REPLACED) for name in replaced if matches(name, wanted.include or ["*"]))
     for asked in wanted.include or []:
-        if not any(matches(names[candidate[0]], [asked]) for candidate in candidates):
+        if not any(matches(known_by, [asked]) for known_by in (*(names[name] for name, _, _ in candidates), *replaced)):
             choice.skipped.append((asked, "no Linear, Conv or attention layer; spell parameters of others to the end"))
     return choice
+
+
+def _replaced_weights(module: nn.Module) -> list[str]:
+    """Return the weights in whose place something else computes another."""
+    found = []
+    for name, layer in module.named_modules():
+        replaced = layer._parameters.keys() & {f"weight_{end}" for end in REPLACEMENTS}
+        if isinstance(layer, _SINGLE_WEIGHT) and (replaced or is_parametrized(layer, "weight")):
+            found.append(clean_name(f"{name}.weight"))
+    return found
 
 
 def _check_names(wanted: Wanted, names: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_grad.callbacks._held import Snapshot
-from lightning_grad.data.random_streams import random_streams_kept
+from lightning_grad.data.random_streams import generators_kept, named_generators, random_streams_kept
 from lightning_grad.utilities.dispatch import wrap_method
 from lightning_grad.utilities.weight_view import close_windows, open_windows
 
@@ -44,8 +44,8 @@ def quiet(
 
     Put back bit for bit: modes, buffers, gradients (there are none inside) and frozen parameters, the states of torchmetrics
     and all other attributes, with the contents of those that are tensors, generators, containers or objects of the user's, and
-    the random states of Python, numpy and torch (CPU and CUDA). Kept from happening: logging by ``self.log``, loggers and
-    ``print``.
+    the random states of Python, numpy and torch (CPU and CUDA) and of generators at the top of files that methods name. Kept
+    from happening: logging by ``self.log``, loggers and ``print``.
 
     Args:
         trainer: The trainer.
@@ -60,6 +60,7 @@ def quiet(
     _refuse_lazy(pl_module)
     with ExitStack() as stack:
         stack.enter_context(random_streams_kept())
+        stack.enter_context(generators_kept(named_generators(map(type, pl_module.modules()))))
         stack.enter_context(_silence(trainer, pl_module))
         stack.enter_context(_modules_as_they_are(pl_module, check, advice))
         if evaluate:

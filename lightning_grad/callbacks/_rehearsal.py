@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatchError
+from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatchError, loss_of
 from lightning_grad.callbacks._quiet import eager, quiet
 from lightning_grad.callbacks._row_order import (
     follows,
@@ -31,7 +31,7 @@ from lightning_grad.callbacks._row_order import (
 )
 from lightning_grad.callbacks._scoring import runner, scoring_loader, to_device
 from lightning_grad.callbacks._whole_step import refuse_rest
-from lightning_grad.data.random_streams import generators_kept, seed_generators, seed_streams
+from lightning_grad.data.random_streams import generators_kept, numbers_kept, seed_generators, seed_streams
 from lightning_grad.functional._whole_loss import WholeLossCapture
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.batches import reordered
@@ -162,7 +162,7 @@ class Rehearsal:
             with capture:
                 output = runner(self.trainer, self.pl_module, batch, 0)()
             if output is not None:
-                refuse_rest(capture, capture.only(), output, self.label, self.way_out)
+                refuse_rest(capture, loss_of(capture, None, self.label), output, self.label, self.way_out)
 
     @contextmanager
     def _quiet(self, seed: int) -> Iterator[None]:
@@ -190,7 +190,8 @@ class Rehearsal:
             return loader.collate_fn(items if takes_lists else [items[place] for place in order.tolist()])
 
         once = scoring_loader(training_set, dataset, [chosen], 0, in_main_process=True, collate=collate)
-        with generators_kept([once.dataset, loader.collate_fn]), self._quiet(0):
+        own = [once.dataset, loader.collate_fn]
+        with generators_kept(own), numbers_kept(loader.collate_fn), self._quiet(0):
             batch = next(iter(once))
             self._seed(seed)
             yield batch

@@ -112,16 +112,24 @@ def rows_of_batch(batch: Any, samples: int) -> list[Tensor]:
 def rows_of_call(call: LossCall) -> dict[str, Tensor]:
     """Return the losses of the positions of each sample, (B, P), and a few numbers that tell what the loss got of it.
 
-    The losses decide: targets that are positions in the batch, as contrastive losses have them, rightly follow no order. Where
-    all losses are alike, the rest has to tell the samples apart.
+    The losses decide. Where all of them are alike, or drawn at random, the rest has to tell the samples apart; targets that
+    are positions in the batch, as contrastive losses have them, cannot: they rightly follow no order.
     """
     options = {**call.options, "reduction": "none"}
     positions = getattr(F, call.name)(input=call.input, target=call.target, **options)
     found = {"value": call.rows(positions)}
     for name, value in (("input", call.input), ("target", call.target)):
+        if name == "target" and _are_positions(call):
+            continue
         if value.dim() and len(value) and len(value) % call.samples == 0:
             found[name] = _one_number(value).reshape(call.samples, -1)
     return found
+
+
+def _are_positions(call: LossCall) -> bool:
+    """Return whether each row's target is its own place in the batch."""
+    target = call.target
+    return call.has_class_indices and torch.equal(target, torch.arange(target.numel()).to(target))
 
 
 def size_of_input(call: LossCall) -> float:

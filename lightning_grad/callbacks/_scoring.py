@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatchError
 from lightning_grad.callbacks._quiet import quiet
 from lightning_grad.data.borrowed_workers import BorrowedWorkers
-from lightning_grad.data.random_streams import generators_kept, seed_streams
+from lightning_grad.data.random_streams import generators_kept, numbers_kept, seed_streams
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import is_sharded
 from lightning_grad.utilities.reporting import listed
@@ -72,8 +72,9 @@ def look_at_all(
     loader = scoring_loader(training_set, dataset, batches, seed, in_main_process=rehearsal)
     found = _Found(training_set.sampler.total, trainer.strategy.root_device)
     memory: dict[str, Any] = {}
-    sources = [loader.dataset, training_set.loader.collate_fn]
-    with quiet(trainer, pl_module, advice=f", or {way_out}"), generators_kept(sources):
+    collate = training_set.loader.collate_fn
+    own = generators_kept([loader.dataset, collate]), numbers_kept(collate)
+    with quiet(trainer, pl_module, advice=f", or {way_out}"), own[0], own[1]:
         seed_streams(seed)
         for number, batch in enumerate(loader if rehearsal else _with_progress(loader, title, trainer)):
             if batch is None:

@@ -67,7 +67,8 @@ class PrunableBatchSampler(Sampler[list[int]]):
     one pass, they are passed through again, in a new order.
 
     Args:
-        original: The batch sampler to stand for. Other classes than ``BatchSampler`` need ``batch_size`` and a length.
+        original: The batch sampler to stand for. Other classes than ``BatchSampler`` need ``batch_size``, the number of
+            samples in a full batch, and a length.
         total: Length of the data set.
         needed_by: Who asks, for errors.
 
@@ -91,7 +92,7 @@ class PrunableBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(self, original: Any, total: int, needed_by: str = "PrunableBatchSampler") -> None:
-        _refuse(original)
+        _refuse(original, needed_by)
         self.original = original
         self.total = total
         self.batch_size: int = original.batch_size
@@ -273,18 +274,23 @@ def _scaled(samples: int, kept: int, total: int) -> int:
     return kept if samples == total else max(1, round(samples * kept / total))
 
 
-def _refuse(original: Any) -> None:
+def _refuse(original: Any, needed_by: str) -> None:
     name = type(original).__name__
     if not isinstance(getattr(original, "batch_size", None), int):
-        raise TypeError(f"Samples can be left out of batches of known size only, and {name} has no batch_size.")
+        raise TypeError(
+            f"{needed_by} can change only batches of known size, and the batch sampler {name} has no batch_size. Give it one, "
+            "an integer attribute: the number of samples in a full batch. Or let the loader make the batches, by batch_size= "
+            "and sampler=."
+        )
     if not hasattr(original, "__len__"):
         raise TypeError(
-            f"A pruned epoch is a part of a whole one, and {name} has no __len__ that tells how long that is."
+            f"{needed_by} makes an epoch a part of a whole one, and the batch sampler {name} has no __len__ that tells how "
+            "long that is. Give it one, which returns the number of batches."
         )
     sampler = getattr(original, "sampler", None)
     known = type(sampler) is DistributedSampler
     if isinstance(sampler, DistributedSampler) and not known and sampler.num_replicas > 1:
         raise TypeError(
-            f"{type(sampler).__name__} shares samples among ranks in a way of its own, so that pruning could leave them "
-            "with epochs of different length. Use a sampler of torch.utils.data, or one process."
+            f"{needed_by} leaves samples out, and {type(sampler).__name__} shares samples among ranks in a way of its own, so "
+            "that ranks could have epochs of different length. Use a sampler of torch.utils.data, or one process."
         )

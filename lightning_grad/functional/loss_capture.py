@@ -240,7 +240,7 @@ class LossCapture(TorchFunctionMode):
         try:
             read = self._read_or_raise(func, loss, args, kwargs, value)
         except Exception as error:  # the step must go on as if nobody had looked; `only` says what was wrong
-            indivisible = isinstance(error, _IndivisibleError)
+            indivisible = isinstance(error, IndivisibleError)
             graph = _differentiable([*args, *kwargs.values()])
             if indivisible and graph and self.reweight is not None:
                 raise
@@ -299,7 +299,7 @@ class _Read(NamedTuple):
     sums: SampleSums
 
 
-class _IndivisibleError(ValueError):
+class IndivisibleError(ValueError):
     """The rows of a loss do not divide by the number of samples."""
 
 
@@ -308,9 +308,10 @@ def _samples(name: str, positions: Tensor, samples: int | None, way_out: str) ->
     if samples is None:
         return rows
     if rows % samples or rows == 0:
-        raise _IndivisibleError(
+        raise IndivisibleError(
             f"{name} got {rows} rows for {samples} samples: which row belongs to which sample cannot be told (packed tokens, "
-            f"or a loss of only some of the rows). Pad instead of packing, or {way_out}."
+            "a loss of only some of the rows, or a collate_fn that leaves samples out). Give every sample as many rows as the "
+            f"others, by padding, or {way_out}."
         )
     return samples
 

@@ -28,7 +28,7 @@ from lightning_grad.utilities.dispatch import wrap_method
 _VIEWS = "_lightning_grad_views"
 _DENSE = "_lightning_grad_dense"
 _IN_PLACE = "_lightning_grad_in_place"
-_REPLACEMENTS = ("orig", "g", "v")  # under which torch's prune, spectral_norm and weight_norm keep a weight
+REPLACEMENTS = ("orig", "g", "v")  # under which torch's prune, spectral_norm and weight_norm keep a weight
 _OPEN: WeakSet[InPlaceWindow] = WeakSet()
 
 
@@ -69,8 +69,8 @@ def _refusals(base: type[nn.Module], attributes: frozenset[str]) -> dict[str, An
         known = getattr(self.__dict__[_VIEWS].get(name), "name", f"{base.__name__}.{name}")
         raise RuntimeError(
             f"{known} cannot be reparametrized while a technique shows it through a view: pruning, weight_norm, "
-            "spectral_norm and parametrize would take its place. Do that before the fit, or leave the layer out by the "
-            "technique's exclude=."
+            "spectral_norm and parametrize would take its place. Leave the layer out by the technique's exclude=, or do that "
+            "before the fit, and the technique leaves it out itself."
         )
 
     def delete(self: nn.Module, name: str) -> None:
@@ -81,7 +81,7 @@ def _refusals(base: type[nn.Module], attributes: frozenset[str]) -> dict[str, An
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         owner = next((attribute for attribute in attributes if name.startswith(f"{attribute}_")), None)
         # Only what takes the place of a weight: an adapter may be added to the layer.
-        if owner is not None and name.removeprefix(f"{owner}_") in _REPLACEMENTS:
+        if owner is not None and name.removeprefix(f"{owner}_") in REPLACEMENTS:
             refuse(self, owner)
         base.register_parameter(self, name, param)
 

@@ -417,6 +417,25 @@ def test_taking_the_place_of_a_weight_is_refused_at_once(how: str, hook: str, ki
         module.net(torch.ones(1, 16))
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("how", WAYS)
+def test_a_weight_that_something_else_replaces_before_the_fit_is_named(how: str, caplog: Any) -> None:
+    module = layers(nn.Linear, nn.Linear, nn.Linear, nn.Linear)
+    WAYS[how](module.net[1])
+    with caplog.at_level("INFO"):
+        fit(NMSparsity("1:4", figure=False), module)
+    (told,) = [r.message for r in caplog.records if "net.1.weight" in r.message]
+    assert "net.2.weight  16x16  1:4" in told
+    assert "net.1.weight  dense  reparametrized (pruning" in told
+    for asked in ("net.1", "net.[1]"):
+        module = layers(nn.Linear, nn.Linear, nn.Linear)
+        WAYS[how](module.net[1])
+        with pytest.raises(
+            ValueError, match=r"finds no weight.*net.1.weight: reparametrized [^;]*computed from others\. Choose"
+        ):
+            fit(NMSparsity("1:4", include=[asked], figure=False), module)
+
+
 def test_a_layer_left_out_may_be_reparametrized_and_an_adapter_added() -> None:
     def adapt(layer: nn.Module) -> None:
         layer.register_parameter("lora_A", nn.Parameter(torch.ones(1)))

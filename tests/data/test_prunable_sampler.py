@@ -471,20 +471,29 @@ def test_indices_lie_in_the_data_set(kept: list[int]) -> None:
 
 class NoSize:
     def __iter__(self) -> Iterator[list[int]]:
-        yield [0]
+        yield from ([0, 1, 2], [3, 4])
 
 
-def test_batches_of_unknown_size_are_refused() -> None:
-    with pytest.raises(TypeError, match="NoSize has no batch_size"):
-        PrunableBatchSampler(NoSize(), TOTAL)
+def test_batches_of_unknown_size_are_refused_and_the_way_out_works() -> None:
+    with pytest.raises(
+        TypeError, match=r"RS2 can change only batches of known size.*NoSize has no batch_size\. Give it one"
+    ):
+        PrunableBatchSampler(NoSize(), 5, "RS2")
 
+    class Size(NoSize):
+        batch_size = 3
 
-def test_batches_of_unknown_number_are_refused() -> None:
-    class NoLength(NoSize):
-        batch_size = 1
+    with pytest.raises(TypeError, match=r"RS2 makes an epoch a part.*Size has no __len__.*Give it one"):
+        PrunableBatchSampler(Size(), 5, "RS2")
 
-    with pytest.raises(TypeError, match="NoLength has no __len__"):
-        PrunableBatchSampler(NoLength(), TOTAL)
+    class Length(Size):
+        def __len__(self) -> int:
+            return 2
+
+    sampler = PrunableBatchSampler(Length(), 5, "RS2")
+    assert list(sampler) == [[0, 1, 2], [3, 4]]
+    sampler.keep([1, 2, 3, 4])
+    assert list(sampler) == [[1, 2, 3], [4]]
 
 
 def test_samples_that_the_original_never_yields_are_an_error_and_no_endless_loop() -> None:

@@ -287,7 +287,9 @@ class DataPruning(SubsetCallback):
             )
         warn_of_risks(self, self._rounds)
         if isinstance(self._source, HistoryScores):
-            self._undo.push(read_losses(pl_module, self._read, self.loss, lambda: len(self._indices)))
+            self._undo.push(
+                read_losses(pl_module, self._read, self.loss, lambda: len(self._indices), needed_by=self.label)
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
