@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from lightning_grad.callbacks._look import SCORE_FN
+from lightning_grad.callbacks._look import SCORE_FN, only_loss
 from lightning_grad.callbacks._quiet import is_quiet
 from lightning_grad.functional import LossCall, LossCapture
 from lightning_grad.utilities.dispatch import wrap_method
@@ -29,6 +29,7 @@ def read_losses(
     which: int | None = None,
     samples: Callable[[], int] | None = None,
     way_out: str = SCORE_FN,
+    needed_by: str = "A reader of losses",
 ) -> Any:
     """Have ``reader`` called with the loss of every training step, after it.
 
@@ -38,13 +39,14 @@ def read_losses(
         which: Which loss of the step, if it has several.
         samples: Tells the number of samples of the batch. Default: the length of its tensors.
         way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
+        needed_by: Who asks, for errors.
 
     Returns:
         Callable: Takes the reader away.
     """
     tap = _tap_of(pl_module)
     tap.samples = samples or tap.samples
-    entry = (reader, which, way_out)
+    entry = (reader, which, way_out, needed_by)
     tap.readers.append(entry)
     return lambda: tap.remove(entry)
 
@@ -94,7 +96,7 @@ class _LossTap:
     """The capture around one module's ``training_step``, there as long as somebody wants it."""
 
     def __init__(self, pl_module: pl.LightningModule) -> None:
-        self.readers: list[tuple[Callable[[LossCall], None], int | None, str]] = []
+        self.readers: list[tuple[Callable[[LossCall], None], int | None, str, str]] = []
         self.reweight: Callable[[LossCall], Tensor | None] | None = None
         self.reweighted_by = ""
         self.which: int | None = None
@@ -133,8 +135,8 @@ class _LossTap:
             return None  # Lightning trains on no batch for which an automatic step returns nothing
         if self.reweight is not None:
             self._refuse_unweighted(capture)
-        for reader, which, capture.way_out in self.readers:
-            reader(capture.only(which))
+        for reader, which, capture.way_out, needed_by in self.readers:
+            reader(only_loss(capture, needed_by, which))
         return output
 
     def _refuse_unweighted(self, capture: LossCapture) -> None:
@@ -143,8 +145,8 @@ class _LossTap:
             capture.only(self.which)
         except (RuntimeError, ValueError) as error:
             raise type(error)(
-                f"{self.reweighted_by} weights the loss of each sample, and must see it. It needs one loss of "
-                f"torch.nn.functional in training_step, or loss=, which says which of several. {error}"
+                f"{self.reweighted_by} weights the loss of each sample, so it must see one loss of torch.nn.functional in "
+                f"training_step. {error}"
             ) from None
 
     def _weights(self, call: LossCall) -> Tensor | None:

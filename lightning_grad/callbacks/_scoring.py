@@ -10,6 +10,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -68,13 +69,13 @@ def look_at_all(
     """
     if dataset is not None and len(dataset) != training_set.sampler.total:  # type: ignore[arg-type]
         raise ValueError(
-            f"score_dataset must hold the training set's own samples, {training_set.sampler.total}, without augmentation; got "
-            f"{len(dataset)}."  # type: ignore[arg-type]
+            f"{label}(score_dataset=...) must return the training set's own {training_set.sampler.total} samples, without "
+            f"augmentation; got {len(dataset)}. Return the same samples in the same order."  # type: ignore[arg-type]
         )
     population, batch_size = training_set.sampler.population, training_set.sampler.batch_size
     if len(population) < trainer.world_size:
         raise ValueError(
-            f"{len(population)} samples cannot be shared among {trainer.world_size} ranks. Use fewer devices."
+            f"{label} cannot share {len(population)} samples among {trainer.world_size} ranks. Use fewer devices."
         )
     mine = population[trainer.global_rank :: trainer.world_size].tolist()
     chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
@@ -82,16 +83,21 @@ def look_at_all(
     most = math.ceil(math.ceil(len(population) / trainer.world_size) / batch_size)
     batches = chunks[:_TRIES] if rehearsal else [*chunks, *chunks[:1] * (most - len(chunks))]
     loader = scoring_loader(training_set, dataset, batches, seed, in_main_process=rehearsal)
-    found = _Found(training_set.sampler.total, trainer.strategy.root_device)
+    found = _Found(training_set.sampler.total, trainer.strategy.root_device, label, way_out)
     memory: dict[str, Any] = {}
     sources = [loader.dataset, training_set.loader.collate_fn]
-    with quiet(trainer, pl_module, advice=f", or {way_out}"), generators_kept(sources):
+    looking = quiet(trainer, pl_module, advice=f", or {way_out}", label=label)
+    with looking, generators_kept(sources):
         seed_streams(seed)
         for number, batch in enumerate(loader if rehearsal else _with_progress(loader, title, trainer)):
             if batch is None:
                 continue
             batch = to_device(trainer, batch)
-            run = runner(trainer, pl_module, batch, number) if training_set.is_whole_batch else _refuse_part
+            run = (
+                runner(trainer, pl_module, batch, number)
+                if training_set.is_whole_batch
+                else partial(_refuse_part, label, way_out)
+            )
             look = Look(
                 pl_module, batch, batches[number], training_set.sampler.total, run, memory, which, label, way_out
             )
@@ -112,9 +118,10 @@ def look_at_all(
 class _Found:
     """Values by sample, as they come."""
 
-    def __init__(self, total: int, device: torch.device) -> None:
+    def __init__(self, total: int, device: torch.device, label: str, way_out: str) -> None:
         self._total = total
         self._device = device
+        self._label, self._way_out = label, way_out
         self.values: dict[str, Tensor] = {}
 
     def measure(self, look: Look, measure: Measure) -> bool:
@@ -129,7 +136,8 @@ class _Found:
         for name, value in values.items():
             if len(value) != len(indices):
                 raise ValueError(
-                    f"{name} must have a row for each of {len(indices)} samples; got {tuple(value.shape)}."
+                    f"{self._label}: {name} must have a row for each of {len(indices)} samples; got {tuple(value.shape)}. Let "
+                    f"collate_fn keep one row a sample, or {self._way_out}."
                 )
             if name not in self.values:
                 # Vectors of ImageNet's samples are gigabytes; what no float64 holds, Apple's GPU has no use for.
@@ -235,10 +243,10 @@ def to_device(trainer: pl.Trainer, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def _refuse_part() -> object:
+def _refuse_part(label: str, way_out: str) -> object:
     raise ValueError(
-        "training_step takes a batch of each of several training loaders, so that it cannot be run on the samples of one. "
-        "Pass score_fn=, which takes the module and a batch of this loader and returns the scores."
+        f"{label} cannot run training_step on the samples of one loader, because it takes a batch of each of several "
+        f"training loaders. To act on one of them, {way_out}."
     )
 
 

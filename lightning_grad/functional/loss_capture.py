@@ -192,7 +192,7 @@ class LossCapture(TorchFunctionMode):
         advice = "If they are chunks of one loss, compute it in one call. " if chunks else ""
         raise RuntimeError(
             f"The step has {len(counted)} losses, so that which one is meant is not clear: "
-            f"{_listed(self.calls)}{unread}. {advice}Say which (loss=0 is the first), or {self.way_out}."
+            f"{_listed(self.calls)}{unread}. {advice}Set loss=0 for the first, loss=1 for the next, or {self.way_out}."
         )
 
     def _refuse_without_calls(self) -> NoReturn:
