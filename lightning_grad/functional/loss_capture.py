@@ -308,7 +308,8 @@ def _samples(name: str, positions: Tensor, samples: int | None, way_out: str) ->
     if rows % samples or rows == 0:
         raise _IndivisibleError(
             f"{name} got {rows} rows for {samples} samples: which row belongs to which sample cannot be told (packed tokens, "
-            f"or a loss of only some of the rows). Pad instead of packing, or {way_out}."
+            "or chunks of a loss, or a loss of only some of the rows). Pad instead of packing, compute chunks in one call, or "
+            f"{way_out}."
         )
     return samples
 

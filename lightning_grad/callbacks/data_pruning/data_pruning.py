@@ -283,7 +283,8 @@ class DataPruning(SubsetCallback):
         ]
         if late and late != [epoch for epoch, _ in self._rounds]:
             rank_zero_warn(
-                f"{self.label} has rounds that never come: max_epochs={trainer.max_epochs}, epoch={self.epoch}."
+                f"{self.label} has rounds that never come: max_epochs={trainer.max_epochs}, epoch={self.epoch}. Leave "
+                "them out, or set max_epochs higher."
             )
         warn_of_risks(self, self._rounds)
         if isinstance(self._source, HistoryScores):
