@@ -292,7 +292,7 @@ CLIPPING = [
     Row(
         "included and excluded",
         lambda _: fit(lg.NormClipping(1.0, include=["hidden"], exclude=["hidden"])),
-        r"^NormClipping has no parameter .*leave none: include=\['hidden'\] selects hidden.weight.*Include others, such as 'mix'",
+        r"^NormClipping has no parameter .*leave none: include=\['hidden'\] selects hidden.*Include others, such as 'mix'",
         lambda _: fit(lg.NormClipping(1.0, include=["mix", "encoder"], exclude=["hidden"])),
     ),
     Row(
