@@ -243,7 +243,7 @@ class DGCStrategy(CompressedDDPStrategy):
         if clip:
             instead = f"Set gradient_clip_val=None and {self.label}(local_clip={clip})"
             if algorithm is not None and str(getattr(algorithm, "value", algorithm)) != "norm":
-                instead = f"Set gradient_clip_val=None and {self.label}(local_clip=...), the largest norm"
+                instead = f"Set gradient_clip_val=None and {self.label}(local_clip=...) (local_clip clips by norm)"
             raise ValueError(
                 f"Trainer(gradient_clip_val={clip}) would clip what {self.label} has accumulated over many steps. "
                 f"{instead}, which clips the gradient of each rank before it is accumulated. If a library builds the "
