@@ -62,12 +62,14 @@ def check_recipe(recipe: Recipe | list[tuple[float, str]], gradient: str, finetu
     if recipe in _FIXED and gradient == "masked":
         raise ValueError(
             f"recipe={recipe!r} passes the gradient straight through by definition; gradient='masked' is for mdgf-*, "
-            "sdgf-* and schedules of your own."
+            "sdgf-* and schedules of your own. Leave gradient at 'ste', or choose one of these recipes."
         )
     if recipe in _FIXED and finetune:
         raise ValueError(f"recipe={recipe!r} has its final pattern all along: leave finetune_fraction out.")
     if decay is not None and not (isinstance(recipe, str) and recipe.startswith("mdgf")):
-        raise ValueError(f"decay belongs to mdgf-linear and mdgf-exponential; recipe={recipe!r} has none.")
+        raise ValueError(
+            f"decay belongs to mdgf-linear and mdgf-exponential; recipe={recipe!r} has none. Leave decay out."
+        )
 
 
 def read_schedule(
@@ -88,9 +90,9 @@ def read_schedule(
     if dense_fraction or finetune_fraction:
         raise ValueError("A list of (share, pattern) says all phases: leave dense_fraction and finetune_fraction out.")
     stages = tuple((share, NMPattern.parse(text)) for share, text in recipe)
-    if stages and list(patterns.values()) != [stages[-1][1]]:
+    if stages and set(patterns.values()) != {stages[-1][1]}:  # all layers go through the same stages
         raise ValueError(
-            f"The schedule ends with {stages[-1][1]}, and pattern is {', '.join(map(str, patterns.values()))}: write the "
-            "last pattern of the schedule as pattern= too."
+            f"The schedule ends with {stages[-1][1]} for all layers, and pattern is {', '.join(map(str, patterns.values()))}: "
+            f"write the last pattern of the schedule as pattern='{stages[-1][1]}' too."
         )
     return NMSchedule(stages, geometric_start=geometric_start)

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatchError, loss_of
+from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatchError, only_loss
 from lightning_grad.callbacks._quiet import eager, quiet
 from lightning_grad.callbacks._row_order import (
     follows,
@@ -129,7 +129,8 @@ class Rehearsal:
                         self.check_whole_loss(batch, size)
                 return
         rank_zero_warn(
-            f"{self.label} cannot see whether rows follow the samples: {_DRAWS} batches in a row had no loss."
+            f"{self.label} cannot see whether rows follow the samples: {_DRAWS} batches in a row had no loss. Let "
+            "collate_fn and training_step return something for more batches, to have it checked."
         )
 
     def check_batch(self, batch: Any, samples: int) -> bool:
@@ -156,17 +157,18 @@ class Rehearsal:
         """
         if self.which is not None:
             return
-        advice = f", or {self.way_out}"
-        with quiet(self.trainer, self.pl_module, evaluate=False, advice=advice), eager(), torch.enable_grad():
+        looking = quiet(self.trainer, self.pl_module, evaluate=False, advice=f", or {self.way_out}", label=self.label)
+        with looking, eager(), torch.enable_grad():
             capture = WholeLossCapture(self.pl_module, samples, way_out=self.way_out)
             with capture:
                 output = runner(self.trainer, self.pl_module, batch, 0)()
             if output is not None:
-                refuse_rest(capture, loss_of(capture, None, self.label), output, self.label, self.way_out)
+                refuse_rest(capture, only_loss(capture, self.label), output, self.label, self.way_out)
 
     @contextmanager
     def _quiet(self, seed: int) -> Iterator[None]:
-        with quiet(self.trainer, self.pl_module, advice=f", or {self.way_out}"), torch.no_grad():
+        looking = quiet(self.trainer, self.pl_module, advice=f", or {self.way_out}", label=self.label)
+        with looking, torch.no_grad():
             self._seed(seed)
             yield
 

@@ -9,6 +9,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -67,20 +68,24 @@ def look_at_all(
         dict: For each name the values of the whole data set, (n, ...), float64, on the CPU; nan where not looked at or not
         finite.
     """
-    _refuse_data(trainer, training_set, dataset)
+    _refuse_data(trainer, training_set, dataset, label)
     chunks, batches = _share_of_rank(trainer, training_set, rehearsal)
     loader = scoring_loader(training_set, dataset, batches, seed, in_main_process=rehearsal)
-    found = _Found(training_set.sampler.total, trainer.strategy.root_device)
+    found = _Found(training_set.sampler.total, trainer.strategy.root_device, label, way_out)
     memory: dict[str, Any] = {}
     collate = training_set.loader.collate_fn
-    own = generators_kept([loader.dataset, collate]), numbers_kept(collate)
-    with quiet(trainer, pl_module, advice=f", or {way_out}"), own[0], own[1]:
+    looking = quiet(trainer, pl_module, advice=f", or {way_out}", label=label)
+    with looking, generators_kept([loader.dataset, collate]), numbers_kept(collate):
         seed_streams(seed)
         for number, batch in enumerate(loader if rehearsal else _with_progress(loader, title, trainer)):
             if batch is None:
                 continue
             batch = to_device(trainer, batch)
-            run = runner(trainer, pl_module, batch, number) if training_set.is_whole_batch else _refuse_part
+            run = (
+                runner(trainer, pl_module, batch, number)
+                if training_set.is_whole_batch
+                else partial(_refuse_part, label, way_out)
+            )
             look = Look(
                 pl_module, batch, batches[number], training_set.sampler.total, run, memory, which, label, way_out
             )
@@ -99,15 +104,15 @@ def look_at_all(
     return values
 
 
-def _refuse_data(trainer: pl.Trainer, training_set: TrainingSet, dataset: Dataset[Any] | None) -> None:
+def _refuse_data(trainer: pl.Trainer, training_set: TrainingSet, dataset: Dataset[Any] | None, label: str) -> None:
     if dataset is not None and len(dataset) != training_set.sampler.total:  # type: ignore[arg-type]
         raise ValueError(
-            f"score_dataset must hold the training set's own samples, {training_set.sampler.total}, without augmentation; got "
-            f"{len(dataset)}."  # type: ignore[arg-type]
+            f"{label}(score_dataset=...) must return the training set's own {training_set.sampler.total} samples, without "
+            f"augmentation; got {len(dataset)}. Return the same samples in the same order."  # type: ignore[arg-type]
         )
     samples = len(training_set.sampler.population)
     if samples < trainer.world_size:
-        raise ValueError(f"{samples} samples cannot be shared among {trainer.world_size} ranks. Use fewer devices.")
+        raise ValueError(f"{label} cannot share {samples} samples among {trainer.world_size} ranks. Use fewer devices.")
 
 
 def _share_of_rank(
@@ -125,9 +130,10 @@ def _share_of_rank(
 class _Found:
     """Values by sample, as they come."""
 
-    def __init__(self, total: int, device: torch.device) -> None:
+    def __init__(self, total: int, device: torch.device, label: str, way_out: str) -> None:
         self._total = total
         self._device = device
+        self._label, self._way_out = label, way_out
         self.values: dict[str, Tensor] = {}
 
     def measure(self, look: Look, measure: Measure) -> bool:
@@ -142,7 +148,8 @@ class _Found:
         for name, value in values.items():
             if len(value) != len(indices):
                 raise ValueError(
-                    f"{name} must have a row for each of {len(indices)} samples; got {tuple(value.shape)}."
+                    f"{self._label}: {name} must have a row for each of {len(indices)} samples; got {tuple(value.shape)}. Let "
+                    f"collate_fn keep one row a sample, or {self._way_out}."
                 )
             own = self._table(name, value.shape[1:])
             value = value.detach().to(own)
@@ -254,10 +261,10 @@ def to_device(trainer: pl.Trainer, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def _refuse_part() -> object:
+def _refuse_part(label: str, way_out: str) -> object:
     raise ValueError(
-        "training_step takes a batch of each of several training loaders, so that it cannot be run on the samples of one. "
-        "Pass score_fn=, which takes the module and a batch of this loader and returns the scores."
+        f"{label} cannot run training_step on the samples of one loader, because it takes a batch of each of several "
+        f"training loaders. To act on one of them, {way_out}."
     )
 
 

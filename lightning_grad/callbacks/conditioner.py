@@ -40,7 +40,14 @@ from lightning_grad.utilities.checks import (
     warn_of_missing_momentum,
 )
 from lightning_grad.utilities.optimizers import Shape, optimizer_index, optimizer_shape
-from lightning_grad.utilities.parameters import all_names, as_names, check_patterns, matches, parameter_names
+from lightning_grad.utilities.parameters import (
+    all_names,
+    as_names,
+    check_patterns,
+    matches,
+    parameter_names,
+    why_none_left,
+)
 from lightning_grad.utilities.precision import refuse_scaled_gradients
 from lightning_grad.utilities.reporting import counted, is_log_step, listed, log_summary
 from lightning_grad.utilities.thresholds import Bucket, Threshold, as_threshold, choose_buckets
@@ -190,9 +197,9 @@ class GradientConditioner(GradCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         names = parameter_names(pl_module)
         for parameter, patterns in (("include", self.include), ("exclude", self.exclude)):
-            check_patterns(patterns or [], names, parameter)
+            check_patterns(patterns or [], names, f"{self.label}({parameter}=...)")
         if isinstance(self._threshold, Mapping):
-            check_patterns(list(self._threshold), names, str(self.threshold_name))
+            check_patterns(list(self._threshold), names, f"{self.label}({self.threshold_name}=...)")
         left_out: list[str] = []
         restarted: list[str] = []
         for index, optimizer in enumerate(trainer.optimizers):
@@ -223,9 +230,12 @@ class GradientConditioner(GradCallback):
         excluded = self._excluded(pl_module)
         known = all_names(pl_module).values()
         if not [n for n in known if (self.include is None or matches(n, self.include)) and not matches(n, excluded)]:
-            raise ValueError(f"{self.label} has no parameter to act on: include and exclude leave none.")
+            raise ValueError(
+                f"{self.label} has no parameter to act on. {why_none_left(pl_module, self.include, excluded)}"
+            )
         rank_zero_warn(
-            f"{self.label} has nothing to act on yet: no optimizer moves the parameters that it is to act on."
+            f"{self.label} has nothing to act on yet: no optimizer moves the parameters that it is to act on. Give them "
+            "to the optimizer that configure_optimizers returns, or let a callback add them later."
         )
 
     def _choose(

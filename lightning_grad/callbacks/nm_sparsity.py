@@ -291,7 +291,7 @@ class NMSparsity(GradCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._known_ends = self._restored.get("ends")
         ends = Ends(trainer, pl_module, self._known_ends)
-        wanted = Wanted(self._patterns, self.axis, self.include, self.exclude)
+        wanted = Wanted(self._patterns, self.axis, self.include, self.exclude, self.label)
 
         def choose() -> Choice:
             return choose_weights(pl_module, wanted, ends)
@@ -325,7 +325,7 @@ class NMSparsity(GradCallback):
             if self._adds_sr_ste:
                 refuse_scaled_gradients(trainer, optimizer, f"{self.label}(recipe={self.recipe!r})")
             if self.recipe == "step":
-                check_keeps(optimizer, "exp_avg_sq", NO_VARIANCE)
+                check_keeps(optimizer, "exp_avg_sq", f"{self.label}(recipe='step')", NO_VARIANCE)
 
     def _watch(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         before = optimizer.register_step_pre_hook(self._before_step)
@@ -459,7 +459,7 @@ class NMSparsity(GradCallback):
         if id(optimizer) in self._variances:
             self._variances[id(optimizer)].put_back()
         else:
-            self._variances[id(optimizer)] = FrozenVariance(optimizer, resumed)
+            self._variances[id(optimizer)] = FrozenVariance(optimizer, resumed, f"{self.label}(recipe='step')")
 
     def _warn_of_bypass(self) -> None:
         if not self._warned_of_bypass:

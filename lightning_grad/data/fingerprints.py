@@ -212,7 +212,7 @@ def fingerprint(dataset: Any, samples: int = 64, seed: int = 0) -> Fingerprint:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(
             f"A fingerprint needs a map-style data set, with __len__ and __getitem__; got {type(dataset).__name__}. "
-            "Scores belong to the indices of such a data set."
+            "Scores belong to the indices of such a data set. Wrap the samples in one."
         )
     length = len(dataset)
     drawn = torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:samples].tolist()

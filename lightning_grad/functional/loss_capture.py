@@ -192,7 +192,7 @@ class LossCapture(TorchFunctionMode):
         advice = "If they are chunks of one loss, compute it in one call. " if chunks else ""
         raise RuntimeError(
             f"The step has {len(counted)} losses, so that which one is meant is not clear: "
-            f"{_listed(self.calls)}{unread}. {advice}Say which (loss=0 is the first), or {self.way_out}."
+            f"{_listed(self.calls)}{unread}. {advice}Set loss=0 for the first, loss=1 for the next, or {self.way_out}."
         )
 
     def _refuse_without_calls(self) -> NoReturn:
@@ -310,8 +310,8 @@ def _samples(name: str, positions: Tensor, samples: int | None, way_out: str) ->
     if rows % samples or rows == 0:
         raise IndivisibleError(
             f"{name} got {rows} rows for {samples} samples: which row belongs to which sample cannot be told (packed tokens, "
-            "a loss of only some of the rows, or a collate_fn that leaves samples out). Give every sample as many rows as the "
-            f"others, by padding, or {way_out}."
+            "a loss of only some of the rows, a collate_fn that leaves samples out, or chunks of a loss). Pad instead of "
+            f"packing, compute chunks in one call, or {way_out}."
         )
     return samples
 

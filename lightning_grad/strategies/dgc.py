@@ -237,17 +237,18 @@ class DGCStrategy(CompressedDDPStrategy):
         super().refuse(trainer)
         self._shares = {}
         module = trainer.lightning_module
-        check_patterns(list(self.layer_ratios), parameter_names(module), "layer_ratios")
+        check_patterns(list(self.layer_ratios), parameter_names(module), f"{self.label}(layer_ratios=...)")
         if not self.wants_to_compress:
             return
         clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
         if clip:
             instead = f"Set gradient_clip_val=None and {self.label}(local_clip={clip})"
             if algorithm is not None and str(getattr(algorithm, "value", algorithm)) != "norm":
-                instead = "Set gradient_clip_val=None; local_clip clips by norm"
+                instead = f"Set gradient_clip_val=None and {self.label}(local_clip=...) (local_clip clips by norm)"
             raise ValueError(
                 f"Trainer(gradient_clip_val={clip}) would clip what {self.label} has accumulated over many steps. "
-                f"{instead}, which clips the gradient of each rank before it is accumulated."
+                f"{instead}, which clips the gradient of each rank before it is accumulated. If a library builds the "
+                "Trainer, set trainer.gradient_clip_val = None before fit(), or in the setup() of a callback."
             )
         if overrides(module, "configure_gradient_clipping"):
             rank_zero_warn(

@@ -47,6 +47,20 @@ def find_input(batch: Any, key: str | int | None, needed_by: str) -> Path | None
     return path if value is not None and value.is_floating_point() else None
 
 
+def way_in(batch: Any) -> str:
+    """Return which key leads to the input, for an error about one that does not.
+
+    Example:
+        >>> way_in({"pixels": torch.zeros(4, 3)})
+        "Set input_key='pixels', or leave it out."
+    """
+    path, value = first_numbers(batch)
+    if not path or value is None or not value.is_floating_point():
+        return "Leave input_key out."
+    key = path[0] if len(path) == 1 else ".".join(map(str, path))
+    return f"Set input_key={key!r}, or leave it out."
+
+
 def first_numbers(batch: Any) -> tuple[Path, Tensor] | tuple[None, None]:
     """Return the first tensor of real numbers with at least two dimensions whose name tells nothing else, and where it is.
 
@@ -197,12 +211,14 @@ def _follow(batch: Any, key: str | int, needed_by: str) -> Path:
             continue
         if found not in known:
             there = ", ".join(map(repr, known)) if known else f"no parts: it is a {type(here).__name__}"
-            raise ValueError(f"{needed_by}: input_key={key!r} leads nowhere in the batch; there it has {there}.")
+            raise ValueError(
+                f"{needed_by}: input_key={key!r} leads nowhere in the batch; there it has {there}. {way_in(batch)}"
+            )
         path, here = (*path, found), known[found]
     if not isinstance(here, Tensor) or not here.is_floating_point():
         kind = f"a tensor of {here.dtype}" if isinstance(here, Tensor) else f"a {type(here).__name__}"
         raise ValueError(
-            f"{needed_by}: input_key={key!r} must name a floating tensor of the batch, and leads to {kind}."
+            f"{needed_by}: input_key={key!r} must name a floating tensor of the batch, and leads to {kind}. {way_in(batch)}"
         )
     return path
 

@@ -306,13 +306,14 @@ def owned_ids(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def check_keeps(optimizer: Optimizer, key: str, message: str) -> None:
+def check_keeps(optimizer: Optimizer, key: str, technique: str, message: str) -> None:
     """Raise before the first step if an optimizer will keep no state of a name.
 
     Args:
         optimizer: Which has not stepped yet, perhaps.
         key: The name, such as ``exp_avg_sq``.
-        message: The error, with ``{}`` for the optimizer's class.
+        technique: Who asks, for the error.
+        message: What follows the technique's name in the error, with ``{}`` for the optimizer's class.
 
     Raises:
         ValueError: If a copy of it that steps one number keeps none.
@@ -325,4 +326,4 @@ def check_keeps(optimizer: Optimizer, key: str, message: str) -> None:
     except Exception:  # an optimizer that cannot be built from its defaults tells nothing before its first step
         return
     if key not in probe.state[number]:
-        raise ValueError(message.format(type(optimizer).__name__))
+        raise ValueError(f"{technique} {message.format(type(optimizer).__name__)}")

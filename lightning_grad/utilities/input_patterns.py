@@ -12,7 +12,16 @@ from typing import Any
 from torch import Tensor
 
 from lightning_grad.utilities.batch_copies import children, has_parts
-from lightning_grad.utilities.batches import Path, find_input, found_key, has_input, input_at, parts_of_key, text_of
+from lightning_grad.utilities.batches import (
+    Path,
+    find_input,
+    found_key,
+    has_input,
+    input_at,
+    parts_of_key,
+    text_of,
+    way_in,
+)
 
 
 class _Every:
@@ -214,7 +223,9 @@ def _pattern_of(batch: Any, key: str, needed_by: str) -> Path:
         found = found_key(part, known)
         if (part != "*" and found not in known) or not known:
             there = ", ".join(map(repr, known)) or f"no parts: it is a {type(here).__name__}"
-            raise ValueError(f"{needed_by}: input_key={key!r} leads nowhere in the batch; there it has {there}.")
+            raise ValueError(
+                f"{needed_by}: input_key={key!r} leads nowhere in the batch; there it has {there}. {way_in(batch)}"
+            )
         pattern.append(EVERY if part == "*" else found)
         here = next(iter(known.values())) if part == "*" else known[found]
     return tuple(pattern)

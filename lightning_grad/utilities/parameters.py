@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from lightning_grad.utilities.reporting import listed
+
 
 def clean_name(name: str) -> str:
     """Return a parameter's name without the prefix that ``torch.compile`` puts before a wrapped module's.
@@ -106,6 +108,33 @@ def _suggest(pattern: str, known: Sequence[str]) -> str:
     if near:
         return f"Did you mean {' or '.join(map(repr, near))}?"
     return f"Some that exist: {', '.join(known[:3])}." if known else "The module has no parameter."
+
+
+def why_none_left(module: nn.Module, include: Sequence[str] | None, exclude: Sequence[str]) -> str:
+    """Return why name patterns leave no parameter of a module, and what there is to choose from, as sentences.
+
+    Example:
+        >>> why_none_left(nn.ModuleDict({"body": nn.Linear(1, 1), "head": nn.Linear(1, 1)}), ["head"], ["head"])
+        "include and exclude leave none: include=['head'] selects head.weight, head.bias, and exclude=['head'] drops them. \
+Include others, such as 'body', or exclude less."
+    """
+    known = list(all_names(module).values())
+    if not known:
+        return f"{type(module).__name__} has none. Build its layers in __init__ or in configure_model."
+    if include is None:
+        return f"exclude={list(exclude)} leaves none of {listed([names[0] for names in known])}. Exclude less."
+    chosen = [names[0] for names in known if matches(names, include)]
+    others = [names[0] for names in known if not matches(names, [*include, *exclude])]
+    modules = dict.fromkeys(name.rpartition(".")[0].partition(".")[0] or name for name in others)
+    such = (
+        f"Include others, such as {' or '.join(map(repr, list(modules)[:3]))}, or exclude less"
+        if others
+        else "Exclude less"
+    )
+    return (
+        f"include and exclude leave none: include={list(include)} selects {listed(chosen)}, and exclude={list(exclude)} drops "
+        f"them. {such}."
+    )
 
 
 def all_names(module: nn.Module) -> dict[int, list[str]]:

@@ -92,7 +92,7 @@ class Attack:
             if values is not None and len(values) not in (1, channels):
                 raise ValueError(
                     f"{needed_by} needs {name} for each of {channels} channels (dimension 1 of {tuple(inputs.shape)}), or one "
-                    f"number; got {len(values)}."
+                    f"number; got {len(values)}. Give {name} as a list of {channels} numbers, or as one."
                 )
         if self.bounds is None:
             return

@@ -83,6 +83,7 @@ def describe_unknown(key: str, names: Iterable[str]) -> str:
     known = sorted(names)
     similar = [*(name for name in known if key in name), *difflib.get_close_matches(key, known, n=3)]
     hint = f" Did you mean {' or '.join(map(repr, dict.fromkeys(similar)))}?" if similar else ""
+    hint = hint or f" Log it by self.log({key!r}, ...), or set monitor to a metric that is logged."
     return f"monitor={key!r} is not logged. Logged are: {', '.join(known) or 'none'}.{hint}"
 
 

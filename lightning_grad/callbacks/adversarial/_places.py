@@ -129,7 +129,10 @@ class EmbeddingOutput:
         with self._hooked(lambda output: seen.append(plain_tensor(output).detach().clone())), torch.no_grad():
             run(copy_of(batch))
         if not seen:
-            raise RuntimeError(f"{self._needed_by}: the step calls none of the module's nn.Embedding layers.")
+            raise RuntimeError(
+                f"{self._needed_by} perturbs the output of an nn.Embedding, and the step calls none of the module's. Call the "
+                "embedding as a module, embedding(x), or name a floating tensor of the batch by input_key."
+            )
         return seen[0]
 
     def support(self, batch: Any) -> Tensor | None:
@@ -188,7 +191,10 @@ def find_place(pl_module: pl.LightningModule, batch: Any, input_key: str | int |
         return BatchTensor(pattern, are_samples(batch, pattern), input_key, needed_by)
     has_embedding = any(isinstance(module, nn.Embedding) for module in pl_module.modules())
     if wants_embedding and not has_embedding:
-        raise TypeError(f"{needed_by}: input_key='embedding', and the module has no nn.Embedding.")
+        raise TypeError(
+            f"{needed_by}(input_key='embedding') perturbs the output of an nn.Embedding, and {type(pl_module).__name__} has "
+            "none. Leave input_key out, or name a floating tensor of the batch by it."
+        )
     if not wants_embedding:
         _refuse_unclear(batch, has_embedding, needed_by)
     rank_zero_info(f"{needed_by} perturbs the output of the first nn.Embedding that a step calls.")

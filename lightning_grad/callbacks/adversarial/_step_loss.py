@@ -93,5 +93,5 @@ def find_step(
     kind = "the loss of each sample, for several restarts" if each else "a loss to raise"
     raise RuntimeError(
         f"{needed_by} needs {kind}: {'; '.join(reasons)}. Compute it in {next(iter(steps))} by a loss of "
-        f"torch.nn.functional{'' if each else ', or return it'}; of several, loss=0 is the first."
+        f"torch.nn.functional{'' if each else ', or return it'}; of several, set loss=0 for the first."
     )

@@ -139,5 +139,6 @@ class WorstInputs:
             ) from None
         except IndependentLossError as error:
             raise RuntimeError(
-                f"{self._needed_by}: {error} If another part of the batch is the input, name it by input_key."
+                f"{self._needed_by}: {error} If another part of the batch is the input, name it by input_key; else compute "
+                "the loss from it with gradients, without detach() and torch.no_grad()."
             ) from None

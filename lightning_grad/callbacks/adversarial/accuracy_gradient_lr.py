@@ -379,11 +379,11 @@ class AccuracyGradientLR(GradCallback):
 
     def _warn_of_nothing(self) -> None:
         if "nonfinite" in self._told:
-            why = f"{self.monitor!r} was never finite"
+            why = f"{self.monitor!r} was never finite; see where it comes from"
         elif self.interval == "validation" and not self._was_validated:
             why = "no validation came; see check_val_every_n_epoch and val_check_interval of the Trainer"
         else:
-            why = f"{self.monitor!r} was never logged"
+            why = f"{self.monitor!r} was never logged; log it, or set monitor to a metric that is"
         rank_zero_warn(f"{self.label} has observed nothing, so that no learning rate was cut: {why}.")
 
 

@@ -170,7 +170,10 @@ class AdversarialEvaluation(GradCallback):
         step = f"{_STAGES[stage]}_step"
         refuse_sharded(trainer, self.label)
         if not overrides(pl_module, step):
-            raise ValueError(f"{self.label} runs {step} on attacked inputs, and {type(pl_module).__name__} has none.")
+            raise ValueError(
+                f"{self.label} runs {step} on attacked inputs, and {type(pl_module).__name__} has none. Write a {step} that "
+                "returns or logs a metric, or drop the callback."
+            )
         refuse_dataloader_iter(getattr(pl_module, step), self.label)
         if self._fitting:
             self._validations, self._has_warned = 0, False
@@ -339,5 +342,6 @@ class AdversarialEvaluation(GradCallback):
         # Inference tensors have no gradient, and what was counted in inference mode cannot be counted further outside of it.
         with torch.inference_mode(False), torch.enable_grad(), state.used():
             scratch = SecondState(pl_module)
-        with torch.inference_mode(False), torch.enable_grad(), scratch.used(), quiet(trainer, pl_module, check=False):
+        looking = quiet(trainer, pl_module, check=False, label=self.label)
+        with torch.inference_mode(False), torch.enable_grad(), scratch.used(), looking:
             return self._search.run(trainer, pl_module, run, batch, batch_idx, loader)

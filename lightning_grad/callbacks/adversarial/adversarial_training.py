@@ -195,7 +195,10 @@ class AdversarialTraining(GradCallback):
         if not self._fitting:
             return
         refuse_manual_optimization(
-            pl_module, self.label, "its training_step also steps, so that an attack through it would train."
+            pl_module,
+            self.label,
+            "its training_step also steps, so an attack through it would train. Train with automatic optimization, or "
+            "measure by AdversarialEvaluation, which works with both.",
         )
         refuse_dataloader_iter(pl_module.training_step, self.label)
         self._refuse_another(trainer)
@@ -284,7 +287,8 @@ class AdversarialTraining(GradCallback):
             return known[2]  # an optimizer evaluates its closure again: the problem must stay the same
         is_first = self._place is None
         place = self._place = self._place or find_place(pl_module, batch, self.input_key, self.label)
-        with quiet(trainer, pl_module, evaluate=False, check=is_first, advice=f", or train without {self.label}"):
+        way_out = f", or train without {self.label}"
+        with quiet(trainer, pl_module, evaluate=False, check=is_first, advice=way_out, label=self.label):
             clean = place.inputs(batch, run)
             if is_first:
                 self._attack.refuse_inputs(clean, self.label)
@@ -308,8 +312,8 @@ class AdversarialTraining(GradCallback):
             return self._attack(loss_of, clean, generator, share, support)
         except IndependentLossError as error:
             raise RuntimeError(
-                f"{self.label}: {error} If another part of the batch is the input, name it by input_key; if training_step "
-                "detaches it or computes it without gradients, it cannot be attacked."
+                f"{self.label}: {error} If another part of the batch is the input, name it by input_key; else compute "
+                "the loss from it with gradients, without detach() and torch.no_grad()."
             ) from None
         except NoLossError:
             raise
@@ -339,7 +343,7 @@ class AdversarialTraining(GradCallback):
                 with trainer.precision_plugin.train_step_context():
                     return pl_module.training_step(shown, *args, **kwargs)
 
-            with quiet(trainer, pl_module, check=False):
+            with quiet(trainer, pl_module, check=False, label=self.label):
                 purpose = f"{self.seed}/{trainer.current_epoch}"
                 try:
                     found = accuracies_under(attacks, self._place, batch, run, trainer, purpose)

@@ -37,7 +37,14 @@ from lightning_grad.utilities.checks import (
 from lightning_grad.utilities.dispatch import overrides, wrap_method
 from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.optimizers import optimizer_index, optimizer_shape
-from lightning_grad.utilities.parameters import as_names, check_patterns, parameter_names
+from lightning_grad.utilities.parameters import (
+    all_names,
+    as_names,
+    check_patterns,
+    matches,
+    parameter_names,
+    why_none_left,
+)
 from lightning_grad.utilities.precision import grad_scaler, refuse_scaled_gradients, true_loss
 from lightning_grad.utilities.reporting import (
     counted,
@@ -189,18 +196,27 @@ class GradientMonitor(GradCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         names = parameter_names(pl_module)
         for parameter, patterns in (("include", self.include), ("exclude", self.exclude)):
-            check_patterns(patterns or [], names, parameter)
+            check_patterns(patterns or [], names, f"{self.label}({parameter}=...)")
         for index, optimizer in enumerate(trainer.optimizers):
             refuse_scaled_gradients(trainer, optimizer, self.label)
             self._watch(trainer, pl_module, index, optimizer)
         watched = [parameter for watch in self._watches for parameter in watch.parameters]
         if not watched:
-            raise ValueError(f"{self.label} has no parameter to watch: include and exclude leave none.")
+            raise ValueError(f"{self.label} has no parameter to watch. {self._why_none(trainer, pl_module)}")
         refuse_sparse_gradients(pl_module, {id(parameter) for parameter in watched}, self.label)
         self._order = ForwardOrder(pl_module)
         self._undo.push(self._stop_looking)
         self._place_hooks(trainer, pl_module)
         self._announce(trainer, pl_module)
+
+    def _why_none(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+        everything = [name for o in trainer.optimizers for b in choose_buckets(o, pl_module)[0] for name in b.names]
+        if not everything:
+            return "configure_optimizers returns no optimizer that holds one. Return one, or drop the callback."
+        left = [names for names in all_names(pl_module).values() if not matches(names, self.exclude or [])]
+        if any(self.include is None or matches(names, self.include) for names in left):
+            return f"No optimizer holds any of those selected. Include some that one holds, such as {everything[0]!r}."
+        return why_none_left(pl_module, self.include, self.exclude or [])
 
     def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, optimizer: Optimizer) -> None:
         record = self._records.setdefault(index, MonitorRecord())

@@ -183,7 +183,7 @@ def _outputs(look: Look) -> Mapping[str, Tensor]:
     call = look.loss()
     if call.labels is None or call.input.dim() != 2:
         raise ValueError(
-            f"UniformLearning clusters the outputs of each class, and {call.name} got {tuple(call.input.shape)} for targets "
+            f"{look.label} clusters the outputs of each class, and {call.name} got {tuple(call.input.shape)} for targets "
             f"of {tuple(call.target.shape)}. It needs logits (B, C) and one class a sample. For other targets use "
             "DataPruning(score='loss'), or RepeatedRandomSubset, which needs no loss."
         )
