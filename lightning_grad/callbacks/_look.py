@@ -15,6 +15,7 @@ from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses, te
 from lightning_grad.callbacks._whole_step import refuse_rest
 from lightning_grad.functional import LossCall, LossCapture, PerSampleGradientNorms
 from lightning_grad.functional._whole_loss import WholeLossCapture
+from lightning_grad.functional.gradients import InseparableLossError
 
 Measure = Callable[["Look"], Mapping[str, Tensor]]
 
@@ -23,6 +24,24 @@ SCORE_FN = "give score_fn= in place of a score: it takes the module and a batch,
 LOSS_FN = "give loss_fn=, which takes the module and a batch, and returns the loss of each sample"
 OUTPUTS_FN = "give outputs_fn=, which takes the module and a batch, and returns logits and labels"
 LossFunction = Callable[[pl.LightningModule, Any], Any]
+
+
+def only_loss(capture: LossCapture, label: str, which: int | None = None) -> LossCall:
+    """Return the loss of a step that was run.
+
+    Args:
+        capture: What was seen of it.
+        label: Who asks, for errors.
+        which: Which of several losses counts.
+
+    Raises:
+        RuntimeError: If no loss can be read, or it is not clear which of several is meant.
+        ValueError: If the rows of the only one do not divide by the number of samples.
+    """
+    try:
+        return capture.only(which)
+    except (RuntimeError, ValueError) as error:
+        raise type(error)(f"{label} must see the loss of each sample. {error}") from None
 
 
 class SkippedBatchError(Exception):
@@ -77,9 +96,14 @@ class Look:
             try:
                 call = self._whole_call(capture, output)
                 return SampleLosses(call.losses if keep_graph else call.losses.detach(), call)
-            except (RuntimeError, ValueError):  # there is more than one call, or none
+            except (RuntimeError, ValueError) as error:  # there is more than one call, or none
                 self.memory["calls"] = [call.name for call in capture.calls]
-                return self._by_terms(keep_graph)
+                try:
+                    return self._by_terms(keep_graph)
+                except InseparableLossError:
+                    if isinstance(error, ValueError):  # which knows more of why there are too few rows
+                        raise error from None
+                    raise
         if "terms" in self.memory:
             return self._by_terms(keep_graph)
         call = self.loss(keep_graph)
@@ -126,8 +150,8 @@ class Look:
         if which is None and several and not any(call.has_graph for call in capture.calls):
             # Only with a graph the loss can be told from what a step computes for its log.
             found = self._captured(with_graph=True)
-            which = self.memory["which"] = found.calls.index(found.only())
-        return capture.only(which)
+            which = self.memory["which"] = found.calls.index(self._only(found))
+        return self._only(capture, which)
 
     def _whole_loss(self) -> LossCall:
         """Return the loss of the first batch that has one, after a look at what else the step's loss consists of."""
@@ -139,12 +163,15 @@ class Look:
             return capture, self._run()
 
     def _whole_call(self, capture: WholeLossCapture, output: object) -> LossCall:
-        call = capture.only()
+        call = self._only(capture)
         refuse_rest(capture, call, output, self.label, self.way_out)
         self.memory["whole"] = True
         if len(capture.calls) + len(capture.unread) > 1:
             self.memory["which"] = capture.calls.index(call)
         return call
+
+    def _only(self, capture: LossCapture, which: int | None = None) -> LossCall:
+        return only_loss(capture, self.label, which)
 
     def _run(self) -> object:
         output = self.run()
@@ -179,8 +206,12 @@ class Look:
             found[:] = [self.losses(keep_graph=True)]
             return found[0].losses
 
-        with torch.enable_grad():
-            return self.memory["norms"](losses), found[0]
+        try:
+            with torch.enable_grad():
+                return self.memory["norms"](losses), found[0]
+        except (RuntimeError, ValueError) as error:  # of the step, perhaps, so its words stay as they are
+            error.add_note(f"{self.label} measured the gradient of each sample. Use another score, or {self.way_out}.")
+            raise
 
     def features(self) -> tuple[Tensor, LossCall, nn.Linear]:
         """Return what the last linear layer takes in, the loss of what it gives out, and the layer.
@@ -204,8 +235,8 @@ class Look:
             if isinstance(output, Tensor) and output.data_ptr() == call.input.data_ptr():
                 return taken_in.detach(), call, layer
         raise ValueError(
-            "This score needs the features of the last layer, and the logits of this module are not the output of an "
-            f"nn.Linear. Use another score, or {SCORE_FN}."
+            f"{self.label} needs the features of the last layer for this score, and the logits of "
+            f"{type(self.pl_module).__name__} are not the output of an nn.Linear. Use another score, or {self.way_out}."
         )
 
 

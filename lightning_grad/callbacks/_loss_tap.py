@@ -19,15 +19,22 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from lightning_grad.callbacks._look import SCORE_FN, LossFunction, call_of, checked_losses, refuse_other_means
+from lightning_grad.callbacks._look import (
+    SCORE_FN,
+    LossFunction,
+    call_of,
+    checked_losses,
+    only_loss,
+    refuse_other_means,
+)
 from lightning_grad.callbacks._quiet import aside, eager, is_quiet, quiet
-from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses, loss_of, terms_of, trace_of, with_loss
+from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses, terms_of, trace_of, with_loss
 from lightning_grad.callbacks._weighing_capture import Weigh, WeighingCapture, WithGradientOf
-from lightning_grad.callbacks._whole_step import refuse_rest
+from lightning_grad.callbacks._whole_step import loss_of_output, refuse_rest
 from lightning_grad.functional import LossCall, LossCapture
 from lightning_grad.functional._whole_loss import WholeLossCapture
 from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms
-from lightning_grad.utilities.batches import copy_of
+from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import is_sharded
 from lightning_grad.utilities.dispatch import wrap_method
 
@@ -41,6 +48,7 @@ def read_losses(
     which: int | None = None,
     samples: Callable[[], int] | None = None,
     way_out: str = SCORE_FN,
+    needed_by: str = "A reader of losses",
     outputs_fn: LossFunction | None = None,
 ) -> Any:
     """Have ``reader`` called with the loss of every training step, after it.
@@ -51,6 +59,7 @@ def read_losses(
         which: Which loss of the step, if it has several.
         samples: Tells the number of samples of the batch. Default: the length of its tensors.
         way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
+        needed_by: Who asks, for errors.
         outputs_fn: Gives logits and labels of a batch in place of the step, once more after each.
 
     Returns:
@@ -58,7 +67,7 @@ def read_losses(
     """
     tap = _tap_of(pl_module)
     tap.samples = samples or tap.samples
-    entry = (reader, which, way_out, outputs_fn)
+    entry = (reader, which, way_out, needed_by, outputs_fn)
     tap.readers.append(entry)
     return lambda: tap.remove(entry)
 
@@ -113,7 +122,7 @@ def _tap_of(pl_module: pl.LightningModule) -> _LossTap:
     return _TAPS[pl_module]
 
 
-_Reader = tuple[Callable[[LossCall], None], int | None, str, LossFunction | None]
+_Reader = tuple[Callable[[LossCall], None], int | None, str, str, LossFunction | None]
 
 
 class _LossTap:
@@ -157,9 +166,8 @@ class _LossTap:
         self._seen = 0
         batch = next(iter((*args, *kwargs.values())))
         samples = batch_size_of(batch) if self.samples is None else self.samples()
-        if (
-            samples == 0
-        ):  # none of the samples that are watched: another loader's batch, or a tuner that tries a few steps
+        if samples == 0:
+            # None of the samples that are watched: another loader's batch, or a tuner that tries a few steps.
             return inner(*args, **kwargs)
         needs = self.reweight is not None and self.needs()
         if self.reweight is not None and not self._is_decided and (self.acts or needs):
@@ -216,7 +224,7 @@ class _LossTap:
         if output is None and self._may_skip:
             return None
         losses = checked_losses(losses, samples)
-        loss = loss_of(output)
+        loss = loss_of_output(output)
         if loss is None or loss.numel() != 1:
             raise ValueError(
                 f"training_step must return one number as its loss, or None; {self.reweighted_by} found none."
@@ -240,9 +248,9 @@ class _LossTap:
         refuse_other_means(self._pairs, self.reweighted_by, "loss_fn", 5e-2 if coarse else 1e-3)
 
     def _read(self, capture: LossCapture, batch: Any) -> None:
-        for reader, which, capture.way_out, outputs_fn in self.readers:
+        for reader, which, capture.way_out, needed_by, outputs_fn in self.readers:
             if outputs_fn is None:
-                reader(capture.only(which))
+                reader(only_loss(capture, needed_by, which))
                 continue
             module = self._module()
             assert module is not None
@@ -285,10 +293,15 @@ class _LossTap:
                 return  # the next step that has a loss tells
             try:
                 refuse_rest(capture, capture.only(), output, self.reweighted_by, self.way_out)
-            except (RuntimeError, ValueError):
+            except (RuntimeError, ValueError) as error:
                 if samples is None:
                     raise
-                self._terms = self._first_terms(run, samples, capture.calls[0].name if capture.calls else "")
+                try:
+                    self._terms = self._first_terms(run, samples, capture.calls[0].name if capture.calls else "")
+                except InseparableLossError:
+                    if isinstance(error, ValueError):  # which knows more of why there are too few rows
+                        raise ValueError(f"{self.reweighted_by} weights the loss of each sample. {error}") from None
+                    raise
         self._is_decided = True
 
     def _first_terms(self, run: Callable[[], object], samples: int, call: str) -> Terms:

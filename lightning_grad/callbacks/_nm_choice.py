@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_grad.callbacks._nm_ends import Ends, Owner
 from lightning_grad.callbacks._nm_weight import SparseWeight
@@ -25,14 +26,15 @@ from lightning_grad.utilities.parameters import (
     named_owners,
     parameter_names,
 )
-from lightning_grad.utilities.reporting import format_table
+from lightning_grad.utilities.reporting import counted, format_table
 from lightning_grad.utilities.weight_axes import is_foreign_matrix, output_dimension
-from lightning_grad.utilities.weight_view import has_view, viewed_class
+from lightning_grad.utilities.weight_view import REPLACEMENTS, has_view, viewed_class
 
 _SINGLE_WEIGHT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MOST_SHOWN = 24
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _FROZEN = "frozen"
+_REPLACED = "reparametrized (pruning, weight_norm, spectral_norm or parametrize), so that it is computed from others"
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,7 @@ class Choice:
     def summary(self) -> str:
         """Return in a clause how many weights are made sparse."""
         pruned = sum(weight.pattern.n < weight.pattern.m for weight in self.chosen)
-        count = pruned or len(self.chosen)
-        weights = f"{count} weight{'s' * (count > 1)}"
+        weights = counted(pruned or len(self.chosen), "weight")
         if not pruned:
             return f"keeps {weights} dense, because N = M prunes nothing"
         return f"makes {weights} sparse"
@@ -85,12 +86,14 @@ class Wanted:
         include: Name patterns; ``None`` means every Linear, Conv and attention weight, and other matrices that their layer
             multiplies by, but the first and the last.
         exclude: Name patterns of what stays dense.
+        label: Who asks, for errors.
     """
 
     patterns: Mapping[str, NMPattern]
     axis: Axis
     include: Sequence[str] | None
     exclude: Sequence[str] | None
+    label: str = "NMSparsity"
 
     def excludes(self, names: Sequence[str]) -> bool:
         """Return whether a parameter of these names stays dense."""
@@ -120,15 +123,28 @@ def choose_weights(module: nn.Module, wanted: Wanted, ends: Ends) -> Choice:
     for candidate in candidates:
         name = candidate[0]
         _take(choice, candidate, names[name], uses[id(_parameter(candidate))], wanted, clean_name(name) in dense)
+    replaced = [name for name in _replaced_weights(module) if not wanted.excludes([name])]
+    choice.skipped.extend((name, _REPLACED) for name in replaced if matches(name, wanted.include or ["*"]))
     for asked in wanted.include or []:
-        if not any(matches(names[candidate[0]], [asked]) for candidate in candidates):
+        if not any(matches(known_by, [asked]) for known_by in (*(names[name] for name, _, _ in candidates), *replaced)):
             choice.skipped.append((asked, "no Linear, Conv or attention layer; spell parameters of others to the end"))
     return choice
 
 
+def _replaced_weights(module: nn.Module) -> list[str]:
+    """Return the weights in whose place something else computes another."""
+    found = []
+    for name, layer in module.named_modules():
+        replaced = layer._parameters.keys() & {f"weight_{end}" for end in REPLACEMENTS}
+        if isinstance(layer, _SINGLE_WEIGHT) and (replaced or is_parametrized(layer, "weight")):
+            found.append(clean_name(f"{name}.weight"))
+    return found
+
+
 def _check_names(wanted: Wanted, names: Sequence[str]) -> None:
     for argument, asked in (("include", wanted.include), ("exclude", wanted.exclude), ("pattern", wanted.patterns)):
-        check_patterns([pattern for pattern in asked or [] if argument != "pattern" or pattern != "*"], names, argument)
+        named = [pattern for pattern in asked or [] if argument != "pattern" or pattern != "*"]
+        check_patterns(named, names, f"{wanted.label}({argument}=...)")
 
 
 def _parameter(owner: Owner) -> nn.Parameter:
@@ -166,22 +182,22 @@ def _take(
         return
     assert key is not None
     assert dim is not None
-    _refuse_two_patterns(names, wanted.patterns, key)
+    _refuse_two_patterns(names, wanted, key)
     if not any(weight.parameter is parameter for weight in choice.chosen):
         twins = [use for use in uses if use != (owner, attribute)]
         in_place = bool(twins) or not _is_known(owner, attribute)
         choice.chosen.append(SparseWeight(name, owner, attribute, wanted.patterns[key], dim, in_place, twins))
 
 
-def _refuse_two_patterns(names: Sequence[str], patterns: Mapping[str, NMPattern], key: str) -> None:
+def _refuse_two_patterns(names: Sequence[str], wanted: Wanted, key: str) -> None:
     """Raise if two keys name a tied parameter, each under another of its names, and want different patterns."""
-    covered = [name for name in names if matches(name, [key])]
+    patterns, covered = wanted.patterns, [name for name in names if matches(name, [key])]
     for other in patterns:
         own = [name for name in names if matches(name, [other])]
         if own and not set(own) & set(covered) and patterns[other] != patterns[key]:
             raise ValueError(
-                f"{covered[0]} and {own[0]} are one tied parameter, and are given {patterns[key]} and {patterns[other]}. Give "
-                "both the same pattern."
+                f"{wanted.label}: {covered[0]} and {own[0]} are one tied parameter, and pattern gives them "
+                f"{patterns[key]} and {patterns[other]}. Give both the same pattern."
             )
 
 

@@ -26,6 +26,7 @@ from lightning_grad.callbacks._look import (
     Measure,
     SkippedBatchError,
     losses_of,
+    only_loss,
     refuse_other_means,
 )
 from lightning_grad.callbacks._quiet import eager, quiet
@@ -39,13 +40,14 @@ from lightning_grad.callbacks._row_order import (
     same_rows,
     size_of_input,
 )
-from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses, loss_of, sum_of_flags
-from lightning_grad.callbacks._scoring import runner, scoring_loader, seed_streams, to_device
-from lightning_grad.callbacks._whole_step import refuse_rest
-from lightning_grad.data.random_streams import generators_kept, seed_generators
+from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses, sum_of_flags
+from lightning_grad.callbacks._scoring import runner, scoring_loader, to_device
+from lightning_grad.callbacks._whole_step import loss_of_output, refuse_rest
+from lightning_grad.data.random_streams import generators_kept, numbers_kept, seed_generators, seed_streams
 from lightning_grad.functional._whole_loss import WholeLossCapture
 from lightning_grad.functional.gradients import Terms
-from lightning_grad.utilities.batches import copy_of, reordered
+from lightning_grad.utilities.batch_copies import copy_of
+from lightning_grad.utilities.batches import reordered
 from lightning_grad.utilities.training_set import TrainingSet
 
 _EXACT = 1e-5
@@ -156,7 +158,8 @@ class Rehearsal:
                         self.check_whole_loss(batch, size)
                 return
         rank_zero_warn(
-            f"{self.label} cannot see whether rows follow the samples: {_DRAWS} batches in a row had no loss."
+            f"{self.label} cannot see whether rows follow the samples: {_DRAWS} batches in a row had no loss. Let "
+            "collate_fn and training_step return something for more batches, to have it checked."
         )
 
     def _kind_of(self, whole: Seen | None, alone: list[Tensor | None]) -> SampleLoss:
@@ -201,7 +204,7 @@ class Rehearsal:
 
     def _loss_alone(self, batch: Any) -> Tensor | None:
         with torch.enable_grad():  # a step may differentiate
-            loss = loss_of(runner(self.trainer, self.pl_module, batch, 0)())
+            loss = loss_of_output(runner(self.trainer, self.pl_module, batch, 0)())
         return None if loss is None or loss.numel() != 1 else loss.detach().reshape(())
 
     def check_means(
@@ -300,17 +303,18 @@ class Rehearsal:
         """
         if self.which is not None:
             return
-        advice = f", or {self.way_out}"
-        with quiet(self.trainer, self.pl_module, evaluate=False, advice=advice), eager(), torch.enable_grad():
+        looking = quiet(self.trainer, self.pl_module, evaluate=False, advice=f", or {self.way_out}", label=self.label)
+        with looking, eager(), torch.enable_grad():
             capture = WholeLossCapture(self.pl_module, samples, way_out=self.way_out)
             with capture:
                 output = runner(self.trainer, self.pl_module, batch, 0)()
             if output is not None:
-                refuse_rest(capture, capture.only(), output, self.label, self.way_out)
+                refuse_rest(capture, only_loss(capture, self.label), output, self.label, self.way_out)
 
     @contextmanager
     def _quiet(self, seed: int) -> Iterator[None]:
-        with quiet(self.trainer, self.pl_module, advice=f", or {self.way_out}"), torch.no_grad():
+        looking = quiet(self.trainer, self.pl_module, advice=f", or {self.way_out}", label=self.label)
+        with looking, torch.no_grad():
             self._seed(seed)
             yield
 
@@ -334,7 +338,8 @@ class Rehearsal:
             return loader.collate_fn(items if takes_lists else [items[place] for place in order.tolist()])
 
         once = scoring_loader(training_set, dataset, [chosen], 0, in_main_process=True, collate=collate)
-        with generators_kept([once.dataset, loader.collate_fn]), self._quiet(0):
+        own = [once.dataset, loader.collate_fn]
+        with generators_kept(own), numbers_kept(loader.collate_fn), self._quiet(0):
             batch = next(iter(once))
             self._seed(seed)
             yield batch

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_grad.functional import LossCall
-from lightning_grad.functional._tensor_classes import plain
 from lightning_grad.functional.gradients import Terms
+from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.utilities.batches import map_tensors
 
 
@@ -63,7 +63,7 @@ def is_close(one: Tensor, other: Tensor, tolerance: float, floor: float = 0.0) -
         >>> is_close(x, x * 1.00001, 1e-3), is_close(x, x.flip(0), 1e-3)
         (True, False)
     """
-    one, other = plain(one), plain(other)
+    one, other = plain_tensor(one), plain_tensor(other)
     if one.shape != other.shape:
         return False
     if not (one.is_floating_point() or one.is_complex()):
@@ -113,13 +113,15 @@ def rows_of_batch(batch: Any, samples: int) -> list[Tensor]:
 def rows_of_call(call: LossCall) -> dict[str, Tensor]:
     """Return the losses of the positions of each sample, (B, P), and a few numbers that tell what the loss got of it.
 
-    The losses decide: targets that are positions in the batch, as contrastive losses have them, rightly follow no order. Where
-    all losses are alike, the rest has to tell the samples apart.
+    The losses decide. Where all of them are alike, or drawn at random, the rest has to tell the samples apart; targets that
+    are positions in the batch, as contrastive losses have them, cannot: they rightly follow no order.
     """
     options = {**call.options, "reduction": "none"}
     positions = getattr(F, call.name)(input=call.input, target=call.target, **options)
     found = {"value": call.rows(positions)}
     for name, value in (("input", call.input), ("target", call.target)):
+        if name == "target" and _are_positions(call):
+            continue
         if value.dim() and len(value) and len(value) % call.samples == 0:
             found[name] = _one_number(value).reshape(call.samples, -1)
     return found
@@ -134,6 +136,12 @@ def rows_of_terms(terms: Terms) -> dict[str, Tensor]:
     for term in terms.terms:
         found.setdefault(str(term), []).append(term.shares.detach())
     return {place: torch.stack(shares, 1) for place, shares in found.items()}
+
+
+def _are_positions(call: LossCall) -> bool:
+    """Return whether each row's target is its own place in the batch."""
+    target = call.target
+    return call.has_class_indices and torch.equal(target, torch.arange(target.numel()).to(target))
 
 
 def size_of_input(call: LossCall) -> float:

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_grad.callbacks._whole_step import loss_of_output
 from lightning_grad.functional import LossCall
 from lightning_grad.functional._loss_functions import SampleSums
 from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms
@@ -56,12 +57,6 @@ class SampleLosses:
         return numerators.sum() / divisor, (numerators * weights.to(numerators).nan_to_num(0.0)).sum() / divisor
 
 
-def loss_of(output: object) -> Tensor | None:
-    """Return the loss in what a step returns, ``None`` if there is none."""
-    found = output.get("loss") if isinstance(output, Mapping) else output
-    return found if isinstance(found, Tensor) else None
-
-
 def with_loss(output: object, loss: Tensor) -> object:
     """Return what a step returned with another loss in it."""
     return {**output, "loss": loss} if isinstance(output, Mapping) else loss
@@ -87,7 +82,7 @@ def terms_of(trace: LossTrace, output: object, ways_out: str, like: Terms | None
         InseparableLossError: If the loss cannot be separated.
         ValueError: If the step returned no loss that is trained.
     """
-    loss = loss_of(output)
+    loss = loss_of_output(output)
     if loss is None or loss.numel() != 1 or loss.grad_fn is None:
         found = "no loss" if loss is None else f"a loss {tuple(loss.shape)}, which requires {_graph(loss)}"
         raise ValueError(f"training_step must return one number that is trained by; got {found}. {ways_out}")

@@ -12,13 +12,13 @@ from torch import Tensor
 from lightning_grad.callbacks._sample_losses import SampleLosses
 from lightning_grad.functional import LossCapture
 from lightning_grad.functional._loss_functions import LossFunction
-from lightning_grad.functional._tensor_classes import plain
 from lightning_grad.functional.gradients import InseparableLossError
 from lightning_grad.functional.gradients._calls import read_call
 from lightning_grad.functional.gradients._follow import edge_of
 from lightning_grad.functional.gradients._record import Record
 from lightning_grad.functional.gradients._walk import Walk
 from lightning_grad.functional.gradients.terms import weight_cuts_
+from lightning_grad.functional.plain_tensors import plain_tensor
 
 Weigh = Callable[[SampleLosses], Tensor | None]
 
@@ -64,7 +64,7 @@ def _has_hooks(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor, samples: int, weights: Tensor
 ) -> bool:
     """Hook weights into the graph of a call; return whether that is possible."""
-    value = plain(value)
+    value = plain_tensor(value)
     call = read_call(func, args, kwargs, value, samples, lambda _: None, edge_of, values=False, keep_graph=False)
     if call is None or call.problem or call.others or value.grad_fn is None:
         return False

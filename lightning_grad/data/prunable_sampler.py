@@ -67,7 +67,8 @@ class PrunableBatchSampler(Sampler[list[int]]):
     one pass, they are passed through again, in a new order.
 
     Args:
-        original: The batch sampler to stand for. Other classes than ``BatchSampler`` need ``batch_size`` and a length.
+        original: The batch sampler to stand for. Other classes than ``BatchSampler`` need ``batch_size``, the number of
+            samples in a full batch, and a length.
         total: Length of the data set.
         needed_by: Who asks, for errors.
 
@@ -91,9 +92,10 @@ class PrunableBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(self, original: Any, total: int, needed_by: str = "PrunableBatchSampler") -> None:
-        _refuse(original)
+        _refuse(original, needed_by)
         self.original = original
         self.total = total
+        self._needed_by = needed_by
         self.batch_size: int = original.batch_size
         self.drop_last: bool = getattr(original, "drop_last", False)
         self.sampler = getattr(original, "sampler", None)  # where Lightning looks for one that has epochs
@@ -192,7 +194,10 @@ class PrunableBatchSampler(Sampler[list[int]]):
                 empty = False
                 yield int(index)
             if empty:
-                raise ValueError(f"{type(self.original).__name__} yields none of the {len(self._kept)} samples kept.")
+                raise ValueError(
+                    f"{self._needed_by} keeps {len(self._kept)} samples, and {type(self.original).__name__} yields none of "
+                    "them. Prune less, or let the sampler yield every sample of the data set."
+                )
             number += 1
 
     def _pruned_sampler(self, number: int) -> _Subset:
@@ -273,18 +278,22 @@ def _scaled(samples: int, kept: int, total: int) -> int:
     return kept if samples == total else max(1, round(samples * kept / total))
 
 
-def _refuse(original: Any) -> None:
+def _refuse(original: Any, needed_by: str) -> None:
     name = type(original).__name__
     if not isinstance(getattr(original, "batch_size", None), int):
-        raise TypeError(f"Samples can be left out of batches of known size only, and {name} has no batch_size.")
+        raise TypeError(
+            f"{needed_by} must know how many samples a batch has, and {name} has no batch_size. Give it an attribute "
+            "batch_size: the number of indices in each list that it yields."
+        )
     if not hasattr(original, "__len__"):
         raise TypeError(
-            f"A pruned epoch is a part of a whole one, and {name} has no __len__ that tells how long that is."
+            f"{needed_by} must know how many batches an epoch has, and {name} has no __len__. Give it a __len__ that returns "
+            "that number."
         )
     sampler = getattr(original, "sampler", None)
     known = type(sampler) is DistributedSampler
     if isinstance(sampler, DistributedSampler) and not known and sampler.num_replicas > 1:
         raise TypeError(
-            f"{type(sampler).__name__} shares samples among ranks in a way of its own, so that pruning could leave them "
-            "with epochs of different length. Use a sampler of torch.utils.data, or one process."
+            f"{needed_by} cannot prune what {type(sampler).__name__} yields, because it shares samples among ranks in a "
+            "way of its own, so their epochs could differ in length. Use a sampler of torch.utils.data, or one process."
         )

@@ -28,7 +28,7 @@ from lightning_grad.utilities.dispatch import wrap_method
 _VIEWS = "_lightning_grad_views"
 _DENSE = "_lightning_grad_dense"
 _IN_PLACE = "_lightning_grad_in_place"
-_REPLACEMENTS = ("orig", "g", "v")  # under which torch's prune, spectral_norm and weight_norm keep a weight
+REPLACEMENTS = ("orig", "g", "v")  # under which torch's prune, spectral_norm and weight_norm keep a weight
 _OPEN: WeakSet[InPlaceWindow] = WeakSet()
 
 
@@ -60,6 +60,34 @@ def _dense(module: nn.Module, attribute: str) -> nn.Parameter:
     return parameter
 
 
+def _refusals(base: type[nn.Module], attributes: frozenset[str]) -> dict[str, Any]:
+    """Return methods that refuse to let pruning and the like take the place of a viewed weight."""
+
+    def refuse(self: nn.Module, name: str) -> None:
+        """Raise in place of the foreign errors in which a second owner of the weight ends."""
+        self.__dict__[_DENSE].put_back(self)
+        known = getattr(self.__dict__[_VIEWS].get(name), "name", f"{base.__name__}.{name}")
+        raise RuntimeError(
+            f"{known} cannot be reparametrized while a technique shows it through a view: pruning, weight_norm, "
+            "spectral_norm and parametrize would take its place. Leave the layer out by the technique's exclude=, or do that "
+            "before the fit, and the technique leaves it out itself."
+        )
+
+    def delete(self: nn.Module, name: str) -> None:
+        if name in attributes:
+            refuse(self, name)
+        base.__delattr__(self, name)
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        owner = next((attribute for attribute in attributes if name.startswith(f"{attribute}_")), None)
+        # Only what takes the place of a weight: an adapter may be added to the layer.
+        if owner is not None and name.removeprefix(f"{owner}_") in REPLACEMENTS:
+            refuse(self, owner)
+        base.register_parameter(self, name, param)
+
+    return {"__delattr__": delete, "register_parameter": register}
+
+
 @functools.cache
 def _viewing_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn.Module]:
     """Derive the class whose instances show ``attributes`` through their views."""
@@ -80,34 +108,12 @@ def _viewing_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn
         # Not copyreg.__newobj__: pickle refuses it for another class than the object's own.
         return object.__new__, (base,), state
 
-    def refuse(self: nn.Module, name: str) -> None:
-        """Raise in place of the foreign errors in which a second owner of the weight ends."""
-        self.__dict__[_DENSE].put_back(self)
-        known = getattr(self.__dict__[_VIEWS].get(name), "name", f"{base.__name__}.{name}")
-        raise RuntimeError(
-            f"{known} cannot be reparametrized while a technique shows it through a view: pruning, weight_norm, "
-            "spectral_norm and parametrize would take its place. Do that before the fit, or leave the layer out by the "
-            "technique's exclude=."
-        )
-
-    def delete(self: nn.Module, name: str) -> None:
-        if name in attributes:
-            refuse(self, name)
-        base.__delattr__(self, name)
-
-    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        owner = next((attribute for attribute in attributes if name.startswith(f"{attribute}_")), None)
-        # Only what takes the place of a weight: an adapter may be added to the layer.
-        if owner is not None and name.removeprefix(f"{owner}_") in _REPLACEMENTS:
-            refuse(self, owner)
-        base.register_parameter(self, name, param)
-
     def shown(name: str) -> property:
         return property(lambda self: self.__dict__[_VIEWS][name].value(self._parameters[name]))
 
     members: dict[str, Any] = {name: shown(name) for name in attributes}
     members |= {"_save_to_state_dict": save, "__reduce_ex__": reduce, "_viewed_class": base}
-    members |= {"__delattr__": delete, "register_parameter": register}
+    members |= _refusals(base, attributes)
     members |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), members)
 

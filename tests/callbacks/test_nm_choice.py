@@ -182,7 +182,8 @@ def test_an_embedding_tied_to_the_head_is_known_by_the_heads_name() -> None:
 
 def test_a_name_that_is_nearly_right_is_suggested() -> None:
     with pytest.raises(
-        ValueError, match=r"include: no parameter is named 'net.C', and no module. Did you mean .*'net.D'"
+        ValueError,
+        match=r"NMSparsity\(include=...\): no parameter is named 'net.C', and no module. Did you mean .*'net.D'",
     ):
         fit(NMSparsity(include=["net.C"]), Regression(Two()))
 
@@ -415,6 +416,25 @@ def test_taking_the_place_of_a_weight_is_refused_at_once(how: str, hook: str, ki
         assert type(module.net[1]) is nn.Linear
         assert list(dict(module.net[1].named_parameters())) == ["weight", "bias"]
         module.net(torch.ones(1, 16))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("how", WAYS)
+def test_a_weight_that_something_else_replaces_before_the_fit_is_named(how: str, caplog: Any) -> None:
+    module = layers(nn.Linear, nn.Linear, nn.Linear, nn.Linear)
+    WAYS[how](module.net[1])
+    with caplog.at_level("INFO"):
+        fit(NMSparsity("1:4", figure=False), module)
+    (told,) = [r.message for r in caplog.records if "net.1.weight" in r.message]
+    assert "net.2.weight  16x16  1:4" in told
+    assert "net.1.weight  dense  reparametrized (pruning" in told
+    for asked in ("net.1", "net.[1]"):
+        module = layers(nn.Linear, nn.Linear, nn.Linear)
+        WAYS[how](module.net[1])
+        with pytest.raises(
+            ValueError, match=r"finds no weight.*net.1.weight: reparametrized [^;]*computed from others\. Choose"
+        ):
+            fit(NMSparsity("1:4", include=[asked], figure=False), module)
 
 
 def test_a_layer_left_out_may_be_reparametrized_and_an_adapter_added() -> None:

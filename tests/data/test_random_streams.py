@@ -2,6 +2,7 @@
 
 import functools
 import random
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from lightning_grad.data.random_streams import (
     generators_kept,
     holds_generators,
+    named_generators,
+    numbers_kept,
     random_streams_kept,
     seed_generators,
 )
@@ -96,3 +99,56 @@ def test_the_global_streams_are_put_back() -> None:
     with pytest.raises(ZeroDivisionError), random_streams_kept():
         sum(numbers()) / 0
     assert numbers() == first
+
+
+AT_THE_TOP: Any = None
+
+
+def names_it() -> float:
+    return sum(drawn(AT_THE_TOP) for _ in range(1))
+
+
+class NamesIt:
+    def draw(self) -> float:
+        return drawn(AT_THE_TOP)
+
+
+class InheritsIt(NamesIt):
+    pass
+
+
+class StaticallyNamesIt:
+    @staticmethod
+    def draw() -> float:
+        return drawn(AT_THE_TOP)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("holder", [names_it, InheritsIt(), StaticallyNamesIt(), [NamesIt().draw]])
+def test_generators_at_the_top_of_a_file_are_found(kind: str, holder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):  # bound anew, as by a notebook
+        monkeypatch.setattr(sys.modules[__name__], "AT_THE_TOP", MAKERS[kind]())
+        with generators_kept(holder):
+            first = drawn(AT_THE_TOP)
+        assert holds_generators(holder)
+        assert drawn(AT_THE_TOP) == first
+
+
+def test_generators_of_classes_are_each_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = random.Random(1)
+    monkeypatch.setattr(sys.modules[__name__], "AT_THE_TOP", generator)
+
+    class Owner:
+        rng = np.random.default_rng(1)
+
+    assert named_generators([NamesIt, InheritsIt, Owner, Noise]) == [generator, Owner.rng]
+
+
+def test_what_a_function_object_counts_is_kept() -> None:
+    counts = SimpleNamespace(calls=1, size=0.5, cache=[], none=None)
+    with numbers_kept(counts):
+        counts.calls, counts.size, counts.none = 9, 9.5, "loaded"
+        counts.cache.append(1)
+    assert vars(counts) == {"calls": 1, "size": 0.5, "cache": [1], "none": "loaded"}
+    with numbers_kept(len):
+        pass

@@ -18,7 +18,6 @@ from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
 from lightning_grad.functional import infobatch_count, infobatch_subset, round_up_count
 from lightning_grad.functional.gradients import Terms
-from lightning_grad.utilities.arguments import plain
 from lightning_grad.utilities.checks import (
     check_between,
     check_count,
@@ -194,7 +193,7 @@ class InfoBatch(SubsetCallback):
         if not self._fitting:
             return
         self._weights = state_dict["weights"]  # of an epoch that goes on, also where settings changed
-        if all(state_dict["settings"][name] == plain(getattr(self, name)) for name in ("loss", "loss_fn")):
+        if not self._changed_settings(state_dict, "loss", "loss_fn"):
             self._sample_loss = state_dict["sample_loss"]
             self._losses, self._record.values = state_dict["losses"], state_dict["epoch_values"]
         elif state_dict["losses"] is not None:

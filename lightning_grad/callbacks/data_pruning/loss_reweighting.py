@@ -18,12 +18,10 @@ from lightning_grad.callbacks._rehearsal import Rehearsal
 from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional import annealed_temperature, loss_weights
-from lightning_grad.utilities.arguments import plain
-from lightning_grad.utilities.batches import copy_of
+from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import (
     check_above,
     check_between,
-    check_choice,
     check_position,
     is_sharded,
     refuse_manual_optimization,
@@ -114,7 +112,6 @@ class LossReweighting(GradCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        check_choice(rule, ("linupper", "quadratic", "extremes"), "rule")
         check_above(temperature, 0.0, "temperature")
         check_above(start_temperature, 0.0, "start_temperature")
         if math.isinf(start_temperature):
@@ -182,9 +179,7 @@ class LossReweighting(GradCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if self._fitting and all(
-            state_dict["settings"][name] == plain(getattr(self, name)) for name in ("loss", "loss_fn")
-        ):
+        if self._fitting and not self._changed_settings(state_dict, "loss", "loss_fn"):
             self._sample_loss = state_dict["sample_loss"]
 
     @override

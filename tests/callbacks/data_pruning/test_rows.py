@@ -426,6 +426,68 @@ def test_the_rehearsal_leaves_no_trace(make: Any, monkeypatch: pytest.MonkeyPatc
     assert_identical(*states)
 
 
+def without_some(items: list[Any]) -> Any:
+    """Leave out what cannot be used, as for images that cannot be read."""
+    return default_collate([item for item in items if item[0][0] < 1.0])
+
+
+class SomeRows(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        chosen = batch[0][:, 0] < 1.0
+        return F.cross_entropy(self(batch[0][chosen]), batch[1][chosen])
+
+
+@pytest.mark.parametrize("make", [pruning, lambda: pruning("aum"), InfoBatch, lambda: LossReweighting(warmup=0.0)])
+@pytest.mark.parametrize("where", ["collate_fn", "step"])
+def test_samples_that_have_no_row_are_refused_by_name(make: Any, where: str) -> None:
+    callback = make()
+    if where == "collate_fn" and isinstance(callback, LossReweighting):
+        train(callback, loader=batches(without_some))  # which credits nothing to an index
+        return
+    if where == "step" and isinstance(callback, (InfoBatch, LossReweighting)):
+        train(callback, SomeRows())  # the trace follows the rows of the samples
+        return
+    module, collate = (SomeRows(), default_collate) if where == "step" else (Classifier(), without_some)
+    with pytest.raises(
+        ValueError, match=rf"^{callback.label} .* loss of each sample\..* rows for 8 samples: .* leaves sampl"
+    ):
+        train(callback, module, loader=batches(collate))
+
+
+AT_THE_TOP = np.random.default_rng(0)
+
+
+class Resizing:
+    """Counts its batches, as where each tenth has images of another size, and draws from a generator of the file."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, items: list[Any]) -> Any:
+        self.calls += 1
+        x, *rest = default_collate(items)
+        return [x * (1 + self.calls % 3) * AT_THE_TOP.uniform(0.9, 1.1), *rest]
+
+
+class DrawsFromTheFile(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0] * AT_THE_TOP.uniform(0.9, 1.1)), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*(samples that differ|in eval mode)")
+@pytest.mark.parametrize("make", REHEARSING, ids=NAMES)
+def test_the_rehearsal_leaves_no_trace_in_what_the_file_holds(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for rehearses in (True, False):
+        if not rehearses:
+            for name in ("check_loader", "check_batch", "check_whole_loss"):
+                monkeypatch.setattr(Rehearsal, name, lambda *_, **__: None)
+        AT_THE_TOP.bit_generator.state = np.random.default_rng(0).bit_generator.state
+        run = train(make(), DrawsFromTheFile(), loader=batches(Resizing()), epochs=3)
+        states.append(state_of(run.trainer, run.module))
+    assert_identical(*states)
+
+
 @pytest.mark.parametrize("make", SAME_EPOCHS, ids=["info", "reweighting", "aum"])
 def test_nothing_is_run_after_the_first_batch(make: Any) -> None:
     runs: list[int] = []
@@ -494,6 +556,22 @@ def test_targets_that_are_places_in_the_batch(make: Any) -> None:
         return
     with pytest.raises(RuntimeError, match=STEP):
         train(callback, ContrastiveSorted())
+
+
+class ContrastiveViews(Classifier):
+    """Draws the second view of each sample itself, in eval mode too."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        one, other = self(batch[0]), self(batch[0] + 0.1 * torch.randn_like(batch[0]))
+        return F.cross_entropy(one @ other.T, torch.arange(len(one)))
+
+
+@pytest.mark.parametrize("make", [lambda: pruning("loss"), lambda: pruning("aum"), InfoBatch])
+def test_places_in_the_batch_tell_nothing_where_the_views_are_noisy(make: Any) -> None:
+    with pytest.warns(UserWarning, match="draws random numbers in eval mode.*relies on the tensors"):
+        train(make(), ContrastiveViews())
+    with pytest.raises(RuntimeError, match=KEEP):
+        train(make(), ContrastiveViews(), loader=batches(by_length))
 
 
 class Silent(Classifier):
