@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -320,8 +321,8 @@ def refuse_other_means(
     differences = [mean - loss for mean, loss in pairs]
     if with_constant:
         differences = [one - differences[0] for one in differences]
-    scale = max((abs(number) for pair in pairs for number in pair), default=0.0)
-    if any(abs(one) > exactness * scale for one in differences):
+    scale = max((abs(number) for pair in pairs for number in pair if math.isfinite(number)), default=0.0)
+    if not all(abs(one) <= exactness * scale for one in differences):  # a mean that is not finite is none
         means, losses = (" and ".join(f"{value:.6g}" for value in each) for each in zip(*pairs, strict=True))
         rule = "Both may differ by a constant only" if with_constant else "Both must agree"
         raise ValueError(

@@ -295,7 +295,10 @@ class _LossTap:
                 refuse_rest(capture, capture.only(), output, self.reweighted_by, self.way_out)
             except (RuntimeError, ValueError) as error:
                 if samples is None:
-                    raise
+                    raise RuntimeError(
+                        "The loss is more than one call of a loss, and the batch holds tensors of different lengths, so the "
+                        f"number of its samples is not known. {self._ways_out('')}"
+                    ) from None
                 try:
                     self._terms = self._first_terms(run, samples, capture.calls[0].name if capture.calls else "")
                 except InseparableLossError:

@@ -8,7 +8,6 @@ depends on the data: where rows do not follow, the technique refuses.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -236,7 +235,7 @@ class Rehearsal:
             with self._loaded(training_set, dataset, indices, torch.arange(len(indices)), 0) as batch:
                 loss = None if batch is None else self._loss_alone(to_device(self.trainer, batch))
             mean = float("nan") if loss is None else means(indices)
-            if loss is not None and math.isfinite(mean) and bool(loss.isfinite()):
+            if loss is not None and bool(loss.isfinite()):
                 pairs.append((mean, float(loss)))
             if len(pairs) == 2:
                 break
@@ -269,7 +268,7 @@ class Rehearsal:
 
         def mean(indices: list[int]) -> float:
             losses = [self._alone(training_set, dataset, index, strict=True) for index in indices]
-            known = [float(loss) for loss in losses if loss is not None]
+            known = [float(loss) for loss in losses if loss is not None and loss.isfinite()]
             return sum(known) / len(known) if known else float("nan")
 
         self.check_means(training_set, dataset, mean, "scores_by='sample'", with_constant=False)

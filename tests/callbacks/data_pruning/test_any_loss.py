@@ -19,10 +19,10 @@ BATCH = 6
 class Foreign(pl.LightningModule):
     """A project's module, which knows nothing of this package."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, kind: type[Project] | None = None) -> None:
         super().__init__()
         pl.seed_everything(3, verbose=False)
-        self.project: Project = PROJECTS[name]()
+        self.project: Project = (kind or PROJECTS[name])()
         self.items = [item for _ in range(3) for item in self.project.dataset()]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
