@@ -201,16 +201,19 @@ class PassScores(ScoreSource):
 
     def __init__(self, name: str, score_fn: ScoreFunction | None = None, one_by_one: bool = False) -> None:
         super().__init__(name)
-        self._measure = measure_for(f"{name}, one by one" if one_by_one else name, score_fn)
+        self._score_fn, self._one_by_one = score_fn, one_by_one
         self.runs_the_step = score_fn is None
         self.measure = None if score_fn is None else measure_for(name, score_fn)
         self.by_terms = score_fn is None and name in BY_TERMS
 
+    def _measure(self) -> Measure:
+        return measure_for(f"{self.name}, one by one" if self._one_by_one else self.name, self._score_fn)
+
     def rehearse(self, run_pass: Pass) -> Mapping[str, Tensor] | None:
-        return run_pass(self._measure, "")
+        return run_pass(self._measure(), "")
 
     def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
-        found = run_pass(self._measure, f"Scoring by {self.name}")
+        found = run_pass(self._measure(), f"Scoring by {self.name}")
         labels, predictions = _classes(found.get("label")), _classes(found.get("prediction"))
         values = self._values(found, labels)
         return ScoredSet(self.name, trainer.current_epoch, values, labels=labels, predictions=predictions)
