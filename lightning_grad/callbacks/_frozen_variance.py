@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 _KEYS = ("exp_avg_sq", "max_exp_avg_sq")
 NO_VARIANCE = (
-    "recipe='step' freezes the variance (exp_avg_sq) of an Adam-like optimizer, and {} keeps none. Use recipe='sr-ste', "
-    "or Adam or AdamW."
+    "freezes the variance (exp_avg_sq) of an Adam-like optimizer, and {} keeps none. Set recipe='sr-ste', or train with "
+    "Adam or AdamW."
 )
 
 
@@ -29,6 +29,7 @@ class FrozenVariance:
     Args:
         optimizer: An Adam-like optimizer that has stepped.
         resumed: Whether its moments come from a checkpoint and are frozen already.
+        needed_by: Who asks, for the error.
 
     Raises:
         ValueError: If it keeps no ``exp_avg_sq``.
@@ -38,7 +39,7 @@ class FrozenVariance:
         algorithm 1.
     """
 
-    def __init__(self, optimizer: Optimizer, resumed: bool = False) -> None:
+    def __init__(self, optimizer: Optimizer, resumed: bool = False, needed_by: str = "FrozenVariance") -> None:
         self._optimizer = optimizer
         if not resumed:
             self._add_floor()
@@ -49,7 +50,7 @@ class FrozenVariance:
         }
         self._steps = {parameter: _step(optimizer.state[parameter]) for parameter in self._frozen}
         if not self._frozen:
-            raise ValueError(NO_VARIANCE.format(type(optimizer).__name__))
+            raise ValueError(f"{needed_by} {NO_VARIANCE.format(type(optimizer).__name__)}")
 
     def _add_floor(self) -> None:
         for group in self._optimizer.param_groups:

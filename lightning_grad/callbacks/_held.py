@@ -6,9 +6,7 @@ own state and are left alone, as is code; so is what only a C extension sees.
 
 from __future__ import annotations
 
-import copy
 import functools
-import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
@@ -19,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_grad.functional._tensor_classes import plain
+from lightning_grad.data.random_streams import GENERATORS, set_generator, state_of_generator
+from lightning_grad.functional._attributes import attributes_of
+from lightning_grad.functional.plain_tensors import plain_tensor
+from lightning_grad.utilities.batch_copies import FIXED
 from lightning_grad.utilities.dispatch import MethodDispatcher
 
 CONTAINERS = (list, dict, set, deque)
-_FIXED = frozenset({bool, int, float, complex, str, bytes, type(None)})
 _DICTIONARIES = (dict, OrderedDict)
 _CODE = (FunctionType, BuiltinFunctionType, MethodType, functools.partial, type, MethodDispatcher)
 _OF_MODULES = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric")
@@ -38,14 +38,14 @@ _FOREIGN = frozenset((sys.stdlib_module_names - _BASES) | set(_FRAMEWORKS.split(
 
 
 def is_code(value: Any) -> bool:
-    """Say whether something is run, and holds nothing that changes."""
+    """Return whether something is run, and holds nothing that changes."""
     return isinstance(value, _CODE)
 
 
 def has_own_state(value: Any) -> bool:
-    """Say whether an object is one of the user's, such as an average meter, with attributes of its own."""
+    """Return whether an object is one of the user's, such as an average meter, with attributes of its own."""
     kind: Any = type(value)
-    return _is_own_class(kind) and bool(state_of(value))
+    return _is_own_class(kind) and bool(attributes_of(value))
 
 
 @functools.cache
@@ -54,26 +54,10 @@ def _is_own_class(kind: type) -> bool:
     return kind.__module__ != "builtins" and not packages & _FOREIGN
 
 
-def state_of(value: Any) -> dict[str, Any]:
-    """Return an object's attributes, those in slots included."""
-    kind: Any = type(value)
-    slots = {name: getattr(value, name) for name in _slots_of(kind) if hasattr(value, name)}
-    return {**slots, **getattr(value, "__dict__", {})}
-
-
-@functools.cache
-def _slots_of(kind: type) -> tuple[str, ...]:
-    found: list[str] = []
-    for cls in kind.__mro__:
-        slots = vars(cls).get("__slots__", ())
-        found += [slots] if isinstance(slots, str) else list(slots)
-    return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
-
-
 def holds_fixed_only(container: Any) -> bool:
-    """Say whether a container holds nothing that could change, as a vocabulary does."""
+    """Return whether a container holds nothing that could change, as a vocabulary does."""
     items = container.values() if isinstance(container, dict) else container
-    return _FIXED.issuperset(map(type, items))
+    return FIXED.issuperset(map(type, items))
 
 
 def put_back(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -84,7 +68,7 @@ def put_back(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         if chosen:
             with torch.inference_mode(mode), torch.no_grad():
                 for tensor, value in chosen:
-                    plain(tensor).detach().copy_(value)
+                    plain_tensor(tensor).detach().copy_(value)
 
 
 def put_aside(value: Any, known: set[int]) -> list[Held]:
@@ -95,14 +79,10 @@ def put_aside(value: Any, known: set[int]) -> list[Held]:
         known: Identities of what is put aside already, to which this is added: objects may know each other.
     """
     kind = type(value)
-    if kind in _FIXED or id(value) in known or isinstance(value, _CODE):
+    if kind in FIXED or id(value) in known or isinstance(value, _CODE):
         return []
-    changes = isinstance(value, (*CONTAINERS, tuple, Tensor, nn.Module, np.ndarray)) or _is_generator(value)
+    changes = isinstance(value, (*CONTAINERS, *GENERATORS, tuple, Tensor, nn.Module, np.ndarray))
     return [Held(value, known)] if changes or has_own_state(value) else []
-
-
-def _is_generator(value: Any) -> bool:
-    return isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random))
 
 
 class Held:
@@ -130,8 +110,8 @@ class Held:
             put_back([(value, was)])
         elif isinstance(value, np.ndarray):
             value[...] = was
-        elif _is_generator(value):
-            _set_generator(value, was)
+        elif isinstance(value, GENERATORS):
+            set_generator(value, was)
         elif isinstance(value, CONTAINERS):
             _refill(value, was)
         elif was is not None:
@@ -143,16 +123,12 @@ class Held:
 def _contents(value: Any) -> Any:
     """Return a copy of what a value holds, but not of what that holds in turn; ``None`` for what cannot change itself."""
     if isinstance(value, (Tensor, np.ndarray)):
-        return plain(value).detach().clone() if isinstance(value, Tensor) else value.copy()
-    if isinstance(value, (torch.Generator, np.random.RandomState)):
-        return value.get_state()
-    if isinstance(value, np.random.Generator):
-        return copy.deepcopy(value.bit_generator.state)
-    if isinstance(value, random.Random):
-        return value.getstate()
+        return plain_tensor(value).detach().clone() if isinstance(value, Tensor) else value.copy()
+    if isinstance(value, GENERATORS):
+        return state_of_generator(value)
     if isinstance(value, CONTAINERS):
         return dict(value) if isinstance(value, dict) else list(value)
-    return None if isinstance(value, (tuple, nn.Module)) else state_of(value)
+    return None if isinstance(value, (tuple, nn.Module)) else attributes_of(value)
 
 
 def _items(value: Any) -> Iterable[Any]:
@@ -160,16 +136,7 @@ def _items(value: Any) -> Iterable[Any]:
         return list(value.values())
     if isinstance(value, (list, tuple, set, deque)):
         return list(value)
-    return [] if isinstance(value, (Tensor, np.ndarray)) or _is_generator(value) else list(state_of(value).values())
-
-
-def _set_generator(generator: Any, state: Any) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)
+    return [] if isinstance(value, (Tensor, np.ndarray, *GENERATORS)) else list(attributes_of(value).values())
 
 
 def _refill(container: Any, was: Any) -> None:
@@ -181,7 +148,7 @@ def _refill(container: Any, was: Any) -> None:
 
 
 def _set_state(value: Any, was: dict[str, Any]) -> None:
-    for name in state_of(value).keys() - was.keys():
+    for name in attributes_of(value).keys() - was.keys():
         object.__delattr__(value, name)
     for name, item in was.items():
         object.__setattr__(value, name, item)  # also where a class is frozen
@@ -201,7 +168,7 @@ class Snapshot:
         known.add(id(module))
         frozen = [p for p in module._parameters.values() if p is not None and not p.requires_grad and copies_frozen]
         buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
-        self._tensors = [(tensor, plain(tensor).detach().clone()) for tensor in (*buffers, *frozen)]
+        self._tensors = [(tensor, plain_tensor(tensor).detach().clone()) for tensor in (*buffers, *frozen)]
         self._buffers = dict(module._buffers)
         self._mode = module.training
         self._attributes = {name: value for name, value in module.__dict__.items() if name not in _OF_MODULES}

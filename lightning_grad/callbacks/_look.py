@@ -20,17 +20,13 @@ Measure = Callable[["Look"], Mapping[str, Tensor]]
 SCORE_FN = "give score_fn= in place of a score: it takes the module and a batch, and returns the scores"
 
 
-class SkippedBatchError(Exception):
-    """The step returned nothing for a batch, as it does for one that Lightning is to train nothing on."""
-
-
-def loss_of(capture: LossCapture, which: int | None, label: str) -> LossCall:
+def only_loss(capture: LossCapture, label: str, which: int | None = None) -> LossCall:
     """Return the loss of a step that was run.
 
     Args:
         capture: What was seen of it.
-        which: Which of several losses counts.
         label: Who asks, for errors.
+        which: Which of several losses counts.
 
     Raises:
         RuntimeError: If no loss can be read, or it is not clear which of several is meant.
@@ -39,7 +35,11 @@ def loss_of(capture: LossCapture, which: int | None, label: str) -> LossCall:
     try:
         return capture.only(which)
     except (RuntimeError, ValueError) as error:
-        raise type(error)(f"{label} reads the loss of each sample. {error}") from None
+        raise type(error)(f"{label} must see the loss of each sample. {error}") from None
+
+
+class SkippedBatchError(Exception):
+    """The step returned nothing for a batch, as it does for one that Lightning is to train nothing on."""
 
 
 @dataclass
@@ -83,20 +83,23 @@ class Look:
         if which is None and several and not any(call.has_graph for call in capture.calls):
             # Only with a graph the loss can be told from what a step computes for its log.
             found = self._captured(with_graph=True)
-            which = self.memory["which"] = found.calls.index(loss_of(found, None, self.label))
-        return loss_of(capture, which, self.label)
+            which = self.memory["which"] = found.calls.index(self._only(found))
+        return self._only(capture, which)
 
     def _whole_loss(self) -> LossCall:
         """Return the loss of the first batch that has one, after a look at what else the step's loss consists of."""
         capture = WholeLossCapture(self.pl_module, len(self.indices), way_out=self.way_out)
         with torch.enable_grad(), capture:
             output = self._run()
-        call = loss_of(capture, None, self.label)
+        call = self._only(capture)
         refuse_rest(capture, call, output, self.label, self.way_out)
         self.memory["whole"] = True
         if len(capture.calls) + len(capture.unread) > 1:
             self.memory["which"] = capture.calls.index(call)
         return call
+
+    def _only(self, capture: LossCapture, which: int | None = None) -> LossCall:
+        return only_loss(capture, self.label, which)
 
     def _run(self) -> object:
         output = self.run()
@@ -131,8 +134,12 @@ class Look:
             found[:] = [self.loss(keep_graph=True)]
             return found[0].losses
 
-        with torch.enable_grad():
-            return self.memory["norms"](losses), found[0]
+        try:
+            with torch.enable_grad():
+                return self.memory["norms"](losses), found[0]
+        except (RuntimeError, ValueError) as error:  # of the step, perhaps, so its words stay as they are
+            error.add_note(f"{self.label} measured the gradient of each sample. Use another score, or {self.way_out}.")
+            raise
 
     def features(self) -> tuple[Tensor, LossCall, nn.Linear]:
         """Return what the last linear layer takes in, the loss of what it gives out, and the layer.
@@ -156,6 +163,6 @@ class Look:
             if isinstance(output, Tensor) and output.data_ptr() == call.input.data_ptr():
                 return taken_in.detach(), call, layer
         raise ValueError(
-            "This score needs the features of the last layer, and the logits of this module are not the output of an "
-            f"nn.Linear. Use another score, or {SCORE_FN}."
+            f"{self.label} needs the features of the last layer for this score, and the logits of "
+            f"{type(self.pl_module).__name__} are not the output of an nn.Linear. Use another score, or {self.way_out}."
         )

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from lightning_grad.callbacks._look import SCORE_FN, loss_of
+from lightning_grad.callbacks._look import SCORE_FN, only_loss
 from lightning_grad.callbacks._quiet import is_quiet
 from lightning_grad.functional import LossCall, LossCapture
 from lightning_grad.functional.loss_capture import IndivisibleError
@@ -30,7 +30,7 @@ def read_losses(
     which: int | None = None,
     samples: Callable[[], int] | None = None,
     way_out: str = SCORE_FN,
-    needed_by: str = "A reader",
+    needed_by: str = "A reader of losses",
 ) -> Any:
     """Have ``reader`` called with the loss of every training step, after it.
 
@@ -125,9 +125,8 @@ class _LossTap:
         self._seen = 0
         batch = next(iter((*args, *kwargs.values())))
         samples = batch_size_of(batch) if self.samples is None else self.samples()
-        if (
-            samples == 0
-        ):  # none of the samples that are watched: another loader's batch, or a tuner that tries a few steps
+        if samples == 0:
+            # None of the samples that are watched: another loader's batch, or a tuner that tries a few steps.
             return inner(*args, **kwargs)
         weights = None if self.reweight is None else self._weights
         try:
@@ -140,7 +139,7 @@ class _LossTap:
         if self.reweight is not None:
             self._refuse_unweighted(capture)
         for reader, which, capture.way_out, needed_by in self.readers:
-            reader(loss_of(capture, which, needed_by))
+            reader(only_loss(capture, needed_by, which))
         return output
 
     def _refuse_unweighted(self, capture: LossCapture) -> None:
@@ -149,8 +148,8 @@ class _LossTap:
             capture.only(self.which)
         except (RuntimeError, ValueError) as error:
             raise type(error)(
-                f"{self.reweighted_by} weights the loss of each sample, and must see it. It needs one loss of "
-                f"torch.nn.functional in training_step, or loss=, which says which of several. {error}"
+                f"{self.reweighted_by} weights the loss of each sample, so it must see one loss of torch.nn.functional in "
+                f"training_step. {error}"
             ) from None
 
     def _weights(self, call: LossCall) -> Tensor | None:

@@ -26,7 +26,7 @@ from lightning_grad.utilities.parameters import (
     named_owners,
     parameter_names,
 )
-from lightning_grad.utilities.reporting import format_table
+from lightning_grad.utilities.reporting import counted, format_table
 from lightning_grad.utilities.weight_axes import is_foreign_matrix, output_dimension
 from lightning_grad.utilities.weight_view import REPLACEMENTS, has_view, viewed_class
 
@@ -54,8 +54,7 @@ class Choice:
     def summary(self) -> str:
         """Return in a clause how many weights are made sparse."""
         pruned = sum(weight.pattern.n < weight.pattern.m for weight in self.chosen)
-        count = pruned or len(self.chosen)
-        weights = f"{count} weight{'s' * (count > 1)}"
+        weights = counted(pruned or len(self.chosen), "weight")
         if not pruned:
             return f"keeps {weights} dense, because N = M prunes nothing"
         return f"makes {weights} sparse"
@@ -87,12 +86,14 @@ class Wanted:
         include: Name patterns; ``None`` means every Linear, Conv and attention weight, and other matrices that their layer
             multiplies by, but the first and the last.
         exclude: Name patterns of what stays dense.
+        label: Who asks, for errors.
     """
 
     patterns: Mapping[str, NMPattern]
     axis: Axis
     include: Sequence[str] | None
     exclude: Sequence[str] | None
+    label: str = "NMSparsity"
 
     def excludes(self, names: Sequence[str]) -> bool:
         """Return whether a parameter of these names stays dense."""
@@ -142,7 +143,8 @@ def _replaced_weights(module: nn.Module) -> list[str]:
 
 def _check_names(wanted: Wanted, names: Sequence[str]) -> None:
     for argument, asked in (("include", wanted.include), ("exclude", wanted.exclude), ("pattern", wanted.patterns)):
-        check_patterns([pattern for pattern in asked or [] if argument != "pattern" or pattern != "*"], names, argument)
+        named = [pattern for pattern in asked or [] if argument != "pattern" or pattern != "*"]
+        check_patterns(named, names, f"{wanted.label}({argument}=...)")
 
 
 def _parameter(owner: Owner) -> nn.Parameter:
@@ -180,22 +182,22 @@ def _take(
         return
     assert key is not None
     assert dim is not None
-    _refuse_two_patterns(names, wanted.patterns, key)
+    _refuse_two_patterns(names, wanted, key)
     if not any(weight.parameter is parameter for weight in choice.chosen):
         twins = [use for use in uses if use != (owner, attribute)]
         in_place = bool(twins) or not _is_known(owner, attribute)
         choice.chosen.append(SparseWeight(name, owner, attribute, wanted.patterns[key], dim, in_place, twins))
 
 
-def _refuse_two_patterns(names: Sequence[str], patterns: Mapping[str, NMPattern], key: str) -> None:
+def _refuse_two_patterns(names: Sequence[str], wanted: Wanted, key: str) -> None:
     """Raise if two keys name a tied parameter, each under another of its names, and want different patterns."""
-    covered = [name for name in names if matches(name, [key])]
+    patterns, covered = wanted.patterns, [name for name in names if matches(name, [key])]
     for other in patterns:
         own = [name for name in names if matches(name, [other])]
         if own and not set(own) & set(covered) and patterns[other] != patterns[key]:
             raise ValueError(
-                f"{covered[0]} and {own[0]} are one tied parameter, and are given {patterns[key]} and {patterns[other]}. Give "
-                "both the same pattern."
+                f"{wanted.label}: {covered[0]} and {own[0]} are one tied parameter, and pattern gives them "
+                f"{patterns[key]} and {patterns[other]}. Give both the same pattern."
             )
 
 

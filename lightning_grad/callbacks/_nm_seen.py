@@ -13,6 +13,7 @@ from torch import nn
 from lightning_grad.callbacks._nm_weight import SparseWeight
 from lightning_grad.functional import NMPattern, is_nm
 from lightning_grad.utilities.parameters import clean_name
+from lightning_grad.utilities.reporting import listed
 
 Chosen = dict[str, list[str | int]]  # by name: final pattern, and dimension of the groups; as a checkpoint holds it
 
@@ -37,8 +38,7 @@ def describe(trainer: pl.Trainer, names: Sequence[str], total: int) -> str:
     """Return what is wrong with weights that lack their pattern, as the rest of a sentence."""
     path = trainer.ckpt_path
     whose = f"the checkpoint {path}" if path else "the module"
-    more = ", ..." if len(names) > 3 else ""
     return (
-        f"{len(names)} of its {total} weights are not sparse in {whose} ({', '.join(names[:3])}{more}), so this result is not "
+        f"{len(names)} of its {total} weights are not sparse in {whose} ({listed(names, 3)}), so this result is not "
         "that of the final pattern. Use a checkpoint from after the final pattern began, or the module as the fit left it"
     )

@@ -5,7 +5,7 @@ Used by :class:`lightning_grad.callbacks.NMSparsity` alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,6 @@ class SparseWeight:
         self.in_place = in_place
         self.others = others
         self.exposed: InPlaceView | None = None
-        self.detach: Callable[[], None] | None = None
         self.straight_through = False
         self.phase: NMPhase = DENSE
         self.factor: Tensor | None = None

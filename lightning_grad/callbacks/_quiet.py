@@ -6,7 +6,6 @@ and random streams are bitwise what they were. Techniques that act on training o
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,13 +14,12 @@ from typing import Any, cast
 from weakref import WeakSet
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_grad.callbacks._held import Snapshot
-from lightning_grad.data.random_streams import generators_kept, named_generators
+from lightning_grad.data.random_streams import generators_kept, named_generators, random_streams_kept
 from lightning_grad.utilities.dispatch import wrap_method
 from lightning_grad.utilities.weight_view import close_windows, open_windows
 
@@ -41,6 +39,7 @@ def quiet(
     evaluate: bool = True,
     check: bool = True,
     advice: str = "",
+    label: str = "A technique",
 ) -> Iterator[None]:
     """Let the module be run, and leave no trace of it.
 
@@ -55,16 +54,17 @@ def quiet(
         evaluate: Run it in eval mode, and compiled code eagerly; else in the modes in which it is, and as it is compiled.
         check: Read every parameter before and after, to see whether the step changes one. It costs a pass over the weights.
         advice: What to do about a step that does, for the error.
+        label: Who looks, for the error.
 
     Raises:
         RuntimeError: If the step has changed a parameter that is trained, or lazy layers have no parameters yet.
     """
-    _refuse_lazy(pl_module)
+    _refuse_lazy(pl_module, label)
     with ExitStack() as stack:
         stack.enter_context(random_streams_kept())
         stack.enter_context(generators_kept(named_generators(map(type, pl_module.modules()))))
         stack.enter_context(_silence(trainer, pl_module))
-        stack.enter_context(_modules_as_they_are(pl_module, check, advice))
+        stack.enter_context(_modules_as_they_are(pl_module, check, advice, label))
         if evaluate:
             stack.enter_context(eager())
             stack.enter_context(_recurrent_layers_have_gradients(pl_module))
@@ -76,27 +76,14 @@ def quiet(
         yield
 
 
-def _refuse_lazy(pl_module: pl.LightningModule) -> None:
+def _refuse_lazy(pl_module: pl.LightningModule, label: str) -> None:
     lazy = next((name for name, p in pl_module.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise RuntimeError(
-            f"{type(pl_module).__name__} cannot be run just to look at what it returns while it has lazy layers without "
+            f"{label} cannot run {type(pl_module).__name__} just to look at what it returns while it has lazy layers without "
             f"parameters: {lazy!r} has no size yet. Run the network once on a batch, under torch.no_grad(), in the "
             "module's constructor or before the fit."
         )
-
-
-@contextmanager
-def random_streams_kept() -> Iterator[None]:
-    """Put back the states of the global generators of Python, numpy and torch, on the CPU and on CUDA."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 @contextmanager
@@ -182,7 +169,7 @@ class _Mute:
 
 
 @contextmanager
-def _modules_as_they_are(pl_module: pl.LightningModule, check: bool, advice: str) -> Iterator[None]:
+def _modules_as_they_are(pl_module: pl.LightningModule, check: bool, advice: str, label: str) -> Iterator[None]:
     parameters = dict(pl_module.named_parameters())
     frozen = sum(p.numel() for p in parameters.values() if not p.requires_grad)
     # A teacher that the step moves is as large as its student; a large frozen base is not worth a copy.
@@ -205,7 +192,7 @@ def _modules_as_they_are(pl_module: pl.LightningModule, check: bool, advice: str
     changed = [name for name, was in before.items() if not torch.equal(was, _checksum(watched[name]))]
     if changed:
         raise RuntimeError(
-            f"training_step changes the parameter {changed[0]!r}, so that it cannot be run just to look at what it returns. "
+            f"{label} runs training_step just to look at what it returns, and the step changes the parameter {changed[0]!r}. "
             f"Change it in on_train_batch_end{advice}."
         )
 

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatchError, loss_of
+from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatchError, only_loss
 from lightning_grad.callbacks._quiet import eager, quiet
 from lightning_grad.callbacks._row_order import (
     follows,
@@ -29,11 +29,12 @@ from lightning_grad.callbacks._row_order import (
     same_rows,
     size_of_input,
 )
-from lightning_grad.callbacks._scoring import runner, scoring_loader, seed_streams, to_device
+from lightning_grad.callbacks._scoring import runner, scoring_loader, to_device
 from lightning_grad.callbacks._whole_step import refuse_rest
-from lightning_grad.data.random_streams import generators_kept, numbers_kept, seed_generators
+from lightning_grad.data.random_streams import generators_kept, numbers_kept, seed_generators, seed_streams
 from lightning_grad.functional._whole_loss import WholeLossCapture
-from lightning_grad.utilities.batches import copy_of, reordered
+from lightning_grad.utilities.batch_copies import copy_of
+from lightning_grad.utilities.batches import reordered
 from lightning_grad.utilities.training_set import TrainingSet
 
 _EXACT = 1e-5
@@ -129,7 +130,8 @@ class Rehearsal:
                         self.check_whole_loss(batch, size)
                 return
         rank_zero_warn(
-            f"{self.label} cannot see whether rows follow the samples: {_DRAWS} batches in a row had no loss."
+            f"{self.label} cannot see whether rows follow the samples: {_DRAWS} batches in a row had no loss. Let "
+            "collate_fn and training_step return something for more batches, to have it checked."
         )
 
     def check_batch(self, batch: Any, samples: int) -> bool:
@@ -156,19 +158,20 @@ class Rehearsal:
         """
         if self.which is not None:
             return
-        advice = f", or {self.way_out}"
-        with quiet(self.trainer, self.pl_module, evaluate=False, advice=advice), eager(), torch.enable_grad():
+        looking = quiet(self.trainer, self.pl_module, evaluate=False, advice=f", or {self.way_out}", label=self.label)
+        with looking, eager(), torch.enable_grad():
             capture = WholeLossCapture(self.pl_module, samples, way_out=self.way_out)
             with capture:
                 output = runner(self.trainer, self.pl_module, batch, 0)()
             if output is not None:
-                call = loss_of(capture, None, self.label)
+                call = only_loss(capture, self.label)
                 refuse_rest(capture, call, output, self.label, self.way_out)
                 self._refuse_moved(self._targets, rows_of_call(call).get("target"), "target")
 
     @contextmanager
     def _quiet(self, seed: int) -> Iterator[None]:
-        with quiet(self.trainer, self.pl_module, advice=f", or {self.way_out}"), torch.no_grad():
+        looking = quiet(self.trainer, self.pl_module, advice=f", or {self.way_out}", label=self.label)
+        with looking, torch.no_grad():
             self._seed(seed)
             yield
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_grad.functional import LossCall
-from lightning_grad.functional._tensor_classes import plain
+from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.utilities.batches import map_tensors
 
 
@@ -62,7 +62,7 @@ def is_close(one: Tensor, other: Tensor, tolerance: float, floor: float = 0.0) -
         >>> is_close(x, x * 1.00001, 1e-3), is_close(x, x.flip(0), 1e-3)
         (True, False)
     """
-    one, other = plain(one), plain(other)
+    one, other = plain_tensor(one), plain_tensor(other)
     if one.shape != other.shape:
         return False
     if not (one.is_floating_point() or one.is_complex()):

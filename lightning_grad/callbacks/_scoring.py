@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import math
-import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -22,10 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_grad.callbacks._look import SCORE_FN, Look, Measure, SkippedBatchError
 from lightning_grad.callbacks._quiet import quiet
 from lightning_grad.data.borrowed_workers import BorrowedWorkers
-from lightning_grad.data.random_streams import generators_kept, numbers_kept
-from lightning_grad.utilities.batches import copy_of
+from lightning_grad.data.random_streams import generators_kept, numbers_kept, seed_streams
+from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import is_sharded
+from lightning_grad.utilities.reporting import listed
 from lightning_grad.utilities.training_set import TrainingSet
+
+T = TypeVar("T")
 
 
 def look_at_all(
@@ -66,33 +68,24 @@ def look_at_all(
         dict: For each name the values of the whole data set, (n, ...), float64, on the CPU; nan where not looked at or not
         finite.
     """
-    if dataset is not None and len(dataset) != training_set.sampler.total:  # type: ignore[arg-type]
-        raise ValueError(
-            f"score_dataset must hold the training set's own samples, {training_set.sampler.total}, without augmentation; got "
-            f"{len(dataset)}."  # type: ignore[arg-type]
-        )
-    population, batch_size = training_set.sampler.population, training_set.sampler.batch_size
-    if len(population) < trainer.world_size:
-        raise ValueError(
-            f"{len(population)} samples cannot be shared among {trainer.world_size} ranks. Use fewer devices."
-        )
-    mine = population[trainer.global_rank :: trainer.world_size].tolist()
-    chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    # A step may talk to the other ranks, so that all must run it equally often; rank 0 has most samples.
-    most = math.ceil(math.ceil(len(population) / trainer.world_size) / batch_size)
-    batches = chunks[:_TRIES] if rehearsal else [*chunks, *chunks[:1] * (most - len(chunks))]
+    _refuse_data(trainer, training_set, dataset, label)
+    chunks, batches = _share_of_rank(trainer, training_set, rehearsal)
     loader = scoring_loader(training_set, dataset, batches, seed, in_main_process=rehearsal)
-    found = _Found(training_set.sampler.total, trainer.strategy.root_device)
+    found = _Found(training_set.sampler.total, trainer.strategy.root_device, label, way_out)
     memory: dict[str, Any] = {}
     collate = training_set.loader.collate_fn
-    own = generators_kept([loader.dataset, collate]), numbers_kept(collate)
-    with quiet(trainer, pl_module, advice=f", or {way_out}"), own[0], own[1]:
+    looking = quiet(trainer, pl_module, advice=f", or {way_out}", label=label)
+    with looking, generators_kept([loader.dataset, collate]), numbers_kept(collate):
         seed_streams(seed)
         for number, batch in enumerate(loader if rehearsal else _with_progress(loader, title, trainer)):
             if batch is None:
                 continue
             batch = to_device(trainer, batch)
-            run = runner(trainer, pl_module, batch, number) if training_set.is_whole_batch else _refuse_part
+            run = (
+                runner(trainer, pl_module, batch, number)
+                if training_set.is_whole_batch
+                else partial(_refuse_part, label, way_out)
+            )
             look = Look(
                 pl_module, batch, batches[number], training_set.sampler.total, run, memory, which, label, way_out
             )
@@ -102,7 +95,8 @@ def look_at_all(
                 elif found.measure(look, measure) and rehearsal:
                     break
     values = found.values if rehearsal else found.over_ranks(trainer)
-    if not values and len(batches) >= len(chunks):
+    may_have_some = bool(values) or len(batches) < len(chunks)
+    if not trainer.strategy.reduce_boolean_decision(may_have_some, all=False):  # a single rank's share may have none
         raise ValueError(
             f"{label} found nothing to look at: each batch was None, or training_step returned None for it. Let collate_fn "
             "and training_step return something for some batches in eval mode."
@@ -110,12 +104,36 @@ def look_at_all(
     return values
 
 
+def _refuse_data(trainer: pl.Trainer, training_set: TrainingSet, dataset: Dataset[Any] | None, label: str) -> None:
+    if dataset is not None and len(dataset) != training_set.sampler.total:  # type: ignore[arg-type]
+        raise ValueError(
+            f"{label}(score_dataset=...) must return the training set's own {training_set.sampler.total} samples, without "
+            f"augmentation; got {len(dataset)}. Return the same samples in the same order."  # type: ignore[arg-type]
+        )
+    samples = len(training_set.sampler.population)
+    if samples < trainer.world_size:
+        raise ValueError(f"{label} cannot share {samples} samples among {trainer.world_size} ranks. Use fewer devices.")
+
+
+def _share_of_rank(
+    trainer: pl.Trainer, training_set: TrainingSet, rehearsal: bool
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return this rank's samples in batches, and the batches that it runs."""
+    population, batch_size = training_set.sampler.population, training_set.sampler.batch_size
+    mine = population[trainer.global_rank :: trainer.world_size].tolist()
+    chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    # A step may talk to the other ranks, so that all must run it equally often; rank 0 has most samples.
+    most = math.ceil(math.ceil(len(population) / trainer.world_size) / batch_size)
+    return chunks, chunks[:_TRIES] if rehearsal else [*chunks, *chunks[:1] * (most - len(chunks))]
+
+
 class _Found:
     """Values by sample, as they come."""
 
-    def __init__(self, total: int, device: torch.device) -> None:
+    def __init__(self, total: int, device: torch.device, label: str, way_out: str) -> None:
         self._total = total
         self._device = device
+        self._label, self._way_out = label, way_out
         self.values: dict[str, Tensor] = {}
 
     def measure(self, look: Look, measure: Measure) -> bool:
@@ -130,19 +148,33 @@ class _Found:
         for name, value in values.items():
             if len(value) != len(indices):
                 raise ValueError(
-                    f"{name} must have a row for each of {len(indices)} samples; got {tuple(value.shape)}."
+                    f"{self._label}: {name} must have a row for each of {len(indices)} samples; got {tuple(value.shape)}. Let "
+                    f"collate_fn keep one row a sample, or {self._way_out}."
                 )
-            if name not in self.values:
-                # Vectors of ImageNet's samples are gigabytes; what no float64 holds, Apple's GPU has no use for.
-                kind = torch.float32 if value.dim() > 1 or self._device.type == "mps" else torch.float64
-                shape = (self._total, *value.shape[1:])
-                self.values[name] = torch.full(shape, float("nan"), dtype=kind, device=self._device)
-            own = self.values[name]
+            own = self._table(name, value.shape[1:])
             value = value.detach().to(own)
             own[torch.tensor(indices, device=own.device)] = value.masked_fill(~value.isfinite(), float("nan"))
 
+    def _table(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Return where the values of a name are kept, nan at first; ``shape`` is that of one sample's."""
+        if name not in self.values:
+            # Vectors of ImageNet's samples are gigabytes; what no float64 holds, Apple's GPU has no use for.
+            kind = torch.float32 if shape or self._device.type == "mps" else torch.float64
+            self.values[name] = torch.full((self._total, *shape), float("nan"), dtype=kind, device=self._device)
+        return self.values[name]
+
     def over_ranks(self, trainer: pl.Trainer) -> dict[str, Tensor]:
-        return {name: merge_ranks(trainer, value).double().cpu() for name, value in self.values.items()}
+        shapes = first_of_ranks(trainer, {name: tuple(value.shape[1:]) for name, value in self.values.items()})
+        return {name: merge_ranks(trainer, self._table(name, shape)).double().cpu() for name, shape in shapes.items()}
+
+
+def first_of_ranks(trainer: pl.Trainer, own: dict[str, T]) -> dict[str, T]:
+    """Return what the first rank has that has anything, the same on all; a rank may have found nothing in its share."""
+    for rank in range(trainer.world_size if trainer.world_size > 1 else 0):
+        found: dict[str, T] = trainer.strategy.broadcast(own, src=rank)
+        if found:
+            return found
+    return own
 
 
 def merge_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
@@ -157,7 +189,7 @@ def merge_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
 
 
 def say_what_is_skipped(label: str, population: Tensor, has_value: Tensor) -> None:
-    """Say how many samples have no value, and which.
+    """Print how many samples have no value, and which.
 
     Args:
         label: Who looked.
@@ -166,7 +198,7 @@ def say_what_is_skipped(label: str, population: Tensor, has_value: Tensor) -> No
     """
     missing = population[~has_value].tolist()
     if missing:
-        shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
+        shown = listed(missing, _SHOWN)
         rank_zero_info(
             f"{label} skips {len(missing)} of {len(population)} samples that have no finite value: {shown}. Their batch was "
             "None, or training_step returned None for it, or none of their positions counts, or their loss is not finite."
@@ -214,13 +246,6 @@ def scoring_loader(
     )
 
 
-def seed_streams(seed: int) -> None:
-    """Seed the global random streams."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def _with_progress(loader: DataLoader[Any] | BorrowedWorkers, title: str, trainer: pl.Trainer) -> Iterator[Any]:
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
@@ -236,10 +261,10 @@ def to_device(trainer: pl.Trainer, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def _refuse_part() -> object:
+def _refuse_part(label: str, way_out: str) -> object:
     raise ValueError(
-        "training_step takes a batch of each of several training loaders, so that it cannot be run on the samples of one. "
-        "Pass score_fn=, which takes the module and a batch of this loader and returns the scores."
+        f"{label} cannot run training_step on the samples of one loader, because it takes a batch of each of several "
+        f"training loaders. To act on one of them, {way_out}."
     )
 
 

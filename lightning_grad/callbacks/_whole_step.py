@@ -1,4 +1,4 @@
-"""Refusing a step whose loss is seen only in part."""
+"""The loss that a step returns, and refusing a step whose loss is seen only in part."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from torch import Tensor
 
 from lightning_grad.functional import LossCall
 from lightning_grad.functional._whole_loss import WholeLossCapture
+from lightning_grad.functional.plain_tensors import plain_tensor
 
 
 def refuse_rest(capture: WholeLossCapture, call: LossCall, output: object, label: str, way_out: str) -> None:
     """Raise if what a step returns is more than the mean of one loss.
 
-    A factor that is the same for all samples, and terms that do not depend on them, are no more.
+    A factor that is the same for all samples does not count, nor do terms that do not depend on samples.
 
     Raises:
         RuntimeError: If it is.
     """
-    loss = _loss_of(output)
+    loss = loss_of_output(output)
     rest = None if loss is None else capture.rest_of(loss, call)
     if rest is None:
         return
@@ -29,6 +30,7 @@ def refuse_rest(capture: WholeLossCapture, call: LossCall, output: object, label
     )
 
 
-def _loss_of(output: object) -> Tensor | None:
-    found = output.get("loss") if isinstance(output, Mapping) else output
-    return found if isinstance(found, Tensor) else None
+def loss_of_output(output: object) -> Tensor | None:
+    """Return the loss in what a step returned, if it is there, as a plain tensor."""
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return plain_tensor(loss) if isinstance(loss, Tensor) else None

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.utilities.arguments import CheckedArguments, follow_settings, plain
+from lightning_grad.utilities.arguments import CheckedArguments, changed_settings, follow_settings, plain
 from lightning_grad.utilities.checks import check_name, refuse_sharded
 from lightning_grad.utilities.dispatch import wrap_method
 from lightning_grad.utilities.reporting import log_settings
@@ -105,6 +105,10 @@ class GradCallback(CheckedArguments, Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._fitting:
             follow_settings(self.label, state_dict.get("settings", {}), self.settings, self.fixed_settings)
+
+    def _changed_settings(self, state_dict: Mapping[str, Any], *names: str) -> list[str]:
+        """Return which of some settings differ from those of a checkpoint."""
+        return changed_settings(state_dict.get("settings", {}), {name: self.settings[name] for name in names})
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -40,9 +40,16 @@ from lightning_grad.utilities.checks import (
     warn_of_missing_momentum,
 )
 from lightning_grad.utilities.optimizers import Shape, optimizer_index, optimizer_shape
-from lightning_grad.utilities.parameters import all_names, as_names, check_patterns, matches, parameter_names
+from lightning_grad.utilities.parameters import (
+    all_names,
+    as_names,
+    check_patterns,
+    matches,
+    parameter_names,
+    why_none_left,
+)
 from lightning_grad.utilities.precision import refuse_scaled_gradients
-from lightning_grad.utilities.reporting import is_log_step, log_summary
+from lightning_grad.utilities.reporting import counted, is_log_step, listed, log_summary
 from lightning_grad.utilities.thresholds import Bucket, Threshold, as_threshold, choose_buckets
 
 __all__ = ["GradientConditioner", "GradientStep", "Phase"]
@@ -116,8 +123,8 @@ class GradientConditioner(GradCallback):
         self, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None, name: str | None = None
     ) -> None:
         super().__init__(name)
-        self.include = as_names(include, "include")
-        self.exclude = as_names(exclude, "exclude")
+        self.include = as_names(include)
+        self.exclude = as_names(exclude)
         self._reset()
 
     def _reset(self) -> None:
@@ -190,9 +197,9 @@ class GradientConditioner(GradCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         names = parameter_names(pl_module)
         for parameter, patterns in (("include", self.include), ("exclude", self.exclude)):
-            check_patterns(patterns or [], names, parameter)
+            check_patterns(patterns or [], names, f"{self.label}({parameter}=...)")
         if isinstance(self._threshold, Mapping):
-            check_patterns(list(self._threshold), names, str(self.threshold_name))
+            check_patterns(list(self._threshold), names, f"{self.label}({self.threshold_name}=...)")
         left_out: list[str] = []
         restarted: list[str] = []
         for index, optimizer in enumerate(trainer.optimizers):
@@ -223,9 +230,12 @@ class GradientConditioner(GradCallback):
         excluded = self._excluded(pl_module)
         known = all_names(pl_module).values()
         if not [n for n in known if (self.include is None or matches(n, self.include)) and not matches(n, excluded)]:
-            raise ValueError(f"{self.label} has no parameter to act on: include and exclude leave none.")
+            raise ValueError(
+                f"{self.label} has no parameter to act on. {why_none_left(pl_module, self.include, excluded)}"
+            )
         rank_zero_warn(
-            f"{self.label} has nothing to act on yet: no optimizer moves the parameters that it is to act on."
+            f"{self.label} has nothing to act on yet: no optimizer moves the parameters that it is to act on. Give them "
+            "to the optimizer that configure_optimizers returns, or let a callback add them later."
         )
 
     def _choose(
@@ -253,8 +263,8 @@ class GradientConditioner(GradCallback):
         named = [pair for bucket in buckets for pair in zip(bucket.names, bucket.parameters, strict=True)]
         unchanged = [name for name, parameter in named if not self._changes(parameter)]
         left_out = [*left_out, *unchanged]
-        rest = f"; {len(left_out)} left alone ({_short(left_out)})" if left_out else ""
-        self._say(f"acts on {_counted(len(named) - len(unchanged), 'parameter')}{rest}")
+        rest = f"; {len(left_out)} left alone ({listed(left_out)})" if left_out else ""
+        self._say(f"acts on {counted(len(named) - len(unchanged), 'parameter')}{rest}")
         if self.phase == "noise":
             warn_of_missing_momentum(trainer, self.label, "noise")
         if self.phase == "clip":
@@ -357,11 +367,3 @@ def _gather(bucket: Bucket, memory: Memory, measured: bool, optimizer: Optimizer
         if gradients and value.device != gradients[0].device:  # restored from a checkpoint
             state[key] = value.to(gradients[0].device)
     return GradientStep(parameters, gradients, names, bucket.threshold, state, memory.steps, measured, optimizer, index)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def _short(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

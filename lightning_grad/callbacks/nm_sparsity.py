@@ -57,7 +57,6 @@ from lightning_grad.functional.nm_schedule import Recipe
 from lightning_grad.functional.nm_sparsity import Axis, Gradient
 from lightning_grad.utilities.checks import (
     check_at_least,
-    check_choice,
     check_finite_at_least,
     check_keeps,
     owned_ids,
@@ -142,11 +141,11 @@ class NMSparsity(GradCallback):
         RuntimeError: As soon as something reparametrizes a chosen weight during the fit.
 
     **Hooks.** ``on_fit_start`` chooses the weights, when all layers exist and DDP is set up; each optimizer's post hook
-    refreshes the masks of the weights it owns; the first ``on_train_batch_end`` chooses again if the batch reached the layers
-    in another order than they are registered in; ``on_validation_start`` restarts monitors when the final pattern has begun;
-    ``on_before_optimizer_step`` adds the SR-STE term, unscaled and before
-    clipping, so that lambda is exact; the first ``on_validation_batch_start`` switches to what a checkpoint would hold,
-    after weight averaging has swapped its weights in; ``teardown`` makes the sparse weights the module's own.
+    refreshes the masks of the weights it owns; the first ``on_train_batch_end`` chooses again if the batch reached the
+    layers in another order than they are registered in; ``on_validation_start`` restarts monitors when the final pattern
+    has begun; ``on_before_optimizer_step`` adds the SR-STE term, unscaled and before clipping, so that lambda is exact;
+    the first ``on_validation_batch_start`` switches to what a checkpoint would hold, after weight averaging has swapped
+    its weights in; ``teardown`` makes the sparse weights the module's own.
 
     **Logs** under ``sparsity/``, at log steps: ``n`` and ``m`` of the pattern in force (of each name pattern, where there
     are several), ``decay`` (D), ``density`` (share of chosen weights that is not zero; also for each layer),
@@ -218,8 +217,8 @@ class NMSparsity(GradCallback):
         self.decay = decay
         self.sr_ste_lambda = sr_ste_lambda
         self.axis = axis
-        self.include = as_names(include, "include")
-        self.exclude = as_names(exclude, "exclude")
+        self.include = as_names(include)
+        self.exclude = as_names(exclude)
         self.mask_every = mask_every
         self.geometric_start = geometric_start
         self.zero_pruned_state = zero_pruned_state
@@ -236,8 +235,6 @@ class NMSparsity(GradCallback):
         check_finite_at_least(sr_ste_lambda, 0.0, "sr_ste_lambda")
         check_at_least(top, 0, "top")
         check_at_least(1 if depth is None else depth, 1, "depth")
-        if isinstance(axis, str):
-            check_choice(axis, ("input", "output"), "axis")
         check_recipe(self.recipe, gradient, self.finetune_fraction, decay)
         self._patterns = read_patterns(self.pattern)
         self._schedule = read_schedule(
@@ -265,7 +262,7 @@ class NMSparsity(GradCallback):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_layers": None}
+        return {**super().__getstate__(), "_layers": None, "_variances": {}}
 
     @property
     def _weights(self) -> list[SparseWeight]:
@@ -294,7 +291,7 @@ class NMSparsity(GradCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._known_ends = self._restored.get("ends")
         ends = Ends(trainer, pl_module, self._known_ends)
-        wanted = Wanted(self._patterns, self.axis, self.include, self.exclude)
+        wanted = Wanted(self._patterns, self.axis, self.include, self.exclude, self.label)
 
         def choose() -> Choice:
             return choose_weights(pl_module, wanted, ends)
@@ -328,7 +325,7 @@ class NMSparsity(GradCallback):
             if self._adds_sr_ste:
                 refuse_scaled_gradients(trainer, optimizer, f"{self.label}(recipe={self.recipe!r})")
             if self.recipe == "step":
-                check_keeps(optimizer, "exp_avg_sq", NO_VARIANCE)
+                check_keeps(optimizer, "exp_avg_sq", f"{self.label}(recipe='step')", NO_VARIANCE)
 
     def _watch(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         before = optimizer.register_step_pre_hook(self._before_step)
@@ -462,7 +459,7 @@ class NMSparsity(GradCallback):
         if id(optimizer) in self._variances:
             self._variances[id(optimizer)].put_back()
         else:
-            self._variances[id(optimizer)] = FrozenVariance(optimizer, resumed)
+            self._variances[id(optimizer)] = FrozenVariance(optimizer, resumed, f"{self.label}(recipe='step')")
 
     def _warn_of_bypass(self) -> None:
         if not self._warned_of_bypass:

@@ -43,7 +43,8 @@ def _aligned(a: SampleScores | Tensor, b: SampleScores | Tensor) -> tuple[Tensor
     scores = [item if isinstance(item, SampleScores) else SampleScores(item, "scores") for item in (a, b)]
     if all(item.index is None for item in scores) and len(scores[0].values) != len(scores[1].values):
         raise ValueError(
-            f"Two scores are compared sample by sample; got {len(scores[0].values)} and {len(scores[1].values)} of them."
+            f"Two scores are compared sample by sample; got {len(scores[0].values)} and "
+            f"{len(scores[1].values)} of them. Compare scores of one data set."
         )
     # By sorting, and not by a table of all indices, which a single large one would make huge.
     (index, first), (other, second) = (_sorted(item) for item in scores)
@@ -88,7 +89,9 @@ def compare_scores(
     first, second = _aligned(a, b)
     n = len(first)
     if n < 2:
-        raise ValueError(f"A comparison needs at least two samples that both could score; got {n}.")
+        raise ValueError(
+            f"A comparison needs at least two samples that both could score; got {n}. Compare scores of the same samples."
+        )
     overlap = {}
     for share in shares:
         if not 0.0 < share <= 1.0:

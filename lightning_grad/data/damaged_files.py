@@ -27,13 +27,14 @@ def errors_that_name(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}. Name a file that can.") from error
     except ScoreFileError:
         raise
     except Exception as error:  # zipfile, zlib, numpy and csv have dozens of their own
         reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
         raise ValueError(
-            f"{path} is no score file, or a damaged one: it should be a .npz file of save_scores, or a .csv ({reason})."
+            f"{path} is no score file, or a damaged one: it should be a .npz file of save_scores, or a .csv ({reason}). "
+            "Score again, or name another file."
         ) from error
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import enum
 import hashlib
 import os
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_grad.data.list_items import ListItems
-from lightning_grad.data.random_streams import generators_kept, random_streams_kept
+from lightning_grad.data.random_streams import generators_kept, random_streams_kept, seed_streams
+from lightning_grad.functional.plain_tensors import plain_tensor
 
 _READ_TWICE = 8  # items, to find out whether the data set augments
 _DEEPEST = 16
@@ -70,12 +70,6 @@ def _class_name(dataset: Any) -> str:
     return f"{name}[{_class_name(dataset.dataset)}]" if isinstance(dataset, torch.utils.data.Subset) else name
 
 
-def _seed_streams(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reach the generators of GPUs
-
-
 def _pieces(tensor: Tensor) -> Sequence[Any] | None:
     """Return what a tensor is made of that is not a plain block of numbers, or None if it is one."""
     if tensor.layout == torch.sparse_coo:
@@ -98,8 +92,8 @@ def _scales(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points(), tensor.q_per_channel_axis()
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """Return a tensor on the CPU that is no subclass, so that no library has a say in how it is read."""
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU, without its graph, and of no class that has a say in how it is read."""
     tensor = tensor.detach()
     plain = tensor.as_subclass(Tensor) if type(tensor) is not Tensor else tensor
     return plain if plain.is_meta else plain.cpu()
@@ -115,7 +109,7 @@ def _tensor_parts(tensor: Tensor) -> tuple[str, list[Any]] | None:
     if tensor.is_nested:
         return f"Tensor nested {tensor.dtype}", list(tensor.detach().unbind())
     try:
-        pieces = _pieces(_plain(tensor))
+        pieces = _pieces(_on_cpu(tensor))
     except _UNREADABLE:
         return None
     shape = tuple(tensor.shape)
@@ -126,7 +120,7 @@ def _tensor_leaf(tensor: Tensor) -> tuple[str, bytes]:
     """Return the kind of a plain tensor, and its content; of one without storage of its own there is no content."""
     kind = f"Tensor {tensor.dtype} {tuple(tensor.shape)}"
     try:
-        plain = _plain(tensor)
+        plain = _on_cpu(tensor)
         return kind, b"" if plain.is_meta else _tensor_bytes(plain)
     except _UNREADABLE:
         return kind, b""
@@ -135,7 +129,7 @@ def _tensor_leaf(tensor: Tensor) -> tuple[str, bytes]:
 def _parts(value: Any) -> tuple[str, list[Any]] | None:
     """Return a description of a container and what it holds, or None if the value is no container."""
     if isinstance(value, Tensor):
-        return _tensor_parts(value)
+        return _tensor_parts(plain_tensor(value))
     if isinstance(value, Mapping):
         entries = sorted(value.items(), key=lambda entry: (type(entry[0]).__name__, repr(entry[0])))
         return f"dict {len(entries)}", [part for entry in entries for part in entry]
@@ -165,7 +159,7 @@ def _leaf(value: Any) -> tuple[str, bytes]:
     if value is None or (isinstance(value, bool | int | float | complex) and not isinstance(value, np.generic)):
         return kind, repr(value).encode()
     if isinstance(value, Tensor):
-        return _tensor_leaf(value)
+        return _tensor_leaf(plain_tensor(value))
     if isinstance(value, np.ndarray | np.generic):
         return f"array {value.dtype.str} {value.shape}", value.tobytes()
     if all(hasattr(value, name) for name in ("tobytes", "mode", "size")):  # an image of PIL, which is not imported here
@@ -218,15 +212,15 @@ def fingerprint(dataset: Any, samples: int = 64, seed: int = 0) -> Fingerprint:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(
             f"A fingerprint needs a map-style data set, with __len__ and __getitem__; got {type(dataset).__name__}. "
-            "Scores belong to the indices of such a data set."
+            "Scores belong to the indices of such a data set. Wrap the samples in one."
         )
     length = len(dataset)
     drawn = torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
     with random_streams_kept(), generators_kept(dataset):
         # Seeded, so that every rank and every run comes to the same verdict.
-        _seed_streams(seed)
+        seed_streams(seed)
         first = [_digest(dataset[i]) for i in drawn]
-        _seed_streams(seed + 1)
+        seed_streams(seed + 1)
         second = [_digest(dataset[i]) for i in drawn[:_READ_TWICE]]
     items = _digest(first) if second == first[:_READ_TWICE] else None
     return Fingerprint(length, _class_name(dataset), items, samples, seed)

@@ -95,6 +95,7 @@ class PrunableBatchSampler(Sampler[list[int]]):
         _refuse(original, needed_by)
         self.original = original
         self.total = total
+        self._needed_by = needed_by
         self.batch_size: int = original.batch_size
         self.drop_last: bool = getattr(original, "drop_last", False)
         self.sampler = getattr(original, "sampler", None)  # where Lightning looks for one that has epochs
@@ -193,7 +194,10 @@ class PrunableBatchSampler(Sampler[list[int]]):
                 empty = False
                 yield int(index)
             if empty:
-                raise ValueError(f"{type(self.original).__name__} yields none of the {len(self._kept)} samples kept.")
+                raise ValueError(
+                    f"{self._needed_by} keeps {len(self._kept)} samples, and {type(self.original).__name__} yields none of "
+                    "them. Prune less, or let the sampler yield every sample of the data set."
+                )
             number += 1
 
     def _pruned_sampler(self, number: int) -> _Subset:
@@ -278,19 +282,18 @@ def _refuse(original: Any, needed_by: str) -> None:
     name = type(original).__name__
     if not isinstance(getattr(original, "batch_size", None), int):
         raise TypeError(
-            f"{needed_by} can change only batches of known size, and the batch sampler {name} has no batch_size. Give it one, "
-            "an integer attribute: the number of samples in a full batch. Or let the loader make the batches, by batch_size= "
-            "and sampler=."
+            f"{needed_by} must know how many samples a batch has, and {name} has no batch_size. Give it an attribute "
+            "batch_size: the number of indices in each list that it yields."
         )
     if not hasattr(original, "__len__"):
         raise TypeError(
-            f"{needed_by} makes an epoch a part of a whole one, and the batch sampler {name} has no __len__ that tells how "
-            "long that is. Give it one, which returns the number of batches."
+            f"{needed_by} must know how many batches an epoch has, and {name} has no __len__. Give it a __len__ that returns "
+            "that number."
         )
     sampler = getattr(original, "sampler", None)
     known = type(sampler) is DistributedSampler
     if isinstance(sampler, DistributedSampler) and not known and sampler.num_replicas > 1:
         raise TypeError(
-            f"{needed_by} leaves samples out, and {type(sampler).__name__} shares samples among ranks in a way of its own, so "
-            "that ranks could have epochs of different length. Use a sampler of torch.utils.data, or one process."
+            f"{needed_by} cannot prune what {type(sampler).__name__} yields, because it shares samples among ranks in a "
+            "way of its own, so their epochs could differ in length. Use a sampler of torch.utils.data, or one process."
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _FEW = 100  # data sets or transforms in a list; the samples themselves are more
 
 
@@ -36,15 +36,25 @@ def random_streams_kept() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
+def seed_streams(seed: int) -> None:
+    """Seed the global generators whose states :func:`random_streams_kept` puts back."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        # torch.manual_seed would also leave a seed behind for a CUDA that is initialized later.
+        torch.cuda.manual_seed_all(seed)
+
+
 @contextmanager
 def generators_kept(holder: Any) -> Iterator[None]:
     """Put back the state of random generators that a data set or a function, or what it is made of, has of its own."""
-    undo = [_way_back(generator) for generator in _generators_of(holder)]
+    states = [(generator, state_of_generator(generator)) for generator in _generators_of(holder)]
     try:
         yield
     finally:
-        for step in undo:
-            step()
+        for generator, state in states:
+            set_generator(generator, state)
 
 
 @contextmanager
@@ -86,19 +96,25 @@ def seed_generators(holder: Any, seed: int, depth: int = 4) -> None:
             generator.seed(seed)
 
 
-def _way_back(generator: Any) -> Callable[[], None]:
+def state_of_generator(generator: Any) -> Any:
+    """Return a copy of the state of one of :data:`GENERATORS`."""
     if isinstance(generator, np.random.Generator):
-        state = copy.deepcopy(generator.bit_generator.state)
-        return lambda: setattr(generator.bit_generator, "state", state)
-    if isinstance(generator, random.Random):
-        python = generator.getstate()
-        return lambda: generator.setstate(python)
-    other = generator.get_state()
-    return lambda: generator.set_state(other)
+        return copy.deepcopy(generator.bit_generator.state)
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def set_generator(generator: Any, state: Any) -> None:
+    """Put a generator back into a state."""
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
 
 
 def _generators_of(holder: Any, depth: int = 4) -> Iterator[Any]:
-    if isinstance(holder, _GENERATORS):
+    if isinstance(holder, GENERATORS):
         yield holder
     elif depth:
         for part in _parts_of(holder):
@@ -123,7 +139,7 @@ def _parts_of(holder: Any) -> list[Any]:
 def _named_by_class(kind: type) -> list[Any]:
     # A name may be bound anew, as when a cell of a notebook is run again.
     found = [namespace.get(name) for namespace, name in _places_of(kind)]
-    return [value for value in found if isinstance(value, _GENERATORS)]
+    return [value for value in found if isinstance(value, GENERATORS)]
 
 
 @functools.cache
@@ -133,12 +149,12 @@ def _places_of(kind: type) -> tuple[tuple[Mapping[str, Any], str], ...]:
     values = [namespace[name] for namespace, name in members]
     functions = [value.__func__ if isinstance(value, (staticmethod, classmethod)) else value for value in values]
     named = [(f.__globals__, name) for f in functions if isinstance(f, FunctionType) for name in _names_in(f.__code__)]
-    return tuple(place for place in (*members, *named) if isinstance(place[0].get(place[1]), _GENERATORS))
+    return tuple(place for place in (*members, *named) if isinstance(place[0].get(place[1]), GENERATORS))
 
 
 def _named_by_function(function: FunctionType) -> list[Any]:
     found = [function.__globals__.get(name) for name in _names_in(function.__code__)]
-    return [value for value in found if isinstance(value, _GENERATORS)]
+    return [value for value in found if isinstance(value, GENERATORS)]
 
 
 def _names_in(code: CodeType) -> set[str]:

@@ -85,7 +85,7 @@ class SampleScores:
         if len(index) and int(index.max()) >= total:
             raise ValueError(
                 f"The scores {self.name!r} reach to item {int(index.max())}, but the data set has {total} items. "
-                "They belong to another data set, or to another split of it."
+                "They belong to another data set, or to another split of it. Use the scores of this one."
             )
         return torch.full((total,), torch.nan, dtype=torch.float64).index_copy_(0, index, self.values)
 
@@ -199,7 +199,9 @@ def _load_npz(path: Path) -> SampleScores:
         entries = read_entries(path)
         missing = {"format", "scores", "index", "name"} - set(entries)
         if missing:
-            raise ScoreFileError(f"{path} is no score file: it has no {', '.join(sorted(missing))}.")
+            raise ScoreFileError(
+                f"{path} is no score file: it has no {', '.join(sorted(missing))}. Name a file that save_scores wrote."
+            )
         if int(entries["format"]) > _FORMAT:
             raise ScoreFileError(
                 f"{path} was written by a later version of lightning-grad. Update lightning-grad to read it."
@@ -220,7 +222,8 @@ def _positions(names: Sequence[str], dataset: Any) -> Tensor | None:
     unknown = [name for name in names if os.path.basename(name) not in where]
     if unknown:
         raise ValueError(
-            f"The data set has no file {unknown[0]!r} ({len(unknown)} names of the score table are unknown)."
+            f"The data set has no file {unknown[0]!r} ({len(unknown)} names of the score table are unknown). Use the table of "
+            "this data set, or delete the rows of other files."
         )
     return torch.tensor([where[os.path.basename(name)] for name in names])
 
@@ -235,13 +238,14 @@ def _load_csv(path: Path, dataset: Any) -> SampleScores:
     if score is None or not rows:
         raise ValueError(
             f"{path} should have a header, one column of scores (named 'score' if there are others) and, if wanted, "
-            f"a column 'index' or 'filename'; got the columns {', '.join(map(repr, columns)) or 'none'}, {len(rows)} rows."
+            f"a column 'index' or 'filename'; got the columns {', '.join(map(repr, columns)) or 'none'}, {len(rows)} rows. "
+            "Name the column of scores 'score'."
         )
     try:
         values = torch.tensor([float(row[score]) for row in rows], dtype=torch.float64)
         given = torch.tensor([int(row[index]) for row in rows]) if index else None
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{path} has a row whose score or index is no number ({error}).") from error
+        raise ValueError(f"{path} has a row whose score or index is no number ({error}). Correct the row.") from error
     if given is None and name is not None:
         given = _positions([row[name] for row in rows], dataset)
     title = path.stem if score.strip().lower() in _SCORE_COLUMNS else score.strip()
@@ -296,18 +300,25 @@ def load_scores(path: str | os.PathLike[str], dataset: Any = None, strict: bool 
 
 def _check_alike(first: SampleScores, other: SampleScores) -> None:
     if other.name != first.name:
-        raise ValueError(f"Only scores of one kind have a mean; got {first.name!r} and {other.name!r}.")
+        raise ValueError(
+            f"Only scores of one kind have a mean; got {first.name!r} and {other.name!r}. Name files of the same score only."
+        )
     found, there = first.fingerprint, other.fingerprint
     differences = found.differences(there) if found and there else []
     if differences:
-        raise ValueError(f"Only scores of one data set have a mean; {' and '.join(differences)} differ.")
+        raise ValueError(
+            f"Only scores of one data set have a mean; {' and '.join(differences)} differ. Name files of the same data "
+            "set only."
+        )
     for key in ("index", "labels", "values"):
         a, b = getattr(first, key), getattr(other, key)
         same = (a is None) == (b is None) and (
             a is None or (len(a) == len(b) if key == "values" else torch.equal(a, b))
         )
         if not same and not (key == "labels" and (a is None or b is None)):
-            raise ValueError(f"Only scores of the same samples have a mean; their {key} differ.")
+            raise ValueError(
+                f"Only scores of the same samples have a mean; their {key} differ. Name files of the same samples only."
+            )
 
 
 def average_scores(scores: Sequence[SampleScores | str | os.PathLike[str]]) -> SampleScores:
@@ -337,7 +348,7 @@ def average_scores(scores: Sequence[SampleScores | str | os.PathLike[str]]) -> S
     """
     loaded = [item if isinstance(item, SampleScores) else load_scores(item) for item in scores]
     if not loaded:
-        raise ValueError("average_scores needs at least one file of scores; got none.")
+        raise ValueError("average_scores needs at least one file of scores; got none. Name one.")
     first = loaded[0]
     for other in loaded[1:]:
         _check_alike(first, other)

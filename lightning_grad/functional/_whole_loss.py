@@ -13,8 +13,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_grad.functional._tensor_classes import plain
 from lightning_grad.functional.loss_capture import LossCall, LossCapture
+from lightning_grad.functional.plain_tensors import plain_tensor
 
 # Backward nodes of operations that are linear in what they are given, as autograd names them.
 _LINEAR = frozenset(
@@ -69,7 +69,7 @@ class WholeLossCapture(LossCapture):
         if len(self.calls) > len(self._seen):
             # As it is now: a step may add to it in place.
             edge = None if result.grad_fn is None else GradientEdge(result.grad_fn, result.output_nr)
-            self._seen.append(_Seen(edge, plain(result).detach().clone()))
+            self._seen.append(_Seen(edge, plain_tensor(result).detach().clone()))
         self._follow(func, args, kwargs or {}, result)
         return result
 
@@ -96,11 +96,10 @@ class WholeLossCapture(LossCapture):
         """Return what makes a step's loss more than one call, by the function and the line; ``None`` if nothing does.
 
         Args:
-            loss: What the step returns, with its graph.
+            loss: What the step returns, with its graph; a plain tensor.
             call: One of :attr:`calls`.
         """
         edge, value = self._seen[self.calls.index(call)]
-        loss = plain(loss)
         if loss.grad_fn is None:
             return None  # nothing is trained by it
         if edge is None or edge.node is None:

@@ -137,7 +137,7 @@ def _check_count(scores: Tensor, count: int, offset: float) -> None:
 def _check_classes(scores: Tensor, labels: Tensor | None, balance: str | None, class_floor: float, rule: str) -> None:
     if labels is None and (balance or class_floor):
         what = "balance='class'" if balance else f"class_floor={class_floor}"
-        raise ValueError(f"{what} needs the labels of the samples; got none.")
+        raise ValueError(f"{what} needs the labels of the samples; got none. Pass them as labels=.")
     if labels is not None and labels.shape != scores.shape:
         raise ValueError(f"labels must have one entry for each of the {len(scores)} scores; got {tuple(labels.shape)}.")
     if not 0.0 <= class_floor <= 1.0:

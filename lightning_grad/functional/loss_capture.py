@@ -27,7 +27,7 @@ from lightning_grad.functional._loss_functions import (
     targets_are_classes,
     valid_positions,
 )
-from lightning_grad.functional._tensor_classes import plain
+from lightning_grad.functional.plain_tensors import plain_tensor
 
 _WAY_OUT = "give `score_fn=`, a function that returns one score per sample"
 
@@ -192,7 +192,7 @@ class LossCapture(TorchFunctionMode):
         advice = "If they are chunks of one loss, compute it in one call. " if chunks else ""
         raise RuntimeError(
             f"The step has {len(counted)} losses, so that which one is meant is not clear: "
-            f"{_listed(self.calls)}{unread}. {advice}Say which (loss=0 is the first), or {self.way_out}."
+            f"{_listed(self.calls)}{unread}. {advice}Set loss=0 for the first, loss=1 for the next, or {self.way_out}."
         )
 
     def _refuse_without_calls(self) -> NoReturn:
@@ -255,8 +255,10 @@ class LossCapture(TorchFunctionMode):
         if loss.defaults is None:
             raise TypeError("it does not have one input and one target per sample")
         # Of a class of its own a tensor may demand what only it knows of itself.
-        given = {k: plain(v) if isinstance(v, Tensor) else v for k, v in bind(loss.defaults, args, kwargs).items()}
-        value = plain(value) if isinstance(value, Tensor) else value
+        given = {
+            k: plain_tensor(v) if isinstance(v, Tensor) else v for k, v in bind(loss.defaults, args, kwargs).items()
+        }
+        value = plain_tensor(value) if isinstance(value, Tensor) else value
         if _transformed(given.values()):
             raise TypeError("it was called inside a transform of torch.func")
         detached = {name: v.detach() if isinstance(v, Tensor) else v for name, v in given.items()}
@@ -308,8 +310,8 @@ def _samples(name: str, positions: Tensor, samples: int | None, way_out: str) ->
     if rows % samples or rows == 0:
         raise IndivisibleError(
             f"{name} got {rows} rows for {samples} samples: which row belongs to which sample cannot be told (packed tokens, "
-            "a loss of only some of the rows, or a collate_fn that leaves samples out). Give every sample as many rows as the "
-            f"others, by padding, or {way_out}."
+            "a loss of only some of the rows, a collate_fn that leaves samples out, or chunks of a loss). Pad instead of "
+            f"packing, compute chunks in one call, or {way_out}."
         )
     return samples
 

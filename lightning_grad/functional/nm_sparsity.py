@@ -89,7 +89,10 @@ def group_dim(weight: Tensor, axis: Axis = "input") -> int:
         raise ValueError(f"axis is 'input', 'output' or a dimension's number; got {axis!r}.")
     dim = {"input": min(1, weight.ndim - 1), "output": 0}[axis] if isinstance(axis, str) else int(axis)
     if not -weight.ndim <= dim < weight.ndim:
-        raise ValueError(f"axis={axis!r} needs a weight of more dimensions than {tuple(weight.shape)} has.")
+        raise ValueError(
+            f"axis={axis!r} needs a weight of more dimensions than {tuple(weight.shape)} has. Set axis to 'input' or "
+            "'output', or exclude this weight."
+        )
     return dim % weight.ndim
 
 

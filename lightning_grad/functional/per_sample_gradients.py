@@ -147,7 +147,8 @@ class PerSampleGradientNorms:
                 raise
             tracer.close()
         raise RuntimeError(
-            "compute_losses does something else each time it is called; per-sample norms need it to repeat."
+            "compute_losses does something else each time it is called; per-sample norms need it to repeat. Let it draw no "
+            "random numbers, and keep no state between calls."
         )
 
     def _learn(self, tracer: Tracer, losses: Tensor, ends: Mapping[int, Leaf]) -> bool:
@@ -333,7 +334,7 @@ def _mixed(operation: str, names: set[str] | frozenset[str]) -> RuntimeError:
     return RuntimeError(
         f"The loss of one sample depends on other samples at {operation} with {', '.join(sorted(names))}, so per-sample "
         "gradients are undefined. If the module mixes samples in training mode only, call module.eval(); a loss that "
-        "compares samples, or losses in another order than the samples, cannot be measured."
+        "compares samples, or losses in another order than the samples, cannot be measured: use a score without gradients."
     )
 
 

@@ -1,17 +1,20 @@
-"""Treating tensors of a class of their own as plain ones.
+"""Treating tensors of a class of their own as plain ones, and giving results their class back.
 
-Libraries derive from ``torch.Tensor`` to carry labels, units or coordinates, and their classes may refuse or relabel an
-operation. Code that only reads numbers from such tensors, or changes them in place, has no use for that.
+Libraries derive from ``torch.Tensor`` to carry labels, units or coordinates. Such a class may refuse or relabel an
+operation, lose its attributes in arithmetic, or demand them. So what is computed here is computed on plain tensors that
+share their memory, and what a module is to see is given the class and the attributes again.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from lightning_grad.functional._attributes import attributes_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -20,8 +23,13 @@ T = TypeVar("T")
 PlainTensors = torch._C.DisableTorchFunctionSubclass
 
 
+def is_opaque(tensor: Tensor) -> bool:
+    """Return whether a tensor only stands for others (nested, distributed, masked), so that its memory cannot be shared."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
 def plain_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor of any class as a plain one that shares its memory; parameters and DTensors as they are.
+    """Return a tensor as one of torch's own, with the same memory and graph; parameters and opaque tensors as they are.
 
     Under :data:`PlainTensors` methods that a class has overridden would still run.
 
@@ -32,8 +40,7 @@ def plain_tensor(tensor: Tensor) -> Tensor:
         >>> plain_tensor(torch.tensor(3.0).as_subclass(Stubborn)).square()
         tensor(9.)
     """
-    kind = type(tensor)
-    if kind in (Tensor, nn.Parameter) or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if type(tensor) in (Tensor, nn.Parameter) or is_opaque(tensor):
         return tensor
     with PlainTensors():
         return Tensor.as_subclass(tensor, Tensor)
@@ -57,3 +64,52 @@ def on_plain_tensors(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
 
     return plainly
+
+
+def dressed(tensor: Tensor, like: Tensor, copied: Callable[[Any], Any] = lambda value: value) -> Tensor:
+    """Return a plain tensor with the class and the attributes of another one, and with its own memory and graph.
+
+    Args:
+        tensor: The plain tensor.
+        like: The other one.
+        copied: What is done with each attribute.
+
+    Example:
+        >>> class Labelled(Tensor): pass
+        >>> like = torch.zeros(2).as_subclass(Labelled)
+        >>> like.labels = ["x", "t"]
+        >>> dressed(torch.ones(2), like).labels
+        ['x', 't']
+    """
+    attributes = attributes_of(like)
+    if is_opaque(like) or (type(like) in (Tensor, nn.Parameter) and not attributes):
+        return tensor
+    kind = Tensor if isinstance(like, nn.Parameter) else type(like)
+    with PlainTensors():
+        other = Tensor.as_subclass(tensor, kind)
+    for name, value in attributes.items():
+        object.__setattr__(other, name, copied(value))
+    return other
+
+
+def clone_of(
+    tensor: Tensor, copied: Callable[[Any], Any] = lambda value: value, leaves_in_graph: bool = False
+) -> Tensor:
+    """Return a tensor's copy, of its class, with its attributes and in its graph; of a leaf that learns, another leaf.
+
+    Args:
+        tensor: The tensor.
+        copied: What is done with each attribute.
+        leaves_in_graph: Copy a leaf into its own graph, so that the copy's gradient reaches it.
+
+    Example:
+        >>> class Labelled(Tensor): pass
+        >>> one = torch.zeros(2).as_subclass(Labelled)
+        >>> one.labels = ["x", "t"]
+        >>> clone_of(one).labels
+        ['x', 't']
+    """
+    own = plain_tensor(tensor)
+    if own.requires_grad and own.is_leaf and not leaves_in_graph:
+        return dressed(own.detach().clone(), tensor, copied).requires_grad_()
+    return dressed(own.clone(), tensor, copied)

@@ -17,8 +17,7 @@ from typing_extensions import override
 
 from lightning_grad.strategies._rank_files import MANIFEST_KEY, Problem, RankFiles, State
 from lightning_grad.strategies._rank_identity import Parameters
-from lightning_grad.strategies._settings import names_of_changed
-from lightning_grad.utilities.arguments import follow_settings
+from lightning_grad.utilities.arguments import changed_settings, follow_settings
 
 ResidualPolicy = Literal["strict", "mean", "reset"]
 
@@ -113,7 +112,7 @@ class RankSavingDDP(DDPStrategy, ABC):
             lost = "begins with nothing unsent: what the saved run had not sent is lost"
             rank_zero_warn(f"{self.label} {lost}, because {why}.")
         else:
-            self.load_rank_state(*state, names_of_changed(saved, self.message_settings))
+            self.load_rank_state(*state, set(changed_settings(saved, self.message_settings)))
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:

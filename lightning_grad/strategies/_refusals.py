@@ -10,6 +10,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_grad.utilities.checks import refuse_manual_optimization
 from lightning_grad.utilities.precision import grad_scaler
+from lightning_grad.utilities.reporting import listed
 
 
 def refuse_run(trainer: pl.Trainer, label: str) -> None:
@@ -65,7 +66,7 @@ def explain_unused_parameters(error: BaseException, label: str, parameters: Mapp
     if not any("parameters that were not used in producing the loss" in str(part) for part in error.args):
         return
     unused = [name for name, parameter in parameters.items() if parameter.requires_grad and parameter.grad is None]
-    named = f" ({', '.join(unused[:5])}{', ...' if len(unused) > 5 else ''})" if unused else ""
+    named = f" ({listed(unused)})" if unused else ""
     text = (
         f"{label}: some parameters{named} got no gradient in a step. If that is intended, set "
         f"{label}(find_unused_parameters=True). If they are never used, freeze them with requires_grad_(False)."

@@ -89,7 +89,7 @@ class SchemeDDP(RankSavingDDP):
         return ""
 
     def compresses(self, name: str, parameter: Tensor) -> bool:
-        """Say whether a parameter's gradient is compressed; the same on all ranks and in all steps."""
+        """Return whether a parameter's gradient is compressed; the same on all ranks and in all steps."""
         large = parameter.dim() > 1 and self.min_numel <= parameter.numel() < _MOST_ENTRIES
         return large and not matches(self.names_of(name), self.exclude or [])
 

@@ -1,4 +1,4 @@
-"""The settings of a strategy: its own ones, and how they differ from those of a saved run."""
+"""The settings of a strategy: its own ones, and those that decide what is sent."""
 
 from __future__ import annotations
 
@@ -37,13 +37,3 @@ def own_settings(strategy: object, base: type) -> dict[str, Any]:
 def of_messages(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that decide what is sent, in types that a checkpoint holds."""
     return {name: plain(value) for name, value in settings.items() if name not in _OF_THE_LAUNCH}
-
-
-def names_of_changed(saved: Mapping[str, Any], present: Mapping[str, Any]) -> set[str]:
-    """Return the names of the settings that differ; one that a saved run lacks is not compared.
-
-    Example:
-        >>> names_of_changed({"ratio": 0.1, "rank": 4}, {"ratio": 0.01, "rank": 4, "seed": 0})
-        {'ratio'}
-    """
-    return {name for name, value in present.items() if name in saved and saved[name] != plain(value)}

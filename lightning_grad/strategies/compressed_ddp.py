@@ -124,7 +124,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             gradient_as_bucket_view=gradient_as_bucket_view,
             **ddp,
         )
-        self.exclude = as_names(exclude, "exclude")
+        self.exclude = as_names(exclude)
         self.min_numel = min_numel
         self.residual_policy = residual_policy
         self.gradient_noise = gradient_noise
@@ -173,7 +173,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             ValueError: With what to do instead.
         """
         refuse_run(trainer, self.label)
-        check_patterns(self.exclude or [], parameter_names(trainer.lightning_module), "exclude")
+        check_patterns(self.exclude or [], parameter_names(trainer.lightning_module), f"{self.label}(exclude=...)")
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -209,7 +209,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         elif self.is_neutral:
             rank_zero_warn(
                 f"{self.label} has nothing to compress, and is DDP: no parameter of two or more dimensions has min_numel="
-                f"{self.min_numel} entries and is not excluded."
+                f"{self.min_numel} entries and is not excluded. Lower min_numel, or exclude less."
             )
         else:
             rank_zero_info(

@@ -197,6 +197,7 @@ class DGCStrategy(CompressedDDPStrategy):
         self.selector = selector
         self.value_dtype = value_dtype
         self._momentum: LocalMomentum | None = None
+        self._moves_momentum = False  # also once the fit is over, and the optimizer is released
         self._feedback_because = ""
         self._sent: list[tuple[Tensor, Tensor]] = []
 
@@ -236,17 +237,18 @@ class DGCStrategy(CompressedDDPStrategy):
         super().refuse(trainer)
         self._shares = {}
         module = trainer.lightning_module
-        check_patterns(list(self.layer_ratios), parameter_names(module), "layer_ratios")
+        check_patterns(list(self.layer_ratios), parameter_names(module), f"{self.label}(layer_ratios=...)")
         if not self.wants_to_compress:
             return
         clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
         if clip:
             instead = f"Set gradient_clip_val=None and {self.label}(local_clip={clip})"
             if algorithm is not None and str(getattr(algorithm, "value", algorithm)) != "norm":
-                instead = "Set gradient_clip_val=None; local_clip clips by norm"
+                instead = f"Set gradient_clip_val=None and {self.label}(local_clip=...) (local_clip clips by norm)"
             raise ValueError(
                 f"Trainer(gradient_clip_val={clip}) would clip what {self.label} has accumulated over many steps. "
-                f"{instead}, which clips the gradient of each rank before it is accumulated."
+                f"{instead}, which clips the gradient of each rank before it is accumulated. If a library builds the "
+                "Trainer, set trainer.gradient_clip_val = None before fit(), or in the setup() of a callback."
             )
         if overrides(module, "configure_gradient_clipping"):
             rank_zero_warn(
@@ -257,6 +259,7 @@ class DGCStrategy(CompressedDDPStrategy):
     @override
     def connect_optimizer(self, optimizer: Optimizer) -> None:
         super().connect_optimizer(optimizer)
+        self._moves_momentum = False
         if self.correction == "error_feedback" or not self.wants_to_compress:
             return
         why = why_not_moved(optimizer)
@@ -273,6 +276,7 @@ class DGCStrategy(CompressedDDPStrategy):
             compressed = {key for key, name in self._names.items() if name in self._chosen}
             self._momentum = LocalMomentum(cast(SGD, optimizer), compressed)
             self._momentum.attach()
+            self._moves_momentum = True
 
     @property
     @override
@@ -285,7 +289,7 @@ class DGCStrategy(CompressedDDPStrategy):
     @override
     def message_settings(self) -> dict[str, Any]:
         # What 'auto' stands for may change with the optimizer.
-        return {**super().message_settings, "correction": "momentum" if self._momentum else "error_feedback"}
+        return {**super().message_settings, "correction": "momentum" if self._moves_momentum else "error_feedback"}
 
     @override
     def load_rank_state(self, own: Mapping[str, Any], shared: Mapping[str, Any], changed: set[str]) -> None:

@@ -232,6 +232,20 @@ def plain(value: Any) -> Any:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
+def changed_settings(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Return the names of the settings that differ from those of a checkpoint; one that it lacks is not compared.
+
+    Args:
+        saved: Those of the checkpoint, as :func:`plain` made them.
+        settings: The present ones.
+
+    Example:
+        >>> changed_settings({"ratio": 0.1, "sizes": [1, 2]}, {"ratio": 0.01, "sizes": (1, 2), "seed": 0})
+        ['ratio']
+    """
+    return [name for name, value in settings.items() if name in saved and saved[name] != plain(value)]
+
+
 def follow_settings(
     label: str, saved: Mapping[str, Any], settings: Mapping[str, Any], fixed: Mapping[str, str]
 ) -> None:
@@ -252,8 +266,8 @@ def follow_settings(
         ValueError: AutoClip cannot resume with window=5: the checkpoint was written with window=9, and it cannot change \
 because its history has that length. Set window=9, or start a new fit without ckpt_path.
     """
-    now = {name: plain(value) for name, value in settings.items()}
-    changed = [name for name in now if name in saved and saved[name] != now[name]]
+    changed = changed_settings(saved, settings)
+    now = {name: plain(settings[name]) for name in changed}
     for name in changed:
         if name in fixed:
             raise ValueError(

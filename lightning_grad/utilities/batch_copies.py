@@ -1,13 +1,12 @@
 """Copies of batches that share nothing with the batch that a step could change.
 
-A step may normalise its input in place, pop its labels, sort a list, draw on an image. Whoever shows a batch a second time
-shows a copy, or keeps one.
+A step may normalise its input in place, pop its labels, sort a list, draw on an image. So a batch that is needed again is
+copied before a step gets it.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 from collections import deque
 from collections.abc import Iterator, Mapping, MutableMapping
 from types import ModuleType
@@ -18,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_grad.functional._tensor_classes import clone_of
+from lightning_grad.functional._attributes import attributes_of
+from lightning_grad.functional.plain_tensors import clone_of
 
 DEEPEST = 8  # an object of a batch may know its owner
-_FIXED = frozenset({bool, int, float, complex, str, bytes, type(None)})
+FIXED = frozenset({bool, int, float, complex, str, bytes, type(None)})
 _NO_PARTS = (type, ModuleType, torch.nn.Module)
 _FRAMEWORKS = {"lightning", "lightning_fabric", "pytorch_lightning"}
 _COPIED_WHOLE = {"PIL", "pandas", "polars", "scipy"}  # what they are made of is their own affair
@@ -55,7 +55,7 @@ class _Copies:
         self._twins: set[int] = set()
 
     def of(self, value: Any, depth: int = 0) -> Any:
-        if type(value) in _FIXED or id(value) in self._twins or depth > DEEPEST or _is_left_alone(value):
+        if type(value) in FIXED or id(value) in self._twins or depth > DEEPEST or _is_left_alone(value):
             return value
         if id(value) not in self._known:
             self._known[id(value)] = (self._begun(value, depth), value)
@@ -101,22 +101,11 @@ def children(batch: Any) -> Iterator[tuple[Any, Any]]:
     elif isinstance(batch, Tensor):
         return
     elif not isinstance(batch, _NO_PARTS):
-        kind: Any = type(batch)
-        yield from ((name, getattr(batch, name)) for name in _slots_of(kind) if hasattr(batch, name))
-        yield from getattr(batch, "__dict__", {}).items()
-
-
-@functools.cache
-def _slots_of(kind: type) -> tuple[str, ...]:
-    found: list[str] = []
-    for cls in kind.__mro__:
-        slots = vars(cls).get("__slots__", ())
-        found += [slots] if isinstance(slots, str) else list(slots)
-    return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
+        yield from attributes_of(batch).items()
 
 
 def has_parts(value: Any) -> bool:
-    """Say whether something is a container, or an object with attributes, but no tensor."""
+    """Return whether something is a container, or an object with attributes, but no tensor."""
     return next(children(value), None) is not None
 
 

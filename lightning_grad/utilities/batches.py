@@ -7,17 +7,14 @@ as attributes. Where something is in it is told as a path of keys, positions and
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_grad.functional._tensor_classes import dressed, plain
-from lightning_grad.utilities.batch_copies import DEEPEST as _DEEPEST
-from lightning_grad.utilities.batch_copies import children as _children
-from lightning_grad.utilities.batch_copies import copy_of as copy_of
-from lightning_grad.utilities.batch_copies import put, shallow_copy
+from lightning_grad.functional.plain_tensors import dressed, plain_tensor
+from lightning_grad.utilities.batch_copies import DEEPEST, children, put, shallow_copy
 
 Path = tuple[Any, ...]
 _NO_INPUT = re.compile(r"labels?|targets?|y|(.*_)?mask|(sample_)?weights?", re.IGNORECASE)
@@ -50,6 +47,20 @@ def find_input(batch: Any, key: str | int | None, needed_by: str) -> Path | None
     return path if value is not None and value.is_floating_point() else None
 
 
+def way_in(batch: Any) -> str:
+    """Return which key leads to the input, for an error about one that does not.
+
+    Example:
+        >>> way_in({"pixels": torch.zeros(4, 3)})
+        "Set input_key='pixels', or leave it out."
+    """
+    path, value = first_numbers(batch)
+    if not path or value is None or not value.is_floating_point():
+        return "Leave input_key out."
+    key = path[0] if len(path) == 1 else ".".join(map(str, path))
+    return f"Set input_key={key!r}, or leave it out."
+
+
 def first_numbers(batch: Any) -> tuple[Path, Tensor] | tuple[None, None]:
     """Return the first tensor of real numbers with at least two dimensions whose name tells nothing else, and where it is.
 
@@ -76,7 +87,7 @@ def text_of(path: Path) -> str:
 
 
 def has_input(batch: Any, path: Path) -> bool:
-    """Say whether there is a floating tensor at a path.
+    """Return whether there is a floating tensor at a path.
 
     Example:
         >>> has_input([None], (0,)), has_input([torch.ones(1)], (0,))
@@ -146,7 +157,7 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def same_tensors(batch: Any, other: Any) -> bool:
-    """Say whether two batches hold the same tensors, in containers that may have been made anew.
+    """Return whether two batches hold the same tensors, in containers that may have been made anew.
 
     Example:
         >>> x = torch.ones(2)
@@ -161,7 +172,7 @@ def _tensors_of(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     if isinstance(batch, Tensor):
         yield path, batch
         return
-    for key, child in _children(batch) if len(path) < _DEEPEST else ():
+    for key, child in children(batch) if len(path) < DEEPEST else ():
         yield from _tensors_of(child, (*path, key))
 
 
@@ -171,7 +182,7 @@ def _numbers_of(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
             yield path, batch
         return
     fields = getattr(batch, "_fields", None) if isinstance(batch, tuple) else None
-    for key, child in _children(batch) if len(path) < _DEEPEST else ():
+    for key, child in children(batch) if len(path) < DEEPEST else ():
         name = fields[key] if fields else key
         if not (isinstance(name, str) and _NO_INPUT.fullmatch(name)):
             yield from _numbers_of(child, (*path, key))
@@ -191,21 +202,23 @@ def _child_at(part: Any, path: Path, depth: int) -> Any:
 def _follow(batch: Any, key: str | int, needed_by: str) -> Path:
     path: Path = ()
     here = batch
-    for part in [key] if isinstance(key, int) else _parts(batch, key):
-        known = dict(_children(here))
-        found = part if part in known else _as_position(part)
+    for part in parts_of_key(batch, key):
+        known = dict(children(here))
+        found = found_key(part, known)
         by_attribute = _path_of_attribute(here, part)
         if found not in known and by_attribute is not None:
             path, here = (*path, *by_attribute), getattr(here, str(part))
             continue
         if found not in known:
             there = ", ".join(map(repr, known)) if known else f"no parts: it is a {type(here).__name__}"
-            raise ValueError(f"{needed_by}: input_key={key!r} leads nowhere in the batch; there it has {there}.")
+            raise ValueError(
+                f"{needed_by}: input_key={key!r} leads nowhere in the batch; there it has {there}. {way_in(batch)}"
+            )
         path, here = (*path, found), known[found]
     if not isinstance(here, Tensor) or not here.is_floating_point():
         kind = f"a tensor of {here.dtype}" if isinstance(here, Tensor) else f"a {type(here).__name__}"
         raise ValueError(
-            f"{needed_by}: input_key={key!r} must name a floating tensor of the batch, and leads to {kind}."
+            f"{needed_by}: input_key={key!r} must name a floating tensor of the batch, and leads to {kind}. {way_in(batch)}"
         )
     return path
 
@@ -218,13 +231,15 @@ def _path_of_attribute(here: Any, name: str | int) -> Path | None:
     return next((path for path, value in _tensors_of(here) if value is shown), None)
 
 
-def _parts(batch: Any, key: str) -> list[str]:
-    # A mapping may have a key with a dot in it.
-    return [key] if isinstance(batch, Mapping) and key in batch else key.split(".")
+def parts_of_key(batch: Any, key: str | int) -> list[Any]:
+    """Return the parts of what a user has written for a path: a key, a position, or several joined by dots."""
+    is_whole = isinstance(key, int) or (isinstance(batch, Mapping) and key in batch)  # a mapping's key may have dots
+    return [key] if is_whole else str(key).split(".")
 
 
-def _as_position(part: Any) -> Any:
-    return int(part) if isinstance(part, str) and part.isdecimal() else part
+def found_key(part: Any, known: Container[Any]) -> Any:
+    """Return the key or position that a part of a path stands for in a container or object with these keys."""
+    return int(part) if part not in known and isinstance(part, str) and part.isdecimal() else part
 
 
 def reordered(batch: Any, order: Tensor) -> Any:
@@ -237,12 +252,12 @@ def reordered(batch: Any, order: Tensor) -> Any:
         {'x': tensor([3, 1, 2]), 'name': ['c', 'a', 'b'], 'n': 7}
     """
     if isinstance(batch, Tensor):
-        rows = plain(batch)
+        rows = plain_tensor(batch)
         return dressed(rows[order.to(rows.device)], batch) if rows.dim() and len(rows) == len(order) else batch
     holds_rows = any(value.dim() and len(value) == len(order) for _, value in _tensors_of(batch))
     if type(batch) in (list, tuple) and len(batch) == len(order) and not holds_rows:
         return type(batch)(batch[place] for place in order.tolist())
-    for key, child in list(_children(batch)):
+    for key, child in list(children(batch)):
         other = reordered(child, order)
         if other is not child:
             batch = with_input(batch, (key,), other)

@@ -54,12 +54,12 @@ def check_at_least(value: float, least: float, parameter: str) -> None:
 
 
 def check_count(value: int, least: int, parameter: str) -> None:
-    """Raise unless a number is whole and at least ``least``.
+    """Raise unless a count is at least ``least``. The annotation of the argument makes sure that it is whole.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If it is smaller.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if value < least:
         raise ValueError(f"{parameter} must be at least {least}, and whole; got {value}.")
 
 
@@ -79,7 +79,7 @@ def check_above(value: float, bound: float, parameter: str) -> None:
     Raises:
         ValueError: If it is not, or no number.
     """
-    if not isinstance(value, (int, float)) or not value > bound:
+    if not value > bound:
         raise ValueError(f"{parameter} must be above {bound:g}; got {value}.")
 
 
@@ -119,7 +119,7 @@ def check_finite_above(value: float, bound: float, parameter: str) -> None:
 
 
 def check_count_between(value: int, least: int, most: int, parameter: str) -> None:
-    """Raise unless a number is whole and in a range, its ends included.
+    """Raise unless a count is in a range, its ends included.
 
     Raises:
         ValueError: If it is not.
@@ -135,7 +135,7 @@ def check_between(value: float, least: float, most: float, parameter: str) -> No
     Raises:
         ValueError: If it is outside, or no number.
     """
-    if not isinstance(value, (int, float)) or not least <= value <= most:
+    if not least <= value <= most:
         raise ValueError(f"{parameter} must be from {least:g} to {most:g}; got {value}.")
 
 
@@ -145,7 +145,7 @@ def check_share(value: float, parameter: str) -> None:
     Raises:
         ValueError: If it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+    if not 0.0 <= value < 1.0:
         raise ValueError(f"{parameter} must be at least 0 and below 1; got {value}.")
 
 
@@ -306,13 +306,14 @@ def owned_ids(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def check_keeps(optimizer: Optimizer, key: str, message: str) -> None:
+def check_keeps(optimizer: Optimizer, key: str, technique: str, message: str) -> None:
     """Raise before the first step if an optimizer will keep no state of a name.
 
     Args:
         optimizer: Which has not stepped yet, perhaps.
         key: The name, such as ``exp_avg_sq``.
-        message: The error, with ``{}`` for the optimizer's class.
+        technique: Who asks, for the error.
+        message: What follows the technique's name in the error, with ``{}`` for the optimizer's class.
 
     Raises:
         ValueError: If a copy of it that steps one number keeps none.
@@ -325,4 +326,4 @@ def check_keeps(optimizer: Optimizer, key: str, message: str) -> None:
     except Exception:  # an optimizer that cannot be built from its defaults tells nothing before its first step
         return
     if key not in probe.state[number]:
-        raise ValueError(message.format(type(optimizer).__name__))
+        raise ValueError(f"{technique} {message.format(type(optimizer).__name__)}")

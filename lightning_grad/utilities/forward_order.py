@@ -43,9 +43,8 @@ class _Calls:
 class ForwardOrder:
     """Learns the order from one forward pass, through hooks that are gone after it.
 
-    Until it is learnt, and for parameters whose modules were not called, it is the order in which they are registered. A
-    compiled module is not looked into: a hook in it would make it compile anew; a scripted
-    one takes none.
+    Until it is learnt, and for parameters whose modules were not called, it is the order in which they are registered.
+    Compiled and scripted modules are not looked into: a hook would make the one compile again, and the other takes none.
 
     Args:
         module: The root.

@@ -12,7 +12,16 @@ from typing import Any
 from torch import Tensor
 
 from lightning_grad.utilities.batch_copies import children, has_parts
-from lightning_grad.utilities.batches import Path, find_input, has_input, input_at, text_of
+from lightning_grad.utilities.batches import (
+    Path,
+    find_input,
+    found_key,
+    has_input,
+    input_at,
+    parts_of_key,
+    text_of,
+    way_in,
+)
 
 
 class _Every:
@@ -82,7 +91,7 @@ def expanded(batch: Any, pattern: Path) -> list[Path]:
 
 
 def has_inputs(batch: Any, pattern: Path) -> bool:
-    """Say whether there are floating tensors at a pattern, alike in type and number of dimensions.
+    """Return whether there are floating tensors at a pattern, alike in type and number of dimensions.
 
     Example:
         >>> import torch
@@ -97,7 +106,7 @@ def has_inputs(batch: Any, pattern: Path) -> bool:
 
 
 def are_samples(batch: Any, pattern: Path) -> bool:
-    """Say whether each tensor of a pattern is one sample, rather than a batch of them.
+    """Return whether each tensor of a pattern is one sample, rather than a batch of them.
 
     Example:
         >>> import torch
@@ -148,7 +157,7 @@ def _over_samples(batch: Any, path: Path) -> Path:
 
 
 def _is_list_of_samples(batch: Any, path: Path, where: int) -> bool:
-    """Say whether the container in which ``path[where]`` leads on holds one sample in each place.
+    """Return whether the container in which ``path[where]`` leads on holds one sample in each place.
 
     A list of samples and a list of batches (two views, two loaders) look alike. What stands with an input tells them apart:
     with a batch stand tensors that are as long, with a sample stand numbers, text and tensors of other lengths.
@@ -211,10 +220,12 @@ def _pattern_of(batch: Any, key: str, needed_by: str) -> Path:
     here = batch
     for part in key.split("."):
         known = dict(children(here))
-        found = part if part in known or not part.isdecimal() else int(part)
+        found = found_key(part, known)
         if (part != "*" and found not in known) or not known:
             there = ", ".join(map(repr, known)) or f"no parts: it is a {type(here).__name__}"
-            raise ValueError(f"{needed_by}: input_key={key!r} leads nowhere in the batch; there it has {there}.")
+            raise ValueError(
+                f"{needed_by}: input_key={key!r} leads nowhere in the batch; there it has {there}. {way_in(batch)}"
+            )
         pattern.append(EVERY if part == "*" else found)
         here = next(iter(known.values())) if part == "*" else known[found]
     return tuple(pattern)
@@ -222,12 +233,11 @@ def _pattern_of(batch: Any, key: str, needed_by: str) -> Path:
 
 def _list_at(batch: Any, key: str | int) -> Path | None:
     """Return the path of the list to which a key leads, if it holds floating tensors."""
-    parts = [key] if isinstance(key, int) or (isinstance(batch, Mapping) and key in batch) else key.split(".")
     path: Path = ()
     here = batch
-    for part in parts:
+    for part in parts_of_key(batch, key):
         known = dict(children(here))
-        found = part if part in known or not (isinstance(part, str) and part.isdecimal()) else int(part)
+        found = found_key(part, known)
         if found not in known:
             return None
         path, here = (*path, found), known[found]

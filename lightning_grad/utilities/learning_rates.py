@@ -56,7 +56,8 @@ def choose_groups(
             chosen.append((optimizers[number], indices))
     if not chosen:
         raise ValueError(
-            f"{needed_by} scales learning rates, and configure_optimizers of the module returns no optimizer."
+            f"{needed_by} scales learning rates, and configure_optimizers of the module returns no optimizer. Return one, or "
+            "drop the callback."
         )
     return chosen
 

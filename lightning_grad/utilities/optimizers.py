@@ -18,7 +18,8 @@ def optimizer_index(trainer: pl.Trainer, optimizer: Optimizer, technique: str) -
         if other is optimizer:
             return index
     raise RuntimeError(
-        f"{technique}: a step was made with an {type(optimizer).__name__} that the Trainer does not know."
+        f"{technique} does not know the {type(optimizer).__name__} that made a step, because it is none of "
+        "trainer.optimizers. Return it from configure_optimizers, and step what self.optimizers() returns."
     )
 
 

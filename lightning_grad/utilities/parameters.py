@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from lightning_grad.utilities.reporting import listed
+
 
 def clean_name(name: str) -> str:
     """Return a parameter's name without the prefix that ``torch.compile`` puts before a wrapped module's.
@@ -19,14 +21,8 @@ def clean_name(name: str) -> str:
     return name.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".")
 
 
-def as_names(names: Sequence[str] | None, parameter: str) -> list[str] | None:
-    """Return a list of name patterns in plain types.
-
-    Raises:
-        TypeError: If it is one text and no list.
-    """
-    if isinstance(names, str):
-        raise TypeError(f"{parameter} is a list of names; got {names!r}. Write [{names!r}].")
+def as_names(names: Sequence[str] | None) -> list[str] | None:
+    """Return name patterns as a list of their own."""
     return None if names is None else list(names)
 
 
@@ -114,6 +110,33 @@ def _suggest(pattern: str, known: Sequence[str]) -> str:
     return f"Some that exist: {', '.join(known[:3])}." if known else "The module has no parameter."
 
 
+def why_none_left(module: nn.Module, include: Sequence[str] | None, exclude: Sequence[str]) -> str:
+    """Return why name patterns leave no parameter of a module, and what there is to choose from, as sentences.
+
+    Example:
+        >>> why_none_left(nn.ModuleDict({"body": nn.Linear(1, 1), "head": nn.Linear(1, 1)}), ["head"], ["head"])
+        "include and exclude leave none: include=['head'] selects head.weight, head.bias, and exclude=['head'] drops them. \
+Include others, such as 'body', or exclude less."
+    """
+    known = list(all_names(module).values())
+    if not known:
+        return f"{type(module).__name__} has none. Build its layers in __init__ or in configure_model."
+    if include is None:
+        return f"exclude={list(exclude)} leaves none of {listed([names[0] for names in known])}. Exclude less."
+    chosen = [names[0] for names in known if matches(names, include)]
+    others = [names[0] for names in known if not matches(names, [*include, *exclude])]
+    modules = dict.fromkeys(name.rpartition(".")[0].partition(".")[0] or name for name in others)
+    such = (
+        f"Include others, such as {' or '.join(map(repr, list(modules)[:3]))}, or exclude less"
+        if others
+        else "Exclude less"
+    )
+    return (
+        f"include and exclude leave none: include={list(include)} selects {listed(chosen)}, and exclude={list(exclude)} drops "
+        f"them. {such}."
+    )
+
+
 def all_names(module: nn.Module) -> dict[int, list[str]]:
     """Return, by identity of the parameter, every name under which each parameter of a module is known.
 
@@ -142,11 +165,3 @@ def named_owners(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         for attribute, parameter in owner._parameters.items():  # named_parameters drops a second name of the same one
             if parameter is not None:
                 yield f"{prefix}.{attribute}" if prefix else attribute, owner, attribute
-
-
-def shared_names(module: nn.Module) -> dict[int, list[str]]:
-    """Return, by identity of the parameter, the names under which each parameter that is tied is registered."""
-    names: dict[int, list[str]] = {}
-    for name, owner, attribute in named_owners(module):
-        names.setdefault(id(owner._parameters[attribute]), []).append(name)
-    return {key: value for key, value in names.items() if len(value) > 1}

@@ -8,7 +8,7 @@ All functions may be called on every rank; only rank zero writes.
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,6 +220,27 @@ def limit_layers(values: Mapping[str, float], depth: int | None, top: int) -> di
     for name, value in values.items():
         joined.setdefault(name if depth is None else ".".join(name.split(".")[:depth]), []).append(value)
     return {name: sum(found) / len(found) for name, found in list(joined.items())[:top]}
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    Example:
+        >>> counted(1, "parameter"), counted(2, "parameter")
+        ('1 parameter', '2 parameters')
+    """
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: Iterable[object], most: int = 5) -> str:
+    """Return the first names of a list, for a sentence.
+
+    Example:
+        >>> listed("abc"), listed("abc", most=2)
+        ('a, b, c', 'a, b, ...')
+    """
+    known = [str(name) for name in names]
+    return ", ".join([*known[:most], *(["..."] if len(known) > most else [])])
 
 
 def format_table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:

@@ -80,8 +80,7 @@ def sparsity_report(
     """Tell for every weight of two or more dimensions how sparse it is, and in which pattern.
 
     Works on any module, with or without lightning-grad having trained it. A layer of another package whose weight is (in, out)
-    is recognized by what it computes. During a fit it reports what a checkpoint
-    would hold.
+    is recognized by what it computes. During a fit it reports what a checkpoint would hold.
 
     Args:
         module: Any module.

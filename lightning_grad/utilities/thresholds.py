@@ -34,9 +34,12 @@ def as_threshold(value: Threshold, parameter: str, check: Callable[[float], obje
         return None
     numbers = list(value.values()) if isinstance(value, Mapping) else [value]
     if not numbers:
-        raise ValueError(f"{parameter} is a number, or one for each name pattern; got an empty mapping.")
+        raise ValueError(
+            f"{parameter} is a number, or one for each name pattern; got an empty mapping. Write one, such as "
+            "{'*': 1.0}."
+        )
     for number in numbers:
-        if isinstance(number, (bool, str)) or not isinstance(number, (int, float)):
+        if isinstance(number, bool) or not isinstance(number, (int, float)):  # a param group may hold anything
             raise TypeError(f"{parameter} is a number, or one for each name pattern; got {value!r}.")
         check(number)
     if isinstance(value, Mapping):

@@ -42,12 +42,13 @@ def refuse_without_indices(loader: Any, needed_by: str) -> None:
     if not isinstance(loader, DataLoader):
         raise TypeError(
             f"{needed_by} needs a torch DataLoader for training, whose batch sampler tells the indices of a batch; got "
-            f"{type(loader).__name__}."
+            f"{type(loader).__name__}. Return torch.utils.data.DataLoader(dataset, batch_size=...) from train_dataloader."
         )
     if isinstance(loader.dataset, IterableDataset):
         raise TypeError(
             f"{needed_by} needs a data set with __len__ and __getitem__: the samples of the IterableDataset "
-            f"{type(loader.dataset).__name__} have no index by which one could be left out."
+            f"{type(loader.dataset).__name__} have no index by which one could be left out. Give its samples a data set with "
+            "__len__ and __getitem__."
         )
     if loader.batch_sampler is None and not isinstance(getattr(loader.sampler, "batch_size", None), int):
         shared = isinstance(loader.sampler, DistributedSampler)
@@ -74,7 +75,7 @@ def slot_of(loader: DataLoader[Any]) -> str:
 
 
 def replace_sampler(loader: DataLoader[Any], sampler: Any) -> None:
-    """Let a loader draw its lists of indices from another sampler."""
+    """Make a loader draw its lists of indices from another sampler."""
     # DataLoader refuses to set it. Persistent workers draw from the sampler that they were started with.
     loader.__dict__[slot_of(loader)] = sampler
     if loader._iterator is not None:

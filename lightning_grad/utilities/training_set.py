@@ -136,7 +136,10 @@ class TrainingSet:
                 f"{known}."
             )
         if self._loader_key is not None and self._loader_key not in self._keys:
-            raise ValueError(f"loader_key={self._loader_key!r} names no training loader; there is {known}.")
+            choose = "Leave loader_key out" if self._keys == [""] else "Set it to one of these"
+            raise ValueError(
+                f"{self._needed_by}: loader_key={self._loader_key!r} names no training loader; there is {known}. {choose}."
+            )
 
     def _receive(self, inner: Callable[[Any], Any], loader: Any) -> Any:
         if not self._waiting:
@@ -149,7 +152,7 @@ class TrainingSet:
         if processed is not loader:
             raise TypeError(
                 f"{self._needed_by} must see the training loader's own batches, and {type(self._trainer.strategy).__name__} "
-                f"wraps it in a {type(processed).__name__}. Use another strategy."
+                f"wraps it in a {type(processed).__name__}. Train with strategy='ddp' or on one device."
             )
         return processed
 
@@ -357,7 +360,8 @@ class TrainingSet:
         if not source.drawn:
             raise RuntimeError(
                 f"{self._needed_by} does not know which samples are in batch {batch_idx}: {type(self.loader).__name__} has "
-                "made it without its batch sampler."
+                "made it without its batch sampler. Let it draw its batches from self.batch_sampler, or use a plain "
+                "torch.utils.data.DataLoader."
             )
         return list(source.drawn.popleft())
 

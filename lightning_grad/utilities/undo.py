@@ -40,7 +40,9 @@ class UndoList:
             except Exception as error:
                 failures.append(f"{step!r} ({type(error).__name__}: {error})")
         if failures:
-            rank_zero_warn(f"lightning-grad could not undo {'; '.join(failures)}")
+            rank_zero_warn(
+                f"lightning-grad could not undo {'; '.join(failures)}. Build the module and the Trainer anew for another fit."
+            )
 
     def __len__(self) -> int:
         return len(self._steps)

@@ -60,25 +60,8 @@ def _dense(module: nn.Module, attribute: str) -> nn.Parameter:
     return parameter
 
 
-@functools.cache
-def _viewing_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn.Module]:
-    """Derive the class whose instances show ``attributes`` through their views."""
-
-    def save(self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        base._save_to_state_dict(self, destination, prefix, keep_vars)
-        for name, view in self.__dict__[_VIEWS].items():
-            destination[prefix + name] = view.stored(_dense(self, name).detach())
-
-    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-        """Pickle and copy as a plain module that computes the same."""
-        state = {key: value for key, value in self.__dict__.items() if key not in (_VIEWS, _DENSE)}
-        state["_parameters"] = dict(self._parameters)
-        for name, view in self.__dict__[_VIEWS].items():
-            dense = _dense(self, name)
-            stored = view.stored(dense.detach()).clone()
-            state["_parameters"][name] = nn.Parameter(stored, requires_grad=dense.requires_grad)
-        # Not copyreg.__newobj__: pickle refuses it for another class than the object's own.
-        return object.__new__, (base,), state
+def _refusals(base: type[nn.Module], attributes: frozenset[str]) -> dict[str, Any]:
+    """Return methods that refuse to let pruning and the like take the place of a viewed weight."""
 
     def refuse(self: nn.Module, name: str) -> None:
         """Raise in place of the foreign errors in which a second owner of the weight ends."""
@@ -102,12 +85,35 @@ def _viewing_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn
             refuse(self, owner)
         base.register_parameter(self, name, param)
 
+    return {"__delattr__": delete, "register_parameter": register}
+
+
+@functools.cache
+def _viewing_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn.Module]:
+    """Derive the class whose instances show ``attributes`` through their views."""
+
+    def save(self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        base._save_to_state_dict(self, destination, prefix, keep_vars)
+        for name, view in self.__dict__[_VIEWS].items():
+            destination[prefix + name] = view.stored(_dense(self, name).detach())
+
+    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        """Pickle and copy as a plain module that computes the same."""
+        state = {key: value for key, value in self.__dict__.items() if key not in (_VIEWS, _DENSE)}
+        state["_parameters"] = dict(self._parameters)
+        for name, view in self.__dict__[_VIEWS].items():
+            dense = _dense(self, name)
+            stored = view.stored(dense.detach()).clone()
+            state["_parameters"][name] = nn.Parameter(stored, requires_grad=dense.requires_grad)
+        # Not copyreg.__newobj__: pickle refuses it for another class than the object's own.
+        return object.__new__, (base,), state
+
     def shown(name: str) -> property:
         return property(lambda self: self.__dict__[_VIEWS][name].value(self._parameters[name]))
 
     members: dict[str, Any] = {name: shown(name) for name in attributes}
     members |= {"_save_to_state_dict": save, "__reduce_ex__": reduce, "_viewed_class": base}
-    members |= {"__delattr__": delete, "register_parameter": register}
+    members |= _refusals(base, attributes)
     members |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), members)
 

@@ -1,6 +1,7 @@
 """G3: after a fit, an exception or Ctrl-C nothing of a technique is left on the module, the optimizers or the trainer."""
 
 import copy
+import io
 import pickle
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_grad.callbacks import NMSparsity
 from tests.contract.projects import fit, make_classifier
 from tests.contract.settings import BROAD, build_together
 
@@ -116,6 +118,34 @@ def test_callback_pickles_and_copies_before_and_after_a_fit(technique):
             assert twin.settings == callback.settings
             assert twin.state_key == callback.state_key
         fit([callback])
+
+
+class _OfNoRun(pickle.Pickler):
+    """Raises for what belongs to a run."""
+
+    def reducer_override(self, value: Any) -> Any:
+        assert not isinstance(value, (nn.Module, torch.optim.Optimizer, pl.Trainer)), type(value)
+        return NotImplemented
+
+
+class _PickleInFit(pl.Callback):
+    def __init__(self, callback: Any) -> None:
+        self.callback = callback
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        _OfNoRun(io.BytesIO()).dump(self.callback)
+
+
+@pytest.mark.parametrize("technique", BROAD, ids=str)
+def test_callback_copied_in_mid_fit_leaves_the_run_behind(technique):
+    callback = technique.build()
+    fit([callback, _PickleInFit(callback)], max_epochs=2)
+
+
+def test_frozen_variances_copied_in_mid_fit_leave_the_optimizer_behind():
+    module, callback = make_classifier(), NMSparsity(recipe="step", dense_fraction=0.0, figure=False)
+    module.configure_optimizers = lambda: torch.optim.Adam(module.parameters())
+    fit([callback, _PickleInFit(callback)], module, max_epochs=1)
 
 
 @pytest.mark.parametrize("technique", BROAD, ids=str)

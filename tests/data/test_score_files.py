@@ -273,6 +273,14 @@ class Labelled(torch.Tensor):
     """A tensor that a library labels."""
 
 
+class Refusing(torch.Tensor):
+    """A tensor that lets nobody else compute with it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise TypeError(f"no {func}")
+
+
 class Remote(torch.Tensor):
     """A tensor whose numbers are elsewhere."""
 
@@ -301,6 +309,7 @@ KINDS: dict[str, Any] = {
     "parameter": lambda x: torch.nn.Parameter(x),
     "with a graph": lambda x: x.requires_grad_() * 2,
     "subclass": lambda x: x.as_subclass(Labelled),
+    "subclass that refuses": lambda x: x.as_subclass(Refusing),
     "sparse": lambda x: x.to_sparse(),
     "sparse, uncoalesced": lambda x: torch.sparse_coo_tensor(torch.tensor([[0, 0]]), x[1, :2], (4,)),
     "sparse rows": lambda x: x.to_sparse_csr(),

@@ -19,6 +19,7 @@ from tests.contract.strategy_runs import finish, outcome, train
 from tests.contract.strategy_settings import CANONICAL
 from tests.contract.test_strategies_resume import StopIn
 from tests.ranks import on_ranks
+from tests.strategies.ranks import said
 
 DGC, POWER = CANONICAL
 pytestmark = [
@@ -271,7 +272,10 @@ def _save_after_fit(folder: Path) -> None:
     expected = finish(DGC.build(), max_epochs=4)
     trainer, _ = train(DGC.build(), max_epochs=3)
     trainer.save_checkpoint(folder / "by_hand.ckpt")
-    assert_identical(expected, finish(DGC.build(), max_epochs=4, ckpt=folder / "by_hand.ckpt"))
+    with said() as lines:
+        left = finish(DGC.build(), max_epochs=4, ckpt=folder / "by_hand.ckpt")
+    assert_identical(expected, left)
+    assert not [line for line in lines if "changed settings" in line]
 
 
 def test_a_checkpoint_saved_after_the_fit_holds_them(tmp_path):

@@ -238,13 +238,13 @@ def test_lbfgs(build):
 @pytest.mark.parametrize("scheme", CANONICAL, ids=str)
 def test_names_that_match_nothing(scheme):
     message = refusal(lambda: scheme.build(exclude=["encodr.*"]), sgd)
-    assert "exclude: no parameter is named 'encodr.*'" in message
+    assert "(exclude=...): no parameter is named 'encodr.*'" in message
     assert "encoder" in message
 
 
 def test_layer_ratios_that_match_nothing():
     message = refusal(lambda: DGC.build(layer_ratios={"haed": 0.5}), sgd)
-    assert "layer_ratios: no parameter is named 'haed'" in message
+    assert "(layer_ratios=...): no parameter is named 'haed'" in message
     assert "head" in message
 
 

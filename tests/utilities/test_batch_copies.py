@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.data import TensorDataset
 
-from lightning_grad.utilities.batches import copy_of
+from lightning_grad.utilities.batch_copies import copy_of
 from tests.labelled import KINDS, labelled
 from tests.utilities.test_batches import FORMS, parts
 

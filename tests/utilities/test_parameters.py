@@ -12,7 +12,6 @@ from lightning_grad.utilities.parameters import (
     matches,
     named_owners,
     parameter_names,
-    shared_names,
 )
 
 
@@ -104,12 +103,6 @@ def test_owners_are_named_with_every_use_of_a_tied_parameter() -> None:
     assert list(found) == expected
     assert found["scale"] == (module, "scale")
     assert found["body.0.bias"] == (module["body"][0], "bias")
-    assert list(shared_names(module).values()) == [["embed.weight", "head.weight"]]
-    assert list(shared_names(module)) == [id(module["embed"].weight)]
-
-
-def test_module_without_ties_shares_nothing() -> None:
-    assert shared_names(nn.Linear(2, 2)) == {}
 
 
 def test_every_name_of_a_tied_parameter_is_known() -> None:

@@ -101,7 +101,7 @@ def test_dense_embedding_and_other_modules_called_sparse_pass() -> None:
 
 # What an optimizer keeps.
 
-MESSAGE = "Needs exp_avg_sq, and {} keeps none."
+MESSAGE = "needs exp_avg_sq, and {} keeps none."
 
 
 @pytest.mark.parametrize(
@@ -114,19 +114,19 @@ MESSAGE = "Needs exp_avg_sq, and {} keeps none."
     ],
 )
 def test_an_optimizer_that_keeps_no_second_moment_is_named(make: Any, name: str) -> None:
-    with pytest.raises(ValueError, match=f"Needs exp_avg_sq, and {name} keeps none"):
-        check_keeps(make(nn.Linear(2, 2).parameters()), "exp_avg_sq", MESSAGE)
+    with pytest.raises(ValueError, match=rf"Reader\[x\] needs exp_avg_sq, and {name} keeps none"):
+        check_keeps(make(nn.Linear(2, 2).parameters()), "exp_avg_sq", "Reader[x]", MESSAGE)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam])
 def test_optimizers_that_keep_it_pass_before_and_after_a_step(kind: type) -> None:
     layer = nn.Linear(2, 2)
     optimizer = kind(layer.parameters())
-    check_keeps(optimizer, "exp_avg_sq", MESSAGE)
+    check_keeps(optimizer, "exp_avg_sq", "Reader[x]", MESSAGE)
     assert not optimizer.state, "the optimizer itself is not stepped"
     layer(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    check_keeps(optimizer, "exp_avg_sq", MESSAGE)
+    check_keeps(optimizer, "exp_avg_sq", "Reader[x]", MESSAGE)
 
 
 def test_an_optimizer_that_cannot_be_built_anew_passes() -> None:
@@ -134,12 +134,12 @@ def test_an_optimizer_that_cannot_be_built_anew_passes() -> None:
         def __init__(self, parameters: Any, secret: str) -> None:
             super().__init__(parameters, lr=0.1)
 
-    check_keeps(Odd(nn.Linear(2, 2).parameters(), "s"), "exp_avg_sq", MESSAGE)
+    check_keeps(Odd(nn.Linear(2, 2).parameters(), "s"), "exp_avg_sq", "Reader[x]", MESSAGE)
 
 
 def test_asking_draws_no_random_number() -> None:
     state = torch.get_rng_state()
-    check_keeps(torch.optim.Adam(nn.Linear(2, 2, device="meta").parameters()), "exp_avg_sq", MESSAGE)
+    check_keeps(torch.optim.Adam(nn.Linear(2, 2, device="meta").parameters()), "exp_avg_sq", "Reader[x]", MESSAGE)
     assert torch.equal(torch.get_rng_state(), state)
 
 

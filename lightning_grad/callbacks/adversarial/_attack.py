@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,15 +11,15 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_grad.callbacks._whole_step import loss_of_output
 from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.functional._shuffling import hashed_seed
-from lightning_grad.functional._tensor_classes import plain
 from lightning_grad.functional.adversarial_attacks import Norm, fgsm, pgd
-from lightning_grad.utilities.batches import copy_of
-from lightning_grad.utilities.checks import check_above, check_at_least, check_choice, check_count
+from lightning_grad.utilities.batch_copies import copy_of
+from lightning_grad.utilities.checks import check_above, check_at_least, check_count
 from lightning_grad.utilities.precision import grad_scaler
+from lightning_grad.utilities.reporting import counted
 
-NORMS = ("linf", "l2")
 _LARGEST = 1e30  # what is computed from it still fits into float32
 _ROUNDING = 1e-3  # of the bounds' distance: half precision, and means that were rounded
 
@@ -51,8 +51,7 @@ class Attack:
     @property
     def described(self) -> str:
         """What a line about it says in brackets."""
-        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
-        return f"{steps}, epsilon {self.epsilon:g} in {self.norm}"
+        return f"{counted(self.steps, 'step')}, epsilon {self.epsilon:g} in {self.norm}"
 
     def __call__(
         self,
@@ -93,7 +92,7 @@ class Attack:
             if values is not None and len(values) not in (1, channels):
                 raise ValueError(
                     f"{needed_by} needs {name} for each of {channels} channels (dimension 1 of {tuple(inputs.shape)}), or one "
-                    f"number; got {len(values)}."
+                    f"number; got {len(values)}. Give {name} as a list of {channels} numbers, or as one."
                 )
         if self.bounds is None:
             return
@@ -131,7 +130,6 @@ def attack_of(
     check_at_least(epsilon, 0.0, "epsilon")
     _check_magnitude(epsilon, "epsilon", "Choose the largest change that must not matter")
     check_count(steps, 1, "steps")
-    check_choice(norm, NORMS, "norm")
     if step_size is not None:
         check_above(step_size, 0.0, "step_size")
         _check_magnitude(step_size, "step_size", "Leave it out for the usual one")
@@ -186,12 +184,6 @@ def attack_losses(
 
 class NoLossError(RuntimeError):
     """A step has returned no loss."""
-
-
-def loss_of_output(output: Any) -> Tensor | None:
-    """Return the loss in what a step returned, if it is there, as a plain tensor."""
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    return plain(loss) if isinstance(loss, Tensor) else None
 
 
 def _check_magnitude(value: float, parameter: str, hint: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from lightning_grad.functional.plain_tensors import on_plain_tensors, plain_tensor
 from lightning_grad.utilities.dispatch import overrides
@@ -43,7 +44,7 @@ class MonitoredValue:
         """
         here = trainer.callback_metrics.get(self.key)
         is_new = here is not None and here is not self._before
-        value = float(plain_tensor(here)) if is_new and here is not None else 0.0
+        value = _as_number(here) if is_new else 0.0
         if trainer.world_size == 1:
             return value if is_new else None, here is not None
         facts = torch.tensor(
@@ -51,6 +52,12 @@ class MonitoredValue:
         )
         total, share, known = trainer.strategy.reduce(facts, reduce_op="mean").tolist()
         return total / share if share > 0.0 else None, known > 0.0
+
+
+def _as_number(metric: Any) -> float:
+    return float(
+        plain_tensor(metric) if isinstance(metric, Tensor) else metric
+    )  # a callback may have put a number there
 
 
 def validated_keys(trainer: pl.Trainer) -> list[str]:
@@ -76,6 +83,7 @@ def describe_unknown(key: str, names: Iterable[str]) -> str:
     known = sorted(names)
     similar = [*(name for name in known if key in name), *difflib.get_close_matches(key, known, n=3)]
     hint = f" Did you mean {' or '.join(map(repr, dict.fromkeys(similar)))}?" if similar else ""
+    hint = hint or f" Log it by self.log({key!r}, ...), or set monitor to a metric that is logged."
     return f"monitor={key!r} is not logged. Logged are: {', '.join(known) or 'none'}.{hint}"
 
 

@@ -16,7 +16,7 @@ from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.callbacks.adversarial._step_loss import first_sentence
 from lightning_grad.functional import LossCapture, is_correct
 from lightning_grad.functional.adversarial_attacks import IndependentLossError
-from lightning_grad.utilities.batches import copy_of
+from lightning_grad.utilities.batch_copies import copy_of
 
 _COLLAPSE = 0.5  # of the accuracy under the attack of the training
 _GAP = 0.3  # between the two; on small batches they differ by less

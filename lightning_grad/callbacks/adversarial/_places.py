@@ -12,8 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_grad.callbacks.adversarial._pieces import joined, parted, support_of
-from lightning_grad.functional._tensor_classes import dressed, is_opaque, plain
-from lightning_grad.utilities.batches import Path, copy_of, first_numbers, input_at, text_of, with_input
+from lightning_grad.functional.plain_tensors import dressed, is_opaque, plain_tensor
+from lightning_grad.utilities.batch_copies import copy_of
+from lightning_grad.utilities.batches import Path, first_numbers, input_at, text_of, with_input
 from lightning_grad.utilities.forward_order import is_compiled
 from lightning_grad.utilities.input_patterns import EVERY, are_samples, expanded, find_inputs, has_inputs, neighbours
 
@@ -53,7 +54,7 @@ class BatchTensor:
     def inputs(self, batch: Any, run: Run) -> Tensor:
         """Return the tensor, or all of them as one."""
         pattern, samples = self._pattern_in(batch)
-        pieces = [plain(input_at(batch, path)).detach() for path in expanded(batch, pattern)]
+        pieces = [plain_tensor(input_at(batch, path)).detach() for path in expanded(batch, pattern)]
         return joined(pieces, samples) if EVERY in pattern else pieces[0]
 
     def support(self, batch: Any) -> Tensor | None:
@@ -61,7 +62,7 @@ class BatchTensor:
         pattern, samples = self._pattern_in(batch)
         if EVERY not in pattern:
             return None
-        return support_of([plain(input_at(batch, path)) for path in expanded(batch, pattern)], samples)
+        return support_of([plain_tensor(input_at(batch, path)) for path in expanded(batch, pattern)], samples)
 
     @contextmanager
     def shown(self, batch: Any, inputs: Tensor) -> Iterator[Any]:
@@ -94,7 +95,7 @@ class BatchTensor:
 
 def _in_place_of(old: Tensor, new: Tensor) -> Tensor:
     """Return a copy of plain inputs, of the class and with the attributes of those that they replace."""
-    own = plain(old)
+    own = plain_tensor(old)
     if own.grad_fn is not None:  # what a network before the step has made, which learns by it
         return dressed(own + (new - own.detach()), old, copy_of)
     shown = dressed(new.clone(), old, copy_of)
@@ -125,10 +126,13 @@ class EmbeddingOutput:
         """Run the step, and return what the embedding gives."""
         seen: list[Tensor] = []
         # A copy: layers behind the embedding may work in place.
-        with self._hooked(lambda output: seen.append(plain(output).detach().clone())), torch.no_grad():
+        with self._hooked(lambda output: seen.append(plain_tensor(output).detach().clone())), torch.no_grad():
             run(copy_of(batch))
         if not seen:
-            raise RuntimeError(f"{self._needed_by}: the step calls none of the module's nn.Embedding layers.")
+            raise RuntimeError(
+                f"{self._needed_by} perturbs the output of an nn.Embedding, and the step calls none of the module's. Call the "
+                "embedding as a module, embedding(x), or name a floating tensor of the batch by input_key."
+            )
         return seen[0]
 
     def support(self, batch: Any) -> Tensor | None:
@@ -140,7 +144,7 @@ class EmbeddingOutput:
         """Have the embedding give the inputs, and yield the batch as it is."""
 
         def exchanged(output: Tensor) -> Tensor:
-            own = plain(output)
+            own = plain_tensor(output)
             return dressed(own + (inputs - own.detach()), output)
 
         with self._hooked(exchanged):
@@ -187,7 +191,10 @@ def find_place(pl_module: pl.LightningModule, batch: Any, input_key: str | int |
         return BatchTensor(pattern, are_samples(batch, pattern), input_key, needed_by)
     has_embedding = any(isinstance(module, nn.Embedding) for module in pl_module.modules())
     if wants_embedding and not has_embedding:
-        raise TypeError(f"{needed_by}: input_key='embedding', and the module has no nn.Embedding.")
+        raise TypeError(
+            f"{needed_by}(input_key='embedding') perturbs the output of an nn.Embedding, and {type(pl_module).__name__} has "
+            "none. Leave input_key out, or name a floating tensor of the batch by it."
+        )
     if not wants_embedding:
         _refuse_unclear(batch, has_embedding, needed_by)
     rank_zero_info(f"{needed_by} perturbs the output of the first nn.Embedding that a step calls.")
@@ -195,7 +202,7 @@ def find_place(pl_module: pl.LightningModule, batch: Any, input_key: str | int |
 
 
 def _described(batch: Any, pattern: Path) -> str:
-    """Say which tensors are perturbed, and of several alike in a list, which are not."""
+    """Return which tensors are perturbed and, if others alike in their list are not, how to include them."""
     shapes = list(dict.fromkeys(tuple(input_at(batch, path).shape) for path in expanded(batch, pattern)))
     if EVERY in pattern:
         several = len(expanded(batch, pattern))

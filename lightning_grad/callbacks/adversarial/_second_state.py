@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_grad.callbacks._held import CONTAINERS, has_own_state, holds_fixed_only, is_code, put_back, state_of
-from lightning_grad.functional._tensor_classes import dressed, plain
+from lightning_grad.callbacks._held import CONTAINERS, has_own_state, holds_fixed_only, is_code, put_back
+from lightning_grad.functional._attributes import attributes_of
+from lightning_grad.functional.plain_tensors import dressed, plain_tensor
 
 _METRICS = (Metric, MetricCollection)
 _COPIED = (np.ndarray, np.random.Generator, np.random.RandomState, random.Random)
@@ -134,7 +135,7 @@ def _outside_metrics(module: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Mod
 
 def _clone(tensor: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():  # with an inference tensor nothing could be attacked
-        return dressed(plain(tensor).detach().clone(), tensor)
+        return dressed(plain_tensor(tensor).detach().clone(), tensor)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
@@ -194,5 +195,5 @@ def _fill(holder: Any, memo: dict[int, Any]) -> None:
     elif isinstance(holder, dict):
         holder.update({key: _twin(item, memo) for key, item in holder.items()})
     elif has_own_state(holder):
-        for name, item in state_of(holder).items():
+        for name, item in attributes_of(holder).items():
             object.__setattr__(holder, name, _twin(item, memo))

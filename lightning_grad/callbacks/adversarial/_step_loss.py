@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_grad.callbacks.adversarial._attack import loss_of_output
+from lightning_grad.callbacks._whole_step import loss_of_output
 from lightning_grad.functional import LossCapture
-from lightning_grad.functional._tensor_classes import plain
-from lightning_grad.utilities.batches import copy_of
+from lightning_grad.functional.plain_tensors import plain_tensor
+from lightning_grad.utilities.batch_copies import copy_of
 
 Step = Callable[[Any], Any]
 
@@ -52,7 +52,7 @@ def run_for_loss(step: Step, batch: Any, samples: int, which: int | None) -> Ste
 
 def _each(capture: LossCapture, which: int | None) -> tuple[Tensor | None, str]:
     try:
-        each = plain(capture.only(which).losses).nan_to_num()
+        each = plain_tensor(capture.only(which).losses).nan_to_num()
     except (RuntimeError, ValueError) as error:
         seen = bool(capture.calls or capture.unread)
         return None, first_sentence(error) if seen else ""
@@ -93,5 +93,5 @@ def find_step(
     kind = "the loss of each sample, for several restarts" if each else "a loss to raise"
     raise RuntimeError(
         f"{needed_by} needs {kind}: {'; '.join(reasons)}. Compute it in {next(iter(steps))} by a loss of "
-        f"torch.nn.functional{'' if each else ', or return it'}; of several, loss=0 is the first."
+        f"torch.nn.functional{'' if each else ', or return it'}; of several, set loss=0 for the first."
     )

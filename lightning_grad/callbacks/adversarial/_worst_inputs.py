@@ -13,9 +13,10 @@ from torch import Tensor
 from lightning_grad.callbacks.adversarial._attack import Attack, NoLossError, attack_losses, generator_for
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.callbacks.adversarial._step_loss import StepLoss, find_step, run_for_loss
-from lightning_grad.functional._tensor_classes import clone_of
 from lightning_grad.functional.adversarial_attacks import IndependentLossError
-from lightning_grad.utilities.batches import copy_of, map_tensors
+from lightning_grad.functional.plain_tensors import clone_of
+from lightning_grad.utilities.batch_copies import copy_of
+from lightning_grad.utilities.batches import map_tensors
 from lightning_grad.utilities.dispatch import overrides
 
 Step = Callable[[Any], Any]
@@ -138,5 +139,6 @@ class WorstInputs:
             ) from None
         except IndependentLossError as error:
             raise RuntimeError(
-                f"{self._needed_by}: {error} If another part of the batch is the input, name it by input_key."
+                f"{self._needed_by}: {error} If another part of the batch is the input, name it by input_key; else compute "
+                "the loss from it with gradients, without detach() and torch.no_grad()."
             ) from None

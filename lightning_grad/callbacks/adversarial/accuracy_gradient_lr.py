@@ -25,7 +25,6 @@ from lightning_grad.functional.accuracy_gradient import accuracy_gradient, accur
 from lightning_grad.utilities.checks import (
     check_above,
     check_between,
-    check_choice,
     check_count,
     check_count_between,
     check_finite,
@@ -141,7 +140,6 @@ class AccuracyGradientLR(GradCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        check_choice(mode, ("max", "min"), "mode")
         check_count_between(window, 1, _MOST_OBSERVATIONS, "window")
         check_count(quiet, 0, "quiet")
         check_finite(threshold, "threshold")
@@ -149,8 +147,6 @@ class AccuracyGradientLR(GradCallback):
         check_between(factor, 0.0, 1.0, "factor")
         check_finite_at_least(min_lr, 0.0, "min_lr")
         check_count(start_after, 0, "start_after")
-        check_choice(policy, ("multiply", "replace"), "policy")
-        check_choice(interval, ("validation", "epoch"), "interval")
         check_finite(0.0 if reach is None else reach, "reach")
         self.monitor = monitor
         self.mode = mode
@@ -215,8 +211,7 @@ class AccuracyGradientLR(GradCallback):
         self._record.load_state_dict(state_dict)
         self._rates.scale, self._rates.base = state_dict["scale"], state_dict["base"]
         self._since_cut, self._validated, self._due = (state_dict[key] for key in ("since_cut", "validated", "due"))
-        before = state_dict.get("settings", {})
-        changed = [name for name in ("monitor", "interval") if before.get(name) != self.settings[name]]
+        changed = self._changed_settings(state_dict, "monitor", "interval")
         if changed:
             self._record.restart()
             self._validated = None
@@ -385,11 +380,11 @@ class AccuracyGradientLR(GradCallback):
 
     def _warn_of_nothing(self) -> None:
         if "nonfinite" in self._told:
-            why = f"{self.monitor!r} was never finite"
+            why = f"{self.monitor!r} was never finite; see where it comes from"
         elif self.interval == "validation" and not self._was_validated:
             why = "no validation came; see check_val_every_n_epoch and val_check_interval of the Trainer"
         else:
-            why = f"{self.monitor!r} was never logged"
+            why = f"{self.monitor!r} was never logged; log it, or set monitor to a metric that is"
         rank_zero_warn(f"{self.label} has observed nothing, so that no learning rate was cut: {why}.")
 
 

@@ -15,13 +15,14 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_grad.callbacks._quiet import is_quiet, loggers_muted, quiet, random_streams_kept
+from lightning_grad.callbacks._quiet import is_quiet, loggers_muted, quiet
 from lightning_grad.callbacks.adversarial._attack import attack_of
 from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.callbacks.adversarial._second_state import SecondState
 from lightning_grad.callbacks.adversarial._worst_inputs import WorstInputs
 from lightning_grad.callbacks.base import GradCallback
-from lightning_grad.utilities.batches import copy_of
+from lightning_grad.data.random_streams import random_streams_kept
+from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import check_count, check_position, refuse_dataloader_iter, refuse_sharded
 from lightning_grad.utilities.dispatch import overrides, wrap_method
 
@@ -169,7 +170,10 @@ class AdversarialEvaluation(GradCallback):
         step = f"{_STAGES[stage]}_step"
         refuse_sharded(trainer, self.label)
         if not overrides(pl_module, step):
-            raise ValueError(f"{self.label} runs {step} on attacked inputs, and {type(pl_module).__name__} has none.")
+            raise ValueError(
+                f"{self.label} runs {step} on attacked inputs, and {type(pl_module).__name__} has none. Write a {step} that "
+                "returns or logs a metric, or drop the callback."
+            )
         refuse_dataloader_iter(getattr(pl_module, step), self.label)
         if self._fitting:
             self._validations, self._has_warned = 0, False
@@ -338,5 +342,6 @@ class AdversarialEvaluation(GradCallback):
         # Inference tensors have no gradient, and what was counted in inference mode cannot be counted further outside of it.
         with torch.inference_mode(False), torch.enable_grad(), state.used():
             scratch = SecondState(pl_module)
-        with torch.inference_mode(False), torch.enable_grad(), scratch.used(), quiet(trainer, pl_module, check=False):
+        looking = quiet(trainer, pl_module, check=False, label=self.label)
+        with torch.inference_mode(False), torch.enable_grad(), scratch.used(), looking:
             return self._search.run(trainer, pl_module, run, batch, batch_idx, loader)

@@ -13,12 +13,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks._quiet import is_quiet, quiet
+from lightning_grad.callbacks._whole_step import loss_of_output
 from lightning_grad.callbacks.adversarial._attack import (
     NoLossError,
     attack_losses,
     attack_of,
     generator_for,
-    loss_of_output,
     with_clean_samples,
 )
 from lightning_grad.callbacks.adversarial._overfitting import (
@@ -30,10 +30,10 @@ from lightning_grad.callbacks.adversarial._overfitting import (
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional.adversarial_attacks import IndependentLossError
-from lightning_grad.utilities.batches import copy_of, same_tensors
+from lightning_grad.utilities.batch_copies import copy_of
+from lightning_grad.utilities.batches import same_tensors
 from lightning_grad.utilities.checks import (
     check_between,
-    check_choice,
     check_count,
     check_share,
     refuse_dataloader_iter,
@@ -147,7 +147,6 @@ class AdversarialTraining(GradCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        check_choice(attack, ("fgsm", "pgd"), "attack")
         if attack == "fgsm" and steps not in (None, 1):
             raise ValueError(f"attack='fgsm' makes one step; got steps={steps}. Use attack='pgd'.")
         number = 1 if attack == "fgsm" else _PGD_STEPS if steps is None else steps
@@ -196,7 +195,10 @@ class AdversarialTraining(GradCallback):
         if not self._fitting:
             return
         refuse_manual_optimization(
-            pl_module, self.label, "its training_step also steps, so that an attack through it would train."
+            pl_module,
+            self.label,
+            "its training_step also steps, so an attack through it would train. Train with automatic optimization, or "
+            "measure by AdversarialEvaluation, which works with both.",
         )
         refuse_dataloader_iter(pl_module.training_step, self.label)
         self._refuse_another(trainer)
@@ -285,7 +287,8 @@ class AdversarialTraining(GradCallback):
             return known[2]  # an optimizer evaluates its closure again: the problem must stay the same
         is_first = self._place is None
         place = self._place = self._place or find_place(pl_module, batch, self.input_key, self.label)
-        with quiet(trainer, pl_module, evaluate=False, check=is_first, advice=f", or train without {self.label}"):
+        way_out = f", or train without {self.label}"
+        with quiet(trainer, pl_module, evaluate=False, check=is_first, advice=way_out, label=self.label):
             clean = place.inputs(batch, run)
             if is_first:
                 self._attack.refuse_inputs(clean, self.label)
@@ -309,8 +312,8 @@ class AdversarialTraining(GradCallback):
             return self._attack(loss_of, clean, generator, share, support)
         except IndependentLossError as error:
             raise RuntimeError(
-                f"{self.label}: {error} If another part of the batch is the input, name it by input_key; if training_step "
-                "detaches it or computes it without gradients, it cannot be attacked."
+                f"{self.label}: {error} If another part of the batch is the input, name it by input_key; else compute "
+                "the loss from it with gradients, without detach() and torch.no_grad()."
             ) from None
         except NoLossError:
             raise
@@ -340,7 +343,7 @@ class AdversarialTraining(GradCallback):
                 with trainer.precision_plugin.train_step_context():
                     return pl_module.training_step(shown, *args, **kwargs)
 
-            with quiet(trainer, pl_module, check=False):
+            with quiet(trainer, pl_module, check=False, label=self.label):
                 purpose = f"{self.seed}/{trainer.current_epoch}"
                 try:
                     found = accuracies_under(attacks, self._place, batch, run, trainer, purpose)

@@ -162,7 +162,7 @@ class AdaptiveGradientClipping(UnitConditioner):
         if self._heads is not None:
             return self._heads.names
         if self.head is not None:
-            check_patterns([self.head], parameter_names(pl_module), "head")
+            check_patterns([self.head], parameter_names(pl_module), f"{self.label}(head=...)")
         return [] if self.head is None else [self.head]
 
     @override

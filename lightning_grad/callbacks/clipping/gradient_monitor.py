@@ -28,7 +28,6 @@ from lightning_grad.callbacks.clipping._monitor_report import tell_first_bad, wr
 from lightning_grad.callbacks.clipping._noise_scale import NoiseScaleMeter
 from lightning_grad.callbacks.clipping._optimizer_watch import OptimizerWatch, Place
 from lightning_grad.functional.plain_tensors import PlainTensors, on_plain_tensors
-from lightning_grad.utilities.arguments import plain
 from lightning_grad.utilities.checks import (
     check_count,
     refuse_deepspeed,
@@ -38,9 +37,17 @@ from lightning_grad.utilities.checks import (
 from lightning_grad.utilities.dispatch import overrides, wrap_method
 from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.optimizers import optimizer_index, optimizer_shape
-from lightning_grad.utilities.parameters import as_names, check_patterns, parameter_names
+from lightning_grad.utilities.parameters import (
+    all_names,
+    as_names,
+    check_patterns,
+    matches,
+    parameter_names,
+    why_none_left,
+)
 from lightning_grad.utilities.precision import grad_scaler, refuse_scaled_gradients, true_loss
 from lightning_grad.utilities.reporting import (
+    counted,
     is_log_step,
     log_histograms,
     log_many,
@@ -136,8 +143,8 @@ class GradientMonitor(GradCallback):
         self.top = top
         self.figure = figure
         self.alert = alert
-        self.include = as_names(include, "include")
-        self.exclude = as_names(exclude, "exclude")
+        self.include = as_names(include)
+        self.exclude = as_names(exclude)
         check_count(1 if rarely is None else rarely, 1, "rarely")
         check_count(1 if depth is None else depth, 1, "depth")
         check_count(top, 0, "top")
@@ -180,8 +187,7 @@ class GradientMonitor(GradCallback):
             return
         for index, saved in state_dict["records"].items():
             self._records.setdefault(int(index), MonitorRecord()).load_state_dict(saved)
-        before = state_dict.get("settings", {})
-        if all(before.get(name) == plain(self.settings[name]) for name in ("include", "exclude")):
+        if not self._changed_settings(state_dict, "include", "exclude"):
             self._noise.load_state_dict(state_dict["noise"])  # else its averages are of other parameters
         self._first_bad, self._told = dict(state_dict["first_bad"]), bool(state_dict["told"])
 
@@ -190,18 +196,27 @@ class GradientMonitor(GradCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         names = parameter_names(pl_module)
         for parameter, patterns in (("include", self.include), ("exclude", self.exclude)):
-            check_patterns(patterns or [], names, parameter)
+            check_patterns(patterns or [], names, f"{self.label}({parameter}=...)")
         for index, optimizer in enumerate(trainer.optimizers):
             refuse_scaled_gradients(trainer, optimizer, self.label)
             self._watch(trainer, pl_module, index, optimizer)
         watched = [parameter for watch in self._watches for parameter in watch.parameters]
         if not watched:
-            raise ValueError(f"{self.label} has no parameter to watch: include and exclude leave none.")
+            raise ValueError(f"{self.label} has no parameter to watch. {self._why_none(trainer, pl_module)}")
         refuse_sparse_gradients(pl_module, {id(parameter) for parameter in watched}, self.label)
         self._order = ForwardOrder(pl_module)
         self._undo.push(self._stop_looking)
         self._place_hooks(trainer, pl_module)
         self._announce(trainer, pl_module)
+
+    def _why_none(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+        everything = [name for o in trainer.optimizers for b in choose_buckets(o, pl_module)[0] for name in b.names]
+        if not everything:
+            return "configure_optimizers returns no optimizer that holds one. Return one, or drop the callback."
+        left = [names for names in all_names(pl_module).values() if not matches(names, self.exclude or [])]
+        if any(self.include is None or matches(names, self.include) for names in left):
+            return f"No optimizer holds any of those selected. Include some that one holds, such as {everything[0]!r}."
+        return why_none_left(pl_module, self.include, self.exclude or [])
 
     def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, optimizer: Optimizer) -> None:
         record = self._records.setdefault(index, MonitorRecord())
@@ -244,7 +259,7 @@ class GradientMonitor(GradCallback):
 
     def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         count = sum(len(watch.parameters) for watch in self._watches)
-        self._say(f"watches the gradients of {count} parameter{'' if count == 1 else 's'}")
+        self._say(f"watches the gradients of {counted(count, 'parameter')}")
         if trainer.barebones:
             self._say(
                 "logs nothing, because Trainer(barebones=True) turns logging off; at the end of the fit it names the first "

@@ -13,7 +13,6 @@ from lightning_grad.callbacks._phases import Phase
 from lightning_grad.callbacks.clipping._layers import LayerFinder, Per
 from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import clip_layers_, layer_limits
-from lightning_grad.utilities.checks import check_choice
 
 
 class LayerwiseClipping(GradientConditioner):
@@ -83,7 +82,6 @@ class LayerwiseClipping(GradientConditioner):
         self.max_norm = self._as_threshold(max_norm)
         self.weighted = weighted
         self.per = per
-        check_choice(per, ("module", "parameter"), "per")
         self._layers = LayerFinder(per)
 
     @override

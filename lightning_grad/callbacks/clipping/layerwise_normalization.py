@@ -13,7 +13,7 @@ from lightning_grad.callbacks._phases import Phase
 from lightning_grad.callbacks.clipping._layers import LayerFinder, Per
 from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import normalize_layers_
-from lightning_grad.utilities.checks import check_above, check_choice, check_finite_above
+from lightning_grad.utilities.checks import check_above, check_finite_above
 
 
 class LayerwiseNormalization(GradientConditioner):
@@ -86,7 +86,6 @@ class LayerwiseNormalization(GradientConditioner):
         self.vectors = vectors
         self.per = per
         check_above(1.0 if max_ratio is None else max_ratio, 0.0, "max_ratio")
-        check_choice(per, ("module", "parameter"), "per")
         self._layers = LayerFinder(per)
 
     @override

@@ -20,8 +20,8 @@ from lightning_grad.utilities.precision import gradients_are_scaled
 from lightning_grad.utilities.reporting import is_log_step
 
 NO_MOMENTS = (
-    "MomentumReset sets the moments (exp_avg, exp_avg_sq) of an Adam-like optimizer to zero, and {} keeps none. Use Adam or "
-    "AdamW."
+    "sets the moments (exp_avg, exp_avg_sq) of an Adam-like optimizer to zero, and {} keeps none. Train with Adam or AdamW, "
+    "or drop the callback."
 )
 
 _COUNTS = ("steps", "last", "resets")
@@ -131,7 +131,7 @@ class MomentumReset(GradCallback):
                     "its step whether the fp16 GradScaler skips it. Use fused=False, or precision='bf16-mixed'."
                 )
             try:
-                check_keeps(optimizer, "exp_avg_sq", NO_MOMENTS)
+                check_keeps(optimizer, "exp_avg_sq", self.label, NO_MOMENTS)
             except ValueError as error:
                 without.append(error)
             else:

@@ -167,7 +167,7 @@ class SkipNonFinite(GradientConditioner):
             raise RuntimeError(
                 f"{self.label}: {in_row} steps in a row had gradients that are not finite, the last in {where}. The "
                 "weights, and not a batch, are the likely cause: lower the learning rate, or resume from an earlier "
-                "checkpoint. max_in_row=None would go on."
+                "checkpoint. To go on all the same, set max_in_row=None."
             )
         self._told += 1
         if self._told <= self.warnings:

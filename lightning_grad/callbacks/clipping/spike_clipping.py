@@ -16,8 +16,8 @@ from lightning_grad.functional.tensor_lists import share_of
 from lightning_grad.utilities.checks import check_count, check_keeps
 
 NO_MOMENT = (
-    "SpikeClipping reads the second moment (exp_avg_sq) of an Adam-like optimizer, and {} keeps none. Use Adam or AdamW, or "
-    "clip by ZClip or NormClipping."
+    "reads the second moment (exp_avg_sq) of an Adam-like optimizer, and {} keeps none. Train with Adam or AdamW, or clip "
+    "by ZClip or NormClipping."
 )
 
 
@@ -95,7 +95,7 @@ class SpikeClipping(GradientConditioner):
         super().on_fit_start(trainer, pl_module)
         for index, optimizer in enumerate(trainer.optimizers):
             if self._chosen[index][1]:
-                check_keeps(optimizer, "exp_avg_sq", NO_MOMENT)
+                check_keeps(optimizer, "exp_avg_sq", self.label, NO_MOMENT)
         self._resets = [c for c in trainer.callbacks if hasattr(c, "steps_since_reset")]  # type: ignore[attr-defined]
         self._undo.push(self._resets.clear)
 

@@ -115,7 +115,7 @@ class ZClip(GradientConditioner):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if self._fitting and state_dict.get("settings", {}).get("max_norm") != self.settings["max_norm"]:
+        if self._fitting and self._changed_settings(state_dict, "max_norm"):
             for memory in self._memory.values():  # counts of another bound
                 for state in memory.states.values():
                     state.pop("bounded", None)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_grad.callbacks.data_pruning._measures import HISTORIES, SCORES
+from lightning_grad.callbacks.data_pruning._measures import HISTORIES
 from lightning_grad.data.score_files import score_path
-from lightning_grad.utilities.checks import check_between, check_choice, check_count, check_position, check_share
+from lightning_grad.utilities.checks import check_between, check_count, check_position, check_share
 
 if TYPE_CHECKING:
     from lightning_grad.callbacks.data_pruning.data_pruning import DataPruning
@@ -33,7 +33,8 @@ def read_rounds(prune: float | list[float], epoch: int | list[int] | None, defau
     shares = prune if isinstance(prune, list) else [prune] * len(epochs)
     if len(epochs) != len(shares) or not epochs or sorted(set(epochs)) != epochs:
         raise ValueError(
-            f"Rounds need one share for each epoch, and epochs that rise; got epoch={epoch}, prune={prune}."
+            f"prune must have one share for each epoch, and epochs that rise; got epoch={epoch}, prune={prune}. Write for "
+            "example epoch=[5, 10], prune=[0.2, 0.5]."
         )
     for number in epochs:
         check_count(number, 0, "epoch")
@@ -48,12 +49,6 @@ def check_settings(settings: DataPruning, rounds: Rounds) -> None:
     Raises:
         ValueError: If they are not.
     """
-    check_choice(settings.score, SCORES, "score")
-    check_choice(settings.keep, ("hard", "easy", "random"), "keep")
-    check_choice(settings.select, ("top", "ccs"), "select")
-    check_choice(settings.budget, ("epochs", "steps"), "budget")
-    if settings.balance is not None:
-        check_choice(settings.balance, ("class",), "balance")
     check_between(settings.offset, 0.0, 1.0, "offset")
     check_between(settings.class_floor, 0.0, 1.0, "class_floor")
     check_count(settings.strata, 1, "strata")
@@ -86,7 +81,7 @@ def _check_source(settings: DataPruning, rounds: Rounds) -> None:
     if score == "vog" and any(later - earlier < 2 for earlier, later in pairwise([0, *(epoch for epoch, _ in rounds)])):
         raise ValueError(
             "score='vog' compares passes at different epochs, so each round needs at least 2 before it; got "
-            f"{settings.epoch}."
+            f"{settings.epoch}. Set epoch to at least 2, with 2 or more between rounds."
         )
     if score in HISTORIES and rounds[0][0] == 0:
         raise ValueError(f"score={score!r} is recorded while training, so epoch must be at least 1; got 0.")
@@ -100,7 +95,10 @@ def _check_selection(settings: DataPruning, rounds: Rounds) -> None:
             f"select='ccs' draws from all scores, so that keep={settings.keep!r} means nothing. Leave keep at 'hard'."
         )
     if settings.class_floor and (settings.select != "top" or settings.balance is not None):
-        raise ValueError("class_floor goes with select='top' and without balance, which has a rule of its own.")
+        raise ValueError(
+            "class_floor goes with select='top' and without balance, which has a rule of its own. Leave class_floor out, or "
+            "the others."
+        )
     if settings.class_floor and settings.class_floor >= 1.0 - most - 1e-9:  # a rounding away from what is left of all
         raise ValueError(
             f"class_floor={settings.class_floor} of each class leaves no choice with prune={most}. Use balance='class', which "

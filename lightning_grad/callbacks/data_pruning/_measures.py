@@ -5,7 +5,8 @@ Scores of a pass look at the module as it is now; those of a history (``HISTORIE
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from lightning_grad.callbacks._look import Look, Measure
+from lightning_grad.callbacks._scoring import first_of_ranks
 from lightning_grad.functional import (
     LossCall,
     el2n,
@@ -31,18 +33,27 @@ GRADIENT_SCORES = ("grand", "grand-last", "vog")
 ScoreFunction = Callable[[pl.LightningModule, Any], Tensor]
 
 
+@contextmanager
+def errors_of(label: str) -> Iterator[None]:
+    """Raise what a score refuses in the name of who asks."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from None
+
+
 def measure_for(score: str, score_fn: ScoreFunction | None = None) -> Measure:
     """Return what a pass measures for a score that one pass gives."""
     if score_fn is not None:
         return lambda look: {"score": _of_function(look, score_fn)}
     return {
-        "el2n": lambda look: _of_call(look.loss(), el2n),
-        "loss": lambda look: _of_call(look.loss(), lambda call: call.losses),
-        "margin": lambda look: _of_call(look.loss(), lambda call: -margin(call)),
+        "el2n": lambda look: _of_call(look, el2n),
+        "loss": lambda look: _of_call(look, lambda call: call.losses),
+        "margin": lambda look: _of_call(look, lambda call: -margin(call)),
         "grand": _grand,
         "grand-last": _grand_last,
         "prototypes": _embedding,
-        "chance": lambda look: _of_call(look.loss(), lambda call: torch.zeros_like(call.losses)),
+        "chance": lambda look: _of_call(look, lambda call: torch.zeros_like(call.losses)),
     }[score]
 
 
@@ -50,8 +61,8 @@ def _of_function(look: Look, score_fn: ScoreFunction) -> Tensor:
     scores = torch.as_tensor(score_fn(look.pl_module, look.batch))
     if scores.shape != (len(look.indices),):
         raise ValueError(
-            f"score_fn must return one score for each of the {len(look.indices)} samples of a batch, ({len(look.indices)},); "
-            f"got {tuple(scores.shape)}."
+            f"{look.label}: score_fn must return one score for each of the {len(look.indices)} samples of a batch, "
+            f"({len(look.indices)},); got {tuple(scores.shape)}. Flatten, or average over all dimensions but the first."
         )
     return scores
 
@@ -63,8 +74,10 @@ def classes_of(call: LossCall) -> dict[str, Tensor]:
     return {"label": call.labels, "prediction": predictions(call)}
 
 
-def _of_call(call: LossCall, score: Callable[[LossCall], Tensor]) -> dict[str, Tensor]:
-    return {"score": score(call), **classes_of(call)}
+def _of_call(look: Look, score: Callable[[LossCall], Tensor]) -> dict[str, Tensor]:
+    call = look.loss()
+    with errors_of(look.label):
+        return {"score": score(call), **classes_of(call)}
 
 
 def _grand(look: Look) -> Mapping[str, Tensor]:
@@ -75,7 +88,9 @@ def _grand(look: Look) -> Mapping[str, Tensor]:
 
 def _grand_last(look: Look) -> Mapping[str, Tensor]:
     features, call, layer = look.features()
-    return {"score": last_layer_gradient_norm(call, features, bias=layer.bias is not None), **classes_of(call)}
+    with errors_of(look.label):
+        norms = last_layer_gradient_norm(call, features, bias=layer.bias is not None)
+    return {"score": norms, **classes_of(call)}
 
 
 def _embedding(look: Look) -> Mapping[str, Tensor]:
@@ -93,15 +108,15 @@ class VarianceOfGradients:
 
     def measure(self, look: Look) -> Mapping[str, Tensor]:
         """Take in one batch."""
-        inputs = _inputs_of(look.batch, len(look.indices))
+        inputs = _inputs_of(look.batch, len(look.indices), look.label)
         inputs.requires_grad_(True)
         try:
             call = look.loss(keep_graph=True)
             if call.labels is None or call.name != "cross_entropy" or call.output is None:
                 raise ValueError(
-                    f"score='vog' needs cross_entropy with one true class a sample, and the loss is {call.name} with targets "
-                    f"{tuple(call.target.shape)} of {call.target.dtype}. Use another score, or give score_fn=, which takes "
-                    "the module and a batch and returns the scores."
+                    f"{look.label}(score='vog') needs cross_entropy with one true class a sample, and the loss is "
+                    f"{call.name} with targets {tuple(call.target.shape)} of {call.target.dtype}. Use another score, or "
+                    "give score_fn=, which takes the module and a batch and returns the scores."
                 )
             is_valid = call.valid.reshape(call.samples)
             with torch.enable_grad():
@@ -118,21 +133,23 @@ class VarianceOfGradients:
 
     def gather(self, trainer: pl.Trainer) -> None:
         """Give every rank what the others have measured in this pass, so that any of them may save it."""
-        own, self._measured = torch.tensor(self._measured), []
+        own, self._measured = torch.tensor(self._measured, dtype=torch.long), []
         if trainer.world_size == 1:
             return
-        for key, value in self.state.items():
-            share = torch.zeros_like(value)
+        layout = first_of_ranks(trainer, {key: (tuple(value.shape), value.dtype) for key, value in self.state.items()})
+        for key, (shape, kind) in layout.items():
+            share = torch.zeros(shape, dtype=kind)
+            value = self.state.get(key, share)
             share[own] = value[own]
             total = trainer.strategy.reduce(share.to(trainer.strategy.root_device), reduce_op="sum")
             self.state[key] = torch.as_tensor(total).cpu()
 
 
-def _inputs_of(batch: Any, samples: int) -> Tensor:
+def _inputs_of(batch: Any, samples: int, label: str) -> Tensor:
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1 and len(leaf) == samples:
             return leaf
     raise ValueError(
-        "score='vog' needs a gradient by the input, and the batch holds no tensor of real numbers with a row for each "
-        "sample. Use another score, or give score_fn=, which takes the module and a batch and returns the scores."
+        f"{label}(score='vog') needs a gradient by the input, and the batch holds no tensor of real numbers with a row "
+        "for each sample. Use another score, or give score_fn=, which takes the module and a batch and returns the scores."
     )

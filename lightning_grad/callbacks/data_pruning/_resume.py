@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_grad.callbacks.data_pruning._sources import Chance, FileScores, PrototypeScores
 from lightning_grad.utilities.arguments import plain
+from lightning_grad.utilities.reporting import counted
 
 if TYPE_CHECKING:
     from lightning_grad.callbacks.data_pruning.data_pruning import DataPruning
@@ -54,6 +55,6 @@ def refuse_unrecorded(callback: DataPruning, saved: dict[str, Any] | None, next_
     keep = "Keep the settings of the checkpoint, or set" if saved is not None else "Set"
     raise ValueError(
         f"{callback.label} resumes with {named}={now[named]!r}{was}, and the checkpoint has no record for this score, which "
-        f"takes at least {needed} whole epoch{'s' if needed > 1 else ''} of training before a round. {keep} epoch to "
+        f"takes at least {counted(needed, 'whole epoch')} of training before a round. {keep} epoch to "
         f"{next_epoch + needed} or later; until then all samples are trained on."
     )

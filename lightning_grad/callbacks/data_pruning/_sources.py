@@ -144,7 +144,10 @@ class FileScores(ScoreSource):
         """Raise if a file is missing or no score file, or if they do not go together."""
         for path in self._paths:
             if not os.path.exists(path):
-                raise FileNotFoundError(f"{label} finds no score file {path!r}.")
+                raise FileNotFoundError(
+                    f"{label} finds no score file {path!r}. Correct the path in score_files, or write the file first with "
+                    "save_scores."
+                )
         average_scores(self._paths)
 
     def look(self, total: int, dataset: Any) -> ScoredSet:

@@ -209,7 +209,7 @@ class SubsetCallback(GradCallback):
         if not pl_module.automatic_optimization and trainer.lr_scheduler_configs:
             rank_zero_warn(
                 f"{self.label} keeps schedules in step with shorter epochs where Lightning steps them. This module steps its "
-                "own: one that counts batches will not come to its end."
+                "own: one that counts batches will not come to its end. Make it for the batches that are trained on."
             )
 
 

@@ -22,7 +22,7 @@ from lightning_grad.callbacks._loss_tap import read_losses
 from lightning_grad.callbacks._rehearsal import Rehearsal
 from lightning_grad.callbacks._scoring import look_at_all, say_what_is_skipped
 from lightning_grad.callbacks.data_pruning._arguments import check_settings, read_rounds, warn_of_risks
-from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score
+from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score, errors_of
 from lightning_grad.callbacks.data_pruning._report import report
 from lightning_grad.callbacks.data_pruning._resume import choice_settings, refuse_unrecorded, score_settings
 from lightning_grad.callbacks.data_pruning._score_file import ScoreFile
@@ -182,7 +182,7 @@ class DataPruning(SubsetCallback):
         self.select = select
         self.strata = strata
         self.budget = budget
-        self.score_files = as_names(score_files, "score_files")
+        self.score_files = as_names(score_files)
         self.save_scores = save_scores
         self.score_fn = score_fn
         self.score_dataset = score_dataset
@@ -283,13 +283,13 @@ class DataPruning(SubsetCallback):
         ]
         if late and late != [epoch for epoch, _ in self._rounds]:
             rank_zero_warn(
-                f"{self.label} has rounds that never come: max_epochs={trainer.max_epochs}, epoch={self.epoch}."
+                f"{self.label} has rounds that never come: max_epochs={trainer.max_epochs}, epoch={self.epoch}. Leave "
+                "them out, or set max_epochs higher."
             )
         warn_of_risks(self, self._rounds)
         if isinstance(self._source, HistoryScores):
-            self._undo.push(
-                read_losses(pl_module, self._read, self.loss, lambda: len(self._indices), needed_by=self.label)
-            )
+            own = (pl_module, self._read, self.loss, lambda: len(self._indices))
+            self._undo.push(read_losses(*own, needed_by=self.label))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -494,4 +494,5 @@ class DataPruning(SubsetCallback):
     def _read(self, call: LossCall) -> None:
         assert self._training_set is not None
         assert isinstance(self._source, HistoryScores)
-        self._source.read(call, self._indices, self._training_set.sampler.total)
+        with errors_of(self.label):
+            self._source.read(call, self._indices, self._training_set.sampler.total)

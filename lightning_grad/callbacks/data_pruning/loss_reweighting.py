@@ -15,11 +15,10 @@ from lightning_grad.callbacks._loss_tap import batch_size_of, reweight_losses
 from lightning_grad.callbacks._rehearsal import Rehearsal
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional import LossCall, annealed_temperature, loss_weights
-from lightning_grad.utilities.batches import copy_of
+from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import (
     check_above,
     check_between,
-    check_choice,
     check_position,
     refuse_manual_optimization,
 )
@@ -103,7 +102,6 @@ class LossReweighting(GradCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        check_choice(rule, ("linupper", "quadratic", "extremes"), "rule")
         check_above(temperature, 0.0, "temperature")
         check_above(start_temperature, 0.0, "start_temperature")
         if math.isinf(start_temperature):

@@ -133,8 +133,8 @@ class UniformLearning(SubsetCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        saved, found_in = state_dict["settings"], state_dict["found_in"]
-        found_alike = all(saved[name] == getattr(self, name) for name in ("loss", "seed"))
+        found_in = state_dict["found_in"]
+        found_alike = not self._changed_settings(state_dict, "loss", "seed")
         if self._fitting and found_alike and found_in is not None and found_in >= self.epoch:
             self._repeated, self._found_in = state_dict["repeated"], found_in
 
@@ -184,7 +184,7 @@ def _outputs(look: Look) -> Mapping[str, Tensor]:
     call = look.loss()
     if call.labels is None or call.input.dim() != 2:
         raise ValueError(
-            f"UniformLearning clusters the outputs of each class, and {call.name} got {tuple(call.input.shape)} for targets "
+            f"{look.label} clusters the outputs of each class, and {call.name} got {tuple(call.input.shape)} for targets "
             f"of {tuple(call.target.shape)}. It needs logits (B, C) and one class a sample. For other targets use "
             "DataPruning(score='loss'), or RepeatedRandomSubset, which needs no loss."
         )

@@ -310,6 +310,19 @@ def test_the_name_that_lightning_made_of_it_is_found() -> None:
         trainer.fit(TwoLoaders(), DataLoader(data(), 1), [DataLoader(data(1), 1), DataLoader(data(1), 1)])
 
 
+class PutsNumbers(pl.Callback):
+    """Puts a metric among those of the Trainer by hand, as a number and not as a tensor."""
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.callback_metrics["by_hand"] = 0.5 + trainer.current_epoch / 10
+
+
+def test_a_metric_may_be_a_number_that_a_callback_has_put_there() -> None:
+    callback = AccuracyGradientLR("by_hand", window=1)
+    train([PutsNumbers(), callback], max_epochs=3)
+    assert callback.state_dict()["values"] == [0.5, 0.6, 0.7]
+
+
 def test_a_metric_of_training_asks_for_epochs() -> None:
     with pytest.raises(
         ValueError, match=r"'train_acc' is not logged.*If the module logs it in training, set interval="

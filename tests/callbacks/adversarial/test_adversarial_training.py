@@ -335,7 +335,9 @@ def test_a_loss_that_does_not_depend_on_the_input() -> None:
         def input_of(self, batch: Any) -> Tensor:
             return batch[0].detach()
 
-    with pytest.raises(RuntimeError, match=r"AdversarialTraining: The loss does not depend.*input_key.*detaches it"):
+    with pytest.raises(
+        RuntimeError, match=r"AdversarialTraining: The loss does not depend.*input_key.*without detach\(\)"
+    ):
         train(attacker(), Detached(), points())
 
 

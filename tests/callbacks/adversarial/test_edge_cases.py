@@ -196,7 +196,7 @@ class Losing(Linear):
     ],
 )
 def test_which_of_several_losses_is_asked_for(which: Any, said: str) -> None:
-    with pytest.raises(RuntimeError, match=rf"{said}.*of several, loss=0 is the first\.$") as error:
+    with pytest.raises(RuntimeError, match=rf"{said}.*of several, set loss=0 for the first\.$") as error:
         evaluate(Losing(), points(), loss=which)
     assert "score_fn" not in str(error.value)
 

@@ -187,7 +187,8 @@ class Lazy(Plain):
 def test_lazy_layers_are_refused_before_they_have_a_size_with_a_way_out_that_works() -> None:
     arguments: dict[str, Any] = {"max_epochs": 1, "num_sanity_val_steps": 0}
     with pytest.raises(
-        RuntimeError, match=r"Lazy cannot be run .* 'net\.weight' has no size yet\. Run the network once"
+        RuntimeError,
+        match=r"AdversarialTraining cannot run Lazy .* 'net\.weight' has no size yet\. Run the network once",
     ):
         make_trainer(callbacks=[AdversarialTraining(0.1)], **arguments).fit(Lazy(), as_batches(pairs()))
     module = Lazy()

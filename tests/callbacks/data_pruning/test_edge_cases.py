@@ -467,7 +467,7 @@ class HandWritten(Classifier):
 
 @pytest.mark.parametrize("kind", [InfoBatch, LossReweighting])
 def test_who_cannot_see_a_hand_written_loss_is_named(kind: Any) -> None:
-    with pytest.raises(RuntimeError, match=rf"{kind.__name__} weights the loss of each sample, and must see it"):
+    with pytest.raises(RuntimeError, match=rf"{kind.__name__} weights the loss of each sample, so it must see one"):
         train(kind(), HandWritten())
 
 

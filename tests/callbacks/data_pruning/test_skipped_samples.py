@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,32 @@ def test_one_sample_without_a_finite_value(score: str) -> None:
         x, y, _ = broken().tensors
         expected = BY_HAND[score](module, x, y).detach().double()
         torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+class Picky(Lets):
+    """Returns nothing in eval mode for batches of odd samples: all that the second of two ranks looks at."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        is_odd = not self.training and bool((batch[2] % 2 == 1).all())
+        return None if is_odd else F.cross_entropy(self(batch[0]), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot see whether rows follow the samples")
+@pytest.mark.parametrize(("score", "epoch"), [("el2n", 1), ("vog", 2)])
+def test_a_rank_that_finds_nothing_in_its_share_joins_the_others(score: str, epoch: int) -> None:
+    callback = pruning(score, epoch=epoch, checkpoints=2)
+    arguments = {"epochs": epoch + 1, "batch_size": 4, "strategy": "ddp_fork", "devices": 2}
+    train(callback, Picky(), make_data(20), more=[SeesScores(callback)], **arguments)
+
+
+class SeesScores(pl.Callback):
+    def __init__(self, callback: Any) -> None:
+        self.callback = callback
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        unknown = self.callback.scored.values.isnan()
+        assert bool(unknown[1::2].all())
+        assert unknown[::2].sum() < 2  # a class of one sample has no variance to divide by
 
 
 def test_infinite_values_are_no_values() -> None:
