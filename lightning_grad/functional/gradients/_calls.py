@@ -21,10 +21,10 @@ from lightning_grad.functional._loss_functions import (
     denominator_shares,
     valid_positions,
 )
-from lightning_grad.functional._tensor_classes import plain
 from lightning_grad.functional.gradients._autograd import Edge
 from lightning_grad.functional.gradients._rows import Rows, obeys_shape_rule
 from lightning_grad.functional.loss_capture import LossCall
+from lightning_grad.functional.plain_tensors import plain_tensor
 
 # Losses of several inputs, which with reduction="none" return one value a sample all the same.
 _OF_SEVERAL = {
@@ -118,8 +118,8 @@ def read_call(
         return call
     # Checkpointing counts what its function saves, and counts again in backward, where no trace is. Ours must not count.
     with saved_tensors_hooks(_as_it_is, _as_it_is) if keep_graph else nullcontext():
-        given = {key: plain(v) if isinstance(v, Tensor) else v for key, v in given.items()}
-        return _with_sums(func, call, given, plain(value), samples, rows, keep_graph)
+        given = {key: plain_tensor(v) if isinstance(v, Tensor) else v for key, v in given.items()}
+        return _with_sums(func, call, given, plain_tensor(value), samples, rows, keep_graph)
 
 
 def _with_sums(

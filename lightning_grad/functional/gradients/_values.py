@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_grad.functional._tensor_classes import plain
 from lightning_grad.functional.gradients._autograd import Edge, Node, apply_backward, kind_of, output_count
 from lightning_grad.functional.gradients._nodes import HOMOGENEOUS, LINEAR
 from lightning_grad.functional.gradients._record import Place, Record
 from lightning_grad.functional.gradients._rows import Rows
 from lightning_grad.functional.gradients._walk import Cut, Input, Walk
 from lightning_grad.functional.gradients.errors import InseparableLossError
+from lightning_grad.functional.plain_tensors import plain_tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -165,7 +165,7 @@ class Values:
     def _of_cut(self, cut: Cut, a: Tensor) -> Part:
         rows = cut.rows
         tensor = self._record.tensor_at(cut.edge)
-        tensor, a = plain(tensor), plain(a)
+        tensor, a = plain_tensor(tensor), plain_tensor(a)
         values = (tensor if self._keep_graph else tensor.detach()).to(self._dtype)
         if a.dim() and not any(a.stride()):
             one = a.reshape(-1)[:1].to(self._dtype)
@@ -199,7 +199,7 @@ class Values:
             found = apply_backward(node, outputs)[inputs[0]]
             if found is None:
                 break
-            gradients, edge, rows = plain(found), below, rows_below
+            gradients, edge, rows = plain_tensor(found), below, rows_below
         return self._per_sample(gradients.detach().to(self._dtype), rows)
 
     def _per_sample(self, values: Tensor, rows: Rows | None) -> Tensor:

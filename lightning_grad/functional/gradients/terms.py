@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_grad.functional._tensor_classes import plain
 from lightning_grad.functional.gradients._autograd import Node, kind_of
 from lightning_grad.functional.gradients._nodes import REDUCING
 from lightning_grad.functional.gradients._record import Record
@@ -18,6 +17,7 @@ from lightning_grad.functional.gradients._values import Part, Values
 from lightning_grad.functional.gradients._walk import Cut, Key, Walk
 from lightning_grad.functional.gradients.errors import InseparableLossError
 from lightning_grad.functional.loss_capture import LossCall
+from lightning_grad.functional.plain_tensors import plain_tensor
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -98,7 +98,7 @@ class Terms:
         check: bool = True,
     ) -> None:
         self.samples = record.samples
-        self._loss = plain(loss).detach()
+        self._loss = plain_tensor(loss).detach()
         walk = Walk(loss.grad_fn, record, None if like is None else like.keys)
         self._walk: Walk | None = walk
         self.keys: frozenset[Key] = frozenset(cut.key for cut in walk.cuts)

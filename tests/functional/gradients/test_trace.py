@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_grad.functional import LossCapture, per_sample_gradient_norms
-from lightning_grad.functional._tensor_classes import plain
 from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms
 from lightning_grad.functional.gradients._autograd import missing
+from lightning_grad.functional.plain_tensors import plain_tensor
 from tests.functional.gradients.losses import CASES, B, H, Net, V, entropies, errors, make_batch, mse, one_tensor_thrice
 from tests.functional.gradients.test_losses import assert_close, gradients, setting, traced
 from tests.functional.test_loss_capture import SPELLINGS
@@ -283,7 +283,7 @@ def test_a_class_that_refuses_functions_is_not_asked() -> None:
     expected = CASES["mae"].shares(net, batch) + errors(net, batch)
     assert_close(terms.shares, expected.detach())
     terms.weight_(weights)
-    for found, one in zip(gradients(net, plain(loss)), gradients(net, (weights * expected).mean()), strict=True):
+    for found, one in zip(gradients(net, plain_tensor(loss)), gradients(net, (weights * expected).mean()), strict=True):
         assert_close(found, one)
 
 
