@@ -2,7 +2,8 @@
 
 Norms of per-sample gradients are computed in eval mode on a batch that stays the same, next to other ways to the same norms.
 Peak memory is that of a process that does nothing else; a batch of two samples comes first, as what is learnt from the
-first batch is a matter of its own. The other tables are those of a real ``Trainer.fit``.
+first batch is a matter of its own. The other tables are those of a real ``Trainer.fit``, except for steps traced, which are
+forward and backward alone, with budgets of one millisecond more for weights and two with values, or 5 %.
 
 Everything is interleaved with its baseline in rotating order, and the median over the rounds counts. With one thread, time
 is processor time: on an idle machine it is the wall clock's, and on a busy one it leaves out the slices that other
@@ -21,6 +22,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -63,11 +65,11 @@ from lightning_grad.callbacks import DataPruning, RepeatedRandomSubset
 from lightning_grad.callbacks._loss_tap import read_losses, reweight_losses
 from lightning_grad.callbacks._scoring import look_at_all
 from lightning_grad.callbacks.data_pruning._measures import measure_for
-from lightning_grad.functional import PerSampleGradientNorms
+from lightning_grad.functional import LossCapture, LossTrace, PerSampleGradientNorms
 
 GHOST_CONVNET, GHOST_TRANSFORMER, VMAP_FACTOR = 1.5, 1.2, 3.0
 GHOST_MEMORY, VMAP_MEMORY_FACTOR = 1.2, 3.5
-SCORING, HALF, READING = 1.1, 0.55, 1.06
+SCORING, HALF, READING, TRACED = 1.1, 0.55, 1.06, 1.05
 PLAIN, GHOST, VMAP, ONE_BY_ONE = "plain forward and backward", "ghost norms", "vmap(grad)", "one by one"
 OPACUS, FIRST = "Opacus GradSampleModule", "ghost norms, first batch"
 CONVNET, RESNET, TRANSFORMER = "a residual convnet", "a network like ResNet-18", "a transformer"
@@ -535,6 +537,73 @@ def reading_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
     return [against(name, typical, "unread", READING if name == "read" else None) for name in ways]
 
 
+# Steps with losses of any kind.
+
+
+def traced_networks() -> dict[str, tuple[nn.Module, Tensor]]:
+    """Return the networks whose steps are traced, with their inputs: one of a fraction of a millisecond, and one of 70."""
+    small = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 64))
+    layer = nn.TransformerEncoderLayer(128, 4, 256, dropout=0.0, batch_first=True)
+    large = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    return {"a small network": (small, torch.randn(64, 64)), "a transformer": (large, torch.randn(16, 64, 128))}
+
+
+def traced_rows(network: nn.Module, inputs: Tensor, rounds: int, clock: Clock) -> list[Row]:
+    """Time forward and backward with a loss by hand and one of torch, whose samples are weighted, or weighted and read."""
+    network, inputs = network.to(clock.device), inputs.to(clock.device)
+    parameters, samples = list(network.parameters()), len(inputs)
+    targets, weights = torch.randn_like(network(inputs)), torch.ones(samples, device=clock.device)
+
+    def by_hand() -> Tensor:
+        outputs = network(inputs)
+        loss: Tensor = F.mse_loss(outputs, targets) + 0.1 * (outputs - targets).abs().mean()
+        return loss
+
+    def of_torch() -> Tensor:
+        return F.mse_loss(network(inputs), targets)
+
+    def plain_step(loss: Callable[[], Tensor]) -> None:
+        torch.autograd.grad(loss(), parameters)
+
+    def within(context: Callable[[], AbstractContextManager[Any]], loss: Callable[[], Tensor]) -> None:
+        with context():
+            value = loss()
+        torch.autograd.grad(value, parameters)
+
+    def traced(values: bool, loss: Callable[[], Tensor]) -> None:
+        with LossTrace(samples, values=values) as trace:
+            value = loss()
+        trace.terms(value, check=False).weight_(weights)
+        torch.autograd.grad(value, parameters)
+
+    calls: dict[str, Callable[[], Any]] = {}
+    for kind, loss in {"by hand": by_hand, "of torch": of_torch}.items():
+        calls[f"loss {kind}"] = partial(plain_step, loss)
+        calls[f"loss {kind}, again"] = partial(plain_step, loss)
+        calls[f"loss {kind}, an empty mode of torch"] = partial(within, BaseTorchFunctionMode, loss)
+        if kind == "of torch":
+            calls["loss of torch, LossCapture"] = partial(within, partial(LossCapture, samples), loss)
+        calls[f"loss {kind}, weights"] = partial(traced, False, loss)
+        calls[f"loss {kind}, weights and values"] = partial(traced, True, loss)
+    repeats = 1 if clock.seconds(calls["loss by hand"]) > 0.01 else 20
+    typical = medians({name: partial(repeated, call, repeats) for name, call in calls.items()}, rounds, clock)
+    typical = {name: seconds / repeats for name, seconds in typical.items()}
+
+    def row(name: str) -> Row:
+        baseline = name.split(", ")[0]
+        added = 0.002 if "values" in name else 0.001 if "weights" in name else None
+        budget = None if added is None else max(TRACED, 1 + added / typical[baseline])
+        return against(name, typical, baseline, budget)
+
+    return [row(name) for name in calls]
+
+
+def repeated(call: Callable[[], Any], times: int) -> None:
+    """Call a function that takes less than a clock can tell."""
+    for _ in range(times):
+        call()
+
+
 # The whole.
 
 
@@ -573,6 +642,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("A scoring pass", "median ms", scoring_rows(sizes, rounds, clock))
     add("Epochs", "median ms", epoch_rows(sizes, max(1, rounds // 2), clock))
     add("Steps read", "median ms", reading_rows(sizes, rounds, clock))
+    for name, (network, inputs) in traced_networks().items():
+        add(f"Steps traced, {name}", "median ms", traced_rows(network, inputs, 5 * rounds, clock))
     over = [f"{row.name} ({title})" for title, rows in tables.items() for row in rows if row.is_over]
     print(f"\nOver budget: {'; '.join(over) or 'nothing'}.")
     write_tables(options, tables)

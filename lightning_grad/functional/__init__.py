@@ -61,6 +61,16 @@ from lightning_grad.functional.gradient_statistics import (
     noise_scale_terms,
     zero_share,
 )
+from lightning_grad.functional.gradients import (
+    InseparableLossError,
+    LossTrace,
+    Proof,
+    Term,
+    Terms,
+    WeightHandle,
+    prove_terms,
+    solo_losses,
+)
 from lightning_grad.functional.loss_capture import LossCall, LossCapture
 from lightning_grad.functional.loss_weights import annealed_temperature, loss_weights
 from lightning_grad.functional.low_rank import initial_factor, low_rank_numel, matrix_shape, orthonormalize
@@ -117,13 +127,19 @@ __all__ = [
     "RELEASED_WARMUP",
     "SELECTORS",
     "IndependentLossError",
+    "InseparableLossError",
     "KMeans",
     "LossCall",
     "LossCapture",
+    "LossTrace",
     "NMPattern",
     "NMPhase",
     "NMSchedule",
     "PerSampleGradientNorms",
+    "Proof",
+    "Term",
+    "Terms",
+    "WeightHandle",
     "accumulate_residual_",
     "accuracy_gradient",
     "accuracy_gradient_cuts",
@@ -188,6 +204,7 @@ __all__ = [
     "predictions",
     "project_perturbation",
     "prototype_distance",
+    "prove_terms",
     "prune",
     "random_perturbation",
     "remove_sent_",
@@ -201,6 +218,7 @@ __all__ = [
     "select_largest",
     "select_sampled",
     "select_samples",
+    "solo_losses",
     "sparse_wire_gain",
     "stepwise_patterns",
     "total_norm",

@@ -138,11 +138,12 @@ def test_it_measures_everything(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(data_pruning, "transformer", small_pair)
     monkeypatch.setattr(data_pruning, "in_fresh_process", in_this_process)
     monkeypatch.setattr(data_pruning, "EPOCHS", 3)
+    monkeypatch.setattr(data_pruning, "traced_networks", lambda: {"a network": (nn.Linear(3, 3), torch.randn(4, 3))})
     data_pruning.main(["--quick", "--out", str(tmp_path / "speed.json")])
     printed = capsys.readouterr().out
     tables = json.loads((tmp_path / "speed.json").read_text())
     titles = ["Norms, a residual convnet", "Norms, a transformer", "Memory, a residual convnet"]
-    titles += ["A scoring pass", "Epochs", "Steps read"]
+    titles += ["A scoring pass", "Epochs", "Steps read", "Steps traced, a network"]
     assert set(titles) <= set(tables)
     assert all(f"\n{title}\n" in printed for title in titles)
     assert all(row["ratio"] > 0 for title in titles for row in tables[title] if not row.get("reason"))

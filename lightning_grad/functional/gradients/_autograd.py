@@ -1,0 +1,91 @@
+"""The parts of autograd that torch does not document; nothing else in this package touches them.
+
+``missing`` names those that the installed torch lacks. A test fails with these names, so a new or an old version of torch
+shows at once what must be replaced here.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Node = Any  # torch.autograd.graph.Node is the type of none of the nodes written in C++
+Edge = tuple[Node, int]
+
+_BUILT_IN = re.compile(r"(\w+)Backward\d+")
+_WITHOUT_NUMBER = {"CopySlices": "CopySlices", "CopyBackwards": "Copy"}
+
+
+def output_shape(node: Node, number: int) -> tuple[int, ...]:
+    """Return the shape of what a node gave out in the forward pass."""
+    return tuple(node._input_metadata[number].shape)
+
+
+def output_count(node: Node) -> int:
+    """Return the number of tensors that a node gave out in the forward pass."""
+    return len(node._input_metadata)
+
+
+def kind_of(node: Node) -> str:
+    """Return the kind of a built-in node, as "Mean" of ``MeanBackward0``; else an empty string.
+
+    A custom ``autograd.Function`` called ``Mean`` has a node ``MeanBackward``, without a number, and is not the built-in
+    mean.
+    """
+    name = node.name().rsplit("::", 1)[-1]
+    found = _BUILT_IN.fullmatch(name)
+    return found[1] if found else _WITHOUT_NUMBER.get(name, "")
+
+
+def leaf_of(node: Node) -> Tensor | None:
+    """Return the leaf tensor whose gradient a node accumulates; ``None`` for other nodes."""
+    return node.variable if node.name().endswith("AccumulateGrad") else None
+
+
+def apply_backward(node: Node, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a node's inputs, given those of its outputs.
+
+    Unlike a backward pass it calls no hook, frees no buffer and goes no further than this node.
+    """
+    with torch.no_grad():
+        found = node(*gradients)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Return whether a tensor lives inside a transform of ``torch.func``, where its shape is not that of the batch."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def _missing() -> list[str]:
+    leaf = torch.ones(2, requires_grad=True)
+    node: Node = leaf.mul(2.0).grad_fn
+    checks = {
+        "Node._input_metadata": lambda: output_shape(node, 0) == (2,),
+        "Node.name() of the form MulBackward0": lambda: kind_of(node) == "Mul",
+        "AccumulateGrad.variable": lambda: leaf_of(node.next_functions[0][0]) is leaf,
+        "Node.__call__": lambda: (
+            [float(g.sum()) for g in apply_backward(node, [torch.ones(2)]) if g is not None] == [4.0]
+        ),
+        "one object for one node": lambda: (
+            leaf.sum().grad_fn is not None and node.next_functions == node.next_functions
+        ),
+        "torch._C._functorch.is_functorch_wrapped_tensor": lambda: not is_transformed(leaf),
+    }
+
+    def holds(check: Any) -> bool:
+        try:
+            return bool(check())
+        except Exception:
+            return False
+
+    return [name for name, check in checks.items() if not holds(check)]
+
+
+def missing() -> list[str]:
+    """Return the names of the parts that the installed torch lacks."""
+    with torch.enable_grad():
+        return _missing()

@@ -1,0 +1,151 @@
+"""The rows of the tensors of one step, followed from call to call."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from lightning_grad.functional.gradients._autograd import Edge, is_transformed
+from lightning_grad.functional.gradients._record import Record
+from lightning_grad.functional.gradients._rows import (
+    PRODUCTS,
+    REDUCTIONS,
+    SORTS,
+    TRANSPOSES,
+    Rows,
+    assigned_rows,
+    moved_rows,
+    obeys_shape_rule,
+    reduces_samples,
+    transposed_rows,
+)
+
+
+class RowTracker:
+    """Knows where the rows of a tensor are, if they are not by the shape rule.
+
+    Args:
+        record: Of the step; gets the rows of tensors with a graph.
+
+    Attributes:
+        moved: Such rows by the id of the tensor. As long as it is empty there is nothing to follow.
+    """
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+        self.moved: dict[int, tuple[ref[Tensor], Rows]] = {}
+
+    def of(self, tensor: Tensor) -> Rows | None:
+        """Return what is known of a tensor's rows beyond the shape rule."""
+        found = self.moved.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None
+
+    def set(self, tensor: Tensor, rows: Rows | None) -> None:
+        if rows is not None:
+            # A weak reference: the trace keeps no activation alive, and finds out if another tensor got the same id.
+            self.moved[id(tensor)] = (ref(tensor), rows)
+        elif self.moved.pop(id(tensor), None) is None:
+            return
+        if tensor.grad_fn is not None:
+            if rows is not None:
+                self._record.moved[edge_of(tensor)] = rows
+            else:
+                self._record.moved.pop(edge_of(tensor), None)
+
+    def has_rows(self, tensor: Tensor) -> bool:
+        rows = self.of(tensor) if self.moved else None
+        return (
+            obeys_shape_rule(tensor.shape, self._record.samples) if rows is None else not rows.mixed and rows.axis == 0
+        )
+
+    def lies_elsewhere(self, data: Any) -> bool:
+        rows = self.of(data) if isinstance(data, Tensor) else None
+        return rows is not None and rows.axis != 0
+
+    def move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        data, found = tensors_in(args[0]), tensors_in(out)
+        if not data or is_transformed(data[0]) or all(self._record.is_constant(t) for t in data):
+            return
+        if func in SORTS:
+            values = found[0]
+            if values.requires_grad:
+                self.set(values, Rows(length=values.shape[0], mixed=True) if values.dim() else None)
+                return
+            if len(found) != 2 or values.dim() != 1:
+                return
+            func, args, kwargs = torch.Tensor.__getitem__, (data[0], found[1]), {}
+        moved = moved_rows(func, args, kwargs, self._record.samples, self._of_part)
+        for output, rows in zip(found, moved, strict=False):
+            self.set(output, rows)
+
+    def _of_part(self, tensor: Tensor) -> Rows | None:
+        """Return a tensor's rows for a call that joins several: those of a constant belong to no sample."""
+        return Rows(mixed=True) if self._record.is_constant(tensor) else self.of(tensor)
+
+    def reshape(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        rows = self.of(args[0])
+        if func in TRANSPOSES:
+            self.set(out, transposed_rows(func, args, kwargs, rows, self._record.samples))
+        elif rows is not None:
+            self.move(func, args, kwargs, out)
+
+    def assign(self, args: tuple[Any, ...]) -> None:
+        if not self._record.is_constant(args[0]) and not is_transformed(args[0]):
+            self.set(args[0], assigned_rows(args, self._record.samples, self._of_part))
+
+    def inherited(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], output: Tensor
+    ) -> Rows | None:
+        """Return the rows of a result, from those of what went into it.
+
+        Where there are tensors with a graph, they decide: of labels, masks and tables only the shape is known.
+        """
+        mixed = Rows(length=output.shape[0], mixed=True) if output.dim() else None
+        if func in REDUCTIONS and args and isinstance(args[0], Tensor):
+            rows = self.of(args[0])
+            axis = 0 if rows is None else rows.axis
+            if (rows is None or rows.owner is None) and reduces_samples(args, kwargs, axis):
+                # A mean over the batch whose (C,) values look like B rows.
+                return mixed if obeys_shape_rule(output.shape, self._record.samples) else None
+        if not any(id(t) in self.moved for t in inputs):
+            return None
+        if func in PRODUCTS:
+            inputs = inputs[:1]
+        group = [t for t in inputs if not self._record.is_constant(t)]
+        with_graph = [t for t in group if t.requires_grad]
+        group = with_graph or group
+        known = [rows for t in group if (rows := self.of(t)) is not None and rows.fits(output.shape)]
+        if not known:
+            return None
+        first, others = known[0], [t for t in group if self.of(t) is None]
+        if first.owner is not None:
+            alone = not (with_graph and others) and all(rows.owner == first.owner for rows in known)
+            return first if alone else None
+        if any(rows is not first and not first.same_as(rows) for rows in known):
+            return mixed if with_graph else None
+        if any(t.shape[:1] == output.shape[:1] and obeys_shape_rule(t.shape, self._record.samples) for t in others):
+            if first.length == self._record.samples and first.covers:
+                return None  # x + x[permutation], as in mixup and in triplets of a batch: the row's own sample counts
+            if with_graph or not first.covers:
+                return mixed if with_graph else None
+        return first
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in nested arguments; torch's pytree takes ten times as long."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)) and value.__class__ is not torch.Size:
+        return [t for v in value for t in tensors_in(v)]
+    if isinstance(value, dict):
+        return [t for v in value.values() for t in tensors_in(v)]
+    return []
+
+
+def edge_of(tensor: Tensor) -> Edge:
+    """Return the edge of the graph that leads to a tensor with a graph."""
+    node = tensor.grad_fn
+    return (node, tensor.output_nr) if node is not None else torch.autograd.graph.get_gradient_edge(tensor)[:2]

@@ -1,0 +1,242 @@
+"""The walk from the returned loss through the autograd graph to the edges at which rows begin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+
+from lightning_grad.functional.gradients._autograd import (
+    Edge,
+    Node,
+    kind_of,
+    leaf_of,
+    output_shape,
+)
+from lightning_grad.functional.gradients._calls import Call
+from lightning_grad.functional.gradients._nodes import ADDING, CONTRACTING, LINEAR, SCALED
+from lightning_grad.functional.gradients._record import Place, Record
+from lightning_grad.functional.gradients._rows import Rows
+from lightning_grad.functional.gradients.errors import InseparableLossError
+
+Key = tuple[str, str, str, int]
+
+
+class Input(Enum):
+    """What an input of a node is to the samples."""
+
+    NO_GRAPH = auto()
+    FIXED = auto()  # computed from parameters and constants only
+    ROWS = auto()  # rows begin here
+    DEEPER = auto()  # has no rows itself
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cut:
+    """An edge that leads from a result without rows to a tensor with rows.
+
+    Attributes:
+        node: The node of the result.
+        index: Which of its inputs.
+        edge: The edge.
+        rows: Of the tensor, where they are not by the shape rule.
+        place: Of the call in the step.
+        call: The node of the loss of ``torch.nn.functional`` whose input this is, if it is one.
+        is_product: Whether it leads to a factor of a product of two tensors with rows.
+        is_second: Whether it leads to the second factor. The gradient flows through both, the value counts once.
+    """
+
+    node: Node
+    index: int
+    edge: Edge
+    rows: Rows | None
+    place: Place
+    call: Node | None = None
+    is_product: bool = False
+    is_second: bool = False
+
+    @property
+    def key(self) -> Key:
+        """What stays the same from step to step, whatever the shapes."""
+        return (self.place.function, self.place.location, self.node.name(), self.index)
+
+
+class Walk:
+    """What the graph says of a loss.
+
+    Every node between the loss and a cut is linear in what depends on samples; that is what :meth:`_close` proves, node by
+    node, and what it does not know it refuses.
+
+    Args:
+        root: The node of the loss.
+        record: Of the step.
+        like: The keys of cuts that are proven; ``None`` if none are.
+
+    Attributes:
+        order: Nodes from the loss downwards, each before those below it.
+        cuts: Where rows begin.
+        calls: Nodes of losses of ``torch.nn.functional`` that are reduced inside.
+        inputs: What each input of a node is.
+        learned: Places of factors with a graph that multiply the loss.
+        adding: Nodes that may add something without a graph.
+    """
+
+    def __init__(self, root: Node, record: Record, like: frozenset[Key] | None = None) -> None:
+        self._record = record
+        self._like = None if record.samples == 1 else like  # what there is belongs to the one sample, however cut
+        self._depends: dict[Node, bool] = {}
+        self._places: dict[Node, Place] = {}
+        self.order: list[Node] = []
+        self.cuts: list[Cut] = []
+        self.calls: list[Node] = []
+        self.inputs: dict[Node, list[Input]] = {}
+        self.learned: list[Place] = []
+        self.adding: list[Node] = []
+        if root in record.fixed:
+            raise InseparableLossError("", "", "The loss depends on parameters only, and on no sample.")
+        self._run(root)
+        self.order.reverse()
+        if not self.cuts:
+            raise InseparableLossError(
+                "", "", f"No tensor with rows for the {record.samples} samples leads to the loss."
+            )
+
+    def _run(self, root: Node) -> None:
+        # Without recursion: a Python sum over a batch is a chain of as many nodes.
+        todo = [(root, Place(""), False)]
+        while todo:
+            node, above, is_done = todo.pop()
+            if is_done:
+                self._close(node)
+                self.order.append(node)
+            elif node not in self._depends:
+                self._depends[node] = False
+                place = self._places[node] = self._record.places.get(node, above)
+                todo.append((node, above, True))
+                todo += [(below, place, False) for below in self._open(node, place)]
+
+    def _open(self, node: Node, place: Place) -> Iterator[Node]:
+        """Find out what the inputs of a node are; yield the nodes to visit next."""
+        call = self._record.calls.get(node)
+        if call is not None and call.reduction != "none":
+            self._enter(node, call, place)
+            return
+        if not any(kind_of(node) in kinds for kinds in (LINEAR, SCALED, CONTRACTING, ("Div",))):
+            self._refuse(node)
+        found = self.inputs[node] = []
+        for index, edge in enumerate(node.next_functions):
+            rows = None
+            kind = Input.NO_GRAPH
+            if edge[0] is not None:
+                kind, rows = self._kind_of_input(node, index, edge, place)
+            found.append(kind)
+            if kind is Input.ROWS:
+                self.cuts.append(Cut(node, index, edge, rows, place))
+            elif kind is Input.DEEPER:
+                yield edge[0]
+
+    def _kind_of_input(self, node: Node, index: int, edge: Edge, place: Place) -> tuple[Input, Rows | None]:
+        record = self._record
+        if record.is_constant_at(edge):
+            return Input.FIXED, None
+        has_rows, rows = record.rows_at(edge)
+        # What torch computes between a call and its result was never seen. There, shapes match B by chance: the last chunk
+        # of a cross-entropy, say. Only what went into a call counts.
+        if not has_rows or (edge not in record.seen and leaf_of(edge[0]) is None):
+            return Input.DEEPER, None
+        if rows is None and self._like is not None and Cut(node, index, edge, rows, place).key not in self._like:
+            return Input.DEEPER, None
+        return Input.ROWS, rows
+
+    def _enter(self, node: Node, call: Call, place: Place) -> None:
+        """Find the edges at which a loss of ``torch.nn.functional`` takes in its inputs."""
+        if call.problem:
+            raise InseparableLossError(call.name, place.location, call.problem)
+        self.calls.append(node)
+        self._depends[node] = True
+        if call.others:
+            self.learned.append(place)
+        todo, known = [node], {node}
+        while todo:
+            inner = todo.pop()
+            for index, edge in enumerate(inner.next_functions):
+                if edge in call.inputs:
+                    self.cuts.append(Cut(inner, index, edge, call.inputs[edge], place, call=node))
+                elif edge[0] is not None and edge not in call.others and edge[0] not in known:
+                    known.add(edge[0])
+                    todo.append(edge[0])
+
+    def _close(self, node: Node) -> None:
+        """Prove that a node is linear in what depends on samples, once all below it is known."""
+        if self._depends[node]:
+            return
+        kinds, kind = self.inputs[node], kind_of(node)
+        below = zip(kinds, node.next_functions, strict=True)
+        hits = [k is Input.ROWS or (k is Input.DEEPER and self._depends[edge[0]]) for k, edge in below]
+        if not any(hits):
+            self._refuse_unknown(node, kinds)
+            return
+        self._depends[node] = True
+        others = [k is not Input.NO_GRAPH and not hit for k, hit in zip(kinds, hits, strict=True)]
+        if kind in LINEAR:
+            if kind in ADDING and (Input.NO_GRAPH in kinds or kind == "Rsub"):
+                self.adding.append(node)
+        elif sum(hits) == 1 and (kind in SCALED or kind in CONTRACTING or (kind == "Div" and hits[0])):
+            if any(others):
+                self.learned.append(self._places[node])
+        elif kind in CONTRACTING and sum(hits) == 2 and _is_number(node):
+            first, second = (i for i, hit in enumerate(hits) if hit)
+            self._mark_factor(node, first, is_second=False)
+            self._mark_factor(node, second, is_second=True)
+        else:
+            self._refuse(node)
+
+    def _mark_factor(self, node: Node, index: int, is_second: bool) -> None:
+        """Mark the cuts below a factor of a product: the sum of e_i * e_i has a gradient by both, and one value."""
+        below: set[Node] = set()
+        todo = [node.next_functions[index][0]] if self.inputs[node][index] is Input.DEEPER else []
+        while todo:
+            inner = todo.pop()
+            below.add(inner)
+            todo += [edge[0] for edge in inner.next_functions if edge[0] in self.inputs and edge[0] not in below]
+        for i, cut in enumerate(self.cuts):
+            if cut.node in below or (cut.node is node and cut.index == index):
+                self.cuts[i] = replace(cut, is_product=True, is_second=is_second)
+
+    def _refuse_unknown(self, node: Node, kinds: list[Input]) -> None:
+        """Refuse what depends on no sample as far as known, but is not known to depend on parameters only either."""
+        if kinds and all(k is not Input.NO_GRAPH for k in kinds) and kind_of(node):
+            return
+        place = self._places[node]
+        if leaf_of(node) is not None:
+            raise InseparableLossError(
+                place.function,
+                place.location,
+                "uses a tensor that requires a gradient, is no parameter and has no rows.",
+            )
+        if kind_of(node):
+            raise InseparableLossError(
+                place.function or node.name(),
+                place.location,
+                f"combines parameters with a tensor that has no rows for the {self._record.samples} samples, so whether its "
+                "result belongs to a sample is not known. If it does not (a buffer, a constant), name it in constants=.",
+            )
+        self._refuse(node)
+
+    def _refuse(self, node: Node) -> None:
+        place, shape = self._places[node], output_shape(node, 0)
+        if len(shape) > 1 and kind_of(node) not in CONTRACTING:
+            reason = (
+                f"gave a tensor {shape}, in which the {self._record.samples} samples of the batch are not the rows: the step "
+                "works on something else (windows, nodes, boxes), or mixes the samples."
+            )
+        else:
+            reason = (
+                f"mixes the samples or cannot be read ({node.name()}), so the loss is not known to be a mean of one term per "
+                "sample."
+            )
+        raise InseparableLossError(place.function or node.name(), place.location, reason)
+
+
+def _is_number(node: Node) -> bool:
+    return all(size == 1 for size in output_shape(node, 0))

@@ -1,0 +1,278 @@
+"""What each sample contributes to a loss, and weights for these contributions in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_grad.functional.gradients._autograd import Node, kind_of
+from lightning_grad.functional.gradients._nodes import REDUCING
+from lightning_grad.functional.gradients._record import Record
+from lightning_grad.functional.gradients._rows import Rows
+from lightning_grad.functional.gradients._values import Part, Values
+from lightning_grad.functional.gradients._walk import Cut, Key, Walk
+from lightning_grad.functional.gradients.errors import InseparableLossError
+from lightning_grad.functional.loss_capture import LossCall
+from lightning_grad.functional.plain_tensors import plain_tensor
+
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Term:
+    """One of the sums over samples that a loss consists of.
+
+    Attributes:
+        function: The function that reduces it.
+        location: Its place in the step, as "module.py:31".
+        shares: What each sample contributes, times B, (B,).
+        own: The mean over each sample's own positions, (B,); see :class:`Terms`.
+    """
+
+    function: str
+    location: str
+    shares: Tensor
+    own: Tensor
+
+    def __str__(self) -> str:
+        return f"{self.function} ({self.location})"
+
+
+class WeightHandle:
+    """The hooks of one call of :meth:`Terms.weight_`."""
+
+    def __init__(self, handles: list[Any]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Take the weights away. Without it they go with the graph."""
+        while self._handles:
+            self._handles.pop().remove()
+
+
+class Terms:
+    r"""What each sample contributes to the loss of one step; made by :meth:`LossTrace.terms`.
+
+    The step reduces tensors with rows, :math:`r_k`, by functions that are linear. With :math:`a_k = \partial L / \partial
+    r_k` along that one edge of the graph, and :math:`P_i` the positions of sample i,
+
+    .. math::
+        L = c + \frac{1}{B} \sum_i s_i, \qquad s_i = B \sum_k \sum_{p \in P_i} a_{kp} r_{kp}
+
+    are the *shares*, and c is the *constant*: what belongs to no sample, as weight decay by hand, "+ 3.0" or a detached
+    term. A share counts a sample with more positions for more. The mean over a sample's own positions,
+
+    .. math::
+        o_i = \sum_k \frac{\sum_{p \in P_i} a'_{kp} r'_{kp}}{\sum_{p \in P_i} a'_{kp}} \sum_j \sum_{p \in P_j} a'_{kp}
+
+    is what the loss would be for the sample alone, if the step divides by the number of positions; here r' and a' are taken
+    below masks that the step multiplied (in the sum of l m, r' is l and a' is m). If each sample has the same coefficients,
+    as without masks, both are equal. :func:`prove_terms` finds out which is the sample's loss. Weights always act on shares:
+
+    .. math::
+        L_w = c + \frac{1}{B} \sum_i w_i s_i
+
+    Attributes:
+        samples: B.
+        terms: The terms by place, with values only.
+        call: The call of a loss of ``torch.nn.functional`` that makes up the whole loss, up to a factor and the constant.
+        dtype: The dtype in which the least exact of the terms was reduced.
+        keys: Where the loss was cut; equal in all steps of the same code.
+
+    Raises:
+        InseparableLossError: From the constructor, if the loss is not such a sum, or is not known to be one, or if the
+            terms do not add up to its value; from :meth:`weight_` for learned factors.
+    """
+
+    def __init__(
+        self,
+        loss: Tensor,
+        record: Record,
+        values: bool = True,
+        keep_graph: bool = False,
+        like: Terms | None = None,
+        check: bool = True,
+    ) -> None:
+        self.samples = record.samples
+        self._loss = plain_tensor(loss).detach()
+        walk = Walk(loss.grad_fn, record, None if like is None else like.keys)
+        self._walk: Walk | None = walk
+        self.keys: frozenset[Key] = frozenset(cut.key for cut in walk.cuts)
+        self.terms: tuple[Term, ...] = ()
+        self.call: LossCall | None = None
+        self.dtype = loss.dtype
+        self._shares: Tensor | None = None
+        if values:
+            found = Values(loss, walk, record, keep_graph)
+            self.dtype = found.coarsest
+            self._add_up(found)
+            self.call = _sole_call(walk, record)
+            if check:
+                self._check(found)
+
+    @property
+    def shares(self) -> Tensor:
+        r""":math:`s_i`, (B,), float32 at least; detached unless ``keep_graph``."""
+        return self._with_values(self._shares)
+
+    @property
+    def own(self) -> Tensor:
+        r""":math:`o_i`, (B,); nan for a sample without any position that counts.
+
+        For one loss of ``torch.nn.functional`` that is returned as it is, these are bit for bit the losses of
+        :class:`~lightning_grad.functional.LossCall`.
+        """
+        return self._with_values(None if self._shares is None else _sum_of_means([t.own for t in self.terms]))
+
+    @property
+    def constant(self) -> Tensor:
+        """The part of the loss that belongs to no sample, a tensor of one number."""
+        shares = self.shares.detach()
+        return self._loss.reshape(()).to(shares.dtype) - shares.mean()
+
+    def _with_values(self, value: Tensor | None) -> Tensor:
+        if value is None:
+            raise RuntimeError("These terms have no values. Use LossTrace(values=True).")
+        return value
+
+    def _add_up(self, found: Values) -> None:
+        groups: dict[Any, list[Part]] = {}
+        for number, part in enumerate(found.parts):
+            # Chunks, or the passes of a loop over samples, are pieces of one term: none has all the samples.
+            groups.setdefault(number if part.covers else part.place, []).append(part)
+        self.terms = tuple(self._term(parts) for parts in groups.values())
+        # Added in order, as a Python sum, which for a single term leaves its bits as they are.
+        self._shares = sum((term.shares for term in self.terms[1:]), self.terms[0].shares) if self.terms else None
+
+    def _term(self, parts: list[Part]) -> Term:
+        place, sums = parts[0].place, sum((part.sums for part in parts[1:]), parts[0].sums)
+        shares = sums * self.samples
+        counts = [part.counts for part in parts if part.counts is not None]
+        if len(parts) == 1 and parts[0].own is not None:
+            own = parts[0].own
+        elif len(counts) < len(parts):
+            own = shares
+        else:
+            total = sum(counts[1:], counts[0])
+            own = sums / total * total.sum()
+        return Term(place.function, place.location, shares, own)
+
+    def _check(self, found: Values) -> None:
+        """Refuse terms that do not add up to the loss that the step returned."""
+        if found.unknown:
+            return  # something was added whose value nobody saw, so that any difference is called the constant
+        terms = [term.shares.detach() for term in self.terms]
+        scale = sum((t.abs().mean() for t in terms), found.constant.abs()) + self._loss.abs().reshape(())
+        difference = (self.constant - found.constant).abs()
+        if bool(difference > _TOLERANCES.get(self.dtype, 3e-2) * scale):
+            seen = self.shares.detach().mean() + found.constant
+            raise InseparableLossError(
+                "",
+                "",
+                f"The terms that were seen add up to {float(seen):.9g}, but the step returned {float(self._loss):.9g}."
+                " The loss holds a term that was not seen.",
+            )
+
+    def weighted_loss(self, weights: Tensor) -> Tensor:
+        """Return the value of the weighted loss, for a log; the loss of the step keeps its own, unweighted value."""
+        shares = self.shares.detach()
+        return self.constant + (self._checked(weights).to(shares) * shares).mean()
+
+    def weight_(self, weights: Tensor) -> WeightHandle:
+        """Weight the samples in every backward pass through the graph of this step.
+
+        The gradients become those of the weighted loss. With all weights 1 they stay the same, bit for bit. Constants are
+        not weighted. Neither the value of the loss nor the forward pass changes, and nothing is computed twice.
+
+        Args:
+            weights: One for each sample, (B,).
+
+        Returns:
+            WeightHandle: Its ``remove()`` takes the weights away.
+
+        Raises:
+            InseparableLossError: If a factor with a graph multiplies a term: its gradient would be that of the plain loss.
+            ValueError: If the weights are not (B,).
+        """
+        weights, walk = self._checked(weights), self._walk
+        if walk is None:
+            raise RuntimeError("These terms were released, so there is no graph to weight. Trace another step.")
+        if walk.learned:
+            place = walk.learned[0]
+            raise InseparableLossError(
+                place.function,
+                place.location,
+                "multiplies a term by a learned factor, whose own gradient would be that of the unweighted loss.",
+            )
+        if self._shares is not None:
+            # A sample without a position that counts has a loss of nan, and so may its weight; its gradient is zero.
+            weights = torch.where(weights.isnan() & self.own.detach().isnan(), 0.0, weights)
+        # On the edge, not on the tensor: what else the tensor is used for, also in another term, is not weighted here.
+        cuts: dict[Node, dict[int, Rows | None]] = {}
+        for cut in walk.cuts:
+            cuts.setdefault(cut.node, {})[cut.index] = cut.rows
+        return WeightHandle([node.register_hook(_weighting(rows, weights)) for node, rows in cuts.items()])
+
+    def release(self) -> None:
+        """Let go of the graph, which lives as long as these terms otherwise; values and ``keys`` stay."""
+        self._walk = None
+
+    def _checked(self, weights: Tensor) -> Tensor:
+        if not isinstance(weights, Tensor) or weights.shape != (self.samples,):
+            found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ValueError(f"The weights must be a tensor of shape ({self.samples},); got {found}.")
+        weights = weights.detach().to(self._loss.device)
+        return weights if weights.is_floating_point() else weights.to(torch.float32)
+
+
+def _weighting(inputs: dict[int, Rows | None], weights: Tensor) -> Callable[..., tuple[Tensor | None, ...]]:
+    def hook(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
+        return tuple(
+            gradient if gradient is None or index not in inputs else _weighted(gradient, inputs[index], weights)
+            for index, gradient in enumerate(gradients)
+        )
+
+    return hook
+
+
+def _weighted(gradient: Tensor, rows: Rows | None, weights: Tensor) -> Tensor:
+    axis = 0 if rows is None else rows.axis
+    length = gradient.shape[axis] if gradient.dim() > axis else 1
+    if rows is not None and rows.owner is not None:
+        factors = weights[rows.owner]
+    else:
+        if rows is not None and rows.samples is not None:
+            factors = weights[rows.samples.to(weights.device)]
+        else:
+            factors = weights.repeat_interleave(length // len(weights))
+        factors = factors.reshape([length if dim == axis else 1 for dim in range(gradient.dim())])
+    # The product in the wider type, and rounded once.
+    return (gradient.to(torch.promote_types(gradient.dtype, weights.dtype)) * factors).to(gradient.dtype)
+
+
+def _sum_of_means(means: list[Tensor]) -> Tensor:
+    """Return the sum of what is not nan; nan where all are."""
+    if len(means) == 1:
+        return means[0]
+    stacked = torch.stack(means)
+    return stacked.nansum(0).masked_fill(stacked.isnan().all(0), float("nan"))
+
+
+def _sole_call(walk: Walk, record: Record) -> LossCall | None:
+    """Return the call of a loss that is all there is, reduced by itself or by hand."""
+    if len(walk.cuts) == 0 or len({cut.call or cut.node for cut in walk.cuts}) > 1:
+        return None
+    cut: Cut = walk.cuts[0]
+    if cut.call is not None:
+        return record.calls[cut.call].loss_call
+    nodes: list[Node] = [cut.node]
+    while nodes[-1] not in record.calls:
+        node = cut.edge[0] if len(nodes) == 1 else nodes[-1].next_functions[0][0]
+        if node is None or kind_of(nodes[-1]) not in REDUCING:
+            return None
+        nodes.append(node)
+    return record.calls[nodes[-1]].loss_call

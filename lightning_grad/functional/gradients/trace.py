@@ -1,0 +1,289 @@
+"""The context that watches a step: which rows belong to which sample, and what is reduced to the loss."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
+
+from lightning_grad.functional._loss_functions import LOSSES, dropped_weight
+from lightning_grad.functional.gradients._autograd import is_transformed
+from lightning_grad.functional.gradients._calls import Call, read_call
+from lightning_grad.functional.gradients._follow import RowTracker, edge_of, tensors_in
+from lightning_grad.functional.gradients._record import Place, Record
+from lightning_grad.functional.gradients._rows import (
+    ADDITIONS,
+    MOVES,
+    REDUCTIONS,
+    RESHAPES,
+    SORTS,
+    TRANSPOSES,
+    touches_rows,
+)
+from lightning_grad.functional.gradients.terms import Terms
+from lightning_grad.functional.loss_capture import LossCall
+from lightning_grad.functional.plain_tensors import on_plain_tensors
+
+_ASSIGNMENT = torch.Tensor.__setitem__
+_SPECIAL = frozenset([*LOSSES, *MOVES, *RESHAPES, *TRANSPOSES, *REDUCTIONS, *SORTS, _ASSIGNMENT])
+_OFTEN_STILL = frozenset([*RESHAPES, *TRANSPOSES, torch.Tensor.__getitem__])
+_NO_TENSORS = frozenset([type(None), torch.Size, int, bool, float, str, torch.dtype, torch.device])
+_NOT_THE_STEP = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))  # torch, and this package
+
+
+class LossTrace(TorchFunctionMode):
+    r"""Context around a training step, from whose loss it then finds the loss of every sample.
+
+    The step may compute its loss by functions of ``torch.nn.functional``, by hand, or both, as long as the loss is a sum of
+    means (or sums) over samples, and of constants:
+
+    .. math::
+        L = c + \frac{1}{B} \sum_i s_i
+
+    The step runs as it is; what it computes does not change by a bit. :meth:`terms` then walks the autograd graph from the
+    loss to the tensors that have rows, and refuses what it cannot prove to be such a sum, with function and line.
+
+    Args:
+        samples: B, the number of samples in the batch.
+        values: Keep what the values need: a reference to each tensor that is reduced, until the trace is dropped, and the
+            losses of ``torch.nn.functional`` computed once more with ``reduction="none"``. Weights alone need no values.
+        keep_graph: Keep the graph of the values, so that they can be differentiated.
+        constants: Tensors besides parameters that belong to no sample, such as ``module.buffers()``.
+
+    Attributes:
+        calls: The calls of losses of ``torch.nn.functional`` that :class:`~lightning_grad.functional.LossCapture` would
+            have kept, in order; with ``values`` only.
+
+    Which sample a row belongs to follows from the shape, k B rows in order, unless the step moves rows by indexing,
+    concatenating, splitting, repeating or transposing, which is followed. A shape can agree by coincidence; so prove a step
+    once with :func:`prove_terms`, and pass the proven terms to :meth:`terms` in later steps.
+
+    Cost: no host sync, except where rows are moved by an index on a GPU. While ``torch.compile`` compiles, nothing is
+    watched: compiled parts run as without the trace, and a loss inside of one is refused.
+
+    Raises:
+        ValueError: If ``samples`` is less than 1.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 5.0]], requires_grad=True)
+        >>> with LossTrace(samples=2) as trace:
+        ...     loss = (x**2).mean() + 0.5 * x.abs().sum(1).mean()
+        >>> terms = trace.terms(loss)
+        >>> terms.shares, loss.item()
+        (tensor([ 4., 21.]), 12.5)
+        >>> handle = terms.weight_(torch.tensor([1.0, 0.0]))
+        >>> loss.backward(retain_graph=True)
+        >>> x.grad
+        tensor([[0.7500, 1.2500],
+                [0.0000, 0.0000]])
+        >>> handle.remove()
+    """
+
+    def __init__(
+        self, samples: int, values: bool = True, keep_graph: bool = False, constants: Iterable[Tensor] = ()
+    ) -> None:
+        super().__init__()
+        if samples < 1:
+            raise ValueError(f"LossTrace needs samples of at least 1; got {samples}.")
+        self.samples = samples
+        self.values = values
+        self.keep_graph = keep_graph
+        self.calls: list[LossCall] = []
+        self._record = Record(samples, {id(tensor): tensor for tensor in constants})
+        self._rows = RowTracker(self._record)
+
+    @on_plain_tensors
+    def terms(self, loss: Tensor, like: Terms | None = None, check: bool = True) -> Terms:
+        """Return what each sample contributes to the loss that the step returned.
+
+        Call it before ``backward``, which frees the graph.
+
+        Args:
+            loss: What the step returned, one number with its graph.
+            like: Terms of an earlier step, whose shape coincidences were ruled out by a proof. Where the shapes alone would
+                cut this step elsewhere, it is cut as that one was.
+            check: Compare the terms with the value of the loss, at the price of one host sync.
+
+        Raises:
+            InseparableLossError: If the loss is not such a sum, or not known to be one.
+            ValueError: If the loss is not one number that requires a gradient.
+        """
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.grad_fn is None:
+            found = (
+                f"a tensor {tuple(loss.shape)}{'' if loss.requires_grad else ' that requires no gradient'}"
+                if isinstance(loss, Tensor)
+                else type(loss).__name__
+            )
+            raise ValueError(f"The loss of a step must be one number, computed from what is trained; got {found}.")
+        return Terms(loss, self._record, self.values, self.keep_graph, like, check)
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # Runs for every function of torch in the step. For nearly all of them the first block is all that happens.
+        if torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
+        if func in _SPECIAL:
+            return self._special(func, args, kwargs or {})
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        if out.__class__ is not Tensor:
+            if out.__class__ in _NO_TENSORS:
+                return out
+        elif not self._rows.moved or not _any_of(self._rows.moved, args, kwargs):
+            if out.grad_fn is None and func is not torch.eye:
+                return out
+            shape = out.shape
+            first = args[0] if args else None
+            # Rows in, rows out. Parameters take the long way: W**2 has rows by coincidence, if W has k B.
+            if shape and shape[0] and not shape[0] % self.samples and first.__class__ is Tensor:
+                before = first.shape
+                if before and before[0] == shape[0] and not self._record.is_constant(first):
+                    return out
+        self._note(func, args, kwargs or {}, out)
+        return out
+
+    # While these run, torch has taken the mode off, so that the calls in here are not seen again.
+
+    def _special(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function that moves or reduces rows, or a loss, and find out where the rows are afterwards."""
+        if func in LOSSES:
+            kwargs = {**kwargs, **dropped_weight(func, kwargs)}
+        out = func(*args, **kwargs)
+        if func in _OFTEN_STILL and out.__class__ is Tensor and self._stays(func, args, kwargs, out):
+            return out
+        self._follow(func, args, kwargs, out)
+        return out
+
+    def _stays(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
+        """Return whether rows by the shape rule stay as they are: attention heads, x[:, 0]. Not if it takes long to tell."""
+        data: Any = args[0] if args else None
+        if data.__class__ is not Tensor or self._record.is_constant(data):
+            return False
+        if self._rows.moved and _any_of(self._rows.moved, args, kwargs):
+            return False
+        shape, before = out.shape, data.shape
+        if not shape or not before or shape[0] != before[0] or not shape[0] or shape[0] % self.samples:
+            return False
+        if func in RESHAPES:
+            return True
+        if func in TRANSPOSES:
+            return len(shape) > 2 and out.stride(0) == data.stride(0) != 0
+        return not touches_rows(func, args, kwargs)
+
+    # Our own questions to a tensor of a class of its own would go through that class, which may refuse or count them.
+    @on_plain_tensors
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if func in LOSSES:
+            if not self._read_call(func, args, kwargs, out):
+                self._note(func, args, kwargs, out)
+            return
+        args, kwargs = _by_position(args, kwargs)
+        data: Any = args[0] if args else None
+        is_followed = False
+        if func is _ASSIGNMENT:
+            self._rows.assign(args)
+            out, is_followed = data, True
+        elif func in MOVES or func in SORTS:
+            is_followed = touches_rows(func, args, kwargs) or self._rows.lies_elsewhere(data)
+            if is_followed:
+                self._rows.move(func, args, kwargs, out)
+        elif func not in REDUCTIONS and isinstance(data, Tensor):
+            is_followed = not self._record.is_constant(data) and not is_transformed(data)
+            if is_followed:
+                self._rows.reshape(func, args, kwargs, out)
+        self._note(func, args, kwargs, out, inherit=not is_followed)
+
+    @on_plain_tensors
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, inherit: bool = True) -> None:
+        """Keep what the walk through the graph will ask for."""
+        record, inputs = self._record, tensors_in((args, kwargs))
+        for output in tensors_in(out):
+            node = output.grad_fn
+            if inherit and (self._rows.moved or (node is not None and func in REDUCTIONS)):
+                self._rows.set(output, self._rows.inherited(func, args, kwargs, inputs, output))
+            if node is None or is_transformed(output):
+                if func is torch.eye:
+                    record.constants[id(output)] = output
+            elif self._is_fixed(inputs):
+                record.fixed.add(node)
+            elif (
+                not self._rows.has_rows(output)
+                or output.shape[:1] != inputs[0].shape[:1]
+                or (func in TRANSPOSES and output.dim() == 2)  # (T, B) with T = B, which proven terms cut above
+            ):
+                record.places[node] = _place(func)
+                if self.values and func in ADDITIONS:
+                    record.arguments[node] = args
+                for t in inputs:
+                    if t.requires_grad and t.__class__ is not Parameter:
+                        record.seen[edge_of(t)] = (t, t._version) if self.values else None
+
+    def _read_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
+        """Read a call of a loss; return whether that is all there is to note."""
+        if is_transformed(out):
+            return True
+        if self._is_fixed(tensors_in((args, kwargs))):
+            return False
+        call: Call | None
+        try:
+            call = read_call(
+                func, args, kwargs, out, self.samples, self._rows.of, edge_of, self.values, self.keep_graph
+            )
+        except Exception as error:  # the step must go on as if nobody had looked; the walk says what was wrong
+            call = Call(LOSSES[func].name, "", {}, frozenset(), f"could not be read: {error}")
+        if call is not None and call.loss_call is not None:
+            self.calls.append(call.loss_call)
+        if call is None or out.grad_fn is None:
+            return call is not None
+        self._record.calls[out.grad_fn] = call
+        if call.reduction == "none":
+            return False
+        self._record.places[out.grad_fn] = _place(func)
+        return True
+
+    def _is_fixed(self, inputs: list[Tensor]) -> bool:
+        """Return whether a result belongs to no sample, as it depends on parameters, constants and numbers only."""
+        return all(self._record.is_constant(t) or (t.dim() == 0 and not t.requires_grad) for t in inputs)
+
+
+def _any_of(moved: dict[int, Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+    """Return whether an argument may be one of these tensors, by their ids."""
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if id(value) in moved:
+            return True
+        if value.__class__ in (list, tuple) and value and isinstance(value[0], (Tensor, list, tuple)):
+            return True
+    return False
+
+
+def _by_position(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call with the first one by position, as nearly everybody writes it."""
+    if args:
+        return args, kwargs
+    name = next((name for name in ("input", "tensors", "self") if name in kwargs), None)
+    if name is None:
+        return args, kwargs
+    return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
+
+
+def _place(func: Any) -> Place:
+    """Return a function's name, and the line of the step that called it."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and not _is_step(frame.f_code.co_filename):
+        frame = frame.f_back
+    # T, mT ... are the getters of properties.
+    owner = getattr(func, "__self__", None) if getattr(func, "__name__", "") == "__get__" else None
+    name = getattr(func if owner is None else owner, "__name__", str(func)).strip("_")
+    return Place(name, frame.f_code, frame.f_lineno)
+
+
+@lru_cache(1024)
+def _is_step(filename: str) -> bool:
+    return not filename.startswith(_NOT_THE_STEP)
