@@ -115,6 +115,7 @@ class Rehearsal:
     outputs_fn: LossFunction | None = None
     kind: SampleLoss = field(default=None, init=False)
     _maker: str = field(default="collate_fn", init=False)
+    _targets: Tensor | None = field(default=None, init=False)  # in eval mode, in order, if nothing random is in them
 
     def check_loader(self, training_set: TrainingSet, dataset: Any = None, in_training: bool = False) -> None:
         """Check the rows of batches that ``collate_fn`` makes of the training set's samples.
@@ -308,7 +309,9 @@ class Rehearsal:
             with capture:
                 output = runner(self.trainer, self.pl_module, batch, 0)()
             if output is not None:
-                refuse_rest(capture, only_loss(capture, self.label), output, self.label, self.way_out)
+                call = only_loss(capture, self.label)
+                refuse_rest(capture, call, output, self.label, self.way_out)
+                self._refuse_moved(self._targets, rows_of_call(call).get("target"), "target")
 
     @contextmanager
     def _quiet(self, seed: int) -> Iterator[None]:
@@ -396,8 +399,12 @@ class Rehearsal:
         first, again = see(torch.arange(samples), 0), see(torch.arange(samples), 1)
         if first is None or again is None:
             return False
-        same = {name for name in first.values if self._follow(first, again, name, torch.arange(samples)) is not False}
+        own = (first, again)
+        same = {name for name in first.values if self._follow(*own, name, torch.arange(samples), in_order) is not False}
         verdicts: list[bool | None] = []
+        if in_order:
+            self._targets = first.values["target"] if "target" in same else None
+            self._refuse_moved(first.values.get("value"), again.values.get("value"), "value")
         for order in orders_of(samples):
             other = see(order, 0)
             if other is None:
@@ -421,6 +428,22 @@ class Rehearsal:
         )
         return follows(own, others, order, *exactness) if in_order else same_rows(own, others, *exactness)
 
+    def _refuse_moved(self, rows: Tensor | None, others: Tensor | None, name: str) -> None:
+        """Raise if two runs of the same samples have the same rows in different places, as where a step shuffles them."""
+        if rows is None or others is None or is_close(others, rows, 1e-3):
+            return
+        if same_rows(rows, others, 1e-3):
+            self._refuse_step(name, "when the same samples came again")
+
+    def _refuse_step(self, name: str, when: str, in_order: bool = True) -> None:
+        taken = "the rows of a loss for the samples of the batch, in their order"
+        taken = taken if in_order else "rows of a loss that stand together for one sample"
+        raise RuntimeError(
+            f"{self.label} takes {taken}, and training_step arranges them otherwise: {when}, the {_NAMES.get(name, name)} did "
+            f"not follow. The step may sort, shuffle, join views by torch.cat, or leave out or repeat rows. {_PUT_BACK}. Or "
+            f"{self.way_out}."
+        )
+
     def _judge(self, tensors: Sequence[bool | None], values: Mapping[str, bool | None], in_order: bool) -> None:
         wrong = [name for name, follow in values.items() if follow is False]
         # A collate_fn that reorders moves them all; one alone may be no row a sample, and as long as the batch by chance.
@@ -440,13 +463,7 @@ class Rehearsal:
                 "of the batch."
             )
         if wrong:
-            taken = "the rows of a loss for the samples of the batch, in their order"
-            taken = taken if in_order else "rows of a loss that stand together for one sample"
-            raise RuntimeError(
-                f"{self.label} takes {taken}, and training_step arranges them otherwise: when the same samples came in "
-                f"another order, the {_NAMES.get(wrong[0], wrong[0])} did not follow. The step may sort, join views by "
-                f"torch.cat, or leave out or repeat rows. {_PUT_BACK}. Or {self.way_out}."
-            )
+            self._refuse_step(wrong[0], "when the same samples came in another order", in_order)
 
     def _warn_of_noise(self, tensors_follow: bool) -> None:
         rest = "relies on the tensors of the batch, which do" if tensors_follow else "takes it for granted"

@@ -70,7 +70,8 @@ def numbers_kept(function: Any) -> Iterator[None]:
 
 def named_generators(kinds: Iterable[type]) -> list[Any]:
     """Return the random generators at the top of files that the methods of some classes name."""
-    return list({id(generator): generator for kind in kinds for generator in _named_by_class(kind)}.values())
+    found = [generator for kind in dict.fromkeys(kinds) for generator in _named_by_class(kind)]
+    return list({id(generator): generator for generator in found}.values())
 
 
 def holds_generators(holder: Any) -> bool:
@@ -146,7 +147,7 @@ def _places_of(kind: type) -> tuple[tuple[Mapping[str, Any], str], ...]:
     """Return the namespaces and names under which a class and its methods find generators."""
     members = [(vars(cls), name) for cls in kind.__mro__ for name in vars(cls)]
     values = [namespace[name] for namespace, name in members]
-    functions = [getattr(value, "__func__", value) for value in values]  # of static and class methods
+    functions = [value.__func__ if isinstance(value, (staticmethod, classmethod)) else value for value in values]
     named = [(f.__globals__, name) for f in functions if isinstance(f, FunctionType) for name in _names_in(f.__code__)]
     return tuple(place for place in (*members, *named) if isinstance(place[0].get(place[1]), GENERATORS))
 

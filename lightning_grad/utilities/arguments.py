@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_grad.utilities.checks import check_choice
 
+_SWITCHES = ("true", "false", "yes", "no", "on", "off")
 _PLURALS = {"an integer": "integers", "a number": "numbers", "a string": "strings", "True or False": "booleans"}
 
 
@@ -35,7 +37,7 @@ class CheckedArguments:
         ...         self.every = every
         >>> Halving(every="2")
         Traceback (most recent call last):
-        TypeError: every must be an integer; got '2'. In YAML, write it without quotes.
+        TypeError: every must be an integer; got '2'. In YAML, write 2 without quotes.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -130,10 +132,16 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def _is_a(value: Any, kind: Any) -> bool:
     if kind is float:  # as type checkers have it, an integer is one too; a boolean is not
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+        return _is_real(value)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
+
+
+def _is_real(value: Any) -> bool:
+    if isinstance(value, float):
+        return not math.isnan(value)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_list(value: Any) -> bool:
@@ -175,12 +183,27 @@ def _hint(value: Any, kind: Any) -> str:
         items = list(value.values()) if isinstance(value, Mapping) else value
         return next((_hint(item, part) for part in wanted for item in items if not _fits(item, part)), "")
     if isinstance(value, str) and any(_is_number(member) for member in members):
-        return " In YAML, write it without quotes."
+        return _hint_for_text(value)
     if isinstance(value, str) and lists:
         return f" Write [{value!r}]."
     if isinstance(value, (bool, int, float)) and str in members:
         return " In YAML, write it in quotes."
     return ""
+
+
+def _hint_for_text(value: str) -> str:
+    """Return how YAML takes a text for what it stands for; to some readers of YAML 1e-3, without a point, stays text."""
+    if value.strip().lower() in _SWITCHES:
+        return " In YAML, write it without quotes."
+    try:
+        number = float(value)
+    except ValueError:
+        return ""
+    if not math.isfinite(number):
+        return " In YAML, write .inf without quotes." if number > 0 else ""
+    mantissa, mark, exponent = repr(int(value) if value.strip().isdecimal() else number).partition("e")
+    point = ".0" if mark and "." not in mantissa else ""
+    return f" In YAML, write {mantissa}{point}{mark}{exponent} without quotes."
 
 
 def _is_number(kind: Any) -> bool:

@@ -88,17 +88,23 @@ def test_every_argument_says_what_it_takes(entry):
     assert all(argument in kinds and kinds[argument] is not Any for argument in arguments)
 
 
-def _infinities() -> list[Any]:
+def _infinities(entries: list[Any]) -> list[Any]:
     return [
         pytest.param(technique, argument, sign * _INF, id=f"{technique.name}-{argument}-{sign * _INF}")
-        for technique in settings.CANONICAL
+        for technique in entries
         for argument, kind in typing.get_type_hints(type(technique.build()).__init__).items()
         if float in _members(kind)
         for sign in (1, -1)
     ]
 
 
-@pytest.mark.parametrize(("technique", "argument", "value"), _infinities())
+@pytest.mark.parametrize(("scheme", "argument", "value"), _infinities(strategy_settings.CANONICAL))
+def test_strategies_refuse_every_infinity(scheme, argument, value):
+    with pytest.raises(ValueError, match=rf"\b{argument}\b.*inf"):
+        scheme.build(**{argument: value})
+
+
+@pytest.mark.parametrize(("technique", "argument", "value"), _infinities(settings.CANONICAL))
 def test_an_infinity_is_refused_or_does_no_harm(technique, argument, value):
     callback, refusal = _built_or_refused(technique, argument, value)
     if refusal:

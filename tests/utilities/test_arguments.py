@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.utilities.arguments import CheckedArguments, check_kind, follow_settings, plain
@@ -59,7 +60,11 @@ def test_values_of_the_kind_pass(value, kind):
         (np.int64(2), int, TypeError, "must be an integer; got "),
         (True, float, TypeError, "must be a number; got True."),
         (math.nan, float | None, ValueError, "must be a number or None; got nan."),
-        ("1e-3", float, TypeError, "must be a number; got '1e-3'. In YAML, write it without quotes."),
+        ("1e-3", float, TypeError, "must be a number; got '1e-3'. In YAML, write 0.001 without quotes."),
+        ("1e-5", float, TypeError, "must be a number; got '1e-5'. In YAML, write 1.0e-05 without quotes."),
+        ("inf", float, TypeError, "must be a number; got 'inf'. In YAML, write .inf without quotes."),
+        ("4", int, TypeError, "must be an integer; got '4'. In YAML, write 4 without quotes."),
+        (10**400, float, TypeError, "must be a number; got 1000"),
         (124, str, TypeError, "must be a string; got 124. In YAML, write it in quotes."),
         ("a", Sequence[str], TypeError, "must be a list of strings; got 'a'. Write ['a']."),
         (b"a", Sequence[int], TypeError, "must be a list of integers; got b'a'."),
@@ -68,7 +73,7 @@ def test_values_of_the_kind_pass(value, kind):
             ["0"],
             Sequence[int] | None,
             TypeError,
-            "must be a list of integers or None; got ['0']. In YAML, write it without",
+            "must be a list of integers or None; got ['0']. In YAML, write 0 without",
         ),
         ({"a": 124}, str | Mapping[str, str], TypeError, "In YAML, write it in quotes."),
         ({1: 0.5}, Mapping[str, float], TypeError, "must be a mapping from strings to numbers; got {1: 0.5}."),
@@ -225,3 +230,18 @@ def test_the_ways_out_of_a_fixed_setting_work(checkpoint):
 def test_evaluation_of_a_checkpoint_compares_nothing(checkpoint):
     _, module = fit([Damped()], max_epochs=1)
     make_trainer(callbacks=[Damped(size=8)]).validate(module, loaders()[1], ckpt_path=checkpoint, verbose=False)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1e-5", "2.5e-7", "1e30", "1E5", "-1e-9", "3", "0.5", "inf"])
+def test_a_number_that_yaml_took_for_text_is_written_as_advised(text):
+    with pytest.raises(TypeError, match="In YAML, write") as refused:
+        check_kind(text, float, "argument")
+    advised = str(refused.value).partition("In YAML, write ")[2].partition(" without quotes")[0]
+    read = yaml.safe_load(f"argument: {advised}")["argument"]
+    assert read == float(text)
+    check_kind(read, float, "argument")
+
+
+def test_text_that_is_no_number_gets_no_advice_about_quotes():
+    with pytest.raises(TypeError, match=r"must be a number; got 'never'\.$"):
+        check_kind("never", float, "argument")

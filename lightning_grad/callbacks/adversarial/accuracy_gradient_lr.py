@@ -236,9 +236,10 @@ class AccuracyGradientLR(GradCallback):
     def _announce(self, trainer: pl.Trainer) -> None:
         at = "validation" if self.interval == "validation" else "epoch"
         least = max(self.window + 2, self.start_after + 1)
+        mean = f"the mean of {self.monitor!r} over {self.window} observations"
         self._say(
-            f"multiplies the learning rate by {self.factor:g} when the mean of {self.monitor!r} over {self.window} "
-            f"observations improves by less than {self.threshold:g}: at each {at}, from observation {least} on"
+            f"multiplies the learning rate by {self.factor:g} when {mean if self.window > 1 else repr(self.monitor)} improves "
+            f"by less than {self.threshold:g}: at each {at}, from observation {least} on"
         )
         say_if_no_figure(trainer, self.label, self.figure)
 

@@ -106,7 +106,8 @@ class UniformLearning(SubsetCallback):
     def _plan(self) -> str:
         if self.repeats == 0:
             return "repeats no samples (repeats=0)"
-        return f"trains on all samples for {self.epoch} epochs, then repeats those whose features are not learnt yet"
+        time = "the first epoch" if self.epoch == 1 else f"{self.epoch} epochs"
+        return f"trains on all samples for {time}, then repeats those whose features are not learnt yet"
 
     @property
     @override

@@ -431,6 +431,42 @@ def without_some(items: list[Any]) -> Any:
     return default_collate([item for item in items if item[0][0] < 1.0])
 
 
+class Shuffles(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        order = torch.randperm(len(batch[0]))
+        return F.cross_entropy(self(batch[0][order]), batch[1][order])
+
+
+class SortsInTraining(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        order = batch[0].sum(1).argsort() if self.training else torch.arange(len(batch[0]))
+        return F.cross_entropy(self(batch[0][order]), batch[1][order])
+
+
+class MixesInTraining(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch[0], F.one_hot(batch[1], 3).float()
+        if self.training:
+            other, share = torch.randperm(len(x)), torch.rand(())
+            x, y = share * x + (1 - share) * x[other], share * y + (1 - share) * y[other]
+        return F.cross_entropy(self(x), y)
+
+
+@pytest.mark.parametrize("make", [pruning, lambda: pruning("loss"), InfoBatch])
+def test_a_step_that_shuffles_is_told_from_one_with_noise(make: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"same samples came again, the losses did not follow.*torch\.stack"):
+        train(make(), Shuffles())
+    train(LossReweighting(warmup=0.0), Shuffles())
+
+
+@pytest.mark.parametrize("make", [lambda: pruning("aum"), InfoBatch])
+def test_a_step_that_sorts_in_training_only_is_refused_by_who_reads_losses_there(make: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"same samples came again, the target of the loss did not follow"):
+        train(make(), SortsInTraining())
+    train(pruning("el2n"), SortsInTraining())
+    train(InfoBatch(), MixesInTraining())
+
+
 class SomeRows(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         chosen = batch[0][:, 0] < 1.0
