@@ -23,7 +23,6 @@ from lightning_grad.utilities.checks import (
     check_count,
     check_position,
     check_share,
-    is_sharded,
     refuse_manual_optimization,
 )
 from lightning_grad.utilities.progress import check_total_steps
@@ -213,9 +212,7 @@ class InfoBatch(SubsetCallback):
             rehearsal = Rehearsal(
                 trainer, pl_module, self.label, self.loss, _WAY_OUT, by_terms=True, loss_fn=self.loss_fn
             )
-            rehearsal.check_loader(
-                self._training_set, in_training=is_sharded(trainer)
-            )  # else the first step was looked at
+            rehearsal.check_loader(self._training_set, in_training=self.loss_fn is None)
             # What a checkpoint says was true of the losses that it holds.
             self._sample_loss = self._sample_loss or rehearsal.kind or "share"
             if self._first is not None:
