@@ -193,7 +193,7 @@ class InfoBatch(SubsetCallback):
             return
         self._weights = state_dict["weights"]  # of an epoch that goes on, also where settings changed
         if not self._changed_settings(state_dict, "loss", "loss_fn"):
-            self._sample_loss = state_dict["sample_loss"]
+            self._sample_loss = state_dict.get("sample_loss")
             self._losses, self._record.values = state_dict["losses"], state_dict["epoch_values"]
         elif state_dict["losses"] is not None:
             self._say("has no losses of this kind yet, and trains on all samples until each has one")

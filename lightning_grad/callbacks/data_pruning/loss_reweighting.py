@@ -180,7 +180,7 @@ class LossReweighting(GradCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if self._fitting and not self._changed_settings(state_dict, "loss", "loss_fn"):
-            self._sample_loss = state_dict["sample_loss"]
+            self._sample_loss = state_dict.get("sample_loss")
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
