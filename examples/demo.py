@@ -39,7 +39,7 @@ lightning-grad: gradient techniques in Lightning projects that know nothing of i
 """
 
 SPARSITY = "1. Sparse weights: four trainings\n"
-CLIPPING = "\n2. Clipped gradients: six trainings\n"
+CLIPPING = "\n2. Clipped gradients: seven trainings\n"
 PRUNING = "\n3. Pruned data: four trainings, and a short one that looks for wrong labels\n"
 ATTACKS = "\n4. Attacked inputs: three trainings\n"
 COMPRESSION = "\n5. Compressed gradients: three trainings, each on two processes\n"
