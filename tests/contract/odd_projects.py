@@ -66,6 +66,21 @@ class Mixed(Tiny):
         return F.cross_entropy(logits, y) + (logits.logsumexp(1) ** 2).mean()
 
 
+class RootMean(Tiny):
+    """Its loss is a root of a mean, and no sum over samples."""
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(self(x), F.one_hot(y, 4).float()).sqrt()
+
+
+class Spread(Tiny):
+    """Its loss is a cross-entropy and a spread over the batch, which is no sum over samples."""
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        logits = self(x)
+        return F.cross_entropy(logits, y) + logits.std()
+
+
 class Chunked(Tiny):
     """Its loss is computed in parts, unless it is told to do so in one call."""
 

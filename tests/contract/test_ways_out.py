@@ -598,16 +598,16 @@ LOSSES = [
         lambda _: fit(pruning(score_fn=norms), module=odd.HandWritten()),
     ),
     Row(
-        "a loss that is not seen by InfoBatch",
-        lambda _: fit(lg.InfoBatch(), module=odd.HandWritten()),
-        r"^InfoBatch .*use RepeatedRandomSubset, which needs no loss",
-        lambda _: fit(lg.RepeatedRandomSubset(0.3), module=odd.HandWritten()),
+        "a loss that mixes samples",
+        lambda _: fit(lg.InfoBatch(), module=odd.RootMean()),
+        r"^sqrt \(odd_projects.py:\d+\) mixes .*InfoBatch weights .*use RepeatedRandomSubset, which needs no loss",
+        lambda _: fit(lg.RepeatedRandomSubset(0.3), module=odd.RootMean()),
     ),
     Row(
         "a part of a loss",
-        lambda _: fit(lg.LossReweighting(), module=odd.Mixed()),
-        r"^LossReweighting sees cross_entropy, which is not all.*Set loss=0",
-        lambda _: fit(lg.LossReweighting(loss=0), module=odd.Mixed()),
+        lambda _: fit(lg.LossReweighting(), module=odd.Spread()),
+        r"^std \(odd_projects.py:\d+\) mixes .*LossReweighting weights .*set loss=0 if cross_entropy alone",
+        lambda _: fit(lg.LossReweighting(loss=0), module=odd.Spread()),
     ),
     Row(
         "a part of a loss for a score",
