@@ -98,7 +98,7 @@ class DataPruning(SubsetCallback):
         outputs_fn: Function of the module and a batch that returns logits (B, C) and labels (B,), for el2n, margin, aum,
             forgetting, grand-last and prototypes.
         scores_by: "sample" runs the step on one sample at a time, for loss and grand of losses that mix the samples of a
-            batch; 7 to 30 times as long as "batch".
+            batch; a step for each sample, so it takes far longer.
         score_dataset: Function of the trainer that returns the training set without augmentation, to score that.
         loss: Which call of a loss alone counts, from 0. By default loss and grand take all that the step returns, and the
             others its only call, if that is the whole loss.
@@ -399,7 +399,7 @@ class DataPruning(SubsetCallback):
         if self.score in OF_CLASSES:
             return f"{SCORE_FN}, or {OUTPUTS_FN}"
         by_sample = (
-            ", or set scores_by='sample', which runs the step on one sample at a time and takes 7 to 30 times as long"
+            ", or set scores_by='sample', which runs the step once for each sample, so a pass takes far longer"
         )
         return f"{SCORE_FN}, or {LOSS_FN}{by_sample if self.score in ONE_BY_ONE else ''}"
 
