@@ -97,8 +97,8 @@ class DataPruning(SubsetCallback):
             and vog (which then takes the gradient of the loss). Its mean must be the step's loss, up to a constant.
         outputs_fn: Function of the module and a batch that returns logits (B, C) and labels (B,), for el2n, margin, aum,
             forgetting, grand-last and prototypes.
-        scores_by: "sample" runs the step on one sample at a time, for loss and grand of losses that mix the samples of a
-            batch; a step for each sample, so it takes far longer.
+        scores_by: "sample" runs the step on one sample at a time, which takes far longer; for loss and grand, of a loss that
+            cannot be separated. The mean over the samples of a batch must be the batch's loss.
         score_dataset: Function of the trainer that returns the training set without augmentation, to score that.
         loss: Which call of a loss alone counts, from 0. By default loss and grand take all that the step returns, and the
             others its only call, if that is the whole loss.
