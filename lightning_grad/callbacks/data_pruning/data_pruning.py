@@ -398,9 +398,7 @@ class DataPruning(SubsetCallback):
         """What to do about a loss that cannot be seen."""
         if self.score in OF_CLASSES:
             return f"{SCORE_FN}, or {OUTPUTS_FN}"
-        by_sample = (
-            ", or set scores_by='sample', which runs the step once for each sample, so a pass takes far longer"
-        )
+        by_sample = ", or set scores_by='sample', which runs the step once for each sample, so a pass takes far longer"
         return f"{SCORE_FN}, or {LOSS_FN}{by_sample if self.score in ONE_BY_ONE else ''}"
 
     def _kind(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> SampleLoss:
