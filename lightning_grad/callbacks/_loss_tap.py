@@ -93,7 +93,7 @@ def reweight_losses(
         which: Which loss of the step alone is weighted. By default the whole.
         samples: Tells the number of samples of the batch. Default: the length of its tensors.
         way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
-        acts: Whether it will ever need a loss, so that the first step shall show whether it can be seen.
+        acts: Whether it will ever need a loss. The first step then shows whether the loss can be seen.
         needs: Tells whether it needs the losses of the present step; a step that nobody needs runs as if there were no tap.
         kind: Tells what the loss of a sample is where it comes from several terms.
         loss_fn: Gives the losses of the samples in place of the step: a second forward pass.

@@ -40,7 +40,7 @@ class WeighingCapture(LossCapture):
         if self._weigh is None:
             return super()._handle(func, loss, args, kwargs)
         if torch.compiler.is_compiling():
-            torch._dynamo.graph_break()  # hooks want the graph of autograd, which there is none of while compiling
+            torch._dynamo.graph_break()  # hooks need the autograd graph, which does not exist while compiling
         value = func(*args, **kwargs)
         read = self._read(func, loss, args, kwargs, value)
         if read is None:

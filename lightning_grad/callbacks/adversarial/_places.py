@@ -76,7 +76,7 @@ class BatchTensor:
         yield batch
 
     def _pattern_in(self, batch: Any) -> tuple[Path, bool]:
-        """Return where the input is, and whether each is a sample: in a batch of another form it is looked for anew."""
+        """Return where the input is, and whether each is a sample: in a batch of another form it is looked for again."""
         if has_inputs(batch, self._pattern):
             return self._pattern, self._samples
         pattern = find_inputs(batch, self._input_key, self._needed_by)

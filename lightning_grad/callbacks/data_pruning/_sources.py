@@ -100,26 +100,8 @@ def source_of(
     checkpoints: int,
     seed: int,
     one_by_one: bool = False,
-    by_function: bool = False,
 ) -> ScoreSource:
     """Return the source for arguments that are checked already."""
-    found = _source_of(score, score_fn, score_files, strict, by_chance, needs_classes, checkpoints, seed, one_by_one)
-    if by_function:  # which gives losses or outputs in place of the step
-        found.runs_the_step = False
-    return found
-
-
-def _source_of(
-    score: str,
-    score_fn: ScoreFunction | None,
-    score_files: Sequence[str] | None,
-    strict: bool,
-    by_chance: bool,
-    needs_classes: bool,
-    checkpoints: int,
-    seed: int,
-    one_by_one: bool,
-) -> ScoreSource:
     if score_files:
         return FileScores(score_files, strict)
     if score_fn is not None:

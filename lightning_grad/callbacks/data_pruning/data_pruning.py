@@ -230,8 +230,9 @@ class DataPruning(SubsetCallback):
             checkpoints=self.checkpoints,
             seed=self.seed,
             one_by_one=self.scores_by == "sample",
-            by_function=self.loss_fn is not None or self.outputs_fn is not None,
         )
+        if self.loss_fn is not None or self.outputs_fn is not None:  # which take the place of the step
+            self._source.runs_the_step = False
 
     @override
     def _let_go(self) -> None:
