@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import lru_cache
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,8 +16,10 @@ from lightning_grad.functional.gradients._rows import Rows, obeys_shape_rule
 from lightning_grad.functional.gradients.errors import InseparableLossError
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+_name_of_file = lru_cache(1024)(os.path.basename)
+
+
+class Place(NamedTuple):
     """A call in the step: the function's name, and the file and line of the call."""
 
     function: str
@@ -26,7 +29,7 @@ class Place:
     @property
     def location(self) -> str:
         """File and line, as "module.py:31"."""
-        return f"{Path(self.code.co_filename).name}:{self.line}" if self.code is not None else ""
+        return f"{_name_of_file(self.code.co_filename)}:{self.line}" if self.code is not None else ""
 
 
 @dataclass(slots=True, eq=False)

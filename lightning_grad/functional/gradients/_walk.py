@@ -14,7 +14,7 @@ from lightning_grad.functional.gradients._autograd import (
     output_shape,
 )
 from lightning_grad.functional.gradients._calls import Call
-from lightning_grad.functional.gradients._nodes import ADDING, CONTRACTING, LINEAR, SCALED
+from lightning_grad.functional.gradients._nodes import ADDING, CONTRACTING, LINEAR, PASSED, SCALED
 from lightning_grad.functional.gradients._record import Place, Record
 from lightning_grad.functional.gradients._rows import Rows
 from lightning_grad.functional.gradients.errors import InseparableLossError
@@ -121,7 +121,7 @@ class Walk:
         if call is not None and call.reduction != "none":
             self._enter(node, call, place)
             return
-        if not any(kind_of(node) in kinds for kinds in (LINEAR, SCALED, CONTRACTING, ("Div",))):
+        if kind_of(node) not in PASSED:
             self._refuse(node)
         found = self.inputs[node] = []
         for index, edge in enumerate(node.next_functions):
@@ -136,13 +136,13 @@ class Walk:
                 yield edge[0]
 
     def _kind_of_input(self, node: Node, index: int, edge: Edge, place: Place) -> tuple[Input, Rows | None]:
-        record = self._record
-        if record.is_constant_at(edge):
+        record, leaf = self._record, leaf_of(edge[0])
+        if edge[0] in record.fixed if leaf is None else record.is_constant(leaf):
             return Input.FIXED, None
         has_rows, rows = record.rows_at(edge)
         # What torch computes between a call and its result was never seen. There, shapes match B by chance: the last chunk
         # of a cross-entropy, say. Only what went into a call counts.
-        if not has_rows or (edge not in record.seen and leaf_of(edge[0]) is None):
+        if not has_rows or (leaf is None and edge not in record.seen):
             return Input.DEEPER, None
         if rows is None and self._like is not None and Cut(node, index, edge, rows, place).key not in self._like:
             return Input.DEEPER, None

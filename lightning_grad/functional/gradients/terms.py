@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -208,7 +209,7 @@ class Terms:
                 place.location,
                 "multiplies a term by a learned factor, whose own gradient would be that of the unweighted loss.",
             )
-        if self._shares is not None:
+        if self._shares is not None and not _is_known_finite(weights):
             # A sample without a position that counts has a loss of nan, and so may its weight; its gradient is zero.
             weights = torch.where(weights.isnan() & self.own.detach().isnan(), 0.0, weights)
         return weight_cuts_(walk, weights)
@@ -223,6 +224,11 @@ class Terms:
             raise ValueError(f"The weights must be a tensor of shape ({self.samples},); got {found}.")
         weights = weights.detach().to(self._loss.device)
         return weights if weights.is_floating_point() else weights.to(torch.float32)
+
+
+def _is_known_finite(weights: Tensor) -> bool:
+    """Return whether all weights are numbers, if that can be asked without a wait for the device."""
+    return weights.device.type == "cpu" and math.isfinite(weights.sum().item())
 
 
 def weight_cuts_(walk: Walk, weights: Tensor) -> WeightHandle:
@@ -253,10 +259,21 @@ def _weighted(gradient: Tensor, rows: Rows | None, weights: Tensor) -> Tensor:
         if rows is not None and rows.samples is not None:
             factors = weights[rows.samples.to(weights.device)]
         else:
-            factors = weights.repeat_interleave(length // len(weights))
-        factors = factors.reshape([length if dim == axis else 1 for dim in range(gradient.dim())])
+            factors = weights if length == len(weights) else weights.repeat_interleave(length // len(weights))
+        if gradient.dim() != 1:
+            factors = factors.reshape([length if dim == axis else 1 for dim in range(gradient.dim())])
+    thin = _thinned(gradient, axis)
     # The product in the wider type, and rounded once.
-    return (gradient.to(torch.promote_types(gradient.dtype, weights.dtype)) * factors).to(gradient.dtype)
+    product = (thin.to(torch.promote_types(gradient.dtype, weights.dtype)) * factors).to(gradient.dtype)
+    return product if thin is gradient else product.expand(gradient.shape)
+
+
+def _thinned(gradient: Tensor, axis: int) -> Tensor:
+    """Return one entry of each dimension, but that of the samples, along which a mean or a sum spread its gradient."""
+    if gradient.__class__ is not Tensor or gradient.layout is not torch.strided or gradient.dim() < 2:
+        return gradient
+    spread = [stride == 0 and dim != axis for dim, stride in enumerate(gradient.stride())]
+    return gradient[tuple(slice(0, 1) if s else slice(None) for s in spread)] if any(spread) else gradient
 
 
 def _sum_of_means(means: list[Tensor]) -> Tensor:
