@@ -23,7 +23,6 @@ from lightning_grad.functional.gradients._rows import (
     transposed_rows,
 )
 
-
 # Arguments and results in which no tensor can be.
 NO_TENSORS = frozenset([type(None), torch.Size, int, bool, float, str, torch.dtype, torch.device])
 

@@ -15,7 +15,6 @@ from lightning_grad.functional.gradients._calls import Call
 from lightning_grad.functional.gradients._rows import Rows, obeys_shape_rule
 from lightning_grad.functional.gradients.errors import InseparableLossError
 
-
 _name_of_file = lru_cache(1024)(os.path.basename)
 
 

@@ -268,10 +268,7 @@ class LossTrace(TorchFunctionMode):
 
     def _is_fixed(self, inputs: list[Tensor]) -> bool:
         """Return whether a result belongs to no sample, as it depends on parameters, constants and numbers only."""
-        for t in inputs:
-            if not self._record.is_constant(t) and (t.requires_grad or t.dim() > 0):
-                return False
-        return True
+        return all(self._record.is_constant(t) or (t.dim() == 0 and not t.requires_grad) for t in inputs)
 
 
 def _by_position(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
