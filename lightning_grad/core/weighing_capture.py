@@ -13,11 +13,13 @@ from lightning_grad.core.sample_losses import SampleLosses
 from lightning_grad.functional import LossCapture
 from lightning_grad.functional._loss_functions import LossFunction
 from lightning_grad.functional.gradients import InseparableLossError
+from lightning_grad.functional.gradients._autograd import Node
 from lightning_grad.functional.gradients._calls import read_call
 from lightning_grad.functional.gradients._follow import edge_of
 from lightning_grad.functional.gradients._record import Record
-from lightning_grad.functional.gradients._walk import Walk
-from lightning_grad.functional.gradients.terms import weight_cuts_
+from lightning_grad.functional.gradients._rows import Rows
+from lightning_grad.functional.gradients._walk import Walk, entries
+from lightning_grad.functional.gradients.terms import is_known_finite, weight_cuts_, weight_inputs_
 from lightning_grad.functional.plain_tensors import plain_tensor
 
 Weigh = Callable[[SampleLosses], Tensor | None]
@@ -51,8 +53,10 @@ class WeighingCapture(LossCapture):
             return value
         if weights.shape != (call.samples,):
             raise ValueError(f"The weights must have the shape ({call.samples},); got {tuple(weights.shape)}.")
-        # A sample all of whose positions are ignored has a loss of nan, and so may its weight be; its gradient is zero.
-        weights = weights.detach().where(~(weights.isnan() & call.losses.isnan()), 0.0)
+        weights = weights.detach()
+        if not is_known_finite(weights):
+            # A sample all of whose positions are ignored has a loss of nan, and so may its weight be; its gradient is zero.
+            weights = weights.where(~(weights.isnan() & call.losses.isnan()), 0.0)
         if _has_hooks(func, args, kwargs, value, call.samples, weights):
             return value
         # The gradient of what has no rows, as learned class weights, is that of a loss that is computed with the weights.
@@ -65,8 +69,14 @@ def _has_hooks(
 ) -> bool:
     """Hook weights into the graph of a call; return whether that is possible."""
     value = plain_tensor(value)
+    if value.grad_fn is None:
+        return False
+    found = _entries_of_only_input(args, kwargs, value, samples)
+    if found:
+        weight_inputs_(found, weights)
+        return True
     call = read_call(func, args, kwargs, value, samples, lambda _: None, edge_of, values=False, keep_graph=False)
-    if call is None or call.problem or call.others or value.grad_fn is None:
+    if call is None or call.problem or call.others:
         return False
     # For the walk a loss without reduction is none that ends here; for the hooks it makes no difference.
     record = Record(samples, {}, calls={value.grad_fn: replace(call, reduction="mean")})
@@ -75,6 +85,22 @@ def _has_hooks(
     except InseparableLossError:
         return False
     return True
+
+
+def _entries_of_only_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor, samples: int
+) -> dict[Node, dict[int, Rows | None]]:
+    """Return where the graph of a call takes in its input, if that is all that has a graph: the case of nearly every step."""
+    first = args[0] if args else kwargs.get("input")
+    others = (*args[1:], *kwargs.values())
+    if first.__class__ is not Tensor or not first.requires_grad or not first.dim() or not first.numel():
+        return {}
+    if first.shape[0] % samples or any(isinstance(t, Tensor) and t.requires_grad and t is not first for t in others):
+        return {}
+    found: dict[Node, dict[int, Rows | None]] = {}
+    for node, index, _ in entries(value.grad_fn, (edge_of(first),)):
+        found.setdefault(node, {})[index] = None
+    return found
 
 
 class WithGradientOf(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
@@ -156,15 +156,8 @@ class Walk:
         self._depends[node] = True
         if call.others:
             self.learned.append(place)
-        todo, known = [node], {node}
-        while todo:
-            inner = todo.pop()
-            for index, edge in enumerate(inner.next_functions):
-                if edge in call.inputs:
-                    self.cuts.append(Cut(inner, index, edge, call.inputs[edge], place, call=node))
-                elif edge[0] is not None and edge not in call.others and edge[0] not in known:
-                    known.add(edge[0])
-                    todo.append(edge[0])
+        for inner, index, edge in entries(node, call.inputs, call.others):
+            self.cuts.append(Cut(inner, index, edge, call.inputs[edge], place, call=node))
 
     def _close(self, node: Node) -> None:
         """Prove that a node is linear in what depends on samples, once all below it is known."""
@@ -236,6 +229,19 @@ class Walk:
                 "sample."
             )
         raise InseparableLossError(place.function or node.name(), place.location, reason)
+
+
+def entries(node: Node, inputs: Container[Edge], others: Container[Edge] = ()) -> Iterator[tuple[Node, int, Edge]]:
+    """Find where a call takes in its inputs: yield the node inside of the call, which of its inputs it is, and the edge."""
+    todo, known = [node], {node}
+    while todo:
+        inner = todo.pop()
+        for index, edge in enumerate(inner.next_functions):
+            if edge in inputs:
+                yield inner, index, edge
+            elif edge[0] is not None and edge not in others and edge[0] not in known:
+                known.add(edge[0])
+                todo.append(edge[0])
 
 
 def _is_number(node: Node) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,7 +209,7 @@ class Terms:
                 place.location,
                 "multiplies a term by a learned factor, whose own gradient would be that of the unweighted loss.",
             )
-        if self._shares is not None and not _is_known_finite(weights):
+        if self._shares is not None and not is_known_finite(weights):
             # A sample without a position that counts has a loss of nan, and so may its weight; its gradient is zero.
             weights = torch.where(weights.isnan() & self.own.detach().isnan(), 0.0, weights)
         return weight_cuts_(walk, weights)
@@ -226,7 +226,7 @@ class Terms:
         return weights if weights.is_floating_point() else weights.to(torch.float32)
 
 
-def _is_known_finite(weights: Tensor) -> bool:
+def is_known_finite(weights: Tensor) -> bool:
     """Return whether all weights are numbers, if that can be asked without a wait for the device."""
     return weights.device.type == "cpu" and math.isfinite(weights.sum().item())
 
@@ -237,10 +237,15 @@ def weight_cuts_(walk: Walk, weights: Tensor) -> WeightHandle:
     cuts: dict[Node, dict[int, Rows | None]] = {}
     for cut in walk.cuts:
         cuts.setdefault(cut.node, {})[cut.index] = cut.rows
-    return WeightHandle([node.register_hook(_weighting(rows, weights)) for node, rows in cuts.items()])
+    return weight_inputs_(cuts, weights)
 
 
-def _weighting(inputs: dict[int, Rows | None], weights: Tensor) -> Callable[..., tuple[Tensor | None, ...]]:
+def weight_inputs_(inputs: Mapping[Node, Mapping[int, Rows | None]], weights: Tensor) -> WeightHandle:
+    """Weight the rows in what flows to some of the inputs of nodes in every backward pass."""
+    return WeightHandle([node.register_hook(_weighting(rows, weights)) for node, rows in inputs.items()])
+
+
+def _weighting(inputs: Mapping[int, Rows | None], weights: Tensor) -> Callable[..., tuple[Tensor | None, ...]]:
     def hook(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
         return tuple(
             gradient if gradient is None or index not in inputs else _weighted(gradient, inputs[index], weights)
@@ -252,27 +257,35 @@ def _weighting(inputs: dict[int, Rows | None], weights: Tensor) -> Callable[...,
 
 def _weighted(gradient: Tensor, rows: Rows | None, weights: Tensor) -> Tensor:
     axis = 0 if rows is None else rows.axis
-    length = gradient.shape[axis] if gradient.dim() > axis else 1
-    if rows is not None and rows.owner is not None:
-        factors = weights[rows.owner]
-    else:
-        if rows is not None and rows.samples is not None:
-            factors = weights[rows.samples.to(weights.device)]
-        else:
-            factors = weights if length == len(weights) else weights.repeat_interleave(length // len(weights))
-        if gradient.dim() != 1:
-            factors = factors.reshape([length if dim == axis else 1 for dim in range(gradient.dim())])
-    thin = _thinned(gradient, axis)
-    # The product in the wider type, and rounded once.
-    product = (thin.to(torch.promote_types(gradient.dtype, weights.dtype)) * factors).to(gradient.dtype)
+    factors, thin = _factors(gradient, rows, weights, axis), _thinned(gradient, axis)
+    if gradient.dtype == weights.dtype:
+        product = thin * factors
+    else:  # the product in the wider type, and rounded once
+        product = (thin.to(torch.promote_types(gradient.dtype, weights.dtype)) * factors).to(gradient.dtype)
     return product if thin is gradient else product.expand(gradient.shape)
+
+
+def _factors(gradient: Tensor, rows: Rows | None, weights: Tensor, axis: int) -> Tensor:
+    """Return the weight of each row of a gradient, in a shape to multiply it with."""
+    if rows is not None and rows.owner is not None:
+        return weights[rows.owner]
+    dims = gradient.dim()
+    length = gradient.shape[axis] if dims > axis else 1
+    if rows is not None and rows.samples is not None:
+        factors = weights[rows.samples.to(weights.device)]
+    else:
+        factors = weights if length == len(weights) else weights.repeat_interleave(length // len(weights))
+    return factors if dims == 1 else factors.reshape([length if dim == axis else 1 for dim in range(dims)])
 
 
 def _thinned(gradient: Tensor, axis: int) -> Tensor:
     """Return one entry of each dimension, but that of the samples, along which a mean or a sum spread its gradient."""
-    if gradient.__class__ is not Tensor or gradient.layout is not torch.strided or gradient.dim() < 2:
+    if gradient.__class__ is not Tensor or gradient.layout is not torch.strided:
         return gradient
-    spread = [stride == 0 and dim != axis for dim, stride in enumerate(gradient.stride())]
+    strides = gradient.stride()
+    if 0 not in strides:
+        return gradient
+    spread = [stride == 0 and dim != axis for dim, stride in enumerate(strides)]
     return gradient[tuple(slice(0, 1) if s else slice(None) for s in spread)] if any(spread) else gradient
 
 
