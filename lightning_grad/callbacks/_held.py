@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grad.data.random_streams import GENERATORS, set_generator, state_of_generator
-from lightning_grad.functional._attributes import attributes_of
+from lightning_grad.functional.attributes import attributes_of
 from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.utilities.batch_copies import FIXED
 from lightning_grad.utilities.dispatch import MethodDispatcher

@@ -32,8 +32,7 @@ from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses, te
 from lightning_grad.callbacks._weighing_capture import Weigh, WeighingCapture, WithGradientOf
 from lightning_grad.callbacks._whole_step import loss_of_output, refuse_rest
 from lightning_grad.functional import LossCall, LossCapture
-from lightning_grad.functional._whole_loss import WholeLossCapture
-from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms
+from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms, WholeLossCapture
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import is_sharded
 from lightning_grad.utilities.dispatch import wrap_method

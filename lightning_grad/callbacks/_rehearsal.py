@@ -43,8 +43,7 @@ from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses, su
 from lightning_grad.callbacks._scoring import runner, scoring_loader, to_device
 from lightning_grad.callbacks._whole_step import loss_of_output, refuse_rest
 from lightning_grad.data.random_streams import generators_kept, numbers_kept, seed_generators, seed_streams
-from lightning_grad.functional._whole_loss import WholeLossCapture
-from lightning_grad.functional.gradients import Terms
+from lightning_grad.functional.gradients import Terms, WholeLossCapture
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.batches import reordered
 from lightning_grad.utilities.checks import is_sharded

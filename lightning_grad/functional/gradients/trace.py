@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
-from lightning_grad.functional._loss_functions import LOSSES, dropped_weight
-from lightning_grad.functional.gradients._autograd import is_transformed
-from lightning_grad.functional.gradients._calls import Call, read_call
-from lightning_grad.functional.gradients._follow import RowTracker, edge_of, tensors_in
-from lightning_grad.functional.gradients._record import Place, Record
-from lightning_grad.functional.gradients._rows import (
+from lightning_grad.functional.gradients.autograd import is_transformed
+from lightning_grad.functional.gradients.calls import Call, read_call
+from lightning_grad.functional.gradients.follow import RowTracker, edge_of, tensors_in
+from lightning_grad.functional.gradients.loss_capture import LossCall
+from lightning_grad.functional.gradients.loss_functions import LOSSES, dropped_weight
+from lightning_grad.functional.gradients.record import Place, Record
+from lightning_grad.functional.gradients.rows import (
     ADDITIONS,
     MOVES,
     REDUCTIONS,
@@ -28,7 +29,6 @@ from lightning_grad.functional.gradients._rows import (
     touches_rows,
 )
 from lightning_grad.functional.gradients.terms import Terms
-from lightning_grad.functional.loss_capture import LossCall
 from lightning_grad.functional.plain_tensors import on_plain_tensors
 
 _ASSIGNMENT = torch.Tensor.__setitem__

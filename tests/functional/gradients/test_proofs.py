@@ -16,7 +16,7 @@ from lightning_grad.functional.gradients import (
     trace_step,
     unordered_terms,
 )
-from lightning_grad.functional.gradients._follow import RowTracker
+from lightning_grad.functional.gradients.follow import RowTracker
 from tests.functional.gradients.coincidences import COINCIDENCES, FISHER, FOLLOWED, OLD, QUEUE
 from tests.functional.gradients.losses import B, Batch, Net, absolute, errors, mae, make_batch, mse
 

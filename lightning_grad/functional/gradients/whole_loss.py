@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_grad.functional.loss_capture import LossCall, LossCapture
+from lightning_grad.functional.gradients.loss_capture import LossCall, LossCapture
 from lightning_grad.functional.plain_tensors import plain_tensor
 
 # Backward nodes of operations that are linear in what they are given, as autograd names them.
@@ -191,6 +191,8 @@ def _tensors(values: Any) -> list[Tensor]:
 def _place() -> str:
     """Return the file and line of the caller outside torch and this package's functions."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(("torch.", __name__.rpartition(".")[0])):
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(
+        ("torch.", "lightning_grad.functional.")
+    ):
         frame = frame.f_back
     return "?" if frame is None else f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"

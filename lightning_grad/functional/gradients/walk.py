@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from lightning_grad.functional.gradients._autograd import (
+from lightning_grad.functional.gradients.autograd import (
     Edge,
     Node,
     kind_of,
     leaf_of,
     output_shape,
 )
-from lightning_grad.functional.gradients._calls import Call
-from lightning_grad.functional.gradients._nodes import ADDING, CONTRACTING, LINEAR, SCALED
-from lightning_grad.functional.gradients._record import Place, Record
-from lightning_grad.functional.gradients._rows import Rows
+from lightning_grad.functional.gradients.calls import Call
 from lightning_grad.functional.gradients.errors import InseparableLossError
+from lightning_grad.functional.gradients.nodes import ADDING, CONTRACTING, LINEAR, SCALED
+from lightning_grad.functional.gradients.record import Place, Record
+from lightning_grad.functional.gradients.rows import Rows
 
 Key = tuple[str, str, str, int]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_grad.functional.gradients._autograd import Edge, Node, leaf_of, output_shape
-from lightning_grad.functional.gradients._calls import Call
-from lightning_grad.functional.gradients._rows import Rows, obeys_shape_rule
+from lightning_grad.functional.gradients.autograd import Edge, Node, leaf_of, output_shape
+from lightning_grad.functional.gradients.calls import Call
 from lightning_grad.functional.gradients.errors import InseparableLossError
+from lightning_grad.functional.gradients.rows import Rows, obeys_shape_rule
 
 
 @dataclass(frozen=True, slots=True)
