@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Iterable, Sequence
-from types import FrameType
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
+from lightning_grad.functional.gradients.autograd import Node, kind_of, leaf_of
+from lightning_grad.functional.gradients.descent import Descent, is_linear
+from lightning_grad.functional.gradients.follow import tensors_in
 from lightning_grad.functional.gradients.loss_capture import LossCall, LossCapture
+from lightning_grad.functional.gradients.nodes import GUARDING, LINEAR
+from lightning_grad.functional.gradients.record import Place, Record, place_of
 from lightning_grad.functional.plain_tensors import plain_tensor
 
-# Backward nodes of operations that are linear in what they are given, as autograd names them.
-_LINEAR = frozenset(
-    {"Add", "Sub", "Rsub", "Neg", "Mean", "Sum", "Nansum", "Cumsum", "NanToNum", "Clone", "ToCopy", "CopyBackwards"}
-    | {"Squeeze", "Unsqueeze", "View", "UnsafeView", "ReshapeAlias", "Expand", "Permute", "T", "Transpose", "AsStrided"}
-    | {"Stack", "Cat", "Select", "Slice", "Index", "Where", "MaskedFill", "MaskedSelect", "Unbind", "Split", "Gather"}
-    | {"IndexSelect", "Alias", "CopySlices", "Repeat"}
-)
 _FROM_OUTSIDE = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.frombuffer, torch.asarray)
 
 
@@ -56,10 +51,8 @@ class WholeLossCapture(LossCapture):
 
     def __init__(self, module: nn.Module, samples: int | None = None, **arguments: Any) -> None:
         super().__init__(samples, keep_graph=True, **arguments)
-        # Tensors are kept, so that no other gets the identity of one of them.
-        self._fixed: dict[int, Tensor] = {id(t): t for t in itertools.chain(module.parameters(), module.buffers())}
-        self._fixed_nodes: set[Node] = set()
-        self._places: dict[Node, str] = {}
+        # Unlike those of a trace, its constants are all tensors that know no samples, also those without a graph.
+        self._record = Record(samples or 1, {id(t): t for t in itertools.chain(module.parameters(), module.buffers())})
         self._seen: list[_Seen] = []
 
     def __torch_function__(
@@ -75,22 +68,23 @@ class WholeLossCapture(LossCapture):
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Note which tensors know no samples, and where each node comes from."""
-        given = _tensors((args, kwargs))
-        results = _tensors(result)
+        record = self._record
+        given = tensors_in((args, kwargs))
+        results = tensors_in(result)
         from_outside = func in _FROM_OUTSIDE and any(tensor.numel() > 1 for tensor in results)
-        is_fixed = not from_outside and all(id(tensor) in self._fixed for tensor in given)
+        is_fixed = not from_outside and all(id(tensor) in record.constants for tensor in given)
         if not is_fixed and func is Tensor.__setitem__:
-            self._fixed.pop(id(args[0]), None)
+            record.constants.pop(id(args[0]), None)
         for tensor in results:
             node = tensor.grad_fn
-            if node is not None and node not in self._places:
-                self._places[node] = f"{getattr(func, '__name__', 'an operation')} ({_place()})"
+            if node is not None and node not in record.places:
+                record.places[node] = place_of(func)
             if is_fixed:
-                self._fixed[id(tensor)] = tensor
+                record.constants[id(tensor)] = tensor
             else:
-                self._fixed.pop(id(tensor), None)  # written in place
+                record.constants.pop(id(tensor), None)  # written in place
             if is_fixed and node is not None:
-                self._fixed_nodes.add(node)
+                record.fixed.add(node)
 
     def rest_of(self, loss: Tensor, call: LossCall) -> str | None:
         """Return what makes a step's loss more than one call, by the function and the line; ``None`` if nothing does.
@@ -105,55 +99,9 @@ class WholeLossCapture(LossCapture):
         if edge is None or edge.node is None:
             # Without a graph only the values can be compared: a metric, or a loss inside a reentrant checkpoint.
             is_same = value.dim() == 0 and bool(torch.isclose(loss.detach().to(value), value, rtol=1e-3))
-            return None if is_same else f"its value comes from {self._word(loss.grad_fn)}"
-        found = self._beside(loss.grad_fn, edge.node)
+            return None if is_same else f"its value comes from {word_for(loss.grad_fn, self._record)}"
+        found = CallWalk(loss.grad_fn, edge.node, self._record).rest
         return found or (self._factors(loss, edge, call, value) if value.dim() else None)
-
-    def _beside(self, start: Node, target: Node) -> str | None:
-        """Walk from the loss down to the call, and return the first thing that is no multiple of it and no constant."""
-        leads = self._leading_to(start, target)
-        if not leads[start]:
-            return f"it comes from {self._word(start)}"
-        waiting, done = [start], {target}
-        while waiting:
-            node = waiting.pop()
-            if node in done:
-                continue
-            done.add(node)
-            following = [child for child, _ in node.next_functions]
-            hits = [child is not None and leads.get(child, False) for child in following]
-            for child, hit in zip(following, hits, strict=True):
-                if child is not None and not hit and not self._is_constant(child):
-                    return f"there is also {self._word(child)}"
-            if not _is_linear(node, hits):
-                return f"it goes through {self._word(node)}"
-            waiting += [child for child, hit in zip(following, hits, strict=True) if hit and child is not None]
-        return None
-
-    def _leading_to(self, start: Node, target: Node) -> dict[Node, bool]:
-        leads = {target: True}
-        waiting = [(start, False)]
-        while waiting:
-            node, is_done = waiting.pop()
-            children = [child for child, _ in node.next_functions if child is not None]
-            if is_done:
-                leads[node] = any(leads.get(child, False) for child in children)
-            elif node not in leads:
-                leads[node] = False
-                waiting.append((node, True))
-                waiting += [(child, False) for child in children if child not in leads]
-        return leads
-
-    def _is_constant(self, node: Node) -> bool:
-        while node not in self._fixed_nodes:
-            variable = getattr(node, "variable", None)
-            if variable is not None:
-                return id(variable) in self._fixed
-            children = [child for child, _ in node.next_functions]
-            if len(children) != 1 or children[0] is None or _base(node) not in _LINEAR:
-                return False
-            node = children[0]  # a cast or an expansion of a constant
-        return True
 
     def _factors(self, loss: Tensor, edge: GradientEdge, call: LossCall, value: Tensor) -> str | None:
         """Compare the factors with which the positions of an unreduced loss enter the step's loss."""
@@ -164,35 +112,65 @@ class WholeLossCapture(LossCapture):
             return None
         return "its positions are multiplied by a mask or by weights"
 
+
+class CallWalk(Descent):
+    """The way from a loss down to one call, which ends there, whether the call reduces its rows or not.
+
+    Args:
+        root: The node of the loss.
+        target: The node of what the call returned.
+        record: Of the step.
+
+    Attributes:
+        rest: What is no multiple of the call and no constant, nearest to the loss; ``None`` if there is none.
+    """
+
+    def __init__(self, root: Node, target: Node, record: Record) -> None:
+        super().__init__(record)
+        self._target = target
+        self.rest: str | None = None
+        self._run(root)
+        if not self._depends[root]:
+            self.rest = f"it comes from {self._word(root)}"
+
+    def _open(self, node: Node, place: Place) -> Iterable[Node]:
+        if node is self._target:
+            self._depends[node] = True
+            return ()
+        return [below for below, _ in node.next_functions if below is not None]
+
+    def _close(self, node: Node) -> None:
+        """Find out whether a node leads to the call, and is linear in that, with only constants beside it."""
+        below = [child for child, _ in node.next_functions]
+        if node is self._target:
+            return
+        hits = [child is not None and self._depends[child] for child in below]
+        self._depends[node] = any(hits)
+        if not any(hits):
+            return
+        beside = [child for child, hit in zip(below, hits, strict=True) if child is not None and not hit]
+        other = next((child for child in beside if not self._is_constant(child)), None)
+        if other is not None:
+            self.rest = f"there is also {self._word(other)}"
+        elif kind_of(node) not in GUARDING and not is_linear(kind_of(node), hits):
+            self.rest = f"it goes through {self._word(node)}"
+
+    def _is_constant(self, node: Node) -> bool:
+        while node not in self._record.fixed:
+            leaf = leaf_of(node)
+            if leaf is not None:
+                return id(leaf) in self._record.constants
+            children = [child for child, _ in node.next_functions]
+            if len(children) != 1 or children[0] is None or kind_of(node) not in LINEAR | GUARDING:
+                return False
+            node = children[0]  # a cast or an expansion of a constant
+        return True
+
     def _word(self, node: Node) -> str:
-        return self._places.get(node, node.name())
+        return word_for(node, self._record)
 
 
-def _is_linear(node: Node, hits: Sequence[bool]) -> bool:
-    if isinstance(cast(object, node), torch.autograd.function.BackwardCFunction):
-        return False  # a function of somebody's own, whatever it is called
-    name = _base(node)
-    if name == "Mul":
-        return sum(hits) == 1
-    if name == "Div":
-        return bool(hits[0]) and sum(hits) == 1
-    return name in _LINEAR
-
-
-def _base(node: Node) -> str:
-    name: str = node.name().rsplit("::", 1)[-1]
-    return name if name == "CopyBackwards" else name.split("Backward")[0]
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def _place() -> str:
-    """Return the file and line of the caller outside torch and this package's functions."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(
-        ("torch.", "lightning_grad.functional.")
-    ):
-        frame = frame.f_back
-    return "?" if frame is None else f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+def word_for(node: Node, record: Record) -> str:
+    """Return the function and the line of a node, as "mean (module.py:31)", or what torch calls it."""
+    place = record.places.get(node)
+    return node.name() if place is None else str(place)
