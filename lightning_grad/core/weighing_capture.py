@@ -11,15 +11,17 @@ from torch import Tensor
 
 from lightning_grad.core.sample_losses import SampleLosses
 from lightning_grad.functional import LossCapture
-from lightning_grad.functional._loss_functions import LossFunction
-from lightning_grad.functional.gradients import InseparableLossError
-from lightning_grad.functional.gradients._autograd import Node
-from lightning_grad.functional.gradients._calls import read_call
-from lightning_grad.functional.gradients._follow import edge_of
-from lightning_grad.functional.gradients._record import Record
-from lightning_grad.functional.gradients._rows import Rows
-from lightning_grad.functional.gradients._walk import Walk, entries
-from lightning_grad.functional.gradients.terms import is_known_finite, weight_cuts_, weight_inputs_
+from lightning_grad.functional.gradients import (
+    InseparableLossError,
+    LossFunction,
+    Record,
+    Walk,
+    edge_of,
+    is_known_finite,
+    read_call,
+    weight_cuts_,
+    weight_input_,
+)
 from lightning_grad.functional.plain_tensors import plain_tensor
 
 Weigh = Callable[[SampleLosses], Tensor | None]
@@ -71,9 +73,8 @@ def _has_hooks(
     value = plain_tensor(value)
     if value.grad_fn is None:
         return False
-    found = _entries_of_only_input(args, kwargs, value, samples)
-    if found:
-        weight_inputs_(found, weights)
+    only = _only_input(args, kwargs, samples)
+    if only is not None and weight_input_(value.grad_fn, only, weights):
         return True
     call = read_call(func, args, kwargs, value, samples, lambda _: None, edge_of, values=False, keep_graph=False)
     if call is None or call.problem or call.others:
@@ -87,20 +88,13 @@ def _has_hooks(
     return True
 
 
-def _entries_of_only_input(
-    args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor, samples: int
-) -> dict[Node, dict[int, Rows | None]]:
-    """Return where the graph of a call takes in its input, if that is all that has a graph: the case of nearly every step."""
-    first = args[0] if args else kwargs.get("input")
-    others = (*args[1:], *kwargs.values())
+def _only_input(args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> Tensor | None:
+    """Return the input of a loss if nothing else has a graph, and its rows are plain to see: so it is in nearly all steps."""
+    first: Any = args[0] if args else kwargs.get("input")
     if first.__class__ is not Tensor or not first.requires_grad or not first.dim() or not first.numel():
-        return {}
-    if first.shape[0] % samples or any(isinstance(t, Tensor) and t.requires_grad and t is not first for t in others):
-        return {}
-    found: dict[Node, dict[int, Rows | None]] = {}
-    for node, index, _ in entries(value.grad_fn, (edge_of(first),)):
-        found.setdefault(node, {})[index] = None
-    return found
+        return None
+    others = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad and t is not first]
+    return None if others or first.shape[0] % samples else first
 
 
 class WithGradientOf(torch.autograd.Function):

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_grad.functional.gradients._autograd import Node, kind_of
-from lightning_grad.functional.gradients._nodes import REDUCING
-from lightning_grad.functional.gradients._record import Record
-from lightning_grad.functional.gradients._rows import Rows
-from lightning_grad.functional.gradients._values import Part, Values
-from lightning_grad.functional.gradients._walk import Cut, Key, Walk
+from lightning_grad.functional.gradients.autograd import Node, kind_of
 from lightning_grad.functional.gradients.errors import InseparableLossError
-from lightning_grad.functional.loss_capture import LossCall
+from lightning_grad.functional.gradients.follow import edge_of
+from lightning_grad.functional.gradients.loss_capture import LossCall
+from lightning_grad.functional.gradients.nodes import REDUCING
+from lightning_grad.functional.gradients.record import Record
+from lightning_grad.functional.gradients.rows import Rows
+from lightning_grad.functional.gradients.values import Part, Values
+from lightning_grad.functional.gradients.walk import Cut, Key, Walk, entries
 from lightning_grad.functional.plain_tensors import plain_tensor
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -237,12 +238,27 @@ def weight_cuts_(walk: Walk, weights: Tensor) -> WeightHandle:
     cuts: dict[Node, dict[int, Rows | None]] = {}
     for cut in walk.cuts:
         cuts.setdefault(cut.node, {})[cut.index] = cut.rows
-    return weight_inputs_(cuts, weights)
+    return _weight_inputs(cuts, weights)
 
 
-def weight_inputs_(inputs: Mapping[Node, Mapping[int, Rows | None]], weights: Tensor) -> WeightHandle:
-    """Weight the rows in what flows to some of the inputs of nodes in every backward pass."""
-    return WeightHandle([node.register_hook(_weighting(rows, weights)) for node, rows in inputs.items()])
+def weight_input_(node: Node, data: Tensor, weights: Tensor) -> bool:
+    """Weight the rows of the one input with a graph of a call of a loss; return whether it was found.
+
+    Args:
+        node: Of the call's result.
+        data: The input, whose rows are those of the samples in order.
+        weights: One for each sample, (B,).
+    """
+    cuts: dict[Node, dict[int, Rows | None]] = {}
+    for inner, index, _ in entries(node, (edge_of(data),)):
+        cuts.setdefault(inner, {})[index] = None
+    if cuts:
+        _weight_inputs(cuts, weights)
+    return bool(cuts)
+
+
+def _weight_inputs(cuts: Mapping[Node, Mapping[int, Rows | None]], weights: Tensor) -> WeightHandle:
+    return WeightHandle([node.register_hook(_weighting(rows, weights)) for node, rows in cuts.items()])
 
 
 def _weighting(inputs: Mapping[int, Rows | None], weights: Tensor) -> Callable[..., tuple[Tensor | None, ...]]:
