@@ -19,6 +19,7 @@ processes get. With more threads or a GPU it is the wall clock's.
 from __future__ import annotations
 
 import copy
+import ctypes
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -636,6 +637,14 @@ def traced_rows(network: nn.Module, inputs: Tensor, rounds: int, clock: Clock) -
     return [row(name) for name in calls]
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: else each step of the transformer faults in thousands of pages, and some more of them."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3
+        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(mmap_threshold, 2**25)
+
+
 def repeated(call: Callable[[], Any], times: int) -> None:
     """Call a function that takes less than a clock can tell."""
     for _ in range(times):
@@ -681,6 +690,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("Epochs", "median ms", epoch_rows(sizes, max(1, rounds // 2), clock))
     add("Steps read", "median ms", reading_rows(ResidualConvNet, sizes, rounds, clock))
     add("Steps read, loss by hand", "median ms", reading_rows(LossByHand, sizes, rounds, clock))
+    keep_freed_memory()
     for name, (network, inputs) in traced_networks().items():
         add(f"Steps traced, {name}", "median ms", traced_rows(network, inputs, rounds, clock))
     over = [f"{row.name} ({title})" for title, rows in tables.items() for row in rows if row.is_over]
