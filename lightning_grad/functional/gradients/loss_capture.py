@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_grad.functional.gradients.autograd import is_transformed
 from lightning_grad.functional.gradients.loss_functions import (
     LOSSES,
     LossFunction,
@@ -323,7 +324,7 @@ def _differentiable(values: Iterable[Any]) -> bool:
 def _transformed(values: Iterable[Any]) -> bool:
     if torch.compiler.is_compiling():  # which cannot trace the question
         return False
-    return any(isinstance(v, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(v) for v in values)
+    return any(isinstance(v, Tensor) and is_transformed(v) for v in values)
 
 
 def _listed(calls: list[LossCall]) -> str:
