@@ -9,7 +9,7 @@ From a step to shares, and from shares to weights::
 1. **Watch.** :class:`LossTrace` (``trace.py``) is a context around the step. It changes nothing, and notes in a
    ``record.py`` what the graph will not tell: which row of a tensor belongs to which sample (``rows.py`` knows what functions
    do to rows, ``follow.py`` which tensors that has happened to), and the calls of losses of ``torch.nn.functional``
-   (``calls.py``; their arguments and denominators in ``loss_functions.py``).
+   (``calls.py`` reads a :class:`LossCall` of each; ``loss_functions.py`` has their arguments and denominators).
 2. **Walk.** ``walk.py`` goes from the returned loss through the autograd graph to the *cuts*, the edges at which rows begin.
    It proves on the way that each node is linear in what depends on samples (``nodes.py`` lists the kinds), and refuses the
    loss otherwise (``errors.py``). ``descent.py`` is the order in which this and every other walk visits nodes.
@@ -27,7 +27,8 @@ parts of autograd are in ``autograd.py``, and nowhere else.
 from lightning_grad.functional.gradients.calls import read_call
 from lightning_grad.functional.gradients.errors import InseparableLossError
 from lightning_grad.functional.gradients.follow import edge_of
-from lightning_grad.functional.gradients.loss_capture import LossCall, LossCapture
+from lightning_grad.functional.gradients.loss_call import LossCall
+from lightning_grad.functional.gradients.loss_capture import LossCapture
 from lightning_grad.functional.gradients.loss_functions import LossFunction, SampleSums
 from lightning_grad.functional.gradients.proofs import (
     Proof,
