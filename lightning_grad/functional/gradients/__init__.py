@@ -40,7 +40,14 @@ from lightning_grad.functional.gradients.proofs import (
     unordered_terms,
 )
 from lightning_grad.functional.gradients.record import Record
-from lightning_grad.functional.gradients.terms import Term, Terms, WeightHandle, weight_cuts_
+from lightning_grad.functional.gradients.terms import (
+    Term,
+    Terms,
+    WeightHandle,
+    is_known_finite,
+    weight_cuts_,
+    weight_input_,
+)
 from lightning_grad.functional.gradients.trace import LossTrace
 from lightning_grad.functional.gradients.walk import Walk
 from lightning_grad.functional.gradients.whole_loss import WholeLossCapture
@@ -60,6 +67,7 @@ __all__ = [
     "WeightHandle",
     "WholeLossCapture",
     "edge_of",
+    "is_known_finite",
     "is_noisy",
     "prove_terms",
     "read_call",
@@ -68,4 +76,5 @@ __all__ = [
     "trace_step",
     "unordered_terms",
     "weight_cuts_",
+    "weight_input_",
 ]
