@@ -15,8 +15,8 @@ From a step to shares, and from shares to weights::
    loss otherwise (``errors.py``). ``descent.py`` is the order in which this and every other walk visits nodes.
 3. **Add up.** ``values.py`` multiplies the rows at each cut by their coefficients; ``terms.py`` makes :class:`Terms` of that:
    the share of each sample, its own mean, and the constant that belongs to no sample.
-4. **Weight.** :meth:`Terms.weight_` hooks a weight for each sample onto the cuts. Backward then gives the gradient of the
-   weighted loss, and nothing is computed twice.
+4. **Weight.** :meth:`Terms.weight_` hooks a weight for each sample onto the cuts (``weights.py``). Backward then gives the
+   gradient of the weighted loss, and nothing is computed twice.
 5. **Prove.** ``proofs.py`` runs a step several times and shows what no graph can: that the shares follow the samples.
 
 Most steps return one call of a loss. For these :class:`LossCapture` (``loss_capture.py``) is enough, which watches nothing
@@ -24,9 +24,7 @@ else; :class:`WholeLossCapture` (``whole_loss.py``) finds out once whether that 
 parts of autograd are in ``autograd.py``, and nowhere else.
 """
 
-from lightning_grad.functional.gradients.calls import read_call
 from lightning_grad.functional.gradients.errors import InseparableLossError
-from lightning_grad.functional.gradients.follow import edge_of
 from lightning_grad.functional.gradients.loss_call import LossCall
 from lightning_grad.functional.gradients.loss_capture import LossCapture
 from lightning_grad.functional.gradients.loss_functions import LossFunction, SampleSums
@@ -39,17 +37,9 @@ from lightning_grad.functional.gradients.proofs import (
     trace_step,
     unordered_terms,
 )
-from lightning_grad.functional.gradients.record import Record
-from lightning_grad.functional.gradients.terms import (
-    Term,
-    Terms,
-    WeightHandle,
-    is_known_finite,
-    weight_cuts_,
-    weight_input_,
-)
+from lightning_grad.functional.gradients.terms import Term, Terms
 from lightning_grad.functional.gradients.trace import LossTrace
-from lightning_grad.functional.gradients.walk import Walk
+from lightning_grad.functional.gradients.weights import WeightHandle, weight_call_, without_ignored
 from lightning_grad.functional.gradients.whole_loss import WholeLossCapture
 
 __all__ = [
@@ -59,22 +49,17 @@ __all__ = [
     "LossFunction",
     "LossTrace",
     "Proof",
-    "Record",
     "SampleSums",
     "Term",
     "Terms",
-    "Walk",
     "WeightHandle",
     "WholeLossCapture",
-    "edge_of",
-    "is_known_finite",
     "is_noisy",
     "prove_terms",
-    "read_call",
     "sample_loss",
     "solo_losses",
     "trace_step",
     "unordered_terms",
-    "weight_cuts_",
-    "weight_input_",
+    "weight_call_",
+    "without_ignored",
 ]
