@@ -43,7 +43,7 @@ class WeighingCapture(LossCapture):
             return value
         if weights.shape != (call.samples,):
             raise ValueError(f"The weights must have the shape ({call.samples},); got {tuple(weights.shape)}.")
-        weights = without_ignored(weights.detach(), lambda: call.losses)
+        weights = without_ignored(weights.detach(), call.losses)
         if weight_call_(func, args, kwargs, value, weights):
             return value
         # The gradient of what has no rows, as learned class weights, is that of a loss that is computed with the weights.

@@ -196,7 +196,7 @@ class Terms:
                 "multiplies a term by a learned factor, whose own gradient would be that of the unweighted loss.",
             )
         if self._shares is not None:
-            weights = without_ignored(weights, lambda: self.own)
+            weights = without_ignored(weights, self.own)
         return weight_cuts_(walk, weights)
 
     def release(self) -> None:

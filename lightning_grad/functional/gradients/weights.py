@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -99,18 +98,16 @@ def _weight_input(node: Node, data: Tensor, weights: Tensor) -> bool:
     return bool(cuts)
 
 
-def without_ignored(weights: Tensor, losses: Callable[[], Tensor]) -> Tensor:
+def without_ignored(weights: Tensor, losses: Tensor) -> Tensor:
     """Return weights in which nan is 0 for a sample without a position that counts.
 
     Such a sample has a loss of nan, and so may its weight be; its gradient is zero.
 
     Args:
         weights: One for each sample, (B,).
-        losses: Returns the losses of the samples, (B,); asked only if a weight may be nan.
+        losses: Of the samples, (B,).
     """
-    if weights.device.type == "cpu" and math.isfinite(weights.sum().item()):  # no wait for a device
-        return weights
-    return torch.where(weights.isnan() & losses().detach().isnan(), 0.0, weights)
+    return torch.where(weights.isnan() & losses.detach().isnan(), 0.0, weights)
 
 
 def _weight_inputs(cuts: Mapping[Node, Mapping[int, Rows | None]], weights: Tensor) -> WeightHandle:
