@@ -125,34 +125,21 @@ def _weighting(inputs: Mapping[int, Rows | None], weights: Tensor) -> Callable[.
 
 
 def _weighted(gradient: Tensor, rows: Rows | None, weights: Tensor) -> Tensor:
-    axis = 0 if rows is None else rows.axis
-    factors, thin = _factors(gradient, rows, weights, axis), _thinned(gradient, axis)
+    factors = _factors(gradient, rows, weights)
     if gradient.dtype == weights.dtype:
-        product = thin * factors
-    else:  # the product in the wider type, and rounded once
-        product = (thin.to(torch.promote_types(gradient.dtype, weights.dtype)) * factors).to(gradient.dtype)
-    return product if thin is gradient else product.expand(gradient.shape)
+        return gradient * factors
+    # The product in the wider type, and rounded once.
+    return (gradient.to(torch.promote_types(gradient.dtype, weights.dtype)) * factors).to(gradient.dtype)
 
 
-def _factors(gradient: Tensor, rows: Rows | None, weights: Tensor, axis: int) -> Tensor:
+def _factors(gradient: Tensor, rows: Rows | None, weights: Tensor) -> Tensor:
     """Return the weight of each row of a gradient, in a shape to multiply it with."""
     if rows is not None and rows.owner is not None:
         return weights[rows.owner]
-    dims = gradient.dim()
+    axis, dims = 0 if rows is None else rows.axis, gradient.dim()
     length = gradient.shape[axis] if dims > axis else 1
     if rows is not None and rows.samples is not None:
         factors = weights[rows.samples.to(weights.device)]
     else:
         factors = weights if length == len(weights) else weights.repeat_interleave(length // len(weights))
     return factors if dims == 1 else factors.reshape([length if dim == axis else 1 for dim in range(dims)])
-
-
-def _thinned(gradient: Tensor, axis: int) -> Tensor:
-    """Return one entry of each dimension, but that of the samples, along which a mean or a sum spread its gradient."""
-    if gradient.__class__ is not Tensor or gradient.layout is not torch.strided:
-        return gradient
-    strides = gradient.stride()
-    if 0 not in strides:
-        return gradient
-    spread = [stride == 0 and dim != axis for dim, stride in enumerate(strides)]
-    return gradient[tuple(slice(0, 1) if s else slice(None) for s in spread)] if any(spread) else gradient
