@@ -5,9 +5,9 @@ Peak memory is that of a process that does nothing else; a batch of two samples 
 first batch is a matter of its own. The other tables are those of a real ``Trainer.fit``, except for steps traced, which are
 forward and backward alone, with budgets of one millisecond more for weights and two with values, or 5 %.
 
-Everything is interleaved with its baseline in rotating order, and the median over the rounds counts; of steps that are read
-or traced, the smallest median of a round, as what others do on the machine only adds to it. With one thread, time
-is processor time: on an idle machine it is the wall clock's, and on a busy one it leaves out the slices that other
+Everything is interleaved with its baseline in rotating order, and the median over the rounds counts. For steps that are
+read or traced, it is the smallest median of a round, because other processes only add to it. With one thread, time is
+processor time: on an idle machine it is the wall clock's, and on a busy one it leaves out the slices that other
 processes get. With more threads or a GPU it is the wall clock's.
 
 ::
@@ -19,6 +19,7 @@ processes get. With more threads or a GPU it is the wall clock's.
 from __future__ import annotations
 
 import copy
+import ctypes
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -74,7 +75,7 @@ SCORING, HALF, READING, TRACED = 1.1, 0.55, 1.06, 1.05
 PLAIN, GHOST, VMAP, ONE_BY_ONE = "plain forward and backward", "ghost norms", "vmap(grad)", "one by one"
 OPACUS, FIRST = "Opacus GradSampleModule", "ghost norms, first batch"
 CONVNET, RESNET, TRANSFORMER = "a residual convnet", "a network like ResNet-18", "a transformer"
-TURNS = 11  # of the steps that are traced, in each round
+TURNS = 11  # of each traced step in a round
 EPOCHS, STEADY = 5, 2  # epochs of a fit, and the first one that counts
 
 
@@ -510,12 +511,12 @@ def under_an_empty_mode(module: LightningModule) -> Callable[[], None]:
 
 
 def left_alone(module: LightningModule) -> Callable[[], None]:
-    """Run the steps as the module has them, past all that is wrapped around them."""
+    """Run the module's own training step without anything wrapped around it."""
     return in_place_of(module, type(module).training_step.__get__(module))
 
 
 def in_place_of(module: LightningModule, step: Callable[..., Any]) -> Callable[[], None]:
-    """Give a module another training step; return what gives it back its own."""
+    """Replace a module's training step; return a function that restores it."""
     before = module.__dict__["training_step"]
     module.training_step = step  # type: ignore[method-assign]
 
@@ -548,7 +549,7 @@ def reading_rows(kind: type[ResidualConvNet], sizes: Sizes, rounds: int, clock: 
 
     ways: dict[str, SetUp] = {
         "unread": left_alone,
-        "weights that this step does not need": lambda module: lambda: None,
+        "weights not needed": lambda module: lambda: None,
         "weighted": weighted,
         "an empty mode of torch": under_an_empty_mode,
         "unread, again": left_alone,
@@ -610,7 +611,7 @@ def traced_rows(network: nn.Module, inputs: Tensor, rounds: int, clock: Clock) -
         return value
 
     def traced(values: bool, loss: Callable[[], Tensor]) -> None:
-        # As in a training step: when backward runs, the hooks are all that is left of the trace.
+        # As in a training step, the trace is gone before backward runs; only its hooks are left.
         torch.autograd.grad(weighted(values, loss), parameters)
 
     calls: dict[str, Callable[[], Any]] = {}
@@ -634,6 +635,14 @@ def traced_rows(network: nn.Module, inputs: Tensor, rounds: int, clock: Clock) -
         return against(name, typical, baseline, budget)
 
     return [row(name) for name in calls]
+
+
+def keep_freed_memory() -> None:
+    """Stop glibc from returning freed memory: otherwise page faults, thousands in each step, dominate the noise."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3
+        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(mmap_threshold, 2**25)
 
 
 def repeated(call: Callable[[], Any], times: int) -> None:
@@ -681,6 +690,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("Epochs", "median ms", epoch_rows(sizes, max(1, rounds // 2), clock))
     add("Steps read", "median ms", reading_rows(ResidualConvNet, sizes, rounds, clock))
     add("Steps read, loss by hand", "median ms", reading_rows(LossByHand, sizes, rounds, clock))
+    keep_freed_memory()
     for name, (network, inputs) in traced_networks().items():
         add(f"Steps traced, {name}", "median ms", traced_rows(network, inputs, rounds, clock))
     over = [f"{row.name} ({title})" for title, rows in tables.items() for row in rows if row.is_over]

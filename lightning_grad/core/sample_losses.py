@@ -69,7 +69,7 @@ def trace_of(module: nn.Module, samples: int, keep_graph: bool = False) -> LossT
     own: list[Tensor] = []
     for part in module.modules():
         own += [value for value in part._buffers.values() if value is not None]
-        # In each step, so most of what a module consists of is passed over by its class: isinstance takes longer.
+        # This runs in every step. Comparing classes first is faster than isinstance for each attribute.
         own += [v for v in vars(part).values() if v.__class__ not in _NO_TENSORS and isinstance(v, Tensor)]
     return LossTrace(samples, keep_graph=keep_graph, constants=own)
 

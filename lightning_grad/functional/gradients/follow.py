@@ -53,7 +53,7 @@ class RowTracker:
             if found is not None:
                 if found[0]() is value:
                     return True
-                del self.moved[id(value)]  # of a tensor that is gone, whose id another has got
+                del self.moved[id(value)]  # that tensor is gone, and this one has its id
             if value.__class__ in (list, tuple) and value and isinstance(value[0], (Tensor, list, tuple)):
                 return True
         return False

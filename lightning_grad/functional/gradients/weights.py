@@ -74,7 +74,7 @@ def weight_call_(
 
 
 def _only_input(args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> Tensor | None:
-    """Return the input of a loss if nothing else has a graph, and its rows are plain to see: so it is in nearly all steps."""
+    """Return the input of a loss if it alone has a graph and its rows divide by the samples, as in nearly all steps."""
     first: Any = args[0] if args else kwargs.get("input")
     if first.__class__ is not Tensor or not first.requires_grad or not first.dim() or not first.numel():
         return None
