@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_grad.functional.gradients.autograd import Node, is_transformed
 from lightning_grad.functional.gradients.calls import Call, read_call
 from lightning_grad.functional.gradients.follow import NO_TENSORS, RowTracker, edge_of, tensors_in
-from lightning_grad.functional.gradients.loss_capture import LossCall
+from lightning_grad.functional.gradients.loss_call import LossCall
 from lightning_grad.functional.gradients.loss_functions import LOSSES, dropped_weight
 from lightning_grad.functional.gradients.record import Record, place_of
 from lightning_grad.functional.gradients.rows import (

@@ -24,7 +24,7 @@ from lightning_grad.functional.plain_tensors import plain_tensor
 from tests.functional.gradients.catalogue import B, H, Net, V, entropies, errors, make_batch
 from tests.functional.gradients.losses import CASES, one_tensor_thrice
 from tests.functional.gradients.losses_of_torch import mse
-from tests.functional.gradients.test_loss_capture import SPELLINGS
+from tests.functional.gradients.spellings import SPELLINGS
 from tests.functional.gradients.test_losses import assert_close, gradients, setting, traced
 
 
