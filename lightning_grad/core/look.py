@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_grad.core.sample_losses import SampleLoss, SampleLosses, terms_of, trace_of
-from lightning_grad.core.whole_step import refuse_rest
+from lightning_grad.core.whole_step import classifying, refuse_rest
 from lightning_grad.functional import LossCall, LossCapture, PerSampleGradientNorms
 from lightning_grad.functional._whole_loss import WholeLossCapture
 from lightning_grad.functional.gradients import InseparableLossError
@@ -27,20 +27,21 @@ OUTPUTS_FN = "give outputs_fn=, which takes the module and a batch, and returns 
 LossFunction = Callable[[pl.LightningModule, Any], Any]
 
 
-def only_loss(capture: LossCapture, label: str, which: int | None = None) -> LossCall:
+def only_loss(capture: LossCapture, label: str, which: int | None = None, by_classes: bool = False) -> LossCall:
     """Return the loss of a step that was run.
 
     Args:
         capture: What was seen of it.
         label: Who asks, for errors.
         which: Which of several losses counts.
+        by_classes: Whether the only one that classifies counts, where there are others.
 
     Raises:
         RuntimeError: If no loss can be read, or it is not clear which of several is meant.
         ValueError: If the rows of the only one do not divide by the number of samples.
     """
     try:
-        return capture.only(which)
+        return capture.only(classifying(capture) if by_classes and which is None else which)
     except (RuntimeError, ValueError) as error:
         raise type(error)(f"{label} must see the loss of each sample. {error}") from None
 
@@ -66,6 +67,7 @@ class Look:
         kind: Tells what the loss of a sample is where it comes from several terms; asked once.
         loss_fn: Gives the losses of the samples in place of the step.
         outputs_fn: Gives logits and labels in place of the step.
+        by_classes: Whether only logits and classes matter, so that other terms may be added to the loss that classifies.
     """
 
     pl_module: pl.LightningModule
@@ -80,6 +82,7 @@ class Look:
     kind: Callable[[], SampleLoss] | None = None
     loss_fn: LossFunction | None = None
     outputs_fn: LossFunction | None = None
+    by_classes: bool = False
 
     def losses(self, keep_graph: bool = False) -> SampleLosses:
         """Run the step and return the loss of every sample, of whatever the step's loss consists.
@@ -165,14 +168,14 @@ class Look:
 
     def _whole_call(self, capture: WholeLossCapture, output: object) -> LossCall:
         call = self._only(capture)
-        refuse_rest(capture, call, output, self.label, self.way_out)
+        refuse_rest(capture, call, output, self.label, self.way_out, self.by_classes)
         self.memory["whole"] = True
         if len(capture.calls) + len(capture.unread) > 1:
             self.memory["which"] = capture.calls.index(call)
         return call
 
     def _only(self, capture: LossCapture, which: int | None = None) -> LossCall:
-        return only_loss(capture, self.label, which)
+        return only_loss(capture, self.label, which, self.by_classes)
 
     def _run(self) -> object:
         output = self.run()

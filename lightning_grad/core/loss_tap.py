@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -31,7 +32,7 @@ from lightning_grad.core.look import (
 from lightning_grad.core.quiet import aside, eager, is_quiet, quiet
 from lightning_grad.core.sample_losses import SampleLoss, SampleLosses, terms_of, trace_of, with_loss
 from lightning_grad.core.weighing_capture import Weigh, WeighingCapture, WithGradientOf
-from lightning_grad.core.whole_step import loss_of_output, refuse_rest
+from lightning_grad.core.whole_step import classifying, loss_of_output, refuse_rest
 from lightning_grad.functional import LossCall, LossCapture
 from lightning_grad.functional._whole_loss import WholeLossCapture
 from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms
@@ -50,6 +51,7 @@ def read_losses(
     way_out: str = SCORE_FN,
     needed_by: str = "A reader of losses",
     outputs_fn: LossFunction | None = None,
+    by_classes: bool = False,
 ) -> Any:
     """Have ``reader`` called with the loss of every training step, after it.
 
@@ -61,13 +63,15 @@ def read_losses(
         way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
         needed_by: Who asks, for errors.
         outputs_fn: Gives logits and labels of a batch in place of the step, once more after each.
+        by_classes: Whether only logits and classes matter, so that the only call that classifies counts, where there are
+            others.
 
     Returns:
         Callable: Takes the reader away.
     """
     tap = _tap_of(pl_module)
     tap.samples = samples or tap.samples
-    entry = (reader, which, way_out, needed_by, outputs_fn)
+    entry = _Reader(reader, which, way_out, needed_by, outputs_fn, by_classes)
     tap.readers.append(entry)
     return lambda: tap.remove(entry)
 
@@ -122,7 +126,27 @@ def _tap_of(pl_module: pl.LightningModule) -> _LossTap:
     return _TAPS[pl_module]
 
 
-_Reader = tuple[Callable[[LossCall], None], int | None, str, str, LossFunction | None]
+@dataclass(eq=False)
+class _Reader:
+    """One that reads the losses of the steps; see :func:`read_losses`."""
+
+    read: Callable[[LossCall], None]
+    which: int | None
+    way_out: str
+    needed_by: str
+    outputs_fn: LossFunction | None
+    by_classes: bool
+    # Which call classifies, by all calls of a step: looked at once, as it may wait for the device.
+    known: dict[tuple[tuple[str, bool, bool], ...], int | None] = field(default_factory=dict)
+
+    def call_in(self, capture: LossCapture) -> LossCall:
+        which, capture.way_out = self.which, self.way_out
+        if which is None and self.by_classes:
+            calls = tuple((call.name, call.has_graph, call.has_class_indices) for call in capture.calls)
+            if calls not in self.known:
+                self.known[calls] = classifying(capture)
+            which = self.known[calls]
+        return only_loss(capture, self.needed_by, which)
 
 
 class _LossTap:
@@ -248,15 +272,15 @@ class _LossTap:
         refuse_other_means(self._pairs, self.reweighted_by, "loss_fn", 5e-2 if coarse else 1e-3)
 
     def _read(self, capture: LossCapture, batch: Any) -> None:
-        for reader, which, capture.way_out, needed_by, outputs_fn in self.readers:
-            if outputs_fn is None:
-                reader(only_loss(capture, needed_by, which))
+        for reader in self.readers:
+            if reader.outputs_fn is None:
+                reader.read(reader.call_in(capture))
                 continue
             module = self._module()
             assert module is not None
             assert self.samples is not None
             with aside(module), torch.no_grad():
-                reader(call_of(outputs_fn, module, batch, self.samples()))
+                reader.read(call_of(reader.outputs_fn, module, batch, self.samples()))
 
     # The first step.
 

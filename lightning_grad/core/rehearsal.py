@@ -99,6 +99,7 @@ class Rehearsal:
         by_terms: Whether the loss of each sample is all that has to be known, so that it may come from several terms.
         loss_fn: Gives the losses of the samples in place of the step.
         outputs_fn: Gives logits and labels in place of the step.
+        by_classes: Whether only logits and classes matter, so that other terms may be added to the loss that classifies.
 
     Attributes:
         kind: What the loss of a sample alone is, where it comes from several terms; ``None`` if neither fits.
@@ -114,6 +115,7 @@ class Rehearsal:
     by_terms: bool = False
     loss_fn: LossFunction | None = None
     outputs_fn: LossFunction | None = None
+    by_classes: bool = False
     kind: SampleLoss = field(default=None, init=False)
     _maker: str = field(default="collate_fn", init=False)
     _targets: Tensor | None = field(default=None, init=False)  # in eval mode, in order, if nothing random is in them
@@ -311,8 +313,8 @@ class Rehearsal:
                 output = runner(self.trainer, self.pl_module, batch, 0)()
             if output is not None:
                 try:
-                    call = only_loss(capture, self.label)
-                    refuse_rest(capture, call, output, self.label, self.way_out)
+                    call = only_loss(capture, self.label, by_classes=self.by_classes)
+                    refuse_rest(capture, call, output, self.label, self.way_out, self.by_classes)
                 except (RuntimeError, ValueError):
                     if self.by_terms and not is_sharded(self.trainer):
                         return  # the step itself was looked at, and has several terms
@@ -366,6 +368,7 @@ class Rehearsal:
             self.way_out,
             loss_fn=self.loss_fn,
             outputs_fn=self.outputs_fn,
+            by_classes=self.by_classes,
         )
         try:
             if self.measure is not None:

@@ -120,7 +120,7 @@ def rows_of_call(call: LossCall) -> dict[str, Tensor]:
     positions = getattr(F, call.name)(input=call.input, target=call.target, **options)
     found = {"value": call.rows(positions)}
     for name, value in (("input", call.input), ("target", call.target)):
-        if name == "target" and _are_positions(call):
+        if name == "target" and are_positions(call):
             continue
         if value.dim() and len(value) and len(value) % call.samples == 0:
             found[name] = _one_number(value).reshape(call.samples, -1)
@@ -138,7 +138,7 @@ def rows_of_terms(terms: Terms) -> dict[str, Tensor]:
     return {place: torch.stack(shares, 1) for place, shares in found.items()}
 
 
-def _are_positions(call: LossCall) -> bool:
+def are_positions(call: LossCall) -> bool:
     """Return whether each row's target is its own place in the batch."""
     target = call.target
     return call.has_class_indices and torch.equal(target, torch.arange(target.numel()).to(target))

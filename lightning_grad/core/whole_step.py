@@ -1,4 +1,4 @@
-"""The loss that a step returns, and refusing a step whose loss is seen only in part."""
+"""The loss that a step returns, which of its calls classifies, and refusing a step whose loss is seen only in part."""
 
 from __future__ import annotations
 
@@ -6,28 +6,61 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lightning_grad.functional import LossCall
+from lightning_grad.core.row_order import are_positions
+from lightning_grad.functional import LossCall, LossCapture
+from lightning_grad.functional._loss_functions import OF_CLASS_INDICES
 from lightning_grad.functional._whole_loss import WholeLossCapture
 from lightning_grad.functional.plain_tensors import plain_tensor
 
 
-def refuse_rest(capture: WholeLossCapture, call: LossCall, output: object, label: str, way_out: str) -> None:
+def refuse_rest(
+    capture: WholeLossCapture, call: LossCall, output: object, label: str, way_out: str, by_classes: bool = False
+) -> None:
     """Raise if what a step returns is more than the mean of one loss.
 
     A factor that is the same for all samples does not count, nor do terms that do not depend on samples.
+
+    Args:
+        capture: What was seen of the step.
+        call: Its loss.
+        output: What it returned.
+        label: Who asks, for errors.
+        way_out: What to do about it, as a clause that begins with a verb.
+        by_classes: Whether only the logits and classes of the call matter. Then other terms may be added to it.
 
     Raises:
         RuntimeError: If it is.
     """
     loss = loss_of_output(output)
-    rest = None if loss is None else capture.rest_of(loss, call)
+    if loss is None:
+        return
+    rest = capture.missing_in(loss, call) if by_classes and call.has_class_indices else capture.rest_of(loss, call)
     if rest is None:
         return
     index = capture.calls.index(call)
+    if by_classes and call.has_class_indices:
+        raise RuntimeError(
+            f"{label} takes logits and classes from {call.name}, and training_step does not train on all of them: {rest}. "
+            f"Set loss={index} to use them all the same, or {way_out}."
+        )
     raise RuntimeError(
         f"{label} sees {call.name}, which is not all that training_step returns: {rest}. It would take a part "
         f"of the loss for the whole. Set loss={index} if {call.name} alone shall count, or {way_out}."
     )
+
+
+def classifying(capture: LossCapture) -> int | None:
+    """Return the index of the only call that classifies; ``None`` if there is none, or more than one.
+
+    A contrastive loss, whose classes are the places of the rows in the batch, is not counted beside another. To see that
+    waits for the device.
+    """
+    if any(unread.has_graph and unread.name.startswith(OF_CLASS_INDICES) for unread in capture.unread):
+        return None
+    found = [i for i, call in enumerate(capture.calls) if call.has_graph and call.has_class_indices]
+    if len(found) > 1:
+        found = [i for i in found if not are_positions(capture.calls[i])]
+    return found[0] if len(found) == 1 else None
 
 
 def loss_of_output(output: object) -> Tensor | None:

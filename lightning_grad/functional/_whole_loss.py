@@ -109,6 +109,21 @@ class WholeLossCapture(LossCapture):
         found = self._beside(loss.grad_fn, edge.node)
         return found or (self._factors(loss, edge, call, value) if value.dim() else None)
 
+    def missing_in(self, loss: Tensor, call: LossCall) -> str | None:
+        """Return why a step does not train on every row of a call, whatever else it trains on; ``None`` if it does.
+
+        Args:
+            loss: What the step returns, with its graph; a plain tensor.
+            call: One of :attr:`calls`.
+        """
+        edge, value = self._seen[self.calls.index(call)]
+        if loss.grad_fn is None or edge is None or edge.node is None:
+            return self.rest_of(loss, call)
+        if not self._leading_to(loss.grad_fn, edge.node)[loss.grad_fn]:
+            return f"the loss comes from {self._word(loss.grad_fn)}"
+        counts = self._factors_of(loss, edge, call, value) != 0 if value.dim() else torch.ones(1)
+        return "some of its rows have no part in the loss" if bool(counts.any()) and not bool(counts.all()) else None
+
     def _beside(self, start: Node, target: Node) -> str | None:
         """Walk from the loss down to the call, and return the first thing that is no multiple of it and no constant."""
         leads = self._leading_to(start, target)
@@ -157,12 +172,15 @@ class WholeLossCapture(LossCapture):
 
     def _factors(self, loss: Tensor, edge: GradientEdge, call: LossCall, value: Tensor) -> str | None:
         """Compare the factors with which the positions of an unreduced loss enter the step's loss."""
-        with torch.enable_grad():
-            (found,) = torch.autograd.grad(loss.sum(), [edge], retain_graph=True, allow_unused=True)
-        factors = found[call.valid.expand(found.shape) & value.isfinite()]
+        factors = self._factors_of(loss, edge, call, value)
         if not len(factors) or bool(torch.isclose(factors, factors[0], rtol=1e-3, atol=0.0).all()):
             return None
         return "its positions are multiplied by a mask or by weights"
+
+    def _factors_of(self, loss: Tensor, edge: GradientEdge, call: LossCall, value: Tensor) -> Tensor:
+        with torch.enable_grad():
+            (found,) = torch.autograd.grad(loss.sum(), [edge], retain_graph=True, allow_unused=True)
+        return found[call.valid.expand(found.shape) & value.isfinite()]
 
     def _word(self, node: Node) -> str:
         return self._places.get(node, node.name())

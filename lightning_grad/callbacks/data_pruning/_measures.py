@@ -35,6 +35,7 @@ OF_CLASSES = ("el2n", "margin", "aum", "forgetting", "grand-last", "prototypes")
 OF_LOSSES = ("loss", "grand", "vog")
 ONE_BY_ONE = ("loss", "grand")
 BY_TERMS = ("loss", "grand")  # of which only the loss of each sample has to be known
+BY_CLASSES = ("el2n", "margin", "aum", "forgetting", "vog", "prototypes", "chance")  # only logits and classes
 GRADIENT_SCORES = ("grand", "grand-last", "vog")
 ScoreFunction = Callable[[pl.LightningModule, Any], Tensor]
 

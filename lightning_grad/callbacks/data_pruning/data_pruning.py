@@ -308,7 +308,7 @@ class DataPruning(SubsetCallback):
         warn_of_risks(self, self._rounds)
         if isinstance(self._source, HistoryScores):
             own = (pl_module, self._read, self.loss, lambda: len(self._indices), self._way_out)
-            self._undo.push(read_losses(*own, needed_by=self.label, outputs_fn=self.outputs_fn))
+            self._undo.push(read_losses(*own, needed_by=self.label, outputs_fn=self.outputs_fn, by_classes=True))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -381,6 +381,7 @@ class DataPruning(SubsetCallback):
             measure=self._source.measure,
             runs_the_step=pl_module.automatic_optimization,
             by_terms=self._source.by_terms,
+            by_classes=self._source.by_classes,
             loss_fn=self.loss_fn,
             outputs_fn=self.outputs_fn,
             way_out=self._way_out,
@@ -447,6 +448,7 @@ class DataPruning(SubsetCallback):
                 loss_fn=self.loss_fn,
                 outputs_fn=self.outputs_fn,
                 one_by_one=self.scores_by == "sample",
+                by_classes=self._source.by_classes,
             )
             if self.scores_by == "sample" and not rehearsal:
                 self._compare_with_batches(trainer, pl_module, found.get("loss", found["score"]))

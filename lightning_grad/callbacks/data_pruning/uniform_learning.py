@@ -33,7 +33,7 @@ class UniformLearning(SubsetCallback):
     Args:
         epoch: Number of whole epochs after which samples are clustered (8 of 200 in the paper's CIFAR-10 runs).
         repeats: How often they are repeated (1 in the paper); 0 repeats nothing.
-        loss: Which call of a loss counts, from 0; by default the only one, if it is the whole loss.
+        loss: Which call of a loss counts, from 0; by default the only one that classifies, whatever is added to it.
         outputs_fn: Function of the module and a batch that returns logits (B, C) and labels (B,), in place of the step.
         seed: Seed of the clusters.
         loader_key: Which of several training loaders: its key, or its position in a list.
@@ -150,7 +150,9 @@ class UniformLearning(SubsetCallback):
         if self._repeated is None and self.repeats:
             self._look(trainer, pl_module, rehearsal=True)
             assert self._training_set is not None
-            rehearsal = Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT, outputs_fn=self.outputs_fn)
+            rehearsal = Rehearsal(
+                trainer, pl_module, self.label, self.loss, _WAY_OUT, outputs_fn=self.outputs_fn, by_classes=True
+            )
             rehearsal.check_loader(self._training_set)
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rehearsal: bool = False) -> dict[str, Tensor]:
@@ -164,6 +166,7 @@ class UniformLearning(SubsetCallback):
             label=self.label,
             way_out=_WAY_OUT,
             outputs_fn=self.outputs_fn,
+            by_classes=True,
         )
 
     @override
