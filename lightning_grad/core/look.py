@@ -300,7 +300,12 @@ def call_of(
 
 
 def refuse_other_means(
-    pairs: list[tuple[float, float]], label: str, name: str, exactness: float, with_constant: bool = True
+    pairs: list[tuple[float, float]],
+    label: str,
+    name: str,
+    exactness: float,
+    with_constant: bool = True,
+    way_out: str = "",
 ) -> None:
     """Raise unless means are the losses of the step, or differ from them by one and the same constant.
 
@@ -310,6 +315,7 @@ def refuse_other_means(
         name: What the means come from.
         exactness: Of the comparison, relative to the largest of them.
         with_constant: Whether a constant is allowed.
+        way_out: What to do about it, as a clause that begins with a verb; by default to correct what gives the means.
 
     Raises:
         ValueError: If they do not.
@@ -326,9 +332,12 @@ def refuse_other_means(
         differences = [one - differences[0] for one in differences]
     scale = max((abs(number) for pair in pairs for number in pair if math.isfinite(number)), default=0.0)
     if not all(abs(one) <= exactness * scale for one in differences):  # a mean that is not finite is none
+        advice = f"Let {name} return the losses whose mean training_step returns."
+        advice = f"{way_out[0].upper()}{way_out[1:]}." if way_out else advice
         means, losses = (" and ".join(f"{value:.6g}" for value in each) for each in zip(*pairs, strict=True))
         rule = "Both may differ by a constant only" if with_constant else "Both must agree"
         raise ValueError(
             f"{label} takes {name} for the loss of each sample, and its mean over a batch is {means}, where training_step "
-            f"returns {losses}. {rule}: the loss takes a mean or a scale over the batch that a sample alone does not have."
+            f"returns {losses}. {rule}: the loss takes a mean or a scale over the batch that a sample alone does not have, or "
+            f"consists of something else. {advice}"
         )

@@ -144,7 +144,7 @@ class Rehearsal:
             indices = mine[chosen].tolist()
 
             def see(order: Tensor, seed: int, indices: list[int] = indices) -> Seen | None:
-                with self._loaded(training_set, dataset, indices, order, seed) as batch:
+                with self.loaded(training_set, dataset, indices, order, seed) as batch:
                     if batch is None:
                         return None
                     seen = Seen(rows_of_batch(batch, size))
@@ -155,7 +155,7 @@ class Rehearsal:
                     alone = [self._alone(training_set, dataset, index) for index in indices[:_ALONE]]
                     self.kind = self._kind_of(see(torch.arange(size), 0), alone)
                 elif in_training and runs:
-                    with self._loaded(training_set, dataset, indices, torch.arange(size), 0) as batch:
+                    with self.loaded(training_set, dataset, indices, torch.arange(size), 0) as batch:
                         batch = None if batch is None else to_device(self.trainer, batch)
                     if batch is not None:
                         self.check_whole_loss(batch, size)
@@ -188,7 +188,7 @@ class Rehearsal:
 
     def _alone(self, training_set: TrainingSet, dataset: Any, index: int, strict: bool = False) -> Tensor | None:
         try:
-            with self._loaded(training_set, dataset, [index], torch.arange(1), 0) as batch:
+            with self.loaded(training_set, dataset, [index], torch.arange(1), 0) as batch:
                 return self._loss_alone(to_device(self.trainer, batch))
         except Exception as error:  # a batch of one may be impossible: a deviation over the batch, a squeeze
             if not strict:
@@ -217,6 +217,7 @@ class Rehearsal:
         means: Callable[[list[int]], float],
         name: str,
         with_constant: bool = True,
+        most: int | None = None,
     ) -> None:
         """Raise unless the mean over single losses is the loss that the step returns, on two batches.
 
@@ -226,17 +227,18 @@ class Rehearsal:
             means: Returns the mean for the samples with these indices.
             name: What the losses come from, for errors.
             with_constant: Whether both may differ by a constant.
+            most: Number of samples of a batch at most.
 
         Raises:
             ValueError: If it is not.
         """
         population, world = training_set.sampler.population, self.trainer.world_size
         mine = population[self.trainer.global_rank :: world]
-        size = min(training_set.sampler.batch_size, max(1, len(mine) // 2))
+        size = min(training_set.sampler.batch_size, max(1, len(mine) // 2), most or len(mine))
         pairs: list[tuple[float, float]] = []
         for start in range(0, min(len(mine), 2 * _DRAWS * size), size):
             indices = mine[start : start + size].tolist()
-            with self._loaded(training_set, dataset, indices, torch.arange(len(indices)), 0) as batch:
+            with self.loaded(training_set, dataset, indices, torch.arange(len(indices)), 0) as batch:
                 loss = None if batch is None else self._loss_alone(to_device(self.trainer, batch))
             mean = float("nan") if loss is None else means(indices)
             if loss is not None and bool(loss.isfinite()):
@@ -245,7 +247,8 @@ class Rehearsal:
                 break
         # Losses at the start of a run are all alike, and so are means over batches. GPUs round products coarsely (TF32).
         exactness = 1e-4 if self.trainer.strategy.root_device.type == "cpu" else 1e-3
-        refuse_other_means(pairs, self.label, name, 5e-2 if self._is_coarse else exactness, with_constant)
+        exactness = 5e-2 if self._is_coarse else exactness
+        refuse_other_means(pairs, self.label, name, exactness, with_constant, "" if self.loss_fn else self.way_out)
 
     def check_function(self, training_set: TrainingSet, dataset: Any = None) -> None:
         """Raise unless the mean of ``loss_fn`` is the loss of the step up to a constant.
@@ -256,14 +259,19 @@ class Rehearsal:
 
         def mean(indices: list[int]) -> float:
             assert self.loss_fn is not None
-            with self._loaded(training_set, dataset, indices, torch.arange(len(indices)), 0) as batch:
+            with self.loaded(training_set, dataset, indices, torch.arange(len(indices)), 0) as batch:
                 batch = to_device(self.trainer, batch)
                 return float(losses_of(self.loss_fn, self.pl_module, batch, len(indices)).detach().mean())
 
         self.check_means(training_set, dataset, mean, "loss_fn")
 
-    def check_alone(self, training_set: TrainingSet, dataset: Any = None) -> None:
+    def check_alone(self, training_set: TrainingSet, dataset: Any = None, most: int | None = None) -> None:
         """Raise unless batches of one sample have the losses of larger ones.
+
+        Args:
+            training_set: The training set.
+            dataset: Read the samples here instead, at the same indices.
+            most: Number of samples that the larger ones have at most.
 
         Raises:
             ValueError: If they have not.
@@ -275,7 +283,7 @@ class Rehearsal:
             known = [float(loss) for loss in losses if loss is not None and loss.isfinite()]
             return sum(known) / len(known) if known else float("nan")
 
-        self.check_means(training_set, dataset, mean, "scores_by='sample'", with_constant=False)
+        self.check_means(training_set, dataset, mean, "scores_by='sample'", with_constant=False, most=most)
 
     def check_batch(self, batch: Any, samples: int) -> bool:
         """Check that the rows of a loss that stand together are those of one sample; return whether there was a loss.
@@ -334,7 +342,7 @@ class Rehearsal:
             seed_generators(module, seed, depth=1)  # no further: the module knows its Trainer
 
     @contextmanager
-    def _loaded(
+    def loaded(
         self, training_set: TrainingSet, dataset: Any, indices: list[int], order: Tensor, seed: int
     ) -> Iterator[Any]:
         """Give the batch of some samples, as ``collate_fn`` makes it of them in an order, in a quiet module."""

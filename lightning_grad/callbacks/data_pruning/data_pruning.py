@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -34,6 +35,7 @@ from lightning_grad.callbacks.data_pruning._sources import (
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.look import LOSS_FN, OUTPUTS_FN, SCORE_FN, Measure
 from lightning_grad.core.loss_tap import read_losses
+from lightning_grad.core.one_sample import cost_of_single_samples, in_words
 from lightning_grad.core.rehearsal import Rehearsal
 from lightning_grad.core.sample_losses import SampleLoss
 from lightning_grad.core.scoring import look_at_all, say_what_is_skipped
@@ -41,6 +43,7 @@ from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.data import SampleScores, fingerprint
 from lightning_grad.data.random_streams import generators_kept
 from lightning_grad.functional import LossCall, count_kept, select_samples
+from lightning_grad.functional.gradients import InseparableLossError
 from lightning_grad.utilities.checks import (
     refuse_manual_optimization,
     refuse_sharded,
@@ -161,6 +164,8 @@ class DataPruning(SubsetCallback):
     _unaugmented = during_fit[Any](lambda _: None)
     _sample_loss = during_fit[SampleLoss](lambda _: None)
     _has_checked = during_fit.of(bool)
+    # What a refusal says of scores_by="sample", once that is measured.
+    _by_sample = during_fit[str | None](lambda _: None)
     _last_round = until_next_fit[int](lambda _: -1)  # epoch
     _choice_changed = during_fit.of(bool)
     _goes_on = during_fit.of(bool)  # with the scores of a checkpoint, or what was recorded for them
@@ -395,8 +400,28 @@ class DataPruning(SubsetCallback):
         """What to do about a loss that cannot be seen."""
         if self.score in OF_CLASSES:
             return f"{SCORE_FN}, or {OUTPUTS_FN}"
-        by_sample = ", or set scores_by='sample', which runs the step once for each sample, so a pass takes far longer"
-        return f"{SCORE_FN}, or {LOSS_FN}{by_sample if self.score in ONE_BY_ONE else ''}"
+        return f"{SCORE_FN}, or {LOSS_FN}{self._by_sample or ''}"
+
+    def _offering_samples(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, look: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """Have a refusal also say what it would cost to score one sample at a time, where that is possible."""
+        try:
+            return look()
+        except (InseparableLossError, ValueError):
+            may_offer = self.score in ONE_BY_ONE and self.scores_by == "batch" and self.loss_fn is None
+            if not may_offer or self._by_sample is not None or not self.training_set.is_whole_batch:
+                raise
+        rehearsal = Rehearsal(trainer, pl_module, self.label, way_out=self._way_out)
+        own = (self.training_set, self._dataset(trainer), self._source.name in GRADIENT_SCORES)
+        found = cost_of_single_samples(rehearsal, *own)
+        self._by_sample = (
+            ""
+            if found is None
+            else ", or set scores_by='sample', which runs the step on one sample at a time: such a pass takes "
+            f"{in_words(found[0])} here as one in batches of {found[1]}"
+        )
+        return look()  # which is refused again, in these words
 
     def _kind(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> SampleLoss:
         """Return what the loss of a sample is, where it comes from several terms."""
@@ -431,19 +456,20 @@ class DataPruning(SubsetCallback):
         def run(measure: Measure, title: str) -> Mapping[str, Tensor]:
             own = (trainer, pl_module, self.training_set, measure, title, self._dataset(trainer))
             kind = None if rehearsal else lambda: self._kind(trainer, pl_module)
-            found = look_at_all(
+            look = partial(
+                look_at_all,
                 *own,
                 which=self.loss,
                 seed=self.seed,
                 rehearsal=rehearsal,
                 label=self.label,
-                way_out=self._way_out,
                 kind=kind,
                 loss_fn=self.loss_fn,
                 outputs_fn=self.outputs_fn,
                 one_by_one=self.scores_by == "sample",
                 by_classes=self._source.by_classes,
             )
+            found = self._offering_samples(trainer, pl_module, lambda: look(way_out=self._way_out))
             if self.scores_by == "sample" and not rehearsal:
                 self._compare_with_batches(trainer, pl_module, found.get("loss", found["score"]))
             return found

@@ -1,5 +1,6 @@
 """Functions in place of the step, and one sample at a time: the ways out for losses that mix the samples of a batch."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_grad.callbacks import InfoBatch, LossReweighting, UniformLearning
+from lightning_grad.core import one_sample
 from lightning_grad.functional import loss_weights
 from lightning_grad.functional.gradients import InseparableLossError
 from tests.callbacks.data_pruning.test_data_pruning import (
@@ -193,10 +195,12 @@ def test_outputs_that_are_none_are_refused(wrong: Any) -> None:
 
 # One sample at a time.
 
+OFFERED = r"or set scores_by='sample', which runs the step on one sample at a time: such a pass takes about .* in batches of 8"
+
 
 @pytest.mark.parametrize("score", ["loss", "grand"])
 def test_one_sample_at_a_time(score: str) -> None:
-    with pytest.raises(InseparableLossError, match=r"set scores_by='sample', which runs.*so a pass takes far longer"):
+    with pytest.raises(InseparableLossError, match=OFFERED):
         train(pruning(score), DicePerSample())
     values, module = scores_of(pruning(score, scores_by="sample"), DicePerSample())
     expected = overlaps(module, make_data().tensors) + 2.0
@@ -206,7 +210,9 @@ def test_one_sample_at_a_time(score: str) -> None:
 
 @pytest.mark.parametrize("score", ["loss", "grand"])
 def test_a_scale_of_the_batch_is_refused(score: str) -> None:
-    words = r"takes scores_by='sample' for .*its mean over a batch is \S+ and \S+, where .* Both must agree"
+    words = (
+        r"takes scores_by='sample' for .*its mean over a batch is \S+ and \S+, where .* Both must agree.*Give score_fn="
+    )
     with pytest.raises(ValueError, match=words):
         train(pruning(score, scores_by="sample"), Dice())
 
@@ -221,6 +227,38 @@ class Spread(Classifier):
 def test_a_step_that_fails_on_one_sample_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"fails on the sample 0 alone: IndexError: two at least"):
         train(pruning("loss", scores_by="sample"), Spread())
+
+
+class Clocked(DicePerSample):
+    """Takes some time for a run and some for each sample, by a clock of its own."""
+
+    now = 0.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        Clocked.now += 3.0 + len(batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("score", ["loss", "grand"])
+def test_a_refusal_says_how_much_longer_it_takes(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_sample, "time", SimpleNamespace(perf_counter=lambda: Clocked.now))
+    with pytest.raises(InseparableLossError, match="takes about 3 times as long here as one in batches of 8"):
+        train(pruning(score), Clocked())  # 8 x 4 against 11
+
+
+@pytest.mark.filterwarnings("ignore:.*scores at initialisation.*")
+@pytest.mark.parametrize("kind", [Dice, Spread])
+@pytest.mark.parametrize("arguments", [{"score": "loss"}, {"score": "grand"}, {"score": "loss", "epoch": 0}])
+def test_it_is_not_offered_where_it_would_be_refused_too(arguments: Any, kind: Any) -> None:
+    with pytest.raises(InseparableLossError, match="give loss_fn=") as error:
+        train(pruning(**arguments), kind())
+    assert "scores_by" not in str(error.value)
+
+
+def test_who_looks_at_samples_one_by_one_is_not_told_to() -> None:
+    with pytest.raises(RuntimeError, match="fails on the sample 0 alone") as error:
+        train(pruning("loss", scores_by="sample"), Spread())
+    assert "scores_by" not in str(error.value)
 
 
 # Arguments.
