@@ -24,6 +24,7 @@ Measure = Callable[["Look"], Mapping[str, Tensor]]
 SCORE_FN = "give score_fn= in place of a score: it takes the module and a batch, and returns the scores"
 LOSS_FN = "give loss_fn=, which takes the module and a batch, and returns the loss of each sample"
 OUTPUTS_FN = "give outputs_fn=, which takes the module and a batch, and returns logits and labels"
+_IGNORED = -100  # by cross_entropy
 LossFunction = Callable[[pl.LightningModule, Any], Any]
 
 
@@ -94,7 +95,8 @@ class Look:
         """
         if self.loss_fn is not None:
             with torch.set_grad_enabled(keep_graph):
-                return SampleLosses(losses_of(self.loss_fn, self.pl_module, self.batch, len(self.indices)))
+                losses = losses_of(self.loss_fn, self.pl_module, self.batch, len(self.indices))
+            return SampleLosses(with_graph(losses, self.label) if keep_graph else losses)
         if self.which is None and not self.memory.keys() & {"whole", "terms"}:
             capture, output = self._first_run()
             try:
@@ -145,7 +147,9 @@ class Look:
         """
         if self.outputs_fn is not None:
             with torch.set_grad_enabled(keep_graph):
-                return call_of(self.outputs_fn, self.pl_module, self.batch, len(self.indices), keep_graph)
+                check = not self.memory.get("labels_checked")
+                self.memory["labels_checked"] = True
+                return call_of(self.outputs_fn, self.pl_module, self.batch, len(self.indices), keep_graph, check)
         if self.which is None and "whole" not in self.memory:
             return self._whole_loss()
         which = self.which if self.which is not None else self.memory.get("which")
@@ -259,18 +263,54 @@ def checked_losses(found: Any, samples: int | None) -> Tensor:
     Raises:
         ValueError: If that is not one loss for each sample.
     """
-    if not isinstance(found, Tensor) or found.dim() != 1 or samples not in (None, len(found)):
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if (
+        not isinstance(found, Tensor)
+        or found.dim() != 1
+        or samples not in (None, len(found))
+        or not found.is_floating_point()
+    ):
         raise ValueError(
-            f"loss_fn must return a tensor with one loss for each sample of a batch, ({samples or 'B'},); got {shape}."
+            "loss_fn must return a tensor of real numbers with one loss for each sample of a batch, "
+            f"({samples or 'B'},); got {_kind(found)}."
         )
     return found
 
 
+def with_graph(losses: Tensor, label: str) -> Tensor:
+    """Return losses of ``loss_fn``.
+
+    Raises:
+        ValueError: If they cannot be differentiated.
+    """
+    if not losses.requires_grad:
+        raise ValueError(
+            f"{label} differentiates what loss_fn returns, and that requires no gradient. Compute it from the module's "
+            "outputs, without detach() or torch.no_grad()."
+        )
+    return losses
+
+
+def _kind(found: Any) -> str:
+    return f"{tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+
+
 def call_of(
-    outputs_fn: LossFunction, pl_module: pl.LightningModule, batch: Any, samples: int, keep_graph: bool = False
+    outputs_fn: LossFunction,
+    pl_module: pl.LightningModule,
+    batch: Any,
+    samples: int,
+    keep_graph: bool = False,
+    check: bool = True,
 ) -> LossCall:
     """Return the cross-entropy of what ``outputs_fn`` gives for a batch.
+
+    Args:
+        outputs_fn: Gives logits and labels.
+        pl_module: The module.
+        batch: Its batch.
+        samples: B.
+        keep_graph: Keep the graph of the losses.
+        check: Whether the labels are compared with the number of classes on a GPU too, which waits for it.
 
     Raises:
         ValueError: If that is not logits (B, C) and labels (B,).
@@ -282,21 +322,32 @@ def call_of(
         or not isinstance(labels, Tensor)
         or logits.dim() != 2
         or len(logits) != samples
+        or not logits.is_floating_point()
         or labels.shape != (samples,)
         or labels.is_floating_point()
+        or labels.is_complex()
     ):
-        shapes = [
-            f"{tuple(each.shape)} of {each.dtype}" if isinstance(each, Tensor) else type(each).__name__
-            for each in (found if isinstance(found, (tuple, list)) else [found])
-        ]
+        kinds = [_kind(each) for each in (found if isinstance(found, (tuple, list)) else [found])]
         raise ValueError(
             f"outputs_fn must return logits ({samples}, classes) and the labels as integers, ({samples},); got "
-            f"{', '.join(shapes)}."
+            f"{', '.join(kinds)}."
         )
+    labels = labels.long()
+    if check or labels.device.type == "cpu":
+        _refuse_labels(labels, logits.shape[1])
     capture = LossCapture(samples, keep_graph=keep_graph)
     with capture:
         F.cross_entropy(logits, labels)
     return capture.only()
+
+
+def _refuse_labels(labels: Tensor, classes: int) -> None:
+    wrong = labels[(labels != _IGNORED) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        raise ValueError(
+            f"outputs_fn must return the index of a class as each label, 0 to {classes - 1} for {classes} logits, or "
+            f"{_IGNORED} for a sample without one; got {int(wrong[0])}."
+        )
 
 
 def refuse_other_means(
@@ -335,9 +386,11 @@ def refuse_other_means(
         advice = f"Let {name} return the losses whose mean training_step returns."
         advice = f"{way_out[0].upper()}{way_out[1:]}." if way_out else advice
         means, losses = (" and ".join(f"{value:.6g}" for value in each) for each in zip(*pairs, strict=True))
-        rule = "Both may differ by a constant only" if with_constant else "Both must agree"
+        why = "the loss takes a mean or a scale over the batch that a sample alone does not have, or is another"
+        rule = f"Both {'may differ by a constant only' if with_constant else 'must agree'}: {why}."
+        if any(math.isfinite(loss) and not math.isfinite(mean) for mean, loss in pairs):
+            rule = f"Some of what {name} gives is not finite."
         raise ValueError(
             f"{label} takes {name} for the loss of each sample, and its mean over a batch is {means}, where training_step "
-            f"returns {losses}. {rule}: the loss takes a mean or a scale over the batch that a sample alone does not have, or "
-            f"consists of something else. {advice}"
+            f"returns {losses}. {rule} {advice}"
         )

@@ -28,11 +28,12 @@ from lightning_grad.core.look import (
     checked_losses,
     only_loss,
     refuse_other_means,
+    with_graph,
 )
 from lightning_grad.core.quiet import aside, eager, is_quiet, quiet
 from lightning_grad.core.sample_losses import SampleLoss, SampleLosses, terms_of, trace_of, with_loss
 from lightning_grad.core.weighing_capture import Weigh, WeighingCapture, WithGradientOf
-from lightning_grad.core.whole_step import classifying, loss_of_output, refuse_rest
+from lightning_grad.core.whole_step import classifying, loss_of_output, refuse_rest, trained_loss
 from lightning_grad.functional import LossCall, LossCapture
 from lightning_grad.functional._whole_loss import WholeLossCapture
 from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms
@@ -136,6 +137,7 @@ class _Reader:
     needed_by: str
     outputs_fn: LossFunction | None
     by_classes: bool
+    has_checked: bool = False  # the labels of outputs_fn
     # Which call classifies, by all calls of a step: looked at once, as it may wait for the device.
     known: dict[tuple[tuple[str, bool, bool], ...], int | None] = field(default_factory=dict)
 
@@ -168,6 +170,7 @@ class _LossTap:
         self._seen = 0
         self._may_skip = pl_module.automatic_optimization
         self._is_decided = False
+        self._has_loss = False  # as some step has shown
         self._terms: Terms | None = None  # of the first step, if its loss is more than one call
 
         def around(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -195,7 +198,10 @@ class _LossTap:
             return inner(*args, **kwargs)
         needs = self.reweight is not None and self.needs()
         if self.reweight is not None and not self._is_decided and (self.acts or needs):
-            self._decide(inner, args, kwargs, samples)
+            if self.loss_fn is None:
+                self._decide(inner, args, kwargs, samples)
+            else:
+                self._try_function(self.loss_fn, batch, samples)
         if not needs and not self.readers:
             return inner(*args, **kwargs)
         if needs and self.loss_fn is not None:
@@ -212,6 +218,11 @@ class _LossTap:
             return None  # Lightning trains on no batch for which an automatic step returns nothing
         if needs:
             self._refuse_unweighted(capture)
+        elif self._may_skip and not self._has_loss and torch.is_grad_enabled():
+            reader = self.readers[0]
+            advice = f"{reader.way_out[0].upper()}{reader.way_out[1:]}"
+            trained_loss(output, f"{reader.needed_by} must see the loss of each sample. {advice}.")
+        self._has_loss = True
         self._read(capture, next(iter((*args, *kwargs.values()))))
         return output
 
@@ -279,8 +290,9 @@ class _LossTap:
             module = self._module()
             assert module is not None
             assert self.samples is not None
+            check, reader.has_checked = not reader.has_checked, True
             with aside(module), torch.no_grad():
-                reader.read(call_of(reader.outputs_fn, module, batch, self.samples()))
+                reader.read(call_of(reader.outputs_fn, module, batch, self.samples(), check=check))
 
     # The first step.
 
@@ -294,13 +306,7 @@ class _LossTap:
         assert module is not None
         trainer = module._trainer
         # The parts of a sharded module have no parameters of their own to look at, and a manual step also trains.
-        if (
-            self.loss_fn is not None
-            or self.which is not None
-            or trainer is None
-            or is_sharded(trainer)
-            or not self._may_skip
-        ):
+        if self.which is not None or trainer is None or is_sharded(trainer) or not self._may_skip:
             self._is_decided = True
             return
 
@@ -315,6 +321,7 @@ class _LossTap:
                 output = run()
             if output is None:
                 return  # the next step that has a loss tells
+            trained_loss(output, self._ways_out(""))
             try:
                 refuse_rest(capture, capture.only(), output, self.reweighted_by, self.way_out)
             except (RuntimeError, ValueError) as error:
@@ -329,6 +336,20 @@ class _LossTap:
                     if isinstance(error, ValueError):  # which knows more of why there are too few rows
                         raise ValueError(f"{self.reweighted_by} weights the loss of each sample. {error}") from None
                     raise
+        self._is_decided = True
+
+    def _try_function(self, loss_fn: LossFunction, batch: Any, samples: int | None) -> None:
+        """Ask the function once, also where the first steps are not weighted."""
+        module = self._module()
+        assert module is not None
+        with aside(module), torch.enable_grad():
+            losses = checked_losses(loss_fn(module, copy_of(batch)), samples)
+        with_graph(losses, self.reweighted_by)
+        if not bool(losses.isfinite().any()) and len(losses):
+            raise ValueError(
+                f"{self.reweighted_by} weights the losses that loss_fn returns, and in the first batch none of them is "
+                "finite. Let loss_fn return the losses whose mean training_step returns."
+            )
         self._is_decided = True
 
     def _first_terms(self, run: Callable[[], object], samples: int, call: str) -> Terms:

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_grad.core.whole_step import loss_of_output
+from lightning_grad.core.whole_step import trained_loss
 from lightning_grad.functional import LossCall
 from lightning_grad.functional._loss_functions import SampleSums
 from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms
@@ -82,18 +82,11 @@ def terms_of(trace: LossTrace, output: object, ways_out: str, like: Terms | None
         InseparableLossError: If the loss cannot be separated.
         ValueError: If the step returned no loss that is trained.
     """
-    loss = loss_of_output(output)
-    if loss is None or loss.numel() != 1 or loss.grad_fn is None:
-        found = "no loss" if loss is None else f"a loss {tuple(loss.shape)}, which requires {_graph(loss)}"
-        raise ValueError(f"training_step must return one number that is trained by; got {found}. {ways_out}")
+    loss = trained_loss(output, ways_out)
     try:
         return trace.terms(loss, like, check)
     except InseparableLossError as error:
         raise InseparableLossError(error.function, error.location, f"{error.reason} {ways_out}") from None
-
-
-def _graph(loss: Tensor) -> str:
-    return "no gradient" if loss.grad_fn is None else "a gradient"
 
 
 def sum_of_flags(trainer: pl.Trainer, flags: list[bool]) -> list[int]:

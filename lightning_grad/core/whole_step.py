@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NoReturn
 
 from torch import Tensor
 
@@ -32,8 +33,8 @@ def refuse_rest(
         RuntimeError: If it is.
     """
     loss = loss_of_output(output)
-    if loss is None:
-        return
+    if loss is None or loss.numel() != 1:
+        refuse_loss(loss, f"{label} needs the loss of each sample. {way_out[0].upper()}{way_out[1:]}.")
     rest = capture.missing_in(loss, call) if by_classes and call.has_class_indices else capture.rest_of(loss, call)
     if rest is None:
         return
@@ -61,6 +62,29 @@ def classifying(capture: LossCapture) -> int | None:
     if len(found) > 1:
         found = [i for i in found if not are_positions(capture.calls[i])]
     return found[0] if len(found) == 1 else None
+
+
+def trained_loss(output: object, ways_out: str) -> Tensor:
+    """Return the loss in what a step returned.
+
+    Args:
+        output: What the step returned.
+        ways_out: What a refusal adds: who needs the loss, and what to do, as whole sentences.
+
+    Raises:
+        ValueError: If it is not one number that is trained by.
+    """
+    loss = loss_of_output(output)
+    if loss is None or loss.numel() != 1 or loss.grad_fn is None:
+        refuse_loss(loss, ways_out)
+    return loss
+
+
+def refuse_loss(loss: Tensor | None, ways_out: str) -> NoReturn:
+    """Raise, because a step returned no loss, or something else as its loss."""
+    graph = "" if loss is None else f", which requires {'no gradient' if loss.grad_fn is None else 'a gradient'}"
+    found = "no loss" if loss is None else f"a loss {tuple(loss.shape)}{graph}"
+    raise ValueError(f"training_step must return one number that is trained by; got {found}. {ways_out}")
 
 
 def loss_of_output(output: object) -> Tensor | None:

@@ -100,12 +100,16 @@ class WholeLossCapture(LossCapture):
             call: One of :attr:`calls`.
         """
         edge, value = self._seen[self.calls.index(call)]
-        if loss.grad_fn is None:
-            return None  # nothing is trained by it
-        if edge is None or edge.node is None:
+        if loss.grad_fn is None or edge is None or edge.node is None:
             # Without a graph only the values can be compared: a metric, or a loss inside a reentrant checkpoint.
-            is_same = value.dim() == 0 and bool(torch.isclose(loss.detach().to(value), value, rtol=1e-3))
-            return None if is_same else f"its value comes from {self._word(loss.grad_fn)}"
+            is_same = value.dim() == 0 and bool(
+                torch.isclose(loss.detach().to(value), value, rtol=1e-3, equal_nan=True)
+            )
+            if is_same:
+                return None
+            return (
+                "its value is another" if loss.grad_fn is None else f"its value comes from {self._word(loss.grad_fn)}"
+            )
         found = self._beside(loss.grad_fn, edge.node)
         return found or (self._factors(loss, edge, call, value) if value.dim() else None)
 
@@ -117,7 +121,9 @@ class WholeLossCapture(LossCapture):
             call: One of :attr:`calls`.
         """
         edge, value = self._seen[self.calls.index(call)]
-        if loss.grad_fn is None or edge is None or edge.node is None:
+        if loss.grad_fn is None:
+            return None
+        if edge is None or edge.node is None:
             return self.rest_of(loss, call)
         if not self._leading_to(loss.grad_fn, edge.node)[loss.grad_fn]:
             return f"the loss comes from {self._word(loss.grad_fn)}"

@@ -325,6 +325,11 @@ class HistoryScores(ScoreSource):
             self._history["labels"] = torch.where(labels.isnan(), self._history.get("labels", labels), labels)
 
     def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
+        if not self._history:
+            raise ValueError(
+                f"score={self.name!r} is recorded while training, and no step has had a loss so far: each batch was None, or "
+                "training_step returned None for it. Return something for some batches, or set epoch to a later one."
+            )
         values = -aum(self._history) if self.name == "aum" else forgetting(self._history)
         labels = _classes(self._history.get("labels"))
         return ScoredSet(self.name, trainer.current_epoch, values.double(), labels=labels)
