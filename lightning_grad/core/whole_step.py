@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_grad.core.row_order import are_positions
 from lightning_grad.functional import LossCall, LossCapture
-from lightning_grad.functional._loss_functions import OF_CLASS_INDICES
-from lightning_grad.functional._whole_loss import WholeLossCapture
+from lightning_grad.functional.gradients import WholeLossCapture
+from lightning_grad.functional.gradients.loss_functions import OF_CLASS_INDICES
 from lightning_grad.functional.plain_tensors import plain_tensor
 
 
