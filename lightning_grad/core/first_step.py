@@ -60,8 +60,8 @@ def _terms_after(error: Exception, step: Step, weighing: Weighing, capture: Whol
     """Return the terms of a step that is not one call of a loss, as an error says."""
     if step.samples is None:
         raise RuntimeError(
-            "The loss is more than one call of a loss, and the batch holds tensors of different lengths, so the "
-            f"number of its samples is not known. {weighing.ways_out()}"
+            "The loss is more than one call of a loss, the batch holds tensors of different lengths, and no sampler of torch "
+            f"tells how many samples are in it. {weighing.ways_out()}"
         ) from None
     try:
         return _first_terms(step, step.samples, weighing.ways_out(capture.calls[0].name if capture.calls else ""))

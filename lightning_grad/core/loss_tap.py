@@ -17,9 +17,8 @@ from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor
 
+from lightning_grad.core.batch_sizes import batch_size_of
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.first_step import choose_way
 from lightning_grad.core.look import SCORE_FN, LossFunction, call_of, only_loss
@@ -32,6 +31,10 @@ from lightning_grad.functional import LossCall, LossCapture
 
 _INNERMOST = -100
 _TAPS: WeakKeyDictionary[Any, _LossTap] = WeakKeyDictionary()
+
+
+def _nothing() -> None:
+    return None
 
 
 def read_losses(
@@ -78,6 +81,7 @@ def reweight_losses(
     needs: Callable[[], bool] = lambda: True,
     kind: Callable[[], SampleLoss] = lambda: None,
     loss_fn: LossFunction | None = None,
+    told: Callable[[], int | None] = _nothing,
 ) -> Any:
     """Have the samples of every training step weighted in its backward pass.
 
@@ -92,6 +96,8 @@ def reweight_losses(
         needs: Tells whether it needs the losses of the present step; a step that nobody needs runs as if there were no tap.
         kind: Tells what the loss of a sample is where it comes from several terms.
         loss_fn: Gives the losses of the samples in place of the step: a second forward pass.
+        told: Tells how many samples the batch was drawn with, for one whose tensors don't agree on it; ``None`` if it is not
+            known.
 
     Returns:
         Callable: Takes the weighting away.
@@ -105,7 +111,7 @@ def reweight_losses(
             f"{tap.weighing.label} and {needed_by} would both weight the samples of a batch. Keep one of them in the list "
             "of callbacks."
         )
-    tap.weighing = Weighing(reweight, needed_by, which, way_out, acts, needs, kind, loss_fn)
+    tap.weighing = Weighing(reweight, needed_by, which, way_out, acts, needs, kind, loss_fn, told)
     tap.samples = samples or tap.samples
     return lambda: tap.remove(None)
 
@@ -165,7 +171,8 @@ class _LossTap:
             if is_quiet(pl_module):
                 return inner(*args, **kwargs)
             batch = next(iter((*args, *kwargs.values())))
-            samples = batch_size_of(batch) if self.samples is None else self.samples()
+            told = _nothing if self.weighing is None else self.weighing.told
+            samples = batch_size_of(batch, told) if self.samples is None else self.samples()
             return self._run(Step(pl_module, inner, args, kwargs, samples, bool(self.readers), may_skip))
 
         self._undo = wrap_method(pl_module, "training_step", around, priority=_INNERMOST)
@@ -207,15 +214,3 @@ class _LossTap:
                 continue
             assert self.samples is not None
             reader.read(reader.call_of(step, self.samples()))
-
-
-def batch_size_of(batch: Any) -> int | None:
-    """Return the number of samples of a batch, if all its tensors agree on it.
-
-    Example:
-        >>> import torch
-        >>> batch_size_of({"x": torch.zeros(4, 2), "y": torch.zeros(4)}), batch_size_of([torch.zeros(4), torch.zeros(3)])
-        (4, None)
-    """
-    sizes = {len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()}
-    return sizes.pop() if len(sizes) == 1 else None

@@ -34,6 +34,7 @@ class Weighing:
     needs: Callable[[], bool]
     kind: Callable[[], SampleLoss]
     loss_fn: LossFunction | None
+    told: Callable[[], int | None]
 
     def ways_out(self, call: str = "") -> str:
         """Return what a refusal adds: who needs the losses, and what to do.
