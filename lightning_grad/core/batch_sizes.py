@@ -43,7 +43,7 @@ def size_by_sampler(trainer: pl.Trainer, batch_idx: int) -> int | None:
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader):
         return None
-    for callback in trainer.callbacks:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, SubsetCallback) and callback.indices:
             return len(callback.indices)
     sampler = loader.batch_sampler

@@ -95,7 +95,7 @@ def reweight_losses(
         acts: Whether it will ever need a loss. The first step then shows whether the loss can be seen.
         needs: Tells whether it needs the losses of the present step; a step that nobody needs runs as if there were no tap.
         kind: Tells what the loss of a sample is where it comes from several terms.
-        loss_fn: Gives the losses of the samples in place of the step: a second forward pass.
+        loss_fn: Gives the losses of the samples in place of the step: a second forward and backward pass.
         told: Tells how many samples the batch was drawn with, for one whose tensors don't agree on it; ``None`` if it is not
             known.
 

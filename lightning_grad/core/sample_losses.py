@@ -26,14 +26,14 @@ class SampleLosses:
         call: The call of a loss of ``torch.nn.functional`` that they come from, if it is the whole loss.
         terms: Else the terms of the step's loss.
         sums: What the call's mean is made of.
-
-    Without call and terms they are those of a function, whose mean is the loss.
+        rest: Without call and terms the losses are those of a function. Then this is what the loss is more than their mean.
     """
 
     losses: Tensor
     call: LossCall | None = None
     terms: Terms | None = None
     sums: SampleSums | None = None
+    rest: Tensor | float = 0.0
 
     @classmethod
     def of_terms(cls, terms: Terms, kind: SampleLoss) -> SampleLosses:
@@ -49,7 +49,7 @@ class SampleLosses:
             return self.terms.weighted_loss(plain), self.terms.weighted_loss(weights.nan_to_num(0.0))
         if self.call is None:
             losses = self.losses.detach()
-            return losses.mean(), (losses * weights).mean()
+            return losses.mean() + self.rest, (losses * weights).mean() + self.rest
         assert self.sums is not None
         numerators, denominators = (values.detach() for values in self.sums)
         divisor = 1.0 if self.call.options["reduction"] == "sum" else denominators.sum()

@@ -199,10 +199,13 @@ class ByFunction(Way):
                 f"training_step must return one number as its loss, or None; {self._weighing.label} found none."
             )
         self._compare(losses, loss)
-        weights = self._weighing.reweight(SampleLosses(losses.detach()))
+        rest = (loss.detach() - losses.detach().mean()).reshape(())
+        weights = self._weighing.reweight(SampleLosses(losses.detach(), rest=rest))
         if weights is None:
             return output, capture
-        weighted = (weights.to(losses) * losses).mean().reshape(loss.shape).to(loss.dtype)
+        # What the step adds that belongs to no sample, such as weight decay by hand, keeps its gradient.
+        change = ((weights.to(losses) - 1.0) * losses).mean().reshape(loss.shape)
+        weighted = loss + change.to(loss.dtype)
         weighted = WithGradientOf.apply(loss.detach(), weighted)  # type: ignore[no-untyped-call]
         return with_loss(output, weighted), capture
 

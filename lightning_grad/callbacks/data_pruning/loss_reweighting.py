@@ -60,7 +60,7 @@ class LossReweighting(GradCallback):
         warmup: Share of the run in which all samples weigh the same (0.05 in the released code).
         loss: Which call of a loss alone is weighted, from 0; by default all that the step returns.
         loss_fn: Function of the module and a batch that returns the losses (B,), in place of the step's own loss. The step
-            runs as it is; its mean must be the step's loss, up to a constant. It costs a second forward pass.
+            runs as it is; its mean must be the step's loss, up to a constant. It costs a second forward and backward pass.
         total_steps: Length of the run in optimizer steps, where it has no known end. Default: the Trainer's.
         name: Name of this instance.
 

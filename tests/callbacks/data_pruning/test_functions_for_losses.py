@@ -125,6 +125,22 @@ class Weighted(DicePerSample):
         return (loss_weights(losses, "linupper", 0.5) * losses).sum()
 
 
+class Decaying(DicePerSample):
+    """Adds what belongs to no sample, and has a gradient."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + 0.1 * decay_of(self)
+
+
+class WeightedDecaying(Weighted):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + 0.1 * decay_of(self)
+
+
+def decay_of(module: Any) -> Tensor:
+    return sum(p.square().mean() for p in module.parameters())
+
+
 class Dropping(DicePerSample):
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +151,9 @@ class WeightedDropping(Weighted, Dropping):
     pass
 
 
-@pytest.mark.parametrize(("kind", "by_hand"), [(DicePerSample, Weighted), (Dropping, WeightedDropping)])
+@pytest.mark.parametrize(
+    ("kind", "by_hand"), [(DicePerSample, Weighted), (Dropping, WeightedDropping), (Decaying, WeightedDecaying)]
+)
 def test_weights_by_a_function_are_those_by_hand(kind: Any, by_hand: Any) -> None:
     callback = LossReweighting(temperature=0.5, start_temperature=0.5, warmup=0.0, loss_fn=overlaps)
     found = train(callback, kind(), precision="64-true").module
