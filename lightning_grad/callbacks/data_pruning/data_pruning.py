@@ -400,7 +400,8 @@ class DataPruning(SubsetCallback):
         """What to do about a loss that cannot be seen."""
         if self.score in OF_CLASSES:
             return f"{SCORE_FN}, or {OUTPUTS_FN}"
-        return f"{SCORE_FN}, or {LOSS_FN}{self._by_sample or ''}"
+        first = "leave scores_by at 'batch', and " if self.scores_by == "sample" else ""
+        return f"{first}{SCORE_FN}, or {LOSS_FN}{self._by_sample or ''}"
 
     def _offering_samples(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, look: Callable[[], Mapping[str, Tensor]]
