@@ -228,9 +228,7 @@ def test_one_sample_at_a_time(score: str) -> None:
 
 @pytest.mark.parametrize("score", ["loss", "grand"])
 def test_a_scale_of_the_batch_is_refused(score: str) -> None:
-    words = (
-        r"takes scores_by='sample' for .*its mean over a batch is \S+ and \S+, where .* Both must agree.*Give score_fn="
-    )
+    words = r"takes scores_by='sample' for .*its mean over a batch is \S+ and \S+, where .* Both must agree.*Leave scores_by at 'batch', and give score_fn="
     with pytest.raises(ValueError, match=words):
         train(pruning(score, scores_by="sample"), Dice())
 
@@ -274,9 +272,9 @@ def test_it_is_not_offered_where_it_would_be_refused_too(arguments: Any, kind: A
 
 
 def test_who_looks_at_samples_one_by_one_is_not_told_to() -> None:
-    with pytest.raises(RuntimeError, match="fails on the sample 0 alone") as error:
+    with pytest.raises(RuntimeError, match=r"fails on the sample 0 alone.*or leave scores_by at 'batch'") as error:
         train(pruning("loss", scores_by="sample"), Spread())
-    assert "scores_by" not in str(error.value)
+    assert "scores_by='sample'" not in str(error.value)
 
 
 # Arguments.
