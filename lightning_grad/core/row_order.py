@@ -144,6 +144,13 @@ def are_positions(call: LossCall) -> bool:
     return call.has_class_indices and torch.equal(target, torch.arange(target.numel()).to(target))
 
 
+def are_all_positions(call: LossCall) -> bool:
+    """Return whether the targets are the places of all rows in the batch, in whichever order: each row is to find another."""
+    places = torch.arange(call.target.numel(), device=call.target.device)
+    is_square = call.input.dim() == 2 and call.input.shape[-1] == len(places)
+    return is_square and torch.equal(call.target.flatten().sort().values, places)
+
+
 def size_of_input(call: LossCall) -> float:
     """Return how large the numbers are that a loss is computed from; its rounding errors are a part of that."""
     entries = call.input.reshape(-1)

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from lightning_grad.core.row_order import are_positions
+from lightning_grad.core.row_order import are_all_positions
 from lightning_grad.functional import LossCall, LossCapture
 from lightning_grad.functional.gradients import WholeLossCapture
 from lightning_grad.functional.gradients.loss_functions import OF_CLASS_INDICES
@@ -60,7 +60,7 @@ def classifying(capture: LossCapture) -> int | None:
         return None
     found = [i for i, call in enumerate(capture.calls) if call.has_graph and call.has_class_indices]
     if len(found) > 1:
-        found = [i for i in found if not are_positions(capture.calls[i])]
+        found = [i for i in found if not are_all_positions(capture.calls[i])]
     return found[0] if len(found) == 1 else None
 
 

@@ -228,7 +228,10 @@ def test_one_sample_at_a_time(score: str) -> None:
 
 @pytest.mark.parametrize("score", ["loss", "grand"])
 def test_a_scale_of_the_batch_is_refused(score: str) -> None:
-    words = r"takes scores_by='sample' for .*its mean over a batch is \S+ and \S+, where .* Both must agree.*Leave scores_by at 'batch', and give score_fn="
+    words = (
+        r"takes scores_by='sample' for .*its mean over a batch is \S+ and \S+, where .* Both must agree.*"
+        "Leave scores_by at 'batch', and give score_fn="
+    )
     with pytest.raises(ValueError, match=words):
         train(pruning(score, scores_by="sample"), Dice())
 
