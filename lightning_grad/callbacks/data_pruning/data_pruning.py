@@ -102,11 +102,11 @@ class DataPruning(SubsetCallback):
             and vog (which then takes the gradient of the loss). Its mean must be the step's loss, up to a constant.
         outputs_fn: Function of the module and a batch that returns logits (B, C) and labels (B,), for el2n, margin, aum,
             forgetting, grand-last and prototypes.
-        scores_by: "sample" runs the step on one sample at a time, which takes far longer; for loss and grand, of a loss that
-            cannot be separated. The mean over the samples of a batch must be the batch's loss.
+        scores_by: "sample" runs the step on one sample at a time, up to a batch size times as long; for loss and grand.
+            It is for a loss that cannot be separated. The mean over the samples of a batch must be the batch's loss.
         score_dataset: Function of the trainer that returns the training set without augmentation, to score that.
-        loss: Which call of a loss alone counts, from 0. By default loss and grand take all that the step returns, and the
-            others its only call, if that is the whole loss.
+        loss: Which call of a loss alone counts, from 0. By default loss and grand take all that the step returns, grand-last
+            its only call, and the others the only one that classifies.
         checkpoints: Number of passes of vog, at least 2, spread evenly over the epochs before.
         strict: Whether score files of another data set are refused.
         show: Number of the hardest and of the easiest samples that are shown, in a table and a page; 0 for none.
@@ -121,7 +121,7 @@ class DataPruning(SubsetCallback):
             epoch that never comes, another technique that chooses samples. After the first batch, if the loss cannot be
             seen or does not suit the score: one batch is scored to find out.
         RuntimeError: After the first batch, if rows do not follow their samples into another order, or if only a part of the
-            loss is seen and ``loss`` does not say that it counts alone.
+            loss is seen where the whole counts, or two calls classify, and ``loss`` does not say which counts alone.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
         FileNotFoundError: In setup, if a score file is missing. One that is damaged, or belongs to another data set, raises a
             ValueError before the first batch, and so does a ``save_scores`` that cannot be written.

@@ -44,8 +44,8 @@ class UniformLearning(SubsetCallback):
         ValueError: In the constructor for numbers below their least. In setup for manual optimization, an epoch that never
             comes, or another technique that chooses samples. After the first batch, if the loss is none of one class a
             sample: one batch is looked at to find out.
-        RuntimeError: After the first batch, if rows do not follow their samples into another order, or if only a part of the
-            loss is seen and ``loss`` does not say that it counts alone.
+        RuntimeError: After the first batch, if rows do not follow their samples into another order, or if two calls classify
+            and ``loss`` does not say which one counts.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
     **Hooks.** As :class:`DataPruning`. Epochs become longer; schedules that step with batches are held back so that they
