@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_grad.core.look import LossFunction, checked_losses, with_graph
 from lightning_grad.core.quiet import aside, eager, quiet
 from lightning_grad.core.sample_losses import terms_of, trace_of
+from lightning_grad.core.weighing_capture import outline_of
 from lightning_grad.core.weighted_steps import ByCall, ByFunction, ByTerms, Step, Way, Weighing
 from lightning_grad.core.whole_step import refuse_rest, trained_loss
 from lightning_grad.functional.gradients import InseparableLossError, Terms, WholeLossCapture
@@ -42,7 +44,39 @@ def choose_way(step: Step, weighing: Weighing) -> Way | None:
             refuse_rest(capture, capture.only(), output, weighing.label, weighing.way_out)
         except (RuntimeError, ValueError) as error:
             return ByTerms(weighing, _terms_after(error, step, weighing, capture))
+    by_call.outlines.add(outline_of(trained_loss(output, weighing.ways_out()), capture.nodes))
     return by_call
+
+
+def choose_again(step: Step, weighing: Weighing, way: ByCall) -> Way:
+    """Return how samples are weighted from here on, after a step that computed its loss otherwise than the first.
+
+    A schedule may add a term when its time comes. In the step that showed it only the call was weighted.
+
+    Raises:
+        InseparableLossError: If the loss is no sum of one term for each sample any more.
+        RuntimeError: If it cannot be seen.
+    """
+    more = "training_step returns more than the one call of a loss that it returned at first"
+    trainer = step.module._trainer
+    # A step may talk to the other ranks, and on these it may be of the same form as ever.
+    found = way if trainer is None or trainer.world_size > 1 else choose_way(step, weighing)
+    if found is None:
+        return way  # a later step tells
+    if not isinstance(found, ByCall):
+        rank_zero_warn(
+            f"{weighing.label}: {more}. In the step before only that call was weighted; from this one on the whole loss is."
+        )
+        return found
+    if way.changed is not None and way.changed not in found.outlines:
+        rank_zero_warn(
+            f"{weighing.label}: in some steps {more}, and only that call is weighted in these. Ignore it if what they add is "
+            "the same for all samples. Otherwise let each step add it, with a factor of 0 where it does not count."
+        )
+        found.outlines.add(way.changed)
+    found.outlines |= way.outlines
+    found.changed = None
+    return found
 
 
 def _try_function(step: Step, loss_fn: LossFunction, label: str) -> None:

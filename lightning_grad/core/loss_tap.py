@@ -20,7 +20,7 @@ import torch
 
 from lightning_grad.core.batch_sizes import batch_size_of
 from lightning_grad.core.dispatch import wrap_method
-from lightning_grad.core.first_step import choose_way
+from lightning_grad.core.first_step import choose_again, choose_way
 from lightning_grad.core.look import SCORE_FN, LossFunction, call_of, only_loss
 from lightning_grad.core.quiet import aside, is_quiet
 from lightning_grad.core.sample_losses import SampleLoss
@@ -197,6 +197,8 @@ class _LossTap:
             self._way = choose_way(step, weighing)
         if not needs and not step.is_read:
             return step.run()
+        if needs and weighing is not None and isinstance(self._way, ByCall) and self._way.changed:
+            self._way = choose_again(step, weighing, self._way)
         way_out = SCORE_FN if weighing is None else weighing.way_out
         way = (self._way or ByCall(weighing, way_out)) if needs else ByCall(None, way_out)
         output, seen = way.run(step)

@@ -110,6 +110,8 @@ class ByCall(Way):
         self._weighing = weighing
         self._way_out = way_out
         self._seen = 0
+        self.outlines: set[tuple[str, ...]] = set()  # of the steps that were looked at, where any was
+        self.changed: tuple[str, ...] | None = None  # the outline of a step that was not
 
     def run(self, step: Step) -> Seen:
         """See :meth:`Way.run`."""
@@ -121,7 +123,13 @@ class ByCall(Way):
             return None, None
         if self._weighing is not None:
             self._refuse_unweighted(capture, self._weighing)
+            self._compare(capture, loss_of_output(output))
         return output, capture
+
+    def _compare(self, capture: WeighingCapture, loss: Tensor | None) -> None:
+        if self.outlines and loss is not None and loss.grad_fn is not None:
+            outline = capture.outline_of(loss)
+            self.changed = self.changed if outline in self.outlines else outline
 
     def _weights(self, losses: SampleLosses) -> Tensor | None:
         assert self._weighing is not None

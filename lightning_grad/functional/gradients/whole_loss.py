@@ -106,6 +106,11 @@ class WholeLossCapture(LossCapture):
         found = CallWalk(loss.grad_fn, edge.node, self._record).rest
         return found or (self._factors(loss, edge, call, value) if value.dim() else None)
 
+    @property
+    def nodes(self) -> list[Node]:
+        """The nodes of what the calls returned, where these have a graph."""
+        return [edge.node for edge, _ in self._seen if edge is not None and edge.node is not None]
+
     def missing_in(self, loss: Tensor, call: LossCall) -> str | None:
         """Return why a step does not train on every row of a call, whatever else it trains on; ``None`` if it does.
 
