@@ -113,5 +113,5 @@ def test_several_ranks_are_told_only() -> None:
     """No rank runs the step once more, as another one may not have to."""
     arguments = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False}
     # In the processes of the ranks a warning is an error.
-    with pytest.raises(Exception, match="in some steps training_step returns more .* only that call is weighted"):
+    with pytest.raises(Exception, match=r"in some steps training_step returns more .* only that call is weighted"):
         train(callback_of("reweighting"), Growing(normalizes=False), epochs=3, **arguments)
