@@ -62,7 +62,7 @@ from benchmarks.common import (
 )
 from lightning_grad import callbacks
 from lightning_grad.callbacks import AdaptiveGradientClipping, AutoClip, NormClipping, SpikeClipping, ZClip
-from lightning_grad.callbacks.conditioner import GradientConditioner
+from lightning_grad.core.conditioner import GradientConditioner
 from lightning_grad.functional import (
     add_gradient_noise_,
     autoclip_state,

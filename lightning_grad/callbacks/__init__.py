@@ -1,8 +1,7 @@
 """Callbacks: one line in ``Trainer(callbacks=[...])`` each.
 
-What all of them share is in ``base.py``, the file to read first. Those that change gradients stand in ``clipping`` and
-share ``conditioner.py``; those that choose or weigh samples in ``data_pruning``; those that attack inputs, and the learning
-rate made for them, in ``adversarial``.
+What they are built of is in :mod:`lightning_grad.core`. Those that change gradients stand in ``clipping``; those that choose
+or weigh samples in ``data_pruning``; those that attack inputs, and the learning rate made for them, in ``adversarial``.
 """
 
 from lightning_grad.callbacks.adversarial import AccuracyGradientLR, AdversarialEvaluation, AdversarialTraining

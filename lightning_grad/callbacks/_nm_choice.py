@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_grad.callbacks._nm_ends import Ends, Owner
 from lightning_grad.callbacks._nm_weight import SparseWeight
+from lightning_grad.core.weight_view import REPLACEMENTS, has_view, viewed_class
 from lightning_grad.functional import NMPattern
 from lightning_grad.functional.nm_sparsity import Axis, group_dim
 from lightning_grad.utilities.parameters import (
@@ -28,7 +29,6 @@ from lightning_grad.utilities.parameters import (
 )
 from lightning_grad.utilities.reporting import counted, format_table
 from lightning_grad.utilities.weight_axes import is_foreign_matrix, output_dimension
-from lightning_grad.utilities.weight_view import REPLACEMENTS, has_view, viewed_class
 
 _SINGLE_WEIGHT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MOST_SHOWN = 24

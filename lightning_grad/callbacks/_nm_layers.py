@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from lightning_grad.callbacks._nm_choice import Choice, is_shown
 from lightning_grad.callbacks._nm_ends import Ends
 from lightning_grad.callbacks._nm_weight import SparseWeight
+from lightning_grad.core.weight_view import InPlaceView, InPlaceWindow, attach_view
 from lightning_grad.utilities.checks import owned_ids
-from lightning_grad.utilities.weight_view import InPlaceView, InPlaceWindow, attach_view
 
 
 class SparseLayers:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_grad.callbacks._nm_weight import SparseWeight
+from lightning_grad.core.portable import pack_bits, unpack_bits
 from lightning_grad.functional import gradient_noise, mask_distance
 from lightning_grad.utilities.parameters import clean_name
-from lightning_grad.utilities.portable import pack_bits, unpack_bits
 
 
 def mask_density(weight: SparseWeight) -> float:

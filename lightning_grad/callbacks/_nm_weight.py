@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_grad.core.portable import pack_bits, unpack_bits
+from lightning_grad.core.weight_view import InPlaceView
 from lightning_grad.functional import NMPattern, NMPhase, nm_mask, prune, scale_weight
 from lightning_grad.functional.nm_schedule import DENSE
 from lightning_grad.utilities.parameters import clean_name
-from lightning_grad.utilities.portable import pack_bits, unpack_bits
-from lightning_grad.utilities.weight_view import InPlaceView
 
 
 class SparseWeight:

@@ -51,7 +51,9 @@ from lightning_grad.callbacks._nm_report import (
 )
 from lightning_grad.callbacks._nm_seen import Chosen, as_chosen, describe, lacking
 from lightning_grad.callbacks._nm_weight import SparseWeight
-from lightning_grad.callbacks.base import GradCallback
+from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.portable import make_portable, wrap_loading, wrap_saving
+from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.functional import NMPhase, add_sr_ste_
 from lightning_grad.functional.nm_schedule import Recipe
 from lightning_grad.functional.nm_sparsity import Axis, Gradient
@@ -63,9 +65,7 @@ from lightning_grad.utilities.checks import (
     warn_of_missing_momentum,
 )
 from lightning_grad.utilities.parameters import as_names, clean_name
-from lightning_grad.utilities.portable import make_portable, wrap_loading, wrap_saving
 from lightning_grad.utilities.precision import gradients_are_scaled, refuse_scaled_gradients
-from lightning_grad.utilities.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.utilities.reporting import (
     is_log_step,
     limit_layers,

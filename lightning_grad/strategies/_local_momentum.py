@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from lightning_grad.utilities.undo import UndoList
+from lightning_grad.core.undo import UndoList
 
 _BUFFER = "momentum_buffer"
 

@@ -13,8 +13,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from lightning_grad.core.undo import UndoList
 from lightning_grad.strategies._collectives import Collectives
-from lightning_grad.utilities.undo import UndoList
 
 _ABSENT, _ZERO, _USED = 0, 1, 2  # no gradient, one that nothing was added to, one that this step has made
 

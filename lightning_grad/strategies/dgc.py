@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
+from lightning_grad.core.dispatch import overrides
 from lightning_grad.functional import (
     accumulate_residual_,
     add_pairs_,
@@ -41,7 +42,6 @@ from lightning_grad.strategies.compressed_ddp import (
     StartMethod,
 )
 from lightning_grad.utilities.checks import check_count, check_finite_above
-from lightning_grad.utilities.dispatch import overrides
 from lightning_grad.utilities.parameters import check_patterns, first_match, parameter_names
 
 Correction = Literal["auto", "momentum", "error_feedback"]

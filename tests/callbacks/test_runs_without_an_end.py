@@ -41,7 +41,7 @@ def decays(train: DataLoader, decay: float | None) -> list[float]:
 @pytest.mark.parametrize("decay", [None, 0.2])
 def test_sparsity_of_data_without_a_length_begins_in_the_second_epoch(decay, monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr("lightning_grad.callbacks.base.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_grad.core.callback.rank_zero_info", said.append)
     known, measured = decays(loaders()[0], decay), decays(DataLoader(Stream(), BATCH), decay)
     assert measured[:BATCHES] == [1.0] * BATCHES
     assert measured[BATCHES:] == known[BATCHES:]
@@ -63,7 +63,7 @@ class Samples(pl.Callback):
 @pytest.mark.parametrize(("total", "whole"), [(None, []), (20, [3, 4]), (100, [])])
 def test_infobatch_trains_on_all_samples_at_the_end_that_is_stated(total, whole, monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr("lightning_grad.callbacks.base.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_grad.core.callback.rank_zero_info", said.append)
     samples = Samples(5)
     callback = InfoBatch(0.5, stop=0.75, total_steps=total)
     make_trainer(callbacks=[callback, samples], max_epochs=-1).fit(make_classifier(), loaders()[0])

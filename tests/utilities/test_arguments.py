@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_grad.callbacks.base import GradCallback
+from lightning_grad.core.callback import GradCallback
 from lightning_grad.utilities.arguments import CheckedArguments, check_kind, follow_settings, plain
 from tests.contract.projects import fit, loaders, make_trainer
 

@@ -11,8 +11,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.callbacks._whole_step import loss_of_output
 from lightning_grad.callbacks.adversarial._places import Place
+from lightning_grad.core.whole_step import loss_of_output
 from lightning_grad.functional._shuffling import hashed_seed
 from lightning_grad.functional.adversarial_attacks import Norm, fgsm, pgd
 from lightning_grad.utilities.batch_copies import copy_of

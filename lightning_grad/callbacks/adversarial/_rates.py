@@ -8,14 +8,14 @@ from typing import Literal
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 
-from lightning_grad.utilities.checks import check_count
-from lightning_grad.utilities.learning_rates import (
+from lightning_grad.core.learning_rates import (
     base_rate,
     choose_groups,
     restore_initial_rates_,
     scale_rates_,
     scale_schedules_,
 )
+from lightning_grad.utilities.checks import check_count
 
 
 class ChosenRates:

@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_grad.utilities.dispatch import wrap_method
-from lightning_grad.utilities.learning_rates import unknown_schedulers
+from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.learning_rates import unknown_schedulers
 
 
 def mute_schedulers(pl_module: pl.LightningModule, optimizers: Sequence[Optimizer], label: str) -> Callable[[], None]:

@@ -11,16 +11,18 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_grad.callbacks.adversarial._monitored import (
+from lightning_grad.callbacks.adversarial._rate_report import RateRecord, write_record
+from lightning_grad.callbacks.adversarial._rates import ChosenRates, as_indices
+from lightning_grad.callbacks.adversarial._schedules import mute_schedulers, warn_of_schedulers
+from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.missed_validation import is_validation_due, run_missed_validation
+from lightning_grad.core.monitored_value import (
     MonitoredValue,
     describe_unknown,
     refuse_unknown_monitor,
     validated_keys,
 )
-from lightning_grad.callbacks.adversarial._rate_report import RateRecord, write_record
-from lightning_grad.callbacks.adversarial._rates import ChosenRates, as_indices
-from lightning_grad.callbacks.adversarial._schedules import mute_schedulers, warn_of_schedulers
-from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.functional.accuracy_gradient import accuracy_gradient, accuracy_gradient_cuts
 from lightning_grad.utilities.checks import (
     check_above,
@@ -30,8 +32,6 @@ from lightning_grad.utilities.checks import (
     check_finite,
     check_finite_at_least,
 )
-from lightning_grad.utilities.dispatch import wrap_method
-from lightning_grad.utilities.missed_validation import is_validation_due, run_missed_validation
 from lightning_grad.utilities.reporting import log_many, log_summary, output_folder, say_if_no_figure, stepped_batches
 
 _MOST_OBSERVATIONS = 1_000_000

@@ -15,16 +15,16 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_grad.callbacks._quiet import is_quiet, loggers_muted, quiet
 from lightning_grad.callbacks.adversarial._attack import attack_of
 from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.callbacks.adversarial._second_state import SecondState
 from lightning_grad.callbacks.adversarial._worst_inputs import WorstInputs
-from lightning_grad.callbacks.base import GradCallback
+from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.dispatch import overrides, wrap_method
+from lightning_grad.core.quiet import is_quiet, loggers_muted, quiet
 from lightning_grad.data.random_streams import random_streams_kept
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import check_count, check_position, refuse_dataloader_iter, refuse_sharded
-from lightning_grad.utilities.dispatch import overrides, wrap_method
 
 _INSIDE_WEIGHT_VIEWS = -50
 _STAGES = {"fit": "validation", "validate": "validation", "test": "test"}

@@ -12,8 +12,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks._quiet import is_quiet, quiet
-from lightning_grad.callbacks._whole_step import loss_of_output
 from lightning_grad.callbacks.adversarial._attack import (
     NoLossError,
     attack_losses,
@@ -28,7 +26,11 @@ from lightning_grad.callbacks.adversarial._overfitting import (
     warn_of_collapse,
 )
 from lightning_grad.callbacks.adversarial._places import Place, find_place
-from lightning_grad.callbacks.base import GradCallback
+from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
+from lightning_grad.core.quiet import is_quiet, quiet
+from lightning_grad.core.whole_step import loss_of_output
 from lightning_grad.functional.adversarial_attacks import IndependentLossError
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.batches import same_tensors
@@ -39,8 +41,6 @@ from lightning_grad.utilities.checks import (
     refuse_dataloader_iter,
     refuse_manual_optimization,
 )
-from lightning_grad.utilities.dispatch import wrap_method
-from lightning_grad.utilities.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step, log_many
 
 OUTSIDE_WEIGHT_VIEWS = 50  # inside of what only looks, outside of loss capture and of weights seen through a view

@@ -1,6 +1,6 @@
 """Gradient clipping, conditioning and diagnostics: one rule a file.
 
-Each derives from :class:`lightning_grad.callbacks.conditioner.GradientConditioner` (read that first) and calls a function
+Each derives from :class:`lightning_grad.core.conditioner.GradientConditioner` (read that first) and calls a function
 of :mod:`lightning_grad.functional`. ``GradientMonitor`` only looks. Which rule suits what, tells ``docs/clipping.md``.
 """
 

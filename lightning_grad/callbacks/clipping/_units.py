@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks.conditioner import GradientConditioner
+from lightning_grad.core.conditioner import GradientConditioner
 from lightning_grad.utilities.checks import owned_ids
 from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.parameters import all_names, clean_name, is_spelled, matches, named_owners

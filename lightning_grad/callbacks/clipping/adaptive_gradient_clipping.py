@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.callbacks._phases import Phase
 from lightning_grad.callbacks.clipping._units import LastLayers, UnitConditioner
-from lightning_grad.callbacks.conditioner import GradientStep
+from lightning_grad.core.conditioner import GradientStep
+from lightning_grad.core.phases import Phase
 from lightning_grad.functional import clip_adaptively_
 from lightning_grad.functional.tensor_lists import whole
 from lightning_grad.utilities.checks import check_above

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks._phases import Phase
-from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
+from lightning_grad.core.conditioner import GradientConditioner, GradientStep
+from lightning_grad.core.phases import Phase
 from lightning_grad.functional import autoclip_state, autoclip_threshold_, clip_to_threshold_
 from lightning_grad.functional.tensor_lists import joined_norm
 from lightning_grad.utilities.checks import check_between, check_count_between

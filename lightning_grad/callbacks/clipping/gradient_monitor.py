@@ -19,14 +19,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.callbacks._phases import Phase, conditioners, refuse_order
-from lightning_grad.callbacks.base import GradCallback
 from lightning_grad.callbacks.clipping._constructors import NOT_CONSTRUCTED, constructors_unwatched
 from lightning_grad.callbacks.clipping._logit_probe import LogitProbe, compiled_graphs, has_compiled
 from lightning_grad.callbacks.clipping._monitor_record import MonitorRecord
 from lightning_grad.callbacks.clipping._monitor_report import tell_first_bad, write_record
 from lightning_grad.callbacks.clipping._noise_scale import NoiseScaleMeter
 from lightning_grad.callbacks.clipping._optimizer_watch import OptimizerWatch, Place
+from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.dispatch import overrides, wrap_method
+from lightning_grad.core.phases import Phase, conditioners, refuse_order
 from lightning_grad.functional.plain_tensors import PlainTensors, on_plain_tensors
 from lightning_grad.utilities.checks import (
     check_count,
@@ -34,7 +35,6 @@ from lightning_grad.utilities.checks import (
     refuse_flat_shards,
     refuse_sparse_gradients,
 )
-from lightning_grad.utilities.dispatch import overrides, wrap_method
 from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.optimizers import optimizer_index, optimizer_shape
 from lightning_grad.utilities.parameters import (

@@ -9,8 +9,8 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks._phases import Phase
-from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
+from lightning_grad.core.conditioner import GradientConditioner, GradientStep
+from lightning_grad.core.phases import Phase
 from lightning_grad.functional import add_gradient_noise_, noise_deviation
 from lightning_grad.utilities.checks import check_finite_at_least
 

@@ -9,9 +9,9 @@ import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks._phases import Phase
 from lightning_grad.callbacks.clipping._layers import LayerFinder, Per
-from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
+from lightning_grad.core.conditioner import GradientConditioner, GradientStep
+from lightning_grad.core.phases import Phase
 from lightning_grad.functional import clip_layers_, layer_limits
 
 

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.callbacks.base import GradCallback
+from lightning_grad.core.callback import GradCallback
 from lightning_grad.functional import reset_moments_, reset_warmup
 from lightning_grad.functional.plain_tensors import PlainTensors, on_plain_tensors
 from lightning_grad.utilities.checks import check_count, check_keeps, refuse_deepspeed

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks._phases import Phase
-from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
+from lightning_grad.core.conditioner import GradientConditioner, GradientStep
+from lightning_grad.core.phases import Phase
 from lightning_grad.functional import nonfinite
 from lightning_grad.functional.tensor_lists import stack_norms
 from lightning_grad.utilities.checks import check_count

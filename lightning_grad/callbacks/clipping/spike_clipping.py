@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks._phases import Phase
-from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
+from lightning_grad.core.conditioner import GradientConditioner, GradientStep
+from lightning_grad.core.phases import Phase
 from lightning_grad.functional import clip_spikes_
 from lightning_grad.functional.tensor_lists import share_of
 from lightning_grad.utilities.checks import check_count, check_keeps

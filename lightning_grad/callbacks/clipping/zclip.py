@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks._phases import Phase
-from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
+from lightning_grad.core.conditioner import GradientConditioner, GradientStep
+from lightning_grad.core.phases import Phase
 from lightning_grad.functional import clip_to_threshold_, zclip_state, zclip_threshold_
 from lightning_grad.functional.tensor_lists import joined_norm
 from lightning_grad.utilities.checks import check_above, check_between, check_count, check_finite_at_least

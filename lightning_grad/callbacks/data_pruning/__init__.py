@@ -1,8 +1,8 @@
 """Choosing, repeating and weighing training samples.
 
-One callback a file; ``_subset.py`` is the base of those that choose. What the scores look at is in ``_measures.py``, what a
-scoring shows in ``_report.py``. Passes over the training set that leave no trace (``_scoring.py``, ``_quiet.py``) and losses
-read out of a step (``_loss_tap.py``) lie one folder up, for all techniques.
+One callback a file. What the scores look at is in ``_measures.py``, what a scoring shows in ``_report.py``. The base of those
+that choose (``core/subset.py``), passes over the training set that leave no trace (``core/scoring.py``, ``core/quiet.py``) and
+losses read out of a step (``core/loss_tap.py``) serve all families.
 """
 
 from lightning_grad.callbacks.data_pruning.data_pruning import DataPruning

@@ -14,10 +14,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from lightning_grad.callbacks._look import Look, Measure, SkippedBatchError
-from lightning_grad.callbacks._sample_losses import SampleLosses
-from lightning_grad.callbacks._scoring import first_of_ranks
-from lightning_grad.callbacks._whole_step import loss_of_output
+from lightning_grad.core.look import Look, Measure, SkippedBatchError
+from lightning_grad.core.sample_losses import SampleLosses
+from lightning_grad.core.scoring import first_of_ranks
+from lightning_grad.core.whole_step import loss_of_output
 from lightning_grad.functional import (
     LossCall,
     el2n,

@@ -16,7 +16,6 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.callbacks._look import Measure
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.callbacks.data_pruning._measures import (
     BY_TERMS,
@@ -26,6 +25,8 @@ from lightning_grad.callbacks.data_pruning._measures import (
     measure_for,
 )
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
+from lightning_grad.core.look import Measure
+from lightning_grad.core.training_set import TrainingSet
 from lightning_grad.data import SampleScores, average_scores, load_scores
 from lightning_grad.functional import (
     LossCall,
@@ -41,7 +42,6 @@ from lightning_grad.functional import (
     update_forgetting_,
     vog,
 )
-from lightning_grad.utilities.training_set import TrainingSet
 
 Pass = Callable[[Measure, str], Mapping[str, Tensor]]  # a measure and a title give values by name
 CHANCE = "chance"

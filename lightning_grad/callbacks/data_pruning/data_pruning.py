@@ -1,9 +1,9 @@
 """Data pruning by scores: the callback.
 
 Scores, selection and score files are functions, in ``functional/data_scores.py``, ``functional/data_selection.py``,
-``functional/per_sample_gradients.py`` and ``data/score_files.py``. Beside this file: ``_subset.py`` is the base,
+``functional/per_sample_gradients.py`` and ``data/score_files.py``. ``core/subset.py`` is the base; beside this file
 ``_arguments.py`` checks the settings, ``_sources.py`` says where scores come from, ``_measures.py`` what a pass looks at,
-``_report.py`` what is shown. ``callbacks/_scoring.py`` runs the pass.
+``_report.py`` what is shown. ``core/scoring.py`` runs the pass.
 """
 
 from __future__ import annotations
@@ -17,11 +17,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks._look import LOSS_FN, OUTPUTS_FN, SCORE_FN, Measure
-from lightning_grad.callbacks._loss_tap import read_losses
-from lightning_grad.callbacks._rehearsal import Rehearsal
-from lightning_grad.callbacks._sample_losses import SampleLoss
-from lightning_grad.callbacks._scoring import look_at_all, say_what_is_skipped
 from lightning_grad.callbacks.data_pruning._arguments import check_settings, read_rounds, warn_of_risks
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, OF_CLASSES, ONE_BY_ONE, Score, errors_of
 from lightning_grad.callbacks.data_pruning._report import report
@@ -35,7 +30,12 @@ from lightning_grad.callbacks.data_pruning._sources import (
     Pass,
     source_of,
 )
-from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
+from lightning_grad.core.look import LOSS_FN, OUTPUTS_FN, SCORE_FN, Measure
+from lightning_grad.core.loss_tap import read_losses
+from lightning_grad.core.rehearsal import Rehearsal
+from lightning_grad.core.sample_losses import SampleLoss
+from lightning_grad.core.scoring import look_at_all, say_what_is_skipped
+from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.data import SampleScores, fingerprint
 from lightning_grad.data.random_streams import generators_kept
 from lightning_grad.functional import LossCall, count_kept, select_samples

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks._look import LOSS_FN
-from lightning_grad.callbacks._loss_tap import reweight_losses
-from lightning_grad.callbacks._rehearsal import Rehearsal
-from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
-from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
+from lightning_grad.core.look import LOSS_FN
+from lightning_grad.core.loss_tap import reweight_losses
+from lightning_grad.core.progress import check_total_steps
+from lightning_grad.core.rehearsal import Rehearsal
+from lightning_grad.core.sample_losses import SampleLoss, SampleLosses
+from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.functional import infobatch_count, infobatch_subset, round_up_count
 from lightning_grad.functional.gradients import Terms
 from lightning_grad.utilities.checks import (
@@ -25,7 +26,6 @@ from lightning_grad.utilities.checks import (
     check_share,
     refuse_manual_optimization,
 )
-from lightning_grad.utilities.progress import check_total_steps
 from lightning_grad.utilities.reporting import is_log_step
 
 _WAY_OUT = f"use RepeatedRandomSubset, which needs no loss, or {LOSS_FN}"

@@ -12,11 +12,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks._look import LOSS_FN
-from lightning_grad.callbacks._loss_tap import batch_size_of, reweight_losses
-from lightning_grad.callbacks._rehearsal import Rehearsal
-from lightning_grad.callbacks._sample_losses import SampleLoss, SampleLosses
-from lightning_grad.callbacks.base import GradCallback
+from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.look import LOSS_FN
+from lightning_grad.core.loss_tap import batch_size_of, reweight_losses
+from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
+from lightning_grad.core.rehearsal import Rehearsal
+from lightning_grad.core.sample_losses import SampleLoss, SampleLosses
 from lightning_grad.functional import annealed_temperature, loss_weights
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import (
@@ -26,7 +27,6 @@ from lightning_grad.utilities.checks import (
     is_sharded,
     refuse_manual_optimization,
 )
-from lightning_grad.utilities.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.utilities.reporting import is_log_step
 
 _BY_HAND = "weight the losses in training_step, by lightning_grad.functional.loss_weights"

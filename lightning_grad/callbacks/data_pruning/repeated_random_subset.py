@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
+from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.functional import count_kept, repeated_random_subset
 from lightning_grad.utilities.checks import check_count, check_share
 

@@ -11,10 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks._look import OUTPUTS_FN, Look
-from lightning_grad.callbacks._rehearsal import Rehearsal
-from lightning_grad.callbacks._scoring import look_at_all, say_what_is_skipped
-from lightning_grad.callbacks.data_pruning._subset import SubsetCallback
+from lightning_grad.core.look import OUTPUTS_FN, Look
+from lightning_grad.core.rehearsal import Rehearsal
+from lightning_grad.core.scoring import look_at_all, say_what_is_skipped
+from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.functional import round_up_count, uniform_learning_repeats
 from lightning_grad.utilities.checks import check_count, check_position, refuse_manual_optimization
 

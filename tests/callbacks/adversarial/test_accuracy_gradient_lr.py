@@ -280,7 +280,7 @@ def test_a_key_of_the_modules_own_in_that_namespace_is_seen_in_the_sanity_check(
 
 def test_it_says_what_it_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("lightning_grad.callbacks.base.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_grad.core.callback.rank_zero_info", said.append)
     train([AccuracyGradientLR(start_after=9, name="a")], max_epochs=1)
     assert said == [
         "AccuracyGradientLR[a] multiplies the learning rate by 0.8 when the mean of 'val_acc' over 5 observations improves "

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_grad.callbacks import DataPruning, GradientMonitor, InfoBatch, LossReweighting, NMSparsity, NormClipping
-from lightning_grad.callbacks._quiet import is_quiet
+from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.quiet import is_quiet
 from lightning_grad.functional.adversarial_attacks import fgsm
-from lightning_grad.utilities.dispatch import wrap_method
 from tests.callbacks.adversarial.attacked import (
     BATCHES,
     At,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_grad.callbacks import AccuracyGradientLR, AdversarialTraining, NMSparsity
-from lightning_grad.callbacks._quiet import is_quiet
 from lightning_grad.callbacks.adversarial import adversarial_evaluation
+from lightning_grad.core.quiet import is_quiet
 from tests.callbacks.adversarial.attacked import CLASSES, At, Tape, as_batches, half_precision
 from tests.callbacks.adversarial.test_adversarial_composition import Attentive as AttentiveClassifier
 from tests.callbacks.adversarial.test_adversarial_evaluation import (

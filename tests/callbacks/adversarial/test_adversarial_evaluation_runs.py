@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from lightning_grad.callbacks import AdversarialEvaluation
-from lightning_grad.callbacks._quiet import is_quiet
 from lightning_grad.callbacks.adversarial import adversarial_evaluation
-from lightning_grad.utilities.dispatch import MethodDispatcher
+from lightning_grad.core.dispatch import MethodDispatcher
+from lightning_grad.core.quiet import is_quiet
 from tests.callbacks.adversarial.attacked import At, Tape
 from tests.callbacks.adversarial.test_adversarial_evaluation import (
     ComputesAtTheEnd,

@@ -37,7 +37,7 @@ def two() -> Dictated:
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
-    monkeypatch.setattr("lightning_grad.callbacks.base.rank_zero_info", lines.append)
+    monkeypatch.setattr("lightning_grad.core.callback.rank_zero_info", lines.append)
     monkeypatch.setattr("lightning_grad.utilities.arguments.rank_zero_info", lines.append)
     return lines
 

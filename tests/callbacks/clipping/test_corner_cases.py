@@ -291,7 +291,7 @@ def test_a_step_that_raises_and_is_caught_leaves_no_rate_behind():
 @pytest.mark.filterwarnings("ignore:You defined multiple optimizers")
 def test_an_optimizer_without_moments_is_passed_over_beside_one_that_has_them(monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr("lightning_grad.callbacks.base.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_grad.core.callback.rank_zero_info", said.append)
     module = make_classifier(manual=True)
     body = [*module.mix.parameters(), *module.encoder.parameters()]
     rest = [*module.hidden.parameters(), *module.norm.parameters(), *module.head.parameters()]

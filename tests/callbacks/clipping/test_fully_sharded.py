@@ -12,7 +12,7 @@ from torch import nn
 from lightning_grad import callbacks
 from lightning_grad.callbacks.clipping._monitor_record import MonitorRecord
 from lightning_grad.callbacks.clipping._optimizer_watch import OptimizerWatch, Place
-from lightning_grad.callbacks.conditioner import GradientConditioner, GradientStep
+from lightning_grad.core.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import clip_norm_
 from tests.functional.ranks import on_two_ranks
 

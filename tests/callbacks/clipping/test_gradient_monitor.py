@@ -25,7 +25,7 @@ from lightning_grad.utilities import reporting
 from tests.contract.projects import fit, make_classifier, make_trainer
 from tests.wandb_offline import read_history
 
-_INFO = "lightning_grad.callbacks.base.rank_zero_info"
+_INFO = "lightning_grad.core.callback.rank_zero_info"
 
 
 def rows_of(folder: Path) -> list[dict[str, float]]:

@@ -202,7 +202,7 @@ def test_the_warmup_is_half_of_every_at_most_unless_it_is_given(every: int, warm
 
 def test_it_says_what_it_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("lightning_grad.callbacks.base.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_grad.core.callback.rank_zero_info", said.append)
     train([MomentumReset(6, 2)], Dictated(make_optimizer=adam), rows_of(DATA[:3]))
     train([MomentumReset(6, 0)], Dictated(make_optimizer=adam), rows_of(DATA[:3]))
     start = "MomentumReset resets the moments of Adam every 6 steps"

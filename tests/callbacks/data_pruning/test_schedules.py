@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import lr_scheduler as schedules
 
 from lightning_grad.callbacks import DataPruning, RepeatedRandomSubset
-from lightning_grad.callbacks.data_pruning._schedule_warp import count_steps, steps_due
+from lightning_grad.core.schedule_warp import count_steps, steps_due
 from tests.contract.projects import ResumableLoader, make_trainer
 from tests.utilities.test_training_set import HALF, TOTAL, Choose, Net, fit, loader
 
@@ -124,9 +124,9 @@ def test_every_epoch_ends_at_the_rate_of_the_whole_run(
 
 def test_without_treatment_the_schedule_would_not_end(tmp_path: Any, monkeypatch: Any) -> None:
     """The premise."""
-    from lightning_grad.callbacks.data_pruning import _subset
+    from lightning_grad.core import subset
 
-    monkeypatch.setattr(_subset, "warp_schedules", lambda *_: lambda: None)
+    monkeypatch.setattr(subset, "warp_schedules", lambda *_: lambda: None)
     assert run(half_from_two(), scheduled("cosine"), tmp_path).epochs[-1] > 0.1 * RATE
 
 

@@ -1,0 +1,148 @@
+"""The base of every callback here. Read this first.
+
+A technique derives from :class:`GradCallback` and gets: one undo list that runs when the fit ends, however it ends; a
+state key and log keys that carry the instance's name; its settings in the config of the run; refusal of what cannot
+work. The other helpers are functions, called where a technique needs them: choosing parameters
+(``utilities.parameters``), where in the run we are (``utilities.progress``), figures, tables and files
+(``utilities.reporting``), weights seen through a view (``utilities.weight_view``) and checkpoints of them
+(``utilities.portable``).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.undo import UndoList
+from lightning_grad.utilities.arguments import CheckedArguments, changed_settings, follow_settings, plain
+from lightning_grad.utilities.checks import check_name, refuse_sharded
+from lightning_grad.utilities.reporting import log_settings
+
+
+class GradCallback(CheckedArguments, Callback):
+    """What every technique shares.
+
+    The rules a technique keeps:
+
+    - each constructor argument is annotated with what YAML can say, and is checked against that before the constructor
+      runs; the constructor checks ranges, and stores each argument under its own name; ``setup`` and ``on_fit_start`` check
+      the trainer and the module;
+    - whatever is added to the module, its optimizers or the trainer goes with a step back to ``self._undo``;
+    - ``state_dict`` extends that of the base, and holds tensors, numbers, strings, lists and dicts only;
+      ``load_state_dict`` calls the base first, and acts only when ``self._fitting`` (Lightning calls it for ``validate`` and
+      ``test`` too);
+    - a setting that changes on resume is followed, unless ``fixed_settings`` names it.
+
+    Class attributes:
+
+    - ``namespace``: the first part of its log keys.
+    - ``needs_whole_weights``: whether it refuses strategies that shard parameters.
+    - ``fixed_settings``: for each argument that must not differ from a checkpoint's when a run resumes the reason, which
+      ends the sentence "it cannot change because ...".
+
+    Args:
+        name: Name of this instance, needed when two of a class are used; part of its state key and log keys.
+
+    Raises:
+        ValueError: For a name that no file or log key can carry.
+    """
+
+    namespace: ClassVar[str]
+    needs_whole_weights: ClassVar[bool] = False
+    fixed_settings: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, name: str | None = None) -> None:
+        check_name(name)
+        self.name = name
+        self._fitting = False
+        self._undo = UndoList()
+        self._undo_after_exception = UndoList()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning leaves the module's log methods on every callback it has run; a copy must not drag the module along. Nor
+        # is it the copy's business to take back what the original has done.
+        kept = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}
+        return {**kept, "_undo": UndoList(), "_undo_after_exception": UndoList()}
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self.label
+
+    @property
+    def label(self) -> str:
+        """The class and the name of this instance, for messages, configs and checkpoints."""
+        return type(self).__name__ if self.name is None else f"{type(self).__name__}[{self.name}]"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments as they stand."""
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        return {name: getattr(self, name) for name in names}
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._run_undo()
+        self._fitting = stage == "fit"
+        if self._fitting:
+            if self.needs_whole_weights:
+                refuse_sharded(trainer, self.label)
+            log_settings(trainer, self.label, self.settings)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"settings": {name: plain(value) for name, value in self.settings.items()}}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._fitting:
+            follow_settings(self.label, state_dict.get("settings", {}), self.settings, self.fixed_settings)
+
+    def _changed_settings(self, state_dict: Mapping[str, Any], *names: str) -> list[str]:
+        """Return which of some settings differ from those of a checkpoint."""
+        return changed_settings(state_dict.get("settings", {}), {name: self.settings[name] for name in names})
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._run_undo()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # No teardown follows. Checkpoint callbacks still save after this hook, so what their files need is taken back
+        # only in the strategy's on_exception, the first thing Lightning calls after all callbacks.
+        self._undo.run()
+        if len(self._undo_after_exception):
+            late = self._undo_after_exception
+
+            def last(inner: Callable[..., Any], *args: Any) -> None:
+                late.run()
+                inner(*args)
+
+            late.push(wrap_method(trainer.strategy, "on_exception", last))
+
+    def _run_undo(self) -> None:
+        self._undo.run()
+        self._undo_after_exception.run()
+
+    def _say(self, what: str) -> None:
+        """Print one line about this instance: what it acts on when a fit begins, say."""
+        rank_zero_info(f"{self.label} {what}.")
+
+    def _log(
+        self, pl_module: pl.LightningModule, values: Mapping[str, float | Tensor], sync_dist: bool = False
+    ) -> None:
+        """Log scalars as ``namespace[/name]/quantity``; ``sync_dist`` where Lightning asks for it, in validation."""
+        if getattr(pl_module.trainer, "barebones", False):  # Lightning would warn of every value
+            return
+        pl_module.log_dict({self._key(key): value for key, value in values.items()}, sync_dist=sync_dist)
+
+    def _key(self, quantity: str) -> str:
+        return "/".join(part for part in (self.namespace, self.name, quantity) if part)

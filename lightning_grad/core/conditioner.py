@@ -1,0 +1,369 @@
+"""The base of every callback that changes gradients before the optimizer uses them. Read ``callback.py`` first.
+
+A technique derives from :class:`GradientConditioner`, says its phase, and writes one method, ``condition``: the rule,
+which changes the gradients it is handed and returns what is worth logging. The base calls it once for each optimizer
+step and each set of parameters with a threshold of its own, keeps its state, saves and restores it, logs, and refuses
+what cannot work. The rules are in the folder ``clipping``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_grad.core._memory import Memory
+from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.phases import (
+    Phase,
+    refuse_compressed_gradients,
+    refuse_order,
+    refuse_trainer_clipping,
+    warn_of_other_clippers,
+)
+from lightning_grad.functional.plain_tensors import on_plain_tensors, plain_tensor
+from lightning_grad.utilities.arguments import plain
+from lightning_grad.utilities.checks import (
+    check_above,
+    refuse_complex,
+    refuse_deepspeed,
+    refuse_flat_shards,
+    refuse_sparse_gradients,
+    warn_of_missing_momentum,
+)
+from lightning_grad.utilities.optimizers import Shape, optimizer_index, optimizer_shape
+from lightning_grad.utilities.parameters import (
+    all_names,
+    as_names,
+    check_patterns,
+    matches,
+    parameter_names,
+    why_none_left,
+)
+from lightning_grad.utilities.precision import refuse_scaled_gradients
+from lightning_grad.utilities.reporting import counted, is_log_step, listed, log_summary
+from lightning_grad.utilities.thresholds import Bucket, Threshold, as_threshold, choose_buckets
+
+__all__ = ["GradientConditioner", "GradientStep", "Phase"]
+
+
+@dataclass
+class GradientStep:
+    """What a rule is handed: gradients that one optimizer is about to use, and the rule's memory.
+
+    Args:
+        parameters: Those of the bucket that have a gradient.
+        gradients: Theirs, accumulated, unscaled and reduced; to be changed in place.
+        names: Their names.
+        threshold: The number that holds for them; ``None`` if the technique has no threshold, or it is off.
+        state: The rule's tensors for this bucket; empty at first.
+        step: Optimizer steps that the technique has seen before this one.
+        measured: Whether what the rule returns is logged.
+        optimizer: Who will use them.
+        index: Its number.
+    """
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    names: list[str]
+    threshold: Any
+    state: dict[str, Tensor]
+    step: int
+    measured: bool
+    optimizer: Optimizer
+    index: int
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The parameters as plain tensors, to compute with."""
+        return [plain_tensor(parameter) for parameter in self.parameters]
+
+    def only(self, wanted: Callable[[Tensor], bool]) -> GradientStep:
+        """Return the step with those gradients alone of which ``wanted`` is true."""
+        chosen = [i for i, gradient in enumerate(self.gradients) if wanted(gradient)]
+        return replace(
+            self,
+            parameters=[self.parameters[i] for i in chosen],
+            gradients=[self.gradients[i] for i in chosen],
+            names=[self.names[i] for i in chosen],
+        )
+
+
+class GradientConditioner(GradCallback):
+    """A rule that changes gradients after accumulation, unscaling and reduction, and before the optimizer's step.
+
+    Class attributes say what a technique is:
+
+    - ``phase``: where it stands among others: guard, center, clip, noise, observe.
+    - ``threshold_name``: the constructor argument that may be one number, a mapping from name patterns to numbers, or
+      a key of the optimizer's param groups.
+    - ``elementwise``: whether the rule acts on each entry alone, so that a shard of a gradient is enough.
+    - ``acts_without_threshold``: whether a threshold of ``None``, in a param group, does not turn the rule off.
+
+    Args:
+        include: Names or wildcards of the parameters or modules whose gradients it changes; default all.
+        exclude: Names or wildcards of those it leaves alone.
+        name: Name of this instance, needed when two of a class are used; part of its state key and log keys.
+    """
+
+    phase: ClassVar[Phase]
+    threshold_name: ClassVar[str | None] = None
+    elementwise: ClassVar[bool] = False
+    acts_without_threshold: ClassVar[bool] = False
+
+    def __init__(
+        self, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None, name: str | None = None
+    ) -> None:
+        super().__init__(name)
+        self.include = as_names(include)
+        self.exclude = as_names(exclude)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._memory: dict[int, Memory] = {}
+        self._chosen: dict[int, tuple[Shape, list[Bucket]]] = {}
+        self._hook_fired: set[int] = set()
+        self._warned_of_bypass = self._choice_changed = False
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_chosen": {}, "_hook_fired": set()}
+
+    @abstractmethod
+    def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
+        """Change gradients in place, and return what is worth logging.
+
+        A value named ``clipped``, one where something was clipped and zero elsewhere, is also summed up over all steps
+        and logged as ``clipped_share``.
+        """
+
+    @property
+    def _threshold(self) -> Threshold:
+        return None if self.threshold_name is None else getattr(self, self.threshold_name)
+
+    def _as_threshold(self, value: Threshold) -> Any:
+        if value is None and not self.acts_without_threshold:
+            raise ValueError(f"{self.threshold_name} must be a number, or one for each name pattern; got None.")
+        return as_threshold(value, str(self.threshold_name), self._check_threshold)
+
+    def _check_threshold(self, number: float) -> None:
+        """Raise for a threshold that cannot be, from the constructor or from a param group."""
+        check_above(number, 0.0, str(self.threshold_name))
+
+    def _changes(self, parameter: Tensor) -> bool:
+        """Return False for a parameter whose gradient the rule leaves as it is, whatever its values."""
+        return True
+
+    # The fit begins.
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if not self._fitting:
+            return
+        self._reset()
+        refuse_deepspeed(trainer, self.label)
+        if not self.elementwise:
+            refuse_flat_shards(trainer, self.label)
+        refuse_order(trainer)
+        refuse_trainer_clipping(trainer, self.label, self.phase)
+        refuse_compressed_gradients(trainer, self.label, self.phase)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self._fitting:
+            self._memory = {int(index): Memory.load(saved) for index, saved in state_dict["optimizers"].items()}
+            saved = state_dict.get("settings", {})
+            now, before = self._choice(self.settings), self._choice(saved)
+            self._choice_changed = bool(saved) and any(now[name] != before[name] for name in before)
+
+    def _choice(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what of the settings says which parameters have a state together."""
+        given = {name: plain(settings[name]) for name in ("include", "exclude") if name in settings}
+        threshold = settings.get(str(self.threshold_name))
+        return given | {"patterns": list(threshold) if isinstance(threshold, Mapping) else None}
+
+    @override
+    @on_plain_tensors
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        names = parameter_names(pl_module)
+        for parameter, patterns in (("include", self.include), ("exclude", self.exclude)):
+            check_patterns(patterns or [], names, f"{self.label}({parameter}=...)")
+        if isinstance(self._threshold, Mapping):
+            check_patterns(list(self._threshold), names, f"{self.label}({self.threshold_name}=...)")
+        left_out: list[str] = []
+        restarted: list[str] = []
+        for index, optimizer in enumerate(trainer.optimizers):
+            refuse_scaled_gradients(trainer, optimizer, self.label)
+            self._watch_for_bypass(optimizer)
+            left_out += self._choose(index, optimizer, pl_module, restarted)
+        self._check_choice(pl_module)
+        refuse_sparse_gradients(pl_module, {id(parameter) for parameter in self.parameters()}, self.label)
+        if self.elementwise:
+            refuse_complex(pl_module, {id(parameter) for parameter in self.parameters()}, self.label)
+        self._announce(trainer, pl_module, left_out)
+        if restarted:
+            self._say_what_restarts(restarted)
+
+    def _say_what_restarts(self, names: Sequence[str]) -> None:
+        named = ", ".join(repr(name) for name in names if name)
+        where = f" for {named}" if named else ""
+        self._say(f"restarts its statistics{where}, because those of the checkpoint are of other parameters")
+
+    def _excluded(self, pl_module: pl.LightningModule) -> list[str]:
+        """Name patterns of what is left alone; a technique may add to what the user said."""
+        return self.exclude or []
+
+    def _check_choice(self, pl_module: pl.LightningModule) -> None:
+        """Raise if names leave nothing; warn if no optimizer moves what they leave (a callback may add it later)."""
+        if self.parameters():
+            return
+        excluded = self._excluded(pl_module)
+        known = all_names(pl_module).values()
+        if not [n for n in known if (self.include is None or matches(n, self.include)) and not matches(n, excluded)]:
+            raise ValueError(
+                f"{self.label} has no parameter to act on. {why_none_left(pl_module, self.include, excluded)}"
+            )
+        rank_zero_warn(
+            f"{self.label} has nothing to act on yet: no optimizer moves the parameters that it is to act on. Give them "
+            "to the optimizer that configure_optimizers returns, or let a callback add them later."
+        )
+
+    def _choose(
+        self, index: int, optimizer: Optimizer, pl_module: pl.LightningModule, restarted: list[str] | None = None
+    ) -> list[str]:
+        buckets, left_out = choose_buckets(
+            optimizer, pl_module, self._threshold, self.threshold_name, self.include, self._excluded(pl_module)
+        )
+        for bucket in buckets:
+            if bucket.group is not None:
+                as_threshold(bucket.threshold, f"{bucket.key} of the optimizer's {bucket.name}", self._check_threshold)
+        self._chosen[index] = (optimizer_shape(optimizer), buckets)
+        memory = self._memory.setdefault(index, Memory())
+        if restarted is not None and self._choice_changed:
+            restarted += memory.assign(buckets)
+        memory.note(buckets)
+        return left_out
+
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters whose gradients are changed in this fit."""
+        return [parameter for _, buckets in self._chosen.values() for b in buckets for parameter in b.parameters]
+
+    def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule, left_out: Sequence[str]) -> None:
+        buckets = [bucket for _, chosen in self._chosen.values() for bucket in chosen]
+        named = [pair for bucket in buckets for pair in zip(bucket.names, bucket.parameters, strict=True)]
+        unchanged = [name for name, parameter in named if not self._changes(parameter)]
+        left_out = [*left_out, *unchanged]
+        rest = f"; {len(left_out)} left alone ({listed(left_out)})" if left_out else ""
+        self._say(f"acts on {counted(len(named) - len(unchanged), 'parameter')}{rest}")
+        if self.phase == "noise":
+            warn_of_missing_momentum(trainer, self.label, "noise")
+        if self.phase == "clip":
+            warn_of_other_clippers(trainer, pl_module, self, {id(parameter) for parameter in self.parameters()})
+
+    def _watch_for_bypass(self, optimizer: Optimizer) -> None:
+        def after_step(stepped: Optimizer, *_: Any) -> None:
+            if id(stepped) not in self._hook_fired and not self._warned_of_bypass:
+                self._warned_of_bypass = True
+                rank_zero_warn(
+                    f"{self.label}: an optimizer stepped without Lightning's hooks, so its gradients are as they were. "
+                    "Call step() on what self.optimizers() returns."
+                )
+            self._hook_fired.discard(id(stepped))
+
+        self._undo.push(optimizer.register_step_post_hook(after_step).remove)
+
+    # One optimizer step.
+
+    @override
+    @torch.no_grad()
+    @on_plain_tensors
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._hook_fired.add(id(optimizer))
+        index = optimizer_index(trainer, optimizer, self.label)
+        if self._chosen.get(index, ((), []))[0] != optimizer_shape(optimizer):
+            self._choose(index, optimizer, pl_module)
+        memory, measured = self._memory.setdefault(index, Memory()), is_log_step(trainer)
+        for bucket in self._chosen[index][1]:
+            step = _gather(bucket, memory, measured, optimizer, index)
+            off = step.threshold is None and self.threshold_name is not None and not self.acts_without_threshold
+            if step.gradients and not off:
+                seen = memory.steps + 1 - memory.since.get(bucket.name, 0)
+                values = self._count(step, self.condition(step), seen)
+                if measured and values:
+                    several = len(trainer.optimizers) > 1
+                    self._log(pl_module, {self._quantity(key, step, bucket, several): values[key] for key in values})
+        memory.steps += 1
+
+    def _count(self, step: GradientStep, values: Mapping[str, Tensor | float], seen: int) -> dict[str, Tensor | float]:
+        shown = dict(values)
+        clipped = shown.pop("clipped", None)
+        if isinstance(clipped, Tensor):
+            if "clipped" not in step.state:
+                step.state["clipped"] = torch.zeros((), dtype=torch.int64, device=clipped.device)
+            step.state["clipped"] += clipped
+            if step.measured:
+                shown["clipped_share"] = step.state["clipped"] / seen
+        return shown
+
+    def _quantity(self, key: str, step: GradientStep, bucket: Bucket, several: bool) -> str:
+        return "/".join(part for part in (f"optimizer{step.index}" if several else "", key, bucket.name) if part)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **super().state_dict(),
+            "optimizers": {str(index): memory.save() for index, memory in self._memory.items()},
+        }
+
+    # The fit ends.
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        clipped = [
+            (state["clipped"].item(), memory.steps - memory.since.get(name, 0))
+            for memory in self._memory.values()
+            for name, state in memory.states.items()
+            if "clipped" in state
+        ]
+        if clipped:
+            share = sum(count for count, _ in clipped) / max(sum(steps for _, steps in clipped), 1)
+            log_summary(trainer, {self._key("final_clipped_share"): share})
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._chosen = {}
+        self._fitting = False
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._chosen = {}
+        self._fitting = False
+
+
+def _gather(bucket: Bucket, memory: Memory, measured: bool, optimizer: Optimizer, index: int) -> GradientStep:
+    parameters, names = bucket.parameters, bucket.names
+    found: list[Any] = [parameter.grad for parameter in parameters]
+    gradients: list[Any] = [g if g is None or type(g) is Tensor else plain_tensor(g) for g in found]
+    if any(gradient is None for gradient in gradients):
+        present = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        parameters, names = [parameters[i] for i in present], [names[i] for i in present]
+        gradients = [gradients[i] for i in present]
+    state = memory.states.setdefault(bucket.name, {})
+    for key, value in state.items():
+        if gradients and value.device != gradients[0].device:  # restored from a checkpoint
+            state[key] = value.to(gradients[0].device)
+    return GradientStep(parameters, gradients, names, bucket.threshold, state, memory.steps, measured, optimizer, index)

@@ -1,0 +1,196 @@
+"""What objects hold, put aside and put back: tensors, containers, generators, meters, metrics, whole modules.
+
+Objects stay the same, only their contents are put back. Those of frameworks (a logger, a data set, a Trainer) are nobody's
+own state and are left alone, as is code; so is what only a C extension sees.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_grad.core.dispatch import MethodDispatcher
+from lightning_grad.data.random_streams import GENERATORS, set_generator, state_of_generator
+from lightning_grad.functional._attributes import attributes_of
+from lightning_grad.functional.plain_tensors import plain_tensor
+from lightning_grad.utilities.batch_copies import FIXED
+
+CONTAINERS = (list, dict, set, deque)
+_DICTIONARIES = (dict, OrderedDict)
+_CODE = (FunctionType, BuiltinFunctionType, MethodType, functools.partial, type, MethodDispatcher)
+_OF_MODULES = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric")
+# Of the standard library, only what people derive their own classes from, or keep values in.
+_BASES = {"abc", "argparse", "builtins", "collections", "dataclasses", "types", "typing"}
+_FRAMEWORKS = (
+    "PIL datasets google hydra jsonargparse lightning lightning_fabric lightning_grad lightning_utilities matplotlib mlflow "
+    "numpy omegaconf pandas pytorch_lightning rich scipy sklearn tensorboard tensorboardX tokenizers torch torchaudio "
+    "torchmetrics torchvision tqdm transformers wandb"
+)
+_FOREIGN = frozenset((sys.stdlib_module_names - _BASES) | set(_FRAMEWORKS.split()))
+
+
+def is_code(value: Any) -> bool:
+    """Return whether something is run, and holds nothing that changes."""
+    return isinstance(value, _CODE)
+
+
+def has_own_state(value: Any) -> bool:
+    """Return whether an object is one of the user's, such as an average meter, with attributes of its own."""
+    kind: Any = type(value)
+    return _is_own_class(kind) and bool(attributes_of(value))
+
+
+@functools.cache
+def _is_own_class(kind: type) -> bool:
+    packages = {cls.__module__.partition(".")[0] for cls in kind.__mro__ if cls is not object}
+    return kind.__module__ != "builtins" and not packages & _FOREIGN
+
+
+def holds_fixed_only(container: Any) -> bool:
+    """Return whether a container holds nothing that could change, as a vocabulary does."""
+    items = container.values() if isinstance(container, dict) else container
+    return FIXED.issuperset(map(type, items))
+
+
+def put_back(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Give each first tensor the content of the second, in its own mode: only inference may change an inference tensor."""
+    normal = [pair for pair in pairs if not pair[0].is_inference()]
+    others = [pair for pair in pairs if pair[0].is_inference()]
+    for mode, chosen in ((False, normal), (True, others)):
+        if chosen:
+            with torch.inference_mode(mode), torch.no_grad():
+                for tensor, value in chosen:
+                    plain_tensor(tensor).detach().copy_(value)
+
+
+def put_aside(value: Any, known: set[int]) -> list[Held]:
+    """Return what must be put back of a value: itself, if it can change and is not known yet, or nothing.
+
+    Args:
+        value: The value.
+        known: Identities of what is put aside already, to which this is added: objects may know each other.
+    """
+    kind = type(value)
+    if kind in FIXED or id(value) in known or isinstance(value, _CODE):
+        return []
+    changes = isinstance(value, (*CONTAINERS, *GENERATORS, tuple, Tensor, nn.Module, np.ndarray))
+    return [Held(value, known)] if changes or has_own_state(value) else []
+
+
+class Held:
+    """A value, and what it held.
+
+    Args:
+        value: The value.
+        known: Identities of what is held already.
+    """
+
+    def __init__(self, value: Any, known: set[int]) -> None:
+        known.add(id(value))
+        self._value = value
+        self._was = _contents(value)
+        self._parts: list[Held | Snapshot] = []
+        if isinstance(value, nn.Module):  # one in a list, which no module knows as its child
+            self._parts += [Snapshot(module, False, known) for module in value.modules()]
+        elif not (isinstance(value, CONTAINERS) and holds_fixed_only(value)):
+            self._parts += [held for item in _items(value) for held in put_aside(item, known)]
+
+    def restore(self) -> None:
+        """Put its contents back, and those of what is in it."""
+        value, was = self._value, self._was
+        if isinstance(value, Tensor):
+            put_back([(value, was)])
+        elif isinstance(value, np.ndarray):
+            value[...] = was
+        elif isinstance(value, GENERATORS):
+            set_generator(value, was)
+        elif isinstance(value, CONTAINERS):
+            _refill(value, was)
+        elif was is not None:
+            _set_state(value, was)
+        for part in self._parts:
+            part.restore()
+
+
+def _contents(value: Any) -> Any:
+    """Return a copy of what a value holds, but not of what that holds in turn; ``None`` for what cannot change itself."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return plain_tensor(value).detach().clone() if isinstance(value, Tensor) else value.copy()
+    if isinstance(value, GENERATORS):
+        return state_of_generator(value)
+    if isinstance(value, CONTAINERS):
+        return dict(value) if isinstance(value, dict) else list(value)
+    return None if isinstance(value, (tuple, nn.Module)) else attributes_of(value)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, tuple, set, deque)):
+        return list(value)
+    return [] if isinstance(value, (Tensor, np.ndarray, *GENERATORS)) else list(attributes_of(value).values())
+
+
+def _refill(container: Any, was: Any) -> None:
+    container.clear()
+    if isinstance(container, (dict, set)):
+        container.update(was)
+    else:
+        container.extend(was)
+
+
+def _set_state(value: Any, was: dict[str, Any]) -> None:
+    for name in attributes_of(value).keys() - was.keys():
+        object.__delattr__(value, name)
+    for name, item in was.items():
+        object.__setattr__(value, name, item)  # also where a class is frozen
+
+
+class Snapshot:
+    """What one module holds besides submodules and trained parameters.
+
+    Args:
+        module: The module.
+        copies_frozen: Whether its frozen parameters are put back too.
+        known: Identities of what is put aside already.
+    """
+
+    def __init__(self, module: nn.Module, copies_frozen: bool, known: set[int]) -> None:
+        self._module = module
+        known.add(id(module))
+        frozen = [p for p in module._parameters.values() if p is not None and not p.requires_grad and copies_frozen]
+        buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
+        self._tensors = [(tensor, plain_tensor(tensor).detach().clone()) for tensor in (*buffers, *frozen)]
+        self._buffers = dict(module._buffers)
+        self._mode = module.training
+        self._attributes = {name: value for name, value in module.__dict__.items() if name not in _OF_MODULES}
+        # Every module has a dozen empty dictionaries; to empty them again is quicker than to copy them.
+        self._empty = [value for value in self._attributes.values() if type(value) in _DICTIONARIES and not value]
+        known.update(map(id, self._empty))
+        self._held = [held for value in self._attributes.values() for held in put_aside(value, known)]
+        self._names = set(module.__dict__)
+
+    def restore(self) -> None:
+        """Put it back."""
+        module = self._module
+        put_back(self._tensors)
+        if isinstance(module._buffers, dict):  # a scripted module has a view of its own, which only torch changes
+            module._buffers.clear()
+            module._buffers.update(self._buffers)
+        for name in [name for name in module.__dict__ if name not in self._names]:
+            del module.__dict__[name]
+        module.__dict__.update(self._attributes)
+        if module.training != self._mode:  # which a scripted module keeps elsewhere
+            module.training = self._mode
+        for held in self._held:
+            held.restore()
+        for container in self._empty:
+            container.clear()

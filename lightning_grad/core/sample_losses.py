@@ -1,0 +1,103 @@
+"""The loss of every sample of a batch, for any step: one call of ``torch.nn.functional``, or the terms of its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_grad.core.whole_step import loss_of_output
+from lightning_grad.functional import LossCall
+from lightning_grad.functional._loss_functions import SampleSums
+from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms
+
+SampleLoss = Literal["share", "own"] | None
+
+
+@dataclass(frozen=True, eq=False)
+class SampleLosses:
+    """The losses of the samples of one batch.
+
+    Args:
+        losses: One for each sample, (B,); nan where none of its positions counts.
+        call: The call of a loss of ``torch.nn.functional`` that they come from, if it is the whole loss.
+        terms: Else the terms of the step's loss.
+        sums: What the call's mean is made of.
+
+    Without call and terms they are those of a function, whose mean is the loss.
+    """
+
+    losses: Tensor
+    call: LossCall | None = None
+    terms: Terms | None = None
+    sums: SampleSums | None = None
+
+    @classmethod
+    def of_terms(cls, terms: Terms, kind: SampleLoss) -> SampleLosses:
+        """Return the losses by terms: the mean over a sample's own positions for "own", else its share of the sum."""
+        own = terms.own
+        shares = terms.shares.masked_fill(own.detach().isnan(), float("nan"))  # a sample without a position has none
+        return cls(own if kind == "own" else shares, terms=terms)
+
+    def weighted(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss without and with weights, for a log."""
+        if self.terms is not None:
+            plain = torch.ones_like(self.losses, requires_grad=False)
+            return self.terms.weighted_loss(plain), self.terms.weighted_loss(weights.nan_to_num(0.0))
+        if self.call is None:
+            losses = self.losses.detach()
+            return losses.mean(), (losses * weights).mean()
+        assert self.sums is not None
+        numerators, denominators = (values.detach() for values in self.sums)
+        divisor = 1.0 if self.call.options["reduction"] == "sum" else denominators.sum()
+        return numerators.sum() / divisor, (numerators * weights.to(numerators).nan_to_num(0.0)).sum() / divisor
+
+
+def with_loss(output: object, loss: Tensor) -> object:
+    """Return what a step returned with another loss in it."""
+    return {**output, "loss": loss} if isinstance(output, Mapping) else loss
+
+
+def trace_of(module: nn.Module, samples: int, keep_graph: bool = False) -> LossTrace:
+    """Return a trace for a step of a module, whose buffers and other tensors belong to no sample."""
+    own = [value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    return LossTrace(samples, keep_graph=keep_graph, constants=[*module.buffers(), *own])
+
+
+def terms_of(trace: LossTrace, output: object, ways_out: str, like: Terms | None = None, check: bool = True) -> Terms:
+    """Return the terms of what a step returned.
+
+    Args:
+        trace: That saw the step.
+        output: What the step returned.
+        ways_out: What a refusal adds: who needs the terms, and what to do, as whole sentences.
+        like: Terms of an earlier step of this kind.
+        check: Whether their sum is compared with the loss, which waits for the device.
+
+    Raises:
+        InseparableLossError: If the loss cannot be separated.
+        ValueError: If the step returned no loss that is trained.
+    """
+    loss = loss_of_output(output)
+    if loss is None or loss.numel() != 1 or loss.grad_fn is None:
+        found = "no loss" if loss is None else f"a loss {tuple(loss.shape)}, which requires {_graph(loss)}"
+        raise ValueError(f"training_step must return one number that is trained by; got {found}. {ways_out}")
+    try:
+        return trace.terms(loss, like, check)
+    except InseparableLossError as error:
+        raise InseparableLossError(error.function, error.location, f"{error.reason} {ways_out}") from None
+
+
+def _graph(loss: Tensor) -> str:
+    return "no gradient" if loss.grad_fn is None else "a gradient"
+
+
+def sum_of_flags(trainer: pl.Trainer, flags: list[bool]) -> list[int]:
+    """Return on how many ranks each flag is set."""
+    own = torch.tensor([float(flag) for flag in flags], device=trainer.strategy.root_device)
+    total = own if trainer.world_size == 1 else torch.as_tensor(trainer.strategy.reduce(own, reduce_op="sum"))
+    return [int(count) for count in total.tolist()]
