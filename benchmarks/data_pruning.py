@@ -379,8 +379,8 @@ def scoring_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
 
     def measure(trainer: Trainer, pl_module: LightningModule) -> None:
         def look(score: str) -> Callable[[], Any]:
-            assert subset._training_set is not None
-            return partial(look_at_all, trainer, pl_module, subset._training_set, measure_for(score), score)
+            assert subset.training_set is not None
+            return partial(look_at_all, trainer, pl_module, subset.training_set, measure_for(score), score)
 
         calls = {
             "evaluation": lambda: evaluate(module, loader, clock.device),

@@ -273,14 +273,14 @@ class NMSparsity(GradCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if self._fitting:
+        if self.fitting:
             self._reset()
-            self._undo.push(wrap_loading(pl_module, self.state_key))
+            self.undo.push(wrap_loading(pl_module, self.state_key))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if self._fitting:
+        if self.fitting:
             self._restored = state_dict
             if self._weights:
                 self._resume()
@@ -299,14 +299,14 @@ class NMSparsity(GradCallback):
         choice = choose()
         self._refuse(trainer, choice)
         layers = self._layers = SparseLayers(pl_module, ends, choose, self.gradient == "ste")
-        self._undo.push(layers.detach)
+        self.undo.push(layers.detach)
         layers.attach(choice)
         self._chosen = as_chosen(choice.chosen)
         for optimizer in trainer.optimizers:
             self._watch(trainer, optimizer)
-        self._undo_after_exception.push(wrap_saving(pl_module, self.state_key, layers.views))
+        self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, layers.views))
         self._resume()
-        self._say(f"{choice.summary()} (recipe: {self._recipe_name})")
+        self.say(f"{choice.summary()} (recipe: {self._recipe_name})")
         rank_zero_info(choice.table())
         say_if_no_figure(trainer, self.label, self.figure)
 
@@ -330,8 +330,8 @@ class NMSparsity(GradCallback):
     def _watch(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         before = optimizer.register_step_pre_hook(self._before_step)
         after = optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(trainer, stepped))
-        self._undo.push(before.remove)
-        self._undo.push(after.remove)
+        self.undo.push(before.remove)
+        self.undo.push(after.remove)
 
     def _resume(self) -> None:
         """Start from the restored state, or from the beginning."""
@@ -356,7 +356,7 @@ class NMSparsity(GradCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._total_steps = total_steps(trainer, self.label, self.total_steps)
         if self._total_steps is None:
-            self._say(IN_FIRST_EPOCH)
+            self.say(IN_FIRST_EPOCH)
         self._resume()  # an explicit decay needs the length of the run, which is known only now
         restored, self._restored = self._restored, {}
         for optimizer in trainer.optimizers:
@@ -367,7 +367,7 @@ class NMSparsity(GradCallback):
         self._monitors = MonitorRestart(wanted, done, trainer.enable_validation)
         held = self._monitors.announce(trainer)
         if held:
-            self._say(held)
+            self.say(held)
 
     @property
     def _pattern_changes(self) -> bool:
@@ -451,7 +451,7 @@ class NMSparsity(GradCallback):
         if due and all(weight.phase.final for weight in self._weights):
             done = self._monitors.restart(trainer)
             if done:
-                self._say(done)
+                self.say(done)
 
     def _hold_variance(self, optimizer: Optimizer, resumed: bool = False) -> None:
         if self.recipe != "step" or self._progress < self.dense_fraction:
@@ -509,13 +509,13 @@ class NMSparsity(GradCallback):
             for weight in sparse:
                 weight.refresh(self._phase(weight))
             self._chosen = as_chosen(self._weights)
-            self._say(ends.explain([w.name for w in dense], [w.name for w in sparse]))
+            self.say(ends.explain([w.name for w in dense], [w.name for w in sparse]))
 
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         known, measured = state_of(self._weights), self._meter.read(self._weights)
         layers = limit_layers(density_by_layer(self._weights), self.depth, self.top)
         shown = {f"density/{name}": value for name, value in layers.items()}
-        self._log(pl_module, {**known, **patterns_in_force(self._weights), **shown, **measured})
+        self.log_scalars(pl_module, {**known, **patterns_in_force(self._weights), **shown, **measured})
         numbers = torch.stack(list(measured.values())).tolist() if measured else []
         row: dict[str, Any] = {"step": stepped_batches(trainer), "progress": self._progress, **known}
         row |= dict.fromkeys(("flips", "gradient_noise_pruned", "gradient_noise_kept"))
@@ -537,7 +537,7 @@ class NMSparsity(GradCallback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._fitting:
+        if not self.fitting:
             self._look_at_tested(trainer, pl_module)
         elif self._weights and not trainer.sanity_checking:
             self._restart_monitors(trainer, at_validation=True)
@@ -556,21 +556,21 @@ class NMSparsity(GradCallback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self._fitting and not self._validating:
+        if self.fitting and not self._validating:
             self._validating = True
             for weight in self._weights:
                 weight.enter_inference()
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._fitting and self._weights:
+        if self.fitting and self._weights:
             now = state_of(self._weights)
-            self._log(pl_module, {"density": now["density"], "exact": now["exact"]}, sync_dist=True)
+            self.log_scalars(pl_module, {"density": now["density"], "exact": now["exact"]}, sync_dist=True)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._leave_validation()
-        if self._fitting and self._weights and not trainer.sanity_checking:
+        if self.fitting and self._weights and not trainer.sanity_checking:
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "acc" in key}
             if self.figure_metric in trainer.callback_metrics:
                 metrics[self.figure_metric] = float(trainer.callback_metrics[self.figure_metric])
@@ -603,7 +603,7 @@ class NMSparsity(GradCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # During a fit the module's own hook does this, later than every callback; after an exception it is gone.
-        if self._layers is not None and self._weights and not len(self._undo_after_exception):
+        if self._layers is not None and self._weights and not len(self.undo_after_saving):
             make_portable(checkpoint, self.state_key, self._layers.views())
 
     # The fit ends.
@@ -613,37 +613,36 @@ class NMSparsity(GradCallback):
         super().on_exception(trainer, pl_module, exception)
         self._leave_validation()
         self._monitors.release(trainer)
-        if self._fitting and self._weights:
+        if self.fitting and self._weights:
             rank_zero_info(
                 f"{self.label}: the fit stopped by {type(exception).__name__}. The module in memory is left dense; "
                 "checkpoints that callbacks have written hold the sparse weights, and resume exactly."
             )
-        self._fitting = False
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        fitting = self.fitting
         super().teardown(trainer, pl_module, stage)
         weights, self._layers = self._weights, None
-        if self._fitting and weights and self._progress > 0.0:
+        if fitting and weights and self._progress > 0.0:
             # Lightning skips a validation that was due behind the last step of a checkpoint, and with it the restart.
             self._monitors.is_done |= all(weight.phase.final for weight in weights)
             settle_unfinished(weights, self._progress, self.bake_on_early_stop, self.label)
             for weight in weights:
                 weight.bake()
             self._report(trainer, weights)
-        if self._fitting:
+        if fitting:
             self._monitors.release(trainer)
         self._variances, self._meter = {}, SparsityMeter()
-        self._fitting = False
 
     def _report(self, trainer: pl.Trainer, weights: Sequence[SparseWeight]) -> None:
         self._record.close_phase()
-        send_summary(trainer, weights, self._key, self.top)
+        send_summary(trainer, weights, self.log_key, self.top)
         folder = output_folder(trainer)
         if folder is not None:
             stem = "nm_sparsity" if self.name is None else f"nm_sparsity_{self.name}"
             title = f"{self.label}: {self.pattern}, {self._recipe_name}"
-            write_record(trainer, self._record, self._key, folder / stem, title, self.figure_metric, self.figure)
+            write_record(trainer, self._record, self.log_key, folder / stem, title, self.figure_metric, self.figure)
             if self.save_masks:
                 write_masks(trainer, weights, folder / f"{stem}_masks.pt")
         warn_of_inexact_best(trainer, weights, self.label)

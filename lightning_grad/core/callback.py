@@ -1,11 +1,10 @@
 """The base of every callback here. Read this first.
 
-A technique derives from :class:`GradCallback` and gets: one undo list that runs when the fit ends, however it ends; a
-state key and log keys that carry the instance's name; its settings in the config of the run; refusal of what cannot
-work. The other helpers are functions, called where a technique needs them: choosing parameters
-(``utilities.parameters``), where in the run we are (``utilities.progress``), figures, tables and files
-(``utilities.reporting``), weights seen through a view (``utilities.weight_view``) and checkpoints of them
-(``utilities.portable``).
+A technique derives from :class:`GradCallback`, or from a base beside it that derives from it, and gets: attributes that live
+for one fit (``fit.py``); one undo list that runs when the fit ends, however it ends; a state key and log keys that carry
+the instance's name; its settings in the config of the run; refusal of what cannot work. The other helpers are functions,
+called where a technique needs them: choosing parameters (``utilities.parameters``), where in the run we are
+(``progress.py``), figures, tables and files (``utilities.reporting``).
 """
 
 from __future__ import annotations
@@ -21,13 +20,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.fit import FitScope, during_fit
 from lightning_grad.core.undo import UndoList
 from lightning_grad.utilities.arguments import CheckedArguments, changed_settings, follow_settings, plain
 from lightning_grad.utilities.checks import check_name, refuse_sharded
 from lightning_grad.utilities.reporting import log_settings
 
 
-class GradCallback(CheckedArguments, Callback):
+class GradCallback(FitScope, CheckedArguments, Callback):
     """What every technique shares.
 
     The rules a technique keeps:
@@ -35,9 +35,9 @@ class GradCallback(CheckedArguments, Callback):
     - each constructor argument is annotated with what YAML can say, and is checked against that before the constructor
       runs; the constructor checks ranges, and stores each argument under its own name; ``setup`` and ``on_fit_start`` check
       the trainer and the module;
-    - whatever is added to the module, its optimizers or the trainer goes with a step back to ``self._undo``;
+    - whatever is added to the module, its optimizers or the trainer goes with a step back to ``self.undo``;
     - ``state_dict`` extends that of the base, and holds tensors, numbers, strings, lists and dicts only;
-      ``load_state_dict`` calls the base first, and acts only when ``self._fitting`` (Lightning calls it for ``validate`` and
+      ``load_state_dict`` calls the base first, and acts only when ``self.fitting`` (Lightning calls it for ``validate`` and
       ``test`` too);
     - a setting that changes on resume is followed, unless ``fixed_settings`` names it.
 
@@ -59,18 +59,23 @@ class GradCallback(CheckedArguments, Callback):
     needs_whole_weights: ClassVar[bool] = False
     fixed_settings: ClassVar[Mapping[str, str]] = {}
 
+    undo = during_fit.of(UndoList)
+    undo_after_saving = during_fit.of(UndoList)
+    _stage = during_fit.of(str)
+
     def __init__(self, name: str | None = None) -> None:
         check_name(name)
         self.name = name
-        self._fitting = False
-        self._undo = UndoList()
-        self._undo_after_exception = UndoList()
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
-        # Lightning leaves the module's log methods on every callback it has run; a copy must not drag the module along. Nor
-        # is it the copy's business to take back what the original has done.
-        kept = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}
-        return {**kept, "_undo": UndoList(), "_undo_after_exception": UndoList()}
+        # Lightning leaves the module's log methods on every callback it has run; a copy must not drag the module along.
+        return {key: value for key, value in super().__getstate__().items() if key not in ("log", "log_dict")}
+
+    @property
+    def fitting(self) -> bool:
+        """Whether a fit is on, rather than a validation or test of its own, or none."""
+        return self._stage == "fit"
 
     @property
     @override
@@ -90,9 +95,11 @@ class GradCallback(CheckedArguments, Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._run_undo()
-        self._fitting = stage == "fit"
-        if self._fitting:
+        self._end()
+        if stage == "fit":
+            self.begin_fit()
+        self._stage = stage
+        if self.fitting:
             if self.needs_whole_weights:
                 refuse_sharded(trainer, self.label)
             log_settings(trainer, self.label, self.settings)
@@ -103,46 +110,45 @@ class GradCallback(CheckedArguments, Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._fitting:
+        if self.fitting:
             follow_settings(self.label, state_dict.get("settings", {}), self.settings, self.fixed_settings)
 
-    def _changed_settings(self, state_dict: Mapping[str, Any], *names: str) -> list[str]:
+    def changed_settings(self, state_dict: Mapping[str, Any], *names: str) -> list[str]:
         """Return which of some settings differ from those of a checkpoint."""
         return changed_settings(state_dict.get("settings", {}), {name: self.settings[name] for name in names})
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._run_undo()
+        self._end()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        # No teardown follows. Checkpoint callbacks still save after this hook, so what their files need is taken back
+        # No teardown follows. Checkpoint callbacks still save after this hook, so what their files need is let go
         # only in the strategy's on_exception, the first thing Lightning calls after all callbacks.
-        self._undo.run()
-        if len(self._undo_after_exception):
-            late = self._undo_after_exception
+        self.undo.run()
 
-            def last(inner: Callable[..., Any], *args: Any) -> None:
-                late.run()
-                inner(*args)
+        def last(inner: Callable[..., Any], *args: Any) -> None:
+            self._end()
+            inner(*args)
 
-            late.push(wrap_method(trainer.strategy, "on_exception", last))
+        self.undo_after_saving.push(wrap_method(trainer.strategy, "on_exception", last))
 
-    def _run_undo(self) -> None:
-        self._undo.run()
-        self._undo_after_exception.run()
+    def _end(self) -> None:
+        self.undo.run()
+        self.undo_after_saving.run()
+        self.end_fit()
 
-    def _say(self, what: str) -> None:
+    def say(self, what: str) -> None:
         """Print one line about this instance: what it acts on when a fit begins, say."""
         rank_zero_info(f"{self.label} {what}.")
 
-    def _log(
+    def log_scalars(
         self, pl_module: pl.LightningModule, values: Mapping[str, float | Tensor], sync_dist: bool = False
     ) -> None:
         """Log scalars as ``namespace[/name]/quantity``; ``sync_dist`` where Lightning asks for it, in validation."""
         if getattr(pl_module.trainer, "barebones", False):  # Lightning would warn of every value
             return
-        pl_module.log_dict({self._key(key): value for key, value in values.items()}, sync_dist=sync_dist)
+        pl_module.log_dict({self.log_key(key): value for key, value in values.items()}, sync_dist=sync_dist)
 
-    def _key(self, quantity: str) -> str:
+    def log_key(self, quantity: str) -> str:
         return "/".join(part for part in (self.namespace, self.name, quantity) if part)

@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from lightning_grad.core._memory import Memory
 from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.phases import (
     Phase,
     refuse_compressed_gradients,
@@ -119,23 +120,18 @@ class GradientConditioner(GradCallback):
     elementwise: ClassVar[bool] = False
     acts_without_threshold: ClassVar[bool] = False
 
+    _memory = until_next_fit.of(dict[int, Memory])
+    _chosen = during_fit.of(dict[int, tuple[Shape, list[Bucket]]])
+    _hook_fired = during_fit.of(set[int])
+    _warned_of_bypass = during_fit.of(bool)
+    _choice_changed = during_fit.of(bool)
+
     def __init__(
         self, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None, name: str | None = None
     ) -> None:
         super().__init__(name)
         self.include = as_names(include)
         self.exclude = as_names(exclude)
-        self._reset()
-
-    def _reset(self) -> None:
-        self._memory: dict[int, Memory] = {}
-        self._chosen: dict[int, tuple[Shape, list[Bucket]]] = {}
-        self._hook_fired: set[int] = set()
-        self._warned_of_bypass = self._choice_changed = False
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_chosen": {}, "_hook_fired": set()}
 
     @abstractmethod
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
@@ -167,9 +163,8 @@ class GradientConditioner(GradCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not self._fitting:
+        if not self.fitting:
             return
-        self._reset()
         refuse_deepspeed(trainer, self.label)
         if not self.elementwise:
             refuse_flat_shards(trainer, self.label)
@@ -180,7 +175,7 @@ class GradientConditioner(GradCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if self._fitting:
+        if self.fitting:
             self._memory = {int(index): Memory.load(saved) for index, saved in state_dict["optimizers"].items()}
             saved = state_dict.get("settings", {})
             now, before = self._choice(self.settings), self._choice(saved)
@@ -217,7 +212,7 @@ class GradientConditioner(GradCallback):
     def _say_what_restarts(self, names: Sequence[str]) -> None:
         named = ", ".join(repr(name) for name in names if name)
         where = f" for {named}" if named else ""
-        self._say(f"restarts its statistics{where}, because those of the checkpoint are of other parameters")
+        self.say(f"restarts its statistics{where}, because those of the checkpoint are of other parameters")
 
     def _excluded(self, pl_module: pl.LightningModule) -> list[str]:
         """Name patterns of what is left alone; a technique may add to what the user said."""
@@ -264,7 +259,7 @@ class GradientConditioner(GradCallback):
         unchanged = [name for name, parameter in named if not self._changes(parameter)]
         left_out = [*left_out, *unchanged]
         rest = f"; {len(left_out)} left alone ({listed(left_out)})" if left_out else ""
-        self._say(f"acts on {counted(len(named) - len(unchanged), 'parameter')}{rest}")
+        self.say(f"acts on {counted(len(named) - len(unchanged), 'parameter')}{rest}")
         if self.phase == "noise":
             warn_of_missing_momentum(trainer, self.label, "noise")
         if self.phase == "clip":
@@ -280,7 +275,7 @@ class GradientConditioner(GradCallback):
                 )
             self._hook_fired.discard(id(stepped))
 
-        self._undo.push(optimizer.register_step_post_hook(after_step).remove)
+        self.undo.push(optimizer.register_step_post_hook(after_step).remove)
 
     # One optimizer step.
 
@@ -303,7 +298,9 @@ class GradientConditioner(GradCallback):
                 values = self._count(step, self.condition(step), seen)
                 if measured and values:
                     several = len(trainer.optimizers) > 1
-                    self._log(pl_module, {self._quantity(key, step, bucket, several): values[key] for key in values})
+                    self.log_scalars(
+                        pl_module, {self._quantity(key, step, bucket, several): values[key] for key in values}
+                    )
         memory.steps += 1
 
     def _count(self, step: GradientStep, values: Mapping[str, Tensor | float], seen: int) -> dict[str, Tensor | float]:
@@ -339,19 +336,7 @@ class GradientConditioner(GradCallback):
         ]
         if clipped:
             share = sum(count for count, _ in clipped) / max(sum(steps for _, steps in clipped), 1)
-            log_summary(trainer, {self._key("final_clipped_share"): share})
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        self._chosen = {}
-        self._fitting = False
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        super().on_exception(trainer, pl_module, exception)
-        self._chosen = {}
-        self._fitting = False
+            log_summary(trainer, {self.log_key("final_clipped_share"): share})
 
 
 def _gather(bucket: Bucket, memory: Memory, measured: bool, optimizer: Optimizer, index: int) -> GradientStep:

@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.schedule_warp import warn_of_two_ends, warp_schedules
 from lightning_grad.core.training_set import TrainingSet
 from lightning_grad.data.fingerprints import Fingerprint
@@ -21,9 +22,9 @@ from lightning_grad.utilities.reporting import log_summary
 
 
 class SubsetCallback(GradCallback):
-    """Trains each epoch on the samples that :meth:`_choose` returns.
+    """Trains each epoch on the samples that :meth:`choose_samples` returns.
 
-    It knows the data-set indices of every batch (``self._indices``), keeps schedules in step with shorter epochs, logs
+    It knows the data-set indices of every batch (``self.indices``), keeps schedules in step with shorter epochs, logs
     what is kept, and has the present choice in its state, so that a resumed epoch goes on with it. Settings that change on
     resume are followed from the next epoch on.
 
@@ -34,153 +35,142 @@ class SubsetCallback(GradCallback):
 
     namespace: ClassVar[str] = "data"
 
+    training_set = during_fit[TrainingSet]()
+    indices = during_fit.of(list[int])
+    kept = until_next_fit[Tensor | None](lambda _: None)
+    _fixed_steps = until_next_fit.of(bool)  # in the present epoch
+    _mark = until_next_fit[Fingerprint | None](lambda _: None)
+    _samples_seen = until_next_fit.of(int)
+    _is_rehearsed = during_fit.of(bool)
+    _has_warned = during_fit.of(bool)
+    _has_told_of_too_few = during_fit.of(bool)
+
     def __init__(self, loader_key: str | int | None = None, name: str | None = None) -> None:
         super().__init__(name)
         self.loader_key = loader_key
-        self._clear()
 
-    def _clear(self) -> None:
-        self._training_set: TrainingSet | None = None
-        self._kept: Tensor | None = None
-        self._fixed_steps = False  # in the present epoch
-        self._mark: Fingerprint | None = None
-        self._indices: list[int] = []
-        self._samples_seen = 0
-        self._is_rehearsed = self._has_warned = self._has_told_of_too_few = False
-
-    def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
+    def choose_samples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
         """Return the indices of the samples of the epoch that begins, ``None`` for all."""
         raise NotImplementedError
 
-    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise if what will be done in later epochs cannot be; called after the first batch, all hooks of which have run."""
 
-    def _epoch_ends(self, trainer: pl.Trainer) -> None:
+    def end_epoch(self, trainer: pl.Trainer) -> None:
         """Gather what the ranks have recorded; called after an epoch's last batch, before any checkpoint is written."""
 
     @property
-    def _plan(self) -> str:
+    def plan(self) -> str:
         """What it will do in this fit, for the line that is printed when it begins."""
         return "chooses the samples of each epoch"
 
     @property
-    def _remembers_samples(self) -> bool:
+    def remembers_samples(self) -> bool:
         """Whether it remembers something of each sample, so that the data must stay the same."""
         return True
 
     @property
-    def _holds_samples(self) -> bool:
+    def holds_samples(self) -> bool:
         """Whether its state holds something of each sample by now."""
-        return self._kept is not None
+        return self.kept is not None
 
     @property
-    def _passes_more_than_once(self) -> bool:
+    def passes_more_than_once(self) -> bool:
         """Whether epochs keep their number of batches."""
         return False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if self._fitting:
-            self._clear()
-            self._fixed_steps = self._passes_more_than_once
+        if self.fitting:
+            self._fixed_steps = self.passes_more_than_once
             if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
                 raise TypeError(
                     f"{self.label} must know the samples of each batch, and training_step(dataloader_iter) draws batches "
                     "itself. Let training_step take a batch."
                 )
-            own = (trainer, self.label, self._undo, _as_text(self.loader_key), self._remembers_samples)
-            self._training_set = TrainingSet(*own)
-            self._undo.push(self._let_go)
-
-    def _let_go(self) -> None:
-        self._training_set = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_training_set": None}
+            own = (trainer, self.label, self.undo, _as_text(self.loader_key), self.remembers_samples)
+            self.training_set = TrainingSet(*own)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        data = dataclasses.asdict(self._mark) if self._mark is not None and self._holds_samples else None
-        own = {"kept": self._kept, "fixed_steps": self._fixed_steps, "samples_seen": self._samples_seen, "data": data}
+        data = dataclasses.asdict(self._mark) if self._mark is not None and self.holds_samples else None
+        own = {"kept": self.kept, "fixed_steps": self._fixed_steps, "samples_seen": self._samples_seen, "data": data}
         return {**super().state_dict(), **own}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if not self._fitting:
+        if not self.fitting:
             return
-        self._kept, self._samples_seen = state_dict["kept"], state_dict["samples_seen"]
+        self.kept, self._samples_seen = state_dict["kept"], state_dict["samples_seen"]
         self._fixed_steps = state_dict["fixed_steps"]
-        if state_dict["data"] is not None and self._remembers_samples:
-            assert self._training_set is not None
+        if state_dict["data"] is not None and self.remembers_samples:
             self._mark = Fingerprint(**state_dict["data"])
-            self._training_set.expect(self._mark)
+            self.training_set.expect(self._mark)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._training_set is not None
-        self._training_set.begin(self._kept, self._fixed_steps)
-        self._undo.push(warp_schedules(trainer, pl_module, self._training_set))
+        self.training_set.begin(self.kept, self._fixed_steps)
+        self.undo.push(warp_schedules(trainer, pl_module, self.training_set))
         self._warn_of_own_schedules(trainer, pl_module)
-        self._say(self._plan)
+        self.say(self.plan)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._training_set is not None
-        if self._training_set.resumes_behind_last_batch:
+        if self.training_set.resumes_behind_last_batch:
             # Lightning then begins the next epoch without calling on_train_epoch_start.
             self.on_train_epoch_start(trainer, pl_module)
-            self._training_set.leave_epoch()
+            self.training_set.leave_epoch()
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._training_set is not None
-        self._kept = self._choose(trainer, pl_module)
-        self._fixed_steps = self._passes_more_than_once
-        self._training_set.keep(self._kept, self._fixed_steps)
-        self._has_warned = self._has_warned or warn_of_two_ends(trainer, self._training_set, self.label)
-        total = len(self._training_set.sampler.population)
-        self._log(pl_module, {"kept_share": 1.0 if self._kept is None else len(self._kept) / total}, sync_dist=True)
+        self.kept = self.choose_samples(trainer, pl_module)
+        self._fixed_steps = self.passes_more_than_once
+        self.training_set.keep(self.kept, self._fixed_steps)
+        self._has_warned = self._has_warned or warn_of_two_ends(trainer, self.training_set, self.label)
+        total = len(self.training_set.sampler.population)
+        self.log_scalars(
+            pl_module, {"kept_share": 1.0 if self.kept is None else len(self.kept) / total}, sync_dist=True
+        )
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        assert self._training_set is not None
-        self._indices = self._training_set.draw(batch_idx)
-        self._samples_seen += len(self._indices) * trainer.world_size
+        self.indices = self.training_set.draw(batch_idx)
+        self._samples_seen += len(self.indices) * trainer.world_size
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert self._training_set is not None
-        self._indices = []
+        self.indices = []
         if not self._is_rehearsed:
             self._is_rehearsed = True
-            self._rehearse(trainer, pl_module)
-            if self._remembers_samples:
-                self._mark = self._training_set.mark
+            self.rehearse(trainer, pl_module)
+            if self.remembers_samples:
+                self._mark = self.training_set.mark
         if trainer.is_last_batch:
-            self._epoch_ends(trainer)
+            self.end_epoch(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._log(pl_module, {"samples_seen": float(self._samples_seen)}, sync_dist=True)
+        self.log_scalars(pl_module, {"samples_seen": float(self._samples_seen)}, sync_dist=True)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._training_set is not None
-        all_samples = self._training_set.full_samples_until_now
+        all_samples = self.training_set.full_samples_until_now
         if all_samples:
             share = self._samples_seen / all_samples
-            log_summary(trainer, {self._key("samples_seen"): self._samples_seen, self._key("samples_share"): share})
+            log_summary(
+                trainer, {self.log_key("samples_seen"): self._samples_seen, self.log_key("samples_share"): share}
+            )
 
-    def _device_indices(self, device: torch.device) -> Tensor:
-        return torch.tensor(self._indices, device=device)
+    def device_indices(self, device: torch.device) -> Tensor:
+        return torch.tensor(self.indices, device=device)
 
-    def _warn_of_too_few(self, count: int, total: int) -> None:
+    def warn_of_too_few(self, count: int, total: int) -> None:
         if count == total and not self._has_told_of_too_few:
             self._has_told_of_too_few = True
             rank_zero_warn(
@@ -188,20 +178,19 @@ class SubsetCallback(GradCallback):
                 "batch of one. Prune more, or train on more samples."
             )
 
-    def _refuse_unreached(self, trainer: pl.Trainer, epoch: int, would: str) -> None:
+    def refuse_unreached(self, trainer: pl.Trainer, epoch: int, would: str) -> None:
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch and not _is_smoke_test(trainer):
             raise ValueError(
                 f"{self.label} would {would} after {epoch} epochs, and Trainer(max_epochs={trainer.max_epochs}) ends before. "
                 "Set epoch to a smaller number."
             )
 
-    def _refuse_unreached_steps(self, trainer: pl.Trainer, epoch: int, would: str) -> None:
-        assert self._training_set is not None
-        steps = epoch * self._training_set.full_batches / trainer.accumulate_grad_batches
+    def refuse_unreached_steps(self, trainer: pl.Trainer, epoch: int, would: str) -> None:
+        steps = epoch * self.training_set.full_batches / trainer.accumulate_grad_batches
         is_new = trainer.current_epoch == 0 and not _is_smoke_test(trainer)
         if is_new and epoch > 0 and math.isfinite(steps) and 0 <= trainer.max_steps <= steps:
             raise ValueError(
-                f"{self.label} would {would} after {epoch} epochs of {self._training_set.full_batches:.0f} batches, and "
+                f"{self.label} would {would} after {epoch} epochs of {self.training_set.full_batches:.0f} batches, and "
                 f"Trainer(max_steps={trainer.max_steps}) ends before. Set epoch to a smaller number."
             )
 

@@ -654,7 +654,7 @@ def test_loaders_of_past_epochs_are_let_go() -> None:
     class Steps(Choose):
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             super().on_train_epoch_end(trainer, pl_module)
-            self.most = len(self._undo)
+            self.most = len(self.undo)
 
     choose, once = Steps(), Steps()
     make_trainer(callbacks=[once], max_epochs=1).fit(Fresh())

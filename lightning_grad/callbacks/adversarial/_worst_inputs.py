@@ -45,9 +45,6 @@ class WorstInputs:
         self._needed_by = needed_by
         self._places: dict[Any, tuple[Place, str]] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_places": {}}
-
     def run(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step, batch: Any, batch_idx: int, loader: Any
     ) -> tuple[Place, Tensor]:

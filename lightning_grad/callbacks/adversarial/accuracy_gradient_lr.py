@@ -181,7 +181,7 @@ class AccuracyGradientLR(GradCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if self._fitting:
+        if self.fitting:
             self._reset()
             if trainer.barebones:
                 raise ValueError(
@@ -206,16 +206,16 @@ class AccuracyGradientLR(GradCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if not self._fitting:
+        if not self.fitting:
             return
         self._record.load_state_dict(state_dict)
         self._rates.scale, self._rates.base = state_dict["scale"], state_dict["base"]
         self._since_cut, self._validated, self._due = (state_dict[key] for key in ("since_cut", "validated", "due"))
-        changed = self._changed_settings(state_dict, "monitor", "interval")
+        changed = self.changed_settings(state_dict, "monitor", "interval")
         if changed:
             self._record.restart()
             self._validated = None
-            self._say(f"restarts its observations, because {' and '.join(changed)} changed; the cuts so far stay")
+            self.say(f"restarts its observations, because {' and '.join(changed)} changed; the cuts so far stay")
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -223,21 +223,21 @@ class AccuracyGradientLR(GradCallback):
         if self.policy == "multiply":
             warn_of_schedulers(trainer, optimizers, self.monitor, self.label)
         elif trainer.lr_scheduler_configs:
-            self._undo.push(mute_schedulers(pl_module, optimizers, self.label))
+            self.undo.push(mute_schedulers(pl_module, optimizers, self.label))
         if self.interval == "epoch":
 
             def end_epoch(inner: Callable[..., Any], *args: Any) -> None:
                 inner(*args)
                 self._end_epoch(trainer)
 
-            self._undo.push(wrap_method(pl_module, "on_train_epoch_end", end_epoch))
+            self.undo.push(wrap_method(pl_module, "on_train_epoch_end", end_epoch))
         self._announce(trainer)
 
     def _announce(self, trainer: pl.Trainer) -> None:
         at = "validation" if self.interval == "validation" else "epoch"
         least = max(self.window + 2, self.start_after + 1)
         mean = f"the mean of {self.monitor!r} over {self.window} observations"
-        self._say(
+        self.say(
             f"multiplies the learning rate by {self.factor:g} when {mean if self.window > 1 else repr(self.monitor)} improves "
             f"by less than {self.threshold:g}: at each {at}, from observation {least} on"
         )
@@ -253,7 +253,7 @@ class AccuracyGradientLR(GradCallback):
         self._rates.begin(trainer)
         if self._due is not None:
             end = partial(self._end_missed_epoch, trainer, self._due)
-            self._undo.push(run_missed_validation(trainer, end))
+            self.undo.push(run_missed_validation(trainer, end))
 
     def _end_missed_epoch(self, trainer: pl.Trainer, epochs: float) -> None:
         # Lightning goes on with the next epoch, so that this one's end has no hook.
@@ -280,7 +280,7 @@ class AccuracyGradientLR(GradCallback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._fitting:
+        if not self.fitting:
             return
         if trainer.sanity_checking:
             self._sanity_keys = validated_keys(trainer)
@@ -353,7 +353,7 @@ class AccuracyGradientLR(GradCallback):
         gradient = accuracy_gradient(self._record.gains, self.window)
         if gradient is not None:
             values["accuracy_gradient"] = gradient
-        log_many(trainer, {self._key(key): value for key, value in values.items()})
+        log_many(trainer, {self.log_key(key): value for key, value in values.items()})
 
     def _stop_if_reached(self, trainer: pl.Trainer, value: float) -> None:
         if self.reach is not None and (value >= self.reach if self.mode == "max" else value <= self.reach):
@@ -370,13 +370,13 @@ class AccuracyGradientLR(GradCallback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         cuts = float(self._record.cut_count)
-        log_summary(trainer, {self._key("final_scale"): self._rates.scale, self._key("final_cuts"): cuts})
+        log_summary(trainer, {self.log_key("final_scale"): self._rates.scale, self.log_key("final_cuts"): cuts})
         stem = "accuracy_gradient_lr" if self.name is None else f"accuracy_gradient_lr_{self.name}"
         folder = output_folder(trainer)
         if not len(self._record):
             self._warn_of_nothing()
         elif folder is not None:
-            write_record(trainer, self._record, self._key, folder / stem, self.label, self.threshold, self.figure)
+            write_record(trainer, self._record, self.log_key, folder / stem, self.label, self.threshold, self.figure)
 
     def _warn_of_nothing(self) -> None:
         if "nonfinite" in self._told:

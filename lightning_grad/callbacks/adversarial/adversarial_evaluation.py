@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 from weakref import WeakSet
@@ -21,6 +22,7 @@ from lightning_grad.callbacks.adversarial._second_state import SecondState
 from lightning_grad.callbacks.adversarial._worst_inputs import WorstInputs
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.dispatch import overrides, wrap_method
+from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.quiet import is_quiet, loggers_muted, quiet
 from lightning_grad.data.random_streams import random_streams_kept
 from lightning_grad.utilities.batch_copies import copy_of
@@ -30,6 +32,21 @@ _INSIDE_WEIGHT_VIEWS = -50
 _STAGES = {"fit": "validation", "validate": "validation", "test": "test"}
 _HOOKS = ("on_{}_start", "on_{}_epoch_start", "on_{}_batch_start", "{}_step", "on_{}_batch_end", "on_{}_epoch_end")
 _SECOND: WeakSet[pl.LightningModule] = WeakSet()  # modules that run on attacked inputs just now
+
+
+@dataclass
+class Evaluation:
+    """What one validation or test has.
+
+    Args:
+        second: What the module holds in its second run.
+        fresh: The same when the epoch began.
+        attacked: Output of the step on the attacked batch, and that batch.
+    """
+
+    second: SecondState
+    fresh: SecondState | None = None
+    attacked: tuple[Any, Any] | None = None
 
 
 class AdversarialEvaluation(GradCallback):
@@ -103,6 +120,14 @@ class AdversarialEvaluation(GradCallback):
 
     namespace: ClassVar[str] = "adversarial"
 
+    _validations = until_next_fit.of(int)
+    _has_warned = during_fit.of(bool)
+    _evaluation = during_fit[Evaluation | None](lambda _: None)
+
+    @during_fit
+    def _search(self) -> WorstInputs:
+        return WorstInputs(self._attack, self.restarts, self.input_key, self.loss, self.seed, self.label)
+
     def __init__(
         self,
         epsilon: float = 8 / 255,
@@ -143,24 +168,6 @@ class AdversarialEvaluation(GradCallback):
         self.input_key = input_key
         self.loss = loss
         self.seed = seed
-        self._validations = 0
-        self._has_warned = False
-        self._forget()
-
-    def _forget(self) -> None:
-        """Drop what belongs to one fit or evaluation."""
-        self._search = WorstInputs(self._attack, self.restarts, self.input_key, self.loss, self.seed, self.label)
-        self._leave()
-
-    def _leave(self) -> None:
-        self._fresh: SecondState | None = None
-        self._second: SecondState | None = None
-        self._attacked: tuple[Any, Any] | None = None
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        live: dict[str, Any] = {"_fresh": None, "_second": None, "_attacked": None}
-        return {**super().__getstate__(), **live}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -175,20 +182,16 @@ class AdversarialEvaluation(GradCallback):
                 "returns or logs a metric, or drop the callback."
             )
         refuse_dataloader_iter(getattr(pl_module, step), self.label)
-        if self._fitting:
-            self._validations, self._has_warned = 0, False
-            if not trainer.enable_validation:
-                self._warn_of_no_validation()
+        if self.fitting and not trainer.enable_validation:
+            self._warn_of_no_validation()
         if getattr(trainer, "barebones", False):
             rank_zero_warn(
                 f"{self.label} logs once more what the module logs, and Trainer(barebones=True) logs nothing. Drop one of "
                 "the two."
             )
-        self._forget()
-        self._undo.push(self._forget)
         for hook in (template.format(_STAGES[stage]) for template in _HOOKS):
             around = partial(self._twice, trainer, pl_module, hook)
-            self._undo.push(wrap_method(pl_module, hook, around, priority=_INSIDE_WEIGHT_VIEWS))
+            self.undo.push(wrap_method(pl_module, hook, around, priority=_INSIDE_WEIGHT_VIEWS))
 
     def _warn_of_no_validation(self) -> None:
         if not self._has_warned:
@@ -206,13 +209,13 @@ class AdversarialEvaluation(GradCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if self._fitting:
+        if self.fitting:
             self._validations = state_dict["validations"]
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         often = "each validation" if self.every == 1 else f"one of every {self.every} validations"
-        self._say(f"runs {often} once more on inputs attacked by PGD ({self._attack.described})")
+        self.say(f"runs {often} once more on inputs attacked by PGD ({self._attack.described})")
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -230,24 +233,21 @@ class AdversarialEvaluation(GradCallback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        due = trainer.sanity_checking or not self._fitting or self._validations % self.every == 0
-        self._enter(pl_module) if due else self._leave()
+        due = trainer.sanity_checking or not self.fitting or self._validations % self.every == 0
+        self._evaluation = Evaluation(SecondState(pl_module)) if due else None
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._leave()
-        self._validations += self._fitting and not trainer.sanity_checking
+        self._evaluation = None
+        self._validations += self.fitting and not trainer.sanity_checking
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._enter(pl_module)
+        self._evaluation = Evaluation(SecondState(pl_module))
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._leave()
-
-    def _enter(self, pl_module: pl.LightningModule) -> None:
-        self._second = SecondState(pl_module)
+        self._evaluation = None
 
     # Around the module's hooks.
 
@@ -260,10 +260,11 @@ class AdversarialEvaluation(GradCallback):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if self._second is None or pl_module in _SECOND or is_quiet(pl_module):
+        evaluation = self._evaluation
+        if evaluation is None or pl_module in _SECOND or is_quiet(pl_module):
             return inner(*args, **kwargs)
         if hook.endswith("_epoch_start"):
-            self._second.take_buffers()  # averaged weights have come since, with buffers of their own
+            evaluation.second.take_buffers()  # averaged weights have come since, with buffers of their own
         is_step = hook.endswith("_step")
         if is_step:
             batch, *rest = args
@@ -271,21 +272,22 @@ class AdversarialEvaluation(GradCallback):
         again = copy_of(args) if hook.endswith("_batch_start") and overrides(pl_module, hook) else args
         output = inner(*args, **kwargs)
         if is_step:
-            self._attacked = self._step(trainer, pl_module, inner, kept, *rest, **kwargs)
+            evaluation.attacked = self._step(trainer, pl_module, evaluation, inner, kept, *rest, **kwargs)
         else:
-            if hook.endswith("_batch_end") and self._attacked is not None:
-                again = (*self._attacked, *args[2:])
-            with self._as_second(trainer, pl_module):
+            if hook.endswith("_batch_end") and evaluation.attacked is not None:
+                again = (*evaluation.attacked, *args[2:])
+            with self._as_second(trainer, pl_module, evaluation.second):
                 inner(*again, **kwargs)
         if hook.endswith("_epoch_start"):  # which may make the lists that a step needs
-            with self._second.used():
-                self._fresh = SecondState(pl_module)
+            with evaluation.second.used():
+                evaluation.fresh = SecondState(pl_module)
         return output
 
     def _step(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
+        evaluation: Evaluation,
         inner: Callable[..., Any],
         batch: Any,
         *args: Any,
@@ -297,22 +299,21 @@ class AdversarialEvaluation(GradCallback):
             return inner(shown, *args, **kwargs)
 
         if batch is None:  # which a collate function may give for samples that it rejects
-            with self._as_second(trainer, pl_module):
+            with self._as_second(trainer, pl_module, evaluation.second):
                 return run(None), None
-        place, inputs = self._attack_batch(trainer, pl_module, run, batch, args)
-        with place.shown(batch, inputs) as shown, self._as_second(trainer, pl_module):
+        place, inputs = self._attack_batch(trainer, pl_module, evaluation, run, batch, args)
+        with place.shown(batch, inputs) as shown, self._as_second(trainer, pl_module, evaluation.second):
             return run(shown), shown
 
     @contextmanager
-    def _as_second(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-        assert self._second is not None
+    def _as_second(self, trainer: pl.Trainer, pl_module: pl.LightningModule, second: SecondState) -> Iterator[None]:
         undo = [
             wrap_method(pl_module, "log", self._log_again, priority=-1000),
             wrap_method(pl_module, "print", lambda inner, *args, **kwargs: None),
         ]
         _SECOND.add(pl_module)
         try:
-            with self._second.used(), loggers_muted(trainer), random_streams_kept():
+            with second.used(), loggers_muted(trainer), random_streams_kept():
                 yield
         finally:
             _SECOND.discard(pl_module)
@@ -322,7 +323,7 @@ class AdversarialEvaluation(GradCallback):
     def _log_again(self, inner: Callable[..., Any], name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(value, Metric):
             kwargs.setdefault("metric_attribute", name)  # the metric of the second state is no attribute of the module
-        inner(self._key(name), value, *args, **kwargs)
+        inner(self.log_key(name), value, *args, **kwargs)
 
     # The attack.
 
@@ -330,6 +331,7 @@ class AdversarialEvaluation(GradCallback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
+        evaluation: Evaluation,
         run: Callable[[Any], Any],
         batch: Any,
         position: tuple[Any, ...],
@@ -337,7 +339,7 @@ class AdversarialEvaluation(GradCallback):
         batch_idx, loader = (*position, 0, 0)[:2]
         # What has gathered since the start is not copied for each batch, unless something is set before each batch.
         stage = "test" if trainer.testing else "validation"
-        state = self._second if overrides(pl_module, f"on_{stage}_batch_start") else self._fresh
+        state = evaluation.second if overrides(pl_module, f"on_{stage}_batch_start") else evaluation.fresh
         assert state is not None
         # Inference tensors have no gradient, and what was counted in inference mode cannot be counted further outside of it.
         with torch.inference_mode(False), torch.enable_grad(), state.used():

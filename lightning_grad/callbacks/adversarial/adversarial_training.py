@@ -28,6 +28,7 @@ from lightning_grad.callbacks.adversarial._overfitting import (
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.fit import during_fit
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.core.quiet import is_quiet, quiet
 from lightning_grad.core.whole_step import loss_of_output
@@ -127,6 +128,13 @@ class AdversarialTraining(GradCallback):
     namespace: ClassVar[str] = "adversarial"
     needs_whole_weights: ClassVar[bool] = True
 
+    _place = during_fit[Place | None](lambda _: None)
+    _batch = during_fit[tuple[Any, tuple[Any, ...], dict[str, Any]] | None](lambda _: None)  # the first of the epoch
+    _start_loss = during_fit[Tensor | None](lambda _: None)
+    _logged = during_fit.of(dict[str, Tensor | float])
+    _attacked = during_fit[tuple[Any, Any, Tensor] | None](lambda _: None)
+    _has_told = during_fit.of(bool)
+
     def __init__(
         self,
         epsilon: float = 8 / 255,
@@ -173,26 +181,11 @@ class AdversarialTraining(GradCallback):
         self.seed = seed
         self.total_steps = total_steps
         check_total_steps(total_steps)
-        self._forget()
-
-    def _forget(self) -> None:
-        """Drop what belongs to one fit."""
-        self._place: Place | None = None
-        self._batch: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None  # the first of the epoch
-        self._start_loss: Tensor | None = None
-        self._logged: dict[str, Tensor | float] = {}
-        self._attacked: tuple[Any, Any, Tensor] | None = None
-        self._has_told = False
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        live: dict[str, Any] = {"_place": None, "_batch": None, "_start_loss": None, "_logged": {}, "_attacked": None}
-        return {**super().__getstate__(), **live}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not self._fitting:
+        if not self.fitting:
             return
         refuse_manual_optimization(
             pl_module,
@@ -202,10 +195,8 @@ class AdversarialTraining(GradCallback):
         )
         refuse_dataloader_iter(pl_module.training_step, self.label)
         self._refuse_another(trainer)
-        self._forget()
-        self._undo.push(self._forget)
         around = partial(self._around_step, trainer, pl_module)
-        self._undo.push(wrap_method(pl_module, "training_step", around, priority=OUTSIDE_WEIGHT_VIEWS))
+        self.undo.push(wrap_method(pl_module, "training_step", around, priority=OUTSIDE_WEIGHT_VIEWS))
 
     def _refuse_another(self, trainer: pl.Trainer) -> None:
         others = [callback for callback in trainer.callbacks if isinstance(callback, AdversarialTraining)]  # type: ignore[attr-defined]
@@ -218,20 +209,20 @@ class AdversarialTraining(GradCallback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.epsilon == 0.0:
-            self._say("trains on the inputs as they are, for epsilon is 0")
+            self.say("trains on the inputs as they are, for epsilon is 0")
         else:
-            self._say(f"trains on inputs attacked by {self.attack.upper()} ({self._attack.described})")
+            self.say(f"trains on inputs attacked by {self.attack.upper()} ({self._attack.described})")
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.warmup_fraction and total_steps(trainer, self.label, self.total_steps) is None:
-            self._say(IN_FIRST_EPOCH)
+            self.say(IN_FIRST_EPOCH)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._attacked = None
         if self._logged:
-            self._log(pl_module, self._logged)
+            self.log_scalars(pl_module, self._logged)
             self._logged = {}
 
     @override
@@ -350,7 +341,7 @@ class AdversarialTraining(GradCallback):
                 except UnknownAccuracyError as error:
                     self._tell_unknown(error)
         accuracies = mean_over_ranks(trainer, found, attacks)
-        log_many(trainer, {self._key(name): accuracy for name, accuracy in accuracies.items()})
+        log_many(trainer, {self.log_key(name): accuracy for name, accuracy in accuracies.items()})
         if len(accuracies) == len(attacks):
             easy, robust = accuracies.values()
             warn_of_collapse(easy, robust, _CHECK_STEPS, self.label)

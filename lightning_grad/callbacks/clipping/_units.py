@@ -6,13 +6,13 @@ Used by ``adaptive_gradient_clipping.py`` and ``gradient_centralization.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.core.conditioner import GradientConditioner
+from lightning_grad.core.fit import during_fit
 from lightning_grad.utilities.checks import owned_ids
 from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.parameters import all_names, clean_name, is_spelled, matches, named_owners
@@ -26,16 +26,8 @@ class UnitConditioner(GradientConditioner):
     name is spelled in ``include``; then its first dimension counts.
     """
 
-    def __init__(
-        self, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None, name: str | None = None
-    ) -> None:
-        super().__init__(include, exclude, name)
-        self._second: dict[int, int] = {}
-        self._unknown: list[str] = []
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_second": {}, "_unknown": []}
+    _second = during_fit.of(dict[int, int])
+    _unknown = during_fit.of(list[str])
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -52,7 +44,7 @@ class UnitConditioner(GradientConditioner):
         ]
         super().on_fit_start(trainer, pl_module)
         if self._unknown:
-            self._say(self._explain())
+            self.say(self._explain())
 
     def output_dims(self, parameters: Sequence[Tensor]) -> list[int] | None:
         """Return the dimension that counts the units of each parameter, or ``None`` if it is the first for all."""

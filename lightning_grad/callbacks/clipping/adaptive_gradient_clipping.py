@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.clipping._units import LastLayers, UnitConditioner
 from lightning_grad.core.conditioner import GradientStep
+from lightning_grad.core.fit import during_fit
 from lightning_grad.core.phases import Phase
 from lightning_grad.functional import clip_adaptively_
 from lightning_grad.functional.tensor_lists import whole
@@ -80,6 +81,8 @@ class AdaptiveGradientClipping(UnitConditioner):
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "ratio"
 
+    _heads = during_fit[LastLayers | None](lambda _: None)
+
     def __init__(
         self,
         ratio: float | Mapping[str, float] = 0.01,
@@ -93,19 +96,13 @@ class AdaptiveGradientClipping(UnitConditioner):
         self.ratio = self._as_threshold(ratio)
         self.eps = eps
         self.head = head
-        self._heads: LastLayers | None = None
         check_above(eps, 0.0, "eps")
-
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        self._heads = None
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.head == _LAST_LINEAR:
             self._heads = LastLayers(trainer, pl_module)
-            self._undo.push(self._heads.stop)
+            self.undo.push(self._heads.stop)
             if not self._heads.names:
                 raise ValueError(
                     f"{self.label} leaves the classifier alone, and finds no Linear. Name it by head='...', or set head=None."
@@ -137,7 +134,7 @@ class AdaptiveGradientClipping(UnitConditioner):
     def _learn_heads(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._heads is None or not self._heads.is_watching or not self._heads.learn():
             return
-        self._say(f"leaves {', '.join(self._heads.names)} alone: the batch reaches it last")
+        self.say(f"leaves {', '.join(self._heads.names)} alone: the batch reaches it last")
         for index, optimizer in enumerate(trainer.optimizers):
             self._choose(index, optimizer, pl_module)
 
@@ -164,10 +161,6 @@ class AdaptiveGradientClipping(UnitConditioner):
         if self.head is not None:
             check_patterns([self.head], parameter_names(pl_module), f"{self.label}(head=...)")
         return [] if self.head is None else [self.head]
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_heads": None}
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

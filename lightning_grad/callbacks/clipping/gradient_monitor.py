@@ -27,6 +27,7 @@ from lightning_grad.callbacks.clipping._noise_scale import NoiseScaleMeter
 from lightning_grad.callbacks.clipping._optimizer_watch import OptimizerWatch, Place
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.dispatch import overrides, wrap_method
+from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.phases import Phase, conditioners, refuse_order
 from lightning_grad.functional.plain_tensors import PlainTensors, on_plain_tensors
 from lightning_grad.utilities.checks import (
@@ -122,6 +123,22 @@ class GradientMonitor(GradCallback):
     namespace: ClassVar[str] = "grad"
     phase: ClassVar[Phase] = "observe"
 
+    _records = until_next_fit.of(dict[int, MonitorRecord])
+    _noise = until_next_fit.of(NoiseScaleMeter)
+    _first_bad = until_next_fit.of(dict[str, Any])
+    _told = until_next_fit.of(bool)
+    _watches = during_fit.of(list[OptimizerWatch])
+    _loss = during_fit[Tensor | None](lambda _: None)
+    _place = during_fit[Place](lambda _: Place(0, 0, 0))
+    _order = during_fit[ForwardOrder | None](lambda _: None)
+    _stop_learning = during_fit[Callable[[], None] | None](lambda _: None)
+    _probe = during_fit[LogitProbe | None](lambda _: None)
+    _first = during_fit[Any](lambda _: None)
+    _graphs = during_fit.of(int)
+    _changed = during_fit.of(bool)
+    _probes = during_fit.of(bool)
+    _stepped = during_fit.of(bool)
+
     def __init__(
         self,
         rarely: int | None = 10,
@@ -148,34 +165,13 @@ class GradientMonitor(GradCallback):
         check_count(1 if rarely is None else rarely, 1, "rarely")
         check_count(1 if depth is None else depth, 1, "depth")
         check_count(top, 0, "top")
-        self._reset()
-
-    def _reset(self) -> None:
-        self._records: dict[int, MonitorRecord] = {}
-        self._noise = NoiseScaleMeter()
-        self._first_bad: dict[str, Any] = {}
-        self._told = False
-        self._release()
-
-    def _release(self) -> None:
-        """Let go of everything that belongs to one fit."""
-        self._watches: list[OptimizerWatch] = []
-        self._loss: Tensor | None = None
-        self._place = Place(0, 0, 0)
-        self._order: ForwardOrder | None = None
-        self._stop_learning: Callable[[], None] | None = None
-        self._probe: LogitProbe | None = None
-        self._first: Any = None
-        self._graphs = 0
-        self._changed = self._probes = self._stepped = False
 
     # The fit begins.
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if self._fitting:
-            self._reset()
+        if self.fitting:
             refuse_deepspeed(trainer, self.label)
             refuse_flat_shards(trainer, self.label)
             refuse_order(trainer)
@@ -183,11 +179,11 @@ class GradientMonitor(GradCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if not self._fitting:
+        if not self.fitting:
             return
         for index, saved in state_dict["records"].items():
             self._records.setdefault(int(index), MonitorRecord()).load_state_dict(saved)
-        if not self._changed_settings(state_dict, "include", "exclude"):
+        if not self.changed_settings(state_dict, "include", "exclude"):
             self._noise.load_state_dict(state_dict["noise"])  # else its averages are of other parameters
         self._first_bad, self._told = dict(state_dict["first_bad"]), bool(state_dict["told"])
 
@@ -205,7 +201,7 @@ class GradientMonitor(GradCallback):
             raise ValueError(f"{self.label} has no parameter to watch. {self._why_none(trainer, pl_module)}")
         refuse_sparse_gradients(pl_module, {id(parameter) for parameter in watched}, self.label)
         self._order = ForwardOrder(pl_module)
-        self._undo.push(self._stop_looking)
+        self.undo.push(self._stop_looking)
         self._place_hooks(trainer, pl_module)
         self._announce(trainer, pl_module)
 
@@ -231,7 +227,7 @@ class GradientMonitor(GradCallback):
 
     def _watch_updates(self, watch: OptimizerWatch) -> None:
         handle = watch.optimizer.register_step_post_hook(lambda *_: self._look_at_update(watch))
-        self._undo.push(handle.remove)
+        self.undo.push(handle.remove)
 
     def _place_hooks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stand before the first and behind the last of those that change gradients."""
@@ -239,13 +235,13 @@ class GradientMonitor(GradCallback):
         acting = [callback for callback in callbacks if overrides(callback, "on_before_optimizer_step")]
         self._first = acting[0]
         if self._first is not self:
-            self._undo.push(wrap_method(self._first, "on_before_optimizer_step", self._before_others))
+            self.undo.push(wrap_method(self._first, "on_before_optimizer_step", self._before_others))
         phases = [callback.phase for callback in conditioners(trainer)]
         if "center" in phases and "clip" in phases:
             clipper = next(callback for callback in conditioners(trainer) if callback.phase == "clip")
-            self._undo.push(wrap_method(clipper, "on_before_optimizer_step", self._before_clipping))
+            self.undo.push(wrap_method(clipper, "on_before_optimizer_step", self._before_clipping))
         last = "configure_gradient_clipping" if pl_module.automatic_optimization else "on_before_optimizer_step"
-        self._undo.push(wrap_method(pl_module, last, partial(self._behind_others, trainer), priority=_OUTERMOST))
+        self.undo.push(wrap_method(pl_module, last, partial(self._behind_others, trainer), priority=_OUTERMOST))
         self._changed = (
             len(acting) > 1
             or bool(trainer.gradient_clip_val)
@@ -255,22 +251,22 @@ class GradientMonitor(GradCallback):
         self._probes = self.logits and not has_compiled(pl_module)
         if self._probes:
             self._graphs = compiled_graphs()
-            self._undo.push(wrap_method(pl_module, "training_step", partial(self._probe_logits, trainer, pl_module)))
+            self.undo.push(wrap_method(pl_module, "training_step", partial(self._probe_logits, trainer, pl_module)))
 
     def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         count = sum(len(watch.parameters) for watch in self._watches)
-        self._say(f"watches the gradients of {counted(count, 'parameter')}")
+        self.say(f"watches the gradients of {counted(count, 'parameter')}")
         if trainer.barebones:
-            self._say(
+            self.say(
                 "logs nothing, because Trainer(barebones=True) turns logging off; at the end of the fit it names the first "
                 "gradient that was not finite"
             )
             return
         why_not = NoiseScaleMeter.why_not(trainer, pl_module)
         if why_not is not None:
-            self._say(f"logs no gradient noise scale: {why_not}")
+            self.say(f"logs no gradient noise scale: {why_not}")
         if self.logits and not self._probes:
-            self._say("logs no logits: watching them would run compiled modules uncompiled")
+            self.say("logs no logits: watching them would run compiled modules uncompiled")
         say_if_no_figure(trainer, self.label, self.figure)
 
     # One training step.
@@ -347,7 +343,7 @@ class GradientMonitor(GradCallback):
             self._noise.measure(trainer, norm)
         if rare and self.histograms:
             tensors = watch.gradients_for_histograms(self.top)
-            log_histograms(trainer, {self._key(f"histogram/{name}"): tensor for name, tensor in tensors.items()})
+            log_histograms(trainer, {self.log_key(f"histogram/{name}"): tensor for name, tensor in tensors.items()})
 
     def _behind_others(
         self, trainer: pl.Trainer, inner: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any
@@ -385,15 +381,15 @@ class GradientMonitor(GradCallback):
             values = {**watch.record.summary(), **scalars}
             if "norm" in layers:
                 watch.record.add_layers(self._place.step, layers["norm"])
-            self._log(pl_module, {f"{prefix}{key}": value for key, value in values.items()})
+            self.log_scalars(pl_module, {f"{prefix}{key}": value for key, value in values.items()})
             shown = {
-                self._key(f"{prefix}{quantity}/{layer}"): value
+                self.log_key(f"{prefix}{quantity}/{layer}"): value
                 for quantity, by_layer in layers.items()
                 for layer, value in list(by_layer.items())[: self.top]
             }
             log_many(trainer, shown)
         seen = {} if self._probe is None else self._probe.read()
-        self._log(pl_module, {**seen, **self._noise.read()})
+        self.log_scalars(pl_module, {**seen, **self._noise.read()})
         self._tell_first_bad(trainer)
 
     def _drain(self) -> None:
@@ -408,16 +404,11 @@ class GradientMonitor(GradCallback):
     def _tell_first_bad(self, trainer: pl.Trainer) -> None:
         if self._first_bad and not self._told:
             self._told = True
-            tell_first_bad(trainer, self._first_bad, self.label, self._key, self._stem, self.alert)
+            tell_first_bad(trainer, self._first_bad, self.label, self.log_key, self._stem, self.alert)
 
     @property
     def _stem(self) -> str:
         return "gradient_monitor" if self.name is None else f"gradient_monitor_{self.name}"
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        live = ("_watches", "_loss", "_order", "_stop_learning", "_probe", "_first")
-        return {**super().__getstate__(), **dict.fromkeys(live), "_watches": []}
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -444,18 +435,14 @@ class GradientMonitor(GradCallback):
         with contextlib.suppress(Exception):
             self._drain()
             self._tell_first_bad(trainer)
-        self._release()
-        self._fitting = False
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        if self._fitting and self._watches:
+        if self.fitting and self._watches:
             self._drain()
             self._tell_first_bad(trainer)
             self._report(trainer)
-        self._release()
-        self._fitting = False
+        super().teardown(trainer, pl_module, stage)
 
     def _report(self, trainer: pl.Trainer) -> None:
         folder = output_folder(trainer)
@@ -464,7 +451,7 @@ class GradientMonitor(GradCallback):
             if record.counts["steps"]:
                 path = None if folder is None else folder / f"{self._stem}{suffix}"
                 title = f"{self.label}{suffix.replace('_', ' ')}"
-                write_record(trainer, record, lambda key, p=prefix: self._key(f"{p}{key}"), path, title, self.figure)  # type: ignore[misc]
+                write_record(trainer, record, lambda key, p=prefix: self.log_key(f"{p}{key}"), path, title, self.figure)  # type: ignore[misc]
         noise = {key: value.item() for key, value in self._noise.read().items()}
         if math.isfinite(noise.get("noise_scale", math.nan)):
-            log_summary(trainer, {self._key("final_noise_scale"): noise["noise_scale"]})
+            log_summary(trainer, {self.log_key("final_noise_scale"): noise["noise_scale"]})

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks.clipping._layers import LayerFinder, Per
 from lightning_grad.core.conditioner import GradientConditioner, GradientStep
+from lightning_grad.core.fit import during_fit
 from lightning_grad.core.phases import Phase
 from lightning_grad.functional import clip_layers_, layer_limits
 
@@ -69,6 +69,10 @@ class LayerwiseClipping(GradientConditioner):
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "max_norm"
 
+    @during_fit
+    def _layers(self) -> LayerFinder:
+        return LayerFinder(self.per)
+
     def __init__(
         self,
         max_norm: float | Mapping[str, float] = 1.0,
@@ -82,12 +86,6 @@ class LayerwiseClipping(GradientConditioner):
         self.max_norm = self._as_threshold(max_norm)
         self.weighted = weighted
         self.per = per
-        self._layers = LayerFinder(per)
-
-    @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._layers = LayerFinder(self.per)  # another module may have the same names
-        super().on_fit_start(trainer, pl_module)
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

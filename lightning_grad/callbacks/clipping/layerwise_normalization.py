@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks.clipping._layers import LayerFinder, Per
 from lightning_grad.core.conditioner import GradientConditioner, GradientStep
+from lightning_grad.core.fit import during_fit
 from lightning_grad.core.phases import Phase
 from lightning_grad.functional import normalize_layers_
 from lightning_grad.utilities.checks import check_above, check_finite_above
@@ -70,6 +70,10 @@ class LayerwiseNormalization(GradientConditioner):
     phase: ClassVar[Phase] = "center"
     threshold_name: ClassVar[str | None] = "coefficient"
 
+    @during_fit
+    def _layers(self) -> LayerFinder:
+        return LayerFinder(self.per)
+
     def __init__(
         self,
         coefficient: float | Mapping[str, float] = 0.001,
@@ -86,16 +90,10 @@ class LayerwiseNormalization(GradientConditioner):
         self.vectors = vectors
         self.per = per
         check_above(1.0 if max_ratio is None else max_ratio, 0.0, "max_ratio")
-        self._layers = LayerFinder(per)
 
     @override
     def _check_threshold(self, number: float) -> None:
         check_finite_above(number, 0.0, "coefficient")
-
-    @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._layers = LayerFinder(self.per)  # another module may have the same names
-        super().on_fit_start(trainer, pl_module)
 
     @override
     def _changes(self, parameter: Tensor) -> bool:

@@ -104,7 +104,7 @@ class MomentumReset(GradCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if self._fitting:
+        if self.fitting:
             self._reset()
             refuse_deepspeed(trainer, self.label)
             if sum(hasattr(c, "steps_since_reset") for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
@@ -115,7 +115,7 @@ class MomentumReset(GradCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if self._fitting:
+        if self.fitting:
             self._steps, self._last, self._resets = (
                 {int(index): count for index, count in state_dict.get(key, {}).items()} for key in _COUNTS
             )
@@ -140,14 +140,14 @@ class MomentumReset(GradCallback):
         if without and len(without) == len(trainer.optimizers):
             raise without[0]
         if without:
-            self._say(f"skips an optimizer: {str(without[0]).rstrip('.')}")
+            self.say(f"skips an optimizer: {str(without[0]).rstrip('.')}")
         slow = f", and reduces the learning rate for {self.warmup} steps after each reset" if self.warmup else ""
-        self._say(f"resets the moments of {', '.join(watched)} every {self.every} steps{slow}")
+        self.say(f"resets the moments of {', '.join(watched)} every {self.every} steps{slow}")
 
     def _watch(self, index: int, optimizer: Optimizer) -> None:
-        self._undo.push(optimizer.register_step_pre_hook(lambda o, *_: self._before_step(index, o)).remove)
-        self._undo.push(optimizer.register_step_post_hook(lambda o, *_: self._after_step(index, o)).remove)
-        self._undo.push(lambda: self._restore_rates(index, optimizer))
+        self.undo.push(optimizer.register_step_pre_hook(lambda o, *_: self._before_step(index, o)).remove)
+        self.undo.push(optimizer.register_step_post_hook(lambda o, *_: self._after_step(index, o)).remove)
+        self.undo.push(lambda: self._restore_rates(index, optimizer))
 
     # One optimizer step.
 
@@ -218,7 +218,7 @@ class MomentumReset(GradCallback):
                 prefix = f"optimizer{index}/" if len(trainer.optimizers) > 1 else ""
                 last = self._last.get(index, 0)
                 factor = reset_warmup(steps - last, self.warmup) if last else 1.0
-                self._log(
+                self.log_scalars(
                     pl_module, {f"{prefix}lr_factor": factor, f"{prefix}resets": float(self._resets.get(index, 0))}
                 )
 

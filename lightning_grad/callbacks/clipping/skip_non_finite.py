@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.core.conditioner import GradientConditioner, GradientStep
+from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.phases import Phase
 from lightning_grad.functional import nonfinite
 from lightning_grad.functional.tensor_lists import stack_norms
@@ -74,6 +75,15 @@ class SkipNonFinite(GradientConditioner):
     phase: ClassVar[Phase] = "guard"
     syncs_per_step: ClassVar[str] = "whether a step is made must be known on the host: one wait a step"
 
+    _skipped = until_next_fit.of(dict[int, int])
+    _in_row = until_next_fit.of(dict[int, int])
+    _told = during_fit.of(int)
+    _batch_idx = during_fit.of(int)
+    _loss = during_fit[Tensor | None](lambda _: None)
+    _order = during_fit[ForwardOrder]()
+    _stop_watching = during_fit[Callable[[], None] | None](lambda _: None)
+    _trainer = during_fit[pl.Trainer]()
+
     def __init__(
         self,
         max_in_row: int | None = 10,
@@ -88,37 +98,20 @@ class SkipNonFinite(GradientConditioner):
         check_count(1 if max_in_row is None else max_in_row, 1, "max_in_row")
         check_count(warnings, 0, "warnings")
 
-    @override
-    def _reset(self) -> None:
-        super()._reset()
-        self._skipped: dict[int, int] = {}
-        self._in_row: dict[int, int] = {}
-        self._told = 0
-        self._batch_idx = 0
-        self._loss: Tensor | None = None
-        self._order: ForwardOrder | None = None
-        self._stop_watching: Any = None
-        self._trainer: pl.Trainer | None = None
-
     # The fit begins.
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if self._fitting:
+        if self.fitting:
             self._skipped = {int(index): count for index, count in state_dict["skipped"].items()}
             self._in_row = {int(index): count for index, count in state_dict["in_row"].items()}
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._order, self._trainer = ForwardOrder(pl_module), trainer
-        self._undo.push(self._forget)
-
-    def _forget(self) -> None:
-        if self._stop_watching is not None:
-            self._stop_watching()
-        self._stop_watching = self._order = self._trainer = self._loss = None
+        self._trainer = trainer
+        self._order = ForwardOrder(pl_module)
 
     # One training step.
 
@@ -127,8 +120,9 @@ class SkipNonFinite(GradientConditioner):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._batch_idx = batch_idx
-        if self._order is not None and self._stop_watching is None:
+        if self._stop_watching is None:
             self._stop_watching = self._order.watch()
+            self.undo.push(self._stop_watching)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -138,16 +132,14 @@ class SkipNonFinite(GradientConditioner):
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
-        trainer = self._trainer
-        assert trainer is not None
         # A sum of squares that is finite has no other terms, and takes a sixth of the time of looking at each.
         suspicious = not bool(stack_norms(step.gradients).isfinite().all())
-        skip = trainer.strategy.reduce_boolean_decision(suspicious, all=False)
+        skip = self._trainer.strategy.reduce_boolean_decision(suspicious, all=False)
         bad = torch.zeros(len(step.gradients), dtype=torch.bool)
         if skip:
             bad = nonfinite(step.gradients)
-            skip = trainer.strategy.reduce_boolean_decision(bool(bad.any()), all=False)
-        scaler = grad_scaler(trainer)
+            skip = self._trainer.strategy.reduce_boolean_decision(bool(bad.any()), all=False)
+        scaler = grad_scaler(self._trainer)
         if not skip:
             self._in_row[step.index] = 0
         elif scaler is None or scaler.get_scale() < 1.0:
@@ -179,17 +171,13 @@ class SkipNonFinite(GradientConditioner):
         loss = "unknown" if self._loss is None else f"{self._loss.float().mean().item():g}"
         if not names:
             return f"a gradient of another rank, batch {self._batch_idx} (loss here {loss})"
-        first = names[0] if self._order is None else self._order.sort(names)[0]
+        first = self._order.sort(names)[0]
         return f"{first}, first of {len(names)} of {len(bad)} gradients, batch {self._batch_idx} (loss {loss})"
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        log_summary(trainer, {self._key("final_skipped"): float(sum(self._skipped.values()))})
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **dict.fromkeys(("_loss", "_order", "_stop_watching", "_trainer"))}
+        log_summary(trainer, {self.log_key("final_skipped"): float(sum(self._skipped.values()))})
 
     @override
     def state_dict(self) -> dict[str, Any]:

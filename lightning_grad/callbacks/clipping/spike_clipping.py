@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.core.conditioner import GradientConditioner, GradientStep
+from lightning_grad.core.fit import during_fit
 from lightning_grad.core.phases import Phase
 from lightning_grad.functional import clip_spikes_
 from lightning_grad.functional.tensor_lists import share_of
@@ -76,6 +77,8 @@ class SpikeClipping(GradientConditioner):
     threshold_name: ClassVar[str | None] = "threshold"
     elementwise: ClassVar[bool] = True
 
+    _resets = during_fit.of(list[Any])
+
     def __init__(
         self,
         threshold: float | Mapping[str, float] = 5000.0,
@@ -88,7 +91,6 @@ class SpikeClipping(GradientConditioner):
         self.threshold = self._as_threshold(threshold)
         self.pause = pause
         check_count(pause, 0, "pause")
-        self._resets: list[Any] = []
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -97,7 +99,6 @@ class SpikeClipping(GradientConditioner):
             if self._chosen[index][1]:
                 check_keeps(optimizer, "exp_avg_sq", self.label, NO_MOMENT)
         self._resets = [c for c in trainer.callbacks if hasattr(c, "steps_since_reset")]  # type: ignore[attr-defined]
-        self._undo.push(self._resets.clear)
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.core.conditioner import GradientConditioner, GradientStep
+from lightning_grad.core.fit import during_fit
 from lightning_grad.core.phases import Phase
 from lightning_grad.functional import clip_to_threshold_, zclip_state, zclip_threshold_
 from lightning_grad.functional.tensor_lists import joined_norm
@@ -85,6 +86,8 @@ class ZClip(GradientConditioner):
     threshold_name: ClassVar[str | None] = "max_norm"
     acts_without_threshold: ClassVar[bool] = True
 
+    _warned_of_bound = during_fit.of(bool)
+
     def __init__(
         self,
         z_threshold: float = 2.5,
@@ -108,14 +111,9 @@ class ZClip(GradientConditioner):
         check_finite_at_least(eps, 0.0, "eps")
 
     @override
-    def _reset(self) -> None:
-        super()._reset()
-        self._warned_of_bound = False
-
-    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if self._fitting and self._changed_settings(state_dict, "max_norm"):
+        if self.fitting and self.changed_settings(state_dict, "max_norm"):
             for memory in self._memory.values():  # counts of another bound
                 for state in memory.states.values():
                     state.pop("bounded", None)
@@ -124,7 +122,7 @@ class ZClip(GradientConditioner):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         if self.max_norm is not None:
-            self._say(f"bounds the norm of every step by max_norm={self.max_norm}; None sets no bound")
+            self.say(f"bounds the norm of every step by max_norm={self.max_norm}; None sets no bound")
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

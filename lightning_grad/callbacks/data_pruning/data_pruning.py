@@ -28,8 +28,10 @@ from lightning_grad.callbacks.data_pruning._sources import (
     FileScores,
     HistoryScores,
     Pass,
+    ScoreSource,
     source_of,
 )
+from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.look import LOSS_FN, OUTPUTS_FN, SCORE_FN, Measure
 from lightning_grad.core.loss_tap import read_losses
 from lightning_grad.core.rehearsal import Rehearsal
@@ -155,6 +157,16 @@ class DataPruning(SubsetCallback):
         Paul et al., "Deep Learning on a Data Diet: Finding Important Examples Early in Training", 2021, arXiv 2107.07075.
     """
 
+    scored = until_next_fit[ScoredSet | None](lambda _: None)
+    _unaugmented = during_fit[Any](lambda _: None)
+    _sample_loss = during_fit[SampleLoss](lambda _: None)
+    _has_checked = during_fit.of(bool)
+    _last_round = until_next_fit[int](lambda _: -1)  # epoch
+    _choice_changed = during_fit.of(bool)
+    _goes_on = during_fit.of(bool)  # with the scores of a checkpoint, or what was recorded for them
+    # What a checkpoint's scores depend on, if they are of another kind.
+    _foreign = during_fit[dict[str, Any] | None](lambda _: None)
+
     def __init__(
         self,
         prune: float | Sequence[float] = 0.5,
@@ -210,17 +222,9 @@ class DataPruning(SubsetCallback):
         check_settings(self, self._rounds)
         super().__init__(loader_key, name)
 
-    def _clear(self) -> None:
-        super()._clear()
-        self.scored: ScoredSet | None = None
-        self._unaugmented: Any = None
-        self._sample_loss: SampleLoss = None
-        self._has_checked = False
-        self._last_round = -1  # epoch
-        self._choice_changed = False
-        self._goes_on = False  # with the scores of a checkpoint, or what was recorded for them
-        self._foreign: dict[str, Any] | None = None  # what a checkpoint's scores depend on, if they are of another kind
-        self._source = source_of(
+    @until_next_fit
+    def _source(self) -> ScoreSource:
+        source = source_of(
             self.score,
             self.score_fn,
             self.score_files,
@@ -232,15 +236,8 @@ class DataPruning(SubsetCallback):
             one_by_one=self.scores_by == "sample",
         )
         if self.loss_fn is not None or self.outputs_fn is not None:  # which take the place of the step
-            self._source.runs_the_step = False
-
-    @override
-    def _let_go(self) -> None:
-        super()._let_go()
-        self._unaugmented = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_unaugmented": None}
+            source.runs_the_step = False
+        return source
 
     @property
     def _needs_no_classes(self) -> bool:
@@ -253,7 +250,7 @@ class DataPruning(SubsetCallback):
 
     @property
     @override
-    def _plan(self) -> str:
+    def plan(self) -> str:
         by = "chosen at random" if self.keep == "random" else f"by {self._source.name}"
         steps = [f"on {100 * (1 - share):g} % of the samples from epoch {epoch} on" for epoch, share in self._rounds]
         first = [] if self._rounds[0][0] == 0 else ["on all samples at first"]
@@ -261,17 +258,17 @@ class DataPruning(SubsetCallback):
 
     @property
     @override
-    def _remembers_samples(self) -> bool:
+    def remembers_samples(self) -> bool:
         return any(share for _, share in self._rounds) or self._source.epochs_needed > 0
 
     @property
     @override
-    def _holds_samples(self) -> bool:
+    def holds_samples(self) -> bool:
         return self.scored is not None or self._source.is_recording
 
     @property
     @override
-    def _passes_more_than_once(self) -> bool:
+    def passes_more_than_once(self) -> bool:
         return self.budget == "steps"
 
     # The fit begins.
@@ -279,7 +276,7 @@ class DataPruning(SubsetCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not self._fitting:
+        if not self.fitting:
             return
         if self._source.runs_the_step:
             asked = "balance or class_floor" if self._source.name == CHANCE else f"score={self.score!r}"
@@ -296,7 +293,7 @@ class DataPruning(SubsetCallback):
             self._source.check(self.label)
         if self._writes_scores:
             self._score_file.check(trainer, self._rounds[-1][0])
-        self._refuse_unreached(trainer, self._rounds[0][0], "prune")
+        self.refuse_unreached(trainer, self._rounds[0][0], "prune")
         late = [
             epoch for epoch, _ in self._rounds if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch
         ]
@@ -307,8 +304,8 @@ class DataPruning(SubsetCallback):
             )
         warn_of_risks(self, self._rounds)
         if isinstance(self._source, HistoryScores):
-            own = (pl_module, self._read, self.loss, lambda: len(self._indices), self._way_out)
-            self._undo.push(read_losses(*own, needed_by=self.label, outputs_fn=self.outputs_fn))
+            own = (pl_module, self._read, self.loss, lambda: len(self.indices), self._way_out)
+            self.undo.push(read_losses(*own, needed_by=self.label, outputs_fn=self.outputs_fn))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -327,7 +324,7 @@ class DataPruning(SubsetCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if not self._fitting:
+        if not self.fitting:
             return
         if state_dict["score_settings"] != score_settings(self):
             self._foreign = state_dict["score_settings"]
@@ -337,7 +334,7 @@ class DataPruning(SubsetCallback):
         self._last_round = state_dict["last_round"]
         self._source.load_state_dict(state_dict["source"])
         if state_dict["scored"] is not None:
-            self.scored = ScoredSet(**state_dict["scored"], kept=self._kept)
+            self.scored = ScoredSet(**state_dict["scored"], kept=self.kept)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -350,15 +347,14 @@ class DataPruning(SubsetCallback):
         super().on_train_start(trainer, pl_module)
 
     def _look_at_files(self, trainer: pl.Trainer) -> None:
-        assert self._training_set is not None
         assert isinstance(self._source, FileScores)
-        items = self._training_set.items(self._dataset(trainer))
-        if self._source.look(self._training_set.sampler.total, items).labels is None:
+        items = self.training_set.items(self._dataset(trainer))
+        if self._source.look(self.training_set.sampler.total, items).labels is None:
             self._refuse_balance()
 
     @override
-    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._refuse_unreached_steps(trainer, self._rounds[0][0], "prune")
+    def rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.refuse_unreached_steps(trainer, self._rounds[0][0], "prune")
         if self._last_round < self._rounds[-1][0]:
             if self.scores_by == "sample":
                 self._check_rows(trainer, pl_module)  # says what a step that fails on one sample is
@@ -369,7 +365,6 @@ class DataPruning(SubsetCallback):
                 self._refuse_balance()
 
     def _check_rows(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._training_set is not None
         if not self._source.pairs_rows:
             return
         in_training = isinstance(self._source, HistoryScores)
@@ -387,11 +382,11 @@ class DataPruning(SubsetCallback):
         )
         dataset = None if in_training else self._dataset(trainer)
         if self.scores_by == "sample":
-            rehearsal.check_alone(self._training_set, dataset)
+            rehearsal.check_alone(self.training_set, dataset)
             return
-        rehearsal.check_loader(self._training_set, dataset, in_training and self.outputs_fn is None)
-        if self.loss_fn is not None and pl_module.automatic_optimization and self._training_set.is_whole_batch:
-            rehearsal.check_function(self._training_set, dataset)
+        rehearsal.check_loader(self.training_set, dataset, in_training and self.outputs_fn is None)
+        if self.loss_fn is not None and pl_module.automatic_optimization and self.training_set.is_whole_batch:
+            rehearsal.check_function(self.training_set, dataset)
         self._sample_loss, self._has_checked = rehearsal.kind, True
 
     @property
@@ -409,13 +404,13 @@ class DataPruning(SubsetCallback):
         return self._sample_loss
 
     @override
-    def _epoch_ends(self, trainer: pl.Trainer) -> None:
+    def end_epoch(self, trainer: pl.Trainer) -> None:
         self._source.gather(trainer)
 
     # An epoch begins.
 
     @override
-    def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
+    def choose_samples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
         run_pass = self._passes(trainer, pl_module)
         self._source.epoch_begins(trainer, run_pass, [epoch for epoch, _ in self._rounds])
         due = [(epoch, share) for epoch, share in self._rounds if epoch <= trainer.current_epoch]
@@ -429,12 +424,11 @@ class DataPruning(SubsetCallback):
             self._choice_changed = False
             assert self.scored is not None
             return self._keep(self.scored, share)
-        return self._kept
+        return self.kept
 
     def _passes(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rehearsal: bool = False) -> Pass:
         def run(measure: Measure, title: str) -> Mapping[str, Tensor]:
-            assert self._training_set is not None
-            own = (trainer, pl_module, self._training_set, measure, title, self._dataset(trainer))
+            own = (trainer, pl_module, self.training_set, measure, title, self._dataset(trainer))
             kind = None if rehearsal else lambda: self._kind(trainer, pl_module)
             found = look_at_all(
                 *own,
@@ -456,36 +450,33 @@ class DataPruning(SubsetCallback):
 
     def _compare_with_batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule, losses: Tensor) -> None:
         """Refuse losses of single samples whose mean is not that of their batch."""
-        assert self._training_set is not None
 
         def mean(indices: list[int]) -> float:
             return float(losses[indices].nanmean())
 
-        own = (self._training_set, self._dataset(trainer), mean, "scores_by='sample'")
+        own = (self.training_set, self._dataset(trainer), mean, "scores_by='sample'")
         Rehearsal(trainer, pl_module, self.label, way_out=self._way_out).check_means(*own, with_constant=False)
 
     def _prune(self, trainer: pl.Trainer, run_pass: Pass, share: float) -> Tensor | None:
-        assert self._training_set is not None
-        items = self._training_set.items(self._dataset(trainer))
-        scored = self._source.take(trainer, run_pass, self._training_set, items)
+        items = self.training_set.items(self._dataset(trainer))
+        scored = self._source.take(trainer, run_pass, self.training_set, items)
         kept = self._keep(scored, share)
         assert self.scored is not None
         if scored.name != CHANCE:
             dataset = self._dataset(trainer)
             with generators_kept(dataset):
                 self._save(trainer, self.scored)
-                report(trainer, self.scored, self._training_set.items(dataset), self.label, self.show, self.figure)
+                report(trainer, self.scored, self.training_set.items(dataset), self.label, self.show, self.figure)
         return kept
 
     def _keep(self, scored: ScoredSet, share: float) -> Tensor | None:
         """Return the samples that a share leaves of those scored, and print how many they are."""
-        assert self._training_set is not None
-        sampler = self._training_set.sampler
+        sampler = self.training_set.sampler
         population = sampler.population
         say_what_is_skipped(self.label, population, ~scored.values[population].isnan())
         count = count_kept(len(population), share, sampler.batch_size, sampler.ranks, sampler.drop_last)
         if share:
-            self._warn_of_too_few(count, len(population))
+            self.warn_of_too_few(count, len(population))
         kept = None if share == 0.0 else population[self._select(scored, population, count)]
         self.scored = replace(scored, kept=kept)
         self._say_kept(count, len(population), share)
@@ -527,22 +518,20 @@ class DataPruning(SubsetCallback):
             return
         what = (
             "Epochs keep their number of steps, and pass through these samples more than once."
-            if self._passes_more_than_once
+            if self.passes_more_than_once
             else "Epochs get shorter, and schedules that step with batches advance faster, to end where they would have."
         )
         rank_zero_info(f"{self.label} goes on with {count} of {total} samples (by {self.scored.name}). {what}")
 
     def _dataset(self, trainer: pl.Trainer) -> Any:
-        assert self._training_set is not None
         if self.score_dataset is None:
-            return self._training_set.loader.dataset
+            return self.training_set.loader.dataset
         if self._unaugmented is None:
             self._unaugmented = self.score_dataset(trainer)
         return self._unaugmented
 
     def _save(self, trainer: pl.Trainer, scored: ScoredSet) -> None:
-        assert self._training_set is not None
-        mark = fingerprint(self._training_set.items(self._dataset(trainer)))
+        mark = fingerprint(self.training_set.items(self._dataset(trainer)))
         if mark.items is None and self.score_dataset is None and self._source.runs_the_step:
             rank_zero_warn(
                 f"{self.label} scores samples that differ each time they are read, as augmentation makes them. Give "
@@ -563,7 +552,6 @@ class DataPruning(SubsetCallback):
     # A batch is trained on.
 
     def _read(self, call: LossCall) -> None:
-        assert self._training_set is not None
         assert isinstance(self._source, HistoryScores)
         with errors_of(self.label):
-            self._source.read(call, self._indices, self._training_set.sampler.total)
+            self._source.read(call, self.indices, self.training_set.sampler.total)

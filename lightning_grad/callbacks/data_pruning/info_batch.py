@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
+from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.look import LOSS_FN
 from lightning_grad.core.loss_tap import reweight_losses
 from lightning_grad.core.progress import check_total_steps
@@ -92,6 +93,13 @@ class InfoBatch(SubsetCallback):
         leaves a sample out with probability r by choosing a fixed number; here the weight fits that number.
     """
 
+    _losses = until_next_fit[Tensor | None](lambda _: None)
+    _weights = until_next_fit[Tensor | None](lambda _: None)
+    _record = until_next_fit.of(EpochRecord)
+    _sample_loss = until_next_fit[SampleLoss](lambda _: None)  # until one batch has shown it, the shares count
+    _first = during_fit[tuple[list[int], Terms] | None](lambda _: None)
+    _logged = during_fit[tuple[SampleLosses, Tensor] | None](lambda _: None)
+
     def __init__(
         self,
         prune: float = 0.5,
@@ -118,26 +126,9 @@ class InfoBatch(SubsetCallback):
         check_total_steps(total_steps)
         super().__init__(loader_key, name)
 
-    def _clear(self) -> None:
-        super()._clear()
-        self._losses: Tensor | None = None
-        self._weights: Tensor | None = None
-        self._record = EpochRecord()
-        self._sample_loss: SampleLoss = None  # until one batch has shown it, the shares count
-        self._first: tuple[list[int], Terms] | None = None
-        self._logged: tuple[SampleLosses, Tensor] | None = None
-
-    @override
-    def _let_go(self) -> None:
-        super()._let_go()
-        self._first = self._logged = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_first": None, "_logged": None}
-
     @property
     @override
-    def _plan(self) -> str:
+    def plan(self) -> str:
         if self.prune == 0.0:
             return "trains on all samples (prune=0)"
         return (
@@ -147,31 +138,31 @@ class InfoBatch(SubsetCallback):
 
     @property
     @override
-    def _remembers_samples(self) -> bool:
+    def remembers_samples(self) -> bool:
         return self.prune > 0.0
 
     @property
     @override
-    def _holds_samples(self) -> bool:
-        return super()._holds_samples or self._losses is not None or self._record.values is not None
+    def holds_samples(self) -> bool:
+        return super().holds_samples or self._losses is not None or self._record.values is not None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if self._fitting:
+        if self.fitting:
             refuse_manual_optimization(
                 pl_module,
                 self.label,
                 "the loss is weighted before backward, which comes inside training_step. Use "
                 "RepeatedRandomSubset, which needs no loss.",
             )
-            self._undo.push(
+            self.undo.push(
                 reweight_losses(
                     pl_module,
                     self._weigh,
                     self.label,
                     self.loss,
-                    samples=lambda: len(self._indices),
+                    samples=lambda: len(self.indices),
                     way_out=_WAY_OUT,
                     acts=self.prune > 0.0,
                     needs=lambda: self.prune > 0.0 or self._weights is not None,
@@ -189,36 +180,35 @@ class InfoBatch(SubsetCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if not self._fitting:
+        if not self.fitting:
             return
         self._weights = state_dict["weights"]  # of an epoch that goes on, also where settings changed
-        if not self._changed_settings(state_dict, "loss", "loss_fn"):
+        if not self.changed_settings(state_dict, "loss", "loss_fn"):
             self._sample_loss = state_dict.get("sample_loss")
             self._losses, self._record.values = state_dict["losses"], state_dict["epoch_values"]
         elif state_dict["losses"] is not None:
-            self._say("has no losses of this kind yet, and trains on all samples until each has one")
+            self.say("has no losses of this kind yet, and trains on all samples until each has one")
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         ends = (trainer.max_epochs or -1, trainer.max_steps, self.total_steps or -1)
         if self.prune > 0.0 and self.stop < 1.0 and max(ends) == -1:
-            self._say("prunes to the end of the run, because that is not known. Set total_steps=... to stop before it")
+            self.say("prunes to the end of the run, because that is not known. Set total_steps=... to stop before it")
 
     @override
-    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._training_set is not None
+    def rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.prune:
             rehearsal = Rehearsal(
                 trainer, pl_module, self.label, self.loss, _WAY_OUT, by_terms=True, loss_fn=self.loss_fn
             )
-            rehearsal.check_loader(self._training_set, in_training=self.loss_fn is None)
+            rehearsal.check_loader(self.training_set, in_training=self.loss_fn is None)
             # What a checkpoint says was true of the losses that it holds.
             self._sample_loss = self._sample_loss or rehearsal.kind or "share"
             if self._first is not None:
                 (indices, terms), self._first = self._first, None
                 losses = SampleLosses.of_terms(terms, self._sample_loss).losses
-                self._record.put(indices, losses, self._training_set.sampler.total)
+                self._record.put(indices, losses, self.training_set.sampler.total)
 
     @override
     def on_train_batch_end(
@@ -228,20 +218,19 @@ class InfoBatch(SubsetCallback):
         if self._logged is not None and is_log_step(trainer):
             losses, weights = self._logged
             unweighted, weighted = losses.weighted(weights)
-            self._log(pl_module, {"loss": unweighted, "weighted_loss": weighted})
+            self.log_scalars(pl_module, {"loss": unweighted, "weighted_loss": weighted})
         self._logged = None
 
     @override
-    def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
+    def choose_samples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
         self._take_losses(trainer)
         self._weights = None
         if self._losses is None or self.prune == 0.0 or self._is_over(trainer):
             return None
-        assert self._training_set is not None
-        sampler = self._training_set.sampler
+        sampler = self.training_set.sampler
         population = sampler.population
         if len(population) == 1:
-            self._warn_of_too_few(1, 1)
+            self.warn_of_too_few(1, 1)
         losses = self._losses[population]
         wanted = infobatch_count(losses, self.prune)
         count = round_up_count(wanted, len(losses), sampler.batch_size, sampler.ranks, sampler.drop_last)
@@ -251,7 +240,7 @@ class InfoBatch(SubsetCallback):
         return population[kept]
 
     @override
-    def _epoch_ends(self, trainer: pl.Trainer) -> None:
+    def end_epoch(self, trainer: pl.Trainer) -> None:
         self._take_losses(trainer)
 
     def _take_losses(self, trainer: pl.Trainer) -> None:
@@ -267,13 +256,12 @@ class InfoBatch(SubsetCallback):
         return any(end not in (None, -1) and done >= self.stop * end for end, done in ends)
 
     def _weigh(self, losses: SampleLosses) -> Tensor | None:
-        assert self._training_set is not None
         if losses.terms is not None and self._sample_loss is None:
-            self._first = self._indices, losses.terms
-        self._record.put(self._indices, losses.losses, self._training_set.sampler.total)
+            self._first = self.indices, losses.terms
+        self._record.put(self.indices, losses.losses, self.training_set.sampler.total)
         if self._weights is None:
             return None
         self._weights = self._weights.to(losses.losses.device)
-        weights = self._weights[self._device_indices(losses.losses.device)]
+        weights = self._weights[self.device_indices(losses.losses.device)]
         self._logged = losses, weights
         return weights

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.look import LOSS_FN
 from lightning_grad.core.loss_tap import batch_size_of, reweight_losses
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
@@ -100,6 +101,14 @@ class LossReweighting(GradCallback):
 
     namespace: ClassVar[str] = "data"
 
+    _trainer = during_fit[pl.Trainer]()
+    _effective = during_fit[Tensor | None](lambda _: None)
+    _first = during_fit[Any](lambda _: None)
+    _sample_loss = until_next_fit[SampleLoss](lambda _: None)  # until one batch has shown it, the shares count
+    _logged = during_fit[tuple[SampleLosses, Tensor] | None](lambda _: None)
+    _rehearsals_left = during_fit[int](lambda _: _REHEARSALS)
+    _now = during_fit[float](lambda _: math.inf)
+
     def __init__(
         self,
         rule: Rule = "linupper",
@@ -128,28 +137,11 @@ class LossReweighting(GradCallback):
             raise ValueError("loss and loss_fn would both say what is weighted. Leave one of them out.")
         self.total_steps = total_steps
         check_total_steps(total_steps)
-        self._reset()
-
-    def _reset(self) -> None:
-        self._trainer: pl.Trainer | None = None
-        self._effective: Tensor | None = None
-        self._first: Any = None
-        self._sample_loss: SampleLoss = None  # until one batch has shown it, the shares count
-        self._logged: tuple[SampleLosses, Tensor] | None = None
-        self._rehearsals_left = _REHEARSALS
-        self._now = math.inf
-
-    def _let_go(self) -> None:
-        self._trainer = self._first = self._logged = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_trainer": None, "_first": None, "_logged": None}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if self._fitting:
-            self._reset()
+        if self.fitting:
             refuse_manual_optimization(
                 pl_module,
                 self.label,
@@ -157,8 +149,7 @@ class LossReweighting(GradCallback):
                 f"{_BY_HAND}.",
             )
             self._trainer = trainer
-            self._undo.push(self._let_go)
-            self._undo.push(
+            self.undo.push(
                 reweight_losses(
                     pl_module,
                     self._weigh,
@@ -179,21 +170,21 @@ class LossReweighting(GradCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if self._fitting and not self._changed_settings(state_dict, "loss", "loss_fn"):
+        if self.fitting and not self.changed_settings(state_dict, "loss", "loss_fn"):
             self._sample_loss = state_dict.get("sample_loss")
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if math.isinf(self.temperature):
-            self._say("weights no samples (temperature=inf)")
+            self.say("weights no samples (temperature=inf)")
         else:
-            self._say(f"weights the samples of each batch by their losses (rule={self.rule!r})")
+            self.say(f"weights the samples of each batch by their losses (rule={self.rule!r})")
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Without a known end, which raises, the temperature would never fall.
         if math.isfinite(self.temperature) and total_steps(trainer, self.label, self.total_steps) is None:
-            self._say(IN_FIRST_EPOCH)
+            self.say(IN_FIRST_EPOCH)
 
     @override
     def on_train_batch_start(
@@ -215,11 +206,11 @@ class LossReweighting(GradCallback):
             is_done = self._rehearse(trainer, pl_module, first)
             self._rehearsals_left = 0 if is_done else self._rehearsals_left - 1
         if self._effective is not None and is_log_step(trainer):
-            self._log(pl_module, {"temperature": self._now, "effective_samples": self._effective})
+            self.log_scalars(pl_module, {"temperature": self._now, "effective_samples": self._effective})
         if self._logged is not None and is_log_step(trainer):
             losses, weights = self._logged
             unweighted, weighted = losses.weighted(weights)
-            self._log(pl_module, {"loss": unweighted, "weighted_loss": weighted})
+            self.log_scalars(pl_module, {"loss": unweighted, "weighted_loss": weighted})
         self._logged = None
 
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> bool:
@@ -240,7 +231,6 @@ class LossReweighting(GradCallback):
         return is_done
 
     def _weigh(self, seen: SampleLosses) -> Tensor | None:
-        assert self._trainer is not None
         losses = self._of_all_ranks(seen.losses)
         weights = loss_weights(losses.flatten(), self.rule, self._now).reshape(losses.shape)
         counted = losses.isfinite().sum()
@@ -252,7 +242,6 @@ class LossReweighting(GradCallback):
 
     def _of_all_ranks(self, losses: Tensor) -> Tensor:
         """Return the losses of the global batch, (ranks, B), nan where a rank has fewer."""
-        assert self._trainer is not None
         if self._trainer.world_size == 1:
             return losses.unsqueeze(0)
         # The last batch may be smaller on one rank, and a reduction wants equal shapes, without asking the others for theirs.

@@ -71,22 +71,21 @@ class RepeatedRandomSubset(SubsetCallback):
 
     @property
     @override
-    def _plan(self) -> str:
+    def plan(self) -> str:
         return f"trains each epoch on a random {100 * (1 - self.prune):g} % of the samples"
 
     @property
     @override
-    def _remembers_samples(self) -> bool:
+    def remembers_samples(self) -> bool:
         return False  # whatever the samples are, a random part of them is one
 
     @override
-    def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
+    def choose_samples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
         if self.prune == 0.0:
             return None
-        assert self._training_set is not None
-        sampler = self._training_set.sampler
+        sampler = self.training_set.sampler
         population = sampler.population
         count = count_kept(len(population), self.prune, sampler.batch_size, sampler.ranks, sampler.drop_last)
-        self._warn_of_too_few(count, len(population))
+        self.warn_of_too_few(count, len(population))
         epoch = trainer.current_epoch
         return population[repeated_random_subset(len(population), count, epoch, self.seed, self.replacement)]

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grad.core.fit import until_next_fit
 from lightning_grad.core.look import OUTPUTS_FN, Look
 from lightning_grad.core.rehearsal import Rehearsal
 from lightning_grad.core.scoring import look_at_all, say_what_is_skipped
@@ -73,6 +74,9 @@ class UniformLearning(SubsetCallback):
         goes on.
     """
 
+    _repeated = until_next_fit[Tensor | None](lambda _: None)  # as found
+    _found_in = until_next_fit[int | None](lambda _: None)  # epoch
+
     def __init__(
         self,
         epoch: int = 8,
@@ -96,14 +100,9 @@ class UniformLearning(SubsetCallback):
         self.seed = seed
         super().__init__(loader_key, name)
 
-    def _clear(self) -> None:
-        super()._clear()
-        self._repeated: Tensor | None = None  # as found
-        self._found_in: int | None = None  # epoch
-
     @property
     @override
-    def _plan(self) -> str:
+    def plan(self) -> str:
         if self.repeats == 0:
             return "repeats no samples (repeats=0)"
         time = "the first epoch" if self.epoch == 1 else f"{self.epoch} epochs"
@@ -111,26 +110,26 @@ class UniformLearning(SubsetCallback):
 
     @property
     @override
-    def _remembers_samples(self) -> bool:
+    def remembers_samples(self) -> bool:
         return self.repeats > 0
 
     @property
     @override
-    def _holds_samples(self) -> bool:
-        return super()._holds_samples or self._repeated is not None
+    def holds_samples(self) -> bool:
+        return super().holds_samples or self._repeated is not None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if self._fitting and self.outputs_fn is None:
+        if self.fitting and self.outputs_fn is None:
             refuse_manual_optimization(
                 pl_module,
                 self.label,
                 "its training_step also steps, so that it cannot be run just to look at the outputs. Use "
                 "DataPruning(score='aum') or 'forgetting', which read the outputs in training, or RepeatedRandomSubset.",
             )
-        if self._fitting:
-            self._refuse_unreached(trainer, self.epoch, "cluster")
+        if self.fitting:
+            self.refuse_unreached(trainer, self.epoch, "cluster")
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -140,22 +139,20 @@ class UniformLearning(SubsetCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         found_in = state_dict["found_in"]
-        found_alike = not self._changed_settings(state_dict, "loss", "outputs_fn", "seed")
-        if self._fitting and found_alike and found_in is not None and found_in >= self.epoch:
+        found_alike = not self.changed_settings(state_dict, "loss", "outputs_fn", "seed")
+        if self.fitting and found_alike and found_in is not None and found_in >= self.epoch:
             self._repeated, self._found_in = state_dict["repeated"], found_in
 
     @override
-    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._refuse_unreached_steps(trainer, self.epoch, "cluster")
+    def rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.refuse_unreached_steps(trainer, self.epoch, "cluster")
         if self._repeated is None and self.repeats:
             self._look(trainer, pl_module, rehearsal=True)
-            assert self._training_set is not None
             rehearsal = Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT, outputs_fn=self.outputs_fn)
-            rehearsal.check_loader(self._training_set)
+            rehearsal.check_loader(self.training_set)
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rehearsal: bool = False) -> dict[str, Tensor]:
-        assert self._training_set is not None
-        own = (trainer, pl_module, self._training_set, _outputs, "Clustering outputs")
+        own = (trainer, pl_module, self.training_set, _outputs, "Clustering outputs")
         return look_at_all(
             *own,
             which=self.loss,
@@ -167,13 +164,12 @@ class UniformLearning(SubsetCallback):
         )
 
     @override
-    def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
+    def choose_samples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
         if self.repeats == 0 or trainer.current_epoch < self.epoch:
             return None
         if self._repeated is None:
             self._repeated, self._found_in = self._find(trainer, pl_module), trainer.current_epoch
-        assert self._training_set is not None
-        sampler = self._training_set.sampler
+        sampler = self.training_set.sampler
         chosen = torch.cat([sampler.population, *[self._repeated] * self.repeats])
         size, more = len(chosen), len(chosen) + 1
         leaves_one = round_up_count(size, more, sampler.batch_size, sampler.ranks, sampler.drop_last) != size
@@ -181,9 +177,8 @@ class UniformLearning(SubsetCallback):
         return chosen[:-1] if leaves_one and len(self._repeated) else chosen
 
     def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor:
-        assert self._training_set is not None
         found = self._look(trainer, pl_module)
-        population = self._training_set.sampler.population
+        population = self.training_set.sampler.population
         outputs, losses, labels = (found[key][population] for key in ("outputs", "losses", "labels"))
         known = outputs.isfinite().all(1) & losses.isfinite() & labels.isfinite()
         say_what_is_skipped(self.label, population, known)

@@ -655,7 +655,7 @@ def test_nothing_is_left_behind(policy: Any, interval: Any) -> None:
         else:
             train([callback], module)
         assert set(module.__dict__) - before <= {"_hparams"}, "which Lightning leaves"
-        assert len(callback._undo) == 0
+        assert len(callback.undo) == 0
         assert not any(isinstance(value, pl.Trainer) for value in vars(callback).values())
         pickle.dumps(module.weights)
         train([callback], module.train())

@@ -191,7 +191,7 @@ def test_a_checkpoint_without_settings_loads():
     state.pop("settings")
     for saved in state["optimizers"].values():
         saved.pop("since"), saved.pop("digests")
-    callback._fitting = True
+    callback._stage = "fit"
     callback.load_state_dict(state)
     assert states(callback)["a"]["count"].item() == EPOCH
 

@@ -415,7 +415,7 @@ def test_another_window_takes_over_the_last_norms(tmp_path):
     (path,) = tmp_path.glob("*.ckpt")
     for window in (2, 9):
         second = AutoClip(window=window)
-        second._fitting = True
+        second._stage = "fit"
         second.load_state_dict(torch.load(path, weights_only=True)["callbacks"]["AutoClip"])
         state = second._memory[0].states[""]
         old = first._memory[0].states[""]

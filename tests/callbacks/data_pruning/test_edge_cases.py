@@ -99,7 +99,7 @@ def test_a_search_for_the_learning_rate(make: Any, is_first: bool, tmp_path: Pat
     assert len(tuned.watch.epochs) == 3
     assert sorted(tuned.watch.epochs[0]) == list(range(SAMPLES))
     assert all(len(epoch) < SAMPLES for epoch in tuned.watch.epochs[1:])
-    assert sorted(tuned.watch.epochs[2]) == callback._kept.tolist()
+    assert sorted(tuned.watch.epochs[2]) == callback.kept.tolist()
     assert callback._samples_seen == sum(map(len, tuned.watch.epochs))
 
 

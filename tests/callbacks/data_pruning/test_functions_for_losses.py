@@ -146,7 +146,7 @@ def test_weights_by_a_function_are_those_by_hand(kind: Any, by_hand: Any) -> Non
 def test_infobatch_by_a_function() -> None:
     callback = InfoBatch(0.5, stop=1.0, loss_fn=overlaps)
     module = train(callback, DicePerSample(normalizes=False), epochs=3).module
-    assert len(callback._kept) < 22
+    assert len(callback.kept) < 22
     fixed = InfoBatch(
         0.5, stop=1.0, loss_fn=lambda module, batch: F.cross_entropy(*outputs(module, batch), reduction="none")
     )

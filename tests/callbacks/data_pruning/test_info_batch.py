@@ -38,7 +38,7 @@ class Spy(pl.Callback):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         callback = self.callback
         self.losses.append(None if callback._losses is None else callback._losses.clone())
-        self.kept.append(None if callback._kept is None else callback._kept.tolist())
+        self.kept.append(None if callback.kept is None else callback.kept.tolist())
         self.weights.append(None if callback._weights is None else callback._weights.clone())
 
 
@@ -220,7 +220,7 @@ class Write(pl.Callback):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.current_epoch:
             callback = self.callback
-            self.found.append([callback._losses.tolist(), callback._kept.tolist(), callback._weights.tolist()])
+            self.found.append([callback._losses.tolist(), callback.kept.tolist(), callback._weights.tolist()])
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         watch = trainer.callbacks[0]

@@ -39,7 +39,7 @@ class Write(pl.Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         found = {
             "weights": dict(pl_module.state_dict()),
-            "kept": self.callback._kept,
+            "kept": self.callback.kept,
             "seen": self.callback._samples_seen,
             "steps": trainer.global_step,
         }

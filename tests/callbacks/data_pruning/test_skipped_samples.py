@@ -123,7 +123,7 @@ def test_infinite_values_are_no_values() -> None:
 def test_uniform_learning_repeats_no_sample_without_a_value(module: Any) -> None:
     callback = UniformLearning(epoch=1)
     train(callback, module(), broken())
-    count = torch.bincount(callback._kept)
+    count = torch.bincount(callback.kept)
     assert count[BAD] == 1
     assert (count == 2).any()
 
