@@ -134,6 +134,38 @@ def test_optional_packages_are_imported_where_they_are_used(module: str) -> None
     assert [name for name in names if name.split(".")[0] in OPTIONAL] == []
 
 
+def foreign_parts(source: str, module: str) -> list[str]:
+    """Return the private parts of other packages that a module imports: a part belongs to the package that holds it."""
+    found = []
+    for name in imported(ast.parse(source), module):
+        parts = name.split(".")
+        private = next((i for i, part in enumerate(parts) if part.startswith("_") and not part.startswith("__")), 0)
+        if parts[0] == "lightning_grad" and private and not is_within(module, (".".join(parts[:private]),)):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from lightning_grad.functional._group_top import top_of_groups", []),
+        ("from lightning_grad.utilities._undo import Undo", ["lightning_grad.utilities._undo"] * 2),
+        ("from lightning_grad.utilities import _undo", ["lightning_grad.utilities._undo"]),
+        ("from lightning_grad.utilities.undo import _Entry", ["lightning_grad.utilities.undo._Entry"]),
+        ("from lightning_grad.functional.gradients import __doc__", []),
+        ("from torch._C import Node", []),
+    ],
+)
+def test_the_walk_finds_private_parts_of_other_packages(source: str, found: list[str]) -> None:
+    names = foreign_parts(source, "lightning_grad.functional.nm_sparsity")
+    assert [name.removesuffix(".Undo") for name in names] == found
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "lightning_grad.__init__"])
+def test_private_parts_stay_in_their_package(module: str) -> None:
+    assert foreign_parts(MODULES[module].read_text(), module) == []
+
+
 def test_importing_brings_no_optional_package_and_registers_the_strategies() -> None:
     script = f"""
 import sys, lightning.pytorch

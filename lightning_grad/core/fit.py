@@ -50,7 +50,7 @@ class _Attribute(Generic[T]):
         values = _values(instance, self.lifetime)
         if self._name not in values:
             if self._make is None:
-                raise RuntimeError(f"{owner.__name__}.{self._name} exists during a fit only, from where it is set.")
+                raise AttributeError(f"{owner.__name__}.{self._name} exists during a fit only, from where it is set.")
             values[self._name] = self._make(instance)
         return values[self._name]  # type: ignore[no-any-return]
 

@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from lightning_grad.core.sample_losses import SampleLoss, SampleLosses, terms_of, trace_of
 from lightning_grad.core.whole_step import refuse_rest
 from lightning_grad.functional import LossCall, LossCapture, PerSampleGradientNorms
-from lightning_grad.functional._whole_loss import WholeLossCapture
-from lightning_grad.functional.gradients import InseparableLossError
+from lightning_grad.functional.gradients import InseparableLossError, WholeLossCapture
 
 Measure = Callable[["Look"], Mapping[str, Tensor]]
 

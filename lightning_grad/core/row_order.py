@@ -152,6 +152,11 @@ def size_of_input(call: LossCall) -> float:
     return float(some.median()) if len(some) else 0.0
 
 
+def largest(values: Tensor) -> float:
+    """Return the size of the largest entry, not counting nan."""
+    return float(values.nan_to_num(0.0).abs().max()) if values.numel() else 0.0
+
+
 def _one_number(rows: Tensor) -> Tensor:
     """Return one number for each row, which tells rows apart: logits of a vocabulary are too large to be copied often."""
     flat = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)

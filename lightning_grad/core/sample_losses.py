@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from lightning_grad.core.whole_step import loss_of_output
 from lightning_grad.functional import LossCall
-from lightning_grad.functional._loss_functions import SampleSums
-from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms
+from lightning_grad.functional.gradients import InseparableLossError, LossTrace, SampleSums, Terms
 
 SampleLoss = Literal["share", "own"] | None
 

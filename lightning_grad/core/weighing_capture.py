@@ -11,13 +11,15 @@ from torch import Tensor
 
 from lightning_grad.core.sample_losses import SampleLosses
 from lightning_grad.functional import LossCapture
-from lightning_grad.functional._loss_functions import LossFunction
-from lightning_grad.functional.gradients import InseparableLossError
-from lightning_grad.functional.gradients._calls import read_call
-from lightning_grad.functional.gradients._follow import edge_of
-from lightning_grad.functional.gradients._record import Record
-from lightning_grad.functional.gradients._walk import Walk
-from lightning_grad.functional.gradients.terms import weight_cuts_
+from lightning_grad.functional.gradients import (
+    InseparableLossError,
+    LossFunction,
+    Record,
+    Walk,
+    edge_of,
+    read_call,
+    weight_cuts_,
+)
 from lightning_grad.functional.plain_tensors import plain_tensor
 
 Weigh = Callable[[SampleLosses], Tensor | None]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lightning_grad.functional import LossCall
-from lightning_grad.functional._whole_loss import WholeLossCapture
+from lightning_grad.functional.gradients import WholeLossCapture
 from lightning_grad.functional.plain_tensors import plain_tensor
 
 

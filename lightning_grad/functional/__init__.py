@@ -63,6 +63,8 @@ from lightning_grad.functional.gradient_statistics import (
 )
 from lightning_grad.functional.gradients import (
     InseparableLossError,
+    LossCall,
+    LossCapture,
     LossTrace,
     Proof,
     Term,
@@ -71,7 +73,6 @@ from lightning_grad.functional.gradients import (
     prove_terms,
     solo_losses,
 )
-from lightning_grad.functional.loss_capture import LossCall, LossCapture
 from lightning_grad.functional.loss_weights import annealed_temperature, loss_weights
 from lightning_grad.functional.low_rank import initial_factor, low_rank_numel, matrix_shape, orthonormalize
 from lightning_grad.functional.nm_schedule import (

@@ -1,6 +1,6 @@
 r"""How hard, how well learned or how suspicious a sample is, from the loss call of its batch or from its history.
 
-It reads a :class:`~lightning_grad.functional.loss_capture.LossCall` and returns one number a sample, (B,), on
+It reads a :class:`~lightning_grad.functional.LossCall` and returns one number a sample, (B,), on
 the device, detached, computed in float32 at least. A sample with several positions (tokens, pixels) gets the mean over those
 that are valid, and nan when there is none.
 """
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_grad.functional._loss_functions import split
-from lightning_grad.functional.loss_capture import LossCall
+from lightning_grad.functional.gradients.loss_capture import LossCall
+from lightning_grad.functional.gradients.loss_functions import split
 
 _RESIDUALS = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
 _SOFTMAXED = ("cross_entropy", "linear_cross_entropy")
@@ -85,7 +85,7 @@ def el2n(call: LossCall) -> Tensor:
         ValueError: If the loss is another one.
 
     Example:
-        >>> from lightning_grad.functional.loss_capture import LossCapture
+        >>> from lightning_grad.functional import LossCapture
         >>> with LossCapture() as capture:
         ...     _ = F.cross_entropy(torch.tensor([[0.0, 0.0], [8.0, 0.0]]), torch.tensor([0, 1]))
         >>> el2n(capture.only())
@@ -142,7 +142,7 @@ def margin(call: LossCall) -> Tensor:
         ValueError: If the loss has no single true class.
 
     Example:
-        >>> from lightning_grad.functional.loss_capture import LossCapture
+        >>> from lightning_grad.functional import LossCapture
         >>> with LossCapture() as capture:
         ...     _ = F.cross_entropy(torch.tensor([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0]]), torch.tensor([0, 1]))
         >>> margin(capture.only())
@@ -177,7 +177,7 @@ def is_correct(call: LossCall) -> Tensor:
         ValueError: If the loss is not one of a classifier.
 
     Example:
-        >>> from lightning_grad.functional.loss_capture import LossCapture
+        >>> from lightning_grad.functional import LossCapture
         >>> with LossCapture() as capture:
         ...     _ = F.cross_entropy(torch.tensor([[3.0, 1.0], [3.0, 1.0]]), torch.tensor([0, 1]))
         >>> is_correct(capture.only())
@@ -236,7 +236,7 @@ def last_layer_gradient_norm(call: LossCall, features: Tensor, bias: bool = True
             the features are not (B, H).
 
     Example:
-        >>> from lightning_grad.functional.loss_capture import LossCapture
+        >>> from lightning_grad.functional import LossCapture
         >>> with LossCapture() as capture:
         ...     _ = F.cross_entropy(torch.zeros(1, 2), torch.tensor([0]))
         >>> last_layer_gradient_norm(capture.only(), torch.tensor([[1.0, 1.0]]))

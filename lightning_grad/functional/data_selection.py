@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lightning_grad.functional._shuffling import shuffled
+from lightning_grad.functional.shuffling import shuffled
 
 
 def _check_choice(value: str | None, choices: Iterable[str], parameter: str) -> None:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_grad.functional._shuffling import shuffled
+from lightning_grad.functional.shuffling import shuffled
 
 
 def _low_samples(losses: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_grad.functional._shuffling import hashed_seed
+from lightning_grad.functional.shuffling import hashed_seed
 
 
 def matrix_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_grad.functional._attributes import attributes_of
+from lightning_grad.functional.attributes import attributes_of
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -30,7 +30,7 @@ from lightning_grad.functional import (
     unpack_pairs,
     warmup_density,
 )
-from lightning_grad.functional._shuffling import hashed_seed
+from lightning_grad.functional.shuffling import hashed_seed
 from lightning_grad.strategies._densities import as_densities, as_ratio
 from lightning_grad.strategies._local_momentum import LocalMomentum, why_not_moved
 from lightning_grad.strategies.compressed_ddp import (

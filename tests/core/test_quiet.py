@@ -96,7 +96,7 @@ class Busy(pl.LightningModule):
         loss = F.cross_entropy(logits, y)
         self._count(loss.item(), logits.detach(), y)
         self._draw()
-        self.log_scalars(loss)
+        self._log(loss)
         with torch.no_grad():
             for own, other in zip(self.part.layer.parameters(), self.teacher.parameters(), strict=True):
                 other.lerp_(own, 0.1)

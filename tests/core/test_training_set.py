@@ -79,7 +79,7 @@ class Choose(SubsetCallback):
         fixed_steps: bool = False,
     ) -> None:
         super().__init__(loader_key)
-        self.plan = plan
+        self.choice_of = plan
         self.read = read
         self.fixed_steps = fixed_steps
         self.told: list[tuple[int, list[int]]] = []
@@ -87,11 +87,11 @@ class Choose(SubsetCallback):
         self.lengths: list[float] = []
 
     @property
-    def _passes_more_than_once(self) -> bool:
+    def passes_more_than_once(self) -> bool:
         return self.fixed_steps
 
-    def _choose(self, trainer: Any, pl_module: Any) -> Tensor | None:
-        return self.plan(trainer.current_epoch)
+    def choose_samples(self, trainer: Any, pl_module: Any) -> Tensor | None:
+        return self.choice_of(trainer.current_epoch)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_train_epoch_start(trainer, pl_module)
@@ -100,7 +100,7 @@ class Choose(SubsetCallback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         held = self.read(batch)
-        self.told.append((trainer.current_epoch, self._indices))
+        self.told.append((trainer.current_epoch, self.indices))
         self.held.append((trainer.current_epoch, [] if held is None else held.int().tolist()))
 
     def of_epoch(self, epoch: int) -> list[int]:
@@ -351,7 +351,7 @@ def test_samples_of_a_whole_epoch_count_every_pass() -> None:
     class Whole(Choose):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             super().on_train_start(trainer, pl_module)
-            self.whole = (self._training_set.full_batches, self._training_set.full_samples)
+            self.whole = (self.training_set.full_batches, self.training_set.full_samples)
 
     for mode, expected in (("max_size_cycle", (10, 40)), ("max_size", (10, 22)), ("min_size", (6, 22))):
         choose = Whole(lambda epoch: None, pick("a"), "a")
@@ -610,7 +610,7 @@ def test_the_loader_is_as_before(error: Any, persistent: bool) -> None:
     choose = Choose()
     _run(choose, train, error)
     assert train.batch_sampler is original
-    assert choose._training_set is None
+    assert not hasattr(choose, "training_set")
     assert sorted(torch.cat(list(train)).tolist()) == list(range(TOTAL))
     again = Choose()
     _run(again, train, None)  # a second fit of the same loader

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_grad.core.module_state import CONTAINERS, has_own_state, holds_fixed_only, is_code, put_back
-from lightning_grad.functional._attributes import attributes_of
+from lightning_grad.functional.attributes import attributes_of
 from lightning_grad.functional.plain_tensors import dressed, plain_tensor
 
 _METRICS = (Metric, MetricCollection)

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_grad.functional.gradients._autograd import Node, kind_of
-from lightning_grad.functional.gradients._nodes import REDUCING
-from lightning_grad.functional.gradients._record import Record
-from lightning_grad.functional.gradients._rows import Rows
-from lightning_grad.functional.gradients._values import Part, Values
-from lightning_grad.functional.gradients._walk import Cut, Key, Walk
+from lightning_grad.functional.gradients.autograd import Node, kind_of
 from lightning_grad.functional.gradients.errors import InseparableLossError
-from lightning_grad.functional.loss_capture import LossCall
+from lightning_grad.functional.gradients.loss_capture import LossCall
+from lightning_grad.functional.gradients.nodes import REDUCING
+from lightning_grad.functional.gradients.record import Record
+from lightning_grad.functional.gradients.rows import Rows
+from lightning_grad.functional.gradients.values import Part, Values
+from lightning_grad.functional.gradients.walk import Cut, Key, Walk
 from lightning_grad.functional.plain_tensors import plain_tensor
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}

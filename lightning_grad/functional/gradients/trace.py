@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +10,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
-from lightning_grad.functional._loss_functions import LOSSES, dropped_weight
-from lightning_grad.functional.gradients._autograd import is_transformed
-from lightning_grad.functional.gradients._calls import Call, read_call
-from lightning_grad.functional.gradients._follow import RowTracker, edge_of, tensors_in
-from lightning_grad.functional.gradients._record import Place, Record
-from lightning_grad.functional.gradients._rows import (
+from lightning_grad.functional.gradients.autograd import is_transformed
+from lightning_grad.functional.gradients.calls import Call, read_call
+from lightning_grad.functional.gradients.follow import RowTracker, edge_of, tensors_in
+from lightning_grad.functional.gradients.loss_capture import LossCall
+from lightning_grad.functional.gradients.loss_functions import LOSSES, dropped_weight
+from lightning_grad.functional.gradients.record import Record, place_of
+from lightning_grad.functional.gradients.rows import (
     ADDITIONS,
     MOVES,
     REDUCTIONS,
@@ -28,14 +26,12 @@ from lightning_grad.functional.gradients._rows import (
     touches_rows,
 )
 from lightning_grad.functional.gradients.terms import Terms
-from lightning_grad.functional.loss_capture import LossCall
 from lightning_grad.functional.plain_tensors import on_plain_tensors
 
 _ASSIGNMENT = torch.Tensor.__setitem__
 _SPECIAL = frozenset([*LOSSES, *MOVES, *RESHAPES, *TRANSPOSES, *REDUCTIONS, *SORTS, _ASSIGNMENT])
 _OFTEN_STILL = frozenset([*RESHAPES, *TRANSPOSES, torch.Tensor.__getitem__])
 _NO_TENSORS = frozenset([type(None), torch.Size, int, bool, float, str, torch.dtype, torch.device])
-_NOT_THE_STEP = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))  # torch, and this package
 
 
 class LossTrace(TorchFunctionMode):
@@ -218,7 +214,7 @@ class LossTrace(TorchFunctionMode):
                 or output.shape[:1] != inputs[0].shape[:1]
                 or (func in TRANSPOSES and output.dim() == 2)  # (T, B) with T = B, which proven terms cut above
             ):
-                record.places[node] = _place(func)
+                record.places[node] = place_of(func)
                 if self.values and func in ADDITIONS:
                     record.arguments[node] = args
                 for t in inputs:
@@ -245,7 +241,7 @@ class LossTrace(TorchFunctionMode):
         self._record.calls[out.grad_fn] = call
         if call.reduction == "none":
             return False
-        self._record.places[out.grad_fn] = _place(func)
+        self._record.places[out.grad_fn] = place_of(func)
         return True
 
     def _is_fixed(self, inputs: list[Tensor]) -> bool:
@@ -271,19 +267,3 @@ def _by_position(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[A
     if name is None:
         return args, kwargs
     return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
-
-
-def _place(func: Any) -> Place:
-    """Return a function's name, and the line of the step that called it."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and not _is_step(frame.f_code.co_filename):
-        frame = frame.f_back
-    # T, mT ... are the getters of properties.
-    owner = getattr(func, "__self__", None) if getattr(func, "__name__", "") == "__get__" else None
-    name = getattr(func if owner is None else owner, "__name__", str(func)).strip("_")
-    return Place(name, frame.f_code, frame.f_lineno)
-
-
-@lru_cache(1024)
-def _is_step(filename: str) -> bool:
-    return not filename.startswith(_NOT_THE_STEP)

@@ -139,7 +139,7 @@ def test_an_exception_leaves_no_trace(where: str, run: Any) -> None:
     assert trainers[0].loggers == [logger]
     assert not is_quiet(module)
     assert module not in adversarial_evaluation._SECOND
-    assert callback._second is callback._fresh is callback._attacked is None
+    assert callback._evaluation is None
     module.where = "nowhere"
     module.outputs.clear()
     module.by_name["y"].clear()
@@ -152,7 +152,7 @@ def test_after_a_fit_nothing_is_left() -> None:
     fit([], plain)
     trainer = fit([callback], module)
     assert vars(module).keys() == vars(plain).keys()
-    assert callback._second is callback._fresh is callback._attacked is None
+    assert callback._evaluation is None
     assert callback._search._places == {}
     assert trainer.loggers == []
 

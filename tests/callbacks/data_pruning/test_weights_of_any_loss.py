@@ -24,8 +24,8 @@ from tests.callbacks.data_pruning.test_any_loss import BATCH, Foreign, each_alon
 from tests.callbacks.data_pruning.test_data_pruning import Classifier, train
 from tests.contract.projects import assert_identical, state_of
 from tests.functional.gradients.steps import PROJECTS
+from tests.functional.gradients.test_loss_capture import REWEIGHTABLE, with_gradient
 from tests.functional.gradients.test_steps import to_double
-from tests.functional.test_loss_capture import REWEIGHTABLE, with_gradient
 
 
 class Weigh(pl.Callback):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.functional.gradients.losses import B, Batch, H, Step, V, absolute
+from tests.functional.gradients.catalogue import B, Batch, H, Step, V, absolute
 
 _STORED = torch.Generator().manual_seed(7)
 FISHER, OLD, QUEUE = (torch.rand(B, H, dtype=torch.float64, generator=_STORED) for _ in range(3))

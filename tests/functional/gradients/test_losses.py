@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms, prove_terms
-from tests.functional.gradients.losses import CASES, REFUSED, B, Batch, Net, Step, make_batch
+from tests.functional.gradients.catalogue import B, Batch, Net, Step, make_batch
+from tests.functional.gradients.losses import CASES, REFUSED
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lazily.*")
 

@@ -16,9 +16,11 @@ from lightning_grad.functional.gradients import (
     trace_step,
     unordered_terms,
 )
-from lightning_grad.functional.gradients._follow import RowTracker
+from lightning_grad.functional.gradients.follow import RowTracker
+from tests.functional.gradients.catalogue import B, Batch, Net, absolute, errors, make_batch
 from tests.functional.gradients.coincidences import COINCIDENCES, FISHER, FOLLOWED, OLD, QUEUE
-from tests.functional.gradients.losses import B, Batch, Net, absolute, errors, mae, make_batch, mse
+from tests.functional.gradients.losses_by_hand import mae
+from tests.functional.gradients.losses_of_torch import mse
 
 
 class BlindTracker(RowTracker):

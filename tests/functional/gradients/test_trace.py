@@ -16,11 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_grad.functional import LossCapture, per_sample_gradient_norms
 from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms
-from lightning_grad.functional.gradients._autograd import missing
+from lightning_grad.functional.gradients.autograd import missing
 from lightning_grad.functional.plain_tensors import plain_tensor
-from tests.functional.gradients.losses import CASES, B, H, Net, V, entropies, errors, make_batch, mse, one_tensor_thrice
+from tests.functional.gradients.catalogue import B, H, Net, V, entropies, errors, make_batch
+from tests.functional.gradients.losses import CASES, one_tensor_thrice
+from tests.functional.gradients.losses_of_torch import mse
+from tests.functional.gradients.test_loss_capture import SPELLINGS
 from tests.functional.gradients.test_losses import assert_close, gradients, setting, traced
-from tests.functional.test_loss_capture import SPELLINGS
 
 
 def test_torch_has_the_parts_of_autograd_that_are_not_documented() -> None:

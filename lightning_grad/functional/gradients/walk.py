@@ -6,18 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from lightning_grad.functional.gradients._autograd import (
+from lightning_grad.functional.gradients.autograd import (
     Edge,
     Node,
     kind_of,
     leaf_of,
     output_shape,
 )
-from lightning_grad.functional.gradients._calls import Call
-from lightning_grad.functional.gradients._nodes import ADDING, CONTRACTING, LINEAR, SCALED
-from lightning_grad.functional.gradients._record import Place, Record
-from lightning_grad.functional.gradients._rows import Rows
+from lightning_grad.functional.gradients.calls import Call
+from lightning_grad.functional.gradients.descent import Descent, is_linear
 from lightning_grad.functional.gradients.errors import InseparableLossError
+from lightning_grad.functional.gradients.nodes import ADDING, CONTRACTING, LINEAR, SCALED
+from lightning_grad.functional.gradients.record import Place, Record
+from lightning_grad.functional.gradients.rows import Rows
 
 Key = tuple[str, str, str, int]
 
@@ -61,7 +62,7 @@ class Cut:
         return (self.place.function, self.place.location, self.node.name(), self.index)
 
 
-class Walk:
+class Walk(Descent):
     """What the graph says of a loss.
 
     Every node between the loss and a cut is linear in what depends on samples; that is what :meth:`_close` proves, node by
@@ -82,11 +83,8 @@ class Walk:
     """
 
     def __init__(self, root: Node, record: Record, like: frozenset[Key] | None = None) -> None:
-        self._record = record
+        super().__init__(record)
         self._like = None if record.samples == 1 else like  # what there is belongs to the one sample, however cut
-        self._depends: dict[Node, bool] = {}
-        self._places: dict[Node, Place] = {}
-        self.order: list[Node] = []
         self.cuts: list[Cut] = []
         self.calls: list[Node] = []
         self.inputs: dict[Node, list[Input]] = {}
@@ -100,20 +98,6 @@ class Walk:
             raise InseparableLossError(
                 "", "", f"No tensor with rows for the {record.samples} samples leads to the loss."
             )
-
-    def _run(self, root: Node) -> None:
-        # Without recursion: a Python sum over a batch is a chain of as many nodes.
-        todo = [(root, Place(""), False)]
-        while todo:
-            node, above, is_done = todo.pop()
-            if is_done:
-                self._close(node)
-                self.order.append(node)
-            elif node not in self._depends:
-                self._depends[node] = False
-                place = self._places[node] = self._record.places.get(node, above)
-                todo.append((node, above, True))
-                todo += [(below, place, False) for below in self._open(node, place)]
 
     def _open(self, node: Node, place: Place) -> Iterator[Node]:
         """Find out what the inputs of a node are; yield the nodes to visit next."""
@@ -178,11 +162,10 @@ class Walk:
             return
         self._depends[node] = True
         others = [k is not Input.NO_GRAPH and not hit for k, hit in zip(kinds, hits, strict=True)]
-        if kind in LINEAR:
+        if is_linear(kind, hits):
             if kind in ADDING and (Input.NO_GRAPH in kinds or kind == "Rsub"):
                 self.adding.append(node)
-        elif sum(hits) == 1 and (kind in SCALED or kind in CONTRACTING or (kind == "Div" and hits[0])):
-            if any(others):
+            if kind not in LINEAR and any(others):
                 self.learned.append(self._places[node])
         elif kind in CONTRACTING and sum(hits) == 2 and _is_number(node):
             first, second = (i for i, hit in enumerate(hits) if hit)

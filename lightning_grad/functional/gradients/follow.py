@@ -8,9 +8,9 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from lightning_grad.functional.gradients._autograd import Edge, is_transformed
-from lightning_grad.functional.gradients._record import Record
-from lightning_grad.functional.gradients._rows import (
+from lightning_grad.functional.gradients.autograd import Edge, is_transformed
+from lightning_grad.functional.gradients.record import Record
+from lightning_grad.functional.gradients.rows import (
     PRODUCTS,
     REDUCTIONS,
     SORTS,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_grad.functional._loss_functions import (
+from lightning_grad.functional.gradients.loss_functions import (
     LOSSES,
     LossFunction,
     SampleSums,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_grad.functional._whole_loss import WholeLossCapture
+from lightning_grad.functional.gradients.whole_loss import WholeLossCapture
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = torch.randn(6, 4, generator=GENERATOR), torch.tensor([0, 1, 2, 0, 1, -100])

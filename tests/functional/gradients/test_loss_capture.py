@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy as imported_by_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from lightning_grad.functional.loss_capture import LossCall, LossCapture
+from lightning_grad.functional.gradients.loss_capture import LossCall, LossCapture
 
 B, C, T = 6, 5, 3
 SEED = torch.Generator().manual_seed(0)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lightning_grad.functional.gradients._autograd import Edge, Node, leaf_of, output_shape
-from lightning_grad.functional.gradients._calls import Call
-from lightning_grad.functional.gradients._rows import Rows, obeys_shape_rule
+from lightning_grad.functional.gradients.autograd import Edge, Node, leaf_of, output_shape
+from lightning_grad.functional.gradients.calls import Call
 from lightning_grad.functional.gradients.errors import InseparableLossError
+from lightning_grad.functional.gradients.rows import Rows, obeys_shape_rule
+
+_NOT_THE_STEP = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))  # torch, and this package
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,25 @@ class Place:
     def location(self) -> str:
         """File and line, as "module.py:31"."""
         return f"{Path(self.code.co_filename).name}:{self.line}" if self.code is not None else ""
+
+    def __str__(self) -> str:
+        return f"{self.function} ({self.location})"
+
+
+def place_of(func: Any) -> Place:
+    """Return a function's name, and the line of the step that called it."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and not _is_step(frame.f_code.co_filename):
+        frame = frame.f_back
+    # T, mT ... are the getters of properties.
+    owner = getattr(func, "__self__", None) if getattr(func, "__name__", "") == "__get__" else None
+    name = getattr(func if owner is None else owner, "__name__", str(func)).strip("_")
+    return Place(name, frame.f_code, frame.f_lineno)
+
+
+@lru_cache(1024)
+def _is_step(filename: str) -> bool:
+    return not filename.startswith(_NOT_THE_STEP)
 
 
 @dataclass(slots=True, eq=False)

@@ -20,6 +20,8 @@ LINEAR = _kinds(
     Stack Cat Unbind Split SplitWithSizes IndexAdd IndexPut IndexPutImpl ScatterAdd
     """
 )
+# Leave a finite number as it is.
+GUARDING = _kinds("NanToNum")
 # Linear in one input, as long as only that one depends on samples. Div is so in its first.
 SCALED = _kinds("Mul Addcmul")
 # Products that sum over a dimension.

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_grad.functional._loss_functions import (
+from lightning_grad.functional.gradients.autograd import Edge
+from lightning_grad.functional.gradients.loss_capture import LossCall
+from lightning_grad.functional.gradients.loss_functions import (
     LOSSES,
     LossFunction,
     SampleSums,
@@ -21,9 +23,7 @@ from lightning_grad.functional._loss_functions import (
     denominator_shares,
     valid_positions,
 )
-from lightning_grad.functional.gradients._autograd import Edge
-from lightning_grad.functional.gradients._rows import Rows, obeys_shape_rule
-from lightning_grad.functional.loss_capture import LossCall
+from lightning_grad.functional.gradients.rows import Rows, obeys_shape_rule
 from lightning_grad.functional.plain_tensors import plain_tensor
 
 # Losses of several inputs, which with reduction="none" return one value a sample all the same.
