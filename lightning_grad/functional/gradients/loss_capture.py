@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_grad.functional._torch_version import TORCH
 from lightning_grad.functional.gradients.loss_functions import (
     LOSSES,
     LossFunction,
@@ -27,7 +28,6 @@ from lightning_grad.functional.gradients.loss_functions import (
     targets_are_classes,
     valid_positions,
 )
-from lightning_grad.functional._torch_version import TORCH
 from lightning_grad.functional.plain_tensors import PlainTensors, plain_tensor
 
 _WAY_OUT = "give `score_fn=`, a function that returns one score per sample"
