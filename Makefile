@@ -10,12 +10,12 @@ OLDEST_INSTALLED := $(OLDEST)/.installed
 .PHONY: help demo test test-oldest lint bench docs clean
 
 help:
-	@echo "make demo   train small networks sparse, with clipped gradients, pruned data, attacked inputs, compressed gradients, and show the difference (three minutes)"
-	@echo "make test   run the tests"
-	@echo "make test-oldest   run the tests with the oldest versions of torch, Lightning and the others (own environment, 2.3 GB)"
-	@echo "make lint   check style and types"
-	@echo "make bench  measure speed, as ratios to a baseline of the same run"
-	@echo "make docs   build the documentation into docs/_build/html"
+	@echo "make demo         train small networks sparse, with clipped gradients, pruned data, attacked inputs, compressed gradients, and show the difference (three minutes)"
+	@echo "make test         run the tests"
+	@echo "make test-oldest  run the tests with the oldest supported versions, in an environment of their own (2.3 GB)"
+	@echo "make lint         check style and types"
+	@echo "make bench        measure speed, as ratios to a baseline of the same run"
+	@echo "make docs         build the documentation into docs/_build/html"
 
 # torch comes first and pinned: left to another package's requirements, pip may fetch gigabytes of CUDA libraries.
 $(INSTALLED): pyproject.toml constraints.txt
