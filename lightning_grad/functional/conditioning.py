@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_grad.functional._torch_version import TORCH
 from lightning_grad.functional.tensor_lists import any_rank, is_sharded, shards, stack_norms
+from lightning_grad.functional.torch_version import TORCH
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 

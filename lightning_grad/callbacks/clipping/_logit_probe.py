@@ -19,8 +19,8 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_grad.callbacks.clipping._attention_tracks import AttentionTracks
-from lightning_grad.functional._torch_version import TORCH
 from lightning_grad.functional.plain_tensors import PlainTensors, plain_tensor
+from lightning_grad.functional.torch_version import TORCH
 from lightning_grad.utilities.forward_order import is_compiled
 
 _MOST_SCORES = 2**22  # of one attention that are computed; beyond, a part of the batch must do

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_grad.functional._torch_version import TORCH
 from lightning_grad.functional.gradients.loss_functions import (
     LOSSES,
     LossFunction,
@@ -29,6 +28,7 @@ from lightning_grad.functional.gradients.loss_functions import (
     valid_positions,
 )
 from lightning_grad.functional.plain_tensors import PlainTensors, plain_tensor
+from lightning_grad.functional.torch_version import TORCH
 
 _WAY_OUT = "give `score_fn=`, a function that returns one score per sample"
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_grad.callbacks import AdversarialEvaluation, AdversarialTraining
 from lightning_grad.callbacks.adversarial import _places
-from lightning_grad.functional._torch_version import TORCH
+from lightning_grad.functional.torch_version import TORCH
 from tests.callbacks.adversarial.attacked import Tape, as_batches
 from tests.contract.projects import make_trainer
 from tests.labelled import labelled

@@ -12,8 +12,8 @@ from torch.optim import lr_scheduler as lrs
 
 from lightning_grad.callbacks.adversarial._schedules import mute_schedulers
 from lightning_grad.callbacks.adversarial.accuracy_gradient_lr import AccuracyGradientLR
-from lightning_grad.functional._torch_version import TORCH
 from lightning_grad.functional.accuracy_gradient import accuracy_gradient_scales
+from lightning_grad.functional.torch_version import TORCH
 from tests.callbacks.adversarial.dictated import BATCHES, QUICK, Dictated, Rates, train
 from tests.contract.projects import assert_identical
 

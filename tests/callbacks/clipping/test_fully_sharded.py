@@ -14,7 +14,7 @@ from lightning_grad.callbacks.clipping._monitor_record import MonitorRecord
 from lightning_grad.callbacks.clipping._optimizer_watch import OptimizerWatch, Place
 from lightning_grad.core.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import clip_norm_
-from lightning_grad.functional._torch_version import TORCH
+from lightning_grad.functional.torch_version import TORCH
 from tests.functional.ranks import on_two_ranks
 
 on_cpus = pytest.mark.skipif(TORCH < (2, 7), reason="fully_shard works on CPUs from torch 2.7 on")
