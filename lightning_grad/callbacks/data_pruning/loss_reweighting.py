@@ -103,7 +103,7 @@ class LossReweighting(GradCallback):
     namespace: ClassVar[str] = "data"
 
     _trainer = during_fit[pl.Trainer]()
-    _effective = during_fit[Tensor | None](lambda _: None)
+    _effective = until_next_fit[Tensor | None](lambda _: None)
     _first = during_fit[Any](lambda _: None)
     _sample_loss = until_next_fit[SampleLoss](lambda _: None)  # until one batch has shown it, the shares count
     _logged = during_fit[tuple[SampleLosses, Tensor] | None](lambda _: None)
