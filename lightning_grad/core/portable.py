@@ -108,7 +108,9 @@ def make_portable(checkpoint: dict[str, Any], state_key: str, views: Mapping[str
     for container, tensors in checkpoint.items():
         if not isinstance(tensors, MutableMapping):
             continue
-        for key in views.keys() & tensors.keys():
+        for key in views:
+            if key not in tensors:
+                continue
             dense, view = views[key]
             stored = view.stored(dense.detach())
             if not _same_bits(tensors[key], stored):
