@@ -2,7 +2,8 @@
 
 Every technique derives from one of the bases. ``callback.py`` is the file to read first: it holds what all of them share.
 :class:`GradientConditioner` is for a rule on the gradients of one optimizer step, :class:`SubsetCallback` for one that chooses
-the samples of an epoch.
+the samples of an epoch, :class:`WeightCallback` (``weights.py``) for one that shows the module other weights than those that
+train.
 
 Beside the bases are the tools that reach into other people's objects and let go of them again: methods wrapped
 (``dispatch.py``, ``undo.py``), a step looked at without a trace (``quiet.py``, ``scoring.py``, ``look.py``), its losses read
@@ -22,17 +23,25 @@ from lightning_grad.core.scoring import look_at_all
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.core.training_set import TrainingSet
 from lightning_grad.core.undo import UndoList
+from lightning_grad.core.weight_chain import FoundWeight, Stage, ViewedWeight
+from lightning_grad.core.weight_choice import WeightChoice
 from lightning_grad.core.weight_view import WeightView, attach_view
+from lightning_grad.core.weights import WeightCallback
 
 __all__ = [
+    "FoundWeight",
     "GradCallback",
     "GradientConditioner",
     "GradientStep",
     "Look",
     "Phase",
+    "Stage",
     "SubsetCallback",
     "TrainingSet",
     "UndoList",
+    "ViewedWeight",
+    "WeightCallback",
+    "WeightChoice",
     "WeightView",
     "attach_view",
     "is_quiet",

@@ -134,7 +134,7 @@ class ViewedWeight:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with a saved state; called after :meth:`refresh`, with ``{}`` if there is none."""
+        """Go on with a saved state, after :meth:`refresh`; not called if nothing was saved."""
 
     def __str__(self) -> str:
         """Return in a word what is made of the weight, for the table that is printed when the fit begins."""
@@ -246,10 +246,11 @@ class Chain:
     @torch.no_grad()
     def bake(self, lasting: Sequence[ViewedWeight]) -> None:
         """Make what some of the stages store the parameter's own."""
-        value = self.found.parameter.detach()
-        for weight in self._stages.values():
+        dense = value = self.found.parameter.detach()
+        for weight in self.weights:
             value = weight.stored(value) if any(weight is other for other in lasting) else value
-        self.found.parameter.copy_(value)
+        if value is not dense:
+            self.found.parameter.copy_(value)
 
     def join(self, stage: Stage, weight: ViewedWeight, window: Callable[[], InPlaceWindow]) -> None:
         """Let one more stage act on the weight, and show the module what comes out."""

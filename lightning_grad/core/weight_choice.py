@@ -53,7 +53,7 @@ class Wanted(Generic[W]):
 
 
 @dataclass(frozen=True)
-class Choice(Generic[W]):
+class WeightChoice(Generic[W]):
     """Which weights of a module are chosen, and why others are not."""
 
     chosen: list[W] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Choice(Generic[W]):
         return f"{'; '.join(reasons)}. Choose other layers with include=, or another {column}."
 
 
-def choose_weights(module: nn.Module, wanted: Wanted[W], ends: Ends) -> Choice[W]:
+def choose_weights(module: nn.Module, wanted: Wanted[W], ends: Ends) -> WeightChoice[W]:
     """Find the weights that a technique takes.
 
     Args:
@@ -97,7 +97,7 @@ def choose_weights(module: nn.Module, wanted: Wanted[W], ends: Ends) -> Choice[W
     owners = list(named_owners(module))
     candidates = [found for found in _found_weights(module, owners, wanted) if _is_candidate(found, wanted.include)]
     dense = _find_ends(owners, candidates, wanted, ends) if wanted.include is None else set()
-    choice: Choice[W] = Choice()
+    choice: WeightChoice[W] = WeightChoice()
     for found in candidates:
         if any(weight.parameter is found.parameter for weight in choice.chosen):
             continue  # another name of a tied parameter
@@ -183,7 +183,9 @@ def _is_layer(owner: Owner) -> bool:
     return parameter.ndim >= 2 and next(owner[1].children(), None) is None
 
 
-def _explain_others(choice: Choice[W], module: nn.Module, wanted: Wanted[W], candidates: Sequence[FoundWeight]) -> None:
+def _explain_others(
+    choice: WeightChoice[W], module: nn.Module, wanted: Wanted[W], candidates: Sequence[FoundWeight]
+) -> None:
     """Name weights that something else has replaced, and what the user includes that is no weight."""
     replaced = [name for name in _replaced_weights(module) if not wanted.excludes([name])]
     choice.skipped.extend((name, _REPLACED) for name in replaced if matches(name, wanted.include or ["*"]))

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_grad.core.module_chains import ModuleChains
 from lightning_grad.core.network_ends import Ends
 from lightning_grad.core.weight_chain import Chain, Stage
-from lightning_grad.core.weight_choice import Choice, W, Wanted, choose_weights
+from lightning_grad.core.weight_choice import W, Wanted, WeightChoice, choose_weights
 from lightning_grad.utilities.checks import owned_ids
 
 
@@ -41,11 +41,11 @@ class Selection(Generic[W]):
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()
 
-    def choose(self) -> Choice[W]:
+    def choose(self) -> WeightChoice[W]:
         """Choose weights, by the ends as they are known; nothing is shown yet."""
         return choose_weights(self._pl_module, self._wanted, self.ends)
 
-    def show(self, choice: Choice[W]) -> None:
+    def show(self, choice: WeightChoice[W]) -> None:
         """Show the module the chosen weights."""
         self.weights = choice.chosen
         for weight in self.weights:

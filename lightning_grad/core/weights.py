@@ -28,7 +28,7 @@ from lightning_grad.core.module_chains import ModuleChains, chains_of, refuse_ta
 from lightning_grad.core.network_ends import Ends
 from lightning_grad.core.portable import make_portable, wrap_loading, wrap_saving
 from lightning_grad.core.weight_chain import FoundWeight, Stage
-from lightning_grad.core.weight_choice import Choice, W, Wanted, refuse_pruners
+from lightning_grad.core.weight_choice import W, Wanted, WeightChoice, refuse_pruners
 from lightning_grad.core.weight_selection import Selection
 from lightning_grad.utilities.parameters import as_names, check_patterns, matches, parameter_names
 from lightning_grad.utilities.reporting import counted
@@ -98,7 +98,7 @@ class WeightCallback(GradCallback, Generic[W]):
         check_patterns(self.include or [], names, f"{self.label}(include=...)")
         check_patterns(self.exclude or [], names, f"{self.label}(exclude=...)")
 
-    def refuse(self, trainer: pl.Trainer, choice: Choice[W]) -> None:
+    def refuse(self, trainer: pl.Trainer, choice: WeightChoice[W]) -> None:
         """Raise if the chosen weights cannot be shown, before any is."""
         if not choice.chosen:
             why = choice.why_none(self.effect, self.column)
@@ -186,8 +186,10 @@ class WeightCallback(GradCallback, Generic[W]):
         for weight in self.weights:
             self.renew(weight)
         for weight in filter(self.is_as_before, self.weights):
-            weight.load_state_dict(self.restored.get("weights", {}).get(weight.name, {}))
-            weight.is_renewed()
+            state = self.restored.get("weights", {}).get(weight.name)
+            if state:
+                weight.load_state_dict(state)
+                weight.is_renewed()
 
     def is_as_before(self, weight: W) -> bool:
         """Return whether the restored state of a weight is that of such a one; settings may change on resume."""

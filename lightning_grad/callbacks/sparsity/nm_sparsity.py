@@ -52,7 +52,7 @@ from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.core.weight_chain import FoundWeight, Stage
-from lightning_grad.core.weight_choice import Choice
+from lightning_grad.core.weight_choice import WeightChoice
 from lightning_grad.core.weights import WeightCallback
 from lightning_grad.functional import NMPhase, add_sr_ste_
 from lightning_grad.functional.nm_schedule import Recipe
@@ -281,7 +281,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         check_patterns(named, parameter_names(pl_module), f"{self.label}(pattern=...)")
 
     @override
-    def refuse(self, trainer: pl.Trainer, choice: Choice[SparseWeight]) -> None:
+    def refuse(self, trainer: pl.Trainer, choice: WeightChoice[SparseWeight]) -> None:
         super().refuse(trainer, choice)
         if self._adds_sr_ste:
             warn_of_missing_momentum(trainer, self.label, "its SR-STE term")
