@@ -14,6 +14,7 @@ its length (``training_set.py``, ``epoch_length.py``), learning rates and progre
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.conditioner import GradientConditioner, GradientStep, Phase
 from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.found_weight import FoundWeight
 from lightning_grad.core.look import Look
 from lightning_grad.core.loss_tap import read_losses, reweight_losses
 from lightning_grad.core.portable import wrap_loading, wrap_saving
@@ -23,7 +24,8 @@ from lightning_grad.core.scoring import look_at_all
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.core.training_set import TrainingSet
 from lightning_grad.core.undo import UndoList
-from lightning_grad.core.weight_chain import FoundWeight, Stage, ViewedWeight
+from lightning_grad.core.viewed_weight import ViewedWeight
+from lightning_grad.core.weight_chain import Stage
 from lightning_grad.core.weight_choice import WeightChoice
 from lightning_grad.core.weight_view import WeightView, attach_view
 from lightning_grad.core.weights import WeightCallback

@@ -1,27 +1,27 @@
 """One weight, and the stages through which it is seen: sparse, then quantized, then with noise.
 
-A technique writes a :class:`ViewedWeight`: what it makes of one weight. All techniques that have chosen the same weight
-stand in one :class:`Chain`, in the order of :class:`Stage` and not in that of the list of callbacks. The chain is the one view
-of the weight: the module computes with what the last stage returns, the gradient passes through all of them, and a
-checkpoint holds what comes out when all of them have stored it.
+All techniques that have chosen the same weight stand in one :class:`Chain`, in the order of :class:`Stage` and not in that of
+the list of callbacks. The chain is the one view of the weight: the module computes with what the last stage returns, the
+gradient passes through all of them, and a checkpoint holds what comes out when all of them have stored it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from itertools import dropwhile, takewhile
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_grad.core.in_place_view import InPlaceView, InPlaceWindow
-from lightning_grad.core.weight_view import attach_view, viewed_class
-from lightning_grad.utilities.parameters import clean_name
-from lightning_grad.utilities.weight_axes import output_dimension
+from lightning_grad.core.weight_view import attach_view
+
+if TYPE_CHECKING:
+    from lightning_grad.core.found_weight import FoundWeight
+    from lightning_grad.core.viewed_weight import ViewedWeight
 
 
 class Stage(IntEnum):
@@ -30,146 +30,6 @@ class Stage(IntEnum):
     SPARSITY = 1
     QUANTIZATION = 2
     NOISE = 3
-
-
-@dataclass(frozen=True)
-class FoundWeight:
-    """A parameter that may be chosen.
-
-    Args:
-        name: Full name, as in ``state_dict``.
-        module: The module that owns it.
-        attribute: Its name there.
-        names: All names under which it is known, without the prefix of compiled modules.
-        twins: Other owners of the same, tied parameter, each with its attribute.
-        is_known: Whether its module is a layer of torch that reads the attribute for every use.
-        is_spelled: Whether the user has spelled its name to the end.
-        claim: What who makes of it, for errors.
-    """
-
-    name: str
-    module: nn.Module
-    attribute: str
-    names: tuple[str, ...] = ()
-    twins: tuple[tuple[nn.Module, str], ...] = ()
-    is_known: bool = True
-    is_spelled: bool = False
-    claim: str = "A technique shows it through a view"
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter itself, which holds the dense weight.
-
-        Raises:
-            RuntimeError: If something has taken it out of its layer.
-        """
-        parameter = self.module._parameters.get(self.attribute)
-        if parameter is None:
-            raise RuntimeError(
-                f"{self.claim}, and something has taken it out of its layer in mid-fit, as pruning, weight_norm, "
-                "spectral_norm and parametrize do. Do that before the fit, or leave the layer out: "
-                f"exclude=[{clean_name(self.name)!r}]."
-            )
-        return parameter
-
-    @property
-    def in_place(self) -> bool:
-        """Whether the module is shown the weight by writing it into the parameter."""
-        return bool(self.twins) or not self.is_known
-
-    def output_dimension(self) -> int | None:
-        """Return the dimension that counts the layer's outputs; ``None`` if the layer computes neither x W nor x W^T."""
-        return output_dimension(self.module, self.attribute)
-
-    def class_name(self) -> str:
-        """Return the name of the class that the user gave the module."""
-        return viewed_class(self.module).__name__
-
-
-class ViewedWeight:
-    """What one technique makes of one weight: derive from it, and write ``value``, ``stored`` or both.
-
-    Args:
-        found: The weight.
-    """
-
-    def __init__(self, found: FoundWeight) -> None:
-        self.found = found
-        self.name = found.name
-        self.module = found.module
-        self.chain = Chain(found)  # of its own, until it joins that of others
-        self.is_outdated = False  # by an earlier stage
-        self._version = -1
-
-    def value(self, weight: Tensor) -> Tensor:
-        """Return what the forward pass of a training step uses, differentiable in ``weight``.
-
-        Args:
-            weight: What the stages before this one return; the dense weight if there is none.
-        """
-        return weight
-
-    def stored(self, weight: Tensor) -> Tensor:
-        """Return what validation and checkpoints use: without gradient and without chance, a new tensor or ``weight`` itself.
-
-        Args:
-            weight: What the stages before this one store, of the weight that trains or, with weight averaging, of another.
-        """
-        return weight
-
-    def refresh(self) -> None:
-        """Recompute what :meth:`value` takes from the weight: when the fit begins, and after another weight was loaded."""
-
-    def step(self) -> None:
-        """Do what is due after each optimizer step that has moved the weight."""
-        self.refresh()
-
-    @property
-    def signature(self) -> list[str | int]:
-        """What must be as before for a resumed run to go on with the state of this weight."""
-        return []
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what this weight needs to go on, in types that a checkpoint may hold."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with a saved state, after :meth:`refresh`; not called if nothing was saved."""
-
-    def __str__(self) -> str:
-        """Return in a word what is made of the weight, for the table that is printed when the fit begins."""
-        return type(self).__name__
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter that holds the dense weight."""
-        return self.found.parameter
-
-    @property
-    def dense(self) -> Tensor:
-        """The dense weight's values, also while a step computes with others in its place."""
-        return self.chain.dense
-
-    @property
-    def incoming(self) -> Tensor:
-        """What the stages before this one return in training, without gradient: what :meth:`refresh` computes from."""
-        return self.chain.before(self)
-
-    @property
-    def is_stale(self) -> bool:
-        """Whether something other than the optimizer has changed the weight since the last refresh, or an earlier stage."""
-        return self.is_outdated or self.parameter._version != self._version
-
-    def is_renewed(self) -> None:
-        """Note that what is shown is that of the weight as it stands, and new to later stages."""
-        self.is_outdated, self._version = False, self.parameter._version
-        for later in self.chain.after(self):
-            later.is_outdated = True
-
-    @property
-    def stores(self) -> bool:
-        """Whether validation and checkpoints use another weight than the dense one."""
-        return type(self).stored is not ViewedWeight.stored
 
 
 class Chain:

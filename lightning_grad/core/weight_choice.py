@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_grad.core.found_weight import FoundWeight, found_weights, replaced_weights
 from lightning_grad.core.network_ends import Ends, Owner
-from lightning_grad.core.weight_chain import FoundWeight, ViewedWeight
-from lightning_grad.core.weight_view import REPLACEMENTS
-from lightning_grad.utilities.parameters import all_names, clean_name, is_spelled, matches, named_owners
+from lightning_grad.core.viewed_weight import ViewedWeight
+from lightning_grad.utilities.parameters import clean_name, matches, named_owners
 from lightning_grad.utilities.reporting import format_table
-from lightning_grad.utilities.weight_axes import is_foreign_matrix
 
 W = TypeVar("W", bound=ViewedWeight)
 
-_SINGLE_WEIGHT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MOST_SHOWN = 24
-_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _FROZEN = "frozen"
 _REPLACED = "reparametrized (pruning, weight_norm, spectral_norm or parametrize), so that it is computed from others"
 
@@ -95,7 +91,7 @@ def choose_weights(module: nn.Module, wanted: Wanted[W], ends: Ends) -> WeightCh
         ValueError: What ``wanted.view`` raises.
     """
     owners = list(named_owners(module))
-    candidates = [found for found in _found_weights(module, owners, wanted) if _is_candidate(found, wanted.include)]
+    candidates = list(found_weights(module, owners, wanted.include, wanted.label, wanted.effect))
     dense = _find_ends(owners, candidates, wanted, ends) if wanted.include is None else set()
     choice: WeightChoice[W] = WeightChoice()
     for found in candidates:
@@ -110,43 +106,6 @@ def choose_weights(module: nn.Module, wanted: Wanted[W], ends: Ends) -> WeightCh
             choice.chosen.append(weight)
     _explain_others(choice, module, wanted, candidates)
     return choice
-
-
-def _found_weights(module: nn.Module, owners: Sequence[Owner], wanted: Wanted[W]) -> Iterator[FoundWeight]:
-    known = all_names(module)
-    uses: dict[int, list[tuple[nn.Module, str]]] = {}
-    for _, owner, attribute in owners:
-        uses.setdefault(id(owner._parameters[attribute]), []).append((owner, attribute))
-    for name, owner, attribute in owners:
-        key = id(owner._parameters[attribute])
-        yield FoundWeight(
-            name,
-            owner,
-            attribute,
-            names=tuple(known[key]),
-            twins=tuple(use for use in uses[key] if use != (owner, attribute)),
-            is_known=_is_known(owner, attribute),
-            is_spelled=is_spelled(known[key], wanted.include or []),
-            claim=f"{wanted.label} makes {clean_name(name)} {wanted.effect}",
-        )
-
-
-def _is_known(owner: nn.Module, attribute: str) -> bool:
-    if isinstance(owner, nn.MultiheadAttention):
-        return attribute in _ATTENTION_WEIGHTS
-    return isinstance(owner, _SINGLE_WEIGHT) and attribute == "weight"
-
-
-def _is_candidate(found: FoundWeight, include: Sequence[str] | None) -> bool:
-    """Return whether a parameter may be chosen.
-
-    Layers of torch are known by their type, other linear layers by a matrix named ``weight``, and parameters of other modules
-    only where a pattern spells their own name.
-    """
-    foreign = found.attribute == "weight" and is_foreign_matrix(found.module, found.attribute)
-    if found.is_known or foreign:
-        return include is None or matches(found.names, include)
-    return found.is_spelled
 
 
 def _why_not(found: FoundWeight, wanted: Wanted[W]) -> str:
@@ -187,21 +146,11 @@ def _explain_others(
     choice: WeightChoice[W], module: nn.Module, wanted: Wanted[W], candidates: Sequence[FoundWeight]
 ) -> None:
     """Name weights that something else has replaced, and what the user includes that is no weight."""
-    replaced = [name for name in _replaced_weights(module) if not wanted.excludes([name])]
+    replaced = [name for name in replaced_weights(module) if not wanted.excludes([name])]
     choice.skipped.extend((name, _REPLACED) for name in replaced if matches(name, wanted.include or ["*"]))
     for asked in wanted.include or []:
         if not any(matches(names, [asked]) for names in (*(found.names for found in candidates), *replaced)):
             choice.skipped.append((asked, "no Linear, Conv or attention layer; spell parameters of others to the end"))
-
-
-def _replaced_weights(module: nn.Module) -> list[str]:
-    """Return the weights in whose place something else computes another."""
-    found = []
-    for name, layer in module.named_modules():
-        replaced = layer._parameters.keys() & {f"weight_{end}" for end in REPLACEMENTS}
-        if isinstance(layer, _SINGLE_WEIGHT) and (replaced or is_parametrized(layer, "weight")):
-            found.append(clean_name(f"{name}.weight"))
-    return found
 
 
 def refuse_pruners(callbacks: Iterable[object], weights: Sequence[ViewedWeight], technique: str, verb: str) -> None:

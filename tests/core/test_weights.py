@@ -17,8 +17,12 @@ from lightning_grad.core import FoundWeight, Stage, ViewedWeight
 from lightning_grad.core.in_place_view import InPlaceWindow
 from lightning_grad.core.weight_chain import Chain
 from lightning_grad.functional import is_nm, nm_mask
+from tests.callbacks.sparsity.test_nm_choice import Backwards, InOut
+from tests.callbacks.sparsity.test_nm_sparsity import Regression, data, trainer
 from tests.contract import test_checkpoints as checkpoints
+from tests.contract import test_composition as composition
 from tests.contract import test_neutral as neutral
+from tests.contract import test_no_sync as no_sync
 from tests.contract import test_no_trace as no_trace
 from tests.contract import test_resume as resume
 from tests.contract.projects import assert_identical, fit, make_classifier, state_of
@@ -122,7 +126,25 @@ def test_copies_and_further_fits(technique: Any) -> None:
     no_trace.test_module_copied_in_mid_fit_is_plain_and_computes_the_same(technique)
 
 
-def test_the_last_stage_stores_nothing_of_its_own() -> None:
+@BOTH
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_half_precision_manual_optimization_and_frozen_parameters(technique: Any) -> None:
+    composition.test_fp16_grad_scaler_with_overflow_at_the_start(technique)
+    composition.test_manual_optimization_with_two_optimizers(technique, "adamw")
+    composition.test_frozen_parameters_stay_what_they_are(technique)
+
+
+def test_two_ranks_agree_and_shards_are_refused(tmp_path: Path) -> None:
+    composition.test_two_ranks_agree(NOISE, tmp_path)
+    composition.test_sharded_strategies_work_or_are_refused_before_the_first_batch(NOISE, "FSDPStrategy")
+
+
+@BOTH
+def test_no_hook_waits_for_the_device(technique: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_sync.test_hooks_of_a_step_do_not_wait(technique, monkeypatch)
+
+
+def test_wrong_arguments_raise() -> None:
     with pytest.raises(ValueError, match=r"std must be at least 0; got -1"):
         WeightNoise(std=-1.0)
 
@@ -140,8 +162,8 @@ CHAINS = pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
 
 
 def state(callbacks: list[Any], **arguments: Any) -> dict[str, Any]:
-    trainer, module = fit(callbacks, make_classifier(), resumable=True, **arguments)
-    state = {**state_of(trainer, module), "steps": trainer.global_step}
+    run, module = fit(callbacks, make_classifier(), resumable=True, **arguments)
+    state = {**state_of(run, module), "steps": run.global_step}
     state.pop("random")  # Lightning restores no random state
     return state
 
@@ -151,17 +173,50 @@ def state(callbacks: list[Any], **arguments: Any) -> dict[str, Any]:
 def test_order_in_the_list_makes_no_difference(make: Any, manual: bool, tmp_path: Path) -> None:
     def files(callbacks: list[Any], folder: Path) -> tuple[Any, list[Any]]:
         saving = ModelCheckpoint(folder, save_top_k=-1)
-        trainer, module = fit([*callbacks, saving], make_classifier(manual=manual), max_epochs=2)
+        run, module = fit([*callbacks, saving], make_classifier(manual=manual), max_epochs=2)
         found = [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.ckpt"))]
         for checkpoint in found:
             checkpoint["callbacks"] = {k: v for k, v in checkpoint["callbacks"].items() if "Checkpoint" not in k}
-        return state_of(trainer, module), found
+        return state_of(run, module), found
 
     one, other = files(make(), tmp_path / "a"), files(make()[::-1], tmp_path / "b")
     assert_identical(one[0], other[0])
     for left, right in zip(one[1], other[1], strict=True):
         assert_identical(left["state_dict"], right["state_dict"])
         assert_identical(left["callbacks"], {key: right["callbacks"][key] for key in left["callbacks"]})
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_chain_gives_the_same_weights() -> None:
+    _, eager = fit(PAIRS["all three"]())
+    module = make_classifier()
+    torch._dynamo.reset()
+    for layer in (module.hidden, module.encoder):
+        layer.compile(backend="eager")
+    fit(PAIRS["all three"](), module)
+    for name, value in eager.state_dict().items():
+        assert torch.allclose(value, module.state_dict()[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_both_learn_the_ends_from_the_first_batch(turned: bool, tmp_path: Path) -> None:
+    def run(*more: Any, **arguments: Any) -> tuple[Any, list[str]]:
+        module, pair = Regression(Backwards()), [NMSparsity("1:4", "sr-ste", figure=False), Rounding()]
+        trainer(*(pair[::-1] if turned else pair), *more, enable_checkpointing=True, max_epochs=2).fit(
+            module, data(), **arguments
+        )
+        assert {type(layer) for layer in module.net.children()} == {nn.Linear, InOut}
+        return module.state_dict(), sorted(pair[1].chosen)
+
+    whole, chosen = run(ModelCheckpoint(tmp_path, save_top_k=-1))
+    assert chosen == ["net.late.weight", "net.mid.weight"]
+    for name, dim in (("net.late.weight", 1), ("net.mid.weight", 0)):
+        assert is_nm(whole[name], 1, 4, dim)
+        assert torch.equal(whole[name], (whole[name] / 0.05).round().mul(0.05).clamp(-0.2, 0.2))
+    assert_identical(
+        whole, run(ModelCheckpoint(tmp_path, save_top_k=-1), ckpt_path=tmp_path / "epoch=0-step=20.ckpt")[0]
+    )
 
 
 @CHAINS
@@ -219,9 +274,9 @@ def test_neutral_noise_leaves_a_sparse_run_as_it_is() -> None:
 @pytest.mark.parametrize("how", ["success", "exception", "interrupt"])
 def test_nothing_is_left_of_a_chain(make: Any, how: str) -> None:
     plain_trainer, plain = no_trace._fit_and_end([], how)
-    trainer, module = no_trace._fit_and_end(make()[::-1], how)
+    run, module = no_trace._fit_and_end(make()[::-1], how)
     assert no_trace.traces(module) == no_trace.traces(plain)
-    assert no_trace.trainer_traces(trainer) == no_trace.trainer_traces(plain_trainer)
+    assert no_trace.trainer_traces(run) == no_trace.trainer_traces(plain_trainer)
 
 
 def test_two_of_one_stage_are_refused_by_name() -> None:
