@@ -2,7 +2,8 @@
 
 Every technique derives from one of the bases. ``callback.py`` is the file to read first: it holds what all of them share.
 :class:`GradientConditioner` is for a rule on the gradients of one optimizer step, :class:`SubsetCallback` for one that chooses
-the samples of an epoch.
+the samples of an epoch, :class:`WeightCallback` (``weights.py``) for one that shows the module other weights than those that
+train.
 
 Beside the bases are the tools that reach into other people's objects and let go of them again: methods wrapped
 (``dispatch.py``, ``undo.py``), a step looked at without a trace (``quiet.py``, ``scoring.py``, ``look.py``), its losses read
@@ -13,6 +14,7 @@ its length (``training_set.py``, ``epoch_length.py``), learning rates and progre
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.conditioner import GradientConditioner, GradientStep, Phase
 from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.found_weight import FoundWeight
 from lightning_grad.core.look import Look
 from lightning_grad.core.loss_tap import read_losses, reweight_losses
 from lightning_grad.core.portable import wrap_loading, wrap_saving
@@ -22,17 +24,26 @@ from lightning_grad.core.scoring import look_at_all
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.core.training_set import TrainingSet
 from lightning_grad.core.undo import UndoList
+from lightning_grad.core.viewed_weight import ViewedWeight
+from lightning_grad.core.weight_chain import Stage
+from lightning_grad.core.weight_choice import WeightChoice
 from lightning_grad.core.weight_view import WeightView, attach_view
+from lightning_grad.core.weights import WeightCallback
 
 __all__ = [
+    "FoundWeight",
     "GradCallback",
     "GradientConditioner",
     "GradientStep",
     "Look",
     "Phase",
+    "Stage",
     "SubsetCallback",
     "TrainingSet",
     "UndoList",
+    "ViewedWeight",
+    "WeightCallback",
+    "WeightChoice",
     "WeightView",
     "attach_view",
     "is_quiet",
