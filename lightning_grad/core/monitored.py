@@ -32,8 +32,8 @@ class MonitoredCallback(GradCallback):
 
     - Stale and non-finite values are ignored.
     - All ranks get the same value, the mean of theirs, whether or not the module logs with ``sync_dist``.
-    - A metric that is not logged is refused before the first batch if the sanity check shows it, else when it is due; the error
-      names those that are logged.
+    - A metric that is not logged is refused before the first batch if the sanity check shows it, else when it is due. The
+      error names those that are logged.
     - A validation that was due when a checkpoint was written is run before a resumed fit goes on: Lightning would skip it.
 
     ``interval="validation"`` observes in ``on_validation_end``, so checkpoints of that validation hold what was done. With

@@ -47,6 +47,7 @@ class StepWindow:
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._trainer, self._pl_module = trainer, pl_module
         self._evaluations: list[_Evaluation] = []
+        self._is_again = False
 
     def watch(self) -> Callable[[], None]:
         """Begin to note what is evaluated.
@@ -57,7 +58,8 @@ class StepWindow:
 
         def step(inner: Callable[..., Any], *args: Any) -> Any:
             # An optimizer that asks several times in one step asks for the same batch.
-            if not self._evaluations or self._evaluations[-1].arguments[0] is not args[0]:
+            is_new = not self._evaluations or self._evaluations[-1].arguments[0] is not args[0]
+            if is_new and not self._is_again:
                 self._evaluations.append(_Evaluation(args, random_states()))
             return inner(*args)
 
@@ -72,15 +74,23 @@ class StepWindow:
 
         Each loss is divided by the accumulated batches, as in the first run, and ranks are synchronized with the last.
         """
-        trainer, strategy = self._trainer, self._trainer.strategy
+        trainer = self._trainer
         self._pl_module.optimizer_zero_grad(trainer.current_epoch, trainer.fit_loop.batch_idx, optimizer)
-        for number, evaluation in enumerate(self._evaluations, 1):
-            set_random_states(evaluation.states)
-            with self._synchronized(number == len(self._evaluations)), torch.enable_grad():
-                output: Any = strategy.training_step(*evaluation.arguments)
-                loss = output["loss"] if isinstance(output, dict) else output
-                if loss is not None:
-                    strategy.backward(loss / trainer.accumulate_grad_batches, optimizer)
+        self._is_again = True
+        try:
+            for number, evaluation in enumerate(self._evaluations, 1):
+                with self._synchronized(number == len(self._evaluations)), torch.enable_grad():
+                    self._run(evaluation, optimizer)
+        finally:
+            self._is_again = False
+
+    def _run(self, evaluation: _Evaluation, optimizer: Optimizer) -> None:
+        strategy = self._trainer.strategy
+        set_random_states(evaluation.states)
+        output: Any = strategy.training_step(*evaluation.arguments)
+        loss = output["loss"] if isinstance(output, dict) else output
+        if loss is not None:
+            strategy.backward(loss / self._trainer.accumulate_grad_batches, optimizer)
 
     def _synchronized(self, is_last: bool) -> AbstractContextManager[Any]:
         block = getattr(self._trainer.strategy, "block_backward_sync", None)
