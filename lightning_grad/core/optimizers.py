@@ -49,6 +49,7 @@ class OptimizerCallback(GradCallback):
     _seen = during_fit.of(dict[int, Optimizer])  # all, by number
     _ends = during_fit.of(dict[int, UndoList])  # of those that it acts on
     _rates = during_fit.of(dict[int, HeldRates])
+    _inside = during_fit.of(set[int])  # those in a step that Lightning makes
     _window = during_fit[StepWindow | None](lambda _: None)
 
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
@@ -56,7 +57,10 @@ class OptimizerCallback(GradCallback):
         return True
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
-        """Act before a step, also one past Lightning. Its gradients are not there yet, if it has a closure."""
+        """Act before a step, also one past Lightning.
+
+        Its gradients are not there yet, unless a GradScaler makes the step: then it follows ``before_update``.
+        """
 
     def before_update(self, index: int, optimizer: Optimizer) -> None:
         """Act on the gradients of a step, accumulated and unscaled, or on weights and rates by what they are.
@@ -90,7 +94,8 @@ class OptimizerCallback(GradCallback):
     def multiply_rates(self, index: int, factor: Factor | Sequence[Factor]) -> None:
         """Multiply the rates of the step that is being made; they are given back when it is over, before schedulers read them.
 
-        Rates that are set in the meantime, by the training step for example, are multiplied too, and stay.
+        Rates that are set in the meantime, by the training step for example, are multiplied too, and stay. A second factor in
+        one step takes the place of the first; those of several callbacks multiply.
 
         Args:
             index: Number of the optimizer.
@@ -206,9 +211,11 @@ class OptimizerCallback(GradCallback):
         if _overrides(self, "evaluate"):
             whole = StepClosure(closure, optimizer, trainer, pl_module, self._window, self.label)
             closure = partial(self.evaluate, index, optimizer, whole)
+        self._inside.add(index)
         try:
             return inner(optimizer, closure, *args, **kwargs)
         finally:
+            self._inside.discard(index)
             self._rates[index].give_back()  # a step that raises or that the GradScaler skips has no after_step
             if self._window is not None:
                 self._window.end_step()
@@ -216,7 +223,8 @@ class OptimizerCallback(GradCallback):
     @torch.no_grad()
     @on_plain_tensors
     def _before_step(self, index: int, rates: HeldRates) -> None:
-        rates.give_back()  # of a step past Lightning that raised
+        if index not in self._inside:
+            rates.give_back()  # of a step past Lightning that raised
         self.before_step(index, self._seen[index])
 
     @override
