@@ -166,6 +166,9 @@ class OptimizerCallback(GradCallback):
                 if self.acts_on(index, optimizer):
                     self._attach(trainer, index, optimizer)
 
+    def _number_of(self, optimizer: Optimizer) -> int | None:
+        return next((index for index, seen in self._seen.items() if seen is optimizer), None)
+
     def _attach(self, trainer: pl.Trainer, index: int, optimizer: Optimizer) -> None:
         if gradients_are_scaled(trainer, optimizer):
             raise ValueError(
@@ -205,8 +208,8 @@ class OptimizerCallback(GradCallback):
         **kwargs: Any,
     ) -> Any:
         self._follow(trainer)
-        index = next((number for number, watched in self.watched.items() if watched is optimizer), None)
-        if index is None:
+        index = self._number_of(optimizer)
+        if index not in self._ends:
             return inner(optimizer, closure, *args, **kwargs)
         if _overrides(self, "evaluate"):
             whole = StepClosure(closure, optimizer, trainer, pl_module, self._window, self.label)
@@ -233,7 +236,9 @@ class OptimizerCallback(GradCallback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        index = optimizer_index(trainer, optimizer, self.label)
+        index = self._number_of(optimizer)  # also of one that was replaced within its step
+        if index is None:
+            index = optimizer_index(trainer, optimizer, self.label)
         if index in self._ends:
             self._rates[index].follow()  # a rate that was set inside the closure has replaced ours
             self.before_update(index, optimizer)

@@ -1,4 +1,4 @@
-"""A step evaluated twice by a small technique, against loops written by hand: accumulation, dropout, BatchNorm, fp16, ranks."""
+"""A step evaluated twice by a small technique, against loops by hand: accumulation, dropout, BatchNorm, fp16, ranks."""
 
 import copy
 from pathlib import Path
