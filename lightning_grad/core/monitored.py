@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Literal, NoReturn
@@ -74,9 +73,9 @@ class MonitoredCallback(GradCallback):
         self.mode = mode
         self.interval = interval
 
-    @abstractmethod
     def observe(self, trainer: pl.Trainer, value: float) -> None:
         """Act on a new value; called on every rank, with the same value."""
+        raise NotImplementedError(f"{type(self).__name__} must define observe(trainer, value).")
 
     def restart(self) -> str:
         """Drop what earlier values have left, because those to come are of another metric or interval.
