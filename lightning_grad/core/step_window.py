@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_grad.core.dispatch import wrap_method
@@ -69,28 +70,36 @@ class StepWindow:
         """Drop the batches, because their step is made."""
         self._evaluations = []
 
-    def run_again(self, optimizer: Optimizer) -> None:
+    def run_again(self, optimizer: Optimizer) -> Tensor | None:
         """Compute the gradients of all batches at the weights as they are now, in place of those that are there.
 
         Each loss is divided by the accumulated batches, as in the first run, and ranks are synchronized with the last.
+
+        Returns:
+            Tensor: The sum of these losses, ``None`` if no batch has one.
         """
         trainer = self._trainer
         self._pl_module.optimizer_zero_grad(trainer.current_epoch, trainer.fit_loop.batch_idx, optimizer)
         self._is_again = True
+        losses: list[Tensor] = []
         try:
             for number, evaluation in enumerate(self._evaluations, 1):
                 with self._synchronized(number == len(self._evaluations)), torch.enable_grad():
-                    self._run(evaluation, optimizer)
+                    losses += self._run(evaluation, optimizer)
         finally:
             self._is_again = False
+        return torch.stack(losses).sum() if losses else None
 
-    def _run(self, evaluation: _Evaluation, optimizer: Optimizer) -> None:
+    def _run(self, evaluation: _Evaluation, optimizer: Optimizer) -> list[Tensor]:
         strategy = self._trainer.strategy
         set_random_states(evaluation.states)
         output: Any = strategy.training_step(*evaluation.arguments)
         loss = output["loss"] if isinstance(output, dict) else output
-        if loss is not None:
-            strategy.backward(loss / self._trainer.accumulate_grad_batches, optimizer)
+        if loss is None:
+            return []
+        part = loss / self._trainer.accumulate_grad_batches
+        strategy.backward(part, optimizer)
+        return [part.detach()]
 
     def _synchronized(self, is_last: bool) -> AbstractContextManager[Any]:
         block = getattr(self._trainer.strategy, "block_backward_sync", None)
@@ -122,19 +131,21 @@ class StepClosure:
             self._refuse()
         return self._closure()
 
-    def again(self) -> None:
+    def again(self) -> Any:
         """Compute the gradients at the weights as they are now, in place of those that are there.
 
         Random numbers of the global streams (dropout, augmentation) are those of the first time. It leaves no trace but the
         gradients: buffers, metrics, attributes and random streams are put back, and nothing is logged. Hooks around backward
         are called, for they may change gradients.
+
+        Returns:
+            The loss at these weights, over all accumulated batches; under manual optimization what the closure returns.
         """
         with _unseen(self._trainer, self._pl_module):
-            if self._window is None:
-                with torch.enable_grad():
-                    self._closure()
-            else:
-                self._window.run_again(self._optimizer)
+            if self._window is not None:
+                return self._window.run_again(self._optimizer)
+            with torch.enable_grad():
+                return self._closure()
 
     def _refuse(self) -> None:
         if self._pl_module.automatic_optimization:

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import pytorch_lightning
 import torch
 import torchmetrics
 from lightning.pytorch.plugins import MixedPrecision
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.callbacks import NMSparsity
 from lightning_grad.core import OptimizerCallback, StepClosure
-from tests.contract.projects import assert_identical, fit, make_classifier, make_trainer, state_of
+from tests.contract.projects import assert_identical, fit, loaders, make_classifier, make_trainer, state_of
 
 RHO = 0.1
 DATA = torch.randn(48, 8, generator=torch.Generator().manual_seed(3))
@@ -272,10 +273,44 @@ def test_two_that_evaluate_are_refused() -> None:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_sparse_weights_stay_sparse_beside_it(first: bool) -> None:
-    sparse = NMSparsity("2:4", include=["hidden"])
-    callbacks = [sparse, Sharp()] if first else [Sharp(), sparse]
-    _, module = fit(callbacks, make_classifier())
-    assert ((module.hidden.weight == 0).sum() * 2 == module.hidden.weight.numel()).item()
+    """One layer is of another class, and the weight of the other is covered in place while a step runs."""
+    seen: list[float] = []
+
+    class Looks(Sharp):
+        def evaluate(self, index: int, optimizer: Any, closure: StepClosure) -> Any:
+            loss = super().evaluate(index, optimizer, closure)
+            seen.append((module.mix._parameters["w"] == 0).float().mean().item())
+            return loss
+
+    module, sparse = make_classifier(), NMSparsity("2:4", include=["hidden", "mix.w"])
+    fit([sparse, Looks()] if first else [Looks(), sparse], module)
+    for weight in (module.hidden.weight, module.mix.w):
+        assert (weight == 0).float().mean() == 0.5
+    assert set(seen) == {0.0}, "between evaluations the weight is the dense one"
+
+
+def test_a_trainer_of_the_other_namespace_takes_it() -> None:
+    trainer = make_trainer(pytorch_lightning.Trainer, callbacks=[Sharp()], max_epochs=2, accumulate_grad_batches=2)
+    module = make_classifier(pytorch_lightning.LightningModule)
+    trainer.fit(module, *loaders())
+    _, other = fit([Sharp()], max_epochs=2, accumulate_grad_batches=2)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_loss_at_the_other_weights_is_returned(accumulate: int) -> None:
+    losses: list[tuple[float, float]] = []
+
+    class Looks(Sharp):
+        def evaluate(self, index: int, optimizer: Any, closure: StepClosure) -> Any:
+            loss = closure()
+            losses.append((float(sum(module.losses[-accumulate:]) / accumulate), closure.again().item()))
+            return loss
+
+    module = Module()
+    run(Looks(), module=module, accumulate_grad_batches=accumulate)
+    first, again = zip(*losses, strict=True)
+    assert again == pytest.approx(first, rel=1e-6), "at the weights where they were"
 
 
 class Saves(pl.Callback):

@@ -46,10 +46,10 @@ class MomentumReset(OptimizerCallback):
         ValueError: In the constructor unless every is at least 1 and warmup from 0 to below every. Before the first batch
             for a fused optimizer in fp16, if no optimizer keeps ``exp_avg_sq``, for a second instance, and under DeepSpeed.
 
-    **Hooks.** The optimizer's own pre and post hooks, which fire for exactly the steps that are made: one that the
-    GradScaler skips is not counted, resets nothing and leaves the learning rate alone; one without gradients (skipped by
-    ``SkipNonFinite``) is not counted. The rate is put back in the post hook, before a scheduler reads it.
-    ``on_before_optimizer_step`` takes in rates that the closure has set.
+    **Hooks.** Those of :class:`~lightning_grad.core.OptimizerCallback` before and after a step, which are called for exactly
+    the steps that are made: one that the GradScaler skips is not counted, resets nothing and leaves the learning rate alone;
+    one without gradients (skipped by ``SkipNonFinite``) is not counted. The rate is given back after the step, before a
+    scheduler reads it. A rate that the training step sets is reduced too, and stays.
 
     **Logs** under ``grad/momentum_reset/``, at log steps: ``lr_factor`` and ``resets``.
 
