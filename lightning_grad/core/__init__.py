@@ -28,7 +28,7 @@ from lightning_grad.core.portable import wrap_loading, wrap_saving
 from lightning_grad.core.progress import run_progress, total_steps
 from lightning_grad.core.quiet import is_quiet, quiet
 from lightning_grad.core.scoring import look_at_all
-from lightning_grad.core.step_window import StepClosure
+from lightning_grad.core.step_window import StepClosure, is_repeated
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.core.training_set import TrainingSet
 from lightning_grad.core.undo import UndoList
@@ -56,6 +56,7 @@ __all__ = [
     "attach_view",
     "during_fit",
     "is_quiet",
+    "is_repeated",
     "look_at_all",
     "quiet",
     "read_losses",

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_grad.core.dispatch import wrap_method
@@ -24,7 +25,13 @@ from lightning_grad.data.random_streams import (
     set_random_states,
 )
 
+_REPEATED: WeakSet[nn.Module] = WeakSet()
 _NO_CLOSURE = "do_nothing_closure"  # by its name: each of Lightning's two namespaces has its own
+
+
+def is_repeated(pl_module: nn.Module) -> bool:
+    """Return True while a step is evaluated again, for hooks that count or record batches."""
+    return pl_module in _REPEATED
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ class StepClosure:
 
         Random numbers of the global streams (dropout, augmentation) are those of the first time. It leaves no trace but the
         gradients: buffers, metrics, attributes and random streams are put back, and nothing is logged. Hooks around backward
-        are called, for they may change gradients.
+        are called, for they may change gradients; those that count or record ask :func:`is_repeated`.
 
         Returns:
             The loss at these weights, over all accumulated batches; under manual optimization what the closure returns.
@@ -171,4 +178,6 @@ def _unseen(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None
         for module in modules:
             stack.callback(Snapshot(module, False, known).restore)
         stack.callback(close_windows, pl_module, open_windows(pl_module))
+        _REPEATED.add(pl_module)
+        stack.callback(_REPEATED.discard, pl_module)
         yield

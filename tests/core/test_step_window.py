@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.callbacks import NMSparsity
-from lightning_grad.core import OptimizerCallback, StepClosure
+from lightning_grad.core import OptimizerCallback, StepClosure, is_repeated
 from tests.contract.projects import assert_identical, fit, loaders, make_classifier, make_trainer, state_of
 
 RHO = 0.1
@@ -287,6 +287,17 @@ def test_sparse_weights_stay_sparse_beside_it(first: bool) -> None:
     for weight in (module.hidden.weight, module.mix.w):
         assert (weight == 0).float().mean() == 0.5
     assert set(seen) == {0.0}, "between evaluations the weight is the dense one"
+
+
+def test_hooks_around_backward_can_tell_the_second_evaluation() -> None:
+    seen: list[bool] = []
+
+    class Counts(pl.Callback):
+        def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(is_repeated(pl_module))
+
+    run(Sharp(), Counts(), accumulate_grad_batches=3, epochs=1)
+    assert seen == [False, False, False, True, True, True] * 2
 
 
 def test_a_trainer_of_the_other_namespace_takes_it() -> None:
