@@ -28,22 +28,23 @@ from lightning_grad.utilities.precision import gradients_are_scaled
 class OptimizerCallback(GradCallback):
     """Acts around the steps of the trainer's optimizers.
 
-    A technique overrides what it needs of these; each gets the number of the optimizer and the optimizer that has this number
-    now, also where another callback has replaced it in mid-run:
+    Override what the technique needs. Each method gets the number of an optimizer and the optimizer that has this
+    number now, even after another callback has replaced it in mid-run:
 
-    - :meth:`acts_on`: which optimizers;
+    - :meth:`acts_on`: choose the optimizers;
     - :meth:`before_step`: a step begins;
-    - :meth:`before_update`: its gradients are there;
+    - :meth:`before_update`: the gradients of the step are there;
     - :meth:`after_step`: the step was made;
-    - :meth:`evaluate`: its gradients are to be computed, once or several times;
-    - :meth:`run_backward`: a loss is to be differentiated.
+    - :meth:`evaluate`: compute the gradients of the step, once or several times;
+    - :meth:`run_backward`: differentiate a loss.
 
-    In them :meth:`multiply_rates` and :meth:`reset_moments` may be called. Whatever must last is kept by the number of the
-    optimizer. The first three run without gradients being recorded, and on plain tensors.
+    Inside them, :meth:`multiply_rates` and :meth:`reset_moments` act on the step that is being made. Keep whatever
+    must last by the number of the optimizer. ``before_step``, ``before_update`` and ``after_step`` run without
+    recording gradients, and on plain tensors.
 
-    Not called are ``before_step`` and ``after_step`` for a step that the GradScaler skips. Nor is ``after_step`` for one
-    without gradients (skipped by ``SkipNonFinite``). So what is to follow the steps that are made is computed before, and
-    counts from ``after_step`` on.
+    A step that the GradScaler skips calls neither ``before_step`` nor ``after_step``; one without gradients
+    (skipped by ``SkipNonFinite``) does not call ``after_step``. So compute in ``before_update`` what follows from
+    the gradients, and keep it in ``after_step``.
     """
 
     _seen = during_fit.of(dict[int, Optimizer])  # all, by number
@@ -53,20 +54,19 @@ class OptimizerCallback(GradCallback):
     _window = during_fit[StepWindow | None](lambda _: None)
 
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
-        """Return whether it acts on an optimizer; asked when a fit begins, and of one that takes another's place."""
+        """Return whether it acts on an optimizer; called when a fit begins, and for one that takes another's place."""
         return True
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
-        """Act before a step, also one past Lightning.
+        """Act before a step, including one past Lightning.
 
-        Its gradients are not there yet, unless a GradScaler makes the step: then it follows ``before_update``.
+        The gradients are not there yet, unless a GradScaler makes the step: then it comes after ``before_update``.
         """
 
     def before_update(self, index: int, optimizer: Optimizer) -> None:
-        """Act on the gradients of a step, accumulated and unscaled, or on weights and rates by what they are.
+        """Act on the gradients of a step, accumulated and unscaled, or use them to change weights and rates.
 
-        The last moment before the update, but for callbacks further down the list and Lightning's own clipping. A step past
-        Lightning has none.
+        Callbacks further down the list and Lightning's own clipping still follow. A step past Lightning does not call it.
         """
 
     def after_step(self, index: int, optimizer: Optimizer) -> None:
@@ -92,10 +92,10 @@ class OptimizerCallback(GradCallback):
         return {index: self._seen[index] for index in self._ends}
 
     def multiply_rates(self, index: int, factor: Factor | Sequence[Factor]) -> None:
-        """Multiply the rates of the step that is being made; they are given back when it is over, before schedulers read them.
+        """Multiply the rates of the step that is being made; schedulers, monitors and checkpoints see the user's.
 
-        Rates that are set in the meantime, by the training step for example, are multiplied too, and stay. A second factor in
-        one step takes the place of the first; those of several callbacks multiply.
+        A rate that is set in the meantime, by the training step for example, is multiplied too, and stays. A second factor in
+        one step replaces the first. Factors of several callbacks multiply.
 
         Args:
             index: Number of the optimizer.
@@ -108,7 +108,7 @@ class OptimizerCallback(GradCallback):
         reset_moments_(list(self._seen[index].state.values()))
 
     def quantity_of(self, index: int, quantity: str) -> str:
-        """Return the name of what is logged for one optimizer: with its number, if there are several."""
+        """Return the name under which to log something of one optimizer; it has the number if there are several."""
         return f"optimizer{index}/{quantity}" if len(self._seen) > 1 else quantity
 
     # The fit begins.
@@ -126,10 +126,10 @@ class OptimizerCallback(GradCallback):
         others = [c.label for c in callbacks if isinstance(c, OptimizerCallback) and _overrides(c, "evaluate")]
         if len(others) > 1:
             raise ValueError(f"{' and '.join(others)} would each evaluate every step again. Keep one of them.")
-        if getattr(trainer.strategy, "gradient_is_compressed", False):
+        if getattr(trainer.strategy, "wants_to_compress", False):
             raise ValueError(
-                f"{self.label} evaluates each step again, and {type(trainer.strategy).__name__} would send both gradients. "
-                "Train with strategy='ddp'."
+                f"{self.label} evaluates each step again, and {type(trainer.strategy).__name__} would send both gradients and "
+                "carry what is left of one into the other. Train with strategy='ddp'."
             )
 
     @override

@@ -355,3 +355,11 @@ def test_two_ranks_are_one_with_both_their_batches(accumulate: int, tmp_path: Pa
     assert_identical(saved[0], saved[1])
     for key, value in one.state_dict().items():
         torch.testing.assert_close(saved[0][key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_strategies_that_compress_gradients_are_refused() -> None:
+    """They would add what is left of the first gradient to the second."""
+    module, trainer = Module(), make_trainer(callbacks=[Sharp()])
+    trainer.strategy.wants_to_compress = True
+    with pytest.raises(ValueError, match=r"Sharp evaluates each step again.*Train with strategy='ddp'"):
+        trainer.fit(module, DataLoader(TensorDataset(DATA), 8))
