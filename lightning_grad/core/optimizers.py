@@ -14,12 +14,13 @@ from typing_extensions import override
 
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.dispatch import wrap_method
-from lightning_grad.core.fit import during_fit
+from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.held_rates import Factor, HeldRates
 from lightning_grad.core.step_window import StepClosure, StepWindow
 from lightning_grad.core.undo import UndoList
 from lightning_grad.functional import reset_moments_
 from lightning_grad.functional.plain_tensors import on_plain_tensors
+from lightning_grad.utilities.batches import map_tensors
 from lightning_grad.utilities.checks import refuse_deepspeed
 from lightning_grad.utilities.optimizers import optimizer_index
 from lightning_grad.utilities.precision import gradients_are_scaled
@@ -39,8 +40,8 @@ class OptimizerCallback(GradCallback):
     - :meth:`run_backward`: differentiate a loss.
 
     Inside them, :meth:`multiply_rates` and :meth:`reset_moments` act on the step that is being made. Keep whatever
-    must last by the number of the optimizer. ``before_step``, ``before_update`` and ``after_step`` run without
-    recording gradients, and on plain tensors.
+    must last in :meth:`memory`, which is saved and restored. ``before_step``, ``before_update`` and ``after_step`` run
+    without recording gradients, and on plain tensors.
 
     A step that the GradScaler skips calls neither ``before_step`` nor ``after_step``; one without gradients
     (skipped by ``SkipNonFinite``) does not call ``after_step``. So compute in ``before_update`` what follows from
@@ -50,6 +51,7 @@ class OptimizerCallback(GradCallback):
     _seen = during_fit.of(dict[int, Optimizer])  # all, by number
     _ends = during_fit.of(dict[int, UndoList])  # of those that it acts on
     _rates = during_fit.of(dict[int, HeldRates])
+    _memory = until_next_fit.of(dict[int, dict[str, Any]])
     _inside = during_fit.of(set[int])  # those in a step that Lightning makes
     _window = during_fit[StepWindow | None](lambda _: None)
 
@@ -91,6 +93,14 @@ class OptimizerCallback(GradCallback):
         """The optimizers that it acts on now, by number."""
         return {index: self._seen[index] for index in self._ends}
 
+    def memory(self, index: int) -> dict[str, Any]:
+        """Return what is kept of one optimizer: tensors, numbers, strings, lists and dicts under names of your choice.
+
+        It is in the state of the callback. A resumed fit has it again, on the device of the optimizer's parameters. An
+        optimizer that takes another's place in mid-run goes on with it.
+        """
+        return self._memory.setdefault(index, {})
+
     def multiply_rates(self, index: int, factor: Factor | Sequence[Factor]) -> None:
         """Multiply the rates of the step that is being made; schedulers, monitors and checkpoints see the user's.
 
@@ -131,6 +141,17 @@ class OptimizerCallback(GradCallback):
                 f"{self.label} evaluates each step again, and {type(trainer.strategy).__name__} would send both gradients and "
                 "carry what is left of one into the other. Train with strategy='ddp'."
             )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        kept = {str(index): dict(memory) for index, memory in self._memory.items()}
+        return {**super().state_dict(), **({"memory": kept} if kept else {})}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self.fitting:
+            self._memory = {int(index): dict(memory) for index, memory in state_dict.get("memory", {}).items()}
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -175,6 +196,10 @@ class OptimizerCallback(GradCallback):
                 f"{self.label} counts the steps that are made, and the fused {type(optimizer).__name__} decides inside "
                 "its step whether the fp16 GradScaler skips it. Use fused=False, or precision='bf16-mixed'."
             )
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if index in self._memory and parameters:
+            device = parameters[0].device
+            self._memory[index] = map_tensors(self._memory[index], lambda kept: kept.to(device))
         ends, rates = self._ends.setdefault(index, UndoList()), HeldRates(optimizer)
         self._rates[index] = rates
         ends.push(optimizer.register_step_pre_hook(lambda o, *_: self._before_step(index, rates)).remove)

@@ -1,13 +1,13 @@
 """DoWG's rule around any SGD, as an author outside the package writes it."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.core import OptimizerCallback, during_fit, until_next_fit
+from lightning_grad.core import OptimizerCallback, during_fit
 
 
 class DistanceRate(OptimizerCallback):
@@ -23,9 +23,7 @@ class DistanceRate(OptimizerCallback):
 
     namespace: ClassVar[str] = "lr/distance"
 
-    _start = until_next_fit.of(dict[int, list[Tensor]])  # w0 of each optimizer
-    _sums = until_next_fit.of(dict[int, tuple[Tensor, Tensor]])  # r and v
-    _next = during_fit.of(dict[int, tuple[Tensor, Tensor]])  # those after the step that is being made
+    _next = during_fit.of(dict[int, list[Tensor]])  # r and v after the step that is being made
 
     def __init__(self, first: float = 1e-4, power: float = 1.0, name: str | None = None) -> None:
         super().__init__(name)
@@ -36,24 +34,16 @@ class DistanceRate(OptimizerCallback):
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in weights if p.grad is not None]
         if self.power and gradients:
-            start = self._start.setdefault(index, [w.detach().clone() for w in weights])
-            distance, total = self._sums.get(index, (weights[0].new_tensor(self.first), weights[0].new_tensor(0.0)))
+            memory = self.memory(index)
+            start = memory.setdefault("start", [w.detach().clone() for w in weights])
+            distance, total = memory.get("sums", [weights[0].new_tensor(self.first), weights[0].new_tensor(0.0)])
             moved = torch.stack(torch._foreach_norm(torch._foreach_sub(weights, start))).norm()
             distance = torch.maximum(distance, moved)
             total = total + distance**2 * torch.stack(torch._foreach_norm(gradients)).norm() ** 2
-            self._next[index] = (distance, total)
+            self._next[index] = [distance, total]
             self.multiply_rates(index, (distance**2 / total.sqrt()) ** self.power)
 
     @override
     def after_step(self, index: int, optimizer: Optimizer) -> None:
-        self._sums.update({index: self._next.pop(index)} if index in self._next else {})
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "start": dict(self._start), "sums": dict(self._sums)}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting:
-            self._start, self._sums = state_dict["start"], state_dict["sums"]
+        if index in self._next:
+            self.memory(index)["sums"] = self._next.pop(index)

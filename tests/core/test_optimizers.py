@@ -410,3 +410,24 @@ def test_it_is_copied_in_a_step_and_the_copies_work() -> None:
     for copied in copies.copies:
         _, other = fit([copied])
         assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+
+
+def test_what_is_remembered_of_an_optimizer_is_saved_and_goes_on_with_another_in_its_place(tmp_path: Any) -> None:
+    class Remembers(OptimizerCallback):
+        namespace = "remembers"
+
+        def after_step(self, index: int, optimizer: Any) -> None:
+            memory = self.memory(index)
+            memory["steps"] = memory.get("steps", 0) + 1
+            memory["sums"] = [memory.get("sums", [torch.zeros(())])[0] + optimizer.param_groups[0]["params"][0].sum()]
+
+    callback, swap = Remembers(), Swap("on_train_batch_end", 8)
+    trainer, _ = fit([callback, swap], make_classifier(manual=True), max_epochs=2)
+    assert {index: memory["steps"] for index, memory in callback.state_dict()["memory"].items()} == {"0": 12, "1": 12}
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    rest, saved = Remembers(), callback.state_dict()
+    fit([rest], make_classifier(manual=True), max_epochs=2, ckpt=tmp_path / "two.ckpt")
+    assert_identical(rest.state_dict(), saved)
+    assert "memory" not in Steps().state_dict()
+    fit([callback], make_classifier(manual=True), max_epochs=1)
+    assert callback.state_dict()["memory"]["0"]["steps"] == 6, "another fit begins with nothing"
