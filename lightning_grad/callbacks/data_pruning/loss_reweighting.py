@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_grad.core.batch_sizes import batch_size_of, size_by_sampler
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.look import LOSS_FN
+from lightning_grad.core.given_functions import LOSS_FN
 from lightning_grad.core.loss_tap import reweight_losses
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.core.rehearsal import Rehearsal
