@@ -155,18 +155,11 @@ class OptimizerCallback(GradCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy = trainer.strategy
-
-        def step(
-            inner: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kw: Any
-        ) -> Any:
-            return self._step(trainer, pl_module, inner, optimizer, closure, *args, **kw)
-
         self.undo.push(self._leave_all)
         self._follow(trainer)
-        self.undo.push(wrap_method(strategy, "optimizer_step", step))
+        self.undo.push(wrap_method(trainer.strategy, "optimizer_step", partial(self._step, trainer, pl_module)))
         if _overrides(self, "run_backward"):
-            self.undo.push(wrap_method(strategy, "backward", self.run_backward))
+            self.undo.push(wrap_method(trainer.strategy, "backward", self.run_backward))
         if _overrides(self, "evaluate") and pl_module.automatic_optimization:
             self._window = StepWindow(trainer, pl_module)
             self.undo.push(self._window.watch())
@@ -234,19 +227,22 @@ class OptimizerCallback(GradCallback):
     ) -> Any:
         self._follow(trainer)
         index = self._number_of(optimizer)
-        if index not in self._ends:
-            return inner(optimizer, closure, *args, **kwargs)
-        if _overrides(self, "evaluate"):
-            whole = StepClosure(closure, optimizer, trainer, pl_module, self._window, self.label)
-            closure = partial(self.evaluate, index, optimizer, whole)
-        self._inside.add(index)
+        if index is not None and index in self._ends:
+            self._inside.add(index)
+            if _overrides(self, "evaluate"):
+                whole = StepClosure(closure, optimizer, trainer, pl_module, self._window, self.label)
+                closure = partial(self.evaluate, index, optimizer, whole)
         try:
             return inner(optimizer, closure, *args, **kwargs)
         finally:
+            self._end_step(index)
+
+    def _end_step(self, index: int | None) -> None:
+        if index in self._inside:
             self._inside.discard(index)
             self._rates[index].give_back()  # a step that raises or that the GradScaler skips has no after_step
-            if self._window is not None:
-                self._window.end_step()
+        if self._window is not None:
+            self._window.end_step()
 
     @torch.no_grad()
     @on_plain_tensors

@@ -363,3 +363,31 @@ def test_strategies_that_compress_gradients_are_refused() -> None:
     trainer.strategy.wants_to_compress = True
     with pytest.raises(ValueError, match=r"Sharp evaluates each step again.*Train with strategy='ddp'"):
         trainer.fit(module, DataLoader(TensorDataset(DATA), 8))
+
+
+class OnlyRAdam(Sharp):
+    def acts_on(self, index: int, optimizer: Any) -> bool:
+        return isinstance(optimizer, torch.optim.RAdam)
+
+
+class Swaps(pl.Callback):
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            trainer.strategy.optimizers = [torch.optim.RAdam(pl_module.parameters(), lr=1e-2)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_it_begins_with_the_optimizer_that_it_acts_on(accumulate: int) -> None:
+    """Until then no batch is kept, and from then on all batches of a step are evaluated again."""
+    kept: list[int] = []
+
+    class Looks(OnlyRAdam):
+        def on_train_batch_end(self, *_: Any) -> None:
+            kept.append(len(self._window._evaluations))
+
+    run(Looks(), Swaps(), accumulate_grad_batches=accumulate)
+    assert kept == [index % accumulate for index in range(1, 7)] * 3
+    trainer, module = run(OnlyRAdam(rho=0.0), Swaps(), accumulate_grad_batches=accumulate)
+    other, plain = run(Swaps(), accumulate_grad_batches=accumulate)
+    assert_identical(state_of(trainer, module), state_of(other, plain))
+    assert not same(run(OnlyRAdam(), Swaps(), accumulate_grad_batches=accumulate)[1], plain)
