@@ -16,6 +16,10 @@ from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.look import Look
 from lightning_grad.core.loss_tap import read_losses, reweight_losses
 from lightning_grad.core.portable import wrap_loading, wrap_saving
+from lightning_grad.core.probe import ProbeCallback
+from lightning_grad.core.probe_history import ProbeHistory
+from lightning_grad.core.probe_reading import Picture, Reading
+from lightning_grad.core.probe_samples import ProbeLook
 from lightning_grad.core.progress import run_progress, total_steps
 from lightning_grad.core.quiet import is_quiet, quiet
 from lightning_grad.core.scoring import look_at_all
@@ -30,6 +34,11 @@ __all__ = [
     "GradientStep",
     "Look",
     "Phase",
+    "Picture",
+    "ProbeCallback",
+    "ProbeHistory",
+    "ProbeLook",
+    "Reading",
     "SubsetCallback",
     "TrainingSet",
     "UndoList",
