@@ -64,6 +64,7 @@ class ProbeHistory:
     def draw(self, title: str) -> Figure:
         """Draw each number over the steps of the run, in a panel of its own."""
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         names = self.names
         shown = names[:_MOST_DRAWN]
@@ -74,6 +75,7 @@ class ProbeHistory:
         for axis, name in zip(axes, shown, strict=False):
             self._draw_series(axis, name)
         axes[-1].set_xlabel("step")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.align_ylabels(axes)
         return figure
 
