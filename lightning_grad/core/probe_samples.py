@@ -198,7 +198,8 @@ class ProbeSamples:
             return self.trainer.val_dataloaders
         # Lightning loads them at the first validation. It is left to do so, when a run without the probe would.
         if self._early is None:
-            self._early = self.trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
+            loaders = self.trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
+            self._early = getattr(loaders, "iterables", loaders)  # of a CombinedLoader, of either namespace
         return self._early
 
     def _refuse_key(self, keys: Sequence[str]) -> None:
