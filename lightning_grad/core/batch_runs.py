@@ -39,6 +39,7 @@ class BatchRuns:
         by_terms: Whether the loss of each sample is all that has to be known, so that it may come from several terms.
         loss_fn: Gives the losses of the samples in place of the step.
         outputs_fn: Gives logits and labels in place of the step.
+        by_classes: Whether only logits and classes matter, so that other terms may be added to the loss that classifies.
     """
 
     trainer: pl.Trainer
@@ -51,6 +52,7 @@ class BatchRuns:
     by_terms: bool = False
     loss_fn: LossFunction | None = None
     outputs_fn: LossFunction | None = None
+    by_classes: bool = False
 
     @contextmanager
     def _quiet(self, seed: int) -> Iterator[None]:
@@ -99,6 +101,7 @@ class BatchRuns:
             self.way_out,
             loss_fn=self.loss_fn,
             outputs_fn=self.outputs_fn,
+            by_classes=self.by_classes,
         )
         try:
             if self.measure is not None:

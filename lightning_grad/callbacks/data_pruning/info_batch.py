@@ -51,7 +51,7 @@ class InfoBatch(SubsetCallback):
         stop: Share of the run after which all samples are trained on (0.875 in the paper).
         loss: Which call of a loss alone counts, from 0; by default all that the step returns.
         loss_fn: Function of the module and a batch that returns the losses (B,), in place of the step's own loss. The step
-            runs as it is; its mean must be the step's loss, up to a constant. It costs a second forward pass.
+            runs as it is; its mean must be the step's loss, up to a constant. It costs a second forward and backward pass.
         seed: Seed of the choices.
         loader_key: Which of several training loaders to prune: its key, or its position in a list.
         total_steps: Length of the run in optimizer steps, where it has no known end. Default: the Trainer's.
