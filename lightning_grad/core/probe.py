@@ -223,7 +223,8 @@ class ProbeCallback(GradCallback):
     def _raise(self, outcome: Outcome) -> None:
         error = outcome.error or RuntimeError(f"{self.label} failed on another rank. {outcome.fault}")
         if self.label not in str(error):
-            error.add_note(f"{self.label} raised this in its first look. Correct it, or drop the callback.")
+            which = "a" if self._is_rehearsed else "its first"
+            error.add_note(f"{self.label} raised this in {which} look. Correct it, or drop the callback.")
         raise error
 
     # The fit ends.
@@ -240,9 +241,13 @@ class ProbeCallback(GradCallback):
 
     def _write(self, trainer: pl.Trainer) -> None:
         path = self._path(trainer)
-        if path is not None and self.history.looks:
-            draw = partial(self.draw, self.history) if self.figure else None
+        if path is None or not self.history.looks:
+            return
+        draw = partial(self.draw, self.history) if self.figure else None
+        try:
             log_record(trainer, self.log_key, "looks", self.history.rows(), path, draw)
+        except Exception as error:  # of a figure of the author's: no reason to lose the end of the fit
+            rank_zero_warn(f"{self.label} could not write its record. {type(error).__name__}: {error}")
 
     def _path(self, trainer: pl.Trainer) -> Path | None:
         """Return where its files go, without an ending; ``None`` without a folder for logs."""

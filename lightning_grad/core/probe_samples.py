@@ -92,9 +92,7 @@ def chosen_samples(samples: int | Sequence[int], total: int, split: Split, label
     has = f"the {NOUNS[split]} set has {total}"
     if not isinstance(samples, int):
         if max(samples) >= total:
-            raise ValueError(
-                f"{label} would look at the sample {max(samples)}, and {has}. Set samples to indices below."
-            )
+            raise ValueError(f"{label} would look at the sample {max(samples)}, and {has}. Use indices below {total}.")
         return [int(index) for index in samples]
     if samples > total:
         raise ValueError(

@@ -93,7 +93,7 @@ def _prepared(trainer: pl.Trainer, pl_module: pl.LightningModule, samples: Probe
 
 @contextmanager
 def averaged_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-    """Put the weights into the module that a validation would see beside Lightning's weight averaging."""
+    """Put the weights into the module that a validation sees with Lightning's weight averaging."""
     callbacks: list[Any] = [
         callback
         for callback in trainer.callbacks  # type: ignore[attr-defined]

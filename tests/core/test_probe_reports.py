@@ -153,6 +153,24 @@ def test_a_figure_that_is_not_wanted_is_not_drawn_and_an_author_may_draw_another
         assert image.size == (150, 150)
 
 
+def test_a_figure_that_fails_does_not_end_the_fit(tmp_path: Path) -> None:
+    class Broken(Answers):
+        def draw(self, history: ProbeHistory) -> Any:
+            raise KeyError("no axes")
+
+    class After(pl.Callback):
+        ended = False
+
+        def on_train_end(self, *_: Any) -> None:
+            self.ended = True
+
+    after = After()
+    with pytest.warns(UserWarning, match=r"Broken could not write its record\. KeyError: 'no axes'"):
+        run(Broken(4), after, logger=CSVLogger(tmp_path, name="", version=""), max_epochs=1)
+    assert after.ended
+    assert (tmp_path / "broken.csv").is_file()
+
+
 # Pictures.
 
 
