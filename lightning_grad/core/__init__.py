@@ -8,6 +8,7 @@ attributes that live for one fit are in ``fit.py``.
 - :class:`OptimizerCallback`: works on optimizers, their steps, rates, moments and closures.
 - :class:`SubsetCallback`: chooses the samples of an epoch.
 - :class:`MonitoredCallback`: acts on the values of a metric.
+- :class:`ProbeCallback`: looks at the module every so often, and only logs.
 
 Beside the bases are the tools that reach into other people's objects and let go of them again: methods wrapped
 (``dispatch.py``, ``undo.py``), a step looked at without a trace (``quiet.py``, ``scoring.py``, ``look.py``), its losses read
@@ -29,6 +30,10 @@ from lightning_grad.core.loss_tap import read_losses, reweight_losses
 from lightning_grad.core.monitored import Interval, Mode, MonitoredCallback
 from lightning_grad.core.optimizers import OptimizerCallback
 from lightning_grad.core.portable import wrap_loading, wrap_saving
+from lightning_grad.core.probe import ProbeCallback
+from lightning_grad.core.probe_history import ProbeHistory
+from lightning_grad.core.probe_reading import Picture, Reading
+from lightning_grad.core.probe_samples import ProbeLook
 from lightning_grad.core.progress import run_progress, total_steps
 from lightning_grad.core.quiet import is_quiet, quiet
 from lightning_grad.core.scoring import look_at_all
@@ -56,6 +61,11 @@ __all__ = [
     "MonitoredCallback",
     "OptimizerCallback",
     "Phase",
+    "Picture",
+    "ProbeCallback",
+    "ProbeHistory",
+    "ProbeLook",
+    "Reading",
     "Stage",
     "StepClosure",
     "SubsetCallback",
