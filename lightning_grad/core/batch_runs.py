@@ -11,7 +11,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.core.look import SCORE_FN, Look, LossFunction, Measure, SkippedBatchError
+from lightning_grad.core.given_functions import SCORE_FN, LossFunction
+from lightning_grad.core.look import Look, Measure, SkippedBatchError
 from lightning_grad.core.quiet import quiet
 from lightning_grad.core.row_comparison import Seen
 from lightning_grad.core.row_order import largest, rows_of_call, rows_of_terms, size_of_input

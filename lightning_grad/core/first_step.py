@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_grad.core.look import LossFunction, checked_losses, with_graph
+from lightning_grad.core.given_functions import LossFunction, checked_losses, with_graph
 from lightning_grad.core.quiet import aside, eager, quiet
 from lightning_grad.core.sample_losses import terms_of, trace_of
 from lightning_grad.core.weighing_capture import outline_of

@@ -21,7 +21,8 @@ import torch
 from lightning_grad.core.batch_sizes import batch_size_of
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.first_step import choose_again, choose_way
-from lightning_grad.core.look import SCORE_FN, LossFunction, call_of, only_loss
+from lightning_grad.core.given_functions import SCORE_FN, LossFunction, call_of
+from lightning_grad.core.look import only_loss
 from lightning_grad.core.quiet import aside, is_quiet
 from lightning_grad.core.sample_losses import SampleLoss
 from lightning_grad.core.weighing_capture import Weigh

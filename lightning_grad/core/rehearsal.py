@@ -20,7 +20,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_grad.core.batch_runs import BatchRuns
-from lightning_grad.core.look import losses_of, only_loss, refuse_other_means
+from lightning_grad.core.given_functions import losses_of, refuse_other_means
+from lightning_grad.core.look import only_loss
 from lightning_grad.core.quiet import eager, quiet
 from lightning_grad.core.row_comparison import RowComparison, Seen
 from lightning_grad.core.row_order import is_close, largest, rows_of_batch, rows_of_call

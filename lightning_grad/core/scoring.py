@@ -18,7 +18,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_grad.core.look import SCORE_FN, Look, LossFunction, Measure, SkippedBatchError
+from lightning_grad.core.given_functions import SCORE_FN, LossFunction
+from lightning_grad.core.look import Look, Measure, SkippedBatchError
 from lightning_grad.core.quiet import quiet
 from lightning_grad.core.sample_losses import SampleLoss
 from lightning_grad.core.training_set import TrainingSet

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.core.look import LossFunction, checked_losses, refuse_other_means
+from lightning_grad.core.given_functions import LossFunction, checked_losses, refuse_other_means
 from lightning_grad.core.quiet import aside
 from lightning_grad.core.sample_losses import SampleLoss, SampleLosses, terms_of, trace_of, with_loss
 from lightning_grad.core.weighing_capture import Weigh, WeighingCapture, WithGradientOf

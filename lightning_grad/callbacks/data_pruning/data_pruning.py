@@ -33,7 +33,8 @@ from lightning_grad.callbacks.data_pruning._sources import (
     source_of,
 )
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.look import LOSS_FN, OUTPUTS_FN, SCORE_FN, Measure
+from lightning_grad.core.given_functions import LOSS_FN, OUTPUTS_FN, SCORE_FN
+from lightning_grad.core.look import Measure
 from lightning_grad.core.loss_tap import read_losses
 from lightning_grad.core.one_sample import cost_of_single_samples, in_words
 from lightning_grad.core.rehearsal import Rehearsal

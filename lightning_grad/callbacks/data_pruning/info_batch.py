@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.look import LOSS_FN
+from lightning_grad.core.given_functions import LOSS_FN
 from lightning_grad.core.loss_tap import reweight_losses
 from lightning_grad.core.progress import check_total_steps
 from lightning_grad.core.rehearsal import Rehearsal

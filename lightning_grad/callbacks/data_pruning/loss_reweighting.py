@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_grad.core.batch_sizes import batch_size_of, size_by_sampler
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.look import LOSS_FN
+from lightning_grad.core.given_functions import LOSS_FN
 from lightning_grad.core.loss_tap import reweight_losses
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.core.rehearsal import Rehearsal
@@ -103,7 +103,7 @@ class LossReweighting(GradCallback):
     namespace: ClassVar[str] = "data"
 
     _trainer = during_fit[pl.Trainer]()
-    _effective = during_fit[Tensor | None](lambda _: None)
+    _effective = until_next_fit[Tensor | None](lambda _: None)
     _first = during_fit[Any](lambda _: None)
     _sample_loss = until_next_fit[SampleLoss](lambda _: None)  # until one batch has shown it, the shares count
     _logged = during_fit[tuple[SampleLosses, Tensor] | None](lambda _: None)
