@@ -110,7 +110,7 @@ class ShownWeights(GradCallback, Generic[W]):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._leave_inference()
-        self._chains.renew_stale()
+        self._chains.begin_batch()
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -207,7 +207,7 @@ def test_both_learn_the_ends_from_the_first_batch(turned: bool, tmp_path: Path) 
             module, data(), **arguments
         )
         assert {type(layer) for layer in module.net.children()} == {nn.Linear, InOut}
-        return module.state_dict(), sorted(pair[1].chosen)
+        return module.state_dict(), sorted(pair[1].signatures)
 
     whole, chosen = run(ModelCheckpoint(tmp_path, save_top_k=-1))
     assert chosen == ["net.late.weight", "net.mid.weight"]
@@ -320,6 +320,23 @@ def test_a_loaded_weight_reaches_all_stages() -> None:
     rounded = RoundedWeight(FoundWeight("w", nn.Linear(1, 1), "weight"), 0.05, 0.2).stored
     fit([Load(), Rounding(include=LAYERS), sparse("ste"), Compare()])
     assert seen == [True]
+
+
+def test_an_optimizer_that_takes_anothers_place_is_followed() -> None:
+    class Replace(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            trainer.strategy.optimizers = [torch.optim.SGD(pl_module.parameters(), lr=0.1, momentum=0.9)]
+
+    def run(optimizer: Any, *others: Any) -> dict[str, Tensor]:
+        module = Regression(nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 8)), optimizer)
+        trainer(NMSparsity("1:4", include=["*"], figure=False), *others).fit(module, data())
+        return module.state_dict()
+
+    torch.manual_seed(0)
+    expected = run(lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
+    torch.manual_seed(0)
+    assert_identical(expected, run(torch.optim.Adam, Replace()))
+    assert is_nm(expected["net.0.weight"], 1, 4)
 
 
 # The gradient of a chain.
