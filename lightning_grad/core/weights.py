@@ -63,7 +63,7 @@ class WeightCallback(ShownWeights[W]):
     verb: ClassVar[str] = "change"
     column: ClassVar[str] = "effect"
 
-    signatures = until_next_fit.of(dict[str, list[str | int]])
+    signatures = until_next_fit.of(dict[str, list[str | int]])  # of each chosen weight
     _known_ends = until_next_fit[list[str] | None](lambda _: None)
 
     def __init__(
@@ -119,7 +119,7 @@ class WeightCallback(ShownWeights[W]):
         self.undo.push(selection.hide)
         selection.show(choice)
         self.signatures = {weight.name: weight.signature for weight in self.weights}
-        self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, selection.views))
+        self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, self.views))
         self.resume()
         self.say(self.plan)
         rank_zero_info(choice.table(self.column))
