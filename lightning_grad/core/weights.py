@@ -63,7 +63,7 @@ class WeightCallback(ShownWeights[W]):
     verb: ClassVar[str] = "change"
     column: ClassVar[str] = "effect"
 
-    chosen = until_next_fit.of(dict[str, list[str | int]])
+    signatures = until_next_fit.of(dict[str, list[str | int]])  # of each chosen weight
     _known_ends = until_next_fit[list[str] | None](lambda _: None)
 
     def __init__(
@@ -118,8 +118,8 @@ class WeightCallback(ShownWeights[W]):
         self._selection = selection
         self.undo.push(selection.hide)
         selection.show(choice)
-        self.chosen = {weight.name: weight.signature for weight in self.weights}
-        self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, selection.views))
+        self.signatures = {weight.name: weight.signature for weight in self.weights}
+        self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, self.views))
         self.resume()
         self.say(self.plan)
         rank_zero_info(choice.table(self.column))
@@ -150,7 +150,7 @@ class WeightCallback(ShownWeights[W]):
         if added or dense:
             for weight in added:
                 self.renew(weight)
-            self.chosen = {weight.name: weight.signature for weight in self.weights}
+            self.signatures = {weight.name: weight.signature for weight in self.weights}
             self.say(ends.explain([w.name for w in dense], [w.name for w in added], self.effect))
 
     @override
@@ -160,6 +160,6 @@ class WeightCallback(ShownWeights[W]):
             ends = self._selection.ends.seen()  # an exception in the first batch, after its step
         return {
             **super().state_dict(),
-            "chosen": self.chosen,
+            "chosen": self.signatures,
             **({} if ends is None else {"ends": ends}),
         }

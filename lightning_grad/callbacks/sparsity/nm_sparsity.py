@@ -324,7 +324,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if not self.fitting:
-            self.chosen = self.chosen or dict(state_dict.get("chosen", {}))
+            self.signatures = self.signatures or dict(state_dict.get("chosen", {}))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -352,7 +352,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         for optimizer in trainer.optimizers:
             if optimizer.state and self.owned_by(optimizer):
                 self._hold_variance(optimizer, resumed=bool(restored.get("frozen")))
-        done = bool(restored.get("restarted")) and restored.get("chosen") == self.chosen
+        done = bool(restored.get("restarted")) and restored.get("chosen") == self.signatures
         wanted = self.restart_monitors and self._pattern_changes
         self._monitors = MonitorRestart(wanted, done, trainer.enable_validation)
         held = self._monitors.announce(trainer)
@@ -487,9 +487,9 @@ class NMSparsity(WeightCallback[SparseWeight]):
         self._look_at_tested(trainer, pl_module)
 
     def _look_at_tested(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = lacking(pl_module, self.chosen)
+        names = lacking(pl_module, self.signatures)
         if names:
-            rank_zero_warn(f"{self.label}: {describe(trainer, names, len(self.chosen))}.")
+            rank_zero_warn(f"{self.label}: {describe(trainer, names, len(self.signatures))}.")
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
