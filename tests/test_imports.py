@@ -76,7 +76,7 @@ def test_the_walk_sees_every_module() -> None:
     assert {
         "lightning_grad.__init__",
         "lightning_grad.functional._group_top",
-        "lightning_grad.callbacks.nm_sparsity",
+        "lightning_grad.callbacks.sparsity.nm_sparsity",
     } <= set(MODULES)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.in_place_view import close_windows, open_windows
 from lightning_grad.core.module_state import Snapshot
 from lightning_grad.core.quiet import silence
-from lightning_grad.core.weight_view import close_windows, open_windows
 from lightning_grad.data.random_streams import (
     generators_kept,
     named_generators,
@@ -131,6 +131,7 @@ class StepClosure:
     ) -> None:
         self._closure, self._optimizer, self._window = closure, optimizer, window
         self._trainer, self._pl_module, self._label = trainer, pl_module, label
+        self._states = random_states()
 
     def __call__(self) -> Any:
         """Compute the gradients, and return what the closure returns; hand this on to the optimizer."""
@@ -151,6 +152,7 @@ class StepClosure:
         with _unseen(self._trainer, self._pl_module):
             if self._window is not None:
                 return self._window.run_again(self._optimizer)
+            set_random_states(self._states)
             with torch.enable_grad():
                 return self._closure()
 

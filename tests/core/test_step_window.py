@@ -247,6 +247,24 @@ def test_under_manual_optimization_a_closure_is_evaluated_twice() -> None:
     assert len(module.losses) == 18, "the second evaluation leaves no trace"
 
 
+def test_under_manual_optimization_the_same_random_numbers_are_drawn() -> None:
+    class Unseeded(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+
+            def closure() -> Tensor:
+                optimizer.zero_grad()
+                loss = Module.training_step(self, batch, batch_idx)
+                self.manual_backward(loss)
+                return loss
+
+            optimizer.step(closure)
+
+    trainer, module = run(Sharp(rho=0.0), module=Unseeded(with_closure=True))
+    other, plain = run(module=Unseeded(with_closure=True))
+    assert_identical(state_of(trainer, module), state_of(other, plain))
+
+
 def test_under_manual_optimization_a_step_without_a_closure_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"Sharp evaluates each step itself.*Call optimizer.step\(closure\)"):
         run(Sharp(), module=Manual(with_closure=False))

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from lightning_grad.callbacks import NMSparsity
 from lightning_grad.functional import is_nm
 from lightning_grad.utilities import sparsity_report
-from tests.callbacks.test_nm_sparsity import Regression, Tied, data, trainer
+from tests.callbacks.sparsity.test_nm_sparsity import Regression, Tied, data, trainer
 from tests.contract.projects import ResumableLoader, assert_identical
 
 
