@@ -1,7 +1,7 @@
 """Train every technique of one tree at its trial setting, and keep what each run leaves behind.
 
 ``compare_commits.py`` runs this file in a process of its own for each tree, with the tree's package on ``PYTHONPATH``. The
-module, the data and the ranks are those beside this file, so that both trees train the same.
+module, the data and the ranks are those of the tree that this file is in, so that both trees train the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning_utilities.core import rank_zero
 
-HERE = Path(__file__).parent
+TESTING = Path(__file__).parents[1] / "lightning_grad" / "testing"
 RANKS = 2
 PACKAGES = {
     "callbacks": ("tests.contract.settings", "adamw"),
@@ -47,8 +47,9 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-projects = load(HERE / "contract" / "projects.py")
-ranks = load(HERE / "ranks.py")
+projects = load(TESTING / "projects.py")
+ranks = load(TESTING / "ranks.py")
+states_of_runs = load(TESTING / "states.py")
 
 
 # What is run.
@@ -143,7 +144,7 @@ def train(entry: Mapping[str, Any]) -> dict[str, Any]:
         devices = 1 if entry["package"] == "callbacks" else RANKS
         arguments = {"strategy": strategy, "devices": devices, "logger": rows, "log_every_n_steps": 2}
         trainer, module = projects.fit([*callbacks, states], module, **arguments)
-    left = projects.state_of(trainer, module)
+    left = states_of_runs.state_of(trainer, module)
     return {
         "weights": left["module"],
         "optimizers": left["optimizers"],

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 from lightning_grad import strategies
-from tests.contract.projects import make_classifier
+from lightning_grad.testing import make_classifier
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from lightning_grad.callbacks import DataPruning, GradientMonitor, InfoBatch, Lo
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.quiet import is_quiet
 from lightning_grad.functional.adversarial_attacks import fgsm
+from lightning_grad.testing import assert_identical
 from tests.callbacks.adversarial.attacked import (
     BATCHES,
     At,
@@ -28,7 +29,6 @@ from tests.callbacks.adversarial.attacked import (
     train,
 )
 from tests.callbacks.data_pruning import test_data_pruning as pruned
-from tests.contract.projects import assert_identical
 
 SIGN = torch.tensor([1.0, -1.0])  # of Linear's weight
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lightning_grad.callbacks import InfoBatch, LossReweighting, UniformLearning
 from lightning_grad.functional import loss_weights
 from lightning_grad.functional.gradients import InseparableLossError
+from lightning_grad.testing import assert_identical
 from tests.callbacks.data_pruning.test_data_pruning import (
     BY_HAND,
     CLASSES,
@@ -22,7 +23,6 @@ from tests.callbacks.data_pruning.test_data_pruning import (
     train,
 )
 from tests.callbacks.data_pruning.test_rows import pruning
-from tests.contract.projects import assert_identical
 
 
 def dice_of(logits: Tensor, truth: Tensor, dims: Any) -> Tensor:
