@@ -12,7 +12,7 @@ its length (``training_set.py``, ``epoch_length.py``), learning rates and progre
 
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.conditioner import GradientConditioner, GradientStep, Phase
-from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.look import Look
 from lightning_grad.core.loss_tap import read_losses, reweight_losses
 from lightning_grad.core.portable import wrap_loading, wrap_saving
@@ -34,6 +34,7 @@ __all__ = [
     "TrainingSet",
     "UndoList",
     "WeightView",
+    "WrapOrder",
     "attach_view",
     "is_quiet",
     "look_at_all",

@@ -19,7 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.first_step import choose_way
 from lightning_grad.core.look import SCORE_FN, LossFunction, call_of, only_loss
 from lightning_grad.core.quiet import aside, is_quiet
@@ -28,7 +28,6 @@ from lightning_grad.core.weighing_capture import Weigh
 from lightning_grad.core.weighted_steps import ByCall, Step, Way, Weighing
 from lightning_grad.functional import LossCall, LossCapture
 
-_INNERMOST = -100
 _TAPS: WeakKeyDictionary[Any, _LossTap] = WeakKeyDictionary()
 
 
@@ -131,7 +130,7 @@ class _LossTap:
             samples = batch_size_of(batch) if self.samples is None else self.samples()
             return self._run(Step(pl_module, inner, args, kwargs, samples, bool(self.readers), may_skip))
 
-        self._undo = wrap_method(pl_module, "training_step", around, priority=_INNERMOST)
+        self._undo = wrap_method(pl_module, "training_step", around, order=WrapOrder.LOSSES)
 
     def remove(self, entry: Any) -> None:
         if entry is None:

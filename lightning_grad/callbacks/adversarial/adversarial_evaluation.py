@@ -21,14 +21,13 @@ from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.callbacks.adversarial._second_state import SecondState
 from lightning_grad.callbacks.adversarial._worst_inputs import WorstInputs
 from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.dispatch import overrides, wrap_method
+from lightning_grad.core.dispatch import WrapOrder, overrides, wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.quiet import is_quiet, loggers_muted, quiet
 from lightning_grad.data.random_streams import random_streams_kept
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import check_count, check_position, refuse_dataloader_iter, refuse_sharded
 
-_INSIDE_WEIGHT_VIEWS = -50
 _STAGES = {"fit": "validation", "validate": "validation", "test": "test"}
 _HOOKS = ("on_{}_start", "on_{}_epoch_start", "on_{}_batch_start", "{}_step", "on_{}_batch_end", "on_{}_epoch_end")
 _SECOND: WeakSet[pl.LightningModule] = WeakSet()  # modules that run on attacked inputs just now
@@ -191,7 +190,7 @@ class AdversarialEvaluation(GradCallback):
             )
         for hook in (template.format(_STAGES[stage]) for template in _HOOKS):
             around = partial(self._twice, trainer, pl_module, hook)
-            self.undo.push(wrap_method(pl_module, hook, around, priority=_INSIDE_WEIGHT_VIEWS))
+            self.undo.push(wrap_method(pl_module, hook, around, order=WrapOrder.REPEAT))
 
     def _warn_of_no_validation(self) -> None:
         if not self._has_warned:
@@ -308,7 +307,7 @@ class AdversarialEvaluation(GradCallback):
     @contextmanager
     def _as_second(self, trainer: pl.Trainer, pl_module: pl.LightningModule, second: SecondState) -> Iterator[None]:
         undo = [
-            wrap_method(pl_module, "log", self._log_again, priority=-1000),
+            wrap_method(pl_module, "log", self._log_again, order=WrapOrder.METHOD),
             wrap_method(pl_module, "print", lambda inner, *args, **kwargs: None),
         ]
         _SECOND.add(pl_module)

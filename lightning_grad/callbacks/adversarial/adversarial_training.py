@@ -27,7 +27,7 @@ from lightning_grad.callbacks.adversarial._overfitting import (
 )
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.fit import during_fit
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.core.quiet import is_quiet, quiet
@@ -44,7 +44,6 @@ from lightning_grad.utilities.checks import (
 )
 from lightning_grad.utilities.reporting import is_log_step, log_many
 
-OUTSIDE_WEIGHT_VIEWS = 50  # inside of what only looks, outside of loss capture and of weights seen through a view
 _PGD_STEPS = 7
 _CHECK_STEPS = 10
 
@@ -196,7 +195,7 @@ class AdversarialTraining(GradCallback):
         refuse_dataloader_iter(pl_module.training_step, self.label)
         self._refuse_another(trainer)
         around = partial(self._around_step, trainer, pl_module)
-        self.undo.push(wrap_method(pl_module, "training_step", around, priority=OUTSIDE_WEIGHT_VIEWS))
+        self.undo.push(wrap_method(pl_module, "training_step", around, order=WrapOrder.INPUTS))
 
     def _refuse_another(self, trainer: pl.Trainer) -> None:
         others = [callback for callback in trainer.callbacks if isinstance(callback, AdversarialTraining)]  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ from lightning_grad.callbacks.clipping._monitor_report import tell_first_bad, wr
 from lightning_grad.callbacks.clipping._noise_scale import NoiseScaleMeter
 from lightning_grad.callbacks.clipping._optimizer_watch import OptimizerWatch, Place
 from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.dispatch import overrides, wrap_method
+from lightning_grad.core.dispatch import WrapOrder, overrides, wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.phases import Phase, conditioners, refuse_order
 from lightning_grad.functional.plain_tensors import PlainTensors, on_plain_tensors
@@ -58,8 +58,6 @@ from lightning_grad.utilities.reporting import (
     stepped_batches,
 )
 from lightning_grad.utilities.thresholds import choose_buckets
-
-_OUTERMOST = 1000
 
 
 class GradientMonitor(GradCallback):
@@ -241,7 +239,7 @@ class GradientMonitor(GradCallback):
             clipper = next(callback for callback in conditioners(trainer) if callback.phase == "clip")
             self.undo.push(wrap_method(clipper, "on_before_optimizer_step", self._before_clipping))
         last = "configure_gradient_clipping" if pl_module.automatic_optimization else "on_before_optimizer_step"
-        self.undo.push(wrap_method(pl_module, last, partial(self._behind_others, trainer), priority=_OUTERMOST))
+        self.undo.push(wrap_method(pl_module, last, partial(self._behind_others, trainer), order=WrapOrder.LOOK))
         self._changed = (
             len(acting) > 1
             or bool(trainer.gradient_clip_val)
