@@ -180,6 +180,7 @@ class NMSparsity(GradCallback):
     """
 
     namespace: ClassVar[str] = "sparsity"
+    trial: ClassVar[Mapping[str, Any]] = {"pattern": "1:4", "recipe": "mdgf-exponential", "dense_fraction": 0.1}
     needs_whole_weights: ClassVar[bool] = True
 
     def __init__(
@@ -306,7 +307,8 @@ class NMSparsity(GradCallback):
             self._watch(trainer, optimizer)
         self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, layers.views))
         self._resume()
-        self.say(f"{choice.summary()} (recipe: {self._recipe_name})")
+        names = [clean_name(weight.name) for weight in choice.chosen]
+        self.announce(f"{choice.summary()} (recipe: {self._recipe_name})", "parameters", names)
         rank_zero_info(choice.table())
         say_if_no_figure(trainer, self.label, self.figure)
 

@@ -7,10 +7,12 @@ the samples of an epoch.
 Beside the bases are the tools that reach into other people's objects and let go of them again: methods wrapped
 (``dispatch.py``, ``undo.py``), a step looked at without a trace (``quiet.py``, ``scoring.py``, ``look.py``), its losses read
 or weighted (``loss_tap.py``), weights seen through a view (``weight_view.py``, ``portable.py``), the training set and
-its length (``training_set.py``, ``epoch_length.py``), learning rates and progress.
+its length (``training_set.py``, ``epoch_length.py``), learning rates and progress. :class:`Chosen` (``chosen.py``) is what a
+technique says that it acts on.
 """
 
 from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.chosen import Chosen
 from lightning_grad.core.conditioner import GradientConditioner, GradientStep, Phase
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.look import Look
@@ -25,6 +27,7 @@ from lightning_grad.core.undo import UndoList
 from lightning_grad.core.weight_view import WeightView, attach_view
 
 __all__ = [
+    "Chosen",
     "GradCallback",
     "GradientConditioner",
     "GradientStep",

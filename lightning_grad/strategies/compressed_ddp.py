@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_grad.core.chosen import Chosen
 from lightning_grad.strategies import _report
 from lightning_grad.strategies._buckets import BucketCollector, Gradient
 from lightning_grad.strategies._collectives import Collectives, explain_lost_rank
@@ -95,6 +96,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     """
 
     namespace: ClassVar[str] = "comm"
+    trial: ClassVar[Mapping[str, Any]]
 
     def __init__(
         self,
@@ -201,21 +203,41 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         if self._finds_unused:
             self._used.attach()
 
-    def _announce(self) -> None:
+    def chosen(self) -> Chosen:
+        """Return which parameters' gradients are compressed in this fit, in words and as a list.
+
+        Raises:
+            RuntimeError: Before ``setup`` of a fit.
+        """
+        if not self._shapes:
+            raise RuntimeError(
+                f"{self.label} chooses what it compresses when a fit begins, and none has. Call chosen() during fit(), in "
+                "on_fit_start or a later hook of a callback."
+            )
+        names = [name for name in self._shapes if name in self._chosen]
+        return Chosen(self._words, "parameters", names)
+
+    @property
+    def _words(self) -> str:
+        if not self.wants_to_compress:
+            return "compresses nothing at this setting: it is DDP"
+        if self.is_neutral:
+            return "has nothing to compress, and is DDP"
         total = sum(shape.numel() for shape, _ in self._shapes.values())
         inside = sum(self._shapes[name][0].numel() for name in self._chosen)
-        if not self.wants_to_compress:
-            rank_zero_info(f"{self.label} compresses nothing at this setting: it is DDP.")
-        elif self.is_neutral:
+        return (
+            f"compresses {len(self._chosen)} of {len(self._shapes)} gradients, {inside:,} of {total:,} entries, over "
+            f"{self.world_size} rank(s); the others go dense"
+        )
+
+    def _announce(self) -> None:
+        if self.wants_to_compress and self.is_neutral:
             rank_zero_warn(
-                f"{self.label} has nothing to compress, and is DDP: no parameter of two or more dimensions has min_numel="
+                f"{self.label} {self._words}: no parameter of two or more dimensions has min_numel="
                 f"{self.min_numel} entries and is not excluded. Lower min_numel, or exclude less."
             )
         else:
-            rank_zero_info(
-                f"{self.label} compresses {len(self._chosen)} of {len(self._shapes)} gradients, {inside:,} of {total:,} "
-                f"entries, over {self.world_size} rank(s); the others go dense.{self.remark}"
-            )
+            rank_zero_info(f"{self.label} {self._words}.{self.remark if self.wants_to_compress else ''}")
 
     # One step.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -142,6 +142,8 @@ class DGCStrategy(CompressedDDPStrategy):
           here: the first message of a step is collected from all buckets, and clipping takes the norm of the whole
           local gradient.
     """
+
+    trial: ClassVar[Mapping[str, Any]] = {"ratio": 0.05, "warmup": [0.5, 0.2], "warmup_steps": 3, "min_numel": 100}
 
     def __init__(
         self,

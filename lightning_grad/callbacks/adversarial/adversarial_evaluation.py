@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 from weakref import WeakSet
@@ -21,6 +21,7 @@ from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.callbacks.adversarial._second_state import SecondState
 from lightning_grad.callbacks.adversarial._worst_inputs import WorstInputs
 from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.chosen import Chosen
 from lightning_grad.core.dispatch import WrapOrder, overrides, wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.quiet import is_quiet, loggers_muted, quiet
@@ -118,6 +119,7 @@ class AdversarialEvaluation(GradCallback):
     """
 
     namespace: ClassVar[str] = "adversarial"
+    trial: ClassVar[Mapping[str, Any]] = {"epsilon": 0.1, "steps": 2}
 
     _validations = until_next_fit.of(int)
     _has_warned = during_fit.of(bool)
@@ -214,7 +216,12 @@ class AdversarialEvaluation(GradCallback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         often = "each validation" if self.every == 1 else f"one of every {self.every} validations"
-        self.say(f"runs {often} once more on inputs attacked by PGD ({self._attack.described})")
+        self.announce(f"runs {often} once more on inputs attacked by PGD ({self._attack.described})", "inputs")
+
+    @override
+    def chosen(self) -> Chosen:
+        """Return the inputs that were attacked so far; before the first validation, none."""
+        return replace(super().chosen(), names=self._search.names)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -5,6 +5,7 @@ The rules are :func:`lightning_grad.functional.reset_moments_` and :func:`lightn
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -78,6 +79,7 @@ class MomentumReset(GradCallback):
     """
 
     namespace: ClassVar[str] = "grad/momentum_reset"
+    trial: ClassVar[Mapping[str, Any]] = {"every": 5, "warmup": 3}
 
     def __init__(self, every: int = 500, warmup: int | None = None, name: str | None = None) -> None:
         super().__init__(name)
@@ -123,7 +125,7 @@ class MomentumReset(GradCallback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         without: list[ValueError] = []
-        watched: list[str] = []
+        watched: dict[str, str] = {}
         for index, optimizer in enumerate(trainer.optimizers):
             if gradients_are_scaled(trainer, optimizer):
                 raise ValueError(
@@ -136,13 +138,14 @@ class MomentumReset(GradCallback):
                 without.append(error)
             else:
                 self._watch(index, optimizer)
-                watched.append(type(optimizer).__name__)
+                watched[f"optimizers[{index}]"] = type(optimizer).__name__
         if without and len(without) == len(trainer.optimizers):
             raise without[0]
         if without:
             self.say(f"skips an optimizer: {str(without[0]).rstrip('.')}")
         slow = f", and reduces the learning rate for {self.warmup} steps after each reset" if self.warmup else ""
-        self.say(f"resets the moments of {', '.join(watched)} every {self.every} steps{slow}")
+        words = f"resets the moments of {', '.join(watched.values())} every {self.every} steps{slow}"
+        self.announce(words, "optimizers", list(watched))
 
     def _watch(self, index: int, optimizer: Optimizer) -> None:
         self.undo.push(optimizer.register_step_pre_hook(lambda o, *_: self._before_step(index, o)).remove)
