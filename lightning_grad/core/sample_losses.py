@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from lightning_grad.core.whole_step import loss_of_output
 from lightning_grad.functional import LossCall
 from lightning_grad.functional.gradients import InseparableLossError, LossTrace, SampleSums, Terms
+
+_NO_TENSORS = frozenset([type(None), bool, int, float, str, dict, OrderedDict, set, list, tuple])
 
 SampleLoss = Literal["share", "own"] | None
 
@@ -63,8 +66,12 @@ def with_loss(output: object, loss: Tensor) -> object:
 
 def trace_of(module: nn.Module, samples: int, keep_graph: bool = False) -> LossTrace:
     """Return a trace for a step of a module, whose buffers and other tensors belong to no sample."""
-    own = [value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
-    return LossTrace(samples, keep_graph=keep_graph, constants=[*module.buffers(), *own])
+    own: list[Tensor] = []
+    for part in module.modules():
+        own += [value for value in part._buffers.values() if value is not None]
+        # This runs in every step. Comparing classes first is faster than isinstance for each attribute.
+        own += [v for v in vars(part).values() if v.__class__ not in _NO_TENSORS and isinstance(v, Tensor)]
+    return LossTrace(samples, keep_graph=keep_graph, constants=own)
 
 
 def terms_of(trace: LossTrace, output: object, ways_out: str, like: Terms | None = None, check: bool = True) -> Terms:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,16 +10,7 @@ from torch import Tensor
 
 from lightning_grad.core.sample_losses import SampleLosses
 from lightning_grad.functional import LossCapture
-from lightning_grad.functional.gradients import (
-    InseparableLossError,
-    LossFunction,
-    Record,
-    Walk,
-    edge_of,
-    read_call,
-    weight_cuts_,
-)
-from lightning_grad.functional.plain_tensors import plain_tensor
+from lightning_grad.functional.gradients import LossFunction, weight_call_, without_ignored
 
 Weigh = Callable[[SampleLosses], Tensor | None]
 
@@ -53,30 +43,12 @@ class WeighingCapture(LossCapture):
             return value
         if weights.shape != (call.samples,):
             raise ValueError(f"The weights must have the shape ({call.samples},); got {tuple(weights.shape)}.")
-        # A sample all of whose positions are ignored has a loss of nan, and so may its weight be; its gradient is zero.
-        weights = weights.detach().where(~(weights.isnan() & call.losses.isnan()), 0.0)
-        if _has_hooks(func, args, kwargs, value, call.samples, weights):
+        weights = without_ignored(weights.detach(), call.losses)
+        if weight_call_(func, args, kwargs, value, weights):
             return value
         # The gradient of what has no rows, as learned class weights, is that of a loss that is computed with the weights.
         with LossCapture(call.samples, lambda _: weights):
             return WithGradientOf.apply(value.detach(), func(*args, **kwargs))  # type: ignore[no-untyped-call]
-
-
-def _has_hooks(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor, samples: int, weights: Tensor
-) -> bool:
-    """Hook weights into the graph of a call; return whether that is possible."""
-    value = plain_tensor(value)
-    call = read_call(func, args, kwargs, value, samples, lambda _: None, edge_of, values=False, keep_graph=False)
-    if call is None or call.problem or call.others or value.grad_fn is None:
-        return False
-    # For the walk a loss without reduction is none that ends here; for the hooks it makes no difference.
-    record = Record(samples, {}, calls={value.grad_fn: replace(call, reduction="mean")})
-    try:
-        weight_cuts_(Walk(value.grad_fn, record), weights)
-    except InseparableLossError:
-        return False
-    return True
 
 
 class WithGradientOf(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_grad.functional.gradients.loss_capture import LossCall
+from lightning_grad.functional.gradients.loss_call import LossCall
 from lightning_grad.functional.gradients.loss_functions import split
 
 _RESIDUALS = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")

@@ -27,7 +27,8 @@ from lightning_grad.functional import (
     vog,
     vog_state,
 )
-from lightning_grad.functional.gradients.loss_capture import LossCall, LossCapture
+from lightning_grad.functional.gradients.loss_call import LossCall
+from lightning_grad.functional.gradients.loss_capture import LossCapture
 
 B, C, T = 5, 4, 3
 NAN, INF = math.nan, math.inf

@@ -1,17 +1,32 @@
 """The loss and the gradient of single samples, from training steps that return one number for a batch.
 
-``trace.py`` watches a step, ``rows.py`` and ``follow.py`` follow which row belongs to which sample, and ``calls.py`` reads
-the losses of ``torch.nn.functional``; what they find stands in ``record.py``. ``walk.py`` goes through the autograd graph of
-the loss and proves that it is a sum over samples, with the kinds of nodes in ``nodes.py``. ``values.py`` computes the terms,
-and ``terms.py`` has what users see of them. ``proofs.py`` tests what no graph can show. ``loss_capture.py`` is the cheaper
-way for one call of a loss, and ``whole_loss.py`` tells whether that call is the whole loss. All that is private to torch is
-in ``autograd.py``.
+From a step to shares, and from shares to weights::
+
+    step --trace--> record --walk--> cuts --values--> shares of the samples --> scores
+                                      |                       |
+                                      +------- hooks <----- weights --> gradient of the weighted loss
+
+1. **Watch.** :class:`LossTrace` (``trace.py``) is a context around the step. It changes nothing, and notes in a
+   ``record.py`` what the graph will not tell: which row of a tensor belongs to which sample (``rows.py`` knows what functions
+   do to rows, ``follow.py`` which tensors that has happened to), and the calls of losses of ``torch.nn.functional``
+   (``calls.py`` reads a :class:`LossCall` of each; ``loss_functions.py`` has their arguments and denominators).
+2. **Walk.** ``walk.py`` goes from the returned loss through the autograd graph to the *cuts*, the edges at which rows begin.
+   It proves on the way that each node is linear in what depends on samples (``nodes.py`` lists the kinds), and refuses the
+   loss otherwise (``errors.py``). ``descent.py`` is the order in which this and every other walk visits nodes.
+3. **Add up.** ``values.py`` multiplies the rows at each cut by their coefficients; ``terms.py`` makes :class:`Terms` of that:
+   the share of each sample, its own mean, and the constant that belongs to no sample.
+4. **Weight.** :meth:`Terms.weight_` hooks a weight for each sample onto the cuts (``weights.py``). Backward then gives the
+   gradient of the weighted loss, and nothing is computed twice.
+5. **Prove.** ``proofs.py`` runs a step several times and shows what no graph can: that the shares follow the samples.
+
+Most steps return one call of a loss. For these :class:`LossCapture` (``loss_capture.py``) is enough, which watches nothing
+else; :class:`WholeLossCapture` (``whole_loss.py``) finds out once whether that call is the whole loss. The undocumented
+parts of autograd are in ``autograd.py``, and nowhere else.
 """
 
-from lightning_grad.functional.gradients.calls import read_call
 from lightning_grad.functional.gradients.errors import InseparableLossError
-from lightning_grad.functional.gradients.follow import edge_of
-from lightning_grad.functional.gradients.loss_capture import LossCall, LossCapture
+from lightning_grad.functional.gradients.loss_call import LossCall
+from lightning_grad.functional.gradients.loss_capture import LossCapture
 from lightning_grad.functional.gradients.loss_functions import LossFunction, SampleSums
 from lightning_grad.functional.gradients.proofs import (
     Proof,
@@ -22,10 +37,9 @@ from lightning_grad.functional.gradients.proofs import (
     trace_step,
     unordered_terms,
 )
-from lightning_grad.functional.gradients.record import Record
-from lightning_grad.functional.gradients.terms import Term, Terms, WeightHandle, weight_cuts_
+from lightning_grad.functional.gradients.terms import Term, Terms
 from lightning_grad.functional.gradients.trace import LossTrace
-from lightning_grad.functional.gradients.walk import Walk
+from lightning_grad.functional.gradients.weights import WeightHandle, weight_call_, without_ignored
 from lightning_grad.functional.gradients.whole_loss import WholeLossCapture
 
 __all__ = [
@@ -35,20 +49,17 @@ __all__ = [
     "LossFunction",
     "LossTrace",
     "Proof",
-    "Record",
     "SampleSums",
     "Term",
     "Terms",
-    "Walk",
     "WeightHandle",
     "WholeLossCapture",
-    "edge_of",
     "is_noisy",
     "prove_terms",
-    "read_call",
     "sample_loss",
     "solo_losses",
     "trace_step",
     "unordered_terms",
-    "weight_cuts_",
+    "weight_call_",
+    "without_ignored",
 ]

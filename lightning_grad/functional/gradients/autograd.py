@@ -7,6 +7,7 @@ shows at once what must be replaced here.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,7 +36,12 @@ def kind_of(node: Node) -> str:
     A custom ``autograd.Function`` called ``Mean`` has a node ``MeanBackward``, without a number, and is not the built-in
     mean.
     """
-    name = node.name().rsplit("::", 1)[-1]
+    return _kind_of_name(node.name())
+
+
+@lru_cache(4096)
+def _kind_of_name(name: str) -> str:
+    name = name.rsplit("::", 1)[-1]
     found = _BUILT_IN.fullmatch(name)
     return found[1] if found else _WITHOUT_NUMBER.get(name, "")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_grad.functional.gradients.autograd import Edge
-from lightning_grad.functional.gradients.loss_capture import LossCall
+from lightning_grad.functional.gradients.loss_call import LossCall
 from lightning_grad.functional.gradients.loss_functions import (
     LOSSES,
     LossFunction,
@@ -158,16 +158,5 @@ def _with_sums(
         sums = SampleSums(*(v.new_zeros(samples).index_add(0, at, v) for v in sums))
     loss_call = None
     if readable and ids is None:
-        losses = sums.numerators / sums.denominators
-        loss_call = LossCall(
-            name=name,
-            input=detached.pop("input"),
-            target=detached.pop("target"),
-            samples=samples,
-            losses=losses if keep_graph else losses.detach(),
-            valid=valid,
-            options=detached,
-            has_graph=value.requires_grad,
-            output=given["input"] if keep_graph else None,
-        )
+        loss_call = LossCall.of(name, given, detached, valid, sums, keep_graph, value.requires_grad)
     return Call(name, call.reduction, call.inputs, call.others, "", call.covers, sums, loss_call)

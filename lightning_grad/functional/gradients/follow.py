@@ -23,6 +23,9 @@ from lightning_grad.functional.gradients.rows import (
     transposed_rows,
 )
 
+# Arguments and results in which no tensor can be.
+NO_TENSORS = frozenset([type(None), torch.Size, int, bool, float, str, torch.dtype, torch.device])
+
 
 class RowTracker:
     """Knows where the rows of a tensor are, if they are not by the shape rule.
@@ -42,6 +45,18 @@ class RowTracker:
         """Return what is known of a tensor's rows beyond the shape rule."""
         found = self.moved.get(id(tensor))
         return found[1] if found is not None and found[0]() is tensor else None
+
+    def may_know(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+        """Return whether something beyond the shape rule may be known of an argument."""
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            found = self.moved.get(id(value))
+            if found is not None:
+                if found[0]() is value:
+                    return True
+                del self.moved[id(value)]  # that tensor is gone, and this one has its id
+            if value.__class__ in (list, tuple) and value and isinstance(value[0], (Tensor, list, tuple)):
+                return True
+        return False
 
     def set(self, tensor: Tensor, rows: Rows | None) -> None:
         if rows is not None:
@@ -114,19 +129,19 @@ class RowTracker:
             return None
         if func in PRODUCTS:
             inputs = inputs[:1]
-        group = [t for t in inputs if not self._record.is_constant(t)]
-        with_graph = [t for t in group if t.requires_grad]
-        group = with_graph or group
-        known = [rows for t in group if (rows := self.of(t)) is not None and rows.fits(output.shape)]
+        group = [(t, self.of(t)) for t in inputs if not self._record.is_constant(t)]
+        with_graph = [(t, rows) for t, rows in group if t.requires_grad]
+        group, shape = with_graph or group, output.shape
+        known = [rows for _, rows in group if rows is not None and rows.fits(shape)]
         if not known:
             return None
-        first, others = known[0], [t for t in group if self.of(t) is None]
+        first, others = known[0], [t for t, rows in group if rows is None]
         if first.owner is not None:
             alone = not (with_graph and others) and all(rows.owner == first.owner for rows in known)
             return first if alone else None
         if any(rows is not first and not first.same_as(rows) for rows in known):
             return mixed if with_graph else None
-        if any(t.shape[:1] == output.shape[:1] and obeys_shape_rule(t.shape, self._record.samples) for t in others):
+        if any(t.shape[:1] == shape[:1] and obeys_shape_rule(t.shape, self._record.samples) for t in others):
             if first.length == self._record.samples and first.covers:
                 return None  # x + x[permutation], as in mixup and in triplets of a batch: the row's own sample counts
             if with_graph or not first.covers:
@@ -136,13 +151,19 @@ class RowTracker:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """Return the tensors in nested arguments; torch's pytree takes ten times as long."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (tuple, list)) and value.__class__ is not torch.Size:
-        return [t for v in value for t in tensors_in(v)]
-    if isinstance(value, dict):
-        return [t for v in value.values() for t in tensors_in(v)]
-    return []
+    found: list[Tensor] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:
+    kind = value.__class__
+    if kind is Tensor or isinstance(value, Tensor):
+        found.append(value)
+    elif kind not in NO_TENSORS and isinstance(value, (tuple, list, dict)):
+        for v in value.values() if isinstance(value, dict) else value:
+            if v.__class__ not in NO_TENSORS:
+                _collect(v, found)
 
 
 def edge_of(tensor: Tensor) -> Edge:

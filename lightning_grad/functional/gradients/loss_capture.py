@@ -7,7 +7,7 @@ each contributes. The step itself stays as it was written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_grad.functional.gradients.autograd import is_transformed
+from lightning_grad.functional.gradients.loss_call import LossCall
 from lightning_grad.functional.gradients.loss_functions import (
     LOSSES,
     LossFunction,
@@ -23,64 +25,11 @@ from lightning_grad.functional.gradients.loss_functions import (
     denominator_shares,
     dropped_weight,
     reweighted,
-    split,
-    targets_are_classes,
     valid_positions,
 )
 from lightning_grad.functional.plain_tensors import plain_tensor
 
 _WAY_OUT = "give `score_fn=`, a function that returns one score per sample"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LossCall:
-    r"""One call of a loss, with what each sample of the batch contributed to it.
-
-    .. math::
-        \ell_i = \frac{\sum_{p \in P_i} \ell_{ip}}{\sum_{p \in P_i} w_{ip}}
-
-    where :math:`P_i` are the positions of sample i (one in plain classification, the tokens of a sentence, the pixels of an
-    image, the entries of a vector), and :math:`w_{ip}` what each adds to the denominator of the mean: 1, 0 where ignored, or
-    the weight of its class. So a loss is what the batch's mean would be for the sample alone.
-
-    Attributes:
-        name: The name of the function in ``torch.nn.functional``.
-        input: What the loss got as ``input`` (for ``linear_cross_entropy`` the features, not the logits); detached.
-        target: What the loss got as ``target``; detached.
-        samples: B, the number of samples.
-        losses: :math:`\ell_i`, (B,), float32 at least; nan for a sample all of whose positions are ignored. Also with
-            ``reduction="sum"`` the mean over the positions; with "batchmean" the mean over the rows. Detached unless
-            ``keep_graph``.
-        valid: Which positions count, bool, in the shape of the loss with ``reduction="none"``.
-        options: The other arguments by name, with their defaults: ``reduction``, ``weight``, ``ignore_index`` ...; detached.
-        has_graph: Whether the loss can be differentiated. A figure computed for the log usually cannot.
-        output: The ``input`` as it was given, with its graph, when ``keep_graph``; else ``None``.
-    """
-
-    name: str
-    input: Tensor
-    target: Tensor
-    samples: int
-    losses: Tensor
-    valid: Tensor
-    options: Mapping[str, Any]
-    has_graph: bool
-    output: Tensor | None = None
-
-    @property
-    def has_class_indices(self) -> bool:
-        """Whether each position has the index of a class as its target."""
-        return targets_are_classes(self.name, self.target)
-
-    @property
-    def labels(self) -> Tensor | None:
-        """The class of every sample, (B,), ``ignore_index`` included, when each has exactly one; ``None`` otherwise."""
-        one_each = self.has_class_indices and self.target.numel() == self.samples
-        return self.target.reshape(self.samples) if one_each else None
-
-    def rows(self, values: Tensor) -> Tensor:
-        """Return one value a position as (B, positions of a sample)."""
-        return split(values, self.samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,18 +215,8 @@ class LossCapture(TorchFunctionMode):
         samples = _samples(loss.name, positions, self.samples, self.way_out)
         valid = valid_positions(loss.name, detached, positions)
         sums = SampleSums.of(positions, denominator_shares(loss.name, detached, valid, positions), samples)
-        losses = sums.numerators / sums.denominators
-        call = LossCall(
-            name=loss.name,
-            input=detached.pop("input"),
-            target=detached.pop("target"),
-            samples=samples,
-            losses=losses if self.keep_graph else losses.detach(),
-            valid=valid,
-            options=detached,
-            has_graph=_differentiable(given.values()),
-            output=given["input"] if self.keep_graph else None,
-        )
+        has_graph = _differentiable(given.values())
+        call = LossCall.of(loss.name, given, detached, valid, sums, self.keep_graph, has_graph)
         return _Read(call, positions, sums)
 
     def _positions(self, func: Any, given: dict[str, Any], detached: dict[str, Any], value: Any) -> Tensor:
@@ -323,7 +262,7 @@ def _differentiable(values: Iterable[Any]) -> bool:
 def _transformed(values: Iterable[Any]) -> bool:
     if torch.compiler.is_compiling():  # which cannot trace the question
         return False
-    return any(isinstance(v, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(v) for v in values)
+    return any(isinstance(v, Tensor) and is_transformed(v) for v in values)
 
 
 def _listed(calls: list[LossCall]) -> str:

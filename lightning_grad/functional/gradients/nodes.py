@@ -26,6 +26,8 @@ GUARDING = _kinds("NanToNum")
 SCALED = _kinds("Mul Addcmul")
 # Products that sum over a dimension.
 CONTRACTING = _kinds("Dot Mv Mm Bmm Addmm Addmv Baddbmm")
+# All through which a walk goes.
+PASSED = LINEAR | SCALED | CONTRACTING | {"Div"}
 # Here an input without a graph is added, so it is a part of the constant.
 ADDING = _kinds("Add Sub Rsub Stack Cat Where MaskedFill CopySlices IndexPut IndexPutImpl Copy")
 # Through these, coefficients can be pushed further down by the rows of one input, to below the masks: see `Values`.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,10 @@ from lightning_grad.functional.gradients.rows import Rows, obeys_shape_rule
 
 _NOT_THE_STEP = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))  # torch, and this package
 
+_name_of_file = lru_cache(1024)(os.path.basename)
 
-@dataclass(frozen=True, slots=True)
-class Place:
+
+class Place(NamedTuple):
     """A call in the step: the function's name, and the file and line of the call."""
 
     function: str
@@ -31,7 +33,7 @@ class Place:
     @property
     def location(self) -> str:
         """File and line, as "module.py:31"."""
-        return f"{Path(self.code.co_filename).name}:{self.line}" if self.code is not None else ""
+        return f"{_name_of_file(self.code.co_filename)}:{self.line}" if self.code is not None else ""
 
     def __str__(self) -> str:
         return f"{self.function} ({self.location})"

@@ -250,7 +250,7 @@ def transposed_rows(
     if rows is None:
         if not obeys_shape_rule(data.shape, samples):
             return None
-        rows = Rows(0, data.shape[0])
+        rows = _along(0, data.shape[0], True)
     if rows.owner is not None or rows.mixed:
         return rows
     if data.dim() == 2 and data.shape[0] == data.shape[1]:
@@ -259,7 +259,15 @@ def transposed_rows(
         return None if rows.samples is None else rows
     rest = tuple(tuple(a) if isinstance(a, list) else a for a in args[1:])
     axis = _axis_after(func, rest, tuple(kwargs.items()), data.dim(), rows.axis)
-    return None if axis == 0 and rows.samples is None else Rows(axis, rows.length, rows.samples, covers=rows.covers)
+    if rows.samples is not None:
+        return Rows(axis, rows.length, rows.samples, covers=rows.covers)
+    return None if axis == 0 else _along(axis, rows.length, rows.covers)
+
+
+@lru_cache(256)
+def _along(axis: int, length: int, covers: bool) -> Rows:
+    """Return rows in the order of the shape rule, the same object for the same dimension."""
+    return Rows(axis, length, covers=covers)
 
 
 @lru_cache(256)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +10,12 @@ from torch import Tensor
 
 from lightning_grad.functional.gradients.autograd import Node, kind_of
 from lightning_grad.functional.gradients.errors import InseparableLossError
-from lightning_grad.functional.gradients.loss_capture import LossCall
+from lightning_grad.functional.gradients.loss_call import LossCall
 from lightning_grad.functional.gradients.nodes import REDUCING
 from lightning_grad.functional.gradients.record import Record
-from lightning_grad.functional.gradients.rows import Rows
 from lightning_grad.functional.gradients.values import Part, Values
 from lightning_grad.functional.gradients.walk import Cut, Key, Walk
+from lightning_grad.functional.gradients.weights import WeightHandle, weight_cuts_, without_ignored
 from lightning_grad.functional.plain_tensors import plain_tensor
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -40,18 +39,6 @@ class Term:
 
     def __str__(self) -> str:
         return f"{self.function} ({self.location})"
-
-
-class WeightHandle:
-    """The hooks of one call of :meth:`Terms.weight_`."""
-
-    def __init__(self, handles: list[Any]) -> None:
-        self._handles = handles
-
-    def remove(self) -> None:
-        """Take the weights away. Without it they go with the graph."""
-        while self._handles:
-            self._handles.pop().remove()
 
 
 class Terms:
@@ -209,8 +196,7 @@ class Terms:
                 "multiplies a term by a learned factor, whose own gradient would be that of the unweighted loss.",
             )
         if self._shares is not None:
-            # A sample without a position that counts has a loss of nan, and so may its weight; its gradient is zero.
-            weights = torch.where(weights.isnan() & self.own.detach().isnan(), 0.0, weights)
+            weights = without_ignored(weights, self.own)
         return weight_cuts_(walk, weights)
 
     def release(self) -> None:
@@ -223,40 +209,6 @@ class Terms:
             raise ValueError(f"The weights must be a tensor of shape ({self.samples},); got {found}.")
         weights = weights.detach().to(self._loss.device)
         return weights if weights.is_floating_point() else weights.to(torch.float32)
-
-
-def weight_cuts_(walk: Walk, weights: Tensor) -> WeightHandle:
-    """Weight the rows in what flows through the cuts of a walk in every backward pass."""
-    # On the edge, not on the tensor: what else the tensor is used for, also in another term, is not weighted here.
-    cuts: dict[Node, dict[int, Rows | None]] = {}
-    for cut in walk.cuts:
-        cuts.setdefault(cut.node, {})[cut.index] = cut.rows
-    return WeightHandle([node.register_hook(_weighting(rows, weights)) for node, rows in cuts.items()])
-
-
-def _weighting(inputs: dict[int, Rows | None], weights: Tensor) -> Callable[..., tuple[Tensor | None, ...]]:
-    def hook(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
-        return tuple(
-            gradient if gradient is None or index not in inputs else _weighted(gradient, inputs[index], weights)
-            for index, gradient in enumerate(gradients)
-        )
-
-    return hook
-
-
-def _weighted(gradient: Tensor, rows: Rows | None, weights: Tensor) -> Tensor:
-    axis = 0 if rows is None else rows.axis
-    length = gradient.shape[axis] if gradient.dim() > axis else 1
-    if rows is not None and rows.owner is not None:
-        factors = weights[rows.owner]
-    else:
-        if rows is not None and rows.samples is not None:
-            factors = weights[rows.samples.to(weights.device)]
-        else:
-            factors = weights.repeat_interleave(length // len(weights))
-        factors = factors.reshape([length if dim == axis else 1 for dim in range(gradient.dim())])
-    # The product in the wider type, and rounded once.
-    return (gradient.to(torch.promote_types(gradient.dtype, weights.dtype)) * factors).to(gradient.dtype)
 
 
 def _sum_of_means(means: list[Tensor]) -> Tensor:

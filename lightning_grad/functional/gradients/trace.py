@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
-from lightning_grad.functional.gradients.autograd import is_transformed
+from lightning_grad.functional.gradients.autograd import Node, is_transformed
 from lightning_grad.functional.gradients.calls import Call, read_call
-from lightning_grad.functional.gradients.follow import RowTracker, edge_of, tensors_in
-from lightning_grad.functional.gradients.loss_capture import LossCall
+from lightning_grad.functional.gradients.follow import NO_TENSORS, RowTracker, edge_of, tensors_in
+from lightning_grad.functional.gradients.loss_call import LossCall
 from lightning_grad.functional.gradients.loss_functions import LOSSES, dropped_weight
 from lightning_grad.functional.gradients.record import Record, place_of
 from lightning_grad.functional.gradients.rows import (
@@ -29,9 +29,8 @@ from lightning_grad.functional.gradients.terms import Terms
 from lightning_grad.functional.plain_tensors import on_plain_tensors
 
 _ASSIGNMENT = torch.Tensor.__setitem__
-_SPECIAL = frozenset([*LOSSES, *MOVES, *RESHAPES, *TRANSPOSES, *REDUCTIONS, *SORTS, _ASSIGNMENT])
-_OFTEN_STILL = frozenset([*RESHAPES, *TRANSPOSES, torch.Tensor.__getitem__])
-_NO_TENSORS = frozenset([type(None), torch.Size, int, bool, float, str, torch.dtype, torch.device])
+_SPECIAL = frozenset([*LOSSES, *MOVES, *RESHAPES, *TRANSPOSES, *REDUCTIONS, *SORTS, _ASSIGNMENT, torch.eye])
+_OFTEN_STILL = frozenset([*RESHAPES, torch.Tensor.__getitem__])
 
 
 class LossTrace(TorchFunctionMode):
@@ -130,10 +129,10 @@ class LossTrace(TorchFunctionMode):
             return self._special(func, args, kwargs or {})
         out = func(*args, **kwargs) if kwargs else func(*args)
         if out.__class__ is not Tensor:
-            if out.__class__ in _NO_TENSORS:
+            if out.__class__ in NO_TENSORS:
                 return out
-        elif not self._rows.moved or not _any_of(self._rows.moved, args, kwargs):
-            if out.grad_fn is None and func is not torch.eye:
+        elif not self._rows.moved or not self._rows.may_know(args, kwargs):
+            if not out.requires_grad:
                 return out
             shape = out.shape
             first = args[0] if args else None
@@ -152,8 +151,11 @@ class LossTrace(TorchFunctionMode):
         if func in LOSSES:
             kwargs = {**kwargs, **dropped_weight(func, kwargs)}
         out = func(*args, **kwargs)
-        if func in _OFTEN_STILL and out.__class__ is Tensor and self._stays(func, args, kwargs, out):
-            return out
+        if out.__class__ is Tensor:
+            if func in _OFTEN_STILL and self._stays(func, args, kwargs, out):
+                return out
+            if func in TRANSPOSES and self._is_transposed(func, args, kwargs, out):
+                return out
         self._follow(func, args, kwargs, out)
         return out
 
@@ -162,16 +164,39 @@ class LossTrace(TorchFunctionMode):
         data: Any = args[0] if args else None
         if data.__class__ is not Tensor or self._record.is_constant(data):
             return False
-        if self._rows.moved and _any_of(self._rows.moved, args, kwargs):
+        if self._rows.moved and self._rows.may_know(args, kwargs):
             return False
         shape, before = out.shape, data.shape
         if not shape or not before or shape[0] != before[0] or not shape[0] or shape[0] % self.samples:
             return False
-        if func in RESHAPES:
-            return True
-        if func in TRANSPOSES:
-            return len(shape) > 2 and out.stride(0) == data.stride(0) != 0
-        return not touches_rows(func, args, kwargs)
+        return func in RESHAPES or not touches_rows(func, args, kwargs)
+
+    def _is_transposed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
+        """Follow the rows of a plain tensor, as attention does in every layer; return whether it was one."""
+        data: Any = args[0] if args else None
+        if data.__class__ is not Tensor or self._record.is_constant(data) or is_transformed(data):
+            return False
+        self._rows.reshape(func, args, kwargs, out)
+        node = out.grad_fn
+        if node is not None and self._begins_terms(func, data, out):
+            self._keep(node, func, (data,))
+        return True
+
+    def _begins_terms(self, func: Any, data: Tensor, out: Tensor) -> bool:
+        """Return whether the walk may come to a result: it has no rows, or others than what it was computed from."""
+        return (
+            not self._rows.has_rows(out)
+            or out.shape[:1] != data.shape[:1]
+            or (func in TRANSPOSES and out.dim() == 2)  # (T, B) with T = B, which proven terms cut above
+        )
+
+    def _keep(self, node: Node, func: Any, inputs: Sequence[Tensor]) -> None:
+        """Keep where a result was computed, and from what."""
+        record = self._record
+        record.places[node] = place_of(func)
+        for t in inputs:
+            if t.requires_grad and t.__class__ is not Parameter:
+                record.seen[edge_of(t)] = (t, t._version) if self.values else None
 
     # Our own questions to a tensor of a class of its own would go through that class, which may refuse or count them.
     @on_plain_tensors
@@ -209,17 +234,10 @@ class LossTrace(TorchFunctionMode):
                     record.constants[id(output)] = output
             elif self._is_fixed(inputs):
                 record.fixed.add(node)
-            elif (
-                not self._rows.has_rows(output)
-                or output.shape[:1] != inputs[0].shape[:1]
-                or (func in TRANSPOSES and output.dim() == 2)  # (T, B) with T = B, which proven terms cut above
-            ):
-                record.places[node] = place_of(func)
+            elif self._begins_terms(func, inputs[0], output):
+                self._keep(node, func, inputs)
                 if self.values and func in ADDITIONS:
                     record.arguments[node] = args
-                for t in inputs:
-                    if t.requires_grad and t.__class__ is not Parameter:
-                        record.seen[edge_of(t)] = (t, t._version) if self.values else None
 
     def _read_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
         """Read a call of a loss; return whether that is all there is to note."""
@@ -247,16 +265,6 @@ class LossTrace(TorchFunctionMode):
     def _is_fixed(self, inputs: list[Tensor]) -> bool:
         """Return whether a result belongs to no sample, as it depends on parameters, constants and numbers only."""
         return all(self._record.is_constant(t) or (t.dim() == 0 and not t.requires_grad) for t in inputs)
-
-
-def _any_of(moved: dict[int, Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
-    """Return whether an argument may be one of these tensors, by their ids."""
-    for value in (*args, *kwargs.values()) if kwargs else args:
-        if id(value) in moved:
-            return True
-        if value.__class__ in (list, tuple) and value and isinstance(value[0], (Tensor, list, tuple)):
-            return True
-    return False
 
 
 def _by_position(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

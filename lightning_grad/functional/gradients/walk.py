@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
@@ -16,7 +16,7 @@ from lightning_grad.functional.gradients.autograd import (
 from lightning_grad.functional.gradients.calls import Call
 from lightning_grad.functional.gradients.descent import Descent, is_linear
 from lightning_grad.functional.gradients.errors import InseparableLossError
-from lightning_grad.functional.gradients.nodes import ADDING, CONTRACTING, LINEAR, SCALED
+from lightning_grad.functional.gradients.nodes import ADDING, CONTRACTING, LINEAR, PASSED
 from lightning_grad.functional.gradients.record import Place, Record
 from lightning_grad.functional.gradients.rows import Rows
 
@@ -105,7 +105,7 @@ class Walk(Descent):
         if call is not None and call.reduction != "none":
             self._enter(node, call, place)
             return
-        if not any(kind_of(node) in kinds for kinds in (LINEAR, SCALED, CONTRACTING, ("Div",))):
+        if kind_of(node) not in PASSED:
             self._refuse(node)
         found = self.inputs[node] = []
         for index, edge in enumerate(node.next_functions):
@@ -120,13 +120,13 @@ class Walk(Descent):
                 yield edge[0]
 
     def _kind_of_input(self, node: Node, index: int, edge: Edge, place: Place) -> tuple[Input, Rows | None]:
-        record = self._record
-        if record.is_constant_at(edge):
+        record, leaf = self._record, leaf_of(edge[0])
+        if edge[0] in record.fixed if leaf is None else record.is_constant(leaf):
             return Input.FIXED, None
         has_rows, rows = record.rows_at(edge)
         # What torch computes between a call and its result was never seen. There, shapes match B by chance: the last chunk
         # of a cross-entropy, say. Only what went into a call counts.
-        if not has_rows or (edge not in record.seen and leaf_of(edge[0]) is None):
+        if not has_rows or (leaf is None and edge not in record.seen):
             return Input.DEEPER, None
         if rows is None and self._like is not None and Cut(node, index, edge, rows, place).key not in self._like:
             return Input.DEEPER, None
@@ -140,15 +140,8 @@ class Walk(Descent):
         self._depends[node] = True
         if call.others:
             self.learned.append(place)
-        todo, known = [node], {node}
-        while todo:
-            inner = todo.pop()
-            for index, edge in enumerate(inner.next_functions):
-                if edge in call.inputs:
-                    self.cuts.append(Cut(inner, index, edge, call.inputs[edge], place, call=node))
-                elif edge[0] is not None and edge not in call.others and edge[0] not in known:
-                    known.add(edge[0])
-                    todo.append(edge[0])
+        for inner, index, edge in entries(node, call.inputs, call.others):
+            self.cuts.append(Cut(inner, index, edge, call.inputs[edge], place, call=node))
 
     def _close(self, node: Node) -> None:
         """Prove that a node is linear in what depends on samples, once all below it is known."""
@@ -219,6 +212,19 @@ class Walk(Descent):
                 "sample."
             )
         raise InseparableLossError(place.function or node.name(), place.location, reason)
+
+
+def entries(node: Node, inputs: Container[Edge], others: Container[Edge] = ()) -> Iterator[tuple[Node, int, Edge]]:
+    """Find where a call takes in its inputs: yield the node inside of the call, which of its inputs it is, and the edge."""
+    todo, known = [node], {node}
+    while todo:
+        inner = todo.pop()
+        for index, edge in enumerate(inner.next_functions):
+            if edge in inputs:
+                yield inner, index, edge
+            elif edge[0] is not None and edge not in others and edge[0] not in known:
+                known.add(edge[0])
+                todo.append(edge[0])
 
 
 def _is_number(node: Node) -> bool:

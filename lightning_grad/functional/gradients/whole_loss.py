@@ -13,7 +13,8 @@ from torch.autograd.graph import GradientEdge
 from lightning_grad.functional.gradients.autograd import Node, kind_of, leaf_of
 from lightning_grad.functional.gradients.descent import Descent, is_linear
 from lightning_grad.functional.gradients.follow import tensors_in
-from lightning_grad.functional.gradients.loss_capture import LossCall, LossCapture
+from lightning_grad.functional.gradients.loss_call import LossCall
+from lightning_grad.functional.gradients.loss_capture import LossCapture
 from lightning_grad.functional.gradients.nodes import GUARDING, LINEAR
 from lightning_grad.functional.gradients.record import Place, Record, place_of
 from lightning_grad.functional.plain_tensors import plain_tensor

@@ -23,8 +23,8 @@ from lightning_grad.functional.gradients import InseparableLossError
 from lightning_grad.testing import assert_identical, state_of
 from tests.callbacks.data_pruning.test_any_loss import BATCH, Foreign, each_alone, loader_of
 from tests.callbacks.data_pruning.test_data_pruning import Classifier, train
+from tests.functional.gradients.spellings import REWEIGHTABLE, with_gradient
 from tests.functional.gradients.steps import PROJECTS
-from tests.functional.gradients.test_loss_capture import REWEIGHTABLE, with_gradient
 from tests.functional.gradients.test_steps import to_double
 
 
@@ -137,6 +137,27 @@ def test_a_layer_inside_of_a_loss_gets_the_weighted_gradient_too() -> None:
         torch.autograd.grad(loss, [x, matrix]), torch.autograd.grad(expected, [x, matrix]), strict=True
     ):
         torch.testing.assert_close(found, one)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_target_with_a_graph_gets_the_weighted_gradient_too(by_name: bool) -> None:
+    weights = torch.tensor([2.0, 0.5, 0.0])
+    x, y = (torch.randn(3, 5, requires_grad=True) for _ in range(2))
+    arguments = {"target": y, "input": x}
+    with WeighingCapture(3, lambda seen: weights, ""):
+        loss = F.mse_loss(**arguments) if by_name else F.mse_loss(x, y)
+    expected = (F.mse_loss(x, y, reduction="none").mean(1) * weights).mean()
+    for found, one in zip(torch.autograd.grad(loss, [x, y]), torch.autograd.grad(expected, [x, y]), strict=True):
+        torch.testing.assert_close(found, one)
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_weight_of_nan_is_left_out_only_for_a_sample_without_a_loss(ignored: bool) -> None:
+    logits, weights = torch.randn(3, 4, requires_grad=True), torch.tensor([1.0, float("nan"), 1.0])
+    with WeighingCapture(3, lambda seen: weights, ""):
+        loss = F.cross_entropy(logits, torch.tensor([0, -100 if ignored else 1, 2]))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.isnan().any(1).tolist() == [False, not ignored, False]
 
 
 # The techniques.

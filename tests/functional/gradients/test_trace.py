@@ -17,11 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from lightning_grad.functional import LossCapture, per_sample_gradient_norms
 from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms
 from lightning_grad.functional.gradients.autograd import missing
+from lightning_grad.functional.gradients.follow import RowTracker
+from lightning_grad.functional.gradients.record import Record
+from lightning_grad.functional.gradients.rows import Rows
 from lightning_grad.functional.plain_tensors import plain_tensor
 from tests.functional.gradients.catalogue import B, H, Net, V, entropies, errors, make_batch
 from tests.functional.gradients.losses import CASES, one_tensor_thrice
 from tests.functional.gradients.losses_of_torch import mse
-from tests.functional.gradients.test_loss_capture import SPELLINGS
+from tests.functional.gradients.spellings import SPELLINGS
 from tests.functional.gradients.test_losses import assert_close, gradients, setting, traced
 
 
@@ -371,6 +374,17 @@ def test_rows_of_an_old_step_do_not_haunt_the_next() -> None:
     traced(step, net, batch)
     _, terms = traced(lambda n, b: kept[0].pow(2).mean(), net, batch)
     assert_close(terms.shares, kept[0].pow(2).mean(1).detach())  # by the shape rule: this step moved nothing
+
+
+def test_the_id_of_a_tensor_that_is_gone_says_nothing_of_another() -> None:
+    tracker = RowTracker(Record(B, {}))
+    gone, other = torch.zeros(B, 2), torch.zeros(B, 2)
+    tracker.set(gone, Rows(axis=1, length=2))
+    assert tracker.may_know((1, gone), {})
+    tracker.moved[id(other)] = tracker.moved.pop(id(gone))
+    del gone
+    assert not tracker.may_know((other,), {"out": None})
+    assert not tracker.moved
 
 
 def test_the_error_has_its_parts_and_survives_pickling() -> None:
