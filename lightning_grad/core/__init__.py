@@ -15,6 +15,7 @@ from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.chosen import Chosen
 from lightning_grad.core.conditioner import GradientConditioner, GradientStep, Phase
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
+from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.look import Look
 from lightning_grad.core.loss_tap import read_losses, reweight_losses
 from lightning_grad.core.portable import wrap_loading, wrap_saving
@@ -39,6 +40,7 @@ __all__ = [
     "WeightView",
     "WrapOrder",
     "attach_view",
+    "during_fit",
     "is_quiet",
     "look_at_all",
     "quiet",
@@ -46,6 +48,7 @@ __all__ = [
     "reweight_losses",
     "run_progress",
     "total_steps",
+    "until_next_fit",
     "wrap_loading",
     "wrap_method",
     "wrap_saving",
