@@ -46,7 +46,7 @@ from typing_extensions import override
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from plain_project import ResidualConvNet
+from plain_project import ResidualConvNet, VisionTransformer
 
 from benchmarks.common import (
     WARM_STEPS,
@@ -399,6 +399,58 @@ def scoring_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
     return rows
 
 
+# One sample at a time.
+
+
+class Perceptron(LightningModule):
+    """A network of a fraction of a millisecond."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    @override
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def single_modules(sizes: Sizes) -> dict[str, tuple[LightningModule, tuple[Tensor, Tensor]]]:
+    """Return modules with their data, digits of 8x8 for the first two."""
+    digits = torch.randn(sizes.samples, 1, 8, 8), torch.randint(10, (sizes.samples,))
+    return {
+        "a perceptron": (Perceptron(), digits),
+        "the digits' vision transformer": (VisionTransformer(), digits),
+        CONVNET: (residual(sizes, sizes.stages), images(sizes, sizes.samples)),
+    }
+
+
+def single_rows(
+    module: LightningModule, data: tuple[Tensor, Tensor], sizes: Sizes, rounds: int, clock: Clock
+) -> list[Row]:
+    """Time passes of one sample at a time beside passes of batches, all within one fit."""
+    seed_everything(0, verbose=False)
+    loader, subset = DataLoader(TensorDataset(*data), sizes.batch, shuffle=True), RepeatedRandomSubset(0.0)
+    rows: list[Row] = []
+
+    def measure(trainer: Trainer, pl_module: LightningModule) -> None:
+        def look(score: str, one_by_one: bool = False) -> Callable[[], Any]:
+            measure = measure_for(f"{score}, one by one" if one_by_one else score)
+            return partial(look_at_all, trainer, pl_module, subset.training_set, measure, score, one_by_one=one_by_one)
+
+        calls = {"loss": look("loss"), "loss, again": look("loss"), "loss, one by one": look("loss", True)}
+        calls |= {"grand": look("grand"), "grand, one by one": look("grand", True)}
+        typical = medians(calls, rounds, clock)
+        rows.extend(against(name, typical, name.split(", ")[0]) for name in calls)
+
+    callbacks = [subset, LambdaCallback(on_train_epoch_start=measure)]
+    quiet_trainer(clock.device, max_steps=1, callbacks=callbacks).fit(module, loader)
+    return rows
+
+
 @torch.no_grad()
 def evaluate(module: ResidualConvNet, shuffled: DataLoader[Any], device: str) -> float:
     """Return the mean loss over a data set, in eval mode."""
@@ -687,6 +739,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in (CONVNET,) if options.quick else (CONVNET, RESNET):
         add(f"Memory, {name}", "peak MB", memory_rows(name, sizes, options.threads, options.device))
     add("A scoring pass", "median ms", scoring_rows(sizes, rounds, clock))
+    for name, (module, data) in single_modules(sizes).items():
+        add(f"One sample at a time, {name}", "median ms", single_rows(module, data, sizes, max(1, rounds // 2), clock))
     add("Epochs", "median ms", epoch_rows(sizes, max(1, rounds // 2), clock))
     add("Steps read", "median ms", reading_rows(ResidualConvNet, sizes, rounds, clock))
     add("Steps read, loss by hand", "median ms", reading_rows(LossByHand, sizes, rounds, clock))

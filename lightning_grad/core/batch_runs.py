@@ -11,7 +11,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.core.look import SCORE_FN, Look, LossFunction, Measure, SkippedBatchError
+from lightning_grad.core.given_functions import SCORE_FN, LossFunction
+from lightning_grad.core.look import Look, Measure, SkippedBatchError
 from lightning_grad.core.quiet import quiet
 from lightning_grad.core.row_comparison import Seen
 from lightning_grad.core.row_order import largest, rows_of_call, rows_of_terms, size_of_input
@@ -39,6 +40,7 @@ class BatchRuns:
         by_terms: Whether the loss of each sample is all that has to be known, so that it may come from several terms.
         loss_fn: Gives the losses of the samples in place of the step.
         outputs_fn: Gives logits and labels in place of the step.
+        by_classes: Whether only logits and classes matter, so that other terms may be added to the loss that classifies.
     """
 
     trainer: pl.Trainer
@@ -51,6 +53,7 @@ class BatchRuns:
     by_terms: bool = False
     loss_fn: LossFunction | None = None
     outputs_fn: LossFunction | None = None
+    by_classes: bool = False
 
     @contextmanager
     def _quiet(self, seed: int) -> Iterator[None]:
@@ -99,6 +102,7 @@ class BatchRuns:
             self.way_out,
             loss_fn=self.loss_fn,
             outputs_fn=self.outputs_fn,
+            by_classes=self.by_classes,
         )
         try:
             if self.measure is not None:

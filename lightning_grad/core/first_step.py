@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_grad.core.quiet import eager, quiet
+from lightning_grad.core.given_functions import LossFunction, checked_losses, with_graph
+from lightning_grad.core.quiet import aside, eager, quiet
 from lightning_grad.core.sample_losses import terms_of, trace_of
+from lightning_grad.core.weighing_capture import outline_of
 from lightning_grad.core.weighted_steps import ByCall, ByFunction, ByTerms, Step, Way, Weighing
-from lightning_grad.core.whole_step import refuse_rest
+from lightning_grad.core.whole_step import refuse_rest, trained_loss
 from lightning_grad.functional.gradients import InseparableLossError, Terms, WholeLossCapture
+from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import is_sharded
 
 
@@ -21,6 +25,7 @@ def choose_way(step: Step, weighing: Weighing) -> Way | None:
         ValueError: If its rows do not divide by the number of samples.
     """
     if weighing.loss_fn is not None:
+        _try_function(step, weighing.loss_fn, weighing.label)
         return ByFunction(weighing, weighing.loss_fn)
     by_call = ByCall(weighing, weighing.way_out)
     trainer = step.module._trainer
@@ -34,19 +39,63 @@ def choose_way(step: Step, weighing: Weighing) -> Way | None:
             output = step.run_on_copies()
         if output is None:
             return None  # the next step that has a loss tells
+        trained_loss(output, weighing.ways_out())
         try:
             refuse_rest(capture, capture.only(), output, weighing.label, weighing.way_out)
         except (RuntimeError, ValueError) as error:
             return ByTerms(weighing, _terms_after(error, step, weighing, capture))
+    by_call.outlines.add(outline_of(trained_loss(output, weighing.ways_out()), capture.nodes))
     return by_call
+
+
+def choose_again(step: Step, weighing: Weighing, way: ByCall) -> Way:
+    """Return how samples are weighted from here on, after a step that computed its loss otherwise than the first.
+
+    A schedule may add a term when its time comes. In the step that showed it only the call was weighted.
+
+    Raises:
+        InseparableLossError: If the loss is no sum of one term for each sample any more.
+        RuntimeError: If it cannot be seen.
+    """
+    more = "training_step returns more than the one call of a loss that it returned at first"
+    trainer = step.module._trainer
+    # A step may talk to the other ranks, and on these it may be of the same form as ever.
+    found = way if trainer is None or trainer.world_size > 1 else choose_way(step, weighing)
+    if found is None:
+        return way  # a later step tells
+    if not isinstance(found, ByCall):
+        rank_zero_warn(
+            f"{weighing.label}: {more}. In the step before only that call was weighted; from this one on the whole loss is."
+        )
+        return found
+    if way.changed is not None and way.changed not in found.outlines:
+        rank_zero_warn(
+            f"{weighing.label}: in some steps {more}, and only that call is weighted in these. Ignore it if what they add is "
+            "the same for all samples. Otherwise let each step add it, with a factor of 0 where it does not count."
+        )
+        found.outlines.add(way.changed)
+    found.outlines |= way.outlines
+    found.changed = None
+    return found
+
+
+def _try_function(step: Step, loss_fn: LossFunction, label: str) -> None:
+    """Ask the function once, also where the first steps are not weighted."""
+    with aside(step.module), torch.enable_grad():
+        losses = with_graph(checked_losses(loss_fn(step.module, copy_of(step.batch)), step.samples), label)
+    if len(losses) and not bool(losses.isfinite().any()):
+        raise ValueError(
+            f"{label} weights the losses that loss_fn returns, and in the first batch none of them is finite. Let loss_fn "
+            "return the losses whose mean training_step returns."
+        )
 
 
 def _terms_after(error: Exception, step: Step, weighing: Weighing, capture: WholeLossCapture) -> Terms:
     """Return the terms of a step that is not one call of a loss, as an error says."""
     if step.samples is None:
         raise RuntimeError(
-            "The loss is more than one call of a loss, and the batch holds tensors of different lengths, so the "
-            f"number of its samples is not known. {weighing.ways_out()}"
+            "The loss is more than one call of a loss, the batch holds tensors of different lengths, and no sampler of torch "
+            f"tells how many samples are in it. {weighing.ways_out()}"
         ) from None
     try:
         return _first_terms(step, step.samples, weighing.ways_out(capture.calls[0].name if capture.calls else ""))

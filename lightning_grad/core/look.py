@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,36 +9,31 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from lightning_grad.core.given_functions import SCORE_FN, LossFunction, call_of, losses_of, with_graph
 from lightning_grad.core.sample_losses import SampleLoss, SampleLosses, terms_of, trace_of
-from lightning_grad.core.whole_step import refuse_rest
+from lightning_grad.core.whole_step import classifying, refuse_rest
 from lightning_grad.functional import LossCall, LossCapture, PerSampleGradientNorms
 from lightning_grad.functional.gradients import InseparableLossError, WholeLossCapture
 
 Measure = Callable[["Look"], Mapping[str, Tensor]]
 
 
-SCORE_FN = "give score_fn= in place of a score: it takes the module and a batch, and returns the scores"
-LOSS_FN = "give loss_fn=, which takes the module and a batch, and returns the loss of each sample"
-OUTPUTS_FN = "give outputs_fn=, which takes the module and a batch, and returns logits and labels"
-LossFunction = Callable[[pl.LightningModule, Any], Any]
-
-
-def only_loss(capture: LossCapture, label: str, which: int | None = None) -> LossCall:
+def only_loss(capture: LossCapture, label: str, which: int | None = None, by_classes: bool = False) -> LossCall:
     """Return the loss of a step that was run.
 
     Args:
         capture: What was seen of it.
         label: Who asks, for errors.
         which: Which of several losses counts.
+        by_classes: Whether the only one that classifies counts, where there are others.
 
     Raises:
         RuntimeError: If no loss can be read, or it is not clear which of several is meant.
         ValueError: If the rows of the only one do not divide by the number of samples.
     """
     try:
-        return capture.only(which)
+        return capture.only(classifying(capture) if by_classes and which is None else which)
     except (RuntimeError, ValueError) as error:
         raise type(error)(f"{label} must see the loss of each sample. {error}") from None
 
@@ -65,6 +59,7 @@ class Look:
         kind: Tells what the loss of a sample is where it comes from several terms; asked once.
         loss_fn: Gives the losses of the samples in place of the step.
         outputs_fn: Gives logits and labels in place of the step.
+        by_classes: Whether only logits and classes matter, so that other terms may be added to the loss that classifies.
     """
 
     pl_module: pl.LightningModule
@@ -79,6 +74,7 @@ class Look:
     kind: Callable[[], SampleLoss] | None = None
     loss_fn: LossFunction | None = None
     outputs_fn: LossFunction | None = None
+    by_classes: bool = False
 
     def losses(self, keep_graph: bool = False) -> SampleLosses:
         """Run the step and return the loss of every sample, of whatever the step's loss consists.
@@ -90,7 +86,8 @@ class Look:
         """
         if self.loss_fn is not None:
             with torch.set_grad_enabled(keep_graph):
-                return SampleLosses(losses_of(self.loss_fn, self.pl_module, self.batch, len(self.indices)))
+                losses = losses_of(self.loss_fn, self.pl_module, self.batch, len(self.indices))
+            return SampleLosses(with_graph(losses, self.label) if keep_graph else losses)
         if self.which is None and not self.memory.keys() & {"whole", "terms"}:
             capture, output = self._first_run()
             try:
@@ -141,7 +138,9 @@ class Look:
         """
         if self.outputs_fn is not None:
             with torch.set_grad_enabled(keep_graph):
-                return call_of(self.outputs_fn, self.pl_module, self.batch, len(self.indices), keep_graph)
+                check = not self.memory.get("labels_checked")
+                self.memory["labels_checked"] = True
+                return call_of(self.outputs_fn, self.pl_module, self.batch, len(self.indices), keep_graph, check)
         if self.which is None and "whole" not in self.memory:
             return self._whole_loss()
         which = self.which if self.which is not None else self.memory.get("which")
@@ -164,14 +163,14 @@ class Look:
 
     def _whole_call(self, capture: WholeLossCapture, output: object) -> LossCall:
         call = self._only(capture)
-        refuse_rest(capture, call, output, self.label, self.way_out)
+        refuse_rest(capture, call, output, self.label, self.way_out, self.by_classes)
         self.memory["whole"] = True
         if len(capture.calls) + len(capture.unread) > 1:
             self.memory["which"] = capture.calls.index(call)
         return call
 
     def _only(self, capture: LossCapture, which: int | None = None) -> LossCall:
-        return only_loss(capture, self.label, which)
+        return only_loss(capture, self.label, which, self.by_classes)
 
     def _run(self) -> object:
         output = self.run()
@@ -237,94 +236,4 @@ class Look:
         raise ValueError(
             f"{self.label} needs the features of the last layer for this score, and the logits of "
             f"{type(self.pl_module).__name__} are not the output of an nn.Linear. Use another score, or {self.way_out}."
-        )
-
-
-def losses_of(loss_fn: LossFunction, pl_module: pl.LightningModule, batch: Any, samples: int) -> Tensor:
-    """Return what ``loss_fn`` gives for a batch.
-
-    Raises:
-        ValueError: If that is not one loss for each sample.
-    """
-    return checked_losses(loss_fn(pl_module, batch), samples)
-
-
-def checked_losses(found: Any, samples: int | None) -> Tensor:
-    """Return what ``loss_fn`` gave.
-
-    Raises:
-        ValueError: If that is not one loss for each sample.
-    """
-    if not isinstance(found, Tensor) or found.dim() != 1 or samples not in (None, len(found)):
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(
-            f"loss_fn must return a tensor with one loss for each sample of a batch, ({samples or 'B'},); got {shape}."
-        )
-    return found
-
-
-def call_of(
-    outputs_fn: LossFunction, pl_module: pl.LightningModule, batch: Any, samples: int, keep_graph: bool = False
-) -> LossCall:
-    """Return the cross-entropy of what ``outputs_fn`` gives for a batch.
-
-    Raises:
-        ValueError: If that is not logits (B, C) and labels (B,).
-    """
-    found = outputs_fn(pl_module, batch)
-    logits, labels = found if isinstance(found, (tuple, list)) and len(found) == 2 else (None, None)
-    if (
-        not isinstance(logits, Tensor)
-        or not isinstance(labels, Tensor)
-        or logits.dim() != 2
-        or len(logits) != samples
-        or labels.shape != (samples,)
-        or labels.is_floating_point()
-    ):
-        shapes = [
-            f"{tuple(each.shape)} of {each.dtype}" if isinstance(each, Tensor) else type(each).__name__
-            for each in (found if isinstance(found, (tuple, list)) else [found])
-        ]
-        raise ValueError(
-            f"outputs_fn must return logits ({samples}, classes) and the labels as integers, ({samples},); got "
-            f"{', '.join(shapes)}."
-        )
-    capture = LossCapture(samples, keep_graph=keep_graph)
-    with capture:
-        F.cross_entropy(logits, labels)
-    return capture.only()
-
-
-def refuse_other_means(
-    pairs: list[tuple[float, float]], label: str, name: str, exactness: float, with_constant: bool = True
-) -> None:
-    """Raise unless means are the losses of the step, or differ from them by one and the same constant.
-
-    Args:
-        pairs: The mean and the step's loss, for some batches.
-        label: Who asks.
-        name: What the means come from.
-        exactness: Of the comparison, relative to the largest of them.
-        with_constant: Whether a constant is allowed.
-
-    Raises:
-        ValueError: If they do not.
-
-    Example:
-        >>> refuse_other_means([(1.0, 3.0), (2.0, 4.0)], "InfoBatch", "loss_fn", 1e-3)
-        >>> refuse_other_means([(1.0, 3.0), (2.0, 3.0)], "InfoBatch", "loss_fn", 1e-3)
-        Traceback (most recent call last):
-        ...
-        ValueError: InfoBatch takes loss_fn for the loss of each sample, and its mean over a batch is 1 and 2, where ...
-    """
-    differences = [mean - loss for mean, loss in pairs]
-    if with_constant:
-        differences = [one - differences[0] for one in differences]
-    scale = max((abs(number) for pair in pairs for number in pair if math.isfinite(number)), default=0.0)
-    if not all(abs(one) <= exactness * scale for one in differences):  # a mean that is not finite is none
-        means, losses = (" and ".join(f"{value:.6g}" for value in each) for each in zip(*pairs, strict=True))
-        rule = "Both may differ by a constant only" if with_constant else "Both must agree"
-        raise ValueError(
-            f"{label} takes {name} for the loss of each sample, and its mean over a batch is {means}, where training_step "
-            f"returns {losses}. {rule}: the loss takes a mean or a scale over the batch that a sample alone does not have."
         )

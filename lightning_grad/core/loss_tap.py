@@ -11,24 +11,30 @@ traced, and the graph of what it returns tells what each sample contributes
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor
 
+from lightning_grad.core.batch_sizes import batch_size_of
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
-from lightning_grad.core.first_step import choose_way
-from lightning_grad.core.look import SCORE_FN, LossFunction, call_of, only_loss
+from lightning_grad.core.first_step import choose_again, choose_way
+from lightning_grad.core.given_functions import SCORE_FN, LossFunction, call_of
+from lightning_grad.core.look import only_loss
 from lightning_grad.core.quiet import aside, is_quiet
 from lightning_grad.core.sample_losses import SampleLoss
 from lightning_grad.core.weighing_capture import Weigh
 from lightning_grad.core.weighted_steps import ByCall, Step, Way, Weighing
+from lightning_grad.core.whole_step import classifying, trained_loss
 from lightning_grad.functional import LossCall, LossCapture
 
 _TAPS: WeakKeyDictionary[Any, _LossTap] = WeakKeyDictionary()
+
+
+def _nothing() -> None:
+    return None
 
 
 def read_losses(
@@ -39,6 +45,7 @@ def read_losses(
     way_out: str = SCORE_FN,
     needed_by: str = "A reader of losses",
     outputs_fn: LossFunction | None = None,
+    by_classes: bool = False,
 ) -> Any:
     """Have ``reader`` called with the loss of every training step, after it.
 
@@ -50,13 +57,15 @@ def read_losses(
         way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
         needed_by: Who asks, for errors.
         outputs_fn: Gives logits and labels of a batch in place of the step, once more after each.
+        by_classes: Whether only logits and classes matter, so that the only call that classifies counts, where there are
+            others.
 
     Returns:
         Callable: Takes the reader away.
     """
     tap = _tap_of(pl_module)
     tap.samples = samples or tap.samples
-    entry = (reader, which, way_out, needed_by, outputs_fn)
+    entry = _Reader(reader, which, way_out, needed_by, outputs_fn, by_classes)
     tap.readers.append(entry)
     return lambda: tap.remove(entry)
 
@@ -72,6 +81,7 @@ def reweight_losses(
     needs: Callable[[], bool] = lambda: True,
     kind: Callable[[], SampleLoss] = lambda: None,
     loss_fn: LossFunction | None = None,
+    told: Callable[[], int | None] = _nothing,
 ) -> Any:
     """Have the samples of every training step weighted in its backward pass.
 
@@ -85,7 +95,9 @@ def reweight_losses(
         acts: Whether it will ever need a loss. The first step then shows whether the loss can be seen.
         needs: Tells whether it needs the losses of the present step; a step that nobody needs runs as if there were no tap.
         kind: Tells what the loss of a sample is where it comes from several terms.
-        loss_fn: Gives the losses of the samples in place of the step: a second forward pass.
+        loss_fn: Gives the losses of the samples in place of the step: a second forward and backward pass.
+        told: Tells how many samples the batch was drawn with, for one whose tensors don't agree on it; ``None`` if it is not
+            known.
 
     Returns:
         Callable: Takes the weighting away.
@@ -99,7 +111,7 @@ def reweight_losses(
             f"{tap.weighing.label} and {needed_by} would both weight the samples of a batch. Keep one of them in the list "
             "of callbacks."
         )
-    tap.weighing = Weighing(reweight, needed_by, which, way_out, acts, needs, kind, loss_fn)
+    tap.weighing = Weighing(reweight, needed_by, which, way_out, acts, needs, kind, loss_fn, told)
     tap.samples = samples or tap.samples
     return lambda: tap.remove(None)
 
@@ -110,7 +122,38 @@ def _tap_of(pl_module: pl.LightningModule) -> _LossTap:
     return _TAPS[pl_module]
 
 
-_Reader = tuple[Callable[[LossCall], None], int | None, str, str, LossFunction | None]
+@dataclass(eq=False)
+class _Reader:
+    """One that reads the losses of the steps; see :func:`read_losses`."""
+
+    read: Callable[[LossCall], None]
+    which: int | None
+    way_out: str
+    needed_by: str
+    outputs_fn: LossFunction | None
+    by_classes: bool
+    has_checked: bool = False  # the labels of outputs_fn
+    # Which call classifies, by all calls of a step: looked at once, as it may wait for the device.
+    known: dict[tuple[tuple[str, bool, bool], ...], int | None] = field(default_factory=dict)
+
+    def call_in(self, capture: LossCapture) -> LossCall:
+        which, capture.way_out = self.which, self.way_out
+        if which is None and self.by_classes:
+            calls = tuple((call.name, call.has_graph, call.has_class_indices) for call in capture.calls)
+            if calls not in self.known:
+                self.known[calls] = classifying(capture)
+            which = self.known[calls]
+        return only_loss(capture, self.needed_by, which)
+
+    def call_of(self, step: Step, samples: int) -> LossCall:
+        assert self.outputs_fn is not None
+        check, self.has_checked = not self.has_checked, True
+        with aside(step.module), torch.no_grad():
+            return call_of(self.outputs_fn, step.module, step.batch, samples, check=check)
+
+    @property
+    def ways_out(self) -> str:
+        return f"{self.needed_by} must see the loss of each sample. {self.way_out[0].upper()}{self.way_out[1:]}."
 
 
 class _LossTap:
@@ -121,13 +164,15 @@ class _LossTap:
         self.weighing: Weighing | None = None
         self.samples: Callable[[], int] | None = None
         self._way: Way | None = None  # in which samples are weighted, once a step has shown it
+        self._has_loss = False  # as some step has shown
         may_skip = pl_module.automatic_optimization
 
         def around(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if is_quiet(pl_module):
                 return inner(*args, **kwargs)
             batch = next(iter((*args, *kwargs.values())))
-            samples = batch_size_of(batch) if self.samples is None else self.samples()
+            told = _nothing if self.weighing is None else self.weighing.told
+            samples = batch_size_of(batch, told) if self.samples is None else self.samples()
             return self._run(Step(pl_module, inner, args, kwargs, samples, bool(self.readers), may_skip))
 
         self._undo = wrap_method(pl_module, "training_step", around, order=WrapOrder.LOSSES)
@@ -152,30 +197,22 @@ class _LossTap:
             self._way = choose_way(step, weighing)
         if not needs and not step.is_read:
             return step.run()
+        if needs and weighing is not None and isinstance(self._way, ByCall) and self._way.changed:
+            self._way = choose_again(step, weighing, self._way)
         way_out = SCORE_FN if weighing is None else weighing.way_out
         way = (self._way or ByCall(weighing, way_out)) if needs else ByCall(None, way_out)
         output, seen = way.run(step)
         if seen is not None:
+            if self.readers and not self._has_loss and step.may_skip and torch.is_grad_enabled():
+                trained_loss(output, self.readers[0].ways_out)
+            self._has_loss = True
             self._read(seen, step)
         return output
 
     def _read(self, capture: LossCapture, step: Step) -> None:
-        for reader, which, capture.way_out, needed_by, outputs_fn in self.readers:
-            if outputs_fn is None:
-                reader(only_loss(capture, needed_by, which))
+        for reader in self.readers:
+            if reader.outputs_fn is None:
+                reader.read(reader.call_in(capture))
                 continue
             assert self.samples is not None
-            with aside(step.module), torch.no_grad():
-                reader(call_of(outputs_fn, step.module, step.batch, self.samples()))
-
-
-def batch_size_of(batch: Any) -> int | None:
-    """Return the number of samples of a batch, if all its tensors agree on it.
-
-    Example:
-        >>> import torch
-        >>> batch_size_of({"x": torch.zeros(4, 2), "y": torch.zeros(4)}), batch_size_of([torch.zeros(4), torch.zeros(3)])
-        (4, None)
-    """
-    sizes = {len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()}
-    return sizes.pop() if len(sizes) == 1 else None
+            reader.read(reader.call_of(step, self.samples()))

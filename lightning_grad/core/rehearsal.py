@@ -20,7 +20,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_grad.core.batch_runs import BatchRuns
-from lightning_grad.core.look import losses_of, only_loss, refuse_other_means
+from lightning_grad.core.given_functions import losses_of, refuse_other_means
+from lightning_grad.core.look import only_loss
 from lightning_grad.core.quiet import eager, quiet
 from lightning_grad.core.row_comparison import RowComparison, Seen
 from lightning_grad.core.row_order import is_close, largest, rows_of_batch, rows_of_call
@@ -126,6 +127,7 @@ class Rehearsal(BatchRuns):
         means: Callable[[list[int]], float],
         name: str,
         with_constant: bool = True,
+        most: int | None = None,
     ) -> None:
         """Raise unless the mean over single losses is the loss that the step returns, on two batches.
 
@@ -135,13 +137,14 @@ class Rehearsal(BatchRuns):
             means: Returns the mean for the samples with these indices.
             name: What the losses come from, for errors.
             with_constant: Whether both may differ by a constant.
+            most: Number of samples of a batch at most.
 
         Raises:
             ValueError: If it is not.
         """
         population, world = training_set.sampler.population, self.trainer.world_size
         mine = population[self.trainer.global_rank :: world]
-        size = min(training_set.sampler.batch_size, max(1, len(mine) // 2))
+        size = min(training_set.sampler.batch_size, max(1, len(mine) // 2), most or len(mine))
         pairs: list[tuple[float, float]] = []
         for start in range(0, min(len(mine), 2 * _DRAWS * size), size):
             indices = mine[start : start + size].tolist()
@@ -154,7 +157,8 @@ class Rehearsal(BatchRuns):
                 break
         # Losses at the start of a run are all alike, and so are means over batches. GPUs round products coarsely (TF32).
         exactness = 1e-4 if self.trainer.strategy.root_device.type == "cpu" else 1e-3
-        refuse_other_means(pairs, self.label, name, 5e-2 if self._is_coarse else exactness, with_constant)
+        exactness = 5e-2 if self._is_coarse else exactness
+        refuse_other_means(pairs, self.label, name, exactness, with_constant, "" if self.loss_fn else self.way_out)
 
     def check_function(self, training_set: TrainingSet, dataset: Any = None) -> None:
         """Raise unless the mean of ``loss_fn`` is the loss of the step up to a constant.
@@ -171,8 +175,13 @@ class Rehearsal(BatchRuns):
 
         self.check_means(training_set, dataset, mean, "loss_fn")
 
-    def check_alone(self, training_set: TrainingSet, dataset: Any = None) -> None:
+    def check_alone(self, training_set: TrainingSet, dataset: Any = None, most: int | None = None) -> None:
         """Raise unless batches of one sample have the losses of larger ones.
+
+        Args:
+            training_set: The training set.
+            dataset: Read the samples here instead, at the same indices.
+            most: Number of samples that the larger ones have at most.
 
         Raises:
             ValueError: If they have not.
@@ -184,7 +193,7 @@ class Rehearsal(BatchRuns):
             known = [float(loss) for loss in losses if loss is not None and loss.isfinite()]
             return sum(known) / len(known) if known else float("nan")
 
-        self.check_means(training_set, dataset, mean, "scores_by='sample'", with_constant=False)
+        self.check_means(training_set, dataset, mean, "scores_by='sample'", with_constant=False, most=most)
 
     def check_batch(self, batch: Any, samples: int) -> bool:
         """Check that the rows of a loss that stand together are those of one sample; return whether there was a loss.
@@ -222,8 +231,8 @@ class Rehearsal(BatchRuns):
                 output = runner(self.trainer, self.pl_module, batch, 0)()
             if output is not None:
                 try:
-                    call = only_loss(capture, self.label)
-                    refuse_rest(capture, call, output, self.label, self.way_out)
+                    call = only_loss(capture, self.label, by_classes=self.by_classes)
+                    refuse_rest(capture, call, output, self.label, self.way_out, self.by_classes)
                 except (RuntimeError, ValueError):
                     if self.by_terms and not is_sharded(self.trainer):
                         return  # the step itself was looked at, and has several terms

@@ -120,7 +120,7 @@ def rows_of_call(call: LossCall) -> dict[str, Tensor]:
     positions = getattr(F, call.name)(input=call.input, target=call.target, **options)
     found = {"value": call.rows(positions)}
     for name, value in (("input", call.input), ("target", call.target)):
-        if name == "target" and _are_positions(call):
+        if name == "target" and are_positions(call):
             continue
         if value.dim() and len(value) and len(value) % call.samples == 0:
             found[name] = _one_number(value).reshape(call.samples, -1)
@@ -138,10 +138,17 @@ def rows_of_terms(terms: Terms) -> dict[str, Tensor]:
     return {place: torch.stack(shares, 1) for place, shares in found.items()}
 
 
-def _are_positions(call: LossCall) -> bool:
+def are_positions(call: LossCall) -> bool:
     """Return whether each row's target is its own place in the batch."""
     target = call.target
     return call.has_class_indices and torch.equal(target, torch.arange(target.numel()).to(target))
+
+
+def are_all_positions(call: LossCall) -> bool:
+    """Return whether the targets are the places of all rows in the batch, in whichever order: each row is to find another."""
+    places = torch.arange(call.target.numel(), device=call.target.device)
+    is_square = call.input.dim() == 2 and call.input.shape[-1] == len(places)
+    return is_square and torch.equal(call.target.flatten().sort().values, places)
 
 
 def size_of_input(call: LossCall) -> float:

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_grad.core.whole_step import loss_of_output
+from lightning_grad.core.whole_step import trained_loss
 from lightning_grad.functional import LossCall
 from lightning_grad.functional.gradients import InseparableLossError, LossTrace, SampleSums, Terms
 
@@ -29,14 +29,14 @@ class SampleLosses:
         call: The call of a loss of ``torch.nn.functional`` that they come from, if it is the whole loss.
         terms: Else the terms of the step's loss.
         sums: What the call's mean is made of.
-
-    Without call and terms they are those of a function, whose mean is the loss.
+        rest: Without call and terms the losses are those of a function. Then this is what the loss is more than their mean.
     """
 
     losses: Tensor
     call: LossCall | None = None
     terms: Terms | None = None
     sums: SampleSums | None = None
+    rest: Tensor | float = 0.0
 
     @classmethod
     def of_terms(cls, terms: Terms, kind: SampleLoss) -> SampleLosses:
@@ -52,7 +52,7 @@ class SampleLosses:
             return self.terms.weighted_loss(plain), self.terms.weighted_loss(weights.nan_to_num(0.0))
         if self.call is None:
             losses = self.losses.detach()
-            return losses.mean(), (losses * weights).mean()
+            return losses.mean() + self.rest, (losses * weights).mean() + self.rest
         assert self.sums is not None
         numerators, denominators = (values.detach() for values in self.sums)
         divisor = 1.0 if self.call.options["reduction"] == "sum" else denominators.sum()
@@ -88,18 +88,11 @@ def terms_of(trace: LossTrace, output: object, ways_out: str, like: Terms | None
         InseparableLossError: If the loss cannot be separated.
         ValueError: If the step returned no loss that is trained.
     """
-    loss = loss_of_output(output)
-    if loss is None or loss.numel() != 1 or loss.grad_fn is None:
-        found = "no loss" if loss is None else f"a loss {tuple(loss.shape)}, which requires {_graph(loss)}"
-        raise ValueError(f"training_step must return one number that is trained by; got {found}. {ways_out}")
+    loss = trained_loss(output, ways_out)
     try:
         return trace.terms(loss, like, check)
     except InseparableLossError as error:
         raise InseparableLossError(error.function, error.location, f"{error.reason} {ways_out}") from None
-
-
-def _graph(loss: Tensor) -> str:
-    return "no gradient" if loss.grad_fn is None else "a gradient"
 
 
 def sum_of_flags(trainer: pl.Trainer, flags: list[bool]) -> list[int]:

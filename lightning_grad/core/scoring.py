@@ -18,7 +18,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_grad.core.look import SCORE_FN, Look, LossFunction, Measure, SkippedBatchError
+from lightning_grad.core.given_functions import SCORE_FN, LossFunction
+from lightning_grad.core.look import Look, Measure, SkippedBatchError
 from lightning_grad.core.quiet import quiet
 from lightning_grad.core.sample_losses import SampleLoss
 from lightning_grad.core.training_set import TrainingSet
@@ -47,6 +48,7 @@ def look_at_all(
     loss_fn: LossFunction | None = None,
     outputs_fn: LossFunction | None = None,
     one_by_one: bool = False,
+    by_classes: bool = False,
 ) -> dict[str, Tensor]:
     """Measure every sample that training may see, each once, in eval mode.
 
@@ -69,6 +71,7 @@ def look_at_all(
         loss_fn: Gives the losses of the samples in place of the step.
         outputs_fn: Gives logits and labels in place of the step.
         one_by_one: Look at batches of one sample.
+        by_classes: Whether only logits and classes matter, so that other terms may be added to the loss that classifies.
 
     Raises:
         ValueError: If the other data set has another length, or there are fewer samples than ranks, or no batch has a value.
@@ -108,6 +111,7 @@ def look_at_all(
                 kind,
                 loss_fn,
                 outputs_fn,
+                by_classes,
             )
             with torch.no_grad():
                 if number >= len(chunks):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from lightning_grad.core.sample_losses import SampleLosses
 from lightning_grad.functional import LossCapture
 from lightning_grad.functional.gradients import LossFunction, weight_call_, without_ignored
+from lightning_grad.functional.gradients.autograd import Node
 
+_OUTLINE = 16  # nodes that are compared
 Weigh = Callable[[SampleLosses], Tensor | None]
 
 
@@ -27,13 +30,14 @@ class WeighingCapture(LossCapture):
     def __init__(self, samples: int | None, weigh: Weigh | None, way_out: str) -> None:
         super().__init__(samples, way_out=way_out)
         self._weigh = weigh
+        self._nodes: list[Node] = []  # of what the calls returned
 
     def _handle(self, func: Any, loss: LossFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._weigh is None:
             return super()._handle(func, loss, args, kwargs)
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break()  # hooks need the autograd graph, which does not exist while compiling
-        value = func(*args, **kwargs)
+        value = self._noted(func(*args, **kwargs))
         read = self._read(func, loss, args, kwargs, value)
         if read is None:
             return value
@@ -48,7 +52,31 @@ class WeighingCapture(LossCapture):
             return value
         # The gradient of what has no rows, as learned class weights, is that of a loss that is computed with the weights.
         with LossCapture(call.samples, lambda _: weights):
-            return WithGradientOf.apply(value.detach(), func(*args, **kwargs))  # type: ignore[no-untyped-call]
+            weighted = WithGradientOf.apply(value.detach(), func(*args, **kwargs))  # type: ignore[no-untyped-call]
+        return self._noted(weighted)
+
+    def _noted(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.grad_fn is not None:
+            self._nodes.append(value.grad_fn)
+        return value
+
+    def outline_of(self, loss: Tensor) -> tuple[str, ...]:
+        """See :func:`outline_of`."""
+        return outline_of(loss, self._nodes)
+
+
+def outline_of(loss: Tensor, calls: Sequence[Node]) -> tuple[str, ...]:
+    """Return what stands between a loss and calls of losses, by the names of its first nodes.
+
+    It is equal in steps that compute their loss in the same way, and costs next to nothing where the loss is a call.
+    """
+    waiting, names, known = deque([loss.grad_fn]), list[str](), set(calls)
+    while waiting and len(names) < _OUTLINE:
+        node = waiting.popleft()
+        if node is not None:
+            names.append("call" if node in known else node.name())
+            waiting.extend(() if node in known else (below for below, _ in node.next_functions))
+    return tuple(names)
 
 
 class WithGradientOf(torch.autograd.Function):

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.core.look import LossFunction, checked_losses, refuse_other_means
+from lightning_grad.core.given_functions import LossFunction, checked_losses, refuse_other_means
 from lightning_grad.core.quiet import aside
 from lightning_grad.core.sample_losses import SampleLoss, SampleLosses, terms_of, trace_of, with_loss
 from lightning_grad.core.weighing_capture import Weigh, WeighingCapture, WithGradientOf
@@ -34,6 +34,7 @@ class Weighing:
     needs: Callable[[], bool]
     kind: Callable[[], SampleLoss]
     loss_fn: LossFunction | None
+    told: Callable[[], int | None]
 
     def ways_out(self, call: str = "") -> str:
         """Return what a refusal adds: who needs the losses, and what to do.
@@ -109,6 +110,8 @@ class ByCall(Way):
         self._weighing = weighing
         self._way_out = way_out
         self._seen = 0
+        self.outlines: set[tuple[str, ...]] = set()  # of the steps that were looked at, where any was
+        self.changed: tuple[str, ...] | None = None  # the outline of a step that was not
 
     def run(self, step: Step) -> Seen:
         """See :meth:`Way.run`."""
@@ -120,7 +123,13 @@ class ByCall(Way):
             return None, None
         if self._weighing is not None:
             self._refuse_unweighted(capture, self._weighing)
+            self._compare(capture, loss_of_output(output))
         return output, capture
+
+    def _compare(self, capture: WeighingCapture, loss: Tensor | None) -> None:
+        if self.outlines and loss is not None and loss.grad_fn is not None:
+            outline = capture.outline_of(loss)
+            self.changed = self.changed if outline in self.outlines else outline
 
     def _weights(self, losses: SampleLosses) -> Tensor | None:
         assert self._weighing is not None
@@ -198,10 +207,13 @@ class ByFunction(Way):
                 f"training_step must return one number as its loss, or None; {self._weighing.label} found none."
             )
         self._compare(losses, loss)
-        weights = self._weighing.reweight(SampleLosses(losses.detach()))
+        rest = (loss.detach() - losses.detach().mean()).reshape(())
+        weights = self._weighing.reweight(SampleLosses(losses.detach(), rest=rest))
         if weights is None:
             return output, capture
-        weighted = (weights.to(losses) * losses).mean().reshape(loss.shape).to(loss.dtype)
+        # What the step adds that belongs to no sample, such as weight decay by hand, keeps its gradient.
+        change = ((weights.to(losses) - 1.0) * losses).mean().reshape(loss.shape)
+        weighted = loss + change.to(loss.dtype)
         weighted = WithGradientOf.apply(loss.detach(), weighted)  # type: ignore[no-untyped-call]
         return with_loss(output, weighted), capture
 

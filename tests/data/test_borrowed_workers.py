@@ -219,13 +219,13 @@ def test_nothing_is_borrowed_in_the_middle_of_an_epoch() -> None:
 
     class Ask(pl.Callback):
         def on_train_batch_start(self, trainer: Any, *rest: Any) -> None:
-            training_set = technique._training_set
+            training_set = technique.training_set
             assert training_set is not None
             assert can_borrow(training_set.loader)
             assert not training_set.has_idle_workers
 
         def on_train_epoch_start(self, trainer: Any, *rest: Any) -> None:
-            training_set = technique._training_set
+            training_set = technique.training_set
             assert training_set is not None
             found.append(training_set.has_idle_workers)
 

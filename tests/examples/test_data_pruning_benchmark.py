@@ -143,7 +143,13 @@ def test_it_measures_everything(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     tables = json.loads((tmp_path / "speed.json").read_text())
     titles = ["Norms, a residual convnet", "Norms, a transformer", "Memory, a residual convnet"]
-    titles += ["A scoring pass", "Epochs", "Steps read", "Steps traced, a network"]
+    titles += [
+        "One sample at a time, a perceptron",
+        "A scoring pass",
+        "Epochs",
+        "Steps read",
+        "Steps traced, a network",
+    ]
     assert set(titles) <= set(tables)
     assert all(f"\n{title}\n" in printed for title in titles)
     assert all(row["ratio"] > 0 for title in titles for row in tables[title] if not row.get("reason"))

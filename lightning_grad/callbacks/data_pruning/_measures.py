@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_grad.core.look import Look, Measure, SkippedBatchError
 from lightning_grad.core.sample_losses import SampleLosses
 from lightning_grad.core.scoring import first_of_ranks
-from lightning_grad.core.whole_step import loss_of_output
+from lightning_grad.core.whole_step import loss_of_output, refuse_loss
 from lightning_grad.functional import (
     LossCall,
     el2n,
@@ -35,6 +35,7 @@ OF_CLASSES = ("el2n", "margin", "aum", "forgetting", "grand-last", "prototypes")
 OF_LOSSES = ("loss", "grand", "vog")
 ONE_BY_ONE = ("loss", "grand")
 BY_TERMS = ("loss", "grand")  # of which only the loss of each sample has to be known
+BY_CLASSES = ("el2n", "margin", "aum", "forgetting", "vog", "prototypes", "chance")  # only logits and classes
 GRADIENT_SCORES = ("grand", "grand-last", "vog")
 ScoreFunction = Callable[[pl.LightningModule, Any], Tensor]
 
@@ -66,12 +67,19 @@ def measure_for(score: str, score_fn: ScoreFunction | None = None) -> Measure:
 
 
 def _of_function(look: Look, score_fn: ScoreFunction) -> Tensor:
-    scores = torch.as_tensor(score_fn(look.pl_module, look.batch))
+    found = score_fn(look.pl_module, look.batch)
+    must = (
+        f"{look.label}: score_fn must return one score for each of the {len(look.indices)} samples of a batch, "
+        f"({len(look.indices)},); got"
+    )
+    try:
+        scores = torch.as_tensor(found)
+    except (RuntimeError, TypeError, ValueError):  # no number, or lists of different lengths
+        raise ValueError(f"{must} {type(found).__name__}. Return a tensor of real numbers.") from None
+    if scores.is_complex():
+        raise ValueError(f"{must} {scores.dtype}. Return a tensor of real numbers.")
     if scores.shape != (len(look.indices),):
-        raise ValueError(
-            f"{look.label}: score_fn must return one score for each of the {len(look.indices)} samples of a batch, "
-            f"({len(look.indices)},); got {tuple(scores.shape)}. Flatten, or average over all dimensions but the first."
-        )
+        raise ValueError(f"{must} {tuple(scores.shape)}. Flatten, or average over all dimensions but the first.")
     return scores
 
 
@@ -96,7 +104,7 @@ def _alone(look: Look) -> Tensor:
         raise SkippedBatchError
     loss = loss_of_output(output)
     if loss is None or loss.numel() != 1:
-        raise ValueError("training_step must return one number as its loss for scores_by='sample'.")
+        refuse_loss(loss, f"{look.label} runs it on one sample at a time. {look.way_out[0].upper()}{look.way_out[1:]}.")
     return loss
 
 

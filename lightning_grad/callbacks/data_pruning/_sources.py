@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.callbacks.data_pruning._measures import (
+    BY_CLASSES,
     BY_TERMS,
     HISTORIES,
     ScoreFunction,
@@ -61,6 +62,7 @@ class ScoreSource:
     pairs_rows = True  # with the samples of a batch
     measure: Measure | None = None  # of a batch, where it is not its loss
     by_terms = False  # whether only the loss of each sample has to be known
+    by_classes = False  # whether only logits and classes have to be known
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -187,6 +189,7 @@ class PassScores(ScoreSource):
         self.runs_the_step = score_fn is None
         self.measure = None if score_fn is None else measure_for(name, score_fn)
         self.by_terms = score_fn is None and name in BY_TERMS
+        self.by_classes = score_fn is None and name in BY_CLASSES
 
     def _measure(self) -> Measure:
         return measure_for(f"{self.name}, one by one" if self._one_by_one else self.name, self._score_fn)
@@ -235,6 +238,7 @@ class VarianceScores(ScoreSource):
 
     runs_the_step = True
     epochs_needed = 2
+    by_classes = True
 
     def __init__(self, checkpoints: int) -> None:
         super().__init__("vog")
@@ -293,6 +297,7 @@ class HistoryScores(ScoreSource):
     """
 
     epochs_needed = 1
+    by_classes = True
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -320,6 +325,11 @@ class HistoryScores(ScoreSource):
             self._history["labels"] = torch.where(labels.isnan(), self._history.get("labels", labels), labels)
 
     def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
+        if not self._history:
+            raise ValueError(
+                f"score={self.name!r} is recorded while training, and no step has had a loss so far: each batch was None, or "
+                "training_step returned None for it. Return something for some batches, or set epoch to a later one."
+            )
         values = -aum(self._history) if self.name == "aum" else forgetting(self._history)
         labels = _classes(self._history.get("labels"))
         return ScoredSet(self.name, trainer.current_epoch, values.double(), labels=labels)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -32,8 +33,10 @@ from lightning_grad.callbacks.data_pruning._sources import (
     source_of,
 )
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.look import LOSS_FN, OUTPUTS_FN, SCORE_FN, Measure
+from lightning_grad.core.given_functions import LOSS_FN, OUTPUTS_FN, SCORE_FN
+from lightning_grad.core.look import Measure
 from lightning_grad.core.loss_tap import read_losses
+from lightning_grad.core.one_sample import cost_of_single_samples, in_words
 from lightning_grad.core.rehearsal import Rehearsal
 from lightning_grad.core.sample_losses import SampleLoss
 from lightning_grad.core.scoring import look_at_all, say_what_is_skipped
@@ -41,6 +44,7 @@ from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.data import SampleScores, fingerprint
 from lightning_grad.data.random_streams import generators_kept
 from lightning_grad.functional import LossCall, count_kept, select_samples
+from lightning_grad.functional.gradients import InseparableLossError
 from lightning_grad.utilities.checks import (
     refuse_manual_optimization,
     refuse_sharded,
@@ -99,11 +103,11 @@ class DataPruning(SubsetCallback):
             and vog (which then takes the gradient of the loss). Its mean must be the step's loss, up to a constant.
         outputs_fn: Function of the module and a batch that returns logits (B, C) and labels (B,), for el2n, margin, aum,
             forgetting, grand-last and prototypes.
-        scores_by: "sample" runs the step on one sample at a time, which takes far longer; for loss and grand, of a loss that
-            cannot be separated. The mean over the samples of a batch must be the batch's loss.
+        scores_by: "sample" runs the step on one sample at a time, up to a batch size times as long; for loss and grand.
+            It is for a loss that cannot be separated. The mean over the samples of a batch must be the batch's loss.
         score_dataset: Function of the trainer that returns the training set without augmentation, to score that.
-        loss: Which call of a loss alone counts, from 0. By default loss and grand take all that the step returns, and the
-            others its only call, if that is the whole loss.
+        loss: Which call of a loss alone counts, from 0. By default loss and grand take all that the step returns, grand-last
+            its only call, and the others the only one that classifies.
         checkpoints: Number of passes of vog, at least 2, spread evenly over the epochs before.
         strict: Whether score files of another data set are refused.
         show: Number of the hardest and of the easiest samples that are shown, in a table and a page; 0 for none.
@@ -118,7 +122,7 @@ class DataPruning(SubsetCallback):
             epoch that never comes, another technique that chooses samples. After the first batch, if the loss cannot be
             seen or does not suit the score: one batch is scored to find out.
         RuntimeError: After the first batch, if rows do not follow their samples into another order, or if only a part of the
-            loss is seen and ``loss`` does not say that it counts alone.
+            loss is seen where the whole counts, or two calls classify, and ``loss`` does not say which counts alone.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
         FileNotFoundError: In setup, if a score file is missing. One that is damaged, or belongs to another data set, raises a
             ValueError before the first batch, and so does a ``save_scores`` that cannot be written.
@@ -163,6 +167,8 @@ class DataPruning(SubsetCallback):
     _unaugmented = during_fit[Any](lambda _: None)
     _sample_loss = during_fit[SampleLoss](lambda _: None)
     _has_checked = during_fit.of(bool)
+    # What a refusal says of scores_by="sample", once that is measured.
+    _by_sample = during_fit[str | None](lambda _: None)
     _last_round = until_next_fit[int](lambda _: -1)  # epoch
     _choice_changed = during_fit.of(bool)
     _goes_on = during_fit.of(bool)  # with the scores of a checkpoint, or what was recorded for them
@@ -307,7 +313,7 @@ class DataPruning(SubsetCallback):
         warn_of_risks(self, self._rounds)
         if isinstance(self._source, HistoryScores):
             own = (pl_module, self._read, self.loss, lambda: len(self.indices), self._way_out)
-            self.undo.push(read_losses(*own, needed_by=self.label, outputs_fn=self.outputs_fn))
+            self.undo.push(read_losses(*own, needed_by=self.label, outputs_fn=self.outputs_fn, by_classes=True))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -378,6 +384,7 @@ class DataPruning(SubsetCallback):
             measure=self._source.measure,
             runs_the_step=pl_module.automatic_optimization,
             by_terms=self._source.by_terms,
+            by_classes=self._source.by_classes,
             loss_fn=self.loss_fn,
             outputs_fn=self.outputs_fn,
             way_out=self._way_out,
@@ -396,8 +403,29 @@ class DataPruning(SubsetCallback):
         """What to do about a loss that cannot be seen."""
         if self.score in OF_CLASSES:
             return f"{SCORE_FN}, or {OUTPUTS_FN}"
-        by_sample = ", or set scores_by='sample', which runs the step once for each sample, so a pass takes far longer"
-        return f"{SCORE_FN}, or {LOSS_FN}{by_sample if self.score in ONE_BY_ONE else ''}"
+        first = "leave scores_by at 'batch', and " if self.scores_by == "sample" else ""
+        return f"{first}{SCORE_FN}, or {LOSS_FN}{self._by_sample or ''}"
+
+    def _offering_samples(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, look: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """Have a refusal also say what it would cost to score one sample at a time, where that is possible."""
+        try:
+            return look()
+        except (InseparableLossError, ValueError):
+            may_offer = self.score in ONE_BY_ONE and self.scores_by == "batch" and self.loss_fn is None
+            if not may_offer or self._by_sample is not None or not self.training_set.is_whole_batch:
+                raise
+        rehearsal = Rehearsal(trainer, pl_module, self.label, way_out=self._way_out)
+        own = (self.training_set, self._dataset(trainer), self._source.name in GRADIENT_SCORES)
+        found = cost_of_single_samples(rehearsal, *own)
+        self._by_sample = (
+            ""
+            if found is None
+            else ", or set scores_by='sample', which runs the step on one sample at a time: such a pass takes "
+            f"{in_words(found[0])} here as one in batches of {found[1]}"
+        )
+        return look()  # which is refused again, in these words
 
     def _kind(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> SampleLoss:
         """Return what the loss of a sample is, where it comes from several terms."""
@@ -432,18 +460,20 @@ class DataPruning(SubsetCallback):
         def run(measure: Measure, title: str) -> Mapping[str, Tensor]:
             own = (trainer, pl_module, self.training_set, measure, title, self._dataset(trainer))
             kind = None if rehearsal else lambda: self._kind(trainer, pl_module)
-            found = look_at_all(
+            look = partial(
+                look_at_all,
                 *own,
                 which=self.loss,
                 seed=self.seed,
                 rehearsal=rehearsal,
                 label=self.label,
-                way_out=self._way_out,
                 kind=kind,
                 loss_fn=self.loss_fn,
                 outputs_fn=self.outputs_fn,
                 one_by_one=self.scores_by == "sample",
+                by_classes=self._source.by_classes,
             )
+            found = self._offering_samples(trainer, pl_module, lambda: look(way_out=self._way_out))
             if self.scores_by == "sample" and not rehearsal:
                 self._compare_with_batches(trainer, pl_module, found.get("loss", found["score"]))
             return found

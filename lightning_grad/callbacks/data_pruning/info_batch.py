@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.look import LOSS_FN
+from lightning_grad.core.given_functions import LOSS_FN
 from lightning_grad.core.loss_tap import reweight_losses
 from lightning_grad.core.progress import check_total_steps
 from lightning_grad.core.rehearsal import Rehearsal
@@ -51,7 +51,7 @@ class InfoBatch(SubsetCallback):
         stop: Share of the run after which all samples are trained on (0.875 in the paper).
         loss: Which call of a loss alone counts, from 0; by default all that the step returns.
         loss_fn: Function of the module and a batch that returns the losses (B,), in place of the step's own loss. The step
-            runs as it is; its mean must be the step's loss, up to a constant. It costs a second forward pass.
+            runs as it is; its mean must be the step's loss, up to a constant. It costs a second forward and backward pass.
         seed: Seed of the choices.
         loader_key: Which of several training loaders to prune: its key, or its position in a list.
         total_steps: Length of the run in optimizer steps, where it has no known end. Default: the Trainer's.

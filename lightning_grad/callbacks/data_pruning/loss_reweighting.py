@@ -12,10 +12,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grad.core.batch_sizes import batch_size_of, size_by_sampler
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.look import LOSS_FN
-from lightning_grad.core.loss_tap import batch_size_of, reweight_losses
+from lightning_grad.core.given_functions import LOSS_FN
+from lightning_grad.core.loss_tap import reweight_losses
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.core.rehearsal import Rehearsal
 from lightning_grad.core.sample_losses import SampleLoss, SampleLosses
@@ -59,7 +60,7 @@ class LossReweighting(GradCallback):
         warmup: Share of the run in which all samples weigh the same (0.05 in the released code).
         loss: Which call of a loss alone is weighted, from 0; by default all that the step returns.
         loss_fn: Function of the module and a batch that returns the losses (B,), in place of the step's own loss. The step
-            runs as it is; its mean must be the step's loss, up to a constant. It costs a second forward pass.
+            runs as it is; its mean must be the step's loss, up to a constant. It costs a second forward and backward pass.
         total_steps: Length of the run in optimizer steps, where it has no known end. Default: the Trainer's.
         name: Name of this instance.
 
@@ -103,12 +104,14 @@ class LossReweighting(GradCallback):
     trial: ClassVar[Mapping[str, Any]] = {"warmup": 0.0}
 
     _trainer = during_fit[pl.Trainer]()
-    _effective = during_fit[Tensor | None](lambda _: None)
+    _effective = until_next_fit[Tensor | None](lambda _: None)
     _first = during_fit[Any](lambda _: None)
     _sample_loss = until_next_fit[SampleLoss](lambda _: None)  # until one batch has shown it, the shares count
     _logged = during_fit[tuple[SampleLosses, Tensor] | None](lambda _: None)
     _rehearsals_left = during_fit[int](lambda _: _REHEARSALS)
     _now = during_fit[float](lambda _: math.inf)
+    _batch_idx = during_fit.of(int)
+    _size = during_fit[int | None](lambda _: None)  # of the batch, as the sampler tells it
 
     def __init__(
         self,
@@ -161,6 +164,7 @@ class LossReweighting(GradCallback):
                     needs=lambda: math.isfinite(self._now),
                     kind=lambda: self._sample_loss,
                     loss_fn=self.loss_fn,
+                    told=self._told,
                 )
             )
 
@@ -192,6 +196,7 @@ class LossReweighting(GradCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._batch_idx, self._size = batch_idx, None
         if math.isfinite(self.temperature):
             self._now = annealed_temperature(
                 run_progress(trainer, stated=self.total_steps), self.start_temperature, self.temperature, self.warmup
@@ -217,7 +222,7 @@ class LossReweighting(GradCallback):
 
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> bool:
         rehearsal = Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT, by_terms=True, loss_fn=self.loss_fn)
-        samples = batch_size_of(batch)
+        samples = batch_size_of(batch, self._told)
         if is_sharded(trainer) and self.loss_fn is None:  # else the first step was looked at
             rehearsal.check_whole_loss(batch, samples)
         if samples is None:
@@ -231,6 +236,11 @@ class LossReweighting(GradCallback):
         if is_done:
             self._sample_loss = self._sample_loss or rehearsal.kind or "share"
         return is_done
+
+    def _told(self) -> int | None:
+        # Who chooses the samples may have forgotten those of this batch when the rehearsal comes.
+        self._size = self._size or size_by_sampler(self._trainer, self._batch_idx)
+        return self._size
 
     def _weigh(self, seen: SampleLosses) -> Tensor | None:
         losses = self._of_all_ranks(seen.losses)

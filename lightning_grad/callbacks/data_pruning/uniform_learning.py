@@ -12,7 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.core.fit import until_next_fit
-from lightning_grad.core.look import OUTPUTS_FN, Look
+from lightning_grad.core.given_functions import OUTPUTS_FN
+from lightning_grad.core.look import Look
 from lightning_grad.core.rehearsal import Rehearsal
 from lightning_grad.core.scoring import look_at_all, say_what_is_skipped
 from lightning_grad.core.subset import SubsetCallback
@@ -34,7 +35,7 @@ class UniformLearning(SubsetCallback):
     Args:
         epoch: Number of whole epochs after which samples are clustered (8 of 200 in the paper's CIFAR-10 runs).
         repeats: How often they are repeated (1 in the paper); 0 repeats nothing.
-        loss: Which call of a loss counts, from 0; by default the only one, if it is the whole loss.
+        loss: Which call of a loss counts, from 0; by default the only one that classifies, whatever is added to it.
         outputs_fn: Function of the module and a batch that returns logits (B, C) and labels (B,), in place of the step.
         seed: Seed of the clusters.
         loader_key: Which of several training loaders: its key, or its position in a list.
@@ -44,8 +45,8 @@ class UniformLearning(SubsetCallback):
         ValueError: In the constructor for numbers below their least. In setup for manual optimization, an epoch that never
             comes, or another technique that chooses samples. After the first batch, if the loss is none of one class a
             sample: one batch is looked at to find out.
-        RuntimeError: After the first batch, if rows do not follow their samples into another order, or if only a part of the
-            loss is seen and ``loss`` does not say that it counts alone.
+        RuntimeError: After the first batch, if rows do not follow their samples into another order, or if two calls classify
+            and ``loss`` does not say which one counts.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
     **Hooks.** As :class:`DataPruning`. Epochs become longer; schedules that step with batches are held back so that they
@@ -150,7 +151,9 @@ class UniformLearning(SubsetCallback):
         self.refuse_unreached_steps(trainer, self.epoch, "cluster")
         if self._repeated is None and self.repeats:
             self._look(trainer, pl_module, rehearsal=True)
-            rehearsal = Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT, outputs_fn=self.outputs_fn)
+            rehearsal = Rehearsal(
+                trainer, pl_module, self.label, self.loss, _WAY_OUT, outputs_fn=self.outputs_fn, by_classes=True
+            )
             rehearsal.check_loader(self.training_set)
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rehearsal: bool = False) -> dict[str, Tensor]:
@@ -163,6 +166,7 @@ class UniformLearning(SubsetCallback):
             label=self.label,
             way_out=_WAY_OUT,
             outputs_fn=self.outputs_fn,
+            by_classes=True,
         )
 
     @override

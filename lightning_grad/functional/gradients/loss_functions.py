@@ -42,7 +42,7 @@ _UNREADABLE = (
 # Functions that the ones above end in. A call of them from outside is a loss too, with arguments of its own.
 _INNER = ("cross_entropy_loss", "nll_loss_nd", "nll_loss2d", *_READABLE, *_UNREADABLE)
 
-_OF_CLASS_INDICES = ("cross_entropy", "nll_loss", "linear_cross_entropy", "multi_margin_loss")
+OF_CLASS_INDICES = ("cross_entropy", "nll_loss", "linear_cross_entropy", "multi_margin_loss")
 _THAT_IGNORE = ("cross_entropy", "nll_loss", "linear_cross_entropy")
 _WEIGHTED_BY_POSITION = ("mse_loss", "l1_loss")
 _REDUCTIONS = ("mean", "sum", "none")
@@ -106,7 +106,7 @@ def bind(defaults: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str
 
 def targets_are_classes(name: str, target: Tensor) -> bool:
     """Return whether a loss was given the index of the class, not probabilities or values."""
-    return name in _OF_CLASS_INDICES and not target.is_floating_point()
+    return name in OF_CLASS_INDICES and not target.is_floating_point()
 
 
 def valid_positions(name: str, arguments: Mapping[str, Any], positions: Tensor) -> Tensor:

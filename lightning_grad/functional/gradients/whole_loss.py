@@ -95,23 +95,52 @@ class WholeLossCapture(LossCapture):
             call: One of :attr:`calls`.
         """
         edge, value = self._seen[self.calls.index(call)]
-        if loss.grad_fn is None:
-            return None  # nothing is trained by it
-        if edge is None or edge.node is None:
+        if loss.grad_fn is None or edge is None or edge.node is None:
             # Without a graph only the values can be compared: a metric, or a loss inside a reentrant checkpoint.
-            is_same = value.dim() == 0 and bool(torch.isclose(loss.detach().to(value), value, rtol=1e-3))
-            return None if is_same else f"its value comes from {word_for(loss.grad_fn, self._record)}"
+            is_same = value.dim() == 0 and bool(
+                torch.isclose(loss.detach().to(value), value, rtol=1e-3, equal_nan=True)
+            )
+            if is_same:
+                return None
+            other = "is another" if loss.grad_fn is None else f"comes from {word_for(loss.grad_fn, self._record)}"
+            return f"its value {other}"
         found = CallWalk(loss.grad_fn, edge.node, self._record).rest
         return found or (self._factors(loss, edge, call, value) if value.dim() else None)
 
+    @property
+    def nodes(self) -> list[Node]:
+        """The nodes of what the calls returned, where these have a graph."""
+        return [edge.node for edge, _ in self._seen if edge is not None and edge.node is not None]
+
+    def missing_in(self, loss: Tensor, call: LossCall) -> str | None:
+        """Return why a step does not train on every row of a call, whatever else it trains on; ``None`` if it does.
+
+        Args:
+            loss: What the step returns, with its graph; a plain tensor.
+            call: One of :attr:`calls`.
+        """
+        edge, value = self._seen[self.calls.index(call)]
+        if loss.grad_fn is None:
+            return None
+        if edge is None or edge.node is None:
+            return self.rest_of(loss, call)
+        if not CallWalk(loss.grad_fn, edge.node, self._record).leads:
+            return f"the loss comes from {word_for(loss.grad_fn, self._record)}"
+        counts = self._factors_of(loss, edge, call, value) != 0 if value.dim() else torch.ones(1)
+        return "some of its rows have no part in the loss" if bool(counts.any()) and not bool(counts.all()) else None
+
     def _factors(self, loss: Tensor, edge: GradientEdge, call: LossCall, value: Tensor) -> str | None:
         """Compare the factors with which the positions of an unreduced loss enter the step's loss."""
-        with torch.enable_grad():
-            (found,) = torch.autograd.grad(loss.sum(), [edge], retain_graph=True, allow_unused=True)
-        factors = found[call.valid.expand(found.shape) & value.isfinite()]
+        factors = self._factors_of(loss, edge, call, value)
         if not len(factors) or bool(torch.isclose(factors, factors[0], rtol=1e-3, atol=0.0).all()):
             return None
         return "its positions are multiplied by a mask or by weights"
+
+    @staticmethod
+    def _factors_of(loss: Tensor, edge: GradientEdge, call: LossCall, value: Tensor) -> Tensor:
+        with torch.enable_grad():
+            (found,) = torch.autograd.grad(loss.sum(), [edge], retain_graph=True, allow_unused=True)
+        return found[call.valid.expand(found.shape) & value.isfinite()]
 
 
 class CallWalk(Descent):
@@ -124,6 +153,7 @@ class CallWalk(Descent):
 
     Attributes:
         rest: What is no multiple of the call and no constant, nearest to the loss; ``None`` if there is none.
+        leads: Whether the loss depends on the call.
     """
 
     def __init__(self, root: Node, target: Node, record: Record) -> None:
@@ -131,7 +161,8 @@ class CallWalk(Descent):
         self._target = target
         self.rest: str | None = None
         self._run(root)
-        if not self._depends[root]:
+        self.leads = self._depends[root]
+        if not self.leads:
             self.rest = f"it comes from {self._word(root)}"
 
     def _open(self, node: Node, place: Place) -> Iterable[Node]:

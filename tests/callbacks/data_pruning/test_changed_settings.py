@@ -37,7 +37,7 @@ class Note(pl.Callback):
     def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
         epoch = trainer.current_epoch
         self.batches[epoch] = self.batches.get(epoch, 0) + 1
-        self.kept[epoch] = getattr(self.technique, "_kept", None)
+        self.kept[epoch] = getattr(self.technique, "kept", None)
         self.scored[epoch] = getattr(self.technique, "scored", None)
 
     def sizes(self) -> dict[int, int]:

@@ -80,8 +80,8 @@ def test_the_files_are_those_that_were_there_at_the_start(tmp_path: Path) -> Non
 
     technique = pruning(score_files=[str(path)])
     fit([technique, Remove()], max_epochs=3)
-    assert technique._kept is not None
-    assert technique._kept.tolist() == list(range(24, 48))
+    assert technique.kept is not None
+    assert technique.kept.tolist() == list(range(24, 48))
 
 
 @pytest.mark.filterwarnings("ignore:The scores in")

@@ -1,5 +1,6 @@
 """Functions in place of the step, and one sample at a time: the ways out for losses that mix the samples of a batch."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_grad.callbacks import InfoBatch, LossReweighting, UniformLearning
+from lightning_grad.core import one_sample
 from lightning_grad.functional import loss_weights
 from lightning_grad.functional.gradients import InseparableLossError
 from lightning_grad.testing import assert_identical
@@ -105,7 +107,7 @@ def test_a_function_with_another_mean_is_refused_with_both(make: Any) -> None:
 def test_a_function_of_a_wrong_shape_is_refused(make: Any) -> None:
     arguments = {"loss_fn": lambda module, batch: overlaps(module, batch).mean()}
     callback = LossReweighting(warmup=0.0, **arguments) if make is LossReweighting else make(**arguments)
-    with pytest.raises(ValueError, match=r"loss_fn must return a tensor with one loss for each .*got \(\)"):
+    with pytest.raises(ValueError, match=r"loss_fn must return a tensor .* with one loss for each .*got \(\) of"):
         train(callback, DicePerSample())
 
 
@@ -123,6 +125,22 @@ class Weighted(DicePerSample):
         return (loss_weights(losses, "linupper", 0.5) * losses).sum()
 
 
+class Decaying(DicePerSample):
+    """Adds what belongs to no sample, and has a gradient."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + 0.1 * decay_of(self)
+
+
+class WeightedDecaying(Weighted):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + 0.1 * decay_of(self)
+
+
+def decay_of(module: Any) -> Tensor:
+    return sum(p.square().mean() for p in module.parameters())
+
+
 class Dropping(DicePerSample):
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +151,9 @@ class WeightedDropping(Weighted, Dropping):
     pass
 
 
-@pytest.mark.parametrize(("kind", "by_hand"), [(DicePerSample, Weighted), (Dropping, WeightedDropping)])
+@pytest.mark.parametrize(
+    ("kind", "by_hand"), [(DicePerSample, Weighted), (Dropping, WeightedDropping), (Decaying, WeightedDecaying)]
+)
 def test_weights_by_a_function_are_those_by_hand(kind: Any, by_hand: Any) -> None:
     callback = LossReweighting(temperature=0.5, start_temperature=0.5, warmup=0.0, loss_fn=overlaps)
     found = train(callback, kind(), precision="64-true").module
@@ -193,10 +213,12 @@ def test_outputs_that_are_none_are_refused(wrong: Any) -> None:
 
 # One sample at a time.
 
+OFFERED = r"or set scores_by='sample', which runs the step on one sample at a time: such a pass takes about .* in batches of 8"
+
 
 @pytest.mark.parametrize("score", ["loss", "grand"])
 def test_one_sample_at_a_time(score: str) -> None:
-    with pytest.raises(InseparableLossError, match=r"set scores_by='sample', which runs.*so a pass takes far longer"):
+    with pytest.raises(InseparableLossError, match=OFFERED):
         train(pruning(score), DicePerSample())
     values, module = scores_of(pruning(score, scores_by="sample"), DicePerSample())
     expected = overlaps(module, make_data().tensors) + 2.0
@@ -206,7 +228,10 @@ def test_one_sample_at_a_time(score: str) -> None:
 
 @pytest.mark.parametrize("score", ["loss", "grand"])
 def test_a_scale_of_the_batch_is_refused(score: str) -> None:
-    words = r"takes scores_by='sample' for .*its mean over a batch is \S+ and \S+, where .* Both must agree"
+    words = (
+        r"takes scores_by='sample' for .*its mean over a batch is \S+ and \S+, where .* Both must agree.*"
+        "Leave scores_by at 'batch', and give score_fn="
+    )
     with pytest.raises(ValueError, match=words):
         train(pruning(score, scores_by="sample"), Dice())
 
@@ -221,6 +246,38 @@ class Spread(Classifier):
 def test_a_step_that_fails_on_one_sample_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"fails on the sample 0 alone: IndexError: two at least"):
         train(pruning("loss", scores_by="sample"), Spread())
+
+
+class Clocked(DicePerSample):
+    """Takes some time for a run and some for each sample, by a clock of its own."""
+
+    now = 0.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        Clocked.now += 3.0 + len(batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("score", ["loss", "grand"])
+def test_a_refusal_says_how_much_longer_it_takes(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_sample, "time", SimpleNamespace(perf_counter=lambda: Clocked.now))
+    with pytest.raises(InseparableLossError, match="takes about 3 times as long here as one in batches of 8"):
+        train(pruning(score), Clocked())  # 8 x 4 against 11
+
+
+@pytest.mark.filterwarnings("ignore:.*scores at initialisation.*")
+@pytest.mark.parametrize("kind", [Dice, Spread])
+@pytest.mark.parametrize("arguments", [{"score": "loss"}, {"score": "grand"}, {"score": "loss", "epoch": 0}])
+def test_it_is_not_offered_where_it_would_be_refused_too(arguments: Any, kind: Any) -> None:
+    with pytest.raises(InseparableLossError, match="give loss_fn=") as error:
+        train(pruning(**arguments), kind())
+    assert "scores_by" not in str(error.value)
+
+
+def test_who_looks_at_samples_one_by_one_is_not_told_to() -> None:
+    with pytest.raises(RuntimeError, match=r"fails on the sample 0 alone.*or leave scores_by at 'batch'") as error:
+        train(pruning("loss", scores_by="sample"), Spread())
+    assert "scores_by='sample'" not in str(error.value)
 
 
 # Arguments.

@@ -25,6 +25,7 @@ READERS = {
     "el2n": pruning,
     "loss": lambda **more: pruning("loss", **more),
     "grand": lambda **more: pruning("grand", **more),
+    "grand-last": lambda **more: pruning("grand-last", **more),
     "vog": lambda **more: pruning("vog", epoch=2, checkpoints=2, **more),
     "aum": lambda **more: pruning("aum", **more),
     "uniform": lambda **more: UniformLearning(epoch=1, **more),
@@ -64,13 +65,24 @@ class Masked(Classifier):
 
 
 BY_TERMS = ("loss", "grand", "info", "reweighting")  # see the whole of it
+BY_CLASSES = ("el2n", "vog", "aum", "uniform")  # need logits and classes, whatever else the loss consists of
 
 
 @pytest.mark.parametrize("module", [OwnTerm, Later, Masked])
-@pytest.mark.parametrize("name", [name for name in READERS if name not in BY_TERMS])
-def test_a_step_with_a_term_of_its_own_is_refused(name: str, module: Any) -> None:
+def test_a_gradient_of_a_part_is_refused(module: Any) -> None:
     with pytest.raises(RuntimeError, match=PART):
-        train(READERS[name](), module(), epochs=3)
+        train(READERS["grand-last"](), module(), epochs=3)
+
+
+@pytest.mark.parametrize("name", BY_CLASSES)
+def test_classes_of_which_some_are_not_trained_on_are_refused(name: str) -> None:
+    words = (
+        "takes logits and classes from cross_entropy, and training_step does not train on all of them: some of its rows have "
+        "no part in the loss. Set loss=0 to use them all the same, or "
+    )
+    with pytest.raises(RuntimeError, match=words):
+        train(READERS[name](), Masked(), epochs=3)
+    train(READERS[name](loss=0), Masked(), epochs=3)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -142,11 +154,22 @@ class OnlyInTraining(Classifier):
 
 @pytest.mark.parametrize("name", READERS)
 def test_who_acts_in_training_looks_at_the_step_in_training(name: str) -> None:
+    train(READERS[name](), OnlyInTraining(), epochs=3)
+
+
+class MaskedInTraining(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        each = F.cross_entropy(self(batch[0]), batch[1], reduction="none")
+        return (each * (batch[0][:, 0] > 0)).sum() if self.training else each.mean()
+
+
+@pytest.mark.parametrize("name", ["aum", "el2n"])
+def test_who_reads_in_training_looks_at_the_mask_of_training(name: str) -> None:
     if name == "aum":
-        with pytest.raises(RuntimeError, match=PART):
-            train(READERS[name](), OnlyInTraining(), epochs=3)
+        with pytest.raises(RuntimeError, match="some of its rows have no part in the loss"):
+            train(READERS[name](), MaskedInTraining(), epochs=3)
     else:
-        train(READERS[name](), OnlyInTraining(), epochs=3)
+        train(READERS[name](), MaskedInTraining(), epochs=3)
 
 
 class Harmless(Classifier):

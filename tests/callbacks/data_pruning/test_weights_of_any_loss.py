@@ -191,7 +191,7 @@ class Reweighted(Double):
         return (weights * shares).sum() + self.project.constant()
 
 
-@pytest.mark.parametrize("name", ["TabularHeads", "ProximalPolicy", "QuantileForecaster", "LanguageModel"])
+@pytest.mark.parametrize("name", ["TabularHeads", "ProximalPolicy", "QuantileForecaster", "LanguageModel", "Detector"])
 def test_reweighting_is_that_by_hand(name: str) -> None:
     callback = LossReweighting(temperature=0.5, start_temperature=0.5, warmup=0.0)
     assert_close(weights_after(Double(name), callback), weights_after(Reweighted(name)))
