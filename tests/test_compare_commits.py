@@ -11,6 +11,7 @@ import torch
 
 from tests import compare_commits
 from tests.compare_commits import PARTS, ROOT, compare, compare_runs, differences, main, table
+from tests.trial_runs import fitting
 
 
 def copy_tree(folder: Path) -> Path:
@@ -83,3 +84,11 @@ def test_a_technique_that_is_new_does_not_differ_and_one_that_is_gone_is_told() 
     new = {"results": {"New": {"left": left()}}, "own": {"New": {"name": "New"}}}
     assert compare(old, new, PARTS) == {"New": []}
     assert table(old, new, {"New": []}).splitlines() == ["New  new", "Old  gone"]
+
+
+def test_a_setting_that_an_older_constructor_does_not_take_gives_way_to_its_own() -> None:
+    own = {"ZClip-plain": {"package": "callbacks", "name": "ZClip", "arguments": {"alpha": 0.9}}}
+    taken = {"package": "callbacks", "name": "ZClip", "arguments": {"alpha": 0.5}}
+    assert fitting(taken, own) == taken
+    assert fitting({**taken, "arguments": {"of_the_future": 1}}, own) == own["ZClip-plain"]
+    assert fitting({**taken, "name": "OfTheFuture"}, own) is None

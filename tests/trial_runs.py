@@ -176,15 +176,24 @@ def run(entry: Mapping[str, Any]) -> dict[str, Any]:
         return {"error": traceback.format_exc()}
 
 
-def is_refused(entry: Mapping[str, Any]) -> bool:
-    """Return whether this tree's constructor does not take these arguments: one was renamed, say."""
+def fitting(entry: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return a setting that this tree's constructor takes: the entry, or this tree's own where an argument was renamed.
+
+    Args:
+        entry: A setting of the newer tree.
+        own: Those of this tree.
+
+    Returns:
+        Mapping: The setting; ``None`` if this tree has no such technique.
+    """
     technique = getattr(importlib.import_module(f"lightning_grad.{entry['package']}"), entry["name"], None)
+    if technique is None:
+        return None
     try:
-        if technique is not None:
-            technique(**copy.deepcopy(dict(entry["arguments"])))
+        technique(**copy.deepcopy(dict(entry["arguments"])))
     except (TypeError, ValueError):
-        return True
-    return False
+        return next((other for other in own.values() if other["name"] == entry["name"]), entry)
+    return entry
 
 
 def main(request: str, answer: str) -> None:
@@ -196,12 +205,9 @@ def main(request: str, answer: str) -> None:
     for name, entry in (wanted["entries"] or own).items():
         if wanted["only"] and not {name, entry["name"]} & set(wanted["only"]):
             continue
-        if name not in own and not hasattr(
-            importlib.import_module(f"lightning_grad.{entry['package']}"), entry["name"]
-        ):
-            continue
-        used = own[name] if name in own and is_refused(entry) else entry
-        results[name] = {"entry": used, "left": run(used)}
+        used = fitting(entry, own)
+        if used is not None:
+            results[name] = {"entry": used, "left": run(used)}
     torch.save({"own": own, "results": results, "package": sys.modules["lightning_grad"].__file__}, answer)
 
 
