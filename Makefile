@@ -3,16 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+OLDEST := .venv-oldest
+OLDEST_INSTALLED := $(OLDEST)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test test-oldest lint bench docs clean
 
 help:
-	@echo "make demo   train small networks sparse, with clipped gradients, pruned data, attacked inputs, compressed gradients, and show the difference (three minutes)"
-	@echo "make test   run the tests"
-	@echo "make lint   check style and types"
-	@echo "make bench  measure speed, as ratios to a baseline of the same run"
-	@echo "make docs   build the documentation into docs/_build/html"
+	@echo "make demo         train small networks sparse, with clipped gradients, pruned data, attacked inputs, compressed gradients, and show the difference (three minutes)"
+	@echo "make test         run the tests"
+	@echo "make test-oldest  run the tests with the oldest supported versions, in an environment of their own (2.3 GB)"
+	@echo "make lint         check style and types"
+	@echo "make bench        measure speed, as ratios to a baseline of the same run"
+	@echo "make docs         build the documentation into docs/_build/html"
 
 # torch comes first and pinned: left to another package's requirements, pip may fetch gigabytes of CUDA libraries.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -27,6 +30,20 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest
+
+# --no-deps: torch 2.6 from PyPI is the CUDA build, and its libraries are gigabytes that the tests do not need.
+# Where PyTorch's own index is reached, `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu` takes the CPU build.
+$(OLDEST_INSTALLED): pyproject.toml requirements-oldest.txt .ci/torch_without_cuda.py
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@echo "Installing into $(OLDEST) (a few minutes, once; fetches 1 GB) ..."
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-oldest.txt
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@$(OLDEST)/bin/python .ci/torch_without_cuda.py
+	@$(OLDEST)/bin/python -c "import torch, lightning; print('torch', torch.__version__, 'and lightning', lightning.__version__)"
+	@touch $@
+
+test-oldest: $(OLDEST_INSTALLED)
+	@CUDA_VISIBLE_DEVICES= $(OLDEST)/bin/python -m pytest
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .
@@ -45,4 +62,4 @@ docs: $(INSTALLED)
 	@echo "docs/_build/html/index.html"
 
 clean:
-	rm -rf $(VENV) runs docs/_build
+	rm -rf $(VENV) $(OLDEST) runs docs/_build

@@ -74,7 +74,7 @@ def test_the_walk_sees_every_module() -> None:
     assert {
         "lightning_grad.__init__",
         "lightning_grad.functional._group_top",
-        "lightning_grad.callbacks.nm_sparsity",
+        "lightning_grad.callbacks.sparsity.nm_sparsity",
     } <= set(MODULES)
 
 
@@ -162,9 +162,9 @@ def other_families(source: str, module: str) -> list[str]:
         ("clipping.zclip", "from lightning_grad.callbacks.adversarial import AdversarialTraining", 2),
         ("clipping.zclip", "from ..adversarial import AdversarialTraining", 2),
         ("clipping.zclip", "def f():\n    from lightning_grad.callbacks import AdversarialTraining", 1),
-        ("clipping.zclip", "from lightning_grad.callbacks.nm_sparsity import NMSparsity", 2),
-        ("nm_sparsity", "from lightning_grad.callbacks.clipping import ZClip", 2),
-        ("nm_sparsity", "from lightning_grad.callbacks._nm_weight import SparseWeight", 0),
+        ("clipping.zclip", "from lightning_grad.callbacks.sparsity.nm_sparsity import NMSparsity", 2),
+        ("sparsity.nm_sparsity", "from lightning_grad.callbacks.clipping import ZClip", 2),
+        ("sparsity.nm_sparsity", "from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight", 0),
     ],
 )
 def test_the_walk_tells_families_apart(module: str, source: str, found: int) -> None:

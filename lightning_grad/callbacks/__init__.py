@@ -27,7 +27,7 @@ from lightning_grad.callbacks.data_pruning import (
     RepeatedRandomSubset,
     UniformLearning,
 )
-from lightning_grad.callbacks.nm_sparsity import NMSparsity
+from lightning_grad.callbacks.sparsity import NMSparsity
 
 __all__ = [
     "AccuracyGradientLR",

@@ -112,6 +112,9 @@ def scale_rates_(chosen: ChosenGroups, factor: float) -> None:
 def scale_schedules_(chosen: ChosenGroups, schedulers: Iterable[Any], factor: float) -> None:
     """Multiply the base rates of groups, and those that their schedulers keep, so that schedules go on from scaled rates.
 
+    To be called after :func:`scale_rates_`: a base that is the very tensor of a rate has been scaled with it. ``SequentialLR``
+    makes such bases before torch 2.10.
+
     Args:
         chosen: Optimizers, each with the positions of its groups.
         schedulers: Of the trainer; those that step others (``SequentialLR``, ``ChainedScheduler``) stand for them.
@@ -131,7 +134,7 @@ def scale_schedules_(chosen: ChosenGroups, schedulers: Iterable[Any], factor: fl
     for optimizer, indices in chosen:
         for index in indices:
             group = optimizer.param_groups[index]
-            group.update({key: _times(group[key], factor) for key in _BASES_OF_GROUPS if key in group})
+            group.update({key: _scaled(group[key], factor, optimizer) for key in _BASES_OF_GROUPS if key in group})
         for scheduler in nested:
             if getattr(scheduler, "optimizer", None) is optimizer:
                 _scale_lists(scheduler, set(indices), factor)
@@ -154,12 +157,15 @@ def _scale_lists(scheduler: Any, indices: set[int], factor: float) -> None:
         rates = getattr(scheduler, name, None)
         if isinstance(rates, (list, tuple)):
             # A new list: SequentialLR shows the very _last_lr of the one that it steps.
-            scaled = [_times(rate, factor) if index in indices else rate for index, rate in enumerate(rates)]
+            of = scheduler.optimizer
+            scaled = [_scaled(rate, factor, of) if index in indices else rate for index, rate in enumerate(rates)]
             setattr(scheduler, name, scaled)
 
 
-def _times(value: Any, factor: float) -> Any:
-    return value * factor if isinstance(value, (int, float, Tensor)) else value
+def _scaled(base: Any, factor: float, optimizer: Optimizer) -> Any:
+    if isinstance(base, Tensor) and any(base is group["lr"] for group in optimizer.param_groups):
+        return base
+    return base * factor if isinstance(base, (int, float, Tensor)) else base
 
 
 def unknown_schedulers(schedulers: Iterable[Any]) -> list[str]:

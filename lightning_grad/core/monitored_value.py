@@ -29,9 +29,6 @@ class MonitoredValue:
         self.key = key
         self._before: Any = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_before": None}
-
     def begin(self, trainer: pl.Trainer) -> None:
         """Begin a stretch."""
         self._before = trainer.callback_metrics.get(self.key)

@@ -103,12 +103,17 @@ def make_portable(checkpoint: dict[str, Any], state_key: str, views: Mapping[str
         checkpoint: What Lightning is about to write, changed in place.
         state_key: Key of the technique in ``checkpoint["callbacks"]``.
         views: For each parameter's key in ``state_dict``: its dense weight now, and its view.
+
+    Raises:
+        RuntimeError: If residuals have no place, because the technique has no state in a checkpoint to resume from.
     """
     residuals: dict[str, dict[str, dict[str, Tensor]]] = {}
     for container, tensors in checkpoint.items():
         if not isinstance(tensors, MutableMapping):
             continue
-        for key in views.keys() & tensors.keys():
+        for key in views:
+            if key not in tensors:
+                continue
             dense, view = views[key]
             stored = view.stored(dense.detach())
             if not _same_bits(tensors[key], stored):
@@ -119,8 +124,18 @@ def make_portable(checkpoint: dict[str, Any], state_key: str, views: Mapping[str
             residual = encode_residual(stored, dense.detach())
             if residual is not None:
                 residuals.setdefault(container, {})[key] = residual
-    if state_key in checkpoint.get("callbacks", {}):
-        checkpoint["callbacks"][state_key][_RESIDUALS] = residuals
+    states = checkpoint.get("callbacks")
+    if states is None:
+        return  # of weights only, from which no run resumes
+    if state_key in states:
+        states[state_key][_RESIDUALS] = residuals
+    elif residuals:
+        first = next(key for kept in residuals.values() for key in kept)
+        raise RuntimeError(
+            f"{state_key} has no state in this checkpoint, so what {first!r} needs to be dense again has no place in it, and "
+            f"a run that resumes from it would continue from other weights. Let {state_key}.state_dict() extend "
+            "super().state_dict(), or save with save_weights_only=True."
+        )
 
 
 def make_dense(checkpoint: dict[str, Any], state_key: str) -> None:

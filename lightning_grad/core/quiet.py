@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
+from lightning_grad.core.in_place_view import close_windows, open_windows
 from lightning_grad.core.module_state import Snapshot
-from lightning_grad.core.weight_view import close_windows, open_windows
 from lightning_grad.data.random_streams import generators_kept, named_generators, random_streams_kept
 
 _QUIET: WeakSet[nn.Module] = WeakSet()
@@ -63,7 +63,7 @@ def quiet(
     with ExitStack() as stack:
         stack.enter_context(random_streams_kept())
         stack.enter_context(generators_kept(named_generators(map(type, pl_module.modules()))))
-        stack.enter_context(_silence(trainer, pl_module))
+        stack.enter_context(silence(trainer, pl_module))
         stack.enter_context(_modules_as_they_are(pl_module, check, advice, label))
         if evaluate:
             stack.enter_context(eager())
@@ -99,7 +99,9 @@ def aside(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _silence(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+def silence(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    """Keep the module from logging, by ``self.log``, by its loggers and by ``self.print``."""
+
     def nothing(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         return None
 

@@ -96,7 +96,7 @@ def look_at_all(
             run = (
                 runner(trainer, pl_module, batch, number)
                 if training_set.is_whole_batch
-                else partial(_refuse_part, label, way_out)
+                else partial(refuse_part, label, way_out)
             )
             look = Look(
                 pl_module,
@@ -256,6 +256,18 @@ def scoring_loader(
             "multiprocessing_context": loader.multiprocessing_context,
             "prefetch_factor": loader.prefetch_factor,
         }
+    return indexed_loader(loader, dataset, chunks, seed, collate, **workers)
+
+
+def indexed_loader(
+    loader: DataLoader[Any],
+    dataset: Any,
+    chunks: list[list[int]],
+    seed: int,
+    collate: Any = None,
+    **workers: Any,
+) -> DataLoader[Any]:
+    """Return a loader of given samples, of its own data set unless another is given, that is otherwise as ``loader``."""
     # With batch_size=None the data set itself takes lists of indices.
     batches: dict[str, Any] = {"batch_sampler": chunks}
     if loader.batch_sampler is None:
@@ -285,7 +297,12 @@ def to_device(trainer: pl.Trainer, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def _refuse_part(label: str, way_out: str) -> object:
+def refuse_part(label: str, way_out: str) -> object:
+    """Raise where ``training_step`` would be run on a batch of one of several loaders.
+
+    Raises:
+        ValueError: Always.
+    """
     raise ValueError(
         f"{label} cannot run training_step on the samples of one loader, because it takes a batch of each of several "
         f"training loaders. To act on one of them, {way_out}."

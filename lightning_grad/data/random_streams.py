@@ -20,20 +20,31 @@ GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rando
 _FEW = 100  # data sets or transforms in a list; the samples themselves are more
 
 
+def random_states() -> tuple[Any, ...]:
+    """Return the states of the global generators of Python, numpy and torch, on the CPU and on CUDA once that is in use."""
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if started else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def set_random_states(states: tuple[Any, ...]) -> None:
+    """Put the global generators into states that :func:`random_states` has returned."""
+    python, numpy, cpu, cuda = states
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+
+
 @contextmanager
 def random_streams_kept() -> Iterator[None]:
     """Put back the states of the global generators of Python, numpy and torch, on the CPU and on CUDA."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    cuda = torch.cuda.get_rng_state_all() if started else None
+    states = random_states()
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        set_random_states(states)
 
 
 def seed_streams(seed: int) -> None:

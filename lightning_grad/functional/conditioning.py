@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.functional.tensor_lists import any_rank, is_sharded, shards, stack_norms
+from lightning_grad.functional.torch_version import TORCH
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -46,7 +47,14 @@ def centralize_(gradients: Sequence[Tensor], conv_only: bool = False, output_dim
     for gradient, output_dim in zip(gradients, output_dims or [0] * len(gradients), strict=True):
         if gradient.ndim > (2 if conv_only else 1):
             others = tuple(d for d in range(gradient.ndim) if d != output_dim)
-            gradient.sub_(gradient.mean(dim=others, keepdim=True))
+            gradient.sub_(_mean(gradient, others))
+
+
+def _mean(gradient: Tensor, dims: tuple[int, ...]) -> Tensor:
+    # In torch 2.6 gloo cannot average over shards, in 2.13 it can.
+    if TORCH < (2, 13) and is_sharded(gradient):
+        return gradient.sum(dim=dims, keepdim=True) / math.prod(gradient.shape[d] for d in dims)
+    return gradient.mean(dim=dims, keepdim=True)
 
 
 def noise_deviation(step: int, eta: float = 0.01, decay: float = 0.55) -> float:
@@ -105,9 +113,12 @@ def add_gradient_noise_(gradients: Sequence[Tensor], deviation: float, seed: int
 def _shard_like(tensor: Tensor, like: Any) -> Tensor:
     if not is_sharded(like):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-    # Without a source rank every rank takes its shard of what it has drawn itself.
+    # Every rank takes its shard of what it has drawn itself; torch before 2.7 cannot be told to do so while distributing.
+    if TORCH < (2, 7):
+        whole = DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+        return whole.redistribute(placements=like.placements)
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 

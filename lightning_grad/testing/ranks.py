@@ -53,7 +53,9 @@ def free_port() -> int:
 
 def _be_rank(rank: int, ranks: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # or Lightning gives a single rank all cores, and small operations wait for threads
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # or Lightning gives a single rank all cores, and small operations wait for threads
+    )
     os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     result: dict[str, Any] = {}

@@ -8,16 +8,20 @@ All functions may be called on every rank; only rank zero writes.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_grad.utilities.imports import is_installed
+from lightning_grad.utilities.png import png_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +33,17 @@ _MOST_TEXT_ROWS = 200  # of a table that TensorBoard shows as text
 def stepped_batches(trainer: pl.Trainer) -> int:
     """Return the step that Lightning's loggers put on the x axis, the same for one optimizer or several."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+@contextmanager
+def logged_at(trainer: pl.Trainer, step: int) -> Iterator[None]:
+    """Put what is logged inside at a step of the x axis, as Lightning itself does at an epoch's end."""
+    loop = trainer.fit_loop.epoch_loop
+    now, loop._batches_that_stepped = loop._batches_that_stepped, step
+    try:
+        yield
+    finally:
+        loop._batches_that_stepped = now
 
 
 def is_log_step(trainer: pl.Trainer, ahead: int = 0) -> bool:
@@ -106,6 +121,46 @@ def log_figure(trainer: pl.Trainer, key: str, figure: Figure, path: Path) -> Non
             logger.log_image(key=key, images=[str(path)], step=stepped_batches(trainer))
         elif hasattr(_experiment(logger), "add_figure"):
             _experiment(logger).add_figure(key, figure, global_step=stepped_batches(trainer), close=False)
+
+
+def log_picture(trainer: pl.Trainer, key: str, pixels: NDArray[np.uint8], path: Path, caption: str = "") -> None:
+    """Save a picture (H, W) or (H, W, 3) as PNG, and send it to the loggers that show images (with Pillow)."""
+    if not trainer.is_global_zero:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png_bytes(pixels))
+    if not is_installed("PIL"):
+        return
+    for logger in trainer.loggers:
+        step, experiment = stepped_batches(trainer), _experiment(logger)
+        if hasattr(logger, "log_image"):
+            captions = {"caption": [caption]} if caption else {}
+            logger.log_image(key=key, images=[str(path)], step=step, **captions)
+        elif hasattr(experiment, "add_image"):
+            experiment.add_image(key, pixels, global_step=step, dataformats="HW" if pixels.ndim == 2 else "HWC")
+
+
+def log_record(
+    trainer: pl.Trainer,
+    key: Callable[[str], str],
+    table: str,
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+    draw: Callable[[], Figure] | None,
+) -> None:
+    """Write the record of a run as ``path.csv`` and, if wanted and possible, as ``path.png``, and send both to the loggers.
+
+    Args:
+        trainer: Whose loggers get them.
+        key: Makes a log key.
+        table: Name of the table's key; that of the figure is ``figure``.
+        rows: Rows of the table.
+        path: Where the files go, without an ending.
+        draw: Draws the figure; ``None`` for none.
+    """
+    log_table(trainer, key(table), rows, path.with_name(f"{path.name}.csv"))
+    if draw is not None and trainer.is_global_zero and is_installed("matplotlib"):
+        log_figure(trainer, key("figure"), draw(), path.with_name(f"{path.name}.png"))
 
 
 def log_table(

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -36,10 +37,15 @@ def _fit(build: Any) -> tuple[list[Tensor], list[str]]:
     generator = torch.Generator().manual_seed(1)
     loader = DataLoader(TensorDataset(torch.randn(16, 8, generator=generator)), 4)
     module, callback = Moody(), build()
-    trainer = make_trainer(callbacks=[callback], devices=2, strategy="ddp", max_epochs=2, use_distributed_sampler=False)
+    found: list[str] = []
+
+    def read(*_: Any) -> None:
+        found[:] = callback._heads.names if hasattr(callback, "_heads") else sorted(callback._chosen)
+
+    callbacks = [callback, LambdaCallback(on_train_end=read)]
+    trainer = make_trainer(callbacks=callbacks, devices=2, strategy="ddp", max_epochs=2, use_distributed_sampler=False)
     trainer.fit(module, loader)
-    heads = callback._heads.names if hasattr(callback, "_heads") else sorted(callback._chosen)
-    return [parameter.detach() for parameter in module.parameters()], heads
+    return [parameter.detach() for parameter in module.parameters()], found
 
 
 def test_all_ranks_choose_what_the_first_saw() -> None:

@@ -110,6 +110,7 @@ def test_compiled_submodules_give_the_same_weights(technique, how):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*is deprecated. Please switch to `torch.compile`")
+@pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles_inline_module_allowlist")  # by torch 2.6
 def test_inductor(technique):
     module = make_classifier()
     start = start_of(module)

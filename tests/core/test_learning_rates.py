@@ -98,6 +98,18 @@ def test_initial_rates_that_are_tensors_are_no_alias_of_the_rate():
     assert scheduler.base_lrs == [torch.tensor(0.25)]
 
 
+def test_a_base_that_is_the_tensor_of_the_rate_is_scaled_once():
+    """As SequentialLR makes them before torch 2.10."""
+    optimizer = Adam([nn.Parameter(torch.zeros(1))], lr=torch.tensor(0.5))
+    scheduler = lrs.LambdaLR(optimizer, lambda _: 1.0)
+    optimizer.param_groups[0]["initial_lr"] = optimizer.param_groups[0]["lr"]
+    scheduler.base_lrs = [optimizer.param_groups[0]["lr"]]
+    scale_rates_([(optimizer, [0])], 0.5)
+    scale_schedules_([(optimizer, [0])], [scheduler], 0.5)
+    assert rates(optimizer) == rates(optimizer, "initial_lr") == [0.25]
+    assert scheduler.base_lrs == [torch.tensor(0.25)]
+
+
 class Foreign:
     """Steps rates by itself."""
 

@@ -209,6 +209,19 @@ def test_checkpoint_of_weights_only_is_portable_without_a_residual() -> None:
     assert_same(checkpoint["state_dict"], stored_of(dense))
 
 
+@pytest.mark.parametrize("callbacks", [{}, {"Other": {"progress": 0.5}}])
+def test_residuals_without_a_state_to_hold_them_are_refused(callbacks: dict[str, Any]) -> None:
+    dense = weights()
+    checkpoint = {"state_dict": dict(dense), "callbacks": callbacks}
+    with pytest.raises(
+        RuntimeError, match=r"Technique has no state .*'a.weight'.*Technique.state_dict\(\) extend super"
+    ):
+        make_portable(checkpoint, KEY, views_of(dense))
+    make_portable(
+        {"state_dict": dict(dense), "callbacks": callbacks}, KEY, {"b.weight": (dense["b.weight"], Everything())}
+    )
+
+
 def test_view_that_changes_nothing_leaves_no_residual() -> None:
     dense = weights()
     checkpoint = checkpoint_of(dict(dense))

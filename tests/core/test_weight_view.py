@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_grad.core.weight_view import InPlaceView, InPlaceWindow, attach_view, has_view, viewed_class
+from lightning_grad.core.in_place_view import InPlaceView, InPlaceWindow
+from lightning_grad.core.weight_view import attach_view, has_view, viewed_class
 from lightning_grad.functional import nm_mask, prune, scale_weight
 
 
@@ -417,6 +418,28 @@ def test_gradient_of_an_exposed_parameter_passes_through_the_view(straight_throu
     in_place.restore()
     (x @ scale_weight(dense, factor, straight_through).T).square().sum().backward()
     torch.testing.assert_close(mix.w.grad, dense.grad)
+
+
+class Trusted:
+    """A view that computes its mask from the value: what is small passes no gradient."""
+
+    def value(self, dense: Tensor) -> Tensor:
+        return torch.where(dense.abs() > 0.5, dense, dense.detach())
+
+    def stored(self, dense: Tensor) -> Tensor:
+        return dense
+
+
+def test_an_exposed_parameter_is_differentiated_at_its_dense_value() -> None:
+    mix, x = Mix(), torch.randn(3, 8)
+    dense = mix.w.detach().clone().requires_grad_()
+    in_place = InPlaceView(mix, "w", Trusted())
+    in_place.expose()
+    mix(x).square().sum().backward()
+    in_place.restore()
+    (x @ Trusted().value(dense).T).square().sum().backward()
+    torch.testing.assert_close(mix.w.grad, dense.grad)
+    assert 0 < (mix.w.grad == 0).float().mean() < 1
 
 
 def test_frozen_parameter_may_be_exposed() -> None:

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_grad.callbacks.adversarial._rate_report import RateRecord, write_record
-from lightning_grad.callbacks.adversarial._rates import ChosenRates, as_indices
 from lightning_grad.callbacks.adversarial._schedules import mute_schedulers, warn_of_schedulers
-from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.dispatch import wrap_method
-from lightning_grad.core.missed_validation import is_validation_due, run_missed_validation
-from lightning_grad.core.monitored_value import (
-    MonitoredValue,
-    describe_unknown,
-    refuse_unknown_monitor,
-    validated_keys,
-)
+from lightning_grad.core.chosen_rates import ChosenRates, as_indices
+from lightning_grad.core.fit import until_next_fit
+from lightning_grad.core.monitored import Interval, Mode, MonitoredCallback
 from lightning_grad.functional.accuracy_gradient import accuracy_gradient, accuracy_gradient_cuts
 from lightning_grad.utilities.checks import (
     check_above,
@@ -37,7 +28,7 @@ from lightning_grad.utilities.reporting import log_many, log_summary, output_fol
 _MOST_OBSERVATIONS = 1_000_000
 
 
-class AccuracyGradientLR(GradCallback):
+class AccuracyGradientLR(MonitoredCallback):
     r"""Cut the learning rate when the moving mean of the validation accuracy stops rising (AccelAT).
 
     .. math::
@@ -121,11 +112,22 @@ class AccuracyGradientLR(GradCallback):
         "optimizers": "the learning rates of those chosen before are cut already",
         "param_groups": "the learning rates of those chosen before are cut already",
     }
+    nothing_done: ClassVar[str] = "no learning rate was cut"
+
+    _since_cut = until_next_fit[int](lambda self: self.quiet)
+
+    @until_next_fit
+    def _record(self) -> RateRecord:
+        return RateRecord(self.monitor, self.window, self.mode == "max")
+
+    @until_next_fit
+    def _rates(self) -> ChosenRates:
+        return ChosenRates(self.optimizers, self.param_groups, self.policy, self.min_lr, self.label)
 
     def __init__(
         self,
         monitor: str = "val_acc",
-        mode: Literal["max", "min"] = "max",
+        mode: Mode = "max",
         window: int = 5,
         quiet: int = 5,
         threshold: float = 0.005,
@@ -133,14 +135,14 @@ class AccuracyGradientLR(GradCallback):
         min_lr: float = 1e-6,
         start_after: int = 0,
         policy: Literal["multiply", "replace"] = "multiply",
-        interval: Literal["validation", "epoch"] = "validation",
+        interval: Interval = "validation",
         reach: float | None = None,
         optimizers: Sequence[int] | None = None,
         param_groups: Sequence[int] | None = None,
         figure: bool = True,
         name: str | None = None,
     ) -> None:
-        super().__init__(name)
+        super().__init__(monitor, mode, interval, name)
         check_count_between(window, 1, _MOST_OBSERVATIONS, "window")
         check_count(quiet, 0, "quiet")
         check_finite(threshold, "threshold")
@@ -149,8 +151,6 @@ class AccuracyGradientLR(GradCallback):
         check_finite_at_least(min_lr, 0.0, "min_lr")
         check_count(start_after, 0, "start_after")
         check_finite(0.0 if reach is None else reach, "reach")
-        self.monitor = monitor
-        self.mode = mode
         self.window = window
         self.quiet = quiet
         self.threshold = threshold
@@ -158,80 +158,39 @@ class AccuracyGradientLR(GradCallback):
         self.min_lr = min_lr
         self.start_after = start_after
         self.policy = policy
-        self.interval = interval
         self.reach = reach
         self.optimizers = as_indices(optimizers, "optimizers")
         self.param_groups = as_indices(param_groups, "param_groups")
         self.figure = figure
-        self._reset()
-
-    def _reset(self) -> None:
-        self._record = RateRecord(self.monitor, self.window, self.mode == "max")
-        self._since_cut = self.quiet
-        self._rates = ChosenRates(self.optimizers, self.param_groups, self.policy, self.min_lr, self.label)
-        self._in_validation = MonitoredValue(self.monitor)
-        self._in_epoch = MonitoredValue(self.monitor)
-        self._validated: float | None = None  # what waits for the end of the epoch
-        self._due: float | None = None  # epochs done, if a validation follows here
-        self._has_validated = self._has_whole_epoch = self._was_validated = False
-        self._told: list[str] = []
-        self._sanity_keys: list[str] = []  # what a sanity check has logged
 
     # The fit begins.
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if self.fitting:
-            self._reset()
-            if trainer.barebones:
-                raise ValueError(
-                    f"{self.label} observes {self.monitor!r}, and Trainer(barebones=True) turns logging off, so no metric "
-                    "reaches it. Set barebones=False."
-                )
-            if self.interval == "validation" and not trainer.enable_validation:
-                self._refuse_without_validation()
-
-    def _refuse_without_validation(self) -> None:
-        raise ValueError(
-            f"{self.label} observes {self.monitor!r} at validations, and this fit has none. Give fit() a validation loader, "
-            "the module a validation_step, and limit_val_batches above 0; or observe a metric of training: interval='epoch'."
-        )
-
-    @override
     def state_dict(self) -> dict[str, Any]:
-        own: dict[str, Any] = {"since_cut": self._since_cut, "scale": self._rates.scale, "base": self._rates.base}
-        own |= {"validated": self._validated, "due": self._due, **self._record.state_dict()}
-        return {**super().state_dict(), **own}
+        own = {"since_cut": self._since_cut, "scale": self._rates.scale, "base": self._rates.base}
+        return {**super().state_dict(), **own, **self._record.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if not self.fitting:
-            return
-        self._record.load_state_dict(state_dict)
-        self._rates.scale, self._rates.base = state_dict["scale"], state_dict["base"]
-        self._since_cut, self._validated, self._due = (state_dict[key] for key in ("since_cut", "validated", "due"))
-        changed = self.changed_settings(state_dict, "monitor", "interval")
-        if changed:
-            self._record.restart()
-            self._validated = None
-            self.say(f"restarts its observations, because {' and '.join(changed)} changed; the cuts so far stay")
+        if self.fitting:
+            self._record.load_state_dict(state_dict)
+            self._rates.scale, self._rates.base = state_dict["scale"], state_dict["base"]
+            self._since_cut = state_dict["since_cut"]
+
+    @override
+    def restart(self) -> str:
+        self._record.restart()
+        return "the cuts so far stay"
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         optimizers = [optimizer for optimizer, _ in self._rates.groups(trainer)]
         if self.policy == "multiply":
             warn_of_schedulers(trainer, optimizers, self.monitor, self.label)
         elif trainer.lr_scheduler_configs:
             self.undo.push(mute_schedulers(pl_module, optimizers, self.label))
-        if self.interval == "epoch":
-
-            def end_epoch(inner: Callable[..., Any], *args: Any) -> None:
-                inner(*args)
-                self._end_epoch(trainer)
-
-            self.undo.push(wrap_method(pl_module, "on_train_epoch_end", end_epoch))
         self._announce(trainer)
 
     def _announce(self, trainer: pl.Trainer) -> None:
@@ -248,84 +207,15 @@ class AccuracyGradientLR(GradCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # The sanity check or Lightning itself has asked for the loaders by now, if the first epoch is validated.
-        if self.interval == "validation" and trainer.val_dataloaders is not None and not sum(trainer.num_val_batches):
-            self._refuse_without_validation()
-        if not len(self._record):
-            refuse_unknown_monitor(trainer, self.monitor, self._sanity_keys, self.interval == "validation", self.label)
+        super().on_train_start(trainer, pl_module)
         self._rates.begin(trainer)
-        if self._due is not None:
-            end = partial(self._end_missed_epoch, trainer, self._due)
-            self.undo.push(run_missed_validation(trainer, end))
-
-    def _end_missed_epoch(self, trainer: pl.Trainer, epochs: float) -> None:
-        # Lightning goes on with the next epoch, so that this one's end has no hook.
-        if self.interval == "epoch" and self._validated is not None and epochs.is_integer():
-            self._due = epochs
-            self._observe(trainer, self._validated)
-            self._validated = self._due = None
 
     # One observation.
 
     @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not at the end of the epoch before: what it has logged gets new tensors until its very end.
-        self._in_epoch.begin(trainer)
-        self._has_validated, self._has_whole_epoch = False, True
-
-    @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        self._due = _epochs_done(trainer) if is_validation_due(trainer) else None
-
-    @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._in_validation.begin(trainer)
-
-    @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.fitting:
-            return
-        if trainer.sanity_checking:
-            self._sanity_keys = validated_keys(trainer)
-            return
-        self._was_validated = True
-        value, is_known = self._in_validation.read(trainer)
-        if self.interval == "epoch":
-            # A run that is resumed from a checkpoint of this validation has no other trace of the value.
-            self._validated = self._validated if value is None else value
-            self._has_validated = True
-        elif value is not None:
-            self._observe(trainer, value)
-        elif not len(self._record) and "nonfinite" not in self._told:
-            self._refuse_unlogged(trainer, is_known)
-        self._due = None
-
-    def _end_epoch(self, trainer: pl.Trainer) -> None:
-        value, is_known = self._in_epoch.read(trainer)
-        value = self._validated if value is None else value
-        self._validated = None
-        may_be_late = trainer.enable_validation and not self._has_validated
-        if value is not None:
-            self._observe(trainer, value)
-        elif not is_known and not len(self._record) and self._has_whole_epoch and not may_be_late:
-            self._refuse_unlogged(trainer, is_known)
-
-    def _refuse_unlogged(self, trainer: pl.Trainer, is_known: bool) -> None:
-        if is_known:
-            raise RuntimeError(
-                f"{self.label}: monitor={self.monitor!r} is logged in training and not in validation. Use interval='epoch'."
-            )
-        raise RuntimeError(f"{self.label}: {describe_unknown(self.monitor, trainer.callback_metrics)}")
-
-    def _observe(self, trainer: pl.Trainer, value: float) -> None:
-        if not math.isfinite(value):
-            self._tell_once(
-                "nonfinite", rank_zero_warn, f"{self.monitor} is {value}: values that are not finite are ignored."
-            )
-            return
+    def observe(self, trainer: pl.Trainer, value: float) -> None:
         record = self._record
-        epochs = _epochs_done(trainer) if self._due is None else self._due
-        record.observe(value, epochs, stepped_batches(trainer))
+        record.observe(value, self.epochs_done(trainer), stepped_batches(trainer))
         self._since_cut += 1
         settings = (self.window, self.quiet, self.threshold, self.start_after)
         is_cut = False
@@ -334,13 +224,15 @@ class AccuracyGradientLR(GradCallback):
             is_cut = self._cut(trainer)
         record.conclude(self._rates.scale, self._rates.first(trainer), is_cut)
         self._log_observation(trainer)
-        self._stop_if_reached(trainer, value)
+        if self.reach is not None and self.is_reached(value, self.reach):
+            trainer.should_stop = True
+            self.tell_once("reach", rank_zero_info, f"{self.monitor} has reached {value:g}: training stops.")
 
     def _cut(self, trainer: pl.Trainer) -> bool:
         before = self._rates.first(trainer)
-        if not self._rates.cut(trainer, self.factor):
+        if not self._rates.multiply(trainer, self.factor):
             if self.factor < 1.0:
-                self._tell_once("floor", rank_zero_info, f"the learning rate is at its floor, min_lr={self.min_lr:g}.")
+                self.tell_once("floor", rank_zero_info, f"the learning rate is at its floor, min_lr={self.min_lr:g}.")
             return False
         gradient = accuracy_gradient(self._record.gains, self.window)
         epoch = round(self._record.epochs[-1], 2)
@@ -358,40 +250,14 @@ class AccuracyGradientLR(GradCallback):
             values["accuracy_gradient"] = gradient
         log_many(trainer, {self.log_key(key): value for key, value in values.items()})
 
-    def _stop_if_reached(self, trainer: pl.Trainer, value: float) -> None:
-        if self.reach is not None and (value >= self.reach if self.mode == "max" else value <= self.reach):
-            trainer.should_stop = True
-            self._tell_once("reach", rank_zero_info, f"{self.monitor} has reached {value:g}: training stops.")
-
-    def _tell_once(self, what: str, tell: Callable[[str], Any], text: str) -> None:
-        if what not in self._told:
-            self._told.append(what)
-            tell(f"{self.label}: {text}")
-
     # The end.
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
         cuts = float(self._record.cut_count)
         log_summary(trainer, {self.log_key("final_scale"): self._rates.scale, self.log_key("final_cuts"): cuts})
         stem = "accuracy_gradient_lr" if self.name is None else f"accuracy_gradient_lr_{self.name}"
         folder = output_folder(trainer)
-        if not len(self._record):
-            self._warn_of_nothing()
-        elif folder is not None:
+        if folder is not None and len(self._record):
             write_record(trainer, self._record, self.log_key, folder / stem, self.label, self.threshold, self.figure)
-
-    def _warn_of_nothing(self) -> None:
-        if "nonfinite" in self._told:
-            why = f"{self.monitor!r} was never finite; see where it comes from"
-        elif self.interval == "validation" and not self._was_validated:
-            why = "no validation came; see check_val_every_n_epoch and val_check_interval of the Trainer"
-        else:
-            why = f"{self.monitor!r} was never logged; log it, or set monitor to a metric that is"
-        rank_zero_warn(f"{self.label} has observed nothing, so that no learning rate was cut: {why}.")
-
-
-def _epochs_done(trainer: pl.Trainer) -> float:
-    batches = trainer.num_training_batches
-    part = (trainer.fit_loop.batch_idx + 1) / batches if math.isfinite(batches) and batches > 0 else 1.0
-    return float(trainer.current_epoch + part)

@@ -8,6 +8,7 @@ attention from others.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_grad.callbacks.clipping._attention_tracks import AttentionTracks
 from lightning_grad.functional.plain_tensors import PlainTensors, plain_tensor
+from lightning_grad.functional.torch_version import TORCH
 from lightning_grad.utilities.forward_order import is_compiled
 
 _MOST_SCORES = 2**22  # of one attention that are computed; beyond, a part of the batch must do
@@ -46,6 +48,12 @@ class LogitProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._attention: list[Tensor] = []
         self._softmaxes: list[Tensor] = []  # the largest logit of each softmax that may turn out to be attention
         self._outputs: list[Tensor] = []
+
+    def __enter__(self) -> LogitProbe:
+        if TORCH < (2, 9):  # which does not know supports_higher_order_operators
+            _admit_control_flow()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -130,3 +138,14 @@ def has_compiled(module: nn.Module) -> bool:
 def compiled_graphs() -> int:
     """Return how many graphs ``torch.compile`` has made in this process."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def _admit_control_flow() -> None:
+    """Let the operators that take functions (``torch.cond``) run under a :class:`LogitProbe`, unseen."""
+
+    def unseen(operator: Any, mode: LogitProbe, *args: Any, **kwargs: Any) -> Any:
+        return operator(*args, **kwargs)
+
+    for operator in torch._ops._higher_order_ops.values():
+        if LogitProbe not in operator.python_key_table:
+            operator.py_impl(LogitProbe)(functools.partial(unseen, operator))

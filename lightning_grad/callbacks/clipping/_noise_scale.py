@@ -5,8 +5,9 @@ Used by ``gradient_monitor.py``; the estimate is :func:`lightning_grad.functiona
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,25 +19,59 @@ from lightning_grad.functional import noise_scale_terms
 from lightning_grad.functional.plain_tensors import on_plain_tensors, plain_tensor
 from lightning_grad.functional.tensor_lists import joined_norm
 from lightning_grad.utilities.precision import grad_scaler
+from lightning_grad.utilities.reporting import log_summary
 
 _DECAY = 0.95  # of the averages of noise and signal, for each measurement
+
+
+class NoiseScale:
+    """The averages of a run: all that lasts longer than a step."""
+
+    def __init__(self) -> None:
+        self._averages: Tensor | None = None
+
+    def add(self, terms: Tensor) -> None:
+        """Take in noise and signal of one step, unless they are not finite."""
+        before = terms if self._averages is None else self._averages.to(terms.device)
+        self._averages = torch.where(terms.isfinite().all(), _DECAY * before + (1 - _DECAY) * terms, before)
+
+    def read(self) -> dict[str, Tensor]:
+        """Return the noise scale in samples, and the averages it is made of."""
+        if self._averages is None:
+            return {}
+        noise, signal = self._averages
+        return {"noise_scale": noise / signal, "noise_trace": noise, "signal_squared": signal}
+
+    def write(self, trainer: pl.Trainer, key: Callable[[str], str]) -> None:
+        """Write the noise scale into the summary of the run, if it is finite."""
+        final = self.read().get("noise_scale")
+        if final is not None and math.isfinite(final.item()):
+            log_summary(trainer, {key("final_noise_scale"): final.item()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages."""
+        return {"averages": None if self._averages is None else self._averages.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with saved averages."""
+        self._averages = state["averages"]
 
 
 class NoiseScaleMeter:
     """Measures the norm of each part of a batch by hooks on the parameters, which are there in measured steps only.
 
     A hook sees the gradient of one backward pass on one rank, before it is accumulated and before DDP reduces it.
+
+    Args:
+        scale: Where measurements go.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scale: NoiseScale) -> None:
+        self._scale = scale
         self._handles: list[Any] = []
         self._squares: list[Tensor] = []
         self._parts = 0
         self._batch_size = 1
-        self._averages: Tensor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": [], "_squares": []}
 
     @staticmethod
     def why_not(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
@@ -92,27 +127,10 @@ class NoiseScaleMeter:
         small = torch.stack(squares).sum() / parts * (accumulated / scale) ** 2
         small = trainer.strategy.reduce(small, reduce_op="mean")
         big = (norm * accumulated / parts).square()
-        terms = torch.stack(noise_scale_terms(small, big, self._batch_size, self._batch_size * parts * ranks))
-        before = terms if self._averages is None else self._averages.to(terms.device)
-        self._averages = torch.where(terms.isfinite().all(), _DECAY * before + (1 - _DECAY) * terms, before)
+        self._scale.add(torch.stack(noise_scale_terms(small, big, self._batch_size, self._batch_size * parts * ranks)))
 
     def stop(self) -> None:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-    def read(self) -> dict[str, Tensor]:
-        """Return the noise scale in samples, and the averages it is made of."""
-        if self._averages is None:
-            return {}
-        noise, signal = self._averages
-        return {"noise_scale": noise / signal, "noise_trace": noise, "signal_squared": signal}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the averages."""
-        return {"averages": None if self._averages is None else self._averages.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with saved averages."""
-        self._averages = state["averages"]

@@ -1,14 +1,14 @@
 """Watching gradients: the callback.
 
-Beside this file: ``_optimizer_watch.py`` looks at the gradients of one optimizer, ``_monitor_record.py`` keeps and draws
-what was seen, ``_monitor_report.py`` sends it, ``_noise_scale.py`` measures the gradient noise scale, ``_logit_probe.py``
-reads logits off the operators. The formulas are in ``functional/gradient_statistics.py``.
+Beside this file: ``_optimizer_watch.py`` looks at the gradients of one optimizer, ``_monitor_place.py`` finds where to look,
+``_monitor_choice.py`` what to watch, ``_monitor_record.py`` keeps and draws what was seen, ``_monitor_report.py`` sends it,
+``_noise_scale.py`` measures the gradient noise scale, ``_logit_watch.py`` reads logits off the operators. The formulas are in
+``functional/gradient_statistics.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -19,17 +19,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.callbacks.clipping._constructors import NOT_CONSTRUCTED, constructors_unwatched
-from lightning_grad.callbacks.clipping._logit_probe import LogitProbe, compiled_graphs, has_compiled
+from lightning_grad.callbacks.clipping._logit_probe import has_compiled
+from lightning_grad.callbacks.clipping._logit_watch import LogitWatch
+from lightning_grad.callbacks.clipping._monitor_choice import named_parameters, why_none
+from lightning_grad.callbacks.clipping._monitor_place import Vantage
 from lightning_grad.callbacks.clipping._monitor_record import MonitorRecord
-from lightning_grad.callbacks.clipping._monitor_report import tell_first_bad, write_record
-from lightning_grad.callbacks.clipping._noise_scale import NoiseScaleMeter
+from lightning_grad.callbacks.clipping._monitor_report import FirstBadStep, write_records
+from lightning_grad.callbacks.clipping._noise_scale import NoiseScale, NoiseScaleMeter
 from lightning_grad.callbacks.clipping._optimizer_watch import OptimizerWatch, Place
 from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.dispatch import WrapOrder, overrides, wrap_method
+from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.phases import Phase, conditioners, refuse_order
-from lightning_grad.functional.plain_tensors import PlainTensors, on_plain_tensors
+from lightning_grad.core.phases import Phase, refuse_order
+from lightning_grad.functional.plain_tensors import on_plain_tensors
 from lightning_grad.utilities.checks import (
     check_count,
     refuse_deepspeed,
@@ -38,26 +40,16 @@ from lightning_grad.utilities.checks import (
 )
 from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.optimizers import optimizer_index, optimizer_shape
-from lightning_grad.utilities.parameters import (
-    all_names,
-    as_names,
-    check_patterns,
-    matches,
-    parameter_names,
-    why_none_left,
-)
+from lightning_grad.utilities.parameters import as_names, check_patterns, parameter_names
 from lightning_grad.utilities.precision import grad_scaler, refuse_scaled_gradients, true_loss
 from lightning_grad.utilities.reporting import (
     counted,
     is_log_step,
     log_histograms,
     log_many,
-    log_summary,
-    output_folder,
     say_if_no_figure,
     stepped_batches,
 )
-from lightning_grad.utilities.thresholds import choose_buckets
 
 
 class GradientMonitor(GradCallback):
@@ -123,20 +115,20 @@ class GradientMonitor(GradCallback):
     phase: ClassVar[Phase] = "observe"
 
     _records = until_next_fit.of(dict[int, MonitorRecord])
-    _noise = until_next_fit.of(NoiseScaleMeter)
-    _first_bad = until_next_fit.of(dict[str, Any])
-    _told = until_next_fit.of(bool)
+    _noise = until_next_fit.of(NoiseScale)
+    _first_bad = until_next_fit.of(FirstBadStep)
     _watches = during_fit.of(list[OptimizerWatch])
+    _vantage = during_fit[Vantage]()
     _loss = during_fit[Tensor | None](lambda _: None)
     _place = during_fit[Place](lambda _: Place(0, 0, 0))
     _order = during_fit[ForwardOrder | None](lambda _: None)
     _stop_learning = during_fit[Callable[[], None] | None](lambda _: None)
-    _probe = during_fit[LogitProbe | None](lambda _: None)
-    _first = during_fit[Any](lambda _: None)
-    _graphs = during_fit.of(int)
-    _changed = during_fit.of(bool)
-    _probes = during_fit.of(bool)
+    _logits = during_fit[LogitWatch | None](lambda _: None)
     _stepped = during_fit.of(bool)
+
+    @during_fit
+    def _meter(self) -> NoiseScaleMeter:
+        return NoiseScaleMeter(self._noise)
 
     def __init__(
         self,
@@ -184,7 +176,7 @@ class GradientMonitor(GradCallback):
             self._records.setdefault(int(index), MonitorRecord()).load_state_dict(saved)
         if not self.changed_settings(state_dict, "include", "exclude"):
             self._noise.load_state_dict(state_dict["noise"])  # else its averages are of other parameters
-        self._first_bad, self._told = dict(state_dict["first_bad"]), bool(state_dict["told"])
+        self._first_bad.load_state_dict(state_dict)
 
     @override
     @on_plain_tensors
@@ -197,60 +189,38 @@ class GradientMonitor(GradCallback):
             self._watch(trainer, pl_module, index, optimizer)
         watched = [parameter for watch in self._watches for parameter in watch.parameters]
         if not watched:
-            raise ValueError(f"{self.label} has no parameter to watch. {self._why_none(trainer, pl_module)}")
+            why = why_none(trainer, pl_module, self.include, self.exclude)
+            raise ValueError(f"{self.label} has no parameter to watch. {why}")
         refuse_sparse_gradients(pl_module, {id(parameter) for parameter in watched}, self.label)
         self._order = ForwardOrder(pl_module)
-        self.undo.push(self._stop_looking)
-        self._place_hooks(trainer, pl_module)
+        self.undo.push(self._meter.stop)
+        self._vantage = self._take_places(trainer, pl_module)
         self._announce(trainer, pl_module)
-
-    def _why_none(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-        everything = [name for o in trainer.optimizers for b in choose_buckets(o, pl_module)[0] for name in b.names]
-        if not everything:
-            return "configure_optimizers returns no optimizer that holds one. Return one, or drop the callback."
-        left = [names for names in all_names(pl_module).values() if not matches(names, self.exclude or [])]
-        if any(self.include is None or matches(names, self.include) for names in left):
-            return f"No optimizer holds any of those selected. Include some that one holds, such as {everything[0]!r}."
-        return why_none_left(pl_module, self.include, self.exclude or [])
 
     def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, optimizer: Optimizer) -> None:
         record = self._records.setdefault(index, MonitorRecord())
-        scaled = grad_scaler(trainer) is not None
-        watch = OptimizerWatch(optimizer, self._named(pl_module, optimizer), self.depth, record, scaled)
+        named = named_parameters(pl_module, optimizer, self.include, self.exclude)
+        watch = OptimizerWatch(optimizer, named, self.depth, record, scaled=grad_scaler(trainer) is not None)
         self._watches.append(watch)
         self._watch_updates(watch)
-
-    def _named(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
-        buckets, _ = choose_buckets(optimizer, pl_module, include=self.include, exclude=self.exclude)
-        return [pair for bucket in buckets for pair in zip(bucket.names, bucket.parameters, strict=True)]
 
     def _watch_updates(self, watch: OptimizerWatch) -> None:
         handle = watch.optimizer.register_step_post_hook(lambda *_: self._look_at_update(watch))
         self.undo.push(handle.remove)
 
-    def _place_hooks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stand before the first and behind the last of those that change gradients."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        acting = [callback for callback in callbacks if overrides(callback, "on_before_optimizer_step")]
-        self._first = acting[0]
-        if self._first is not self:
-            self.undo.push(wrap_method(self._first, "on_before_optimizer_step", self._before_others))
-        phases = [callback.phase for callback in conditioners(trainer)]
-        if "center" in phases and "clip" in phases:
-            clipper = next(callback for callback in conditioners(trainer) if callback.phase == "clip")
-            self.undo.push(wrap_method(clipper, "on_before_optimizer_step", self._before_clipping))
-        last = "configure_gradient_clipping" if pl_module.automatic_optimization else "on_before_optimizer_step"
-        self.undo.push(wrap_method(pl_module, last, partial(self._behind_others, trainer), order=WrapOrder.LOOK))
-        self._changed = (
-            len(acting) > 1
-            or bool(trainer.gradient_clip_val)
-            or overrides(pl_module, "configure_gradient_clipping")
-            or overrides(pl_module, "on_before_optimizer_step")
+    def _take_places(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Vantage:
+        vantage = Vantage(
+            self,
+            before=partial(self._look_before, trainer, pl_module),
+            before_clipping=partial(self._look_before_clipping, trainer),
+            behind=partial(self._look_behind, trainer),
         )
-        self._probes = self.logits and not has_compiled(pl_module)
-        if self._probes:
-            self._graphs = compiled_graphs()
-            self.undo.push(wrap_method(pl_module, "training_step", partial(self._probe_logits, trainer, pl_module)))
+        vantage.take(trainer, pl_module, self.undo)
+        if self.logits and not has_compiled(pl_module):
+            advice = f"{self.label} watches logits in this step. Set {type(self).__name__}(logits=False)."
+            self._logits = LogitWatch(trainer, pl_module, advice)
+            self.undo.push(wrap_method(pl_module, "training_step", self._logits.around))
+        return vantage
 
     def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         names = [name for watch in self._watches for name in watch.names]
@@ -264,7 +234,7 @@ class GradientMonitor(GradCallback):
         why_not = NoiseScaleMeter.why_not(trainer, pl_module)
         if why_not is not None:
             self.say(f"logs no gradient noise scale: {why_not}")
-        if self.logits and not self._probes:
+        if self.logits and self._logits is None:
             self.say("logs no logits: watching them would run compiled modules uncompiled")
         say_if_no_figure(trainer, self.label, self.figure)
 
@@ -277,23 +247,9 @@ class GradientMonitor(GradCallback):
         self._place = Place(stepped_batches(trainer), trainer.current_epoch, batch_idx)
         if self._order is not None and self._stop_learning is None:
             self._stop_learning = self._order.watch()
+            self.undo.push(self._stop_learning)
         if is_log_step(trainer) and NoiseScaleMeter.why_not(trainer, pl_module) is None:
-            self._noise.begin_batch(self._watches[0].parameters, batch)
-
-    def _probe_logits(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, inner: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        # A function that is no module may be compiled too, and would run uncompiled.
-        if not is_log_step(trainer) or compiled_graphs() > self._graphs:
-            return inner(*args, **kwargs)
-        self._probe = LogitProbe(pl_module)
-        try:
-            with constructors_unwatched(), self._probe:
-                return inner(*args, **kwargs)
-        except RuntimeError as error:
-            if NOT_CONSTRUCTED in str(error):
-                error.add_note(f"{self.label} watches logits in this step. Set {type(self).__name__}(logits=False).")
-            raise
+            self._meter.begin_batch(self._watches[0].parameters, batch)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -303,27 +259,13 @@ class GradientMonitor(GradCallback):
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._noise.end_part()
-
-    def _before_others(
-        self, inner: Callable[..., Any], trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        self._look_before(trainer, pl_module, optimizer)
-        inner(trainer, pl_module, optimizer)
-
-    @torch.no_grad()
-    def _before_clipping(
-        self, inner: Callable[..., Any], trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        with PlainTensors():
-            self._watches[optimizer_index(trainer, optimizer, self.label)].look_before_clipping()
-        inner(trainer, pl_module, optimizer)
+        self._meter.end_part()
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if self._first is self:
+        if self._vantage.is_first:
             self._look_before(trainer, pl_module, optimizer)
 
     @torch.no_grad()
@@ -334,24 +276,27 @@ class GradientMonitor(GradCallback):
         watch = self._watches[optimizer_index(trainer, optimizer, self.label)]
         if watch.shape != optimizer_shape(optimizer):
             fresh = watch.optimizer is not optimizer
-            watch.follow(optimizer, self._named(pl_module, optimizer))
+            watch.follow(optimizer, named_parameters(pl_module, optimizer, self.include, self.exclude))
             if fresh:
                 self._watch_updates(watch)
         norm = watch.look_before(self._loss, measured, rare, keep=is_log_step(trainer, ahead=1))
         if norm is not None and measured:
-            self._noise.measure(trainer, norm)
+            self._meter.measure(trainer, norm)
         if rare and self.histograms:
             tensors = watch.gradients_for_histograms(self.top)
             log_histograms(trainer, {self.log_key(f"histogram/{name}"): tensor for name, tensor in tensors.items()})
 
-    def _behind_others(
-        self, trainer: pl.Trainer, inner: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any
-    ) -> None:
-        inner(optimizer, *args, **kwargs)
+    @torch.no_grad()
+    @on_plain_tensors
+    def _look_before_clipping(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        self._watches[optimizer_index(trainer, optimizer, self.label)].look_before_clipping()
+
+    @torch.no_grad()
+    @on_plain_tensors
+    def _look_behind(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         self._stepped = True
-        with torch.no_grad(), PlainTensors():
-            watch = self._watches[optimizer_index(trainer, optimizer, self.label)]
-            watch.look_after(self._loss, self._place, self._changed)
+        watch = self._watches[optimizer_index(trainer, optimizer, self.label)]
+        watch.look_after(self._loss, self._place, self._vantage.may_change)
 
     @torch.no_grad()
     @on_plain_tensors
@@ -370,7 +315,9 @@ class GradientMonitor(GradCallback):
     ) -> None:
         if self._stepped and is_log_step(trainer):
             self._log_step(trainer, pl_module)
-        self._stepped, self._loss, self._probe = False, None, None
+        self._stepped, self._loss = False, None
+        if self._logits is not None:
+            self._logits.forget()
 
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._drain()
@@ -387,23 +334,17 @@ class GradientMonitor(GradCallback):
                 for layer, value in list(by_layer.items())[: self.top]
             }
             log_many(trainer, shown)
-        seen = {} if self._probe is None else self._probe.read()
+        seen = {} if self._logits is None else self._logits.read()
         self.log_scalars(pl_module, {**seen, **self._noise.read()})
         self._tell_first_bad(trainer)
 
     def _drain(self) -> None:
         for watch in self._watches:
             watch.drain()
-            if watch.first_bad and not self._first_bad:
-                names = watch.first_bad.pop("parameters")
-                ordered = names if self._order is None else self._order.sort(names)
-                first = ordered[0] if ordered else "no single gradient: the sum of squares overflows"
-                self._first_bad = {**watch.first_bad, "parameter": first, "bad_parameters": len(names)}
+            self._first_bad.note(watch.first_bad, self._order)
 
     def _tell_first_bad(self, trainer: pl.Trainer) -> None:
-        if self._first_bad and not self._told:
-            self._told = True
-            tell_first_bad(trainer, self._first_bad, self.label, self.log_key, self._stem, self.alert)
+        self._first_bad.tell(trainer, self.label, self.log_key, self._stem, self.alert)
 
     @property
     def _stem(self) -> str:
@@ -416,16 +357,10 @@ class GradientMonitor(GradCallback):
             **super().state_dict(),
             "records": {str(index): record.state_dict() for index, record in self._records.items()},
             "noise": self._noise.state_dict(),
-            "first_bad": dict(self._first_bad),
-            "told": self._told,
+            **self._first_bad.state_dict(),
         }
 
     # The fit ends.
-
-    def _stop_looking(self) -> None:
-        self._noise.stop()
-        if self._stop_learning is not None:
-            self._stop_learning()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -440,17 +375,6 @@ class GradientMonitor(GradCallback):
         if self.fitting and self._watches:
             self._drain()
             self._tell_first_bad(trainer)
-            self._report(trainer)
+            write_records(trainer, self._records, self.log_key, self._stem, self.label, self.figure)
+            self._noise.write(trainer, self.log_key)
         super().teardown(trainer, pl_module, stage)
-
-    def _report(self, trainer: pl.Trainer) -> None:
-        folder = output_folder(trainer)
-        for index, record in self._records.items():
-            prefix, suffix = (f"optimizer{index}/", f"_optimizer{index}") if len(self._records) > 1 else ("", "")
-            if record.counts["steps"]:
-                path = None if folder is None else folder / f"{self._stem}{suffix}"
-                title = f"{self.label}{suffix.replace('_', ' ')}"
-                write_record(trainer, record, lambda key, p=prefix: self.log_key(f"{p}{key}"), path, title, self.figure)  # type: ignore[misc]
-        noise = {key: value.item() for key, value in self._noise.read().items()}
-        if math.isfinite(noise.get("noise_scale", math.nan)):
-            log_summary(trainer, {self.log_key("final_noise_scale"): noise["noise_scale"]})

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import base64
 import html
-import struct
-import zlib
-
-import numpy as np
-from numpy.typing import NDArray
 
 from lightning_grad.callbacks.data_pruning._samples import ORDERS, Groups, Sample
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
+from lightning_grad.utilities.png import png_bytes
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1b1b1b; --soft: #5c5c5c; --back: #ffffff; --card: #f3f3f3; --wrong: #b3261e; }
@@ -73,19 +69,5 @@ def _input(sample: Sample) -> str:
     if sample.picture is None:
         return f'<p class="words" dir="auto">{html.escape(sample.text)}</p>'
     small = ' class="small"' if sample.is_coarse else ""
-    encoded = base64.b64encode(_png(sample.picture)).decode()
+    encoded = base64.b64encode(png_bytes(sample.picture)).decode()
     return f'<img{small} src="data:image/png;base64,{encoded}" alt="input of sample {sample.index}">'
-
-
-def _png(pixels: NDArray[np.uint8]) -> bytes:
-    """Return a picture (H, W) or (H, W, 3) as a PNG file, so that the page needs neither Pillow nor matplotlib."""
-    height, width = pixels.shape[:2]
-    flat = np.ascontiguousarray(pixels).reshape(height, -1)
-    steps = np.diff(flat, axis=0, prepend=np.zeros_like(flat[:1]))  # photographs are half as large by differences
-    lines = np.concatenate([np.full((height, 1), 2, np.uint8), steps], axis=1)  # 2: to the line above
-    header = struct.pack(">IIBBBBB", width, height, 8, 0 if pixels.ndim == 2 else 2, 0, 0, 0)
-    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes(), 9)), (b"IEND", b""))
-    chunks = [
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)

@@ -27,7 +27,8 @@ from lightning_grad.functional.gradients.loss_functions import (
     reweighted,
     valid_positions,
 )
-from lightning_grad.functional.plain_tensors import plain_tensor
+from lightning_grad.functional.plain_tensors import PlainTensors, plain_tensor
+from lightning_grad.functional.torch_version import TORCH
 
 _WAY_OUT = "give `score_fn=`, a function that returns one score per sample"
 
@@ -159,7 +160,7 @@ class LossCapture(TorchFunctionMode):
     ) -> Any:
         # Runs for every function of torch in the step; for nearly all of them this is all that happens.
         loss = LOSSES.get(func)
-        if loss is not None:
+        if loss is not None and not _in_backward():
             kwargs = kwargs or {}
             return self._handle(func, loss, args, {**kwargs, **dropped_weight(func, kwargs)})
         return func(*args, **kwargs) if kwargs else func(*args)
@@ -226,8 +227,10 @@ class LossCapture(TorchFunctionMode):
             positions = value if self.keep_graph else value.detach()
         else:
             arguments = {**(given if self.keep_graph else detached), "reduction": "none"}
-            # Beside the step, so that a capture around this one does not take it for a second loss.
-            with torch._C.DisableTorchFunction():
+            # Beside the step, so that a capture around this one does not take it for a second loss. Before torch 2.8
+            # compiled functions cannot enter this context, and such a capture counts the loss twice.
+            limited = TORCH < (2, 8) and torch.compiler.is_compiling()
+            with (PlainTensors if limited else torch._C.DisableTorchFunction)():
                 positions = func(**arguments)
         return positions
 
@@ -257,6 +260,14 @@ def _samples(name: str, positions: Tensor, samples: int | None, way_out: str) ->
 
 def _differentiable(values: Iterable[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+
+
+def _in_backward() -> bool:
+    """Return whether a backward pass runs, which computes checkpointed losses a second time."""
+    # From torch 2.11 on torch.autograd.backward takes the context off, as Tensor.backward always did.
+    if TORCH >= (2, 11) or torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1
 
 
 def _transformed(values: Iterable[Any]) -> bool:

@@ -94,7 +94,7 @@ def dropped_weight(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[
 def bind(defaults: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call by name, with defaults, and ``reduction`` in place of what came before it."""
     # Signature.bind does the same in six times the time; a call that does not fit raises in the function itself.
-    arguments = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+    arguments = {**defaults, **dict(zip(defaults, args)), **kwargs}  # noqa: B905 - no `strict=`, which torch before 2.7 cannot compile
     size_average, reduce = arguments.pop("size_average", None), arguments.pop("reduce", None)
     if size_average is not None or reduce is not None:
         arguments["reduction"] = _reduction.legacy_get_string(size_average, reduce, emit_warning=False)

@@ -13,10 +13,16 @@ from torch.optim import lr_scheduler as lrs
 from lightning_grad.callbacks.adversarial._schedules import mute_schedulers
 from lightning_grad.callbacks.adversarial.accuracy_gradient_lr import AccuracyGradientLR
 from lightning_grad.functional.accuracy_gradient import accuracy_gradient_scales
+from lightning_grad.functional.torch_version import TORCH
 from lightning_grad.testing import assert_identical
 from tests.callbacks.adversarial.dictated import BATCHES, QUICK, Dictated, Rates, train
 
-pytestmark = pytest.mark.filterwarnings("ignore:A `(OneCycleLR|CyclicLR)` scheduler is using")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:A `(OneCycleLR|CyclicLR)` scheduler is using"),
+    pytest.mark.filterwarnings(
+        "ignore:The epoch parameter in `scheduler.step"
+    ),  # of SequentialLR itself before torch 2.9
+]
 
 EPOCHS = 10
 STEPS = EPOCHS * BATCHES
@@ -106,17 +112,23 @@ def test_groups_that_are_not_chosen_keep_every_bit(name: str) -> None:
     assert [rates[1] for rates in cut] == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
+def holds(trainer: Any, rates: tuple[Any, ...]) -> bool:
+    """Return whether the groups of the optimizer have these very tensors as their rates."""
+    groups = trainer.optimizers[0].param_groups
+    return all(group["lr"] is rate for group, rate in zip(groups, rates, strict=True))
+
+
 @pytest.mark.parametrize("name", ["none", "ExponentialLR", "LambdaLR", "CosineAnnealingWarmRestarts", "SequentialLR"])
 def test_a_cut_holds_where_rates_are_tensors(name: str) -> None:
     kinds = {"rates": (torch.tensor(0.1), torch.tensor(0.05)), "optimizer": Adam}
-    _, plain = run(SCHEDULERS[name], **kinds)
+    alone, plain = run(SCHEDULERS[name], **kinds)
+    kept = holds(alone, kinds["rates"])
     kinds = {"rates": (torch.tensor(0.1), torch.tensor(0.05)), "optimizer": Adam}
     trainer, cut = run(SCHEDULERS[name], callback=AccuracyGradientLR(**QUICK), **kinds)
     for expected, seen, scale in zip(plain, cut, scales_of_steps(), strict=True):
         assert seen == pytest.approx([rate * scale for rate in expected], rel=1e-5, abs=1e-9)
-    assert all(
-        group["lr"] is rate for group, rate in zip(trainer.optimizers[0].param_groups, kinds["rates"], strict=True)
-    )
+    assert holds(trainer, kinds["rates"]) == kept
+    assert kept or TORCH < (2, 10), "schedulers put other tensors in their place before torch 2.10"
 
 
 def plateau(monitor: str) -> Any:
@@ -334,6 +346,9 @@ def test_learning_rate_monitor_sees_the_cut_rates(tmp_path: Any) -> None:
     [*((name, "multiply") for name in SCHEDULERS), ("OneCycleLR", "replace"), ("LinearLR", "replace")],
 )
 def test_resuming_is_bit_exact(name: str, policy: str, tmp_path: Any) -> None:
+    if name == "SWALR" and TORCH < (2, 10):
+        pytest.skip("before torch 2.10 the state of SWALR holds a method, and loads with weights_only=False only")
+
     def callbacks() -> list[Any]:
         saving = ModelCheckpoint(tmp_path, save_top_k=-1, monitor="lr/scale", filename="{epoch}")
         return [AccuracyGradientLR(policy=policy, min_lr=0.02, **QUICK), saving]

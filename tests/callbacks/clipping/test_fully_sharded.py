@@ -14,7 +14,10 @@ from lightning_grad.callbacks.clipping._monitor_record import MonitorRecord
 from lightning_grad.callbacks.clipping._optimizer_watch import OptimizerWatch, Place
 from lightning_grad.core.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import clip_norm_
+from lightning_grad.functional.torch_version import TORCH
 from tests.functional.ranks import on_two_ranks
+
+on_cpus = pytest.mark.skipif(TORCH < (2, 7), reason="fully_shard works on CPUs from torch 2.7 on")
 
 RULES: dict[str, dict[str, Any]] = {
     "NormClipping": {"max_norm": 0.1},
@@ -57,6 +60,7 @@ def build() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 4))
 
 
+@on_cpus
 def test_sharded_training_equals_that_of_one_process() -> None:
     from torch.distributed.fsdp import fully_shard
 
@@ -93,6 +97,7 @@ def watched(module: nn.Module) -> tuple[dict[str, Any], dict[str, float], dict[s
     return record.rows()[-1], scalars, layers
 
 
+@on_cpus
 def test_the_monitor_sees_whole_gradients() -> None:
     from torch.distributed.fsdp import fully_shard
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.callbacks import GradientMonitor, GradientNoise, NormClipping, SkipNonFinite, ZClip
-from lightning_grad.callbacks.clipping import _monitor_report
 from lightning_grad.callbacks.clipping._logit_probe import LogitProbe
 from lightning_grad.callbacks.clipping._monitor_record import MonitorRecord
 from lightning_grad.functional import total_norm
@@ -270,8 +269,7 @@ def test_it_says_what_it_watches_and_that_matplotlib_is_missing(tmp_path, monkey
     said: list[str] = []
     monkeypatch.setattr(_INFO, said.append)
     monkeypatch.setattr(reporting, "rank_zero_info", said.append)
-    for user in (_monitor_report, reporting):
-        monkeypatch.setattr(user, "is_installed", lambda package: False)
+    monkeypatch.setattr(reporting, "is_installed", lambda package: False)
     fit([GradientMonitor(include=["head"], histograms=False)], logger=CSVLogger(tmp_path), max_epochs=1)
     assert said[0] == "GradientMonitor watches the gradients of 2 parameters."
     assert len([text for text in said if "pip install 'lightning-grad[plot]'" in text]) == 1

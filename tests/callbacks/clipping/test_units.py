@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from lightning_grad.callbacks import AdaptiveGradientClipping, GradientCentralization
 from lightning_grad.functional import centralize_, clip_adaptively_
 from tests.callbacks.clipping import Gradients, Regression, pairs, train
-from tests.callbacks.test_nm_choice import Backwards, Distances, Gan, InOut, OutIn, Split
-from tests.callbacks.test_nm_sparsity import data
+from tests.callbacks.sparsity.test_nm_choice import Backwards, Distances, Gan, InOut, OutIn, Split
+from tests.callbacks.sparsity.test_nm_sparsity import data
 
 TECHNIQUES = [
     (AdaptiveGradientClipping, {"ratio": 1e-3, "head": None}),

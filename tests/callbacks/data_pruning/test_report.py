@@ -25,11 +25,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from lightning_grad.callbacks.data_pruning import _report
-from lightning_grad.callbacks.data_pruning._page import _png, page_of
+from lightning_grad.callbacks.data_pruning._page import page_of
 from lightning_grad.callbacks.data_pruning._pictures import draw_samples, draw_scores
 from lightning_grad.callbacks.data_pruning._report import report
 from lightning_grad.callbacks.data_pruning._samples import Sample, view_of
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
+from lightning_grad.utilities.png import png_bytes
 from tests.wandb_offline import parsed, read_history
 
 nan, inf = math.nan, math.inf
@@ -458,7 +459,7 @@ def test_page_can_be_read_on_a_phone_and_in_the_dark() -> None:
 @pytest.mark.parametrize("shape", [(8, 8), (5, 6), (7, 3, 3), (192, 101, 3)])
 def test_png_holds_the_very_picture(shape: tuple[int, ...]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    with Image.open(io.BytesIO(_png(pixels))) as image:
+    with Image.open(io.BytesIO(png_bytes(pixels))) as image:
         image.load()
         assert image.mode == ("L" if len(shape) == 2 else "RGB")
         assert np.array_equal(np.asarray(image), pixels)

@@ -15,6 +15,9 @@ from lightning_grad.core.schedule_warp import count_steps, steps_due
 from lightning_grad.testing import ResumableLoader, make_trainer
 from tests.core.test_training_set import HALF, TOTAL, Choose, Net, fit, loader
 
+# SequentialLR itself gives it before torch 2.9.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+
 EPOCHS, BATCHES, RATE, LEAST = 4, 10, 0.1, 1e-4
 
 KINDS: dict[str, Callable[[Any, int], Any]] = {

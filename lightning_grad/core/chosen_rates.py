@@ -1,4 +1,4 @@
-"""The learning rates that ``AccuracyGradientLR`` cuts: which they are, by how much they are cut, and how far they may be."""
+"""Learning rates that a technique scales for the rest of the run: which they are, by how much, and how far down."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ from lightning_grad.utilities.checks import check_count
 
 
 class ChosenRates:
-    """Rates of some parameter groups, with one scale for all.
+    """Rates of some parameter groups, with one scale for all, that schedulers go on from.
+
+    For rates that are multiplied for the length of a step there are the rates held by ``OptimizerCallback``.
 
     Args:
         optimizers: Which optimizers', ``None`` for all.
         groups: Which groups of them, ``None`` for all.
-        policy: Whether schedulers go on from what is cut, or do not act.
+        policy: Whether schedulers go on from what is scaled, or do not act (which the technique sees to).
         min_lr: Floor of the first group's rate.
         needed_by: Who asks, for errors.
 
     Attributes:
-        scale: Product of all cuts.
-        base: Rate of the first group before any cut; ``None`` until the rates are known.
+        scale: Product of all factors; what a state must hold, beside the base.
+        base: Rate of the first group before any factor; ``None`` until the rates are known.
     """
 
     def __init__(
         self,
-        optimizers: Sequence[int] | None,
-        groups: Sequence[int] | None,
-        policy: Literal["multiply", "replace"],
-        min_lr: float,
-        needed_by: str,
+        optimizers: Sequence[int] | None = None,
+        groups: Sequence[int] | None = None,
+        policy: Literal["multiply", "replace"] = "multiply",
+        min_lr: float = 0.0,
+        needed_by: str = "ChosenRates",
     ) -> None:
         self._optimizers = optimizers
         self._groups = groups
@@ -69,7 +71,7 @@ class ChosenRates:
         return float(optimizer.param_groups[groups[0]]["lr"])
 
     def begin(self, trainer: pl.Trainer) -> None:
-        """Note the rate before any cut; to be called once the optimizers of a checkpoint are restored.
+        """Note the rate before any factor, in ``on_train_start``, when the optimizers of a checkpoint are restored.
 
         Rates from a checkpoint that has it are as they should be.
         """
@@ -85,14 +87,13 @@ class ChosenRates:
     @property
     def _floor(self) -> float:
         """Least scale."""
-        assert self.base is not None
-        return min(1.0, self._min_lr / self.base) if self.base > 0.0 else 0.0
+        return min(1.0, self._min_lr / self.base) if self.base else 0.0
 
-    def cut(self, trainer: pl.Trainer, factor: float) -> bool:
-        """Multiply the rates as far as the floor allows, and say whether there was anything to cut."""
+    def multiply(self, trainer: pl.Trainer, factor: float) -> bool:
+        """Multiply the rates, below 1 as far as the floor allows, and say whether that changed them."""
         target = self.scale * factor
-        scale = max(target, self._floor)
-        if scale >= self.scale:
+        scale = target if factor > 1.0 else max(target, self._floor)
+        if scale == self.scale or (factor < 1.0 and scale > self.scale):
             return False
         factor = factor if scale == target else scale / self.scale
         self.scale = scale

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from lightning_grad.core.found_weight import FoundWeight
 from lightning_grad.functional import NMPattern, NMSchedule
 from lightning_grad.functional.nm_schedule import Recipe
+from lightning_grad.utilities.parameters import first_match, matches
 
 _FIXED = ("ste", "sr-ste", "step")  # one pattern all along, and the gradient straight through
 
@@ -51,6 +53,29 @@ def read_patterns(pattern: str | Mapping[str, str]) -> dict[str, NMPattern]:
         raise ValueError("pattern names no N:M pattern. Write for example '2:4'.")
     by_name = {"*": pattern} if isinstance(pattern, str) else pattern
     return {name: NMPattern.parse(text) for name, text in by_name.items()}
+
+
+def pattern_of(found: FoundWeight, patterns: Mapping[str, NMPattern], label: str) -> NMPattern:
+    """Return the pattern of a weight: that of the first name pattern that matches one of its names.
+
+    Args:
+        found: The weight; some pattern matches it.
+        patterns: N:M pattern by name pattern.
+        label: Who asks, for the error.
+
+    Raises:
+        ValueError: If two name patterns name a tied parameter, each under another of its names, and want different ones.
+    """
+    names, key = found.names, first_match(found.names, patterns) or "*"
+    covered = [name for name in names if matches(name, [key])]
+    for other in patterns:
+        own = [name for name in names if matches(name, [other])]
+        if own and not set(own) & set(covered) and patterns[other] != patterns[key]:
+            raise ValueError(
+                f"{label}: {covered[0]} and {own[0]} are one tied parameter, and pattern gives them "
+                f"{patterns[key]} and {patterns[other]}. Give both the same pattern."
+            )
+    return patterns[key]
 
 
 def check_recipe(recipe: Recipe | list[tuple[float, str]], gradient: str, finetune: float, decay: float | None) -> None:

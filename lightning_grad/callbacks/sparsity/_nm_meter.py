@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_grad.callbacks._nm_weight import SparseWeight
+from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight
 from lightning_grad.core.portable import pack_bits, unpack_bits
 from lightning_grad.functional import gradient_noise, mask_distance
 from lightning_grad.utilities.parameters import clean_name

@@ -18,7 +18,7 @@ from lightning_grad.callbacks import NMSparsity
 from lightning_grad.functional import is_nm
 from lightning_grad.testing import ResumableLoader, assert_identical
 from lightning_grad.utilities import sparsity_report
-from tests.callbacks.test_nm_sparsity import Regression, Tied, data, trainer
+from tests.callbacks.sparsity.test_nm_sparsity import Regression, Tied, data, trainer
 
 
 class InOut(nn.Module):

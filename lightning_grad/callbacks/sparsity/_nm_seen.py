@@ -10,17 +10,9 @@ from collections.abc import Mapping, Sequence
 import lightning.pytorch as pl
 from torch import nn
 
-from lightning_grad.callbacks._nm_weight import SparseWeight
 from lightning_grad.functional import NMPattern, is_nm
 from lightning_grad.utilities.parameters import clean_name
 from lightning_grad.utilities.reporting import listed
-
-Chosen = dict[str, list[str | int]]  # by name: final pattern, and dimension of the groups; as a checkpoint holds it
-
-
-def as_chosen(weights: Sequence[SparseWeight]) -> Chosen:
-    """Return the final pattern of each weight, and the dimension in which its groups lie."""
-    return {weight.name: [str(weight.pattern), weight.dim] for weight in weights}
 
 
 def lacking(module: nn.Module, chosen: Mapping[str, Sequence[str | int]]) -> list[str]:

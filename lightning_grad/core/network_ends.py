@@ -1,7 +1,4 @@
-"""Which layers are the first and the last of a network: by default they stay dense.
-
-Used by :class:`lightning_grad.callbacks.NMSparsity` alone.
-"""
+"""Which layers are the first and the last of a network: by default techniques leave their weights as they are."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ class Ends:
         """Return the names of the first and the last weights.
 
         Args:
-            choosable: Weights that train and could be made sparse.
+            choosable: Weights that train and could be chosen.
             layers: These and the weights of all other layers, in the order in which they are registered.
         """
         self._layers, self._choosable = list(layers), {clean_name(name) for name, _, _ in choosable}
@@ -76,10 +73,10 @@ class Ends:
     def _as_registered(self) -> set[str]:
         return self._ends_of([clean_name(name) for name, _, _ in self._layers], lambda able: able[-1])
 
-    def explain(self, dense: Sequence[str], sparse: Sequence[str]) -> str:
+    def explain(self, dense: Sequence[str], changed: Sequence[str], effect: str) -> str:
         """Return what the first batch has changed, as the rest of a sentence."""
         parts = [f"leaves {', '.join(map(clean_name, dense))} dense"] if dense else []
-        parts += [f"makes {', '.join(map(clean_name, sparse))} sparse"] if sparse else []
+        parts += [f"makes {', '.join(map(clean_name, changed))} {effect}"] if changed else []
         return f"{' and '.join(parts)}, because the batch reaches {', '.join(self.known or [])} first or last"
 
     def _groups(self) -> list[list[str]]:

@@ -13,9 +13,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_grad.callbacks._nm_meter import state_of
-from lightning_grad.callbacks._nm_record import SparsityRecord
-from lightning_grad.callbacks._nm_weight import SparseWeight
+from lightning_grad.callbacks.sparsity._nm_meter import state_of
+from lightning_grad.callbacks.sparsity._nm_record import SparsityRecord
+from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight
 from lightning_grad.functional import NMPhase, is_nm
 from lightning_grad.utilities.imports import is_installed
 from lightning_grad.utilities.parameters import clean_name

@@ -1,10 +1,10 @@
 """Progressive N:M sparsity: the callback.
 
-The masks and schedules are functions, in ``functional/nm_sparsity.py`` and ``functional/nm_schedule.py``. In this folder:
+The masks and schedules are functions, in ``functional/nm_sparsity.py`` and ``functional/nm_schedule.py``; choosing weights and
+showing them to the module is the base's, ``core/weights.py``. In this folder:
 
 - ``_nm_arguments.py`` reads the arguments;
-- ``_nm_weight.py`` is one sparse weight, ``_nm_choice.py`` chooses them, and ``_nm_ends.py`` finds the layers that stay
-  dense; ``_nm_layers.py`` shows them to the module;
+- ``_nm_weight.py`` is one sparse weight;
 - ``_nm_monitors.py`` restarts checkpoints and early stopping, ``_nm_seen.py`` looks at weights that are tested;
 - ``_nm_meter.py`` measures, ``_nm_record.py`` records and draws, ``_nm_report.py`` writes what is left behind at the end;
 - ``_frozen_variance.py`` serves the recipe ``step``.
@@ -17,43 +17,44 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.callbacks._frozen_variance import NO_VARIANCE, FrozenVariance
-from lightning_grad.callbacks._nm_arguments import (
+from lightning_grad.callbacks.sparsity._frozen_variance import NO_VARIANCE, FrozenVariance
+from lightning_grad.callbacks.sparsity._nm_arguments import (
     as_recipe,
     as_text,
     check_recipe,
     default_phases,
+    pattern_of,
     read_patterns,
     read_schedule,
 )
-from lightning_grad.callbacks._nm_choice import Choice, Wanted, choose_weights, refuse_overlap, refuse_pruners
-from lightning_grad.callbacks._nm_ends import Ends
-from lightning_grad.callbacks._nm_layers import SparseLayers
-from lightning_grad.callbacks._nm_meter import (
+from lightning_grad.callbacks.sparsity._nm_meter import (
     SparsityMeter,
     density_by_layer,
     patterns_in_force,
     phase_name,
     state_of,
 )
-from lightning_grad.callbacks._nm_monitors import MonitorRestart
-from lightning_grad.callbacks._nm_record import SparsityRecord
-from lightning_grad.callbacks._nm_report import (
+from lightning_grad.callbacks.sparsity._nm_monitors import MonitorRestart
+from lightning_grad.callbacks.sparsity._nm_record import SparsityRecord
+from lightning_grad.callbacks.sparsity._nm_report import (
     send_summary,
     settle_unfinished,
     warn_of_inexact_best,
     write_masks,
     write_record,
 )
-from lightning_grad.callbacks._nm_seen import Chosen, as_chosen, describe, lacking
-from lightning_grad.callbacks._nm_weight import SparseWeight
-from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.portable import make_portable, wrap_loading, wrap_saving
+from lightning_grad.callbacks.sparsity._nm_seen import describe, lacking
+from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups
+from lightning_grad.core.fit import during_fit, until_next_fit
+from lightning_grad.core.found_weight import FoundWeight
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
+from lightning_grad.core.weight_chain import Stage
+from lightning_grad.core.weight_choice import WeightChoice
+from lightning_grad.core.weights import WeightCallback
 from lightning_grad.functional import NMPhase, add_sr_ste_
 from lightning_grad.functional.nm_schedule import Recipe
 from lightning_grad.functional.nm_sparsity import Axis, Gradient
@@ -64,9 +65,10 @@ from lightning_grad.utilities.checks import (
     owned_ids,
     warn_of_missing_momentum,
 )
-from lightning_grad.utilities.parameters import as_names, clean_name
+from lightning_grad.utilities.parameters import check_patterns, clean_name, matches, parameter_names
 from lightning_grad.utilities.precision import gradients_are_scaled, refuse_scaled_gradients
 from lightning_grad.utilities.reporting import (
+    counted,
     is_log_step,
     limit_layers,
     output_folder,
@@ -75,7 +77,7 @@ from lightning_grad.utilities.reporting import (
 )
 
 
-class NMSparsity(GradCallback):
+class NMSparsity(WeightCallback[SparseWeight]):
     r"""Train any module so that every group of M weights ends with at most N that are not zero.
 
     .. math::
@@ -181,7 +183,21 @@ class NMSparsity(GradCallback):
 
     namespace: ClassVar[str] = "sparsity"
     trial: ClassVar[Mapping[str, Any]] = {"pattern": "1:4", "recipe": "mdgf-exponential", "dense_fraction": 0.1}
-    needs_whole_weights: ClassVar[bool] = True
+    stage: ClassVar[Stage] = Stage.SPARSITY
+    effect: ClassVar[str] = "sparse"
+    verb: ClassVar[str] = "prune"
+    column: ClassVar[str] = "pattern"
+
+    _progress = until_next_fit.of(float)
+    _record = until_next_fit.of(SparsityRecord)
+    _meter = until_next_fit.of(SparsityMeter)
+    _monitors = until_next_fit.of(MonitorRestart)
+    _total_steps = during_fit[int | None](lambda _: None)
+    _variances = during_fit.of(dict[int, FrozenVariance])
+    _stepped = during_fit.of(bool)  # in the present batch
+    _hook_fired = during_fit.of(bool)
+    _warned_of_bypass = during_fit.of(bool)
+    _warned_of_nan = during_fit.of(bool)
 
     def __init__(
         self,
@@ -208,7 +224,7 @@ class NMSparsity(GradCallback):
         total_steps: int | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(name)
+        super().__init__(include, exclude, name)
         self.pattern = as_text(pattern)
         self.recipe = as_recipe(recipe)
         phases = default_phases(self.recipe)
@@ -218,8 +234,6 @@ class NMSparsity(GradCallback):
         self.decay = decay
         self.sr_ste_lambda = sr_ste_lambda
         self.axis = axis
-        self.include = as_names(include)
-        self.exclude = as_names(exclude)
         self.mask_every = mask_every
         self.geometric_start = geometric_start
         self.zero_pruned_state = zero_pruned_state
@@ -241,83 +255,36 @@ class NMSparsity(GradCallback):
         self._schedule = read_schedule(
             self.recipe, self._patterns, self.dense_fraction, self.finetune_fraction, decay, geometric_start
         )
-        self._reset()
 
     @property
     def _recipe_name(self) -> str:
         return self.recipe if isinstance(self.recipe, str) else "custom"
 
-    def _reset(self) -> None:
-        self._layers: SparseLayers | None = None
-        self._record = SparsityRecord()
-        self._progress = 0.0
-        self._total_steps: int | None = None
-        self._restored: dict[str, Any] = {}
-        self._variances: dict[int, FrozenVariance] = {}
-        self._meter = SparsityMeter()
-        self._known_ends: list[str] | None = None
-        self._chosen: Chosen = {}
-        self._monitors = MonitorRestart()
-        self._stepped = self._validating = self._hook_fired = False
-        self._warned_of_bypass = self._warned_of_nan = False
+    # Which weights are sparse, and how.
 
     @override
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_layers": None, "_variances": {}}
-
-    @property
-    def _weights(self) -> list[SparseWeight]:
-        return [] if self._layers is None else self._layers.weights
-
-    # The fit begins.
-
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if self.fitting:
-            self._reset()
-            self.undo.push(wrap_loading(pl_module, self.state_key))
+    def view(self, found: FoundWeight) -> SparseWeight | str:
+        pattern, dim = pattern_of(found, self._patterns, self.label), dimension_of_groups(found, self.axis)
+        if dim is None:
+            return "its layer computes neither x W nor x W^T; spell its name in include= to take dimension 1 for the inputs"
+        size = found.parameter.shape[dim]
+        if not pattern.fits(size):
+            return f"groups of {pattern.m} do not divide {size}"
+        return SparseWeight(found, pattern, dim, straight_through=self.gradient == "ste")
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting:
-            self._restored = state_dict
-            if self._weights:
-                self._resume()
-        else:
-            self._chosen = self._chosen or dict(state_dict.get("chosen", {}))
+    def why_excluded(self, names: Sequence[str]) -> str:
+        return super().why_excluded(names) or ("" if matches(names, self._patterns) else "no pattern is given for it")
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._known_ends = self._restored.get("ends")
-        ends = Ends(trainer, pl_module, self._known_ends)
-        wanted = Wanted(self._patterns, self.axis, self.include, self.exclude, self.label)
+    def check_names(self, pl_module: pl.LightningModule) -> None:
+        super().check_names(pl_module)
+        named = [name for name in self._patterns if name != "*"]
+        check_patterns(named, parameter_names(pl_module), f"{self.label}(pattern=...)")
 
-        def choose() -> Choice:
-            return choose_weights(pl_module, wanted, ends)
-
-        choice = choose()
-        self._refuse(trainer, choice)
-        layers = self._layers = SparseLayers(pl_module, ends, choose, self.gradient == "ste")
-        self.undo.push(layers.detach)
-        layers.attach(choice)
-        self._chosen = as_chosen(choice.chosen)
-        for optimizer in trainer.optimizers:
-            self._watch(trainer, optimizer)
-        self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, layers.views))
-        self._resume()
-        names = [clean_name(weight.name) for weight in choice.chosen]
-        self.announce(f"{choice.summary()} (recipe: {self._recipe_name})", "parameters", names)
-        rank_zero_info(choice.table())
-        say_if_no_figure(trainer, self.label, self.figure)
-
-    def _refuse(self, trainer: pl.Trainer, choice: Choice) -> None:
-        if not choice.chosen:
-            raise ValueError(f"{self.label} finds no weight to make sparse. {choice.why_none()}")
-        for weight in choice.chosen:
-            refuse_overlap(weight, self.label)
-        refuse_pruners(trainer.callbacks, choice.chosen, self.label)  # type: ignore[attr-defined]
+    @override
+    def refuse(self, trainer: pl.Trainer, choice: WeightChoice[SparseWeight]) -> None:
+        super().refuse(trainer, choice)
         if self._adds_sr_ste:
             warn_of_missing_momentum(trainer, self.label, "its SR-STE term")
         chosen = {id(weight.parameter) for weight in choice.chosen}
@@ -329,28 +296,50 @@ class NMSparsity(GradCallback):
             if self.recipe == "step":
                 check_keeps(optimizer, "exp_avg_sq", f"{self.label}(recipe='step')", NO_VARIANCE)
 
-    def _watch(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
-        before = optimizer.register_step_pre_hook(self._before_step)
-        after = optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(trainer, stepped))
-        self.undo.push(before.remove)
-        self.undo.push(after.remove)
+    @property
+    @override
+    def plan(self) -> str:
+        pruned = sum(weight.pattern.n < weight.pattern.m for weight in self.weights)
+        weights = counted(pruned or len(self.weights), "weight")
+        does = f"makes {weights} sparse" if pruned else f"keeps {weights} dense, because N = M prunes nothing"
+        return f"{does} (recipe: {self._recipe_name})"
 
-    def _resume(self) -> None:
-        """Start from the restored state, or from the beginning."""
-        state = self._restored
+    @override
+    def refresh(self, weight: SparseWeight) -> None:
+        weight.follow(self._phase(weight))
+
+    @override
+    def step(self, weight: SparseWeight) -> None:
+        weight.follow(self._phase(weight), self.mask_every)
+
+    def _phase(self, weight: SparseWeight) -> NMPhase:
+        return self._schedule.phase(self._progress, weight.pattern, self._total_steps or 1, weight.size)
+
+    @property
+    def _adds_sr_ste(self) -> bool:
+        return self.recipe in ("sr-ste", "step") and self.sr_ste_lambda > 0.0
+
+    # The fit begins.
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if not self.fitting:
+            self.signatures = self.signatures or dict(state_dict.get("chosen", {}))
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        say_if_no_figure(trainer, self.label, self.figure)
+
+    @override
+    def resume(self) -> None:
+        state = self.restored
         self._progress = float(state.get("progress", 0.0))
         if "record" in state:
             self._record.load_state_dict(state["record"])
-        same = [weight for weight in self._weights if self._as_before(weight)]
-        for weight in self._weights:
-            weight.refresh(self._phase(weight))
-        for weight in same:
-            weight.load_state_dict(state.get("weights", {}).get(weight.name, {}))
-        self._meter.load_state_dict(state.get("logged_masks", {}), same)
-
-    def _as_before(self, weight: SparseWeight) -> bool:
-        """Return whether the checkpoint's masks of a weight are of the same pattern; settings may change on resume."""
-        return bool(self._restored.get("chosen", {}).get(weight.name) == self._chosen[weight.name])
+        super().resume()
+        self._meter.load_state_dict(state.get("logged_masks", {}), list(filter(self.is_as_before, self.weights)))
 
     # One training step.
 
@@ -359,12 +348,12 @@ class NMSparsity(GradCallback):
         self._total_steps = total_steps(trainer, self.label, self.total_steps)
         if self._total_steps is None:
             self.say(IN_FIRST_EPOCH)
-        self._resume()  # an explicit decay needs the length of the run, which is known only now
-        restored, self._restored = self._restored, {}
+        restored = self.restored
+        super().on_train_start(trainer, pl_module)
         for optimizer in trainer.optimizers:
-            if optimizer.state and self._owned_by(optimizer):
+            if optimizer.state and self.owned_by(optimizer):
                 self._hold_variance(optimizer, resumed=bool(restored.get("frozen")))
-        done = bool(restored.get("restarted")) and restored.get("chosen") == self._chosen
+        done = bool(restored.get("restarted")) and restored.get("chosen") == self.signatures
         wanted = self.restart_monitors and self._pattern_changes
         self._monitors = MonitorRestart(wanted, done, trainer.enable_validation)
         held = self._monitors.announce(trainer)
@@ -374,7 +363,7 @@ class NMSparsity(GradCallback):
     @property
     def _pattern_changes(self) -> bool:
         """Whether some weight that is pruned at the end is not so from the start."""
-        pruned = [weight for weight in self._weights if weight.pattern.n < weight.pattern.m]
+        pruned = [weight for weight in self.weights if weight.pattern.n < weight.pattern.m]
         starts = [self._schedule.phase(0.0, weight.pattern, self._total_steps or 1, weight.size) for weight in pruned]
         return not all(phase.final for phase in starts)
 
@@ -383,28 +372,13 @@ class NMSparsity(GradCallback):
         self._monitors.hold(trainer)
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._leave_validation()
-        for weight in self._weights:
-            weight.refresh_if_changed()
-        if self._layers is not None and self.include is None:
-            self._layers.ends.watch()
-
-    @override
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if pl_module.automatic_optimization:
-            self._close_window()
-
-    @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        self._close_window()
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self._hook_fired = True
         measure, keep = is_log_step(trainer), is_log_step(trainer, ahead=1)
-        for weight in self._owned_by(optimizer):
+        for weight in self.owned_by(optimizer):
             gradient = weight.parameter.grad
             if gradient is None:
                 continue
@@ -413,44 +387,35 @@ class NMSparsity(GradCallback):
             if self._adds_sr_ste and weight.mask is not None:
                 add_sr_ste_(gradient, weight.parameter, weight.mask, self.sr_ste_lambda)
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Uncover the dense weights for a step that runs no closure; one that does calls on_before_optimizer_step."""
-        if not any(callable(value) for value in (*args, kwargs.get("closure"))):
-            self._close_window()
-
+    @override
     @torch.no_grad()
-    def _after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
-        """Follow an optimizer that has moved its weights."""
+    def after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         self._progress = run_progress(trainer, steps_ahead=1, stated=self.total_steps)
         if self._total_steps is None:  # the first epoch measures it
             self._total_steps = total_steps(trainer, self.label)
         self._stepped = True
-        owned = self._owned_by(optimizer)
-        for weight in owned:
-            weight.refresh(self._phase(weight), self.mask_every)
+        super().after_step(trainer, optimizer)
         self._follow_schedule()
         self._restart_monitors(trainer, at_validation=False)
+        owned = self.owned_by(optimizer)
         if owned:
             self._hold_variance(optimizer)
         if self.zero_pruned_state:
             for weight in owned:
                 weight.clear_pruned(optimizer.state[weight.parameter])
-        if self._layers is not None:
-            self._layers.reopen_window()
         if not self._hook_fired:
             self._warn_of_bypass()
         self._hook_fired = False
 
     def _follow_schedule(self) -> None:
         """Bring along weights whose own optimizer did not step: the schedule is the run's."""
-        for weight in self._weights:
-            phase = self._phase(weight)
-            if phase != weight.phase:
-                weight.refresh(phase)
+        for weight in self.weights:
+            if self._phase(weight) != weight.phase:
+                self.renew(weight)
 
     def _restart_monitors(self, trainer: pl.Trainer, at_validation: bool) -> None:
         due = self._monitors.is_due and self._monitors.at_validation == at_validation
-        if due and all(weight.phase.final for weight in self._weights):
+        if due and all(weight.phase.final for weight in self.weights):
             done = self._monitors.restart(trainer)
             if done:
                 self.say(done)
@@ -472,26 +437,11 @@ class NMSparsity(GradCallback):
                 "self.optimizers() returns."
             )
 
-    def _close_window(self) -> None:
-        if self._layers is not None:
-            self._layers.close_window()
-
-    def _owned_by(self, optimizer: Optimizer) -> list[SparseWeight]:
-        return [] if self._layers is None else self._layers.owned_by(optimizer)
-
-    def _phase(self, weight: SparseWeight) -> NMPhase:
-        return self._schedule.phase(self._progress, weight.pattern, self._total_steps or 1, weight.size)
-
-    @property
-    def _adds_sr_ste(self) -> bool:
-        return self.recipe in ("sr-ste", "step") and self.sr_ste_lambda > 0.0
-
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._close_window()
-        self._learn_ends()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._stepped and is_log_step(trainer):
             self._log_step(trainer, pl_module)
         self._stepped = False
@@ -501,36 +451,24 @@ class NMSparsity(GradCallback):
             self._follow_schedule()
             self._restart_monitors(trainer, at_validation=False)
 
-    def _learn_ends(self) -> None:
-        if self._layers is None:
-            return
-        sparse, dense = self._layers.learn_ends()
-        ends = self._layers.ends
-        self._known_ends = ends.known
-        if sparse or dense:
-            for weight in sparse:
-                weight.refresh(self._phase(weight))
-            self._chosen = as_chosen(self._weights)
-            self.say(ends.explain([w.name for w in dense], [w.name for w in sparse]))
-
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        known, measured = state_of(self._weights), self._meter.read(self._weights)
-        layers = limit_layers(density_by_layer(self._weights), self.depth, self.top)
+        known, measured = state_of(self.weights), self._meter.read(self.weights)
+        layers = limit_layers(density_by_layer(self.weights), self.depth, self.top)
         shown = {f"density/{name}": value for name, value in layers.items()}
-        self.log_scalars(pl_module, {**known, **patterns_in_force(self._weights), **shown, **measured})
+        self.log_scalars(pl_module, {**known, **patterns_in_force(self.weights), **shown, **measured})
         numbers = torch.stack(list(measured.values())).tolist() if measured else []
         row: dict[str, Any] = {"step": stepped_batches(trainer), "progress": self._progress, **known}
         row |= dict.fromkeys(("flips", "gradient_noise_pruned", "gradient_noise_kept"))
         row |= dict(zip(measured, numbers, strict=True))
         self._warn_of_nan()
-        self._record.add(row, phase_name(self._weights), {weight.name: weight.mask for weight in self._weights})
+        self._record.add(row, phase_name(self.weights), {weight.name: weight.mask for weight in self.weights})
 
     def _warn_of_nan(self) -> None:
         """Name the weights that hold NaN, once; masks count it as the smallest."""
         if self._warned_of_nan:
             return
-        found = torch.stack([weight.parameter.isnan().any() for weight in self._weights]).tolist()
-        names = [clean_name(weight.name) for weight, has_nan in zip(self._weights, found, strict=True) if has_nan]
+        found = torch.stack([weight.parameter.isnan().any() for weight in self.weights]).tolist()
+        names = [clean_name(weight.name) for weight, has_nan in zip(self.weights, found, strict=True) if has_nan]
         if names:
             self._warned_of_nan = True
             rank_zero_warn(f"{self.label}: NaN in {', '.join(names[:5])}. It is pruned before any number.")
@@ -541,7 +479,7 @@ class NMSparsity(GradCallback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.fitting:
             self._look_at_tested(trainer, pl_module)
-        elif self._weights and not trainer.sanity_checking:
+        elif self.weights and not trainer.sanity_checking:
             self._restart_monitors(trainer, at_validation=True)
             self._monitors.hold(trainer)
 
@@ -550,92 +488,61 @@ class NMSparsity(GradCallback):
         self._look_at_tested(trainer, pl_module)
 
     def _look_at_tested(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = lacking(pl_module, self._chosen)
+        names = lacking(pl_module, self.signatures)
         if names:
-            rank_zero_warn(f"{self.label}: {describe(trainer, names, len(self._chosen))}.")
-
-    @override
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if self.fitting and not self._validating:
-            self._validating = True
-            for weight in self._weights:
-                weight.enter_inference()
+            rank_zero_warn(f"{self.label}: {describe(trainer, names, len(self.signatures))}.")
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.fitting and self._weights:
-            now = state_of(self._weights)
+        if self.fitting and self.weights:
+            now = state_of(self.weights)
             self.log_scalars(pl_module, {"density": now["density"], "exact": now["exact"]}, sync_dist=True)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._leave_validation()
-        if self.fitting and self._weights and not trainer.sanity_checking:
+        super().on_validation_end(trainer, pl_module)
+        if self.fitting and self.weights and not trainer.sanity_checking:
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "acc" in key}
             if self.figure_metric in trainer.callback_metrics:
                 metrics[self.figure_metric] = float(trainer.callback_metrics[self.figure_metric])
             self._record.add_validation(stepped_batches(trainer), metrics)
 
-    def _leave_validation(self) -> None:
-        self._validating = False
-        for weight in self._weights:
-            weight.leave_inference()
-
     @override
     def state_dict(self) -> dict[str, Any]:
-        ends = self._known_ends
-        if ends is None and self.include is None and self._layers is not None and self._stepped:
-            ends = self._layers.ends.seen()  # an exception in the first batch, after its step
         return {
             **super().state_dict(),
             "progress": self._progress,
             "record": self._record.state_dict(),
-            "weights": {weight.name: weight.state_dict() for weight in self._weights},
             "logged_masks": self._meter.state_dict(),
-            "chosen": self._chosen,
             "frozen": self.recipe == "step" and self._progress >= self.dense_fraction,
-            "restarted": self._monitors.is_done or bool(self._restored.get("restarted")),
-            **({} if ends is None else {"ends": ends}),
+            "restarted": self._monitors.is_done or bool(self.restored.get("restarted")),
         }
-
-    @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        # During a fit the module's own hook does this, later than every callback; after an exception it is gone.
-        if self._layers is not None and self._weights and not len(self.undo_after_saving):
-            make_portable(checkpoint, self.state_key, self._layers.views())
 
     # The fit ends.
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self._leave_validation()
         self._monitors.release(trainer)
-        if self.fitting and self._weights:
-            rank_zero_info(
-                f"{self.label}: the fit stopped by {type(exception).__name__}. The module in memory is left dense; "
-                "checkpoints that callbacks have written hold the sparse weights, and resume exactly."
-            )
+
+    @override
+    def settle(self, trainer: pl.Trainer) -> Sequence[SparseWeight]:
+        if self._progress == 0.0:
+            return []
+        # Lightning skips a validation that was due behind the last step of a checkpoint, and with it the restart.
+        self._monitors.is_done |= all(weight.phase.final for weight in self.weights)
+        settle_unfinished(self.weights, self._progress, self.bake_on_early_stop, self.label)
+        return self.weights
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        fitting = self.fitting
+        fitting, weights = self.fitting, self.weights
         super().teardown(trainer, pl_module, stage)
-        weights, self._layers = self._weights, None
         if fitting and weights and self._progress > 0.0:
-            # Lightning skips a validation that was due behind the last step of a checkpoint, and with it the restart.
-            self._monitors.is_done |= all(weight.phase.final for weight in weights)
-            settle_unfinished(weights, self._progress, self.bake_on_early_stop, self.label)
-            for weight in weights:
-                weight.bake()
             self._report(trainer, weights)
         if fitting:
             self._monitors.release(trainer)
-        self._variances, self._meter = {}, SparsityMeter()
+        self._meter = SparsityMeter()
 
     def _report(self, trainer: pl.Trainer, weights: Sequence[SparseWeight]) -> None:
         self._record.close_phase()

@@ -180,7 +180,7 @@ def test_patterns_by_name_do_not_overwrite_each_other():
 
 def test_the_fine_tuning_phase_begins_with_its_first_step():
     callback = NMSparsity("1:4", "mdgf-exponential", dense_fraction=0.2, finetune_fraction=0.25, include=["*"])
-    spy = Spy(lambda _: callback._weights[0].phase.decay)
+    spy = Spy(lambda _: callback.weights[0].phase.decay)
     trainer(spy, callback).fit(Regression(linear_net()), data())
     assert spy.seen[: STEPS // 5 - 1] == [1.0] * 3
     first_exact = 1 + spy.seen.index(0.0)
@@ -189,7 +189,7 @@ def test_the_fine_tuning_phase_begins_with_its_first_step():
 
 def test_resume_inside_a_frame_stays_in_it(tmp_path):
     def patterns(callback: NMSparsity) -> Spy:
-        return Spy(lambda _: str(callback._weights[0].phase.pattern))
+        return Spy(lambda _: str(callback.weights[0].phase.pattern))
 
     whole = NMSparsity("1:8", "sdgf-stepwise", include=["*"])
     whole_spy = patterns(whole)
@@ -399,7 +399,7 @@ def test_state_of_pruned_weights_is_cleared_when_asked():
     callback = NMSparsity("1:4", "ste", include=["*"], zero_pruned_state=True)
 
     def momentum_of_pruned(module: Any) -> float:
-        weight = callback._weights[0]
+        weight = callback.weights[0]
         state = module.trainer.optimizers[0].state[weight.parameter]
         return (state["momentum_buffer"] * (1 - weight.mask)).abs().max().item()
 
@@ -412,7 +412,7 @@ def test_step_freezes_the_bias_corrected_variance():
     callback = NMSparsity("1:4", "step", dense_fraction=0.5, include=["*"])
 
     def corrected(module: Any) -> Tensor:
-        state = module.trainer.optimizers[0].state[callback._weights[0].parameter]
+        state = module.trainer.optimizers[0].state[callback.weights[0].parameter]
         return (state["exp_avg_sq"] / (1 - 0.999 ** state["step"])).clone()
 
     spy = Spy(corrected)
@@ -518,7 +518,7 @@ def test_a_load_in_mid_fit_refreshes_the_masks():
 
 def test_mask_every_takes_masks_only_so_often():
     callback = NMSparsity("1:4", "ste", include=["*"], mask_every=5)
-    spy = Spy(lambda _: callback._weights[0].mask.clone())
+    spy = Spy(lambda _: callback.weights[0].mask.clone())
     trainer(spy, callback).fit(Regression(linear_net(), lambda p: torch.optim.SGD(p, 1.0)), data())
     changes = [i for i, (a, b) in enumerate(zip(spy.seen, spy.seen[1:], strict=False)) if not torch.equal(a, b)]
     assert changes

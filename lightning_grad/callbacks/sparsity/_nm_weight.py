@@ -1,0 +1,115 @@
+"""One sparse weight: its mask now, and what the forward pass sees of it.
+
+Used by :class:`lightning_grad.callbacks.NMSparsity` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad.core.found_weight import FoundWeight
+from lightning_grad.core.portable import pack_bits, unpack_bits
+from lightning_grad.core.viewed_weight import ViewedWeight
+from lightning_grad.functional import NMPattern, NMPhase, nm_mask, prune, scale_weight
+from lightning_grad.functional.nm_schedule import DENSE
+from lightning_grad.functional.nm_sparsity import Axis, group_dim
+
+
+class SparseWeight(ViewedWeight):
+    """A dense parameter and its N:M mask.
+
+    Args:
+        found: The weight.
+        pattern: The pattern it ends with.
+        dim: Dimension in which the groups lie.
+        straight_through: Whether gradients pass to pruned weights as they are.
+    """
+
+    def __init__(self, found: FoundWeight, pattern: NMPattern, dim: int, straight_through: bool) -> None:
+        super().__init__(found)
+        self.pattern = pattern
+        self.dim = dim
+        self.straight_through = straight_through
+        self.phase: NMPhase = DENSE
+        self.factor: Tensor | None = None
+        self._mask_age = 0
+
+    @property
+    def size(self) -> int:
+        """Size of the dimension in which the groups lie."""
+        return self.parameter.shape[self.dim]
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask in use, in the weight's dtype; ``None`` while no weight is outside of one."""
+        if self.factor is None or self.phase.decay == 0.0:
+            return self.factor
+        return None if self.phase.decay >= 1.0 else (self.factor == 1.0).to(self.factor.dtype)
+
+    @override
+    def value(self, weight: Tensor) -> Tensor:
+        return weight if self.factor is None else scale_weight(weight, self.factor, self.straight_through)
+
+    @override
+    def stored(self, weight: Tensor) -> Tensor:
+        # Always under the mask of these very values: the mask that trains may be some steps old (mask_every), and weight
+        # averaging brings other weights.
+        return weight if self.phase.pattern is None else prune(weight, self._factor_of(weight, self.phase.pattern))
+
+    def _factor_of(self, weight: Tensor, pattern: NMPattern) -> Tensor:
+        mask = nm_mask(weight, pattern.n, pattern.m, self.dim)
+        return mask.clamp_(min=self.phase.decay) if self.phase.decay > 0.0 else mask
+
+    def follow(self, phase: NMPhase, mask_every: int = 1) -> None:
+        """Take the mask anew from the weight, or only the decay value while the mask is young enough."""
+        mask = self.mask if phase.pattern == self.phase.pattern and self._mask_age + 1 < mask_every else None
+        self.phase = phase
+        self._mask_age = 0 if mask is None else self._mask_age + 1
+        if phase.pattern is None:
+            self.factor = None
+        elif mask is None:
+            self.factor = self._factor_of(self.incoming, phase.pattern)
+        else:
+            self.factor = mask.clamp(min=phase.decay)
+
+    def clear_pruned(self, state: Mapping[str, Any]) -> None:
+        """Clear what an optimizer remembers of pruned entries, once the pattern is final."""
+        if self.phase.final and self.mask is not None:
+            for value in state.values():
+                if isinstance(value, Tensor) and value.is_floating_point() and value.shape == self.parameter.shape:
+                    value.mul_(self.mask)
+
+    @property
+    @override
+    def signature(self) -> list[str | int]:
+        return [str(self.pattern), self.dim]
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        # What a mask that is older than its weight needs to go on.
+        mask = self.mask
+        return {"age": self._mask_age, "mask": pack_bits(mask)} if self._mask_age and mask is not None else {}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state and self.factor is not None:
+            mask = unpack_bits(state["mask"], self.factor).to(self.factor.dtype)
+            self.factor, self._mask_age = mask.clamp_(min=self.phase.decay), int(state["age"])
+
+    @override
+    def __str__(self) -> str:
+        return str(self.pattern)
+
+
+def dimension_of_groups(found: FoundWeight, axis: Axis) -> int | None:
+    """Return the dimension in which groups lie; ``None`` if the layer does not show where its inputs are."""
+    if not isinstance(axis, str):
+        return group_dim(found.parameter, axis)
+    outputs = found.output_dimension()
+    if outputs is None and not found.is_spelled:
+        return None
+    return {"input": 0, "output": 1}[axis] if outputs == 1 else group_dim(found.parameter, axis)

@@ -1,0 +1,255 @@
+"""The base of the callbacks in which a metric decides an action: a learning rate, a batch size, an end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, Literal, NoReturn
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.fit import during_fit, until_next_fit
+from lightning_grad.core.missed_validation import is_validation_due, run_missed_validation
+from lightning_grad.core.monitored_value import (
+    MonitoredValue,
+    describe_unknown,
+    refuse_unknown_monitor,
+    validated_keys,
+)
+
+Mode = Literal["max", "min"]
+Interval = Literal["validation", "epoch"]
+
+
+class MonitoredCallback(GradCallback):
+    """Acts on each new value of a metric, in :meth:`observe`; that is all a technique must write.
+
+    - Stale and non-finite values are ignored.
+    - All ranks get the same value, the mean of theirs, whether or not the module logs with ``sync_dist``.
+    - A metric that is not logged is refused before the first batch if the sanity check shows it, else when it is due. The
+      error names those that are logged.
+    - A validation that was due when a checkpoint was written is run before a resumed fit goes on: Lightning would skip it.
+
+    ``interval="validation"`` observes in ``on_validation_end``, so checkpoints of that validation hold what was done. With
+    ``interval="epoch"`` the module's ``on_train_epoch_end`` is wrapped: what it logs is seen, and callbacks that monitor come
+    after.
+
+    Class attributes:
+
+    - ``nothing_done``: ends the warning "... has observed nothing, so that ...".
+
+    Args:
+        monitor: Metric that is observed, as the module logs it.
+        mode: max if larger is better, min if smaller is.
+        interval: Observe at each validation, or once at the end of each training epoch.
+        name: Name of this instance.
+    """
+
+    nothing_done: ClassVar[str] = "it did nothing"
+
+    observed = until_next_fit.of(int)
+    """Values so far, since the last :meth:`restart`."""
+    _in_validation = during_fit[MonitoredValue](lambda self: MonitoredValue(self.monitor))
+    _in_epoch = during_fit[MonitoredValue](lambda self: MonitoredValue(self.monitor))
+    _validated = until_next_fit[float | None](lambda _: None)  # what waits for the end of the epoch
+    _due = until_next_fit[float | None](lambda _: None)  # epochs done, if a validation follows here
+    _changed = during_fit.of(list[str])
+    _has_validated = during_fit.of(bool)  # in the present epoch
+    _has_whole_epoch = during_fit.of(bool)
+    _was_validated = during_fit.of(bool)  # in this fit
+    _told = during_fit.of(set[str])
+    _sanity_keys = during_fit.of(list[str])  # what a sanity check has logged
+
+    def __init__(
+        self, monitor: str, mode: Mode = "max", interval: Interval = "validation", name: str | None = None
+    ) -> None:
+        super().__init__(name)
+        self.monitor = monitor
+        self.mode = mode
+        self.interval = interval
+
+    def observe(self, trainer: pl.Trainer, value: float) -> None:
+        """Act on a new value; called on every rank, with the same value."""
+        raise NotImplementedError(f"{type(self).__name__} must define observe(trainer, value).")
+
+    def restart(self) -> str:
+        """Drop what earlier values have left, because those to come are of another metric or interval.
+
+        Returns:
+            str: What stays all the same, to be printed.
+        """
+        return ""
+
+    def is_reached(self, value: float, bound: float) -> bool:
+        """Return whether a value is as good as a bound, or better."""
+        return value >= bound if self.mode == "max" else value <= bound
+
+    def epochs_done(self, trainer: pl.Trainer) -> float:
+        """Return after how many epochs the present value was measured; parts of one count."""
+        return _epochs_done(trainer) if self._due is None else self._due
+
+    def tell_once(self, what: str, tell: Callable[[str], Any], text: str) -> None:
+        """Print or warn of something once in a fit.
+
+        Args:
+            what: The occasion.
+            tell: ``rank_zero_info`` or ``rank_zero_warn``.
+            text: What is said after the name of the callback.
+        """
+        if what not in self._told:
+            self._told.add(what)
+            tell(f"{self.label}: {text}")
+
+    # The fit begins.
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if not self.fitting:
+            return
+        if trainer.barebones:
+            raise ValueError(
+                f"{self.label} observes {self.monitor!r}, and Trainer(barebones=True) turns logging off, so no metric "
+                "reaches it. Set barebones=False."
+            )
+        if self.interval == "validation" and not trainer.enable_validation:
+            self._refuse_without_validation()
+
+    def _refuse_without_validation(self) -> NoReturn:
+        raise ValueError(
+            f"{self.label} observes {self.monitor!r} at validations, and this fit has none. Give fit() a validation loader, "
+            "the module a validation_step, and limit_val_batches above 0; or observe a metric of training: interval='epoch'."
+        )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        own = {"observed": self.observed, "validated": self._validated, "due": self._due}
+        return {**super().state_dict(), **own}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self.fitting:
+            self.observed, self._validated, self._due = (state_dict[key] for key in ("observed", "validated", "due"))
+            self._changed = self.changed_settings(state_dict, "monitor", "interval")
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._changed:
+            self.observed, self._validated = 0, None
+            stays = self.restart()
+            why = f"restarts its observations, because {' and '.join(self._changed)} changed"
+            self.say("; ".join(filter(None, (why, stays))))
+        if self.interval == "epoch":
+
+            def end_epoch(inner: Callable[..., Any], *args: Any) -> None:
+                inner(*args)
+                self._end_epoch(trainer)
+
+            self.undo.push(wrap_method(pl_module, "on_train_epoch_end", end_epoch))
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # The sanity check or Lightning itself has asked for the loaders by now, if the first epoch is validated.
+        if self.interval == "validation" and trainer.val_dataloaders is not None and not sum(trainer.num_val_batches):
+            self._refuse_without_validation()
+        if not self.observed:
+            refuse_unknown_monitor(trainer, self.monitor, self._sanity_keys, self.interval == "validation", self.label)
+        if self._due is not None:
+            end = partial(self._end_missed_epoch, trainer, self._due)
+            self.undo.push(run_missed_validation(trainer, end))
+
+    def _end_missed_epoch(self, trainer: pl.Trainer, epochs: float) -> None:
+        # Lightning goes on with the next epoch, so that this one's end has no hook.
+        if self.interval == "epoch" and self._validated is not None and epochs.is_integer():
+            self._due = epochs
+            self._take(trainer, self._validated)
+            self._validated = self._due = None
+
+    # One observation.
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not at the end of the epoch before: what it has logged gets new tensors until its very end.
+        self._in_epoch.begin(trainer)
+        self._has_validated, self._has_whole_epoch = False, True
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._due = _epochs_done(trainer) if is_validation_due(trainer) else None
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._in_validation.begin(trainer)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.fitting:
+            return
+        if trainer.sanity_checking:
+            self._sanity_keys = validated_keys(trainer)
+            return
+        self._was_validated = True
+        value, is_known = self._in_validation.read(trainer)
+        if self.interval == "epoch":
+            # A run that is resumed from a checkpoint of this validation has no other trace of the value.
+            self._validated = self._validated if value is None else value
+            self._has_validated = True
+        elif value is not None:
+            self._take(trainer, value)
+        elif not self.observed and "nonfinite" not in self._told:
+            self._refuse_unlogged(trainer, is_known)
+        self._due = None
+
+    def _end_epoch(self, trainer: pl.Trainer) -> None:
+        value, is_known = self._in_epoch.read(trainer)
+        value = self._validated if value is None else value
+        self._validated = None
+        may_be_late = trainer.enable_validation and not self._has_validated
+        if value is not None:
+            self._take(trainer, value)
+        elif not is_known and not self.observed and self._has_whole_epoch and not may_be_late:
+            self._refuse_unlogged(trainer, is_known)
+
+    def _take(self, trainer: pl.Trainer, value: float) -> None:
+        if math.isfinite(value):
+            self.observed += 1
+            self.observe(trainer, value)
+        else:
+            self.tell_once(
+                "nonfinite", rank_zero_warn, f"{self.monitor} is {value}: values that are not finite are ignored."
+            )
+
+    def _refuse_unlogged(self, trainer: pl.Trainer, is_known: bool) -> NoReturn:
+        if is_known:
+            raise RuntimeError(
+                f"{self.label}: monitor={self.monitor!r} is logged in training and not in validation. Use interval='epoch'."
+            )
+        raise RuntimeError(f"{self.label}: {describe_unknown(self.monitor, trainer.callback_metrics)}")
+
+    # The end.
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.observed:
+            return
+        if "nonfinite" in self._told:
+            why = f"{self.monitor!r} was never finite; see where it comes from"
+        elif self.interval == "validation" and not self._was_validated:
+            why = "no validation came; see check_val_every_n_epoch and val_check_interval of the Trainer"
+        else:
+            why = f"{self.monitor!r} was never logged; log it, or set monitor to a metric that is"
+        rank_zero_warn(f"{self.label} has observed nothing, so that {self.nothing_done}: {why}.")
+
+
+def _epochs_done(trainer: pl.Trainer) -> float:
+    batches = trainer.num_training_batches
+    part = (trainer.fit_loop.batch_idx + 1) / batches if math.isfinite(batches) and batches > 0 else 1.0
+    return float(trainer.current_epoch + part)

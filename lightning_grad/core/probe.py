@@ -1,0 +1,267 @@
+"""The base of the callbacks that look at the module every so often and change nothing.
+
+In the files next to this one: ``probe_samples.py`` reads the samples, ``probe_turn.py`` takes one look, ``probe_reading.py``
+sends what was found, ``probe_history.py`` keeps and draws it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.chosen import Chosen
+from lightning_grad.core.fit import during_fit, until_next_fit
+from lightning_grad.core.missed_validation import is_validation_due
+from lightning_grad.core.probe_history import ProbeHistory
+from lightning_grad.core.probe_reading import Reading, send_reading
+from lightning_grad.core.probe_samples import NOUNS, ProbeLook, ProbeSamples, Split, check_samples
+from lightning_grad.core.probe_turn import Outcome, averaged_weights, take_look
+from lightning_grad.utilities.checks import check_count, is_sharded
+from lightning_grad.utilities.reporting import (
+    counted,
+    log_record,
+    logged_at,
+    output_folder,
+    say_if_no_figure,
+    stepped_batches,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class ProbeCallback(GradCallback):
+    """Looks at the same samples every so many epochs or steps, by :meth:`probe`, and leaves no trace in the run.
+
+    A look takes place in a quiet module (:func:`~lightning_grad.core.quiet`), in eval mode, without gradients unless the probe
+    turns them on, with the same random numbers each time, in the precision of the run. A look at the end of an epoch takes
+    place in its validation, so it sees the weights that are validated, also averaged ones; if the epoch has no validation
+    at its end, when it ends. A look after a step sees the weights that are trained. Only the first rank looks, unless the
+    model is sharded; the others wait for it, and all log the same numbers.
+
+    The first batch of a fit is followed by a rehearsal, whose result is not kept. What fails there ends the fit; what fails
+    later is a warning, and the training continues.
+
+    Class attributes:
+
+    - ``way_out``: what to do about a loss that cannot be seen, as a clause that begins with a verb.
+    - ``looks_on_all_ranks``: set it for a probe that runs a step in which ranks talk to each other.
+
+    Args:
+        samples: Number of samples to look at, spread over the set; or their indices.
+        every_n_epochs: Look at the end of every so many epochs; by default of each.
+        every_n_steps: Look after every so many optimizer steps instead.
+        split: The set that the samples are from, "train" or "val".
+        dataset: Function of the trainer that returns the data set to read from, such as one without augmentation.
+        loader_key: Which of several loaders: its key, or its position in a list.
+        figure: Draw the record at the end (needs matplotlib, and a logger whose folder takes the file).
+        name: Name of this instance.
+
+    Raises:
+        ValueError: In the constructor for both every_n_epochs and every_n_steps, and for no samples. When training starts,
+            without validation data. After the first batch for more samples than there are.
+        TypeError: After the first batch for data without indices.
+
+    **Logs** what :meth:`probe` returns: scalars to all loggers, arrays as histograms and pictures as images where a logger
+    shows them. In the folder of the logs: one ``.npz`` file of the arrays and one PNG file for each picture of a look, and at
+    the end a table of all scalars and a figure.
+
+    **State.** The scalars of all looks, thinned, and whether a look is due.
+    """
+
+    way_out: ClassVar[str] = "use a probe that needs no loss of each sample"
+    looks_on_all_ranks: ClassVar[bool] = False
+
+    history = until_next_fit.of(ProbeHistory)
+    _due = until_next_fit[dict[str, int] | None](lambda _: None)  # the epoch and the step of a look that is to come
+    _is_rehearsed = during_fit.of(bool)
+    _samples = during_fit[ProbeSamples]()
+    _indices = during_fit.of(list[int])
+
+    def __init__(
+        self,
+        samples: int | Sequence[int] = 8,
+        every_n_epochs: int | None = None,
+        every_n_steps: int | None = None,
+        split: Split = "val",
+        dataset: Callable[[pl.Trainer], Any] | None = None,
+        loader_key: str | int | None = None,
+        figure: bool = True,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        if every_n_epochs is not None and every_n_steps is not None:
+            raise ValueError(
+                f"every_n_epochs={every_n_epochs} and every_n_steps={every_n_steps} are two schedules. Set one of them."
+            )
+        self.samples = samples if isinstance(samples, int) else list(samples)
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.split: Split = split
+        self.dataset = dataset
+        self.loader_key = loader_key
+        self.figure = figure
+        check_samples(self.samples)
+        check_count(1 if every_n_epochs is None else every_n_epochs, 1, "every_n_epochs")
+        check_count(1 if every_n_steps is None else every_n_steps, 1, "every_n_steps")
+
+    def probe(self, look: ProbeLook) -> Reading:
+        """Return what is found in one look."""
+        raise NotImplementedError
+
+    def draw(self, history: ProbeHistory) -> Figure:
+        """Return the figure of the whole run, by default one panel for each scalar; needs matplotlib."""
+        return history.draw(self.label)
+
+    # The fit begins.
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self.fitting:
+            self.history.load_state_dict(state_dict["history"])
+            self._due = state_dict["due"]
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        due = None if self._due is None else dict(self._due)
+        return {**super().state_dict(), "history": self.history.state_dict(), "due": due}
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        count = self.samples if isinstance(self.samples, int) else len(self.samples)
+        every, unit = (self.every_n_steps, "step") if self.every_n_steps else (self.every_n_epochs or 1, "epoch")
+        often = f"every {unit}" if every == 1 else f"every {every} {unit}s"
+        given = [] if isinstance(self.samples, int) else self.samples
+        self.announce(f"looks at {counted(count, f'{NOUNS[self.split]} sample')} {often}", "samples", given)
+        say_if_no_figure(trainer, self.label, self.figure)
+
+    @override
+    def chosen(self) -> Chosen:
+        """Return the samples that it looks at, where given as a count from the first look on, and on the ranks that look."""
+        chosen = super().chosen()
+        return replace(chosen, names=self._indices) if self._indices else chosen
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.split == "val" and not trainer.enable_validation:
+            raise ValueError(
+                f"{self.label} looks at validation samples, and this fit has no validation. Give fit() a validation loader "
+                "and the module a validation_step, or set split='train'."
+            )
+        self._samples = ProbeSamples(trainer, self.samples, self.split, self.loader_key, self.dataset, self.label)
+
+    # When to look.
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._look_if_due(trainer, pl_module)  # in a run that resumes from between the step and its look
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        place = {"epoch": trainer.current_epoch, "step": stepped_batches(trainer)}
+        if self.every_n_steps is not None:
+            steps = not trainer.fit_loop.epoch_loop._should_accumulate()
+            if steps and (place["step"] + 1) % self.every_n_steps == 0:
+                self._due = place
+                self._look_if_due(trainer, pl_module)
+        elif trainer.is_last_batch and (trainer.current_epoch + 1) % (self.every_n_epochs or 1) == 0:
+            self._due = {**place, "in_validation": int(is_validation_due(trainer))}
+        if not self._is_rehearsed:
+            self._take(trainer, pl_module, place)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        # Averaged weights come in on_validation_epoch_start, of a callback that may be later in the list.
+        if self.fitting and not trainer.sanity_checking:
+            self._look_if_due(trainer, pl_module, is_validating=True)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look_if_due(trainer, pl_module)
+
+    # A look.
+
+    def _look_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, is_validating: bool = False) -> None:
+        due = self._due
+        if due is None:
+            return
+        swapped = due.get("in_validation") and not is_validating
+        with averaged_weights(trainer, pl_module) if swapped else nullcontext():
+            outcome = self._take(trainer, pl_module, due)
+        self._due = None
+        if outcome.numbers is None:
+            return
+        self.history.add(due["epoch"], due["step"], outcome.numbers)
+        path = self._path(trainer)
+        stem = None if path is None else path / f"step_{due['step']:08d}"
+        with logged_at(trainer, due["step"]):
+            send_reading(trainer, outcome.numbers, outcome.reading, self.log_key, stem)
+
+    def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, due: Mapping[str, int]) -> Outcome:
+        """Look, on the ranks that do, and return how it ended; raise what the first look raises."""
+        on_all, outcome = self.looks_on_all_ranks or is_sharded(trainer), Outcome()
+        if on_all or trainer.is_global_zero:
+            outcome = take_look(trainer, pl_module, self._samples, self.probe, self.way_out, due)
+            self._indices = self._samples.indices
+        outcome = outcome.shared(trainer, on_all)
+        if outcome.fault and (outcome.is_fatal or not self._is_rehearsed):
+            self._raise(outcome)
+        if outcome.fault:
+            rank_zero_warn(
+                f"{self.label} failed in its look at step {due['step']}, and the training continues. {outcome.fault}"
+            )
+        self._is_rehearsed = True
+        return outcome
+
+    def _raise(self, outcome: Outcome) -> None:
+        error = outcome.error or RuntimeError(f"{self.label} failed on another rank. {outcome.fault}")
+        if self.label not in str(error):
+            which = "a" if self._is_rehearsed else "its first"
+            error.add_note(f"{self.label} raised this in {which} look. Correct it, or drop the callback.")
+        raise error
+
+    # The fit ends.
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write(trainer)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        with contextlib.suppress(Exception):  # what raises here would silence all later callbacks
+            self._write(trainer)
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        path = self._path(trainer)
+        if path is None or not self.history.looks:
+            return
+        draw = partial(self.draw, self.history) if self.figure else None
+        try:
+            log_record(trainer, self.log_key, "looks", self.history.rows(), path, draw)
+        except Exception as error:  # of a figure of the author's: no reason to lose the end of the fit
+            rank_zero_warn(f"{self.label} could not write its record. {type(error).__name__}: {error}")
+
+    def _path(self, trainer: pl.Trainer) -> Path | None:
+        """Return where its files go, without an ending; ``None`` without a folder for logs."""
+        folder = output_folder(trainer)
+        word = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
+        return None if folder is None else folder / "_".join(part for part in (word, self.name) if part)

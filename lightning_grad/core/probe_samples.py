@@ -1,0 +1,247 @@
+"""The fixed samples that a probe looks at: which they are, and how a batch is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_grad.core.look import Look
+from lightning_grad.core.scoring import indexed_loader, refuse_part, runner, to_device
+from lightning_grad.core.training_loaders import keys_of
+from lightning_grad.core.undo import UndoList
+from lightning_grad.data.random_streams import generators_kept, numbers_kept, seed_generators, seed_streams
+from lightning_grad.utilities.batch_copies import copy_of
+from lightning_grad.utilities.checks import check_count, refuse_dataloader_iter, refuse_manual_optimization
+from lightning_grad.utilities.reporting import counted
+
+Split = Literal["train", "val"]
+NOUNS = {"train": "training", "val": "validation"}
+_SEED = 0  # of all looks, so that augmentation and what a probe draws are the same each time
+
+
+@dataclass
+class ProbeLook(Look):
+    """What a probe gets: its samples as one batch, the module in eval mode, and where in the run this is.
+
+    ``batch``, ``indices``, ``pl_module``, ``run()`` (the module's ``training_step`` on a copy of the batch) and ``losses()``
+    are those of :class:`Look`.
+
+    Args:
+        trainer: The trainer.
+        epoch: Epochs that were complete before the present one.
+        step: The step on the loggers' x axis.
+        undo: Steps back, taken when the look ends, also after an error: push ``handle.remove`` of each hook here.
+    """
+
+    trainer: pl.Trainer = field(kw_only=True)
+    epoch: int = field(kw_only=True)
+    step: int = field(kw_only=True)
+    undo: UndoList = field(kw_only=True)
+    read: Callable[[list[int]], Any] = field(kw_only=True, repr=False)
+    batch_size: int = field(kw_only=True)
+
+    def parts(self, size: int | None = None) -> Iterator[Look]:
+        """Yield the samples in smaller batches, for what the whole batch needs too much memory for.
+
+        Args:
+            size: Samples in each; by default as many as the loader puts into a batch.
+        """
+        size = size or self.batch_size
+        for start in range(0, len(self.indices), size):
+            indices = self.indices[start : start + size]
+            batch = self.read(indices)
+            run = _runner(self.trainer, self.pl_module, batch, self.label)
+            yield Look(self.pl_module, batch, indices, self.total, run, self.memory, label=self.label)
+
+
+def check_samples(samples: int | Sequence[int]) -> None:
+    """Raise unless a probe's samples are a count, or indices.
+
+    Raises:
+        ValueError: For none, an index below 0, or one that comes twice.
+    """
+    if isinstance(samples, int):
+        check_count(samples, 1, "samples")
+        return
+    if not samples or min(samples) < 0 or len(set(samples)) < len(samples):
+        raise ValueError(
+            f"samples must be a count of at least 1, or a list of different indices from 0 on; got {list(samples)}."
+        )
+
+
+def chosen_samples(samples: int | Sequence[int], total: int, split: Split, label: str) -> list[int]:
+    """Return the indices that are meant: a count is spread over the whole set.
+
+    Raises:
+        ValueError: If the set has too few.
+
+    Example:
+        >>> chosen_samples(4, 100, "val", "GradCAM")
+        [0, 25, 50, 75]
+        >>> chosen_samples(4, 3, "val", "GradCAM")
+        Traceback (most recent call last):
+        ValueError: GradCAM would look at 4 samples, and the validation set has 3. Set samples to at most 3.
+    """
+    has = f"the {NOUNS[split]} set has {total}"
+    if not isinstance(samples, int):
+        if max(samples) >= total:
+            raise ValueError(f"{label} would look at the sample {max(samples)}, and {has}. Use indices below {total}.")
+        return [int(index) for index in samples]
+    if samples > total:
+        raise ValueError(
+            f"{label} would look at {counted(samples, 'sample')}, and {has}. Set samples to at most {total}."
+        )
+    return [place * total // samples for place in range(samples)]
+
+
+@dataclass
+class ProbeSamples:
+    """Reads the samples of a probe, the same in every look.
+
+    Args:
+        trainer: The trainer, in a fit that has loaded its data.
+        samples: A count, or indices.
+        split: The set that they are of.
+        loader_key: Which of several loaders.
+        dataset: Gives the data set to read from instead; called once.
+        label: Who looks, for errors.
+
+    Attributes:
+        indices: The samples that were read; empty before the first look.
+    """
+
+    trainer: pl.Trainer
+    samples: int | Sequence[int]
+    split: Split
+    loader_key: str | int | None
+    dataset: Callable[[pl.Trainer], Any] | None
+    label: str
+    indices: list[int] = field(default_factory=list, init=False)
+    _own: Any = field(default=None, init=False)
+    _early: Any = field(default=None, init=False)
+
+    def look(self, pl_module: pl.LightningModule, epoch: int, step: int, undo: UndoList, way_out: str) -> ProbeLook:
+        """Return what the probe gets; to be called in a quiet module, outside of inference mode."""
+        loader, dataset = self._loader, self._source
+        self._refuse_without_indices(loader, dataset)
+        total = len(dataset)
+        indices = self.indices = chosen_samples(self.samples, total, self.split, self.label)
+        read = partial(self._read, loader, dataset)
+        batch = read(indices)
+        is_part = self.split == "train" and self.loader_key is not None
+        run = (
+            partial(refuse_part, self.label, way_out)
+            if is_part
+            else _runner(self.trainer, pl_module, batch, self.label)
+        )
+        seed_streams(_SEED)  # reading may have drawn numbers
+        return ProbeLook(
+            pl_module,
+            batch,
+            indices,
+            total,
+            run,
+            label=self.label,
+            way_out=way_out,
+            trainer=self.trainer,
+            epoch=epoch,
+            step=step,
+            undo=undo,
+            read=read,
+            batch_size=_batch_size(loader),
+        )
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Put back what reading changes in the data set and in the function that makes a batch."""
+        collate = self._loader.collate_fn
+        with generators_kept([self._source, collate]), numbers_kept(collate):
+            yield
+
+    @property
+    def _source(self) -> Any:
+        """What the samples are read from."""
+        if self.dataset is None:
+            return self._loader.dataset
+        if self._own is None:
+            self._own = self.dataset(self.trainer)
+        return self._own
+
+    def _read(self, loader: DataLoader[Any], dataset: Any, indices: list[int]) -> Any:
+        for holder in (dataset, loader.collate_fn):
+            seed_generators(holder, _SEED)
+        seed_streams(_SEED)
+        batch = next(iter(indexed_loader(loader, dataset, [indices], _SEED)))
+        return to_device(self.trainer, copy_of(batch))  # a collate function may hand on what the data set holds
+
+    @property
+    def _loader(self) -> DataLoader[Any]:
+        loaders = self._loaders
+        keys = list(keys_of(loaders))
+        key = None if self.loader_key is None else str(self.loader_key)
+        if (key or "") not in keys:
+            self._refuse_key(keys)
+        loader = CombinedLoader(loaders, "sequential").flattened[keys.index(key or "")]
+        self._refuse_without_indices(loader, getattr(loader, "dataset", loader))
+        return loader  # type: ignore[no-any-return]
+
+    @property
+    def _loaders(self) -> Any:
+        if self.split == "train":
+            return self.trainer.train_dataloader
+        if self.trainer.val_dataloaders is not None:
+            return self.trainer.val_dataloaders
+        # Lightning loads them at the first validation. It is left to do so, when a run without the probe would.
+        if self._early is None:
+            loaders = self.trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
+            self._early = getattr(loaders, "iterables", loaders)  # of a CombinedLoader, of either namespace
+        return self._early
+
+    def _refuse_key(self, keys: Sequence[str]) -> None:
+        if keys == [""]:
+            raise ValueError(
+                f"{self.label}: loader_key={self.loader_key!r} names no {NOUNS[self.split]} loader; there is a single one, "
+                "without a key. Leave loader_key out."
+            )
+        found = f"got loader_key={self.loader_key!r}"
+        raise ValueError(
+            f"{self.label} must know which of the {NOUNS[self.split]} loaders it looks at; {found}. Set loader_key to one of "
+            f"{', '.join(map(repr, keys))}."
+        )
+
+    def _refuse_without_indices(self, loader: Any, source: Any) -> None:
+        is_indexed = hasattr(source, "__len__") and not isinstance(source, IterableDataset)
+        if not isinstance(loader, DataLoader) or not is_indexed:
+            raise TypeError(
+                f"{self.label} looks at samples by their index, and the {NOUNS[self.split]} data has none; got "
+                f"{type(source).__name__}. "
+                "Return a DataLoader of a data set with __len__ and __getitem__."
+            )
+        if loader.batch_sampler is None and not isinstance(getattr(loader.sampler, "batch_size", None), int):
+            raise TypeError(
+                f"{self.label} makes a batch of single samples, and DataLoader(batch_size=None) gets whole batches from its "
+                "data set. Give the DataLoader a batch_size, or a BatchSampler as its sampler."
+            )
+
+
+def _batch_size(loader: DataLoader[Any]) -> int:
+    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    return int(getattr(sampler, "batch_size", 1))
+
+
+def _runner(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, label: str) -> Callable[[], object]:
+    def run() -> object:
+        refuse_manual_optimization(
+            pl_module, label, "its training_step steps the optimizers. Use a probe that calls the network itself."
+        )
+        refuse_dataloader_iter(pl_module.training_step, label)
+        return runner(trainer, pl_module, batch, 0)()
+
+    return run

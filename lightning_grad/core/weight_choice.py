@@ -1,0 +1,178 @@
+"""Which weights of a module a technique takes, and why it leaves others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from lightning_grad.core.found_weight import FoundWeight, found_weights, replaced_weights
+from lightning_grad.core.network_ends import Ends, Owner
+from lightning_grad.core.viewed_weight import ViewedWeight
+from lightning_grad.utilities.parameters import clean_name, matches, named_owners
+from lightning_grad.utilities.reporting import format_table
+
+W = TypeVar("W", bound=ViewedWeight)
+
+_MOST_SHOWN = 24
+_FROZEN = "frozen"
+_REPLACED = "reparametrized (pruning, weight_norm, spectral_norm or parametrize), so that it is computed from others"
+
+
+@dataclass(frozen=True)
+class Wanted(Generic[W]):
+    """What a technique looks for.
+
+    Args:
+        include: Name patterns; ``None`` means every Linear, Conv and attention weight, and other matrices that their layer
+            multiplies by, but the first and the last.
+        exclude: Name patterns of what stays as it is.
+        label: Who asks, for errors.
+        effect: What it makes of a weight, as an adjective.
+        why_excluded: Returns why a parameter of some names is left out, empty if it is not.
+        view: Makes of a weight what the technique makes of it, or returns why it is left out.
+    """
+
+    include: Sequence[str] | None
+    exclude: Sequence[str] | None
+    label: str
+    effect: str
+    why_excluded: Callable[[Sequence[str]], str]
+    view: Callable[[FoundWeight], W | str]
+
+    def excludes(self, names: Sequence[str]) -> bool:
+        """Return whether the user excludes a parameter of these names."""
+        return matches(names, self.exclude or [])
+
+
+@dataclass(frozen=True)
+class WeightChoice(Generic[W]):
+    """Which weights of a module are chosen, and why others are not."""
+
+    chosen: list[W] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def table(self, column: str) -> str:
+        """Return a row for each weight: what is made of it, or why it is skipped."""
+        rows = [[clean_name(w.name), "x".join(map(str, w.parameter.shape)), str(w)] for w in self.chosen]
+        rows += [[name, "dense", reason] for name, reason in self.skipped]
+        more = f"\n... and {len(rows) - _MOST_SHOWN} more" if len(rows) > _MOST_SHOWN else ""
+        return format_table(rows[:_MOST_SHOWN], ["weight", "shape", column]) + more
+
+    def why_none(self, effect: str, column: str) -> str:
+        """Return why nothing was chosen, and what to do."""
+        if not self.skipped:
+            return (
+                "It looks for Linear, Conv and attention layers, and for others that multiply by a matrix named weight. Name "
+                "parameters of other modules in full, such as include=['blocks.*.w1']."
+            )
+        reasons = [f"{name}: {reason}" for name, reason in self.skipped[:8]]
+        frozen = [name for name, reason in self.skipped if reason.startswith(_FROZEN)]
+        if frozen:
+            return (
+                f"{'; '.join(reasons)}. To choose frozen layers, name them, such as include={frozen[:1]!r}: they become "
+                f"{effect}, and stay so when a callback unfreezes them."
+            )
+        return f"{'; '.join(reasons)}. Choose other layers with include=, or another {column}."
+
+
+def choose_weights(module: nn.Module, wanted: Wanted[W], ends: Ends) -> WeightChoice[W]:
+    """Find the weights that a technique takes.
+
+    Args:
+        module: The LightningModule, complete.
+        wanted: What is looked for.
+        ends: Finds the first and the last layers.
+
+    Raises:
+        ValueError: What ``wanted.view`` raises.
+    """
+    owners = list(named_owners(module))
+    candidates = list(found_weights(module, owners, wanted.include, wanted.label, wanted.effect))
+    dense = _find_ends(owners, candidates, wanted, ends) if wanted.include is None else set()
+    choice: WeightChoice[W] = WeightChoice()
+    for found in candidates:
+        if any(weight.parameter is found.parameter for weight in choice.chosen):
+            continue  # another name of a tied parameter
+        weight = _why_not(found, wanted) or wanted.view(found)
+        if not isinstance(weight, str) and clean_name(found.name) in dense:
+            weight = "the first and the last layer stay dense unless include names them"
+        if isinstance(weight, str):
+            choice.skipped.append((clean_name(found.name), weight))
+        else:
+            choice.chosen.append(weight)
+    _explain_others(choice, module, wanted, candidates)
+    return choice
+
+
+def _why_not(found: FoundWeight, wanted: Wanted[W]) -> str:
+    """Return why a candidate is left out whatever the technique makes of it; empty if it is not."""
+    parameter, by_default = found.parameter, wanted.include is None
+    excluded = wanted.why_excluded(found.names)
+    if excluded:
+        return excluded
+    if isinstance(parameter, UninitializedParameter):
+        return "it has no shape yet (a lazy module): run one batch through it before the fit"
+    if parameter.ndim < 2 or not parameter.is_floating_point():
+        return "only floating weights of two or more dimensions are chosen"
+    if by_default and not parameter.requires_grad:
+        return f"{_FROZEN}; include it by name to make it {wanted.effect} all the same"
+    tied_to = [name for name in found.names if name != clean_name(found.name) and found.twins]
+    if by_default and tied_to:
+        return f"tied to {', '.join(tied_to)}; include it by name to make every use {wanted.effect}"
+    return ""
+
+
+def _find_ends(owners: Sequence[Owner], candidates: Sequence[FoundWeight], wanted: Wanted[W], ends: Ends) -> set[str]:
+    able = [found for found in candidates if found.parameter.requires_grad and not wanted.excludes(found.names)]
+    able_names = {found.name for found in able}
+    left_out = {found.name for found in candidates} - able_names
+    layers = [owner for owner in owners if owner[0] in able_names or (_is_layer(owner) and owner[0] not in left_out)]
+    return ends.find([(found.name, found.module, found.attribute) for found in able], layers)
+
+
+def _is_layer(owner: Owner) -> bool:
+    """Return whether a parameter is the weight of a single layer, and not a table of a whole network."""
+    parameter = owner[1]._parameters[owner[2]]
+    if parameter is None or isinstance(parameter, UninitializedParameter):
+        return False
+    return parameter.ndim >= 2 and next(owner[1].children(), None) is None
+
+
+def _explain_others(
+    choice: WeightChoice[W], module: nn.Module, wanted: Wanted[W], candidates: Sequence[FoundWeight]
+) -> None:
+    """Name weights that something else has replaced, and what the user includes that is no weight."""
+    replaced = [name for name in replaced_weights(module) if not wanted.excludes([name])]
+    choice.skipped.extend((name, _REPLACED) for name in replaced if matches(name, wanted.include or ["*"]))
+    for asked in wanted.include or []:
+        if not any(matches(names, [asked]) for names in (*(found.names for found in candidates), *replaced)):
+            choice.skipped.append((asked, "no Linear, Conv or attention layer; spell parameters of others to the end"))
+
+
+def refuse_pruners(callbacks: Iterable[object], weights: Sequence[ViewedWeight], technique: str, verb: str) -> None:
+    """Raise if another callback, such as Lightning's ``ModelPruning``, is to prune one of the weights.
+
+    Args:
+        callbacks: All of the trainer, set up.
+        weights: The weights that are chosen.
+        technique: Who chooses them.
+        verb: What it would do with them.
+
+    Raises:
+        ValueError: With the names of both and of the first weight.
+    """
+    chosen: Mapping[int, str] = {id(weight.parameter): clean_name(weight.name) for weight in weights}
+    for callback in callbacks:
+        for pair in getattr(callback, "_parameters_to_prune", None) or []:
+            module, attribute = pair
+            name = chosen.get(id(module._parameters.get(attribute)))
+            if name is not None:
+                kind = type(callback).__name__
+                raise ValueError(
+                    f"{technique} and {kind} would both {verb} {name}. Keep one of them, or separate them: "
+                    f"exclude=[{name!r}] for {technique}, or {kind}(parameters_to_prune=[...]) with other layers."
+                )

@@ -1,0 +1,353 @@
+"""Techniques written from public names keep the guarantees, alone and in a chain, whatever the order of the callbacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
+from torch import Tensor, nn
+
+from lightning_grad.callbacks import NMSparsity
+from lightning_grad.core import FoundWeight, Stage, ViewedWeight
+from lightning_grad.core.in_place_view import InPlaceWindow
+from lightning_grad.core.weight_chain import Chain
+from lightning_grad.functional import is_nm, nm_mask
+from lightning_grad.testing import assert_identical, fit, make_classifier, state_of
+from tests.callbacks.sparsity.test_nm_choice import Backwards, InOut
+from tests.callbacks.sparsity.test_nm_sparsity import Regression, data, trainer
+from tests.contract import test_checkpoints as checkpoints
+from tests.contract import test_composition as composition
+from tests.contract import test_neutral as neutral
+from tests.contract import test_no_sync as no_sync
+from tests.contract import test_no_trace as no_trace
+from tests.contract import test_resume as resume
+from tests.contract.settings import Technique
+from tests.core.weight_techniques import RoundedWeight, Rounding, WeightNoise
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model"),
+    pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available"),
+]
+
+LAYERS = ["encoder.*", "hidden", "mix.w"]
+NAMES = [
+    "mix.w",
+    "encoder.self_attn.in_proj_weight",
+    "encoder.self_attn.out_proj.weight",
+    "encoder.linear1.weight",
+    "encoder.linear2.weight",
+    "hidden.weight",
+]
+
+
+@dataclass(frozen=True)
+class Outside(Technique):
+    """A technique that the package does not export."""
+
+    kind: Any = None
+
+    def build(self, **changes: Any) -> Any:
+        return self.kind(**{**self.arguments, **changes})
+
+    def build_neutral(self) -> Any:
+        return self.kind(**self.neutral)
+
+
+NOISE = Outside("WeightNoise", arguments={"include": LAYERS}, neutral={"include": LAYERS, "std": 0.0}, kind=WeightNoise)
+ROUND = Outside("Rounding", arguments={"include": LAYERS}, kind=Rounding)
+BOTH = pytest.mark.parametrize("technique", [NOISE, ROUND], ids=str)
+
+
+def sparse(recipe: str = "mdgf-exponential", **arguments: Any) -> NMSparsity:
+    return NMSparsity("1:4", recipe, include=LAYERS, figure=False, **arguments)
+
+
+# Alone: the contract of every exported technique.
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_neutral_setting_is_bitwise_no_callback(accumulate: int) -> None:
+    neutral.test_neutral_setting_is_bitwise_no_callback(NOISE, accumulate)
+
+
+@BOTH
+def test_it_acts(technique: Any) -> None:
+    neutral.test_technique_is_not_neutral_otherwise(technique)
+
+
+@BOTH
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resume_at_any_step(technique: Any, accumulate: int, tmp_path: Path) -> None:
+    resume.test_resume_at_any_saved_step(technique, accumulate, tmp_path)
+
+
+@BOTH
+@pytest.mark.parametrize(("step", "how"), [(3, "OnExceptionCheckpoint"), (14, "save_on_exception")])
+def test_resume_from_an_exception(technique: Any, step: int, how: str, tmp_path: Path) -> None:
+    resume.test_resume_from_an_exception(technique, step, how, tmp_path)
+
+
+@BOTH
+@pytest.mark.parametrize("ema_first", [False, True])
+def test_resume_beside_weight_averaging(technique: Any, ema_first: bool, tmp_path: Path) -> None:
+    resume.test_resume_beside_weight_averaging(technique, ema_first, tmp_path)
+
+
+@BOTH
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_checkpoints_compute_what_was_validated(technique: Any, weights_only: bool, tmp_path: Path) -> None:
+    checkpoints.test_every_checkpoint_computes_what_was_validated(technique, weights_only, tmp_path)
+    checkpoints.test_callback_state_is_made_of_plain_types(technique, tmp_path / "plain")
+
+
+@BOTH
+@pytest.mark.parametrize("ema_first", [False, True])
+def test_checkpoints_beside_weight_averaging(technique: Any, ema_first: bool, tmp_path: Path) -> None:
+    checkpoints.test_beside_weight_averaging_in_either_order(technique, ema_first, tmp_path)
+
+
+@BOTH
+@pytest.mark.parametrize("how", ["success", "exception", "interrupt", "in on_fit_start"])
+def test_nothing_is_left(technique: Any, how: str) -> None:
+    no_trace.test_nothing_is_left(technique, how)
+
+
+@BOTH
+def test_copies_and_further_fits(technique: Any) -> None:
+    no_trace.test_second_fit_with_the_same_objects_works(technique)
+    no_trace.test_fit_after_an_exception_equals_a_fresh_fit(technique)
+    no_trace.test_callback_copied_in_mid_fit_leaves_the_run_behind(technique)
+    no_trace.test_module_copied_in_mid_fit_is_plain_and_computes_the_same(technique)
+
+
+@BOTH
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_half_precision_manual_optimization_and_frozen_parameters(technique: Any) -> None:
+    composition.test_fp16_grad_scaler_with_overflow_at_the_start(technique)
+    composition.test_manual_optimization_with_two_optimizers(technique, "adamw")
+    composition.test_frozen_parameters_stay_what_they_are(technique)
+
+
+def test_two_ranks_agree_and_shards_are_refused(tmp_path: Path) -> None:
+    composition.test_two_ranks_agree(NOISE, tmp_path)
+    composition.test_sharded_strategies_work_or_are_refused_before_the_first_batch(NOISE, "FSDPStrategy")
+
+
+@BOTH
+def test_no_hook_waits_for_the_device(technique: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_sync.test_hooks_of_a_step_do_not_wait(technique, monkeypatch)
+
+
+def test_wrong_arguments_raise() -> None:
+    with pytest.raises(ValueError, match=r"std must be at least 0; got -1"):
+        WeightNoise(std=-1.0)
+
+
+# Several on one weight.
+
+PAIRS: dict[str, Any] = {
+    "sparse and noisy": lambda: [sparse(), WeightNoise(include=LAYERS)],
+    "sparse and round": lambda: [sparse("sdgf-stepwise", gradient="masked"), Rounding(include=LAYERS)],
+    # An explicit decay is known only when the length of the run is, after the round weights have been made.
+    "mask every 4": lambda: [sparse(mask_every=4, decay=0.3), Rounding(include=LAYERS)],
+    "all three": lambda: [sparse("sr-ste"), Rounding(include=LAYERS), WeightNoise(include=["hidden", "head", "mix.w"])],
+}
+CHAINS = pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
+
+
+def state(callbacks: list[Any], **arguments: Any) -> dict[str, Any]:
+    run, module = fit(callbacks, make_classifier(), resumable=True, **arguments)
+    state = {**state_of(run, module), "steps": run.global_step}
+    state.pop("random")  # Lightning restores no random state
+    return state
+
+
+@CHAINS
+@pytest.mark.parametrize("manual", [False, True])
+def test_order_in_the_list_makes_no_difference(make: Any, manual: bool, tmp_path: Path) -> None:
+    def files(callbacks: list[Any], folder: Path) -> tuple[Any, list[Any]]:
+        saving = ModelCheckpoint(folder, save_top_k=-1)
+        run, module = fit([*callbacks, saving], make_classifier(manual=manual), max_epochs=2)
+        found = [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.ckpt"))]
+        for checkpoint in found:
+            checkpoint["callbacks"] = {k: v for k, v in checkpoint["callbacks"].items() if "Checkpoint" not in k}
+        return state_of(run, module), found
+
+    one, other = files(make(), tmp_path / "a"), files(make()[::-1], tmp_path / "b")
+    assert_identical(one[0], other[0])
+    for left, right in zip(one[1], other[1], strict=True):
+        assert_identical(left["state_dict"], right["state_dict"])
+        assert_identical(left["callbacks"], {key: right["callbacks"][key] for key in left["callbacks"]})
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_chain_gives_the_same_weights() -> None:
+    _, eager = fit(PAIRS["all three"]())
+    module = make_classifier()
+    torch._dynamo.reset()
+    for layer in (module.hidden, module.encoder):
+        layer.compile(backend="eager")
+    fit(PAIRS["all three"](), module)
+    for name, value in eager.state_dict().items():
+        assert torch.allclose(value, module.state_dict()[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_both_learn_the_ends_from_the_first_batch(turned: bool, tmp_path: Path) -> None:
+    def run(*more: Any, **arguments: Any) -> tuple[Any, list[str]]:
+        module, pair = Regression(Backwards()), [NMSparsity("1:4", "sr-ste", figure=False), Rounding()]
+        trainer(*(pair[::-1] if turned else pair), *more, enable_checkpointing=True, max_epochs=2).fit(
+            module, data(), **arguments
+        )
+        assert {type(layer) for layer in module.net.children()} == {nn.Linear, InOut}
+        return module.state_dict(), sorted(pair[1].signatures)
+
+    whole, chosen = run(ModelCheckpoint(tmp_path, save_top_k=-1))
+    assert chosen == ["net.late.weight", "net.mid.weight"]
+    for name, dim in (("net.late.weight", 1), ("net.mid.weight", 0)):
+        assert is_nm(whole[name], 1, 4, dim)
+        assert torch.equal(whole[name], (whole[name] / 0.05).round().mul(0.05).clamp(-0.2, 0.2))
+    assert_identical(
+        whole, run(ModelCheckpoint(tmp_path, save_top_k=-1), ckpt_path=tmp_path / "epoch=0-step=20.ckpt")[0]
+    )
+
+
+@CHAINS
+@pytest.mark.parametrize(("turned", "accumulate"), [(False, 1), (True, 2)])
+def test_a_chain_resumes_bitwise(make: Any, turned: bool, accumulate: int, tmp_path: Path) -> None:
+    def build() -> list[Any]:
+        return make()[::-1] if turned else make()
+
+    run = {"accumulate_grad_batches": accumulate, "max_epochs": 3}
+    saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=4)
+    expected = state([*build(), saving], **run)
+    stop = [resume.StopAfter(5), OnExceptionCheckpoint(tmp_path, "stop")]
+    with pytest.raises(RuntimeError):
+        fit([*build(), *stop], make_classifier(), resumable=True, **run)
+    paths = sorted(tmp_path.glob("*.ckpt"))
+    assert len(paths) == 1 + 16 // accumulate // 4
+    for path in paths:
+        assert_identical(expected, state(build(), ckpt=path, **run), path.name)
+
+
+@CHAINS
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_chains_checkpoint_computes_what_was_validated(make: Any, averaged: bool, tmp_path: Path) -> None:
+    remembered = checkpoints.RememberLogits()
+    others = [EMAWeightAveraging(decay=0.8)] if averaged else []
+    fit([*make()[::-1], *others, remembered, ModelCheckpoint(tmp_path, save_top_k=-1)], max_epochs=3)
+    paths = sorted(tmp_path.glob("*.ckpt"))
+    assert len(paths) == 3
+    for path in paths:
+        checkpoints.assert_computes_what_was_validated(path, remembered)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_file_and_module_hold_what_the_whole_chain_stores_and_one_residual(turned: bool, tmp_path: Path) -> None:
+    callbacks = PAIRS["sparse and round"]()
+    _, module = fit([*(callbacks[::-1] if turned else callbacks), ModelCheckpoint(tmp_path)])
+    checkpoint = torch.load(next(tmp_path.glob("*.ckpt")), weights_only=True)
+    residuals = {key: value["residuals"] for key, value in checkpoint["callbacks"].items() if "residuals" in value}
+    assert residuals["Rounding"] == {}
+    assert sorted(residuals["NMSparsity"]["state_dict"]) == sorted(NAMES)
+    for stored in (checkpoint["state_dict"], module.state_dict()):
+        for name in NAMES:
+            weight = stored[name]
+            assert is_nm(weight, 1, 4), name
+            assert torch.equal(weight, (weight / 0.05).round().mul(0.05).clamp(-0.2, 0.2)), name
+            assert weight.unique().numel() > 3, name
+
+
+def test_neutral_noise_leaves_a_sparse_run_as_it_is() -> None:
+    alone, both = state([sparse()]), state([WeightNoise(std=0.0, include=LAYERS), sparse()])
+    assert_identical(alone, both)
+
+
+@CHAINS
+@pytest.mark.parametrize("how", ["success", "exception", "interrupt"])
+def test_nothing_is_left_of_a_chain(make: Any, how: str) -> None:
+    plain_trainer, plain = no_trace._fit_and_end([], how)
+    run, module = no_trace._fit_and_end(make()[::-1], how)
+    assert no_trace.traces(module) == no_trace.traces(plain)
+    assert no_trace.trainer_traces(run) == no_trace.trainer_traces(plain_trainer)
+
+
+def test_two_of_one_stage_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"WeightNoise\[b\] and another instance both choose mix.w \(Mix\).*include="):
+        fit([WeightNoise(include=LAYERS, name="a"), WeightNoise(include=["mix.w"], name="b")])
+    fit([WeightNoise(include=["hidden"], name="a"), sparse(), WeightNoise(include=["mix.w"], name="b")])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_later_stage_sees_what_the_earlier_ones_show_now(turned: bool) -> None:
+    seen: list[str] = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            for weight in rounding.weights:
+                before = nm.weights[NAMES.index(weight.name)]
+                shown = weight.stored(before.value(before.parameter.detach()))
+                assert torch.equal(weight.chain.value(weight.parameter).detach(), shown), weight.name
+                seen.append(weight.name)
+
+    nm, rounding = sparse(), Rounding(include=LAYERS)
+    fit([*([rounding, nm] if turned else [nm, rounding]), Look()])
+    assert len(seen) == 24 * len(NAMES)
+
+
+def test_a_loaded_weight_reaches_all_stages() -> None:
+    other = {name: value * 1.5 for name, value in make_classifier().state_dict().items()}
+    seen: list[bool] = []
+
+    class Load(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 5:
+                pl_module.load_state_dict(other)
+
+    class Compare(pl.Callback):
+        def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            if trainer.global_step == 5:
+                dense = other["hidden.weight"]
+                seen.append(torch.equal(pl_module.hidden.weight.detach(), rounded(dense * nm_mask(dense, 1, 4))))
+
+    rounded = RoundedWeight(FoundWeight("w", nn.Linear(1, 1), "weight"), 0.05, 0.2).stored
+    fit([Load(), Rounding(include=LAYERS), sparse("ste"), Compare()])
+    assert seen == [True]
+
+
+# The gradient of a chain.
+
+
+class Shrunk(ViewedWeight):
+    """Computes its mask from the value, in every call."""
+
+    def value(self, weight: Tensor) -> Tensor:
+        return torch.where(weight.abs() > 0.1, weight, 0.0)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_gradient_passes_through_all_stages(in_place: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(8, 8, bias=False), torch.randn(5, 8)
+    found = FoundWeight("weight", layer, "weight", is_known=not in_place)
+    window = InPlaceWindow(pl.LightningModule(), [])
+    chain, rounded = Chain(found), RoundedWeight(found, 0.05, 0.2)
+    chain.join(Stage.QUANTIZATION, rounded, lambda: window)
+    chain.join(Stage.SPARSITY, Shrunk(found), lambda: window)
+    rounded.refresh()
+    dense = layer._parameters["weight"].detach().clone()
+    window.open()
+    layer(x).square().sum().backward()
+    window.close()
+    shown = rounded.stored(torch.where(dense.abs() > 0.1, dense, 0.0))
+    passes = (dense.abs() > 0.1) & (dense.abs() <= 0.2)
+    assert 0.1 < passes.float().mean() < 0.9
+    torch.testing.assert_close(layer._parameters["weight"].grad, 2 * (x @ shown.T).T @ x * passes)
+    assert torch.equal(layer._parameters["weight"], dense)
