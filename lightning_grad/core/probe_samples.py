@@ -118,6 +118,9 @@ class ProbeSamples:
         loader_key: Which of several loaders.
         dataset: Gives the data set to read from instead; called once.
         label: Who looks, for errors.
+
+    Attributes:
+        indices: The samples that were read; empty before the first look.
     """
 
     trainer: pl.Trainer
@@ -126,6 +129,7 @@ class ProbeSamples:
     loader_key: str | int | None
     dataset: Callable[[pl.Trainer], Any] | None
     label: str
+    indices: list[int] = field(default_factory=list, init=False)
     _own: Any = field(default=None, init=False)
     _early: Any = field(default=None, init=False)
 
@@ -134,7 +138,7 @@ class ProbeSamples:
         loader, dataset = self._loader, self._source
         self._refuse_without_indices(loader, dataset)
         total = len(dataset)
-        indices = chosen_samples(self.samples, total, self.split, self.label)
+        indices = self.indices = chosen_samples(self.samples, total, self.split, self.label)
         read = partial(self._read, loader, dataset)
         batch = read(indices)
         is_part = self.split == "train" and self.loader_key is not None

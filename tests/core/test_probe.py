@@ -19,12 +19,21 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 from lightning_grad import core
 from lightning_grad.core import ProbeCallback, ProbeLook, Reading
 from lightning_grad.core.quiet import is_quiet
-from tests.contract.projects import assert_identical, fit, loaders, make_classifier, make_trainer, state_of
-from tests.contract.test_no_trace import StopAt, traces, trainer_traces
+from lightning_grad.testing import (
+    StopAt,
+    assert_identical,
+    fit,
+    loaders,
+    make_classifier,
+    make_trainer,
+    on_ranks,
+    state_of,
+    traces,
+    trainer_traces,
+)
 from tests.core import activation_norm
 from tests.core.activation_norm import ActivationNorm
 from tests.core.probed import SAMPLES, Answers, Augmented, Noisy, make_noisy, noisy_loaders
-from tests.ranks import on_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),

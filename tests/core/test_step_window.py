@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.callbacks import InfoBatch, NMSparsity
 from lightning_grad.core import OptimizerCallback, StepClosure, is_repeated
-from tests.contract.projects import assert_identical, fit, loaders, make_classifier, make_trainer, state_of
+from lightning_grad.testing import assert_identical, fit, loaders, make_classifier, make_trainer, state_of
 
 RHO = 0.1
 DATA = torch.randn(48, 8, generator=torch.Generator().manual_seed(3))

@@ -106,6 +106,7 @@ class AccuracyGradientLR(MonitoredCallback):
     """
 
     namespace: ClassVar[str] = "lr"
+    trial: ClassVar[Mapping[str, Any]] = {"window": 1, "quiet": 1, "threshold": 10.0, "factor": 0.5}
     fixed_settings: ClassVar[Mapping[str, str]] = {
         "policy": "what the schedulers have done until now depends on it",
         "optimizers": "the learning rates of those chosen before are cut already",
@@ -196,9 +197,11 @@ class AccuracyGradientLR(MonitoredCallback):
         at = "validation" if self.interval == "validation" else "epoch"
         least = max(self.window + 2, self.start_after + 1)
         mean = f"the mean of {self.monitor!r} over {self.window} observations"
-        self.say(
+        self.announce(
             f"multiplies the learning rate by {self.factor:g} when {mean if self.window > 1 else repr(self.monitor)} improves "
-            f"by less than {self.threshold:g}: at each {at}, from observation {least} on"
+            f"by less than {self.threshold:g}: at each {at}, from observation {least} on",
+            "learning rates",
+            self._rates.names(trainer),
         )
         say_if_no_figure(trainer, self.label, self.figure)
 
