@@ -164,12 +164,13 @@ class Files:
     """Where a technique is told and shown.
 
     One of its own file, ``callbacks/<word>.py``, has everything under its word. One of a family,
-    ``callbacks/<family>/<word>.py``, has its card in the family's folder, and shares page, example and YAML with it.
-    Strategies are such a family, in ``strategies/<word>.py``.
+    ``callbacks/<family>/<word>.py``, has its card in the family's folder, and shares page, example and YAML with it. The
+    only one of a family so far keeps them under its word, because there is nothing yet to choose between. Strategies are
+    such a family, in ``strategies/<word>.py``.
 
     Args:
         word: Name of the file its class stands in.
-        family: Name of the folder of that file; empty for a technique of its own.
+        family: Name of the folder of that file; empty for a technique of its own, or the only one there.
     """
 
     word: str
@@ -198,7 +199,11 @@ def class_of(name: str) -> Any:
 def files_of(name: str) -> Files:
     """Return the files of a technique, by the module of its class."""
     _, kind, *family, word = class_of(name).__module__.split(".")
-    return Files(word, "strategies" if kind == "strategies" else "/".join(family))
+    if kind == "strategies":
+        return Files(word, "strategies")
+    folders = [class_of(other).__module__.rpartition(".")[0] for other in callbacks.__all__]
+    is_alone = folders.count(class_of(name).__module__.rpartition(".")[0]) == 1
+    return Files(word, "" if is_alone else "/".join(family))
 
 
 FAMILIES = sorted({files_of(name).family for name in TECHNIQUES} - {""})
