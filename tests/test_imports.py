@@ -1,6 +1,8 @@
 """Who may import whom; read from the sources, and once from a fresh interpreter."""
 
 import ast
+import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import lightning_grad
+from lightning_grad import callbacks, strategies
 
 PACKAGE = Path(lightning_grad.__file__).parent
 MODULES = {
@@ -16,30 +19,25 @@ MODULES = {
 }
 OPTIONAL = {"wandb", "matplotlib", "rich", "sklearn", "jsonargparse"}
 
-# Beside the standard library; longest prefix of a module's name first.
+_BASE = ("torch", "numpy", "lightning", "typing_extensions")
+_LOWER = tuple(f"lightning_grad.{layer}" for layer in ("functional", "data", "utilities", "core"))
+
+# What each layer may import beside the standard library, from the lowest to the highest.
 ALLOWED = {
-    "lightning_grad.functional": ("torch", "lightning_grad.functional"),
-    "lightning_grad.data": ("torch", "numpy", "lightning_grad.functional", "lightning_grad.data"),  # numpy: score files
-    "lightning_grad.utilities": (
-        "torch",
-        "numpy",
-        "lightning",
-        "typing_extensions",
-        "lightning_grad.functional",
-        "lightning_grad.data",
-        "lightning_grad.utilities",
-    ),
-    "lightning_grad.core": (
-        "torch",
-        "numpy",
-        "lightning",
-        "typing_extensions",
-        "lightning_grad.functional",
-        "lightning_grad.data",
-        "lightning_grad.utilities",
-        "lightning_grad.core",
-    ),
+    "lightning_grad.functional": ("torch", *_LOWER[:1]),
+    "lightning_grad.data": ("torch", "numpy", *_LOWER[:2]),  # numpy: score files
+    "lightning_grad.utilities": (*_BASE, *_LOWER[:3]),
+    "lightning_grad.core": (*_BASE, *_LOWER),
+    "lightning_grad.callbacks": (*_BASE, "torchmetrics", *_LOWER, "lightning_grad.callbacks"),
+    "lightning_grad.strategies": (*_BASE, *_LOWER, "lightning_grad.strategies"),
+    "lightning_grad.testing": (*_BASE, "lightning_grad"),
 }
+WITHOUT_OPTIONAL = ("lightning_grad.functional", "lightning_grad.data")  # others import optional packages in functions
+
+
+@functools.cache
+def parsed(source: str) -> ast.Module:
+    return ast.parse(source)
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -67,7 +65,7 @@ def is_within(name: str, packages: tuple[str, ...]) -> bool:
 
 
 def outsiders(source: str, module: str, allowed: tuple[str, ...], in_functions: bool) -> list[str]:
-    names = imported(ast.parse(source), module, in_functions)
+    names = imported(parsed(source), module, in_functions)
     known = (*allowed, *sys.stdlib_module_names)
     return [name for name in names if not is_within(name, known) and name != "lightning_grad"]
 
@@ -106,41 +104,122 @@ def test_the_walk_finds_what_is_not_allowed(source: str, found: list[str]) -> No
 
 def test_the_walk_tells_functions_from_the_top_level() -> None:
     source = "class A:\n    import rich\n    def f(self):\n        import wandb"
-    assert list(imported(ast.parse(source), "m", in_functions=False)) == ["rich"]
-    assert list(imported(ast.parse(source), "m")) == ["rich", "wandb"]
+    assert list(imported(parsed(source), "m", in_functions=False)) == ["rich"]
+    assert list(imported(parsed(source), "m")) == ["rich", "wandb"]
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if is_within(name, tuple(ALLOWED))])
-def test_lower_layers_import_only_what_lies_below(module: str) -> None:
-    layer = next(layer for layer in ALLOWED if is_within(module, (layer,)))
-    anywhere = layer not in {
-        "lightning_grad.utilities",
-        "lightning_grad.core",
-    }  # import optional packages in functions
-    assert outsiders(MODULES[module].read_text(), module, ALLOWED[layer], in_functions=anywhere) == []
+def layer_of(module: str) -> str:
+    return next(layer for layer in ALLOWED if is_within(module, (layer,)))
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_callbacks_and_strategies_do_not_import_each_other_nor_do_lower_layers_import_them(module: str) -> None:
-    names = list(imported(ast.parse(MODULES[module].read_text()), module))
-    upper = {"lightning_grad.callbacks", "lightning_grad.strategies"}
-    forbidden = upper - {layer for layer in upper if is_within(module, (layer,)) or module == "lightning_grad.__init__"}
-    assert [name for name in names if is_within(name, tuple(forbidden))] == []
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "lightning_grad.__init__"])
+def test_a_layer_imports_only_what_lies_below(module: str) -> None:
+    layer = layer_of(module)
+    in_functions = layer in WITHOUT_OPTIONAL
+    assert outsiders(MODULES[module].read_text(), module, ALLOWED[layer], in_functions=in_functions) == []
+    ours = [
+        name for name in imported(parsed(MODULES[module].read_text()), module) if name.startswith("lightning_grad.")
+    ]
+    assert [name for name in ours if not is_within(name, ALLOWED[layer])] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "found"),
+    [
+        ("callbacks.clipping.zclip", "from lightning_grad.strategies import DGCStrategy", 2),
+        ("callbacks.clipping.zclip", "def f():\n    from lightning_grad.testing import fit", 2),
+        ("strategies.dgc", "import lightning_grad.callbacks", 1),
+        ("core.quiet", "from lightning_grad.callbacks.clipping.zclip import ZClip", 2),
+        ("core.quiet", "from lightning_grad import callbacks", 1),
+        ("testing.projects", "from lightning_grad.callbacks import ZClip", 0),
+        ("testing.projects", "import pytest", 1),
+    ],
+)
+def test_the_walk_knows_the_layers(module: str, source: str, found: int) -> None:
+    module = f"lightning_grad.{module}"
+    assert len(outsiders(source, module, ALLOWED[layer_of(module)], in_functions=True)) == found
+
+
+# Families of techniques: the folders in callbacks; what lies beside them is one more.
+
+
+def family_of(name: str) -> str:
+    """Return the folder of a module of callbacks, or "" for what lies beside the folders."""
+    part = (*name.split("."), "")[2]
+    return part if (PACKAGE / "callbacks" / part).is_dir() else ""
+
+
+def other_families(source: str, module: str) -> list[str]:
+    names = [n for n in imported(parsed(source), module) if n.startswith("lightning_grad.callbacks.")]
+    return [name for name in names if family_of(name) != family_of(module)]
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "found"),
+    [
+        ("clipping.zclip", "from lightning_grad.callbacks.clipping._units import UnitConditioner", 0),
+        ("clipping.zclip", "from . import _units", 0),
+        ("clipping.zclip", "from lightning_grad.callbacks.adversarial import AdversarialTraining", 2),
+        ("clipping.zclip", "from ..adversarial import AdversarialTraining", 2),
+        ("clipping.zclip", "def f():\n    from lightning_grad.callbacks import AdversarialTraining", 1),
+        ("clipping.zclip", "from lightning_grad.callbacks.sparsity.nm_sparsity import NMSparsity", 2),
+        ("sparsity.nm_sparsity", "from lightning_grad.callbacks.clipping import ZClip", 2),
+        ("sparsity.nm_sparsity", "from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight", 0),
+    ],
+)
+def test_the_walk_tells_families_apart(module: str, source: str, found: int) -> None:
+    assert len(other_families(source, f"lightning_grad.callbacks.{module}")) == found
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if is_within(name, ("lightning_grad.callbacks",))])
+def test_families_do_not_import_each_other(module: str) -> None:
+    if module != "lightning_grad.callbacks.__init__":
+        assert other_families(MODULES[module].read_text(), module) == []
+
+
+TECHNIQUES = {*callbacks.__all__, *strategies.__all__}
+
+
+def techniques_named(source: str) -> list[str]:
+    """Return the techniques that code names, in an expression or as a whole string; prose may name them."""
+    found = []
+    for node in ast.walk(parsed(source)):
+        name = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "value", None)
+        if isinstance(name, str) and name in TECHNIQUES:
+            found.append(name)
+    return found
+
+
+def test_the_walk_finds_a_technique_that_code_names() -> None:
+    source = (
+        '"""ZClip in prose."""\nif type(other).__name__ == "ZClip" or other is callbacks.NMSparsity:\n    DGCStrategy()'
+    )
+    assert sorted(techniques_named(source)) == ["DGCStrategy", "NMSparsity", "ZClip"]
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if is_within(name, _LOWER)])
+def test_lower_layers_know_no_technique(module: str) -> None:
+    assert techniques_named(MODULES[module].read_text()) == []
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_optional_packages_are_imported_where_they_are_used(module: str) -> None:
-    names = imported(ast.parse(MODULES[module].read_text()), module, in_functions=False)
+    names = imported(parsed(MODULES[module].read_text()), module, in_functions=False)
     assert [name for name in names if name.split(".")[0] in OPTIONAL] == []
 
 
 def foreign_parts(source: str, module: str) -> list[str]:
-    """Return the private parts of other packages that a module imports: a part belongs to the package that holds it."""
+    """Return the private names, of modules or in them, that a module imports from another package."""
     found = []
-    for name in imported(ast.parse(source), module):
+    own = module.rpartition(".")[0]
+    for name in imported(parsed(source), module):
         parts = name.split(".")
         private = next((i for i, part in enumerate(parts) if part.startswith("_") and not part.startswith("__")), 0)
-        if parts[0] == "lightning_grad" and private and not is_within(module, (".".join(parts[:private]),)):
+        if parts[0] != "lightning_grad" or not private or is_within(module, (".".join(parts[: private + 1]),)):
+            continue
+        holder = ".".join(parts[:private])
+        package = holder if f"{holder}.__init__" in MODULES else holder.rpartition(".")[0]
+        if package != own:
             found.append(name)
     return found
 
@@ -149,21 +228,62 @@ def foreign_parts(source: str, module: str) -> list[str]:
     ("source", "found"),
     [
         ("from lightning_grad.functional._group_top import top_of_groups", []),
+        ("from lightning_grad.functional.clipping import _limit", []),
         ("from lightning_grad.utilities._undo import Undo", ["lightning_grad.utilities._undo"] * 2),
         ("from lightning_grad.utilities import _undo", ["lightning_grad.utilities._undo"]),
         ("from lightning_grad.utilities.undo import _Entry", ["lightning_grad.utilities.undo._Entry"]),
+        (
+            "from lightning_grad.functional.gradients.calls import _Call",
+            ["lightning_grad.functional.gradients.calls._Call"],
+        ),
         ("from lightning_grad.functional.gradients import __doc__", []),
         ("from torch._C import Node", []),
     ],
 )
-def test_the_walk_finds_private_parts_of_other_packages(source: str, found: list[str]) -> None:
+def test_the_walk_finds_private_names_of_other_packages(source: str, found: list[str]) -> None:
     names = foreign_parts(source, "lightning_grad.functional.nm_sparsity")
     assert [name.removesuffix(".Undo") for name in names] == found
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name != "lightning_grad.__init__"])
-def test_private_parts_stay_in_their_package(module: str) -> None:
+def test_a_folder_imports_no_private_name_of_the_package_around_it() -> None:
+    source = "from lightning_grad.functional._group_top import top_of_groups"
+    assert foreign_parts(source, "lightning_grad.functional.gradients.calls") != []
+    inside = "from lightning_grad.functional._ghost.binding import Binding"
+    assert foreign_parts(inside, "lightning_grad.functional._ghost.rules") == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_private_names_stay_in_their_package(module: str) -> None:
     assert foreign_parts(MODULES[module].read_text(), module) == []
+
+
+# Examples and documentation show what a user may write.
+
+ROOT = PACKAGE.parent
+SHOWN = {
+    str(path.relative_to(ROOT)): path
+    for pattern in ("README.md", "docs/**/*.md", "examples/**/*.py", "studies/**/*.py")
+    for path in ROOT.glob(pattern)
+    if "_build" not in path.parts
+}
+
+
+def shown_code(path: Path) -> str:
+    text = path.read_text()
+    if path.suffix == ".py":
+        return text
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_examples_and_documentation_use_public_names(name: str) -> None:
+    assert foreign_parts(shown_code(SHOWN[name]), "a_user.of_it") == []
+
+
+def test_code_of_a_page_is_read() -> None:
+    source = shown_code(SHOWN["docs/adding_a_technique.md"])
+    assert any(is_within(name, ("lightning_grad.core",)) for name in imported(parsed(source), "page"))
+    assert foreign_parts("from lightning_grad.core._memory import Memory", "a_user.of_it") != []
 
 
 def test_importing_brings_no_optional_package_and_registers_the_strategies() -> None:

@@ -14,13 +14,15 @@ Beside the bases are the tools that reach into other people's objects and let go
 (``dispatch.py``, ``undo.py``), a step looked at without a trace (``quiet.py``, ``scoring.py``, ``look.py``), its losses read
 or weighted (``loss_tap.py``), weights seen through a view (``weight_view.py``, ``portable.py``), the training set and
 its length (``training_set.py``, ``epoch_length.py``), learning rates (``held_rates.py`` for a step, ``chosen_rates.py`` for
-the rest of the run), frozen moments, a step evaluated twice (``step_window.py``), and progress.
+the rest of the run), frozen moments, a step evaluated twice (``step_window.py``), and progress. :class:`Chosen`
+(``chosen.py``) is what a technique says that it acts on.
 """
 
 from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.chosen import Chosen
 from lightning_grad.core.chosen_rates import ChosenRates, as_indices
 from lightning_grad.core.conditioner import GradientConditioner, GradientStep, Phase
-from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.found_weight import FoundWeight
 from lightning_grad.core.frozen_moments import FrozenMoments
@@ -48,6 +50,7 @@ from lightning_grad.core.weight_view import WeightView, attach_view
 from lightning_grad.core.weights import WeightCallback
 
 __all__ = [
+    "Chosen",
     "ChosenRates",
     "FoundWeight",
     "FrozenMoments",
@@ -75,6 +78,7 @@ __all__ = [
     "WeightCallback",
     "WeightChoice",
     "WeightView",
+    "WrapOrder",
     "as_indices",
     "attach_view",
     "during_fit",

@@ -10,7 +10,7 @@ called where a technique needs them: choosing parameters (``utilities.parameters
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grad.core.chosen import Chosen
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.fit import FitScope, during_fit
 from lightning_grad.core.undo import UndoList
@@ -39,7 +40,8 @@ class GradCallback(FitScope, CheckedArguments, Callback):
     - ``state_dict`` extends that of the base, and holds tensors, numbers, strings, lists and dicts only;
       ``load_state_dict`` calls the base first, and acts only when ``self.fitting`` (Lightning calls it for ``validate`` and
       ``test`` too);
-    - a setting that changes on resume is followed, unless ``fixed_settings`` names it.
+    - a setting that changes on resume is followed, unless ``fixed_settings`` names it;
+    - ``on_fit_start`` calls ``self.announce`` once the technique knows what it acts on.
 
     Class attributes:
 
@@ -47,6 +49,8 @@ class GradCallback(FitScope, CheckedArguments, Callback):
     - ``needs_whole_weights``: whether it refuses strategies that shard parameters.
     - ``fixed_settings``: for each argument that must not differ from a checkpoint's when a run resumes the reason, which
       ends the sentence "it cannot change because ...".
+    - ``trial``: constructor arguments with which a few epochs on a small module show what the technique does; they name no
+      layer, so that they fit every module. Tests and tools use them.
 
     Args:
         name: Name of this instance, needed when two of a class are used; part of its state key and log keys.
@@ -58,10 +62,12 @@ class GradCallback(FitScope, CheckedArguments, Callback):
     namespace: ClassVar[str]
     needs_whole_weights: ClassVar[bool] = False
     fixed_settings: ClassVar[Mapping[str, str]] = {}
+    trial: ClassVar[Mapping[str, Any]] = {}
 
     undo = during_fit.of(UndoList)
     undo_after_saving = during_fit.of(UndoList)
     _stage = during_fit.of(str)
+    _announced = during_fit[Chosen | None](lambda _: None)
 
     def __init__(self, name: str | None = None) -> None:
         check_name(name)
@@ -139,8 +145,34 @@ class GradCallback(FitScope, CheckedArguments, Callback):
         self.end_fit()
 
     def say(self, what: str) -> None:
-        """Print one line about this instance: what it acts on when a fit begins, say."""
+        """Print one line about this instance."""
         rank_zero_info(f"{self.label} {what}.")
+
+    def announce(self, words: str, kind: str, names: Sequence[str | int] = ()) -> None:
+        """Print what this instance acts on in this fit, and keep it for :meth:`chosen`; called in ``on_fit_start``.
+
+        Args:
+            words: A clause without subject and full stop.
+            kind: What the names are; see :class:`Chosen`.
+            names: What it acts on.
+        """
+        self._announced = Chosen(words, kind, list(names))
+        self.say(words)
+
+    def chosen(self) -> Chosen:
+        """Return what this instance acts on in this fit, in words and as a list.
+
+        A technique that finds out more during the fit overrides this.
+
+        Raises:
+            RuntimeError: Before its ``on_fit_start``, and after the fit.
+        """
+        if self._announced is None:
+            raise RuntimeError(
+                f"{self.label} chooses what it acts on when a fit begins, and none is on. Call chosen() during fit(), in "
+                "on_fit_start or a later hook of a callback that is listed after it."
+            )
+        return self._announced
 
     def log_scalars(
         self, pl_module: pl.LightningModule, values: Mapping[str, float | Tensor], sync_dist: bool = False

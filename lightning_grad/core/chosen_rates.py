@@ -59,6 +59,12 @@ class ChosenRates:
         """
         return choose_groups(trainer.optimizers, self._optimizers, self._groups, self._needed_by)
 
+    def names(self, trainer: pl.Trainer) -> list[str]:
+        """Return where the rates stand, as one would write it."""
+        at = {id(optimizer): index for index, optimizer in enumerate(trainer.optimizers)}
+        chosen = self.groups(trainer)
+        return [f"optimizers[{at[id(optimizer)]}].param_groups[{i}]" for optimizer, groups in chosen for i in groups]
+
     def first(self, trainer: pl.Trainer) -> float:
         """Return the rate of the first group."""
         optimizer, groups = self.groups(trainer)[0]

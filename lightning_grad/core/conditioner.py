@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from lightning_grad.core._memory import Memory
 from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.chosen import Chosen
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.phases import (
     Phase,
@@ -122,6 +123,7 @@ class GradientConditioner(GradCallback):
 
     _memory = until_next_fit.of(dict[int, Memory])
     _chosen = during_fit.of(dict[int, tuple[Shape, list[Bucket]]])
+    _left_out = during_fit.of(dict[int, list[str]])
     _hook_fired = during_fit.of(set[int])
     _warned_of_bypass = during_fit.of(bool)
     _choice_changed = during_fit.of(bool)
@@ -195,17 +197,16 @@ class GradientConditioner(GradCallback):
             check_patterns(patterns or [], names, f"{self.label}({parameter}=...)")
         if isinstance(self._threshold, Mapping):
             check_patterns(list(self._threshold), names, f"{self.label}({self.threshold_name}=...)")
-        left_out: list[str] = []
         restarted: list[str] = []
         for index, optimizer in enumerate(trainer.optimizers):
             refuse_scaled_gradients(trainer, optimizer, self.label)
             self._watch_for_bypass(optimizer)
-            left_out += self._choose(index, optimizer, pl_module, restarted)
+            self._choose(index, optimizer, pl_module, restarted)
         self._check_choice(pl_module)
         refuse_sparse_gradients(pl_module, {id(parameter) for parameter in self.parameters()}, self.label)
         if self.elementwise:
             refuse_complex(pl_module, {id(parameter) for parameter in self.parameters()}, self.label)
-        self._announce(trainer, pl_module, left_out)
+        self._announce(trainer, pl_module)
         if restarted:
             self._say_what_restarts(restarted)
 
@@ -235,8 +236,8 @@ class GradientConditioner(GradCallback):
 
     def _choose(
         self, index: int, optimizer: Optimizer, pl_module: pl.LightningModule, restarted: list[str] | None = None
-    ) -> list[str]:
-        buckets, left_out = choose_buckets(
+    ) -> None:
+        buckets, self._left_out[index] = choose_buckets(
             optimizer, pl_module, self._threshold, self.threshold_name, self.include, self._excluded(pl_module)
         )
         for bucket in buckets:
@@ -247,19 +248,28 @@ class GradientConditioner(GradCallback):
         if restarted is not None and self._choice_changed:
             restarted += memory.assign(buckets)
         memory.note(buckets)
-        return left_out
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters whose gradients are changed in this fit."""
         return [parameter for _, buckets in self._chosen.values() for b in buckets for parameter in b.parameters]
 
-    def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule, left_out: Sequence[str]) -> None:
+    @override
+    def chosen(self) -> Chosen:
+        super().chosen()  # raises outside of a fit
+        return self._describe()  # which changes with the optimizer's groups
+
+    def _describe(self) -> Chosen:
         buckets = [bucket for _, chosen in self._chosen.values() for bucket in chosen]
         named = [pair for bucket in buckets for pair in zip(bucket.names, bucket.parameters, strict=True)]
-        unchanged = [name for name, parameter in named if not self._changes(parameter)]
-        left_out = [*left_out, *unchanged]
+        names = [name for name, parameter in named if self._changes(parameter)]
+        left_out = [name for left in self._left_out.values() for name in left]
+        left_out += [name for name, parameter in named if not self._changes(parameter)]
         rest = f"; {len(left_out)} left alone ({listed(left_out)})" if left_out else ""
-        self.say(f"acts on {counted(len(named) - len(unchanged), 'parameter')}{rest}")
+        return Chosen(f"acts on {counted(len(names), 'parameter')}{rest}", "parameters", names)
+
+    def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        chosen = self._describe()
+        self.announce(chosen.words, chosen.kind, chosen.names)
         if self.phase == "noise":
             warn_of_missing_momentum(trainer, self.label, "noise")
         if self.phase == "clip":

@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_grad.core.batch_sizes import batch_size_of
-from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.first_step import choose_again, choose_way
 from lightning_grad.core.given_functions import SCORE_FN, LossFunction, call_of
 from lightning_grad.core.look import only_loss
@@ -30,7 +30,6 @@ from lightning_grad.core.weighted_steps import ByCall, Step, Way, Weighing
 from lightning_grad.core.whole_step import classifying, trained_loss
 from lightning_grad.functional import LossCall, LossCapture
 
-_INNERMOST = -100
 _TAPS: WeakKeyDictionary[Any, _LossTap] = WeakKeyDictionary()
 
 
@@ -176,7 +175,7 @@ class _LossTap:
             samples = batch_size_of(batch, told) if self.samples is None else self.samples()
             return self._run(Step(pl_module, inner, args, kwargs, samples, bool(self.readers), may_skip))
 
-        self._undo = wrap_method(pl_module, "training_step", around, priority=_INNERMOST)
+        self._undo = wrap_method(pl_module, "training_step", around, order=WrapOrder.LOSSES)
 
     def remove(self, entry: Any) -> None:
         if entry is None:

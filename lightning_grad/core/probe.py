@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.chosen import Chosen
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.missed_validation import is_validation_due
 from lightning_grad.core.probe_history import ProbeHistory
@@ -85,6 +87,7 @@ class ProbeCallback(GradCallback):
     _due = until_next_fit[dict[str, int] | None](lambda _: None)  # the epoch and the step of a look that is to come
     _is_rehearsed = during_fit.of(bool)
     _samples = during_fit[ProbeSamples]()
+    _indices = during_fit.of(list[int])
 
     def __init__(
         self,
@@ -140,8 +143,15 @@ class ProbeCallback(GradCallback):
         count = self.samples if isinstance(self.samples, int) else len(self.samples)
         every, unit = (self.every_n_steps, "step") if self.every_n_steps else (self.every_n_epochs or 1, "epoch")
         often = f"every {unit}" if every == 1 else f"every {every} {unit}s"
-        self.say(f"looks at {counted(count, f'{NOUNS[self.split]} sample')} {often}")
+        given = [] if isinstance(self.samples, int) else self.samples
+        self.announce(f"looks at {counted(count, f'{NOUNS[self.split]} sample')} {often}", "samples", given)
         say_if_no_figure(trainer, self.label, self.figure)
+
+    @override
+    def chosen(self) -> Chosen:
+        """Return the samples that it looks at, where given as a count from the first look on, and on the ranks that look."""
+        chosen = super().chosen()
+        return replace(chosen, names=self._indices) if self._indices else chosen
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -210,6 +220,7 @@ class ProbeCallback(GradCallback):
         on_all, outcome = self.looks_on_all_ranks or is_sharded(trainer), Outcome()
         if on_all or trainer.is_global_zero:
             outcome = take_look(trainer, pl_module, self._samples, self.probe, self.way_out, due)
+            self._indices = self._samples.indices
         outcome = outcome.shared(trainer, on_all)
         if outcome.fault and (outcome.is_fatal or not self._is_rehearsed):
             self._raise(outcome)

@@ -16,7 +16,13 @@ from lightning_grad.core.look import Look
 from lightning_grad.core.scoring import indexed_loader, refuse_part, runner, to_device
 from lightning_grad.core.training_loaders import keys_of
 from lightning_grad.core.undo import UndoList
-from lightning_grad.data.random_streams import generators_kept, numbers_kept, seed_generators, seed_streams
+from lightning_grad.data.random_streams import (
+    generators_kept,
+    numbers_kept,
+    random_streams_kept,
+    seed_generators,
+    seed_streams,
+)
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import check_count, refuse_dataloader_iter, refuse_manual_optimization
 from lightning_grad.utilities.reporting import counted
@@ -112,6 +118,9 @@ class ProbeSamples:
         loader_key: Which of several loaders.
         dataset: Gives the data set to read from instead; called once.
         label: Who looks, for errors.
+
+    Attributes:
+        indices: The samples that were read; empty before the first look.
     """
 
     trainer: pl.Trainer
@@ -120,6 +129,7 @@ class ProbeSamples:
     loader_key: str | int | None
     dataset: Callable[[pl.Trainer], Any] | None
     label: str
+    indices: list[int] = field(default_factory=list, init=False)
     _own: Any = field(default=None, init=False)
     _early: Any = field(default=None, init=False)
 
@@ -128,7 +138,7 @@ class ProbeSamples:
         loader, dataset = self._loader, self._source
         self._refuse_without_indices(loader, dataset)
         total = len(dataset)
-        indices = chosen_samples(self.samples, total, self.split, self.label)
+        indices = self.indices = chosen_samples(self.samples, total, self.split, self.label)
         read = partial(self._read, loader, dataset)
         batch = read(indices)
         is_part = self.split == "train" and self.loader_key is not None
@@ -137,7 +147,9 @@ class ProbeSamples:
             if is_part
             else _runner(self.trainer, pl_module, batch, self.label)
         )
-        seed_streams(_SEED)  # reading may have drawn numbers
+        seed_streams(_SEED)
+        for module in pl_module.modules():
+            seed_generators(module, _SEED, depth=1)  # no further: the module knows its Trainer
         return ProbeLook(
             pl_module,
             batch,
@@ -171,11 +183,12 @@ class ProbeSamples:
         return self._own
 
     def _read(self, loader: DataLoader[Any], dataset: Any, indices: list[int]) -> Any:
-        for holder in (dataset, loader.collate_fn):
-            seed_generators(holder, _SEED)
-        seed_streams(_SEED)
-        batch = next(iter(indexed_loader(loader, dataset, [indices], _SEED)))
-        return to_device(self.trainer, copy_of(batch))  # a collate function may hand on what the data set holds
+        with random_streams_kept():  # a probe that reads parts draws on where it was
+            seed_streams(_SEED)
+            for holder in (dataset, loader.collate_fn):
+                seed_generators(holder, _SEED)
+            batch = next(iter(indexed_loader(loader, dataset, [indices], _SEED)))
+            return to_device(self.trainer, copy_of(batch))  # a collate function may hand on what the data set holds
 
     @property
     def _loader(self) -> DataLoader[Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.in_place_view import close_windows, open_windows
 from lightning_grad.core.module_state import Snapshot
 from lightning_grad.data.random_streams import generators_kept, named_generators, random_streams_kept
@@ -107,7 +107,9 @@ def silence(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None
 
     loud = [module for module in pl_module.modules() if hasattr(module, "log_dict")]
     undo = [
-        wrap_method(module, name, nothing, priority=1000) for module in loud for name in ("log", "log_dict", "print")
+        wrap_method(module, name, nothing, order=WrapOrder.LOOK)
+        for module in loud
+        for name in ("log", "log_dict", "print")
     ]
     try:
         with loggers_muted(trainer):

@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.chosen import Chosen
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.schedule_warp import warn_of_two_ends, warp_schedules
 from lightning_grad.core.training_set import TrainingSet
@@ -114,7 +115,16 @@ class SubsetCallback(GradCallback):
         self.training_set.begin(self.kept, self._fixed_steps)
         self.undo.push(warp_schedules(trainer, pl_module, self.training_set))
         self._warn_of_own_schedules(trainer, pl_module)
-        self.say(self.plan)
+        self.announce(self.plan, "samples")
+
+    @override
+    def chosen(self) -> Chosen:
+        """Return the samples of the present epoch; before the training loader is made, none."""
+        chosen = super().chosen()
+        if self.kept is None and not self.training_set.is_loaded:
+            return chosen
+        samples = self.training_set.sampler.population if self.kept is None else self.kept
+        return dataclasses.replace(chosen, names=samples.tolist())
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -105,6 +105,11 @@ class TrainingSet:
         return self._loader
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether the training loader is made."""
+        return self._loader is not None
+
+    @property
     def sampler(self) -> PrunableBatchSampler:
         """The batch sampler in it."""
         assert self._sampler is not None

@@ -15,12 +15,14 @@ technique derives from :class:`WeightCallback` and writes ``view``, which return
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_grad.core.chosen import Chosen
 from lightning_grad.core.fit import until_next_fit
 from lightning_grad.core.found_weight import FoundWeight
 from lightning_grad.core.module_chains import chains_of, refuse_taken
@@ -29,7 +31,7 @@ from lightning_grad.core.portable import wrap_saving
 from lightning_grad.core.shown_weights import ShownWeights
 from lightning_grad.core.weight_choice import W, Wanted, WeightChoice, refuse_pruners
 from lightning_grad.core.weight_selection import Selection
-from lightning_grad.utilities.parameters import as_names, check_patterns, matches, parameter_names
+from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches, parameter_names
 from lightning_grad.utilities.reporting import counted
 
 
@@ -121,8 +123,16 @@ class WeightCallback(ShownWeights[W]):
         self.signatures = {weight.name: weight.signature for weight in self.weights}
         self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, self.views))
         self.resume()
-        self.say(self.plan)
+        self.announce(self.plan, "parameters", self._names)
         rank_zero_info(choice.table(self.column))
+
+    @override
+    def chosen(self) -> Chosen:
+        return replace(super().chosen(), words=self.plan, names=self._names)  # the first batch may change the choice
+
+    @property
+    def _names(self) -> list[str]:
+        return [clean_name(weight.name) for weight in self.weights]
 
     # One training step.
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from lightning_grad.core.fit import FitScope, during_fit, until_next_fit
+from lightning_grad.core.undo import UndoList
 from lightning_grad.functional import total_norm
 from lightning_grad.strategies._buckets import Gradient
 from lightning_grad.strategies._ledger import ByteLedger
@@ -29,32 +31,35 @@ Message = dict[str, Tensor]
 _MOST_ENTRIES = 2**31  # of a compressed tensor: an index has four bytes
 
 
-class SchemeDDP(RankSavingDDP):
+class SchemeDDP(FitScope, RankSavingDDP):
     """What a scheme may ask for, what it writes, and what of it is saved.
 
     Attributes:
         memory: By parameter, what the scheme keeps.
         ledger: Counts bytes and exchanges.
         step: Exchanges before the present one.
+        undo: Takes back what was attached to the optimizer or the module, when the fit ends, however it ends.
     """
 
     exclude: list[str] | None
     min_numel: int
 
-    def _reset(self) -> None:
-        self.memory: dict[str, dict[str, Tensor]] = {}
-        self.ledger = ByteLedger()
-        self.step = 0
-        self._noise = GradientNoise()
-        self._parameters: dict[str, Tensor] = {}
-        self._names: dict[int, str] = {}
-        self._tied: dict[str, list[str]] = {}
-        self._order: dict[str, int] = {}
-        self._shapes: dict[str, tuple[torch.Size, int]] = {}
-        self._chosen: set[str] = set()
-        self._in_flight: Message | None = None
-        self._replayed: Message | None = None
-        self._is_accumulated = False
+    undo = during_fit.of(UndoList)
+
+    # A checkpoint that is written after the fit, or after an exception, needs these.
+    memory = until_next_fit.of(dict[str, dict[str, Tensor]])
+    ledger = until_next_fit.of(ByteLedger)
+    step = until_next_fit.of(int)
+    _noise = until_next_fit.of(GradientNoise)
+    _parameters = until_next_fit.of(dict[str, Tensor])
+    _names = until_next_fit.of(dict[int, str])
+    _tied = until_next_fit.of(dict[str, list[str]])
+    _order = until_next_fit.of(dict[str, int])
+    _shapes = until_next_fit.of(dict[str, tuple[torch.Size, int]])
+    _chosen = until_next_fit.of(set[str])
+    _in_flight = until_next_fit[Message | None](lambda _: None)
+    _replayed = until_next_fit[Message | None](lambda _: None)
+    _is_accumulated = until_next_fit.of(bool)
 
     # What a scheme says and writes.
 
@@ -130,9 +135,6 @@ class SchemeDDP(RankSavingDDP):
 
     def release_optimizer(self) -> None:
         """Give back what an update that has failed holds of the optimizer."""
-
-    def disconnect(self) -> None:
-        """Take back what was attached to the optimizer; called however a fit ends, perhaps twice."""
 
     def residual_norm(self) -> float:
         """Return the 2-norm of what this rank has not sent."""

@@ -25,6 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_grad.core.chosen import Chosen
+from lightning_grad.core.fit import during_fit
 from lightning_grad.strategies import _report
 from lightning_grad.strategies._buckets import BucketCollector, Gradient
 from lightning_grad.strategies._collectives import Collectives, explain_lost_rank
@@ -95,6 +97,16 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     """
 
     namespace: ClassVar[str] = "comm"
+    trial: ClassVar[Mapping[str, Any]]
+
+    ranks = during_fit[Collectives]()
+    _watch = during_fit[Stopwatch]()
+    _used = during_fit[UsedParameters](lambda _: UsedParameters({}))
+    _measured = during_fit.of(dict[str, float])
+
+    @during_fit
+    def _buckets(self) -> BucketCollector:
+        return BucketCollector({}, self._exchange)
 
     def __init__(
         self,
@@ -129,14 +141,6 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         self.residual_policy = residual_policy
         self.gradient_noise = gradient_noise
         self._finds_unused, self._is_static = find_unused_parameters or static_graph, static_graph
-        self._reset()
-
-    @override
-    def _reset(self) -> None:
-        super()._reset()
-        self._buckets = BucketCollector({}, self._exchange)
-        self._used = UsedParameters({})
-        self._measured: dict[str, float] = {}
 
     # The fit begins.
 
@@ -156,7 +160,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return
-        self._reset()
+        self.begin_fit()
         self.refuse(trainer)
         self._watch = Stopwatch(self.root_device)
         self.ranks = Collectives(self.label, self.global_rank, self.world_size, self.ledger, self._watch)
@@ -182,7 +186,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         self.connect_optimizer(self.optimizers[0])
 
     def connect_optimizer(self, optimizer: Optimizer) -> None:
-        """Raise for an optimizer that does not fit the scheme, or attach to it.
+        """Raise for an optimizer that does not fit the scheme, or attach to it and push the way back to ``self.undo``.
 
         Raises:
             ValueError: With what to do instead.
@@ -197,25 +201,47 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             return
         self._buckets = BucketCollector(self._names, self._exchange)
         self._buckets.register(self.model)
+        self.undo.push(self._buckets.clear)
         self._used = UsedParameters({name: self._parameters[name] for name in self._shapes}, self._is_static)
         if self._finds_unused:
             self._used.attach()
+            self.undo.push(self._used.detach)
 
-    def _announce(self) -> None:
+    def chosen(self) -> Chosen:
+        """Return which parameters' gradients are compressed in this fit, in words and as a list.
+
+        Raises:
+            RuntimeError: Before ``setup`` of a fit.
+        """
+        if not self._shapes:
+            raise RuntimeError(
+                f"{self.label} chooses what it compresses when a fit begins, and none has. Call chosen() during fit(), in "
+                "on_fit_start or a later hook of a callback."
+            )
+        names = [name for name in self._shapes if name in self._chosen]
+        return Chosen(self._words, "parameters", names)
+
+    @property
+    def _words(self) -> str:
+        if not self.wants_to_compress:
+            return "compresses nothing at this setting: it is DDP"
+        if self.is_neutral:
+            return "has nothing to compress, and is DDP"
         total = sum(shape.numel() for shape, _ in self._shapes.values())
         inside = sum(self._shapes[name][0].numel() for name in self._chosen)
-        if not self.wants_to_compress:
-            rank_zero_info(f"{self.label} compresses nothing at this setting: it is DDP.")
-        elif self.is_neutral:
+        return (
+            f"compresses {len(self._chosen)} of {len(self._shapes)} gradients, {inside:,} of {total:,} entries, over "
+            f"{self.world_size} rank(s); the others go dense"
+        )
+
+    def _announce(self) -> None:
+        if self.wants_to_compress and self.is_neutral:
             rank_zero_warn(
-                f"{self.label} has nothing to compress, and is DDP: no parameter of two or more dimensions has min_numel="
+                f"{self.label} {self._words}: no parameter of two or more dimensions has min_numel="
                 f"{self.min_numel} entries and is not excluded. Lower min_numel, or exclude less."
             )
         else:
-            rank_zero_info(
-                f"{self.label} compresses {len(self._chosen)} of {len(self._shapes)} gradients, {inside:,} of {total:,} "
-                f"entries, over {self.world_size} rank(s); the others go dense.{self.remark}"
-            )
+            rank_zero_info(f"{self.label} {self._words}.{self.remark if self.wants_to_compress else ''}")
 
     # One step.
 
@@ -359,16 +385,15 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         super().on_exception(exception)
         explain_lost_rank(exception, self.label)
         explain_unused_parameters(exception, self.label, self._parameters)
-        self._detach()
+        self._end()
 
     @override
     def teardown(self) -> None:
-        self._detach()
-        self._buckets.clear()
+        self._end()
         super().teardown()
         # As Lightning does with optimizers: a checkpoint that is written after the fit still holds them.
         self.memory = {name: {key: v.cpu() for key, v in kept.items()} for name, kept in self.memory.items()}
 
-    def _detach(self) -> None:
-        self.disconnect()
-        self._used.detach()
+    def _end(self) -> None:
+        self.undo.run()
+        self.end_fit()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +18,7 @@ from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
 from lightning_grad.core.dispatch import overrides
+from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.functional import (
     accumulate_residual_,
     add_pairs_,
@@ -143,6 +144,14 @@ class DGCStrategy(CompressedDDPStrategy):
           local gradient.
     """
 
+    trial: ClassVar[Mapping[str, Any]] = {"ratio": 0.05, "warmup": [0.5, 0.2], "warmup_steps": 3, "min_numel": 100}
+
+    _momentum = during_fit[LocalMomentum | None](lambda _: None)
+    _sent = during_fit.of(list[tuple[Tensor, Tensor]])
+    _moves_momentum = until_next_fit.of(bool)  # also once the fit is over, and the optimizer is released
+    _feedback_because = until_next_fit.of(str)
+    _shares = until_next_fit.of(dict[str, float])
+
     def __init__(
         self,
         ratio: float = 0.001,
@@ -184,7 +193,6 @@ class DGCStrategy(CompressedDDPStrategy):
         if warmup_steps is not None:
             check_count(warmup_steps, 1, "warmup_steps")
         self.ratio = as_ratio(ratio, "ratio")
-        self._shares: dict[str, float] = {}
         self.layer_ratios = {
             name: as_ratio(share, f"layer_ratios[{name!r}]") for name, share in (layer_ratios or {}).items()
         }
@@ -196,10 +204,6 @@ class DGCStrategy(CompressedDDPStrategy):
         self.local_clip = local_clip
         self.selector = selector
         self.value_dtype = value_dtype
-        self._momentum: LocalMomentum | None = None
-        self._moves_momentum = False  # also once the fit is over, and the optimizer is released
-        self._feedback_because = ""
-        self._sent: list[tuple[Tensor, Tensor]] = []
 
     @property
     def _value_type(self) -> torch.dtype:
@@ -235,7 +239,6 @@ class DGCStrategy(CompressedDDPStrategy):
     @override
     def refuse(self, trainer: pl.Trainer) -> None:
         super().refuse(trainer)
-        self._shares = {}
         module = trainer.lightning_module
         check_patterns(list(self.layer_ratios), parameter_names(module), f"{self.label}(layer_ratios=...)")
         if not self.wants_to_compress:
@@ -259,7 +262,6 @@ class DGCStrategy(CompressedDDPStrategy):
     @override
     def connect_optimizer(self, optimizer: Optimizer) -> None:
         super().connect_optimizer(optimizer)
-        self._moves_momentum = False
         if self.correction == "error_feedback" or not self.wants_to_compress:
             return
         why = why_not_moved(optimizer)
@@ -276,6 +278,7 @@ class DGCStrategy(CompressedDDPStrategy):
             compressed = {key for key, name in self._names.items() if name in self._chosen}
             self._momentum = LocalMomentum(cast(SGD, optimizer), compressed)
             self._momentum.attach()
+            self.undo.push(self._momentum.detach)
             self._moves_momentum = True
 
     @property
@@ -391,10 +394,3 @@ class DGCStrategy(CompressedDDPStrategy):
     def release_optimizer(self) -> None:
         if self._momentum is not None:
             self._momentum.give_back()
-
-    @override
-    def disconnect(self) -> None:
-        super().disconnect()
-        if self._momentum is not None:
-            self._momentum.detach()
-            self._momentum = None

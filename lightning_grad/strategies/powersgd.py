@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -99,6 +99,8 @@ class PowerSGDStrategy(CompressedDDPStrategy):
           ``min_compression_rate`` of torch's ``PowerSGDState``, whose hook also begins dense for 1000 steps
           (``start_step``): the paper does not, and with memory by parameter there is no need.
     """
+
+    trial: ClassVar[Mapping[str, Any]] = {"rank": 2, "min_numel": 100}
 
     def __init__(
         self,

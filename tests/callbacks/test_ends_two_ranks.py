@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.callbacks import AdaptiveGradientClipping, NMSparsity
-from tests.contract.projects import make_trainer
-from tests.ranks import on_ranks
+from lightning_grad.testing import make_trainer, on_ranks
 
 
 class Moody(pl.LightningModule):

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
+from lightning_grad.testing import fit
 from lightning_grad.utilities import imports
-from tests.contract.projects import fit
 from tests.contract.settings import CANONICAL
 
 COMMAND = "pip install 'lightning-grad[plot]'"

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_grad.callbacks import InfoBatch, NMSparsity
 from lightning_grad.functional import is_nm
-from tests.contract.projects import BATCH, BATCHES, loaders, make_classifier, make_data, make_trainer
+from lightning_grad.testing import BATCH, BATCHES, loaders, make_classifier, make_data, make_trainer
 
 
 class Stream(IterableDataset):

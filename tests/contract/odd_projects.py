@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from tests.contract.projects import BATCH, WIDTH, make_classifier, make_data
+from lightning_grad.testing import BATCH, WIDTH, make_classifier, make_data
 
 
 class Unvalidated(pl.LightningModule):

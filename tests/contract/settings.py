@@ -1,6 +1,7 @@
 """One entry a technique: all that the contract suite needs to put it through the eight guarantees.
 
-A new technique is exported, gets its entry here, and is held to everything in this folder.
+A new technique is exported, gets its entry here, and is held to everything in this folder. The first entry of a technique is
+its ``trial``; it may add names of layers, which ``trial`` leaves out.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Technique:
 
 
 _LAYERS = ["encoder.*", "hidden", "mix.w"]
-_SPARSE = {"pattern": "1:4", "include": _LAYERS}
+_SPARSE = {"pattern": callbacks.NMSparsity.trial["pattern"], "include": _LAYERS}
 
 
 def _nm(variant: str, **arguments: Any) -> Technique:
@@ -143,7 +144,7 @@ _CLIPPING: list[Technique] = [
     _conditioner(
         "NormClipping",
         compile=True,
-        arguments={"max_norm": 0.1},
+        arguments=callbacks.NormClipping.trial,
         neutral={"max_norm": _INF},
         wrong=(
             ({"max_norm": 0.0}, "max_norm must be above 0"),
@@ -155,20 +156,20 @@ _CLIPPING: list[Technique] = [
     _conditioner("NormClipping", "by-name", {"max_norm": {"encoder.*": 0.1, "*": 0.2}, "norm_type": _INF}, broad=False),
     _conditioner(
         "ValueClipping",
-        arguments={"clip_value": 0.001},
+        arguments=callbacks.ValueClipping.trial,
         neutral={"clip_value": _INF},
         elementwise=True,
         wrong=(({"clip_value": -1.0}, "clip_value must be above 0"),),
     ),
     _conditioner(
         "AdaptiveGradientClipping",
-        arguments={"ratio": 0.01, "head": None},
+        arguments=callbacks.AdaptiveGradientClipping.trial,
         neutral={"ratio": _INF},
         wrong=(({"ratio": 0.0}, "ratio must be above 0"), ({"eps": 0.0}, "eps must be above 0")),
     ),
     _conditioner(
         "AutoClip",
-        arguments={"percentile": 10.0, "window": 7},
+        arguments=callbacks.AutoClip.trial,
         neutral={"percentile": 100.0},
         wrong=(
             ({"percentile": 101.0}, "from 0 to 100"),
@@ -178,7 +179,7 @@ _CLIPPING: list[Technique] = [
     ),
     _conditioner(
         "ZClip",
-        arguments={"z_threshold": 0.5, "warmup_steps": 3, "max_norm": 0.5},
+        arguments=callbacks.ZClip.trial,
         neutral={"z_threshold": _INF, "max_norm": None},
         wrong=(
             ({"z_threshold": 0.0}, "z_threshold must be above 0"),
@@ -191,14 +192,14 @@ _CLIPPING: list[Technique] = [
     ),
     _conditioner(
         "LayerwiseClipping",
-        arguments={"max_norm": 0.1},
+        arguments=callbacks.LayerwiseClipping.trial,
         neutral={"max_norm": _INF},
         wrong=(({"max_norm": 0.0}, "max_norm must be above 0"), ({"per": "modul"}, "Did you mean 'module'")),
     ),
     _conditioner("LayerwiseClipping", "weighted", {"max_norm": 0.1, "weighted": True, "per": "parameter"}, broad=False),
     _conditioner(
         "LayerwiseNormalization",
-        arguments={"coefficient": 0.01, "max_ratio": 10.0},
+        arguments=callbacks.LayerwiseNormalization.trial,
         clips=False,
         no_neutral_because="every layer gets the norm of its weights; no coefficient gives it its own",
         wrong=(
@@ -211,7 +212,7 @@ _CLIPPING: list[Technique] = [
     ),
     _conditioner(
         "SpikeClipping",
-        arguments={"threshold": 2.0, "pause": 2},
+        arguments=callbacks.SpikeClipping.trial,
         neutral={"threshold": _INF},
         elementwise=True,
         needs_adam=True,
@@ -219,7 +220,7 @@ _CLIPPING: list[Technique] = [
     ),
     Technique(
         "MomentumReset",
-        arguments={"every": 5, "warmup": 3},
+        arguments=callbacks.MomentumReset.trial,
         neutral={"every": 10**6},
         needs_adam=True,
         compile=False,
@@ -233,7 +234,7 @@ _CLIPPING: list[Technique] = [
     _conditioner(
         "SkipNonFinite",
         compile=True,
-        arguments={"max_in_row": 3},
+        arguments=callbacks.SkipNonFinite.trial,
         neutral={},
         clips=False,
         observes=True,
@@ -241,7 +242,7 @@ _CLIPPING: list[Technique] = [
     ),
     _conditioner(
         "GradientNoise",
-        arguments={"eta": 0.01},
+        arguments=callbacks.GradientNoise.trial,
         neutral={"eta": 0.0},
         wrong=(
             ({"eta": -1.0}, "eta must be at least 0"),
@@ -253,7 +254,7 @@ _CLIPPING: list[Technique] = [
     _conditioner(
         "GradientMonitor",
         compile=True,
-        arguments={"rarely": 2},
+        arguments=callbacks.GradientMonitor.trial,
         neutral={"rarely": 1},
         clips=False,
         observes=True,
@@ -265,6 +266,7 @@ _CLIPPING: list[Technique] = [
     ),
     _conditioner(
         "GradientCentralization",
+        arguments=callbacks.GradientCentralization.trial,
         clips=False,
         no_neutral_because="the mean is taken away whole or not at all",
     ),
@@ -275,7 +277,7 @@ _SHARES = (({"prune": 1.0}, "at least 0 and below 1"), ({"prune": -0.1}, "at lea
 _DATA: list[Technique] = [
     Technique(
         "DataPruning",
-        arguments={"prune": 0.3, "epoch": 1},
+        arguments=callbacks.DataPruning.trial,
         neutral={"prune": 0.0, "epoch": 1},
         manual=False,
         compile=True,
@@ -314,17 +316,23 @@ _DATA: list[Technique] = [
     ),
     Technique(
         "InfoBatch",
-        arguments={"prune": 0.5},
+        arguments=callbacks.InfoBatch.trial,
         neutral={"prune": 0.0},
         manual=False,
         compile=True,
         refuses=(),
         wrong=_SHARES,
     ),
-    Technique("RepeatedRandomSubset", arguments={"prune": 0.3}, neutral={"prune": 0.0}, wrong=_SHARES, **_SUBSET),
+    Technique(
+        "RepeatedRandomSubset",
+        arguments=callbacks.RepeatedRandomSubset.trial,
+        neutral={"prune": 0.0},
+        wrong=_SHARES,
+        **_SUBSET,
+    ),
     Technique(
         "LossReweighting",
-        arguments={"warmup": 0.0},
+        arguments=callbacks.LossReweighting.trial,
         neutral={"temperature": _INF},
         manual=False,
         wrong=(
@@ -337,7 +345,7 @@ _DATA: list[Technique] = [
     ),
     Technique(
         "UniformLearning",
-        arguments={"epoch": 1},
+        arguments=callbacks.UniformLearning.trial,
         neutral={"epoch": 1, "repeats": 0},
         manual=False,
         wrong=(({"epoch": 0}, "epoch must be at least 1"), ({"repeats": -1}, "repeats must be at least 0")),
@@ -345,7 +353,7 @@ _DATA: list[Technique] = [
     ),
 ]
 
-_ALWAYS_CUTS = {"window": 1, "quiet": 1, "threshold": 10.0, "factor": 0.5}
+_ALWAYS_CUTS = callbacks.AccuracyGradientLR.trial
 _ATTACK_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"epsilon": -0.1}, "epsilon must be at least 0"),
     ({"epsilon": _INF}, "epsilon must be finite"),
@@ -393,7 +401,7 @@ _ADVERSARIAL: list[Technique] = [
     ),
     Technique(
         "AdversarialTraining",
-        arguments={"epsilon": 0.1},
+        arguments=callbacks.AdversarialTraining.trial,
         neutral={"epsilon": 0.0},
         manual=False,
         wrong=(
@@ -426,7 +434,7 @@ _ADVERSARIAL: list[Technique] = [
     ),
     Technique(
         "AdversarialEvaluation",
-        arguments={"epsilon": 0.1, "steps": 2},
+        arguments=callbacks.AdversarialEvaluation.trial,
         neutral={"epsilon": 0.1, "steps": 2},
         second={"epsilon": 0.2, "steps": 1, "name": "second"},
         observes=True,
@@ -442,7 +450,7 @@ _ADVERSARIAL: list[Technique] = [
 ]
 
 TECHNIQUES: list[Technique] = [
-    _nm("mdgf-exponential", recipe="mdgf-exponential", dense_fraction=0.1),
+    _nm("mdgf-exponential", **callbacks.NMSparsity.trial),
     _nm("mdgf-exponential-masked", recipe="mdgf-exponential", gradient="masked"),
     _nm("mdgf-linear", recipe="mdgf-linear", gradient="masked"),
     _nm("sr-ste", recipe="sr-ste", sr_ste_lambda=0.1),

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 from lightning_grad import strategies
-from tests.contract.projects import make_classifier
+from lightning_grad.testing import make_classifier
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ _POWER_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"min_gain": float("inf")}, "min_gain must be finite; got inf"),
     *_SHARED_WRONG,
 )
-_WARMUP = {"warmup": [0.5, 0.2], "warmup_steps": 3, "min_numel": 100}
+_WARMUP = {key: value for key, value in strategies.DGCStrategy.trial.items() if key != "ratio"}
 
 SCHEMES: list[Scheme] = [
     Scheme(
         "DGCStrategy",
-        arguments={"ratio": 0.05, **_WARMUP},
+        arguments=strategies.DGCStrategy.trial,
         neutral={"ratio": 1.0, "min_numel": 1},
         wrong=_DGC_WRONG,
     ),
@@ -134,7 +134,7 @@ SCHEMES: list[Scheme] = [
     ),
     Scheme(
         "PowerSGDStrategy",
-        arguments={"rank": 2, "min_numel": 100},
+        arguments=strategies.PowerSGDStrategy.trial,
         neutral={"exclude": ["*"]},
         clips=True,
         wrong=_POWER_WRONG,

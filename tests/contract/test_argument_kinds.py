@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import torch
 
+from lightning_grad.testing import fit, make_classifier
 from tests.contract import settings, strategy_settings
-from tests.contract.projects import fit, make_classifier
 
 _INF = math.inf
 _ENTRIES = {entry.name: entry for entry in (*strategy_settings.CANONICAL, *settings.CANONICAL)}

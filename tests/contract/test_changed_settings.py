@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from tests.contract.projects import fit
+from lightning_grad.testing import fit
 from tests.contract.settings import CANONICAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

@@ -7,9 +7,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 
-from tests.contract.projects import fit, loaders, make_classifier
+from lightning_grad.testing import StopAt, fit, loaders, make_classifier
 from tests.contract.settings import BROAD, CANONICAL, TECHNIQUES
-from tests.contract.test_no_trace import StopAt
 
 # These runs monitor val_loss from the first epoch on, which the technique may rightly warn about.
 pytestmark = [

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
-from tests.contract.projects import (
+from lightning_grad.testing import (
     BATCH,
     assert_identical,
     fit,

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.contract.projects import BATCH, fit, loaders, make_classifier, make_data, make_trainer
+from lightning_grad.testing import BATCH, fit, loaders, make_classifier, make_data, make_trainer
 from tests.contract.settings import BROAD, CANONICAL, TECHNIQUES
 
 PLAIN_TYPES = {type(child) for child in list(make_classifier().modules())[1:]}

@@ -9,7 +9,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 
-from tests.contract.projects import fit
+from lightning_grad.testing import fit
 from tests.contract.settings import CANONICAL, TECHNIQUES
 
 

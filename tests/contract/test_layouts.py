@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.contract.projects import BATCH, WIDTH, assert_identical, make_trainer
+from lightning_grad.testing import BATCH, WIDTH, assert_identical, make_trainer
 from tests.contract.settings import CANONICAL
 
 CHOOSING = [technique for technique in CANONICAL if "include" in technique.build().settings]

@@ -3,7 +3,7 @@
 import pytest
 
 from lightning_grad import callbacks
-from tests.contract.projects import assert_identical, fit, make_classifier, state_of
+from lightning_grad.testing import assert_identical, fit, make_classifier, state_of
 from tests.contract.settings import CANONICAL, TECHNIQUES
 
 

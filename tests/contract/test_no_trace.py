@@ -12,41 +12,8 @@ import torch
 from torch import nn
 
 from lightning_grad.callbacks import NMSparsity
-from tests.contract.projects import fit, make_classifier
+from lightning_grad.testing import PicklerOfNoRun, StopAt, fit, make_classifier, traces, trainer_traces
 from tests.contract.settings import BROAD, build_together
-
-_HOOKS = [name for name in vars(nn.Linear(1, 1)) if name.endswith(("_hooks", "_hooks_with_kwargs", "_always_called"))]
-
-
-class StopAt(pl.Callback):
-    """Raises at the start of a batch."""
-
-    def __init__(self, step: int, error: type[BaseException] = RuntimeError) -> None:
-        self.step, self.error = step, error
-
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            raise self.error("stopped on purpose")
-
-
-def traces(module: nn.Module) -> dict[str, Any]:
-    """Describe what a technique could have added: classes, attributes, hooks and buffers of every submodule."""
-    found: dict[str, Any] = {}
-    for name, child in module.named_modules():
-        hooks = {hook: len(getattr(child, hook)) for hook in _HOOKS}
-        found[name] = (type(child), sorted(set(vars(child)) - {"_trainer"}), sorted(child._buffers), hooks)
-    for name, parameter in module.named_parameters():
-        found[name] = (type(parameter), bool(parameter._backward_hooks), sorted(parameter.__dict__))
-    return found
-
-
-def trainer_traces(trainer: Any) -> dict[str, Any]:
-    own = {name for name in vars(trainer.strategy) if callable(vars(trainer.strategy)[name])}
-    hooks = [
-        (len(o._optimizer_step_pre_hooks), len(o._optimizer_step_post_hooks), "step" in vars(o))
-        for o in trainer.optimizers
-    ]
-    return {"strategy": own, "hooks": hooks}
 
 
 def _fit_and_end(callbacks: list[Any], how: str) -> tuple[Any, Any]:
@@ -120,20 +87,12 @@ def test_callback_pickles_and_copies_before_and_after_a_fit(technique):
         fit([callback])
 
 
-class _OfNoRun(pickle.Pickler):
-    """Raises for what belongs to a run."""
-
-    def reducer_override(self, value: Any) -> Any:
-        assert not isinstance(value, (nn.Module, torch.optim.Optimizer, pl.Trainer)), type(value)
-        return NotImplemented
-
-
 class _PickleInFit(pl.Callback):
     def __init__(self, callback: Any) -> None:
         self.callback = callback
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        _OfNoRun(io.BytesIO()).dump(self.callback)
+        PicklerOfNoRun(io.BytesIO()).dump(self.callback)
 
 
 @pytest.mark.parametrize("technique", BROAD, ids=str)

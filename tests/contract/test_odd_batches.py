@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from tests.contract.projects import (
+from lightning_grad.testing import (
     BATCH,
     WIDTH,
     assert_identical,

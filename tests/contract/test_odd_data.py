@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from tests.contract.projects import BATCH, BATCHES, CLASSES, TOKENS, WIDTH, make_classifier, make_data, make_trainer
+from lightning_grad.testing import BATCH, BATCHES, CLASSES, TOKENS, WIDTH, make_classifier, make_data, make_trainer
 from tests.contract.settings import CANONICAL, TECHNIQUES, Technique
 
 PAIRING = ("DataPruning", "InfoBatch", "UniformLearning")  # they credit values to indices

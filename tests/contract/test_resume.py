@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 
-from tests.contract.projects import assert_identical, fit, make_classifier, state_of
+from lightning_grad.testing import StopAfter, assert_identical, fit, loaders, make_classifier, make_trainer, state_of
 from tests.contract.settings import CANONICAL, TECHNIQUES, build_together
 
 # These runs monitor val_loss from the first epoch on, which the technique may rightly warn about.
@@ -17,17 +16,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model"),
     pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available"),
 ]
-
-
-class StopAfter(pl.Callback):
-    """Raises when a step is done: where Lightning itself, with a loader that continues, resumes bitwise."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            raise RuntimeError("stopped on purpose")
 
 
 def _finish(callbacks: list[Any], **arguments: Any) -> dict[str, Any]:
@@ -151,8 +139,6 @@ def test_a_run_without_the_technique_accepts_its_checkpoint(technique, tmp_path)
 def test_validating_a_checkpoint_leaves_the_next_fit_alone(technique, tmp_path):
     callback = technique.build()
     trainer, module = fit([callback, ModelCheckpoint(tmp_path, monitor="val_loss")])
-    from tests.contract.projects import loaders, make_trainer
-
     trainer.validate(module, loaders()[1], ckpt_path=_paths(tmp_path)[-1], verbose=False)
     again, fresh = make_classifier(), make_trainer(callbacks=[callback])
     fresh.fit(again, *loaders())

@@ -6,11 +6,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.contract.projects import assert_identical, fit, make_classifier
-from tests.contract.strategy_runs import finish, train
+from lightning_grad.testing import assert_identical, finish, fit, make_classifier, on_ranks, train_on_ranks
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
 from tests.contract.test_checkpoints import RememberLogits, assert_computes_what_was_validated
-from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
@@ -24,7 +22,7 @@ def _every_epoch(folder: Any, **arguments: Any) -> ModelCheckpoint:
 def _save(scheme: Scheme, folder: Any, weights_only: bool) -> None:
     remembered = RememberLogits()
     saving = _every_epoch(folder, save_weights_only=weights_only)
-    train(scheme.build(), [remembered, saving], scheme.module())
+    train_on_ranks(scheme.build(), [remembered, saving], scheme.module())
     torch.save(remembered.by_step, folder / "validated.pt")
 
 
@@ -45,11 +43,11 @@ def test_checkpoint_loads_strictly_into_the_plain_module_and_computes_what_was_v
 
 
 def _save_two(scheme: Scheme, folder: Any) -> None:
-    train(scheme.build(), [_every_epoch(folder)], scheme.module())
+    train_on_ranks(scheme.build(), [_every_epoch(folder)], scheme.module())
 
 
 def _two_more_epochs_of_ddp(scheme: Scheme, path: Any) -> int:
-    trainer, module = train("ddp", (), scheme.module(), ckpt=path, max_epochs=5)
+    trainer, module = train_on_ranks("ddp", (), scheme.module(), ckpt=path, max_epochs=5)
     assert all(value.isfinite().all() for value in module.state_dict().values())
     return trainer.current_epoch
 
@@ -80,7 +78,7 @@ def test_ranks_that_lightning_forks_write_what_another_run_resumes(tmp_path):
 
 def _which_momentum_is_saved(scheme: Scheme, folder: Any) -> None:
     strategy = scheme.build()
-    trainer, module = train(strategy, [], scheme.module(), max_epochs=1)
+    trainer, module = train_on_ranks(strategy, [], scheme.module(), max_epochs=1)
     trainer.save_checkpoint(folder / "dgc.ckpt")
     states = torch.load(folder / "dgc.ckpt", weights_only=True)["optimizer_states"][0]["state"]
     names = [name for name, _ in module.named_parameters()]
@@ -101,19 +99,19 @@ _EVERYTHING = {"ratio": 0.9999999, "min_numel": 1, "momentum_masking": False, "w
 
 
 def _from_ddp(scheme: Scheme, folder: Any) -> None:
-    trainer, _ = train("ddp", [], scheme.module(), max_epochs=2)
+    trainer, _ = train_on_ranks("ddp", [], scheme.module(), max_epochs=2)
     trainer.save_checkpoint(folder / "plain.ckpt")
     expected = finish("ddp", module=scheme.module(), ckpt=folder / "plain.ckpt", max_epochs=5)
     strategy = scheme.build(**_EVERYTHING)
-    trainer, module = train(strategy, [], scheme.module(), ckpt=folder / "plain.ckpt", max_epochs=5)
+    trainer, module = train_on_ranks(strategy, [], scheme.module(), ckpt=folder / "plain.ckpt", max_epochs=5)
     assert strategy.memory, "nothing went the compressed way"
     for name, value in expected["module"].items():
         assert torch.allclose(value.double(), module.state_dict()[name].double(), rtol=1e-6, atol=1e-6), name
 
 
 def _compare_kinds(scheme: Scheme, folder: Any) -> None:
-    train("ddp", [_every_epoch(folder / "plain")], scheme.module())
-    train(scheme.build(), [_every_epoch(folder / "ours")], scheme.module())
+    train_on_ranks("ddp", [_every_epoch(folder / "plain")], scheme.module())
+    train_on_ranks(scheme.build(), [_every_epoch(folder / "ours")], scheme.module())
     for plain, ours in zip(*(sorted(folder.glob(f"{name}/*.ckpt")) for name in ("plain", "ours")), strict=True):
         a, b = (torch.load(path, weights_only=True) for path in (plain, ours))
         assert set(b) - set(a) == {MANIFEST}

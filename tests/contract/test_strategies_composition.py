@@ -11,10 +11,19 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad import callbacks
-from tests.contract.projects import BATCH, assert_identical, loaders, make_classifier, make_data, make_trainer
-from tests.contract.strategy_runs import finish, outcome, train
+from lightning_grad.testing import (
+    BATCH,
+    assert_identical,
+    finish,
+    loaders,
+    make_classifier,
+    make_data,
+    make_trainer,
+    on_ranks,
+    outcome,
+    train_on_ranks,
+)
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
-from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
@@ -22,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Dep
 def _fit_with(scheme: Scheme, arguments: dict[str, Any], make_callbacks: Any = list) -> dict[str, Any]:
     module = scheme.module()
     start = {name: value.clone() for name, value in module.state_dict().items()}
-    trainer, _ = train(scheme.build(), make_callbacks(), module, **arguments)
+    trainer, _ = train_on_ranks(scheme.build(), make_callbacks(), module, **arguments)
     for name, value in module.state_dict().items():
         assert torch.isfinite(value).all(), name
     assert any(not torch.equal(value, start[name]) for name, value in module.state_dict().items())
@@ -74,7 +83,7 @@ def test_half_precision_keeps_what_is_unsent_in_float32(scheme):
 def _micro_batches(scheme: Scheme) -> None:
     """Three micro-batches that are the same are one batch: accumulation exchanges once a step."""
     strategy = scheme.build()
-    trainer, _ = train(strategy, (), scheme.module(), accumulate_grad_batches=3)
+    trainer, _ = train_on_ranks(strategy, (), scheme.module(), accumulate_grad_batches=3)
     assert trainer.global_step == 3
     assert strategy.ledger.steps == 3
 
@@ -94,7 +103,7 @@ def _compiled(scheme: Scheme, how: str) -> None:
     else:
         module.hidden = torch.compile(module.hidden, backend="eager")
     strategy = scheme.build()
-    train(strategy, (), module)
+    train_on_ranks(strategy, (), module)
     for name, value in module.state_dict().items():
         assert torch.allclose(value, expected["module"][name.replace("_orig_mod.", "")], atol=1e-5), name
     assert strategy.memory.keys() == expected["memory"].keys()
@@ -147,7 +156,7 @@ def test_beside_several_callbacks(scheme):
 def _warned(name: str, **changes: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(CANONICAL[0].build(**changes), [_BESIDE[name]()], make_classifier(optimizer="sgd"), max_epochs=1)
+        train_on_ranks(CANONICAL[0].build(**changes), [_BESIDE[name]()], make_classifier(optimizer="sgd"), max_epochs=1)
     return [str(warning.message) for warning in caught if re.search(_NO_MOMENTUM, str(warning.message))]
 
 
@@ -190,7 +199,7 @@ def _clipped_by_the_trainer(scheme: Scheme) -> None:
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             seen.append(float(torch.nn.utils.get_total_norm(gradients)))
 
-    train(scheme.build(), [Norm()], scheme.module(), gradient_clip_val=0.01)
+    train_on_ranks(scheme.build(), [Norm()], scheme.module(), gradient_clip_val=0.01)
     assert seen
     assert max(seen) <= 0.01 * (1 + 1e-4)
 
@@ -205,7 +214,7 @@ def _frozen(scheme: Scheme) -> None:
     module.encoder.requires_grad_(False)
     start = {name: value.clone() for name, value in module.encoder.state_dict().items()}
     strategy = scheme.build(exclude=None)
-    train(strategy, (), module)
+    train_on_ranks(strategy, (), module)
     assert_identical(start, dict(module.encoder.state_dict()))
     assert not any(name.startswith("encoder") for name in strategy.memory)
 
@@ -245,7 +254,7 @@ def test_buffers_stay_apart_where_that_is_asked_for():
 
 
 def _validate_after_a_fit(scheme: Scheme) -> None:
-    trainer, module = train(scheme.build(), (), scheme.module())
+    trainer, module = train_on_ranks(scheme.build(), (), scheme.module())
     before = outcome(trainer, module)
     (metrics,) = trainer.validate(module, loaders()[1], verbose=False)
     assert metrics["val_loss"] > 0

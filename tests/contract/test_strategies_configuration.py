@@ -11,10 +11,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 
-from tests.contract.projects import assert_identical
-from tests.contract.strategy_runs import finish, train
+from lightning_grad.testing import assert_identical, finish, on_ranks, train_on_ranks
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
-from tests.ranks import on_ranks
 
 
 def _from_command_line(trainer: dict[str, Any], folder: Any, monkeypatch: pytest.MonkeyPatch, *extra: str) -> Any:
@@ -70,7 +68,7 @@ def test_hydra_containers(scheme):
 
 
 def _fit_with_logger(scheme: Scheme, folder: Any) -> None:
-    train(scheme.build(), (), scheme.module(), logger=CSVLogger(folder), max_epochs=1)
+    train_on_ranks(scheme.build(), (), scheme.module(), logger=CSVLogger(folder), max_epochs=1)
 
 
 @pytest.mark.parametrize("scheme", CANONICAL, ids=str)

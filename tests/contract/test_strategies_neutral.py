@@ -9,10 +9,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_grad import strategies
-from tests.contract.projects import assert_identical, state_of
-from tests.contract.strategy_runs import outcome, train
+from lightning_grad.testing import assert_identical, on_ranks, outcome, state_of, train_on_ranks
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
-from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has nothing to compress, and is DDP")
 
@@ -29,7 +27,7 @@ def test_every_entry_is_neutral_or_says_why_not(scheme):
 
 def _run(strategy: Any, scheme: Scheme, folder: Any, **arguments: Any) -> dict[str, Any]:
     saving = ModelCheckpoint(folder, save_top_k=-1, monitor="val_loss")
-    trainer, module = train(strategy, [saving], scheme.module(), **arguments)
+    trainer, module = train_on_ranks(strategy, [saving], scheme.module(), **arguments)
     metrics = {key: value for key, value in trainer.callback_metrics.items() if not key.startswith("comm/")}
     checkpoints = [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.ckpt"))]
     keys = [[*checkpoint, *checkpoint["state_dict"]] for checkpoint in checkpoints]
@@ -75,7 +73,7 @@ def test_neutral_setting_is_bitwise_ddp(scheme, accumulate, tmp_path):
 def _warnings_of(strategy: Any, scheme: Scheme) -> set[str]:
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
-        train(strategy, (), scheme.module(), max_epochs=1)
+        train_on_ranks(strategy, (), scheme.module(), max_epochs=1)
     return {str(warning.message) for warning in given}
 
 

@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from lightning_grad.strategies._local_momentum import LocalMomentum
-from tests.contract.strategy_runs import train
+from lightning_grad.testing import guarded, on_ranks, train_on_ranks
 from tests.contract.strategy_settings import SCHEMES, Scheme
-from tests.contract.test_no_sync import guarded
-from tests.ranks import on_ranks
 
 _EXACT = [scheme for scheme in SCHEMES if not scheme.syncs]
 
@@ -32,7 +30,7 @@ def _guarded_fit(scheme: Scheme) -> list[str]:
         _guard(type(strategy), "_exchange", seen, monkeypatch)
         _guard(type(strategy), "_log_step", seen, monkeypatch)
         _guard(LocalMomentum, "_take", seen, monkeypatch)
-        train(strategy, (), scheme.module(), log_every_n_steps=10_000)
+        train_on_ranks(strategy, (), scheme.module(), log_every_n_steps=10_000)
     return seen
 
 

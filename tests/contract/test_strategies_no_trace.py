@@ -10,12 +10,20 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from tests.contract.projects import assert_identical, loaders, make_trainer
-from tests.contract.strategy_runs import outcome, train
+from lightning_grad.testing import (
+    StopAt,
+    StopIn,
+    assert_identical,
+    loaders,
+    make_trainer,
+    on_ranks,
+    optimizer_traces,
+    outcome,
+    traces,
+    train_on_ranks,
+    trainer_traces,
+)
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
-from tests.contract.test_no_trace import StopAt, traces, trainer_traces
-from tests.contract.test_strategies_resume import StopIn
-from tests.ranks import on_ranks
 
 _ENDS = ("success", "exception", "interrupt", "before the update", "in the update")
 
@@ -23,7 +31,7 @@ _ENDS = ("success", "exception", "interrupt", "before the update", "in the updat
 def _fit_and_end(strategy: Any, scheme: Scheme, how: str) -> tuple[Any, Any]:
     module = scheme.module()
     if how == "success":
-        return train(strategy, [], module)
+        return train_on_ranks(strategy, [], module)
     stop: list[Any] = [StopAt(5, KeyboardInterrupt if how == "interrupt" else RuntimeError)]
     if how == "before the update":
         stop = [StopIn("on_before_optimizer_step", 5)]
@@ -32,24 +40,12 @@ def _fit_and_end(strategy: Any, scheme: Scheme, how: str) -> tuple[Any, Any]:
             stop = []
             monkeypatch.setattr(sys.modules[torch.optim.SGD.__module__], "sgd", _raise)
         with pytest.raises(SystemExit if how == "interrupt" else RuntimeError):
-            train(strategy, stop, module)
+            train_on_ranks(strategy, stop, module)
     return module._trainer, module
 
 
 def _raise(*_: Any, **__: Any) -> None:
     raise RuntimeError("stopped on purpose")
-
-
-def _optimizer_traces(trainer: Any) -> Any:
-    (optimizer,) = trainer.optimizers
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    hooks = [len(value) for name, value in vars(optimizer).items() if name.endswith("_hooks")]
-    own = [type(optimizer), sorted(vars(optimizer)), len(optimizer._optimizer_step_post_hooks)]
-    return own, hooks, groups, [len(group["params"]) for group in optimizer.param_groups], _state_keys(optimizer)
-
-
-def _state_keys(optimizer: Any) -> Any:
-    return len(optimizer.state_dict()["param_groups"])
 
 
 def _trainer_keys(trainer: Any) -> Any:
@@ -62,7 +58,7 @@ def _look(scheme: Scheme, how: str) -> None:
     trainer, module = _fit_and_end(scheme.build(), scheme, how)
     assert traces(module) == traces(plain)
     assert trainer_traces(trainer) == trainer_traces(plain_trainer)
-    assert _optimizer_traces(trainer) == _optimizer_traces(plain_trainer)
+    assert optimizer_traces(trainer.optimizers[0]) == optimizer_traces(plain_trainer.optimizers[0])
     assert _trainer_keys(trainer)[:2] == _trainer_keys(plain_trainer)[:2]
     parameters = [parameter for group in trainer.optimizers[0].param_groups for parameter in group["params"]]
     assert all(a is b for a, b in zip(parameters, module.parameters(), strict=True))
@@ -91,7 +87,7 @@ def _fit_again(trainer: Any, scheme: Scheme) -> dict[str, Any]:
 
 def _fit_twice(scheme: Scheme) -> None:
     strategy = scheme.build()
-    trainer, module = train(strategy, (), scheme.module(), resumable=False)
+    trainer, module = train_on_ranks(strategy, (), scheme.module(), resumable=False)
     expected = outcome(trainer, module)
     assert expected["memory"]
     assert_identical(expected, _fit_again(trainer, scheme), "the second fit")

@@ -13,10 +13,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.contract.projects import BATCH, assert_identical, make_classifier, make_data, make_trainer
-from tests.contract.strategy_runs import finish, outcome
+from lightning_grad.testing import (
+    BATCH,
+    StopIn,
+    StopInTrainingStep,
+    assert_identical,
+    finish,
+    make_classifier,
+    make_data,
+    make_trainer,
+    on_ranks,
+    outcome,
+)
 from tests.contract.strategy_settings import CANONICAL, SCHEMES
-from tests.ranks import on_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
@@ -63,18 +72,6 @@ def test_resume_in_half_precision_and_on_one_rank(scheme, arguments, tmp_path):
     on_ranks(arguments.get("devices", 2), _resume_everywhere, scheme.build, scheme.module, tmp_path, arguments)
 
 
-class StopIn(pl.Callback):
-    """Raises on every rank, in a hook of a step."""
-
-    def __init__(self, hook: str, step: int) -> None:
-        self.step = step
-        setattr(self, hook, self._raise)
-
-    def _raise(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            raise RuntimeError("stopped on purpose")
-
-
 def _fit_on_one_batch(strategy: Any, optimizer: str, callbacks: list[Any], ckpt: Any = None) -> tuple[Any, Any]:
     """Fit without anything that a forward pass changes, on batches that are all the same.
 
@@ -98,23 +95,6 @@ def _fit_on_one_batch(strategy: Any, optimizer: str, callbacks: list[Any], ckpt:
     )
     trainer.fit(module, data, ckpt_path=ckpt)
     return trainer, module
-
-
-class StopInTrainingStep(pl.Callback):
-    """Raises on every rank, in the step of the module."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        training_step = pl_module.training_step
-
-        def raising(batch: Any, batch_idx: int) -> Any:
-            if trainer.global_step == self.step:
-                raise RuntimeError("stopped on purpose")
-            return training_step(batch, batch_idx)
-
-        pl_module.training_step = raising
 
 
 def _stop_and_resume(build: Any, optimizer: str, hooks: Sequence[str], steps: Sequence[int], saving: Any) -> None:

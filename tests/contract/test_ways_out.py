@@ -15,9 +15,8 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from lightning_grad import callbacks as lg
 from lightning_grad.strategies import DGCStrategy, PowerSGDStrategy
+from lightning_grad.testing import BATCH, loaders, make_classifier, make_data, make_trainer, on_ranks
 from tests.contract import odd_projects as odd
-from tests.contract.projects import BATCH, loaders, make_classifier, make_data, make_trainer
-from tests.ranks import on_ranks
 
 REFUSALS = (ValueError, TypeError, RuntimeError, FileNotFoundError)
 VALIDATION = object()  # the ordinary loader

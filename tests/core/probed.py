@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_grad.core import ProbeCallback, ProbeLook, Reading
-from tests.contract.projects import ResumableLoader
+from lightning_grad.testing import ResumableLoader
 
 SAMPLES = 24
 

@@ -27,6 +27,7 @@ from lightning_grad.callbacks import (
     ValueClipping,
     ZClip,
 )
+from lightning_grad.testing import assert_identical, fit, loaders, make_classifier, make_trainer, state_of
 from tests.callbacks.clipping import (
     Dictated,
     Gradients,
@@ -37,7 +38,6 @@ from tests.callbacks.clipping import (
     small_net,
     train,
 )
-from tests.contract.projects import assert_identical, fit, loaders, make_classifier, make_trainer, state_of
 
 INF = float("inf")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from lightning_grad.core.dispatch import MethodDispatcher, wrap_method
+from lightning_grad.core.dispatch import MethodDispatcher, WrapOrder, wrap_method
 
 
 class Owner:
@@ -55,15 +55,17 @@ def test_wrapper_may_leave_the_call_out() -> None:
     assert owner.step(1) == ["skipped"]
 
 
-@pytest.mark.parametrize("added", list(itertools.permutations([("a", 30), ("b", 20), ("c", -5)])))
-def test_higher_priority_is_further_outside_whatever_the_order(added: tuple[tuple[str, int], ...]) -> None:
+@pytest.mark.parametrize(
+    "added", list(itertools.permutations([("a", WrapOrder.INPUTS), ("b", WrapOrder.WEIGHTS), ("c", WrapOrder.LOSSES)]))
+)
+def test_places_have_an_order_whatever_the_order_of_the_calls(added: tuple[tuple[str, WrapOrder], ...]) -> None:
     owner = Owner()
-    for name, priority in added:
-        wrap_method(owner, "step", marking(name), priority)
+    for name, place in added:
+        wrap_method(owner, "step", marking(name), place)
     assert order(owner) == "abc"
 
 
-def test_of_equal_priority_the_last_is_outermost() -> None:
+def test_of_one_place_the_last_is_outermost() -> None:
     owner = Owner()
     wrap_method(owner, "step", marking("a"))
     wrap_method(owner, "step", marking("b"))
@@ -73,7 +75,9 @@ def test_of_equal_priority_the_last_is_outermost() -> None:
 @pytest.mark.parametrize("removed", list(itertools.permutations("abc")))
 def test_nested_wrappers_may_go_in_any_order(removed: tuple[str, ...]) -> None:
     owner = Owner()
-    undo = {name: wrap_method(owner, "step", marking(name), priority) for priority, name in enumerate("cba")}
+    undo = {
+        name: wrap_method(owner, "step", marking(name), place) for place, name in zip(WrapOrder, "cba", strict=False)
+    }
     left = "abc"
     for name in removed:
         undo[name]()
@@ -170,3 +174,8 @@ def test_duplicate_of_a_module_has_its_plain_method(duplicate: Callable[[Any], A
     assert twin.training_step(1) == 2
     undo()
     assert module.training_step(1) == 2
+
+
+def test_the_table_of_places_shows_each_from_the_outermost_to_the_innermost() -> None:
+    rows = [line.split("``")[1] for line in (WrapOrder.__doc__ or "").splitlines() if line.strip().startswith("``")]
+    assert rows == [place.name for place in sorted(WrapOrder, reverse=True)]

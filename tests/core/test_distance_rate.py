@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from tests.contract.projects import ResumableLoader, assert_identical, make_trainer, state_of
+from lightning_grad.testing import ResumableLoader, assert_identical, make_trainer, state_of
 from tests.core import distance_rate
 from tests.core.distance_rate import DistanceRate
 

@@ -16,7 +16,7 @@ from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.loss_tap import read_losses, reweight_losses
 from lightning_grad.core.quiet import quiet
 from lightning_grad.functional import LossCall
-from tests.contract.projects import make_trainer
+from lightning_grad.testing import make_trainer
 
 BATCH = (torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, -1.0]]), torch.tensor([0, 0, 1]))
 

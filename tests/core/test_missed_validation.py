@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_grad.core.missed_validation import is_validation_due, run_missed_validation
-from tests.contract.projects import fit, make_classifier
+from lightning_grad.testing import fit, make_classifier
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 

@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import MultiplicativeLR
 
 from lightning_grad.callbacks import MomentumReset, SkipNonFinite
 from lightning_grad.core import OptimizerCallback
+from lightning_grad.testing import assert_identical, fit, make_classifier, state_of
 from tests.callbacks.clipping import Dictated, rows_of, train
-from tests.contract.projects import assert_identical, fit, make_classifier, state_of
 
 RATE = 1e-2
 DATA = torch.randn(12, 4, generator=torch.Generator().manual_seed(2)) + 2.0

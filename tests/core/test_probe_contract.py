@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_grad.testing import assert_identical, fit
 from tests.contract import (
     test_checkpoints,
     test_composition,
@@ -15,7 +16,6 @@ from tests.contract import (
     test_no_trace,
     test_resume,
 )
-from tests.contract.projects import assert_identical, fit
 from tests.contract.settings import Technique
 from tests.core.activation_norm import ActivationNorm
 

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lightning_grad.core import Picture, ProbeHistory, ProbeLook, Reading
+from lightning_grad.testing import fit
 from lightning_grad.utilities import reporting
-from tests.contract.projects import fit
 from tests.core.activation_norm import ActivationNorm
 from tests.core.probed import Answers, make_noisy, noisy_loaders
 from tests.core.test_probe import run

@@ -18,7 +18,7 @@ from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.core.training_set import TrainingSet
 from lightning_grad.core.undo import UndoList
 from lightning_grad.data import PrunableBatchSampler
-from tests.contract.projects import ResumableLoader, make_trainer
+from lightning_grad.testing import ResumableLoader, make_trainer
 
 TOTAL, BATCH = 40, 4
 HALF = torch.arange(0, TOTAL, 2)

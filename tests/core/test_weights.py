@@ -19,6 +19,7 @@ from lightning_grad.core import FoundWeight, Stage, ViewedWeight, attach_view, q
 from lightning_grad.core.in_place_view import InPlaceWindow
 from lightning_grad.core.weight_chain import Chain
 from lightning_grad.functional import is_nm, nm_mask
+from lightning_grad.testing import assert_identical, fit, make_classifier, state_of
 from tests.callbacks.sparsity.test_nm_choice import Backwards, InOut
 from tests.callbacks.sparsity.test_nm_sparsity import Regression, data, trainer
 from tests.contract import test_checkpoints as checkpoints
@@ -27,7 +28,6 @@ from tests.contract import test_neutral as neutral
 from tests.contract import test_no_sync as no_sync
 from tests.contract import test_no_trace as no_trace
 from tests.contract import test_resume as resume
-from tests.contract.projects import assert_identical, fit, make_classifier, state_of
 from tests.contract.settings import Technique
 from tests.core import weight_techniques
 from tests.core.weight_techniques import NoisyWeight, RoundedWeight, Rounding, WeightNoise

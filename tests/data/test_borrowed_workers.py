@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from lightning_grad.callbacks import DataPruning
 from lightning_grad.data import borrowed_workers
 from lightning_grad.data.borrowed_workers import BorrowedWorkers, can_borrow
-from tests.contract.projects import make_trainer
+from lightning_grad.testing import make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*scores samples that differ each time", "ignore:.*scores at init")
 TOTAL, BATCH = 24, 4

@@ -22,7 +22,7 @@ from torch.utils.data import (
 from lightning_grad.callbacks import DataPruning, InfoBatch, RepeatedRandomSubset
 from lightning_grad.data import PrunableBatchSampler
 from lightning_grad.data.sampler_keys import KeyReader, refuse_other_keys
-from tests.contract.projects import make_classifier, make_data, make_trainer
+from lightning_grad.testing import make_classifier, make_data, make_trainer
 
 TOTAL = 40
 

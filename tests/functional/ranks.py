@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tests.ranks import on_ranks
+from lightning_grad.testing import on_ranks
 
 
 def on_two_ranks(check: Callable[[int, Any], None]) -> None:

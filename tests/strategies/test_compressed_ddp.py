@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_grad.callbacks import SkipNonFinite
 from lightning_grad.functional import pairs_bytes
 from lightning_grad.strategies import PowerSGDStrategy
-from tests.ranks import on_ranks
+from lightning_grad.testing import on_ranks
 from tests.strategies.ranks import (
     BATCH,
     BATCHES,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_grad.functional import kept_count, pairs_bytes
-from tests.ranks import on_ranks
+from lightning_grad.testing import on_ranks
 from tests.strategies.ranks import (
     BATCH,
     BATCHES,

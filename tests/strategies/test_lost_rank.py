@@ -15,10 +15,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
-from tests.contract.projects import assert_identical, fit
-from tests.contract.strategy_runs import finish, free_port
+from lightning_grad.testing import assert_identical, finish, fit, free_port, on_ranks
 from tests.contract.strategy_settings import CANONICAL, Scheme
-from tests.ranks import on_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),

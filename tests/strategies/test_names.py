@@ -9,8 +9,8 @@ from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 
 from lightning_grad.strategies import DGCStrategy, PowerSGDStrategy
-from lightning_grad.strategies._registry import register_strategies
-from tests.contract.projects import fit, make_classifier, make_trainer
+from lightning_grad.strategies.registry import register_strategies
+from lightning_grad.testing import fit, make_classifier, make_trainer
 
 NAMES = {"ddp_dgc": DGCStrategy, "ddp_powersgd": PowerSGDStrategy}
 STARTS = {"": "popen", "_fork": "fork", "_spawn": "spawn"}

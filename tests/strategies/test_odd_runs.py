@@ -26,9 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.strategies import DGCStrategy, PowerSGDStrategy, _rank_files
-from tests.contract.strategy_runs import outcome
-from tests.contract.test_strategies_resume import StopIn
-from tests.ranks import on_ranks
+from lightning_grad.testing import StopIn, on_ranks, outcome
 from tests.strategies.ranks import BATCH, BATCHES, Task, assert_close, assert_same, dgc, samples
 
 pytestmark = [

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lightning_grad.functional import initial_factor
 from lightning_grad.strategies import PowerSGDStrategy, powersgd
-from tests.ranks import on_ranks
+from lightning_grad.testing import on_ranks
 from tests.strategies.ranks import BATCH, Result, Task, assert_close, assert_same, fit, samples, small_net
 
 LARGE = ["0.weight", "2.weight"]

@@ -14,11 +14,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from tests.contract.projects import assert_identical
-from tests.contract.strategy_runs import finish, outcome, train
+from lightning_grad.testing import StopIn, assert_identical, finish, on_ranks, outcome, train_on_ranks
 from tests.contract.strategy_settings import CANONICAL
-from tests.contract.test_strategies_resume import StopIn
-from tests.ranks import on_ranks
 from tests.strategies.ranks import said
 
 DGC, POWER = CANONICAL
@@ -170,7 +167,7 @@ class _MemoryAtStart(pl.Callback):
 
 def _start(path: Path, scheme: Any, policy: str) -> tuple[Any, dict[str, Any]]:
     look = _MemoryAtStart()
-    trainer, module = train(scheme.build(residual_policy=policy), [look], scheme.module(), ckpt=path)
+    trainer, module = train_on_ranks(scheme.build(residual_policy=policy), [look], scheme.module(), ckpt=path)
     return look.memory, outcome(trainer, module)
 
 
@@ -186,7 +183,7 @@ def test_reset_goes_on_without_them(tmp_path):
 
 
 def _save_of(scheme: Any, path: Path) -> Any:
-    trainer, _ = train(scheme.build(), [], scheme.module(), max_epochs=2)
+    trainer, _ = train_on_ranks(scheme.build(), [], scheme.module(), max_epochs=2)
     trainer.save_checkpoint(path)
     return copy.deepcopy(trainer.strategy.memory)
 
@@ -222,7 +219,7 @@ def test_a_message_in_flight_goes_to_another_number_of_ranks(tmp_path):
 
 def _stop_in_flight(folder: Path) -> None:
     with pytest.raises(RuntimeError, match="on purpose"):
-        train(DGC.build(), [StopIn("on_before_optimizer_step", 4), OnExceptionCheckpoint(folder)])
+        train_on_ranks(DGC.build(), [StopIn("on_before_optimizer_step", 4), OnExceptionCheckpoint(folder)])
 
 
 class _FullDisk(TorchCheckpointIO):
@@ -258,7 +255,7 @@ def test_a_crash_between_rank_files_and_checkpoint_leaves_the_former_one(tmp_pat
 
 def _requeue(folder: Path) -> None:
     expected = finish(DGC.build())
-    trainer, _ = train(DGC.build(), max_epochs=2, default_root_dir=folder)
+    trainer, _ = train_on_ranks(DGC.build(), max_epochs=2, default_root_dir=folder)
     trainer.save_checkpoint(folder / "hpc_ckpt_1.ckpt")
     assert_identical(expected, finish(DGC.build(), default_root_dir=folder, ckpt="hpc"))
 
@@ -270,7 +267,7 @@ def test_a_requeued_job_finds_them(tmp_path):
 
 def _save_after_fit(folder: Path) -> None:
     expected = finish(DGC.build(), max_epochs=4)
-    trainer, _ = train(DGC.build(), max_epochs=3)
+    trainer, _ = train_on_ranks(DGC.build(), max_epochs=3)
     trainer.save_checkpoint(folder / "by_hand.ckpt")
     with said() as lines:
         left = finish(DGC.build(), max_epochs=4, ckpt=folder / "by_hand.ckpt")
@@ -326,7 +323,7 @@ def test_weights_alone_bring_none(tmp_path):
 
 
 def _switch(folder: Path) -> None:
-    train(POWER.build(), module=POWER.module(), max_epochs=2)[0].save_checkpoint(folder / "power.ckpt")
+    train_on_ranks(POWER.build(), module=POWER.module(), max_epochs=2)[0].save_checkpoint(folder / "power.ckpt")
     with pytest.warns(UserWarning, match="the checkpoint is of PowerSGDStrategy"):
         memory = _start_memory(folder / "power.ckpt")
     assert memory == {}
@@ -334,7 +331,7 @@ def _switch(folder: Path) -> None:
 
 def _start_memory(path: Path) -> Any:
     look = _MemoryAtStart()
-    train(DGC.build(), [look], ckpt=path)
+    train_on_ranks(DGC.build(), [look], ckpt=path)
     return look.memory
 
 

@@ -10,10 +10,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from lightning_grad import callbacks
-from tests.contract.projects import assert_identical, make_classifier
-from tests.contract.strategy_runs import outcome, train
+from lightning_grad.testing import assert_identical, make_classifier, on_ranks, outcome, train_on_ranks
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
-from tests.ranks import on_ranks
 from tests.strategies.ranks import said
 
 DGC, POWER = CANONICAL
@@ -49,7 +47,7 @@ class _NoBatch(pl.Callback):
 def _refused(build: Any, module: Any, arguments: dict[str, Any], kind: type[Exception]) -> str:
     extra = arguments.pop("extra", [])
     with pytest.raises(kind) as error:
-        train(build(), [_NoBatch(), *extra], module(), **arguments)
+        train_on_ranks(build(), [_NoBatch(), *extra], module(), **arguments)
     return str(error.value)
 
 
@@ -115,7 +113,7 @@ def test_clipping_callbacks_under_powersgd_and_neutral_dgc_work(name):
 
 def _fit_both(name: str) -> None:
     for build in (POWER.build, DGC.build_neutral):
-        trainer, _ = train(build(), [_clipper(name)], max_epochs=1)
+        trainer, _ = train_on_ranks(build(), [_clipper(name)], max_epochs=1)
         assert trainer.global_step == 6
 
 
@@ -197,7 +195,7 @@ def _fits(name: str) -> list[Any]:
     found = []
     for correction in ("auto", "error_feedback"):
         with said() as lines:
-            left = outcome(*train(DGC.build(correction=correction), module=_optimizer(name)(), max_epochs=1))
+            left = outcome(*train_on_ranks(DGC.build(correction=correction), module=_optimizer(name)(), max_epochs=1))
         found.append((left, lines))
     return found
 
@@ -215,7 +213,7 @@ def test_auto_chooses_error_feedback_for_it_and_says_so(name):
 
 def _fits_with_sgd() -> list[str]:
     with said() as lines:
-        train(DGC.build(), module=sgd(), max_epochs=1)
+        train_on_ranks(DGC.build(), module=sgd(), max_epochs=1)
     return [line for line in lines if "DGCStrategy" in line]
 
 
@@ -250,7 +248,7 @@ def test_layer_ratios_that_match_nothing():
 
 def _warned(scheme: Scheme) -> None:
     with pytest.warns(UserWarning, match="has nothing to compress, and is DDP.*min_numel=1000000"):
-        trainer, _ = train(scheme.build(min_numel=1_000_000), module=scheme.module(), max_epochs=1)
+        trainer, _ = train_on_ranks(scheme.build(min_numel=1_000_000), module=scheme.module(), max_epochs=1)
     assert trainer.global_step == 6
 
 
@@ -268,7 +266,7 @@ def _own_clipping() -> None:
 
     module.__class__ = Clips
     with pytest.warns(UserWarning, match="use local_clip instead"):
-        train(DGC.build(), module=module, max_epochs=1)
+        train_on_ranks(DGC.build(), module=module, max_epochs=1)
 
 
 def test_the_modules_own_clipping_is_warned_about_under_dgc():
@@ -277,7 +275,7 @@ def test_the_modules_own_clipping_is_warned_about_under_dgc():
 
 def _validate_only(scheme: Scheme) -> None:
     """What only fitting could not do is no reason to refuse anything else."""
-    from tests.contract.projects import loaders, make_trainer
+    from lightning_grad.testing import loaders, make_trainer
 
     trainer = make_trainer(strategy=scheme.build(), gradient_clip_val=1.0)
     (metrics,) = trainer.validate(make_classifier(manual=True), loaders()[1], verbose=False)
@@ -296,7 +294,7 @@ def _tied_choice(scheme: Scheme, name: str) -> set[str]:
     module.twin.bias.requires_grad_(False)  # DDP wants every parameter that trains to be used
     strategy = scheme.build(exclude=[name])
     with pytest.raises(AssertionError, match="a batch was trained"):  # all is chosen by then
-        train(strategy, [_NoBatch()], module, max_epochs=1)
+        train_on_ranks(strategy, [_NoBatch()], module, max_epochs=1)
     return set(strategy._chosen)
 
 

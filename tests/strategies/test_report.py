@@ -9,8 +9,8 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning_grad.strategies import DGCStrategy, _report
 from lightning_grad.strategies._ledger import ByteLedger
 from lightning_grad.strategies._report import draw
+from lightning_grad.testing import on_ranks
 from lightning_grad.utilities import reporting
-from tests.ranks import on_ranks
 from tests.strategies.ranks import fit, said
 from tests.wandb_offline import items, parsed
 

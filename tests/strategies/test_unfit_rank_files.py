@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_grad.strategies import DGCStrategy
-from tests.ranks import on_ranks
+from lightning_grad.testing import on_ranks
 from tests.strategies.ranks import Task, assert_same, dgc, said
 from tests.strategies.test_odd_runs import LooksAtStart, SavesEpochs, finish, fit, power
 

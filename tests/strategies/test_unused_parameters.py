@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from lightning_grad.functional import initial_factor
 from lightning_grad.strategies import PowerSGDStrategy
-from tests.contract.test_strategies_resume import StopIn
-from tests.ranks import on_ranks
+from lightning_grad.testing import StopIn, on_ranks
 from tests.strategies.ranks import BATCH, BATCHES, Result, Task, assert_close, assert_same, dgc, fit, samples
 from tests.strategies.test_odd_runs import finish as finish_on_one_batch
 from tests.strategies.test_odd_runs import stop

@@ -16,8 +16,8 @@ import torch
 import yaml
 
 from lightning_grad.core.callback import GradCallback
+from lightning_grad.testing import fit, loaders, make_trainer
 from lightning_grad.utilities.arguments import CheckedArguments, check_kind, follow_settings, plain
-from tests.contract.projects import fit, loaders, make_trainer
 
 # A checkpoint is resumed without the callback that wrote it.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

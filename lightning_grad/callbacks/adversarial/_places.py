@@ -24,6 +24,10 @@ Run = Callable[[Any], Any]
 class Place(Protocol):
     """What is perturbed. What it returns is plain: attacks compute on no tensor of another class."""
 
+    @property
+    def names(self) -> list[str]:
+        """What is perturbed, as one would write it."""
+
     def inputs(self, batch: Any, run: Run) -> Tensor:
         """Return what is there now, (B, ...), without graph; ``run`` runs a step on a batch."""
 
@@ -50,6 +54,11 @@ class BatchTensor:
         self._input_key = input_key
         self._needed_by = needed_by
         self._told = [pattern]
+
+    @property
+    def names(self) -> list[str]:
+        """Where in the batch it was found so far."""
+        return [text_of(pattern) for pattern in self._told]
 
     def inputs(self, batch: Any, run: Run) -> Tensor:
         """Return the tensor, or all of them as one."""
@@ -121,6 +130,11 @@ class EmbeddingOutput:
                 f"{needed_by} perturbs the output of an nn.Embedding by a hook, and compiled code does not run hooks. Train "
                 "uncompiled, or name a floating tensor of the batch by input_key."
             )
+
+    @property
+    def names(self) -> list[str]:
+        """One for all embeddings: the step says which it calls first."""
+        return ["the output of the first nn.Embedding"]
 
     def inputs(self, batch: Any, run: Run) -> Tensor:
         """Run the step, and return what the embedding gives."""

@@ -45,6 +45,11 @@ class WorstInputs:
         self._needed_by = needed_by
         self._places: dict[Any, tuple[Place, str]] = {}
 
+    @property
+    def names(self) -> list[str]:
+        """What was attacked so far."""
+        return list(dict.fromkeys(name for place, _ in self._places.values() for name in place.names))
+
     def run(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step, batch: Any, batch_idx: int, loader: Any
     ) -> tuple[Place, Tensor]:

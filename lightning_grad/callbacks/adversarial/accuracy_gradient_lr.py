@@ -39,7 +39,7 @@ class AccuracyGradientLR(MonitoredCallback):
     observation w + 2, nor until q observations after a cut
     (:func:`~lightning_grad.functional.accuracy_gradient.accuracy_gradient_cuts`). The mean is compared with the one before it
     and not with the best, so a slow rise is cut too: by the defaults one of less than 2.5 points over five observations. An
-    observation is a validation, or an epoch. A value that was not logged anew is none, nor is one that is not finite.
+    observation is a validation, or an epoch. Stale and non-finite values are ignored.
 
     Schedulers of the module go on from the rate that was cut, for their base rates are cut too. A floor of a schedule's own
     (``eta_min``) stays.
@@ -106,6 +106,7 @@ class AccuracyGradientLR(MonitoredCallback):
     """
 
     namespace: ClassVar[str] = "lr"
+    trial: ClassVar[Mapping[str, Any]] = {"window": 1, "quiet": 1, "threshold": 10.0, "factor": 0.5}
     fixed_settings: ClassVar[Mapping[str, str]] = {
         "policy": "what the schedulers have done until now depends on it",
         "optimizers": "the learning rates of those chosen before are cut already",
@@ -196,9 +197,11 @@ class AccuracyGradientLR(MonitoredCallback):
         at = "validation" if self.interval == "validation" else "epoch"
         least = max(self.window + 2, self.start_after + 1)
         mean = f"the mean of {self.monitor!r} over {self.window} observations"
-        self.say(
+        self.announce(
             f"multiplies the learning rate by {self.factor:g} when {mean if self.window > 1 else repr(self.monitor)} improves "
-            f"by less than {self.threshold:g}: at each {at}, from observation {least} on"
+            f"by less than {self.threshold:g}: at each {at}, from observation {least} on",
+            "learning rates",
+            self._rates.names(trainer),
         )
         say_if_no_figure(trainer, self.label, self.figure)
 

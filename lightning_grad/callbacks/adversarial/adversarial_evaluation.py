@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 from weakref import WeakSet
@@ -21,14 +21,14 @@ from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.callbacks.adversarial._second_state import SecondState
 from lightning_grad.callbacks.adversarial._worst_inputs import WorstInputs
 from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.dispatch import overrides, wrap_method
+from lightning_grad.core.chosen import Chosen
+from lightning_grad.core.dispatch import WrapOrder, overrides, wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.quiet import is_quiet, loggers_muted, quiet
 from lightning_grad.data.random_streams import random_streams_kept
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import check_count, check_position, refuse_dataloader_iter, refuse_sharded
 
-_INSIDE_WEIGHT_VIEWS = -50
 _STAGES = {"fit": "validation", "validate": "validation", "test": "test"}
 _HOOKS = ("on_{}_start", "on_{}_epoch_start", "on_{}_batch_start", "{}_step", "on_{}_batch_end", "on_{}_epoch_end")
 _SECOND: WeakSet[pl.LightningModule] = WeakSet()  # modules that run on attacked inputs just now
@@ -119,6 +119,7 @@ class AdversarialEvaluation(GradCallback):
     """
 
     namespace: ClassVar[str] = "adversarial"
+    trial: ClassVar[Mapping[str, Any]] = {"epsilon": 0.1, "steps": 2}
 
     _validations = until_next_fit.of(int)
     _has_warned = during_fit.of(bool)
@@ -191,7 +192,7 @@ class AdversarialEvaluation(GradCallback):
             )
         for hook in (template.format(_STAGES[stage]) for template in _HOOKS):
             around = partial(self._twice, trainer, pl_module, hook)
-            self.undo.push(wrap_method(pl_module, hook, around, priority=_INSIDE_WEIGHT_VIEWS))
+            self.undo.push(wrap_method(pl_module, hook, around, order=WrapOrder.REPEAT))
 
     def _warn_of_no_validation(self) -> None:
         if not self._has_warned:
@@ -215,7 +216,12 @@ class AdversarialEvaluation(GradCallback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         often = "each validation" if self.every == 1 else f"one of every {self.every} validations"
-        self.say(f"runs {often} once more on inputs attacked by PGD ({self._attack.described})")
+        self.announce(f"runs {often} once more on inputs attacked by PGD ({self._attack.described})", "inputs")
+
+    @override
+    def chosen(self) -> Chosen:
+        """Return the inputs that were attacked so far; before the first validation, none."""
+        return replace(super().chosen(), names=self._search.names)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -308,7 +314,7 @@ class AdversarialEvaluation(GradCallback):
     @contextmanager
     def _as_second(self, trainer: pl.Trainer, pl_module: pl.LightningModule, second: SecondState) -> Iterator[None]:
         undo = [
-            wrap_method(pl_module, "log", self._log_again, priority=-1000),
+            wrap_method(pl_module, "log", self._log_again, order=WrapOrder.METHOD),
             wrap_method(pl_module, "print", lambda inner, *args, **kwargs: None),
         ]
         _SECOND.add(pl_module)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +28,8 @@ from lightning_grad.callbacks.adversarial._overfitting import (
 )
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.chosen import Chosen
+from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.fit import during_fit
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.core.quiet import is_quiet, quiet
@@ -44,7 +46,6 @@ from lightning_grad.utilities.checks import (
 )
 from lightning_grad.utilities.reporting import is_log_step, log_many
 
-OUTSIDE_WEIGHT_VIEWS = 50  # inside of what only looks, outside of loss capture and of weights seen through a view
 _PGD_STEPS = 7
 _CHECK_STEPS = 10
 
@@ -126,6 +127,7 @@ class AdversarialTraining(GradCallback):
     """
 
     namespace: ClassVar[str] = "adversarial"
+    trial: ClassVar[Mapping[str, Any]] = {"epsilon": 0.1}
     needs_whole_weights: ClassVar[bool] = True
 
     _place = during_fit[Place | None](lambda _: None)
@@ -196,7 +198,7 @@ class AdversarialTraining(GradCallback):
         refuse_dataloader_iter(pl_module.training_step, self.label)
         self._refuse_another(trainer)
         around = partial(self._around_step, trainer, pl_module)
-        self.undo.push(wrap_method(pl_module, "training_step", around, priority=OUTSIDE_WEIGHT_VIEWS))
+        self.undo.push(wrap_method(pl_module, "training_step", around, order=WrapOrder.INPUTS))
 
     def _refuse_another(self, trainer: pl.Trainer) -> None:
         others = [callback for callback in trainer.callbacks if isinstance(callback, AdversarialTraining)]  # type: ignore[attr-defined]
@@ -209,9 +211,14 @@ class AdversarialTraining(GradCallback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.epsilon == 0.0:
-            self.say("trains on the inputs as they are, for epsilon is 0")
+            self.announce("trains on the inputs as they are, for epsilon is 0", "inputs")
         else:
-            self.say(f"trains on inputs attacked by {self.attack.upper()} ({self._attack.described})")
+            self.announce(f"trains on inputs attacked by {self.attack.upper()} ({self._attack.described})", "inputs")
+
+    @override
+    def chosen(self) -> Chosen:
+        """Return the inputs that are attacked; before the first batch, none."""
+        return replace(super().chosen(), names=[] if self._place is None else self._place.names)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -13,11 +13,10 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 
-from lightning_grad.core.dispatch import overrides, wrap_method
+from lightning_grad.core.dispatch import WrapOrder, overrides, wrap_method
 from lightning_grad.core.phases import conditioners
 from lightning_grad.core.undo import UndoList
 
-_OUTERMOST = 1000
 _HOOK = "on_before_optimizer_step"
 
 Look = Callable[[Optimizer], None]
@@ -53,7 +52,7 @@ class Vantage:
             clipper = next(callback for callback in conditioners(trainer) if callback.phase == "clip")
             undo.push(wrap_method(clipper, _HOOK, partial(self._ahead, self.before_clipping)))
         last = "configure_gradient_clipping" if pl_module.automatic_optimization else _HOOK
-        undo.push(wrap_method(pl_module, last, self._after, priority=_OUTERMOST))
+        undo.push(wrap_method(pl_module, last, self._after, order=WrapOrder.LOOK))
         own_hooks = [overrides(pl_module, name) for name in ("configure_gradient_clipping", _HOOK)]
         self.may_change = len(acting) > 1 or bool(trainer.gradient_clip_val) or any(own_hooks)
 

@@ -78,6 +78,7 @@ class AdaptiveGradientClipping(UnitConditioner):
     """
 
     namespace: ClassVar[str] = "grad/agc"
+    trial: ClassVar[Mapping[str, Any]] = {"ratio": 0.01, "head": None}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "ratio"
 

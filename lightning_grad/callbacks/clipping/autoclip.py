@@ -68,6 +68,7 @@ class AutoClip(GradientConditioner):
     """
 
     namespace: ClassVar[str] = "grad/autoclip"
+    trial: ClassVar[Mapping[str, Any]] = {"percentile": 10.0, "window": 7}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "percentile"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -64,6 +64,7 @@ class GradientCentralization(UnitConditioner):
     """
 
     namespace: ClassVar[str] = "grad/centralization"
+    trial: ClassVar[Mapping[str, Any]] = {}
     phase: ClassVar[Phase] = "center"
 
     def __init__(

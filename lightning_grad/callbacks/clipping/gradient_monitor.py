@@ -9,7 +9,7 @@ Beside this file: ``_optimizer_watch.py`` looks at the gradients of one optimize
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -111,6 +111,7 @@ class GradientMonitor(GradCallback):
     """
 
     namespace: ClassVar[str] = "grad"
+    trial: ClassVar[Mapping[str, Any]] = {"rarely": 2}
     phase: ClassVar[Phase] = "observe"
 
     _records = until_next_fit.of(dict[int, MonitorRecord])
@@ -222,8 +223,8 @@ class GradientMonitor(GradCallback):
         return vantage
 
     def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        count = sum(len(watch.parameters) for watch in self._watches)
-        self.say(f"watches the gradients of {counted(count, 'parameter')}")
+        names = [name for watch in self._watches for name in watch.names]
+        self.announce(f"watches the gradients of {counted(len(names), 'parameter')}", "parameters", names)
         if trainer.barebones:
             self.say(
                 "logs nothing, because Trainer(barebones=True) turns logging off; at the end of the fit it names the first "

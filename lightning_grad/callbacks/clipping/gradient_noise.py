@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import override
@@ -63,6 +63,7 @@ class GradientNoise(GradientConditioner):
     """
 
     namespace: ClassVar[str] = "grad/noise"
+    trial: ClassVar[Mapping[str, Any]] = {"eta": 0.01}
     phase: ClassVar[Phase] = "noise"
 
     def __init__(

@@ -5,6 +5,7 @@ The rules are :func:`lightning_grad.functional.reset_moments_` and :func:`lightn
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -76,6 +77,7 @@ class MomentumReset(OptimizerCallback):
     """
 
     namespace: ClassVar[str] = "grad/momentum_reset"
+    trial: ClassVar[Mapping[str, Any]] = {"every": 5, "warmup": 3}
 
     _steps = until_next_fit.of(dict[int, int])
     _last = until_next_fit.of(dict[int, int])  # the step of the last reset, from 1
@@ -128,7 +130,8 @@ class MomentumReset(OptimizerCallback):
             self.say(f"skips an optimizer: {str(self._without[0]).rstrip('.')}")
         names = ", ".join(type(optimizer).__name__ for optimizer in self.watched.values())
         slow = f", and reduces the learning rate for {self.warmup} steps after each reset" if self.warmup else ""
-        self.say(f"resets the moments of {names} every {self.every} steps{slow}")
+        words = f"resets the moments of {names} every {self.every} steps{slow}"
+        self.announce(words, "optimizers", [f"optimizers[{index}]" for index in self.watched])
 
     # One optimizer step.
 

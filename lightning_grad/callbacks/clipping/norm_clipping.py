@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import override
@@ -64,6 +64,7 @@ class NormClipping(GradientConditioner):
     """
 
     namespace: ClassVar[str] = "grad/norm_clipping"
+    trial: ClassVar[Mapping[str, Any]] = {"max_norm": 0.1}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "max_norm"
 

@@ -72,6 +72,7 @@ class SkipNonFinite(GradientConditioner):
     """
 
     namespace: ClassVar[str] = "grad/skip_non_finite"
+    trial: ClassVar[Mapping[str, Any]] = {"max_in_row": 3}
     phase: ClassVar[Phase] = "guard"
     syncs_per_step: ClassVar[str] = "whether a step is made must be known on the host: one wait a step"
 

@@ -73,6 +73,7 @@ class SpikeClipping(GradientConditioner):
     """
 
     namespace: ClassVar[str] = "grad/spike_clipping"
+    trial: ClassVar[Mapping[str, Any]] = {"threshold": 2.0, "pause": 2}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "threshold"
     elementwise: ClassVar[bool] = True

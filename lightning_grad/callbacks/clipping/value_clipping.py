@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import override
@@ -61,6 +61,7 @@ class ValueClipping(GradientConditioner):
     """
 
     namespace: ClassVar[str] = "grad/value_clipping"
+    trial: ClassVar[Mapping[str, Any]] = {"clip_value": 0.001}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "clip_value"
     elementwise: ClassVar[bool] = True

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -160,6 +160,8 @@ class DataPruning(SubsetCallback):
     References:
         Paul et al., "Deep Learning on a Data Diet: Finding Important Examples Early in Training", 2021, arXiv 2107.07075.
     """
+
+    trial: ClassVar[Mapping[str, Any]] = {"prune": 0.3, "epoch": 1}
 
     scored = until_next_fit[ScoredSet | None](lambda _: None)
     _unaugmented = during_fit[Any](lambda _: None)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -92,6 +92,8 @@ class InfoBatch(SubsetCallback):
         Qin et al., "InfoBatch: Lossless Training Speed Up by Unbiased Dynamic Data Pruning", 2024, arXiv 2303.04947. Its code
         leaves a sample out with probability r by choosing a fixed number; here the weight fits that number.
     """
+
+    trial: ClassVar[Mapping[str, Any]] = {"prune": 0.5}
 
     _losses = until_next_fit[Tensor | None](lambda _: None)
     _weights = until_next_fit[Tensor | None](lambda _: None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -101,6 +101,7 @@ class LossReweighting(GradCallback):
     """
 
     namespace: ClassVar[str] = "data"
+    trial: ClassVar[Mapping[str, Any]] = {"warmup": 0.0}
 
     _trainer = during_fit[pl.Trainer]()
     _effective = until_next_fit[Tensor | None](lambda _: None)
@@ -180,9 +181,10 @@ class LossReweighting(GradCallback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if math.isinf(self.temperature):
-            self.say("weights no samples (temperature=inf)")
+            self.announce("weights no samples (temperature=inf)", "losses")
         else:
-            self.say(f"weights the samples of each batch by their losses (rule={self.rule!r})")
+            words = f"weights the samples of each batch by their losses (rule={self.rule!r})"
+            self.announce(words, "losses", ["training_step"])
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
@@ -53,6 +56,8 @@ class RepeatedRandomSubset(SubsetCallback):
     References:
         Okanovic et al., "Repeated Random Sampling for Minimizing the Time-to-Accuracy of Learning", 2023, arXiv 2305.18424.
     """
+
+    trial: ClassVar[Mapping[str, Any]] = {"prune": 0.3}
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -74,6 +74,8 @@ class UniformLearning(SubsetCallback):
         Generalization", 2024, arXiv 2404.17768. There training begins anew with the repeated samples; here it
         goes on.
     """
+
+    trial: ClassVar[Mapping[str, Any]] = {"epoch": 1}
 
     _repeated = until_next_fit[Tensor | None](lambda _: None)  # as found
     _found_in = until_next_fit[int | None](lambda _: None)  # epoch

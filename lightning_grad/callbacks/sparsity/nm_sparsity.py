@@ -182,6 +182,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     """
 
     namespace: ClassVar[str] = "sparsity"
+    trial: ClassVar[Mapping[str, Any]] = {"pattern": "1:4", "recipe": "mdgf-exponential", "dense_fraction": 0.1}
     stage: ClassVar[Stage] = Stage.SPARSITY
     effect: ClassVar[str] = "sparse"
     verb: ClassVar[str] = "prune"

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_grad.callbacks.adversarial import AdversarialTraining
-from tests.contract.projects import make_trainer, state_of
+from lightning_grad.testing import make_trainer, state_of
 
 BATCH, BATCHES, INPUTS, CLASSES = 8, 6, 6, 3
 

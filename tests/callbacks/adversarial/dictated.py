@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.contract.projects import ResumableLoader, make_trainer
+from lightning_grad.testing import ResumableLoader, make_trainer
 
 BATCHES = 4
 QUICK = {"window": 2, "quiet": 2, "factor": 0.5}  # a constant accuracy is cut at 4, 6, 8 ...

@@ -20,9 +20,9 @@ from lightning_grad.callbacks import AdversarialEvaluation
 from lightning_grad.callbacks.adversarial import _rate_report, accuracy_gradient_lr
 from lightning_grad.callbacks.adversarial.accuracy_gradient_lr import AccuracyGradientLR
 from lightning_grad.functional.accuracy_gradient import accuracy_gradient, accuracy_gradient_scales
+from lightning_grad.testing import assert_identical, fit, loaders, make_classifier, make_trainer, state_of
 from lightning_grad.utilities import reporting
 from tests.callbacks.adversarial.dictated import BATCHES, QUICK, Dictated, Rates, data, train
-from tests.contract.projects import assert_identical, fit, loaders, make_classifier, make_trainer, state_of
 
 RISES_THEN_STAYS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
 NOISY = [0.1, 0.5, 0.3, 0.35, 0.5, 0.45, 0.62, 0.6, 0.58, 0.57]

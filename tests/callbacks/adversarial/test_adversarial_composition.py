@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_grad.callbacks import DataPruning, GradientMonitor, InfoBatch, LossReweighting, NMSparsity, NormClipping
-from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.quiet import is_quiet
 from lightning_grad.functional.adversarial_attacks import fgsm
+from lightning_grad.testing import assert_identical
 from tests.callbacks.adversarial.attacked import (
     BATCHES,
     At,
@@ -28,7 +29,6 @@ from tests.callbacks.adversarial.attacked import (
     train,
 )
 from tests.callbacks.data_pruning import test_data_pruning as pruned
-from tests.contract.projects import assert_identical
 
 SIGN = torch.tensor([1.0, -1.0])  # of Linear's weight
 
@@ -174,7 +174,9 @@ def test_closures_see_the_same_attack_whenever_they_are_evaluated(name: str, new
     make, times = OPTIMIZERS[name]
     module = Evaluated(make)
     if new_containers:  # as DDP does on a GPU
-        wrap_method(module, "training_step", lambda inner, batch, *rest: inner(list(batch), *rest), priority=100)
+        wrap_method(
+            module, "training_step", lambda inner, batch, *rest: inner(list(batch), *rest), order=WrapOrder.LOOK
+        )
     train(attacker(), module, points(3))
     assert len(module.attacks.seen) == 3
     for i in range(3):

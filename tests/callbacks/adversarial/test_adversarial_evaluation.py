@@ -19,8 +19,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision,
 from lightning_grad.callbacks import AdversarialEvaluation
 from lightning_grad.callbacks.adversarial._attack import generator_for
 from lightning_grad.functional import pgd
+from lightning_grad.testing import assert_identical, make_trainer, state_of
 from tests.callbacks.adversarial.attacked import CLASSES, INPUTS, At, as_batches, samples
-from tests.contract.projects import assert_identical, make_trainer, state_of
 
 EPSILON, SIZE = 0.3, 8
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lightning_grad.callbacks import AccuracyGradientLR, AdversarialTraining, NMSparsity
 from lightning_grad.callbacks.adversarial import adversarial_evaluation
 from lightning_grad.core.quiet import is_quiet
+from lightning_grad.testing import assert_identical, state_of
 from tests.callbacks.adversarial.attacked import CLASSES, At, Tape, as_batches, half_precision
 from tests.callbacks.adversarial.test_adversarial_composition import Attentive as AttentiveClassifier
 from tests.callbacks.adversarial.test_adversarial_evaluation import (
@@ -27,7 +28,6 @@ from tests.callbacks.adversarial.test_adversarial_evaluation import (
     share_of_right,
     validate,
 )
-from tests.contract.projects import assert_identical, state_of
 
 # Precision.
 

@@ -15,6 +15,7 @@ from lightning_grad.callbacks import AdversarialEvaluation
 from lightning_grad.callbacks.adversarial import adversarial_evaluation
 from lightning_grad.core.dispatch import MethodDispatcher
 from lightning_grad.core.quiet import is_quiet
+from lightning_grad.testing import assert_identical, make_trainer
 from tests.callbacks.adversarial.attacked import At, Tape
 from tests.callbacks.adversarial.test_adversarial_evaluation import (
     ComputesAtTheEnd,
@@ -27,7 +28,6 @@ from tests.callbacks.adversarial.test_adversarial_evaluation import (
     parted,
     validate,
 )
-from tests.contract.projects import assert_identical, make_trainer
 
 # When.
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lightning_grad.callbacks import AccuracyGradientLR
+from lightning_grad.testing import ResumableLoader, make_trainer
 from tests.callbacks.adversarial.dictated import BATCHES, QUICK, Dictated, Rates, data, train
-from tests.contract.projects import ResumableLoader, make_trainer
 
 RATE, EPOCHS = 0.1, 6  # by QUICK a constant accuracy is cut after epochs 4 and 6
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from lightning_grad.callbacks import AdversarialEvaluation, AdversarialTraining
 from lightning_grad.callbacks.adversarial import _places
 from lightning_grad.functional.torch_version import TORCH
+from lightning_grad.testing import make_trainer
 from tests.callbacks.adversarial.attacked import Tape, as_batches
-from tests.contract.projects import make_trainer
 from tests.labelled import labelled
 
 EPSILON = 0.25

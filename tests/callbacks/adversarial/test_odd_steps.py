@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_grad.callbacks import AdversarialEvaluation, AdversarialTraining
+from lightning_grad.testing import assert_identical, make_trainer
 from tests.callbacks.adversarial.attacked import Tape, as_batches
-from tests.contract.projects import assert_identical, make_trainer
 from tests.labelled import labelled
 
 SIZE, WIDTH, CLASSES = 4, 6, 3

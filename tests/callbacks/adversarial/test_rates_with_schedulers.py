@@ -14,8 +14,8 @@ from lightning_grad.callbacks.adversarial._schedules import mute_schedulers
 from lightning_grad.callbacks.adversarial.accuracy_gradient_lr import AccuracyGradientLR
 from lightning_grad.functional.accuracy_gradient import accuracy_gradient_scales
 from lightning_grad.functional.torch_version import TORCH
+from lightning_grad.testing import assert_identical
 from tests.callbacks.adversarial.dictated import BATCHES, QUICK, Dictated, Rates, train
-from tests.contract.projects import assert_identical
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:A `(OneCycleLR|CyclicLR)` scheduler is using"),

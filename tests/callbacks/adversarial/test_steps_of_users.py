@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import SumMetric
 
 from lightning_grad.callbacks import AdversarialEvaluation, AdversarialTraining
-from tests.contract.projects import make_trainer
+from lightning_grad.testing import make_trainer
 
 BATCH, BATCHES, EPSILON = 8, 3, 0.2
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_grad.callbacks import AdversarialEvaluation, AdversarialTraining
+from lightning_grad.testing import assert_identical, make_trainer, state_of
 from tests.callbacks.adversarial.attacked import as_batches, points
 from tests.callbacks.adversarial.test_adversarial_composition import OPTIMIZERS, Evaluated
-from tests.contract.projects import assert_identical, make_trainer, state_of
 
 CLASSES, WIDTH, SIZE = 3, 4, 8
 

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_grad.callbacks import AdversarialEvaluation, AdversarialTraining
 from lightning_grad.core import callback as base_module
 from lightning_grad.functional import fgsm, pgd
+from lightning_grad.testing import assert_identical, fit, loaders, make_classifier, make_trainer
 from lightning_grad.utilities import arguments as arguments_module
-from tests.contract.projects import assert_identical, fit, loaders, make_classifier, make_trainer
 
 BOTH = [AdversarialTraining, AdversarialEvaluation]
 INF = math.inf

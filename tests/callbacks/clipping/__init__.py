@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.contract.projects import make_trainer
+from lightning_grad.testing import make_trainer
 
 WIDTH = 4
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.callbacks import GradientMonitor
 from lightning_grad.callbacks.clipping._logit_probe import LogitProbe
-from tests.contract.projects import make_trainer
+from lightning_grad.testing import make_trainer
 
 BATCH, TOKENS, WIDTH, HEADS = 3, 5, 8, 2
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lightning_grad.callbacks import AutoClip
+from lightning_grad.testing import assert_identical
 from tests.callbacks.clipping import (
     Dictated,
     Gradients,
@@ -16,7 +17,6 @@ from tests.callbacks.clipping import (
     small_net,
     train,
 )
-from tests.contract.projects import assert_identical
 
 NAN, INF = float("nan"), float("inf")
 NORMS = [3.0, 1.0, 2.0, 8.0, 0.5, 2.5, 1.5, 4.0]

@@ -18,8 +18,8 @@ from lightning_grad.callbacks import (
     ZClip,
 )
 from lightning_grad.functional import reset_warmup
+from lightning_grad.testing import assert_identical, make_trainer
 from tests.callbacks.clipping import WIDTH, Dictated, Gradients, rows_of, rows_with_norms, train
-from tests.contract.projects import assert_identical, make_trainer
 
 RATE, EPOCH = 1e-2, 12
 ROWS = rows_with_norms([1.0 + 0.1 * (7 * step % 5) for step in range(EPOCH)], 2 * WIDTH)

@@ -26,7 +26,7 @@ from lightning_grad.callbacks import (
     ValueClipping,
     ZClip,
 )
-from tests.contract.projects import ResumableLoader, fit, make_classifier, make_trainer
+from lightning_grad.testing import ResumableLoader, fit, make_classifier, make_trainer
 from tests.contract.settings import CANONICAL
 
 ALL = [technique for technique in CANONICAL if technique.name != "NMSparsity"]

@@ -20,8 +20,8 @@ from lightning_grad.callbacks import GradientMonitor, GradientNoise, NormClippin
 from lightning_grad.callbacks.clipping._logit_probe import LogitProbe
 from lightning_grad.callbacks.clipping._monitor_record import MonitorRecord
 from lightning_grad.functional import total_norm
+from lightning_grad.testing import fit, make_classifier, make_trainer
 from lightning_grad.utilities import reporting
-from tests.contract.projects import fit, make_classifier, make_trainer
 from tests.wandb_offline import read_history
 
 _INFO = "lightning_grad.core.callback.rank_zero_info"

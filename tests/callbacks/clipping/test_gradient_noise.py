@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lightning_grad.callbacks import GradientNoise
 from lightning_grad.functional import noise_deviation
+from lightning_grad.testing import assert_identical
 from tests.callbacks.clipping import Dictated, Gradients, rows_of, train
-from tests.contract.projects import assert_identical
 
 
 def noise(*callbacks: GradientNoise, steps: int = 4, names: tuple[str, ...] = ("w",)) -> list[dict[str, Tensor]]:

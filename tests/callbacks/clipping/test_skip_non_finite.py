@@ -10,8 +10,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_grad.callbacks import GradientNoise, NormClipping, SkipNonFinite
+from lightning_grad.testing import assert_identical
 from tests.callbacks.clipping import Dictated, Gradients, Regression, Spoil, pairs, rows_of, small_net, train
-from tests.contract.projects import assert_identical
 
 NAN, INF = float("nan"), float("inf")
 OPTIMIZERS = {

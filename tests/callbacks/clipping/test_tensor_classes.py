@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_grad import callbacks
 from lightning_grad.callbacks import AccuracyGradientLR, GradientMonitor
 from lightning_grad.functional.plain_tensors import PlainTensors
-from tests.contract.projects import assert_identical, make_trainer
+from lightning_grad.testing import assert_identical, make_trainer
 
 # What the module, Lightning, autograd and Adam need; the class refuses all else.
 _KNOWN = (

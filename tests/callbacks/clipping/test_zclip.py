@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_grad.callbacks import ZClip
+from lightning_grad.testing import assert_identical, fit, make_classifier, make_trainer, state_of
 from tests.callbacks.clipping import Dictated, Gradients, Spoil, rows_of, rows_with_norms, train
-from tests.contract.projects import assert_identical, fit, make_classifier, make_trainer, state_of
 
 NAN, INF = float("nan"), float("inf")
 WARM = [1.0, 1.2, 0.8, 1.1, 0.9]

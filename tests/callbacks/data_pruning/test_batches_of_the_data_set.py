@@ -19,7 +19,7 @@ from lightning_grad.callbacks import (
 )
 from lightning_grad.data import load_scores
 from lightning_grad.data.list_items import ListItems
-from tests.contract.projects import make_classifier, make_data, make_trainer
+from lightning_grad.testing import make_classifier, make_data, make_trainer
 
 BATCH = 8
 

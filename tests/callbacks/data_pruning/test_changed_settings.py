@@ -17,7 +17,7 @@ from lightning_grad.callbacks import (
     RepeatedRandomSubset,
     UniformLearning,
 )
-from tests.contract.projects import BATCH, BATCHES, assert_identical, fit, make_classifier, state_of
+from lightning_grad.testing import BATCH, BATCHES, assert_identical, fit, make_classifier, state_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Be aware that when using `ckpt_path`", "ignore:.*keeps only the hardest"

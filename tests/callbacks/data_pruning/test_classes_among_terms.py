@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_grad.callbacks import DataPruning, LossReweighting, UniformLearning
+from lightning_grad.testing import assert_identical
 from tests.callbacks.data_pruning.test_data_pruning import BY_HAND, CLASSES, Classifier, make_data, scores_of, train
 from tests.callbacks.data_pruning.test_rows import pruning
-from tests.contract.projects import assert_identical
 
 
 class OwnTerm(Classifier):

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDat
 from lightning_grad.callbacks import DataPruning
 from lightning_grad.data import load_scores
 from lightning_grad.functional import prototype_distance
-from tests.contract.projects import make_trainer
+from lightning_grad.testing import make_trainer
 from tests.wandb_offline import items, parsed
 
 SAMPLES, WIDTH, CLASSES, BATCH = 22, 6, 3, 8

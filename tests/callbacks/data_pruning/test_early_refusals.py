@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_grad.callbacks import DataPruning
 from lightning_grad.data import SampleScores, fingerprint, load_scores, save_scores
-from tests.contract.projects import fit, make_data
+from lightning_grad.testing import fit, make_data
 
 TOTAL = 48
 

@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subs
 
 from lightning_grad.callbacks import DataPruning, InfoBatch, LossReweighting, UniformLearning
 from lightning_grad.core.schedule_warp import count_steps
+from lightning_grad.testing import assert_identical, make_trainer, state_of
 from tests.callbacks.data_pruning.test_data_pruning import BATCH, SAMPLES, Classifier, make_data, train
 from tests.callbacks.data_pruning.test_loss_reweighting import weights_by_hand
 from tests.callbacks.data_pruning.test_schedules import half_from_two, run, scheduled
-from tests.contract.projects import assert_identical, make_trainer, state_of
 
 
 def pruning(*args: Any, **arguments: Any) -> DataPruning:

@@ -13,6 +13,7 @@ from lightning_grad.callbacks import InfoBatch, LossReweighting, UniformLearning
 from lightning_grad.core import one_sample
 from lightning_grad.functional import loss_weights
 from lightning_grad.functional.gradients import InseparableLossError
+from lightning_grad.testing import assert_identical
 from tests.callbacks.data_pruning.test_data_pruning import (
     BY_HAND,
     CLASSES,
@@ -24,7 +25,6 @@ from tests.callbacks.data_pruning.test_data_pruning import (
     train,
 )
 from tests.callbacks.data_pruning.test_rows import pruning
-from tests.contract.projects import assert_identical
 
 
 def dice_of(logits: Tensor, truth: Tensor, dims: Any) -> Tensor:

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_grad.callbacks import InfoBatch, LossReweighting
+from lightning_grad.testing import assert_identical, state_of
 from tests.callbacks.data_pruning.test_data_pruning import BATCH, CLASSES, WIDTH, Classifier, Manual, make_data, train
-from tests.contract.projects import assert_identical, state_of
 
 RULES = {
     "linupper": lambda h: torch.minimum(h + 1, torch.ones(())),

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_grad.callbacks import DataPruning, InfoBatch
+from lightning_grad.testing import assert_identical
 from tests.callbacks.data_pruning.test_data_pruning import BATCH, Classifier, make_data, train
-from tests.contract.projects import assert_identical
 
 SAMPLES, EPOCHS = 22, 4
 

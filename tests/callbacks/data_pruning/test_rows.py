@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, T
 
 from lightning_grad.callbacks import DataPruning, InfoBatch, LossReweighting, RepeatedRandomSubset, UniformLearning
 from lightning_grad.core.rehearsal import Rehearsal
+from lightning_grad.testing import assert_identical, state_of
 from tests.callbacks.data_pruning.test_data_pruning import (
     BY_HAND,
     SAMPLES,
@@ -23,7 +24,6 @@ from tests.callbacks.data_pruning.test_data_pruning import (
     scores_of,
     train,
 )
-from tests.contract.projects import assert_identical, state_of
 
 KEEP = "collate_fn does not keep that order.*Let collate_fn keep the order"
 STEP = r"training_step arranges them otherwise.*torch\.stack"

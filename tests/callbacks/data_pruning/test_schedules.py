@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler as schedules
 
 from lightning_grad.callbacks import DataPruning, RepeatedRandomSubset
 from lightning_grad.core.schedule_warp import count_steps, steps_due
-from tests.contract.projects import ResumableLoader, make_trainer
+from lightning_grad.testing import ResumableLoader, make_trainer
 from tests.core.test_training_set import HALF, TOTAL, Choose, Net, fit, loader
 
 # SequentialLR itself gives it before torch 2.9.

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.callbacks import DataPruning
 from lightning_grad.data import load_scores
-from tests.contract.projects import make_trainer
+from lightning_grad.testing import make_trainer
 
 SAMPLES, WIDTH, CLASSES = 16, 5, 3
 

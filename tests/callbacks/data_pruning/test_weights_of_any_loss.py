@@ -20,9 +20,9 @@ from lightning_grad.core.loss_tap import reweight_losses
 from lightning_grad.core.weighing_capture import WeighingCapture
 from lightning_grad.functional import LossCapture, loss_weights
 from lightning_grad.functional.gradients import InseparableLossError
+from lightning_grad.testing import assert_identical, state_of
 from tests.callbacks.data_pruning.test_any_loss import BATCH, Foreign, each_alone, loader_of
 from tests.callbacks.data_pruning.test_data_pruning import Classifier, train
-from tests.contract.projects import assert_identical, state_of
 from tests.functional.gradients.spellings import REWEIGHTABLE, with_gradient
 from tests.functional.gradients.steps import PROJECTS
 from tests.functional.gradients.test_steps import to_double

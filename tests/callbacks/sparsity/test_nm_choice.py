@@ -16,9 +16,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from lightning_grad.callbacks import NMSparsity
 from lightning_grad.functional import is_nm
+from lightning_grad.testing import ResumableLoader, assert_identical
 from lightning_grad.utilities import sparsity_report
 from tests.callbacks.sparsity.test_nm_sparsity import Regression, Tied, data, trainer
-from tests.contract.projects import ResumableLoader, assert_identical
 
 
 class InOut(nn.Module):

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.callbacks import NMSparsity
 from lightning_grad.functional import is_nm
-from tests.contract.projects import ResumableLoader, assert_identical, make_trainer
+from lightning_grad.testing import ResumableLoader, assert_identical, make_trainer
 
 EPOCHS, FINAL = 5, 16  # of 20 steps, after the 16th of which the final pattern holds by default
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import tempfile
 import time
 import traceback
@@ -13,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # which DTensor would import, here once and not in each rank
 import torch.distributed as dist
-import torch.distributed.tensor
 
 _LIMIT = 90.0  # seconds; nothing here takes a tenth of that
 
@@ -40,12 +39,23 @@ def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
         _join(processes)
         results = [_result_of(Path(folder, f"{rank}.pt")) for rank in range(ranks)]
     errors = [f"--- rank {rank} ---\n{result['error']}" for rank, result in enumerate(results) if "error" in result]
-    assert not errors, "\n".join(errors)
+    if errors:
+        raise AssertionError("\n".join(errors))
     return [result["value"] for result in results]
+
+
+def free_port() -> int:
+    """Return a port on which nothing listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _be_rank(rank: int, ranks: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # or Lightning gives a single rank all cores, and small operations wait for threads
+    )
     os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     result: dict[str, Any] = {}

@@ -1,25 +1,18 @@
-"""Fits of the contract suite's classifier on several ranks, and what they leave behind."""
+"""Fits of the small classifier on several ranks, and what they leave behind."""
 
 from __future__ import annotations
 
 import copy
-import socket
 from typing import Any
 
 import torch.distributed as dist
 
-from tests.contract.projects import fit, make_classifier, state_of
+from lightning_grad.testing.projects import fit, make_classifier
+from lightning_grad.testing.states import state_of
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def train(strategy: Any, callbacks: Any = (), module: Any = None, **arguments: Any) -> tuple[Any, Any]:
-    """Fit the small classifier on this rank and its peers, with a loader that continues in mid-epoch."""
+def train_on_ranks(strategy: Any, callbacks: Any = (), module: Any = None, **arguments: Any) -> Any:
+    """Fit the small classifier on this rank and its peers; return (trainer, module). Its loader continues in mid-epoch."""
     module = make_classifier(optimizer="sgd") if module is None else module
     defaults = {"devices": dist.get_world_size(), "max_epochs": 3, "resumable": True}
     return fit(list(callbacks), module, strategy=strategy, **{**defaults, **arguments})
@@ -38,4 +31,4 @@ def outcome(trainer: Any, module: Any) -> dict[str, Any]:
 
 def finish(strategy: Any, callbacks: Any = (), **arguments: Any) -> dict[str, Any]:
     """Fit, and return what that left behind."""
-    return outcome(*train(strategy, callbacks, **arguments))
+    return outcome(*train_on_ranks(strategy, callbacks, **arguments))

@@ -1,0 +1,69 @@
+"""Tools that put a technique to the test; none of them needs pytest.
+
+The contract suite of this package is made of them, and a technique of your own can be tested with the same. They import
+everything below, and nothing of the package imports them.
+
+- A small project: :func:`make_classifier`, :func:`make_data`, :func:`loaders` and :class:`ResumableLoader`,
+  :func:`make_trainer` and :func:`fit`.
+- What a run leaves behind: :func:`state_of`, compared by :func:`assert_identical`.
+- Runs that break off: :class:`StopIn`, :class:`StopAt`, :class:`StopAfter`, :class:`StopInTrainingStep`.
+- What a technique left: :func:`traces` of a module, :func:`trainer_traces`, :func:`optimizer_traces`, and
+  :class:`PicklerOfNoRun`, which raises for a copy that drags the run along.
+- Waiting for the device in a step: :class:`NoSync`, :func:`guarded`, :class:`GuardStep`.
+- Several processes: :func:`on_ranks` and :func:`free_port`; :func:`train_on_ranks`, :func:`outcome` and :func:`finish` fit
+  the small project with a strategy on each of them.
+"""
+
+from lightning_grad.testing.projects import (
+    BATCH,
+    BATCHES,
+    CLASSES,
+    OPTIMIZERS,
+    TOKENS,
+    WIDTH,
+    ResumableLoader,
+    fit,
+    loaders,
+    make_classifier,
+    make_data,
+    make_trainer,
+)
+from lightning_grad.testing.ranks import free_port, on_ranks
+from lightning_grad.testing.states import assert_identical, state_of
+from lightning_grad.testing.stopping import StopAfter, StopAt, StopIn, StopInTrainingStep
+from lightning_grad.testing.strategy_runs import finish, outcome, train_on_ranks
+from lightning_grad.testing.syncs import GuardStep, NoSync, guarded
+from lightning_grad.testing.traces import PicklerOfNoRun, optimizer_traces, traces, trainer_traces
+
+__all__ = [
+    "BATCH",
+    "BATCHES",
+    "CLASSES",
+    "OPTIMIZERS",
+    "TOKENS",
+    "WIDTH",
+    "GuardStep",
+    "NoSync",
+    "PicklerOfNoRun",
+    "ResumableLoader",
+    "StopAfter",
+    "StopAt",
+    "StopIn",
+    "StopInTrainingStep",
+    "assert_identical",
+    "finish",
+    "fit",
+    "free_port",
+    "guarded",
+    "loaders",
+    "make_classifier",
+    "make_data",
+    "make_trainer",
+    "on_ranks",
+    "optimizer_traces",
+    "outcome",
+    "state_of",
+    "traces",
+    "train_on_ranks",
+    "trainer_traces",
+]

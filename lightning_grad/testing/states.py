@@ -1,0 +1,60 @@
+"""What a run leaves behind, and a comparison of two such states bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def state_of(trainer: Any, module: Any) -> dict[str, Any]:
+    """Return everything a run leaves behind that must be bitwise the same."""
+    optimizers = [optimizer.state_dict() for optimizer in trainer.optimizers]
+    return {"module": dict(module.state_dict()), "optimizers": optimizers, "random": torch.get_rng_state()}
+
+
+def assert_identical(a: Any, b: Any, where: str = "") -> None:
+    """Raise unless two nested containers are the same, tensors bit for bit; lists and tuples count as one type.
+
+    Args:
+        a: One container, tensor or value.
+        b: The other.
+        where: Path to both, which begins the message.
+
+    Raises:
+        AssertionError: With the path to the first difference.
+
+    Example:
+        >>> assert_identical({"w": [1, torch.ones(2)]}, {"w": (1, torch.ones(2))})
+        >>> assert_identical({"w": torch.zeros(2)}, {"w": torch.tensor([0.0, 0.5])}, "module")
+        Traceback (most recent call last):
+        AssertionError: module/w differs by 0.5
+    """
+    if type(a) is not type(b) and not {type(a), type(b)} <= {list, tuple}:
+        raise AssertionError(f"{where}: {type(a).__name__} is not {type(b).__name__}")
+    if isinstance(a, Tensor):
+        _assert_same_tensor(a, b, where)
+    elif isinstance(a, dict):
+        if a.keys() != b.keys():
+            raise AssertionError(f"{where}: only one side has {sorted(map(str, a.keys() ^ b.keys()))}")
+        for key in a:
+            assert_identical(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            raise AssertionError(f"{where}: {len(a)} entries are not {len(b)}")
+        for index, (left, right) in enumerate(zip(a, b, strict=True)):
+            assert_identical(left, right, f"{where}/{index}")
+    elif not (a == b or (a != a and b != b)):  # two NaN are the same
+        raise AssertionError(f"{where}: {a} is not {b}")
+
+
+def _assert_same_tensor(a: Tensor, b: Tensor, where: str) -> None:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        raise AssertionError(f"{where}: {a.dtype} {tuple(a.shape)} is not {b.dtype} {tuple(b.shape)}")
+    if not torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)):
+        raise AssertionError(f"{where} differs by {_distance(a, b):.3g}")
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a.to(torch.complex128) - b.to(torch.complex128)).abs().max())  # of every kind of number

@@ -1,0 +1,58 @@
+"""Callbacks that break a fit off at a chosen step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from typing_extensions import override
+
+
+class StopIn(pl.Callback):
+    """Raise in a hook of a step, on every rank.
+
+    Args:
+        hook: A hook of callbacks that gets the trainer first.
+        step: The ``trainer.global_step`` at which to raise.
+        error: What to raise; ``KeyboardInterrupt`` is what Ctrl-C raises.
+    """
+
+    def __init__(self, hook: str, step: int, error: type[BaseException] = RuntimeError) -> None:
+        self.step, self.error = step, error
+        setattr(self, hook, self._raise)
+
+    def _raise(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise self.error("stopped on purpose")
+
+
+class StopAt(StopIn):
+    """Raise at the start of a batch."""
+
+    def __init__(self, step: int, error: type[BaseException] = RuntimeError) -> None:
+        super().__init__("on_train_batch_start", step, error)
+
+
+class StopAfter(StopIn):
+    """Raise when a step is done, where Lightning itself resumes bitwise with a loader that continues in mid-epoch."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__("on_train_batch_end", step)
+
+
+class StopInTrainingStep(pl.Callback):
+    """Raise in the module's ``training_step``, on every rank."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        training_step = pl_module.training_step
+
+        def raising(batch: Any, batch_idx: int) -> Any:
+            if trainer.global_step == self.step:
+                raise RuntimeError("stopped on purpose")
+            return training_step(batch, batch_idx)
+
+        pl_module.training_step = raising  # type: ignore[method-assign]

@@ -1,0 +1,73 @@
+"""Guards that raise where code of a step makes the host wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
+
+_SYNCING = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+}
+
+
+class NoSync(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raise inside the block where a value would be read on the host.
+
+    Patching ``Tensor.item`` instead would break optimizers of torch, which read their own step counts.
+
+    Example:
+        >>> with NoSync():
+        ...     torch.ones(1).item()
+        Traceback (most recent call last):
+        AssertionError: aten._local_scalar_dense.default waits for the device
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _SYNCING:
+            raise AssertionError(f"{func} waits for the device")
+        if func is torch.ops.aten._to_copy.default and "device" in kwargs:
+            raise AssertionError(f"copies to {kwargs['device']}")
+        return func(*args, **kwargs)
+
+
+def guarded(function: Callable[..., Any], seen: list[str], name: str) -> Callable[..., Any]:
+    """Return the function inside :class:`NoSync`, except for its first call under this name.
+
+    Args:
+        function: A hook of a step, for example.
+        seen: Gets the name at each call.
+        name: What to write into ``seen``.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        seen.append(name)
+        if seen.count(name) == 1:  # once, what a technique needs to know for all steps may be looked at
+            return function(*args, **kwargs)
+        with NoSync():  # type: ignore[no-untyped-call]
+            return function(*args, **kwargs)
+
+    return call
+
+
+class GuardStep(pl.Callback):
+    """Guard the training step with all that is wrapped around it; list it behind the technique.
+
+    Args:
+        seen: Gets ``"training_step"`` at each call.
+    """
+
+    def __init__(self, seen: list[str]) -> None:
+        self.seen = seen
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        step = guarded(pl_module.training_step, self.seen, "training_step")
+        pl_module.training_step = step  # type: ignore[method-assign]
