@@ -35,6 +35,7 @@ class ShownWeights(GradCallback, Generic[W]):
     has_stepped = until_next_fit.of(bool)
     _selection = until_next_fit[Selection[Any] | None](lambda _: None)
     _chains = during_fit[ModuleChains]()
+    _resumed = during_fit.of(dict[str, dict[str, Any]])  # states of weights, until the first batch
     _infers = during_fit.of(bool)
 
     def refresh(self, weight: W) -> None:
@@ -70,8 +71,13 @@ class ShownWeights(GradCallback, Generic[W]):
     def renew_stale(self) -> None:
         """Bring weights up to date that a load, weight averaging or an earlier stage has changed."""
         for weight in self.weights:
-            if weight.is_stale:
-                self.renew(weight)
+            if not weight.is_stale:
+                continue
+            is_dense_as_before = not weight.is_changed
+            self.renew(weight)
+            if is_dense_as_before:
+                self._load_state(weight)  # an earlier stage has resumed after this one
+        self._resumed = {}
 
     # The fit begins.
 
@@ -93,11 +99,16 @@ class ShownWeights(GradCallback, Generic[W]):
         """Start from the restored state, or from the beginning: in ``on_fit_start``, and again in ``on_train_start``."""
         for weight in self.weights:
             self.renew(weight)
-        for weight in filter(self.is_as_before, self.weights):
-            state = self.restored.get("weights", {}).get(weight.name)
-            if state:
-                weight.load_state_dict(state)
-                weight.is_renewed()
+        saved = self.restored.get("weights", {})
+        self._resumed = {w.name: saved.get(w.name, {}) for w in self.weights if self.is_as_before(w)}
+        for weight in self.weights:
+            self._load_state(weight)
+
+    def _load_state(self, weight: W) -> None:
+        state = self._resumed.get(weight.name)
+        if state:
+            weight.load_state_dict(state)
+            weight.is_renewed()
 
     def is_as_before(self, weight: W) -> bool:
         """Return whether the restored state of a weight is that of such a one; settings may change on resume."""

@@ -81,9 +81,14 @@ class ViewedWeight:
         return self.chain.before(self)
 
     @property
+    def is_changed(self) -> bool:
+        """Whether something other than the optimizer has changed the dense weight since the last refresh."""
+        return self.parameter._version != self._version
+
+    @property
     def is_stale(self) -> bool:
         """Whether something other than the optimizer has changed the weight since the last refresh, or an earlier stage."""
-        return self.is_outdated or self.parameter._version != self._version
+        return self.is_outdated or self.is_changed
 
     def is_renewed(self) -> None:
         """Note that what is shown is that of the weight as it stands, and new to later stages."""

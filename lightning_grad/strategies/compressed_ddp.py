@@ -160,6 +160,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return
+        self._end()  # of a fit whose exception never came here, because a callback raised in on_exception
         self.begin_fit()
         self.refuse(trainer)
         self._watch = Stopwatch(self.root_device)

@@ -104,6 +104,24 @@ def test_a_second_fit_works(scheme):
     on_ranks(2, _fit_twice, scheme)
 
 
+def _fit_after_a_failed_save(scheme: Scheme) -> None:
+    module, stop = scheme.module(), StopIn("on_before_optimizer_step", 5)
+    stop.on_exception = _raise  # as a checkpoint callback does on a full disk: the strategy's on_exception is not called
+    with pytest.raises(RuntimeError, match="on purpose"):
+        train_on_ranks(scheme.build(), [stop], module)
+    trainer, optimizer = module._trainer, module._trainer.optimizers[0]
+    trainer.callbacks.remove(stop)
+    _fit_again(trainer, scheme)
+    plain_trainer, plain = train_on_ranks("ddp", [], scheme.module())
+    assert traces(module) == traces(plain)
+    assert optimizer_traces(optimizer)[:3] == optimizer_traces(plain_trainer.optimizers[0])[:3]
+
+
+def test_a_later_fit_cleans_up_after_one_whose_callback_failed_to_save():
+    for scheme in CANONICAL:
+        on_ranks(1, _fit_after_a_failed_save, scheme)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_strategy_pickles_and_copies_before_a_fit(scheme):
     strategy = scheme.build()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,42 @@ def test_a_chain_resumes_bitwise(make: Any, turned: bool, accumulate: int, tmp_p
     assert len(paths) == 1 + 16 // accumulate // 4
     for path in paths:
         assert_identical(expected, state(build(), ckpt=path, **run), path.name)
+
+
+class MeasuredWeight(RoundedWeight):
+    """On a grid that is measured when the fit begins, and kept from then on."""
+
+    def refresh(self) -> None:
+        self.step_size = float(self.incoming.abs().mean()) / 4
+        self.step()
+
+    def step(self) -> None:
+        super().refresh()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step_size": self.step_size}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step_size = state["step_size"]
+        self.step()
+
+
+class MeasuredRounding(Rounding):
+    """Round weights to grids of their own."""
+
+    def view(self, found: FoundWeight) -> MeasuredWeight:
+        return MeasuredWeight(found, self.step_size, self.limit)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_later_stage_resumes_from_its_state_wherever_it_stands(turned: bool, tmp_path: Path) -> None:
+    def build() -> list[Any]:
+        pair = [sparse(), MeasuredRounding(include=LAYERS)]
+        return pair[::-1] if turned else pair
+
+    expected = state([*build(), ModelCheckpoint(tmp_path, save_top_k=-1)], max_epochs=2)
+    first = tmp_path / "epoch=0-step=6.ckpt"
+    assert_identical(expected, state(build(), ckpt=first, max_epochs=2))
 
 
 @CHAINS
