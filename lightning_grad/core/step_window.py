@@ -36,8 +36,9 @@ def is_repeated(pl_module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """One call of ``training_step``: what it was called with, and what else it depends on."""
+    """One call of ``training_step``: of which batch, what it was called with, and what else it depends on."""
 
+    batch_idx: int
     arguments: tuple[Any, ...]
     states: tuple[Any, ...]  # of the random streams
     samples: list[tuple[Any, Any]]  # callbacks that know the samples of a batch, with those of this one
@@ -66,10 +67,12 @@ class StepWindow:
         """
 
         def step(inner: Callable[..., Any], *args: Any) -> Any:
-            # An optimizer that asks several times in one step asks for the same batch.
-            is_new = not self._evaluations or self._evaluations[-1].arguments[0] is not args[0]
+            # An optimizer that asks several times in one step asks for the same batch; a loader may also give one tensor
+            # for several batches.
+            number = self._trainer.fit_loop.batch_idx
+            is_new = not self._evaluations or self._evaluations[-1].batch_idx != number
             if is_new and not self._is_again:
-                self._evaluations.append(_Evaluation(args, random_states(), self._samples()))
+                self._evaluations.append(_Evaluation(number, args, random_states(), self._samples()))
             return inner(*args)
 
         return wrap_method(self._trainer.strategy, "training_step", step)

@@ -135,6 +135,20 @@ def same(a: Any, b: Any) -> bool:
     return all(torch.equal(x, y) for x, y in pairs)
 
 
+def test_one_tensor_for_all_batches_is_evaluated_as_often_as_it_comes() -> None:
+    again: list[int] = []
+
+    class OfTensors(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            again.append(int(is_repeated(self)))
+            return self.loss(batch)
+
+    make_trainer(max_epochs=2, callbacks=[Sharp()], accumulate_grad_batches=2).fit(
+        OfTensors(), DataLoader([DATA[:8]] * 4, batch_size=None)
+    )
+    assert sum(again) == 8
+
+
 @pytest.mark.parametrize("accumulate", [1, 3, 4])
 def test_it_is_a_loop_by_hand(accumulate: int) -> None:
     """The gradients of the whole window are evaluated again, also of a last one that is shorter."""
