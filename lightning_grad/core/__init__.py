@@ -10,7 +10,7 @@ attributes that live for one fit are in ``fit.py``.
 - :class:`MonitoredCallback`: acts on the values of a metric.
 - :class:`ProbeCallback`: looks at the module every so often, and only logs.
 
-Beside the bases are the tools that reach into other people's objects and let go of them again: methods wrapped
+With the bases come the tools that reach into other people's objects and let go of them again: methods wrapped
 (``dispatch.py``, ``undo.py``), a step looked at without a trace (``quiet.py``, ``scoring.py``, ``look.py``), its losses read
 or weighted (``loss_tap.py``), weights seen through a view (``weight_view.py``, ``portable.py``), the training set and
 its length (``training_set.py``, ``epoch_length.py``), learning rates (``held_rates.py`` for a step, ``chosen_rates.py`` for

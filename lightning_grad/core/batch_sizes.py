@@ -17,7 +17,7 @@ def batch_size_of(batch: Any, told: Callable[[], int | None] = lambda: None) -> 
     """Return the number of samples of a batch, if all its tensors agree on it.
 
     The tensors of a batch that holds lists, as of images and their boxes, have lengths of their own. Then the number is that
-    which the sampler tells, if each list and each tensor beside them has as many entries.
+    which the sampler tells, if each list and each other tensor has as many entries.
 
     Args:
         batch: The batch.

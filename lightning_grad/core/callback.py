@@ -1,6 +1,6 @@
 """The base of every callback here. Read this first.
 
-A technique derives from :class:`GradCallback`, or from a base beside it that derives from it, and gets: attributes that live
+A technique derives from :class:`GradCallback`, or from another base that derives from it, and gets: attributes that live
 for one fit (``fit.py``); one undo list that runs when the fit ends, however it ends; a state key and log keys that carry
 the instance's name; its settings in the config of the run; refusal of what cannot work. The other helpers are functions,
 called where a technique needs them: choosing parameters (``utilities.parameters``), where in the run we are

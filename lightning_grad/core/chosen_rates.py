@@ -31,7 +31,7 @@ class ChosenRates:
         needed_by: Who asks, for errors.
 
     Attributes:
-        scale: Product of all factors; what a state must hold, beside the base.
+        scale: Product of all factors; what a state must hold, with the base.
         base: Rate of the first group before any factor; ``None`` until the rates are known.
     """
 

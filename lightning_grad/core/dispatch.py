@@ -1,4 +1,4 @@
-"""Wrapping a method of somebody else's object, so that several techniques can, and nothing is left behind."""
+"""Wrapping a method of a foreign object, so that several techniques can, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class MethodDispatcher:
 
 
 def overrides(owner: object, name: str) -> bool:
-    """Say whether a callback or module has a hook of its own, other than the empty one of Lightning.
+    """Return whether a callback or module has a hook of its own, other than the empty one of Lightning.
 
     Lightning's classes are asked for by their names: each of its two namespaces has its own.
 

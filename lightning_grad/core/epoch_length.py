@@ -43,7 +43,7 @@ class EpochLength:
         return float(min(lengths) if loaders._mode == "min_size" else max(lengths))
 
     def update(self) -> None:
-        """Let the Trainer count by the loaders' present lengths. Call it before an epoch's first batch."""
+        """Make the Trainer count by the loaders' present lengths. Call it before an epoch's first batch."""
         trainer, loop = self._trainer, self._trainer.fit_loop
         loaders = loop._combined_loader
         if loaders is None:

@@ -4,7 +4,7 @@ A technique declares them in its class, so that nothing need be set to ``None`` 
 
 - :class:`during_fit` for what reaches into the run (the training set, hooks, tensors of a batch): dropped at the end of the
   fit, however it ends, and left out of pickles and copies;
-- :class:`until_next_fit` for what is worth having afterwards (counts, a record, what a checkpoint needs): made anew when
+- :class:`until_next_fit` for what is worth having afterwards (counts, a record, what a checkpoint needs): dropped when
   the next fit begins.
 """
 
@@ -81,7 +81,7 @@ class during_fit(_Attribute[T]):  # noqa: N801  (used like property)
 
 
 class until_next_fit(_Attribute[T]):  # noqa: N801
-    """An attribute that is made anew when a fit begins, and stays after its end.
+    """An attribute that is dropped when a fit begins, and stays after its end.
 
     Example:
         >>> class Counter(FitScope):

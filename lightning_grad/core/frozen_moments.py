@@ -20,7 +20,7 @@ class FrozenMoments:
     :math:`1 - \beta_2` (a thousandth, usually); that gradients pile up in the moments cannot happen. Nothing needs saving: the
     moments in a checkpoint are the frozen ones.
 
-    Weights that had next to no gradient before would have next to no variance for ever, and their first gradient would throw
+    Weights that had next to no gradient before would keep next to no variance, and their first gradient would throw
     them out of bounds. So the optimizer's eps is added to :math:`\hat v` when it is frozen, which puts it under the root.
 
     Args:

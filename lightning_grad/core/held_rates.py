@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 Factor = float | Tensor
-_LEDGER = "_lightning_grad_held_rates"  # of an optimizer, while somebody holds its rates
+_LEDGER = "_lightning_grad_held_rates"  # of an optimizer, while its rates are held
 
 
 class HeldRates:
@@ -70,7 +70,7 @@ class HeldRates:
             ledger.settle(groups)
 
     def give_back(self) -> None:
-        """Let go of the rates; once is enough, and more does no harm."""
+        """Release the rates; more than one call does no harm."""
         ledger = self._ledger
         if ledger is not None and ledger.factors.pop(id(self), None) is not None:
             ledger.settle(self._optimizer.param_groups)
@@ -92,7 +92,7 @@ class _Ledger:
         known = self._rates or [(group["lr"], group["lr"]) for group in groups]
         self._rates = []
         for number, (group, (before, held)) in enumerate(zip(groups, known, strict=False)):
-            # Another object than the one put there is a rate that somebody has set since.
+            # Another object than the one put there is a rate that was set since.
             rate = before if group["lr"] is held else group["lr"]
             product = rate
             for factors in self.factors.values():

@@ -112,7 +112,7 @@ def open_windows(pl_module: pl.LightningModule) -> list[InPlaceWindow]:
 
 
 def close_windows(pl_module: pl.LightningModule, but: Sequence[InPlaceWindow] = ()) -> None:
-    """Close what a ``training_step`` has opened after which no backward comes, because somebody only looked.
+    """Close what a ``training_step`` has opened that no backward follows, because it ran for inspection.
 
     Args:
         pl_module: The LightningModule.

@@ -47,7 +47,7 @@ def read_losses(
     outputs_fn: LossFunction | None = None,
     by_classes: bool = False,
 ) -> Any:
-    """Have ``reader`` called with the loss of every training step, after it.
+    """Call ``reader`` with the loss of every training step, after it.
 
     Args:
         pl_module: The module.
@@ -83,7 +83,7 @@ def reweight_losses(
     loss_fn: LossFunction | None = None,
     told: Callable[[], int | None] = _nothing,
 ) -> Any:
-    """Have the samples of every training step weighted in its backward pass.
+    """Weight the samples of every training step in its backward pass.
 
     Args:
         pl_module: The module.
@@ -93,7 +93,7 @@ def reweight_losses(
         samples: Tells the number of samples of the batch. Default: the length of its tensors.
         way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
         acts: Whether it will ever need a loss. The first step then shows whether the loss can be seen.
-        needs: Tells whether it needs the losses of the present step; a step that nobody needs runs as if there were no tap.
+        needs: Tells whether it needs the losses of the present step; one that does not runs as if there were no tap.
         kind: Tells what the loss of a sample is where it comes from several terms.
         loss_fn: Gives the losses of the samples in place of the step: a second forward and backward pass.
         told: Tells how many samples the batch was drawn with, for one whose tensors don't agree on it; ``None`` if it is not
@@ -157,7 +157,7 @@ class _Reader:
 
 
 class _LossTap:
-    """The capture around one module's ``training_step``, there as long as somebody wants it."""
+    """The capture around one module's ``training_step``, there as long as it has a reader or a weighting."""
 
     def __init__(self, pl_module: pl.LightningModule) -> None:
         self.readers: list[_Reader] = []

@@ -16,13 +16,13 @@ from lightning_grad.core.dispatch import wrap_method
 
 
 def is_validation_due(trainer: pl.Trainer) -> bool:
-    """Say whether a validation follows the batch that has just been trained on; for ``on_train_batch_end``."""
+    """Return whether a validation follows the batch that has just been trained on; for ``on_train_batch_end``."""
     loop = trainer.fit_loop
     return loop._data_fetcher is not None and bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
 
 def run_missed_validation(trainer: pl.Trainer, afterwards: Callable[[], None]) -> Callable[[], None]:
-    """Have a whole validation run before the first batch, with all hooks and logs; for ``on_train_start``.
+    """Run a whole validation before the first batch, with all hooks and logs; for ``on_train_start``.
 
     Nothing is run if Lightning does it itself, because the checkpoint was written in the middle of the validation.
 

@@ -60,10 +60,10 @@ class ModuleChains:
         self._is_baked = False
 
     def enter(self, technique: Technique) -> Callable[[], None]:
-        """Let a technique follow the optimizers from now on.
+        """Make a technique follow the optimizers from now on.
 
         Returns:
-            Callable: Lets it no longer; the last one to leave takes everything away.
+            Callable: Ends that; the last one to leave takes everything away.
         """
         self._watch_optimizers()
         self._techniques = sorted([*self._techniques, technique], key=lambda other: other.stage)
@@ -90,12 +90,12 @@ class ModuleChains:
         return has_view(found.module, found.attribute) if chain is None else stage in chain.stages
 
     def join(self, stage: Stage, weight: ViewedWeight) -> None:
-        """Let a stage act on a weight."""
+        """Add a stage to the chain of a weight."""
         chain = self._chains.setdefault(id(weight.parameter), Chain(weight.found))
         chain.join(stage, weight, self._opened)
 
     def drop(self, stage: Stage, weight: ViewedWeight) -> None:
-        """Let a stage no longer act on a weight."""
+        """Remove a stage from the chain of a weight."""
         weight.chain.drop(stage)
         if not weight.chain.stages:
             del self._chains[id(weight.parameter)]

@@ -1,7 +1,7 @@
 """What objects hold, put aside and put back: tensors, containers, generators, meters, metrics, whole modules.
 
-Objects stay the same, only their contents are put back. Those of frameworks (a logger, a data set, a Trainer) are nobody's
-own state and are left alone, as is code; so is what only a C extension sees.
+Objects stay the same, only their contents are put back. Those of frameworks (a logger, a data set, a Trainer) are no
+state of the user's and are left alone, as is code; so is what only a C extension sees.
 """
 
 from __future__ import annotations

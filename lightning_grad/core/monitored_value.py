@@ -1,4 +1,4 @@
-"""Reading the metric that a callback monitors: only where it was logged anew, and one value for all ranks."""
+"""Reading the metric that a callback monitors: only where it was logged again, and one value for all ranks."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def validated_keys(trainer: pl.Trainer) -> list[str]:
 
 
 def describe_unknown(key: str, names: Iterable[str]) -> str:
-    """Say that a metric is not logged, what is, and what may have been meant."""
+    """Return that a metric is not logged, what is, and what may have been meant, in words."""
     known = sorted(names)
     similar = [*(name for name in known if key in name), *difflib.get_close_matches(key, known, n=3)]
     hint = f" Did you mean {' or '.join(map(repr, dict.fromkeys(similar)))}?" if similar else ""

@@ -46,7 +46,7 @@ def refuse_trainer_clipping(trainer: pl.Trainer, technique: str, phase: Phase) -
     """Raise if Lightning's own clipping would clip a second time, or would clip noise.
 
     Raises:
-        ValueError: For a technique of the phase clip or noise beside ``gradient_clip_val``.
+        ValueError: For a technique of the phase clip or noise together with ``gradient_clip_val``.
     """
     if not trainer.gradient_clip_val or phase not in ("clip", "noise"):
         return
@@ -78,7 +78,7 @@ def refuse_compressed_gradients(trainer: pl.Trainer, technique: str, phase: Phas
 
 
 def warn_of_other_clippers(trainer: pl.Trainer, pl_module: pl.LightningModule, clipper: Any, mine: set[int]) -> None:
-    """Say who else clips the same gradients: a technique before this one in the list, or the module itself.
+    """Warn of who else clips the same gradients: a technique before this one in the list, or the module itself.
 
     Args:
         trainer: The trainer.

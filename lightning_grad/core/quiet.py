@@ -28,7 +28,7 @@ _TOLD = ("name", "version", "save_dir", "log_dir", "root_dir", "sub_dir")  # by 
 
 
 def is_quiet(pl_module: nn.Module) -> bool:
-    """Say whether the module's step runs for somebody who only looks, so that it is no step of the training."""
+    """Return True while the module is run for inspection rather than training."""
     return pl_module in _QUIET
 
 
@@ -41,7 +41,7 @@ def quiet(
     advice: str = "",
     label: str = "A technique",
 ) -> Iterator[None]:
-    """Let the module be run, and leave no trace of it.
+    """Run the module and leave no trace of it.
 
     Put back bit for bit: modes, buffers, gradients (there are none inside) and frozen parameters, the states of torchmetrics
     and all other attributes, with the contents of those that are tensors, generators, containers or objects of the user's, and
@@ -88,7 +88,7 @@ def _refuse_lazy(pl_module: pl.LightningModule, label: str) -> None:
 
 @contextmanager
 def aside(module: nn.Module) -> Iterator[None]:
-    """Let a module in training be run once more: random streams and buffers are put back, as cheaply as every step wants."""
+    """Run a module in training once more: random streams and buffers are put back, cheaply enough for every step."""
     with random_streams_kept():
         kept = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
         try:
@@ -121,7 +121,7 @@ def silence(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None
 
 @contextmanager
 def loggers_muted(trainer: pl.Trainer) -> Iterator[None]:
-    """Let whatever is done with the loggers do nothing; ``self.log`` is none of them."""
+    """Mute all loggers. Does not affect ``self.log``."""
     loggers = trainer.loggers
     trainer.loggers = [cast(Any, _Mute(logger)) for logger in loggers]
     try:

@@ -51,7 +51,7 @@ def count_steps(batches: int, until: int, accumulate: int, frequency: int) -> in
 
 
 def warp_schedules(trainer: pl.Trainer, pl_module: pl.LightningModule, training_set: TrainingSet) -> Callable[[], None]:
-    """Let schedulers that step with batches follow the whole training set, however many batches an epoch has.
+    """Make schedulers that step with batches follow the whole training set, however many batches an epoch has.
 
     Returns:
         Callable: Ends it.
@@ -112,7 +112,7 @@ def _is_warped(trainer: pl.Trainer, training_set: TrainingSet, config: Any) -> b
 
 
 def _is_passed_over(trainer: pl.Trainer, training_set: TrainingSet, config: Any) -> bool:
-    """Whether a scheduler has no step in an epoch at all: it steps more rarely than once in so few batches."""
+    """Return whether a scheduler has no step in an epoch at all: it steps more rarely than once in so few batches."""
     return _is_warped(trainer, training_set, config) and not _steps_of_epochs(trainer, training_set, config)[0]
 
 
@@ -124,7 +124,7 @@ def _steps_of_epochs(trainer: pl.Trainer, training_set: TrainingSet, config: Any
 
 
 def _epochs_end_the_run(trainer: pl.Trainer, full_batches: float) -> bool:
-    """Whether schedules were made for a number of epochs, and not for ``max_steps``, which pruning does not change."""
+    """Return whether schedules were made for a number of epochs, and not for ``max_steps``, which pruning does not change."""
     if trainer.max_epochs in (None, -1):
         return False
     steps = trainer.max_epochs * math.ceil(full_batches / trainer.accumulate_grad_batches)

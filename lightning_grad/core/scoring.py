@@ -60,7 +60,7 @@ def look_at_all(
         pl_module: Its module.
         training_set: The training set.
         measure: Returns some values (B, ...) of the batch by name, nan where a sample has none.
-        title: What is shown beside the progress bar.
+        title: What is shown next to the progress bar.
         dataset: Read the samples here instead, at the same indices.
         which: Which loss of the step, if it has several.
         seed: Seed of the random streams during the pass, so that two of them see the same.

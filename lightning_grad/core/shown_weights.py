@@ -39,7 +39,7 @@ class ShownWeights(GradCallback, Generic[W]):
     _infers = during_fit.of(bool)
 
     def refresh(self, weight: W) -> None:
-        """Recompute what a weight shows, because it is new or somebody has changed it."""
+        """Recompute what a weight shows, because it is new or was changed from outside."""
         weight.refresh()
 
     def step(self, weight: W) -> None:

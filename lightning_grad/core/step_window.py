@@ -125,7 +125,7 @@ class StepWindow:
 
 
 def _tell(samples: list[tuple[Any, Any]]) -> None:
-    """Let callbacks that know the samples of a batch know these."""
+    """Give the samples of a batch to the callbacks that know them."""
     for callback, indices in samples:
         callback.indices = indices
 

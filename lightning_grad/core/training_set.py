@@ -248,7 +248,7 @@ class TrainingSet:
     # The training set changes.
 
     def begin(self, kept: Tensor | None, fixed_steps: bool = False) -> None:
-        """Let pruning count from here on, with the samples that are kept at the start or that a checkpoint has restored.
+        """Make pruning count from here on, with the samples that are kept at the start or that a checkpoint has restored.
 
         Before, the loader has its full length: schedules made in ``configure_optimizers`` are made for the whole run, also
         when it is resumed.
@@ -311,7 +311,7 @@ class TrainingSet:
         return bool(goes_on and loop.restarted_mid_epoch and behind)
 
     def leave_epoch(self) -> None:
-        """Let Lightning see that the epoch it goes on from is done, also when the one that follows is longer."""
+        """Show Lightning that the epoch from which it resumes is done, also when the one that follows is longer."""
         progress = self._trainer.fit_loop.epoch_loop.batch_progress.current
         progress.completed = max(progress.completed, int(self.batches))
 
@@ -371,7 +371,7 @@ class TrainingSet:
         return list(source.drawn.popleft())
 
     def _is_exhausted(self, batch_idx: int) -> bool:
-        """Say whether only other loaders still have batches, in the one mode in which they then go on without this one."""
+        """Return whether only other loaders still have batches, in the one mode in which they continue without this one."""
         loaders = self._trainer.fit_loop._combined_loader
         return loaders is not None and loaders._mode == "max_size" and batch_idx >= len(self.sampler)
 
@@ -385,7 +385,7 @@ class TrainingSet:
         return batch_idx - self._next_batch
 
     def _source(self) -> RecordedBatches:
-        # What somebody else draws in mid-epoch has nothing to do with the fit. When a loader is begun again in mid-epoch, its
+        # What other code draws in mid-epoch has nothing to do with the fit. When a loader is begun again in mid-epoch, its
         # last batches may still be under way.
         if not self._drawing.drawn:
             self._drawing = self._source_now()

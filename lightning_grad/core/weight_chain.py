@@ -113,7 +113,7 @@ class Chain:
             self.found.parameter.copy_(value)
 
     def join(self, stage: Stage, weight: ViewedWeight, window: Callable[[], InPlaceWindow]) -> None:
-        """Let one more stage act on the weight, and show the module what comes out."""
+        """Add a stage, and show the module what comes out."""
         self._stages = dict(sorted({**self._stages, stage: weight}.items()))
         weight.chain = self
         found = self.found
@@ -133,7 +133,7 @@ class Chain:
             self._detach, self._in_place = lambda: None, None
 
     def drop(self, stage: Stage) -> None:
-        """Let a stage no longer act on the weight."""
+        """Remove a stage."""
         self.hide(stage)
         self._stages.pop(stage, None)
         for weight in self.weights:

@@ -38,7 +38,7 @@ class WeightView(Protocol):
 
 
 class _Parameters:
-    """The parameters of a viewed module, to put back what somebody has taken out before being refused."""
+    """The parameters of a viewed module, to put back what other code took out before it was refused."""
 
     def __init__(self, module: nn.Module) -> None:
         self._all = dict(module._parameters)
@@ -120,7 +120,7 @@ def viewed_class(module: nn.Module) -> type[nn.Module]:
 
 
 def has_view(module: nn.Module, attribute: str) -> bool:
-    """Say whether a technique already shows this parameter through a view."""
+    """Return whether a technique already shows this parameter through a view."""
     parameter = module._parameters[attribute]
     # A pickled copy of a parameter carries the mark with it, but not the view; its identity is another.
     return attribute in module.__dict__.get(_VIEWS, {}) or getattr(parameter, IN_PLACE, None) == id(parameter)

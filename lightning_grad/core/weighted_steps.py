@@ -56,7 +56,7 @@ class Step:
         args: What that is called with.
         kwargs: The same by name.
         samples: The number of samples of the batch, if it is known.
-        is_read: Whether somebody reads the losses.
+        is_read: Whether the losses are read.
         may_skip: Whether it may return nothing, as for a batch that Lightning is to train nothing on.
     """
 

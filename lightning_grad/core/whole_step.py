@@ -53,7 +53,7 @@ def refuse_rest(
 def classifying(capture: LossCapture) -> int | None:
     """Return the index of the only call that classifies; ``None`` if there is none, or more than one.
 
-    A contrastive loss, whose classes are the places of the rows in the batch, is not counted beside another. To see that
+    A contrastive loss, whose classes are the places of the rows in the batch, is not counted next to another. Seeing that
     waits for the device.
     """
     if any(unread.has_graph and unread.name.startswith(OF_CLASS_INDICES) for unread in capture.unread):

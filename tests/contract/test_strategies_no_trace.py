@@ -106,7 +106,9 @@ def test_a_second_fit_works(scheme):
 
 def _fit_after_a_failed_save(scheme: Scheme) -> None:
     module, stop = scheme.module(), StopIn("on_before_optimizer_step", 5)
-    stop.on_exception = _raise  # as a checkpoint callback does on a full disk: the strategy's on_exception is not called
+    stop.on_exception = (
+        _raise  # as a checkpoint callback does on a full disk: the strategy's on_exception is not called
+    )
     with pytest.raises(RuntimeError, match="on purpose"):
         train_on_ranks(scheme.build(), [stop], module)
     trainer, optimizer = module._trainer, module._trainer.optimizers[0]
