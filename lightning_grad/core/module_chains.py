@@ -128,6 +128,12 @@ class ModuleChains:
         for technique in self._techniques:
             technique.renew_stale()
 
+    def renew_after(self, technique: Technique) -> None:
+        """Bring later stages up to date, because this one starts after them."""
+        for other in self._techniques:
+            if other.stage > technique.stage:
+                other.renew_stale()
+
     def bake(self) -> None:
         """Make what the techniques leave behind the parameters' own, once for all of them."""
         if self._is_baked:

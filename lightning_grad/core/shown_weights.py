@@ -76,8 +76,7 @@ class ShownWeights(GradCallback, Generic[W]):
             is_dense_as_before = not weight.is_changed
             self.renew(weight)
             if is_dense_as_before:
-                self._load_state(weight)  # an earlier stage has resumed after this one
-        self._resumed = {}
+                self._load_state(weight)  # an earlier stage has started after this one
 
     # The fit begins.
 
@@ -103,6 +102,7 @@ class ShownWeights(GradCallback, Generic[W]):
         self._resumed = {w.name: saved.get(w.name, {}) for w in self.weights if self.is_as_before(w)}
         for weight in self.weights:
             self._load_state(weight)
+        self._chains.renew_after(self)
 
     def _load_state(self, weight: W) -> None:
         state = self._resumed.get(weight.name)
@@ -127,6 +127,7 @@ class ShownWeights(GradCallback, Generic[W]):
     ) -> None:
         self._leave_inference()
         self._chains.begin_batch()
+        self._resumed = {}
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

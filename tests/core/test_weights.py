@@ -286,6 +286,20 @@ def test_a_later_stage_resumes_from_its_state_wherever_it_stands(turned: bool, t
     assert_identical(expected, state(build(), ckpt=first, max_epochs=2))
 
 
+def test_the_sanity_check_sees_the_whole_chain_in_either_order() -> None:
+    def checked(callbacks: list[Any]) -> list[Tensor]:
+        class Keep(pl.Callback):
+            def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+                found.extend(pl_module.validated if trainer.sanity_checking else [])
+
+        found: list[Tensor] = []
+        fit([*callbacks, Keep()], max_epochs=1)
+        return found
+
+    pair = [sparse("ste"), MeasuredRounding(include=LAYERS)]
+    assert_identical(checked(pair), checked(pair[::-1]))
+
+
 @CHAINS
 @pytest.mark.parametrize("averaged", [False, True])
 def test_a_chains_checkpoint_computes_what_was_validated(make: Any, averaged: bool, tmp_path: Path) -> None:
