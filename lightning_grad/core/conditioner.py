@@ -147,16 +147,16 @@ class GradientConditioner(GradCallback):
     def _threshold(self) -> Threshold:
         return None if self.threshold_name is None else getattr(self, self.threshold_name)
 
-    def _as_threshold(self, value: Threshold) -> Any:
+    def as_threshold(self, value: Threshold) -> Any:
         if value is None and not self.acts_without_threshold:
             raise ValueError(f"{self.threshold_name} must be a number, or one for each name pattern; got None.")
-        return as_threshold(value, str(self.threshold_name), self._check_threshold)
+        return as_threshold(value, str(self.threshold_name), self.check_threshold)
 
-    def _check_threshold(self, number: float) -> None:
+    def check_threshold(self, number: float) -> None:
         """Raise for a threshold that cannot be, from the constructor or from a param group."""
         check_above(number, 0.0, str(self.threshold_name))
 
-    def _changes(self, parameter: Tensor) -> bool:
+    def changes(self, parameter: Tensor) -> bool:
         """Return False for a parameter whose gradient the rule leaves as it is, whatever its values."""
         return True
 
@@ -215,7 +215,7 @@ class GradientConditioner(GradCallback):
         where = f" for {named}" if named else ""
         self.say(f"restarts its statistics{where}, because those of the checkpoint are of other parameters")
 
-    def _excluded(self, pl_module: pl.LightningModule) -> list[str]:
+    def excluded(self, pl_module: pl.LightningModule) -> list[str]:
         """Name patterns of what is left alone; a technique may add to what the user said."""
         return self.exclude or []
 
@@ -223,7 +223,7 @@ class GradientConditioner(GradCallback):
         """Raise if names leave nothing; warn if no optimizer moves what they leave (a callback may add it later)."""
         if self.parameters():
             return
-        excluded = self._excluded(pl_module)
+        excluded = self.excluded(pl_module)
         known = all_names(pl_module).values()
         if not [n for n in known if (self.include is None or matches(n, self.include)) and not matches(n, excluded)]:
             raise ValueError(
@@ -238,11 +238,11 @@ class GradientConditioner(GradCallback):
         self, index: int, optimizer: Optimizer, pl_module: pl.LightningModule, restarted: list[str] | None = None
     ) -> None:
         buckets, self._left_out[index] = choose_buckets(
-            optimizer, pl_module, self._threshold, self.threshold_name, self.include, self._excluded(pl_module)
+            optimizer, pl_module, self._threshold, self.threshold_name, self.include, self.excluded(pl_module)
         )
         for bucket in buckets:
             if bucket.group is not None:
-                as_threshold(bucket.threshold, f"{bucket.key} of the optimizer's {bucket.name}", self._check_threshold)
+                as_threshold(bucket.threshold, f"{bucket.key} of the optimizer's {bucket.name}", self.check_threshold)
         self._chosen[index] = (optimizer_shape(optimizer), buckets)
         memory = self._memory.setdefault(index, Memory())
         if restarted is not None and self._choice_changed:
@@ -261,9 +261,9 @@ class GradientConditioner(GradCallback):
     def _describe(self) -> Chosen:
         buckets = [bucket for _, chosen in self._chosen.values() for bucket in chosen]
         named = [pair for bucket in buckets for pair in zip(bucket.names, bucket.parameters, strict=True)]
-        names = [name for name, parameter in named if self._changes(parameter)]
+        names = [name for name, parameter in named if self.changes(parameter)]
         left_out = [name for left in self._left_out.values() for name in left]
-        left_out += [name for name, parameter in named if not self._changes(parameter)]
+        left_out += [name for name, parameter in named if not self.changes(parameter)]
         rest = f"; {len(left_out)} left alone ({listed(left_out)})" if left_out else ""
         return Chosen(f"acts on {counted(len(names), 'parameter')}{rest}", "parameters", names)
 

@@ -34,7 +34,7 @@ class UnitConditioner(GradientConditioner):
         self._second, unknown = output_dimensions(pl_module)
         names = {known[0]: known for known in all_names(pl_module).values()}
         self._unknown = []
-        passed_over = self._excluded(pl_module)
+        passed_over = self.excluded(pl_module)
         self._unknown = [
             name
             for name in unknown
@@ -51,8 +51,8 @@ class UnitConditioner(GradientConditioner):
         return [self._second.get(id(p), 0) for p in parameters] if self._second else None
 
     @override
-    def _excluded(self, pl_module: pl.LightningModule) -> list[str]:
-        return [*super()._excluded(pl_module), *self._unknown]
+    def excluded(self, pl_module: pl.LightningModule) -> list[str]:
+        return [*super().excluded(pl_module), *self._unknown]
 
     @override
     def _check_choice(self, pl_module: pl.LightningModule) -> None:

@@ -94,7 +94,7 @@ class AdaptiveGradientClipping(UnitConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.ratio = self._as_threshold(ratio)
+        self.ratio = self.as_threshold(ratio)
         self.eps = eps
         self.head = head
         check_above(eps, 0.0, "eps")
@@ -140,13 +140,13 @@ class AdaptiveGradientClipping(UnitConditioner):
             self._choose(index, optimizer, pl_module)
 
     @override
-    def _excluded(self, pl_module: pl.LightningModule) -> list[str]:
-        return [*super()._excluded(pl_module), *self._head_names(pl_module)]
+    def excluded(self, pl_module: pl.LightningModule) -> list[str]:
+        return [*super().excluded(pl_module), *self._head_names(pl_module)]
 
     @override
     def _check_choice(self, pl_module: pl.LightningModule) -> None:
         heads = self._head_names(pl_module)
-        own = super()._excluded(pl_module)
+        own = super().excluded(pl_module)
         known = [n for n in all_names(pl_module).values() if self.include is None or matches(n, self.include)]
         others = [names for names in known if not matches(names, own)]
         if others and all(matches(names, heads) for names in others):

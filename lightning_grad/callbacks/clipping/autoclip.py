@@ -81,12 +81,12 @@ class AutoClip(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.percentile = self._as_threshold(percentile)
+        self.percentile = self.as_threshold(percentile)
         self.window = window
         check_count_between(window, 1, _MOST_NORMS, "window")
 
     @override
-    def _check_threshold(self, number: float) -> None:
+    def check_threshold(self, number: float) -> None:
         check_between(number, 0.0, 100.0, "percentile")
 
     @override

@@ -92,7 +92,7 @@ class GradientCentralization(UnitConditioner):
             )
 
     @override
-    def _changes(self, parameter: Tensor) -> bool:
+    def changes(self, parameter: Tensor) -> bool:
         return parameter.ndim > (2 if self.conv_only else 1)
 
     @override

@@ -84,7 +84,7 @@ class LayerwiseClipping(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.max_norm = self._as_threshold(max_norm)
+        self.max_norm = self.as_threshold(max_norm)
         self.weighted = weighted
         self.per = per
 

@@ -86,18 +86,18 @@ class LayerwiseNormalization(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.coefficient = self._as_threshold(coefficient)
+        self.coefficient = self.as_threshold(coefficient)
         self.max_ratio = max_ratio
         self.vectors = vectors
         self.per = per
         check_above(1.0 if max_ratio is None else max_ratio, 0.0, "max_ratio")
 
     @override
-    def _check_threshold(self, number: float) -> None:
+    def check_threshold(self, number: float) -> None:
         check_finite_above(number, 0.0, "coefficient")
 
     @override
-    def _changes(self, parameter: Tensor) -> bool:
+    def changes(self, parameter: Tensor) -> bool:
         return self.vectors or parameter.ndim > 1
 
     @override

@@ -77,7 +77,7 @@ class NormClipping(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.max_norm = self._as_threshold(max_norm)
+        self.max_norm = self.as_threshold(max_norm)
         self.norm_type = norm_type
         check_above(norm_type, 0.0, "norm_type")
 

@@ -89,7 +89,7 @@ class SpikeClipping(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.threshold = self._as_threshold(threshold)
+        self.threshold = self.as_threshold(threshold)
         self.pause = pause
         check_count(pause, 0, "pause")
 

@@ -74,7 +74,7 @@ class ValueClipping(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.clip_value = self._as_threshold(clip_value)
+        self.clip_value = self.as_threshold(clip_value)
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

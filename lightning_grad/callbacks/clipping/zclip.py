@@ -103,7 +103,7 @@ class ZClip(GradientConditioner):
         super().__init__(include, exclude, name)
         self.z_threshold = z_threshold
         self.alpha = alpha
-        self.max_norm = self._as_threshold(max_norm)
+        self.max_norm = self.as_threshold(max_norm)
         self.warmup_steps = warmup_steps
         self.eps = eps
         check_above(z_threshold, 0.0, "z_threshold")
