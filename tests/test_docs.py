@@ -8,6 +8,7 @@ import io
 import re
 import sys
 import types
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,13 +164,13 @@ def test_files_that_are_named_exist(page: Path) -> None:
 class Files:
     """Where a technique is told and shown.
 
-    One of its own file, ``callbacks/<word>.py``, has everything under its word. One of a family,
-    ``callbacks/<family>/<word>.py``, has its card in the family's folder, and shares page, example and YAML with it.
-    Strategies are such a family, in ``strategies/<word>.py``.
+    One of a family, ``callbacks/<family>/<word>.py``, has its card in the family's folder, and shares page, example and
+    YAML with it. The only one of its folder has everything under its own word. Strategies are a family, in
+    ``strategies/<word>.py``.
 
     Args:
         word: Name of the file its class stands in.
-        family: Name of the folder of that file; empty for a technique of its own.
+        family: Name of the folder of that file; empty for the only technique in it.
     """
 
     word: str
@@ -195,10 +196,17 @@ def class_of(name: str) -> Any:
     return getattr(strategies if name in SCHEMES else callbacks, name)
 
 
+def folder_of(name: str) -> str:
+    return class_of(name).__module__.removeprefix("lightning_grad.").removeprefix("callbacks.").rpartition(".")[0]
+
+
+FOLDERS = Counter(map(folder_of, TECHNIQUES))
+
+
 def files_of(name: str) -> Files:
     """Return the files of a technique, by the module of its class."""
-    _, kind, *family, word = class_of(name).__module__.split(".")
-    return Files(word, "strategies" if kind == "strategies" else "/".join(family))
+    folder, word = folder_of(name), class_of(name).__module__.rpartition(".")[2]
+    return Files(word, folder.replace(".", "/") if FOLDERS[folder] > 1 else "")
 
 
 FAMILIES = sorted({files_of(name).family for name in TECHNIQUES} - {""})

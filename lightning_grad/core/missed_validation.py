@@ -2,7 +2,7 @@
 
 A checkpoint of a step after which a validation is due (``every_n_train_steps``, an exception in ``on_train_batch_end``) is
 written before that validation. The run that resumes from it takes the validation as done. For weights it makes no difference;
-whoever decides by what a validation says must have it run.
+a callback that acts on validation metrics must run it first.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import lightning.pytorch as pl
 from torch.optim import Optimizer
@@ -54,6 +54,7 @@ class ModuleChains:
         self._techniques: list[Technique] = []
         self._chains: dict[int, Chain] = {}
         self._window: InPlaceWindow | None = None
+        self._watched: WeakSet[Optimizer] = WeakSet()
         self._undo = UndoList()
         self._inside = 0
         self._is_baked = False
@@ -64,13 +65,18 @@ class ModuleChains:
         Returns:
             Callable: Lets it no longer; the last one to leave takes everything away.
         """
-        if not self._techniques:
-            for optimizer in self.trainer.optimizers:
-                self._undo.push(optimizer.register_step_pre_hook(self._before_step).remove)
-                self._undo.push(optimizer.register_step_post_hook(self._after_step).remove)
+        self._watch_optimizers()
         self._techniques = sorted([*self._techniques, technique], key=lambda other: other.stage)
         self._inside += 1
         return self._leave
+
+    def _watch_optimizers(self) -> None:
+        """Follow the trainer's optimizers, also one that has taken another's place."""
+        for optimizer in self.trainer.optimizers:
+            if optimizer not in self._watched:
+                self._watched.add(optimizer)
+                self._undo.push(optimizer.register_step_pre_hook(self._before_step).remove)
+                self._undo.push(optimizer.register_step_post_hook(self._after_step).remove)
 
     def _leave(self) -> None:
         self._inside -= 1
@@ -116,8 +122,9 @@ class ModuleChains:
         if self._window is not None:
             self._window.reopen()
 
-    def renew_stale(self) -> None:
-        """Bring weights up to date that something other than the optimizer has changed."""
+    def begin_batch(self) -> None:
+        """Bring weights up to date that something other than the optimizers has changed, and follow new optimizers."""
+        self._watch_optimizers()
         for technique in self._techniques:
             technique.renew_stale()
 

@@ -27,7 +27,7 @@ Interval = Literal["validation", "epoch"]
 
 
 class MonitoredCallback(GradCallback):
-    """Acts on each new value of a metric, in :meth:`observe`; that is all a technique must write.
+    """Acts on each new value of a metric; a technique writes :meth:`observe`, and may write :meth:`restart`.
 
     - Stale and non-finite values are ignored.
     - All ranks get the same value, the mean of theirs, whether or not the module logs with ``sync_dist``.
@@ -78,10 +78,10 @@ class MonitoredCallback(GradCallback):
         raise NotImplementedError(f"{type(self).__name__} must define observe(trainer, value).")
 
     def restart(self) -> str:
-        """Drop what earlier values have left, because those to come are of another metric or interval.
+        """Drop what was learned from earlier values, because a resumed fit has another metric or interval.
 
         Returns:
-            str: What stays all the same, to be printed.
+            str: What is kept all the same, for the line that is printed.
         """
         return ""
 
@@ -90,7 +90,7 @@ class MonitoredCallback(GradCallback):
         return value >= bound if self.mode == "max" else value <= bound
 
     def epochs_done(self, trainer: pl.Trainer) -> float:
-        """Return after how many epochs the present value was measured; parts of one count."""
+        """Return how many epochs were done when the present value was measured; a fraction within an epoch."""
         return _epochs_done(trainer) if self._due is None else self._due
 
     def tell_once(self, what: str, tell: Callable[[str], Any], text: str) -> None:

@@ -16,7 +16,13 @@ from lightning_grad.core.look import Look
 from lightning_grad.core.scoring import indexed_loader, refuse_part, runner, to_device
 from lightning_grad.core.training_loaders import keys_of
 from lightning_grad.core.undo import UndoList
-from lightning_grad.data.random_streams import generators_kept, numbers_kept, seed_generators, seed_streams
+from lightning_grad.data.random_streams import (
+    generators_kept,
+    numbers_kept,
+    random_streams_kept,
+    seed_generators,
+    seed_streams,
+)
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import check_count, refuse_dataloader_iter, refuse_manual_optimization
 from lightning_grad.utilities.reporting import counted
@@ -141,7 +147,9 @@ class ProbeSamples:
             if is_part
             else _runner(self.trainer, pl_module, batch, self.label)
         )
-        seed_streams(_SEED)  # reading may have drawn numbers
+        seed_streams(_SEED)
+        for module in pl_module.modules():
+            seed_generators(module, _SEED, depth=1)  # no further: the module knows its Trainer
         return ProbeLook(
             pl_module,
             batch,
@@ -175,11 +183,12 @@ class ProbeSamples:
         return self._own
 
     def _read(self, loader: DataLoader[Any], dataset: Any, indices: list[int]) -> Any:
-        for holder in (dataset, loader.collate_fn):
-            seed_generators(holder, _SEED)
-        seed_streams(_SEED)
-        batch = next(iter(indexed_loader(loader, dataset, [indices], _SEED)))
-        return to_device(self.trainer, copy_of(batch))  # a collate function may hand on what the data set holds
+        with random_streams_kept():  # a probe that reads parts draws on where it was
+            seed_streams(_SEED)
+            for holder in (dataset, loader.collate_fn):
+                seed_generators(holder, _SEED)
+            batch = next(iter(indexed_loader(loader, dataset, [indices], _SEED)))
+            return to_device(self.trainer, copy_of(batch))  # a collate function may hand on what the data set holds
 
     @property
     def _loader(self) -> DataLoader[Any]:

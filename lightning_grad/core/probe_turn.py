@@ -43,7 +43,7 @@ class Outcome:
         """
         numbers, fault, is_fatal = trainer.strategy.broadcast((self.numbers, self.fault, self.is_fatal))
         if on_all and trainer.strategy.reduce_boolean_decision(bool(self.fault), all=False):
-            fault = self.fault or fault or "Another rank has failed."
+            fault = self.fault or fault or "That rank shows the error."
         return Outcome(None if fault else numbers, self.reading, self.error, fault, is_fatal or self.is_fatal)
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -18,7 +19,7 @@ from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.module_chains import ModuleChains
 from lightning_grad.core.portable import make_portable, wrap_loading
-from lightning_grad.core.weight_chain import Stage
+from lightning_grad.core.weight_chain import Chain, Stage
 from lightning_grad.core.weight_choice import W
 from lightning_grad.core.weight_selection import Selection
 
@@ -56,6 +57,10 @@ class ShownWeights(GradCallback, Generic[W]):
     def owned_by(self, optimizer: Optimizer) -> list[W]:
         """Return the chosen weights that an optimizer moves."""
         return [] if self._selection is None else self._selection.owned_by(optimizer)
+
+    def views(self) -> dict[str, tuple[Tensor, Chain]]:
+        """Return dense weight and chain by every key of ``state_dict``, where this technique's stage is the chain's first."""
+        return {} if self._selection is None else self._selection.views()
 
     def renew(self, weight: W, stepped: bool = False) -> None:
         """Bring a weight up to date, and let the stages after this one know."""
@@ -110,7 +115,7 @@ class ShownWeights(GradCallback, Generic[W]):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._leave_inference()
-        self._chains.renew_stale()
+        self._chains.begin_batch()
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -170,7 +175,7 @@ class ShownWeights(GradCallback, Generic[W]):
     ) -> None:
         # During a fit the module's own hook does this, later than every callback; after an exception it is gone.
         if self._selection is not None and not len(self.undo_after_saving):
-            make_portable(checkpoint, self.state_key, self._selection.views())
+            make_portable(checkpoint, self.state_key, self.views())
 
     # The fit ends.
 

@@ -36,10 +36,11 @@ def is_repeated(pl_module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """One call of ``training_step``: what it was called with, and the random states that it began with."""
+    """One call of ``training_step``: what it was called with, and what else it depends on."""
 
     arguments: tuple[Any, ...]
-    states: tuple[Any, ...]
+    states: tuple[Any, ...]  # of the random streams
+    samples: list[tuple[Any, Any]]  # callbacks that know the samples of a batch, with those of this one
 
 
 class StepWindow:
@@ -68,10 +69,14 @@ class StepWindow:
             # An optimizer that asks several times in one step asks for the same batch.
             is_new = not self._evaluations or self._evaluations[-1].arguments[0] is not args[0]
             if is_new and not self._is_again:
-                self._evaluations.append(_Evaluation(args, random_states()))
+                self._evaluations.append(_Evaluation(args, random_states(), self._samples()))
             return inner(*args)
 
         return wrap_method(self._trainer.strategy, "training_step", step)
+
+    def _samples(self) -> list[tuple[Any, Any]]:
+        callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
+        return [(callback, callback.indices) for callback in callbacks if hasattr(callback, "indices")]
 
     def end_step(self) -> None:
         """Drop the batches, because their step is made."""
@@ -89,17 +94,20 @@ class StepWindow:
         self._pl_module.optimizer_zero_grad(trainer.current_epoch, trainer.fit_loop.batch_idx, optimizer)
         self._is_again = True
         losses: list[Tensor] = []
+        samples = self._samples()
         try:
             for number, evaluation in enumerate(self._evaluations, 1):
                 with self._synchronized(number == len(self._evaluations)), torch.enable_grad():
                     losses += self._run(evaluation, optimizer)
         finally:
             self._is_again = False
+            _tell(samples)
         return torch.stack(losses).sum() if losses else None
 
     def _run(self, evaluation: _Evaluation, optimizer: Optimizer) -> list[Tensor]:
         strategy = self._trainer.strategy
         set_random_states(evaluation.states)
+        _tell(evaluation.samples)
         output: Any = strategy.training_step(*evaluation.arguments)
         loss = output["loss"] if isinstance(output, dict) else output
         if loss is None:
@@ -111,6 +119,12 @@ class StepWindow:
     def _synchronized(self, is_last: bool) -> AbstractContextManager[Any]:
         block = getattr(self._trainer.strategy, "block_backward_sync", None)
         return nullcontext() if is_last or block is None else block()
+
+
+def _tell(samples: list[tuple[Any, Any]]) -> None:
+    """Let callbacks that know the samples of a batch know these."""
+    for callback, indices in samples:
+        callback.indices = indices
 
 
 class StepClosure:
@@ -131,6 +145,7 @@ class StepClosure:
     ) -> None:
         self._closure, self._optimizer, self._window = closure, optimizer, window
         self._trainer, self._pl_module, self._label = trainer, pl_module, label
+        self._states = random_states()
 
     def __call__(self) -> Any:
         """Compute the gradients, and return what the closure returns; hand this on to the optimizer."""
@@ -151,6 +166,7 @@ class StepClosure:
         with _unseen(self._trainer, self._pl_module):
             if self._window is not None:
                 return self._window.run_again(self._optimizer)
+            set_random_states(self._states)
             with torch.enable_grad():
                 return self._closure()
 

@@ -138,6 +138,7 @@ def attach_view(module: nn.Module, attribute: str, view: WeightView) -> Callable
         Callable: Gives the module its own class back; may be called more than once.
 
     Example:
+        >>> import torch
         >>> class Doubled:
         ...     def value(self, dense):
         ...         return 2 * dense

@@ -121,7 +121,7 @@ class WeightCallback(ShownWeights[W]):
         self.undo.push(selection.hide)
         selection.show(choice)
         self.signatures = {weight.name: weight.signature for weight in self.weights}
-        self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, selection.views))
+        self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, self.views))
         self.resume()
         self.announce(self.plan, "parameters", self._names)
         rank_zero_info(choice.table(self.column))

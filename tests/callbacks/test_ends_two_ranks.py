@@ -40,7 +40,7 @@ def _fit(build: Any) -> tuple[list[Tensor], list[str]]:
     found: list[str] = []
 
     def read(*_: Any) -> None:
-        found[:] = callback._heads.names if hasattr(callback, "_heads") else sorted(callback._chosen)
+        found[:] = callback._heads.names if hasattr(callback, "_heads") else sorted(callback.signatures)
 
     callbacks = [callback, LambdaCallback(on_train_end=read)]
     trainer = make_trainer(callbacks=callbacks, devices=2, strategy="ddp", max_epochs=2, use_distributed_sampler=False)

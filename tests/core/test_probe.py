@@ -278,6 +278,27 @@ def test_an_epochs_look_sees_the_averaged_weights_that_are_validated(ema_first: 
     assert plain.history.rows()[0]["norm"] != pytest.approx(validated[0], rel=1e-3)
 
 
+def test_an_averaging_callback_of_any_kind_is_looked_through() -> None:
+    class Doubles(pl.Callback):
+        """Validates with weights of its own."""
+
+        def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.head.weight.data.mul_(2.0)
+
+        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.head.weight.data.div_(2.0)
+
+    probe, seen, trained = Answers(4), [], []
+    probe.meets = lambda look: seen.append((look.step, look.pl_module.head.weight.norm().item()))
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            trained.append(pl_module.head.weight.norm().item())
+
+    run(probe, Doubles(), Watch())
+    assert seen[1:] == [(step, pytest.approx(2 * trained[step])) for step in (5, 11, 17)]
+
+
 # Resuming.
 
 
@@ -324,14 +345,14 @@ def test_a_checkpoint_of_a_run_without_the_probe_is_accepted(tmp_path: Path) -> 
 # Ranks.
 
 
-def _on_a_rank(folder: str, on_all: bool, fails_at: int) -> dict[str, Any]:
+def _on_a_rank(folder: str, on_all: bool, fails_at: int, rank: int | None = None) -> dict[str, Any]:
     probe = Answers(4, every_n_steps=2)
     probe.looks_on_all_ranks = on_all  # type: ignore[misc]
 
     def meets(look: ProbeLook) -> None:
         if on_all:
             assert look.trainer.strategy.reduce(torch.ones(()), reduce_op="sum") == 2
-        if look.step >= fails_at:
+        if look.step >= fails_at and rank in (None, look.trainer.global_rank):
             raise KeyError("on purpose")
 
     probe.meets = meets
@@ -355,9 +376,9 @@ def test_the_first_rank_looks_unless_all_must(on_all: bool, tmp_path: Path) -> N
     assert set(first["metrics"]) == {"answers/mean", "answers/drawn"}
 
 
-def _fails_on_ranks(folder: str, on_all: bool) -> str:
+def _fails_on_ranks(folder: str, on_all: bool, rank: int | None = None) -> str:
     with pytest.raises((KeyError, RuntimeError)) as caught:
-        _on_a_rank(folder, on_all, 0)
+        _on_a_rank(folder, on_all, 0, rank)
     return str([caught.value, *getattr(caught.value, "__notes__", [])])
 
 
@@ -366,6 +387,12 @@ def test_all_ranks_raise_what_the_first_look_of_one_raises(on_all: bool, tmp_pat
     for words in on_ranks(2, _fails_on_ranks, str(tmp_path), on_all):
         assert "on purpose" in words
         assert "Answers" in words
+
+
+def test_all_ranks_raise_where_a_later_one_alone_fails(tmp_path: Path) -> None:
+    first, second = on_ranks(2, _fails_on_ranks, str(tmp_path), True, 1)
+    assert "Answers failed on another rank. That rank shows the error." in first
+    assert "on purpose" in second
 
 
 # What fails.
@@ -405,6 +432,20 @@ def test_what_fails_later_is_a_warning_and_the_run_is_the_same(error: str) -> No
     plain_trainer, plain = run(max_epochs=1)
     assert_identical(state_of(plain_trainer, plain), state_of(trainer, module))
     assert not module.head._forward_hooks
+
+
+def test_steps_back_are_taken_when_a_look_ends_and_when_it_fails() -> None:
+    probe, taken = Answers(2, every_n_steps=1), []
+
+    def meets(look: ProbeLook) -> None:
+        look.undo.push(lambda: taken.append((look.step, is_quiet(look.pl_module))))
+        if look.step == 1:
+            raise ValueError("no such thing")
+
+    probe.meets = meets
+    with pytest.warns(UserWarning, match="no such thing"):
+        run(probe, max_epochs=1, limit_train_batches=3)
+    assert taken == [(0, True), (1, True), (2, True)]
 
 
 def test_a_probe_that_changes_a_weight_ends_the_fit_at_any_look() -> None:
@@ -574,6 +615,21 @@ def test_parts_are_the_samples_in_smaller_batches() -> None:
     run(probe, max_epochs=1)
     assert parts[-1] == [8, 8, 4]
     del module
+
+
+def test_a_probe_draws_other_numbers_for_each_part_and_the_same_in_each_look() -> None:
+    class Own(Noisy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(3)
+
+    probe, drawn = Answers(8, split="train"), []
+    probe.meets = lambda look: drawn.append(
+        [(torch.rand(1).item(), torch.rand(1, generator=look.pl_module.generator).item()) for _ in look.parts(4)]
+    )
+    run(probe, module=Own(), max_epochs=2)
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert drawn[0][0][0] != drawn[0][1][0]
 
 
 def test_the_batch_is_not_the_data_sets_own() -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_grad.callbacks import NMSparsity
+from lightning_grad.callbacks import InfoBatch, NMSparsity
 from lightning_grad.core import OptimizerCallback, StepClosure, is_repeated
 from lightning_grad.testing import assert_identical, fit, loaders, make_classifier, make_trainer, state_of
 
@@ -247,6 +247,24 @@ def test_under_manual_optimization_a_closure_is_evaluated_twice() -> None:
     assert len(module.losses) == 18, "the second evaluation leaves no trace"
 
 
+def test_under_manual_optimization_the_same_random_numbers_are_drawn() -> None:
+    class Unseeded(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+
+            def closure() -> Tensor:
+                optimizer.zero_grad()
+                loss = Module.training_step(self, batch, batch_idx)
+                self.manual_backward(loss)
+                return loss
+
+            optimizer.step(closure)
+
+    trainer, module = run(Sharp(rho=0.0), module=Unseeded(with_closure=True))
+    other, plain = run(module=Unseeded(with_closure=True))
+    assert_identical(state_of(trainer, module), state_of(other, plain))
+
+
 def test_under_manual_optimization_a_step_without_a_closure_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"Sharp evaluates each step itself.*Call optimizer.step\(closure\)"):
         run(Sharp(), module=Manual(with_closure=False))
@@ -391,3 +409,12 @@ def test_it_begins_with_the_optimizer_that_it_acts_on(accumulate: int) -> None:
     other, plain = run(Swaps(), accumulate_grad_batches=accumulate)
     assert_identical(state_of(trainer, module), state_of(other, plain))
     assert not same(run(OnlyRAdam(), Swaps(), accumulate_grad_batches=accumulate)[1], plain)
+
+
+def test_weights_of_samples_are_those_of_their_batch() -> None:
+    """With the samples of the last batch for all, earlier batches of a step would get the weights of others."""
+    callback, trainers = (lambda: InfoBatch(0.5, total_steps=100)), []
+    for others in ([], [Sharp(rho=0.0)]):
+        trainers.append(fit([callback(), *others], accumulate_grad_batches=2))
+    assert_identical(state_of(*trainers[0]), state_of(*trainers[1]))
+    assert trainers[0][0].callback_metrics["data/kept_share"] < 1.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnE
 from torch import Tensor, nn
 
 from lightning_grad.callbacks import NMSparsity
-from lightning_grad.core import FoundWeight, Stage, ViewedWeight
+from lightning_grad.core import FoundWeight, Stage, ViewedWeight, attach_view, quiet
 from lightning_grad.core.in_place_view import InPlaceWindow
 from lightning_grad.core.weight_chain import Chain
 from lightning_grad.functional import is_nm, nm_mask
@@ -27,7 +29,8 @@ from tests.contract import test_no_sync as no_sync
 from tests.contract import test_no_trace as no_trace
 from tests.contract import test_resume as resume
 from tests.contract.settings import Technique
-from tests.core.weight_techniques import RoundedWeight, Rounding, WeightNoise
+from tests.core import weight_techniques
+from tests.core.weight_techniques import NoisyWeight, RoundedWeight, Rounding, WeightNoise
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
@@ -142,6 +145,15 @@ def test_two_ranks_agree_and_shards_are_refused(tmp_path: Path) -> None:
 @BOTH
 def test_no_hook_waits_for_the_device(technique: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     no_sync.test_hooks_of_a_step_do_not_wait(technique, monkeypatch)
+
+
+def test_the_guide_shows_the_same_noise_in_at_most_sixty_lines() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "adding_a_technique.md").read_text()
+    sources = [inspect.getsource(NoisyWeight), inspect.getsource(WeightNoise)]
+    assert all(source in page for source in sources)
+    assert sum(source.count("\n") for source in sources) <= 60
+    imported = re.findall(r"^from lightning_grad\S* import", inspect.getsource(weight_techniques), re.MULTILINE)
+    assert imported == ["from lightning_grad.core import"]
 
 
 def test_wrong_arguments_raise() -> None:
@@ -320,6 +332,41 @@ def test_a_loaded_weight_reaches_all_stages() -> None:
     rounded = RoundedWeight(FoundWeight("w", nn.Linear(1, 1), "weight"), 0.05, 0.2).stored
     fit([Load(), Rounding(include=LAYERS), sparse("ste"), Compare()])
     assert seen == [True]
+
+
+def test_an_optimizer_that_takes_anothers_place_is_followed() -> None:
+    class Replace(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            trainer.strategy.optimizers = [torch.optim.SGD(pl_module.parameters(), lr=0.1, momentum=0.9)]
+
+    def run(optimizer: Any, *others: Any) -> dict[str, Tensor]:
+        module = Regression(nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 8)), optimizer)
+        trainer(NMSparsity("1:4", include=["*"], figure=False), *others).fit(module, data())
+        return module.state_dict()
+
+    torch.manual_seed(0)
+    expected = run(lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
+    torch.manual_seed(0)
+    assert_identical(expected, run(torch.optim.Adam, Replace()))
+    assert is_nm(expected["net.0.weight"], 1, 4)
+
+
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_a_look_at_the_module_in_between_changes_nothing(evaluate: bool) -> None:
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            with quiet(trainer, pl_module, evaluate=evaluate), torch.enable_grad():
+                pl_module.training_step(batch, batch_idx).backward()
+
+    assert_identical(state(PAIRS["all three"]()), state([*PAIRS["all three"](), Look()]))
+
+
+def test_a_weight_that_somebody_else_shows_is_refused() -> None:
+    module = make_classifier()
+    undo = attach_view(module.hidden, "weight", ViewedWeight(FoundWeight("hidden.weight", module.hidden, "weight")))
+    with pytest.raises(ValueError, match=r"WeightNoise and another instance both choose hidden.weight \(Linear\)"):
+        fit([WeightNoise(include=["hidden"])], module)
+    undo()
 
 
 # The gradient of a chain.

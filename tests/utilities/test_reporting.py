@@ -23,9 +23,12 @@ from lightning_grad.utilities.reporting import (
     log_figure,
     log_file,
     log_histograms,
+    log_picture,
+    log_record,
     log_settings,
     log_summary,
     log_table,
+    logged_at,
     output_folder,
     say_if_no_figure,
     stepped_batches,
@@ -324,6 +327,8 @@ def test_dry_run_takes_every_kind_of_fact(tmp_path: Path) -> None:
     log_settings(trainer, "NMSparsity", {"a": 1})
     log_summary(trainer, {"a": 1.0})
     log_figure(trainer, "figure", figure(), tmp_path / "figure.png")
+    log_picture(trainer, "picture", PIXELS, tmp_path / "picture.png")
+    log_record(trainer, str, "table", ROWS, tmp_path / "record", figure)
     log_table(trainer, "table", ROWS, tmp_path / "table.csv")
     log_file(trainer, tmp_path / "table.csv", "table", "masks")
     assert (tmp_path / "figure.png").exists()
@@ -337,11 +342,54 @@ def test_file_becomes_an_artifact_where_there_are_some(tmp_path: Path, tensorboa
     assert trainer.loggers[0].calls == {"artifact": expected}
 
 
+PIXELS = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+
+
+def test_a_picture_is_saved_and_sent_at_the_step_that_is_asked_for(tmp_path: Path) -> None:
+    from PIL import Image
+
+    trainer = recording_trainer(steps=7)
+    with logged_at(trainer, 3):
+        log_picture(trainer, "picture", PIXELS, tmp_path / "new" / "picture.png", "a caption")
+    path = tmp_path / "new" / "picture.png"
+    assert trainer.loggers[0].calls["image"] == {
+        "key": "picture",
+        "images": [str(path)],
+        "step": 3,
+        "caption": ["a caption"],
+    }
+    assert stepped_batches(trainer) == 7
+    with Image.open(path) as image:
+        assert np.array_equal(np.asarray(image), PIXELS)
+
+
+def test_the_step_is_put_back_after_an_error() -> None:
+    trainer = recording_trainer(steps=7)
+    with pytest.raises(KeyError), logged_at(trainer, 3):
+        raise KeyError
+    assert stepped_batches(trainer) == 7
+
+
+@pytest.mark.parametrize(("wanted", "installed"), [(True, True), (True, False), (False, True)])
+def test_a_record_is_a_table_and_where_possible_a_figure(
+    wanted: bool, installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting, "is_installed", lambda package: installed)
+    trainer = recording_trainer()
+    log_record(trainer, lambda name: f"x/{name}", "rows", ROWS, tmp_path / "a.b", figure if wanted else None)
+    assert trainer.loggers[0].calls["table"]["key"] == "x/rows"
+    is_drawn = wanted and installed
+    assert ("image" in trainer.loggers[0].calls) == is_drawn
+    assert {path.name for path in tmp_path.iterdir()} == {"a.b.csv", *(["a.b.png"] if is_drawn else [])}
+
+
 def test_only_rank_zero_writes(tmp_path: Path) -> None:
     trainer = recording_trainer(rank_zero=False)
     log_settings(trainer, "NMSparsity", {"a": 1})
     log_summary(trainer, {"a": 1.0})
     log_figure(trainer, "figure", figure(), tmp_path / "figure.png")
+    log_picture(trainer, "picture", PIXELS, tmp_path / "picture.png")
+    log_record(trainer, str, "table", ROWS, tmp_path / "record", figure)
     log_table(trainer, "table", ROWS, tmp_path / "table.csv")
     log_histograms(trainer, WEIGHTS)
     log_file(trainer, tmp_path / "file", "file", "masks")

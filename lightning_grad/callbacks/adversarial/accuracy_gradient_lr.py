@@ -39,7 +39,7 @@ class AccuracyGradientLR(MonitoredCallback):
     observation w + 2, nor until q observations after a cut
     (:func:`~lightning_grad.functional.accuracy_gradient.accuracy_gradient_cuts`). The mean is compared with the one before it
     and not with the best, so a slow rise is cut too: by the defaults one of less than 2.5 points over five observations. An
-    observation is a validation, or an epoch. A value that was not logged anew is none, nor is one that is not finite.
+    observation is a validation, or an epoch. Stale and non-finite values are ignored.
 
     Schedulers of the module go on from the rate that was cut, for their base rates are cut too. A floor of a schedule's own
     (``eta_min``) stays.
