@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_grad.core.fit import FitScope, until_next_fit
 from lightning_grad.strategies._rank_files import MANIFEST_KEY, Problem, RankFiles, State
 from lightning_grad.strategies._rank_identity import Parameters
 from lightning_grad.utilities.arguments import changed_settings, follow_settings
@@ -22,7 +23,7 @@ from lightning_grad.utilities.arguments import changed_settings, follow_settings
 ResidualPolicy = Literal["strict", "mean", "reset"]
 
 
-class RankSavingDDP(DDPStrategy, ABC):
+class RankSavingDDP(FitScope, DDPStrategy, ABC):
     """Writes a file for each rank with every full checkpoint, and reads it when a fit resumes.
 
     Attributes:
@@ -30,8 +31,8 @@ class RankSavingDDP(DDPStrategy, ABC):
     """
 
     residual_policy: ResidualPolicy
-    _loaded_from: str | None = None
-    _files: RankFiles | None = None
+    _loaded_from = ""
+    _files = until_next_fit[RankFiles]()
 
     @property
     @abstractmethod
@@ -100,8 +101,6 @@ class RankSavingDDP(DDPStrategy, ABC):
                 "something else, and are lost."
             )
             return
-        assert self._loaded_from is not None
-        assert self._files is not None
         saved = manifest.get("settings", {})
         follow_settings(self.label, saved, self.message_settings, {})
         policy, parameters = self.residual_policy, self.parameters
@@ -127,11 +126,9 @@ class RankSavingDDP(DDPStrategy, ABC):
         self.barrier("all rank files are written before the checkpoint that names them")
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if self.is_global_zero:
-            assert self._files is not None
             self._files.forget_earlier(self.checkpoint_io, path, manifest)
 
     def _write_rank_file(self, checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
-        assert self._files is not None
         manifest = self._files.write(self.checkpoint_io, path, self.rank_state(), self.parameters)
         checkpoint[MANIFEST_KEY] = {**manifest, "settings": self.message_settings}
         return manifest
@@ -140,7 +137,6 @@ class RankSavingDDP(DDPStrategy, ABC):
         """Save after an exception, when other ranks may be anywhere: nobody can be asked, and rank 0 only looks for files."""
         manifest = self._write_rank_file(checkpoint, path)
         if self.is_global_zero:
-            assert self._files is not None
             if not self._files.are_complete(path, manifest) and get_filesystem(path).exists(path):
                 # One that lacks files of other ranks must not take the place of one that can be resumed.
                 rank_zero_warn(f"{self.label} keeps the former {path}: other ranks have not written theirs.")
@@ -150,7 +146,7 @@ class RankSavingDDP(DDPStrategy, ABC):
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
         super().remove_checkpoint(filepath)
-        if self.is_global_zero and self._files is not None:
+        if self.is_global_zero and hasattr(self, "_files"):
             self._files.remove(str(filepath))
 
     @property

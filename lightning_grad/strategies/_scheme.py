@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_grad.core.fit import FitScope, during_fit, until_next_fit
+from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.undo import UndoList
 from lightning_grad.functional import total_norm
 from lightning_grad.strategies._buckets import Gradient
@@ -31,7 +31,7 @@ Message = dict[str, Tensor]
 _MOST_ENTRIES = 2**31  # of a compressed tensor: an index has four bytes
 
 
-class SchemeDDP(FitScope, RankSavingDDP):
+class SchemeDDP(RankSavingDDP):
     """What a scheme may ask for, what it writes, and what of it is saved.
 
     Attributes:

@@ -450,10 +450,9 @@ class DataPruning(SubsetCallback):
         if epoch > self._last_round:
             self._last_round = trainer.current_epoch
             return self._prune(trainer, run_pass, share)
-        if self._choice_changed:  # on resume; the scores are there
+        if self._choice_changed and self.scored is not None:  # on resume
             self._choice_changed = False
-            assert self.scored is not None
-            return self._keep(self.scored, share)
+            return self._keep(self.scored, share).kept
         return self.kept
 
     def _passes(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rehearsal: bool = False) -> Pass:
@@ -491,18 +490,16 @@ class DataPruning(SubsetCallback):
 
     def _prune(self, trainer: pl.Trainer, run_pass: Pass, share: float) -> Tensor | None:
         items = self.training_set.items(self._dataset(trainer))
-        scored = self._source.take(trainer, run_pass, self.training_set, items)
-        kept = self._keep(scored, share)
-        assert self.scored is not None
+        scored = self._keep(self._source.take(trainer, run_pass, self.training_set, items), share)
         if scored.name != CHANCE:
             dataset = self._dataset(trainer)
             with generators_kept(dataset):
-                self._save(trainer, self.scored)
-                report(trainer, self.scored, self.training_set.items(dataset), self.label, self.show, self.figure)
-        return kept
+                self._save(trainer, scored)
+                report(trainer, scored, self.training_set.items(dataset), self.label, self.show, self.figure)
+        return scored.kept
 
-    def _keep(self, scored: ScoredSet, share: float) -> Tensor | None:
-        """Return the samples that a share leaves of those scored, and print how many they are."""
+    def _keep(self, scored: ScoredSet, share: float) -> ScoredSet:
+        """Choose the samples that a share leaves of those scored, and print how many they are."""
         sampler = self.training_set.sampler
         population = sampler.population
         say_what_is_skipped(self.label, population, ~scored.values[population].isnan())
@@ -511,8 +508,8 @@ class DataPruning(SubsetCallback):
             self.warn_of_too_few(count, len(population))
         kept = None if share == 0.0 else population[self._select(scored, population, count)]
         self.scored = replace(scored, kept=kept)
-        self._say_kept(count, len(population), share)
-        return kept
+        self._say_kept(scored.name, count, len(population), share)
+        return self.scored
 
     def _select(self, scored: ScoredSet, population: Tensor, count: int) -> Tensor:
         labels = None if self._needs_no_classes else self._labels_of(scored, population)
@@ -543,17 +540,16 @@ class DataPruning(SubsetCallback):
                 "class_floor at 0."
             )
 
-    def _say_kept(self, count: int, total: int, share: float) -> None:
-        assert self.scored is not None
+    def _say_kept(self, name: str, count: int, total: int, share: float) -> None:
         if share == 0.0:
-            rank_zero_info(f"{self.label} has scored {total} samples by {self.scored.name}, and keeps them all.")
+            rank_zero_info(f"{self.label} has scored {total} samples by {name}, and keeps them all.")
             return
         what = (
             "Epochs keep their number of steps, and pass through these samples more than once."
             if self.passes_more_than_once
             else "Epochs get shorter, and schedules that step with batches advance faster, to end where they would have."
         )
-        rank_zero_info(f"{self.label} goes on with {count} of {total} samples (by {self.scored.name}). {what}")
+        rank_zero_info(f"{self.label} goes on with {count} of {total} samples (by {name}). {what}")
 
     def _dataset(self, trainer: pl.Trainer) -> Any:
         if self.score_dataset is None:
