@@ -48,6 +48,9 @@ from lightning_grad.core.weight_chain import Stage
 from lightning_grad.core.weight_choice import WeightChoice
 from lightning_grad.core.weight_view import WeightView, attach_view
 from lightning_grad.core.weights import WeightCallback
+from lightning_grad.utilities.batches import find_input, input_at, with_input
+from lightning_grad.utilities.checks import check_above, check_at_least, check_between, check_count
+from lightning_grad.utilities.reporting import is_log_step
 
 __all__ = [
     "Chosen",
@@ -81,7 +84,14 @@ __all__ = [
     "WrapOrder",
     "as_indices",
     "attach_view",
+    "check_above",
+    "check_at_least",
+    "check_between",
+    "check_count",
     "during_fit",
+    "find_input",
+    "input_at",
+    "is_log_step",
     "is_quiet",
     "is_repeated",
     "look_at_all",
@@ -91,6 +101,7 @@ __all__ = [
     "run_progress",
     "total_steps",
     "until_next_fit",
+    "with_input",
     "wrap_loading",
     "wrap_method",
     "wrap_saving",

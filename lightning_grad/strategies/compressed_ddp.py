@@ -259,7 +259,8 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
                 "one, or strategy='ddp'."
             )
         with interrupts_deferred():
-            self._exchange_at_once(sorted(gradients, key=lambda gradient: self._order[gradient.name]))
+            order = self._order
+            self._exchange_at_once(sorted(gradients, key=lambda gradient: order[gradient.name]))
 
     def _exchange_at_once(self, gradients: list[Gradient]) -> None:
         measured = is_log_step(self._trainer)

@@ -231,10 +231,11 @@ class DGCStrategy(CompressedDDPStrategy):
         return super().compresses(name, parameter) and self._ratio_of(name) < 1.0
 
     def _ratio_of(self, name: str) -> float:
-        if name not in self._shares:  # asked in every step
+        shares = self._shares
+        if name not in shares:  # asked in every step
             pattern = first_match(self.names_of(name), self.layer_ratios)
-            self._shares[name] = self.ratio if pattern is None else self.layer_ratios[pattern]
-        return self._shares[name]
+            shares[name] = self.ratio if pattern is None else self.layer_ratios[pattern]
+        return shares[name]
 
     @override
     def refuse(self, trainer: pl.Trainer) -> None:
@@ -328,14 +329,15 @@ class DGCStrategy(CompressedDDPStrategy):
 
     @override
     def accumulate(self, gradients: Sequence[Gradient]) -> None:
+        kept, local = self.memory, self._momentum
         for gradient in gradients:
-            memory, values = self.memory.setdefault(gradient.name, {}), gradient.values
+            memory, values = kept.setdefault(gradient.name, {}), gradient.values
             kind = torch.promote_types(
                 values.dtype, torch.float32
             )  # half types lose what is small beside a large residual
             if _RESIDUAL not in memory:
                 memory[_RESIDUAL] = torch.zeros_like(values, dtype=kind)
-            momentum, nesterov = (0.0, False) if self._momentum is None else self._momentum.of(gradient.parameter)
+            momentum, nesterov = (0.0, False) if local is None else local.of(gradient.parameter)
             if momentum and _VELOCITY not in memory:
                 memory[_VELOCITY] = torch.zeros_like(values, dtype=kind)
             accumulate_residual_(memory[_RESIDUAL], values, memory.get(_VELOCITY), momentum, nesterov)

@@ -4,7 +4,8 @@ The contract suite of this package is made of them, and a technique of your own 
 everything below, and nothing of the package imports them.
 
 - A small project: :func:`make_classifier`, :func:`make_data`, :func:`loaders` and :class:`ResumableLoader`,
-  :func:`make_trainer` and :func:`fit`.
+  :func:`make_trainer` and :func:`fit`. Its optimizers are in ``OPTIMIZERS``, its sizes are ``BATCH``, ``BATCHES``, ``TOKENS``,
+  ``WIDTH`` and ``CLASSES``.
 - What a run leaves behind: :func:`state_of`, compared by :func:`assert_identical`.
 - Runs that break off: :class:`StopIn`, :class:`StopAt`, :class:`StopAfter`, :class:`StopInTrainingStep`.
 - What a technique left: :func:`traces` of a module, :func:`trainer_traces`, :func:`optimizer_traces`, and
