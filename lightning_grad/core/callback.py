@@ -97,6 +97,12 @@ class GradCallback(FitScope, CheckedArguments, Callback):
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as they stand."""
         names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        unknown = [name for name in names if not hasattr(self, name)]
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} has no attribute {unknown[0]!r}. Let its constructor store every argument under its "
+                "own name, and call super().__init__(name)."
+            )
         return {name: getattr(self, name) for name in names}
 
     @override
@@ -106,9 +112,18 @@ class GradCallback(FitScope, CheckedArguments, Callback):
             self.begin_fit()
         self._stage = stage
         if self.fitting:
+            self._check_fixed_settings()
             if self.needs_whole_weights:
                 refuse_sharded(trainer, self.label)
             log_settings(trainer, self.label, self.settings)
+
+    def _check_fixed_settings(self) -> None:
+        unknown = sorted(self.fixed_settings.keys() - self.settings.keys())
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}.fixed_settings names {unknown[0]!r}, which is no argument of its constructor: "
+                f"{', '.join(self.settings)}."
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:

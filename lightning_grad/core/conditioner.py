@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -132,6 +132,12 @@ class GradientConditioner(GradCallback):
         self, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None, name: str | None = None
     ) -> None:
         super().__init__(name)
+        if getattr(self, "phase", None) not in get_args(Phase):
+            got = repr(self.phase) if hasattr(self, "phase") else "none"
+            raise TypeError(
+                f"{type(self).__name__} must say in its class attribute phase where it stands among other techniques: "
+                f"{', '.join(map(repr, get_args(Phase)))}; got {got}."
+            )
         self.include = as_names(include)
         self.exclude = as_names(exclude)
 
@@ -142,6 +148,7 @@ class GradientConditioner(GradCallback):
         A value named ``clipped``, one where something was clipped and zero elsewhere, is also summed up over all steps
         and logged as ``clipped_share``.
         """
+        raise NotImplementedError(f"{type(self).__name__} must define condition(step).")
 
     @property
     def _threshold(self) -> Threshold:
@@ -315,6 +322,8 @@ class GradientConditioner(GradCallback):
         memory.steps += 1
 
     def _count(self, step: GradientStep, values: Mapping[str, Tensor | float], seen: int) -> dict[str, Tensor | float]:
+        if values is None:
+            raise TypeError(f"{self.label}.condition must return what is to be logged, by name; got None. Return {{}}.")
         shown = dict(values)
         clipped = shown.pop("clipped", None)
         if isinstance(clipped, Tensor):

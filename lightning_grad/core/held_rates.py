@@ -54,13 +54,22 @@ class HeldRates:
         Args:
             factor: One number for all parameter groups, or one for each. A tensor keeps the host from waiting for it; the
                 optimizer must then bear a learning rate that is a tensor.
+
+        Raises:
+            ValueError: If there are fewer or more factors than groups.
         """
         if isinstance(factor, float) and factor == 1.0:
             self.give_back()
             return
         groups = self._optimizer.param_groups
+        factors = list(factor) if isinstance(factor, (list, tuple)) else [factor] * len(groups)
+        if len(factors) != len(groups):
+            raise ValueError(
+                f"The optimizer has {len(groups)} parameter groups, and rates are to be multiplied by {len(factors)} "
+                "factors. Give one factor for all groups, or one for each."
+            )
         ledger = self._optimizer.__dict__.setdefault(_LEDGER, _Ledger())
-        ledger.factors[id(self)] = list(factor) if isinstance(factor, (list, tuple)) else [factor] * len(groups)
+        ledger.factors[id(self)] = factors
         ledger.settle(groups)
 
     def follow(self) -> None:

@@ -118,7 +118,7 @@ class ProbeCallback(GradCallback):
 
     def probe(self, look: ProbeLook) -> Reading:
         """Return what is found in one look."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define probe(look).")
 
     def draw(self, history: ProbeHistory) -> Figure:
         """Return the figure of the whole run, by default one panel for each scalar; needs matplotlib."""

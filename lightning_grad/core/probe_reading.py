@@ -87,6 +87,9 @@ def numbers_of(reading: Any, label: str) -> dict[str, float]:
             raise TypeError(
                 f"{label}: the picture {name!r} must be a Picture or a matplotlib Figure; got {type(picture).__name__}."
             )
+    for name in ("epoch", "step"):
+        if name in reading.scalars:
+            raise TypeError(f"{label}: the record has a column {name!r} of its own. Give the scalar another name.")
     return {name: _number(name, value, label) for name, value in reading.scalars.items()}
 
 

@@ -52,7 +52,7 @@ class SubsetCallback(GradCallback):
 
     def choose_samples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
         """Return the indices of the samples of the epoch that begins, ``None`` for all."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define choose_samples(trainer, pl_module).")
 
     def rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise if what will be done in later epochs cannot be; called after the first batch, all hooks of which have run."""
@@ -135,7 +135,9 @@ class SubsetCallback(GradCallback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.kept = self.choose_samples(trainer, pl_module)
+        kept = self.choose_samples(trainer, pl_module)
+        _check_indices(kept, self.label)
+        self.kept = kept
         self._fixed_steps = self.passes_more_than_once
         self.training_set.keep(self.kept, self._fixed_steps)
         self._has_warned = self._has_warned or warn_of_two_ends(trainer, self.training_set, self.label)
@@ -218,3 +220,15 @@ def _as_text(key: str | int | None) -> str | None:
 
 def _is_smoke_test(trainer: pl.Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def _check_indices(kept: Any, label: str) -> None:
+    # A mask would pass for the indices 0 and 1, each many times.
+    if kept is None:
+        return
+    if not isinstance(kept, Tensor) or kept.dim() != 1 or kept.dtype in (torch.bool, torch.uint8) or not kept.numel():
+        what = f"{kept.dtype} of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
+        raise TypeError(
+            f"{label}.choose_samples must return a tensor (n,) of at least one index, or None for all samples; got {what}. "
+            "Turn a mask into indices by mask.nonzero().flatten()."
+        )

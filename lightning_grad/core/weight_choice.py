@@ -97,7 +97,7 @@ def choose_weights(module: nn.Module, wanted: Wanted[W], ends: Ends) -> WeightCh
     for found in candidates:
         if any(weight.parameter is found.parameter for weight in choice.chosen):
             continue  # another name of a tied parameter
-        weight = _why_not(found, wanted) or wanted.view(found)
+        weight = _why_not(found, wanted) or _view(found, wanted)
         if not isinstance(weight, str) and clean_name(found.name) in dense:
             weight = "the first and the last layer stay dense unless include names them"
         if isinstance(weight, str):
@@ -124,6 +124,16 @@ def _why_not(found: FoundWeight, wanted: Wanted[W]) -> str:
     if by_default and tied_to:
         return f"tied to {', '.join(tied_to)}; include it by name to make every use {wanted.effect}"
     return ""
+
+
+def _view(found: FoundWeight, wanted: Wanted[W]) -> W | str:
+    weight: object = wanted.view(found)
+    if not isinstance(weight, (ViewedWeight, str)):
+        raise TypeError(
+            f"{wanted.label}.view must return a ViewedWeight, or the reason why {clean_name(found.name)} is left out; got "
+            f"{type(weight).__name__}."
+        )
+    return weight  # type: ignore[return-value]
 
 
 def _find_ends(owners: Sequence[Owner], candidates: Sequence[FoundWeight], wanted: Wanted[W], ends: Ends) -> set[str]:

@@ -79,7 +79,7 @@ class WeightCallback(ShownWeights[W]):
 
     def view(self, found: FoundWeight) -> W | str:
         """Return what the technique makes of a weight, or the reason why it leaves it as it is."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define view(found).")
 
     def why_excluded(self, names: Sequence[str]) -> str:
         """Return why a parameter of some names is left out; empty if it is not."""

@@ -411,7 +411,7 @@ class Failing(ProbeCallback):
         look.undo.push(look.pl_module.head.register_forward_hook(lambda *_: None).remove)
         if look.step in self.fails_at:
             raise {"ValueError": ValueError, "RuntimeError": RuntimeError}[self.error]("no such thing")
-        return Reading({"step": float(look.step)})
+        return Reading({"seen": float(look.step)})
 
 
 def test_what_fails_in_the_first_look_ends_the_fit_and_names_the_probe() -> None:
@@ -428,7 +428,7 @@ def test_what_fails_later_is_a_warning_and_the_run_is_the_same(error: str) -> No
     with pytest.warns(UserWarning, match=f"Failing failed in its look at step .*, .* {error}: no such") as warned:
         trainer, module = run(probe, max_epochs=1)
     assert len([w for w in warned if "Failing failed" in str(w.message)]) == 2
-    assert [row["step"] for row in probe.history.rows()] == [0.0, 1.0, 4.0, 5.0]
+    assert [row["seen"] for row in probe.history.rows()] == [0.0, 1.0, 4.0, 5.0]
     plain_trainer, plain = run(max_epochs=1)
     assert_identical(state_of(plain_trainer, plain), state_of(trainer, module))
     assert not module.head._forward_hooks
