@@ -569,11 +569,13 @@ def left_alone(module: LightningModule) -> Callable[[], None]:
 
 def in_place_of(module: LightningModule, step: Callable[..., Any]) -> Callable[[], None]:
     """Replace a module's training step; return a function that restores it."""
-    before = module.__dict__["training_step"]
+    before = module.__dict__.get("training_step")
     module.training_step = step  # type: ignore[method-assign]
 
     def end() -> None:
-        module.training_step = before  # type: ignore[method-assign]
+        del module.training_step
+        if before is not None:
+            module.training_step = before  # type: ignore[method-assign]
 
     return end
 

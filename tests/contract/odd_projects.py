@@ -58,12 +58,12 @@ class HandWritten(Tiny):
         return -self(x).log_softmax(1).gather(1, y[:, None]).mean()
 
 
-class Mixed(Tiny):
-    """Its loss is a cross-entropy and something that is not seen."""
+class Sharpened(Tiny):
+    """Its loss is two cross-entropies."""
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         logits = self(x)
-        return F.cross_entropy(logits, y) + (logits.logsumexp(1) ** 2).mean()
+        return F.cross_entropy(logits, y) + F.cross_entropy(2 * logits, y)
 
 
 class RootMean(Tiny):

@@ -609,10 +609,10 @@ LOSSES = [
         lambda _: fit(lg.LossReweighting(loss=0), module=odd.Spread()),
     ),
     Row(
-        "a part of a loss for a score",
-        lambda _: fit(pruning(), module=odd.Mixed()),
-        r"^DataPruning sees cross_entropy, which is not all.*Set loss=0",
-        lambda _: fit(pruning(loss=0), module=odd.Mixed()),
+        "two classifications for a score",
+        lambda _: fit(pruning(), module=odd.Sharpened()),
+        r"^DataPruning .*loss=0",
+        lambda _: fit(pruning(loss=0), module=odd.Sharpened()),
     ),
     Row(
         "chunks",

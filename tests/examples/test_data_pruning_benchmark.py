@@ -250,8 +250,9 @@ def test_steps_are_read_in_turns():
 
 @pytest.mark.parametrize("steps", [10, 11, 12, 13, 14])
 def test_no_way_lasts_longer_than_its_fit(steps):
-    rows = data_pruning.reading_rows(replace(TINY, steps=steps), 2, Clock("cpu"))
-    assert [row.name for row in rows][:3] == ["unread", "read", "weighted"]
+    rows = data_pruning.reading_rows(data_pruning.ResidualConvNet, replace(TINY, steps=steps), 2, Clock("cpu"))
+    assert [row.name for row in rows][:3] == ["unread", "weights not needed", "weighted"]
+    assert rows[-1].name == "read"
     assert all(row.ratio > 0 for row in rows)
 
 
