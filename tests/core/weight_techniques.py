@@ -40,7 +40,7 @@ class NoisyWeight(ViewedWeight):
 
 
 class WeightNoise(WeightCallback[NoisyWeight]):
-    """Multiply weights by Gaussian noise in every training step, drawn anew after each optimizer step.
+    """Multiply weights by Gaussian noise in every training step, drawn again after each optimizer step.
 
     Args:
         std: Standard deviation of the noise, relative to the weight; 0 changes nothing.
