@@ -51,11 +51,11 @@ lint: $(INSTALLED)
 	@$(BIN)/mypy
 
 bench: $(INSTALLED)
-	@$(BIN)/python benchmarks/nm_sparsity.py
+	@$(BIN)/python benchmarks/sparsity.py
 	@$(BIN)/python benchmarks/clipping.py
 	@$(BIN)/python benchmarks/data_pruning.py
 	@$(BIN)/python benchmarks/adversarial.py
-	@$(BIN)/python benchmarks/strategies.py
+	@$(BIN)/python benchmarks/communication.py
 
 docs: $(INSTALLED)
 	@$(BIN)/sphinx-build -W -q -b html docs docs/_build/html

@@ -49,7 +49,7 @@ from benchmarks.common import (
     write_tables,
 )
 from benchmarks.data_pruning import EpochTimer, against, display, medians
-from lightning_grad.callbacks.adversarial import AccuracyGradientLR, AdversarialEvaluation, AdversarialTraining
+from lightning_grad.callbacks import AccuracyGradientLR, AdversarialEvaluation, AdversarialTraining
 
 PGD_STEPS = (2, 5, 10)
 EVALUATION_STEPS = (1, 20)

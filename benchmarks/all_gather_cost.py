@@ -8,7 +8,7 @@ What is sent is what the strategies send, biases and the flag in their dense mes
 
     python benchmarks/all_gather_cost.py
     python benchmarks/all_gather_cost.py --ratio 0.01 --rank 2 --widths 512 512 512
-    python benchmarks/all_gather_cost.py --out docs/images/strategies_ranks.png
+    python benchmarks/all_gather_cost.py --out docs/images/communication_ranks.png
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from benchmarks.common import markdown_table
 from benchmarks.slow_link import WIDTHS
-from lightning_grad.functional import all_gather_bytes, all_reduce_bytes, kept_count, low_rank_numel, pairs_bytes
+from lightning_grad.functional import all_gather_bytes, all_reduce_bytes
+from lightning_grad.functional.communication.low_rank import low_rank_numel
+from lightning_grad.functional.communication.sparse_messages import pairs_bytes
+from lightning_grad.functional.communication.wire import kept_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -81,7 +81,7 @@ from lightning_grad.functional import (
     zclip_state,
     zclip_threshold_,
 )
-from lightning_grad.functional.tensor_lists import joined_norm
+from lightning_grad.functional.gradients.tensor_lists import joined_norm
 
 TINY, LARGE = "400 tiny tensors", "64 M entries"
 SHAPES: dict[str, list[tuple[int, ...]]] = {

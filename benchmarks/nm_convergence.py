@@ -43,8 +43,8 @@ from plain_project.schedules import Schedule, with_schedule
 from benchmarks.common import machine, markdown_table, quiet_trainer, silence
 from lightning_grad.callbacks import NMSparsity
 from lightning_grad.functional import is_nm
-from lightning_grad.functional.nm_schedule import Recipe
-from lightning_grad.functional.nm_sparsity import Gradient
+from lightning_grad.functional.sparsity.nm_schedule import Recipe
+from lightning_grad.functional.sparsity.nm_sparsity import Gradient
 
 OptimizerName = Literal["sgd", "adamw"]
 TUNING_SEED = 100  # learning rates and defaults are chosen with seeds from here on, none of which is reported

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from benchmarks.common import Clock, Row, machine, rotated, show, speed_options, write_tables
-from lightning_grad.functional.topk_selection import select_chunk, select_exact, select_sampled
+from lightning_grad.functional.communication.topk_selection import select_chunk, select_exact, select_sampled
 
 ENTRIES, DENSITY = 10_000_000, 1e-3
 ROUNDS = 5  # of the selectors in one round of the command line

@@ -68,11 +68,11 @@ Written to {folder}/
   strategies/dgc*_seed0/comm.png    one training: bytes a step, by layer, unsent
 
 Show it in W&B:       wandb sync {folder}/wandb/offline-run-*
-Try other settings:   .venv/bin/python examples/nm_sparsity.py --help
+Try other settings:   .venv/bin/python examples/sparsity.py --help
                       .venv/bin/python examples/clipping.py --help
                       .venv/bin/python examples/data_pruning.py --help
                       .venv/bin/python examples/adversarial.py --help
-                      .venv/bin/python examples/strategies.py --help"""
+                      .venv/bin/python examples/communication.py --help"""
 
 
 def main(
@@ -85,12 +85,12 @@ def main(
 ) -> None:
     """Train, and tell what came of it."""
     print(INTRODUCTION, SPARSITY, sep="\n", flush=True)
-    import nm_sparsity  # takes seconds, so after the first words
+    import sparsity  # takes seconds, so after the first words
 
-    sparsity = nm_sparsity.Study(epochs=epochs, output=output, wandb="offline", accelerator="cpu")
-    results = nm_sparsity.run_study(sparsity)
+    progressive = sparsity.Study(epochs=epochs, output=output, wandb="offline", accelerator="cpu")
+    results = sparsity.run_study(progressive)
     print()
-    nm_sparsity.print_table(results, sparsity.pattern)
+    sparsity.print_table(results, progressive.pattern)
 
     print(CLIPPING, flush=True)
     import clipping
@@ -107,7 +107,7 @@ def main(
     attack_inputs(output / "adversarial", attacked_epochs)
 
     print(COMPRESSION, flush=True)
-    compress_gradients(output / "strategies", compressed_epochs)
+    compress_gradients(output / "communication", compressed_epochs)
     print(PLACES.format(folder=output))
 
 
@@ -133,10 +133,10 @@ def attack_inputs(output: Path, epochs: int) -> None:
 
 def compress_gradients(output: Path, epochs: int) -> None:
     """Run the fifth part."""
-    import strategies
+    import communication
 
-    study = strategies.Study(("dense", "powersgd-4", "dgc-99.9"), epochs=epochs, output=output)
-    strategies.print_table(strategies.run_study(study), study)
+    study = communication.Study(("dense", "powersgd-4", "dgc-99.9"), epochs=epochs, output=output)
+    communication.print_table(communication.run_study(study), study)
 
 
 if __name__ == "__main__":

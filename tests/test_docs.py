@@ -253,7 +253,7 @@ def test_card_is_complete(name: str) -> None:
 
 @pytest.mark.parametrize("name", BASES)
 def test_base_of_strategies_is_told_to_authors(name: str) -> None:
-    for file in ("CHANGELOG.md", "docs/strategies.md", "docs/api.md", "docs/adding_a_technique.md"):
+    for file in ("CHANGELOG.md", "docs/communication.md", "docs/api.md", "docs/adding_a_technique.md"):
         assert re.search(rf"\b{name}\b", read(file)), f"{file} does not name {name}"
 
 

@@ -73,7 +73,7 @@ def outsiders(source: str, module: str, allowed: tuple[str, ...], in_functions: 
 def test_the_walk_sees_every_module() -> None:
     assert {
         "lightning_grad.__init__",
-        "lightning_grad.functional._group_top",
+        "lightning_grad.functional.sparsity._group_top",
         "lightning_grad.callbacks.sparsity.nm_sparsity",
     } <= set(MODULES)
 
@@ -83,14 +83,14 @@ def test_the_walk_sees_every_module() -> None:
     [
         ("import torch.nn\nfrom torch import Tensor\nimport math, os.path", []),
         ("from lightning_grad.functional import nm_mask", []),
-        ("from lightning_grad.functional.nm_sparsity import nm_mask", []),
+        ("from lightning_grad.functional.sparsity.nm_sparsity import nm_mask", []),
         ("from ._group_top import top_of_groups", []),
         ("import numpy", ["numpy"]),
         ("import lightning.pytorch as pl", ["lightning.pytorch"]),
         ("def f():\n    import numpy", ["numpy"]),
         ("from lightning_grad import utilities", ["lightning_grad.utilities"]),
         ("from lightning_grad.utilities import undo", ["lightning_grad.utilities", "lightning_grad.utilities.undo"]),
-        ("from ..utilities import undo", ["lightning_grad.utilities", "lightning_grad.utilities.undo"]),
+        ("from ...utilities import undo", ["lightning_grad.utilities", "lightning_grad.utilities.undo"]),
         ("import torchvision", ["torchvision"]),
         ("if TYPE_CHECKING:\n    import numpy", []),
         ("if typing.TYPE_CHECKING:\n    import numpy\nelse:\n    import wandb", ["wandb"]),
@@ -98,7 +98,7 @@ def test_the_walk_sees_every_module() -> None:
     ],
 )
 def test_the_walk_finds_what_is_not_allowed(source: str, found: list[str]) -> None:
-    module = "lightning_grad.functional.nm_sparsity"
+    module = "lightning_grad.functional.sparsity.nm_sparsity"
     assert outsiders(source, module, ALLOWED["lightning_grad.functional"], in_functions=True) == found
 
 
@@ -140,40 +140,52 @@ def test_the_walk_knows_the_layers(module: str, source: str, found: int) -> None
     assert len(outsiders(source, module, ALLOWED[layer_of(module)], in_functions=True)) == found
 
 
-# Families of techniques: the folders in callbacks; what lies beside them is one more.
+# Families of techniques: the folders in callbacks and in functional. What a loss and its gradients are made of serves all.
+
+SHARED = "lightning_grad.functional.gradients"
 
 
 def family_of(name: str) -> str:
-    """Return the folder of a module of callbacks, or "" for what lies beside the folders."""
-    part = (*name.split("."), "")[2]
-    return part if (PACKAGE / "callbacks" / part).is_dir() else ""
+    """Return the folder of a module of callbacks or functional, or "" for what lies beside the folders."""
+    layer, part = (*name.split("."), "", "")[1:3]
+    is_family = (PACKAGE / layer / part).is_dir() and layer in ("callbacks", "functional")
+    return f"{layer}.{part}" if part and is_family and not is_within(name, (SHARED,)) else ""
 
 
 def other_families(source: str, module: str) -> list[str]:
-    names = [n for n in imported(parsed(source), module) if n.startswith("lightning_grad.callbacks.")]
-    return [name for name in names if family_of(name) != family_of(module)]
+    layer = ".".join(module.split(".")[:2])
+    names = [n for n in imported(parsed(source), module) if n.startswith(f"{layer}.")]
+    beside = {family_of(module), ""} if layer.endswith("functional") else {family_of(module)}
+    return [name for name in names if family_of(name) not in beside]
 
 
 @pytest.mark.parametrize(
     ("module", "source", "found"),
     [
-        ("clipping.zclip", "from lightning_grad.callbacks.clipping._units import UnitConditioner", 0),
-        ("clipping.zclip", "from . import _units", 0),
-        ("clipping.zclip", "from lightning_grad.callbacks.adversarial import AdversarialTraining", 2),
-        ("clipping.zclip", "from ..adversarial import AdversarialTraining", 2),
-        ("clipping.zclip", "def f():\n    from lightning_grad.callbacks import AdversarialTraining", 1),
-        ("clipping.zclip", "from lightning_grad.callbacks.sparsity.nm_sparsity import NMSparsity", 2),
-        ("sparsity.nm_sparsity", "from lightning_grad.callbacks.clipping import ZClip", 2),
-        ("sparsity.nm_sparsity", "from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight", 0),
+        ("callbacks.clipping.zclip", "from lightning_grad.callbacks.clipping._units import UnitConditioner", 0),
+        ("callbacks.clipping.zclip", "from . import _units", 0),
+        ("callbacks.clipping.zclip", "from lightning_grad.callbacks.adversarial import AdversarialTraining", 2),
+        ("callbacks.clipping.zclip", "from ..adversarial import AdversarialTraining", 2),
+        ("callbacks.clipping.zclip", "def f():\n    from lightning_grad.callbacks import AdversarialTraining", 1),
+        ("callbacks.clipping.zclip", "from lightning_grad.callbacks.sparsity.nm_sparsity import NMSparsity", 2),
+        ("callbacks.clipping.zclip", "from lightning_grad.functional.sparsity import nm_mask", 0),
+        ("callbacks.sparsity.nm_sparsity", "from lightning_grad.callbacks.clipping import ZClip", 2),
+        ("callbacks.sparsity.nm_sparsity", "from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight", 0),
+        ("functional.clipping.zclip", "from lightning_grad.functional.sparsity import nm_mask", 2),
+        ("functional.clipping.zclip", "from lightning_grad.functional.gradients.tensor_lists import joined_norm", 0),
+        ("functional.clipping.zclip", "from lightning_grad.functional.shuffling import shuffled", 0),
+        ("functional.gradients.calls", "from lightning_grad.functional.sparsity import nm_mask", 2),
     ],
 )
 def test_the_walk_tells_families_apart(module: str, source: str, found: int) -> None:
-    assert len(other_families(source, f"lightning_grad.callbacks.{module}")) == found
+    assert len(other_families(source, f"lightning_grad.{module}")) == found
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if is_within(name, ("lightning_grad.callbacks",))])
+@pytest.mark.parametrize(
+    "module", [name for name in MODULES if is_within(name, ("lightning_grad.callbacks", "lightning_grad.functional"))]
+)
 def test_families_do_not_import_each_other(module: str) -> None:
-    if module != "lightning_grad.callbacks.__init__":
+    if module not in ("lightning_grad.callbacks.__init__", "lightning_grad.functional.__init__"):
         assert other_families(MODULES[module].read_text(), module) == []
 
 
@@ -227,8 +239,8 @@ def foreign_parts(source: str, module: str) -> list[str]:
 @pytest.mark.parametrize(
     ("source", "found"),
     [
-        ("from lightning_grad.functional._group_top import top_of_groups", []),
-        ("from lightning_grad.functional.clipping import _limit", []),
+        ("from lightning_grad.functional.sparsity._group_top import top_of_groups", []),
+        ("from lightning_grad.functional.sparsity.nm_schedule import _limit", []),
         ("from lightning_grad.utilities._undo import Undo", ["lightning_grad.utilities._undo"] * 2),
         ("from lightning_grad.utilities import _undo", ["lightning_grad.utilities._undo"]),
         ("from lightning_grad.utilities.undo import _Entry", ["lightning_grad.utilities.undo._Entry"]),
@@ -241,15 +253,15 @@ def foreign_parts(source: str, module: str) -> list[str]:
     ],
 )
 def test_the_walk_finds_private_names_of_other_packages(source: str, found: list[str]) -> None:
-    names = foreign_parts(source, "lightning_grad.functional.nm_sparsity")
+    names = foreign_parts(source, "lightning_grad.functional.sparsity.nm_sparsity")
     assert [name.removesuffix(".Undo") for name in names] == found
 
 
 def test_a_folder_imports_no_private_name_of_the_package_around_it() -> None:
-    source = "from lightning_grad.functional._group_top import top_of_groups"
+    source = "from lightning_grad.functional.sparsity._group_top import top_of_groups"
     assert foreign_parts(source, "lightning_grad.functional.gradients.calls") != []
-    inside = "from lightning_grad.functional._ghost.binding import Binding"
-    assert foreign_parts(inside, "lightning_grad.functional._ghost.rules") == []
+    inside = "from lightning_grad.functional.gradients._ghost.binding import Binding"
+    assert foreign_parts(inside, "lightning_grad.functional.gradients._ghost.rules") == []
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,55 +1,21 @@
 """Callbacks: one line in ``Trainer(callbacks=[...])`` each.
 
-What they are built of is in :mod:`lightning_grad.core`. Those that change gradients stand in ``clipping``; those that choose
-or weigh samples in ``data_pruning``; those that attack inputs, and the learning rate made for them, in ``adversarial``.
+One folder a family, one technique a file; all under their flat names here. What they are built of is in
+:mod:`lightning_grad.core`.
 """
 
-from lightning_grad.callbacks.adversarial import AccuracyGradientLR, AdversarialEvaluation, AdversarialTraining
-from lightning_grad.callbacks.clipping import (
-    AdaptiveGradientClipping,
-    AutoClip,
-    GradientCentralization,
-    GradientMonitor,
-    GradientNoise,
-    LayerwiseClipping,
-    LayerwiseNormalization,
-    MomentumReset,
-    NormClipping,
-    SkipNonFinite,
-    SpikeClipping,
-    ValueClipping,
-    ZClip,
-)
-from lightning_grad.callbacks.data_pruning import (
-    DataPruning,
-    InfoBatch,
-    LossReweighting,
-    RepeatedRandomSubset,
-    UniformLearning,
-)
-from lightning_grad.callbacks.sparsity import NMSparsity
+from lightning_grad.callbacks import adversarial, clipping, data_pruning, diagnostics, schedules, sparsity
+from lightning_grad.callbacks.adversarial import *
+from lightning_grad.callbacks.clipping import *
+from lightning_grad.callbacks.data_pruning import *
+from lightning_grad.callbacks.diagnostics import *
+from lightning_grad.callbacks.schedules import *
+from lightning_grad.callbacks.sparsity import *
 
-__all__ = [
-    "AccuracyGradientLR",
-    "AdaptiveGradientClipping",
-    "AdversarialEvaluation",
-    "AdversarialTraining",
-    "AutoClip",
-    "DataPruning",
-    "GradientCentralization",
-    "GradientMonitor",
-    "GradientNoise",
-    "InfoBatch",
-    "LayerwiseClipping",
-    "LayerwiseNormalization",
-    "LossReweighting",
-    "MomentumReset",
-    "NMSparsity",
-    "NormClipping",
-    "RepeatedRandomSubset",
-    "SkipNonFinite",
-    "SpikeClipping",
-    "UniformLearning",
-    "ValueClipping",
-    "ZClip",
-]
+__all__: list[str] = []
+__all__ += adversarial.__all__
+__all__ += clipping.__all__
+__all__ += data_pruning.__all__
+__all__ += diagnostics.__all__
+__all__ += schedules.__all__
+__all__ += sparsity.__all__

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.data.score_files import SampleScores
-from lightning_grad.functional.data_selection import select_samples
+from lightning_grad.functional.data_pruning.selection import select_samples
 
 
 @dataclass(frozen=True)

@@ -1,238 +1,51 @@
 """The mathematics of every technique as functions: tensors in, tensors out.
 
-Nothing here knows Lightning, reads a file or keeps a global, so each function also serves a hand-written loop.
+One package a family, and one for what a loss and its gradients are made of, ``gradients``. All that a training loop of your
+own would call is here under its flat name. Nothing below knows Lightning, reads a file or keeps a global.
 """
 
-from lightning_grad.functional.accuracy_gradient import (
-    accuracy_gradient,
-    accuracy_gradient_cuts,
-    accuracy_gradient_scales,
+from lightning_grad.functional import (
+    adversarial,
+    clipping,
+    communication,
+    data_pruning,
+    diagnostics,
+    schedules,
+    sparsity,
 )
-from lightning_grad.functional.adversarial_attacks import (
-    IndependentLossError,
-    attack_direction,
-    fgsm,
-    pgd,
-    project_perturbation,
-    random_perturbation,
-)
-from lightning_grad.functional.clipping import (
-    clip_adaptively_,
-    clip_layers_,
-    clip_norm_,
-    clip_spikes_,
-    clip_to_threshold_,
-    clip_value_,
-    layer_limits,
-    normalize_layers_,
-    total_norm,
-    unit_norms,
-)
-from lightning_grad.functional.clustering import KMeans, kmeans, prototype_distance, uniform_learning_repeats
-from lightning_grad.functional.communication import (
-    PAPER_WARMUP,
-    RELEASED_WARMUP,
-    all_gather_bytes,
-    all_reduce_bytes,
-    kept_count,
-    sparse_wire_gain,
-    warmup_density,
-)
-from lightning_grad.functional.conditioning import (
-    add_gradient_noise_,
-    centralize_,
-    noise_deviation,
-    nonfinite,
-    reset_moments_,
-    reset_warmup,
-)
-from lightning_grad.functional.data_scores import el2n, is_correct, last_layer_gradient_norm, margin, predictions
-from lightning_grad.functional.data_selection import class_shares, count_kept, round_up_count, select_samples
-from lightning_grad.functional.dynamic_pruning import (
-    infobatch_count,
-    infobatch_subset,
-    infobatch_weights,
-    repeated_random_subset,
-)
-from lightning_grad.functional.error_feedback import accumulate_residual_, as_sent, remove_sent_
-from lightning_grad.functional.gradient_statistics import (
-    gradient_cosine,
-    moment_signal_to_noise,
-    noise_scale_terms,
-    zero_share,
-)
+from lightning_grad.functional.adversarial import *
+from lightning_grad.functional.clipping import *
+from lightning_grad.functional.communication import *
+from lightning_grad.functional.data_pruning import *
+from lightning_grad.functional.diagnostics import *
 from lightning_grad.functional.gradients import (
     InseparableLossError,
     LossCall,
     LossCapture,
     LossTrace,
-    Proof,
-    Term,
     Terms,
-    WeightHandle,
     prove_terms,
     solo_losses,
 )
-from lightning_grad.functional.loss_weights import annealed_temperature, loss_weights
-from lightning_grad.functional.low_rank import initial_factor, low_rank_numel, matrix_shape, orthonormalize
-from lightning_grad.functional.nm_schedule import (
-    RECIPES,
-    NMPhase,
-    NMSchedule,
-    exponential_decay,
-    geometric_patterns,
-    linear_decay,
-    stepwise_patterns,
-)
-from lightning_grad.functional.nm_sparsity import (
-    NMPattern,
-    add_sr_ste_,
-    gradient_noise,
-    is_nm,
-    mask_distance,
-    nm_mask,
-    prune,
-    scale_weight,
-)
-from lightning_grad.functional.norm_statistics import (
-    autoclip_state,
-    autoclip_threshold_,
-    zclip_state,
-    zclip_threshold_,
-)
-from lightning_grad.functional.per_sample_gradients import PerSampleGradientNorms, per_sample_gradient_norms
-from lightning_grad.functional.sample_histories import (
-    aum,
-    aum_state,
-    forgetting,
-    forgetting_state,
-    normalize_by_class,
-    update_aum_,
-    update_forgetting_,
-    update_vog_,
-    vog,
-    vog_state,
-)
-from lightning_grad.functional.sparse_messages import add_pairs_, pack_pairs, pairs_bytes, unpack_pairs
-from lightning_grad.functional.topk_selection import (
-    SELECTORS,
-    select_chunk,
-    select_exact,
-    select_largest,
-    select_sampled,
-)
+from lightning_grad.functional.gradients.per_sample_gradients import PerSampleGradientNorms, per_sample_gradient_norms
+from lightning_grad.functional.schedules import *
+from lightning_grad.functional.sparsity import *
 
 __all__ = [
-    "PAPER_WARMUP",
-    "RECIPES",
-    "RELEASED_WARMUP",
-    "SELECTORS",
-    "IndependentLossError",
     "InseparableLossError",
-    "KMeans",
     "LossCall",
     "LossCapture",
     "LossTrace",
-    "NMPattern",
-    "NMPhase",
-    "NMSchedule",
     "PerSampleGradientNorms",
-    "Proof",
-    "Term",
     "Terms",
-    "WeightHandle",
-    "accumulate_residual_",
-    "accuracy_gradient",
-    "accuracy_gradient_cuts",
-    "accuracy_gradient_scales",
-    "add_gradient_noise_",
-    "add_pairs_",
-    "add_sr_ste_",
-    "all_gather_bytes",
-    "all_reduce_bytes",
-    "annealed_temperature",
-    "as_sent",
-    "attack_direction",
-    "aum",
-    "aum_state",
-    "autoclip_state",
-    "autoclip_threshold_",
-    "centralize_",
-    "class_shares",
-    "clip_adaptively_",
-    "clip_layers_",
-    "clip_norm_",
-    "clip_spikes_",
-    "clip_to_threshold_",
-    "clip_value_",
-    "count_kept",
-    "el2n",
-    "exponential_decay",
-    "fgsm",
-    "forgetting",
-    "forgetting_state",
-    "geometric_patterns",
-    "gradient_cosine",
-    "gradient_noise",
-    "infobatch_count",
-    "infobatch_subset",
-    "infobatch_weights",
-    "initial_factor",
-    "is_correct",
-    "is_nm",
-    "kept_count",
-    "kmeans",
-    "last_layer_gradient_norm",
-    "layer_limits",
-    "linear_decay",
-    "loss_weights",
-    "low_rank_numel",
-    "margin",
-    "mask_distance",
-    "matrix_shape",
-    "moment_signal_to_noise",
-    "nm_mask",
-    "noise_deviation",
-    "noise_scale_terms",
-    "nonfinite",
-    "normalize_by_class",
-    "normalize_layers_",
-    "orthonormalize",
-    "pack_pairs",
-    "pairs_bytes",
     "per_sample_gradient_norms",
-    "pgd",
-    "predictions",
-    "project_perturbation",
-    "prototype_distance",
     "prove_terms",
-    "prune",
-    "random_perturbation",
-    "remove_sent_",
-    "repeated_random_subset",
-    "reset_moments_",
-    "reset_warmup",
-    "round_up_count",
-    "scale_weight",
-    "select_chunk",
-    "select_exact",
-    "select_largest",
-    "select_sampled",
-    "select_samples",
     "solo_losses",
-    "sparse_wire_gain",
-    "stepwise_patterns",
-    "total_norm",
-    "uniform_learning_repeats",
-    "unit_norms",
-    "unpack_pairs",
-    "update_aum_",
-    "update_forgetting_",
-    "update_vog_",
-    "vog",
-    "vog_state",
-    "warmup_density",
-    "zclip_state",
-    "zclip_threshold_",
-    "zero_share",
 ]
+__all__ += adversarial.__all__
+__all__ += clipping.__all__
+__all__ += communication.__all__
+__all__ += data_pruning.__all__
+__all__ += diagnostics.__all__
+__all__ += schedules.__all__
+__all__ += sparsity.__all__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_grad.functional import PAPER_WARMUP, RELEASED_WARMUP
+from lightning_grad.functional.communication.wire import PAPER_WARMUP, RELEASED_WARMUP
 
 _WARMUPS = {"paper": PAPER_WARMUP, "released": RELEASED_WARMUP}
 

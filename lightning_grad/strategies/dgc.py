@@ -22,15 +22,14 @@ from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.functional import (
     accumulate_residual_,
     add_pairs_,
-    as_sent,
     clip_norm_,
-    kept_count,
     pack_pairs,
     remove_sent_,
     select_largest,
     unpack_pairs,
-    warmup_density,
 )
+from lightning_grad.functional.communication.error_feedback import as_sent
+from lightning_grad.functional.communication.wire import kept_count, warmup_density
 from lightning_grad.functional.shuffling import hashed_seed
 from lightning_grad.strategies._densities import as_densities, as_ratio
 from lightning_grad.strategies._local_momentum import LocalMomentum, why_not_moved

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.functional import initial_factor, low_rank_numel, matrix_shape, orthonormalize
+from lightning_grad.functional import initial_factor, orthonormalize
+from lightning_grad.functional.communication.low_rank import low_rank_numel, matrix_shape
 from lightning_grad.strategies.compressed_ddp import (
     DEFAULT_TIMEOUT,
     CompressedDDPStrategy,

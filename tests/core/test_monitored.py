@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_grad.core import MonitoredCallback, until_next_fit
 from lightning_grad.testing import assert_identical
-from tests.callbacks.adversarial.dictated import BATCHES, Dictated, Rates, data, train
+from tests.callbacks.schedules.dictated import BATCHES, Dictated, Rates, data, train
 
 VALUES = [0.1, 0.5, 0.3, 0.35, 0.5, 0.45]
 EPOCHS = len(VALUES)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.callbacks import SkipNonFinite
-from lightning_grad.functional import pairs_bytes
+from lightning_grad.functional.communication.sparse_messages import pairs_bytes
 from lightning_grad.strategies import PowerSGDStrategy
 from lightning_grad.testing import on_ranks
 from tests.strategies.ranks import (

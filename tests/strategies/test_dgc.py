@@ -12,7 +12,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_grad.functional import kept_count, pairs_bytes
+from lightning_grad.functional.communication.sparse_messages import pairs_bytes
+from lightning_grad.functional.communication.wire import kept_count
 from lightning_grad.testing import on_ranks
 from tests.strategies.ranks import (
     BATCH,

@@ -14,8 +14,9 @@ from torch import Tensor
 from lightning_grad.callbacks.adversarial._attack import Attack, NoLossError, attack_losses, generator_for
 from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.callbacks.adversarial._step_loss import first_sentence
-from lightning_grad.functional import LossCapture, is_correct
-from lightning_grad.functional.adversarial_attacks import IndependentLossError
+from lightning_grad.functional import LossCapture
+from lightning_grad.functional.adversarial.attacks import IndependentLossError
+from lightning_grad.functional.data_pruning.scores import is_correct
 from lightning_grad.utilities.batch_copies import copy_of
 
 _COLLAPSE = 0.5  # of the accuracy under the attack of the training

@@ -14,7 +14,7 @@ from lightning_grad.callbacks.adversarial._attack import Attack, NoLossError, at
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.callbacks.adversarial._step_loss import StepLoss, find_step, run_for_loss
 from lightning_grad.core.dispatch import overrides
-from lightning_grad.functional.adversarial_attacks import IndependentLossError
+from lightning_grad.functional.adversarial.attacks import IndependentLossError
 from lightning_grad.functional.plain_tensors import clone_of
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.batches import map_tensors

@@ -34,7 +34,7 @@ from lightning_grad.core.fit import during_fit
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.core.quiet import is_quiet, quiet
 from lightning_grad.core.whole_step import loss_of_output
-from lightning_grad.functional.adversarial_attacks import IndependentLossError
+from lightning_grad.functional.adversarial.attacks import IndependentLossError
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.batches import same_tensors
 from lightning_grad.utilities.checks import (

@@ -1,13 +1,12 @@
-"""Gradient clipping, conditioning and diagnostics: one rule a file.
+"""Gradient clipping and conditioning: one rule a file.
 
 Each derives from :class:`lightning_grad.core.conditioner.GradientConditioner` (read that first) and calls a function
-of :mod:`lightning_grad.functional`. ``GradientMonitor`` only looks. Which rule suits what, tells ``docs/clipping.md``.
+of :mod:`lightning_grad.functional`. Which rule suits what, tells ``docs/clipping.md``.
 """
 
 from lightning_grad.callbacks.clipping.adaptive_gradient_clipping import AdaptiveGradientClipping
 from lightning_grad.callbacks.clipping.autoclip import AutoClip
 from lightning_grad.callbacks.clipping.gradient_centralization import GradientCentralization
-from lightning_grad.callbacks.clipping.gradient_monitor import GradientMonitor
 from lightning_grad.callbacks.clipping.gradient_noise import GradientNoise
 from lightning_grad.callbacks.clipping.layerwise_clipping import LayerwiseClipping
 from lightning_grad.callbacks.clipping.layerwise_normalization import LayerwiseNormalization
@@ -22,7 +21,6 @@ __all__ = [
     "AdaptiveGradientClipping",
     "AutoClip",
     "GradientCentralization",
-    "GradientMonitor",
     "GradientNoise",
     "LayerwiseClipping",
     "LayerwiseNormalization",

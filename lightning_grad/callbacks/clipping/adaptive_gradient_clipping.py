@@ -16,7 +16,7 @@ from lightning_grad.core.conditioner import GradientStep
 from lightning_grad.core.fit import during_fit
 from lightning_grad.core.phases import Phase
 from lightning_grad.functional import clip_adaptively_
-from lightning_grad.functional.tensor_lists import whole
+from lightning_grad.functional.gradients.tensor_lists import whole
 from lightning_grad.utilities.checks import check_above
 from lightning_grad.utilities.parameters import all_names, check_patterns, matches, parameter_names
 

@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_grad.core.conditioner import GradientConditioner, GradientStep
 from lightning_grad.core.phases import Phase
 from lightning_grad.functional import autoclip_state, autoclip_threshold_, clip_to_threshold_
-from lightning_grad.functional.tensor_lists import joined_norm
+from lightning_grad.functional.gradients.tensor_lists import joined_norm
 from lightning_grad.utilities.checks import check_between, check_count_between
 
 _MOST_NORMS = 1_000_000  # 8 MB, which are searched at every step

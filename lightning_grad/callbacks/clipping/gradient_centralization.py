@@ -15,7 +15,7 @@ from lightning_grad.callbacks.clipping._units import UnitConditioner
 from lightning_grad.core.conditioner import GradientStep
 from lightning_grad.core.phases import Phase
 from lightning_grad.functional import centralize_
-from lightning_grad.functional.tensor_lists import joined_norm
+from lightning_grad.functional.gradients.tensor_lists import joined_norm
 
 
 class GradientCentralization(UnitConditioner):

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks.clipping._layers import LayerFinder, Per
 from lightning_grad.core.conditioner import GradientConditioner, GradientStep
 from lightning_grad.core.fit import during_fit
 from lightning_grad.core.phases import Phase
 from lightning_grad.functional import clip_layers_, layer_limits
+from lightning_grad.utilities.layers import LayerFinder, Per
 
 
 class LayerwiseClipping(GradientConditioner):

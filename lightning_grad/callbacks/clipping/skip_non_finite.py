@@ -15,7 +15,7 @@ from lightning_grad.core.conditioner import GradientConditioner, GradientStep
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.phases import Phase
 from lightning_grad.functional import nonfinite
-from lightning_grad.functional.tensor_lists import stack_norms
+from lightning_grad.functional.gradients.tensor_lists import stack_norms
 from lightning_grad.utilities.checks import check_count
 from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.precision import grad_scaler, true_loss

@@ -13,7 +13,7 @@ from lightning_grad.core.conditioner import GradientConditioner, GradientStep
 from lightning_grad.core.fit import during_fit
 from lightning_grad.core.phases import Phase
 from lightning_grad.functional import clip_spikes_
-from lightning_grad.functional.tensor_lists import share_of
+from lightning_grad.functional.gradients.tensor_lists import share_of
 from lightning_grad.utilities.checks import check_count, check_keeps
 
 NO_MOMENT = (

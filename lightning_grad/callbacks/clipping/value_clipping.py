@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_grad.core.conditioner import GradientConditioner, GradientStep
 from lightning_grad.core.phases import Phase
 from lightning_grad.functional import clip_value_
-from lightning_grad.functional.tensor_lists import share_of
+from lightning_grad.functional.gradients.tensor_lists import share_of
 
 
 class ValueClipping(GradientConditioner):

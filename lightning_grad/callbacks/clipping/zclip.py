@@ -15,7 +15,7 @@ from lightning_grad.core.conditioner import GradientConditioner, GradientStep
 from lightning_grad.core.fit import during_fit
 from lightning_grad.core.phases import Phase
 from lightning_grad.functional import clip_to_threshold_, zclip_state, zclip_threshold_
-from lightning_grad.functional.tensor_lists import joined_norm
+from lightning_grad.functional.gradients.tensor_lists import joined_norm
 from lightning_grad.utilities.checks import check_above, check_between, check_count, check_finite_at_least
 
 _MANY = 0.25  # share of steps; a bound that clips more decides by itself

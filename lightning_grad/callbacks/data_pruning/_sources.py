@@ -35,7 +35,6 @@ from lightning_grad.functional import (
     aum_state,
     forgetting,
     forgetting_state,
-    is_correct,
     margin,
     normalize_by_class,
     prototype_distance,
@@ -43,6 +42,7 @@ from lightning_grad.functional import (
     update_forgetting_,
     vog,
 )
+from lightning_grad.functional.data_pruning.scores import is_correct
 
 Pass = Callable[[Measure, str], Mapping[str, Tensor]]  # a measure and a title give values by name
 CHANCE = "chance"

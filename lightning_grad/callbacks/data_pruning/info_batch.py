@@ -18,7 +18,9 @@ from lightning_grad.core.progress import check_total_steps
 from lightning_grad.core.rehearsal import Rehearsal
 from lightning_grad.core.sample_losses import SampleLoss, SampleLosses
 from lightning_grad.core.subset import SubsetCallback
-from lightning_grad.functional import infobatch_count, infobatch_subset, round_up_count
+from lightning_grad.functional import infobatch_subset
+from lightning_grad.functional.data_pruning.dynamic_pruning import infobatch_count
+from lightning_grad.functional.data_pruning.selection import round_up_count
 from lightning_grad.functional.gradients import Terms
 from lightning_grad.utilities.checks import (
     check_between,

@@ -17,7 +17,8 @@ from lightning_grad.core.look import Look
 from lightning_grad.core.rehearsal import Rehearsal
 from lightning_grad.core.scoring import look_at_all, say_what_is_skipped
 from lightning_grad.core.subset import SubsetCallback
-from lightning_grad.functional import round_up_count, uniform_learning_repeats
+from lightning_grad.functional import uniform_learning_repeats
+from lightning_grad.functional.data_pruning.selection import round_up_count
 from lightning_grad.utilities.checks import check_count, check_position, refuse_manual_optimization
 
 _WAY_OUT = f"use DataPruning with score_fn=, or RepeatedRandomSubset, which needs no loss, or {OUTPUTS_FN}"

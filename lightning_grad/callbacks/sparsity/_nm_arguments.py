@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from lightning_grad.core.found_weight import FoundWeight
 from lightning_grad.functional import NMPattern, NMSchedule
-from lightning_grad.functional.nm_schedule import Recipe
+from lightning_grad.functional.sparsity.nm_schedule import Recipe
 from lightning_grad.utilities.parameters import first_match, matches
 
 _FIXED = ("ste", "sr-ste", "step")  # one pattern all along, and the gradient straight through

@@ -1,7 +1,7 @@
 """Progressive N:M sparsity: the callback.
 
-The masks and schedules are functions, in ``functional/nm_sparsity.py`` and ``functional/nm_schedule.py``; choosing weights and
-showing them to the module is the base's, ``core/weights.py``. In this folder:
+The masks and schedules are functions, in ``functional/sparsity/``; choosing weights and showing them to the module is the
+base's, ``core/weights.py``. In this folder:
 
 - ``_nm_arguments.py`` reads the arguments;
 - ``_nm_weight.py`` is one sparse weight;
@@ -56,8 +56,8 @@ from lightning_grad.core.weight_chain import Stage
 from lightning_grad.core.weight_choice import WeightChoice
 from lightning_grad.core.weights import WeightCallback
 from lightning_grad.functional import NMPhase, add_sr_ste_
-from lightning_grad.functional.nm_schedule import Recipe
-from lightning_grad.functional.nm_sparsity import Axis, Gradient
+from lightning_grad.functional.sparsity.nm_schedule import Recipe
+from lightning_grad.functional.sparsity.nm_sparsity import Axis, Gradient
 from lightning_grad.utilities.checks import (
     check_at_least,
     check_finite_at_least,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lightning_grad.callbacks import DataPruning, GradientMonitor, InfoBatch, LossReweighting, NMSparsity, NormClipping
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.quiet import is_quiet
-from lightning_grad.functional.adversarial_attacks import fgsm
+from lightning_grad.functional.adversarial.attacks import fgsm
 from lightning_grad.testing import assert_identical
 from tests.callbacks.adversarial.attacked import (
     BATCHES,

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_grad.callbacks.adversarial import AdversarialTraining
 from lightning_grad.callbacks.adversarial._attack import generator_for
-from lightning_grad.functional.adversarial_attacks import fgsm, pgd
+from lightning_grad.functional.adversarial.attacks import fgsm, pgd
 from lightning_grad.testing import ResumableLoader, assert_identical, state_of
 from tests.callbacks.adversarial.attacked import (
     BATCH,

@@ -13,8 +13,8 @@ from lightning_grad.callbacks import AccuracyGradientLR, AdversarialEvaluation
 from lightning_grad.callbacks.adversarial import _places, adversarial_training
 from lightning_grad.testing import make_trainer
 from tests.callbacks.adversarial.attacked import Linear, as_batches, attacker, points, train
-from tests.callbacks.adversarial.dictated import Dictated
-from tests.callbacks.adversarial.dictated import train as train_dictated
+from tests.callbacks.schedules.dictated import Dictated
+from tests.callbacks.schedules.dictated import train as train_dictated
 
 FLOATS = torch.arange(8.0).view(4, 2) / 8
 TOKENS = torch.tensor([[0, 1, 2], [2, 2, 0], [1, 0, 0], [2, 1, 0]])

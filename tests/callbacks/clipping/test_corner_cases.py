@@ -369,7 +369,7 @@ def test_layers_that_come_and_go_are_all_in_the_record(tmp_path):
 
 
 def test_a_run_that_never_logs_keeps_no_more_than_it_must(monkeypatch):
-    monkeypatch.setattr("lightning_grad.callbacks.clipping._optimizer_watch._MOST_ROWS", 5)
+    monkeypatch.setattr("lightning_grad.callbacks.diagnostics._optimizer_watch._MOST_ROWS", 5)
     waiting: list[int] = []
 
     class Look(pl.Callback):

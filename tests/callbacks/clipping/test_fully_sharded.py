@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lightning_grad import callbacks
-from lightning_grad.callbacks.clipping._monitor_record import MonitorRecord
-from lightning_grad.callbacks.clipping._optimizer_watch import OptimizerWatch, Place
+from lightning_grad.callbacks.diagnostics._monitor_record import MonitorRecord
+from lightning_grad.callbacks.diagnostics._optimizer_watch import OptimizerWatch, Place
 from lightning_grad.core.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import clip_norm_
 from lightning_grad.functional.torch_version import TORCH

@@ -1,0 +1,195 @@
+"""What NMSparsity costs: ratios to a dense step and to a plain sort, all interleaved in one run.
+
+Steps are those of a real ``Trainer.fit`` with all its hooks, optimizer step included. Every variant is trained in turn
+for a few steps, over many rounds in rotating order. A step's time runs from one batch's start to the next one's; its
+median is taken over the rounds, and the steps of a block are averaged, so that with ``mask_every=10`` the one
+step in ten that takes new masks counts as one in ten.
+
+With one thread, time is processor time: on an idle machine it is the wall clock's, and on a busy one it leaves out the
+slices that other processes get. With more threads or a GPU it is the wall clock's.
+
+::
+
+    python benchmarks/sparsity.py --quick
+    python benchmarks/sparsity.py --out speed.json
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, seed_everything
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from benchmarks.common import (
+    Clock,
+    Row,
+    convnet,
+    machine,
+    rotated,
+    show,
+    silence,
+    speed_options,
+    timed_fit,
+    transformer,
+    write_tables,
+)
+from lightning_grad.callbacks import NMSparsity
+from lightning_grad.functional import is_nm, nm_mask
+from lightning_grad.functional.sparsity.nm_schedule import Recipe
+from lightning_grad.functional.sparsity.nm_sparsity import Gradient
+
+TIMED_STEPS = 10  # a multiple of mask_every
+EXACT_BUDGET, SPACED_BUDGET, MASK_BUDGET = 1.20, 1.08, 0.5
+MASK_SHAPE = (768, 3072)
+MASKS = {(2, 4): True, (4, 8): True, (1, 8): True, (1, 16): True, (2, 16): False, (8, 16): False, (4, 32): False}
+METHODS: tuple[tuple[Recipe, Gradient], ...] = (
+    ("sr-ste", "ste"),
+    ("mdgf-exponential", "masked"),
+    ("mdgf-exponential", "ste"),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train; dense without a pattern. Every weight whose dimension the groups divide is made sparse."""
+
+    pattern: str | None = None
+    recipe: Recipe = "sr-ste"
+    gradient: Gradient = "ste"
+    mask_every: int = 1
+    log_every: int = 10**6
+
+    def __str__(self) -> str:
+        name = "dense" if self.pattern is None else f"{self.pattern} {self.recipe} {self.gradient}"
+        name += f", mask_every={self.mask_every}" if self.mask_every > 1 else ""
+        return name + (", every step a log step" if self.log_every == 1 else "")
+
+    @property
+    def budget(self) -> float | None:
+        """Largest allowed ratio to the dense step."""
+        if self.pattern is None or self.log_every == 1:
+            return None
+        return EXACT_BUDGET if self.mask_every == 1 else SPACED_BUDGET
+
+    def callback(self) -> NMSparsity | None:
+        """Build the callback, with the recipe's own phase over the whole run."""
+        if self.pattern is None:
+            return None
+        return NMSparsity(
+            self.pattern,
+            recipe=self.recipe,
+            gradient=self.gradient,
+            dense_fraction=0.0,
+            finetune_fraction=0.0,
+            mask_every=self.mask_every,
+            include=["*"],
+        )
+
+
+def fit_once(variant: Variant, module: LightningModule, batch: Any, clock: Clock) -> list[float]:
+    """Train for a block of steps and return how long each took."""
+    sparsity = variant.callback()
+    callbacks = [] if sparsity is None else [sparsity]
+    periods = timed_fit(module, batch, TIMED_STEPS, callbacks, clock, log_every_n_steps=variant.log_every)
+    if variant.pattern is not None and not any(_follows(w, variant.pattern) for w in module.parameters()):
+        raise RuntimeError(f"{variant}: no weight follows the pattern.")
+    return periods
+
+
+def _follows(weight: Tensor, pattern: str) -> bool:
+    n, m = map(int, pattern.split(":"))
+    return weight.ndim >= 2 and is_nm(weight, n, m)
+
+
+def step_rows(
+    build: Callable[[], tuple[LightningModule, Any]], variants: Sequence[Variant], rounds: int, clock: Clock
+) -> list[Row]:
+    """Train all variants in turn; the first is the baseline."""
+    seed_everything(0, verbose=False)
+    built = {variant: build() for variant in variants}
+    blocks: dict[Variant, list[list[float]]] = {variant: [] for variant in variants}
+    for i in range(rounds):
+        for variant in rotated(variants, i):
+            blocks[variant].append(fit_once(variant, *built[variant], clock))
+    typical = {variant: mean(median(step) for step in zip(*b, strict=True)) for variant, b in blocks.items()}
+    base = typical[variants[0]]
+    return [Row(str(v), 1000 * time_, time_ / base, v.budget) for v, time_ in typical.items()]
+
+
+def sorted_mask(weight: Tensor, n: int, m: int) -> Tensor:
+    """Take the mask the plain way, by a stable sort of every group."""
+    groups = weight.abs().view(-1, m)
+    order = torch.argsort(groups, dim=1, descending=True, stable=True)
+    return torch.zeros_like(groups).scatter_(1, order[:, :n], 1.0).view_as(weight)
+
+
+def mask_rows(rounds: int, clock: Clock) -> list[Row]:
+    """Time the masks of all patterns against the plain way, in turn."""
+    weight = torch.randn(MASK_SHAPE, device=clock.device)
+    times: dict[tuple[int, int], list[tuple[float, float]]] = {pattern: [] for pattern in MASKS}
+    for i in range(rounds + 1):
+        for (n, m), found in times.items():
+            pair = [
+                clock.seconds(lambda n=n, m=m, f=function: f(weight, n, m))  # type: ignore[misc]
+                for function in (nm_mask, sorted_mask)
+            ]
+            if i:  # the first round warms up
+                found.append((pair[0], pair[1]))
+    return [_mask_row(weight, n, m, times[n, m]) for n, m in MASKS]
+
+
+def _mask_row(weight: Tensor, n: int, m: int, times: Sequence[tuple[float, float]]) -> Row:
+    if not torch.equal(nm_mask(weight, n, m), sorted_mask(weight, n, m)):
+        raise RuntimeError(f"{n}:{m}: nm_mask and the sort disagree.")
+    ours, plain = (median(pair[i] for pair in times) for i in (0, 1))
+    return Row(f"{n}:{m}", 1000 * ours, ours / plain, MASK_BUDGET if MASKS[n, m] else None)
+
+
+def transformer_variants() -> list[Variant]:
+    """Return the dense baseline, what is held against the budget, and log steps.
+
+    The second dense variant does what the first does: its ratio shows the noise.
+    """
+    found = [
+        Variant(pattern, recipe, gradient, mask_every)
+        for mask_every in (1, 10)
+        for pattern in ("2:4", "1:16")
+        for recipe, gradient in METHODS
+    ]
+    return [Variant(), *found, Variant(log_every=1), Variant("2:4", "mdgf-exponential", "masked", log_every=1)]
+
+
+def convnet_variants() -> list[Variant]:
+    """Return the dense baseline and two of 2:4."""
+    return [Variant(), Variant("2:4"), Variant("2:4", mask_every=10)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the tables and write them."""
+    assert __doc__ is not None
+    options = speed_options(__doc__, arguments, quick="one round: a rough answer in about a minute")
+    silence()
+    torch.set_num_threads(options.threads)
+    clock, rounds = Clock(options.device), options.rounds
+    print(f"{machine(options.device)}; {rounds} rounds")
+    masks = mask_rows(3 * rounds, clock)
+    show("Mask of a 768x3072 float32 weight", "a stable argsort", masks)
+    steps = step_rows(transformer, transformer_variants(), rounds, clock)
+    show("Step of a transformer, 4 layers of width 256, 4 x 256 tokens, AdamW", "dense", steps)
+    convolutions = step_rows(convnet, convnet_variants(), 2 * rounds, clock)
+    show("Step of a residual convnet, width 32, 32 images of 3x32x32, AdamW", "dense", convolutions)
+    write_tables(options, {"masks": masks, "transformer": steps, "convnet": convolutions})
+
+
+if __name__ == "__main__":
+    main()

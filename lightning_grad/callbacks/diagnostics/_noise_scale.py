@@ -1,0 +1,136 @@
+"""The gradient noise scale of a run: small batches are what is accumulated, or what the ranks have.
+
+Used by ``gradient_monitor.py``; the estimate is :func:`lightning_grad.functional.noise_scale_terms`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch import Tensor
+
+from lightning_grad.functional import noise_scale_terms
+from lightning_grad.functional.gradients.tensor_lists import joined_norm
+from lightning_grad.functional.plain_tensors import on_plain_tensors, plain_tensor
+from lightning_grad.utilities.precision import grad_scaler
+from lightning_grad.utilities.reporting import log_summary
+
+_DECAY = 0.95  # of the averages of noise and signal, for each measurement
+
+
+class NoiseScale:
+    """The averages of a run: all that lasts longer than a step."""
+
+    def __init__(self) -> None:
+        self._averages: Tensor | None = None
+
+    def add(self, terms: Tensor) -> None:
+        """Take in noise and signal of one step, unless they are not finite."""
+        before = terms if self._averages is None else self._averages.to(terms.device)
+        self._averages = torch.where(terms.isfinite().all(), _DECAY * before + (1 - _DECAY) * terms, before)
+
+    def read(self) -> dict[str, Tensor]:
+        """Return the noise scale in samples, and the averages it is made of."""
+        if self._averages is None:
+            return {}
+        noise, signal = self._averages
+        return {"noise_scale": noise / signal, "noise_trace": noise, "signal_squared": signal}
+
+    def write(self, trainer: pl.Trainer, key: Callable[[str], str]) -> None:
+        """Write the noise scale into the summary of the run, if it is finite."""
+        final = self.read().get("noise_scale")
+        if final is not None and math.isfinite(final.item()):
+            log_summary(trainer, {key("final_noise_scale"): final.item()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages."""
+        return {"averages": None if self._averages is None else self._averages.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with saved averages."""
+        self._averages = state["averages"]
+
+
+class NoiseScaleMeter:
+    """Measures the norm of each part of a batch by hooks on the parameters, which are there in measured steps only.
+
+    A hook sees the gradient of one backward pass on one rank, before it is accumulated and before DDP reduces it.
+
+    Args:
+        scale: Where measurements go.
+    """
+
+    def __init__(self, scale: NoiseScale) -> None:
+        self._scale = scale
+        self._handles: list[Any] = []
+        self._squares: list[Tensor] = []
+        self._parts = 0
+        self._batch_size = 1
+
+    @staticmethod
+    def why_not(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
+        """Return why the noise scale is undefined or cannot be seen in this run, or ``None``."""
+        if not pl_module.automatic_optimization:
+            return "under manual optimization it cannot be told which backward passes make a step"
+        if any(hasattr(parameter, "full_tensor") for parameter in pl_module.parameters()):
+            return "gradients of sharded parameters are reduced before they can be seen"
+        if getattr(trainer.strategy, "gradient_is_compressed", False):
+            return "the gradient after the exchange is no mean: its entries come late (gradient_noise=True logs it instead)"
+        if trainer.world_size == 1 and trainer.accumulate_grad_batches == 1:
+            return "it compares parts of a batch, and needs accumulate_grad_batches or several ranks"
+        return None
+
+    def begin_batch(self, parameters: Sequence[Tensor], batch: Any) -> None:
+        """Get ready for one part of the batch of a measured step."""
+        if not self._handles:
+            self._squares, self._parts = [], 0
+            self._handles = [
+                p.register_hook(self._see)  # type: ignore[no-untyped-call]
+                for p in parameters
+                if p.requires_grad
+            ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about batches of which the size can be read in two ways
+            try:
+                self._batch_size = int(extract_batch_size(batch))
+            except Exception:  # a batch of a kind that Lightning cannot read either: count in parts
+                self._batch_size = 1
+
+    @on_plain_tensors
+    def _see(self, gradient: Tensor) -> None:
+        self._squares.append(joined_norm([plain_tensor(gradient).detach()]).square())
+
+    def end_part(self) -> None:
+        """Take notice that one backward pass is over."""
+        if self._handles:
+            self._parts += 1
+
+    def measure(self, trainer: pl.Trainer, norm: Tensor) -> None:
+        """Take in the norm of the whole batch's gradient, when the optimizer is about to step.
+
+        It reduces over the ranks, so all of them must call it.
+        """
+        ranks, parts, accumulated = trainer.world_size, self._parts, trainer.accumulate_grad_batches
+        squares, self._squares = self._squares, []
+        self.stop()
+        if not squares or parts * ranks < 2:
+            return
+        scaler = grad_scaler(trainer)
+        scale = 1.0 if scaler is None or scaler._scale is None else scaler._scale.to(norm.device)
+        # The loss of each part was divided by the number of parts of a full batch, and multiplied by the loss scale.
+        small = torch.stack(squares).sum() / parts * (accumulated / scale) ** 2
+        small = trainer.strategy.reduce(small, reduce_op="mean")
+        big = (norm * accumulated / parts).square()
+        self._scale.add(torch.stack(noise_scale_terms(small, big, self._batch_size, self._batch_size * parts * ranks)))
+
+    def stop(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []

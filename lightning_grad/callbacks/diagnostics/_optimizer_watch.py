@@ -1,0 +1,243 @@
+"""What ``GradientMonitor`` sees of one optimizer within a step, as tensors, until a log step asks for numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_grad.callbacks.diagnostics._monitor_record import MonitorRecord
+from lightning_grad.functional import gradient_cosine, moment_signal_to_noise, zero_share
+from lightning_grad.functional.gradients.tensor_lists import stack_norms, whole
+from lightning_grad.functional.plain_tensors import plain_tensor
+from lightning_grad.utilities.layers import LayerFinder, Layers
+from lightning_grad.utilities.optimizers import Shape, optimizer_shape
+
+_MOST_ROWS = 4096  # that wait for a log step; a run that never logs waits for the device once in so many steps
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the run a step is: its number, the epoch, and the batch."""
+
+    step: int
+    epoch: int
+    batch_idx: int
+
+
+@dataclass
+class _Row:
+    place: Place
+    numbers: Tensor  # norm before, norm before clipping, norm after, loss
+    skipped: bool
+
+
+class OptimizerWatch:
+    """Looks at the gradients of one optimizer before and after others have changed them.
+
+    Every vector has an entry for each parameter that is watched, zero where it has no gradient, so that nothing has to be
+    made anew when other parameters have gradients than in the step before.
+
+    Args:
+        optimizer: Whose gradients they are.
+        named: Names and parameters that are watched.
+        depth: Join layers whose names agree in so many leading parts.
+        record: Where numbers go.
+        scaled: Whether a GradScaler skips steps that overflow, which then is nothing bad.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        named: Sequence[tuple[str, Tensor]],
+        depth: int | None,
+        record: MonitorRecord,
+        scaled: bool,
+    ) -> None:
+        self.record = record
+        self.first_bad: dict[str, Any] = {}
+        self._depth = depth
+        self._scaled = scaled
+        self._rows: list[_Row] = []
+        self._before: Tensor | None = None
+        self._unclipped: Tensor | None = None
+        self._details: dict[str, Tensor] = {}
+        self._snapshot: list[tuple[Tensor, Tensor]] = []
+        self.follow(optimizer, named)
+
+    def follow(self, optimizer: Optimizer, named: Sequence[tuple[str, Tensor]]) -> None:
+        """Watch an optimizer from now on, with the parameters that it has now."""
+        self.drain()
+        self.optimizer = optimizer
+        self.shape: Shape = optimizer_shape(optimizer)
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        self._layers: Layers | None = None
+        self._roots: Tensor | None = None
+        self._previous: dict[str, Tensor] = {}
+        self._seen_bad: Tensor | None = None
+        self._bad_norms: Tensor | None = None
+
+    def _gradients(self) -> list[Tensor | None]:
+        gradients = [parameter.grad for parameter in self.parameters]
+        return [None if gradient is None else plain_tensor(gradient) for gradient in gradients]
+
+    # Within a step.
+
+    def look_before(self, loss: Tensor | None, measured: bool, rare: bool, keep: bool) -> Tensor | None:
+        """Look at gradients that nothing has changed yet.
+
+        Args:
+            loss: Of the step, as ``training_step`` gave it.
+            measured: Whether the step is logged, and layers are looked at.
+            rare: Whether the costly things are measured too.
+            keep: Whether the next step is logged and will be compared with this one.
+
+        Returns:
+            Tensor: Norm of all gradients; ``None`` if there are none.
+        """
+        gradients = self._gradients()
+        self._before = self._unclipped = None
+        if all(gradient is None for gradient in gradients):
+            return None
+        norms = stack_norms(gradients)
+        self._before = torch.linalg.vector_norm(norms)
+        self._remember_first_bad(norms, loss)
+        if measured:
+            self._measure(gradients, norms, rare)
+        present = zip(self.names, gradients, strict=True) if keep else ()
+        self._previous = {name: gradient.clone() for name, gradient in present if gradient is not None}
+        return self._before
+
+    def _remember_first_bad(self, norms: Tensor, loss: Tensor | None) -> None:
+        """Keep the norms of the first step that is not finite, without asking whether this one is."""
+        if self._bad_norms is None or self._seen_bad is None:
+            self._bad_norms, self._seen_bad = torch.zeros_like(norms), norms.new_zeros((), dtype=torch.bool)
+        bad = ~norms.isfinite().all()
+        if self._scaled and loss is not None:
+            bad = bad & ~loss.isfinite().all().to(norms.device)
+        self._bad_norms = torch.where(bad & ~self._seen_bad, norms, self._bad_norms)
+        self._seen_bad = self._seen_bad | bad
+
+    def _measure(self, gradients: list[Tensor | None], norms: Tensor, rare: bool) -> None:
+        if self._layers is None or self._roots is None:
+            self._layers = LayerFinder(depth=self._depth).find(self.names, self.parameters)
+            self._roots = torch.tensor([parameter.numel() ** 0.5 for parameter in self.parameters]).to(norms.device)
+        present = [(n, p, g) for n, p, g in zip(self.names, self.parameters, gradients, strict=True) if g is not None]
+        weights = [plain_tensor(parameter).detach() for parameter in self.parameters]
+        self._details = {"norm": self._join(norms), "weight_norm": self._join(stack_norms(weights))}
+        self._snapshot = [
+            (parameter, weight.clone()) for parameter, weight in zip(self.parameters, weights, strict=True)
+        ]
+        self._measure_vanishing(gradients, norms)
+        pairs = [(g, self._previous[n]) for n, _, g in present if n in self._previous]
+        if pairs:
+            self._details["cosine"] = gradient_cosine([g for g, _ in pairs], [other for _, other in pairs])
+        if rare:
+            self._measure_rarely([g for _, _, g in present], [p for _, p, _ in present])
+
+    def _measure_vanishing(self, gradients: list[Tensor | None], norms: Tensor) -> None:
+        """Compare the root mean square of each gradient with the optimizer's eps."""
+        zero, one = norms.new_zeros(()), norms.new_ones(())
+        counts = torch.stack([one if g is not None and g.numel() else zero for g in gradients]) > 0
+        assert self._roots is not None
+        deviations = torch.where(counts, norms / self._roots, torch.inf)
+        self._details["rms_min"] = deviations.min()
+        eps = self.optimizer.param_groups[0].get("eps")
+        if isinstance(eps, float):
+            self._details["below_epsilon"] = (deviations < eps).sum() / counts.sum()
+
+    def _measure_rarely(self, gradients: list[Tensor], parameters: list[Tensor]) -> None:
+        self._details["zero_share"] = zero_share(gradients)
+        betas = self.optimizer.param_groups[0].get("betas")
+        states = [self.optimizer.state[p] for p in parameters if self.optimizer.state.get(p)]
+        ratio = moment_signal_to_noise(states, betas[:2]) if betas else None
+        if ratio is not None:
+            self._details["signal_to_noise"] = ratio
+
+    def look_before_clipping(self) -> None:
+        """Look at gradients that something has changed already, and that are about to be clipped."""
+        gradients = self._gradients()
+        if self._before is not None and any(gradient is not None for gradient in gradients):
+            self._unclipped = torch.linalg.vector_norm(stack_norms(gradients))
+
+    def look_after(self, loss: Tensor | None, place: Place, changed: bool) -> None:
+        """Look at the gradients that the optimizer is about to use.
+
+        Args:
+            loss: Of the step.
+            place: Where in the run the step is.
+            changed: Whether something may have changed the gradients since :meth:`look_before`.
+        """
+        before, self._before = self._before, None
+        if before is None:
+            return
+        after, gradients = before, self._gradients()
+        gone = all(gradient is None for gradient in gradients)
+        if gone:
+            after = torch.full_like(before, math.nan)
+        elif changed:
+            after = torch.linalg.vector_norm(stack_norms(gradients))
+        unclipped = before if self._unclipped is None else self._unclipped
+        value = torch.full_like(before, math.nan) if loss is None else loss.detach().float().mean().to(before.device)
+        numbers = [number.float() for number in (before, unclipped, after, value)]
+        self._rows.append(_Row(place, torch.stack(numbers), gone))
+        if len(self._rows) >= _MOST_ROWS:
+            self.drain()
+
+    def look_at_update(self) -> None:
+        """Compare the weights with those from before the optimizer's step."""
+        if self._snapshot:
+            updates = [plain_tensor(parameter).detach() - old for parameter, old in self._snapshot]
+            self._details["update_ratio"] = self._join(stack_norms(updates)) / self._details["weight_norm"]
+        self._snapshot = []
+
+    def _join(self, norms: Tensor) -> Tensor:
+        assert self._layers is not None
+        squares = norms.new_zeros(len(self._layers.names)).index_add_(0, self._layers.index, norms.square())
+        return squares.sqrt()
+
+    # Between steps.
+
+    def drain(self) -> None:
+        """Turn what is waiting into numbers: the one place where the host waits."""
+        if not self._rows:
+            return
+        numbers = torch.stack([row.numbers for row in self._rows]).tolist()
+        for row, (before, unclipped, after, loss) in zip(self._rows, numbers, strict=True):
+            finite = math.isfinite(before)
+            self.record.add(row.place.step, before, after, row.skipped or (self._scaled and not finite), unclipped)
+            expected = self._scaled and math.isfinite(loss)
+            if not finite and not expected and not self.first_bad:
+                self.first_bad = {**vars(row.place), "loss": loss, "norm": before, "parameters": self._bad_names()}
+        self._rows = []
+
+    def _bad_names(self) -> list[str]:
+        norms = [] if self._bad_norms is None else self._bad_norms.tolist()
+        return [name for name, norm in zip(self.names, norms, strict=False) if not math.isfinite(norm)]
+
+    def take_details(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """Return scalars, and values by layer, of the step that was measured."""
+        details, layers = self._details, self._layers
+        self._details, self._snapshot = {}, []
+        if not details or layers is None:
+            return {}, {}
+        flat = torch.cat([value.reshape(-1) for value in details.values()]).tolist()
+        scalars, by_layer = {}, {}
+        for key, value in details.items():
+            own, flat = flat[: value.numel()], flat[value.numel() :]
+            if value.ndim:
+                by_layer[key] = dict(zip(layers.names, own, strict=True))
+            else:
+                scalars[key] = own[0]
+        return scalars, by_layer
+
+    def gradients_for_histograms(self, top: int) -> Mapping[str, Tensor]:
+        """Return up to ``top`` gradients of weights by name; whole ones, so every rank must ask."""
+        weights = [(n, p.grad) for n, p in zip(self.names, self.parameters, strict=True) if p.ndim > 1]
+        return {name: whole(gradient) for name, gradient in weights[:top] if gradient is not None}

@@ -1,0 +1,380 @@
+"""Watching gradients: the callback.
+
+Beside this file: ``_optimizer_watch.py`` looks at the gradients of one optimizer, ``_monitor_place.py`` finds where to look,
+``_monitor_choice.py`` what to watch, ``_monitor_record.py`` keeps and draws what was seen, ``_monitor_report.py`` sends it,
+``_noise_scale.py`` measures the gradient noise scale, ``_logit_watch.py`` reads logits off the operators. The formulas are in
+``functional/gradient_statistics.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_grad.callbacks.diagnostics._logit_probe import has_compiled
+from lightning_grad.callbacks.diagnostics._logit_watch import LogitWatch
+from lightning_grad.callbacks.diagnostics._monitor_choice import named_parameters, why_none
+from lightning_grad.callbacks.diagnostics._monitor_place import Vantage
+from lightning_grad.callbacks.diagnostics._monitor_record import MonitorRecord
+from lightning_grad.callbacks.diagnostics._monitor_report import FirstBadStep, write_records
+from lightning_grad.callbacks.diagnostics._noise_scale import NoiseScale, NoiseScaleMeter
+from lightning_grad.callbacks.diagnostics._optimizer_watch import OptimizerWatch, Place
+from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.fit import during_fit, until_next_fit
+from lightning_grad.core.phases import Phase, refuse_order
+from lightning_grad.functional.plain_tensors import on_plain_tensors
+from lightning_grad.utilities.checks import (
+    check_count,
+    refuse_deepspeed,
+    refuse_flat_shards,
+    refuse_sparse_gradients,
+)
+from lightning_grad.utilities.forward_order import ForwardOrder
+from lightning_grad.utilities.optimizers import optimizer_index, optimizer_shape
+from lightning_grad.utilities.parameters import as_names, check_patterns, parameter_names
+from lightning_grad.utilities.precision import grad_scaler, refuse_scaled_gradients, true_loss
+from lightning_grad.utilities.reporting import (
+    counted,
+    is_log_step,
+    log_histograms,
+    log_many,
+    say_if_no_figure,
+    stepped_batches,
+)
+
+
+class GradientMonitor(GradCallback):
+    r"""Watch gradients: both sides of clipping, layers, noise, signs of instability, and the first bad step.
+
+    It changes nothing. At every optimizer step it takes norms, as tensors. At log steps it reads them, and looks at layers.
+    At every few log steps it does what costs more.
+
+    Args:
+        rarely: Every how many log steps zero entries, signal to noise and histograms are looked at; None never.
+        logits: Look at the size of attention and output logits at log steps; not in compiled modules.
+        histograms: Send histograms of gradients to the loggers that show them, rarely.
+        depth: Join layers in logs by this many leading parts of their names; default: do not join.
+        top: Log at most this many layers apart; the heat map has all.
+        figure: Draw the run at its end (needs matplotlib, and a logger whose folder takes the file).
+        alert: Send a W&B alert when a gradient is not finite for the first time.
+        include: Names or wildcards of the parameters or modules that are watched; default all.
+        exclude: Names or wildcards of those that are not.
+        name: Name of this instance, needed when two are used.
+
+    Raises:
+        ValueError: In the constructor for numbers below 1. Before the first batch under FSDP1 and DeepSpeed, with a fused
+            optimizer in fp16, for sparse gradients, and for a name pattern that matches nothing.
+
+    **Hooks.** The first ``on_before_optimizer_step`` in the list of callbacks, to see what was; the module's
+    ``configure_gradient_clipping``, the last thing before the step (under manual optimization its
+    ``on_before_optimizer_step``), to see what is used; the optimizer's post hook at log steps, for the update.
+
+    **Logs** under ``grad/``, at log steps: ``norm`` and ``norm_after`` (before anything changed the gradient, and as the
+    optimizer used it), ``coefficient`` (their ratio), ``norm_max`` (largest since the last log), ``clipped_share`` and
+    ``skipped_steps`` (of all steps so far); for each layer ``norm/...``, ``weight_norm/...`` and ``update_ratio/...`` (norm
+    of the update over norm of the weights); ``cosine`` (to the gradient of the step before), ``rms_min`` (least root mean
+    square of a parameter's gradient) and ``below_epsilon`` (share of parameters where it is below the optimizer's eps, so
+    that updates vanish); ``attention_logit_max`` and ``output_logit_max``; under accumulation or with several ranks
+    ``noise_scale`` (in samples), ``noise_trace`` and ``signal_squared``
+    (:func:`~lightning_grad.functional.noise_scale_terms`). Rarely: ``zero_share``, ``signal_to_noise``
+    (:func:`~lightning_grad.functional.moment_signal_to_noise`) and histograms. With several optimizers keys begin with
+    ``grad/optimizer<i>/``. At the end: a figure and a table. When a gradient is not finite for the first time: a warning
+    that names the parameter, the loss and the batch, a file with these facts, and an alert.
+
+    **State.** The record, and the averages of the noise scale. The cosine of the first log step after a resume is missing.
+
+    **Cost.** One norm a step, two where something changes gradients; docs/benchmarks.md has the whole.
+
+    **Works with** accumulation, fp16 (steps that the scaler skips are counted as skipped) and bf16, DDP, FSDP2, compiled
+    modules, several optimizers, manual optimization (no noise scale): yes. FSDP1 and DeepSpeed: raises.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.ZClip
+                - class_path: lightning_grad.callbacks.GradientMonitor
+
+    References:
+        McCandlish et al., 2018, arXiv 1812.06162 (noise scale). Wortsman et al., "Small-scale proxies for large-scale
+        Transformer training instabilities", 2023, arXiv 2309.14322 (logits, gradients below epsilon).
+    """
+
+    namespace: ClassVar[str] = "grad"
+    trial: ClassVar[Mapping[str, Any]] = {"rarely": 2}
+    phase: ClassVar[Phase] = "observe"
+
+    _records = until_next_fit.of(dict[int, MonitorRecord])
+    _noise = until_next_fit.of(NoiseScale)
+    _first_bad = until_next_fit.of(FirstBadStep)
+    _watches = during_fit.of(list[OptimizerWatch])
+    _vantage = during_fit[Vantage]()
+    _loss = during_fit[Tensor | None](lambda _: None)
+    _place = during_fit[Place](lambda _: Place(0, 0, 0))
+    _order = during_fit[ForwardOrder | None](lambda _: None)
+    _stop_learning = during_fit[Callable[[], None] | None](lambda _: None)
+    _logits = during_fit[LogitWatch | None](lambda _: None)
+    _stepped = during_fit.of(bool)
+
+    @during_fit
+    def _meter(self) -> NoiseScaleMeter:
+        return NoiseScaleMeter(self._noise)
+
+    def __init__(
+        self,
+        rarely: int | None = 10,
+        logits: bool = True,
+        histograms: bool = True,
+        depth: int | None = None,
+        top: int = 16,
+        figure: bool = True,
+        alert: bool = False,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        self.rarely = rarely
+        self.logits = logits
+        self.histograms = histograms
+        self.depth = depth
+        self.top = top
+        self.figure = figure
+        self.alert = alert
+        self.include = as_names(include)
+        self.exclude = as_names(exclude)
+        check_count(1 if rarely is None else rarely, 1, "rarely")
+        check_count(1 if depth is None else depth, 1, "depth")
+        check_count(top, 0, "top")
+
+    # The fit begins.
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self.fitting:
+            refuse_deepspeed(trainer, self.label)
+            refuse_flat_shards(trainer, self.label)
+            refuse_order(trainer)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if not self.fitting:
+            return
+        for index, saved in state_dict["records"].items():
+            self._records.setdefault(int(index), MonitorRecord()).load_state_dict(saved)
+        if not self.changed_settings(state_dict, "include", "exclude"):
+            self._noise.load_state_dict(state_dict["noise"])  # else its averages are of other parameters
+        self._first_bad.load_state_dict(state_dict)
+
+    @override
+    @on_plain_tensors
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        names = parameter_names(pl_module)
+        for parameter, patterns in (("include", self.include), ("exclude", self.exclude)):
+            check_patterns(patterns or [], names, f"{self.label}({parameter}=...)")
+        for index, optimizer in enumerate(trainer.optimizers):
+            refuse_scaled_gradients(trainer, optimizer, self.label)
+            self._watch(trainer, pl_module, index, optimizer)
+        watched = [parameter for watch in self._watches for parameter in watch.parameters]
+        if not watched:
+            why = why_none(trainer, pl_module, self.include, self.exclude)
+            raise ValueError(f"{self.label} has no parameter to watch. {why}")
+        refuse_sparse_gradients(pl_module, {id(parameter) for parameter in watched}, self.label)
+        self._order = ForwardOrder(pl_module)
+        self.undo.push(self._meter.stop)
+        self._vantage = self._take_places(trainer, pl_module)
+        self._announce(trainer, pl_module)
+
+    def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, optimizer: Optimizer) -> None:
+        record = self._records.setdefault(index, MonitorRecord())
+        named = named_parameters(pl_module, optimizer, self.include, self.exclude)
+        watch = OptimizerWatch(optimizer, named, self.depth, record, scaled=grad_scaler(trainer) is not None)
+        self._watches.append(watch)
+        self._watch_updates(watch)
+
+    def _watch_updates(self, watch: OptimizerWatch) -> None:
+        handle = watch.optimizer.register_step_post_hook(lambda *_: self._look_at_update(watch))
+        self.undo.push(handle.remove)
+
+    def _take_places(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Vantage:
+        vantage = Vantage(
+            self,
+            before=partial(self._look_before, trainer, pl_module),
+            before_clipping=partial(self._look_before_clipping, trainer),
+            behind=partial(self._look_behind, trainer),
+        )
+        vantage.take(trainer, pl_module, self.undo)
+        if self.logits and not has_compiled(pl_module):
+            advice = f"{self.label} watches logits in this step. Set {type(self).__name__}(logits=False)."
+            self._logits = LogitWatch(trainer, pl_module, advice)
+            self.undo.push(wrap_method(pl_module, "training_step", self._logits.around))
+        return vantage
+
+    def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        names = [name for watch in self._watches for name in watch.names]
+        self.announce(f"watches the gradients of {counted(len(names), 'parameter')}", "parameters", names)
+        if trainer.barebones:
+            self.say(
+                "logs nothing, because Trainer(barebones=True) turns logging off; at the end of the fit it names the first "
+                "gradient that was not finite"
+            )
+            return
+        why_not = NoiseScaleMeter.why_not(trainer, pl_module)
+        if why_not is not None:
+            self.say(f"logs no gradient noise scale: {why_not}")
+        if self.logits and self._logits is None:
+            self.say("logs no logits: watching them would run compiled modules uncompiled")
+        say_if_no_figure(trainer, self.label, self.figure)
+
+    # One training step.
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._place = Place(stepped_batches(trainer), trainer.current_epoch, batch_idx)
+        if self._order is not None and self._stop_learning is None:
+            self._stop_learning = self._order.watch()
+            self.undo.push(self._stop_learning)
+        if is_log_step(trainer) and NoiseScaleMeter.why_not(trainer, pl_module) is None:
+            self._meter.begin_batch(self._watches[0].parameters, batch)
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self._loss = true_loss(trainer, pl_module, loss)
+        if self._stop_learning is not None:
+            self._stop_learning()
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._meter.end_part()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self._vantage.is_first:
+            self._look_before(trainer, pl_module, optimizer)
+
+    @torch.no_grad()
+    @on_plain_tensors
+    def _look_before(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        measured = is_log_step(trainer)
+        rare = measured and self._is_rare(trainer)
+        watch = self._watches[optimizer_index(trainer, optimizer, self.label)]
+        if watch.shape != optimizer_shape(optimizer):
+            fresh = watch.optimizer is not optimizer
+            watch.follow(optimizer, named_parameters(pl_module, optimizer, self.include, self.exclude))
+            if fresh:
+                self._watch_updates(watch)
+        norm = watch.look_before(self._loss, measured, rare, keep=is_log_step(trainer, ahead=1))
+        if norm is not None and measured:
+            self._meter.measure(trainer, norm)
+        if rare and self.histograms:
+            tensors = watch.gradients_for_histograms(self.top)
+            log_histograms(trainer, {self.log_key(f"histogram/{name}"): tensor for name, tensor in tensors.items()})
+
+    @torch.no_grad()
+    @on_plain_tensors
+    def _look_before_clipping(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        self._watches[optimizer_index(trainer, optimizer, self.label)].look_before_clipping()
+
+    @torch.no_grad()
+    @on_plain_tensors
+    def _look_behind(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        self._stepped = True
+        watch = self._watches[optimizer_index(trainer, optimizer, self.label)]
+        watch.look_after(self._loss, self._place, self._vantage.may_change)
+
+    @torch.no_grad()
+    @on_plain_tensors
+    def _look_at_update(self, watch: OptimizerWatch) -> None:
+        watch.look_at_update()
+
+    def _is_rare(self, trainer: pl.Trainer) -> bool:
+        if self.rarely is None:
+            return False
+        every: int = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
+        return (stepped_batches(trainer) + 1) // every % self.rarely == 0
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._stepped and is_log_step(trainer):
+            self._log_step(trainer, pl_module)
+        self._stepped, self._loss = False, None
+        if self._logits is not None:
+            self._logits.forget()
+
+    def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._drain()
+        for index, watch in enumerate(self._watches):
+            prefix = f"optimizer{index}/" if len(self._watches) > 1 else ""
+            scalars, layers = watch.take_details()
+            values = {**watch.record.summary(), **scalars}
+            if "norm" in layers:
+                watch.record.add_layers(self._place.step, layers["norm"])
+            self.log_scalars(pl_module, {f"{prefix}{key}": value for key, value in values.items()})
+            shown = {
+                self.log_key(f"{prefix}{quantity}/{layer}"): value
+                for quantity, by_layer in layers.items()
+                for layer, value in list(by_layer.items())[: self.top]
+            }
+            log_many(trainer, shown)
+        seen = {} if self._logits is None else self._logits.read()
+        self.log_scalars(pl_module, {**seen, **self._noise.read()})
+        self._tell_first_bad(trainer)
+
+    def _drain(self) -> None:
+        for watch in self._watches:
+            watch.drain()
+            self._first_bad.note(watch.first_bad, self._order)
+
+    def _tell_first_bad(self, trainer: pl.Trainer) -> None:
+        self._first_bad.tell(trainer, self.label, self.log_key, self._stem, self.alert)
+
+    @property
+    def _stem(self) -> str:
+        return "gradient_monitor" if self.name is None else f"gradient_monitor_{self.name}"
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        self._drain()
+        return {
+            **super().state_dict(),
+            "records": {str(index): record.state_dict() for index, record in self._records.items()},
+            "noise": self._noise.state_dict(),
+            **self._first_bad.state_dict(),
+        }
+
+    # The fit ends.
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        # The device itself may be what failed, and nothing may raise here: it would silence all later callbacks.
+        with contextlib.suppress(Exception):
+            self._drain()
+            self._tell_first_bad(trainer)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.fitting and self._watches:
+            self._drain()
+            self._tell_first_bad(trainer)
+            write_records(trainer, self._records, self.log_key, self._stem, self.label, self.figure)
+            self._noise.write(trainer, self.log_key)
+        super().teardown(trainer, pl_module, stage)

@@ -1,0 +1,263 @@
+"""Cutting the learning rate by the accuracy gradient: the callback. The rule is in ``functional/accuracy_gradient.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from lightning_grad.callbacks.schedules._rate_report import RateRecord, write_record
+from lightning_grad.callbacks.schedules._schedules import mute_schedulers, warn_of_schedulers
+from lightning_grad.core.chosen_rates import ChosenRates, as_indices
+from lightning_grad.core.fit import until_next_fit
+from lightning_grad.core.monitored import Interval, Mode, MonitoredCallback
+from lightning_grad.functional.schedules.accuracy_gradient_lr import accuracy_gradient, accuracy_gradient_cuts
+from lightning_grad.utilities.checks import (
+    check_above,
+    check_between,
+    check_count,
+    check_count_between,
+    check_finite,
+    check_finite_at_least,
+)
+from lightning_grad.utilities.reporting import log_many, log_summary, output_folder, say_if_no_figure, stepped_batches
+
+_MOST_OBSERVATIONS = 1_000_000
+
+
+class AccuracyGradientLR(MonitoredCallback):
+    r"""Cut the learning rate when the moving mean of the validation accuracy stops rising (AccelAT).
+
+    .. math::
+        g_t = m_t - m_{t-1} = \frac{a_t - a_{t-w}}{w}, \qquad
+        \eta \leftarrow \max(f \eta, \eta_\text{min}) \quad \text{if } g_t < \theta
+
+    :math:`a_t` is the accuracy of the t-th observation and :math:`m_t` the mean of the last w. Nothing is cut before
+    observation w + 2, nor until q observations after a cut
+    (:func:`~lightning_grad.functional.accuracy_gradient_cuts`). The mean is compared with the one before it
+    and not with the best, so a slow rise is cut too: by the defaults one of less than 2.5 points over five observations. An
+    observation is a validation, or an epoch. Stale and non-finite values are ignored.
+
+    Schedulers of the module go on from the rate that was cut, for their base rates are cut too. A floor of a schedule's own
+    (``eta_min``) stays.
+
+    Args:
+        monitor: Metric that is observed, as the module logs it.
+        mode: max if larger is better, min if smaller is.
+        window: Observations w in a mean (5 in the released code).
+        quiet: Observations q from one cut to the next, at least (5 in the released code).
+        threshold: Cut if the mean rose by less than this (0.005 in the released code, of an accuracy from 0 to 1).
+        factor: What a cut multiplies rates by, above 0 (0.8 in the released code); 1 cuts nothing.
+        min_lr: Floor of the first group's rate (1e-6 in the released code); other groups keep their ratio to it.
+        start_after: Observations of which none cuts; they still enter the means.
+        policy: multiply scales what the module's schedulers do; replace lets none of them act.
+        interval: Observe at each validation, or once at the end of each training epoch.
+        reach: Stop training when an observation is as good as this; None never stops.
+        optimizers: Which optimizers' rates are cut, from 0; None is all.
+        param_groups: Which parameter groups of them, from 0; None is all.
+        figure: Draw values, gradients and rates at the end; needs matplotlib and a logger.
+        name: Name of this instance, needed when two are used.
+
+    Raises:
+        ValueError: In the constructor for arguments outside their range. Before the first batch if nothing would be validated,
+            if the sanity check logged other metrics only, under ``Trainer(barebones=True)``, for an optimizer or group that
+            does not exist or has no rate, and for ``policy="replace"`` where a module under manual optimization steps
+            schedulers itself. On resume for another policy, optimizers or param_groups than the checkpoint's.
+        RuntimeError: After the first observation is due, if the metric is not logged, with the names of those that are.
+
+    **Hooks.** ``on_validation_end`` observes and cuts, so that checkpoints of that validation hold the cut rates. With
+    ``interval="epoch"`` the module's ``on_train_epoch_end`` is wrapped: what it logs is seen, and callbacks that monitor
+    come after. With ``policy="replace"`` the module's ``lr_scheduler_step`` is wrapped.
+
+    **Logs** under ``lr/``, at each observation: ``accuracy_gradient`` (gain of the mean for each observation, once there are
+    more than w), ``scale`` (of the rates), ``cuts`` (so far); in the summary ``final_scale`` and ``final_cuts``. A table with
+    a row for each observation and a figure, as ``accuracy_gradient_lr.csv`` and ``.png``.
+
+    **State.** Observations, scale, first rate, cuts. Resuming is bit-exact. From a checkpoint that was written before a
+    validation that is due (``every_n_train_steps``), Lightning would go on without it; it is run first. What Lightning
+    loses is a metric of *training* (``interval="epoch"``) in an epoch that was interrupted after its first batch: of it,
+    the part that is left is observed, or none.
+
+    **Cost.** A few numbers for each observation; nothing in a step.
+
+    **Works with** accumulation, fp16 and bf16, compiled modules, several optimizers, manual optimization, FSDP, DeepSpeed:
+    yes. DDP: all ranks cut together, by the mean of their values, whether or not the module logs with ``sync_dist``.
+    Schedulers of torch: all. One that torch does not define may undo cuts, and is warned of.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.AccuracyGradientLR
+                  init_args:
+                    monitor: val_acc
+                    threshold: 0.005
+                    factor: 0.8
+
+    References:
+        Nikfam et al., "AccelAT: A Framework for Accelerating the Adversarial Training of Deep Neural Networks through
+        Accuracy Gradient", 2022, arXiv 2210.06888, and its released code. There it observes epochs, of one optimizer without a
+        scheduler; mode, start_after, interval, policy and the choice of groups are ours, and reach is the code's, which looks
+        at the training accuracy.
+    """
+
+    namespace: ClassVar[str] = "lr"
+    trial: ClassVar[Mapping[str, Any]] = {"window": 1, "quiet": 1, "threshold": 10.0, "factor": 0.5}
+    fixed_settings: ClassVar[Mapping[str, str]] = {
+        "policy": "what the schedulers have done until now depends on it",
+        "optimizers": "the learning rates of those chosen before are cut already",
+        "param_groups": "the learning rates of those chosen before are cut already",
+    }
+    nothing_done: ClassVar[str] = "no learning rate was cut"
+
+    _since_cut = until_next_fit[int](lambda self: self.quiet)
+
+    @until_next_fit
+    def _record(self) -> RateRecord:
+        return RateRecord(self.monitor, self.window, self.mode == "max")
+
+    @until_next_fit
+    def _rates(self) -> ChosenRates:
+        return ChosenRates(self.optimizers, self.param_groups, self.policy, self.min_lr, self.label)
+
+    def __init__(
+        self,
+        monitor: str = "val_acc",
+        mode: Mode = "max",
+        window: int = 5,
+        quiet: int = 5,
+        threshold: float = 0.005,
+        factor: float = 0.8,
+        min_lr: float = 1e-6,
+        start_after: int = 0,
+        policy: Literal["multiply", "replace"] = "multiply",
+        interval: Interval = "validation",
+        reach: float | None = None,
+        optimizers: Sequence[int] | None = None,
+        param_groups: Sequence[int] | None = None,
+        figure: bool = True,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(monitor, mode, interval, name)
+        check_count_between(window, 1, _MOST_OBSERVATIONS, "window")
+        check_count(quiet, 0, "quiet")
+        check_finite(threshold, "threshold")
+        check_above(factor, 0.0, "factor")
+        check_between(factor, 0.0, 1.0, "factor")
+        check_finite_at_least(min_lr, 0.0, "min_lr")
+        check_count(start_after, 0, "start_after")
+        check_finite(0.0 if reach is None else reach, "reach")
+        self.window = window
+        self.quiet = quiet
+        self.threshold = threshold
+        self.factor = factor
+        self.min_lr = min_lr
+        self.start_after = start_after
+        self.policy = policy
+        self.reach = reach
+        self.optimizers = as_indices(optimizers, "optimizers")
+        self.param_groups = as_indices(param_groups, "param_groups")
+        self.figure = figure
+
+    # The fit begins.
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        own = {"since_cut": self._since_cut, "scale": self._rates.scale, "base": self._rates.base}
+        return {**super().state_dict(), **own, **self._record.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self.fitting:
+            self._record.load_state_dict(state_dict)
+            self._rates.scale, self._rates.base = state_dict["scale"], state_dict["base"]
+            self._since_cut = state_dict["since_cut"]
+
+    @override
+    def restart(self) -> str:
+        self._record.restart()
+        return "the cuts so far stay"
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        optimizers = [optimizer for optimizer, _ in self._rates.groups(trainer)]
+        if self.policy == "multiply":
+            warn_of_schedulers(trainer, optimizers, self.monitor, self.label)
+        elif trainer.lr_scheduler_configs:
+            self.undo.push(mute_schedulers(pl_module, optimizers, self.label))
+        self._announce(trainer)
+
+    def _announce(self, trainer: pl.Trainer) -> None:
+        at = "validation" if self.interval == "validation" else "epoch"
+        least = max(self.window + 2, self.start_after + 1)
+        mean = f"the mean of {self.monitor!r} over {self.window} observations"
+        self.announce(
+            f"multiplies the learning rate by {self.factor:g} when {mean if self.window > 1 else repr(self.monitor)} improves "
+            f"by less than {self.threshold:g}: at each {at}, from observation {least} on",
+            "learning rates",
+            self._rates.names(trainer),
+        )
+        say_if_no_figure(trainer, self.label, self.figure)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._rates.begin(trainer)
+
+    # One observation.
+
+    @override
+    def observe(self, trainer: pl.Trainer, value: float) -> None:
+        record = self._record
+        record.observe(value, self.epochs_done(trainer), stepped_batches(trainer))
+        self._since_cut += 1
+        settings = (self.window, self.quiet, self.threshold, self.start_after)
+        is_cut = False
+        if accuracy_gradient_cuts(record.gains, self._since_cut, *settings):
+            self._since_cut = 1
+            is_cut = self._cut(trainer)
+        record.conclude(self._rates.scale, self._rates.first(trainer), is_cut)
+        self._log_observation(trainer)
+        if self.reach is not None and self.is_reached(value, self.reach):
+            trainer.should_stop = True
+            self.tell_once("reach", rank_zero_info, f"{self.monitor} has reached {value:g}: training stops.")
+
+    def _cut(self, trainer: pl.Trainer) -> bool:
+        before = self._rates.first(trainer)
+        if not self._rates.multiply(trainer, self.factor):
+            if self.factor < 1.0:
+                self.tell_once("floor", rank_zero_info, f"the learning rate is at its floor, min_lr={self.min_lr:g}.")
+            return False
+        gradient = accuracy_gradient(self._record.gains, self.window)
+        epoch = round(self._record.epochs[-1], 2)
+        rank_zero_info(
+            f"{self.label} cuts the learning rate from {before:g} to {self._rates.first(trainer):g} after observation "
+            f"{len(self._record)} (epoch {epoch:g}): the mean of {self.monitor} gained {gradient:.4g}, less than "
+            f"{self.threshold:g}."
+        )
+        return True
+
+    def _log_observation(self, trainer: pl.Trainer) -> None:
+        values = {"scale": self._rates.scale, "cuts": float(self._record.cut_count)}
+        gradient = accuracy_gradient(self._record.gains, self.window)
+        if gradient is not None:
+            values["accuracy_gradient"] = gradient
+        log_many(trainer, {self.log_key(key): value for key, value in values.items()})
+
+    # The end.
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        cuts = float(self._record.cut_count)
+        log_summary(trainer, {self.log_key("final_scale"): self._rates.scale, self.log_key("final_cuts"): cuts})
+        stem = "accuracy_gradient_lr" if self.name is None else f"accuracy_gradient_lr_{self.name}"
+        folder = output_folder(trainer)
+        if folder is not None and len(self._record):
+            write_record(trainer, self._record, self.log_key, folder / stem, self.label, self.threshold, self.figure)

@@ -1,0 +1,9 @@
+"""Attacks on inputs, and their projections."""
+
+from lightning_grad.functional.adversarial.attacks import IndependentLossError, fgsm, pgd
+
+__all__ = [
+    "IndependentLossError",
+    "fgsm",
+    "pgd",
+]

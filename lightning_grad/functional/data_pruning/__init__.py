@@ -1,0 +1,45 @@
+"""Scores of samples, selections by them, and weights of losses."""
+
+from lightning_grad.functional.data_pruning.clustering import kmeans, prototype_distance, uniform_learning_repeats
+from lightning_grad.functional.data_pruning.dynamic_pruning import infobatch_subset, repeated_random_subset
+from lightning_grad.functional.data_pruning.histories import (
+    aum,
+    aum_state,
+    forgetting,
+    forgetting_state,
+    normalize_by_class,
+    update_aum_,
+    update_forgetting_,
+    update_vog_,
+    vog,
+    vog_state,
+)
+from lightning_grad.functional.data_pruning.loss_reweighting import annealed_temperature, loss_weights
+from lightning_grad.functional.data_pruning.scores import el2n, last_layer_gradient_norm, margin, predictions
+from lightning_grad.functional.data_pruning.selection import count_kept, select_samples
+
+__all__ = [
+    "annealed_temperature",
+    "aum",
+    "aum_state",
+    "count_kept",
+    "el2n",
+    "forgetting",
+    "forgetting_state",
+    "infobatch_subset",
+    "kmeans",
+    "last_layer_gradient_norm",
+    "loss_weights",
+    "margin",
+    "normalize_by_class",
+    "predictions",
+    "prototype_distance",
+    "repeated_random_subset",
+    "select_samples",
+    "uniform_learning_repeats",
+    "update_aum_",
+    "update_forgetting_",
+    "update_vog_",
+    "vog",
+    "vog_state",
+]

@@ -1,0 +1,122 @@
+"""What gradients tell of a training: noise scale, agreement with the step before, signal against noise, root mean square.
+
+The callback that watches them is :class:`lightning_grad.callbacks.GradientMonitor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_grad.functional.gradients.tensor_lists import share_of, stack_norms, whole
+
+
+def noise_scale_terms(small_squared: Tensor, big_squared: Tensor, small: float, big: float) -> tuple[Tensor, Tensor]:
+    r"""Estimate noise and signal of the gradient from its norms at two batch sizes, without bias.
+
+    .. math::
+        S = \frac{\lVert g_b \rVert^2 - \lVert g_B \rVert^2}{1/b - 1/B}, \qquad
+        \mathcal G = \frac{B \lVert g_B \rVert^2 - b \lVert g_b \rVert^2}{B - b}
+
+    S estimates the trace of the covariance of the gradient of one sample, and the other the squared norm of the true
+    gradient. Their ratio, each averaged over steps first, is the simple noise scale: the batch size, in samples, below
+    which noise rules and above which larger batches stop paying.
+
+    Args:
+        small_squared: Squared norm of a gradient over b samples, a scalar; best averaged over all such parts of the batch.
+        big_squared: Squared norm of the gradient over all B samples, a scalar.
+        small: b, in samples.
+        big: B, above b.
+
+    Returns:
+        tuple: S and the squared norm of the true gradient, scalars; either may come out negative.
+
+    Raises:
+        ValueError: Unless b is below B.
+
+    Example:
+        >>> noise, signal = noise_scale_terms(torch.tensor(3.0), torch.tensor(2.0), small=1, big=2)
+        >>> noise.item(), signal.item()
+        (2.0, 1.0)
+
+    References:
+        McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, arXiv 1812.06162, appendix A.1.
+    """
+    if not 0 < small < big:
+        raise ValueError(f"The noise scale needs two batch sizes, small below big; got {small} and {big}.")
+    noise = (small_squared - big_squared) / (1 / small - 1 / big)
+    signal = (big * big_squared - small * small_squared) / (big - small)
+    return noise, signal
+
+
+@torch.no_grad()
+def gradient_cosine(gradients: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    r"""Return the cosine of the angle between two gradients, each taken as one vector.
+
+    .. math::
+        \cos(g, g') = \frac{\langle g, g' \rangle}{\lVert g \rVert \lVert g' \rVert}
+
+    Args:
+        gradients: g, at least one tensor.
+        others: g', of the same shapes.
+
+    Returns:
+        Tensor: The cosine, a scalar, -1 to 1; nan if one of them is zero.
+
+    Example:
+        >>> gradient_cosine([torch.tensor([1.0, 0.0])], [torch.tensor([2.0, 0.0])])
+        tensor(1.)
+    """
+    products = [(g.float() * o.float()).sum() for g, o in zip(gradients, others, strict=True)]
+    product = torch.stack([whole(value).to(products[0].device) for value in products]).sum()
+    lengths = [torch.linalg.vector_norm(stack_norms(tensors)) for tensors in (gradients, others)]
+    cosine: Tensor = product / lengths[0] / lengths[1]
+    return cosine
+
+
+@torch.no_grad()
+def moment_signal_to_noise(states: Sequence[Mapping[str, Any]], betas: tuple[float, float]) -> Tensor | None:
+    r"""Return the signal-to-noise ratio of gradients that Adam's moments imply.
+
+    .. math::
+        \mathrm{SNR} = \frac{\sum_i \hat m_i^2}{\sum_i \max(\hat v_i - \hat m_i^2, 0)}
+
+    m and v are the running means of the gradient and of its square, with the bias corrected. As they look back over
+    different spans it is a rough measure, good for comparing layers and times.
+
+    Args:
+        states: What ``optimizer.state[parameter]`` holds, for parameters that have stepped equally often.
+        betas: Decay rates of the two moments.
+
+    Returns:
+        Tensor: The ratio, a scalar; ``None`` if the optimizer keeps no such moments.
+
+    Example:
+        >>> state = {"step": torch.tensor(1.0), "exp_avg": torch.tensor([0.1]), "exp_avg_sq": torch.tensor([0.002])}
+        >>> round(moment_signal_to_noise([state], (0.9, 0.999)).item(), 4)
+        1.0
+    """
+    signal, noise = [], []
+    for state in states:
+        if "exp_avg" not in state or "exp_avg_sq" not in state:
+            continue
+        step = state["step"] if isinstance(state["step"], Tensor) else torch.tensor(float(state["step"]))
+        first, second = (1 - beta ** step.to(state["exp_avg"].device) for beta in betas)
+        mean = (state["exp_avg"].float() / first).square()
+        signal.append(whole(mean.sum()))
+        noise.append(whole((state["exp_avg_sq"].float() / second - mean).clamp(min=0.0).sum()))
+    return torch.stack(signal).sum() / torch.stack(noise).sum() if signal else None
+
+
+@torch.no_grad()
+def zero_share(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the share of entries that are exactly zero, of all gradients together, as a scalar.
+
+    Example:
+        >>> zero_share([torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0])])
+        tensor(0.2500)
+    """
+    return share_of([gradient == 0 for gradient in gradients])

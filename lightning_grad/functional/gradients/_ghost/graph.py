@@ -1,0 +1,101 @@
+"""Questions to autograd's graph: which parameters losses still reach, and their gradients sample by sample."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_grad.functional.gradients._ghost.contributions import chunks, sum_squares
+
+_REENTRANT = "CheckpointFunctionBackward"  # hides what happens inside from the graph
+
+
+@dataclass
+class Leaf:
+    """A tensor at which the graph ends, and the names of the operations that use it."""
+
+    tensor: Tensor
+    users: set[str] = field(default_factory=set)
+
+
+def leaves(outputs: Tensor) -> dict[int, Leaf]:
+    """Return the leaf tensors that a gradient of the outputs would reach, by identity."""
+    found: dict[int, Leaf] = {}
+    start = outputs.grad_fn
+    if start is None:
+        return {id(outputs): Leaf(outputs)} if outputs.requires_grad else found
+    seen, waiting = {start}, [start]
+    while waiting:
+        node = waiting.pop()
+        if node.name() == _REENTRANT:
+            raise RuntimeError(
+                "Per-sample gradient norms cannot see into torch.utils.checkpoint.checkpoint(..., use_reentrant=True). "
+                "Turn activation checkpointing off while measuring."
+            )
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            variable = getattr(following, "variable", None)
+            if variable is not None:
+                found.setdefault(id(variable), Leaf(variable)).users.add(node.name())
+            elif following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
+
+
+def rows_of_jacobian(
+    outputs: Tensor, inputs: Sequence[Tensor], rows: Tensor, retain_graph: bool = True
+) -> list[Tensor | None]:
+    """Return the gradients of the inputs for each row of output gradients, (rows, *input), all at once where that works.
+
+    Args:
+        outputs: Any tensor with a graph.
+        inputs: Leaf tensors; one that is not reached yields None.
+        rows: Gradients of the outputs, (rows, *outputs).
+        retain_graph: Whether the graph is needed again.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # operations without a batching rule are slow, and say so
+        try:
+            found = torch.autograd.grad(
+                outputs, inputs, rows, retain_graph=retain_graph, allow_unused=True, is_grads_batched=True
+            )
+            return [None if gradient is None else _dense(gradient) for gradient in found]
+        except RuntimeError:  # a kernel, or a custom function, that cannot be batched
+            pass
+    return _one_by_one(outputs, inputs, rows)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
+
+
+def _one_by_one(outputs: Tensor, inputs: Sequence[Tensor], rows: Tensor) -> list[Tensor | None]:
+    found = [torch.autograd.grad(outputs, inputs, row, retain_graph=True, allow_unused=True) for row in rows]
+    return [
+        torch.stack([torch.zeros_like(p) if gradient is None else _dense(gradient) for gradient in gradients])
+        for p, gradients in zip(inputs, zip(*found, strict=True), strict=True)
+    ]
+
+
+def squared_norms_by_backward(losses: Tensor, parameters: Sequence[Tensor], entries: int) -> Tensor:
+    """Return the squared norms of the gradients of each loss by one backward each, (B,); exact for whatever autograd takes.
+
+    Args:
+        losses: (B,).
+        parameters: The leaf tensors.
+        entries: How many entries of memory one such backward needs.
+    """
+    squares = torch.zeros_like(losses, requires_grad=False)
+    for start, stop in chunks(losses, entries):
+        rows = torch.zeros(stop - start, len(losses), dtype=losses.dtype, device=losses.device)
+        rows[range(stop - start), range(start, stop)] = 1
+        for gradient in rows_of_jacobian(losses, parameters, rows):
+            if gradient is not None:
+                squares[start:stop] += sum_squares(gradient).to(squares.dtype)
+    return squares

@@ -1,0 +1,136 @@
+"""Adds up what the uses of parameters contribute: as gradients within a parameter, as squared norms between parameters."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_grad.functional.gradients._ghost.contributions import Contribution, add_up, chunks, combine, sum_squares
+from lightning_grad.functional.gradients._ghost.graph import rows_of_jacobian
+from lightning_grad.functional.gradients._ghost.tracer import Source, Use
+
+Place = tuple[int, ...]  # what part of a parameter's memory a tensor is, and in which order
+
+
+@dataclass
+class _Group:
+    """What contributes to the same entries of the same parameters, and so must be added as gradients.
+
+    Args:
+        uses: How many contributions will come.
+        is_derived: Whether gradients must be carried on from computed tensors to the parameters.
+        parts: What has come, by the identity of the tensor.
+    """
+
+    uses: int = 0
+    is_derived: bool = False
+    parts: dict[int, tuple[Source, list[Contribution]]] = field(default_factory=dict)
+
+
+class SquaredNorms:
+    """The sum of squared norms over all covered parameters.
+
+    Args:
+        uses: All uses of the forward pass.
+        parameters: The parameters by name.
+        like: A tensor (B,) of the type and on the device to add up in.
+    """
+
+    def __init__(self, uses: Iterable[Use], parameters: Mapping[str, Tensor], like: Tensor) -> None:
+        self._parameters = parameters
+        self.total = torch.zeros_like(like)
+        self._group_of: dict[int, _Group] = {}
+        sources = [source for use in uses for source, _ in use.terms]
+        for connected in _connected(sources):
+            self._open(connected)
+
+    def _open(self, sources: list[Source]) -> None:
+        """Put sources that share parameters into groups: one for each part of a parameter where that is all there is."""
+        places = [self._place(source) for source in sources]
+        if None in places or not _are_disjoint({place for place in places if place is not None}):
+            group = _Group(len(sources), True)
+            self._group_of |= {id(source.tensor): group for source in sources}
+            return
+        groups: dict[Place | None, _Group] = {}
+        for source, place in zip(sources, places, strict=True):
+            group = groups.setdefault(place, _Group())
+            group.uses += 1
+            self._group_of[id(source.tensor)] = group
+
+    def _place(self, source: Source) -> Place | None:
+        """Return which entries of its parameter a tensor is, or None where it is not merely a dense part of one."""
+        tensor, parameter = source.tensor, self._parameters[next(iter(source.roots))]
+        if tensor is not parameter and (len(source.roots) > 1 or tensor._base is not parameter):
+            return None
+        strides = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+        expected = 1
+        for stride, size in strides:
+            if stride != expected:
+                return None
+            expected *= size
+        order = tuple(s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
+        return (int(tensor.storage_offset()), tensor.numel(), *order)
+
+    def add(self, source: Source, contribution: Contribution) -> None:
+        """Take in one contribution."""
+        group = self._group_of[id(source.tensor)]
+        if group.uses == 1 and not group.is_derived:
+            self.total += contribution.squared().to(self.total)
+            return
+        group.parts.setdefault(id(source.tensor), (source, []))[1].append(contribution)
+
+    def finish(self) -> Tensor:
+        """Return the sum, (B,)."""
+        for group in {id(group): group for group in self._group_of.values()}.values():
+            if group.is_derived:
+                self._carry_on(group)
+            elif group.parts:
+                parts = [contribution for _, part in group.parts.values() for contribution in part]
+                self.total += combine(parts, self.total).to(self.total)
+        return self.total
+
+    def _carry_on(self, group: _Group) -> None:
+        """Add the squared norms for parameters from which other tensors were computed, a few samples at a time."""
+        parts = list(group.parts.values())
+        names = sorted(frozenset().union(*(source.roots for source, _ in parts)))
+        leaves = [self._parameters[name] for name in names]
+        entries = sum(source.tensor.numel() for source, _ in parts) + sum(leaf.numel() for leaf in leaves)
+        for start, stop in chunks(self.total, entries):
+            sums = [leaf.new_zeros(stop - start, *leaf.shape, dtype=self.total.dtype) for leaf in leaves]
+            for source, contributions in parts:
+                rows = add_up(contributions, start, stop).view(stop - start, *source.tensor.shape)
+                for total, gradient in zip(sums, _carried(source.tensor, leaves, rows), strict=True):
+                    if gradient is not None:
+                        total += gradient
+            for total in sums:
+                self.total[start:stop] += sum_squares(total).to(self.total)
+
+
+def _carried(tensor: Tensor, leaves: list[Tensor], rows: Tensor) -> list[Tensor | None]:
+    if tensor.grad_fn is None:  # a parameter itself
+        return [rows if leaf is tensor else None for leaf in leaves]
+    return rows_of_jacobian(tensor, leaves, rows.to(tensor.dtype))
+
+
+def _connected(sources: list[Source]) -> list[list[Source]]:
+    """Put together what shares parameters, directly or through others."""
+    groups: list[tuple[set[str], list[Source]]] = []
+    for source in sources:
+        roots, members = set(source.roots), [source]
+        apart = []
+        for group in groups:
+            if group[0] & roots:
+                roots, members = roots | group[0], group[1] + members
+            else:
+                apart.append(group)
+        groups = [*apart, (roots, members)]
+    return [members for _, members in groups]
+
+
+def _are_disjoint(places: set[Place]) -> bool:
+    ordered = sorted(places)
+    return all(a[0] + a[1] <= b[0] for a, b in itertools.pairwise(ordered))

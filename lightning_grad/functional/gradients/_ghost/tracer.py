@@ -1,0 +1,279 @@
+"""Sees every use of a parameter during a forward pass, and cuts those uses off the graph whose rule is known."""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lightning_grad.functional.gradients._ghost.binding import Binding, Term
+from lightning_grad.functional.gradients._ghost.layouts import Layout
+from lightning_grad.functional.gradients._ghost.rules import bind
+
+Key = tuple[str, tuple[str, ...], int]  # operation, parameters, how many such calls came before
+
+
+@dataclass
+class Source:
+    """A parameter, or a tensor that was computed from parameters alone and thus knows no samples.
+
+    Args:
+        tensor: It, with its graph.
+        roots: The names of the parameters.
+        version: Of the tensor when it was found; a changed one is no longer what it was.
+    """
+
+    tensor: Tensor
+    roots: frozenset[str]
+    version: int
+
+
+@dataclass
+class Use:
+    """One call of an operation with a rule, cut off the graph at its parameters.
+
+    Args:
+        key: What the call is known by from batch to batch.
+        terms: For each parameter its contribution as a function of the gradient of the output.
+        shape: That of the output.
+        dims: The dimensions of the output in which samples may lie.
+        is_batchless: Whether nothing that went in but parameters requires a gradient, so that the call may know no samples.
+        kept: The tensors that the contributions need, with their versions.
+        layout: Where the samples lie, once known.
+    """
+
+    key: Key
+    terms: list[tuple[Source, Term]]
+    shape: tuple[int, ...]
+    dims: Sequence[int]
+    is_batchless: bool
+    kept: list[tuple[Tensor, int]]
+    layout: Layout | None = None
+
+    @property
+    def roots(self) -> frozenset[str]:
+        """The names of the parameters whose gradient the use contributes to."""
+        return frozenset().union(*(source.roots for source, _ in self.terms))
+
+    def check_unchanged(self) -> None:
+        """Raise where autograd would: a tensor that the gradient needs was overwritten."""
+        if any(tensor._version != version for tensor, version in self.kept):
+            raise RuntimeError(
+                f"Per-sample gradient norms need the input of {self.key[0]} with {', '.join(sorted(self.roots))}, but it was "
+                "changed in place after the call. Do that operation out of place."
+            )
+
+    def release(self) -> None:
+        """Let go of what was kept."""
+        self.terms, self.kept = [], []
+
+
+OnGradient = Callable[[Use, Tensor], None]
+
+
+class _Root(torch.autograd.Function):
+    """Makes a tensor that requires no gradient one that does, so that its gradient is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor, aliases: bool) -> Tensor:
+        if aliases:
+            return tensor.view_as(tensor)
+        ctx.mark_dirty(tensor)  # as if computed here, not a view, so that the module may work on it in place
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        return None, None, None
+
+
+def _transparent(function: Any) -> Any:
+    """Return a copy of a function of torch that passes modes on to the operations inside instead of itself."""
+    if not isinstance(function, types.FunctionType):
+        return None
+    inside = {**function.__globals__, "has_torch_function": lambda _: False}
+    copy = types.FunctionType(function.__code__, inside, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_ATTENTION = _transparent(F.multi_head_attention_forward)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+
+def _is_transformed() -> bool:
+    """Whether the call stands inside ``torch.func.vmap`` or its like, where tensors are not what they seem."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+@dataclass(eq=False)
+class Tracer(TorchFunctionMode):
+    """Active around a forward pass; notes each use of a parameter and replaces what a rule covers by a constant.
+
+    Args:
+        parameters: The trainable parameters by name.
+        excluded: Names of those that are left to autograd.
+        batchless: Calls that take part in all samples alike, such as the lookup of learned positions.
+    """
+
+    parameters: Mapping[str, Tensor]
+    excluded: set[str]
+    batchless: set[Key]
+    uses: list[Use] = field(default_factory=list)
+    uncovered: dict[str, set[str]] = field(default_factory=dict)
+    on_gradient: OnGradient | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._sources = {id(p): Source(p, frozenset([name]), -1) for name, p in self.parameters.items()}
+        self._calls: Counter[tuple[str, tuple[str, ...]]] = Counter()
+        self._handles: list[Any] = []
+        self._inside = False
+        device = next(iter(self.parameters.values())).device
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+
+    def source(self, value: Any) -> Source | None:
+        """Return what is known of a tensor that was computed from parameters alone."""
+        found = self._sources.get(id(value)) if isinstance(value, Tensor) else None
+        return found if found is not None and found.version in (-1, found.tensor._version) else None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            _refuse_batch_statistics(*args, **kwargs)
+        if not torch.is_grad_enabled() or _is_transformed():
+            return func(*args, **kwargs)
+        if func is F.multi_head_attention_forward and _ATTENTION is not None and not self._inside:
+            return self._look_inside(_ATTENTION, args, kwargs)
+        given = list(_tensors([*args, *kwargs.values()]))
+        found = [source for source in map(self.source, given) if source is not None]
+        if not found:
+            return func(*args, **kwargs)
+        return self._call(func, args, kwargs, given, found)
+
+    def _look_inside(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        self._inside = True
+        try:
+            with self:
+                return function(*args, **kwargs)
+        finally:
+            self._inside = False
+
+    def _call(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], given: list[Tensor], found: list[Source]
+    ) -> Any:
+        others = [tensor for tensor in given if self.source(tensor) is None]
+        binding = None
+        if not any(tensor.is_nested or tensor.is_sparse for tensor in given):
+            binding = bind(func, lambda value: self.source(value) is not None, args, kwargs)
+        knows_no_samples = all(tensor.dtype in _INTEGERS for tensor in others)
+        if binding is not None and {id(s.tensor) for s in found} <= {id(tensor) for tensor, _ in binding.terms}:
+            key = self._key(func, found)
+            if key not in self.batchless and (others or binding.aliases or func is Tensor.repeat):
+                return self._cut(func, args, kwargs, binding, key, others)
+            knows_no_samples = not any(tensor.requires_grad for tensor in others)
+        result = func(*args, **kwargs)
+        derived = knows_no_samples and self._derive(result, found)
+        for name in frozenset().union(*(source.roots for source in found)) if not derived else ():
+            if any(tensor.requires_grad for tensor in _tensors([result])):
+                self.uncovered.setdefault(name, set()).add(getattr(func, "__name__", str(func)))
+        return result
+
+    def _key(self, func: Any, found: list[Source]) -> Key:
+        call = func.__name__, tuple(sorted({name for source in found for name in source.roots}))
+        self._calls[call] += 1
+        return (*call, self._calls[call] - 1)
+
+    def _cut(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        binding: Binding,
+        key: Key,
+        others: list[Tensor],
+    ) -> Any:
+        terms = [
+            (source, term)
+            for tensor, term in binding.terms
+            if (source := self.source(tensor)) is not None and not source.roots & self.excluded
+        ]
+        if not terms or any(source.tensor.is_complex() for source, _ in terms):
+            return func(*args, **kwargs)
+        constants = {id(source.tensor): source.tensor.detach() for source, _ in terms}
+        kept = [(tensor, tensor._version) for tensor in binding.kept]
+        out = (binding.call or func)(
+            *(constants.get(id(value), value) for value in args),
+            **{name: constants.get(id(value), value) for name, value in kwargs.items()},
+        )
+        if not out.requires_grad:
+            out = _Root.apply(out.detach(), self.anchor, binding.aliases)  # type: ignore[no-untyped-call]
+        batchless = not any(tensor.requires_grad for tensor in others)
+        use = Use(key, terms, tuple(out.shape), binding.dims(out.shape), batchless, kept)
+        self.uses.append(use)
+        self._handles.append(out.register_hook(lambda gradient: self._receive(use, gradient)))
+        return out
+
+    def _receive(self, use: Use, gradient: Tensor) -> None:
+        if self.on_gradient is not None:
+            self.on_gradient(use, gradient)
+
+    def _derive(self, result: Any, found: list[Source]) -> bool:
+        """Note what was computed from parameters alone; say whether all of the result was."""
+        roots = frozenset().union(*(source.roots for source in found))
+        tensors = list(_tensors([result]))
+        for tensor in tensors:
+            if tensor.requires_grad and id(tensor) not in self._sources:
+                self._sources[id(tensor)] = Source(tensor, roots, tensor._version)
+        return bool(tensors)
+
+    @contextmanager
+    def listening(self, on_gradient: OnGradient) -> Iterator[None]:
+        """Hand the gradients of all uses to a function."""
+        self.on_gradient = on_gradient
+        try:
+            yield
+        finally:
+            self.on_gradient = None
+
+    def close(self) -> None:
+        """Remove the hooks and let go of all tensors."""
+        for handle in self._handles:
+            handle.remove()
+        for use in self.uses:
+            use.release()
+        self._handles, self._sources = [], {}
+
+
+def _refuse_batch_statistics(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> None:
+    if training:
+        raise RuntimeError(
+            "Per-sample gradient norms are undefined where batch_norm normalizes by the statistics of the batch, because each "
+            "loss then depends on all samples. Call module.eval(), with BatchNorm layers that track running statistics."
+        )

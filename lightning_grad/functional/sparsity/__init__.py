@@ -1,0 +1,28 @@
+"""N:M sparsity: masks, patterns, and the schedules that narrow them during a run."""
+
+from lightning_grad.functional.sparsity.nm_schedule import RECIPES, NMPhase, NMSchedule, linear_decay
+from lightning_grad.functional.sparsity.nm_sparsity import (
+    NMPattern,
+    add_sr_ste_,
+    gradient_noise,
+    is_nm,
+    mask_distance,
+    nm_mask,
+    prune,
+    scale_weight,
+)
+
+__all__ = [
+    "RECIPES",
+    "NMPattern",
+    "NMPhase",
+    "NMSchedule",
+    "add_sr_ste_",
+    "gradient_noise",
+    "is_nm",
+    "linear_decay",
+    "mask_distance",
+    "nm_mask",
+    "prune",
+    "scale_weight",
+]
