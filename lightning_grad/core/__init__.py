@@ -15,13 +15,14 @@ With the bases come the tools that reach into other people's objects and let go 
 or weighted (``loss_tap.py``), weights seen through a view (``weight_view.py``, ``portable.py``), the training set and
 its length (``training_set.py``, ``epoch_length.py``), learning rates (``held_rates.py`` for a step, ``chosen_rates.py`` for
 the rest of the run), frozen moments, a step evaluated twice (``step_window.py``), and progress. :class:`Chosen`
-(``chosen.py``) is what a technique says that it acts on.
+(``chosen.py``) is what a technique says that it acts on, :class:`Compatibility` (``compatibility.py``) what it works with.
 """
 
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.chosen import Chosen
 from lightning_grad.core.chosen_rates import ChosenRates, as_indices
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep, Phase
+from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Answer, Compatibility, moot, no, stand_in, yes
+from lightning_grad.core.conditioner import ELEMENTWISE, GradientConditioner, GradientStep, Phase
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.found_weight import FoundWeight
@@ -53,8 +54,12 @@ from lightning_grad.utilities.checks import check_above, check_at_least, check_b
 from lightning_grad.utilities.reporting import is_log_step
 
 __all__ = [
+    "ELEMENTWISE",
+    "WHOLE_WEIGHTS",
+    "Answer",
     "Chosen",
     "ChosenRates",
+    "Compatibility",
     "FoundWeight",
     "FrozenMoments",
     "GradCallback",
@@ -95,14 +100,18 @@ __all__ = [
     "is_quiet",
     "is_repeated",
     "look_at_all",
+    "moot",
+    "no",
     "quiet",
     "read_losses",
     "reweight_losses",
     "run_progress",
+    "stand_in",
     "total_steps",
     "until_next_fit",
     "with_input",
     "wrap_loading",
     "wrap_method",
     "wrap_saving",
+    "yes",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks.adversarial._attack import (
+    COMPILED,
     NoLossError,
     attack_losses,
     attack_of,
@@ -29,6 +30,7 @@ from lightning_grad.callbacks.adversarial._overfitting import (
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.chosen import Chosen
+from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility, manual, no
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.fit import during_fit
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
@@ -42,12 +44,15 @@ from lightning_grad.utilities.checks import (
     check_count,
     check_share,
     refuse_dataloader_iter,
-    refuse_manual_optimization,
 )
 from lightning_grad.utilities.reporting import is_log_step, log_many
 
 _PGD_STEPS = 7
 _CHECK_STEPS = 10
+_NO_MANUAL = no(
+    "does not work with {}: its training_step also steps, so an attack through it would train",
+    "Train with automatic optimization, or measure by AdversarialEvaluation, which works with both",
+)
 
 
 class AdversarialTraining(GradCallback):
@@ -128,7 +133,12 @@ class AdversarialTraining(GradCallback):
 
     namespace: ClassVar[str] = "adversarial"
     trial: ClassVar[Mapping[str, Any]] = {"epsilon": 0.1}
-    needs_whole_weights: ClassVar[bool] = True
+    neutral: ClassVar[Mapping[str, Any] | str] = {"epsilon": 0.0}
+    compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
+        compiled=COMPILED,
+        **manual(_NO_MANUAL),
+        **WHOLE_WEIGHTS,
+    )
 
     _place = during_fit[Place | None](lambda _: None)
     _batch = during_fit[tuple[Any, tuple[Any, ...], dict[str, Any]] | None](lambda _: None)  # the first of the epoch
@@ -189,12 +199,6 @@ class AdversarialTraining(GradCallback):
         super().setup(trainer, pl_module, stage)
         if not self.fitting:
             return
-        refuse_manual_optimization(
-            pl_module,
-            self.label,
-            "its training_step also steps, so an attack through it would train. Train with automatic optimization, or "
-            "measure by AdversarialEvaluation, which works with both.",
-        )
         refuse_dataloader_iter(pl_module.training_step, self.label)
         self._refuse_another(trainer)
         around = partial(self._around_step, trainer, pl_module)

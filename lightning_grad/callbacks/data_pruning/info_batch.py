@@ -11,6 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
+from lightning_grad.callbacks.data_pruning._works_with import COMPILED, no_weighting
+from lightning_grad.core.compatibility import Compatibility, manual
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.given_functions import LOSS_FN
 from lightning_grad.core.loss_tap import reweight_losses
@@ -27,7 +29,6 @@ from lightning_grad.utilities.checks import (
     check_count,
     check_position,
     check_share,
-    refuse_manual_optimization,
 )
 from lightning_grad.utilities.reporting import is_log_step
 
@@ -95,7 +96,12 @@ class InfoBatch(SubsetCallback):
         leaves a sample out with probability r by choosing a fixed number; here the weight fits that number.
     """
 
+    compatibility: ClassVar[Compatibility] = SubsetCallback.compatibility.but(
+        compiled=COMPILED,
+        **manual(no_weighting("Use RepeatedRandomSubset, which needs no loss")),
+    )
     trial: ClassVar[Mapping[str, Any]] = {"prune": 0.5}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"prune": 0.0}
 
     _losses = until_next_fit[Tensor | None](lambda _: None)
     _weights = until_next_fit[Tensor | None](lambda _: None)
@@ -154,12 +160,6 @@ class InfoBatch(SubsetCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self.fitting:
-            refuse_manual_optimization(
-                pl_module,
-                self.label,
-                "the loss is weighted before backward, which comes inside training_step. Use "
-                "RepeatedRandomSubset, which needs no loss.",
-            )
             self.undo.push(
                 reweight_losses(
                     pl_module,

@@ -12,8 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grad.callbacks.data_pruning._works_with import COMPILED, no_weighting
 from lightning_grad.core.batch_sizes import batch_size_of, size_by_sampler
 from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.compatibility import Compatibility, manual, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.given_functions import LOSS_FN
 from lightning_grad.core.loss_tap import reweight_losses
@@ -27,13 +29,15 @@ from lightning_grad.utilities.checks import (
     check_between,
     check_position,
     is_sharded,
-    refuse_manual_optimization,
 )
 from lightning_grad.utilities.reporting import is_log_step
 
 _BY_HAND = "weight the losses in training_step, by lightning_grad.functional.loss_weights"
 _WAY_OUT = f"{_BY_HAND}, or {LOSS_FN}"
 
+_ONE_SIZE = yes(
+    "Each batch is weighted by itself. Ranks need batches of one size, as Lightning's own sampler makes them."
+)
 _REHEARSALS = 4  # batches, until one has a loss
 
 Rule = Literal["linupper", "quadratic", "extremes"]
@@ -101,7 +105,14 @@ class LossReweighting(GradCallback):
     """
 
     namespace: ClassVar[str] = "data"
+    compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
+        accumulation=_ONE_SIZE,
+        ddp=_ONE_SIZE,
+        compiled=COMPILED,
+        **manual(no_weighting(f"Use automatic optimization, or {_BY_HAND}")),
+    )
     trial: ClassVar[Mapping[str, Any]] = {"warmup": 0.0}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"temperature": math.inf}
 
     _trainer = during_fit[pl.Trainer]()
     _effective = until_next_fit[Tensor | None](lambda _: None)
@@ -146,12 +157,6 @@ class LossReweighting(GradCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self.fitting:
-            refuse_manual_optimization(
-                pl_module,
-                self.label,
-                f"the loss is weighted before backward, which comes inside training_step. Use automatic optimization, or "
-                f"{_BY_HAND}.",
-            )
             self._trainer = trainer
             self.undo.push(
                 reweight_losses(
