@@ -1,6 +1,6 @@
 """The life of shown weights in a fit: followed in every step, as stored in validations and checkpoints, plain at its end.
 
-Used by ``weights.py``, where weights are chosen.
+Used by ``core/weights.py``, where weights are chosen.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from typing_extensions import override
 
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.module_chains import ModuleChains
-from lightning_grad.core.portable import make_portable, wrap_loading
-from lightning_grad.core.weight_chain import Chain, Stage
-from lightning_grad.core.weight_choice import W
-from lightning_grad.core.weight_selection import Selection
+from lightning_grad.core.views.module_chains import ModuleChains
+from lightning_grad.core.views.portable import make_portable, wrap_loading
+from lightning_grad.core.views.weight_chain import Chain, Stage
+from lightning_grad.core.views.weight_choice import Selection, W
 
 
 class ShownWeights(GradCallback, Generic[W]):

@@ -14,12 +14,11 @@ from weakref import WeakKeyDictionary, WeakSet
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 
-from lightning_grad.core.found_weight import FoundWeight
-from lightning_grad.core.in_place_view import InPlaceWindow
 from lightning_grad.core.undo import UndoList
-from lightning_grad.core.viewed_weight import ViewedWeight
-from lightning_grad.core.weight_chain import Chain, Stage
-from lightning_grad.core.weight_view import has_view
+from lightning_grad.core.views.found_weight import FoundWeight
+from lightning_grad.core.views.in_place_view import InPlaceWindow
+from lightning_grad.core.views.weight_chain import Chain, Stage, ViewedWeight
+from lightning_grad.core.views.weight_view import has_view
 from lightning_grad.utilities.parameters import clean_name
 
 _CHAINS: WeakKeyDictionary[pl.LightningModule, ModuleChains] = WeakKeyDictionary()

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from lightning_grad.core.rehearsal import Rehearsal
-from lightning_grad.core.scoring import runner, to_device
-from lightning_grad.core.training_set import TrainingSet
-from lightning_grad.core.whole_step import loss_of_output
+from lightning_grad.core.losses.rehearsal import Rehearsal
+from lightning_grad.core.losses.sample_losses import loss_of_output
+from lightning_grad.core.losses.scoring import runner, to_device
+from lightning_grad.core.samples.training_set import TrainingSet
 
 _TRIED = 16  # samples of a batch whose losses are compared
 _REPEATS = 3

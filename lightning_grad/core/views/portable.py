@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.core.dispatch import wrap_method
-from lightning_grad.core.weight_view import WeightView
+from lightning_grad.core.views.weight_view import WeightView
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _RESIDUALS = "residuals"

@@ -16,10 +16,10 @@ SCORE_FN = "give score_fn= in place of a score: it takes the module and a batch,
 LOSS_FN = "give loss_fn=, which takes the module and a batch, and returns the loss of each sample"
 OUTPUTS_FN = "give outputs_fn=, which takes the module and a batch, and returns logits and labels"
 _IGNORED = -100  # by cross_entropy
-LossFunction = Callable[[pl.LightningModule, Any], Any]
+GivenFunction = Callable[[pl.LightningModule, Any], Any]
 
 
-def losses_of(loss_fn: LossFunction, pl_module: pl.LightningModule, batch: Any, samples: int) -> Tensor:
+def losses_of(loss_fn: GivenFunction, pl_module: pl.LightningModule, batch: Any, samples: int) -> Tensor:
     """Return what ``loss_fn`` gives for a batch.
 
     Raises:
@@ -66,7 +66,7 @@ def _kind(found: Any) -> str:
 
 
 def call_of(
-    outputs_fn: LossFunction,
+    outputs_fn: GivenFunction,
     pl_module: pl.LightningModule,
     batch: Any,
     samples: int,

@@ -5,8 +5,7 @@ that joins two views, breaks that without a sign. So the samples of one batch ar
 without a trace, and what comes out must follow them. An order that is found for one batch says nothing of the next, as it
 depends on the data: where rows do not follow, the technique refuses.
 
-``batch_runs.py`` runs the batches, ``row_order.py`` has the questions to rows as pure functions, and ``row_comparison.py``
-the verdict and its words.
+``batch_runs.py`` runs the batches, and ``row_order.py`` compares their rows.
 """
 
 from __future__ import annotations
@@ -19,16 +18,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_grad.core.batch_runs import BatchRuns
-from lightning_grad.core.given_functions import losses_of, refuse_other_means
-from lightning_grad.core.look import only_loss
+from lightning_grad.core.losses.batch_runs import BatchRuns
+from lightning_grad.core.losses.given_functions import losses_of, refuse_other_means
+from lightning_grad.core.losses.look import only_loss
+from lightning_grad.core.losses.row_order import RowComparison, Seen, is_close, largest, rows_of_batch, rows_of_call
+from lightning_grad.core.losses.sample_losses import SampleLoss, refuse_rest, sum_of_flags
+from lightning_grad.core.losses.scoring import runner, to_device
 from lightning_grad.core.quiet import eager, quiet
-from lightning_grad.core.row_comparison import RowComparison, Seen
-from lightning_grad.core.row_order import is_close, largest, rows_of_batch, rows_of_call
-from lightning_grad.core.sample_losses import SampleLoss, sum_of_flags
-from lightning_grad.core.scoring import runner, to_device
-from lightning_grad.core.training_set import TrainingSet
-from lightning_grad.core.whole_step import refuse_rest
+from lightning_grad.core.samples.training_set import TrainingSet
 from lightning_grad.functional.gradients import WholeLossCapture
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.batches import reordered
@@ -42,7 +39,7 @@ _DRAWS = 4  # of samples, until a batch of them has a loss
 class Rehearsal(BatchRuns):
     """Runs one batch of a training set in several orders, and raises where rows do not follow their samples.
 
-    Its arguments are those of :class:`~lightning_grad.core.batch_runs.BatchRuns`.
+    Its arguments are those of :class:`~lightning_grad.core.losses.batch_runs.BatchRuns`.
 
     Attributes:
         kind: What the loss of a sample alone is, where it comes from several terms; ``None`` if neither fits.

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_grad.core.given_functions import LossFunction, checked_losses, with_graph
+from lightning_grad.core.losses.given_functions import GivenFunction, checked_losses, with_graph
+from lightning_grad.core.losses.sample_losses import refuse_rest, terms_of, trace_of, trained_loss
+from lightning_grad.core.losses.weighted_steps import ByCall, ByFunction, ByTerms, Step, Way, Weighing, outline_of
 from lightning_grad.core.quiet import aside, eager, quiet
-from lightning_grad.core.sample_losses import terms_of, trace_of
-from lightning_grad.core.weighing_capture import outline_of
-from lightning_grad.core.weighted_steps import ByCall, ByFunction, ByTerms, Step, Way, Weighing
-from lightning_grad.core.whole_step import refuse_rest, trained_loss
 from lightning_grad.functional.gradients import InseparableLossError, Terms, WholeLossCapture
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import is_sharded
@@ -79,7 +77,7 @@ def choose_again(step: Step, weighing: Weighing, way: ByCall) -> Way:
     return found
 
 
-def _try_function(step: Step, loss_fn: LossFunction, label: str) -> None:
+def _try_function(step: Step, loss_fn: GivenFunction, label: str) -> None:
     """Ask the function once, also where the first steps are not weighted."""
     with aside(step.module), torch.enable_grad():
         losses = with_graph(checked_losses(loss_fn(step.module, copy_of(step.batch)), step.samples), label)

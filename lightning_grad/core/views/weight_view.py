@@ -6,7 +6,7 @@ expect it, and gives the module a *view* of it. Two ways in:
 - :func:`attach_view` swaps the module's class for a subclass in which the attribute is a property. Keys, order and
   identity of the parameters stay, ``torch.compile`` traces through, and modules whose ``forward`` is never called
   (the output projection of ``MultiheadAttention``) work too.
-- :class:`~lightning_grad.core.in_place_view.InPlaceView` writes the derived weight into the parameter for the time of
+- :class:`~lightning_grad.core.views.in_place_view.InPlaceView` writes the derived weight into the parameter for the time of
   forward and backward. It serves modules that get at their parameters in ways of their own, and parameters that several
   modules share.
 

@@ -18,11 +18,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_grad.core.given_functions import SCORE_FN, LossFunction
-from lightning_grad.core.look import Look, Measure, SkippedBatchError
+from lightning_grad.core.losses.given_functions import SCORE_FN, GivenFunction
+from lightning_grad.core.losses.look import Look, Measure, SkippedBatchError
+from lightning_grad.core.losses.sample_losses import SampleLoss
 from lightning_grad.core.quiet import quiet
-from lightning_grad.core.sample_losses import SampleLoss
-from lightning_grad.core.training_set import TrainingSet
+from lightning_grad.core.samples.training_set import TrainingSet
 from lightning_grad.data.borrowed_workers import BorrowedWorkers
 from lightning_grad.data.random_streams import generators_kept, numbers_kept, seed_streams
 from lightning_grad.utilities.batch_copies import copy_of
@@ -45,8 +45,8 @@ def look_at_all(
     label: str = "The score",
     way_out: str = SCORE_FN,
     kind: Callable[[], SampleLoss] | None = None,
-    loss_fn: LossFunction | None = None,
-    outputs_fn: LossFunction | None = None,
+    loss_fn: GivenFunction | None = None,
+    outputs_fn: GivenFunction | None = None,
     one_by_one: bool = False,
     by_classes: bool = False,
 ) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 Several techniques may read the losses of one module; at most one may reweight. Weights act in the backward pass: what the
 step returns and logs as its loss stays the plain loss. Where one call of a loss of ``torch.nn.functional`` is the whole
-loss, only that call is watched (:class:`~lightning_grad.core.weighing_capture.WeighingCapture`); else the whole step is
+loss, only that call is watched (:class:`~lightning_grad.core.losses.weighted_steps.WeighingCapture`); else the whole step is
 traced, and the graph of what it returns tells what each sample contributes
 (:class:`~lightning_grad.functional.gradients.LossTrace`). Which of both is decided once, by a quiet run of the first step
 (``first_step.py``); how each of them weights stands in ``weighted_steps.py``.
@@ -18,16 +18,14 @@ from weakref import WeakKeyDictionary
 import lightning.pytorch as pl
 import torch
 
-from lightning_grad.core.batch_sizes import batch_size_of
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
-from lightning_grad.core.first_step import choose_again, choose_way
-from lightning_grad.core.given_functions import SCORE_FN, LossFunction, call_of
-from lightning_grad.core.look import only_loss
+from lightning_grad.core.losses.batch_sizes import batch_size_of
+from lightning_grad.core.losses.first_step import choose_again, choose_way
+from lightning_grad.core.losses.given_functions import SCORE_FN, GivenFunction, call_of
+from lightning_grad.core.losses.look import only_loss
+from lightning_grad.core.losses.sample_losses import SampleLoss, classifying, trained_loss
+from lightning_grad.core.losses.weighted_steps import ByCall, Step, Way, Weigh, Weighing
 from lightning_grad.core.quiet import aside, is_quiet
-from lightning_grad.core.sample_losses import SampleLoss
-from lightning_grad.core.weighing_capture import Weigh
-from lightning_grad.core.weighted_steps import ByCall, Step, Way, Weighing
-from lightning_grad.core.whole_step import classifying, trained_loss
 from lightning_grad.functional import LossCall, LossCapture
 
 _TAPS: WeakKeyDictionary[Any, _LossTap] = WeakKeyDictionary()
@@ -44,7 +42,7 @@ def read_losses(
     samples: Callable[[], int] | None = None,
     way_out: str = SCORE_FN,
     needed_by: str = "A reader of losses",
-    outputs_fn: LossFunction | None = None,
+    outputs_fn: GivenFunction | None = None,
     by_classes: bool = False,
 ) -> Any:
     """Call ``reader`` with the loss of every training step, after it.
@@ -80,7 +78,7 @@ def reweight_losses(
     acts: bool = True,
     needs: Callable[[], bool] = lambda: True,
     kind: Callable[[], SampleLoss] = lambda: None,
-    loss_fn: LossFunction | None = None,
+    loss_fn: GivenFunction | None = None,
     told: Callable[[], int | None] = _nothing,
 ) -> Any:
     """Weight the samples of every training step in its backward pass.
@@ -130,7 +128,7 @@ class _Reader:
     which: int | None
     way_out: str
     needed_by: str
-    outputs_fn: LossFunction | None
+    outputs_fn: GivenFunction | None
     by_classes: bool
     has_checked: bool = False  # the labels of outputs_fn
     # Which call classifies, by all calls of a step: looked at once, as it may wait for the device.

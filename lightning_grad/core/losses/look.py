@@ -10,9 +10,15 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_grad.core.given_functions import SCORE_FN, LossFunction, call_of, losses_of, with_graph
-from lightning_grad.core.sample_losses import SampleLoss, SampleLosses, terms_of, trace_of
-from lightning_grad.core.whole_step import classifying, refuse_rest
+from lightning_grad.core.losses.given_functions import SCORE_FN, GivenFunction, call_of, losses_of, with_graph
+from lightning_grad.core.losses.sample_losses import (
+    SampleLoss,
+    SampleLosses,
+    classifying,
+    refuse_rest,
+    terms_of,
+    trace_of,
+)
 from lightning_grad.functional import LossCall, LossCapture, PerSampleGradientNorms
 from lightning_grad.functional.gradients import InseparableLossError, WholeLossCapture
 
@@ -72,8 +78,8 @@ class Look:
     label: str = "The score"
     way_out: str = SCORE_FN
     kind: Callable[[], SampleLoss] | None = None
-    loss_fn: LossFunction | None = None
-    outputs_fn: LossFunction | None = None
+    loss_fn: GivenFunction | None = None
+    outputs_fn: GivenFunction | None = None
     by_classes: bool = False
 
     def losses(self, keep_graph: bool = False) -> SampleLosses:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_grad.core.dispatch import wrap_method
-from lightning_grad.core.in_place_view import close_windows, open_windows
 from lightning_grad.core.module_state import Snapshot
 from lightning_grad.core.quiet import silence
+from lightning_grad.core.views.in_place_view import close_windows, open_windows
 from lightning_grad.data.random_streams import (
     generators_kept,
     named_generators,

@@ -1,9 +1,13 @@
-"""The ways to weight the samples of a training step: by its one call of a loss, by its terms, or by a function."""
+"""The ways to weight the samples of a training step: by its one call of a loss, by its terms, or by a function.
+
+The weights act in the backward pass. What the step returns stays what it is without them.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +16,101 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.core.given_functions import LossFunction, checked_losses, refuse_other_means
+from lightning_grad.core.losses.given_functions import GivenFunction, checked_losses, refuse_other_means
+from lightning_grad.core.losses.sample_losses import (
+    SampleLoss,
+    SampleLosses,
+    loss_of_output,
+    terms_of,
+    trace_of,
+    with_loss,
+)
 from lightning_grad.core.quiet import aside
-from lightning_grad.core.sample_losses import SampleLoss, SampleLosses, terms_of, trace_of, with_loss
-from lightning_grad.core.weighing_capture import Weigh, WeighingCapture, WithGradientOf
-from lightning_grad.core.whole_step import loss_of_output
 from lightning_grad.functional import LossCapture
-from lightning_grad.functional.gradients import Terms
+from lightning_grad.functional.gradients import LossFunction, Terms, weight_call_, without_ignored
+from lightning_grad.functional.gradients.autograd import Node
 from lightning_grad.utilities.batch_copies import copy_of
+
+_OUTLINE = 16  # nodes that are compared
+Weigh = Callable[[SampleLosses], Tensor | None]
+
+
+class WeighingCapture(LossCapture):
+    """A capture that weights by hooks, so that the value of the loss stays, and the gradient at weight 1 bit for bit.
+
+    Args:
+        samples: As in :class:`LossCapture`.
+        weigh: Called with the losses of each call; returns weights (B,), or ``None`` to leave this one as it is.
+        way_out: As in :class:`LossCapture`.
+    """
+
+    def __init__(self, samples: int | None, weigh: Weigh | None, way_out: str) -> None:
+        super().__init__(samples, way_out=way_out)
+        self._weigh = weigh
+        self._nodes: list[Node] = []  # of what the calls returned
+
+    def _handle(self, func: Any, loss: LossFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._weigh is None:
+            return super()._handle(func, loss, args, kwargs)
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()  # hooks need the autograd graph, which does not exist while compiling
+        value = self._noted(func(*args, **kwargs))
+        read = self._read(func, loss, args, kwargs, value)
+        if read is None:
+            return value
+        call = read.call
+        weights = self._weigh(SampleLosses(call.losses, call, sums=read.sums))
+        if weights is None:
+            return value
+        if weights.shape != (call.samples,):
+            raise ValueError(f"The weights must have the shape ({call.samples},); got {tuple(weights.shape)}.")
+        weights = without_ignored(weights.detach(), call.losses)
+        if weight_call_(func, args, kwargs, value, weights):
+            return value
+        # The gradient of what has no rows, as learned class weights, is that of a loss that is computed with the weights.
+        with LossCapture(call.samples, lambda _: weights):
+            weighted = WithGradientOf.apply(value.detach(), func(*args, **kwargs))  # type: ignore[no-untyped-call]
+        return self._noted(weighted)
+
+    def _noted(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.grad_fn is not None:
+            self._nodes.append(value.grad_fn)
+        return value
+
+    def outline_of(self, loss: Tensor) -> tuple[str, ...]:
+        """See :func:`outline_of`."""
+        return outline_of(loss, self._nodes)
+
+
+def outline_of(loss: Tensor, calls: Sequence[Node]) -> tuple[str, ...]:
+    """Return what stands between a loss and calls of losses, by the names of its first nodes.
+
+    It is equal in steps that compute their loss in the same way, and costs next to nothing where the loss is a call.
+    """
+    waiting, names, known = deque([loss.grad_fn]), list[str](), set(calls)
+    while waiting and len(names) < _OUTLINE:
+        node = waiting.popleft()
+        if node is not None:
+            names.append("call" if node in known else node.name())
+            waiting.extend(() if node in known else (below for below, _ in node.next_functions))
+    return tuple(names)
+
+
+class WithGradientOf(torch.autograd.Function):
+    """Returns the first tensor, with the gradient of the second."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, other: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return None, gradients[0]
 
 
 @dataclass(frozen=True)
 class Weighing:
-    """What a technique that weights samples asks for; see :func:`~lightning_grad.core.loss_tap.reweight_losses`."""
+    """What a technique that weights samples asks for; see :func:`~lightning_grad.core.losses.loss_tap.reweight_losses`."""
 
     reweight: Weigh
     label: str
@@ -33,7 +119,7 @@ class Weighing:
     acts: bool
     needs: Callable[[], bool]
     kind: Callable[[], SampleLoss]
-    loss_fn: LossFunction | None
+    loss_fn: GivenFunction | None
     told: Callable[[], int | None]
 
     def ways_out(self, call: str = "") -> str:
@@ -186,7 +272,7 @@ class ByFunction(Way):
         loss_fn: The function.
     """
 
-    def __init__(self, weighing: Weighing, loss_fn: LossFunction) -> None:
+    def __init__(self, weighing: Weighing, loss_fn: GivenFunction) -> None:
         self._weighing = weighing
         self._loss_fn = loss_fn
         self._pairs: list[tuple[float, float]] = []  # of the mean of loss_fn and the step's loss, in the first batches

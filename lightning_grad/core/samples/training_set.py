@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_grad.core.dispatch import wrap_method
-from lightning_grad.core.epoch_length import EpochLength, length_of
-from lightning_grad.core.training_loaders import (
+from lightning_grad.core.samples.epoch_length import EpochLength, length_of
+from lightning_grad.core.samples.training_loaders import (
     items_of,
     keys_of,
     refuse_without_indices,

@@ -11,15 +11,13 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.core.given_functions import SCORE_FN, LossFunction
-from lightning_grad.core.look import Look, Measure, SkippedBatchError
+from lightning_grad.core.losses.given_functions import SCORE_FN, GivenFunction
+from lightning_grad.core.losses.look import Look, Measure, SkippedBatchError
+from lightning_grad.core.losses.row_order import Seen, largest, rows_of_call, rows_of_terms, size_of_input
+from lightning_grad.core.losses.sample_losses import SampleLosses, loss_of_output
+from lightning_grad.core.losses.scoring import runner, scoring_loader, to_device
 from lightning_grad.core.quiet import quiet
-from lightning_grad.core.row_comparison import Seen
-from lightning_grad.core.row_order import largest, rows_of_call, rows_of_terms, size_of_input
-from lightning_grad.core.sample_losses import SampleLosses
-from lightning_grad.core.scoring import runner, scoring_loader, to_device
-from lightning_grad.core.training_set import TrainingSet
-from lightning_grad.core.whole_step import loss_of_output
+from lightning_grad.core.samples.training_set import TrainingSet
 from lightning_grad.data.random_streams import generators_kept, numbers_kept, seed_generators, seed_streams
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.batches import reordered
@@ -51,8 +49,8 @@ class BatchRuns:
     measure: Measure | None = None
     runs_the_step: bool = True
     by_terms: bool = False
-    loss_fn: LossFunction | None = None
-    outputs_fn: LossFunction | None = None
+    loss_fn: GivenFunction | None = None
+    outputs_fn: GivenFunction | None = None
     by_classes: bool = False
 
     @contextmanager

@@ -1,7 +1,7 @@
 """Writing a derived weight into its parameter for the time of a step.
 
 For modules that get at their parameters in ways of their own, and for parameters that several modules share. Everything else
-is shown its weights by :func:`~lightning_grad.core.weight_view.attach_view`, where the protocol of a view stands too.
+is shown its weights by :func:`~lightning_grad.core.views.weight_view.attach_view`, where the protocol of a view stands too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grad.core.dispatch import wrap_method
-from lightning_grad.core.weight_view import IN_PLACE, WeightView, own_parameter
+from lightning_grad.core.views.weight_view import IN_PLACE, WeightView, own_parameter
 
 _OPEN: WeakSet[InPlaceWindow] = WeakSet()
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_grad.core.network_ends import Owner
-from lightning_grad.core.weight_view import REPLACEMENTS, viewed_class
+from lightning_grad.core.views.network_ends import Owner
+from lightning_grad.core.views.weight_view import REPLACEMENTS, viewed_class
 from lightning_grad.utilities.parameters import all_names, clean_name, is_spelled, matches
 from lightning_grad.utilities.weight_axes import is_foreign_matrix, output_dimension
 

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_grad.core.dispatch import wrap_method
-from lightning_grad.core.training_set import TrainingSet
+from lightning_grad.core.samples.training_set import TrainingSet
 from lightning_grad.core.undo import UndoList
 
 
