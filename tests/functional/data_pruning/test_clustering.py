@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_grad.functional import clustering
+from lightning_grad.functional.data_pruning import clustering
 from lightning_grad.functional.data_pruning.clustering import kmeans, prototype_distance, uniform_learning_repeats
 
 
