@@ -53,7 +53,7 @@ _RESIDUAL, _VELOCITY = "residual", "velocity"
 
 
 class DGCStrategy(CompressedDDPStrategy):
-    r"""Send the largest entries of the accumulated gradient, and keep the others until they have grown.
+    r"""Send only the largest entries of the accumulated gradient, and keep the others until they have grown (DGC).
 
     .. math::
         u_r \leftarrow m u_r + g_r, \quad v_r \leftarrow v_r + u_r, \quad

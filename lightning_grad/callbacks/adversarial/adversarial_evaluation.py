@@ -50,7 +50,7 @@ class Evaluation:
 
 
 class AdversarialEvaluation(GradCallback):
-    r"""Run each validation a second time on attacked inputs, and log what the module logs once more, as ``adversarial/...``.
+    r"""Run each validation and test a second time on attacked inputs, logged as ``adversarial/...``.
 
     .. math::
         \text{adversarial/val\_acc} = \frac 1 n \sum_{i=1}^n

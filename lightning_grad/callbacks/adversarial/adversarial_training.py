@@ -51,7 +51,7 @@ _CHECK_STEPS = 10
 
 
 class AdversarialTraining(GradCallback):
-    r"""Train on inputs that are moved, inside a small ball, to where the loss is higher.
+    r"""Train on inputs moved to where the loss is higher, by FGSM or PGD through the module's own step.
 
     .. math::
         \min_\theta \; \mathbb E_{(x, y)} \max_{\lVert \delta \rVert \le \epsilon} L(f_\theta(x + \delta), y)

@@ -16,7 +16,7 @@ from lightning_grad.utilities.checks import check_finite_at_least
 
 
 class GradientNoise(GradientConditioner):
-    r"""Add Gaussian noise to gradients that dies away over the training.
+    r"""Add Gaussian noise to all gradients, less and less over the training.
 
     .. math::
         g_t \leftarrow g_t + \mathcal N(0, \sigma_t^2), \qquad \sigma_t^2 = \frac{\eta}{(1 + t)^\gamma}

@@ -17,7 +17,7 @@ from lightning_grad.utilities.layers import LayerFinder, Per
 
 
 class LayerwiseNormalization(GradientConditioner):
-    r"""Give the gradient of each layer the norm of its weights, times a constant (the trust ratio of LARS).
+    r"""Scale the gradient of each layer to the norm of its weights, times a constant (LARS).
 
     .. math::
         g_h \leftarrow g_h \cdot \min\Bigl(r, \eta \frac{\lVert W_h \rVert}{\lVert g_h \rVert}\Bigr)

@@ -28,7 +28,7 @@ _LONGEST_DEFAULT = 150  # steps of warm-up, as in the released code
 
 
 class MomentumReset(OptimizerCallback):
-    r"""Forget the moments of an Adam-like optimizer now and then, and warm the learning rate up again (SPAM).
+    r"""Reset the moments of an Adam-like optimizer now and then, and warm the learning rate up again (SPAM).
 
     .. math::
         m = v = 0 \text{ every } \Delta T \text{ steps, then} \quad

@@ -15,7 +15,7 @@ from lightning_grad.utilities.checks import check_above
 
 
 class NormClipping(GradientConditioner):
-    r"""Scale gradients together so that their norm is at most a constant.
+    r"""Scale gradients together so that their norm is at most a constant, for all or for parts of a model.
 
     .. math::
         g \leftarrow g \cdot \min\Bigl(1, \frac{c}{\lVert g \rVert_p + 10^{-6}}\Bigr)

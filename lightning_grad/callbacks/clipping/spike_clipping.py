@@ -23,7 +23,7 @@ NO_MOMENT = (
 
 
 class SpikeClipping(GradientConditioner):
-    r"""Clip each entry of a gradient that stands far above its own past (SPAM).
+    r"""Clip single gradient entries far above their own past, by Adam's second moment (SPAM).
 
     .. math::
         g_i \leftarrow \operatorname{sign}(g_i) \sqrt{\theta v_i} \quad\text{where}\quad g_i^2 > \theta v_i, \; v_i > 0

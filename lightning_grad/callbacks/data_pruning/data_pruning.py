@@ -55,7 +55,7 @@ _EPOCH = 10
 
 
 class DataPruning(SubsetCallback):
-    r"""Train on the samples that matter most, as a score taken in mid-training ranks them.
+    r"""Train on the samples that a score in mid-training ranks first; or only score, and find wrong labels.
 
     After k whole epochs every sample of the training set is scored through the module's own ``training_step``, in eval mode
     and without a trace, and training goes on with a part of them. With the default score, EL2N, and the default rule

@@ -40,7 +40,7 @@ Rule = Literal["linupper", "quadratic", "extremes"]
 
 
 class LossReweighting(GradCallback):
-    r"""Weigh the samples of each batch by their own losses, more sharply as training goes on.
+    r"""Weight the samples of each batch by their losses, more sharply as training goes on.
 
     .. math::
         h_i = 2 \frac{\ell_i - \ell_\min}{\ell_\max - \ell_\min} - 1, \qquad

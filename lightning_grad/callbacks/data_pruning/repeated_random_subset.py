@@ -15,7 +15,7 @@ from lightning_grad.utilities.checks import check_count, check_share
 
 
 class RepeatedRandomSubset(SubsetCallback):
-    r"""Train each epoch on another random part of the samples: the baseline that data pruning has to beat.
+    r"""Train each epoch on another random part of the samples (RS2).
 
     .. math::
         K_t = \{\pi(t k), \ldots, \pi(t k + k - 1)\}, \qquad k = (1 - r) n

@@ -53,7 +53,7 @@ from lightning_grad.utilities.reporting import (
 
 
 class GradientMonitor(GradCallback):
-    r"""Watch gradients: both sides of clipping, layers, noise, signs of instability, and the first bad step.
+    r"""Watch gradients: norms before and after clipping, layers, noise scale, instability, the first bad step.
 
     It changes nothing. At every optimizer step it takes norms, as tensors. At log steps it reads them, and looks at layers.
     At every few log steps it does what costs more.

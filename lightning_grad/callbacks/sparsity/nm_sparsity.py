@@ -78,7 +78,7 @@ from lightning_grad.utilities.reporting import (
 
 
 class NMSparsity(WeightCallback[SparseWeight]):
-    r"""Train any module so that every group of M weights ends with at most N that are not zero.
+    r"""Train weights of which at most N in every group of M are not zero.
 
     .. math::
         \tilde W = W \odot \bigl(m(W) + (1 - m(W))\, D\bigr)
