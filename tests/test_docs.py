@@ -268,6 +268,11 @@ def test_an_argument_that_is_not_told_is_found() -> None:
     assert told_arguments("Do it.\n\nfirst: One.") == set()
 
 
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_card_has_no_table_of_arguments(name: str) -> None:
+    assert "| Argument |" not in read_card(name)
+
+
 @pytest.mark.parametrize("name", BASES)
 def test_base_of_strategies_is_told_to_authors(name: str) -> None:
     for file in ("CHANGELOG.md", "docs/communication.md", "docs/api.md", "docs/adding_a_technique.md"):

@@ -26,7 +26,7 @@ class GradientNoise(GradientConditioner):
 
     Args:
         eta: Variance at the first step; the paper tries 0.01, 0.3 and 1. 0 adds none.
-        decay: gamma, how fast the variance falls.
+        decay: gamma, how fast the variance falls (0.55 in the paper).
         seed: Of the noise; another seed, another run.
         include: Names or wildcards of the parameters or modules whose gradients get noise; default all.
         exclude: Names or wildcards of those whose gradients get none.

@@ -38,9 +38,9 @@ class MomentumReset(OptimizerCallback):
     it, which pauses after each reset.
 
     Args:
-        every: Optimizer steps from one reset to the next.
-        warmup: Steps after a reset in which the learning rate is reduced; 0 for none. Default: 150, or half of every if
-            that is less.
+        every: Optimizer steps from one reset to the next (500 in the paper).
+        warmup: Steps after a reset in which the learning rate is reduced; 0 for none. Default: 150, as in
+            the released code, or half of every if that is less.
         name: Name of this instance, in its log keys and its state.
 
     Raises:

@@ -26,7 +26,7 @@ class NormClipping(GradientConditioner):
 
     Args:
         max_norm: c, the largest norm; one number, or one for each name pattern, first match first. A param group of the
-            optimizer that carries "max_norm" has its own.
+            optimizer that carries "max_norm" has its own. 1.0 is that of GPT-3 (arXiv 2005.14165, appendix B).
         norm_type: p; .inf in YAML for the largest magnitude.
         include: Names or wildcards of the parameters or modules that are clipped; default all.
         exclude: Names or wildcards of those that are not.

@@ -34,7 +34,8 @@ class SpikeClipping(GradientConditioner):
 
     Args:
         threshold: theta, how many times its mean a square may be; one number, or one for each name pattern, first match
-            first. A param group of the optimizer that carries "threshold" has its own. .inf in YAML never clips.
+            first. A param group of the optimizer that carries "threshold" has its own. .inf in YAML never clips; 5000
+            in the paper.
         pause: Steps at the start, and from a reset of the moments on, in which nothing is clipped (the released code clips
             from the 20th step on).
         include: Names or wildcards of the parameters or modules that are clipped; default all.

@@ -21,7 +21,7 @@ class RepeatedRandomSubset(SubsetCallback):
         K_t = \{\pi(t k), \ldots, \pi(t k + k - 1)\}, \qquad k = (1 - r) n
 
     :math:`\pi` goes through one random order of the n samples after the other, so that all are seen once before any is seen
-    twice; t is the epoch.
+    twice; t is the epoch. It is the baseline that every other choice of samples has to beat.
 
     Args:
         prune: Share r of the samples left out in each epoch, at least 0 and below 1.

@@ -60,7 +60,8 @@ class GradientMonitor(GradCallback):
 
     Args:
         rarely: Every how many log steps zero entries, signal to noise and histograms are looked at; None never.
-        logits: Look at the size of attention and output logits at log steps; not in compiled modules.
+        logits: Look at the size of attention and output logits at log steps; not in compiled modules. Growing logits
+            announce two instabilities (arXiv 2309.14322).
         histograms: Send histograms of gradients to the loggers that show them, rarely.
         depth: Join layers in logs by this many leading parts of their names; default: do not join.
         top: Log at most this many layers apart; the heat map has all.
