@@ -151,6 +151,22 @@ def test_make_targets_exist(page: Path) -> None:
     assert not [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)]
 
 
+def test_files_that_docstrings_name_exist() -> None:
+    package = ROOT / "lightning_grad"
+    named = [
+        (file, path)
+        for file in package.rglob("*.py")
+        for path in re.findall(r"``([\w/]+\.(?:py|md))``", file.read_text(encoding="utf-8"))
+    ]
+    assert named
+    assert not [
+        f"{where(file)}: {path}"
+        for file, path in named
+        if not any((home / path).exists() for home in (file.parent, package, ROOT))
+        and not any(file.parent.glob(f"**/{path}"))
+    ]
+
+
 @pytest.mark.parametrize("page", TEXTS, ids=where)
 def test_files_that_are_named_exist(page: Path) -> None:
     named = re.findall(r"`([\w./-]+/[\w./-]*)`", page.read_text(encoding="utf-8"))
@@ -160,9 +176,9 @@ def test_files_that_are_named_exist(page: Path) -> None:
     assert not [path for path in real if not (ROOT / path).exists()]
 
 
-def load_tables() -> types.ModuleType:
-    """Return the script that writes the generated parts."""
-    spec = importlib.util.spec_from_file_location("documentation_tables", ROOT / "docs/tables.py")
+def load_script(name: str) -> types.ModuleType:
+    """Return a script of the documentation as a module."""
+    spec = importlib.util.spec_from_file_location(f"documentation_{name}", ROOT / f"docs/{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -170,7 +186,7 @@ def load_tables() -> types.ModuleType:
     return module
 
 
-tables = load_tables()
+tables, drawings = load_script("tables"), load_script("drawings")
 FAMILIES: dict[str, list[type[Any]]] = tables.techniques()
 SCHEMES = [cls.__name__ for cls in FAMILIES["communication"]]
 BASES = sorted({*strategies.__all__} - {*SCHEMES})
@@ -271,6 +287,17 @@ def test_an_argument_that_is_not_told_is_found() -> None:
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_card_has_no_table_of_arguments(name: str) -> None:
     assert "| Argument |" not in read_card(name)
+
+
+def test_drawing_and_page_name_what_the_code_has() -> None:
+    page = read("docs/data_pruning/per_sample_gradients.md")
+    folder = ROOT / "lightning_grad/functional/gradients/_ghost"
+    code = "".join(file.read_text(encoding="utf-8") for file in folder.glob("*.py"))
+    assert re.findall(r"^\d\. \*\*(\w+)\.", page, re.MULTILINE) == list(drawings.CONCEPTS)
+    for name in drawings.CONCEPTS:
+        assert re.search(rf"^class {name}\b", code, re.MULTILINE)
+    shown = {text.get_text() for axis in drawings.draw_per_sample_gradients().axes for text in axis.texts}
+    assert {f"{number}  {name}" for number, name in enumerate(drawings.CONCEPTS, 1)} <= shown
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -1,4 +1,4 @@
-"""Training on inputs attacked anew in each step. The attacks are functions, in ``functional/adversarial_attacks.py``."""
+"""Training on inputs attacked anew in each step. The attacks are functions, in ``functional/adversarial``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Data pruning by scores: the callback.
 
-Scores, selection and score files are functions, in ``functional/data_scores.py``, ``functional/data_selection.py``,
-``functional/per_sample_gradients.py`` and ``data/score_files.py``. ``core/subset.py`` is the base; beside this file
+Scores and selection are functions, in ``functional/data_pruning`` and ``functional/gradients``; score files are in
+``data/score_files.py``. ``core/subset.py`` is the base; beside this file
 ``_arguments.py`` checks the settings, ``_sources.py`` says where scores come from, ``_measures.py`` what a pass looks at,
 ``_report.py`` what is shown. ``core/scoring.py`` runs the pass.
 """

@@ -1,4 +1,4 @@
-"""Weighing the samples of a batch by their losses. The weights are a function, in ``functional/loss_weights.py``."""
+"""Weighing the samples of a batch by their losses. The weights are a function, in ``functional/data_pruning``."""
 
 from __future__ import annotations
 

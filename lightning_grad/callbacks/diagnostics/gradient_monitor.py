@@ -3,7 +3,7 @@
 Beside this file: ``_optimizer_watch.py`` looks at the gradients of one optimizer, ``_monitor_place.py`` finds where to look,
 ``_monitor_choice.py`` what to watch, ``_monitor_record.py`` keeps and draws what was seen, ``_monitor_report.py`` sends it,
 ``_noise_scale.py`` measures the gradient noise scale, ``_logit_watch.py`` reads logits off the operators. The formulas are in
-``functional/gradient_statistics.py``.
+``functional/diagnostics``.
 """
 
 from __future__ import annotations
