@@ -57,8 +57,9 @@ class LossTrace(TorchFunctionMode):
             have kept, in order; with ``values`` only.
 
     Which sample a row belongs to follows from the shape, k B rows in order, unless the step moves rows by indexing,
-    concatenating, splitting, repeating or transposing, which is followed. A shape can agree by coincidence; so prove a step
-    once with :func:`prove_terms`, and pass the proven terms to :meth:`terms` in later steps.
+    concatenating, splitting, repeating or transposing, which is followed. A shape can agree by coincidence. So run a new step
+    twice in eval mode, the second time on the samples in another order: ``shares`` must come in that order too. Then pass
+    these terms as ``like`` to :meth:`terms` in later steps.
 
     Cost: no host sync, except where rows are moved by an index on a GPU. While ``torch.compile`` compiles, nothing is
     watched: compiled parts run as without the trace, and a loss inside of one is refused.
@@ -102,7 +103,7 @@ class LossTrace(TorchFunctionMode):
 
         Args:
             loss: What the step returned, one number with its graph.
-            like: Terms of an earlier step, whose shape coincidences were ruled out by a proof. Where the shapes alone would
+            like: Terms of an earlier step, for which shape coincidences were ruled out. Where the shapes alone would
                 cut this step elsewhere, it is cut as that one was.
             check: Compare the terms with the value of the loss, at the price of one host sync.
 
