@@ -19,6 +19,12 @@ _BUILT_IN = re.compile(r"(\w+)Backward\d+")
 _WITHOUT_NUMBER = {"CopySlices": "CopySlices", "CopyBackwards": "Copy"}
 
 
+def edge_of(tensor: Tensor) -> Edge:
+    """Return the edge of the graph that leads to a tensor with a graph."""
+    node = tensor.grad_fn
+    return (node, tensor.output_nr) if node is not None else torch.autograd.graph.get_gradient_edge(tensor)[:2]
+
+
 def output_shape(node: Node, number: int) -> tuple[int, ...]:
     """Return the shape of what a node gave out in the forward pass."""
     return tuple(node._input_metadata[number].shape)

@@ -22,9 +22,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_grad.functional.choices import check_choice
-from lightning_grad.functional.gradients._ghost.graph import Leaf, leaves, squared_norms_by_backward
+from lightning_grad.functional.gradients._ghost.graph import (
+    Leaf,
+    leaves,
+    probe_layouts,
+    run_backward,
+    squared_norms_by_backward,
+    where_samples_meet,
+)
 from lightning_grad.functional.gradients._ghost.layouts import Layout, candidates
-from lightning_grad.functional.gradients._ghost.probing import probe_layouts, run_backward, where_samples_meet
 from lightning_grad.functional.gradients._ghost.sums import SquaredNorms
 from lightning_grad.functional.gradients._ghost.tracer import Key, Tracer, Use
 

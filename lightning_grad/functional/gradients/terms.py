@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_grad.functional.gradients.autograd import Node, kind_of
 from lightning_grad.functional.gradients.errors import InseparableLossError
-from lightning_grad.functional.gradients.loss_call import LossCall
+from lightning_grad.functional.gradients.loss_functions import LossCall
 from lightning_grad.functional.gradients.nodes import REDUCING
 from lightning_grad.functional.gradients.record import Record
 from lightning_grad.functional.gradients.values import Part, Values

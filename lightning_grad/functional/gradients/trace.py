@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
-from lightning_grad.functional.gradients.autograd import Node, is_transformed
+from lightning_grad.functional.gradients.autograd import Node, edge_of, is_transformed
 from lightning_grad.functional.gradients.calls import Call, read_call
-from lightning_grad.functional.gradients.follow import NO_TENSORS, RowTracker, edge_of, tensors_in
-from lightning_grad.functional.gradients.loss_call import LossCall
-from lightning_grad.functional.gradients.loss_functions import LOSSES, dropped_weight
+from lightning_grad.functional.gradients.follow import RowTracker
+from lightning_grad.functional.gradients.loss_functions import LOSSES, LossCall, dropped_weight
 from lightning_grad.functional.gradients.record import Record, place_of
 from lightning_grad.functional.gradients.rows import (
     ADDITIONS,
@@ -26,7 +25,7 @@ from lightning_grad.functional.gradients.rows import (
     touches_rows,
 )
 from lightning_grad.functional.gradients.terms import Terms
-from lightning_grad.functional.plain_tensors import on_plain_tensors
+from lightning_grad.functional.plain_tensors import NO_TENSORS, on_plain_tensors, tensors_in
 
 _ASSIGNMENT = torch.Tensor.__setitem__
 _SPECIAL = frozenset([*LOSSES, *MOVES, *RESHAPES, *TRANSPOSES, *REDUCTIONS, *SORTS, _ASSIGNMENT, torch.eye])
