@@ -1,4 +1,4 @@
-"""PowerSGD: send each gradient matrix as the product of two thin ones. The maths is in ``functional/low_rank.py``.
+"""PowerSGD: send each gradient matrix as the product of two thin ones. Maths: ``functional/communication/powersgd.py``.
 
 Read ``compressed_ddp.py`` first.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.functional import initial_factor, orthonormalize
-from lightning_grad.functional.communication.low_rank import low_rank_numel, matrix_shape
+from lightning_grad.functional.communication.powersgd import low_rank_numel, matrix_shape
 from lightning_grad.strategies.compressed_ddp import (
     DEFAULT_TIMEOUT,
     CompressedDDPStrategy,
@@ -42,9 +42,9 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     optimizer, and any optimizer works. The cost on the wire does not grow with the number of ranks.
 
     Args:
-        rank: Columns of the factors.
+        rank: Columns of the factors (4 in the paper's language model).
         start_step: Steps at the beginning that go dense.
-        min_gain: A gradient goes dense unless its factors are this many times smaller.
+        min_gain: A gradient goes dense unless its factors are this many times smaller (2 in torch's hook).
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
         min_numel: Entries below which a gradient is sent dense.
         residual_policy: On resuming with other ranks or without all rank files: 'strict' raises, 'mean' gives every rank

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.optim import Optimizer
 
 from lightning_grad.core.compatibility import no
-from lightning_grad.core.frozen_moments import FrozenMoments
+from lightning_grad.core.steps.frozen_moments import FrozenMoments
 
 NO_VARIANCE = no(
     "freezes the variance (exp_avg_sq) of an Adam-like optimizer, and {} keeps none",
