@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -71,6 +71,26 @@ def check_position(value: int | None, parameter: str) -> None:
     """
     if value is not None:
         check_count(value, 0, parameter)
+
+
+def check_only_one(given: Mapping[str, Any], what: str) -> None:
+    """Raise if more than one argument is given of several that exclude each other.
+
+    Args:
+        given: Arguments by name; ``None``, ``False`` and empty lists are not given.
+        what: What both would do, for the error.
+
+    Raises:
+        ValueError: If there are two.
+
+    Example:
+        >>> check_only_one({"loss": 0, "loss_fn": len}, "say what is weighted")
+        Traceback (most recent call last):
+        ValueError: loss and loss_fn would both say what is weighted. Leave one of them out.
+    """
+    names = [name for name, value in given.items() if not (value is None or value is False or value == [])]
+    if len(names) > 1:
+        raise ValueError(f"{names[0]} and {names[1]} would both {what}. Leave one of them out.")
 
 
 def check_above(value: float, bound: float, parameter: str) -> None:

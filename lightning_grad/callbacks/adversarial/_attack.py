@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.core.whole_step import loss_of_output
-from lightning_grad.functional.adversarial.attacks import Norm, fgsm, pgd
+from lightning_grad.functional.adversarial.attacks import IndependentLossError, Norm, fgsm, pgd
 from lightning_grad.functional.shuffling import hashed_seed
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import check_above, check_at_least, check_count
@@ -62,22 +61,15 @@ class Attack:
         support: Tensor | None = None,
     ) -> Tensor:
         """Attack inputs, with this share of epsilon and step size, where the support is 1."""
+        settings = {**vars(self), "epsilon": share * self.epsilon, "generator": generator, "support": support}
+        settings["step_size"] = None if self.step_size is None else share * self.step_size
+        attack: Callable[..., Tensor] = pgd
+        if self.steps == 1:
+            attack = fgsm
+            del settings["steps"]
         # What autocast has cast without a graph must not serve here, nor what is cast here afterwards.
         torch.clear_autocast_cache()
-        attack: Callable[..., Tensor] = fgsm if self.steps == 1 else partial(pgd, steps=self.steps)
-        attacked = attack(
-            loss_of,
-            inputs,
-            share * self.epsilon,
-            step_size=None if self.step_size is None else share * self.step_size,
-            norm=self.norm,
-            random_start=self.random_start,
-            bounds=self.bounds,
-            mean=self.mean,
-            std=self.std,
-            generator=generator,
-            support=support,
-        )
+        attacked = attack(loss_of, inputs, **settings)
         torch.clear_autocast_cache()
         return attacked
 
@@ -184,6 +176,19 @@ def attack_losses(
 
 class NoLossError(RuntimeError):
     """A step has returned no loss."""
+
+
+def refused(error: IndependentLossError, needed_by: str) -> RuntimeError:
+    """Return what to raise for a loss that no attack can raise."""
+    return RuntimeError(
+        f"{needed_by}: {error} If another part of the batch is the input, name it by input_key; else compute "
+        "the loss from it with gradients, without detach() and torch.no_grad()."
+    )
+
+
+def first_sentence(error: Exception) -> str:
+    """Return what is wrong; what to do about it, in the words of the function that raised, does not apply here."""
+    return str(error).partition(". ")[0].removesuffix(".")
 
 
 def _check_magnitude(value: float, parameter: str, hint: str) -> None:

@@ -19,7 +19,7 @@ from lightning_grad.core.scoring import look_at_all, say_what_is_skipped
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.functional import uniform_learning_repeats
 from lightning_grad.functional.data_pruning.selection import round_up_count
-from lightning_grad.utilities.checks import check_count, check_position, refuse_manual_optimization
+from lightning_grad.utilities.checks import check_count, check_only_one, check_position, refuse_manual_optimization
 
 _WAY_OUT = f"use DataPruning with score_fn=, or RepeatedRandomSubset, which needs no loss, or {OUTPUTS_FN}"
 
@@ -94,13 +94,12 @@ class UniformLearning(SubsetCallback):
         check_count(epoch, 1, "epoch")
         check_count(repeats, 0, "repeats")
         check_position(loss, "loss")
+        check_only_one({"loss": loss, "outputs_fn": outputs_fn}, "say what is clustered")
+        check_count(seed, 0, "seed")
         self.epoch = epoch
         self.repeats = repeats
         self.loss = loss
         self.outputs_fn = outputs_fn
-        if loss is not None and outputs_fn is not None:
-            raise ValueError("loss and outputs_fn would both say what is clustered. Leave one of them out.")
-        check_count(seed, 0, "seed")
         self.seed = seed
         super().__init__(loader_key, name)
 
@@ -152,23 +151,16 @@ class UniformLearning(SubsetCallback):
         self.refuse_unreached_steps(trainer, self.epoch, "cluster")
         if self._repeated is None and self.repeats:
             self._look(trainer, pl_module, rehearsal=True)
-            rehearsal = Rehearsal(
-                trainer, pl_module, self.label, self.loss, _WAY_OUT, outputs_fn=self.outputs_fn, by_classes=True
-            )
-            rehearsal.check_loader(self.training_set)
+            Rehearsal(trainer, pl_module, **self._asked).check_loader(self.training_set)
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        own = {"which": self.loss, "outputs_fn": self.outputs_fn, "by_classes": True}
+        return {**own, "label": self.label, "way_out": _WAY_OUT}
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rehearsal: bool = False) -> dict[str, Tensor]:
         own = (trainer, pl_module, self.training_set, _outputs, "Clustering outputs")
-        return look_at_all(
-            *own,
-            which=self.loss,
-            seed=self.seed,
-            rehearsal=rehearsal,
-            label=self.label,
-            way_out=_WAY_OUT,
-            outputs_fn=self.outputs_fn,
-            by_classes=True,
-        )
+        return look_at_all(*own, seed=self.seed, rehearsal=rehearsal, **self._asked)
 
     @override
     def choose_samples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:

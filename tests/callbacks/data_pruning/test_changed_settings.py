@@ -191,7 +191,7 @@ def began(path: Path, settings: dict[str, Any], epoch: int) -> None:
     technique = pruning(**settings)
     note = run(technique, path, epochs=epoch + 2)
     assert note.scored[epoch].epoch == epoch
-    assert note.scored[epoch].name == technique._source.name
+    assert note.scored[epoch].name == technique.source.name
     assert not note.scored[epoch].values.isnan().any()
     assert note.sizes()[epoch] == note.sizes()[epoch + 1] == 34
 

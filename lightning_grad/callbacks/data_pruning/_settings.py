@@ -1,21 +1,30 @@
-"""The arguments of ``DataPruning``: reading its rounds, and refusing what cannot be or contradicts itself."""
+"""The settings of ``DataPruning``: its rounds, what contradicts itself, and what a resumed fit may take from a checkpoint.
+
+Scores that the present settings would give are used again, and the samples to keep are chosen from them. Scores of
+another kind are dropped, and the round that is due is done again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_grad.callbacks.data_pruning._measures import HISTORIES, OF_CLASSES, OF_LOSSES, ONE_BY_ONE
+from lightning_grad.callbacks.data_pruning._sources import Chance, FileScores, PrototypeScores
 from lightning_grad.data.score_files import score_path
-from lightning_grad.utilities.checks import check_between, check_count, check_position, check_share
+from lightning_grad.utilities.arguments import plain
+from lightning_grad.utilities.checks import check_between, check_count, check_only_one, check_position, check_share
+from lightning_grad.utilities.reporting import counted
 
 if TYPE_CHECKING:
     from lightning_grad.callbacks.data_pruning.data_pruning import DataPruning
 
 _TOO_MUCH = 0.6
+CHOICE = ("keep", "offset", "balance", "class_floor", "select", "strata", "seed")
 Rounds = Sequence[tuple[int, float]]  # epochs, each with the share left out from then on
 
 
@@ -43,7 +52,7 @@ def read_rounds(prune: float | list[float], epoch: int | list[int] | None, defau
     return list(zip(epochs, shares, strict=True))
 
 
-def check_settings(settings: DataPruning, rounds: Rounds) -> None:
+def check_settings(settings: DataPruning) -> None:
     """Raise unless all settings are possible, and possible together.
 
     Raises:
@@ -57,9 +66,9 @@ def check_settings(settings: DataPruning, rounds: Rounds) -> None:
     check_count(settings.seed, 0, "seed")
     check_position(settings.loss, "loss")
     _check_file(settings.save_scores)
-    _check_source(settings, rounds)
+    _check_source(settings)
     _check_functions(settings)
-    _check_selection(settings, rounds)
+    _check_selection(settings)
 
 
 def _check_file(path: str | None) -> None:
@@ -70,50 +79,44 @@ def _check_file(path: str | None) -> None:
         raise ValueError(f"save_scores must name a .npz file to write; got {path!r}. {error}") from None
 
 
-def _check_source(settings: DataPruning, rounds: Rounds) -> None:
+def _check_source(settings: DataPruning) -> None:
     score, by_function = settings.score, settings.score_fn is not None
-    if by_function and (settings.score_files or score != "el2n"):
-        other = "score_files" if settings.score_files else f"score={score!r}"
-        raise ValueError(f"score_fn and {other} would both give the scores. Leave one of them out.")
+    epochs = [epoch for epoch, _ in settings.rounds]
+    given = {"score_fn": settings.score_fn, "score_files": settings.score_files or None}
+    check_only_one({**given, f"score={score!r}": by_function and score != "el2n"}, "give the scores")
     if settings.score_files and settings.keep == "random":
         raise ValueError("keep='random' looks at no score, so that score_files mean nothing. Leave one of them out.")
     if settings.score_files or by_function or settings.keep == "random":
         return
-    if score == "vog" and any(later - earlier < 2 for earlier, later in pairwise([0, *(epoch for epoch, _ in rounds)])):
+    if score == "vog" and any(later - earlier < 2 for earlier, later in pairwise([0, *epochs])):
         raise ValueError(
             "score='vog' compares passes at different epochs, so each round needs at least 2 before it; got "
             f"{settings.epoch}. Set epoch to at least 2, with 2 or more between rounds."
         )
-    if score in HISTORIES and rounds[0][0] == 0:
+    if score in HISTORIES and epochs[0] == 0:
         raise ValueError(f"score={score!r} is recorded while training, so epoch must be at least 1; got 0.")
 
 
 def _check_functions(settings: DataPruning) -> None:
     """Refuse functions in place of the step where they would not be asked."""
-    given = {
-        "loss_fn": (settings.loss_fn is not None, OF_LOSSES),
-        "outputs_fn": (settings.outputs_fn is not None, OF_CLASSES),
-        "scores_by='sample'": (settings.scores_by == "sample", ONE_BY_ONE),
-    }
-    chosen = [name for name, (is_given, _) in given.items() if is_given]
-    others = {"loss": settings.loss is not None, "score_fn": settings.score_fn is not None}
-    others["score_files"] = bool(settings.score_files)
+    by_sample = settings.scores_by == "sample"
+    functions = {"loss_fn": settings.loss_fn, "outputs_fn": settings.outputs_fn, "scores_by='sample'": by_sample}
+    given = [name for name, value in functions.items() if value]
+    others = {"loss": settings.loss, "score_fn": settings.score_fn, "score_files": settings.score_files or None}
     others["keep='random'"] = settings.keep == "random"
-    both = [*chosen, *(name for name, is_given in others.items() if is_given)]
-    if chosen and len(both) > 1:
-        raise ValueError(f"{both[0]} and {both[1]} would both say what a sample is scored by. Leave one of them out.")
-    for name in chosen:
-        scores = given[name][1]
+    if given:
+        check_only_one({**functions, **others}, "say what a sample is scored by")
+        scores = {"loss_fn": OF_LOSSES, "outputs_fn": OF_CLASSES}.get(given[0], ONE_BY_ONE)
         if settings.score not in scores:
             raise ValueError(
-                f"{name} goes with score={', '.join(map(repr, scores))}; got score={settings.score!r}. "
+                f"{given[0]} goes with score={', '.join(map(repr, scores))}; got score={settings.score!r}. "
                 "score_fn= takes the place of any score."
             )
 
 
-def _check_selection(settings: DataPruning, rounds: Rounds) -> None:
-    least = min((share for _, share in rounds if share), default=1.0)
-    most = max(share for _, share in rounds)
+def _check_selection(settings: DataPruning) -> None:
+    least = min((share for _, share in settings.rounds if share), default=1.0)
+    most = max(share for _, share in settings.rounds)
     if settings.select == "ccs" and settings.keep != "hard":
         raise ValueError(
             f"select='ccs' draws from all scores, so that keep={settings.keep!r} means nothing. Leave keep at 'hard'."
@@ -134,17 +137,56 @@ def _check_selection(settings: DataPruning, rounds: Rounds) -> None:
         raise ValueError(f"offset is part of what prune leaves out, so at most {least}; got {settings.offset}.")
 
 
-def warn_of_risks(callback: DataPruning, rounds: Rounds) -> None:
-    """Warn of settings that are possible, and known to do worse than others."""
-    if rounds[0][0] == 0 and callback._source.runs_the_step and callback.keep != "random":
+def warn_of_risks(callback: DataPruning, trainer: pl.Trainer) -> None:
+    """Warn of rounds that never come, and of settings that are possible, and known to do worse than others."""
+    epochs = [epoch for epoch, _ in callback.rounds]
+    if trainer.max_epochs is not None and epochs[0] < trainer.max_epochs <= epochs[-1]:
+        rank_zero_warn(
+            f"{callback.label} has rounds that never come: max_epochs={trainer.max_epochs}, epoch={callback.epoch}. Leave "
+            "them out, or set max_epochs higher."
+        )
+    if epochs[0] == 0 and callback.source.runs_the_step and callback.keep != "random":
         rank_zero_warn(
             f"{callback.label}(score={callback.score!r}) scores at initialisation, before the module has learnt anything. "
             "Scores taken there hardly agree with later ones; GraNd follows the norm of the input (arXiv 2303.14753). Set "
             "epoch to some epochs of training."
         )
-    most = max(share for _, share in rounds)
+    most = max(share for _, share in callback.rounds)
     if most > _TOO_MUCH and callback.keep == "hard" and callback.select == "top":
         rank_zero_warn(
             f"{callback.label} keeps only the hardest {100 * (1 - most):.0f} % of the samples. At such rates the hardest "
             "alone do worse than a random choice (arXiv 2210.15809): use select='ccs', or RepeatedRandomSubset."
         )
+
+
+def score_settings(callback: DataPruning) -> list[str]:
+    """Return the names of the settings on which the scores depend."""
+    if isinstance(callback.source, (Chance, FileScores)):
+        return ["score_files"]
+    names = ["score", "score_fn", "score_dataset", "loss", "loss_fn", "outputs_fn", "scores_by"]
+    return [*names, "seed"] if isinstance(callback.source, PrototypeScores) else names
+
+
+def refuse_unrecorded(callback: DataPruning, saved: Mapping[str, Any], next_epoch: int) -> None:
+    """Raise if a score that is recorded over epochs cannot be recorded before the next round.
+
+    Args:
+        callback: Which begins to record in this fit.
+        saved: The settings in the checkpoint; empty if there is none.
+        next_epoch: The first epoch of which every batch will be recorded.
+
+    Raises:
+        ValueError: If a round comes too early.
+    """
+    needed = callback.source.epochs_needed
+    if not needed or callback.rounds[0][0] >= next_epoch + needed:
+        return
+    changed = callback.changed_settings({"settings": saved}, *score_settings(callback))
+    named = changed[0] if changed else "score"
+    was = f" (was {saved[named]!r})" if saved else ""
+    keep = "Keep the settings of the checkpoint, or set" if saved else "Set"
+    raise ValueError(
+        f"{callback.label} resumes with {named}={plain(callback.settings[named])!r}{was}, and the checkpoint has no record "
+        f"for this score, which takes at least {counted(needed, 'whole epoch')} of training before a round. {keep} epoch to "
+        f"{next_epoch + needed} or later; until then all samples are trained on."
+    )
