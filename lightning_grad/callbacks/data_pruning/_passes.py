@@ -110,11 +110,9 @@ class Passes:
         return {**own, "label": callback.label, "way_out": self.way_out, "by_classes": by_classes}
 
     def _rehearsal(self) -> Rehearsal:
-        source = self.callback.source
-        rehearsal = Rehearsal(self.trainer, self.pl_module, **self._asked)
-        rehearsal.measure, rehearsal.by_terms = source.measure, source.by_terms
-        rehearsal.runs_the_step = self.pl_module.automatic_optimization
-        return rehearsal
+        source, runs_the_step = self.callback.source, self.pl_module.automatic_optimization
+        own: dict[str, Any] = {"measure": source.measure, "by_terms": source.by_terms, "runs_the_step": runs_the_step}
+        return Rehearsal(self.trainer, self.pl_module, **own, **self._asked)
 
     def _checked_kind(self) -> SampleLoss:
         """Return what the loss of a sample is, where it comes from several terms."""
