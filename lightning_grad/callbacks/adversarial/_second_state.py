@@ -10,7 +10,7 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -68,13 +68,14 @@ class _Part:
         self._internal = internal
         self._metrics = {name: _twin(metric, memo) for name, metric in self._own_metrics().items()}
         self._attributes = {name: _twin(value, memo) for name, value in self._own().items()}
-        self._buffers: dict[str, Tensor | None] = {}
-        self._lent: tuple[dict[str, Tensor | None], dict[str, Tensor]] = ({}, {})
         self.take_buffers()
 
     def take_buffers(self) -> None:
         """Copy the buffers."""
-        self._buffers = {name: b if b is None else _clone(b) for name, b in self._module._buffers.items()}
+        self._buffers = self._copied_buffers()
+
+    def _copied_buffers(self) -> dict[str, Tensor | None]:
+        return {name: None if b is None else _clone(b) for name, b in self._module._buffers.items()}
 
     def _own(self) -> dict[str, Any]:
         # Methods that are wrapped on the instance stay.
@@ -88,12 +89,10 @@ class _Part:
         """Give the module this state, and keep its own."""
         self._exchange()
         buffers = self._module._buffers
-        contents: dict[str, Tensor] = {}
-        self._lent = (dict(buffers), contents)
+        self._lent, self._contents = dict(buffers), self._copied_buffers()
         for name, other in self._buffers.items():
             own = buffers.get(name)
             if own is not None and other is not None and _alike(own, other):  # compiled code looks at the object
-                contents[name] = _clone(own)
                 put_back([(own, other)])
             else:
                 buffers[name] = other
@@ -103,13 +102,11 @@ class _Part:
     def leave(self) -> None:
         """Give the module its own state back, and keep this one."""
         self._exchange()
-        buffers, (own, contents) = self._module._buffers, self._lent
-        self._buffers = {k: _clone(b) if b is not None and b is own.get(k) else b for k, b in buffers.items()}
-        for name, content in contents.items():
-            put_back([(cast(Tensor, own[name]), content)])
-        buffers.clear()
-        buffers.update(own)
-        self._lent = ({}, {})
+        self.take_buffers()
+        self._module._buffers.clear()
+        self._module._buffers.update(self._lent)
+        pairs = ((own, self._contents[name]) for name, own in self._lent.items())
+        put_back([(own, content) for own, content in pairs if own is not None and content is not None])
 
     def _exchange(self) -> None:
         self._metrics = _exchanged(self._module._modules, self._own_metrics(), self._metrics)

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_grad.callbacks.adversarial._attack import attack_of
+from lightning_grad.callbacks.adversarial._attack import Attack, space_of
 from lightning_grad.callbacks.adversarial._second_state import SecondState
 from lightning_grad.callbacks.adversarial._worst_inputs import WorstInputs
 from lightning_grad.core.callback import GradCallback
@@ -145,7 +145,7 @@ class AdversarialEvaluation(GradCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self._attack = attack_of(epsilon, steps, step_size, norm, random_start, bounds, mean, std)
+        self._attack = Attack(epsilon, steps, step_size, norm, random_start, *space_of(bounds, mean, std))
         check_count(restarts, 1, "restarts")
         if restarts > 1 and not random_start:
             raise ValueError(

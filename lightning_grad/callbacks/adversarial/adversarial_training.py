@@ -13,11 +13,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks.adversarial._attack import (
+    Attack,
     NoLossError,
     attack_losses,
-    attack_of,
     generator_for,
     refused,
+    space_of,
     with_clean_samples,
 )
 from lightning_grad.callbacks.adversarial._overfitting import (
@@ -160,9 +161,8 @@ class AdversarialTraining(GradCallback):
         if attack == "fgsm" and steps not in (None, 1):
             raise ValueError(f"attack='fgsm' makes one step; got steps={steps}. Use attack='pgd'.")
         number = 1 if attack == "fgsm" else _PGD_STEPS if steps is None else steps
-        space = (norm, random_start, bounds, mean, std)
-        self._attack = attack_of(epsilon, number, step_size, *space)
-        self._checking_attack = attack_of(epsilon, _CHECK_STEPS, None, *space)
+        self._attack = Attack(epsilon, number, step_size, norm, random_start, *space_of(bounds, mean, std))
+        self._checking_attack = replace(self._attack, steps=_CHECK_STEPS, step_size=None)
         check_share(clean_fraction, "clean_fraction")
         check_between(warmup_fraction, 0.0, 1.0, "warmup_fraction")
         check_count(1 if check_every is None else check_every, 1, "check_every")
