@@ -146,18 +146,14 @@ class AdversarialEvaluation(GradCallback):
     ) -> None:
         super().__init__(name)
         self._attack = Attack(epsilon, steps, step_size, norm, random_start, *space_of(bounds, mean, std))
-        check_count(restarts, 1, "restarts")
         if restarts > 1 and not random_start:
             raise ValueError(
                 f"restarts={restarts} without random_start would repeat one attack. Keep random_start=True."
             )
-        check_count(every, 1, "every")
-        check_position(loss, "loss")
-        check_count(seed, 0, "seed")
         self.epsilon = epsilon
         self.steps = steps
-        self.restarts = restarts
-        self.every = every
+        self.restarts = check_count(restarts, 1, "restarts")
+        self.every = check_count(every, 1, "every")
         self.step_size = step_size
         self.norm = norm
         self.random_start = random_start
@@ -165,8 +161,8 @@ class AdversarialEvaluation(GradCallback):
         self.mean = mean
         self.std = std
         self.input_key = input_key
-        self.loss = loss
-        self.seed = seed
+        self.loss = check_position(loss, "loss")
+        self.seed = check_count(seed, 0, "seed")
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -163,10 +163,6 @@ class AdversarialTraining(GradCallback):
         number = 1 if attack == "fgsm" else _PGD_STEPS if steps is None else steps
         self._attack = Attack(epsilon, number, step_size, norm, random_start, *space_of(bounds, mean, std))
         self._checking_attack = replace(self._attack, steps=_CHECK_STEPS, step_size=None)
-        check_share(clean_fraction, "clean_fraction")
-        check_between(warmup_fraction, 0.0, 1.0, "warmup_fraction")
-        check_count(1 if check_every is None else check_every, 1, "check_every")
-        check_count(seed, 0, "seed")
         self.epsilon = epsilon
         self.attack = attack
         self.steps = steps
@@ -176,13 +172,12 @@ class AdversarialTraining(GradCallback):
         self.bounds = bounds
         self.mean = mean
         self.std = std
-        self.clean_fraction = clean_fraction
+        self.clean_fraction = check_share(clean_fraction, "clean_fraction")
         self.input_key = input_key
-        self.warmup_fraction = warmup_fraction
-        self.check_every = check_every
-        self.seed = seed
-        self.total_steps = total_steps
-        check_total_steps(total_steps)
+        self.warmup_fraction = check_between(warmup_fraction, 0.0, 1.0, "warmup_fraction")
+        self.check_every = None if check_every is None else check_count(check_every, 1, "check_every")
+        self.seed = check_count(seed, 0, "seed")
+        self.total_steps = check_total_steps(total_steps)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

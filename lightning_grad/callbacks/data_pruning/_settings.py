@@ -17,7 +17,7 @@ from lightning_grad.callbacks.data_pruning._measures import HISTORIES, OF_CLASSE
 from lightning_grad.callbacks.data_pruning._sources import Chance, FileScores, PrototypeScores
 from lightning_grad.data.score_files import score_path
 from lightning_grad.utilities.arguments import plain
-from lightning_grad.utilities.checks import check_between, check_count, check_only_one, check_position, check_share
+from lightning_grad.utilities.checks import check_count, check_only_one, check_share
 from lightning_grad.utilities.reporting import counted
 
 if TYPE_CHECKING:
@@ -53,18 +53,11 @@ def read_rounds(prune: float | list[float], epoch: int | list[int] | None, defau
 
 
 def check_settings(settings: DataPruning) -> None:
-    """Raise unless all settings are possible, and possible together.
+    """Raise unless the settings are possible together.
 
     Raises:
         ValueError: If they are not.
     """
-    check_between(settings.offset, 0.0, 1.0, "offset")
-    check_between(settings.class_floor, 0.0, 1.0, "class_floor")
-    check_count(settings.strata, 1, "strata")
-    check_count(settings.checkpoints, 2, "checkpoints")
-    check_count(settings.show, 0, "show")
-    check_count(settings.seed, 0, "seed")
-    check_position(settings.loss, "loss")
     _check_file(settings.save_scores)
     _check_source(settings)
     _check_functions(settings)

@@ -38,9 +38,8 @@ class LossWeighting(GradCallback):
 
     def choose_loss(self, loss: int | None, loss_fn: LossFunction | None) -> None:
         """Check and store the arguments that say what is weighted."""
-        check_position(loss, "loss")
         check_only_one({"loss": loss, "loss_fn": loss_fn}, "say what is weighted")
-        self.loss = loss
+        self.loss = check_position(loss, "loss")
         self.loss_fn = loss_fn
 
     def begin_weighing(

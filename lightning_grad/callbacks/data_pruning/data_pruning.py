@@ -38,6 +38,9 @@ from lightning_grad.data import fingerprint
 from lightning_grad.data.random_streams import generators_kept
 from lightning_grad.functional import LossCall, count_kept, select_samples
 from lightning_grad.utilities.checks import (
+    check_between,
+    check_count,
+    check_position,
     refuse_manual_optimization,
     refuse_sharded,
 )
@@ -191,32 +194,32 @@ class DataPruning(SubsetCallback):
         loader_key: str | int | None = None,
         name: str | None = None,
     ) -> None:
+        super().__init__(loader_key, name)
         self.prune = list(prune) if isinstance(prune, Sequence) else prune
         self.score = score
         self.epoch = list(epoch) if isinstance(epoch, Sequence) else epoch
         self.keep = keep
-        self.offset = offset
+        self.offset = check_between(offset, 0.0, 1.0, "offset")
         self.balance = balance
-        self.class_floor = class_floor
+        self.class_floor = check_between(class_floor, 0.0, 1.0, "class_floor")
         self.select = select
-        self.strata = strata
+        self.strata = check_count(strata, 1, "strata")
         self.budget = budget
         self.score_files = as_names(score_files)
         self.save_scores = save_scores
         self.score_fn = score_fn
         self.score_dataset = score_dataset
-        self.loss = loss
+        self.loss = check_position(loss, "loss")
         self.loss_fn = loss_fn
         self.outputs_fn = outputs_fn
         self.scores_by = scores_by
-        self.checkpoints = checkpoints
+        self.checkpoints = check_count(checkpoints, 2, "checkpoints")
         self.strict = strict
-        self.show = show
+        self.show = check_count(show, 0, "show")
         self.figure = figure
-        self.seed = seed
+        self.seed = check_count(seed, 0, "seed")
         self.rounds = read_rounds(self.prune, self.epoch, default=0 if self._needs_no_training else _EPOCH)
         check_settings(self)
-        super().__init__(loader_key, name)
 
     @property
     def balances_classes(self) -> bool:

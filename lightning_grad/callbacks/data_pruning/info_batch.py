@@ -105,16 +105,12 @@ class InfoBatch(LossWeighting, SubsetCallback):
         total_steps: int | None = None,
         name: str | None = None,
     ) -> None:
-        check_share(prune, "prune")
-        check_between(stop, 0.0, 1.0, "stop")
-        check_count(seed, 0, "seed")
-        check_total_steps(total_steps)
         super().__init__(loader_key, name)
-        self.prune = prune
-        self.stop = stop
+        self.prune = check_share(prune, "prune")
+        self.stop = check_between(stop, 0.0, 1.0, "stop")
         self.choose_loss(loss, loss_fn)
-        self.seed = seed
-        self.total_steps = total_steps
+        self.seed = check_count(seed, 0, "seed")
+        self.total_steps = check_total_steps(total_steps)
 
     @property
     @override

@@ -114,18 +114,14 @@ class LossReweighting(LossWeighting):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        check_above(temperature, 0.0, "temperature")
-        check_above(start_temperature, 0.0, "start_temperature")
         if math.isinf(start_temperature):
             raise ValueError("start_temperature must be finite; temperature=inf turns the weighting off.")
-        check_between(warmup, 0.0, 1.0, "warmup")
-        check_total_steps(total_steps)
         self.rule = rule
-        self.temperature = temperature
-        self.start_temperature = start_temperature
-        self.warmup = warmup
+        self.temperature = check_above(temperature, 0.0, "temperature")
+        self.start_temperature = check_above(start_temperature, 0.0, "start_temperature")
+        self.warmup = check_between(warmup, 0.0, 1.0, "warmup")
         self.choose_loss(loss, loss_fn)
-        self.total_steps = total_steps
+        self.total_steps = check_total_steps(total_steps)
 
     @property
     def _acts(self) -> bool:

@@ -91,17 +91,13 @@ class UniformLearning(SubsetCallback):
         loader_key: str | int | None = None,
         name: str | None = None,
     ) -> None:
-        check_count(epoch, 1, "epoch")
-        check_count(repeats, 0, "repeats")
-        check_position(loss, "loss")
         check_only_one({"loss": loss, "outputs_fn": outputs_fn}, "say what is clustered")
-        check_count(seed, 0, "seed")
-        self.epoch = epoch
-        self.repeats = repeats
-        self.loss = loss
-        self.outputs_fn = outputs_fn
-        self.seed = seed
         super().__init__(loader_key, name)
+        self.epoch = check_count(epoch, 1, "epoch")
+        self.repeats = check_count(repeats, 0, "repeats")
+        self.loss = check_position(loss, "loss")
+        self.outputs_fn = outputs_fn
+        self.seed = check_count(seed, 0, "seed")
 
     @property
     @override
