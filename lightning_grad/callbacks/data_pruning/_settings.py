@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_grad.callbacks.data_pruning._measures import HISTORIES, OF_CLASSES, OF_LOSSES, ONE_BY_ONE
-from lightning_grad.callbacks.data_pruning._sources import Chance, FileScores, PrototypeScores
+from lightning_grad.callbacks.data_pruning._sources import Chance, FileScores
 from lightning_grad.data.score_files import score_path
 from lightning_grad.utilities.arguments import plain
 from lightning_grad.utilities.checks import check_count, check_only_one, check_share
@@ -45,11 +45,8 @@ def read_rounds(prune: float | list[float], epoch: int | list[int] | None, defau
             f"prune must have one share for each epoch, and epochs that rise; got epoch={epoch}, prune={prune}. Write for "
             "example epoch=[5, 10], prune=[0.2, 0.5]."
         )
-    for number in epochs:
-        check_count(number, 0, "epoch")
-    for share in shares:
-        check_share(share, "prune")
-    return list(zip(epochs, shares, strict=True))
+    epochs = [check_count(number, 0, "epoch") for number in epochs]
+    return list(zip(epochs, [check_share(share, "prune") for share in shares], strict=True))
 
 
 def check_settings(settings: DataPruning) -> None:
@@ -157,7 +154,7 @@ def score_settings(callback: DataPruning) -> list[str]:
     if isinstance(callback.source, (Chance, FileScores)):
         return ["score_files"]
     names = ["score", "score_fn", "score_dataset", "loss", "loss_fn", "outputs_fn", "scores_by"]
-    return [*names, "seed"] if isinstance(callback.source, PrototypeScores) else names
+    return [*names, "seed"] if callback.source.name == "prototypes" else names
 
 
 def refuse_unrecorded(callback: DataPruning, saved: Mapping[str, Any], next_epoch: int) -> None:

@@ -31,21 +31,8 @@ from lightning_grad.callbacks.data_pruning._scored import ScoredSet
 from lightning_grad.core.look import Look, Measure
 from lightning_grad.core.scoring import first_of_ranks
 from lightning_grad.data import SampleScores, average_scores, load_scores
-from lightning_grad.functional import (
-    LossCall,
-    aum,
-    aum_state,
-    forgetting,
-    forgetting_state,
-    margin,
-    normalize_by_class,
-    prototype_distance,
-    update_aum_,
-    update_forgetting_,
-    update_vog_,
-    vog,
-    vog_state,
-)
+from lightning_grad.functional import LossCall
+from lightning_grad.functional import data_pruning as rules
 from lightning_grad.functional.data_pruning.scores import is_correct
 
 if TYPE_CHECKING:
@@ -121,8 +108,6 @@ def source_of(settings: DataPruning) -> ScoreSource:
         source = HistoryScores(settings.score)
     elif settings.score == "vog":
         source = VarianceScores(settings.checkpoints)
-    elif settings.score == "prototypes":
-        source = PrototypeScores(settings.seed)
     else:
         source = PassScores(settings.score, one_by_one=settings.scores_by == "sample")
     if settings.loss_fn is not None or settings.outputs_fn is not None:  # which take the place of the step
@@ -207,31 +192,19 @@ class PassScores(ScoreSource):
 
     def take(self, passes: Passes) -> ScoredSet:
         found = passes.run(self._measure, f"Scoring by {self.name}")
-        return self._scored(passes, self._values(found), found)
-
-    def _values(self, found: Mapping[str, Tensor]) -> Tensor:
-        return found["score"]
+        values = _distances(found, passes.callback.seed) if self.name == "prototypes" else found["score"]
+        return self._scored(passes, values, found)
 
 
-class PrototypeScores(PassScores):
-    """Distances to prototypes of the last layer's input, as many as there are classes.
-
-    Args:
-        seed: Seed of the clusters.
-    """
-
-    def __init__(self, seed: int) -> None:
-        super().__init__("prototypes")
-        self._seed = seed
-
-    def _values(self, found: Mapping[str, Tensor]) -> Tensor:
-        embeddings, labels = found["embedding"], _classes(found.get("label"))
-        known = embeddings.isfinite().all(1)
-        clusters = min(int(labels.max()) + 1 if labels is not None else _PROTOTYPES, int(known.sum()))
-        scores = torch.full((len(embeddings),), float("nan"), dtype=torch.float64)
-        if clusters:
-            scores[known] = prototype_distance(embeddings[known], clusters, self._seed).double()
-        return scores
+def _distances(found: Mapping[str, Tensor], seed: int) -> Tensor:
+    """Return the distances of the last layer's inputs to prototypes, as many as there are classes."""
+    embeddings, labels = found["embedding"], _classes(found.get("label"))
+    known = embeddings.isfinite().all(1)
+    clusters = min(int(labels.max()) + 1 if labels is not None else _PROTOTYPES, int(known.sum()))
+    scores = torch.full((len(embeddings),), float("nan"), dtype=torch.float64)
+    if clusters:
+        scores[known] = rules.prototype_distance(embeddings[known], clusters, seed).double()
+    return scores
 
 
 class VarianceScores(ScoreSource):
@@ -258,8 +231,8 @@ class VarianceScores(ScoreSource):
 
     def _take_in(self, look: Look) -> Mapping[str, Tensor]:
         gradients, classes = gradient_by_input(look)
-        self._gradients = self._gradients or vog_state(look.total, gradients.shape[1:])
-        update_vog_(self._gradients, torch.tensor(look.indices), gradients)
+        self._gradients = self._gradients or rules.vog_state(look.total, gradients.shape[1:])
+        rules.update_vog_(self._gradients, torch.tensor(look.indices), gradients)
         self._measured += look.indices
         return classes or {"seen": torch.ones(len(look.indices))}  # a pass without any value has seen nothing
 
@@ -295,9 +268,9 @@ class VarianceScores(ScoreSource):
                 f"{passes.epoch} there was {'none' if count is None else 'one'}. Set checkpoints to at least 2, and "
                 "epoch so that this fit trains for at least 2 epochs before each round."
             )
-        values, labels = vog(self._gradients).double(), _classes(self._found.get("label"))
+        values, labels = rules.vog(self._gradients).double(), _classes(self._found.get("label"))
         self._gradients = {}
-        return self._scored(passes, values if labels is None else normalize_by_class(values, labels), self._found)
+        return self._scored(passes, values if labels is None else rules.normalize_by_class(values, labels), self._found)
 
     @property
     def is_recording(self) -> bool:  # type: ignore[override]
@@ -328,10 +301,11 @@ class HistoryScores(ScoreSource):
         self._values = EpochRecord()
         self._labels = EpochRecord()
         self._history: dict[str, Tensor] = {}
+        self._is_aum = name == "aum"
 
     def read(self, call: LossCall, indices: list[int], total: int) -> None:
         """Take in the loss of a batch."""
-        self._values.put(indices, margin(call) if self.name == "aum" else is_correct(call), total)
+        self._values.put(indices, rules.margin(call) if self._is_aum else is_correct(call), total)
         if call.labels is not None:
             self._labels.put(indices, call.labels, total)
 
@@ -342,8 +316,8 @@ class HistoryScores(ScoreSource):
         values, labels = self._values.take(trainer), self._labels.take(trainer)
         if values is None:
             return
-        make, update = (aum_state, update_aum_) if self.name == "aum" else (forgetting_state, update_forgetting_)
-        self._history = self._history or make(len(values))
+        update = rules.update_aum_ if self._is_aum else rules.update_forgetting_
+        self._history = self._history or (rules.aum_state if self._is_aum else rules.forgetting_state)(len(values))
         update(self._history, torch.arange(len(values)), values)
         if labels is not None:
             self._history["labels"] = torch.where(labels.isnan(), self._history.get("labels", labels), labels)
@@ -354,7 +328,7 @@ class HistoryScores(ScoreSource):
                 f"score={self.name!r} is recorded while training, and no step has had a loss so far: each batch was None, or "
                 "training_step returned None for it. Return something for some batches, or set epoch to a later one."
             )
-        values = -aum(self._history) if self.name == "aum" else forgetting(self._history)
+        values = -rules.aum(self._history) if self._is_aum else rules.forgetting(self._history)
         labels = self._history.get("labels")
         return self._scored(passes, values, {} if labels is None else {"label": labels})
 

@@ -290,16 +290,9 @@ class DataPruning(SubsetCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        scored = None
-        if self.scored is not None:
-            scored = {key: value for key, value in vars(self.scored).items() if key != "kept"}
-        return {
-            **super().state_dict(),
-            "last_round": self._last_round,
-            "source_kind": self.source.kind,
-            "source": self.source.state_dict(),
-            "scored": scored,
-        }
+        scored = None if self.scored is None else dict(vars(self.scored))
+        own = {"last_round": self._last_round, "scored": scored}
+        return {**super().state_dict(), **own, "source_kind": self.source.kind, "source": self.source.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -315,7 +308,7 @@ class DataPruning(SubsetCallback):
         self._last_round = state_dict["last_round"]
         self.source.load_state_dict(state_dict["source"])
         if state_dict["scored"] is not None:
-            self.scored = ScoredSet(**state_dict["scored"], kept=self.kept)
+            self.scored = ScoredSet(**state_dict["scored"])
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
