@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +73,8 @@ class ScoreSource:
     def gather(self, trainer: pl.Trainer) -> None:
         """Bring together what the ranks have recorded."""
 
-    def epoch_begins(self, passes: Passes, rounds: Sequence[int]) -> None:
-        """Collect what is due when an epoch begins; ``rounds`` are the epochs after which scores will be taken."""
+    def epoch_begins(self, passes: Passes) -> None:
+        """Collect what is due when an epoch begins."""
 
     def take(self, passes: Passes) -> ScoredSet:
         """Return the scores as they are now."""
@@ -99,7 +99,7 @@ def source_of(settings: DataPruning) -> ScoreSource:
     """Return the source for settings that are checked already."""
     source: ScoreSource
     if settings.score_files:
-        source = FileScores(settings.score_files, settings.strict)
+        source = FileScores("files")
     elif settings.score_fn is not None:
         source = PassScores(getattr(settings.score_fn, "__name__", "score_fn"), settings.score_fn)
     elif settings.keep == "random":
@@ -107,7 +107,7 @@ def source_of(settings: DataPruning) -> ScoreSource:
     elif settings.score in HISTORIES:
         source = HistoryScores(settings.score)
     elif settings.score == "vog":
-        source = VarianceScores(settings.checkpoints)
+        source = VarianceScores("vog")
     else:
         source = PassScores(settings.score, one_by_one=settings.scores_by == "sample")
     if settings.loss_fn is not None or settings.outputs_fn is not None:  # which take the place of the step
@@ -125,31 +125,20 @@ class Chance(ScoreSource):
 
 
 class FileScores(ScoreSource):
-    """The mean of score files.
-
-    Args:
-        paths: The files.
-        strict: Whether those of another data set are refused.
-    """
+    """The mean of score files."""
 
     pairs_rows = False
+    _found: ScoredSet | None = None  # its epoch is -1 if the files name none
 
-    def __init__(self, paths: Sequence[str], strict: bool) -> None:
-        super().__init__("files")
-        self._paths = paths
-        self._strict = strict
-        self._found: ScoredSet | None = None
-        self._knows_epoch = False
-
-    def check(self, label: str) -> None:
+    def check(self, settings: DataPruning) -> None:
         """Raise if a file is missing or no score file, or if they do not go together."""
-        for path in self._paths:
+        for path in settings.score_files or []:
             if not os.path.exists(path):
                 raise FileNotFoundError(
-                    f"{label} finds no score file {path!r}. Correct the path in score_files, or write the file first with "
-                    "save_scores."
+                    f"{settings.label} finds no score file {path!r}. Correct the path in score_files, or write the file "
+                    "first with save_scores."
                 )
-        average_scores(self._paths)
+        average_scores(settings.score_files or [])
 
     def look(self, passes: Passes) -> ScoredSet:
         """Return the scores of the samples.
@@ -157,17 +146,18 @@ class FileScores(ScoreSource):
         Raises:
             ValueError: If they belong to another data set.
         """
-        scores = average_scores([load_scores(path, passes.items, self._strict) for path in self._paths])
+        paths, strict = passes.callback.score_files or [], passes.callback.strict
+        scores = average_scores([load_scores(path, passes.items, strict) for path in paths])
         labels = None
         if scores.labels is not None:
             labels = _classes(SampleScores(scores.labels.double(), "labels", index=scores.index).dense(passes.total))
-        self._found = ScoredSet(scores.name, int(scores.epoch or 0), scores.dense(passes.total), labels=labels)
-        self._knows_epoch = scores.epoch is not None
+        epoch = -1 if scores.epoch is None else int(scores.epoch)
+        self._found = ScoredSet(scores.name, epoch, scores.dense(passes.total), labels=labels)
         return self._found
 
     def take(self, passes: Passes) -> ScoredSet:
         found = self._found or self.look(passes)
-        return found if self._knows_epoch else replace(found, epoch=passes.epoch)
+        return replace(found, epoch=passes.epoch) if found.epoch < 0 else found
 
 
 class PassScores(ScoreSource):
@@ -208,26 +198,21 @@ def _distances(found: Mapping[str, Tensor], seed: int) -> Tensor:
 
 
 class VarianceScores(ScoreSource):
-    """The variance of gradients over several passes, the last of them when scores are taken.
-
-    Args:
-        checkpoints: Number of passes, evenly spread over the epochs before.
-    """
+    """The variance of gradients over several passes, evenly spread over the epochs before scores are taken."""
 
     runs_the_step = True
     epochs_needed = 2
     by_classes = True
 
-    def __init__(self, checkpoints: int) -> None:
-        super().__init__("vog")
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
         self._begun_in = 0
-        self._checkpoints = checkpoints
         self._gradients: dict[str, Tensor] = {}  # their sums, of each sample
         self._measured: list[int] = []  # the samples of this rank in the present pass
         self._found: Mapping[str, Tensor] = {}
 
     def rehearse(self, passes: Passes) -> Mapping[str, Tensor] | None:
-        return passes.rehearse(VarianceScores(self._checkpoints)._take_in)
+        return passes.rehearse(VarianceScores(self.name)._take_in)
 
     def _take_in(self, look: Look) -> Mapping[str, Tensor]:
         gradients, classes = gradient_by_input(look)
@@ -236,14 +221,14 @@ class VarianceScores(ScoreSource):
         self._measured += look.indices
         return classes or {"seen": torch.ones(len(look.indices))}  # a pass without any value has seen nothing
 
-    def epoch_begins(self, passes: Passes, rounds: Sequence[int]) -> None:
-        earlier = [epoch for epoch in rounds if epoch < passes.epoch]
+    def epoch_begins(self, passes: Passes) -> None:
+        rounds, count = [epoch for epoch, _ in passes.callback.rounds], passes.callback.checkpoints
         later = [epoch for epoch in rounds if epoch >= passes.epoch]
         if not later:
             return
-        first, last = max([*earlier, self._begun_in]), min(later)
-        spacing = (last - first) / self._checkpoints
-        if passes.epoch in {first + math.ceil(spacing * (number + 1)) for number in range(self._checkpoints)}:
+        first = max([self._begun_in, *(epoch for epoch in rounds if epoch < passes.epoch)])
+        spacing = (min(later) - first) / count
+        if passes.epoch in {first + math.ceil(spacing * (number + 1)) for number in range(count)}:
             self._found = passes.run(self._take_in, "Collecting gradients for vog")
             self._share(passes.trainer)
 
@@ -309,7 +294,7 @@ class HistoryScores(ScoreSource):
         if call.labels is not None:
             self._labels.put(indices, call.labels, total)
 
-    def epoch_begins(self, passes: Passes, rounds: Sequence[int]) -> None:
+    def epoch_begins(self, passes: Passes) -> None:
         self.gather(passes.trainer)
 
     def gather(self, trainer: pl.Trainer) -> None:

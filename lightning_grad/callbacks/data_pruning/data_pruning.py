@@ -277,7 +277,7 @@ class DataPruning(SubsetCallback):
         if self.source.name in GRADIENT_SCORES:
             refuse_sharded(trainer, f"{self.label}(score={self.score!r})")
         if isinstance(self.source, FileScores):
-            self.source.check(self.label)
+            self.source.check(self)
         if self._writes_scores:
             check_score_file(self, trainer)
         self.refuse_unreached(trainer, self.rounds[0][0], "prune")
@@ -350,7 +350,7 @@ class DataPruning(SubsetCallback):
 
     @override
     def choose_samples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
-        self.source.epoch_begins(self._passes, [epoch for epoch, _ in self.rounds])
+        self.source.epoch_begins(self._passes)
         due = [(epoch, share) for epoch, share in self.rounds if epoch <= trainer.current_epoch]
         if not due:
             return None
