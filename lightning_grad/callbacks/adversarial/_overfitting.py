@@ -19,7 +19,7 @@ from lightning_grad.callbacks.adversarial._attack import (
     generator_for,
 )
 from lightning_grad.callbacks.adversarial._places import Place
-from lightning_grad.core.scoring import merge_ranks
+from lightning_grad.core.losses.scoring import merge_ranks
 from lightning_grad.functional import LossCapture
 from lightning_grad.functional.adversarial.attacks import IndependentLossError
 from lightning_grad.functional.data_pruning.scores import is_correct

@@ -25,7 +25,7 @@ from lightning_grad.callbacks.adversarial._attack import (
 )
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.core.dispatch import overrides
-from lightning_grad.core.whole_step import loss_of_output
+from lightning_grad.core.losses.sample_losses import loss_of_output
 from lightning_grad.functional import LossCapture
 from lightning_grad.functional.adversarial.attacks import IndependentLossError
 from lightning_grad.functional.plain_tensors import clone_of, plain_tensor

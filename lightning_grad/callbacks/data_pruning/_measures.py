@@ -14,9 +14,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from lightning_grad.core.look import Look, Measure, SkippedBatchError
-from lightning_grad.core.sample_losses import SampleLosses
-from lightning_grad.core.whole_step import loss_of_output, refuse_loss
+from lightning_grad.core.losses.look import Look, Measure, SkippedBatchError
+from lightning_grad.core.losses.sample_losses import SampleLosses, loss_of_output, refuse_loss
 from lightning_grad.functional import LossCall, el2n, last_layer_gradient_norm, margin, predictions
 
 Score = Literal["el2n", "grand", "grand-last", "loss", "margin", "aum", "forgetting", "vog", "prototypes"]

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, OF_CLASSES, ONE_BY_ONE
 from lightning_grad.callbacks.data_pruning._sources import HistoryScores
-from lightning_grad.core.given_functions import LOSS_FN, OUTPUTS_FN, SCORE_FN
-from lightning_grad.core.look import Measure
-from lightning_grad.core.one_sample import cost_of_single_samples, in_words
-from lightning_grad.core.rehearsal import Rehearsal
-from lightning_grad.core.sample_losses import SampleLoss
-from lightning_grad.core.scoring import look_at_all
-from lightning_grad.core.training_set import TrainingSet
+from lightning_grad.core.losses.given_functions import LOSS_FN, OUTPUTS_FN, SCORE_FN
+from lightning_grad.core.losses.look import Measure
+from lightning_grad.core.losses.one_sample import cost_of_single_samples, in_words
+from lightning_grad.core.losses.rehearsal import Rehearsal
+from lightning_grad.core.losses.sample_losses import SampleLoss
+from lightning_grad.core.losses.scoring import look_at_all
+from lightning_grad.core.samples.training_set import TrainingSet
 from lightning_grad.functional.gradients import InseparableLossError
 
 if TYPE_CHECKING:

@@ -28,8 +28,8 @@ from lightning_grad.callbacks.data_pruning._measures import (
     measure_by,
 )
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
-from lightning_grad.core.look import Look, Measure
-from lightning_grad.core.scoring import first_of_ranks
+from lightning_grad.core.losses.look import Look, Measure
+from lightning_grad.core.losses.scoring import first_of_ranks
 from lightning_grad.data import SampleScores, average_scores, load_scores
 from lightning_grad.functional import LossCall
 from lightning_grad.functional import data_pruning as rules

@@ -11,10 +11,10 @@ from typing_extensions import override
 
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.given_functions import LossFunction
-from lightning_grad.core.loss_tap import reweight_losses
-from lightning_grad.core.rehearsal import Rehearsal
-from lightning_grad.core.sample_losses import SampleLoss, SampleLosses
+from lightning_grad.core.losses.given_functions import GivenFunction
+from lightning_grad.core.losses.loss_tap import reweight_losses
+from lightning_grad.core.losses.rehearsal import Rehearsal
+from lightning_grad.core.losses.sample_losses import SampleLoss, SampleLosses
 from lightning_grad.utilities.checks import check_only_one, check_position
 from lightning_grad.utilities.reporting import is_log_step
 
@@ -27,7 +27,7 @@ class LossWeighting(GradCallback):
 
     way_out: ClassVar[str]  # what to do about a loss that cannot be seen, as a clause that begins with a verb
     loss: int | None
-    loss_fn: LossFunction | None
+    loss_fn: GivenFunction | None
 
     _sample_loss = until_next_fit[SampleLoss](lambda _: None)  # until one batch has shown it, the shares count
     _weighted = during_fit[tuple[SampleLosses, Tensor] | None](lambda _: None)
@@ -36,7 +36,7 @@ class LossWeighting(GradCallback):
         """Return a weight for each sample of the batch, or ``None`` to leave the step as it is."""
         raise NotImplementedError(f"{type(self).__name__} must define weigh(losses).")
 
-    def choose_loss(self, loss: int | None, loss_fn: LossFunction | None) -> None:
+    def choose_loss(self, loss: int | None, loss_fn: GivenFunction | None) -> None:
         """Check and store the arguments that say what is weighted."""
         check_only_one({"loss": loss, "loss_fn": loss_fn}, "say what is weighted")
         self.loss = check_position(loss, "loss")

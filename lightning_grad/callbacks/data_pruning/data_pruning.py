@@ -31,8 +31,8 @@ from lightning_grad.callbacks.data_pruning._settings import (
 )
 from lightning_grad.callbacks.data_pruning._sources import CHANCE, FileScores, HistoryScores, ScoreSource, source_of
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.loss_tap import read_losses
-from lightning_grad.core.scoring import say_what_is_skipped
+from lightning_grad.core.losses.loss_tap import read_losses
+from lightning_grad.core.losses.scoring import say_what_is_skipped
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.data import fingerprint
 from lightning_grad.data.random_streams import generators_kept
@@ -50,7 +50,7 @@ _EPOCH = 10
 
 
 class DataPruning(SubsetCallback):
-    r"""Train on the samples that matter most, as a score taken in mid-training ranks them.
+    r"""Train on the samples that a score in mid-training ranks first; or only score, and find wrong labels.
 
     After k whole epochs every sample of the training set is scored through the module's own ``training_step``, in eval mode
     and without a trace, and training goes on with a part of them. With the default score, EL2N, and the default rule
