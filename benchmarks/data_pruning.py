@@ -65,6 +65,7 @@ from benchmarks.common import (
 )
 from lightning_grad.callbacks import DataPruning, RepeatedRandomSubset
 from lightning_grad.callbacks.data_pruning._measures import measure_for
+from lightning_grad.core.losses.given_functions import LossRequest
 from lightning_grad.core.losses.loss_tap import read_losses, reweight_losses
 from lightning_grad.core.losses.scoring import look_at_all
 from lightning_grad.functional import LossCapture, LossTrace, PerSampleGradientNorms
@@ -612,8 +613,9 @@ def reading_rows(kind: type[ResidualConvNet], sizes: Sizes, rounds: int, clock: 
         ways["read"] = lambda module: cast(Any, read_losses(module, lambda call: None))
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
+        asked = LossRequest("weighted")
         remove = reweight_losses(
-            module, lambda found: torch.ones_like(found.losses), "weighted", needs=lambda: bool(is_weighted)
+            module, lambda found: torch.ones_like(found.losses), asked, needs=lambda: bool(is_weighted)
         )
         turns = ReadInTurns(module, list(ways.values()))
         periods = timed_fit(module, batch, sizes.steps, [], clock, turns)

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_grad.callbacks.adversarial._attack import Attack, NoLossError, attack_losses, generator_for
 from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.callbacks.adversarial._step_loss import first_sentence
+from lightning_grad.core.ranks import mean_over_ranks
 from lightning_grad.functional import LossCapture
 from lightning_grad.functional.adversarial.attacks import IndependentLossError
 from lightning_grad.functional.data_pruning.scores import is_correct
@@ -74,16 +75,11 @@ def _accuracy(capture: LossCapture) -> Tensor:
         raise UnknownAccuracyError(f"{first_sentence(error)}.") from None
 
 
-def mean_over_ranks(trainer: pl.Trainer, values: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
-    """Return the means of the values that some ranks have; to be called on every rank, also by one that has none."""
-    means = {}
-    for name in names:
-        value = values.get(name, torch.tensor(math.nan)).to(trainer.strategy.root_device)
-        facts = torch.stack([value.nan_to_num(), value.isfinite().to(value)])
-        total, known = torch.as_tensor(trainer.strategy.reduce(facts, reduce_op="sum")).tolist()
-        if known:
-            means[name] = total / known
-    return means
+def known_accuracies(trainer: pl.Trainer, found: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
+    """Return the means over the ranks that have an accuracy; to be called on every rank, also by one that has none."""
+    own = [float(found.get(name, math.nan)) for name in names]
+    means = zip(names, mean_over_ranks(trainer, torch.tensor(own)).tolist(), strict=True)
+    return {name: mean for name, mean in means if math.isfinite(mean)}
 
 
 def warn_of_collapse(easy: float, robust: float, steps: int, label: str) -> None:

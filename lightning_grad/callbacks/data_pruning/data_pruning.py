@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -33,12 +32,11 @@ from lightning_grad.callbacks.data_pruning._sources import (
     source_of,
 )
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.losses.given_functions import LOSS_FN, OUTPUTS_FN, SCORE_FN
+from lightning_grad.core.losses.given_functions import LOSS_FN, OUTPUTS_FN, SCORE_FN, LossRequest, SampleLoss
 from lightning_grad.core.losses.look import Measure
 from lightning_grad.core.losses.loss_tap import read_losses
 from lightning_grad.core.losses.one_sample import cost_of_single_samples, in_words
 from lightning_grad.core.losses.rehearsal import Rehearsal
-from lightning_grad.core.losses.sample_losses import SampleLoss
 from lightning_grad.core.losses.scoring import look_at_all, say_what_is_skipped
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.data import SampleScores, fingerprint
@@ -312,8 +310,7 @@ class DataPruning(SubsetCallback):
             )
         warn_of_risks(self, self._rounds)
         if isinstance(self._source, HistoryScores):
-            own = (pl_module, self._read, self.loss, lambda: len(self.indices), self._way_out)
-            self.undo.push(read_losses(*own, needed_by=self.label, outputs_fn=self.outputs_fn, by_classes=True))
+            self.undo.push(read_losses(pl_module, self._read, self._asked, lambda _: len(self.indices)))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -379,15 +376,10 @@ class DataPruning(SubsetCallback):
         rehearsal = Rehearsal(
             trainer,
             pl_module,
-            self.label,
-            self.loss,
+            self._asked,
             measure=self._source.measure,
             runs_the_step=pl_module.automatic_optimization,
             by_terms=self._source.by_terms,
-            by_classes=self._source.by_classes,
-            loss_fn=self.loss_fn,
-            outputs_fn=self.outputs_fn,
-            way_out=self._way_out,
         )
         dataset = None if in_training else self._dataset(trainer)
         if self.scores_by == "sample":
@@ -397,6 +389,11 @@ class DataPruning(SubsetCallback):
         if self.loss_fn is not None and pl_module.automatic_optimization and self.training_set.is_whole_batch:
             rehearsal.check_function(self.training_set, dataset)
         self._sample_loss, self._has_checked = rehearsal.kind, True
+
+    @property
+    def _asked(self) -> LossRequest:
+        own = (self.label, self.loss, self._way_out, self.loss_fn, self.outputs_fn)
+        return LossRequest(*own, by_classes=self._source.by_classes)
 
     @property
     def _way_out(self) -> str:
@@ -416,7 +413,7 @@ class DataPruning(SubsetCallback):
             may_offer = self.score in ONE_BY_ONE and self.scores_by == "batch" and self.loss_fn is None
             if not may_offer or self._by_sample is not None or not self.training_set.is_whole_batch:
                 raise
-        rehearsal = Rehearsal(trainer, pl_module, self.label, way_out=self._way_out)
+        rehearsal = Rehearsal(trainer, pl_module, LossRequest(self.label, way_out=self._way_out))
         own = (self.training_set, self._dataset(trainer), self._source.name in GRADIENT_SCORES)
         found = cost_of_single_samples(rehearsal, *own)
         self._by_sample = (
@@ -457,22 +454,15 @@ class DataPruning(SubsetCallback):
 
     def _passes(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rehearsal: bool = False) -> Pass:
         def run(measure: Measure, title: str) -> Mapping[str, Tensor]:
-            own = (trainer, pl_module, self.training_set, measure, title, self._dataset(trainer))
-            kind = None if rehearsal else lambda: self._kind(trainer, pl_module)
-            look = partial(
-                look_at_all,
-                *own,
-                which=self.loss,
-                seed=self.seed,
-                rehearsal=rehearsal,
-                label=self.label,
-                kind=kind,
-                loss_fn=self.loss_fn,
-                outputs_fn=self.outputs_fn,
-                one_by_one=self.scores_by == "sample",
-                by_classes=self._source.by_classes,
-            )
-            found = self._offering_samples(trainer, pl_module, lambda: look(way_out=self._way_out))
+            own, dataset = (trainer, pl_module, self.training_set, measure, title), self._dataset(trainer)
+
+            def look() -> Mapping[str, Tensor]:
+                asked = self._asked
+                if not rehearsal:
+                    asked = replace(asked, kind=lambda: self._kind(trainer, pl_module))
+                return look_at_all(*own, asked, dataset, self.seed, rehearsal, self.scores_by == "sample")
+
+            found = self._offering_samples(trainer, pl_module, look)
             if self.scores_by == "sample" and not rehearsal:
                 self._compare_with_batches(trainer, pl_module, found.get("loss", found["score"]))
             return found
@@ -486,7 +476,8 @@ class DataPruning(SubsetCallback):
             return float(losses[indices].nanmean())
 
         own = (self.training_set, self._dataset(trainer), mean, "scores_by='sample'")
-        Rehearsal(trainer, pl_module, self.label, way_out=self._way_out).check_means(*own, with_constant=False)
+        rehearsal = Rehearsal(trainer, pl_module, LossRequest(self.label, way_out=self._way_out))
+        rehearsal.check_means(*own, with_constant=False)
 
     def _prune(self, trainer: pl.Trainer, run_pass: Pass, share: float) -> Tensor | None:
         items = self.training_set.items(self._dataset(trainer))

@@ -12,10 +12,10 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.losses.given_functions import LOSS_FN
+from lightning_grad.core.losses.given_functions import LOSS_FN, LossRequest, SampleLoss
 from lightning_grad.core.losses.loss_tap import reweight_losses
 from lightning_grad.core.losses.rehearsal import Rehearsal
-from lightning_grad.core.losses.sample_losses import SampleLoss, SampleLosses
+from lightning_grad.core.losses.sample_losses import SampleLosses
 from lightning_grad.core.progress import check_total_steps
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.functional import infobatch_subset
@@ -150,6 +150,10 @@ class InfoBatch(SubsetCallback):
     def holds_samples(self) -> bool:
         return super().holds_samples or self._losses is not None or self._record.values is not None
 
+    @property
+    def _asked(self) -> LossRequest:
+        return LossRequest(self.label, self.loss, _WAY_OUT, self.loss_fn, kind=lambda: self._sample_loss)
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -164,14 +168,10 @@ class InfoBatch(SubsetCallback):
                 reweight_losses(
                     pl_module,
                     self._weigh,
-                    self.label,
-                    self.loss,
-                    samples=lambda: len(self.indices),
-                    way_out=_WAY_OUT,
+                    self._asked,
+                    samples=lambda _: len(self.indices),
                     acts=self.prune > 0.0,
                     needs=lambda: self.prune > 0.0 or self._weights is not None,
-                    kind=lambda: self._sample_loss,
-                    loss_fn=self.loss_fn,
                 )
             )
 
@@ -203,9 +203,7 @@ class InfoBatch(SubsetCallback):
     @override
     def rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.prune:
-            rehearsal = Rehearsal(
-                trainer, pl_module, self.label, self.loss, _WAY_OUT, by_terms=True, loss_fn=self.loss_fn
-            )
+            rehearsal = Rehearsal(trainer, pl_module, self._asked, by_terms=True)
             rehearsal.check_loader(self.training_set, in_training=self.loss_fn is None)
             # What a checkpoint says was true of the losses that it holds.
             self._sample_loss = self._sample_loss or rehearsal.kind or "share"

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -15,11 +14,12 @@ from typing_extensions import override
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.losses.batch_sizes import batch_size_of, size_by_sampler
-from lightning_grad.core.losses.given_functions import LOSS_FN
+from lightning_grad.core.losses.given_functions import LOSS_FN, LossRequest, SampleLoss
 from lightning_grad.core.losses.loss_tap import reweight_losses
 from lightning_grad.core.losses.rehearsal import Rehearsal
-from lightning_grad.core.losses.sample_losses import SampleLoss, SampleLosses
+from lightning_grad.core.losses.sample_losses import SampleLosses
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
+from lightning_grad.core.ranks import sum_over_ranks
 from lightning_grad.functional import annealed_temperature, loss_weights
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import (
@@ -142,6 +142,10 @@ class LossReweighting(GradCallback):
         self.total_steps = total_steps
         check_total_steps(total_steps)
 
+    @property
+    def _asked(self) -> LossRequest:
+        return LossRequest(self.label, self.loss, _WAY_OUT, self.loss_fn, kind=lambda: self._sample_loss)
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -157,14 +161,10 @@ class LossReweighting(GradCallback):
                 reweight_losses(
                     pl_module,
                     self._weigh,
-                    self.label,
-                    self.loss,
-                    way_out=_WAY_OUT,
+                    self._asked,
+                    samples=lambda batch: batch_size_of(batch, self._told),
                     acts=math.isfinite(self.temperature),
                     needs=lambda: math.isfinite(self._now),
-                    kind=lambda: self._sample_loss,
-                    loss_fn=self.loss_fn,
-                    told=self._told,
                 )
             )
 
@@ -221,7 +221,7 @@ class LossReweighting(GradCallback):
         self._logged = None
 
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> bool:
-        rehearsal = Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT, by_terms=True, loss_fn=self.loss_fn)
+        rehearsal = Rehearsal(trainer, pl_module, self._asked, by_terms=True)
         samples = batch_size_of(batch, self._told)
         if is_sharded(trainer) and self.loss_fn is None:  # else the first step was looked at
             rehearsal.check_whole_loss(batch, samples)
@@ -262,7 +262,7 @@ class LossReweighting(GradCallback):
         own = everyone[self._trainer.global_rank]
         own[: len(losses)] = losses
         own[len(losses) :] = math.nan
-        return torch.as_tensor(self._trainer.strategy.reduce(everyone, reduce_op="sum"))
+        return sum_over_ranks(self._trainer, everyone)
 
 
 def _batch_size(trainer: pl.Trainer) -> int:
