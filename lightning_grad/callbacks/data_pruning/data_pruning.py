@@ -1,7 +1,7 @@
 """Data pruning by scores: the callback.
 
-Scores, selection and score files are functions, in ``functional/data_scores.py``, ``functional/data_selection.py``,
-``functional/per_sample_gradients.py`` and ``data/score_files.py``. ``core/subset.py`` is the base; beside this file
+Scores and selection are functions, in ``functional/data_pruning`` and ``functional/gradients``; score files are in
+``data/score_files.py``. ``core/subset.py`` is the base; beside this file
 ``_arguments.py`` checks the settings, ``_sources.py`` says where scores come from, ``_measures.py`` what a pass looks at,
 ``_report.py`` what is shown. ``core/losses/scoring.py`` runs the pass.
 """
@@ -53,7 +53,7 @@ _EPOCH = 10
 
 
 class DataPruning(SubsetCallback):
-    r"""Train on the samples that matter most, as a score taken in mid-training ranks them.
+    r"""Train on the samples that a score in mid-training ranks first; or only score, and find wrong labels.
 
     After k whole epochs every sample of the training set is scored through the module's own ``training_step``, in eval mode
     and without a trace, and training goes on with a part of them. With the default score, EL2N, and the default rule

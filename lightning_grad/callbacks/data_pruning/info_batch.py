@@ -36,7 +36,7 @@ _NEXT_SEED = 1_000_003  # more than any run has epochs
 
 
 class InfoBatch(SubsetCallback):
-    r"""Leave out, anew in each epoch, a random part of the samples whose last loss is below the mean, and weigh the others.
+    r"""Drop a random part of the low-loss samples in each epoch, and give the remaining ones more weight.
 
     .. math::
         L = \{i : \ell_i < \bar\ell\}, \qquad

@@ -1,4 +1,4 @@
-"""Weighing the samples of a batch by their losses. The weights are a function, in ``functional/loss_weights.py``."""
+"""Weighing the samples of a batch by their losses. The weights are a function, in ``functional/data_pruning``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Rule = Literal["linupper", "quadratic", "extremes"]
 
 
 class LossReweighting(GradCallback):
-    r"""Weigh the samples of each batch by their own losses, more sharply as training goes on.
+    r"""Weight the samples of each batch by their losses, more sharply as training goes on.
 
     .. math::
         h_i = 2 \frac{\ell_i - \ell_\min}{\ell_\max - \ell_\min} - 1, \qquad
@@ -55,8 +55,9 @@ class LossReweighting(GradCallback):
 
     Args:
         rule: f, "linupper" (best in the paper), "quadratic" or "extremes".
-        temperature: r at the end of the run; .inf in YAML turns the weighting off.
-        start_temperature: r after the warm-up.
+        temperature: r at the end of the run (1 in the released code); .inf in YAML turns the weighting off.
+        start_temperature: r after the warm-up. The released code asks for a schedule from high to low and does not
+            say which; 10 is ours.
         warmup: Share of the run in which all samples weigh the same (0.05 in the released code).
         loss: Which call of a loss alone is weighted, from 0; by default all that the step returns.
         loss_fn: Function of the module and a batch that returns the losses (B,), in place of the step's own loss. The step

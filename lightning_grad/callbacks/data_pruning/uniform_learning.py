@@ -25,7 +25,7 @@ _WAY_OUT = f"use DataPruning with score_fn=, or RepeatedRandomSubset, which need
 
 
 class UniformLearning(SubsetCallback):
-    r"""Early in training, find the samples whose features are not learnt yet, and repeat them in each epoch.
+    r"""Repeat samples whose features are learned late (USEFUL).
 
     After k whole epochs the outputs of each class are clustered in two. The cluster with the higher mean loss holds what is
     learnt late, and its samples come ``1 + repeats`` times an epoch from then on:

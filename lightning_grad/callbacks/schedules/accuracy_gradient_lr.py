@@ -1,4 +1,4 @@
-"""Cutting the learning rate by the accuracy gradient: the callback. The rule is in ``functional/accuracy_gradient.py``."""
+"""Cutting the learning rate by the accuracy gradient: the callback. The rule is in ``functional/schedules``."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ gradient of sample b is the product :math:`g_b a_b^T` of the gradient of the out
 Parameters are followed through every operation that uses them, not through module classes, so custom modules, tied weights
 and modules that are called twice need no care. What no rule covers is measured by one backward pass for each sample, through
 what those parameters need only; :attr:`PerSampleGradientNorms.coverage` says which parameters that are.
+``docs/data_pruning/per_sample_gradients.md`` explains how it works, with a drawing.
 """
 
 from __future__ import annotations
@@ -21,9 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from lightning_grad.functional.gradients._ghost.graph import Leaf, leaves, squared_norms_by_backward
+from lightning_grad.functional.choices import check_choice
+from lightning_grad.functional.gradients._ghost.graph import (
+    Leaf,
+    leaves,
+    probe_layouts,
+    run_backward,
+    squared_norms_by_backward,
+    where_samples_meet,
+)
 from lightning_grad.functional.gradients._ghost.layouts import Layout, candidates
-from lightning_grad.functional.gradients._ghost.probing import probe_layouts, run_backward, where_samples_meet
 from lightning_grad.functional.gradients._ghost.sums import SquaredNorms
 from lightning_grad.functional.gradients._ghost.tracer import Key, Tracer, Use
 
@@ -81,8 +89,7 @@ class PerSampleGradientNorms:
     """
 
     def __init__(self, module: nn.Module, fallback: Literal["auto", "raise"] = "auto") -> None:
-        if fallback not in ("auto", "raise"):
-            raise ValueError(f"fallback must be 'auto' or 'raise', got {fallback!r}.")
+        check_choice(fallback, ("auto", "raise"), "fallback")
         _trainable(module)
         self._module = module
         self._fallback = fallback

@@ -1,4 +1,4 @@
-"""What no graph can show: whether the terms of a step really belong to the samples that they are said to belong to.
+"""The proof that the terms of a step belong to the samples that they are said to belong to, by running it several times.
 
 Shapes can agree by coincidence: a mean over the batch with as many classes as samples, a batch that a step sorts in numpy.
 These functions run a step several times and compare. ``batch_of`` makes the batch of the samples with the given indices,
