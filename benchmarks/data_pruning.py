@@ -64,7 +64,7 @@ from benchmarks.common import (
     write_tables,
 )
 from lightning_grad.callbacks import DataPruning, RepeatedRandomSubset
-from lightning_grad.core import Look, look_at_all, read_losses, reweight_losses
+from lightning_grad.core import Look, LossRequest, look_at_all, read_losses, reweight_losses
 from lightning_grad.functional import LossCapture, LossTrace, PerSampleGradientNorms, el2n
 
 GHOST_CONVNET, GHOST_TRANSFORMER, VMAP_FACTOR = 1.5, 1.2, 3.0
@@ -628,8 +628,9 @@ def reading_rows(kind: type[ResidualConvNet], sizes: Sizes, rounds: int, clock: 
         ways["read"] = lambda module: cast(Any, read_losses(module, lambda call: None))
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
+        asked = LossRequest("weighted")
         remove = reweight_losses(
-            module, lambda found: torch.ones_like(found.losses), "weighted", needs=lambda: bool(is_weighted)
+            module, lambda found: torch.ones_like(found.losses), asked, needs=lambda: bool(is_weighted)
         )
         turns = ReadInTurns(module, list(ways.values()))
         periods = timed_fit(module, batch, sizes.steps, [], clock, turns)

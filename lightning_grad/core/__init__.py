@@ -24,6 +24,7 @@ from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.conditioner import GradientConditioner, GradientStep, Phase
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
+from lightning_grad.core.losses.given_functions import LossRequest
 from lightning_grad.core.losses.look import Look
 from lightning_grad.core.losses.loss_tap import read_losses, reweight_losses
 from lightning_grad.core.losses.scoring import look_at_all
@@ -35,6 +36,7 @@ from lightning_grad.core.probe_reading import Picture, Reading
 from lightning_grad.core.probe_samples import ProbeLook
 from lightning_grad.core.progress import run_progress, total_steps
 from lightning_grad.core.quiet import is_quiet, quiet
+from lightning_grad.core.ranks import mean_over_ranks, sum_over_ranks
 from lightning_grad.core.samples.training_set import TrainingSet
 from lightning_grad.core.steps.chosen_rates import ChosenRates, as_indices
 from lightning_grad.core.steps.frozen_moments import FrozenMoments
@@ -63,6 +65,7 @@ __all__ = [
     "HeldRates",
     "Interval",
     "Look",
+    "LossRequest",
     "Mode",
     "MonitoredCallback",
     "OptimizerCallback",
@@ -95,10 +98,12 @@ __all__ = [
     "is_quiet",
     "is_repeated",
     "look_at_all",
+    "mean_over_ranks",
     "quiet",
     "read_losses",
     "reweight_losses",
     "run_progress",
+    "sum_over_ranks",
     "total_steps",
     "until_next_fit",
     "with_input",

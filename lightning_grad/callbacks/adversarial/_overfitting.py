@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,7 +19,7 @@ from lightning_grad.callbacks.adversarial._attack import (
     generator_for,
 )
 from lightning_grad.callbacks.adversarial._places import Place
-from lightning_grad.core.losses.scoring import merge_ranks
+from lightning_grad.core.ranks import mean_over_ranks
 from lightning_grad.functional import LossCapture
 from lightning_grad.functional.adversarial.attacks import IndependentLossError
 from lightning_grad.functional.data_pruning.scores import is_correct
@@ -76,11 +76,11 @@ def accuracies_under(
     return found
 
 
-def mean_over_ranks(trainer: pl.Trainer, values: Mapping[str, Tensor], names: list[str]) -> dict[str, float]:
-    """Return the means of the values that some ranks have; to be called on every rank, also by one that has none."""
-    own = torch.tensor([float(values.get(name, math.nan)) for name in names], device=trainer.strategy.root_device)
-    means = zip(names, merge_ranks(trainer, own).tolist(), strict=True)
-    return {name: mean for name, mean in means if not math.isnan(mean)}
+def known_accuracies(trainer: pl.Trainer, found: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
+    """Return the means over the ranks that have an accuracy; to be called on every rank, also by one that has none."""
+    own = [float(found.get(name, math.nan)) for name in names]
+    means = zip(names, mean_over_ranks(trainer, torch.tensor(own)).tolist(), strict=True)
+    return {name: mean for name, mean in means if math.isfinite(mean)}
 
 
 def warn_of_collapse(easy: float, robust: float, steps: int, label: str) -> None:

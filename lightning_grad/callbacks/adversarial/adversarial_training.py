@@ -24,7 +24,7 @@ from lightning_grad.callbacks.adversarial._attack import (
 from lightning_grad.callbacks.adversarial._overfitting import (
     UnknownAccuracyError,
     accuracies_under,
-    mean_over_ranks,
+    known_accuracies,
     warn_of_collapse,
 )
 from lightning_grad.callbacks.adversarial._places import Place, find_place
@@ -318,7 +318,7 @@ class AdversarialTraining(GradCallback):
                     found = accuracies_under(attacks, self._place, batch, run, trainer, purpose)
                 except UnknownAccuracyError as error:
                     self._tell_unknown(error)
-        accuracies = mean_over_ranks(trainer, found, list(attacks))
+        accuracies = known_accuracies(trainer, found, attacks)
         log_many(trainer, {self.log_key(name): accuracy for name, accuracy in accuracies.items()})
         if len(accuracies) == len(attacks):
             easy, robust = accuracies.values()

@@ -45,7 +45,7 @@ def measure_by(score_fn: ScoreFunction) -> Measure:
 def _of_function(look: Look, score_fn: ScoreFunction) -> Tensor:
     found = score_fn(look.pl_module, look.batch)
     must = (
-        f"{look.label}: score_fn must return one score for each of the {len(look.indices)} samples of a batch, "
+        f"{look.asked.label}: score_fn must return one score for each of the {len(look.indices)} samples of a batch, "
         f"({len(look.indices)},); got"
     )
     try:
@@ -80,7 +80,7 @@ def _alone(look: Look) -> Tensor:
         raise SkippedBatchError
     loss = loss_of_output(output)
     if loss is None or loss.numel() != 1:
-        refuse_loss(loss, f"{look.label} runs it on one sample at a time. {look.way_out[0].upper()}{look.way_out[1:]}.")
+        refuse_loss(loss, f"{look.asked.label} runs it on one sample at a time. {look.asked.advice}")
     return loss
 
 
@@ -93,7 +93,7 @@ def _classes_of(call: LossCall) -> dict[str, Tensor]:
 
 def _of_call(look: Look, score: Callable[[LossCall], Tensor]) -> dict[str, Tensor]:
     call = look.loss()
-    with errors_of(look.label):
+    with errors_of(look.asked.label):
         return {"score": score(call), **_classes_of(call)}
 
 
@@ -114,7 +114,7 @@ def _classes_of_losses(found: SampleLosses) -> dict[str, Tensor]:
 
 def _grand_last(look: Look) -> Mapping[str, Tensor]:
     features, call, layer = look.features()
-    with errors_of(look.label):
+    with errors_of(look.asked.label):
         norms = last_layer_gradient_norm(call, features, bias=layer.bias is not None)
     return {"score": norms, **_classes_of(call)}
 
@@ -127,17 +127,17 @@ def _embedding(look: Look) -> Mapping[str, Tensor]:
 
 def gradient_by_input(look: Look) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the gradient of each sample's true logit by its input, and the classes; with ``loss_fn`` that of the loss."""
-    inputs = _inputs_of(look.batch, len(look.indices), look.label)
+    inputs = _inputs_of(look.batch, len(look.indices), look.asked.label)
     inputs.requires_grad_(True)
     try:
-        if look.loss_fn is not None:
+        if look.asked.loss_fn is not None:
             with torch.enable_grad():
                 (gradients,) = torch.autograd.grad(look.losses(keep_graph=True).losses.sum(), inputs)
             return gradients, {}
         call = look.loss(keep_graph=True)
         if call.labels is None or call.name != "cross_entropy" or call.output is None:
             raise ValueError(
-                f"{look.label}(score='vog') needs cross_entropy with one true class a sample, and the loss is "
+                f"{look.asked.label}(score='vog') needs cross_entropy with one true class a sample, and the loss is "
                 f"{call.name} with targets {tuple(call.target.shape)} of {call.target.dtype}. Use another score, or "
                 "give score_fn=, which takes the module and a batch and returns the scores."
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -11,11 +11,10 @@ from torch import Tensor
 
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, OF_CLASSES, ONE_BY_ONE
 from lightning_grad.callbacks.data_pruning._sources import HistoryScores
-from lightning_grad.core.losses.given_functions import LOSS_FN, OUTPUTS_FN, SCORE_FN
+from lightning_grad.core.losses.given_functions import LOSS_FN, OUTPUTS_FN, SCORE_FN, LossRequest, SampleLoss
 from lightning_grad.core.losses.look import Measure
 from lightning_grad.core.losses.one_sample import cost_of_single_samples, in_words
 from lightning_grad.core.losses.rehearsal import Rehearsal
-from lightning_grad.core.losses.sample_losses import SampleLoss
 from lightning_grad.core.losses.scoring import look_at_all
 from lightning_grad.core.samples.training_set import TrainingSet
 from lightning_grad.functional.gradients import InseparableLossError
@@ -96,23 +95,21 @@ class Passes:
         return self._offering_samples(lambda: self._look(measure, "", rehearsal=True))
 
     def _look(self, measure: Measure, title: str, rehearsal: bool = False) -> Mapping[str, Tensor]:
-        own = (self.trainer, self.pl_module, self.training_set, measure, title, self.dataset)
-        kind = None if rehearsal else self._checked_kind
-        one_by_one, seed = self._runs_single_samples, self.callback.seed
-        return look_at_all(*own, seed=seed, rehearsal=rehearsal, kind=kind, one_by_one=one_by_one, **self._asked)
+        asked = self.asked if rehearsal else replace(self.asked, kind=self._checked_kind)
+        own = (self.trainer, self.pl_module, self.training_set, measure, title, asked, self.dataset)
+        return look_at_all(*own, self.callback.seed, rehearsal, one_by_one=self._runs_single_samples)
 
     @property
-    def _asked(self) -> dict[str, Any]:
-        """What a look at a batch and a rehearsal are asked alike."""
+    def asked(self) -> LossRequest:
+        """What is asked of the losses of the step."""
         callback = self.callback
-        own = {"which": callback.loss, "loss_fn": callback.loss_fn, "outputs_fn": callback.outputs_fn}
-        by_classes = callback.source.by_classes
-        return {**own, "label": callback.label, "way_out": self.way_out, "by_classes": by_classes}
+        own = (callback.label, callback.loss, self.way_out, callback.loss_fn, callback.outputs_fn)
+        return LossRequest(*own, by_classes=callback.source.by_classes)
 
     def _rehearsal(self) -> Rehearsal:
         source, runs_the_step = self.callback.source, self.pl_module.automatic_optimization
-        own: dict[str, Any] = {"measure": source.measure, "by_terms": source.by_terms, "runs_the_step": runs_the_step}
-        return Rehearsal(self.trainer, self.pl_module, **own, **self._asked)
+        own = (self.trainer, self.pl_module, self.asked, source.measure, runs_the_step)
+        return Rehearsal(*own, by_terms=source.by_terms)
 
     def _checked_kind(self) -> SampleLoss:
         """Return what the loss of a sample is, where it comes from several terms."""

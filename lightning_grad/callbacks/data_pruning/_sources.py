@@ -29,7 +29,7 @@ from lightning_grad.callbacks.data_pruning._measures import (
 )
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
 from lightning_grad.core.losses.look import Look, Measure
-from lightning_grad.core.losses.scoring import first_of_ranks
+from lightning_grad.core.ranks import first_of_ranks, sum_over_ranks
 from lightning_grad.data import SampleScores, average_scores, load_scores
 from lightning_grad.functional import LossCall
 from lightning_grad.functional import data_pruning as rules
@@ -242,8 +242,7 @@ class VarianceScores(ScoreSource):
             share = torch.zeros(shape, dtype=kind)
             value = self._gradients.get(key, share)
             share[own] = value[own]
-            total = trainer.strategy.reduce(share.to(trainer.strategy.root_device), reduce_op="sum")
-            self._gradients[key] = torch.as_tensor(total).cpu()
+            self._gradients[key] = sum_over_ranks(trainer, share)
 
     def take(self, passes: Passes) -> ScoredSet:
         count = self._gradients.get("count")

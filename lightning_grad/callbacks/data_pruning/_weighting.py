@@ -11,10 +11,10 @@ from typing_extensions import override
 
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.losses.given_functions import GivenFunction
+from lightning_grad.core.losses.given_functions import GivenFunction, LossRequest, SampleLoss
 from lightning_grad.core.losses.loss_tap import reweight_losses
 from lightning_grad.core.losses.rehearsal import Rehearsal
-from lightning_grad.core.losses.sample_losses import SampleLoss, SampleLosses
+from lightning_grad.core.losses.sample_losses import SampleLosses
 from lightning_grad.utilities.checks import check_only_one, check_position
 from lightning_grad.utilities.reporting import is_log_step
 
@@ -42,23 +42,25 @@ class LossWeighting(GradCallback):
         self.loss = check_position(loss, "loss")
         self.loss_fn = loss_fn
 
+    @property
+    def asked(self) -> LossRequest:
+        """What is asked of the losses of the step."""
+        return LossRequest(self.label, self.loss, self.way_out, self.loss_fn, kind=lambda: self._sample_loss)
+
     def begin_weighing(
-        self, pl_module: pl.LightningModule, acts: bool, needs: Callable[[], bool], **sizes: Callable[[], Any]
+        self,
+        pl_module: pl.LightningModule,
+        samples: Callable[[Any], int | None],
+        acts: bool,
+        needs: Callable[[], bool],
     ) -> None:
         """Weight the samples of every step; the arguments are those of :func:`reweight_losses`."""
-        own: dict[str, Any] = {"way_out": self.way_out, "acts": acts, "needs": needs, **sizes}
-        own |= {"kind": lambda: self._sample_loss, "loss_fn": self.loss_fn}
-        self.undo.push(reweight_losses(pl_module, self._weigh, self.label, self.loss, **own))
+        self.undo.push(reweight_losses(pl_module, self._weigh, self.asked, samples, acts, needs))
 
     def _weigh(self, losses: SampleLosses) -> Tensor | None:
         weights = self.weigh(losses)
         self._weighted = None if weights is None else (losses, weights)
         return weights
-
-    def rehearsal(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Rehearsal:
-        """Return what checks that the rows of the loss are the samples."""
-        own = (trainer, pl_module, self.label, self.loss, self.way_out)
-        return Rehearsal(*own, by_terms=True, loss_fn=self.loss_fn)
 
     def learn_sample_loss(self, rehearsal: Rehearsal) -> None:
         """Remember what the loss of a sample is; what a checkpoint says was true of the losses that it holds."""

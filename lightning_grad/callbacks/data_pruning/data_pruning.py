@@ -285,8 +285,7 @@ class DataPruning(SubsetCallback):
         self._passes = Passes(self, trainer, pl_module)
         if isinstance(self.source, HistoryScores):
             read = partial(self._read, self.source)
-            own = (pl_module, read, self.loss, lambda: len(self.indices), self._passes.way_out)
-            self.undo.push(read_losses(*own, needed_by=self.label, outputs_fn=self.outputs_fn, by_classes=True))
+            self.undo.push(read_losses(pl_module, read, self._passes.asked, lambda _: len(self.indices)))
 
     @override
     def state_dict(self) -> dict[str, Any]:

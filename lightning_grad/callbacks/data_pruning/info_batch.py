@@ -14,6 +14,7 @@ from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.callbacks.data_pruning._weighting import LossWeighting
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.losses.given_functions import LOSS_FN
+from lightning_grad.core.losses.rehearsal import Rehearsal
 from lightning_grad.core.losses.sample_losses import SampleLosses
 from lightning_grad.core.progress import check_total_steps
 from lightning_grad.core.subset import SubsetCallback
@@ -144,9 +145,9 @@ class InfoBatch(LossWeighting, SubsetCallback):
             )
             self.begin_weighing(
                 pl_module,
+                samples=lambda _: len(self.indices),
                 acts=self.prune > 0.0,
                 needs=lambda: self.prune > 0.0 or self._weights is not None,
-                samples=lambda: len(self.indices),
             )
 
     @override
@@ -176,7 +177,7 @@ class InfoBatch(LossWeighting, SubsetCallback):
     def rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.prune:
             return
-        rehearsal = self.rehearsal(trainer, pl_module)
+        rehearsal = Rehearsal(trainer, pl_module, self.asked, by_terms=True)
         rehearsal.check_loader(self.training_set, in_training=self.loss_fn is None)
         self.learn_sample_loss(rehearsal)
         if self._first is not None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -16,8 +16,10 @@ from lightning_grad.callbacks.data_pruning._weighting import LossWeighting
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.losses.batch_sizes import batch_size_of, size_by_sampler
 from lightning_grad.core.losses.given_functions import LOSS_FN
+from lightning_grad.core.losses.rehearsal import Rehearsal
 from lightning_grad.core.losses.sample_losses import SampleLosses
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
+from lightning_grad.core.ranks import sum_over_ranks
 from lightning_grad.functional import annealed_temperature, loss_weights
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import check_above, check_between, is_sharded, refuse_manual_optimization
@@ -139,7 +141,8 @@ class LossReweighting(LossWeighting):
                 f"{_BY_HAND}.",
             )
             self._trainer = trainer
-            self.begin_weighing(pl_module, self._acts, needs=lambda: math.isfinite(self._now), told=self._told)
+            samples = partial(batch_size_of, told=self._told)
+            self.begin_weighing(pl_module, samples, self._acts, needs=lambda: math.isfinite(self._now))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -179,7 +182,7 @@ class LossReweighting(LossWeighting):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> bool:
-        rehearsal = self.rehearsal(trainer, pl_module)
+        rehearsal = Rehearsal(trainer, pl_module, self.asked, by_terms=True)
         samples = batch_size_of(batch, self._told)
         if is_sharded(trainer) and self.loss_fn is None:  # else the first step was looked at
             rehearsal.check_whole_loss(batch, samples)
@@ -219,7 +222,7 @@ class LossReweighting(LossWeighting):
         own = everyone[self._trainer.global_rank]
         own[: len(losses)] = losses
         own[len(losses) :] = math.nan
-        return torch.as_tensor(self._trainer.strategy.reduce(everyone, reduce_op="sum"))
+        return sum_over_ranks(self._trainer, everyone)
 
 
 def _batch_size(trainer: pl.Trainer) -> int:

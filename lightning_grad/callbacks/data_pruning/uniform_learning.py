@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.core.fit import until_next_fit
-from lightning_grad.core.losses.given_functions import OUTPUTS_FN
+from lightning_grad.core.losses.given_functions import OUTPUTS_FN, LossRequest
 from lightning_grad.core.losses.look import Look
 from lightning_grad.core.losses.rehearsal import Rehearsal
 from lightning_grad.core.losses.scoring import look_at_all, say_what_is_skipped
@@ -147,16 +147,15 @@ class UniformLearning(SubsetCallback):
         self.refuse_unreached_steps(trainer, self.epoch, "cluster")
         if self._repeated is None and self.repeats:
             self._look(trainer, pl_module, rehearsal=True)
-            Rehearsal(trainer, pl_module, **self._asked).check_loader(self.training_set)
+            Rehearsal(trainer, pl_module, self._asked).check_loader(self.training_set)
 
     @property
-    def _asked(self) -> dict[str, Any]:
-        own = {"which": self.loss, "outputs_fn": self.outputs_fn, "by_classes": True}
-        return {**own, "label": self.label, "way_out": _WAY_OUT}
+    def _asked(self) -> LossRequest:
+        return LossRequest(self.label, self.loss, _WAY_OUT, outputs_fn=self.outputs_fn, by_classes=True)
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rehearsal: bool = False) -> dict[str, Tensor]:
-        own = (trainer, pl_module, self.training_set, _outputs, "Clustering outputs")
-        return look_at_all(*own, seed=self.seed, rehearsal=rehearsal, **self._asked)
+        own = (trainer, pl_module, self.training_set, _outputs, "Clustering outputs", self._asked)
+        return look_at_all(*own, seed=self.seed, rehearsal=rehearsal)
 
     @override
     def choose_samples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
@@ -187,8 +186,8 @@ def _outputs(look: Look) -> Mapping[str, Tensor]:
     call = look.loss()
     if call.labels is None or call.input.dim() != 2:
         raise ValueError(
-            f"{look.label} clusters the outputs of each class, and {call.name} got {tuple(call.input.shape)} for targets "
-            f"of {tuple(call.target.shape)}. It needs logits (B, C) and one class a sample. For other targets use "
+            f"{look.asked.label} clusters the outputs of each class, and {call.name} got {tuple(call.input.shape)} for "
+            f"targets of {tuple(call.target.shape)}. It needs logits (B, C) and one class a sample. For other targets use "
             "DataPruning(score='loss'), or RepeatedRandomSubset, which needs no loss."
         )
     return {"outputs": call.input, "losses": call.losses, "labels": call.labels}
