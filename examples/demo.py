@@ -63,9 +63,9 @@ Written to {folder}/
   adversarial/comparison.png        accuracy over epochs, attacked and not
   adversarial/rates.png             the learning rate and its cuts
   adversarial/results.csv           the numbers of the fourth table
-  strategies/comparison.png         compressed gradients: accuracy by megabytes
-  strategies/results.csv            the numbers of the fifth table
-  strategies/dgc*_seed0/comm.png    one training: bytes a step, by layer, unsent
+  communication/comparison.png      compressed gradients: accuracy by megabytes
+  communication/results.csv         the numbers of the fifth table
+  communication/dgc*_seed0/comm.png one training: bytes a step, by layer, unsent
 
 Show it in W&B:       wandb sync {folder}/wandb/offline-run-*
 Try other settings:   .venv/bin/python examples/sparsity.py --help

@@ -20,8 +20,7 @@ from lightning_grad.callbacks.adversarial._attack import attack_of
 from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.callbacks.adversarial._second_state import SecondState
 from lightning_grad.callbacks.adversarial._worst_inputs import WorstInputs
-from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.chosen import Chosen
+from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.dispatch import WrapOrder, overrides, wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.quiet import is_quiet, loggers_muted, quiet
@@ -50,7 +49,7 @@ class Evaluation:
 
 
 class AdversarialEvaluation(GradCallback):
-    r"""Run each validation a second time on attacked inputs, and log what the module logs once more, as ``adversarial/...``.
+    r"""Run each validation and test a second time on attacked inputs, logged as ``adversarial/...``.
 
     .. math::
         \text{adversarial/val\_acc} = \frac 1 n \sum_{i=1}^n
@@ -63,11 +62,11 @@ class AdversarialEvaluation(GradCallback):
 
     Args:
         epsilon: Radius of the ball, in units of the input, or in pixels if mean and std are given (8/255 on CIFAR-10).
-        steps: Steps of PGD (20 in most papers).
+        steps: Steps of PGD (20 in arXiv 1706.06083, section 5).
         restarts: Attacks on each batch; of each sample the one with the highest loss counts. Above 1, the loss of each
             sample must be seen.
-        every: Attack every so many validations of a fit, beginning with the first.
-        step_size: Step size; by default 2.5 epsilon / steps.
+        every: Attack every so many validations of a fit, beginning with the first; validate and test always attack.
+        step_size: Step size; by default 2.5 epsilon / steps, as in the released code of arXiv 1706.06083.
         norm: Norm of the ball, "linf" or "l2".
         random_start: Begin at a random point of the ball.
         bounds: Least and largest value that an input can have, such as [0, 1]; None for no limit.

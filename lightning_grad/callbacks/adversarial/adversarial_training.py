@@ -1,4 +1,4 @@
-"""Training on inputs attacked anew in each step. The attacks are functions, in ``functional/adversarial_attacks.py``."""
+"""Training on inputs attacked anew in each step. The attacks are functions, in ``functional/adversarial``."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ from lightning_grad.callbacks.adversarial._overfitting import (
     warn_of_collapse,
 )
 from lightning_grad.callbacks.adversarial._places import Place, find_place
-from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.chosen import Chosen
+from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.fit import during_fit
+from lightning_grad.core.losses.sample_losses import loss_of_output
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.core.quiet import is_quiet, quiet
-from lightning_grad.core.whole_step import loss_of_output
 from lightning_grad.functional.adversarial.attacks import IndependentLossError
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.batches import same_tensors
@@ -51,7 +50,7 @@ _CHECK_STEPS = 10
 
 
 class AdversarialTraining(GradCallback):
-    r"""Train on inputs that are moved, inside a small ball, to where the loss is higher.
+    r"""Train on inputs moved to where the loss is higher, by FGSM or PGD through the module's own step.
 
     .. math::
         \min_\theta \; \mathbb E_{(x, y)} \max_{\lVert \delta \rVert \le \epsilon} L(f_\theta(x + \delta), y)
@@ -62,7 +61,7 @@ class AdversarialTraining(GradCallback):
 
     Args:
         epsilon: Radius of the ball, in units of the input, or in pixels if mean and std are given (8/255 on CIFAR-10).
-        attack: "fgsm", one step, or "pgd", several.
+        attack: "fgsm", one step (as good as PGD by the claim of arXiv 2001.03994), or "pgd", several.
         steps: Steps of PGD (7 by default, as in the paper's CIFAR-10 training).
         step_size: Step size; by default 1.25 epsilon for FGSM (epsilon without random start), 2.5 epsilon / steps for PGD.
         norm: Norm of the ball, "linf" or "l2", the latter over all of a sample.
@@ -71,6 +70,7 @@ class AdversarialTraining(GradCallback):
         mean: Mean by which inputs were normalised, one number or one a channel; epsilon and bounds then count in pixels.
         std: Standard deviation by which inputs were divided.
         clean_fraction: Share of the samples of each batch that stay as they are, at least 0 and below 1.
+            (arXiv 1412.6572 weights the losses of both by one half.)
         input_key: Key or position of the input in the batch, joined by dots where nested, "*" for every item of a list,
             or "embedding". By default the first floating tensor with two dimensions or more that is not named as a target,
             mask or weight, with those of the other samples where a batch is a list of them; without one, or with integers

@@ -1,4 +1,4 @@
-"""Weighing the samples of a batch by their losses. The weights are a function, in ``functional/loss_weights.py``."""
+"""Weighing the samples of a batch by their losses. The weights are a function, in ``functional/data_pruning``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.batch_sizes import batch_size_of, size_by_sampler
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.given_functions import LOSS_FN
-from lightning_grad.core.loss_tap import reweight_losses
+from lightning_grad.core.losses.batch_sizes import batch_size_of, size_by_sampler
+from lightning_grad.core.losses.given_functions import LOSS_FN
+from lightning_grad.core.losses.loss_tap import reweight_losses
+from lightning_grad.core.losses.rehearsal import Rehearsal
+from lightning_grad.core.losses.sample_losses import SampleLoss, SampleLosses
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
-from lightning_grad.core.rehearsal import Rehearsal
-from lightning_grad.core.sample_losses import SampleLoss, SampleLosses
 from lightning_grad.functional import annealed_temperature, loss_weights
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import (
@@ -40,7 +40,7 @@ Rule = Literal["linupper", "quadratic", "extremes"]
 
 
 class LossReweighting(GradCallback):
-    r"""Weigh the samples of each batch by their own losses, more sharply as training goes on.
+    r"""Weight the samples of each batch by their losses, more sharply as training goes on.
 
     .. math::
         h_i = 2 \frac{\ell_i - \ell_\min}{\ell_\max - \ell_\min} - 1, \qquad
@@ -55,8 +55,9 @@ class LossReweighting(GradCallback):
 
     Args:
         rule: f, "linupper" (best in the paper), "quadratic" or "extremes".
-        temperature: r at the end of the run; .inf in YAML turns the weighting off.
-        start_temperature: r after the warm-up.
+        temperature: r at the end of the run (1 in the released code); .inf in YAML turns the weighting off.
+        start_temperature: r after the warm-up. The released code asks for a schedule from high to low and does not
+            say which; 10 is ours.
         warmup: Share of the run in which all samples weigh the same (0.05 in the released code).
         loss: Which call of a loss alone is weighted, from 0; by default all that the step returns.
         loss_fn: Function of the module and a batch that returns the losses (B,), in place of the step's own loss. The step

@@ -8,6 +8,7 @@ gradient of sample b is the product :math:`g_b a_b^T` of the gradient of the out
 Parameters are followed through every operation that uses them, not through module classes, so custom modules, tied weights
 and modules that are called twice need no care. What no rule covers is measured by one backward pass for each sample, through
 what those parameters need only; :attr:`PerSampleGradientNorms.coverage` says which parameters that are.
+``docs/data_pruning/per_sample_gradients.md`` explains how it works, with a drawing.
 """
 
 from __future__ import annotations

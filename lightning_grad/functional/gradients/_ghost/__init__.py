@@ -4,4 +4,5 @@
 ``layers.py`` and ``convolutions.py`` hold those of layers. What a use contributes to the gradient of each sample is in
 ``contributions.py``, their sum and its norm in ``sums.py``. ``layouts.py`` describes which rows belong to which sample.
 ``graph.py`` finds out, and measures the parameters that no rule covers one sample at a time.
+``docs/data_pruning/per_sample_gradients.md`` shows how all this hangs together.
 """
