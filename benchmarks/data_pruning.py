@@ -65,8 +65,8 @@ from benchmarks.common import (
 )
 from lightning_grad.callbacks import DataPruning, RepeatedRandomSubset
 from lightning_grad.callbacks.data_pruning._measures import measure_for
-from lightning_grad.core.loss_tap import read_losses, reweight_losses
-from lightning_grad.core.scoring import look_at_all
+from lightning_grad.core.losses.loss_tap import read_losses, reweight_losses
+from lightning_grad.core.losses.scoring import look_at_all
 from lightning_grad.functional import LossCapture, LossTrace, PerSampleGradientNorms
 
 GHOST_CONVNET, GHOST_TRANSFORMER, VMAP_FACTOR = 1.5, 1.2, 3.0

@@ -12,9 +12,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_grad.core.look import Look
-from lightning_grad.core.scoring import indexed_loader, refuse_part, runner, to_device
-from lightning_grad.core.training_loaders import keys_of
+from lightning_grad.core.losses.look import Look
+from lightning_grad.core.losses.scoring import indexed_loader, refuse_part, runner, to_device
+from lightning_grad.core.samples.training_loaders import keys_of
 from lightning_grad.core.undo import UndoList
 from lightning_grad.data.random_streams import (
     generators_kept,

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.core.chosen import Chosen
+from lightning_grad.core.callback import Chosen
 from lightning_grad.core.fit import during_fit
 from lightning_grad.strategies import _report
 from lightning_grad.strategies._buckets import BucketCollector, Gradient

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +12,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
+
+from lightning_grad.functional.choices import check_choice as check_choice
 
 # Asked by name along the class hierarchy, so that both namespaces of Lightning and derived strategies are met.
 SHARDED_STRATEGIES = {
@@ -22,25 +23,6 @@ SHARDED_STRATEGIES = {
 }
 
 _LONGEST_NAME = 100  # bytes; file systems end at 255, and an epoch, a layer and an ending are added
-
-
-def check_choice(value: Any, choices: Iterable[str], parameter: str) -> None:
-    """Raise unless a value is one of the choices; a near miss is suggested.
-
-    Raises:
-        ValueError: If it is none.
-
-    Example:
-        >>> check_choice("sr-st", ["ste", "sr-ste"], "recipe")
-        Traceback (most recent call last):
-        ValueError: recipe='sr-st' is none of 'ste', 'sr-ste'. Did you mean 'sr-ste'?
-    """
-    known = list(choices)
-    if value in known:
-        return
-    near = difflib.get_close_matches(str(value), known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{parameter}={value!r} is none of {', '.join(map(repr, known))}.{hint}")
 
 
 def check_at_least(value: float, least: float, parameter: str) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_grad.core.batch_sizes import batch_size_of
 from lightning_grad.core.dispatch import wrap_method
-from lightning_grad.core.loss_tap import read_losses, reweight_losses
+from lightning_grad.core.losses.batch_sizes import batch_size_of
+from lightning_grad.core.losses.loss_tap import read_losses, reweight_losses
 from lightning_grad.core.quiet import quiet
 from lightning_grad.functional import LossCall
 from lightning_grad.testing import make_trainer

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.callbacks.adversarial._places import Place
-from lightning_grad.core.whole_step import loss_of_output
+from lightning_grad.core.losses.sample_losses import loss_of_output
 from lightning_grad.functional.adversarial.attacks import Norm, fgsm, pgd
 from lightning_grad.functional.shuffling import hashed_seed
 from lightning_grad.utilities.batch_copies import copy_of

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_grad.core.whole_step import loss_of_output
+from lightning_grad.core.losses.sample_losses import loss_of_output
 from lightning_grad.functional import LossCapture
 from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.utilities.batch_copies import copy_of

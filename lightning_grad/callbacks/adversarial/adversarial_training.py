@@ -27,13 +27,12 @@ from lightning_grad.callbacks.adversarial._overfitting import (
     warn_of_collapse,
 )
 from lightning_grad.callbacks.adversarial._places import Place, find_place
-from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.chosen import Chosen
+from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.fit import during_fit
+from lightning_grad.core.losses.sample_losses import loss_of_output
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.core.quiet import is_quiet, quiet
-from lightning_grad.core.whole_step import loss_of_output
 from lightning_grad.functional.adversarial.attacks import IndependentLossError
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.batches import same_tensors

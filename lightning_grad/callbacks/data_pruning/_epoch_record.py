@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.core.scoring import merge_ranks
+from lightning_grad.core.losses.scoring import merge_ranks
 
 
 class EpochRecord:

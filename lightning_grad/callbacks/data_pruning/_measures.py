@@ -14,10 +14,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from lightning_grad.core.look import Look, Measure, SkippedBatchError
-from lightning_grad.core.sample_losses import SampleLosses
-from lightning_grad.core.scoring import first_of_ranks
-from lightning_grad.core.whole_step import loss_of_output, refuse_loss
+from lightning_grad.core.losses.look import Look, Measure, SkippedBatchError
+from lightning_grad.core.losses.sample_losses import SampleLosses, loss_of_output, refuse_loss
+from lightning_grad.core.losses.scoring import first_of_ranks
 from lightning_grad.functional import (
     LossCall,
     el2n,

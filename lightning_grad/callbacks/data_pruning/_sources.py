@@ -26,8 +26,8 @@ from lightning_grad.callbacks.data_pruning._measures import (
     measure_for,
 )
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
-from lightning_grad.core.look import Measure
-from lightning_grad.core.training_set import TrainingSet
+from lightning_grad.core.losses.look import Measure
+from lightning_grad.core.samples.training_set import TrainingSet
 from lightning_grad.data import SampleScores, average_scores, load_scores
 from lightning_grad.functional import (
     LossCall,

@@ -3,7 +3,7 @@
 Scores and selection are functions, in ``functional/data_pruning`` and ``functional/gradients``; score files are in
 ``data/score_files.py``. ``core/subset.py`` is the base; beside this file
 ``_arguments.py`` checks the settings, ``_sources.py`` says where scores come from, ``_measures.py`` what a pass looks at,
-``_report.py`` what is shown. ``core/scoring.py`` runs the pass.
+``_report.py`` what is shown. ``core/losses/scoring.py`` runs the pass.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from lightning_grad.callbacks.data_pruning._sources import (
     source_of,
 )
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.given_functions import LOSS_FN, OUTPUTS_FN, SCORE_FN
-from lightning_grad.core.look import Measure
-from lightning_grad.core.loss_tap import read_losses
-from lightning_grad.core.one_sample import cost_of_single_samples, in_words
-from lightning_grad.core.rehearsal import Rehearsal
-from lightning_grad.core.sample_losses import SampleLoss
-from lightning_grad.core.scoring import look_at_all, say_what_is_skipped
+from lightning_grad.core.losses.given_functions import LOSS_FN, OUTPUTS_FN, SCORE_FN
+from lightning_grad.core.losses.look import Measure
+from lightning_grad.core.losses.loss_tap import read_losses
+from lightning_grad.core.losses.one_sample import cost_of_single_samples, in_words
+from lightning_grad.core.losses.rehearsal import Rehearsal
+from lightning_grad.core.losses.sample_losses import SampleLoss
+from lightning_grad.core.losses.scoring import look_at_all, say_what_is_skipped
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.data import SampleScores, fingerprint
 from lightning_grad.data.random_streams import generators_kept

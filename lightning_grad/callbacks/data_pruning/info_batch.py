@@ -12,11 +12,11 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.given_functions import LOSS_FN
-from lightning_grad.core.loss_tap import reweight_losses
+from lightning_grad.core.losses.given_functions import LOSS_FN
+from lightning_grad.core.losses.loss_tap import reweight_losses
+from lightning_grad.core.losses.rehearsal import Rehearsal
+from lightning_grad.core.losses.sample_losses import SampleLoss, SampleLosses
 from lightning_grad.core.progress import check_total_steps
-from lightning_grad.core.rehearsal import Rehearsal
-from lightning_grad.core.sample_losses import SampleLoss, SampleLosses
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.functional import infobatch_subset
 from lightning_grad.functional.data_pruning.info_batch import infobatch_count

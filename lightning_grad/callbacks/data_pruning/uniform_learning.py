@@ -12,10 +12,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.core.fit import until_next_fit
-from lightning_grad.core.given_functions import OUTPUTS_FN
-from lightning_grad.core.look import Look
-from lightning_grad.core.rehearsal import Rehearsal
-from lightning_grad.core.scoring import look_at_all, say_what_is_skipped
+from lightning_grad.core.losses.given_functions import OUTPUTS_FN
+from lightning_grad.core.losses.look import Look
+from lightning_grad.core.losses.rehearsal import Rehearsal
+from lightning_grad.core.losses.scoring import look_at_all, say_what_is_skipped
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.functional import uniform_learning_repeats
 from lightning_grad.functional.data_pruning.selection import round_up_count

@@ -22,9 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from lightning_grad.functional.gradients._ghost.graph import Leaf, leaves, squared_norms_by_backward
+from lightning_grad.functional.choices import check_choice
+from lightning_grad.functional.gradients._ghost.graph import (
+    Leaf,
+    leaves,
+    probe_layouts,
+    run_backward,
+    squared_norms_by_backward,
+    where_samples_meet,
+)
 from lightning_grad.functional.gradients._ghost.layouts import Layout, candidates
-from lightning_grad.functional.gradients._ghost.probing import probe_layouts, run_backward, where_samples_meet
 from lightning_grad.functional.gradients._ghost.sums import SquaredNorms
 from lightning_grad.functional.gradients._ghost.tracer import Key, Tracer, Use
 
@@ -82,8 +89,7 @@ class PerSampleGradientNorms:
     """
 
     def __init__(self, module: nn.Module, fallback: Literal["auto", "raise"] = "auto") -> None:
-        if fallback not in ("auto", "raise"):
-            raise ValueError(f"fallback must be 'auto' or 'raise', got {fallback!r}.")
+        check_choice(fallback, ("auto", "raise"), "fallback")
         _trainable(module)
         self._module = module
         self._fallback = fallback

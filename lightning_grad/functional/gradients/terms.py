@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_grad.functional.gradients.autograd import Node, kind_of
 from lightning_grad.functional.gradients.errors import InseparableLossError
-from lightning_grad.functional.gradients.loss_call import LossCall
+from lightning_grad.functional.gradients.loss_functions import LossCall
 from lightning_grad.functional.gradients.nodes import REDUCING
 from lightning_grad.functional.gradients.record import Record
 from lightning_grad.functional.gradients.values import Part, Values
@@ -58,7 +58,7 @@ class Terms:
 
     is what the loss would be for the sample alone, if the step divides by the number of positions; here r' and a' are taken
     below masks that the step multiplied (in the sum of l m, r' is l and a' is m). If each sample has the same coefficients,
-    as without masks, both are equal. :func:`prove_terms` finds out which is the sample's loss. Weights always act on shares:
+    as without masks, both are equal; a batch of one sample tells which is its loss. Weights always act on shares:
 
     .. math::
         L_w = c + \frac{1}{B} \sum_i w_i s_i

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from lightning_grad.functional.gradients.autograd import Edge, Node, kind_of, leaf_of, output_shape
 from lightning_grad.functional.gradients.calls import Call
-from lightning_grad.functional.gradients.descent import Descent, is_linear
 from lightning_grad.functional.gradients.errors import InseparableLossError
-from lightning_grad.functional.gradients.nodes import ADDING, CONTRACTING, LINEAR, PASSED
+from lightning_grad.functional.gradients.nodes import ADDING, CONTRACTING, LINEAR, PASSED, is_linear
 from lightning_grad.functional.gradients.record import Place, Record
 from lightning_grad.functional.gradients.rows import Rows
 
@@ -54,6 +54,47 @@ class Cut:
     def key(self) -> Key:
         """What stays the same from step to step, whatever the shapes."""
         return (self.place.function, self.place.location, self.node.name(), self.index)
+
+
+class Descent(ABC):
+    """Goes from the loss down, and closes each node once all below it are closed.
+
+    A subclass says in :meth:`_open` where the way ends, and in :meth:`_close` what a node makes of what lies below it.
+
+    Args:
+        record: Of the step.
+
+    Attributes:
+        order: The nodes in the order in which they were closed.
+    """
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+        self._depends: dict[Node, bool] = {}  # on what the way ends at
+        self._places: dict[Node, Place] = {}
+        self.order: list[Node] = []
+
+    def _run(self, root: Node) -> None:
+        # Without recursion: a Python sum over a batch is a chain of as many nodes.
+        todo = [(root, Place(""), False)]
+        while todo:
+            node, above, is_done = todo.pop()
+            if is_done:
+                self._close(node)
+                self.order.append(node)
+            elif node not in self._depends:
+                self._depends[node] = False
+                place = self._places[node] = self._record.places.get(node, above)
+                todo.append((node, above, True))
+                todo += [(below, place, False) for below in self._open(node, place)]
+
+    @abstractmethod
+    def _open(self, node: Node, place: Place) -> Iterable[Node]:
+        """Find out what the inputs of a node are; return the nodes to visit next."""
+
+    @abstractmethod
+    def _close(self, node: Node) -> None:
+        """Find out whether a node depends on what the way ends at, once all below it is known."""
 
 
 class Walk(Descent):

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_grad.functional.gradients.autograd import Node
+from lightning_grad.functional.gradients.autograd import Node, edge_of
 from lightning_grad.functional.gradients.calls import read_call
 from lightning_grad.functional.gradients.errors import InseparableLossError
-from lightning_grad.functional.gradients.follow import edge_of
 from lightning_grad.functional.gradients.record import Record
 from lightning_grad.functional.gradients.rows import Rows
 from lightning_grad.functional.gradients.walk import Walk, entries

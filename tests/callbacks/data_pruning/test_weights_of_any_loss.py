@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_grad.callbacks import InfoBatch, LossReweighting
-from lightning_grad.core.loss_tap import reweight_losses
-from lightning_grad.core.weighing_capture import WeighingCapture
+from lightning_grad.core.losses.loss_tap import reweight_losses
+from lightning_grad.core.losses.weighted_steps import WeighingCapture
 from lightning_grad.functional import LossCapture, loss_weights
 from lightning_grad.functional.gradients import InseparableLossError
 from lightning_grad.testing import assert_identical, state_of

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_grad.functional import LossCapture, per_sample_gradient_norms
 from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms
-from lightning_grad.functional.gradients.autograd import missing
 from lightning_grad.functional.gradients.follow import RowTracker
 from lightning_grad.functional.gradients.record import Record
 from lightning_grad.functional.gradients.rows import Rows
@@ -26,11 +25,6 @@ from tests.functional.gradients.losses import CASES, one_tensor_thrice
 from tests.functional.gradients.losses_of_torch import mse
 from tests.functional.gradients.spellings import SPELLINGS
 from tests.functional.gradients.test_losses import assert_close, gradients, setting, traced
-
-
-def test_torch_has_the_parts_of_autograd_that_are_not_documented() -> None:
-    assert missing() == []
-
 
 # LossCapture.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_grad.functional.gradients._ghost.binding import Binding, Term
+from lightning_grad.functional.gradients._ghost.contributions import Binding, Term
 from lightning_grad.functional.gradients._ghost.layouts import Layout
 from lightning_grad.functional.gradients._ghost.rules import bind
+from lightning_grad.functional.plain_tensors import tensors_in
 
 Key = tuple[str, tuple[str, ...], int]  # operation, parameters, how many such calls came before
 
@@ -104,6 +106,7 @@ def _transparent(function: Any) -> Any:
     return copy
 
 
+_BATCH_NORM = inspect.signature(F.batch_norm)
 _ATTENTION = _transparent(F.multi_head_attention_forward)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
@@ -111,14 +114,6 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, tor
 def _is_transformed() -> bool:
     """Whether the call stands inside ``torch.func.vmap`` or its like, where tensors are not what they seem."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
 
 
 @dataclass(eq=False)
@@ -162,7 +157,7 @@ class Tracer(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.multi_head_attention_forward and _ATTENTION is not None and not self._inside:
             return self._look_inside(_ATTENTION, args, kwargs)
-        given = list(_tensors([*args, *kwargs.values()]))
+        given = tensors_in((args, kwargs))
         found = [source for source in map(self.source, given) if source is not None]
         if not found:
             return func(*args, **kwargs)
@@ -192,7 +187,7 @@ class Tracer(TorchFunctionMode):
         result = func(*args, **kwargs)
         derived = knows_no_samples and self._derive(result, found)
         for name in frozenset().union(*(source.roots for source in found)) if not derived else ():
-            if any(tensor.requires_grad for tensor in _tensors([result])):
+            if any(tensor.requires_grad for tensor in tensors_in(result)):
                 self.uncovered.setdefault(name, set()).add(getattr(func, "__name__", str(func)))
         return result
 
@@ -238,7 +233,7 @@ class Tracer(TorchFunctionMode):
     def _derive(self, result: Any, found: list[Source]) -> bool:
         """Note what was computed from parameters alone; say whether all of the result was."""
         roots = frozenset().union(*(source.roots for source in found))
-        tensors = list(_tensors([result]))
+        tensors = tensors_in(result)
         for tensor in tensors:
             if tensor.requires_grad and id(tensor) not in self._sources:
                 self._sources[id(tensor)] = Source(tensor, roots, tensor._version)
@@ -262,17 +257,8 @@ class Tracer(TorchFunctionMode):
         self._handles, self._sources = [], {}
 
 
-def _refuse_batch_statistics(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> None:
-    if training:
+def _refuse_batch_statistics(*args: Any, **kwargs: Any) -> None:
+    if _BATCH_NORM.bind(*args, **kwargs).arguments.get("training"):
         raise RuntimeError(
             "Per-sample gradient norms are undefined where batch_norm normalizes by the statistics of the batch, because each "
             "loss then depends on all samples. Call module.eval(), with BatchNorm layers that track running statistics."
