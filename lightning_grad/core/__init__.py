@@ -25,6 +25,7 @@ from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Answer, Compatibili
 from lightning_grad.core.conditioner import ELEMENTWISE, GradientConditioner, GradientStep, Phase
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
+from lightning_grad.core.losses.given_functions import LossRequest
 from lightning_grad.core.losses.look import Look
 from lightning_grad.core.losses.loss_tap import read_losses, reweight_losses
 from lightning_grad.core.losses.scoring import look_at_all
@@ -36,6 +37,7 @@ from lightning_grad.core.probe_reading import Picture, Reading
 from lightning_grad.core.probe_samples import ProbeLook
 from lightning_grad.core.progress import run_progress, total_steps
 from lightning_grad.core.quiet import is_quiet, quiet
+from lightning_grad.core.ranks import mean_over_ranks, sum_over_ranks
 from lightning_grad.core.samples.training_set import TrainingSet
 from lightning_grad.core.steps.chosen_rates import ChosenRates, as_indices
 from lightning_grad.core.steps.frozen_moments import FrozenMoments
@@ -68,6 +70,7 @@ __all__ = [
     "HeldRates",
     "Interval",
     "Look",
+    "LossRequest",
     "Mode",
     "MonitoredCallback",
     "OptimizerCallback",
@@ -100,6 +103,7 @@ __all__ = [
     "is_quiet",
     "is_repeated",
     "look_at_all",
+    "mean_over_ranks",
     "moot",
     "no",
     "quiet",
@@ -107,6 +111,7 @@ __all__ = [
     "reweight_losses",
     "run_progress",
     "stand_in",
+    "sum_over_ranks",
     "total_steps",
     "until_next_fit",
     "with_input",

@@ -317,8 +317,8 @@ def _clipping(trainer: pl.Trainer, _: pl.LightningModule) -> Found:
 
 
 def _late(trainer: pl.Trainer, _: pl.LightningModule) -> Found:
-    strategy = trainer.strategy
-    return (type(strategy).__name__, "") if getattr(strategy, "gradient_is_compressed", False) else None
+    name = type(trainer.strategy).__name__
+    return (name, name) if getattr(trainer.strategy, "gradient_is_compressed", False) else None
 
 
 def _fused(trainer: pl.Trainer, optimizer: Optimizer) -> Found:

@@ -26,7 +26,7 @@ ANSWERS: Mapping[Phase, Mapping[str, Answer]] = {
         "gradient_clip_val": no("and {} would both clip", f"Keep one: drop the callback, or {_TURN_OFF}"),
         "late_gradients": no(
             "would clip what {} accumulated over many steps",
-            "Drop the callback, and clip the gradient of each rank before that, by local_clip= of the strategy",
+            "Drop the callback, and clip before that: {value}(local_clip=...) does so on each rank",
         ),
     },
     "noise": {
