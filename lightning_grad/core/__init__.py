@@ -21,7 +21,7 @@ works with). What the bases are built of is in four folders, whose own first lin
 """
 
 from lightning_grad.core.callback import Chosen, GradCallback
-from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Answer, Compatibility, moot, no, stand_in, yes
+from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility, manual, no, stand_in, yes
 from lightning_grad.core.conditioner import ELEMENTWISE, GradientConditioner, GradientStep, Phase
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
@@ -58,7 +58,6 @@ from lightning_grad.utilities.reporting import is_log_step
 __all__ = [
     "ELEMENTWISE",
     "WHOLE_WEIGHTS",
-    "Answer",
     "Chosen",
     "ChosenRates",
     "Compatibility",
@@ -103,8 +102,8 @@ __all__ = [
     "is_quiet",
     "is_repeated",
     "look_at_all",
+    "manual",
     "mean_over_ranks",
-    "moot",
     "no",
     "quiet",
     "read_losses",

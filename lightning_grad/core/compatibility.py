@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Any, Literal, get_type_hints
 
 import lightning.pytorch as pl
 from torch import nn
@@ -142,24 +143,24 @@ class Compatibility:
         complex_parameters: Parameters of a complex type.
     """
 
-    accumulation: Answer = YES
-    bf16: Answer = YES
-    fp16: Answer = YES
-    fused_fp16: Answer = YES
-    ddp: Answer = YES
-    fsdp2: Answer = _UNSHARDED
-    fsdp1: Answer = _UNSHARDED
-    deepspeed: Answer = _UNSHARDED
-    compiled: Answer = YES
-    several_optimizers: Answer = YES
-    manual_optimization: Answer = YES
-    weight_averaging: Answer = YES
-    pytorch_lightning: Answer = _IN_A_LIST
-    gradient_clip_val: Answer = YES
-    late_gradients: Answer = YES
-    no_second_moment: Answer = YES
-    sparse_gradients: Answer = YES
-    complex_parameters: Answer = YES
+    accumulation: Annotated[Answer, "accumulation"] = YES
+    bf16: Annotated[Answer, "bf16"] = YES
+    fp16: Annotated[Answer, "fp16 with GradScaler"] = YES
+    fused_fp16: Annotated[Answer, "a fused optimizer with GradScaler"] = YES
+    ddp: Annotated[Answer, "DDP"] = YES
+    fsdp2: Annotated[Answer, "FSDP2"] = _UNSHARDED
+    fsdp1: Annotated[Answer, "FSDP1"] = _UNSHARDED
+    deepspeed: Annotated[Answer, "DeepSpeed"] = _UNSHARDED
+    compiled: Annotated[Answer, "`torch.compile`"] = YES
+    several_optimizers: Annotated[Answer, "several optimizers"] = YES
+    manual_optimization: Annotated[Answer, "manual optimization"] = YES
+    weight_averaging: Annotated[Answer, "EMA"] = YES
+    pytorch_lightning: Annotated[Answer, "`pytorch_lightning`"] = _IN_A_LIST
+    gradient_clip_val: Annotated[Answer, "`gradient_clip_val`"] = YES
+    late_gradients: Annotated[Answer, "a strategy that delays gradients"] = YES
+    no_second_moment: Annotated[Answer, "an optimizer without `exp_avg_sq`"] = YES
+    sparse_gradients: Annotated[Answer, "`Embedding(sparse=True)`"] = YES
+    complex_parameters: Annotated[Answer, "complex parameters"] = YES
 
     def but(self, **answers: Answer) -> Compatibility:
         """Return the same with other answers, by field."""
@@ -168,7 +169,7 @@ class Compatibility:
     @property
     def answers(self) -> Mapping[str, Answer]:
         """The answers by field."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: getattr(self, name) for name in TITLES}
 
     def refuse(self, label: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise for what a run has and the technique does not work with, as far as ``setup`` can see it.
@@ -200,7 +201,7 @@ class Compatibility:
         wanted = {id(parameter) for parameter in module.parameters()} if chosen is None else chosen
         self._refuse(label, _IN_PARAMETERS, module, wanted)
 
-    def _refuse(self, label: str, finders: Mapping[str, Callable[..., Found]], *run: Any) -> None:
+    def _refuse(self, label: str, finders: _Finders, *run: Any) -> None:
         for name, find in finders.items():
             answer: Answer = getattr(self, name)
             found = find(*run) if answer.is_no else None
@@ -218,24 +219,7 @@ class Compatibility:
 
 
 TITLES: Mapping[str, str] = {
-    "accumulation": "accumulation",
-    "bf16": "bf16",
-    "fp16": "fp16 with GradScaler",
-    "fused_fp16": "a fused optimizer with GradScaler",
-    "ddp": "DDP",
-    "fsdp2": "FSDP2",
-    "fsdp1": "FSDP1",
-    "deepspeed": "DeepSpeed",
-    "compiled": "`torch.compile`",
-    "several_optimizers": "several optimizers",
-    "manual_optimization": "manual optimization",
-    "weight_averaging": "EMA",
-    "pytorch_lightning": "`pytorch_lightning`",
-    "gradient_clip_val": "`gradient_clip_val`",
-    "late_gradients": "a strategy that delays gradients",
-    "no_second_moment": "an optimizer without `exp_avg_sq`",
-    "sparse_gradients": "`Embedding(sparse=True)`",
-    "complex_parameters": "complex parameters",
+    name: kind.__metadata__[0] for name, kind in get_type_hints(Compatibility, include_extras=True).items()
 }
 """The name of each field in tables and sentences."""
 
@@ -258,75 +242,30 @@ NO_ENGINE = no(
 """The answer for DeepSpeed of a technique that reads or changes gradients."""
 
 
-_STRATEGIES = {
-    "DDPStrategy": "ddp",
-    "ModelParallelStrategy": "fsdp2",
-    "FSDPStrategy": "fsdp1",
-    "DeepSpeedStrategy": "deepspeed",
-}
+def _if(condition: bool, words: str, value: str = "") -> Found:
+    return (words, value) if condition else None
 
 
-def _in_strategy(name: str) -> Callable[[pl.Trainer, pl.LightningModule], Found]:
-    # Asked by name along the class hierarchy, so that both namespaces of Lightning and derived strategies are met.
-    def find(trainer: pl.Trainer, _: pl.LightningModule) -> Found:
-        strategy = type(trainer.strategy)
-        base = next((_STRATEGIES[cls] for cls in map(_name, strategy.__mro__) if cls in _STRATEGIES), None)
-        return (f"{TITLES[name]} ({strategy.__name__})", "") if base == name else None
-
-    return find
+def _names(thing: object) -> list[str]:
+    # Asked by name along the class hierarchy, so that both namespaces of Lightning and derived classes are met.
+    return [cls.__name__ for cls in type(thing).__mro__]
 
 
-def _name(cls: type) -> str:
-    return cls.__name__
-
-
-def _accumulation(trainer: pl.Trainer, _: pl.LightningModule) -> Found:
-    batches = trainer.accumulate_grad_batches
-    return (f"Trainer(accumulate_grad_batches={batches})", str(batches)) if batches > 1 else None
-
-
-def _bf16(trainer: pl.Trainer, _: pl.LightningModule) -> Found:
-    return (f"precision={trainer.precision!r}", "") if str(trainer.precision).startswith("bf16") else None
-
-
-def _fp16(trainer: pl.Trainer, _: pl.LightningModule) -> Found:
-    return None if grad_scaler(trainer) is None else ("an fp16 GradScaler", "")
-
-
-def _compiled(_: pl.Trainer, pl_module: pl.LightningModule) -> Found:
-    return ("compiled modules", "") if any(map(is_compiled, pl_module.modules())) else None
-
-
-def _manual(_: pl.Trainer, pl_module: pl.LightningModule) -> Found:
-    return None if pl_module.automatic_optimization else ("manual optimization", "")
-
-
-def _averaging(trainer: pl.Trainer, _: pl.LightningModule) -> Found:
-    kinds = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-    return next(((kind.__name__, "") for kind in kinds if "WeightAveraging" in map(_name, kind.__mro__)), None)
-
-
-def _other_namespace(trainer: pl.Trainer, _: pl.LightningModule) -> Found:
-    return ("pytorch_lightning.Trainer", "") if type(trainer).__module__.startswith("pytorch_lightning") else None
+def _strategy(base: str, words: str, trainer: pl.Trainer, _: pl.LightningModule) -> Found:
+    names = _names(trainer.strategy)
+    nearest = next((name for name in names if name in _STRATEGIES), None)  # Lightning's DeepSpeed derives from DDP
+    return _if(nearest == base, f"{words} ({names[0]})")
 
 
 def _clipping(trainer: pl.Trainer, _: pl.LightningModule) -> Found:
     value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
     by_norm = algorithm is None or str(getattr(algorithm, "value", algorithm)) == "norm"
-    return (f"Trainer(gradient_clip_val={value})", str(value) if by_norm else "...") if value else None
+    return _if(bool(value), f"Trainer(gradient_clip_val={value})", str(value) if by_norm else "...")
 
 
 def _late(trainer: pl.Trainer, _: pl.LightningModule) -> Found:
     name = type(trainer.strategy).__name__
-    return (name, name) if getattr(trainer.strategy, "gradient_is_compressed", False) else None
-
-
-def _fused(trainer: pl.Trainer, optimizer: Optimizer) -> Found:
-    return (f"the fused {type(optimizer).__name__}", "") if gradients_are_scaled(trainer, optimizer) else None
-
-
-def _no_second_moment(_: pl.Trainer, optimizer: Optimizer) -> Found:
-    return None if keeps(optimizer, "exp_avg_sq") else (type(optimizer).__name__, "")
+    return _if(getattr(trainer.strategy, "gradient_is_compressed", False), name, name)
 
 
 def _sparse(module: nn.Module, chosen: set[int]) -> Found:
@@ -337,30 +276,41 @@ def _sparse(module: nn.Module, chosen: set[int]) -> Found:
 
 
 def _complex(module: nn.Module, chosen: set[int]) -> Found:
-    for name, parameter in module.named_parameters():
-        if id(parameter) in chosen and parameter.is_complex():
-            return repr(name), repr(name)
-    return None
+    named = module.named_parameters()
+    return next(((repr(name), repr(name)) for name, p in named if id(p) in chosen and p.is_complex()), None)
 
 
+_Finders = Mapping[str, Callable[[Any, Any], Found]]
+
+_STRATEGIES = {
+    "DDPStrategy": "ddp",
+    "ModelParallelStrategy": "fsdp2",
+    "FSDPStrategy": "fsdp1",
+    "DeepSpeedStrategy": "deepspeed",
+}
 # Several optimizers are in none of these tables: Lightning itself allows them under manual optimization only.
-_IN_A_RUN: Mapping[str, Callable[[pl.Trainer, pl.LightningModule], Found]] = {
-    "accumulation": _accumulation,
-    "bf16": _bf16,
-    "fp16": _fp16,
-    **{name: _in_strategy(name) for name in _STRATEGIES.values()},
-    "compiled": _compiled,
-    "manual_optimization": _manual,
-    "weight_averaging": _averaging,
-    "pytorch_lightning": _other_namespace,
+_IN_A_RUN: _Finders = {
+    "accumulation": lambda trainer, _: _if(
+        trainer.accumulate_grad_batches > 1, f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches})"
+    ),
+    "bf16": lambda trainer, _: _if(str(trainer.precision).startswith("bf16"), f"precision={trainer.precision!r}"),
+    "fp16": lambda trainer, _: _if(grad_scaler(trainer) is not None, "an fp16 GradScaler"),
+    **{name: partial(_strategy, base, TITLES[name]) for base, name in _STRATEGIES.items()},
+    "compiled": lambda _, module: _if(any(map(is_compiled, module.modules())), "compiled modules"),
+    "manual_optimization": lambda _, module: _if(not module.automatic_optimization, "manual optimization"),
+    "weight_averaging": lambda trainer, _: _if(
+        any("WeightAveraging" in _names(callback) for callback in trainer.callbacks), "weight averaging"
+    ),
+    "pytorch_lightning": lambda trainer, _: _if(
+        type(trainer).__module__.startswith("pytorch_lightning"), "pytorch_lightning.Trainer"
+    ),
     "gradient_clip_val": _clipping,
     "late_gradients": _late,
 }
-_IN_AN_OPTIMIZER: Mapping[str, Callable[[pl.Trainer, Optimizer], Found]] = {
-    "fused_fp16": _fused,
-    "no_second_moment": _no_second_moment,
+_IN_AN_OPTIMIZER: _Finders = {
+    "fused_fp16": lambda trainer, optimizer: _if(
+        gradients_are_scaled(trainer, optimizer), f"the fused {type(optimizer).__name__}"
+    ),
+    "no_second_moment": lambda _, optimizer: _if(not keeps(optimizer, "exp_avg_sq"), type(optimizer).__name__),
 }
-_IN_PARAMETERS: Mapping[str, Callable[[nn.Module, set[int]], Found]] = {
-    "sparse_gradients": _sparse,
-    "complex_parameters": _complex,
-}
+_IN_PARAMETERS: _Finders = {"sparse_gradients": _sparse, "complex_parameters": _complex}

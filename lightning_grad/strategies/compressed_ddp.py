@@ -171,11 +171,6 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
 
     # The fit begins.
 
-    @property
-    def syncs_per_step(self) -> str:
-        """Why it waits for the device in each step; empty if it does not."""
-        return ""
-
     def works_with(self) -> Compatibility:
         """Return what this instance works with, where that depends on its settings."""
         return self.compatibility

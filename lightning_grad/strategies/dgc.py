@@ -223,8 +223,8 @@ class DGCStrategy(CompressedDDPStrategy):
     # The fit begins.
 
     @property
-    @override
     def syncs_per_step(self) -> str:
+        """Why it waits for the device in each step; empty if it does not."""
         waits = self.selector == "sampled"
         return "a threshold from a sample has to be counted before its entries can be taken" if waits else ""
 

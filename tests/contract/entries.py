@@ -135,7 +135,7 @@ class Scheme(Entry):
     @property
     def syncs(self) -> str:
         """Why it waits for the device in a step; empty if it does not."""
-        return str(self.build().syncs_per_step)
+        return str(getattr(self.build(), "syncs_per_step", ""))
 
     def module(self) -> Any:
         """Make the module that it trains; seeds before it is constructed."""

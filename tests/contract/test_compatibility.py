@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
-from lightning_grad.core import Answer
+from lightning_grad.core.compatibility import Answer
 from lightning_grad.strategies import DGCStrategy
 from lightning_grad.testing import fit, make_classifier, make_trainer, on_ranks, train_on_ranks
 from tests.contract import settings, strategy_settings

@@ -113,7 +113,7 @@ def in_other_namespace() -> Any:
 
 
 RUNS: dict[str, tuple[Any, Any, str]] = {
-    "accumulation": (trainer_with(accumulate_grad_batches=3), None, "meets Trainer(accumulate_grad_batches=3). Take 3"),
+    "accumulation": (trainer_with(accumulate_grad_batches=3), None, "meets Trainer(accumulate_grad_batches=3)."),
     "bf16": (trainer_with(precision="bf16-true"), None, "meets precision='bf16-true'."),
     "fp16": (
         trainer_with(precision_plugin=SimpleNamespace(scaler=SCALER)),
@@ -121,7 +121,7 @@ RUNS: dict[str, tuple[Any, Any, str]] = {
         "meets an fp16 GradScaler.",
     ),
     "manual_optimization": (None, module_with(automatic=False), "meets manual optimization."),
-    "weight_averaging": (trainer_with(callbacks=[EMAWeightAveraging()]), None, "meets EMAWeightAveraging."),
+    "weight_averaging": (trainer_with(callbacks=[EMAWeightAveraging()]), None, "meets weight averaging."),
     "pytorch_lightning": (in_other_namespace(), None, "meets pytorch_lightning.Trainer."),
     "gradient_clip_val": (trainer_with(gradient_clip_val=0.5), None, "meets Trainer(gradient_clip_val=0.5). Take 0.5"),
     "late_gradients": (trainer_with(strategy=Compressing()), None, "meets Compressing."),

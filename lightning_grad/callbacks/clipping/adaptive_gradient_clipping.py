@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -81,7 +80,7 @@ class AdaptiveGradientClipping(UnitConditioner):
 
     namespace: ClassVar[str] = "grad/agc"
     trial: ClassVar[Mapping[str, Any]] = {"ratio": 0.01, "head": None}
-    neutral: ClassVar[Mapping[str, Any] | str] = {"ratio": math.inf}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"ratio": float("inf")}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "ratio"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -72,7 +71,7 @@ class SpikeClipping(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/spike_clipping"
     trial: ClassVar[Mapping[str, Any]] = {"threshold": 2.0, "pause": 2}
-    neutral: ClassVar[Mapping[str, Any] | str] = {"threshold": math.inf}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"threshold": float("inf")}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "threshold"
     compatibility: ClassVar[Compatibility] = ELEMENTWISE.but(

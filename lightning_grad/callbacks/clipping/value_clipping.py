@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -65,7 +64,7 @@ class ValueClipping(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/value_clipping"
     trial: ClassVar[Mapping[str, Any]] = {"clip_value": 0.001}
-    neutral: ClassVar[Mapping[str, Any] | str] = {"clip_value": math.inf}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"clip_value": float("inf")}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "clip_value"
     compatibility: ClassVar[Compatibility] = ELEMENTWISE

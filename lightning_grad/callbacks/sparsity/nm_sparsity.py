@@ -185,8 +185,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         fused_fp16=yes("All recipes but `sr-ste` and `step`, which raise."),
         no_second_moment=yes("All recipes but `step`, which raises."),
         compiled=yes(
-            "Compiled submodules and `net.compile()`. A change of D or of the pattern does not compile anew; the beginning of "
-            "pruning does. Names are written without the `_orig_mod.` that `torch.compile` puts in. A compiled "
+            "A change of D or of the pattern does not compile again; the beginning of pruning does. A compiled "
             "LightningModule whose steps call `self.log` fails in Lightning itself, with or without callbacks."
         ),
         manual_optimization=yes(
