@@ -3,8 +3,6 @@
 The callback that watches them is :class:`lightning_grad.callbacks.GradientMonitor`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
