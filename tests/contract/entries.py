@@ -61,6 +61,11 @@ class Entry:
         """Where YAML finds it."""
         return f"{self.package.__name__}.{self.name}"
 
+    @property
+    def has_neutral(self) -> bool:
+        """Whether there is a setting that does nothing."""
+        return isinstance(self.neutral, Mapping)
+
     def build(self, **changes: Any) -> Any:
         """Make the callback or strategy."""
         return self.kind(**copy.deepcopy({**self.arguments, **changes}))
