@@ -1,7 +1,11 @@
-"""What is remembered of a data set, to know it again: its length, its class, and a hash of some of its items."""
+"""What is remembered of a data set, to know it again: its length, its class, and a hash of some of its items.
+
+So it is noticed that the training data is not what it was: made again in mid-fit, or another one when a run resumes.
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import hashlib
@@ -14,13 +18,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_grad.data.list_items import ListItems
 from lightning_grad.data.random_streams import generators_kept, random_streams_kept, seed_streams
 from lightning_grad.functional.plain_tensors import plain_tensor
 
+_FEW = 16  # items of the training data, which may be slow to read; score files, which travel further, have more
+_WORDS = (
+    "{who} knows samples by their index, and the training set {name}, {when}, holds other samples than {before}. "
+    "Not the same: {what}. {advice}"
+)
+_RELOADED = (
+    "Make the samples once, in setup or with a fixed seed, so that they stay the same, or set "
+    "reload_dataloaders_every_n_epochs=0, which loads them once."
+)
+_RESUMED = (
+    "Resume with the data of that run. To train on these, give {who} another name=: then it begins without the "
+    "checkpoint's scores and choices."
+)
 _READ_TWICE = 8  # items, to find out whether the data set augments
 _DEEPEST = 16
 _UNREADABLE = (RuntimeError, TypeError, NotImplementedError)  # raised by tensors that hold no numbers of their own
+
+
+class ListItems:
+    """The items of a data set that takes a list of indices and returns a batch (``DataLoader(batch_size=None)``), one by one.
+
+    Args:
+        dataset: The data set.
+
+    Example:
+        >>> import torch
+        >>> ListItems(torch.arange(5) * 2)[3]
+        tensor([6])
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[[index]]
 
 
 @dataclass(frozen=True)
@@ -72,24 +110,14 @@ def _class_name(dataset: Any) -> str:
 
 def _pieces(tensor: Tensor) -> Sequence[Any] | None:
     """Return what a tensor is made of that is not a plain block of numbers, or None if it is one."""
-    if tensor.layout == torch.sparse_coo:
-        whole = tensor.coalesce()
-        return whole.indices(), whole.values()
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
-    if tensor.layout != torch.strided:  # of a library of the CPU
-        return (tensor.to_dense(),)
     if tensor.is_quantized:
-        return tensor.int_repr(), str(tensor.qscheme()), *_scales(tensor)
-    return None
-
-
-def _scales(tensor: Tensor) -> tuple[Any, ...]:
-    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        return tensor.q_scale(), tensor.q_zero_point()
-    return tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points(), tensor.q_per_channel_axis()
+        return tensor.dequantize(), str(tensor.qscheme())
+    if tensor.is_mkldnn:
+        return (tensor.to_dense(),)
+    if tensor.layout == torch.strided:
+        return None
+    entries = tensor.to_sparse().coalesce()
+    return entries.indices(), entries.values()
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -224,3 +252,63 @@ def fingerprint(dataset: Any, samples: int = 64, seed: int = 0) -> Fingerprint:
         second = [_digest(dataset[i]) for i in drawn[:_READ_TWICE]]
     items = _digest(first) if second == first[:_READ_TWICE] else None
     return Fingerprint(length, _class_name(dataset), items, samples, seed)
+
+
+def mark_of(dataset: Any) -> Fingerprint:
+    """Return the fingerprint of a data set; of one whose items cannot be read here, its length and class.
+
+    Random streams and the data set are left as they are: files that it opens when it is first read are opened by a copy, so
+    that workers started later do not share them.
+    """
+    try:
+        return fingerprint(_copied(dataset), _FEW)
+    except Exception:  # of the user's data set, which may be made to be read by workers only
+        return dataclasses.replace(fingerprint(dataset, samples=0), items=None)
+
+
+def _copied(dataset: Any) -> Any:
+    try:
+        other = copy.copy(dataset)
+        inner = vars(other).get("dataset") if hasattr(other, "__dict__") else None
+        if hasattr(inner, "__getitem__") and hasattr(inner, "__len__"):
+            other.dataset = _copied(inner)
+    except Exception:  # some can only be made once
+        return dataset
+    return other
+
+
+def resume_advice(needed_by: str) -> str:
+    """Return what to do about a checkpoint that knows other samples, for an error."""
+    return _RESUMED.format(who=needed_by.partition("[")[0])
+
+
+def refuse_other_data(known: Fingerprint, dataset: Any, needed_by: str, reloaded: bool) -> Fingerprint:
+    """Raise unless a data set may be the one that is known.
+
+    Args:
+        known: The fingerprint of that.
+        dataset: What is trained on now.
+        needed_by: Who asks, for errors.
+        reloaded: Whether it was loaded again in this fit, or else for a run that resumes.
+
+    Returns:
+        Fingerprint: Of the data set.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    found = mark_of(dataset)
+    differences = known.differences(found)
+    if differences:
+        name = type(dataset.dataset if isinstance(dataset, ListItems) else dataset).__name__
+        raise ValueError(
+            _WORDS.format(
+                who=needed_by,
+                name=name,
+                when="loaded again" if reloaded else "in this run",
+                before="at the start of the fit" if reloaded else "in the run of the checkpoint",
+                what=" and ".join(differences),
+                advice=_RELOADED if reloaded else resume_advice(needed_by),
+            )
+        )
+    return found

@@ -105,14 +105,9 @@ class LocalMomentum:
             parameter.sub_((force.add_(buffer, alpha=momentum) if group["nesterov"] else buffer) * rate)
 
 
-def is_plain_sgd(optimizer: Optimizer) -> bool:
-    """Say whether an optimizer's step is that of ``torch.optim.SGD``."""
-    return isinstance(optimizer, SGD) and type(optimizer).step is SGD.step
-
-
 def why_not_moved(optimizer: Optimizer) -> str:
     """Return why the momentum of an optimizer cannot move into the compressor, or an empty text."""
-    if not is_plain_sgd(optimizer):
+    if not isinstance(optimizer, SGD) or type(optimizer).step is not SGD.step:
         return f"{type(optimizer).__name__} is not torch.optim.SGD"
     dampening = max(group["dampening"] for group in optimizer.param_groups)
     return f"this SGD has dampening={dampening}, which the compressor cannot apply" if dampening else ""

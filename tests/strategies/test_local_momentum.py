@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from lightning_grad.functional import accumulate_residual_
-from lightning_grad.strategies._local_momentum import LocalMomentum, is_plain_sgd
+from lightning_grad.strategies._local_momentum import LocalMomentum, why_not_moved
 
 
 class Pair:
@@ -291,13 +291,13 @@ def test_only_the_step_of_sgd_is_known() -> None:
             pass
 
     parameters = [nn.Parameter(torch.zeros(1))]
-    assert is_plain_sgd(SGD(parameters))
-    assert is_plain_sgd(Renamed(parameters))
-    assert not is_plain_sgd(Other(parameters))
-    assert not is_plain_sgd(torch.optim.AdamW(parameters))
+    assert not why_not_moved(SGD(parameters))
+    assert not why_not_moved(Renamed(parameters))
+    assert why_not_moved(Other(parameters))
+    assert why_not_moved(torch.optim.AdamW(parameters))
 
 
 def test_a_scheduler_that_wraps_the_step_does_not_hide_sgd() -> None:
     optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    assert is_plain_sgd(optimizer)
+    assert not why_not_moved(optimizer)

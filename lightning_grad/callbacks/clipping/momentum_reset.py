@@ -12,11 +12,9 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.optimizers import OptimizerCallback
+from lightning_grad.core import OptimizerCallback, check_count, during_fit, is_log_step, until_next_fit
 from lightning_grad.functional import reset_warmup
-from lightning_grad.utilities.checks import check_count, check_keeps
-from lightning_grad.utilities.reporting import is_log_step
+from lightning_grad.utilities.checks import check_keeps
 
 NO_MOMENTS = (
     "sets the moments (exp_avg, exp_avg_sq) of an Adam-like optimizer to zero, and {} keeps none. Train with Adam or AdamW, "

@@ -8,10 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientConditioner, GradientStep, Phase, check_above
 from lightning_grad.functional import clip_norm_
-from lightning_grad.utilities.checks import check_above
 
 
 class NormClipping(GradientConditioner):

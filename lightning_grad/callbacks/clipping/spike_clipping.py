@@ -9,12 +9,10 @@ import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep
-from lightning_grad.core.fit import during_fit
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientConditioner, GradientStep, Phase, check_count, during_fit
 from lightning_grad.functional import clip_spikes_
 from lightning_grad.functional.gradients.tensor_lists import share_of
-from lightning_grad.utilities.checks import check_count, check_keeps
+from lightning_grad.utilities.checks import check_keeps
 
 NO_MOMENT = (
     "reads the second moment (exp_avg_sq) of an Adam-like optimizer, and {} keeps none. Train with Adam or AdamW, or clip "
@@ -97,7 +95,7 @@ class SpikeClipping(GradientConditioner):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         for index, optimizer in enumerate(trainer.optimizers):
-            if self._chosen[index][1]:
+            if self.parameters(index):
                 check_keeps(optimizer, "exp_avg_sq", self.label, NO_MOMENT)
         self._resets = [c for c in trainer.callbacks if hasattr(c, "steps_since_reset")]  # type: ignore[attr-defined]
 

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientConditioner, GradientStep, Phase
 from lightning_grad.functional import clip_value_
 from lightning_grad.functional.gradients.tensor_lists import share_of
 

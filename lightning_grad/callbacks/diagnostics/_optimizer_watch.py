@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_grad.callbacks.diagnostics._monitor_record import MonitorRecord
 from lightning_grad.functional import gradient_cosine, moment_signal_to_noise, zero_share
 from lightning_grad.functional.gradients.tensor_lists import stack_norms, whole
-from lightning_grad.functional.plain_tensors import plain_tensor
+from lightning_grad.functional.plain_tensors import on_plain_tensors, plain_tensor
 from lightning_grad.utilities.layers import LayerFinder, Layers
 from lightning_grad.utilities.optimizers import Shape, optimizer_shape
 
@@ -190,6 +190,8 @@ class OptimizerWatch:
         if len(self._rows) >= _MOST_ROWS:
             self.drain()
 
+    @torch.no_grad()
+    @on_plain_tensors
     def look_at_update(self) -> None:
         """Compare the weights with those from before the optimizer's step."""
         if self._snapshot:

@@ -5,9 +5,8 @@ base's, ``core/weights.py``. In this folder:
 
 - ``_nm_arguments.py`` reads the arguments;
 - ``_nm_weight.py`` is one sparse weight;
-- ``_nm_monitors.py`` restarts checkpoints and early stopping, ``_nm_seen.py`` looks at weights that are tested;
-- ``_nm_meter.py`` measures, ``_nm_record.py`` records and draws, ``_nm_report.py`` writes what is left behind at the end;
-- ``_frozen_variance.py`` serves the recipe ``step``.
+- ``_nm_monitors.py`` restarts checkpoints and early stopping;
+- ``_nm_meter.py`` measures, ``_nm_record.py`` records and draws, ``_nm_report.py`` writes what is left behind at the end.
 """
 
 from __future__ import annotations
@@ -21,23 +20,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.callbacks.sparsity._frozen_variance import NO_VARIANCE, FrozenVariance
-from lightning_grad.callbacks.sparsity._nm_arguments import (
-    as_recipe,
-    as_text,
-    check_recipe,
-    default_phases,
-    pattern_of,
-    read_patterns,
-    read_schedule,
-)
-from lightning_grad.callbacks.sparsity._nm_meter import (
-    SparsityMeter,
-    density_by_layer,
-    patterns_in_force,
-    phase_name,
-    state_of,
-)
+from lightning_grad.callbacks.sparsity import _nm_arguments as arguments
+from lightning_grad.callbacks.sparsity._nm_meter import SparsityMeter, patterns_in_force, phase_name, state_of
 from lightning_grad.callbacks.sparsity._nm_monitors import MonitorRestart
 from lightning_grad.callbacks.sparsity._nm_record import SparsityRecord
 from lightning_grad.callbacks.sparsity._nm_report import (
@@ -47,10 +31,10 @@ from lightning_grad.callbacks.sparsity._nm_report import (
     write_masks,
     write_record,
 )
-from lightning_grad.callbacks.sparsity._nm_seen import describe, lacking
-from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups
+from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups, lacking
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.found_weight import FoundWeight
+from lightning_grad.core.frozen_moments import FrozenMoments
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.core.weight_chain import Stage
 from lightning_grad.core.weight_choice import WeightChoice
@@ -58,6 +42,7 @@ from lightning_grad.core.weights import WeightCallback
 from lightning_grad.functional import NMPhase, add_sr_ste_
 from lightning_grad.functional.sparsity.nm_schedule import Recipe
 from lightning_grad.functional.sparsity.nm_sparsity import Axis, Gradient
+from lightning_grad.utilities.arguments import plain
 from lightning_grad.utilities.checks import (
     check_at_least,
     check_finite_at_least,
@@ -65,15 +50,21 @@ from lightning_grad.utilities.checks import (
     owned_ids,
     warn_of_missing_momentum,
 )
-from lightning_grad.utilities.parameters import check_patterns, clean_name, matches, parameter_names
+from lightning_grad.utilities.parameters import check_patterns, clean_name, matches
 from lightning_grad.utilities.precision import gradients_are_scaled, refuse_scaled_gradients
 from lightning_grad.utilities.reporting import (
     counted,
     is_log_step,
     limit_layers,
+    listed,
     output_folder,
     say_if_no_figure,
     stepped_batches,
+)
+
+_NO_VARIANCE = (
+    "freezes the variance (exp_avg_sq) of an Adam-like optimizer, and {} keeps none. Set recipe='sr-ste', or train with "
+    "Adam or AdamW."
 )
 
 
@@ -193,7 +184,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     _meter = until_next_fit.of(SparsityMeter)
     _monitors = until_next_fit.of(MonitorRestart)
     _total_steps = during_fit[int | None](lambda _: None)
-    _variances = during_fit.of(dict[int, FrozenVariance])
+    _variances = during_fit.of(dict[int, FrozenMoments])
     _stepped = during_fit.of(bool)  # in the present batch
     _hook_fired = during_fit.of(bool)
     _warned_of_bypass = during_fit.of(bool)
@@ -225,9 +216,9 @@ class NMSparsity(WeightCallback[SparseWeight]):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.pattern = as_text(pattern)
-        self.recipe = as_recipe(recipe)
-        phases = default_phases(self.recipe)
+        self.pattern = plain(pattern)
+        self.recipe = arguments.as_recipe(recipe)
+        phases = arguments.default_phases(self.recipe)
         self.dense_fraction = phases[0] if dense_fraction is None else dense_fraction
         self.finetune_fraction = phases[1] if finetune_fraction is None else finetune_fraction
         self.gradient = gradient
@@ -250,9 +241,9 @@ class NMSparsity(WeightCallback[SparseWeight]):
         check_finite_at_least(sr_ste_lambda, 0.0, "sr_ste_lambda")
         check_at_least(top, 0, "top")
         check_at_least(1 if depth is None else depth, 1, "depth")
-        check_recipe(self.recipe, gradient, self.finetune_fraction, decay)
-        self._patterns = read_patterns(self.pattern)
-        self._schedule = read_schedule(
+        arguments.check_recipe(self.recipe, gradient, self.finetune_fraction, decay)
+        self._patterns = arguments.read_patterns(self.pattern)
+        self._schedule = arguments.read_schedule(
             self.recipe, self._patterns, self.dense_fraction, self.finetune_fraction, decay, geometric_start
         )
 
@@ -264,7 +255,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     @override
     def view(self, found: FoundWeight) -> SparseWeight | str:
-        pattern, dim = pattern_of(found, self._patterns, self.label), dimension_of_groups(found, self.axis)
+        pattern, dim = arguments.pattern_of(found, self._patterns, self.label), dimension_of_groups(found, self.axis)
         if dim is None:
             return "its layer computes neither x W nor x W^T; spell its name in include= to take dimension 1 for the inputs"
         size = found.parameter.shape[dim]
@@ -279,8 +270,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     @override
     def check_names(self, pl_module: pl.LightningModule) -> None:
         super().check_names(pl_module)
-        named = [name for name in self._patterns if name != "*"]
-        check_patterns(named, parameter_names(pl_module), f"{self.label}(pattern=...)")
+        check_patterns(pl_module, self.label, pattern=[name for name in self._patterns if name != "*"])
 
     @override
     def refuse(self, trainer: pl.Trainer, choice: WeightChoice[SparseWeight]) -> None:
@@ -294,7 +284,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             if self._adds_sr_ste:
                 refuse_scaled_gradients(trainer, optimizer, f"{self.label}(recipe={self.recipe!r})")
             if self.recipe == "step":
-                check_keeps(optimizer, "exp_avg_sq", f"{self.label}(recipe='step')", NO_VARIANCE)
+                check_keeps(optimizer, "exp_avg_sq", f"{self.label}(recipe='step')", _NO_VARIANCE)
 
     @property
     @override
@@ -425,8 +415,11 @@ class NMSparsity(WeightCallback[SparseWeight]):
             return
         if id(optimizer) in self._variances:
             self._variances[id(optimizer)].put_back()
-        else:
-            self._variances[id(optimizer)] = FrozenVariance(optimizer, resumed, f"{self.label}(recipe='step')")
+            return
+        # So that masked gradients cannot pile up in it: Lu et al., 2023, algorithm 1.
+        self._variances[id(optimizer)] = FrozenMoments(optimizer, resumed)
+        if not len(self._variances[id(optimizer)]):
+            raise ValueError(f"{self.label}(recipe='step') {_NO_VARIANCE.format(type(optimizer).__name__)}")
 
     def _warn_of_bypass(self) -> None:
         if not self._warned_of_bypass:
@@ -453,7 +446,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         known, measured = state_of(self.weights), self._meter.read(self.weights)
-        layers = limit_layers(density_by_layer(self.weights), self.depth, self.top)
+        layers = limit_layers({clean_name(w.name): w.density for w in self.weights}, self.depth, self.top)
         shown = {f"density/{name}": value for name, value in layers.items()}
         self.log_scalars(pl_module, {**known, **patterns_in_force(self.weights), **shown, **measured})
         numbers = torch.stack(list(measured.values())).tolist() if measured else []
@@ -490,7 +483,12 @@ class NMSparsity(WeightCallback[SparseWeight]):
     def _look_at_tested(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         names = lacking(pl_module, self.signatures)
         if names:
-            rank_zero_warn(f"{self.label}: {describe(trainer, names, len(self.signatures))}.")
+            whose = f"the checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "the module"
+            rank_zero_warn(
+                f"{self.label}: {len(names)} of its {len(self.signatures)} weights are not sparse in {whose} "
+                f"({listed(names, 3)}), so this result is not that of the final pattern. Use a checkpoint from after the "
+                "final pattern began, or the module as the fit left it."
+            )
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

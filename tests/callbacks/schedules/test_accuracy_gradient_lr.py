@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_grad.callbacks import AdversarialEvaluation
-from lightning_grad.callbacks.adversarial import _rate_report, accuracy_gradient_lr
+from lightning_grad.callbacks.schedules import _rate_report, accuracy_gradient_lr
 from lightning_grad.callbacks.schedules.accuracy_gradient_lr import AccuracyGradientLR
 from lightning_grad.functional.schedules.accuracy_gradient_lr import accuracy_gradient, accuracy_gradient_scales
 from lightning_grad.testing import assert_identical, fit, loaders, make_classifier, make_trainer, state_of
