@@ -124,7 +124,6 @@ class GradientConditioner(GradCallback):
     _chosen = during_fit.of(dict[int, tuple[Shape, list[Bucket]]])
     _left_out = during_fit.of(dict[int, list[str]])
     _hook_fired = during_fit.of(set[int])
-    _warned_of_bypass = during_fit.of(bool)
     _choice_changed = during_fit.of(bool)
 
     def __init__(
@@ -290,12 +289,10 @@ class GradientConditioner(GradCallback):
 
     def _watch_for_bypass(self, optimizer: Optimizer) -> None:
         def after_step(stepped: Optimizer, *_: Any) -> None:
-            if id(stepped) not in self._hook_fired and not self._warned_of_bypass:
-                self._warned_of_bypass = True
-                rank_zero_warn(
-                    f"{self.label}: an optimizer stepped without Lightning's hooks, so its gradients are as they were. "
-                    "Call step() on what self.optimizers() returns."
-                )
+            if id(stepped) not in self._hook_fired:
+                lost = "an optimizer stepped without Lightning's hooks, so its gradients are as they were"
+                way_out = "Call step() on what self.optimizers() returns."
+                self.tell_once("bypass", rank_zero_warn, f"{lost}. {way_out}")
             self._hook_fired.discard(id(stepped))
 
         self.undo.push(optimizer.register_step_post_hook(after_step).remove)

@@ -133,61 +133,50 @@ def _tensor_bytes(tensor: Tensor) -> bytes:
     return plain.view(torch.uint8).numpy().tobytes()
 
 
-def _tensor_parts(tensor: Tensor) -> tuple[str, list[Any]] | None:
+def _tensor_taken_apart(tensor: Tensor) -> tuple[str, bytes, Sequence[Any]]:
     if tensor.is_nested:
-        return f"Tensor nested {tensor.dtype}", list(tensor.detach().unbind())
-    try:
-        pieces = _pieces(_on_cpu(tensor))
-    except _UNREADABLE:
-        return None
-    shape = tuple(tensor.shape)
-    return None if pieces is None else (f"Tensor {tensor.layout} {tensor.dtype} {shape}", list(pieces))
-
-
-def _tensor_leaf(tensor: Tensor) -> tuple[str, bytes]:
-    """Return the kind of a plain tensor, and its content; of one without storage of its own there is no content."""
+        return f"Tensor nested {tensor.dtype}", b"", tensor.detach().unbind()
     kind = f"Tensor {tensor.dtype} {tuple(tensor.shape)}"
     try:
         plain = _on_cpu(tensor)
-        return kind, b"" if plain.is_meta else _tensor_bytes(plain)
+        pieces = _pieces(plain)
+        if pieces is not None:
+            return f"{kind} {tensor.layout}", b"", pieces
+        return kind, b"" if plain.is_meta else _tensor_bytes(plain), ()
     except _UNREADABLE:
-        return kind, b""
+        return kind, b"", ()
 
 
-def _parts(value: Any) -> tuple[str, list[Any]] | None:
-    """Return a description of a container and what it holds, or None if the value is no container."""
+def _taken_apart(value: Any) -> tuple[str, bytes, Sequence[Any]]:
+    """Return the kind of a value, its own content, and what it holds; of an unknown kind there is neither."""
+    kind = type(value).__name__
     if isinstance(value, Tensor):
-        return _tensor_parts(plain_tensor(value))
+        return _tensor_taken_apart(plain_tensor(value))
     if isinstance(value, Mapping):
         entries = sorted(value.items(), key=lambda entry: (type(entry[0]).__name__, repr(entry[0])))
-        return f"dict {len(entries)}", [part for entry in entries for part in entry]
+        return f"dict {len(entries)}", b"", [part for entry in entries for part in entry]
     if isinstance(value, list | tuple):
-        return f"{'list' if isinstance(value, list) else 'tuple'} {len(value)}", list(value)
+        return f"{'list' if isinstance(value, list) else 'tuple'} {len(value)}", b"", value
     if isinstance(value, set | frozenset):
-        return f"set {len(value)}", sorted(value, key=repr)
+        return f"set {len(value)}", b"", sorted(value, key=repr)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        return type(value).__name__, [part for f in fields for part in (f.name, getattr(value, f.name))]
+        return kind, b"", [part for f in dataclasses.fields(value) for part in (f.name, getattr(value, f.name))]
     if isinstance(value, np.ndarray) and value.dtype.hasobject:
-        return f"array {value.shape}", list(value.flat)
-    return None
+        return f"array {value.shape}", b"", list(value.flat)
+    return *_leaf(value, kind), ()
 
 
-def _leaf(value: Any) -> tuple[str, bytes]:
-    """Return the kind of a value that is no container, and its content; of an unknown kind there is no content."""
-    kind = type(value).__name__
+def _leaf(value: Any, kind: str) -> tuple[str, bytes]:
     if isinstance(value, enum.Enum):
         return kind, value.name.encode()
-    if isinstance(value, str | os.PathLike):
-        return "str", os.fspath(value).encode("utf-8", "surrogatepass") if isinstance(value, str) else os.fsencode(
-            value
-        )
+    if isinstance(value, str):
+        return "str", value.encode("utf-8", "surrogatepass")
+    if isinstance(value, os.PathLike):
+        return "str", os.fsencode(value)
     if isinstance(value, bytes | bytearray):
         return "bytes", bytes(value)
     if value is None or (isinstance(value, bool | int | float | complex) and not isinstance(value, np.generic)):
         return kind, repr(value).encode()
-    if isinstance(value, Tensor):
-        return _tensor_leaf(plain_tensor(value))
     if isinstance(value, np.ndarray | np.generic):
         return f"array {value.dtype.str} {value.shape}", value.tobytes()
     if all(hasattr(value, name) for name in ("tobytes", "mode", "size")):  # an image of PIL, which is not imported here
@@ -196,12 +185,11 @@ def _leaf(value: Any) -> tuple[str, bytes]:
 
 
 def _add(digest: Any, value: Any, depth: int = 0) -> None:
-    parts = _parts(value) if depth < _DEEPEST else None
-    kind, content = _leaf(value) if parts is None else (parts[0], b"")
+    kind, content, parts = _taken_apart(value)
     # With their lengths, so that ("ab", "c") and ("a", "bc") differ.
     digest.update(f"{kind}|{len(content)}|".encode())
     digest.update(content)
-    for part in parts[1] if parts else []:
+    for part in parts if depth < _DEEPEST else ():
         _add(digest, part, depth + 1)
 
 

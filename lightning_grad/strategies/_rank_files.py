@@ -144,7 +144,9 @@ class RankFiles:
         """
         (files, missing), before = self.find(path, manifest), manifest["ranks"]
         state: State | None = None
-        problem = self._problem_of_missing(path, manifest, missing) or self._problem_of_ranks(before, policy)
+        problem = self._problem_of_missing(path, manifest, missing)
+        if problem is None and before != self._ranks and policy != "mean":
+            problem = _OTHER_RANKS, f"it would continue on {self._ranks} rank(s) what was saved on {before}"
         if problem is None:
             try:
                 state = self._load(io, files, manifest, parameters)
@@ -169,11 +171,6 @@ class RankFiles:
         if others:
             text += f" (next to it are files of other checkpoints: save {', '.join(sorted(others))})"
         return _MISSING, text
-
-    def _problem_of_ranks(self, before: int, policy: str) -> Problem | None:
-        if before == self._ranks or policy == "mean":
-            return None
-        return _OTHER_RANKS, f"it would continue on {self._ranks} rank(s) what was saved on {before}"
 
     def _load(self, io: CheckpointIO, files: list[str], manifest: Mapping[str, Any], parameters: Parameters) -> State:
         def load(rank: int) -> dict[str, Any]:
@@ -224,7 +221,8 @@ def _saves(path: str, folder: str) -> list[str]:
 def _candidates(path: str, manifest: Mapping[str, Any]) -> list[str]:
     folder = _folder(path)
     written = posixpath.join(posixpath.dirname(folder), manifest["folder"])
-    return list(dict.fromkeys((written, folder, _folder(_resolved(path)))))
+    resolved = path if "://" in path else os.path.realpath(path)
+    return list(dict.fromkeys((written, folder, _folder(resolved))))
 
 
 def _folder(path: str) -> str:
@@ -237,7 +235,3 @@ def _file(folder: str, save: str, rank: int) -> str:
 
 def _with_slashes(path: str) -> str:
     return path.replace("\\", "/")
-
-
-def _resolved(path: str) -> str:
-    return path if "://" in path else os.path.realpath(path)

@@ -176,10 +176,8 @@ class DGCStrategy(CompressedDDPStrategy):
         timeout: timedelta | None = DEFAULT_TIMEOUT,
     ) -> None:
         super().__init__(**arguments_of_all(locals()))
-        if local_clip is not None:
-            check_finite_above(local_clip, 0.0, "local_clip")
-        if warmup_steps is not None:
-            check_count(warmup_steps, 1, "warmup_steps")
+        check_finite_above(local_clip, 0.0, "local_clip")
+        check_count(warmup_steps, 1, "warmup_steps")
         self.ratio = _as_ratio(ratio, "ratio")
         self.layer_ratios = {
             name: _as_ratio(share, f"layer_ratios[{name!r}]") for name, share in (layer_ratios or {}).items()
@@ -195,10 +193,7 @@ class DGCStrategy(CompressedDDPStrategy):
         self.local_clip = local_clip
         self.selector = selector
         self.value_dtype = value_dtype
-
-    @property
-    def _value_type(self) -> torch.dtype:
-        return cast(torch.dtype, getattr(torch, self.value_dtype))
+        self._value_type: torch.dtype = getattr(torch, value_dtype)
 
     # The fit begins.
 
@@ -264,13 +259,10 @@ class DGCStrategy(CompressedDDPStrategy):
                 "train with torch.optim.SGD without dampening."
             )
         self._feedback_because = why
-        if why:
-            return
-        if not self.is_neutral:
+        if not why and not self.is_neutral:
             compressed = {key for key, name in self._names.items() if name in self._chosen}
             self._momentum = LocalMomentum(cast(SGD, optimizer), compressed)
-            self._momentum.attach()
-            self.undo.push(self._momentum.detach)
+            self._momentum.attach(self.undo)
             self._moves_momentum = True
 
     @property
@@ -361,9 +353,8 @@ class DGCStrategy(CompressedDDPStrategy):
         for gradient in gradients:
             gradient.values.zero_()
         for pairs in everyone:  # rank by rank, so that all ranks add in the same order and get the same bits
-            for gradient, (indices, values) in zip(
-                gradients, unpack_pairs(pairs, counts, self._value_type), strict=True
-            ):
+            unpacked = unpack_pairs(pairs, counts, self._value_type)
+            for gradient, (indices, values) in zip(gradients, unpacked, strict=True):
                 add_pairs_(gradient.values, indices, values + failure.to(values.dtype), 1.0 / len(everyone))
 
     @override

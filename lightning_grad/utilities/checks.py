@@ -1,4 +1,7 @@
-"""Refusing what cannot work, before the first batch, in words that say what to do."""
+"""Refusing what cannot work, before the first batch, in words that say what to do.
+
+Checks of a number let ``None`` pass, which stands for an argument that is off.
+"""
 
 from __future__ import annotations
 
@@ -43,23 +46,23 @@ def check_choice(value: Any, choices: Iterable[str], parameter: str) -> None:
     raise ValueError(f"{parameter}={value!r} is none of {', '.join(map(repr, known))}.{hint}")
 
 
-def check_at_least(value: float, least: float, parameter: str) -> None:
+def check_at_least(value: float | None, least: float, parameter: str) -> None:
     """Raise unless a number is at least ``least``.
 
     Raises:
         ValueError: If it is smaller, or no number.
     """
-    if not value >= least:
+    if value is not None and not value >= least:
         raise ValueError(f"{parameter} must be at least {least}; got {value}.")
 
 
-def check_count(value: int, least: int, parameter: str) -> None:
+def check_count(value: int | None, least: int, parameter: str) -> None:
     """Raise unless a count is at least ``least``. The annotation of the argument makes sure that it is whole.
 
     Raises:
         ValueError: If it is smaller.
     """
-    if value < least:
+    if value is not None and value < least:
         raise ValueError(f"{parameter} must be at least {least}, and whole; got {value}.")
 
 
@@ -69,21 +72,20 @@ def check_position(value: int | None, parameter: str) -> None:
     Raises:
         ValueError: If it is not.
     """
-    if value is not None:
-        check_count(value, 0, parameter)
+    check_count(value, 0, parameter)
 
 
-def check_above(value: float, bound: float, parameter: str) -> None:
+def check_above(value: float | None, bound: float, parameter: str) -> None:
     """Raise unless a number is above ``bound``; infinity is.
 
     Raises:
         ValueError: If it is not, or no number.
     """
-    if not value > bound:
+    if value is not None and not value > bound:
         raise ValueError(f"{parameter} must be above {bound:g}; got {value}.")
 
 
-def check_finite(value: float, parameter: str) -> None:
+def check_finite(value: float | None, parameter: str) -> None:
     """Raise unless a number is finite.
 
     Raises:
@@ -94,11 +96,11 @@ def check_finite(value: float, parameter: str) -> None:
         Traceback (most recent call last):
         ValueError: eta must be finite; got inf.
     """
-    if not math.isfinite(value):
+    if value is not None and not math.isfinite(value):
         raise ValueError(f"{parameter} must be finite; got {value}.")
 
 
-def check_finite_at_least(value: float, least: float, parameter: str) -> None:
+def check_finite_at_least(value: float | None, least: float, parameter: str) -> None:
     """Raise unless a number is finite, and at least ``least``.
 
     Raises:
@@ -108,7 +110,7 @@ def check_finite_at_least(value: float, least: float, parameter: str) -> None:
     check_finite(value, parameter)
 
 
-def check_finite_above(value: float, bound: float, parameter: str) -> None:
+def check_finite_above(value: float | None, bound: float, parameter: str) -> None:
     """Raise unless a number is finite, and above ``bound``.
 
     Raises:

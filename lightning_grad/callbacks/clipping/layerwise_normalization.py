@@ -86,7 +86,7 @@ class LayerwiseNormalization(GradientConditioner):
         self.max_ratio = max_ratio
         self.vectors = vectors
         self.per = per
-        check_above(1.0 if max_ratio is None else max_ratio, 0.0, "max_ratio")
+        check_above(max_ratio, 0.0, "max_ratio")
 
     @override
     def check_threshold(self, number: float) -> None:

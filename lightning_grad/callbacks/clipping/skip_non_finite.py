@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -73,8 +74,8 @@ class SkipNonFinite(GradientConditioner):
     phase: ClassVar[Phase] = "guard"
     syncs_per_step: ClassVar[str] = "whether a step is made must be known on the host: one wait a step"
 
-    _skipped = until_next_fit.of(dict[int, int])
-    _in_row = until_next_fit.of(dict[int, int])
+    _skipped = until_next_fit.of(Counter[int])
+    _in_row = until_next_fit.of(Counter[int])
     _told = during_fit.of(int)
     _batch_idx = during_fit.of(int)
     _loss = during_fit[Tensor | None](lambda _: None)
@@ -92,7 +93,7 @@ class SkipNonFinite(GradientConditioner):
         super().__init__(include, exclude, name)
         self.max_in_row = max_in_row
         self.warnings = warnings
-        check_count(1 if max_in_row is None else max_in_row, 1, "max_in_row")
+        check_count(max_in_row, 1, "max_in_row")
         check_count(warnings, 0, "warnings")
 
     # The fit begins.
@@ -101,8 +102,10 @@ class SkipNonFinite(GradientConditioner):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if self.fitting:
-            self._skipped = {int(index): count for index, count in state_dict["skipped"].items()}
-            self._in_row = {int(index): count for index, count in state_dict["in_row"].items()}
+            self._skipped, self._in_row = (
+                Counter({int(index): count for index, count in state_dict[key].items()})
+                for key in ("skipped", "in_row")
+            )
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -134,7 +137,7 @@ class SkipNonFinite(GradientConditioner):
             self._skip(step, bad)
         else:
             self._in_row[step.index] = 0
-        return {"skipped": float(self._skipped.get(step.index, 0))}
+        return {"skipped": float(self._skipped[step.index])}
 
     def _on_any_rank(self, here: bool) -> bool:
         return bool(self._trainer.strategy.reduce_boolean_decision(here, all=False))
@@ -142,9 +145,9 @@ class SkipNonFinite(GradientConditioner):
     def _skip(self, step: GradientStep, bad: Tensor) -> None:
         scaler = grad_scaler(self._trainer)
         if scaler is None or scaler.get_scale() < 1.0:
-            self._in_row[step.index] = self._in_row.get(step.index, 0) + 1
+            self._in_row[step.index] += 1
             self._tell(step, bad)
-        self._skipped[step.index] = self._skipped.get(step.index, 0) + 1
+        self._skipped[step.index] += 1
         step.optimizer.zero_grad(set_to_none=True)
 
     def _tell(self, step: GradientStep, bad: Tensor) -> None:

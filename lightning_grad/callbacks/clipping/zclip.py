@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core import GradientConditioner, GradientStep, Phase, during_fit
+from lightning_grad.core import GradientConditioner, GradientStep, Phase
 from lightning_grad.functional import clip_to_threshold_, zclip_state, zclip_threshold_
 from lightning_grad.functional.gradients.tensor_lists import joined_norm
 from lightning_grad.utilities.checks import check_above, check_between, check_count, check_finite_at_least
@@ -85,8 +85,6 @@ class ZClip(GradientConditioner):
     threshold_name: ClassVar[str | None] = "max_norm"
     acts_without_threshold: ClassVar[bool] = True
 
-    _warned_of_bound = during_fit.of(bool)
-
     def __init__(
         self,
         z_threshold: float = 2.5,
@@ -129,7 +127,9 @@ class ZClip(GradientConditioner):
             step.state.update(zclip_state(norm.device))
         threshold = zclip_threshold_(norm, step.state, self.z_threshold, self.alpha, None, self.warmup_steps, self.eps)
         if step.threshold is not None:
-            self._count_bounded(step.state, threshold > step.threshold, norm.isfinite())
+            is_finite = norm.isfinite()
+            bounded = torch.stack([(threshold > step.threshold) & is_finite, is_finite]).long()
+            step.state["bounded"] = step.state["bounded"] + bounded if "bounded" in step.state else bounded
             if step.measured:
                 self._warn_of_tight_bound(step.state)
             threshold = threshold.clamp(max=step.threshold)
@@ -139,22 +139,15 @@ class ZClip(GradientConditioner):
             values |= {"mean": step.state["mean"].clone(), "deviation": step.state["variance"].sqrt()}
         return values
 
-    def _count_bounded(self, state: dict[str, Tensor], is_above: Tensor, is_finite: Tensor) -> None:
-        if "bounded" not in state:
-            state["bounded"] = torch.zeros(2, dtype=torch.int64, device=is_above.device)
-        state["bounded"] += torch.stack([is_above & is_finite, is_finite])
-
     def _warn_of_tight_bound(self, state: Mapping[str, Tensor]) -> None:
         """Warn if max_norm clips many steps. The host waits for the device, so call it at log steps only."""
-        if self._warned_of_bound or "bounded" not in state:
-            return
-        clipped, steps = state["bounded"].tolist()
+        clipped, steps = state["bounded"].tolist() if "bounded" in state else (0, 0)
         if steps >= _ENOUGH_STEPS and clipped > _MANY * steps:
-            self._warned_of_bound = True
-            rank_zero_warn(
-                f"{self.label}: max_norm={self.max_norm} clips {clipped / steps:.0%} of the steps so far, so the z-score "
-                f"hardly matters. Set max_norm=None, or a bound well above the usual norm; the mean is "
-                f"{state['mean'].item():.3g}."
+            self.tell_once(
+                "bound",
+                rank_zero_warn,
+                f"max_norm={self.max_norm} clips {clipped / steps:.0%} of the steps so far, so the z-score hardly matters. "
+                f"Set max_norm=None, or a bound well above the usual norm; the mean is {state['mean'].item():.3g}.",
             )
 
     @override

@@ -133,8 +133,8 @@ class GradientMonitor(GradCallback):
         self.alert = alert
         self.include = as_names(include)
         self.exclude = as_names(exclude)
-        check_count(1 if rarely is None else rarely, 1, "rarely")
-        check_count(1 if depth is None else depth, 1, "depth")
+        check_count(rarely, 1, "rarely")
+        check_count(depth, 1, "depth")
         check_count(top, 0, "top")
 
     # The fit begins.

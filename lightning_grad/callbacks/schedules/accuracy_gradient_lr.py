@@ -145,7 +145,7 @@ class AccuracyGradientLR(MonitoredCallback):
         check_between(factor, 0.0, 1.0, "factor")
         check_finite_at_least(min_lr, 0.0, "min_lr")
         check_count(start_after, 0, "start_after")
-        check_finite(0.0 if reach is None else reach, "reach")
+        check_finite(reach, "reach")
         self.window = window
         self.quiet = quiet
         self.threshold = threshold

@@ -187,8 +187,6 @@ class NMSparsity(WeightCallback[SparseWeight]):
     _variances = during_fit.of(dict[int, FrozenMoments])
     _stepped = during_fit.of(bool)  # in the present batch
     _hook_fired = during_fit.of(bool)
-    _warned_of_bypass = during_fit.of(bool)
-    _warned_of_nan = during_fit.of(bool)
 
     def __init__(
         self,
@@ -240,7 +238,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         check_at_least(mask_every, 1, "mask_every")
         check_finite_at_least(sr_ste_lambda, 0.0, "sr_ste_lambda")
         check_at_least(top, 0, "top")
-        check_at_least(1 if depth is None else depth, 1, "depth")
+        check_at_least(depth, 1, "depth")
         arguments.check_recipe(self.recipe, gradient, self.finetune_fraction, decay)
         self._patterns = arguments.read_patterns(self.pattern)
         self._schedule = arguments.read_schedule(
@@ -394,7 +392,10 @@ class NMSparsity(WeightCallback[SparseWeight]):
             for weight in owned:
                 weight.clear_pruned(optimizer.state[weight.parameter])
         if not self._hook_fired:
-            self._warn_of_bypass()
+            lost = "the SR-STE term and the logged gradient noise are" if self._adds_sr_ste else "the gradient noise is"
+            advice = "Call step() on what self.optimizers() returns."
+            without = f"an optimizer stepped without Lightning's hooks, so {lost} left out. {advice}"
+            self.tell_once("bypass", rank_zero_warn, without)
         self._hook_fired = False
 
     def _follow_schedule(self) -> None:
@@ -420,15 +421,6 @@ class NMSparsity(WeightCallback[SparseWeight]):
         self._variances[id(optimizer)] = FrozenMoments(optimizer, resumed)
         if not len(self._variances[id(optimizer)]):
             raise ValueError(f"{self.label}(recipe='step') {_NO_VARIANCE.format(type(optimizer).__name__)}")
-
-    def _warn_of_bypass(self) -> None:
-        if not self._warned_of_bypass:
-            self._warned_of_bypass = True
-            lost = "the SR-STE term and the logged gradient noise are" if self._adds_sr_ste else "the gradient noise is"
-            rank_zero_warn(
-                f"{self.label}: an optimizer stepped without Lightning's hooks, so {lost} left out. Call step() on what "
-                "self.optimizers() returns."
-            )
 
     @override
     def on_train_batch_end(
@@ -458,13 +450,10 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     def _warn_of_nan(self) -> None:
         """Name the weights that hold NaN, once; masks count it as the smallest."""
-        if self._warned_of_nan:
-            return
         found = torch.stack([weight.parameter.isnan().any() for weight in self.weights]).tolist()
         names = [clean_name(weight.name) for weight, has_nan in zip(self.weights, found, strict=True) if has_nan]
         if names:
-            self._warned_of_nan = True
-            rank_zero_warn(f"{self.label}: NaN in {', '.join(names[:5])}. It is pruned before any number.")
+            self.tell_once("nan", rank_zero_warn, f"NaN in {', '.join(names[:5])}. It is pruned before any number.")
 
     # Validation and checkpoints.
 
