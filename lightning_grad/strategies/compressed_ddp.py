@@ -122,7 +122,6 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
     ) -> None:
-        check_count(min_numel, 1, "min_numel")
         if timeout is not None and timeout <= timedelta(0):
             raise ValueError(f"timeout must be longer than zero; got {timeout!r}.")
         ddp: dict[str, Any] = {} if broadcast_buffers else {"broadcast_buffers": False}  # torch 2.13 deprecates it
@@ -137,7 +136,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             **ddp,
         )
         self.exclude = as_names(exclude)
-        self.min_numel = min_numel
+        self.min_numel = check_count(min_numel, 1, "min_numel")
         self.residual_policy = residual_policy
         self.gradient_noise = gradient_noise
         self._finds_unused, self._is_static = find_unused_parameters or static_graph, static_graph

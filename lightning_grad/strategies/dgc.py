@@ -54,7 +54,7 @@ _RESIDUAL, _VELOCITY = "residual", "velocity"
 
 
 class DGCStrategy(CompressedDDPStrategy):
-    r"""Send the largest entries of the accumulated gradient, and keep the others until they have grown.
+    r"""Send only the largest entries of the accumulated gradient, and keep the others until they have grown (DGC).
 
     .. math::
         u_r \leftarrow m u_r + g_r, \quad v_r \leftarrow v_r + u_r, \quad
@@ -72,7 +72,7 @@ class DGCStrategy(CompressedDDPStrategy):
     sees a change in the optimizer. Any other optimizer is fed the sparse mean of plain error feedback.
 
     Args:
-        ratio: Share of the entries of each large gradient that a step sends; 1 is plain DDP.
+        ratio: Share of the entries of each large gradient that a step sends (0.001 in the paper); 1 is plain DDP.
         warmup: Higher shares for the first epochs: 'paper', 'released', a list of shares, or None.
         warmup_steps: Optimizer steps that each share of the warm-up lasts; default an epoch.
         correction: 'momentum' moves SGD's momentum before the selection, 'error_feedback' leaves the optimizer alone,
@@ -83,7 +83,8 @@ class DGCStrategy(CompressedDDPStrategy):
         selector: 'exact' top-k, 'sampled' threshold, best of each 'chunk', or 'auto': exact below a million entries, sampled
             above.
         value_dtype: Type in which values are sent; what rounding takes away is sent later.
-        layer_ratios: Shares for parameters by name or wildcard, instead of ratio; 1 sends them dense.
+        layer_ratios: Shares for parameters by name or wildcard, first match first, instead of ratio; 1 sends them
+            dense.
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
         min_numel: Entries below which a gradient is sent dense.
         residual_policy: On resuming with other ranks or without all rank files: 'strict' raises, 'mean' gives every rank
@@ -176,8 +177,6 @@ class DGCStrategy(CompressedDDPStrategy):
         timeout: timedelta | None = DEFAULT_TIMEOUT,
     ) -> None:
         super().__init__(**arguments_of_all(locals()))
-        check_finite_above(local_clip, 0.0, "local_clip")
-        check_count(warmup_steps, 1, "warmup_steps")
         self.ratio = _as_ratio(ratio, "ratio")
         self.layer_ratios = {
             name: _as_ratio(share, f"layer_ratios[{name!r}]") for name, share in (layer_ratios or {}).items()
@@ -187,10 +186,10 @@ class DGCStrategy(CompressedDDPStrategy):
         shares = _WARMUPS[warmup] if isinstance(warmup, str) else warmup or ()
         self._warmup_densities = [_as_ratio(share, f"warmup[{place}]") for place, share in enumerate(shares)]
         self.warmup = warmup if isinstance(warmup, str) or warmup is None else list(self._warmup_densities)
-        self.warmup_steps = warmup_steps
+        self.warmup_steps = check_count(warmup_steps, 1, "warmup_steps")
         self.correction = correction
         self.momentum_masking = momentum_masking
-        self.local_clip = local_clip
+        self.local_clip = check_finite_above(local_clip, 0.0, "local_clip")
         self.selector = selector
         self.value_dtype = value_dtype
         self._value_type: torch.dtype = getattr(torch, value_dtype)

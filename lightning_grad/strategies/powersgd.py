@@ -43,9 +43,9 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     optimizer, and any optimizer works. The cost on the wire does not grow with the number of ranks.
 
     Args:
-        rank: Columns of the factors.
+        rank: Columns of the factors (4 in the paper's language model).
         start_step: Steps at the beginning that go dense.
-        min_gain: A gradient goes dense unless its factors are this many times smaller.
+        min_gain: A gradient goes dense unless its factors are this many times smaller (2 in torch's hook).
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
         min_numel: Entries below which a gradient is sent dense.
         residual_policy: On resuming with other ranks or without all rank files: 'strict' raises, 'mean' gives every rank
@@ -123,12 +123,9 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         timeout: timedelta | None = DEFAULT_TIMEOUT,
     ) -> None:
         super().__init__(**arguments_of_all(locals()))
-        check_count(rank, 1, "rank")
-        check_count(start_step, 0, "start_step")
-        check_finite_above(min_gain, 0.0, "min_gain")
-        self.rank = rank
-        self.start_step = start_step
-        self.min_gain = min_gain
+        self.rank = check_count(rank, 1, "rank")
+        self.start_step = check_count(start_step, 0, "start_step")
+        self.min_gain = check_finite_above(min_gain, 0.0, "min_gain")
         self.seed = seed
 
     @override

@@ -32,9 +32,10 @@ class AdaptiveGradientClipping(UnitConditioner):
     is left alone and named. ConvTranspose lays out its weights otherwise, and its units are not neurons.
 
     Args:
-        ratio: lambda, the largest ratio of gradient to weight norm; one number, or one for each name pattern, first match
-            first. A param group of the optimizer that carries "ratio" has its own.
-        eps: epsilon, the least weight norm, so that weights that are zero can leave zero.
+        ratio: lambda, the largest ratio of gradient to weight norm; one number, or one for each name pattern, first
+            match first. A param group of the optimizer that carries "ratio" has its own. The paper takes 0.01 at
+            batches of 4096, and more at smaller ones.
+        eps: epsilon, the least weight norm (1e-3 in the paper), so that weights that are zero can leave zero.
         head: Name or wildcard of the classifier, which is not clipped; "last Linear" is the last linear layer that the first
             batch reaches, in each network of its own (the two of a GAN have two), None clips all.
         include: Names or wildcards of the parameters or modules that are clipped; default all. A matrix whose own name is
@@ -92,9 +93,8 @@ class AdaptiveGradientClipping(UnitConditioner):
     ) -> None:
         super().__init__(include, exclude, name)
         self.ratio = self.as_threshold(ratio)
-        self.eps = eps
+        self.eps = check_above(eps, 0.0, "eps")
         self.head = head
-        check_above(eps, 0.0, "eps")
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -15,7 +15,7 @@ from lightning_grad.utilities.checks import check_finite_at_least
 
 
 class GradientNoise(GradientConditioner):
-    r"""Add Gaussian noise to gradients that dies away over the training.
+    r"""Add Gaussian noise to all gradients, less and less over the training.
 
     .. math::
         g_t \leftarrow g_t + \mathcal N(0, \sigma_t^2), \qquad \sigma_t^2 = \frac{\eta}{(1 + t)^\gamma}
@@ -25,7 +25,7 @@ class GradientNoise(GradientConditioner):
 
     Args:
         eta: Variance at the first step; the paper tries 0.01, 0.3 and 1. 0 adds none.
-        decay: gamma, how fast the variance falls.
+        decay: gamma, how fast the variance falls (0.55 in the paper).
         seed: Of the noise; another seed, another run.
         include: Names or wildcards of the parameters or modules whose gradients get noise; default all.
         exclude: Names or wildcards of those whose gradients get none.
@@ -75,11 +75,9 @@ class GradientNoise(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.eta = eta
-        self.decay = decay
+        self.eta = check_finite_at_least(eta, 0.0, "eta")
+        self.decay = check_finite_at_least(decay, 0.0, "decay")
         self.seed = seed
-        check_finite_at_least(eta, 0.0, "eta")
-        check_finite_at_least(decay, 0.0, "decay")
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

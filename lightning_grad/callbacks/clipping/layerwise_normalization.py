@@ -15,7 +15,7 @@ from lightning_grad.utilities.layers import LayerFinder, Per
 
 
 class LayerwiseNormalization(GradientConditioner):
-    r"""Give the gradient of each layer the norm of its weights, times a constant (the trust ratio of LARS).
+    r"""Scale the gradient of each layer to the norm of its weights, times a constant (LARS).
 
     .. math::
         g_h \leftarrow g_h \cdot \min\Bigl(r, \eta \frac{\lVert W_h \rVert}{\lVert g_h \rVert}\Bigr)
@@ -25,8 +25,8 @@ class LayerwiseNormalization(GradientConditioner):
 
     Args:
         coefficient: eta, the trust coefficient; one number, or one for each name pattern, first match first. A param group
-            of the optimizer that carries "coefficient" has its own.
-        max_ratio: r, the largest factor; None sets no bound.
+            of the optimizer that carries "coefficient" has its own. 0.001 in the paper.
+        max_ratio: r, the largest factor; None sets no bound, as in LARS.
         vectors: Also normalise parameters of one dimension (biases, scales of norms), which implementations of LARS leave
             alone.
         per: A layer is a "module" (its parameters together) or each "parameter".
@@ -83,10 +83,9 @@ class LayerwiseNormalization(GradientConditioner):
     ) -> None:
         super().__init__(include, exclude, name)
         self.coefficient = self.as_threshold(coefficient)
-        self.max_ratio = max_ratio
+        self.max_ratio = check_above(max_ratio, 0.0, "max_ratio")
         self.vectors = vectors
         self.per = per
-        check_above(max_ratio, 0.0, "max_ratio")
 
     @override
     def check_threshold(self, number: float) -> None:

@@ -27,7 +27,7 @@ _LONGEST_DEFAULT = 150  # steps of warm-up, as in the released code
 
 
 class MomentumReset(OptimizerCallback):
-    r"""Forget the moments of an Adam-like optimizer now and then, and warm the learning rate up again (SPAM).
+    r"""Reset the moments of an Adam-like optimizer now and then, and warm the learning rate up again (SPAM).
 
     .. math::
         m = v = 0 \text{ every } \Delta T \text{ steps, then} \quad
@@ -37,9 +37,9 @@ class MomentumReset(OptimizerCallback):
     it, which pauses after each reset.
 
     Args:
-        every: Optimizer steps from one reset to the next.
-        warmup: Steps after a reset in which the learning rate is reduced; 0 for none. Default: 150, or half of every if
-            that is less.
+        every: Optimizer steps from one reset to the next (500 in the paper).
+        warmup: Steps after a reset in which the learning rate is reduced; 0 for none. Default: 150, as in
+            the released code, or half of every if that is less.
         name: Name of this instance, in its log keys and its state.
 
     Raises:
@@ -85,8 +85,7 @@ class MomentumReset(OptimizerCallback):
 
     def __init__(self, every: int = 500, warmup: int | None = None, name: str | None = None) -> None:
         super().__init__(name)
-        check_count(every, 1, "every")
-        self.every = every
+        self.every = check_count(every, 1, "every")
         self.warmup = min(_LONGEST_DEFAULT, every // 2) if warmup is None else warmup
         check_count(self.warmup, 0, "warmup")
         if self.warmup >= every:

@@ -13,7 +13,7 @@ from lightning_grad.functional import clip_norm_
 
 
 class NormClipping(GradientConditioner):
-    r"""Scale gradients together so that their norm is at most a constant.
+    r"""Scale gradients together so that their norm is at most a constant, for all or for parts of a model.
 
     .. math::
         g \leftarrow g \cdot \min\Bigl(1, \frac{c}{\lVert g \rVert_p + 10^{-6}}\Bigr)
@@ -24,7 +24,7 @@ class NormClipping(GradientConditioner):
 
     Args:
         max_norm: c, the largest norm; one number, or one for each name pattern, first match first. A param group of the
-            optimizer that carries "max_norm" has its own.
+            optimizer that carries "max_norm" has its own. 1.0 is that of GPT-3 (arXiv 2005.14165, appendix B).
         norm_type: p; .inf in YAML for the largest magnitude.
         include: Names or wildcards of the parameters or modules that are clipped; default all.
         exclude: Names or wildcards of those that are not.
@@ -76,8 +76,7 @@ class NormClipping(GradientConditioner):
     ) -> None:
         super().__init__(include, exclude, name)
         self.max_norm = self.as_threshold(max_norm)
-        self.norm_type = norm_type
-        check_above(norm_type, 0.0, "norm_type")
+        self.norm_type = check_above(norm_type, 0.0, "norm_type")
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

@@ -21,7 +21,7 @@ from lightning_grad.utilities.reporting import log_summary
 
 
 class SkipNonFinite(GradientConditioner):
-    """Skip an optimizer step, on every rank, when a gradient holds a nan or an infinity.
+    """Skip a step with non-finite gradients, on every rank, and name the first bad parameter.
 
     The gradients are set to ``None``, so that neither momentum nor weight decay moves anything; with zeros AdamW would
     still move. The first bad parameter in the order of the forward pass is named, with the batch. A run of such steps raises,
@@ -91,10 +91,8 @@ class SkipNonFinite(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.max_in_row = max_in_row
-        self.warnings = warnings
-        check_count(max_in_row, 1, "max_in_row")
-        check_count(warnings, 0, "warnings")
+        self.max_in_row = check_count(max_in_row, 1, "max_in_row")
+        self.warnings = check_count(warnings, 0, "warnings")
 
     # The fit begins.
 

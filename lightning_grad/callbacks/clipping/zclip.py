@@ -97,15 +97,11 @@ class ZClip(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.z_threshold = z_threshold
-        self.alpha = alpha
+        self.z_threshold = check_above(z_threshold, 0.0, "z_threshold")
+        self.alpha = check_between(alpha, 0.0, 1.0, "alpha")
         self.max_norm = self.as_threshold(max_norm)
-        self.warmup_steps = warmup_steps
-        self.eps = eps
-        check_above(z_threshold, 0.0, "z_threshold")
-        check_between(alpha, 0.0, 1.0, "alpha")
-        check_count(warmup_steps, 1, "warmup_steps")
-        check_finite_at_least(eps, 0.0, "eps")
+        self.warmup_steps = check_count(warmup_steps, 1, "warmup_steps")
+        self.eps = check_finite_at_least(eps, 0.0, "eps")
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

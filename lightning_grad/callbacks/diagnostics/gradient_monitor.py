@@ -37,14 +37,15 @@ from lightning_grad.utilities.reporting import counted, log_histograms, log_many
 
 
 class GradientMonitor(GradCallback):
-    r"""Watch gradients: both sides of clipping, layers, noise, signs of instability, and the first bad step.
+    r"""Watch gradients: norms before and after clipping, layers, noise scale, instability, the first bad step.
 
     It changes nothing. At every optimizer step it takes norms, as tensors. At log steps it reads them, and looks at layers.
     At every few log steps it does what costs more.
 
     Args:
         rarely: Every how many log steps zero entries, signal to noise and histograms are looked at; None never.
-        logits: Look at the size of attention and output logits at log steps; not in compiled modules.
+        logits: Look at the size of attention and output logits at log steps; not in compiled modules. Growing logits
+            announce two instabilities (arXiv 2309.14322).
         histograms: Send histograms of gradients to the loggers that show them, rarely.
         depth: Join layers in logs by this many leading parts of their names; default: do not join.
         top: Log at most this many layers apart; the heat map has all.
@@ -124,18 +125,15 @@ class GradientMonitor(GradCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self.rarely = rarely
+        self.rarely = check_count(rarely, 1, "rarely")
         self.logits = logits
         self.histograms = histograms
-        self.depth = depth
-        self.top = top
+        self.depth = check_count(depth, 1, "depth")
+        self.top = check_count(top, 0, "top")
         self.figure = figure
         self.alert = alert
         self.include = as_names(include)
         self.exclude = as_names(exclude)
-        check_count(rarely, 1, "rarely")
-        check_count(depth, 1, "depth")
-        check_count(top, 0, "top")
 
     # The fit begins.
 

@@ -1,4 +1,4 @@
-"""Cutting the learning rate by the accuracy gradient: the callback. The rule is in ``functional/accuracy_gradient.py``."""
+"""Cutting the learning rate by the accuracy gradient: the callback. The rule is in ``functional/schedules``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.schedules._rate_report import RateRecord, write_record
 from lightning_grad.core import ChosenRates, Interval, Mode, MonitoredCallback, as_indices, until_next_fit, wrap_method
-from lightning_grad.core.learning_rates import unknown_schedulers
+from lightning_grad.core.steps.chosen_rates import unknown_schedulers
 from lightning_grad.functional.schedules.accuracy_gradient_lr import accuracy_gradient, accuracy_gradient_cuts
 from lightning_grad.utilities.checks import (
     check_above,
@@ -138,22 +138,14 @@ class AccuracyGradientLR(MonitoredCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(monitor, mode, interval, name)
-        check_count_between(window, 1, _MOST_OBSERVATIONS, "window")
-        check_count(quiet, 0, "quiet")
-        check_finite(threshold, "threshold")
-        check_above(factor, 0.0, "factor")
-        check_between(factor, 0.0, 1.0, "factor")
-        check_finite_at_least(min_lr, 0.0, "min_lr")
-        check_count(start_after, 0, "start_after")
-        check_finite(reach, "reach")
-        self.window = window
-        self.quiet = quiet
-        self.threshold = threshold
-        self.factor = factor
-        self.min_lr = min_lr
-        self.start_after = start_after
+        self.window = check_count_between(window, 1, _MOST_OBSERVATIONS, "window")
+        self.quiet = check_count(quiet, 0, "quiet")
+        self.threshold = check_finite(threshold, "threshold")
+        self.factor = check_between(check_above(factor, 0.0, "factor"), 0.0, 1.0, "factor")
+        self.min_lr = check_finite_at_least(min_lr, 0.0, "min_lr")
+        self.start_after = check_count(start_after, 0, "start_after")
         self.policy = policy
-        self.reach = reach
+        self.reach = check_finite(reach, "reach")
         self.optimizers = as_indices(optimizers, "optimizers")
         self.param_groups = as_indices(param_groups, "param_groups")
         self.figure = figure

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_grad.core.portable import pack_bits
+from lightning_grad.core.views.portable import pack_bits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

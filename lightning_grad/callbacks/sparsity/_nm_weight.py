@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_grad.core import FoundWeight, ViewedWeight
-from lightning_grad.core.portable import pack_bits, unpack_bits
+from lightning_grad.core.views.portable import pack_bits, unpack_bits
 from lightning_grad.functional import NMPattern, NMPhase, is_nm, nm_mask, prune, scale_weight
 from lightning_grad.functional.sparsity.nm_schedule import DENSE
 from lightning_grad.functional.sparsity.nm_sparsity import Axis, group_dim
