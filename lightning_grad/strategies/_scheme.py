@@ -191,11 +191,6 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
 
     # What is saved of it.
 
-    @property
-    def has_state(self) -> bool:
-        """Whether there is something to save now."""
-        return not self.is_neutral and (self.ledger.steps > 0 or self._is_accumulated)
-
     def rank_state(self) -> State:
         """Return what is this rank's own, and what is the same on all ranks, of which that of rank 0 counts."""
         memory = {name: {key: value.clone() for key, value in kept.items()} for name, kept in self.memory.items()}
@@ -226,12 +221,6 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
         self.ledger.load_state_dict(shared["ledger"])
         self._noise.load_state_dict(shared["noise"])
 
-    def forget_rank_state(self) -> None:
-        """Begin empty."""
-        self.memory, self._replayed, self._is_accumulated = {}, None, False
-        self.ledger.load_state_dict(ByteLedger().state_dict())
-        self._noise.load_state_dict(None)
-
     # When it is saved.
 
     def begin_files(self) -> None:
@@ -248,7 +237,9 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         super().load_optimizer_state_dict(checkpoint)
         manifest = checkpoint.get(MANIFEST_KEY)
-        self.forget_rank_state()
+        self.memory, self._replayed, self._is_accumulated = {}, None, False
+        self.ledger.load_state_dict(ByteLedger().state_dict())
+        self._noise.load_state_dict(None)
         if not self.is_neutral:
             self._restore(manifest)
         elif manifest is not None:
@@ -278,7 +269,8 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        if not self.has_state or "optimizer_states" not in checkpoint:
+        has_state = not self.is_neutral and (self.ledger.steps > 0 or self._is_accumulated)
+        if not has_state or "optimizer_states" not in checkpoint:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         if self._trainer.interrupted:

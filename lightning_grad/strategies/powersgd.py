@@ -155,7 +155,10 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     @override
     def accumulate(self, gradients: Sequence[Gradient]) -> None:
         for gradient in gradients:
-            memory, kind = self.memory.setdefault(gradient.name, {}), _precise(gradient.values)
+            memory = self.memory.setdefault(gradient.name, {})
+            kind = torch.promote_types(
+                gradient.values.dtype, torch.float32
+            )  # half types lose what is small beside an error
             rank, columns = self._rank_of(gradient), matrix_shape(gradient.parameter.shape)[1]
             if _ERROR not in memory:
                 memory[_ERROR] = torch.zeros_like(gradient.values, dtype=kind)
@@ -211,10 +214,6 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     @override
     def sent_bytes(self, name: str, shape: torch.Size, itemsize: int) -> int:
         return low_rank_numel(shape, self.rank) * max(itemsize, 4)
-
-
-def _precise(values: Tensor) -> torch.dtype:
-    return torch.promote_types(values.dtype, torch.float32)  # half types lose what is small beside a large error
 
 
 def _as_matrix(flat: Tensor, parameter: Tensor) -> Tensor:

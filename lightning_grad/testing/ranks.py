@@ -41,7 +41,9 @@ def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
         for process in processes:
             process.start()
         _join(processes)
-        results = [_result_of(Path(folder, f"{rank}.pt")) for rank in range(ranks)]
+        files = [Path(folder, f"{rank}.pt") for rank in range(ranks)]
+        lost = {"error": "did not end, or was killed"}
+        results = [torch.load(file, weights_only=False) if file.exists() else lost for file in files]
     errors = [f"--- rank {rank} ---\n{result['error']}" for rank, result in enumerate(results) if "error" in result]
     if errors:
         raise AssertionError("\n".join(errors))
@@ -102,7 +104,3 @@ def _join(processes: list[Any]) -> None:
         if process.is_alive():
             process.kill()
             process.join()
-
-
-def _result_of(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=False) if path.exists() else {"error": "did not end, or was killed"}

@@ -155,9 +155,7 @@ class ForwardOrder:
         calls = self._called.get(path)
         if calls is None and path:
             outer = path.rpartition(".")[0]
-            if outer and has_torch_forward(self._module.get_submodule(self._raw(outer))):
+            module = next((m for name, m in self._module.named_modules() if outer and clean_name(name) == outer), None)
+            if module is not None and has_torch_forward(module):
                 return self._called.get(outer)
         return calls
-
-    def _raw(self, clean: str) -> str:
-        return next((name for name, _ in self._module.named_modules() if clean_name(name) == clean), clean)

@@ -32,13 +32,9 @@ from lightning_grad.callbacks.sparsity._nm_report import (
     write_record,
 )
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups, lacking
+from lightning_grad.core import FoundWeight, FrozenMoments, Stage, WeightCallback, WeightChoice
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
-from lightning_grad.core.steps.frozen_moments import FrozenMoments
-from lightning_grad.core.views.found_weight import FoundWeight
-from lightning_grad.core.views.weight_chain import Stage
-from lightning_grad.core.views.weight_choice import WeightChoice
-from lightning_grad.core.weights import WeightCallback
 from lightning_grad.functional import NMPhase, add_sr_ste_
 from lightning_grad.functional.sparsity.nm_schedule import Recipe
 from lightning_grad.functional.sparsity.nm_sparsity import Axis, Gradient
@@ -340,9 +336,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         done = bool(restored.get("restarted")) and restored.get("chosen") == self.signatures
         wanted = self.restart_monitors and self._pattern_changes
         self._monitors = MonitorRestart(wanted, done, trainer.enable_validation)
-        held = self._monitors.announce(trainer)
-        if held:
-            self.say(held)
+        self._monitors.announce(trainer, self.say)
 
     @property
     def _pattern_changes(self) -> bool:
@@ -403,9 +397,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     def _restart_monitors(self, trainer: pl.Trainer, at_validation: bool) -> None:
         due = self._monitors.is_due and self._monitors.at_validation == at_validation
         if due and all(weight.phase.final for weight in self.weights):
-            done = self._monitors.restart(trainer)
-            if done:
-                self.say(done)
+            self._monitors.restart(trainer, self.say)
 
     def _hold_variance(self, optimizer: Optimizer, resumed: bool = False) -> None:
         if self.recipe != "step" or self._progress < self.dense_fraction:
