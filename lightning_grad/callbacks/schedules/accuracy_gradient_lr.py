@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.schedules._rate_report import RateRecord, write_record
 from lightning_grad.core import ChosenRates, Interval, Mode, MonitoredCallback, as_indices, until_next_fit, wrap_method
+from lightning_grad.core.compatibility import Compatibility, yes
 from lightning_grad.core.steps.chosen_rates import unknown_schedulers
 from lightning_grad.functional.schedules.accuracy_gradient_lr import accuracy_gradient, accuracy_gradient_cuts
 from lightning_grad.utilities.checks import (
@@ -105,7 +106,11 @@ class AccuracyGradientLR(MonitoredCallback):
     """
 
     namespace: ClassVar[str] = "lr"
+    compatibility: ClassVar[Compatibility] = MonitoredCallback.compatibility.but(
+        manual_optimization=yes('`policy="replace"` raises where the module steps schedulers itself.')
+    )
     trial: ClassVar[Mapping[str, Any]] = {"window": 1, "quiet": 1, "threshold": 10.0, "factor": 0.5}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"factor": 1.0}
     fixed_settings: ClassVar[Mapping[str, str]] = {
         "policy": "what the schedulers have done until now depends on it",
         "optimizers": "the learning rates of those chosen before are cut already",

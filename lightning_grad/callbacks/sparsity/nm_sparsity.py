@@ -33,6 +33,7 @@ from lightning_grad.callbacks.sparsity._nm_report import (
 )
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups, lacking
 from lightning_grad.core import FoundWeight, FrozenMoments, Stage, WeightCallback, WeightChoice
+from lightning_grad.core.compatibility import SCALED, Compatibility, no, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.functional import NMPhase, add_sr_ste_
@@ -42,12 +43,10 @@ from lightning_grad.utilities.arguments import plain
 from lightning_grad.utilities.checks import (
     check_at_least,
     check_finite_at_least,
-    check_keeps,
-    owned_ids,
     warn_of_missing_momentum,
 )
 from lightning_grad.utilities.parameters import check_patterns, clean_name, matches
-from lightning_grad.utilities.precision import gradients_are_scaled, refuse_scaled_gradients
+from lightning_grad.utilities.precision import gradients_are_scaled
 from lightning_grad.utilities.reporting import (
     counted,
     is_log_step,
@@ -58,10 +57,10 @@ from lightning_grad.utilities.reporting import (
     stepped_batches,
 )
 
-_NO_VARIANCE = (
-    "freezes the variance (exp_avg_sq) of an Adam-like optimizer, and {} keeps none. Set recipe='sr-ste', or train with "
-    "Adam or AdamW."
-)
+_NO_VARIANCE = no(
+    "freezes the variance (exp_avg_sq) of an Adam-like optimizer, and {} keeps none",
+    "Set recipe='sr-ste', or train with Adam or AdamW",
+).given("recipe='step'")
 
 
 class NMSparsity(WeightCallback[SparseWeight]):
@@ -169,7 +168,24 @@ class NMSparsity(WeightCallback[SparseWeight]):
     """
 
     namespace: ClassVar[str] = "sparsity"
+    compatibility: ClassVar[Compatibility] = WeightCallback.compatibility.but(
+        fused_fp16=yes("All recipes but `sr-ste` and `step`, which raise."),
+        no_second_moment=yes("All recipes but `step`, which raises."),
+        compiled=yes(
+            "A change of D or of the pattern does not compile again; the beginning of pruning does. A compiled "
+            "LightningModule whose steps call `self.log` fails in Lightning itself, with or without callbacks."
+        ),
+        manual_optimization=yes(
+            "`optimizer.step()` on what `self.optimizers()` returns. An optimizer stepped past Lightning gets its masks but "
+            "no SR-STE term, and a warning says so."
+        ),
+        weight_averaging=yes(
+            "`WeightAveraging` and `EMAWeightAveraging`, before or after it in the list. With `save_weights_only=True` "
+            "Lightning itself writes the current weights and not the average."
+        ),
+    )
     trial: ClassVar[Mapping[str, Any]] = {"pattern": "1:4", "recipe": "mdgf-exponential", "dense_fraction": 0.1}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"pattern": "4:4"}
     stage: ClassVar[Stage] = Stage.SPARSITY
     effect: ClassVar[str] = "sparse"
     verb: ClassVar[str] = "prune"
@@ -263,18 +279,17 @@ class NMSparsity(WeightCallback[SparseWeight]):
         check_patterns(pl_module, self.label, pattern=[name for name in self._patterns if name != "*"])
 
     @override
+    def works_with(self) -> Compatibility:
+        answers = self.compatibility
+        if self._adds_sr_ste:
+            answers = answers.but(fused_fp16=SCALED.given(f"recipe={self.recipe!r}"))
+        return answers.but(no_second_moment=_NO_VARIANCE) if self.recipe == "step" else answers
+
+    @override
     def refuse(self, trainer: pl.Trainer, choice: WeightChoice[SparseWeight]) -> None:
         super().refuse(trainer, choice)
         if self._adds_sr_ste:
             warn_of_missing_momentum(trainer, self.label, "its SR-STE term")
-        chosen = {id(weight.parameter) for weight in choice.chosen}
-        for optimizer in trainer.optimizers:
-            if owned_ids(optimizer).isdisjoint(chosen):
-                continue
-            if self._adds_sr_ste:
-                refuse_scaled_gradients(trainer, optimizer, f"{self.label}(recipe={self.recipe!r})")
-            if self.recipe == "step":
-                check_keeps(optimizer, "exp_avg_sq", f"{self.label}(recipe='step')", _NO_VARIANCE)
 
     @property
     @override
@@ -408,7 +423,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         # So that masked gradients cannot pile up in it: Lu et al., 2023, algorithm 1.
         self._variances[id(optimizer)] = FrozenMoments(optimizer, resumed)
         if not len(self._variances[id(optimizer)]):
-            raise ValueError(f"{self.label}(recipe='step') {_NO_VARIANCE.format(type(optimizer).__name__)}")
+            raise _NO_VARIANCE.error(self.label, type(optimizer).__name__)
 
     @override
     def on_train_batch_end(
