@@ -58,6 +58,7 @@ class RepeatedRandomSubset(SubsetCallback):
     """
 
     trial: ClassVar[Mapping[str, Any]] = {"prune": 0.3}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"prune": 0.0}
 
     def __init__(
         self,
@@ -67,12 +68,10 @@ class RepeatedRandomSubset(SubsetCallback):
         loader_key: str | int | None = None,
         name: str | None = None,
     ) -> None:
-        check_share(prune, "prune")
-        self.prune = prune
-        self.replacement = replacement
-        check_count(seed, 0, "seed")
-        self.seed = seed
         super().__init__(loader_key, name)
+        self.prune = check_share(prune, "prune")
+        self.replacement = replacement
+        self.seed = check_count(seed, 0, "seed")
 
     @property
     @override

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_grad.core.losses.given_functions import GivenFunction, checked_losses, with_graph
+from lightning_grad.core.losses.given_functions import GivenFunction, LossRequest, checked_losses, with_graph
 from lightning_grad.core.losses.sample_losses import refuse_rest, terms_of, trace_of, trained_loss
 from lightning_grad.core.losses.weighted_steps import ByCall, ByFunction, ByTerms, Step, Way, Weighing, outline_of
 from lightning_grad.core.quiet import aside, eager, quiet
@@ -22,27 +22,27 @@ def choose_way(step: Step, weighing: Weighing) -> Way | None:
         RuntimeError: If the loss cannot be seen.
         ValueError: If its rows do not divide by the number of samples.
     """
-    if weighing.loss_fn is not None:
-        _try_function(step, weighing.loss_fn, weighing.label)
-        return ByFunction(weighing, weighing.loss_fn)
-    by_call = ByCall(weighing, weighing.way_out)
+    asked = weighing.asked
+    if asked.loss_fn is not None:
+        _try_function(step, asked.loss_fn, asked.label)
+        return ByFunction(weighing, asked.loss_fn)
+    by_call = ByCall(asked, weighing.reweight)
     trainer = step.module._trainer
     # The parts of a sharded module have no parameters of their own to look at, and a manual step also trains.
-    if weighing.which is not None or trainer is None or is_sharded(trainer) or not step.may_skip:
+    if asked.which is not None or trainer is None or is_sharded(trainer) or not step.may_skip:
         return by_call
-    advice = f", or {weighing.way_out}"
-    with quiet(trainer, step.module, evaluate=False, advice=advice), eager(), torch.enable_grad():
-        capture = WholeLossCapture(step.module, step.samples, way_out=weighing.way_out)
+    with quiet(trainer, step.module, evaluate=False, advice=f", or {asked.way_out}"), eager(), torch.enable_grad():
+        capture = WholeLossCapture(step.module, step.samples, way_out=asked.way_out)
         with capture:
             output = step.run_on_copies()
         if output is None:
             return None  # the next step that has a loss tells
-        trained_loss(output, weighing.ways_out())
+        loss = trained_loss(output, asked.needs_losses())
         try:
-            refuse_rest(capture, capture.only(), output, weighing.label, weighing.way_out)
+            refuse_rest(capture, capture.only(), output, asked)
         except (RuntimeError, ValueError) as error:
-            return ByTerms(weighing, _terms_after(error, step, weighing, capture))
-    by_call.outlines.add(outline_of(trained_loss(output, weighing.ways_out()), capture.nodes))
+            return ByTerms(weighing, _terms_after(error, step, asked, capture))
+    by_call.outlines.add(outline_of(loss, capture.nodes))
     return by_call
 
 
@@ -63,13 +63,14 @@ def choose_again(step: Step, weighing: Weighing, way: ByCall) -> Way:
         return way  # a later step tells
     if not isinstance(found, ByCall):
         rank_zero_warn(
-            f"{weighing.label}: {more}. In the step before only that call was weighted; from this one on the whole loss is."
+            f"{weighing.asked.label}: {more}. In the step before only that call was weighted; from this one on the whole "
+            "loss is."
         )
         return found
     if way.changed is not None and way.changed not in found.outlines:
         rank_zero_warn(
-            f"{weighing.label}: in some steps {more}, and only that call is weighted in these. Ignore it if what they add is "
-            "the same for all samples. Otherwise let each step add it, with a factor of 0 where it does not count."
+            f"{weighing.asked.label}: in some steps {more}, and only that call is weighted in these. Ignore it if what they "
+            "add is the same for all samples. Otherwise let each step add it, with a factor of 0 where it does not count."
         )
         found.outlines.add(way.changed)
     found.outlines |= way.outlines
@@ -88,29 +89,26 @@ def _try_function(step: Step, loss_fn: GivenFunction, label: str) -> None:
         )
 
 
-def _terms_after(error: Exception, step: Step, weighing: Weighing, capture: WholeLossCapture) -> Terms:
+def _terms_after(error: Exception, step: Step, asked: LossRequest, capture: WholeLossCapture) -> Terms:
     """Return the terms of a step that is not one call of a loss, as an error says."""
     if step.samples is None:
         raise RuntimeError(
             "The loss is more than one call of a loss, the batch holds tensors of different lengths, and no sampler of torch "
-            f"tells how many samples are in it. {weighing.ways_out()}"
+            f"tells how many samples are in it. {asked.needs_losses()}"
         ) from None
-    try:
-        return _first_terms(step, step.samples, weighing.ways_out(capture.calls[0].name if capture.calls else ""))
-    except InseparableLossError:
-        if isinstance(error, ValueError):  # which knows more of why there are too few rows
-            raise ValueError(f"{weighing.label} weights the loss of each sample. {error}") from None
-        raise
-
-
-def _first_terms(step: Step, samples: int, ways_out: str) -> Terms:
-    trace = trace_of(step.module, samples)
+    ways_out = asked.needs_losses(capture.calls[0].name if capture.calls else "")
+    trace = trace_of(step.module, step.samples)
     with trace:
         output = step.run_on_copies()
-    terms = terms_of(trace, output, ways_out)
     try:
-        terms.weight_(torch.ones(samples)).remove()
-    except InseparableLossError as error:
-        raise InseparableLossError(error.function, error.location, f"{error.reason} {ways_out}") from None
+        terms = terms_of(trace, output, ways_out)
+        try:
+            terms.weight_(torch.ones(step.samples)).remove()
+        except InseparableLossError as found:
+            raise InseparableLossError(found.function, found.location, f"{found.reason} {ways_out}") from None
+    except InseparableLossError:
+        if isinstance(error, ValueError):  # which knows more of why there are too few rows
+            raise ValueError(f"{asked.label} weights the loss of each sample. {error}") from None
+        raise
     terms.release()
     return terms

@@ -1,10 +1,11 @@
-"""Functions that users give in place of the module's step, ``loss_fn=`` and ``outputs_fn=``, and what they return."""
+"""What a technique asks of the losses of a step, and functions of users that give losses or outputs in the step's place."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -17,19 +18,51 @@ LOSS_FN = "give loss_fn=, which takes the module and a batch, and returns the lo
 OUTPUTS_FN = "give outputs_fn=, which takes the module and a batch, and returns logits and labels"
 _IGNORED = -100  # by cross_entropy
 GivenFunction = Callable[[pl.LightningModule, Any], Any]
+SampleLoss = Literal["share", "own"] | None
 
 
-def losses_of(loss_fn: GivenFunction, pl_module: pl.LightningModule, batch: Any, samples: int) -> Tensor:
-    """Return what ``loss_fn`` gives for a batch.
+@dataclass(frozen=True)
+class LossRequest:
+    """What a technique asks of the losses of a step: which, from where, and how errors name it.
 
-    Raises:
-        ValueError: If that is not one loss for each sample.
+    Args:
+        label: Who asks, for errors.
+        which: Which loss of the step counts, whatever else it computes. By default the one whose mean the step returns.
+        way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
+        loss_fn: Gives the losses of the samples in place of the step.
+        outputs_fn: Gives logits and labels in place of the step.
+        by_classes: Whether only logits and classes matter, so that other terms may be added to the loss that classifies.
+        kind: Returns what the loss of a sample is where it comes from several terms.
     """
-    return checked_losses(loss_fn(pl_module, batch), samples)
+
+    label: str = "The score"
+    which: int | None = None
+    way_out: str = SCORE_FN
+    loss_fn: GivenFunction | None = None
+    outputs_fn: GivenFunction | None = None
+    by_classes: bool = False
+    kind: Callable[[], SampleLoss] = lambda: None
+
+    @property
+    def advice(self) -> str:
+        """The way out, as a sentence."""
+        return f"{self.way_out[0].upper()}{self.way_out[1:]}."
+
+    def needs_losses(self, call: str = "") -> str:
+        """Return what a refusal adds: who needs the losses, and what to do.
+
+        Args:
+            call: A loss that could count alone, if there is one.
+        """
+        advice = f"Set loss=0 if {call} alone shall count, or {self.way_out}." if call else self.advice
+        return f"{self.label} needs the loss of each sample. {advice}"
+
+
+ANY_LOSS = LossRequest()
 
 
 def checked_losses(found: Any, samples: int | None) -> Tensor:
-    """Return what ``loss_fn`` gave.
+    """Return what ``loss_fn`` has returned for a batch.
 
     Raises:
         ValueError: If that is not one loss for each sample.
@@ -65,20 +98,11 @@ def _kind(found: Any) -> str:
     return f"{tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
 
 
-def call_of(
-    outputs_fn: GivenFunction,
-    pl_module: pl.LightningModule,
-    batch: Any,
-    samples: int,
-    keep_graph: bool = False,
-    check: bool = True,
-) -> LossCall:
-    """Return the cross-entropy of what ``outputs_fn`` gives for a batch.
+def call_of(found: Any, samples: int, keep_graph: bool = False, check: bool = True) -> LossCall:
+    """Return the cross-entropy of what ``outputs_fn`` has returned for a batch.
 
     Args:
-        outputs_fn: Gives logits and labels.
-        pl_module: The module.
-        batch: Its batch.
+        found: Logits and labels.
         samples: B.
         keep_graph: Keep the graph of the losses.
         check: Whether the labels are compared with the number of classes on a GPU too, which waits for it.
@@ -86,7 +110,6 @@ def call_of(
     Raises:
         ValueError: If that is not logits (B, C) and labels (B,).
     """
-    found = outputs_fn(pl_module, batch)
     logits, labels = found if isinstance(found, (tuple, list)) and len(found) == 2 else (None, None)
     if (
         not isinstance(logits, Tensor)
@@ -127,7 +150,7 @@ def refuse_other_means(
     name: str,
     exactness: float,
     with_constant: bool = True,
-    way_out: str = "",
+    advice: str = "",
 ) -> None:
     """Raise unless means are the losses of the step, or differ from them by one and the same constant.
 
@@ -137,7 +160,7 @@ def refuse_other_means(
         name: What the means come from.
         exactness: Of the comparison, relative to the largest of them.
         with_constant: Whether a constant is allowed.
-        way_out: What to do about it, as a clause that begins with a verb; by default to correct what gives the means.
+        advice: What to do about it, as a sentence; by default to correct what gives the means.
 
     Raises:
         ValueError: If they do not.
@@ -154,8 +177,7 @@ def refuse_other_means(
         differences = [one - differences[0] for one in differences]
     scale = max((abs(number) for pair in pairs for number in pair if math.isfinite(number)), default=0.0)
     if not all(abs(one) <= exactness * scale for one in differences):  # a mean that is not finite is none
-        advice = f"Let {name} return the losses whose mean training_step returns."
-        advice = f"{way_out[0].upper()}{way_out[1:]}." if way_out else advice
+        advice = advice or f"Let {name} return the losses whose mean training_step returns."
         means, losses = (" and ".join(f"{value:.6g}" for value in each) for each in zip(*pairs, strict=True))
         why = "the loss takes a mean or a scale over the batch that a sample alone does not have, or is another"
         rule = f"Both {'may differ by a constant only' if with_constant else 'must agree'}: {why}."

@@ -10,11 +10,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_grad.core.losses.given_functions import SCORE_FN, GivenFunction, call_of, losses_of, with_graph
+from lightning_grad.core.losses.given_functions import ANY_LOSS, LossRequest, call_of, checked_losses, with_graph
 from lightning_grad.core.losses.sample_losses import (
-    SampleLoss,
     SampleLosses,
-    classifying,
+    only_loss,
     refuse_rest,
     terms_of,
     trace_of,
@@ -23,25 +22,6 @@ from lightning_grad.functional import LossCall, LossCapture, PerSampleGradientNo
 from lightning_grad.functional.gradients import InseparableLossError, WholeLossCapture
 
 Measure = Callable[["Look"], Mapping[str, Tensor]]
-
-
-def only_loss(capture: LossCapture, label: str, which: int | None = None, by_classes: bool = False) -> LossCall:
-    """Return the loss of a step that was run.
-
-    Args:
-        capture: What was seen of it.
-        label: Who asks, for errors.
-        which: Which of several losses counts.
-        by_classes: Whether the only one that classifies counts, where there are others.
-
-    Raises:
-        RuntimeError: If no loss can be read, or it is not clear which of several is meant.
-        ValueError: If the rows of the only one do not divide by the number of samples.
-    """
-    try:
-        return capture.only(classifying(capture) if by_classes and which is None else which)
-    except (RuntimeError, ValueError) as error:
-        raise type(error)(f"{label} must see the loss of each sample. {error}") from None
 
 
 class SkippedBatchError(Exception):
@@ -58,14 +38,8 @@ class Look:
         indices: The samples' indices in the data set.
         total: Length of the data set.
         run: Runs ``training_step`` on it.
+        asked: What is asked of the losses of the step.
         memory: What a measure wants to keep from batch to batch.
-        which: Which loss of the step counts, whatever else it computes. By default the one whose mean the step returns.
-        label: Who looks, for errors.
-        way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
-        kind: Tells what the loss of a sample is where it comes from several terms; asked once.
-        loss_fn: Gives the losses of the samples in place of the step.
-        outputs_fn: Gives logits and labels in place of the step.
-        by_classes: Whether only logits and classes matter, so that other terms may be added to the loss that classifies.
     """
 
     pl_module: pl.LightningModule
@@ -73,14 +47,8 @@ class Look:
     indices: list[int]
     total: int
     run: Callable[[], object]
+    asked: LossRequest = ANY_LOSS
     memory: dict[str, Any] = field(default_factory=dict)
-    which: int | None = None
-    label: str = "The score"
-    way_out: str = SCORE_FN
-    kind: Callable[[], SampleLoss] | None = None
-    loss_fn: GivenFunction | None = None
-    outputs_fn: GivenFunction | None = None
-    by_classes: bool = False
 
     def losses(self, keep_graph: bool = False) -> SampleLosses:
         """Run the step and return the loss of every sample, of whatever the step's loss consists.
@@ -90,11 +58,11 @@ class Look:
             InseparableLossError: If the loss is no sum of one term for each sample.
             ValueError: If ``loss_fn`` does not return one loss for each sample.
         """
-        if self.loss_fn is not None:
+        if self.asked.loss_fn is not None:
             with torch.set_grad_enabled(keep_graph):
-                losses = losses_of(self.loss_fn, self.pl_module, self.batch, len(self.indices))
-            return SampleLosses(with_graph(losses, self.label) if keep_graph else losses)
-        if self.which is None and not self.memory.keys() & {"whole", "terms"}:
+                losses = checked_losses(self.asked.loss_fn(self.pl_module, self.batch), len(self.indices))
+            return SampleLosses(with_graph(losses, self.asked.label) if keep_graph else losses)
+        if self._is_first:
             capture, output = self._first_run()
             try:
                 call = self._whole_call(capture, output)
@@ -118,21 +86,18 @@ class Look:
         with torch.enable_grad():
             with trace:
                 output = self._run()
-            terms = terms_of(trace, output, self._ways_out, self.memory.get("terms"))
+            calls = self.memory.get("calls", [""])
+            terms = terms_of(trace, output, self.asked.needs_losses(*calls[:1]), self.memory.get("terms"))
         if "terms" not in self.memory:
-            self.memory["terms"] = terms
-            self.memory["kind"] = None if self.kind is None else self.kind()
+            self.memory |= {"terms": terms, "kind": self.asked.kind()}
         if not keep_graph:
             terms.release()
         return SampleLosses.of_terms(terms, self.memory["kind"])
 
     @property
-    def _ways_out(self) -> str:
-        names = self.memory.get("calls", [])
-        named = f"Set loss=0 if {names[0]} alone shall count, or {self.way_out}." if names else ""
-        return (
-            f"{self.label} needs the loss of each sample. {named or self.way_out[0].upper() + self.way_out[1:] + '.'}"
-        )
+    def _is_first(self) -> bool:
+        """Whether no batch has shown so far of what the step's loss consists, and it matters."""
+        return self.asked.which is None and not self.memory.keys() & {"whole", "terms"}
 
     def loss(self, keep_graph: bool = False) -> LossCall:
         """Run the step and return the call of its loss.
@@ -142,41 +107,36 @@ class Look:
             RuntimeError: If no loss is seen, or only a part of it.
             ValueError: If ``outputs_fn`` does not return logits and labels.
         """
-        if self.outputs_fn is not None:
+        if self.asked.outputs_fn is not None:
+            check = not self.memory.get("labels_checked")
+            self.memory["labels_checked"] = True
             with torch.set_grad_enabled(keep_graph):
-                check = not self.memory.get("labels_checked")
-                self.memory["labels_checked"] = True
-                return call_of(self.outputs_fn, self.pl_module, self.batch, len(self.indices), keep_graph, check)
-        if self.which is None and "whole" not in self.memory:
-            return self._whole_loss()
-        which = self.which if self.which is not None else self.memory.get("which")
+                found = self.asked.outputs_fn(self.pl_module, self.batch)
+                return call_of(found, len(self.indices), keep_graph, check)
+        which = self.asked.which
+        if which is None and "whole" not in self.memory:
+            return self._whole_call(*self._first_run())
+        which = self.memory.get("which") if which is None else which
         capture = self._captured(keep_graph)
         several = len(capture.calls) + len(capture.unread) > 1
         if which is None and several and not any(call.has_graph for call in capture.calls):
             # Only with a graph the loss can be told from what a step computes for its log.
             found = self._captured(with_graph=True)
-            which = self.memory["which"] = found.calls.index(self._only(found))
-        return self._only(capture, which)
-
-    def _whole_loss(self) -> LossCall:
-        """Return the loss of the first batch that has one, after a look at what else the step's loss consists of."""
-        return self._whole_call(*self._first_run())
+            which = self.memory["which"] = found.calls.index(only_loss(found, self.asked))
+        return only_loss(capture, self.asked, which)
 
     def _first_run(self) -> tuple[WholeLossCapture, object]:
-        capture = WholeLossCapture(self.pl_module, len(self.indices), way_out=self.way_out)
+        capture = WholeLossCapture(self.pl_module, len(self.indices), way_out=self.asked.way_out)
         with torch.enable_grad(), capture:
             return capture, self._run()
 
     def _whole_call(self, capture: WholeLossCapture, output: object) -> LossCall:
-        call = self._only(capture)
-        refuse_rest(capture, call, output, self.label, self.way_out, self.by_classes)
+        call = only_loss(capture, self.asked)
+        refuse_rest(capture, call, output, self.asked)
         self.memory["whole"] = True
         if len(capture.calls) + len(capture.unread) > 1:
             self.memory["which"] = capture.calls.index(call)
         return call
-
-    def _only(self, capture: LossCapture, which: int | None = None) -> LossCall:
-        return only_loss(capture, self.label, which, self.by_classes)
 
     def _run(self) -> object:
         output = self.run()
@@ -186,7 +146,7 @@ class Look:
 
     def _captured(self, with_graph: bool) -> LossCapture:
         with_graph = with_graph or bool(self.memory.get("needs_graph"))
-        capture = LossCapture(len(self.indices), keep_graph=with_graph, way_out=self.way_out)
+        capture = LossCapture(len(self.indices), keep_graph=with_graph, way_out=self.asked.way_out)
         try:
             with torch.set_grad_enabled(with_graph), capture:
                 self._run()
@@ -201,7 +161,7 @@ class Look:
 
     def gradient_norms(self) -> tuple[Tensor, SampleLosses]:
         """Return the norm of every sample's own gradient, and the losses."""
-        if self.which is None and self.loss_fn is None and not self.memory.keys() & {"whole", "terms"}:
+        if self._is_first and self.asked.loss_fn is None:
             self.losses()
         if "norms" not in self.memory:
             self.memory["norms"] = PerSampleGradientNorms(self.pl_module)
@@ -215,7 +175,8 @@ class Look:
             with torch.enable_grad():
                 return self.memory["norms"](losses), found[0]
         except (RuntimeError, ValueError) as error:  # of the step, perhaps, so its words stay as they are
-            error.add_note(f"{self.label} measured the gradient of each sample. Use another score, or {self.way_out}.")
+            label, way_out = self.asked.label, self.asked.way_out
+            error.add_note(f"{label} measured the gradient of each sample. Use another score, or {way_out}.")
             raise
 
     def features(self) -> tuple[Tensor, LossCall, nn.Linear]:
@@ -240,6 +201,6 @@ class Look:
             if isinstance(output, Tensor) and output.data_ptr() == call.input.data_ptr():
                 return taken_in.detach(), call, layer
         raise ValueError(
-            f"{self.label} needs the features of the last layer for this score, and the logits of "
-            f"{type(self.pl_module).__name__} are not the output of an nn.Linear. Use another score, or {self.way_out}."
+            f"{self.asked.label} needs the features of the last layer for this score, and the logits of "
+            f"{type(self.pl_module).__name__} are not the output of an nn.Linear. Use another score, or {self.asked.way_out}."
         )

@@ -11,7 +11,7 @@ traced, and the graph of what it returns tells what each sample contributes
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,9 +21,8 @@ import torch
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.losses.batch_sizes import batch_size_of
 from lightning_grad.core.losses.first_step import choose_again, choose_way
-from lightning_grad.core.losses.given_functions import SCORE_FN, GivenFunction, call_of
-from lightning_grad.core.losses.look import only_loss
-from lightning_grad.core.losses.sample_losses import SampleLoss, classifying, trained_loss
+from lightning_grad.core.losses.given_functions import ANY_LOSS, LossRequest, call_of
+from lightning_grad.core.losses.sample_losses import classifying, only_loss, trained_loss
 from lightning_grad.core.losses.weighted_steps import ByCall, Step, Way, Weigh, Weighing
 from lightning_grad.core.quiet import aside, is_quiet
 from lightning_grad.functional import LossCall, LossCapture
@@ -31,39 +30,26 @@ from lightning_grad.functional import LossCall, LossCapture
 _TAPS: WeakKeyDictionary[Any, _LossTap] = WeakKeyDictionary()
 
 
-def _nothing() -> None:
-    return None
-
-
 def read_losses(
     pl_module: pl.LightningModule,
     reader: Callable[[LossCall], None],
-    which: int | None = None,
-    samples: Callable[[], int] | None = None,
-    way_out: str = SCORE_FN,
-    needed_by: str = "A reader of losses",
-    outputs_fn: GivenFunction | None = None,
-    by_classes: bool = False,
+    asked: LossRequest = ANY_LOSS,
+    samples: Callable[[Any], int | None] | None = None,
 ) -> Any:
     """Call ``reader`` with the loss of every training step, after it.
 
     Args:
         pl_module: The module.
         reader: Gets the call of the loss.
-        which: Which loss of the step, if it has several.
-        samples: Tells the number of samples of the batch. Default: the length of its tensors.
-        way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
-        needed_by: Who asks, for errors.
-        outputs_fn: Gives logits and labels of a batch in place of the step, once more after each.
-        by_classes: Whether only logits and classes matter, so that the only call that classifies counts, where there are
-            others.
+        asked: What is asked of the losses of the step. ``outputs_fn`` is called once more after each.
+        samples: Returns the number of samples of a batch, ``None`` if it is not known. Default: the length of its tensors.
 
     Returns:
         Callable: Takes the reader away.
     """
     tap = _tap_of(pl_module)
     tap.samples = samples or tap.samples
-    entry = _Reader(reader, which, way_out, needed_by, outputs_fn, by_classes)
+    entry = _Reader(reader, replace(asked, by_classes=False), asked.by_classes)
     tap.readers.append(entry)
     return lambda: tap.remove(entry)
 
@@ -71,31 +57,20 @@ def read_losses(
 def reweight_losses(
     pl_module: pl.LightningModule,
     reweight: Weigh,
-    needed_by: str,
-    which: int | None = None,
-    samples: Callable[[], int] | None = None,
-    way_out: str = SCORE_FN,
+    asked: LossRequest,
+    samples: Callable[[Any], int | None] | None = None,
     acts: bool = True,
     needs: Callable[[], bool] = lambda: True,
-    kind: Callable[[], SampleLoss] = lambda: None,
-    loss_fn: GivenFunction | None = None,
-    told: Callable[[], int | None] = _nothing,
 ) -> Any:
     """Weight the samples of every training step in its backward pass.
 
     Args:
         pl_module: The module.
         reweight: Gets the losses, and returns a weight for each sample, or ``None`` to leave them alone.
-        needed_by: Who asks, for errors.
-        which: Which loss of the step alone is weighted. By default the whole.
-        samples: Tells the number of samples of the batch. Default: the length of its tensors.
-        way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
+        asked: What is asked of the losses of the step. ``loss_fn`` costs a second forward and backward pass.
+        samples: Returns the number of samples of a batch, ``None`` if it is not known. Default: the length of its tensors.
         acts: Whether it will ever need a loss. The first step then shows whether the loss can be seen.
         needs: Tells whether it needs the losses of the present step; one that does not runs as if there were no tap.
-        kind: Tells what the loss of a sample is where it comes from several terms.
-        loss_fn: Gives the losses of the samples in place of the step: a second forward and backward pass.
-        told: Tells how many samples the batch was drawn with, for one whose tensors don't agree on it; ``None`` if it is not
-            known.
 
     Returns:
         Callable: Takes the weighting away.
@@ -106,10 +81,10 @@ def reweight_losses(
     tap = _tap_of(pl_module)
     if tap.weighing is not None:
         raise ValueError(
-            f"{tap.weighing.label} and {needed_by} would both weight the samples of a batch. Keep one of them in the list "
-            "of callbacks."
+            f"{tap.weighing.asked.label} and {asked.label} would both weight the samples of a batch. Keep one of them in the "
+            "list of callbacks."
         )
-    tap.weighing = Weighing(reweight, needed_by, which, way_out, acts, needs, kind, loss_fn, told)
+    tap.weighing = Weighing(reweight, asked, acts, needs)
     tap.samples = samples or tap.samples
     return lambda: tap.remove(None)
 
@@ -125,33 +100,26 @@ class _Reader:
     """One that reads the losses of the steps; see :func:`read_losses`."""
 
     read: Callable[[LossCall], None]
-    which: int | None
-    way_out: str
-    needed_by: str
-    outputs_fn: GivenFunction | None
+    asked: LossRequest
     by_classes: bool
     has_checked: bool = False  # the labels of outputs_fn
     # Which call classifies, by all calls of a step: looked at once, as it may wait for the device.
     known: dict[tuple[tuple[str, bool, bool], ...], int | None] = field(default_factory=dict)
 
-    def call_in(self, capture: LossCapture) -> LossCall:
-        which, capture.way_out = self.which, self.way_out
+    def call_of(self, capture: LossCapture, step: Step) -> LossCall:
+        """Return what it is given of a step that has run."""
+        if self.asked.outputs_fn is not None:
+            assert step.samples is not None
+            check, self.has_checked = not self.has_checked, True
+            with aside(step.module), torch.no_grad():
+                return call_of(self.asked.outputs_fn(step.module, step.batch), step.samples, check=check)
+        which, capture.way_out = self.asked.which, self.asked.way_out
         if which is None and self.by_classes:
             calls = tuple((call.name, call.has_graph, call.has_class_indices) for call in capture.calls)
             if calls not in self.known:
                 self.known[calls] = classifying(capture)
             which = self.known[calls]
-        return only_loss(capture, self.needed_by, which)
-
-    def call_of(self, step: Step, samples: int) -> LossCall:
-        assert self.outputs_fn is not None
-        check, self.has_checked = not self.has_checked, True
-        with aside(step.module), torch.no_grad():
-            return call_of(self.outputs_fn, step.module, step.batch, samples, check=check)
-
-    @property
-    def ways_out(self) -> str:
-        return f"{self.needed_by} must see the loss of each sample. {self.way_out[0].upper()}{self.way_out[1:]}."
+        return only_loss(capture, self.asked, which)
 
 
 class _LossTap:
@@ -160,7 +128,7 @@ class _LossTap:
     def __init__(self, pl_module: pl.LightningModule) -> None:
         self.readers: list[_Reader] = []
         self.weighing: Weighing | None = None
-        self.samples: Callable[[], int] | None = None
+        self.samples: Callable[[Any], int | None] = batch_size_of
         self._way: Way | None = None  # in which samples are weighted, once a step has shown it
         self._has_loss = False  # as some step has shown
         may_skip = pl_module.automatic_optimization
@@ -168,14 +136,12 @@ class _LossTap:
         def around(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if is_quiet(pl_module):
                 return inner(*args, **kwargs)
-            batch = next(iter((*args, *kwargs.values())))
-            told = _nothing if self.weighing is None else self.weighing.told
-            samples = batch_size_of(batch, told) if self.samples is None else self.samples()
+            samples = self.samples(next(iter((*args, *kwargs.values()))))
             return self._run(Step(pl_module, inner, args, kwargs, samples, bool(self.readers), may_skip))
 
         self._undo = wrap_method(pl_module, "training_step", around, order=WrapOrder.LOSSES)
 
-    def remove(self, entry: Any) -> None:
+    def remove(self, entry: _Reader | None) -> None:
         if entry is None:
             self.weighing, self._way = None, None
         else:
@@ -197,20 +163,15 @@ class _LossTap:
             return step.run()
         if needs and weighing is not None and isinstance(self._way, ByCall) and self._way.changed:
             self._way = choose_again(step, weighing, self._way)
-        way_out = SCORE_FN if weighing is None else weighing.way_out
-        way = (self._way or ByCall(weighing, way_out)) if needs else ByCall(None, way_out)
+        asked = self.readers[0].asked if weighing is None else weighing.asked
+        way: Way = ByCall(asked)
+        if needs and weighing is not None:
+            way = self._way or ByCall(asked, weighing.reweight)
         output, seen = way.run(step)
         if seen is not None:
             if self.readers and not self._has_loss and step.may_skip and torch.is_grad_enabled():
-                trained_loss(output, self.readers[0].ways_out)
+                trained_loss(output, self.readers[0].asked.needs_losses())
             self._has_loss = True
-            self._read(seen, step)
+            for reader in self.readers:
+                reader.read(reader.call_of(seen, step))
         return output
-
-    def _read(self, capture: LossCapture, step: Step) -> None:
-        for reader in self.readers:
-            if reader.outputs_fn is None:
-                reader.read(reader.call_in(capture))
-                continue
-            assert self.samples is not None
-            reader.read(reader.call_of(step, self.samples()))

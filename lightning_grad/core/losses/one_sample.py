@@ -36,9 +36,7 @@ def cost_of_single_samples(
         tuple: The factor and the size of the batches that it relates to; ``None`` if the step fails on one sample, or if
         the mean over single samples is not the loss of their batch.
     """
-    population, trainer = training_set.sampler.population, rehearsal.trainer
-    mine = population[trainer.global_rank :: trainer.world_size]
-    batch = mine[: training_set.sampler.batch_size].tolist()
+    batch = rehearsal.mine(training_set)[: training_set.sampler.batch_size].tolist()
     try:
         rehearsal.check_alone(training_set, dataset, most=_TRIED)
         of_batch, of_one = (
@@ -53,7 +51,7 @@ def _seconds(
     rehearsal: Rehearsal, training_set: TrainingSet, dataset: Any, indices: list[int], with_gradient: bool
 ) -> float:
     with rehearsal.loaded(training_set, dataset, indices, torch.arange(len(indices)), 0) as batch:
-        run = runner(rehearsal.trainer, rehearsal.pl_module, to_device(rehearsal.trainer, batch), 0)
+        run = runner(rehearsal.trainer, rehearsal.pl_module, to_device(rehearsal.trainer, batch))
         parameters = [p for p in rehearsal.pl_module.parameters() if p.requires_grad]
 
         def once() -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_grad.core.losses.given_functions import LossRequest
 from lightning_grad.functional import LossCall
 from lightning_grad.functional.gradients import Terms
 from lightning_grad.functional.plain_tensors import plain_tensor
@@ -213,9 +214,8 @@ class RowComparison:
     """Compares what runs of the same samples in several orders show, and raises where rows do not follow their samples.
 
     Args:
-        label: Who asks, for errors.
-        way_out: What to do about it, as a clause that begins with a verb.
-        is_coarse: Whether the step computes in half precision.
+        asked: What is asked of the step, for errors.
+        exactness: How much of what the network computes may be rounding, relative to it.
         function: The argument that takes the place of the step; empty if none does.
         maker: What makes a batch of the samples.
 
@@ -223,9 +223,8 @@ class RowComparison:
         targets: What the loss got as target, in order, if nothing random is in it.
     """
 
-    label: str
-    way_out: str
-    is_coarse: bool
+    asked: LossRequest
+    exactness: float
     function: str = ""
     maker: str = "collate_fn"
     targets: Tensor | None = field(default=None, init=False)
@@ -273,9 +272,7 @@ class RowComparison:
             return False
         own, others = first.values[name], other.values[name]
         # The network does not compute the targets.
-        exactness = (
-            (_EXACT, 0.0) if name == "target" else (5e-2 if self.is_coarse else 1e-3, first.floors.get(name, 0.0))
-        )
+        exactness = (_EXACT, 0.0) if name == "target" else (self.exactness, first.floors.get(name, 0.0))
         return follows(own, others, order, *exactness) if in_order else same_rows(own, others, *exactness)
 
     def refuse_moved(self, rows: Tensor | None, others: Tensor | None, name: str) -> None:
@@ -289,9 +286,9 @@ class RowComparison:
         taken = "the rows of a loss for the samples of the batch, in their order"
         taken = taken if in_order else "rows of a loss that stand together for one sample"
         raise RuntimeError(
-            f"{self.label} takes {taken}, and training_step arranges them otherwise: {when}, the {_NAMES.get(name, name)} did "
-            f"not follow. The step may sort, shuffle, join views by torch.cat, or leave out or repeat rows. {_PUT_BACK}. Or "
-            f"{self.way_out}."
+            f"{self.asked.label} takes {taken}, and training_step arranges them otherwise: {when}, the "
+            f"{_NAMES.get(name, name)} did not follow. The step may sort, shuffle, join views by torch.cat, or leave out or "
+            f"repeat rows. {_PUT_BACK}. Or {self.asked.way_out}."
         )
 
     def _judge(self, tensors: Sequence[bool | None], values: Mapping[str, bool | None], in_order: bool) -> None:
@@ -300,17 +297,17 @@ class RowComparison:
         moved = False in tensors and True not in tensors
         if moved and (wrong or True not in values.values()):
             raise RuntimeError(
-                f"{self.label} takes row b of a batch for the b-th sample that was drawn, and {self.maker} does not keep "
-                f"that order: with the same samples in another order, the rows of its batch did not follow. Let {self.maker} "
-                f"{_KEEP}."
+                f"{self.asked.label} takes row b of a batch for the b-th sample that was drawn, and {self.maker} does not "
+                f"keep that order: with the same samples in another order, the rows of its batch did not follow. Let "
+                f"{self.maker} {_KEEP}."
             )
         if wrong and self.function:
             what = {"score_fn": "score", "loss_fn": "loss", "outputs_fn": "row"}[self.function]
             several = {"score": "scores", "loss": "losses", "row": "rows"}[what]
             raise RuntimeError(
-                f"{self.label} takes {what} b for the b-th sample that was drawn, and when the same samples came in another "
-                f"order, the {several} of {self.function} did not follow. Return one {what} for each sample, in the order "
-                "of the batch."
+                f"{self.asked.label} takes {what} b for the b-th sample that was drawn, and when the same samples came in "
+                f"another order, the {several} of {self.function} did not follow. Return one {what} for each sample, in the "
+                "order of the batch."
             )
         if wrong:
             self._refuse_step(wrong[0], "when the same samples came in another order", in_order)
@@ -318,8 +315,8 @@ class RowComparison:
     def _warn_of_noise(self, tensors_follow: bool) -> None:
         rest = "relies on the tensors of the batch, which do" if tensors_follow else "takes it for granted"
         rank_zero_warn(
-            f"{self.label} cannot see whether the rows of the loss follow the samples, because training_step draws random "
-            f"numbers in eval mode too; it {rest}. Draw them in training mode only, to have it checked."
+            f"{self.asked.label} cannot see whether the rows of the loss follow the samples, because training_step draws "
+            f"random numbers in eval mode too; it {rest}. Draw them in training mode only, to have it checked."
         )
 
 

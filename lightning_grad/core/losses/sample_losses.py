@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import NoReturn
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_grad.core.losses.given_functions import LossRequest, SampleLoss
 from lightning_grad.core.losses.row_order import are_all_positions
 from lightning_grad.functional import LossCall, LossCapture
 from lightning_grad.functional.gradients import InseparableLossError, LossTrace, SampleSums, Terms, WholeLossCapture
@@ -18,9 +18,7 @@ from lightning_grad.functional.gradients.loss_functions import OF_CLASS_INDICES
 from lightning_grad.functional.plain_tensors import plain_tensor
 
 
-def refuse_rest(
-    capture: WholeLossCapture, call: LossCall, output: object, label: str, way_out: str, by_classes: bool = False
-) -> None:
+def refuse_rest(capture: WholeLossCapture, call: LossCall, output: object, asked: LossRequest) -> None:
     """Raise if what a step returns is more than the mean of one loss.
 
     A factor that is the same for all samples does not count, nor do terms that do not depend on samples.
@@ -29,29 +27,46 @@ def refuse_rest(
         capture: What was seen of the step.
         call: Its loss.
         output: What it returned.
-        label: Who asks, for errors.
-        way_out: What to do about it, as a clause that begins with a verb.
-        by_classes: Whether only the logits and classes of the call matter. Then other terms may be added to it.
+        asked: What is asked of it.
 
     Raises:
         RuntimeError: If it is.
     """
     loss = loss_of_output(output)
     if loss is None or loss.numel() != 1:
-        refuse_loss(loss, f"{label} needs the loss of each sample. {way_out[0].upper()}{way_out[1:]}.")
-    rest = capture.missing_in(loss, call) if by_classes and call.has_class_indices else capture.rest_of(loss, call)
+        refuse_loss(loss, asked.needs_losses())
+    by_classes = asked.by_classes and call.has_class_indices
+    rest = capture.missing_in(loss, call) if by_classes else capture.rest_of(loss, call)
     if rest is None:
         return
     index = capture.calls.index(call)
-    if by_classes and call.has_class_indices:
+    if by_classes:
         raise RuntimeError(
-            f"{label} takes logits and classes from {call.name}, and training_step does not train on all of them: {rest}. "
-            f"Set loss={index} to use them all the same, or {way_out}."
+            f"{asked.label} takes logits and classes from {call.name}, and training_step does not train on all of them: "
+            f"{rest}. Set loss={index} to use them all the same, or {asked.way_out}."
         )
     raise RuntimeError(
-        f"{label} sees {call.name}, which is not all that training_step returns: {rest}. It would take a part "
-        f"of the loss for the whole. Set loss={index} if {call.name} alone shall count, or {way_out}."
+        f"{asked.label} sees {call.name}, which is not all that training_step returns: {rest}. It would take a part "
+        f"of the loss for the whole. Set loss={index} if {call.name} alone shall count, or {asked.way_out}."
     )
+
+
+def only_loss(capture: LossCapture, asked: LossRequest, which: int | None = None) -> LossCall:
+    """Return the loss of a step that was run.
+
+    Args:
+        capture: What was seen of it.
+        asked: What is asked of it.
+        which: Which of several losses counts; by default the only one, or the only one that classifies.
+
+    Raises:
+        RuntimeError: If no loss can be read, or it is not clear which of several is meant.
+        ValueError: If the rows of the only one do not divide by the number of samples.
+    """
+    try:
+        return capture.only(classifying(capture) if asked.by_classes and which is None else which)
+    except (RuntimeError, ValueError) as error:
+        raise type(error)(f"{asked.label} must see the loss of each sample. {error}") from None
 
 
 def classifying(capture: LossCapture) -> int | None:
@@ -98,8 +113,6 @@ def loss_of_output(output: object) -> Tensor | None:
 
 
 _NO_TENSORS = frozenset([type(None), bool, int, float, str, dict, OrderedDict, set, list, tuple])
-
-SampleLoss = Literal["share", "own"] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,10 +188,3 @@ def terms_of(trace: LossTrace, output: object, ways_out: str, like: Terms | None
         return trace.terms(loss, like, check)
     except InseparableLossError as error:
         raise InseparableLossError(error.function, error.location, f"{error.reason} {ways_out}") from None
-
-
-def sum_of_flags(trainer: pl.Trainer, flags: list[bool]) -> list[int]:
-    """Return on how many ranks each flag is set."""
-    own = torch.tensor([float(flag) for flag in flags], device=trainer.strategy.root_device)
-    total = own if trainer.world_size == 1 else torch.as_tensor(trainer.strategy.reduce(own, reduce_op="sum"))
-    return [int(count) for count in total.tolist()]

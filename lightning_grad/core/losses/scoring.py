@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -18,18 +17,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_grad.core.losses.given_functions import SCORE_FN, GivenFunction
+from lightning_grad.core.losses.given_functions import ANY_LOSS, LossRequest
 from lightning_grad.core.losses.look import Look, Measure, SkippedBatchError
-from lightning_grad.core.losses.sample_losses import SampleLoss
 from lightning_grad.core.quiet import quiet
+from lightning_grad.core.ranks import first_of_ranks, mean_over_ranks
 from lightning_grad.core.samples.training_set import TrainingSet
 from lightning_grad.data.borrowed_workers import BorrowedWorkers
 from lightning_grad.data.random_streams import generators_kept, numbers_kept, seed_streams
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import is_sharded
 from lightning_grad.utilities.reporting import listed
-
-T = TypeVar("T")
 
 
 def look_at_all(
@@ -38,17 +35,11 @@ def look_at_all(
     training_set: TrainingSet,
     measure: Measure,
     title: str,
+    asked: LossRequest = ANY_LOSS,
     dataset: Dataset[Any] | None = None,
-    which: int | None = None,
     seed: int = 0,
     rehearsal: bool = False,
-    label: str = "The score",
-    way_out: str = SCORE_FN,
-    kind: Callable[[], SampleLoss] | None = None,
-    loss_fn: GivenFunction | None = None,
-    outputs_fn: GivenFunction | None = None,
     one_by_one: bool = False,
-    by_classes: bool = False,
 ) -> dict[str, Tensor]:
     """Measure every sample that training may see, each once, in eval mode.
 
@@ -61,17 +52,11 @@ def look_at_all(
         training_set: The training set.
         measure: Returns some values (B, ...) of the batch by name, nan where a sample has none.
         title: What is shown next to the progress bar.
+        asked: What is asked of the losses of the step.
         dataset: Read the samples here instead, at the same indices.
-        which: Which loss of the step, if it has several.
         seed: Seed of the random streams during the pass, so that two of them see the same.
         rehearsal: Look at one batch only, to raise what the pass would raise; what is returned means nothing.
-        label: Who looks, for errors.
-        way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
-        kind: Tells what the loss of a sample is where it comes from several terms; asked once.
-        loss_fn: Gives the losses of the samples in place of the step.
-        outputs_fn: Gives logits and labels in place of the step.
         one_by_one: Look at batches of one sample.
-        by_classes: Whether only logits and classes matter, so that other terms may be added to the loss that classifies.
 
     Raises:
         ValueError: If the other data set has another length, or there are fewer samples than ranks, or no batch has a value.
@@ -80,39 +65,20 @@ def look_at_all(
         dict: For each name the values of the whole data set, (n, ...), float64, on the CPU; nan where not looked at or not
         finite.
     """
-    _refuse_data(trainer, training_set, dataset, label)
+    _refuse_data(trainer, training_set, dataset, asked.label)
     chunks, batches = _share_of_rank(trainer, training_set, rehearsal, one_by_one)
     loader = scoring_loader(training_set, dataset, batches, seed, in_main_process=rehearsal)
-    found = _Found(training_set.sampler.total, trainer.strategy.root_device, label, way_out)
-    memory: dict[str, Any] = {}
-    collate = training_set.loader.collate_fn
-    looking = quiet(trainer, pl_module, advice=f", or {way_out}", label=label)
+    total, memory, collate = training_set.sampler.total, dict[str, Any](), training_set.loader.collate_fn
+    found = _Found(total, trainer.strategy.root_device, asked)
+    looking = quiet(trainer, pl_module, advice=f", or {asked.way_out}", label=asked.label)
     with looking, generators_kept([loader.dataset, collate]), numbers_kept(collate):
         seed_streams(seed)
         for number, batch in enumerate(loader if rehearsal else _with_progress(loader, title, trainer)):
             if batch is None:
                 continue
             batch = to_device(trainer, batch)
-            run = (
-                runner(trainer, pl_module, batch, number)
-                if training_set.is_whole_batch
-                else partial(refuse_part, label, way_out)
-            )
-            look = Look(
-                pl_module,
-                batch,
-                batches[number],
-                training_set.sampler.total,
-                run,
-                memory,
-                which,
-                label,
-                way_out,
-                kind,
-                loss_fn,
-                outputs_fn,
-                by_classes,
-            )
+            run = runner(trainer, pl_module, batch, number, None if training_set.is_whole_batch else asked)
+            look = Look(pl_module, batch, batches[number], total, run, asked, memory)
             with torch.no_grad():
                 if number >= len(chunks):
                     run()
@@ -122,8 +88,8 @@ def look_at_all(
     may_have_some = bool(values) or len(batches) < len(chunks)
     if not trainer.strategy.reduce_boolean_decision(may_have_some, all=False):  # a single rank's share may have none
         raise ValueError(
-            f"{label} found nothing to look at: each batch was None, or training_step returned None for it. Let collate_fn "
-            "and training_step return something for some batches in eval mode."
+            f"{asked.label} found nothing to look at: each batch was None, or training_step returned None for it. Let "
+            "collate_fn and training_step return something for some batches in eval mode."
         )
     return values
 
@@ -154,30 +120,26 @@ def _share_of_rank(
 class _Found:
     """Values by sample, as they come."""
 
-    def __init__(self, total: int, device: torch.device, label: str, way_out: str) -> None:
-        self._total = total
-        self._device = device
-        self._label, self._way_out = label, way_out
+    def __init__(self, total: int, device: torch.device, asked: LossRequest) -> None:
+        self._total, self._device, self._asked = total, device, asked
         self.values: dict[str, Tensor] = {}
 
     def measure(self, look: Look, measure: Measure) -> bool:
         """Keep what is measured of a batch; return whether it has any values."""
         try:
-            self.put(look.indices, measure(look))
+            values = measure(look)
         except SkippedBatchError:
             return False
-        return True
-
-    def put(self, indices: list[int], values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            if len(value) != len(indices):
+            if len(value) != len(look.indices):
                 raise ValueError(
-                    f"{self._label}: {name} must have a row for each of {len(indices)} samples; got {tuple(value.shape)}. Let "
-                    f"collate_fn keep one row a sample, or {self._way_out}."
+                    f"{self._asked.label}: {name} must have a row for each of {len(look.indices)} samples; got "
+                    f"{tuple(value.shape)}. Let collate_fn keep one row a sample, or {self._asked.way_out}."
                 )
             own = self._table(name, value.shape[1:])
             value = value.detach().to(own)
-            own[torch.tensor(indices, device=own.device)] = value.masked_fill(~value.isfinite(), float("nan"))
+            own[torch.tensor(look.indices, device=own.device)] = value.masked_fill(~value.isfinite(), float("nan"))
+        return True
 
     def _table(self, name: str, shape: Sequence[int]) -> Tensor:
         """Return where the values of a name are kept, nan at first; ``shape`` is that of one sample's."""
@@ -189,27 +151,9 @@ class _Found:
 
     def over_ranks(self, trainer: pl.Trainer) -> dict[str, Tensor]:
         shapes = first_of_ranks(trainer, {name: tuple(value.shape[1:]) for name, value in self.values.items()})
-        return {name: merge_ranks(trainer, self._table(name, shape)).double().cpu() for name, shape in shapes.items()}
-
-
-def first_of_ranks(trainer: pl.Trainer, own: dict[str, T]) -> dict[str, T]:
-    """Return what the first rank has that has anything, the same on all; a rank may have found nothing in its share."""
-    for rank in range(trainer.world_size if trainer.world_size > 1 else 0):
-        found: dict[str, T] = trainer.strategy.broadcast(own, src=rank)
-        if found:
-            return found
-    return own
-
-
-def merge_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
-    """Return values (n, ...) of which each rank has some, nan elsewhere; the mean where several ranks have one."""
-    if trainer.world_size == 1:
-        return values
-    known = ~values.isnan()
-    total = trainer.strategy.reduce(values.nan_to_num(nan=0.0, posinf=_INFINITE, neginf=-_INFINITE), reduce_op="sum")
-    count = trainer.strategy.reduce(known.to(values), reduce_op="sum")
-    mean = torch.as_tensor(total) / torch.as_tensor(count)
-    return torch.where(mean.abs() > _INFINITE / 1e3, mean.sign() * float("inf"), mean)
+        return {
+            name: mean_over_ranks(trainer, self._table(name, shape)).double().cpu() for name, shape in shapes.items()
+        }
 
 
 def say_what_is_skipped(label: str, population: Tensor, has_value: Tensor) -> None:
@@ -231,7 +175,6 @@ def say_what_is_skipped(label: str, population: Tensor, has_value: Tensor) -> No
 
 _TRIES = 8  # batches, until one has a value
 _SHOWN = 8  # indices
-_INFINITE = 1e30  # stands for an infinity in a sum over ranks
 
 
 def scoring_loader(
@@ -297,32 +240,32 @@ def to_device(trainer: pl.Trainer, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def refuse_part(label: str, way_out: str) -> object:
-    """Raise where ``training_step`` would be run on a batch of one of several loaders.
+def runner(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, number: int = 0, partly: LossRequest | None = None
+) -> Callable[[], object]:
+    """Return what runs ``training_step`` on a copy of a batch, as often as it is called.
 
-    Raises:
-        ValueError: Always.
+    Args:
+        trainer: The trainer.
+        pl_module: Its module.
+        batch: The batch.
+        number: Its number.
+        partly: Given where the batch is that of one of several loaders, on which the step cannot be run: who asks.
     """
-    raise ValueError(
-        f"{label} cannot run training_step on the samples of one loader, because it takes a batch of each of several "
-        f"training loaders. To act on one of them, {way_out}."
-    )
-
-
-def runner(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, number: int) -> Callable[[], object]:
-    """Return what runs ``training_step`` on a copy of a batch, as often as it is called."""
     arguments = list(trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, number).values())
 
-    def shown() -> Any:
-        # A step may write into what it gets. The gradient by an input must reach the batch's own.
-        return copy_of(arguments, leaves_in_graph=True)
-
-    if is_sharded(trainer):
-        return lambda: trainer.strategy.training_step(*shown())
-
     def run() -> object:
+        if partly is not None:
+            raise ValueError(
+                f"{partly.label} cannot run training_step on the samples of one loader, because it takes a batch of each of "
+                f"several training loaders. To act on one of them, {partly.way_out}."
+            )
+        # A step may write into what it gets. The gradient by an input must reach the batch's own.
+        shown = copy_of(arguments, leaves_in_graph=True)
+        if is_sharded(trainer):
+            return trainer.strategy.training_step(*shown)
         context: AbstractContextManager[Any] = trainer.precision_plugin.train_step_context() or nullcontext()
         with context:
-            return pl_module.training_step(*shown())
+            return pl_module.training_step(*shown)
 
     return run

@@ -16,11 +16,16 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.core.losses.given_functions import GivenFunction, checked_losses, refuse_other_means
+from lightning_grad.core.losses.given_functions import (
+    GivenFunction,
+    LossRequest,
+    checked_losses,
+    refuse_other_means,
+)
 from lightning_grad.core.losses.sample_losses import (
-    SampleLoss,
     SampleLosses,
     loss_of_output,
+    only_loss,
     terms_of,
     trace_of,
     with_loss,
@@ -47,7 +52,7 @@ class WeighingCapture(LossCapture):
     def __init__(self, samples: int | None, weigh: Weigh | None, way_out: str) -> None:
         super().__init__(samples, way_out=way_out)
         self._weigh = weigh
-        self._nodes: list[Node] = []  # of what the calls returned
+        self.nodes: list[Node] = []  # of what the calls returned
 
     def _handle(self, func: Any, loss: LossFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._weigh is None:
@@ -74,12 +79,8 @@ class WeighingCapture(LossCapture):
 
     def _noted(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.grad_fn is not None:
-            self._nodes.append(value.grad_fn)
+            self.nodes.append(value.grad_fn)
         return value
-
-    def outline_of(self, loss: Tensor) -> tuple[str, ...]:
-        """See :func:`outline_of`."""
-        return outline_of(loss, self._nodes)
 
 
 def outline_of(loss: Tensor, calls: Sequence[Node]) -> tuple[str, ...]:
@@ -113,23 +114,9 @@ class Weighing:
     """What a technique that weights samples asks for; see :func:`~lightning_grad.core.losses.loss_tap.reweight_losses`."""
 
     reweight: Weigh
-    label: str
-    which: int | None
-    way_out: str
+    asked: LossRequest
     acts: bool
     needs: Callable[[], bool]
-    kind: Callable[[], SampleLoss]
-    loss_fn: GivenFunction | None
-    told: Callable[[], int | None]
-
-    def ways_out(self, call: str = "") -> str:
-        """Return what a refusal adds: who needs the losses, and what to do.
-
-        Args:
-            call: A loss that could count alone, if there is one.
-        """
-        named = f"set loss=0 if {call} alone shall count, or " if call else ""
-        return f"{self.label} weights the loss of each sample, and must see it: {named}{self.way_out}."
 
 
 @dataclass(frozen=True)
@@ -185,16 +172,15 @@ class Way(ABC):
 
 
 class ByCall(Way):
-    """Weights the one call of a loss, or with ``weighing=None`` only watches for it.
+    """Weights the one call of a loss, or only watches for it.
 
     Args:
-        weighing: Who weights.
-        way_out: What to do about a loss that cannot be seen.
+        asked: What is asked of the loss.
+        reweight: Returns the weights; ``None`` to watch.
     """
 
-    def __init__(self, weighing: Weighing | None, way_out: str) -> None:
-        self._weighing = weighing
-        self._way_out = way_out
+    def __init__(self, asked: LossRequest, reweight: Weigh | None = None) -> None:
+        self._asked, self._reweight = asked, reweight
         self._seen = 0
         self.outlines: set[tuple[str, ...]] = set()  # of the steps that were looked at, where any was
         self.changed: tuple[str, ...] | None = None  # the outline of a step that was not
@@ -202,36 +188,26 @@ class ByCall(Way):
     def run(self, step: Step) -> Seen:
         """See :meth:`Way.run`."""
         self._seen = 0
-        weigh = None if self._weighing is None else self._weights
-        with WeighingCapture(step.samples, weigh, self._way_out) as capture:
+        weigh = None if self._reweight is None else self._weights
+        with WeighingCapture(step.samples, weigh, self._asked.way_out) as capture:
             output = step.run()
         if step.is_skipped(output):
             return None, None
-        if self._weighing is not None:
-            self._refuse_unweighted(capture, self._weighing)
-            self._compare(capture, loss_of_output(output))
+        if self._reweight is not None:
+            only_loss(capture, self._asked, self._asked.which)  # an unseen or ambiguous loss is no step without weights
+            loss = loss_of_output(output)
+            if self.outlines and loss is not None and loss.grad_fn is not None:
+                outline = outline_of(loss, capture.nodes)
+                self.changed = self.changed if outline in self.outlines else outline
         return output, capture
 
-    def _compare(self, capture: WeighingCapture, loss: Tensor | None) -> None:
-        if self.outlines and loss is not None and loss.grad_fn is not None:
-            outline = capture.outline_of(loss)
-            self.changed = self.changed if outline in self.outlines else outline
-
     def _weights(self, losses: SampleLosses) -> Tensor | None:
-        assert self._weighing is not None
+        assert self._reweight is not None
         assert losses.call is not None
         self._seen += 1
-        which = self._weighing.which
+        which = self._asked.which
         is_meant = losses.call.has_graph if which is None else self._seen - 1 == which
-        return self._weighing.reweight(losses) if is_meant else None
-
-    @staticmethod
-    def _refuse_unweighted(capture: LossCapture, weighing: Weighing) -> None:
-        # An unseen or ambiguous loss is an error, and not a step without weights.
-        try:
-            capture.only(weighing.which)
-        except (RuntimeError, ValueError) as error:
-            raise type(error)(f"{weighing.label} weights the loss of each sample, and must see it. {error}") from None
+        return self._reweight(losses) if is_meant else None
 
 
 class ByTerms(Way):
@@ -254,8 +230,9 @@ class ByTerms(Way):
             output = step.run()
         if step.is_skipped(output):
             return None, None
-        terms = terms_of(trace, output, self._weighing.ways_out(), self._like, check=False)
-        weights = self._weighing.reweight(SampleLosses.of_terms(terms, self._weighing.kind()))
+        asked = self._weighing.asked
+        terms = terms_of(trace, output, asked.needs_losses(), self._like, check=False)
+        weights = self._weighing.reweight(SampleLosses.of_terms(terms, asked.kind()))
         if weights is not None:
             terms.weight_(weights)
         terms.release()
@@ -273,8 +250,7 @@ class ByFunction(Way):
     """
 
     def __init__(self, weighing: Weighing, loss_fn: GivenFunction) -> None:
-        self._weighing = weighing
-        self._loss_fn = loss_fn
+        self._weighing, self._loss_fn = weighing, loss_fn
         self._pairs: list[tuple[float, float]] = []  # of the mean of loss_fn and the step's loss, in the first batches
 
     def run(self, step: Step) -> Seen:
@@ -290,7 +266,7 @@ class ByFunction(Way):
         losses, loss = checked_losses(found, step.samples), loss_of_output(output)
         if loss is None or loss.numel() != 1:
             raise ValueError(
-                f"training_step must return one number as its loss, or None; {self._weighing.label} found none."
+                f"training_step must return one number as its loss, or None; {self._weighing.asked.label} found none."
             )
         self._compare(losses, loss)
         rest = (loss.detach() - losses.detach().mean()).reshape(())
@@ -309,4 +285,4 @@ class ByFunction(Way):
             return
         self._pairs.append((float(losses.detach().mean()), float(loss.detach())))
         coarse = losses.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(loss.device.type)
-        refuse_other_means(self._pairs, self._weighing.label, "loss_fn", 5e-2 if coarse else 1e-3)
+        refuse_other_means(self._pairs, self._weighing.asked.label, "loss_fn", 5e-2 if coarse else 1e-3)
