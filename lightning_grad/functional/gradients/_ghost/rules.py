@@ -24,7 +24,7 @@ from lightning_grad.functional.gradients._ghost.contributions import (
     first,
     per_channel,
 )
-from lightning_grad.functional.gradients._ghost.convolutions import convolution, transposed_convolution
+from lightning_grad.functional.gradients._ghost.convolutions import convolution
 from lightning_grad.functional.gradients._ghost.layers import BY_NAME, addmm, getitem, linear, matmul
 
 Rule = Callable[..., Binding | None]
@@ -135,10 +135,15 @@ def _by_name(function: Callable[..., Any], rule: Callable[[Any], Binding | None]
     return called
 
 
+def _transposed_convolution(*args: Any, **kwargs: Any) -> Binding | None:
+    names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    return convolution(**{"output_padding": 0, **dict(zip(names, args, strict=False)), **kwargs})
+
+
 RULES: dict[Any, Rule] = {
     **{function: _by_name(function, rule) for function, rule in BY_NAME.items()},
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), convolution),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), transposed_convolution),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _transposed_convolution),
     **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), matmul),
     **dict.fromkeys((Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to), expand),
     F.linear: linear,
