@@ -208,15 +208,6 @@ class Compatibility:
             if found is not None:
                 raise answer.error(label, *found)
 
-    @property
-    def in_words(self) -> str:
-        """What it works with, in one line."""
-        words = {"yes": "yes", "stand-in": "tested with a stand-in only", "no": "raises"}
-        titles = {
-            works: [TITLES[name] for name, answer in self.answers.items() if answer.works == works] for works in words
-        }
-        return " ".join(f"{', '.join(titles[works])}: {said}." for works, said in words.items() if titles[works])
-
 
 TITLES: Mapping[str, str] = {
     name: kind.__metadata__[0] for name, kind in get_type_hints(Compatibility, include_extras=True).items()

@@ -294,12 +294,6 @@ def test_complex_parameters_are_refused_by_what_compares_entries() -> None:
 # What is shown.
 
 
-def test_what_it_works_with_in_one_line() -> None:
-    answers = only("fsdp1").but(fsdp2=Compatibility().fsdp2)
-    assert answers.in_words.startswith("accumulation, bf16, fp16 with GradScaler, ")
-    assert answers.in_words.endswith(" complex parameters: yes. FSDP2: tested with a stand-in only. FSDP1: raises.")
-
-
 def test_a_refusal_is_explained_in_whole_sentences() -> None:
     assert RULE.sparse_gradients.explained("it") == (
         "It needs dense gradients, and it makes sparse ones. Build it with sparse=False, or leave it out: exclude=[...]."
