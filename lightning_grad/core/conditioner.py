@@ -41,14 +41,7 @@ from lightning_grad.utilities.checks import (
     warn_of_missing_momentum,
 )
 from lightning_grad.utilities.optimizers import Shape, optimizer_index, optimizer_shape
-from lightning_grad.utilities.parameters import (
-    all_names,
-    as_names,
-    check_patterns,
-    matches,
-    parameter_names,
-    why_none_left,
-)
+from lightning_grad.utilities.parameters import all_names, as_names, check_patterns, is_chosen, why_none_left
 from lightning_grad.utilities.precision import refuse_scaled_gradients
 from lightning_grad.utilities.reporting import counted, is_log_step, listed, log_summary
 from lightning_grad.utilities.thresholds import Bucket, Threshold, as_threshold, choose_buckets
@@ -199,11 +192,9 @@ class GradientConditioner(GradCallback):
     @override
     @on_plain_tensors
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = parameter_names(pl_module)
-        for parameter, patterns in (("include", self.include), ("exclude", self.exclude)):
-            check_patterns(patterns or [], names, f"{self.label}({parameter}=...)")
+        check_patterns(pl_module, self.label, include=self.include, exclude=self.exclude)
         if isinstance(self._threshold, Mapping):
-            check_patterns(list(self._threshold), names, f"{self.label}({self.threshold_name}=...)")
+            check_patterns(pl_module, self.label, **{str(self.threshold_name): list(self._threshold)})
         restarted: list[str] = []
         for index, optimizer in enumerate(trainer.optimizers):
             refuse_scaled_gradients(trainer, optimizer, self.label)
@@ -231,8 +222,7 @@ class GradientConditioner(GradCallback):
         if self.parameters():
             return
         excluded = self.excluded(pl_module)
-        known = all_names(pl_module).values()
-        if not [n for n in known if (self.include is None or matches(n, self.include)) and not matches(n, excluded)]:
+        if not any(is_chosen(names, self.include, excluded) for names in all_names(pl_module).values()):
             raise ValueError(
                 f"{self.label} has no parameter to act on. {why_none_left(pl_module, self.include, excluded)}"
             )

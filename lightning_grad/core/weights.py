@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -17,14 +18,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_grad.core.callback import Chosen
-from lightning_grad.core.fit import until_next_fit
+from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.views.found_weight import FoundWeight
 from lightning_grad.core.views.module_chains import chains_of, refuse_taken
 from lightning_grad.core.views.network_ends import Ends
 from lightning_grad.core.views.portable import wrap_saving
 from lightning_grad.core.views.shown_weights import ShownWeights
-from lightning_grad.core.views.weight_choice import Selection, W, Wanted, WeightChoice, refuse_pruners
-from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches, parameter_names
+from lightning_grad.core.views.weight_choice import W, WeightChoice, choose_weights, refuse_pruners
+from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches
 from lightning_grad.utilities.reporting import counted
 
 
@@ -59,6 +60,7 @@ class WeightCallback(ShownWeights[W]):
     column: ClassVar[str] = "effect"
 
     signatures = until_next_fit.of(dict[str, list[str | int]])  # of each chosen weight
+    _ends = during_fit[Ends | None](lambda _: None)
     _known_ends = until_next_fit[list[str] | None](lambda _: None)
 
     def __init__(
@@ -80,9 +82,7 @@ class WeightCallback(ShownWeights[W]):
 
     def check_names(self, pl_module: pl.LightningModule) -> None:
         """Raise if a name pattern of the user matches nothing."""
-        names = parameter_names(pl_module)
-        check_patterns(self.include or [], names, f"{self.label}(include=...)")
-        check_patterns(self.exclude or [], names, f"{self.label}(exclude=...)")
+        check_patterns(pl_module, self.label, include=self.include, exclude=self.exclude)
 
     def refuse(self, trainer: pl.Trainer, choice: WeightChoice[W]) -> None:
         """Raise if the chosen weights cannot be shown, before any is."""
@@ -102,22 +102,27 @@ class WeightCallback(ShownWeights[W]):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.check_names(pl_module)
-        self._known_ends = self.restored.get("ends")
-        ends = Ends(trainer, pl_module, self._known_ends)
-        wanted = Wanted(self.include, self.exclude, self.label, self.effect, self.why_excluded, self.view)
-        chains = self._chains = chains_of(trainer, pl_module)
-        self.undo.push(chains.enter(self))
-        selection = Selection(pl_module, chains, self.stage, wanted, ends)
-        choice = selection.choose()
+        ends = self._ends = Ends(trainer, pl_module, self.restored.get("ends"))
+        self._chains = chains_of(trainer, pl_module)
+        self.undo.push(self._chains.enter(self))
+        choice = choose_weights(pl_module, self, ends)
         self.refuse(trainer, choice)
-        self._selection = selection
-        self.undo.push(selection.hide)
-        selection.show(choice)
+        self.undo.push(partial(self._hide, ends))
+        self.weights[:] = choice.chosen
+        for weight in self.weights:
+            self._chains.join(self.stage, weight)
         self.signatures = {weight.name: weight.signature for weight in self.weights}
-        self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, self.views))
+        self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, partial(self.views, pl_module)))
         self.resume()
         self.announce(self.plan, "parameters", self._names)
         rank_zero_info(choice.table(self.column))
+
+    def _hide(self, ends: Ends) -> None:
+        """Take all views and hooks away; the weights stay known."""
+        self._note_ends()
+        ends.stop()
+        for weight in self.weights:
+            weight.chain.hide(self.stage)
 
     @override
     def chosen(self) -> Chosen:
@@ -134,35 +139,43 @@ class WeightCallback(ShownWeights[W]):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._selection is not None and self.include is None:
-            self._selection.ends.watch()
+        if self._ends is not None and self.include is None:
+            self._ends.watch()
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._learn_ends()
+        if self._ends is not None and self._ends.learn():
+            self._choose_again(pl_module, self._ends)
 
-    def _learn_ends(self) -> None:
-        if self._selection is None:
-            return
-        added, dense = self._selection.learn_ends()
-        ends = self._selection.ends
-        self._known_ends = ends.known
-        if added or dense:
-            for weight in added:
-                self.renew(weight)
-            self.signatures = {weight.name: weight.signature for weight in self.weights}
-            self.say(ends.explain([w.name for w in dense], [w.name for w in added], self.effect))
+    def _choose_again(self, pl_module: pl.LightningModule, ends: Ends) -> None:
+        """Take other weights, because the first batch has shown that other layers are the first and the last."""
+        before = {weight.name: weight for weight in self.weights}
+        found = [before.get(weight.name, weight) for weight in choose_weights(pl_module, self, ends).chosen]
+        chosen = [w for w in found if w.name in before or not self._chains.is_taken(w.found, self.stage)]
+        added = [weight for weight in chosen if weight.name not in before]
+        dense = [weight for weight in self.weights if weight not in chosen]
+        if not chosen or not (added or dense):
+            return  # nothing but ends: better the layers of the start than none
+        for weight in dense:
+            self._chains.drop(self.stage, weight)
+        self.weights[:] = chosen
+        for weight in added:
+            self._chains.join(self.stage, weight)
+            self.renew(weight)
+        self.signatures = {weight.name: weight.signature for weight in self.weights}
+        self.say(ends.explain([w.name for w in dense], [w.name for w in added], self.effect))
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        ends = self._known_ends
-        if ends is None and self.include is None and self._selection is not None and self.has_stepped:
-            ends = self._selection.ends.seen()  # an exception in the first batch, after its step
-        return {
-            **super().state_dict(),
-            "chosen": self.signatures,
-            **({} if ends is None else {"ends": ends}),
-        }
+        self._note_ends()
+        ends = {} if self._known_ends is None else {"ends": self._known_ends}
+        return {**super().state_dict(), "chosen": self.signatures, **ends}
+
+    def _note_ends(self) -> None:
+        """Keep what is known of the first and the last layers, also in the first batch, once it has stepped."""
+        ends, has_shown = self._ends, self.include is None and self.has_stepped
+        if ends is not None and (ends.known is not None or has_shown):
+            self._known_ends = ends.seen()

@@ -40,7 +40,7 @@ from lightning_grad.strategies._settings import own_settings
 from lightning_grad.strategies._used_parameters import UsedParameters
 from lightning_grad.utilities.arguments import CheckedArguments
 from lightning_grad.utilities.checks import check_count, owned_ids
-from lightning_grad.utilities.parameters import as_names, check_patterns, parameter_names
+from lightning_grad.utilities.parameters import as_names, check_patterns
 from lightning_grad.utilities.reporting import is_log_step, log_many, log_settings, log_summary, say_if_no_figure
 
 __all__ = ["CompressedDDPStrategy", "Gradient", "Message", "ResidualPolicy"]
@@ -178,7 +178,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             ValueError: With what to do instead.
         """
         refuse_run(trainer, self.label)
-        check_patterns(self.exclude or [], parameter_names(trainer.lightning_module), f"{self.label}(exclude=...)")
+        check_patterns(trainer.lightning_module, self.label, exclude=self.exclude)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:

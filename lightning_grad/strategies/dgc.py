@@ -42,7 +42,7 @@ from lightning_grad.strategies.compressed_ddp import (
     StartMethod,
 )
 from lightning_grad.utilities.checks import check_count, check_finite_above
-from lightning_grad.utilities.parameters import check_patterns, first_match, parameter_names
+from lightning_grad.utilities.parameters import check_patterns, first_match
 
 Correction = Literal["auto", "momentum", "error_feedback"]
 Selector = Literal["auto", "exact", "sampled", "chunk"]
@@ -241,7 +241,7 @@ class DGCStrategy(CompressedDDPStrategy):
     def refuse(self, trainer: pl.Trainer) -> None:
         super().refuse(trainer)
         module = trainer.lightning_module
-        check_patterns(list(self.layer_ratios), parameter_names(module), f"{self.label}(layer_ratios=...)")
+        check_patterns(module, self.label, layer_ratios=list(self.layer_ratios))
         if not self.wants_to_compress:
             return
         clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm

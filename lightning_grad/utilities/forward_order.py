@@ -70,14 +70,27 @@ class ForwardOrder:
         self._called: dict[str, _Calls] = {}
         self._closed: set[str] = set()
         self._count = 0
+        self._handles: list[Any] | None = None
+        self.is_watching = False
 
     def watch(self) -> Callable[[], None]:
-        """Begin to learn.
+        """Begin to learn, once: a second call does nothing.
 
         Returns:
-            Callable: Takes the hooks away.
+            Callable: :meth:`stop`.
         """
-        handles: list[Any] = []
+        if self._handles is None:
+            self._handles, self.is_watching = [], True
+            self._attach(self._handles)
+        return self.stop
+
+    def stop(self) -> None:
+        """Take the hooks away."""
+        while self._handles:
+            self._handles.pop().remove()
+        self.is_watching = False
+
+    def _attach(self, handles: list[Any]) -> None:
         for name, child in self._module.named_modules():
             if not name or next(child.parameters(recurse=False), None) is None:
                 continue
@@ -86,12 +99,6 @@ class ForwardOrder:
             else:
                 seen = self._seen(clean_name(name))
                 handles.append(child.register_forward_pre_hook(seen, with_kwargs=True))
-
-        def stop() -> None:
-            while handles:
-                handles.pop().remove()
-
-        return stop
 
     def _seen(self, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -110,9 +117,7 @@ class ForwardOrder:
 
     def sort(self, names: list[str]) -> list[str]:
         """Return names of parameters in the order of the forward pass."""
-        calls = [self._called.get(name.rpartition(".")[0]) for name in names]
-        first = {name: self._count if c is None else c.first for name, c in zip(names, calls, strict=True)}
-        return sorted(names, key=lambda name: first[name])
+        return sorted(names, key=self._first)
 
     def networks(self, groups: Sequence[Sequence[str]]) -> list[list[str]] | None:
         """Return the parameters that the batch has reached, network by network, each in the order of the forward pass.

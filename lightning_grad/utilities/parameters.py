@@ -50,6 +50,16 @@ def matches(name: str | Iterable[str], patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(level, pattern) for level in levels for pattern in wanted)
 
 
+def is_chosen(name: str | Iterable[str], include: Iterable[str] | None, exclude: Iterable[str] | None = None) -> bool:
+    """Return whether ``include`` selects a parameter, as ``None`` does with all, and ``exclude`` does not.
+
+    Example:
+        >>> is_chosen("head.weight", None, ["head"]), is_chosen("head.weight", ["head"])
+        (False, True)
+    """
+    return (include is None or matches(name, include)) and not matches(name, exclude or ())
+
+
 def is_spelled(name: str | Iterable[str], patterns: Iterable[str]) -> bool:
     """Return whether a pattern selects a parameter by the last part of its name too, and not only the modules above it.
 
@@ -81,23 +91,29 @@ def first_match(names: Iterable[str], patterns: Iterable[str]) -> str | None:
     return next((pattern for pattern in patterns if matches(known, [pattern])), None)
 
 
-def check_patterns(patterns: Sequence[str], names: Sequence[str], parameter: str) -> None:
+def check_patterns(module: nn.Module, label: str, **patterns: Sequence[str] | None) -> None:
     """Raise for a pattern that names nothing, with the nearest names that exist.
 
     Args:
-        patterns: What the user wrote.
-        names: Names of all parameters of the module, tied ones under each name (:func:`parameter_names`).
-        parameter: Name of the argument, for the error.
+        module: The module whose parameters are named, tied ones by each of their names.
+        label: Who asks, for the error.
+        **patterns: What the user wrote, by the name of the argument.
 
     Raises:
         ValueError: If a pattern matches no name.
+
+    Example:
+        >>> check_patterns(nn.ModuleDict({"body": nn.Linear(1, 1)}), "ZClip", include=["bodi"])
+        Traceback (most recent call last):
+        ValueError: ZClip(include=...): no parameter is named 'bodi', and no module. Did you mean 'body' or 'body.bias'?
     """
-    known = [clean_name(name) for name in names]
-    for pattern in patterns:
-        if not any(matches(name, [pattern]) for name in known):
-            raise ValueError(
-                f"{parameter}: no parameter is named {pattern!r}, and no module. {_suggest(pattern, known)}"
-            )
+    known = parameter_names(module)
+    for argument, given in patterns.items():
+        for pattern in given or ():
+            if not any(matches(name, [pattern]) for name in known):
+                raise ValueError(
+                    f"{label}({argument}=...): no parameter is named {pattern!r}, and no module. {_suggest(pattern, known)}"
+                )
 
 
 def _suggest(pattern: str, known: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_grad.utilities.parameters import all_names, first_match, matches
+from lightning_grad.utilities.parameters import all_names, first_match, is_chosen
 
 Threshold = float | Mapping[str, float] | None
 
@@ -109,7 +109,7 @@ def choose_buckets(
     left_out = []
     for number, names, parameter in named_parameters_of(optimizer, module):
         group, name = optimizer.param_groups[number], names[0]
-        if (include is not None and not matches(names, include)) or matches(names, exclude or ()):
+        if not is_chosen(names, include, exclude):
             left_out.append(name)
             continue
         if key is not None and key in group and key not in optimizer.defaults:

@@ -63,12 +63,15 @@ def test_no_pattern_means_nothing() -> None:
     assert not matches("weight", [])
 
 
-NAMES = ["encoder.0.linear1.weight", "encoder.0.linear2.weight", "head._orig_mod.weight"]
+def module_of_names() -> nn.Module:
+    encoder = nn.ModuleDict({name: nn.Linear(1, 1, bias=False) for name in ("linear1", "linear2")})
+    head = nn.ModuleDict({"_orig_mod": nn.Linear(1, 1, bias=False)})  # as a compiled module names its own
+    return nn.ModuleDict({"encoder": nn.ModuleList([encoder]), "head": head})
 
 
 @pytest.mark.parametrize("patterns", [[], ["encoder.*"], ["head"], ["head.weight", "*.linear2"]])
 def test_patterns_that_name_something_pass(patterns: list[str]) -> None:
-    check_patterns(patterns, NAMES, "include")
+    check_patterns(module_of_names(), "ZClip", include=patterns)
 
 
 @pytest.mark.parametrize(
@@ -82,13 +85,15 @@ def test_patterns_that_name_something_pass(patterns: list[str]) -> None:
     ],
 )
 def test_pattern_that_names_nothing_raises_with_near_names(pattern: str, near: str) -> None:
-    with pytest.raises(ValueError, match=f"named .{pattern}., and no module. Did you mean .*{near}"):
-        check_patterns(["encoder.*", pattern], NAMES, "exclude")
+    with pytest.raises(
+        ValueError, match=f"ZClip.exclude=....: no parameter is named .{pattern}., and no module. Did you mean .*{near}"
+    ):
+        check_patterns(module_of_names(), "ZClip", include=None, exclude=["encoder.*", pattern])
 
 
 def test_pattern_near_to_nothing_is_shown_the_first_names() -> None:
     with pytest.raises(ValueError, match=r"Some that exist: encoder.0.linear1.weight, .*head.weight\."):
-        check_patterns(["qqqqqq"], NAMES, "include")
+        check_patterns(module_of_names(), "ZClip", include=["qqqqqq"])
 
 
 def test_owners_are_named_with_every_use_of_a_tied_parameter() -> None:

@@ -5,7 +5,7 @@ Used by ``adaptive_gradient_clipping.py`` and ``gradient_centralization.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -15,7 +15,7 @@ from lightning_grad.core.conditioner import GradientConditioner
 from lightning_grad.core.fit import during_fit
 from lightning_grad.utilities.checks import owned_ids
 from lightning_grad.utilities.forward_order import ForwardOrder
-from lightning_grad.utilities.parameters import all_names, clean_name, is_spelled, matches, named_owners
+from lightning_grad.utilities.parameters import all_names, clean_name, is_chosen, is_spelled, named_owners
 from lightning_grad.utilities.weight_axes import multiplies_by, output_dimensions
 
 
@@ -38,9 +38,7 @@ class UnitConditioner(GradientConditioner):
         self._unknown = [
             name
             for name in unknown
-            if not is_spelled(names[name], self.include or [])
-            and (self.include is None or matches(names[name], self.include))
-            and not matches(names[name], passed_over)
+            if not is_spelled(names[name], self.include or []) and is_chosen(names[name], self.include, passed_over)
         ]
         super().on_fit_start(trainer, pl_module)
         if self._unknown:
@@ -81,24 +79,23 @@ class LastLayers:
         moved = [owned_ids(optimizer) for optimizer in trainer.optimizers]
         self._groups = [[clean_name(n) for n, p in linear if id(p) in owned] for owned in moved]
         self._order: ForwardOrder | None = ForwardOrder(pl_module)
-        self._stop: Callable[[], None] | None = None
         self.names = [_layer(clean_name(linear[-1][0]))] if linear else []
 
     @property
     def is_watching(self) -> bool:
         """Whether the first batch is running."""
-        return self._stop is not None
+        return self._order is not None and self._order.is_watching
 
     def watch(self) -> None:
         """See which layers the first batch reaches."""
-        if self._order is not None and self._stop is None:
-            self._stop = self._order.watch()
+        if self._order is not None:
+            self._order.watch()
 
     def stop(self) -> None:
         """Take the hooks away, for good."""
-        if self._stop is not None:
-            self._stop()
-        self._stop = self._order = self._trainer = None  # nothing of the module outlives the fit here
+        if self._order is not None:
+            self._order.stop()
+        self._order = self._trainer = None  # nothing of the module outlives the fit here
 
     def learn(self) -> bool:
         """Take the layers that were reached last, on all ranks those of the first; return whether they are others now."""

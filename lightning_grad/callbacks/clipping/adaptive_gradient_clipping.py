@@ -18,7 +18,7 @@ from lightning_grad.core.phases import Phase
 from lightning_grad.functional import clip_adaptively_
 from lightning_grad.functional.gradients.tensor_lists import whole
 from lightning_grad.utilities.checks import check_above
-from lightning_grad.utilities.parameters import all_names, check_patterns, matches, parameter_names
+from lightning_grad.utilities.parameters import all_names, check_patterns, is_chosen, matches
 
 _LAST_LINEAR = "last Linear"
 
@@ -148,8 +148,7 @@ class AdaptiveGradientClipping(UnitConditioner):
     def check_choice(self, pl_module: pl.LightningModule) -> None:
         heads = self._head_names(pl_module)
         own = super().excluded(pl_module)
-        known = [n for n in all_names(pl_module).values() if self.include is None or matches(n, self.include)]
-        others = [names for names in known if not matches(names, own)]
+        others = [names for names in all_names(pl_module).values() if is_chosen(names, self.include, own)]
         if others and all(matches(names, heads) for names in others):
             raise ValueError(
                 f"{self.label} has nothing to act on besides {', '.join(heads)}, which it leaves alone as the classifier. Set "
@@ -161,7 +160,7 @@ class AdaptiveGradientClipping(UnitConditioner):
         if self._heads is not None:
             return self._heads.names
         if self.head is not None:
-            check_patterns([self.head], parameter_names(pl_module), f"{self.label}(head=...)")
+            check_patterns(pl_module, self.label, head=[self.head])
         return [] if self.head is None else [self.head]
 
     @override

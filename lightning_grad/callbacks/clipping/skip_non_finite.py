@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -82,7 +82,6 @@ class SkipNonFinite(GradientConditioner):
     _batch_idx = during_fit.of(int)
     _loss = during_fit[Tensor | None](lambda _: None)
     _order = during_fit[ForwardOrder]()
-    _stop_watching = during_fit[Callable[[], None] | None](lambda _: None)
     _trainer = during_fit[pl.Trainer]()
 
     def __init__(
@@ -113,6 +112,7 @@ class SkipNonFinite(GradientConditioner):
         super().on_fit_start(trainer, pl_module)
         self._trainer = trainer
         self._order = ForwardOrder(pl_module)
+        self.undo.push(self._order.stop)
 
     # One training step.
 
@@ -121,15 +121,12 @@ class SkipNonFinite(GradientConditioner):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._batch_idx = batch_idx
-        if self._stop_watching is None:
-            self._stop_watching = self._order.watch()
-            self.undo.push(self._stop_watching)
+        self._order.watch()
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self._loss = true_loss(trainer, pl_module, loss)
-        if self._stop_watching is not None:
-            self._stop_watching()
+        self._order.stop()
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_grad.utilities.parameters import all_names, matches, why_none_left
+from lightning_grad.utilities.parameters import all_names, is_chosen, why_none_left
 from lightning_grad.utilities.thresholds import choose_buckets
 
 
@@ -27,7 +27,6 @@ def why_none(
     everything = [name for o in trainer.optimizers for name, _ in named_parameters(pl_module, o, None, None)]
     if not everything:
         return "configure_optimizers returns no optimizer that holds one. Return one, or drop the callback."
-    left = [names for names in all_names(pl_module).values() if not matches(names, exclude or [])]
-    if any(include is None or matches(names, include) for names in left):
+    if any(is_chosen(names, include, exclude) for names in all_names(pl_module).values()):
         return f"No optimizer holds any of those selected. Include some that one holds, such as {everything[0]!r}."
     return why_none_left(pl_module, include, exclude or [])

@@ -9,7 +9,7 @@ Beside this file: ``_optimizer_watch.py`` looks at the gradients of one optimize
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -40,7 +40,7 @@ from lightning_grad.utilities.checks import (
 )
 from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.optimizers import optimizer_index, optimizer_shape
-from lightning_grad.utilities.parameters import as_names, check_patterns, parameter_names
+from lightning_grad.utilities.parameters import as_names, check_patterns
 from lightning_grad.utilities.precision import grad_scaler, refuse_scaled_gradients, true_loss
 from lightning_grad.utilities.reporting import (
     counted,
@@ -122,8 +122,7 @@ class GradientMonitor(GradCallback):
     _vantage = during_fit[Vantage]()
     _loss = during_fit[Tensor | None](lambda _: None)
     _place = during_fit[Place](lambda _: Place(0, 0, 0))
-    _order = during_fit[ForwardOrder | None](lambda _: None)
-    _stop_learning = during_fit[Callable[[], None] | None](lambda _: None)
+    _order = during_fit[ForwardOrder]()
     _logits = during_fit[LogitWatch | None](lambda _: None)
     _stepped = during_fit.of(bool)
 
@@ -182,9 +181,7 @@ class GradientMonitor(GradCallback):
     @override
     @on_plain_tensors
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = parameter_names(pl_module)
-        for parameter, patterns in (("include", self.include), ("exclude", self.exclude)):
-            check_patterns(patterns or [], names, f"{self.label}({parameter}=...)")
+        check_patterns(pl_module, self.label, include=self.include, exclude=self.exclude)
         for index, optimizer in enumerate(trainer.optimizers):
             refuse_scaled_gradients(trainer, optimizer, self.label)
             self._watch(trainer, pl_module, index, optimizer)
@@ -194,6 +191,7 @@ class GradientMonitor(GradCallback):
             raise ValueError(f"{self.label} has no parameter to watch. {why}")
         refuse_sparse_gradients(pl_module, {id(parameter) for parameter in watched}, self.label)
         self._order = ForwardOrder(pl_module)
+        self.undo.push(self._order.stop)
         self.undo.push(self._meter.stop)
         self._vantage = self._take_places(trainer, pl_module)
         self._announce(trainer, pl_module)
@@ -246,17 +244,14 @@ class GradientMonitor(GradCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._place = Place(stepped_batches(trainer), trainer.current_epoch, batch_idx)
-        if self._order is not None and self._stop_learning is None:
-            self._stop_learning = self._order.watch()
-            self.undo.push(self._stop_learning)
+        self._order.watch()
         if is_log_step(trainer) and NoiseScaleMeter.why_not(trainer, pl_module) is None:
             self._meter.begin_batch(self._watches[0].parameters, batch)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self._loss = true_loss(trainer, pl_module, loss)
-        if self._stop_learning is not None:
-            self._stop_learning()
+        self._order.stop()
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -65,7 +65,7 @@ from lightning_grad.utilities.checks import (
     owned_ids,
     warn_of_missing_momentum,
 )
-from lightning_grad.utilities.parameters import check_patterns, clean_name, matches, parameter_names
+from lightning_grad.utilities.parameters import check_patterns, clean_name, matches
 from lightning_grad.utilities.precision import gradients_are_scaled, refuse_scaled_gradients
 from lightning_grad.utilities.reporting import (
     counted,
@@ -279,8 +279,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     @override
     def check_names(self, pl_module: pl.LightningModule) -> None:
         super().check_names(pl_module)
-        named = [name for name in self._patterns if name != "*"]
-        check_patterns(named, parameter_names(pl_module), f"{self.label}(pattern=...)")
+        check_patterns(pl_module, self.label, pattern=[name for name in self._patterns if name != "*"])
 
     @override
     def refuse(self, trainer: pl.Trainer, choice: WeightChoice[SparseWeight]) -> None:

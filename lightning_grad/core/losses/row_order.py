@@ -287,8 +287,8 @@ class RowComparison:
         taken = taken if in_order else "rows of a loss that stand together for one sample"
         raise RuntimeError(
             f"{self.asked.label} takes {taken}, and training_step arranges them otherwise: {when}, the "
-            f"{_NAMES.get(name, name)} did not follow. The step may sort, shuffle, join views by torch.cat, or leave out or repeat rows. "
-            f"{_PUT_BACK}. Or {self.asked.way_out}."
+            f"{_NAMES.get(name, name)} did not follow. The step may sort, shuffle, join views by torch.cat, or leave out or "
+            f"repeat rows. {_PUT_BACK}. Or {self.asked.way_out}."
         )
 
     def _judge(self, tensors: Sequence[bool | None], values: Mapping[str, bool | None], in_order: bool) -> None:

@@ -20,7 +20,15 @@ from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.views.module_chains import ModuleChains
 from lightning_grad.core.views.portable import make_portable, wrap_loading
 from lightning_grad.core.views.weight_chain import Chain, Stage
-from lightning_grad.core.views.weight_choice import Selection, W
+from lightning_grad.core.views.weight_choice import W
+from lightning_grad.utilities.checks import owned_ids
+
+
+class ChosenWeights(list[W]):
+    """The weights that a technique has chosen in a fit. A copy belongs to no fit, and is empty."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, ()
 
 
 class ShownWeights(GradCallback, Generic[W]):
@@ -32,7 +40,8 @@ class ShownWeights(GradCallback, Generic[W]):
 
     restored = until_next_fit.of(dict[str, Any])
     has_stepped = until_next_fit.of(bool)
-    _selection = until_next_fit[Selection[Any] | None](lambda _: None)
+    weights = until_next_fit[list[W]](lambda _: ChosenWeights())
+    """The chosen weights, in the order of the module; kept after an exception, for the checkpoints that are saved then."""
     _chains = during_fit[ModuleChains]()
     _resumed = during_fit.of(dict[str, dict[str, Any]])  # states of weights, until the first batch
     _infers = during_fit.of(bool)
@@ -49,18 +58,20 @@ class ShownWeights(GradCallback, Generic[W]):
         """Return the weights that keep what is stored of them when the fit has ended without an exception."""
         return self.weights if trainer.global_step > 0 else []
 
-    @property
-    def weights(self) -> list[W]:
-        """The chosen weights, in the order of the module."""
-        return [] if self._selection is None else self._selection.weights
-
     def owned_by(self, optimizer: Optimizer) -> list[W]:
         """Return the chosen weights that an optimizer moves."""
-        return [] if self._selection is None else self._selection.owned_by(optimizer)
+        owned = owned_ids(optimizer)
+        return [weight for weight in self.weights if id(weight.parameter) in owned]
 
-    def views(self) -> dict[str, tuple[Tensor, Chain]]:
-        """Return dense weight and chain by every key of ``state_dict``, where this technique's stage is the chain's first."""
-        return {} if self._selection is None else self._selection.views()
+    def views(self, pl_module: pl.LightningModule) -> dict[str, tuple[Tensor, Chain]]:
+        """Return dense weight and chain by every key of ``state_dict``, where this technique's stage is the chain's first.
+
+        Whichever techniques stand in a chain, one of them puts its residual into a checkpoint. A shared parameter has
+        several keys.
+        """
+        first = {id(w.parameter): w.chain for w in self.weights if w.chain.stages[0] is self.stage}
+        named = pl_module.named_parameters(remove_duplicate=False)
+        return {name: (first[id(p)].dense, first[id(p)]) for name, p in named if id(p) in first}
 
     def renew(self, weight: W, stepped: bool = False) -> None:
         """Bring a weight up to date, and let the stages after this one know."""
@@ -185,8 +196,8 @@ class ShownWeights(GradCallback, Generic[W]):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # During a fit the module's own hook does this, later than every callback; after an exception it is gone.
-        if self._selection is not None and not len(self.undo_after_saving):
-            make_portable(checkpoint, self.state_key, self.views())
+        if self.weights and not len(self.undo_after_saving):
+            make_portable(checkpoint, self.state_key, self.views(pl_module))
 
     # The fit ends.
 
@@ -206,4 +217,4 @@ class ShownWeights(GradCallback, Generic[W]):
         super().teardown(trainer, pl_module, stage)
         if chains is not None:
             chains.bake()
-        self._selection = None
+        self.weights = ChosenWeights()
