@@ -11,9 +11,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_grad.callbacks.adversarial._attack import Attack, NoLossError, attack_losses, generator_for
+from lightning_grad.callbacks.adversarial._attack import (
+    Attack,
+    NoLossError,
+    attack_losses,
+    first_sentence,
+    generator_for,
+)
 from lightning_grad.callbacks.adversarial._places import Place
-from lightning_grad.callbacks.adversarial._step_loss import first_sentence
 from lightning_grad.core.ranks import mean_over_ranks
 from lightning_grad.functional import LossCapture
 from lightning_grad.functional.adversarial.attacks import IndependentLossError
@@ -64,15 +69,11 @@ def accuracies_under(
         # With gradients: a step may take some itself, as a gradient penalty does.
         with place.shown(copy_of(batch), attacked) as shown, torch.enable_grad(), LossCapture() as capture:
             run(shown)
-        found[name] = _accuracy(capture)
+        try:
+            found[name] = is_correct(capture.only()).nanmean()
+        except (RuntimeError, ValueError) as error:
+            raise UnknownAccuracyError(f"{first_sentence(error)}.") from None
     return found
-
-
-def _accuracy(capture: LossCapture) -> Tensor:
-    try:
-        return is_correct(capture.only()).nanmean()
-    except (RuntimeError, ValueError) as error:
-        raise UnknownAccuracyError(f"{first_sentence(error)}.") from None
 
 
 def known_accuracies(trainer: pl.Trainer, found: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:

@@ -8,16 +8,17 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks.adversarial._attack import (
+    Attack,
     NoLossError,
     attack_losses,
-    attack_of,
     generator_for,
+    refused,
+    space_of,
     with_clean_samples,
 )
 from lightning_grad.callbacks.adversarial._overfitting import (
@@ -134,7 +135,7 @@ class AdversarialTraining(GradCallback):
     _batch = during_fit[tuple[Any, tuple[Any, ...], dict[str, Any]] | None](lambda _: None)  # the first of the epoch
     _start_loss = during_fit[Tensor | None](lambda _: None)
     _logged = during_fit.of(dict[str, Tensor | float])
-    _attacked = during_fit[tuple[Any, Any, Tensor] | None](lambda _: None)
+    _attacked = during_fit[tuple[Any, Any, tuple[Place, Tensor]] | None](lambda _: None)
     _has_told = during_fit.of(bool)
 
     def __init__(
@@ -160,13 +161,8 @@ class AdversarialTraining(GradCallback):
         if attack == "fgsm" and steps not in (None, 1):
             raise ValueError(f"attack='fgsm' makes one step; got steps={steps}. Use attack='pgd'.")
         number = 1 if attack == "fgsm" else _PGD_STEPS if steps is None else steps
-        space = (norm, random_start, bounds, mean, std)
-        self._attack = attack_of(epsilon, number, step_size, *space)
-        self._checking_attack = attack_of(epsilon, _CHECK_STEPS, None, *space)
-        check_share(clean_fraction, "clean_fraction")
-        check_between(warmup_fraction, 0.0, 1.0, "warmup_fraction")
-        check_count(1 if check_every is None else check_every, 1, "check_every")
-        check_count(seed, 0, "seed")
+        self._attack = Attack(epsilon, number, step_size, norm, random_start, *space_of(bounds, mean, std))
+        self._checking_attack = replace(self._attack, steps=_CHECK_STEPS, step_size=None)
         self.epsilon = epsilon
         self.attack = attack
         self.steps = steps
@@ -176,13 +172,12 @@ class AdversarialTraining(GradCallback):
         self.bounds = bounds
         self.mean = mean
         self.std = std
-        self.clean_fraction = clean_fraction
+        self.clean_fraction = check_share(clean_fraction, "clean_fraction")
         self.input_key = input_key
-        self.warmup_fraction = warmup_fraction
-        self.check_every = check_every
-        self.seed = seed
-        self.total_steps = total_steps
-        check_total_steps(total_steps)
+        self.warmup_fraction = check_between(warmup_fraction, 0.0, 1.0, "warmup_fraction")
+        self.check_every = None if check_every is None else check_count(check_every, 1, "check_every")
+        self.seed = check_count(seed, 0, "seed")
+        self.total_steps = check_total_steps(total_steps)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -197,7 +192,7 @@ class AdversarialTraining(GradCallback):
         )
         refuse_dataloader_iter(pl_module.training_step, self.label)
         self._refuse_another(trainer)
-        around = partial(self._around_step, trainer, pl_module)
+        around = partial(self._around_step, trainer)
         self.undo.push(wrap_method(pl_module, "training_step", around, order=WrapOrder.INPUTS))
 
     def _refuse_another(self, trainer: pl.Trainer) -> None:
@@ -210,10 +205,8 @@ class AdversarialTraining(GradCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.epsilon == 0.0:
-            self.announce("trains on the inputs as they are, for epsilon is 0", "inputs")
-        else:
-            self.announce(f"trains on inputs attacked by {self.attack.upper()} ({self._attack.described})", "inputs")
+        words = f"trains on inputs attacked by {self.attack.upper()} ({self._attack.described})"
+        self.announce(words if self.epsilon else "trains on the inputs as they are, for epsilon is 0", "inputs")
 
     @override
     def chosen(self) -> Chosen:
@@ -234,37 +227,29 @@ class AdversarialTraining(GradCallback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        attacks = self.epsilon > 0.0 and self.check_every is not None
-        if attacks and (trainer.current_epoch + 1) % (self.check_every or 1) == 0:
+        if self.epsilon and self.check_every and (trainer.current_epoch + 1) % self.check_every == 0:
             self._check(trainer, pl_module)
         self._batch = None
 
     # Inside the step.
 
     def _around_step(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        inner: Callable[..., Any],
-        batch: Any,
-        *args: Any,
-        **kwargs: Any,
+        self, trainer: pl.Trainer, inner: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
     ) -> Any:
         def run(shown: Any) -> Any:
             return inner(shown, *args, **kwargs)
 
         share = self._share(trainer)
         # A validation_step may call training_step too.
-        if share == 0.0 or not trainer.training or is_quiet(pl_module):
+        if share == 0.0 or not trainer.training or is_quiet(trainer.lightning_module):
             return run(batch)
         try:
-            inputs = self._inputs(trainer, pl_module, batch, run, share)
+            place, inputs = self._attacked_inputs(trainer, batch, run, share)
         except NoLossError:  # the module passes this batch over
             return run(batch)
         if self._batch is None and self.check_every is not None:
             self._batch = (copy_of(batch), args, kwargs)
-        assert self._place is not None
-        with self._place.shown(batch, inputs) as shown:
+        with place.shown(batch, inputs) as shown:
             output = run(shown)
         self._keep_for_log(trainer, output, share)
         return output
@@ -275,15 +260,15 @@ class AdversarialTraining(GradCallback):
             return float(self.epsilon > 0.0)
         return min(1.0, run_progress(trainer, stated=self.total_steps) / self.warmup_fraction)
 
-    def _inputs(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, run: Callable[[Any], Any], share: float
-    ) -> Tensor:
-        epoch, batch_idx = trainer.current_epoch, trainer.fit_loop.batch_idx
-        known = self._attacked
+    def _attacked_inputs(
+        self, trainer: pl.Trainer, batch: Any, run: Callable[[Any], Any], share: float
+    ) -> tuple[Place, Tensor]:
+        """Return where the inputs go, and the attacked ones; the same again when the step is evaluated again."""
+        position = (trainer.current_epoch, trainer.fit_loop.batch_idx)
         # DDP on a GPU gives the tensors in new containers.
-        if known is not None and known[0] == (epoch, batch_idx) and same_tensors(known[1], batch):
-            return known[2]  # an optimizer evaluates its closure again: the problem must stay the same
-        is_first = self._place is None
+        if self._attacked is not None and self._attacked[0] == position and same_tensors(self._attacked[1], batch):
+            return self._attacked[2]  # an optimizer evaluates its closure again: the problem must stay the same
+        pl_module, is_first = trainer.lightning_module, self._place is None
         place = self._place = self._place or find_place(pl_module, batch, self.input_key, self.label)
         way_out = f", or train without {self.label}"
         with quiet(trainer, pl_module, evaluate=False, check=is_first, advice=way_out, label=self.label):
@@ -291,33 +276,19 @@ class AdversarialTraining(GradCallback):
             if is_first:
                 self._attack.refuse_inputs(clean, self.label)
             self._start_loss = None
+            generator = generator_for(clean.device, self.seed, "/".join(map(str, (*position, trainer.global_rank))))
             loss_of = attack_losses(trainer, place, batch, run, self._note_start)
-            generator = generator_for(clean.device, self.seed, f"{epoch}/{batch_idx}/{trainer.global_rank}")
-            attacked = self._attacking(loss_of, clean, generator, share, place.support(batch))
+            try:
+                attacked = self._attack(loss_of, clean, generator, share, place.support(batch))
+            except IndependentLossError as error:
+                raise refused(error, self.label) from None
+            except Exception as error:
+                if not isinstance(error, NoLossError):
+                    error.add_note(f"{self.label} ran training_step on an input that has a gradient, to attack it.")
+                raise
             inputs = with_clean_samples(attacked, clean, self.clean_fraction, generator)
-        self._attacked = ((epoch, batch_idx), batch, inputs)
-        return inputs
-
-    def _attacking(
-        self,
-        loss_of: Callable[[Tensor], Tensor],
-        clean: Tensor,
-        generator: torch.Generator,
-        share: float,
-        support: Tensor | None,
-    ) -> Tensor:
-        try:
-            return self._attack(loss_of, clean, generator, share, support)
-        except IndependentLossError as error:
-            raise RuntimeError(
-                f"{self.label}: {error} If another part of the batch is the input, name it by input_key; else compute "
-                "the loss from it with gradients, without detach() and torch.no_grad()."
-            ) from None
-        except NoLossError:
-            raise
-        except Exception as error:
-            error.add_note(f"{self.label} ran training_step on an input that has a gradient, to attack it.")
-            raise
+        self._attacked = (position, batch, (place, inputs))
+        return place, inputs
 
     # What is told.
 

@@ -67,12 +67,10 @@ class RepeatedRandomSubset(SubsetCallback):
         loader_key: str | int | None = None,
         name: str | None = None,
     ) -> None:
-        check_share(prune, "prune")
-        self.prune = prune
-        self.replacement = replacement
-        check_count(seed, 0, "seed")
-        self.seed = seed
         super().__init__(loader_key, name)
+        self.prune = check_share(prune, "prune")
+        self.replacement = replacement
+        self.seed = check_count(seed, 0, "seed")
 
     @property
     @override

@@ -19,7 +19,7 @@ from lightning_grad.core.losses.scoring import look_at_all, say_what_is_skipped
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.functional import uniform_learning_repeats
 from lightning_grad.functional.data_pruning.selection import round_up_count
-from lightning_grad.utilities.checks import check_count, check_position, refuse_manual_optimization
+from lightning_grad.utilities.checks import check_count, check_only_one, check_position, refuse_manual_optimization
 
 _WAY_OUT = f"use DataPruning with score_fn=, or RepeatedRandomSubset, which needs no loss, or {OUTPUTS_FN}"
 
@@ -91,18 +91,13 @@ class UniformLearning(SubsetCallback):
         loader_key: str | int | None = None,
         name: str | None = None,
     ) -> None:
-        check_count(epoch, 1, "epoch")
-        check_count(repeats, 0, "repeats")
-        check_position(loss, "loss")
-        self.epoch = epoch
-        self.repeats = repeats
-        self.loss = loss
-        self.outputs_fn = outputs_fn
-        if loss is not None and outputs_fn is not None:
-            raise ValueError("loss and outputs_fn would both say what is clustered. Leave one of them out.")
-        check_count(seed, 0, "seed")
-        self.seed = seed
+        check_only_one({"loss": loss, "outputs_fn": outputs_fn}, "say what is clustered")
         super().__init__(loader_key, name)
+        self.epoch = check_count(epoch, 1, "epoch")
+        self.repeats = check_count(repeats, 0, "repeats")
+        self.loss = check_position(loss, "loss")
+        self.outputs_fn = outputs_fn
+        self.seed = check_count(seed, 0, "seed")
 
     @property
     @override
