@@ -60,11 +60,13 @@ def quiet(
         RuntimeError: If the step has changed a parameter that is trained, or lazy layers have no parameters yet.
     """
     _refuse_lazy(pl_module, label)
+    parameters = list(pl_module.parameters())
+    frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+    # A teacher that the step moves is as large as its student; a large frozen base is not worth a copy.
+    copied = frozen <= sum(p.numel() for p in parameters if p.requires_grad)
     with ExitStack() as stack:
-        stack.enter_context(random_streams_kept())
-        stack.enter_context(generators_kept(named_generators(map(type, pl_module.modules()))))
-        stack.enter_context(silence(trainer, pl_module))
-        stack.enter_context(_modules_as_they_are(pl_module, check, advice, label))
+        stack.enter_context(_parameters_as_they_are(pl_module, check, copied, advice, label))
+        stack.enter_context(unseen(trainer, pl_module, copied))
         if evaluate:
             stack.enter_context(eager())
             stack.enter_context(_recurrent_layers_have_gradients(pl_module))
@@ -72,6 +74,26 @@ def quiet(
         if pl_module not in _QUIET:
             _QUIET.add(pl_module)
             stack.callback(_QUIET.discard, pl_module)
+        yield
+
+
+@contextmanager
+def unseen(trainer: pl.Trainer, pl_module: pl.LightningModule, copies_frozen: bool = False) -> Iterator[None]:
+    """Put back what a module's step changes besides parameters and gradients, and keep it from logging.
+
+    Args:
+        trainer: The trainer.
+        pl_module: Its module.
+        copies_frozen: Whether frozen parameters are put back too.
+    """
+    modules = list(pl_module.modules())
+    known = set(map(id, modules))
+    with ExitStack() as stack:
+        stack.enter_context(random_streams_kept())
+        stack.enter_context(generators_kept(named_generators(map(type, modules))))
+        stack.enter_context(silence(trainer, pl_module))
+        for module in modules:
+            stack.callback(Snapshot(module, copies_frozen, known).restore)
         stack.callback(close_windows, pl_module, open_windows(pl_module))
         yield
 
@@ -185,14 +207,10 @@ class _Mute:
 
 
 @contextmanager
-def _modules_as_they_are(pl_module: pl.LightningModule, check: bool, advice: str, label: str) -> Iterator[None]:
+def _parameters_as_they_are(
+    pl_module: pl.LightningModule, check: bool, copied: bool, advice: str, label: str
+) -> Iterator[None]:
     parameters = dict(pl_module.named_parameters())
-    frozen = sum(p.numel() for p in parameters.values() if not p.requires_grad)
-    # A teacher that the step moves is as large as its student; a large frozen base is not worth a copy.
-    copied = frozen <= sum(p.numel() for p in parameters.values() if p.requires_grad)
-    modules = list(pl_module.modules())
-    known = set(map(id, modules))
-    snapshots = [Snapshot(module, copied, known) for module in modules]
     watched = {name: p for name, p in parameters.items() if p.requires_grad or not copied}
     before = {name: _checksum(p) for name, p in watched.items()} if check else {}
     gradients = {name: p.grad for name, p in parameters.items()}
@@ -201,8 +219,6 @@ def _modules_as_they_are(pl_module: pl.LightningModule, check: bool, advice: str
     try:
         yield
     finally:
-        for snapshot in snapshots:
-            snapshot.restore()
         for name, gradient in gradients.items():
             parameters[name].grad = gradient
     changed = [name for name, was in before.items() if not torch.equal(was, _checksum(watched[name]))]

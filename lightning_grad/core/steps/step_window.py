@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -14,14 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_grad.core.dispatch import wrap_method
-from lightning_grad.core.module_state import Snapshot
-from lightning_grad.core.quiet import silence
-from lightning_grad.core.views.in_place_view import close_windows, open_windows
+from lightning_grad.core.quiet import unseen
 from lightning_grad.data.random_streams import (
-    generators_kept,
-    named_generators,
     random_states,
-    random_streams_kept,
     set_random_states,
 )
 
@@ -166,7 +161,7 @@ class StepClosure:
         Returns:
             The loss at these weights, over all accumulated batches; under manual optimization what the closure returns.
         """
-        with _unseen(self._trainer, self._pl_module):
+        with unseen(self._trainer, self._pl_module), _repeating(self._pl_module):
             if self._window is not None:
                 return self._window.run_again(self._optimizer)
             set_random_states(self._states)
@@ -187,16 +182,9 @@ class StepClosure:
 
 
 @contextmanager
-def _unseen(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-    modules = list(pl_module.modules())
-    known = set(map(id, modules))
-    with ExitStack() as stack:
-        stack.enter_context(random_streams_kept())
-        stack.enter_context(generators_kept(named_generators(map(type, modules))))
-        stack.enter_context(silence(trainer, pl_module))
-        for module in modules:
-            stack.callback(Snapshot(module, False, known).restore)
-        stack.callback(close_windows, pl_module, open_windows(pl_module))
-        _REPEATED.add(pl_module)
-        stack.callback(_REPEATED.discard, pl_module)
+def _repeating(pl_module: pl.LightningModule) -> Iterator[None]:
+    _REPEATED.add(pl_module)
+    try:
         yield
+    finally:
+        _REPEATED.discard(pl_module)
