@@ -44,10 +44,9 @@ from lightning_grad.core.steps.held_rates import HeldRates
 from lightning_grad.core.steps.step_window import StepClosure, is_repeated
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.core.undo import UndoList
-from lightning_grad.core.views.found_weight import FoundWeight
 from lightning_grad.core.views.portable import wrap_loading, wrap_saving
 from lightning_grad.core.views.weight_chain import Stage, ViewedWeight
-from lightning_grad.core.views.weight_choice import WeightChoice
+from lightning_grad.core.views.weight_choice import FoundWeight, WeightChoice
 from lightning_grad.core.views.weight_view import WeightView, attach_view
 from lightning_grad.core.weights import WeightCallback
 from lightning_grad.utilities.batches import find_input, input_at, with_input

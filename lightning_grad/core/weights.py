@@ -22,12 +22,11 @@ from typing_extensions import override
 
 from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.views.found_weight import FoundWeight
 from lightning_grad.core.views.module_chains import ModuleChains, chains_of, refuse_taken
 from lightning_grad.core.views.network_ends import Ends
 from lightning_grad.core.views.portable import make_portable, wrap_loading, wrap_saving
 from lightning_grad.core.views.weight_chain import Chain, Stage
-from lightning_grad.core.views.weight_choice import W, WeightChoice, choose_weights, refuse_pruners
+from lightning_grad.core.views.weight_choice import FoundWeight, W, WeightChoice, choose_weights, refuse_pruners
 from lightning_grad.utilities.checks import owned_ids
 from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches
 from lightning_grad.utilities.reporting import counted

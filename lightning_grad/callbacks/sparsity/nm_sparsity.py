@@ -51,9 +51,8 @@ from lightning_grad.callbacks.sparsity._nm_seen import describe, lacking
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
-from lightning_grad.core.views.found_weight import FoundWeight
 from lightning_grad.core.views.weight_chain import Stage
-from lightning_grad.core.views.weight_choice import WeightChoice
+from lightning_grad.core.views.weight_choice import FoundWeight, WeightChoice
 from lightning_grad.core.weights import WeightCallback
 from lightning_grad.functional import NMPhase, add_sr_ste_
 from lightning_grad.functional.sparsity.nm_schedule import Recipe

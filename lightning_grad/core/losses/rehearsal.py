@@ -20,12 +20,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_grad.core.losses.given_functions import (
-    LossRequest,
-    SampleLoss,
-    checked_losses,
-    refuse_other_means,
-)
+from lightning_grad.core.losses.given_functions import LossRequest, SampleLoss, checked_losses, refuse_other_means
 from lightning_grad.core.losses.look import Look, Measure, SkippedBatchError
 from lightning_grad.core.losses.row_order import (
     RowComparison,

@@ -15,10 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.quiet import unseen
-from lightning_grad.data.random_streams import (
-    random_states,
-    set_random_states,
-)
+from lightning_grad.data.random_streams import random_states, set_random_states
 
 _REPEATED: WeakSet[nn.Module] = WeakSet()
 _NO_CLOSURE = "do_nothing_closure"  # by its name: each of Lightning's two namespaces has its own

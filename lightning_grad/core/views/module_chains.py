@@ -8,18 +8,20 @@ of their stages; and at the end of the fit the chains are baked once, when every
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 
 from lightning_grad.core.undo import UndoList
-from lightning_grad.core.views.found_weight import FoundWeight
 from lightning_grad.core.views.in_place_view import InPlaceWindow
 from lightning_grad.core.views.weight_chain import Chain, Stage, ViewedWeight
 from lightning_grad.core.views.weight_view import has_view
 from lightning_grad.utilities.parameters import clean_name
+
+if TYPE_CHECKING:
+    from lightning_grad.core.views.weight_choice import FoundWeight
 
 _CHAINS: WeakKeyDictionary[pl.LightningModule, ModuleChains] = WeakKeyDictionary()
 
