@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.core.callback import Chosen, GradCallback
+from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.views.module_chains import ModuleChains, chains_of, refuse_taken
 from lightning_grad.core.views.network_ends import Ends
@@ -70,7 +71,7 @@ class WeightCallback(GradCallback, Generic[W]):
     effect: ClassVar[str]
     verb: ClassVar[str] = "change"
     column: ClassVar[str] = "effect"
-    needs_whole_weights: ClassVar[bool] = True
+    compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(**WHOLE_WEIGHTS)
 
     weights = until_next_fit[list[W]](lambda _: ChosenWeights())
     """The chosen weights, in the order of the module; kept after an exception, for the checkpoints that are saved then."""
@@ -109,6 +110,9 @@ class WeightCallback(GradCallback, Generic[W]):
             why = choice.why_none(self.effect, self.column)
             raise ValueError(f"{self.label} finds no weight to make {self.effect}. {why}")
         refuse_taken(self._chains, self.stage, choice.chosen, self.label)
+        for optimizer in trainer.optimizers:
+            if not owned_ids(optimizer).isdisjoint(id(weight.parameter) for weight in choice.chosen):
+                self.works_with().refuse_optimizer(self.label, trainer, optimizer)
         refuse_pruners(trainer.callbacks, choice.chosen, self.label, self.verb)  # type: ignore[attr-defined]
 
     @property
