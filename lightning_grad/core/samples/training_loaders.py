@@ -33,6 +33,26 @@ def keys_of(loaders: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
         yield from keys_of(child, (*path, key))
 
 
+def refuse_key(key: str | int | None, keys: Sequence[str], kind: str, needed_by: str) -> None:
+    """Raise unless a loader key names one of several loaders, or the only one by ``None``.
+
+    Args:
+        key: What the user gave.
+        keys: Those of :func:`keys_of`.
+        kind: Of the loaders, such as training.
+        needed_by: Who asks, for errors.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    known = ", ".join(map(repr, keys)) if list(keys) != [""] else "a single one, without a key"
+    if key is None and len(keys) > 1:
+        raise ValueError(f"{needed_by} must know which of the {kind} loaders to use. Set loader_key to one of {known}.")
+    if key is not None and str(key) not in keys:
+        choose = "Leave loader_key out" if list(keys) == [""] else "Set it to one of these"
+        raise ValueError(f"{needed_by}: loader_key={key!r} names no {kind} loader; there is {known}. {choose}.")
+
+
 def refuse_without_indices(loader: Any, needed_by: str) -> None:
     """Raise unless a loader draws lists of indices.
 

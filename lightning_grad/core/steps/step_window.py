@@ -122,6 +122,7 @@ def _tell(samples: list[tuple[Any, Any]]) -> None:
         callback.indices = indices
 
 
+@dataclass(eq=False)
 class StepClosure:
     """What computes the gradients of the optimizer step that is being made, handed to ``evaluate``.
 
@@ -129,17 +130,14 @@ class StepClosure:
     any number of times.
     """
 
-    def __init__(
-        self,
-        closure: Callable[[], Any],
-        optimizer: Optimizer,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        window: StepWindow | None,
-        label: str,
-    ) -> None:
-        self._closure, self._optimizer, self._window = closure, optimizer, window
-        self._trainer, self._pl_module, self._label = trainer, pl_module, label
+    _closure: Callable[[], Any]
+    _optimizer: Optimizer
+    _trainer: pl.Trainer
+    _pl_module: pl.LightningModule
+    _window: StepWindow | None
+    _label: str
+
+    def __post_init__(self) -> None:
         self._states = random_states()
 
     def __call__(self) -> Any:
