@@ -23,7 +23,7 @@ from typing_extensions import override
 from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.views.module_chains import ModuleChains, chains_of, refuse_taken
+from lightning_grad.core.views.module_chains import ModuleChains, chains_of
 from lightning_grad.core.views.network_ends import Ends
 from lightning_grad.core.views.portable import make_portable, wrap_loading, wrap_saving
 from lightning_grad.core.views.weight_chain import Chain, Stage
@@ -109,7 +109,12 @@ class WeightCallback(GradCallback, Generic[W]):
         if not choice.chosen:
             why = choice.why_none(self.effect, self.column)
             raise ValueError(f"{self.label} finds no weight to make {self.effect}. {why}")
-        refuse_taken(self._chains, self.stage, choice.chosen, self.label)
+        for weight in choice.chosen:
+            if self._chains.is_taken(weight.found, self.stage):
+                raise ValueError(
+                    f"{self.label} and another instance both choose {clean_name(weight.name)} "
+                    f"({weight.found.class_name()}). Separate them with include= or exclude=."
+                )
         for optimizer in trainer.optimizers:
             if not owned_ids(optimizer).isdisjoint(id(weight.parameter) for weight in choice.chosen):
                 self.works_with().refuse_optimizer(self.label, trainer, optimizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -77,9 +77,7 @@ class FoundWeight:
         return viewed_class(self.module).__name__
 
 
-def found_weights(
-    module: nn.Module, owners: Sequence[Owner], include: Sequence[str] | None, label: str, effect: str
-) -> Iterator[FoundWeight]:
+def found_weights(module: nn.Module, owners: Sequence[Owner], technique: WeightCallback[Any]) -> Iterator[FoundWeight]:
     """Yield the parameters of a module that a technique may choose, a tied one once for each owner.
 
     Layers of torch are known by their type, other linear layers by a matrix named ``weight``, and parameters of other modules
@@ -88,9 +86,7 @@ def found_weights(
     Args:
         module: The LightningModule, complete.
         owners: Name, module and attribute of its parameters.
-        include: Name patterns of the user; ``None`` means all that are known.
-        label: Who asks.
-        effect: What it makes of a weight.
+        technique: Who asks; ``include=None`` means all that are known.
     """
     known = all_names(module)
     uses: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -105,11 +101,11 @@ def found_weights(
             names=tuple(known[key]),
             twins=tuple(use for use in uses[key] if use != (owner, attribute)),
             is_known=_is_known(owner, attribute),
-            is_spelled=is_spelled(known[key], include or []),
-            label=label,
-            effect=effect,
+            is_spelled=is_spelled(known[key], technique.include or []),
+            label=technique.label,
+            effect=technique.effect,
         )
-        if found.is_spelled or (_is_layer(found) and (include is None or matches(found.names, include))):
+        if found.is_spelled or (_is_layer(found) and is_chosen(found.names, technique.include)):
             yield found
 
 
@@ -187,7 +183,7 @@ def choose_weights(module: nn.Module, technique: WeightCallback[W], ends: Ends) 
         ValueError: What ``technique.view`` raises.
     """
     owners = list(named_owners(module))
-    candidates = list(found_weights(module, owners, technique.include, technique.label, technique.effect))
+    candidates = list(found_weights(module, owners, technique))
     dense = _find_ends(owners, candidates, technique, ends) if technique.include is None else set()
     choice: WeightChoice[W] = WeightChoice()
     for found in candidates:
