@@ -58,9 +58,9 @@ class ForwardOrder:
         ...         return self.last(self.first(x))
         >>> module = Backwards()
         >>> order = ForwardOrder(module)
-        >>> stop = order.watch()
+        >>> order.watch()
         >>> _ = module(torch.ones(1, 2))
-        >>> stop()
+        >>> order.stop()
         >>> order.sort(["last.weight", "first.weight"])
         ['first.weight', 'last.weight']
     """
@@ -73,24 +73,11 @@ class ForwardOrder:
         self._handles: list[Any] | None = None
         self.is_watching = False
 
-    def watch(self) -> Callable[[], None]:
-        """Begin to learn, once: a second call does nothing.
-
-        Returns:
-            Callable: :meth:`stop`.
-        """
-        if self._handles is None:
-            self._handles, self.is_watching = [], True
-            self._attach(self._handles)
-        return self.stop
-
-    def stop(self) -> None:
-        """Take the hooks away."""
-        while self._handles:
-            self._handles.pop().remove()
-        self.is_watching = False
-
-    def _attach(self, handles: list[Any]) -> None:
+    def watch(self) -> None:
+        """Begin to learn, unless it has begun before."""
+        if self._handles is not None:
+            return
+        self._handles, self.is_watching = [], True
         for name, child in self._module.named_modules():
             if not name or next(child.parameters(recurse=False), None) is None:
                 continue
@@ -98,7 +85,13 @@ class ForwardOrder:
                 self._closed.add(clean_name(name))
             else:
                 seen = self._seen(clean_name(name))
-                handles.append(child.register_forward_pre_hook(seen, with_kwargs=True))
+                self._handles.append(child.register_forward_pre_hook(seen, with_kwargs=True))
+
+    def stop(self) -> None:
+        """Take the hooks away, for good."""
+        self.is_watching = False
+        while self._handles:
+            self._handles.pop().remove()
 
     def _seen(self, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -162,9 +155,7 @@ class ForwardOrder:
         calls = self._called.get(path)
         if calls is None and path:
             outer = path.rpartition(".")[0]
-            if outer and has_torch_forward(self._module.get_submodule(self._raw(outer))):
+            module = next((m for name, m in self._module.named_modules() if outer and clean_name(name) == outer), None)
+            if module is not None and has_torch_forward(module):
                 return self._called.get(outer)
         return calls
-
-    def _raw(self, clean: str) -> str:
-        return next((name for name, _ in self._module.named_modules() if clean_name(name) == clean), clean)

@@ -50,14 +50,15 @@ def matches(name: str | Iterable[str], patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(level, pattern) for level in levels for pattern in wanted)
 
 
-def is_chosen(name: str | Iterable[str], include: Iterable[str] | None, exclude: Iterable[str] | None = None) -> bool:
-    """Return whether ``include`` selects a parameter, as ``None`` does with all, and ``exclude`` does not.
+def selects(name: str | Iterable[str], include: Iterable[str] | None, exclude: Iterable[str] | None = None) -> bool:
+    """Return whether include (``None``: everything) selects a parameter, and exclude does not.
 
     Example:
-        >>> is_chosen("head.weight", None, ["head"]), is_chosen("head.weight", ["head"])
-        (False, True)
+        >>> selects("head.weight", None), selects("head.weight", ["head"], ["*.weight"]), selects("head.bias", ["body"])
+        (True, False, False)
     """
-    return (include is None or matches(name, include)) and not matches(name, exclude or ())
+    names = [name] if isinstance(name, str) else list(name)
+    return (include is None or matches(names, include)) and not matches(names, exclude or ())
 
 
 def is_spelled(name: str | Iterable[str], patterns: Iterable[str]) -> bool:
@@ -91,13 +92,13 @@ def first_match(names: Iterable[str], patterns: Iterable[str]) -> str | None:
     return next((pattern for pattern in patterns if matches(known, [pattern])), None)
 
 
-def check_patterns(module: nn.Module, label: str, **patterns: Sequence[str] | None) -> None:
-    """Raise for a pattern that names nothing, with the nearest names that exist.
+def check_patterns(module: nn.Module, label: str, **patterns: Iterable[str] | None) -> None:
+    """Raise for a name pattern that matches no parameter of a module, with the nearest names that exist.
 
     Args:
-        module: The module whose parameters are named, tied ones by each of their names.
-        label: Who asks, for the error.
-        **patterns: What the user wrote, by the name of the argument.
+        module: The module.
+        label: Who has the patterns, for the error.
+        patterns: What the user wrote, by argument.
 
     Raises:
         ValueError: If a pattern matches no name.
@@ -107,7 +108,7 @@ def check_patterns(module: nn.Module, label: str, **patterns: Sequence[str] | No
         Traceback (most recent call last):
         ValueError: ZClip(include=...): no parameter is named 'bodi', and no module. Did you mean 'body' or 'body.bias'?
     """
-    known = parameter_names(module)
+    known = [name for names in all_names(module).values() for name in names]
     for argument, given in patterns.items():
         for pattern in given or ():
             if not any(matches(name, [pattern]) for name in known):
@@ -142,14 +143,10 @@ Include others, such as 'body', or exclude less."
     chosen = [names[0] for names in known if matches(names, include)]
     others = [names[0] for names in known if not matches(names, [*include, *exclude])]
     modules = dict.fromkeys(name.rpartition(".")[0].partition(".")[0] or name for name in others)
-    such = (
-        f"Include others, such as {' or '.join(map(repr, list(modules)[:3]))}, or exclude less"
-        if others
-        else "Exclude less"
-    )
+    such = f"Include others, such as {' or '.join(map(repr, list(modules)[:3]))}, or exclude" if modules else "Exclude"
     return (
         f"include and exclude leave none: include={list(include)} selects {listed(chosen)}, and exclude={list(exclude)} drops "
-        f"them. {such}."
+        f"them. {such} less."
     )
 
 
@@ -168,11 +165,6 @@ def all_names(module: nn.Module) -> dict[int, list[str]]:
         if clean_name(name) not in known:
             known.append(clean_name(name))
     return names
-
-
-def parameter_names(module: nn.Module) -> list[str]:
-    """Return the names of all parameters of a module, in order, tied ones under each of their names."""
-    return [name for names in all_names(module).values() for name in names]
 
 
 def named_owners(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_grad.core.views.network_ends import Ends, Owner
 from lightning_grad.core.views.weight_chain import ViewedWeight
 from lightning_grad.core.views.weight_view import REPLACEMENTS, viewed_class
-from lightning_grad.utilities.parameters import all_names, clean_name, is_chosen, is_spelled, matches, named_owners
+from lightning_grad.utilities.parameters import all_names, clean_name, is_spelled, matches, named_owners, selects
 from lightning_grad.utilities.reporting import format_table
 from lightning_grad.utilities.weight_axes import is_foreign_matrix, output_dimension
 
@@ -105,7 +105,7 @@ def found_weights(module: nn.Module, owners: Sequence[Owner], technique: WeightC
             label=technique.label,
             effect=technique.effect,
         )
-        if found.is_spelled or (_is_layer(found) and is_chosen(found.names, technique.include)):
+        if found.is_spelled or (_is_layer(found) and selects(found.names, technique.include)):
             yield found
 
 
@@ -231,9 +231,7 @@ def _find_ends(
     owners: Sequence[Owner], candidates: Sequence[FoundWeight], technique: WeightCallback[W], ends: Ends
 ) -> set[str]:
     able = [
-        found
-        for found in candidates
-        if found.parameter.requires_grad and is_chosen(found.names, None, technique.exclude)
+        found for found in candidates if found.parameter.requires_grad and selects(found.names, None, technique.exclude)
     ]
     able_names = {found.name for found in able}
     left_out = {found.name for found in candidates} - able_names
@@ -255,7 +253,7 @@ def _explain_others(
     choice: WeightChoice[W], module: nn.Module, technique: WeightCallback[W], candidates: Sequence[FoundWeight]
 ) -> None:
     """Name weights that something else has replaced, and what the user includes that is no weight."""
-    replaced = [name for name in replaced_weights(module) if is_chosen(name, None, technique.exclude)]
+    replaced = [name for name in replaced_weights(module) if selects(name, None, technique.exclude)]
     choice.skipped.extend((name, _REPLACED) for name in replaced if matches(name, technique.include or ["*"]))
     for asked in technique.include or []:
         if not any(matches(names, [asked]) for names in (*(found.names for found in candidates), *replaced)):
