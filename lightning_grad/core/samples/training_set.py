@@ -2,7 +2,7 @@
 
 A :class:`TrainingSet` puts a :class:`~lightning_grad.data.PrunableBatchSampler` into the training loader at the one place
 where it is complete and nothing has been drawn from it yet, ``strategy.process_dataloader``; keeps the Trainer's own
-counts right when the epoch's length changes (``epoch_length.py``); and takes everything back when the fit ends.
+counts right when the epoch's length changes; and takes everything back when the fit ends.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_grad.core.dispatch import wrap_method
-from lightning_grad.core.samples.epoch_length import EpochLength, length_of
 from lightning_grad.core.samples.training_loaders import (
+    EpochLength,
     items_of,
     keys_of,
+    length_of,
     refuse_key,
     refuse_without_indices,
     replace_sampler,

@@ -4,6 +4,6 @@
   and the last layer;
 - ``weight_chain.py``: one weight, and what one technique after the other makes of it;
 - ``module_chains.py``: the weights of one module, and what happens once for all techniques;
-- ``weight_view.py``, ``in_place_view.py``: how a module sees another weight than its own;
+- ``weight_view.py``: how a module sees another weight than its own;
 - ``portable.py``: checkpoints that load anywhere, and resume exactly.
 """

@@ -15,9 +15,8 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 
 from lightning_grad.core.undo import UndoList
-from lightning_grad.core.views.in_place_view import InPlaceWindow
 from lightning_grad.core.views.weight_chain import Chain, Stage, ViewedWeight
-from lightning_grad.core.views.weight_view import has_view
+from lightning_grad.core.views.weight_view import InPlaceWindow, has_view
 
 if TYPE_CHECKING:
     from lightning_grad.core.views.weight_choice import FoundWeight

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_grad.core.views.in_place_view import InPlaceView, InPlaceWindow
-from lightning_grad.core.views.weight_view import attach_view
+from lightning_grad.core.views.weight_view import InPlaceView, InPlaceWindow, attach_view
 
 if TYPE_CHECKING:
     from lightning_grad.core.views.weight_choice import FoundWeight
