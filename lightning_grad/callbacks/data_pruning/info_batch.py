@@ -108,6 +108,7 @@ class InfoBatch(LossWeighting, SubsetCallback):
     ) -> None:
         super().__init__(loader_key, name)
         self.prune = check_share(prune, "prune")
+        self.acts = prune > 0.0
         self.stop = check_between(stop, 0.0, 1.0, "stop")
         self.choose_loss(loss, loss_fn)
         self.seed = check_count(seed, 0, "seed")
@@ -126,12 +127,20 @@ class InfoBatch(LossWeighting, SubsetCallback):
     @property
     @override
     def remembers_samples(self) -> bool:
-        return self.prune > 0.0
+        return self.acts
 
     @property
     @override
     def holds_samples(self) -> bool:
         return super().holds_samples or self._losses is not None or self._record.values is not None
+
+    @override
+    def needs_losses(self) -> bool:
+        return self.acts or self._weights is not None
+
+    @override
+    def samples_of(self, batch: Any) -> int:
+        return len(self.indices)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -142,12 +151,6 @@ class InfoBatch(LossWeighting, SubsetCallback):
                 self.label,
                 "the loss is weighted before backward, which comes inside training_step. Use "
                 "RepeatedRandomSubset, which needs no loss.",
-            )
-            self.begin_weighing(
-                pl_module,
-                samples=lambda _: len(self.indices),
-                acts=self.prune > 0.0,
-                needs=lambda: self.prune > 0.0 or self._weights is not None,
             )
 
     @override
