@@ -12,9 +12,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lightning_grad import callbacks, strategies
+from lightning_grad.core import Phase
 
 ROOT = Path(__file__).resolve().parents[1]
 PART = re.compile(r"<!-- begin: (\w+) -->\n(.*?)<!-- end: \1 -->", re.DOTALL)
@@ -98,6 +99,20 @@ def family_techniques(family: str) -> Iterator[str]:
     yield write_descriptions(techniques()[family])
 
 
+def clipping_phases() -> Iterator[str]:
+    """Yield the table of phases and of the techniques that stand in them."""
+    classes = [cls for members in techniques().values() for cls in members]
+    of_phase = {phase: [cls for cls in classes if getattr(cls, "phase", None) == phase] for phase in get_args(Phase)}
+    rows = [(phase, ", ".join(f"`{cls.__name__}`" for cls in members)) for phase, members in of_phase.items()]
+    yield write_table(("Phase", "Rules"), rows)
+
+
+def clipping_thresholds() -> Iterator[str]:
+    """Yield the table of the rules that have a threshold."""
+    named = [(cls.__name__, getattr(cls, "threshold_name", None)) for cls in techniques()["clipping"]]
+    yield write_table(("Rule", "Its threshold"), [(f"`{rule}`", f"`{name}`") for rule, name in named if name])
+
+
 def api_techniques() -> Iterator[str]:
     """Yield the reference of each family."""
     for family, members in techniques().items():
@@ -114,6 +129,8 @@ def parts() -> dict[tuple[str, str], Callable[[], Iterable[str]]]:
         ("docs/index.md", "techniques"): index_techniques,
         ("docs/index.md", "contents"): index_contents,
         ("docs/api.md", "techniques"): api_techniques,
+        ("docs/clipping.md", "phases"): clipping_phases,
+        ("docs/clipping.md", "thresholds"): clipping_thresholds,
     }
     for family in techniques():
         written[f"docs/{family}.md", "techniques"] = partial(family_techniques, family)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_grad.functional.gradients.tensor_lists import share_of, stack_norms, whole
+from lightning_grad.functional.gradients.tensor_lists import share_of, stack, stack_norms, whole
 
 
 def noise_scale_terms(small_squared: Tensor, big_squared: Tensor, small: float, big: float) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def gradient_cosine(gradients: Sequence[Tensor], others: Sequence[Tensor]) -> Te
         tensor(1.)
     """
     products = [(g.float() * o.float()).sum() for g, o in zip(gradients, others, strict=True)]
-    product = torch.stack([whole(value).to(products[0].device) for value in products]).sum()
+    product = stack([whole(value) for value in products]).sum()
     lengths = [torch.linalg.vector_norm(stack_norms(tensors)) for tensors in (gradients, others)]
     cosine: Tensor = product / lengths[0] / lengths[1]
     return cosine

@@ -18,8 +18,8 @@ From a step to shares, and from shares to weights::
 4. **Weight.** :meth:`Terms.weight_` hooks a weight for each sample onto the cuts (``weights.py``). Backward then gives the
    gradient of the weighted loss, and nothing is computed twice.
 
-What no graph can show is whether the shares follow the samples. ``core/rehearsal.py`` finds out by running a step on the same
-samples in other orders.
+What no graph can show is whether the shares follow the samples. ``core/losses/rehearsal.py`` finds out by running a
+step on the same samples in other orders.
 
 Most steps return one call of a loss. For these :class:`LossCapture` (``loss_capture.py``) is enough, which watches nothing
 else; :class:`WholeLossCapture` (``whole_loss.py``) finds out once whether that call is the whole loss. The undocumented

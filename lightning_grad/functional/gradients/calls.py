@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_grad.functional.gradients.autograd import Edge
+from lightning_grad.functional.gradients.autograd import Edge, edge_of
 from lightning_grad.functional.gradients.loss_functions import LOSSES, LossCall, SampleSums, bind, read
 from lightning_grad.functional.gradients.rows import Rows, obeys_shape_rule
 from lightning_grad.functional.plain_tensors import plain_tensor
@@ -54,7 +54,6 @@ def read_call(
     value: Tensor,
     samples: int,
     rows_of: Callable[[Tensor], Rows | None],
-    edge_of: Callable[[Tensor], Edge],
     values: bool,
     keep_graph: bool,
 ) -> Call | None:
@@ -67,7 +66,6 @@ def read_call(
         value: What it returned.
         samples: B.
         rows_of: Returns what is known of a tensor's rows.
-        edge_of: Returns the edge of the graph that leads to a tensor.
         values: Whether the sums are wanted, for which the loss is computed once more.
         keep_graph: Whether they keep their graph.
     """

@@ -104,11 +104,6 @@ class LossCapture(TorchFunctionMode):
         self.calls: list[LossCall] = []
         self.unread: list[UnreadLoss] = []
 
-    def clear(self) -> None:
-        """Forget what was seen, so that the next step can use the same object."""
-        self.calls.clear()
-        self.unread.clear()
-
     def only(self, which: int | None = None) -> LossCall:
         """Return the call that is the loss of the step.
 

@@ -39,8 +39,6 @@ HOMOGENEOUS = _kinds(
     Select Slice Index IndexSelect MaskedSelect Gather Where MaskedFill Mul Div
     """
 )
-# Of these, the ones that give each position the same coefficient.
-REDUCING = _kinds("Mean Sum Squeeze Unsqueeze View UnsafeView ReshapeAlias Alias Clone ToCopy")
 
 
 def is_linear(kind: str, hits: Sequence[bool]) -> bool:

@@ -51,11 +51,6 @@ class Rows:
         """Return whether a tensor of this shape can have its samples as this says."""
         return self.owner is not None or (len(shape) > self.axis and shape[self.axis] == self.length)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether rows along the first dimension have one sample each."""
-        return not self.mixed and self.owner is None and self.axis == 0
-
 
 def in_order(length: int, samples: int, device: torch.device) -> Tensor:
     """Return the sample of each of ``length`` rows by the shape rule."""

@@ -247,9 +247,7 @@ class LossTrace(TorchFunctionMode):
             return False
         call: Call | None
         try:
-            call = read_call(
-                func, args, kwargs, out, self.samples, self._rows.of, edge_of, self.values, self.keep_graph
-            )
+            call = read_call(func, args, kwargs, out, self.samples, self._rows.of, self.values, self.keep_graph)
         except Exception as error:  # the step must go on as if nobody had looked; the walk says what was wrong
             call = Call(LOSSES[func].name, "", {}, frozenset(), f"could not be read: {error}")
         if call is not None and call.loss_call is not None:

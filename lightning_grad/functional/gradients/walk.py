@@ -11,7 +11,7 @@ from lightning_grad.functional.gradients.autograd import Edge, Node, kind_of, le
 from lightning_grad.functional.gradients.calls import Call
 from lightning_grad.functional.gradients.errors import InseparableLossError
 from lightning_grad.functional.gradients.nodes import ADDING, CONTRACTING, LINEAR, PASSED, is_linear
-from lightning_grad.functional.gradients.record import Place, Record
+from lightning_grad.functional.gradients.record import NOWHERE, Place, Record
 from lightning_grad.functional.gradients.rows import Rows
 
 Key = tuple[str, str, str, int]
@@ -126,13 +126,11 @@ class Walk(Descent):
         self.learned: list[Place] = []
         self.adding: list[Node] = []
         if root in record.fixed:
-            raise InseparableLossError("", "", "The loss depends on parameters only, and on no sample.")
+            raise NOWHERE.refusal("The loss depends on parameters only, and on no sample.")
         self._run(root)
         self.order.reverse()
         if not self.cuts:
-            raise InseparableLossError(
-                "", "", f"No tensor with rows for the {record.samples} samples leads to the loss."
-            )
+            raise NOWHERE.refusal(f"No tensor with rows for the {record.samples} samples leads to the loss.")
 
     def _open(self, node: Node, place: Place) -> Iterator[Node]:
         """Find out what the inputs of a node are; yield the nodes to visit next."""
@@ -220,17 +218,12 @@ class Walk(Descent):
             return
         place = self._places[node]
         if leaf_of(node) is not None:
-            raise InseparableLossError(
-                place.function,
-                place.location,
-                "uses a tensor that requires a gradient, is no parameter and has no rows.",
-            )
+            raise place.refusal("uses a tensor that requires a gradient, is no parameter and has no rows.")
         if kind_of(node):
-            raise InseparableLossError(
-                place.function or node.name(),
-                place.location,
+            raise place.refusal(
                 f"combines parameters with a tensor that has no rows for the {self._record.samples} samples, so whether its "
                 "result belongs to a sample is not known. If it does not, register it as a buffer of the module.",
+                node.name(),
             )
         self._refuse(node)
 
@@ -246,7 +239,7 @@ class Walk(Descent):
                 f"mixes the samples or cannot be read ({node.name()}), so the loss is not known to be a mean of one term per "
                 "sample."
             )
-        raise InseparableLossError(place.function or node.name(), place.location, reason)
+        raise place.refusal(reason, node.name())
 
 
 def entries(node: Node, inputs: Container[Edge], others: Container[Edge] = ()) -> Iterator[tuple[Node, int, Edge]]:

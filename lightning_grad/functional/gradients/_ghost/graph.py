@@ -1,10 +1,9 @@
-"""Questions to autograd's graph: which parameters losses still reach, their gradients sample by sample, where samples lie."""
+"""Questions to autograd's graph: the gradients of losses sample by sample, and where the samples lie."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,42 +11,6 @@ from torch import Tensor
 from lightning_grad.functional.gradients._ghost.contributions import chunks, sum_squares
 from lightning_grad.functional.gradients._ghost.layouts import Layout, belongs_to, candidates, has_mass
 from lightning_grad.functional.gradients._ghost.tracer import Tracer, Use
-
-_REENTRANT = "CheckpointFunctionBackward"  # hides what happens inside from the graph
-
-
-@dataclass
-class Leaf:
-    """A tensor at which the graph ends, and the names of the operations that use it."""
-
-    tensor: Tensor
-    users: set[str] = field(default_factory=set)
-
-
-def leaves(outputs: Tensor) -> dict[int, Leaf]:
-    """Return the leaf tensors that a gradient of the outputs would reach, by identity."""
-    found: dict[int, Leaf] = {}
-    start = outputs.grad_fn
-    if start is None:
-        return {id(outputs): Leaf(outputs)} if outputs.requires_grad else found
-    seen, waiting = {start}, [start]
-    while waiting:
-        node = waiting.pop()
-        if node.name() == _REENTRANT:
-            raise RuntimeError(
-                "Per-sample gradient norms cannot see into torch.utils.checkpoint.checkpoint(..., use_reentrant=True). "
-                "Turn activation checkpointing off while measuring."
-            )
-        for following, _ in node.next_functions:
-            if following is None:
-                continue
-            variable = getattr(following, "variable", None)
-            if variable is not None:
-                found.setdefault(id(variable), Leaf(variable)).users.add(node.name())
-            elif following not in seen:
-                seen.add(following)
-                waiting.append(following)
-    return found
 
 
 def rows_of_jacobian(
@@ -106,27 +69,16 @@ def squared_norms_by_backward(losses: Tensor, parameters: Sequence[Tensor], entr
 # Backward passes of single losses show where the samples lie.
 
 
-def run_backward(outputs: Tensor, ends: Mapping[int, Leaf], retain_graph: bool = False) -> None:
-    """Run a backward pass down to all leaves, among them one for each use, and touch no ``.grad``."""
-    inputs = [leaf.tensor for leaf in ends.values()]
-    with torch.autocast(outputs.device.type, enabled=False):
-        torch.autograd.grad(outputs, inputs, torch.ones_like(outputs), retain_graph=retain_graph, allow_unused=True)
-
-
-def probe_layouts(
-    uses: Sequence[Use], tracer: Tracer, losses: Tensor, ends: Mapping[int, Leaf], most: int
-) -> list[tuple[Layout | None, bool]]:
+def probe_layouts(uses: Sequence[Use], tracer: Tracer, most: int) -> list[tuple[Layout | None, bool]]:
     """Return the layout of each use, or None where none fits, and whether the gradients left no doubt.
 
     Args:
         uses: Those to find out about.
         tracer: What saw them.
-        losses: (B,).
-        ends: The leaves of the graph.
         most: How many samples to ask at most. An undecided use gets its likeliest layout: if all gradients were zero, it
             contributes nothing anyway.
     """
-    samples = len(losses)
+    samples = len(tracer.losses)
     fitting = {id(use): candidates(use.shape, use.dims, samples) for use in uses}
     told: set[int] = set()
     for sample in _probed_samples(samples)[:most]:
@@ -137,8 +89,7 @@ def probe_layouts(
                 told.add(id(use))
                 fitting[id(use)] = [each for each in layouts if belongs_to(each, gradient, sample, samples)]
 
-        with tracer.listening(receive):
-            run_backward(losses[sample], ends, retain_graph=True)
+        tracer.backward(tracer.losses[sample], receive)
         if all(not layouts or (len(layouts) == 1 and use in told) for use, layouts in fitting.items()):
             break
     found = [fitting[id(use)] for use in uses]
@@ -154,7 +105,7 @@ def _probed_samples(samples: int) -> list[int]:
     return list(dict.fromkeys(min(sample, samples - 1) for sample in spread))
 
 
-def where_samples_meet(uses: Sequence[Use], tracer: Tracer, losses: Tensor, ends: Mapping[int, Leaf]) -> set[int]:
+def where_samples_meet(uses: Sequence[Use], tracer: Tracer) -> set[int]:
     """Return the identities of those uses in which the losses of two samples depend on one entry of the output."""
     touched: dict[int, Tensor] = {}
     meeting: set[int] = set()
@@ -168,9 +119,8 @@ def where_samples_meet(uses: Sequence[Use], tracer: Tracer, losses: Tensor, ends
             meeting.add(id(use))
         touched[id(use)] = before | (gradient != 0)
 
-    with tracer.listening(receive):
-        for loss in losses:
-            run_backward(loss, ends, retain_graph=True)
-            if meeting == chosen:
-                break
+    for loss in tracer.losses:
+        tracer.backward(loss, receive)
+        if meeting == chosen:
+            break
     return meeting

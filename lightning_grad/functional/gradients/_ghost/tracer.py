@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +80,43 @@ class Use:
 OnGradient = Callable[[Use, Tensor], None]
 
 
+_REENTRANT = "CheckpointFunctionBackward"  # hides what happens inside from the graph
+
+
+@dataclass
+class Leaf:
+    """A tensor at which the graph ends, and the names of the operations that use it."""
+
+    tensor: Tensor
+    users: set[str] = field(default_factory=set)
+
+
+def leaves(outputs: Tensor) -> dict[int, Leaf]:
+    """Return the leaf tensors that a gradient of the outputs would reach, by identity."""
+    found: dict[int, Leaf] = {}
+    start = outputs.grad_fn
+    if start is None:
+        return {id(outputs): Leaf(outputs)} if outputs.requires_grad else found
+    seen, waiting = {start}, [start]
+    while waiting:
+        node = waiting.pop()
+        if node.name() == _REENTRANT:
+            raise RuntimeError(
+                "Per-sample gradient norms cannot see into torch.utils.checkpoint.checkpoint(..., use_reentrant=True). "
+                "Turn activation checkpointing off while measuring."
+            )
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            variable = getattr(following, "variable", None)
+            if variable is not None:
+                found.setdefault(id(variable), Leaf(variable)).users.add(node.name())
+            elif following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
+
+
 class _Root(torch.autograd.Function):
     """Makes a tensor that requires no gradient one that does, so that its gradient is computed."""
 
@@ -124,6 +160,10 @@ class Tracer(TorchFunctionMode):
         parameters: The trainable parameters by name.
         excluded: Names of those that are left to autograd.
         batchless: Calls that take part in all samples alike, such as the lookup of learned positions.
+
+    Attributes:
+        losses: What the forward pass returned, (B,).
+        ends: The leaves of its graph, among them one for the uses without another input.
     """
 
     parameters: Mapping[str, Tensor]
@@ -131,7 +171,6 @@ class Tracer(TorchFunctionMode):
     batchless: set[Key]
     uses: list[Use] = field(default_factory=list)
     uncovered: dict[str, set[str]] = field(default_factory=dict)
-    on_gradient: OnGradient | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -139,6 +178,8 @@ class Tracer(TorchFunctionMode):
         self._calls: Counter[tuple[str, tuple[str, ...]]] = Counter()
         self._handles: list[Any] = []
         self._inside = False
+        self._on_gradient: OnGradient | None = None
+        self.ends: dict[int, Leaf] = {}
         device = next(iter(self.parameters.values())).device
         self.anchor = torch.zeros((), device=device, requires_grad=True)
 
@@ -227,8 +268,8 @@ class Tracer(TorchFunctionMode):
         return out
 
     def _receive(self, use: Use, gradient: Tensor) -> None:
-        if self.on_gradient is not None:
-            self.on_gradient(use, gradient)
+        if self._on_gradient is not None:
+            self._on_gradient(use, gradient)
 
     def _derive(self, result: Any, found: list[Source]) -> bool:
         """Note what was computed from parameters alone; say whether all of the result was."""
@@ -239,14 +280,21 @@ class Tracer(TorchFunctionMode):
                 self._sources[id(tensor)] = Source(tensor, roots, tensor._version)
         return bool(tensors)
 
-    @contextmanager
-    def listening(self, on_gradient: OnGradient) -> Iterator[None]:
-        """Hand the gradients of all uses to a function."""
-        self.on_gradient = on_gradient
+    def finish(self, losses: Tensor) -> None:
+        """Take in what the forward pass returned."""
+        self.losses, self.ends = losses, leaves(losses)
+
+    def backward(self, outputs: Tensor, on_gradient: OnGradient, retain_graph: bool = True) -> None:
+        """Run a backward pass that hands the gradients of all uses to a function, and touches no ``.grad``."""
+        inputs = [leaf.tensor for leaf in self.ends.values()]
+        self._on_gradient = on_gradient
         try:
-            yield
+            with torch.autocast(outputs.device.type, enabled=False):
+                torch.autograd.grad(
+                    outputs, inputs, torch.ones_like(outputs), retain_graph=retain_graph, allow_unused=True
+                )
         finally:
-            self.on_gradient = None
+            self._on_gradient = None
 
     def close(self) -> None:
         """Remove the hooks and let go of all tensors."""
