@@ -120,6 +120,8 @@ class Passes:
     def check_rows(self) -> None:
         """Raise if rows do not follow their samples into another order, or if a function gives another loss."""
         callback, rehearsal = self.callback, self._rehearsal()
+        if not callback.source.pairs_rows:
+            return
         in_training = isinstance(callback.source, HistoryScores)
         dataset = None if in_training else self.dataset
         if self._runs_single_samples:
