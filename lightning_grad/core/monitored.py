@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.compatibility import AVERAGED, Compatibility, yes
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.missed_validation import is_validation_due, run_missed_validation
@@ -50,6 +51,10 @@ class MonitoredCallback(GradCallback):
         name: Name of this instance.
     """
 
+    compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
+        ddp=yes("All ranks act together, on the mean of their values."),
+        weight_averaging=yes(AVERAGED),
+    )
     nothing_done: ClassVar[str] = "it did nothing"
 
     observed = until_next_fit.of(int)

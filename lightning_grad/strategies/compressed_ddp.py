@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.core.callback import Chosen
+from lightning_grad.core.compatibility import Compatibility, manual, moot, no
 from lightning_grad.core.fit import during_fit
 from lightning_grad.strategies import _report
 from lightning_grad.strategies._buckets import BucketCollector, Gradient
@@ -34,7 +35,7 @@ from lightning_grad.strategies._dense import all_finite, concatenated, write_den
 from lightning_grad.strategies._interrupts import interrupts_deferred
 from lightning_grad.strategies._ledger import Stopwatch
 from lightning_grad.strategies._rank_saving import ResidualPolicy
-from lightning_grad.strategies._refusals import explain_unused_parameters, refuse_optimizers, refuse_run
+from lightning_grad.strategies._refusals import explain_unused_parameters, refuse_optimizers
 from lightning_grad.strategies._scheme import Message, SchemeDDP
 from lightning_grad.strategies._settings import own_settings
 from lightning_grad.strategies._used_parameters import UsedParameters
@@ -49,6 +50,11 @@ StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
 _DENSE, _USED = "dense", "used"
 DEFAULT_TIMEOUT = timedelta(minutes=30)  # Lightning's
+
+_NO_SCALER = no(
+    "adds up gradients over steps, and {} changes their scale between steps",
+    "Use precision='bf16-mixed', or strategy='ddp'",
+)
 
 
 class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
@@ -98,6 +104,27 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
 
     namespace: ClassVar[str] = "comm"
     trial: ClassVar[Mapping[str, Any]]
+    neutral: ClassVar[Mapping[str, Any] | str]
+    compatibility: ClassVar[Compatibility] = Compatibility(
+        fp16=_NO_SCALER,
+        fused_fp16=_NO_SCALER,
+        **dict.fromkeys(("ddp", "fsdp2", "fsdp1", "deepspeed"), moot("A Trainer has one strategy. This one is DDP.")),
+        **manual(
+            no(
+                "does not work with {}: a backward pass must end in one optimizer step",
+                "Use strategy='ddp', or automatic optimization",
+            )
+        ),
+        pytorch_lightning=no(
+            "does not work with {}, which takes only strategies of its own namespace and says invalid strategy name",
+            "Use lightning.pytorch.Trainer",
+        ),
+        late_gradients=moot("A Trainer has one strategy."),
+        sparse_gradients=no(
+            "needs dense gradients, and {} makes sparse ones", "Build it with sparse=False, or use strategy='ddp'"
+        ),
+        complex_parameters=no("compresses real gradients, and {} is complex", "Use strategy='ddp'"),
+    )
 
     ranks = during_fit[Collectives]()
     _watch = during_fit[Stopwatch]()
@@ -144,6 +171,10 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
 
     # The fit begins.
 
+    def works_with(self) -> Compatibility:
+        """Return what this instance works with, where that depends on its settings."""
+        return self.compatibility
+
     @property
     @override
     def label(self) -> str:
@@ -177,7 +208,8 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         Raises:
             ValueError: With what to do instead.
         """
-        refuse_run(trainer, self.label)
+        self.works_with().refuse(self.label, trainer, trainer.lightning_module)
+        self.works_with().refuse_parameters(self.label, trainer.lightning_module)
         check_patterns(self.exclude or [], parameter_names(trainer.lightning_module), f"{self.label}(exclude=...)")
 
     @override

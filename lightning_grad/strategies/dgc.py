@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
+from lightning_grad.core.compatibility import YES, Compatibility, no, yes
 from lightning_grad.core.dispatch import overrides
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.functional import (
@@ -144,7 +145,17 @@ class DGCStrategy(CompressedDDPStrategy):
           local gradient.
     """
 
+    compatibility: ClassVar[Compatibility] = CompressedDDPStrategy.compatibility.but(
+        gradient_clip_val=no(
+            "accumulates gradients over many steps, and {} would clip what it has accumulated",
+            "Set gradient_clip_val=None and DGCStrategy(local_clip={value}) (local_clip clips by norm), which clips the "
+            "gradient of each rank before it is accumulated. If a library builds the Trainer, set trainer.gradient_clip_val "
+            "= None before fit(), or in the setup() of a callback",
+        ),
+        no_second_moment=yes("By error feedback for all but SGD with momentum, which is printed."),
+    )
     trial: ClassVar[Mapping[str, Any]] = {"ratio": 0.05, "warmup": [0.5, 0.2], "warmup_steps": 3, "min_numel": 100}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"ratio": 1.0}
 
     _momentum = during_fit[LocalMomentum | None](lambda _: None)
     _sent = during_fit.of(list[tuple[Tensor, Tensor]])
@@ -212,6 +223,16 @@ class DGCStrategy(CompressedDDPStrategy):
     # The fit begins.
 
     @property
+    def syncs_per_step(self) -> str:
+        """Why it waits for the device in each step; empty if it does not."""
+        waits = self.selector == "sampled"
+        return "a threshold from a sample has to be counted before its entries can be taken" if waits else ""
+
+    @override
+    def works_with(self) -> Compatibility:
+        return self.compatibility if self.wants_to_compress else self.compatibility.but(gradient_clip_val=YES)
+
+    @property
     @override
     def wants_to_compress(self) -> bool:
         return min([self.ratio, *self.layer_ratios.values()]) < 1.0
@@ -242,19 +263,7 @@ class DGCStrategy(CompressedDDPStrategy):
         super().refuse(trainer)
         module = trainer.lightning_module
         check_patterns(list(self.layer_ratios), parameter_names(module), f"{self.label}(layer_ratios=...)")
-        if not self.wants_to_compress:
-            return
-        clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-        if clip:
-            instead = f"Set gradient_clip_val=None and {self.label}(local_clip={clip})"
-            if algorithm is not None and str(getattr(algorithm, "value", algorithm)) != "norm":
-                instead = f"Set gradient_clip_val=None and {self.label}(local_clip=...) (local_clip clips by norm)"
-            raise ValueError(
-                f"Trainer(gradient_clip_val={clip}) would clip what {self.label} has accumulated over many steps. "
-                f"{instead}, which clips the gradient of each rank before it is accumulated. If a library builds the "
-                "Trainer, set trainer.gradient_clip_val = None before fit(), or in the setup() of a callback."
-            )
-        if overrides(module, "configure_gradient_clipping"):
+        if self.wants_to_compress and overrides(module, "configure_gradient_clipping"):
             rank_zero_warn(
                 f"{type(module).__name__}.configure_gradient_clipping is the module's own, and gets what {self.label} has "
                 "accumulated over many steps. If it clips, use local_clip instead."

@@ -102,6 +102,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     """
 
     trial: ClassVar[Mapping[str, Any]] = {"rank": 2, "min_numel": 100}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"exclude": ["*"]}
 
     def __init__(
         self,

@@ -10,18 +10,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 from torch.optim import Optimizer
 
 from lightning_grad.functional.choices import check_choice as check_choice
 
 # Asked by name along the class hierarchy, so that both namespaces of Lightning and derived strategies are met.
-SHARDED_STRATEGIES = {
-    "FSDPStrategy": "FSDP",
-    "DeepSpeedStrategy": "DeepSpeed",
-    "ModelParallelStrategy": "FSDP2 and tensor parallelism",
-}
-
+_SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 _LONGEST_NAME = 100  # bytes; file systems end at 255, and an epoch, a layer and an ending are added
 
 
@@ -188,65 +182,9 @@ short word.
         )
 
 
-def _sharding(trainer: pl.Trainer) -> str | None:
-    """Return the class name of the sharding strategy that the trainer's derives from, if it does."""
-    names = [cls.__name__ for cls in type(trainer.strategy).__mro__]
-    return next((name for name in names if name in SHARDED_STRATEGIES), None)
-
-
 def is_sharded(trainer: pl.Trainer) -> bool:
     """Say whether the strategy shards parameters, so that its ranks must run the module together."""
-    return _sharding(trainer) is not None
-
-
-def refuse_sharded(trainer: pl.Trainer, technique: str) -> None:
-    """Raise if the strategy shards parameters, so that no rank sees a whole weight.
-
-    Raises:
-        ValueError: For FSDP, FSDP2 and DeepSpeed.
-    """
-    sharding = _sharding(trainer)
-    if sharding is not None:
-        raise ValueError(
-            f"{technique} needs whole weights, and {SHARDED_STRATEGIES[sharding]} ({type(trainer.strategy).__name__}) "
-            "shards them. Train with strategy='ddp' or on one device."
-        )
-
-
-def refuse_deepspeed(trainer: pl.Trainer, technique: str) -> None:
-    """Raise if the DeepSpeed engine owns the gradients.
-
-    Raises:
-        ValueError: For DeepSpeed.
-    """
-    if _sharding(trainer) == "DeepSpeedStrategy":
-        raise ValueError(
-            f"{technique} works on gradients, and under DeepSpeed ({type(trainer.strategy).__name__}) the engine owns them. "
-            "Train with strategy='ddp' or ModelParallelStrategy, or clip in DeepSpeed's own config."
-        )
-
-
-def refuse_flat_shards(trainer: pl.Trainer, technique: str) -> None:
-    """Raise if each rank sees flat pieces of gradients only, without the shape and the norm of any.
-
-    Raises:
-        ValueError: For FSDP1.
-    """
-    if _sharding(trainer) == "FSDPStrategy":
-        raise ValueError(
-            f"{technique} needs gradients in their own shapes, and under FSDP1 ({type(trainer.strategy).__name__}) a rank "
-            "sees flat shards of them. Use ModelParallelStrategy with fully_shard (FSDP2), whose gradients are DTensors."
-        )
-
-
-def refuse_manual_optimization(pl_module: pl.LightningModule, technique: str, why: str) -> None:
-    """Raise if the module steps its optimizers itself.
-
-    Raises:
-        ValueError: Under manual optimization.
-    """
-    if not pl_module.automatic_optimization:
-        raise ValueError(f"{technique} does not work with manual optimization: {why}")
+    return not _SHARDED.isdisjoint(cls.__name__ for cls in type(trainer.strategy).__mro__)
 
 
 def refuse_dataloader_iter(step: Callable[..., Any], technique: str) -> None:
@@ -278,61 +216,18 @@ def warn_of_missing_momentum(trainer: pl.Trainer, technique: str, term: str) -> 
         )
 
 
-def refuse_sparse_gradients(module: nn.Module, chosen: set[int], technique: str) -> None:
-    """Raise if a parameter will have a sparse gradient.
-
-    Args:
-        module: Whose embeddings are looked at.
-        chosen: Identities of the parameters that matter.
-        technique: Who asks, for the error.
-
-    Raises:
-        ValueError: For a chosen ``Embedding(sparse=True)`` or ``EmbeddingBag(sparse=True)``.
-    """
-    for name, child in module.named_modules():
-        if getattr(child, "sparse", False) is True and any(id(p) in chosen for p in child.parameters(recurse=False)):
-            raise ValueError(
-                f"{technique} needs dense gradients, and {type(child).__name__} {name!r} makes sparse ones. Build it with "
-                f"sparse=False, or leave it out: exclude=[{name!r}]."
-            )
-
-
-def refuse_complex(module: nn.Module, chosen: set[int], technique: str) -> None:
-    """Raise if a parameter holds complex numbers, which have no order.
-
-    Raises:
-        ValueError: For a chosen parameter of a complex type.
-    """
-    for name, parameter in module.named_parameters():
-        if id(parameter) in chosen and parameter.is_complex():
-            raise ValueError(
-                f"{technique} compares entries, and those of {name!r} are complex. Leave it out: exclude=[{name!r}]."
-            )
-
-
 def owned_ids(optimizer: Optimizer) -> set[int]:
     """Return the identities of the parameters that an optimizer moves."""
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def check_keeps(optimizer: Optimizer, key: str, technique: str, message: str) -> None:
-    """Raise before the first step if an optimizer will keep no state of a name.
-
-    Args:
-        optimizer: Which has not stepped yet, perhaps.
-        key: The name, such as ``exp_avg_sq``.
-        technique: Who asks, for the error.
-        message: What follows the technique's name in the error, with ``{}`` for the optimizer's class.
-
-    Raises:
-        ValueError: If a copy of it that steps one number keeps none.
-    """
+def keeps(optimizer: Optimizer, key: str) -> bool:
+    """Return whether an optimizer, which has perhaps not stepped yet, keeps state of a name such as ``exp_avg_sq``."""
     number = torch.zeros(1, requires_grad=True)
     number.grad = torch.zeros(1)
     try:
         probe = type(optimizer)([number], **optimizer.defaults)
         probe.step()
     except Exception:  # an optimizer that cannot be built from its defaults tells nothing before its first step
-        return
-    if key not in probe.state[number]:
-        raise ValueError(f"{technique} {message.format(type(optimizer).__name__)}")
+        return True
+    return key in probe.state[number]

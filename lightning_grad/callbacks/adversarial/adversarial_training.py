@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks.adversarial._attack import (
+    COMPILED,
     Attack,
     NoLossError,
     attack_losses,
@@ -23,6 +24,7 @@ from lightning_grad.callbacks.adversarial._attack import (
 from lightning_grad.callbacks.adversarial._overfitting import OverfittingCheck
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.core.callback import Chosen, GradCallback
+from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility, manual, no
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.fit import during_fit
 from lightning_grad.core.losses.sample_losses import loss_of_output
@@ -35,11 +37,14 @@ from lightning_grad.utilities.checks import (
     check_count,
     check_share,
     refuse_dataloader_iter,
-    refuse_manual_optimization,
 )
 from lightning_grad.utilities.reporting import is_log_step, log_many
 
 _PGD_STEPS = 7
+_NO_MANUAL = no(
+    "does not work with {}: its training_step also steps, so an attack through it would train",
+    "Train with automatic optimization, or measure by AdversarialEvaluation, which works with both",
+)
 
 
 class AdversarialTraining(GradCallback):
@@ -120,8 +125,11 @@ class AdversarialTraining(GradCallback):
     """
 
     namespace: ClassVar[str] = "adversarial"
+    compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
+        compiled=COMPILED, **manual(_NO_MANUAL), **WHOLE_WEIGHTS
+    )
     trial: ClassVar[Mapping[str, Any]] = {"epsilon": 0.1}
-    needs_whole_weights: ClassVar[bool] = True
+    neutral: ClassVar[Mapping[str, Any] | str] = {"epsilon": 0.0}
 
     _place = during_fit[Place | None](lambda _: None)
     _start_loss = during_fit[Tensor | None](lambda _: None)
@@ -177,12 +185,6 @@ class AdversarialTraining(GradCallback):
         super().setup(trainer, pl_module, stage)
         if not self.fitting:
             return
-        refuse_manual_optimization(
-            pl_module,
-            self.label,
-            "its training_step also steps, so an attack through it would train. Train with automatic optimization, or "
-            "measure by AdversarialEvaluation, which works with both.",
-        )
         refuse_dataloader_iter(pl_module.training_step, self.label)
         self._refuse_another(trainer)
         around = partial(self._around_step, trainer)

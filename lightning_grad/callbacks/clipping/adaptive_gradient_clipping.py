@@ -80,6 +80,7 @@ class AdaptiveGradientClipping(UnitConditioner):
 
     namespace: ClassVar[str] = "grad/agc"
     trial: ClassVar[Mapping[str, Any]] = {"ratio": 0.01, "head": None}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"ratio": float("inf")}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "ratio"
 

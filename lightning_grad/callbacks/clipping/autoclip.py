@@ -70,6 +70,7 @@ class AutoClip(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/autoclip"
     trial: ClassVar[Mapping[str, Any]] = {"percentile": 10.0, "window": 7}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"percentile": 100.0}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "percentile"
 

@@ -65,6 +65,7 @@ class GradientCentralization(UnitConditioner):
 
     namespace: ClassVar[str] = "grad/centralization"
     trial: ClassVar[Mapping[str, Any]] = {}
+    neutral: ClassVar[Mapping[str, Any] | str] = "the mean is taken away whole or not at all"
     phase: ClassVar[Phase] = "center"
 
     def __init__(

@@ -64,6 +64,7 @@ class GradientNoise(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/noise"
     trial: ClassVar[Mapping[str, Any]] = {"eta": 0.01}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"eta": 0.0}
     phase: ClassVar[Phase] = "noise"
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -67,6 +68,7 @@ class LayerwiseClipping(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/layerwise_clipping"
     trial: ClassVar[Mapping[str, Any]] = {"max_norm": 0.1}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"max_norm": math.inf}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "max_norm"
 

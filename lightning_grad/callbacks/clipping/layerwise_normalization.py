@@ -68,6 +68,9 @@ class LayerwiseNormalization(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/layerwise_normalization"
     trial: ClassVar[Mapping[str, Any]] = {"coefficient": 0.01, "max_ratio": 10.0}
+    neutral: ClassVar[Mapping[str, Any] | str] = (
+        "every layer gets the norm of its weights; no coefficient gives it its own"
+    )
     phase: ClassVar[Phase] = "center"
     threshold_name: ClassVar[str | None] = "coefficient"
 

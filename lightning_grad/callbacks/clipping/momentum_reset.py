@@ -12,16 +12,12 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_grad.core.compatibility import Compatibility, no, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.optimizers import OptimizerCallback
 from lightning_grad.functional import reset_warmup
-from lightning_grad.utilities.checks import check_count, check_keeps
+from lightning_grad.utilities.checks import check_count, keeps
 from lightning_grad.utilities.reporting import is_log_step
-
-NO_MOMENTS = (
-    "sets the moments (exp_avg, exp_avg_sq) of an Adam-like optimizer to zero, and {} keeps none. Train with Adam or AdamW, "
-    "or drop the callback."
-)
 
 _COUNTS = ("steps", "last", "resets")
 _LONGEST_DEFAULT = 150  # steps of warm-up, as in the released code
@@ -77,7 +73,15 @@ class MomentumReset(OptimizerCallback):
     """
 
     namespace: ClassVar[str] = "grad/momentum_reset"
+    compatibility: ClassVar[Compatibility] = OptimizerCallback.compatibility.but(
+        fp16=yes("Steps that overflow are not counted."),
+        no_second_moment=no(
+            "sets the moments (exp_avg, exp_avg_sq) of an Adam-like optimizer to zero, and {} keeps none",
+            "Train with Adam or AdamW, or drop the callback",
+        ),
+    )
     trial: ClassVar[Mapping[str, Any]] = {"every": 5, "warmup": 3}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"every": 10**6}
 
     _steps = until_next_fit.of(dict[int, int])
     _last = until_next_fit.of(dict[int, int])  # the step of the last reset, from 1
@@ -114,10 +118,8 @@ class MomentumReset(OptimizerCallback):
 
     @override
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
-        try:
-            check_keeps(optimizer, "exp_avg_sq", self.label, NO_MOMENTS)
-        except ValueError as error:
-            self._without.append(error)
+        if not keeps(optimizer, "exp_avg_sq"):
+            self._without.append(self.compatibility.no_second_moment.error(self.label, type(optimizer).__name__))
             return False
         return True
 

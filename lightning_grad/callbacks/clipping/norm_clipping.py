@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -65,6 +66,7 @@ class NormClipping(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/norm_clipping"
     trial: ClassVar[Mapping[str, Any]] = {"max_norm": 0.1}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"max_norm": math.inf}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "max_norm"
 

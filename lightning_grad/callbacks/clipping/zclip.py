@@ -83,6 +83,7 @@ class ZClip(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/zclip"
     trial: ClassVar[Mapping[str, Any]] = {"z_threshold": 0.5, "warmup_steps": 3, "max_norm": 0.5}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"z_threshold": float("inf"), "max_norm": None}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "max_norm"
     acts_without_threshold: ClassVar[bool] = True

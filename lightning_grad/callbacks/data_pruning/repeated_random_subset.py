@@ -58,6 +58,7 @@ class RepeatedRandomSubset(SubsetCallback):
     """
 
     trial: ClassVar[Mapping[str, Any]] = {"prune": 0.3}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"prune": 0.0}
 
     def __init__(
         self,

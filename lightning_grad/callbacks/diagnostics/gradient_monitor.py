@@ -28,20 +28,19 @@ from lightning_grad.callbacks.diagnostics._monitor_report import FirstBadStep, w
 from lightning_grad.callbacks.diagnostics._noise_scale import NoiseScale, NoiseScaleMeter
 from lightning_grad.callbacks.diagnostics._optimizer_watch import OptimizerWatch, Place
 from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.compatibility import Compatibility, manual, yes
+from lightning_grad.core.conditioner import GradientConditioner
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.phases import Phase, refuse_order
 from lightning_grad.functional.plain_tensors import on_plain_tensors
 from lightning_grad.utilities.checks import (
     check_count,
-    refuse_deepspeed,
-    refuse_flat_shards,
-    refuse_sparse_gradients,
 )
 from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.optimizers import optimizer_index, optimizer_shape
 from lightning_grad.utilities.parameters import as_names, check_patterns, parameter_names
-from lightning_grad.utilities.precision import grad_scaler, refuse_scaled_gradients, true_loss
+from lightning_grad.utilities.precision import grad_scaler, true_loss
 from lightning_grad.utilities.reporting import (
     counted,
     is_log_step,
@@ -112,6 +111,11 @@ class GradientMonitor(GradCallback):
     """
 
     namespace: ClassVar[str] = "grad"
+    compatibility: ClassVar[Compatibility] = GradientConditioner.compatibility.but(
+        compiled=yes("It does not look at logits in compiled modules."),
+        late_gradients=yes("It measures no noise scale, because the gradient after the exchange is no mean."),
+        **manual(yes("It measures no noise scale under manual optimization.")),
+    )
     trial: ClassVar[Mapping[str, Any]] = {"rarely": 2}
     phase: ClassVar[Phase] = "observe"
 
@@ -164,8 +168,6 @@ class GradientMonitor(GradCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self.fitting:
-            refuse_deepspeed(trainer, self.label)
-            refuse_flat_shards(trainer, self.label)
             refuse_order(trainer)
 
     @override
@@ -186,13 +188,13 @@ class GradientMonitor(GradCallback):
         for parameter, patterns in (("include", self.include), ("exclude", self.exclude)):
             check_patterns(patterns or [], names, f"{self.label}({parameter}=...)")
         for index, optimizer in enumerate(trainer.optimizers):
-            refuse_scaled_gradients(trainer, optimizer, self.label)
+            self.works_with().refuse_optimizer(self.label, trainer, optimizer)
             self._watch(trainer, pl_module, index, optimizer)
         watched = [parameter for watch in self._watches for parameter in watch.parameters]
         if not watched:
             why = why_none(trainer, pl_module, self.include, self.exclude)
             raise ValueError(f"{self.label} has no parameter to watch. {why}")
-        refuse_sparse_gradients(pl_module, {id(parameter) for parameter in watched}, self.label)
+        self.works_with().refuse_parameters(self.label, pl_module, set(map(id, watched)))
         self._order = ForwardOrder(pl_module)
         self.undo.push(self._meter.stop)
         self._vantage = self._take_places(trainer, pl_module)

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.schedules._rate_report import RateRecord, write_record
 from lightning_grad.callbacks.schedules._schedules import mute_schedulers, warn_of_schedulers
+from lightning_grad.core.compatibility import Compatibility, yes
 from lightning_grad.core.fit import until_next_fit
 from lightning_grad.core.monitored import Interval, Mode, MonitoredCallback
 from lightning_grad.core.steps.chosen_rates import ChosenRates, as_indices
@@ -106,7 +107,11 @@ class AccuracyGradientLR(MonitoredCallback):
     """
 
     namespace: ClassVar[str] = "lr"
+    compatibility: ClassVar[Compatibility] = MonitoredCallback.compatibility.but(
+        manual_optimization=yes('`policy="replace"` raises where the module steps schedulers itself.')
+    )
     trial: ClassVar[Mapping[str, Any]] = {"window": 1, "quiet": 1, "threshold": 10.0, "factor": 0.5}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"factor": 1.0}
     fixed_settings: ClassVar[Mapping[str, str]] = {
         "policy": "what the schedulers have done until now depends on it",
         "optimizers": "the learning rates of those chosen before are cut already",

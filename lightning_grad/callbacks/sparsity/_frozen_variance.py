@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch.optim import Optimizer
 
+from lightning_grad.core.compatibility import no
 from lightning_grad.core.steps.frozen_moments import FrozenMoments
 
-NO_VARIANCE = (
-    "freezes the variance (exp_avg_sq) of an Adam-like optimizer, and {} keeps none. Set recipe='sr-ste', or train with "
-    "Adam or AdamW."
-)
+NO_VARIANCE = no(
+    "freezes the variance (exp_avg_sq) of an Adam-like optimizer, and {} keeps none",
+    "Set recipe='sr-ste', or train with Adam or AdamW",
+).given("recipe='step'")
 
 
 class FrozenVariance(FrozenMoments):
@@ -31,4 +32,4 @@ class FrozenVariance(FrozenMoments):
     def __init__(self, optimizer: Optimizer, resumed: bool = False, needed_by: str = "FrozenVariance") -> None:
         super().__init__(optimizer, resumed)
         if not len(self):
-            raise ValueError(f"{needed_by} {NO_VARIANCE.format(type(optimizer).__name__)}")
+            raise NO_VARIANCE.error(needed_by, type(optimizer).__name__)

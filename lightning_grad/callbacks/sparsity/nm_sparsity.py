@@ -49,6 +49,7 @@ from lightning_grad.callbacks.sparsity._nm_report import (
 )
 from lightning_grad.callbacks.sparsity._nm_seen import describe, lacking
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups
+from lightning_grad.core.compatibility import SCALED, Compatibility, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.core.views.found_weight import FoundWeight
@@ -61,12 +62,10 @@ from lightning_grad.functional.sparsity.nm_sparsity import Axis, Gradient
 from lightning_grad.utilities.checks import (
     check_at_least,
     check_finite_at_least,
-    check_keeps,
-    owned_ids,
     warn_of_missing_momentum,
 )
 from lightning_grad.utilities.parameters import check_patterns, clean_name, matches, parameter_names
-from lightning_grad.utilities.precision import gradients_are_scaled, refuse_scaled_gradients
+from lightning_grad.utilities.precision import gradients_are_scaled
 from lightning_grad.utilities.reporting import (
     counted,
     is_log_step,
@@ -182,7 +181,24 @@ class NMSparsity(WeightCallback[SparseWeight]):
     """
 
     namespace: ClassVar[str] = "sparsity"
+    compatibility: ClassVar[Compatibility] = WeightCallback.compatibility.but(
+        fused_fp16=yes("All recipes but `sr-ste` and `step`, which raise."),
+        no_second_moment=yes("All recipes but `step`, which raises."),
+        compiled=yes(
+            "A change of D or of the pattern does not compile again; the beginning of pruning does. A compiled "
+            "LightningModule whose steps call `self.log` fails in Lightning itself, with or without callbacks."
+        ),
+        manual_optimization=yes(
+            "`optimizer.step()` on what `self.optimizers()` returns. An optimizer stepped past Lightning gets its masks but "
+            "no SR-STE term, and a warning says so."
+        ),
+        weight_averaging=yes(
+            "`WeightAveraging` and `EMAWeightAveraging`, before or after it in the list. With `save_weights_only=True` "
+            "Lightning itself writes the current weights and not the average."
+        ),
+    )
     trial: ClassVar[Mapping[str, Any]] = {"pattern": "1:4", "recipe": "mdgf-exponential", "dense_fraction": 0.1}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"pattern": "4:4"}
     stage: ClassVar[Stage] = Stage.SPARSITY
     effect: ClassVar[str] = "sparse"
     verb: ClassVar[str] = "prune"
@@ -283,18 +299,17 @@ class NMSparsity(WeightCallback[SparseWeight]):
         check_patterns(named, parameter_names(pl_module), f"{self.label}(pattern=...)")
 
     @override
+    def works_with(self) -> Compatibility:
+        answers = self.compatibility
+        if self._adds_sr_ste:
+            answers = answers.but(fused_fp16=SCALED.given(f"recipe={self.recipe!r}"))
+        return answers.but(no_second_moment=NO_VARIANCE) if self.recipe == "step" else answers
+
+    @override
     def refuse(self, trainer: pl.Trainer, choice: WeightChoice[SparseWeight]) -> None:
         super().refuse(trainer, choice)
         if self._adds_sr_ste:
             warn_of_missing_momentum(trainer, self.label, "its SR-STE term")
-        chosen = {id(weight.parameter) for weight in choice.chosen}
-        for optimizer in trainer.optimizers:
-            if owned_ids(optimizer).isdisjoint(chosen):
-                continue
-            if self._adds_sr_ste:
-                refuse_scaled_gradients(trainer, optimizer, f"{self.label}(recipe={self.recipe!r})")
-            if self.recipe == "step":
-                check_keeps(optimizer, "exp_avg_sq", f"{self.label}(recipe='step')", NO_VARIANCE)
 
     @property
     @override
@@ -426,7 +441,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         if id(optimizer) in self._variances:
             self._variances[id(optimizer)].put_back()
         else:
-            self._variances[id(optimizer)] = FrozenVariance(optimizer, resumed, f"{self.label}(recipe='step')")
+            self._variances[id(optimizer)] = FrozenVariance(optimizer, resumed, self.label)
 
     def _warn_of_bypass(self) -> None:
         if not self._warned_of_bypass:

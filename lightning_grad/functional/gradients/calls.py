@@ -1,7 +1,5 @@
 """What the samples contribute to a call of a loss of ``torch.nn.functional``, read by calling it once more."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass

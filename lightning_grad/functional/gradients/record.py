@@ -1,7 +1,5 @@
 """What a trace keeps of a step for the walk through its graph."""
 
-from __future__ import annotations
-
 import os
 import sys
 from dataclasses import dataclass, field

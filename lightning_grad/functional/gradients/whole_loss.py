@@ -1,7 +1,5 @@
 """Whether the loss that a step returns is made of one call of a loss, and of nothing else that depends on the samples."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple

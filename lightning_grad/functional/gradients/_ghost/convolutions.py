@@ -1,7 +1,5 @@
 """Convolutions: what they contribute to per-sample gradients, and the rules for them."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Sequence

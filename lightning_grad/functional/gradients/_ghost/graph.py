@@ -1,7 +1,5 @@
 """Questions to autograd's graph: the gradients of losses sample by sample, and where the samples lie."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 A rule of :data:`BY_NAME` takes the arguments of a call as attributes, by torch's own names, with torch's own defaults.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace

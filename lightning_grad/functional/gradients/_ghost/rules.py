@@ -5,8 +5,6 @@ parameters, and how, once the gradient of the output is known, each one's contri
 that it does not cover. :data:`RULES` maps operations to rules.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
