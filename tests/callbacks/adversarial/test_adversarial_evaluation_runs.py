@@ -274,3 +274,16 @@ def test_a_later_batch_without_a_loss() -> None:
         RuntimeError, match=r"AdversarialEvaluation: the step that showed a loss .* none for a later one"
     ):
         validate([evaluator()], Skips())
+
+
+def test_a_later_batch_whose_samples_have_no_loss_of_their_own() -> None:
+    class Sums(Net):
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().validation_step(batch, batch_idx)
+            return loss if batch_idx == 0 else self(batch[0]).square().mean()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self(batch[0]).square().mean()
+
+    with pytest.raises(RuntimeError, match=r"AdversarialEvaluation: the step .* none for a later one"):
+        validate([evaluator(restarts=2)], Sums())
