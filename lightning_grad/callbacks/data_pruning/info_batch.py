@@ -173,8 +173,8 @@ class InfoBatch(LossWeighting, SubsetCallback):
     def rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.prune:
             return
-        rehearsal = Rehearsal(trainer, pl_module, self.asked, by_terms=True)
-        rehearsal.check_loader(self.training_set, in_training=self.loss_fn is None)
+        rehearsal = Rehearsal(trainer, pl_module, self.asked, self.training_set, by_terms=True)
+        rehearsal.check_loader(in_training=self.loss_fn is None)
         self.learn_sample_loss(rehearsal)
         if self._first is not None:
             (indices, terms), self._first = self._first, None
