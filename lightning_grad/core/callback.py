@@ -102,6 +102,7 @@ class GradCallback(FitScope, CheckedArguments, Callback):
     undo = during_fit.of(UndoList)
     undo_after_saving = during_fit.of(UndoList)
     _stage = during_fit.of(str)
+    _said = during_fit.of(set[str])
     _announced = during_fit[Chosen | None](lambda _: None)
 
     def __init__(self, name: str | None = None) -> None:
@@ -200,6 +201,18 @@ class GradCallback(FitScope, CheckedArguments, Callback):
     def say(self, what: str) -> None:
         """Print one line about this instance."""
         rank_zero_info(f"{self.label} {what}.")
+
+    def tell_once(self, what: str, tell: Callable[[str], Any], text: str) -> None:
+        """Print or warn of something once in a fit.
+
+        Args:
+            what: The occasion.
+            tell: ``rank_zero_info`` or ``rank_zero_warn``.
+            text: What is said after the name of the callback.
+        """
+        if what not in self._said:
+            self._said.add(what)
+            tell(f"{self.label}: {text}")
 
     def announce(self, words: str, kind: str, names: Sequence[str | int] = ()) -> None:
         """Print what this instance acts on in this fit, and keep it for :meth:`chosen`; called in ``on_fit_start``.

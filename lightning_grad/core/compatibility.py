@@ -59,7 +59,7 @@ class Answer:
         Args:
             title: Name of the thing, in place of what a run would show.
         """
-        return f"It {self.error('', title, '...')}".replace("  ", " ") if self.is_no else self.note
+        return f"It{self.error('', title, '...')}" if self.is_no else self.note
 
 
 YES = Answer()

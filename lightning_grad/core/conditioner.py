@@ -33,8 +33,7 @@ from lightning_grad.utilities.parameters import (
     all_names,
     as_names,
     check_patterns,
-    matches,
-    parameter_names,
+    selects,
     why_none_left,
 )
 from lightning_grad.utilities.reporting import counted, is_log_step, listed, log_summary
@@ -134,7 +133,6 @@ class GradientConditioner(GradCallback):
     _chosen = during_fit.of(dict[int, tuple[Shape, list[Bucket]]])
     _left_out = during_fit.of(dict[int, list[str]])
     _hook_fired = during_fit.of(set[int])
-    _warned_of_bypass = during_fit.of(bool)
     _choice_changed = during_fit.of(bool)
 
     def __init__(
@@ -208,11 +206,8 @@ class GradientConditioner(GradCallback):
     @override
     @on_plain_tensors
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = parameter_names(pl_module)
-        for parameter, patterns in (("include", self.include), ("exclude", self.exclude)):
-            check_patterns(patterns or [], names, f"{self.label}({parameter}=...)")
-        if isinstance(self._threshold, Mapping):
-            check_patterns(list(self._threshold), names, f"{self.label}({self.threshold_name}=...)")
+        named = {str(self.threshold_name): self._threshold} if isinstance(self._threshold, Mapping) else {}
+        check_patterns(pl_module, self.label, include=self.include, exclude=self.exclude, **named)
         restarted: list[str] = []
         for index, optimizer in enumerate(trainer.optimizers):
             self._watch_for_bypass(optimizer)
@@ -239,8 +234,7 @@ class GradientConditioner(GradCallback):
         if self.parameters():
             return
         excluded = self.excluded(pl_module)
-        known = all_names(pl_module).values()
-        if not [n for n in known if (self.include is None or matches(n, self.include)) and not matches(n, excluded)]:
+        if not any(selects(names, self.include, excluded) for names in all_names(pl_module).values()):
             raise ValueError(
                 f"{self.label} has no parameter to act on. {why_none_left(pl_module, self.include, excluded)}"
             )
@@ -264,9 +258,19 @@ class GradientConditioner(GradCallback):
             restarted += memory.assign(buckets)
         memory.note(buckets)
 
-    def parameters(self) -> list[Tensor]:
-        """Return the parameters whose gradients are changed in this fit."""
-        return [parameter for _, buckets in self._chosen.values() for b in buckets for parameter in b.parameters]
+    def choose_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose the parameters again, because :meth:`excluded` returns others than when the fit began."""
+        for index, optimizer in enumerate(trainer.optimizers):
+            self._choose(index, optimizer, pl_module)
+
+    def parameters(self, index: int | None = None) -> list[Tensor]:
+        """Return the parameters whose gradients are changed in this fit, of all optimizers or of one."""
+        chosen = [buckets for i, (_, buckets) in self._chosen.items() if index in (None, i)]
+        return [parameter for buckets in chosen for bucket in buckets for parameter in bucket.parameters]
+
+    def states(self) -> list[dict[str, Tensor]]:
+        """Return what the rule keeps in ``step.state``, for each set of parameters with a threshold of its own."""
+        return [state for memory in self._memory.values() for state in memory.states.values()]
 
     @override
     def chosen(self) -> Chosen:
@@ -292,12 +296,10 @@ class GradientConditioner(GradCallback):
 
     def _watch_for_bypass(self, optimizer: Optimizer) -> None:
         def after_step(stepped: Optimizer, *_: Any) -> None:
-            if id(stepped) not in self._hook_fired and not self._warned_of_bypass:
-                self._warned_of_bypass = True
-                rank_zero_warn(
-                    f"{self.label}: an optimizer stepped without Lightning's hooks, so its gradients are as they were. "
-                    "Call step() on what self.optimizers() returns."
-                )
+            if id(stepped) not in self._hook_fired:
+                lost = "an optimizer stepped without Lightning's hooks, so its gradients are as they were"
+                way_out = "Call step() on what self.optimizers() returns."
+                self.tell_once("bypass", rank_zero_warn, f"{lost}. {way_out}")
             self._hook_fired.discard(id(stepped))
 
         self.undo.push(optimizer.register_step_post_hook(after_step).remove)

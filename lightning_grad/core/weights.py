@@ -25,7 +25,7 @@ from lightning_grad.core.views.portable import wrap_saving
 from lightning_grad.core.views.shown_weights import ShownWeights
 from lightning_grad.core.views.weight_choice import Selection, W, Wanted, WeightChoice, refuse_pruners
 from lightning_grad.utilities.checks import owned_ids
-from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches, parameter_names
+from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches
 from lightning_grad.utilities.reporting import counted
 
 
@@ -81,9 +81,7 @@ class WeightCallback(ShownWeights[W]):
 
     def check_names(self, pl_module: pl.LightningModule) -> None:
         """Raise if a name pattern of the user matches nothing."""
-        names = parameter_names(pl_module)
-        check_patterns(self.include or [], names, f"{self.label}(include=...)")
-        check_patterns(self.exclude or [], names, f"{self.label}(exclude=...)")
+        check_patterns(pl_module, self.label, include=self.include, exclude=self.exclude)
 
     def refuse(self, trainer: pl.Trainer, choice: WeightChoice[W]) -> None:
         """Raise if the chosen weights cannot be shown, before any is."""

@@ -1,11 +1,14 @@
-"""Refusing what cannot work, before the first batch, in words that say what to do."""
+"""Refusing what cannot work, before the first batch, in words that say what to do.
+
+Checks of a number let ``None`` pass, which stands for an argument that is off.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -16,21 +19,24 @@ from lightning_grad.functional.choices import check_choice as check_choice
 
 # Asked by name along the class hierarchy, so that both namespaces of Lightning and derived strategies are met.
 _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
+
+Number = TypeVar("Number", bound=float | None)
+
 _LONGEST_NAME = 100  # bytes; file systems end at 255, and an epoch, a layer and an ending are added
 
 
-def check_at_least(value: float, least: float, parameter: str) -> float:
+def check_at_least(value: Number, least: float, parameter: str) -> Number:
     """Return a number that must be at least ``least``.
 
     Raises:
         ValueError: If it is smaller, or no number.
     """
-    if not value >= least:
+    if value is not None and not value >= least:
         raise ValueError(f"{parameter} must be at least {least}; got {value}.")
     return value
 
 
-def check_count(value: int, least: int, parameter: str) -> int:
+def check_count(value: Number, least: int, parameter: str) -> Number:
     """Return a count that must be at least ``least``. The annotation of the argument makes sure that it is whole.
 
     Raises:
@@ -39,18 +45,9 @@ def check_count(value: int, least: int, parameter: str) -> int:
     Example:
         >>> window = check_count(5, 1, "window")
     """
-    if value < least:
+    if value is not None and value < least:
         raise ValueError(f"{parameter} must be at least {least}, and whole; got {value}.")
     return value
-
-
-def check_position(value: int | None, parameter: str) -> int | None:
-    """Return a number that must count from 0 which of several is meant, or be ``None``.
-
-    Raises:
-        ValueError: If it does not.
-    """
-    return None if value is None else check_count(value, 0, parameter)
 
 
 def check_only_one(given: Mapping[str, Any], what: str) -> None:
@@ -73,18 +70,18 @@ def check_only_one(given: Mapping[str, Any], what: str) -> None:
         raise ValueError(f"{names[0]} and {names[1]} would both {what}. Leave one of them out.")
 
 
-def check_above(value: float, bound: float, parameter: str) -> float:
+def check_above(value: Number, bound: float, parameter: str) -> Number:
     """Return a number that must be above ``bound``; infinity is.
 
     Raises:
         ValueError: If it is not, or no number.
     """
-    if not value > bound:
+    if value is not None and not value > bound:
         raise ValueError(f"{parameter} must be above {bound:g}; got {value}.")
     return value
 
 
-def check_finite(value: float, parameter: str) -> float:
+def check_finite(value: Number, parameter: str) -> Number:
     """Return a number that must be finite.
 
     Raises:
@@ -95,12 +92,12 @@ def check_finite(value: float, parameter: str) -> float:
         Traceback (most recent call last):
         ValueError: eta must be finite; got inf.
     """
-    if not math.isfinite(value):
+    if value is not None and not math.isfinite(value):
         raise ValueError(f"{parameter} must be finite; got {value}.")
     return value
 
 
-def check_finite_at_least(value: float, least: float, parameter: str) -> float:
+def check_finite_at_least(value: Number, least: float, parameter: str) -> Number:
     """Return a number that must be finite, and at least ``least``.
 
     Raises:
@@ -109,7 +106,7 @@ def check_finite_at_least(value: float, least: float, parameter: str) -> float:
     return check_finite(check_at_least(value, least, parameter), parameter)
 
 
-def check_finite_above(value: float, bound: float, parameter: str) -> float:
+def check_finite_above(value: Number, bound: float, parameter: str) -> Number:
     """Return a number that must be finite, and above ``bound``.
 
     Raises:
@@ -118,25 +115,25 @@ def check_finite_above(value: float, bound: float, parameter: str) -> float:
     return check_finite(check_above(value, bound, parameter), parameter)
 
 
-def check_count_between(value: int, least: int, most: int, parameter: str) -> int:
+def check_count_between(value: Number, least: int, most: int, parameter: str) -> Number:
     """Return a count that must be in a range, its ends included.
 
     Raises:
         ValueError: If it is not.
     """
     check_count(value, least, parameter)
-    if value > most:
+    if value is not None and value > most:
         raise ValueError(f"{parameter} must be at most {most}; got {value}.")
     return value
 
 
-def check_between(value: float, least: float, most: float, parameter: str) -> float:
+def check_between(value: Number, least: float, most: float, parameter: str) -> Number:
     """Return a number that must be in a range, its ends included.
 
     Raises:
         ValueError: If it is outside, or no number.
     """
-    if not least <= value <= most:
+    if value is not None and not least <= value <= most:
         raise ValueError(f"{parameter} must be from {least:g} to {most:g}; got {value}.")
     return value
 

@@ -25,7 +25,7 @@ from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.quiet import is_quiet, loggers_muted, quiet
 from lightning_grad.data.random_streams import random_streams_kept
 from lightning_grad.utilities.batch_copies import copy_of
-from lightning_grad.utilities.checks import check_count, check_position, refuse_dataloader_iter
+from lightning_grad.utilities.checks import check_count, refuse_dataloader_iter
 
 _STAGES = {"fit": "validation", "validate": "validation", "test": "test"}
 _HOOKS = ("on_{}_start", "on_{}_epoch_start", "on_{}_batch_start", "{}_step", "on_{}_batch_end", "on_{}_epoch_end")
@@ -165,7 +165,7 @@ class AdversarialEvaluation(GradCallback):
         self.mean = mean
         self.std = std
         self.input_key = input_key
-        self.loss = check_position(loss, "loss")
+        self.loss = check_count(loss, 0, "loss")
         self.seed = check_count(seed, 0, "seed")
 
     @override

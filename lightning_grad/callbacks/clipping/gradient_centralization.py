@@ -12,8 +12,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_grad.callbacks.clipping._units import UnitConditioner
-from lightning_grad.core.conditioner import GradientStep
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientStep, Phase
 from lightning_grad.functional import centralize_
 from lightning_grad.functional.gradients.tensor_lists import joined_norm
 

@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientConditioner, GradientStep, Phase
 from lightning_grad.functional import add_gradient_noise_, noise_deviation
 from lightning_grad.utilities.checks import check_finite_at_least
 
@@ -74,11 +73,9 @@ class GradientNoise(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.eta = eta
-        self.decay = decay
+        self.eta = check_finite_at_least(eta, 0.0, "eta")
+        self.decay = check_finite_at_least(decay, 0.0, "decay")
         self.seed = seed
-        check_finite_at_least(eta, 0.0, "eta")
-        check_finite_at_least(decay, 0.0, "decay")
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

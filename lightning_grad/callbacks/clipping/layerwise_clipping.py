@@ -9,9 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep
-from lightning_grad.core.fit import during_fit
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientConditioner, GradientStep, Phase, during_fit
 from lightning_grad.functional import clip_layers_, layer_limits
 from lightning_grad.utilities.layers import LayerFinder, Per
 
@@ -69,9 +67,7 @@ class LayerwiseClipping(GradientConditioner):
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "max_norm"
 
-    @during_fit
-    def _layers(self) -> LayerFinder:
-        return LayerFinder(self.per)
+    _layers = during_fit[LayerFinder](lambda self: LayerFinder(self.per))
 
     def __init__(
         self,

@@ -9,10 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientConditioner, GradientStep, Phase, check_above
 from lightning_grad.functional import clip_norm_
-from lightning_grad.utilities.checks import check_above
 
 
 class NormClipping(GradientConditioner):
@@ -77,8 +75,7 @@ class NormClipping(GradientConditioner):
     ) -> None:
         super().__init__(include, exclude, name)
         self.max_norm = self.as_threshold(max_norm)
-        self.norm_type = norm_type
-        check_above(norm_type, 0.0, "norm_type")
+        self.norm_type = check_above(norm_type, 0.0, "norm_type")
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

@@ -9,13 +9,11 @@ import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grad.core import GradientStep, Phase, check_count, during_fit
 from lightning_grad.core.compatibility import Compatibility, no
-from lightning_grad.core.conditioner import ELEMENTWISE, GradientConditioner, GradientStep
-from lightning_grad.core.fit import during_fit
-from lightning_grad.core.phases import Phase
+from lightning_grad.core.conditioner import ELEMENTWISE, GradientConditioner
 from lightning_grad.functional import clip_spikes_
 from lightning_grad.functional.gradients.tensor_lists import share_of
-from lightning_grad.utilities.checks import check_count
 
 
 class SpikeClipping(GradientConditioner):
@@ -90,8 +88,7 @@ class SpikeClipping(GradientConditioner):
     ) -> None:
         super().__init__(include, exclude, name)
         self.threshold = self.as_threshold(threshold)
-        self.pause = pause
-        check_count(pause, 0, "pause")
+        self.pause = check_count(pause, 0, "pause")
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

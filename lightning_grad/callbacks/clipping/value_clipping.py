@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grad.core import GradientStep, Phase
 from lightning_grad.core.compatibility import Compatibility
-from lightning_grad.core.conditioner import ELEMENTWISE, GradientConditioner, GradientStep
-from lightning_grad.core.phases import Phase
+from lightning_grad.core.conditioner import ELEMENTWISE, GradientConditioner
 from lightning_grad.functional import clip_value_
 from lightning_grad.functional.gradients.tensor_lists import share_of
 

@@ -39,7 +39,7 @@ from lightning_grad.core.subset import OWN_SCHEDULES, SubsetCallback
 from lightning_grad.data import fingerprint
 from lightning_grad.data.random_streams import generators_kept
 from lightning_grad.functional import LossCall, count_kept, select_samples
-from lightning_grad.utilities.checks import check_between, check_count, check_position
+from lightning_grad.utilities.checks import check_between, check_count
 from lightning_grad.utilities.parameters import as_names
 
 _EPOCH = 10
@@ -225,7 +225,7 @@ class DataPruning(SubsetCallback):
         self.save_scores = save_scores
         self.score_fn = score_fn
         self.score_dataset = score_dataset
-        self.loss = check_position(loss, "loss")
+        self.loss = check_count(loss, 0, "loss")
         self.loss_fn = loss_fn
         self.outputs_fn = outputs_fn
         self.scores_by = scores_by

@@ -21,7 +21,7 @@ from lightning_grad.core.losses.scoring import look_at_all, say_what_is_skipped
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.functional import uniform_learning_repeats
 from lightning_grad.functional.data_pruning.selection import round_up_count
-from lightning_grad.utilities.checks import check_count, check_only_one, check_position
+from lightning_grad.utilities.checks import check_count, check_only_one
 
 _WAY_OUT = f"use DataPruning with score_fn=, or RepeatedRandomSubset, which needs no loss, or {OUTPUTS_FN}"
 
@@ -107,7 +107,7 @@ class UniformLearning(SubsetCallback):
         super().__init__(loader_key, name)
         self.epoch = check_count(epoch, 1, "epoch")
         self.repeats = check_count(repeats, 0, "repeats")
-        self.loss = check_position(loss, "loss")
+        self.loss = check_count(loss, 0, "loss")
         self.outputs_fn = outputs_fn
         self.seed = check_count(seed, 0, "seed")
 
