@@ -65,7 +65,7 @@ Written to {folder}/
   adversarial/results.csv           the numbers of the fourth table
   strategies/comparison.png         compressed gradients: accuracy by megabytes
   strategies/results.csv            the numbers of the fifth table
-  strategies/dgc*_seed0/comm.png    one training: bytes a step, by layer, unsent
+  strategies/dgc*_seed0/dgc_strategy.png  one training: bytes a step, by layer, unsent
 
 Show it in W&B:       wandb sync {folder}/wandb/offline-run-*
 Try other settings:   .venv/bin/python examples/sparsity.py --help

@@ -15,7 +15,7 @@ With the bases come the tools that reach into other people's objects and let go 
 or weighted (``loss_tap.py``), weights seen through a view (``weight_view.py``, ``portable.py``), the training set and
 its length (``training_set.py``, ``epoch_length.py``), learning rates (``held_rates.py`` for a step, ``chosen_rates.py`` for
 the rest of the run), frozen moments, a step evaluated twice (``step_window.py``), and progress. :class:`Chosen`
-(``chosen.py``) is what a technique says that it acts on.
+(``chosen.py``) is what a technique says that it acts on, :class:`RunRecord` (``record.py``) the rows that it leaves.
 """
 
 from lightning_grad.core.callback import GradCallback
@@ -33,11 +33,11 @@ from lightning_grad.core.monitored import Interval, Mode, MonitoredCallback
 from lightning_grad.core.optimizers import OptimizerCallback
 from lightning_grad.core.portable import wrap_loading, wrap_saving
 from lightning_grad.core.probe import ProbeCallback
-from lightning_grad.core.probe_history import ProbeHistory
 from lightning_grad.core.probe_reading import Picture, Reading
 from lightning_grad.core.probe_samples import ProbeLook
 from lightning_grad.core.progress import run_progress, total_steps
 from lightning_grad.core.quiet import is_quiet, quiet
+from lightning_grad.core.record import RunRecord
 from lightning_grad.core.scoring import look_at_all
 from lightning_grad.core.step_window import StepClosure, is_repeated
 from lightning_grad.core.subset import SubsetCallback
@@ -69,9 +69,9 @@ __all__ = [
     "Phase",
     "Picture",
     "ProbeCallback",
-    "ProbeHistory",
     "ProbeLook",
     "Reading",
+    "RunRecord",
     "Stage",
     "StepClosure",
     "SubsetCallback",

@@ -25,7 +25,7 @@ from lightning_grad.core.fit import FitScope, during_fit
 from lightning_grad.core.undo import UndoList
 from lightning_grad.utilities.arguments import CheckedArguments, changed_settings, follow_settings, plain
 from lightning_grad.utilities.checks import check_name, refuse_sharded
-from lightning_grad.utilities.reporting import log_settings
+from lightning_grad.utilities.reporting import log_settings, say_if_no_figures
 
 
 class GradCallback(FitScope, CheckedArguments, Callback):
@@ -116,6 +116,7 @@ class GradCallback(FitScope, CheckedArguments, Callback):
             if self.needs_whole_weights:
                 refuse_sharded(trainer, self.label)
             log_settings(trainer, self.label, self.settings)
+            say_if_no_figures(trainer, self)
 
     def _check_fixed_settings(self) -> None:
         unknown = sorted(self.fixed_settings.keys() - self.settings.keys())

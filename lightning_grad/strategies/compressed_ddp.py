@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -27,7 +28,6 @@ from typing_extensions import override
 
 from lightning_grad.core.chosen import Chosen
 from lightning_grad.core.fit import during_fit
-from lightning_grad.strategies import _report
 from lightning_grad.strategies._buckets import BucketCollector, Gradient
 from lightning_grad.strategies._collectives import Collectives, explain_lost_rank
 from lightning_grad.strategies._dense import all_finite, concatenated, write_dense, write_past_ddp
@@ -35,13 +35,21 @@ from lightning_grad.strategies._interrupts import interrupts_deferred
 from lightning_grad.strategies._ledger import Stopwatch
 from lightning_grad.strategies._rank_saving import ResidualPolicy
 from lightning_grad.strategies._refusals import explain_unused_parameters, refuse_optimizers, refuse_run
+from lightning_grad.strategies._report import draw
 from lightning_grad.strategies._scheme import Message, SchemeDDP
 from lightning_grad.strategies._settings import own_settings
 from lightning_grad.strategies._used_parameters import UsedParameters
 from lightning_grad.utilities.arguments import CheckedArguments
 from lightning_grad.utilities.checks import check_count, owned_ids
 from lightning_grad.utilities.parameters import as_names, check_patterns, parameter_names
-from lightning_grad.utilities.reporting import is_log_step, log_many, log_settings, log_summary, say_if_no_figure
+from lightning_grad.utilities.reporting import (
+    is_log_step,
+    log_many,
+    log_settings,
+    log_table,
+    output_file,
+    say_if_no_figures,
+)
 
 __all__ = ["CompressedDDPStrategy", "Gradient", "Message", "ResidualPolicy"]
 
@@ -155,6 +163,15 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def settings(self) -> dict[str, Any]:
         return own_settings(self, CompressedDDPStrategy)
 
+    @property
+    def figure(self) -> bool:
+        """Whether a figure is drawn at the end, where matplotlib is installed."""
+        return self.wants_to_compress
+
+    def log_key(self, quantity: str) -> str:
+        """Return the log key of a quantity."""
+        return f"{self.namespace}/{quantity}"
+
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -169,7 +186,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         self.begin_files()
         log_settings(trainer, self.label, self.settings)
         self._announce()
-        say_if_no_figure(trainer, self.label, wanted=not self.is_neutral)
+        say_if_no_figures(trainer, self)
 
     def refuse(self, trainer: pl.Trainer) -> None:
         """Raise for what cannot be compressed, before anything is built.
@@ -356,9 +373,10 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
 
     def _log_step(self, trainer: pl.Trainer) -> None:
         if self._measured:
-            log_many(trainer, {f"{self.namespace}/{key}": value for key, value in self._measured.items()})
+            log_many(trainer, {self.log_key(key): value for key, value in self._measured.items()})
             kept = {key: self._measured[key] for key in ("bytes_sent", "ratio", "residual_norm")}
-            self.ledger.note({"step": float(trainer.global_step), **kept})
+            self.ledger.record.add({"step": float(trainer.global_step), **kept})
+            self.ledger.record.save(trainer, self)
 
     # The fit ends.
 
@@ -366,13 +384,13 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def on_train_end(self) -> None:
         if not self.ledger.steps:
             return
-        trainer = self._trainer
-        megabytes = self.ledger.sent_bytes / 1e6
-        log_summary(
-            trainer,
-            {f"{self.namespace}/final_ratio": self.ledger.ratio, f"{self.namespace}/total_megabytes": megabytes},
-        )
-        _report.report(trainer, self.label, self.ledger, self._layers())
+        trainer, layers = self._trainer, self._layers()
+        summary = {"final_ratio": self.ledger.ratio, "total_megabytes": self.ledger.sent_bytes / 1e6}
+        figure = partial(draw, self.label, self.ledger, layers)
+        self.ledger.record.report(trainer, self, figure, summary=summary, figure="summary")
+        path = output_file(trainer, self.label, "_layers.csv")
+        if path is not None:
+            log_table(trainer, self.log_key("layers"), layers, path)
 
     def _layers(self) -> list[dict[str, Any]]:
         rows = []
@@ -385,6 +403,8 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
+        if self.ledger.record.count:
+            self.ledger.record.save(self._trainer, self, now=True)
         explain_lost_rank(exception, self.label)
         explain_unused_parameters(exception, self.label, self._parameters)
         self._end()

@@ -8,6 +8,7 @@ All functions may be called on every rank; only rank zero writes.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_grad.utilities.imports import is_installed
-from lightning_grad.utilities.png import png_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,6 +65,41 @@ def output_folder(trainer: pl.Trainer) -> Path | None:
     return None
 
 
+def output_file(trainer: pl.Trainer, label: str, ending: str) -> Path | None:
+    """Return where a file of a technique goes: its class in snake case and its name, in the folder of the logs.
+
+    Args:
+        trainer: The trainer; without a logger that has a folder there is no such file.
+        label: Class and name, as in ``"NMSparsity[late]"``.
+        ending: What follows in the name of the file.
+
+    Example:
+        >>> from lightning.pytorch.loggers import CSVLogger
+        >>> trainer = pl.Trainer(logger=CSVLogger("logs", "", ""), accelerator="cpu", enable_checkpointing=False)
+        >>> output_file(trainer, "NMSparsity[late]", ".csv").as_posix()
+        'logs/nm_sparsity_late.csv'
+    """
+    folder = output_folder(trainer)
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", label.partition("[")[0]).lower()
+    name = label.partition("[")[2].removesuffix("]")
+    stem = re.sub(r"[^\w.-]+", "_", "_".join(filter(None, (words, name))))
+    return None if folder is None else folder / f"{stem}{ending}"
+
+
+@contextmanager
+def tolerated(label: str, what: str) -> Iterator[None]:
+    """Warn of an error inside instead of raising it: a file or a figure is no reason to lose the training.
+
+    Args:
+        label: Class and name of the technique.
+        what: What could not be made, as in ``"the figure of the run"``.
+    """
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(f"{label}: {what} could not be made: {type(error).__name__}: {error}")
+
+
 def log_settings(trainer: pl.Trainer, name: str, settings: Mapping[str, Any]) -> None:
     """Write a technique's settings into the config (W&B) or hyperparameters (CSV, TensorBoard) of the run."""
     if trainer.is_global_zero:
@@ -85,7 +120,7 @@ def log_many(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
 
 def log_summary(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
     """Write final figures of merit into the run's summary, or as last scalars where a logger has none."""
-    if not trainer.is_global_zero:
+    if not trainer.is_global_zero or not values:
         return
     for logger in trainer.loggers:
         summary = getattr(_experiment(logger), "summary", None)
@@ -96,24 +131,28 @@ def log_summary(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
             logger.save()
 
 
-def say_if_no_figure(trainer: pl.Trainer, label: str, wanted: bool = True) -> None:
-    """Print, when a fit begins, that its figure will be missing because matplotlib is not installed.
+def say_if_no_figures(trainer: pl.Trainer, asking: object) -> None:
+    """Print, once when a fit begins, that its figures will be missing because matplotlib is not installed.
 
     Args:
-        trainer: The trainer. Without a logger that has a folder there is no figure to miss.
-        label: Name of the technique or strategy that would draw it.
-        wanted: Whether a figure was asked for.
+        trainer: The trainer. Without a logger that has a folder there are no figures to miss.
+        asking: A callback or strategy. The first of those whose ``figure`` is true prints the line for all of them.
     """
-    if wanted and not is_installed("matplotlib") and output_folder(trainer) is not None:
+    drawing = [one for one in (*trainer.callbacks, trainer.strategy) if getattr(one, "figure", False)]  # type: ignore[attr-defined]
+    first = bool(drawing) and drawing[0] is asking
+    if first and not is_installed("matplotlib") and output_folder(trainer) is not None:
+        names = listed((getattr(one, "label", type(one).__name__) for one in drawing), most=len(drawing))
         rank_zero_info(
-            f"{label} draws no figure, because matplotlib is not installed. Run: pip install 'lightning-grad[plot]'."
+            f"Figures need matplotlib, which is not installed. Without figures: {names}. "
+            "Run: pip install 'lightning-grad[plot]'."
         )
 
 
-def log_figure(trainer: pl.Trainer, key: str, figure: Figure, path: Path) -> None:
-    """Save a figure as PNG, and send it to the loggers that show images."""
-    if not trainer.is_global_zero:
+def log_figure(trainer: pl.Trainer, key: str, drawn: Figure | Callable[[], Figure], path: Path) -> None:
+    """Save a figure as PNG, and send it to the loggers that show images; a function draws it if matplotlib is installed."""
+    if not trainer.is_global_zero or not is_installed("matplotlib"):
         return
+    figure = drawn() if callable(drawn) else drawn
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     for logger in trainer.loggers:
@@ -124,13 +163,13 @@ def log_figure(trainer: pl.Trainer, key: str, figure: Figure, path: Path) -> Non
 
 
 def log_picture(trainer: pl.Trainer, key: str, pixels: NDArray[np.uint8], path: Path, caption: str = "") -> None:
-    """Save a picture (H, W) or (H, W, 3) as PNG, and send it to the loggers that show images (with Pillow)."""
-    if not trainer.is_global_zero:
+    """Save a picture (H, W) or (H, W, 3) as PNG, and send it to the loggers that show images; needs Pillow."""
+    if not trainer.is_global_zero or not is_installed("PIL"):
         return
+    from PIL import Image
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png_bytes(pixels))
-    if not is_installed("PIL"):
-        return
+    Image.fromarray(pixels).save(path)
     for logger in trainer.loggers:
         step, experiment = stepped_batches(trainer), _experiment(logger)
         if hasattr(logger, "log_image"):
@@ -140,27 +179,15 @@ def log_picture(trainer: pl.Trainer, key: str, pixels: NDArray[np.uint8], path: 
             experiment.add_image(key, pixels, global_step=step, dataformats="HW" if pixels.ndim == 2 else "HWC")
 
 
-def log_record(
-    trainer: pl.Trainer,
-    key: Callable[[str], str],
-    table: str,
-    rows: Sequence[Mapping[str, Any]],
-    path: Path,
-    draw: Callable[[], Figure] | None,
-) -> None:
-    """Write the record of a run as ``path.csv`` and, if wanted and possible, as ``path.png``, and send both to the loggers.
-
-    Args:
-        trainer: Whose loggers get them.
-        key: Makes a log key.
-        table: Name of the table's key; that of the figure is ``figure``.
-        rows: Rows of the table.
-        path: Where the files go, without an ending.
-        draw: Draws the figure; ``None`` for none.
-    """
-    log_table(trainer, key(table), rows, path.with_name(f"{path.name}.csv"))
-    if draw is not None and trainer.is_global_zero and is_installed("matplotlib"):
-        log_figure(trainer, key("figure"), draw(), path.with_name(f"{path.name}.png"))
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of equal keys as a CSV file, which a kill leaves whole: the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(rows[0])
+        writer.writerows(row.values() for row in rows)
+    part.replace(path)
 
 
 def log_table(
@@ -182,13 +209,8 @@ def log_table(
     """
     if not trainer.is_global_zero or not rows:
         return
-    columns = list(rows[0])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    data = [[row[column] for column in columns] for row in rows]
+    write_csv(path, rows)
+    columns, data = list(rows[0]), [list(row.values()) for row in rows]
     for logger in trainer.loggers:
         if hasattr(logger, "log_table"):
             shown = _with_pictures(logger, columns, data, pictures)

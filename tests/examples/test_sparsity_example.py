@@ -47,7 +47,7 @@ OTHER_PARTS = (
     "adversarial/results.csv",
     "strategies/comparison.png",
     "strategies/results.csv",
-    "strategies/dgc-99.9_seed0/comm.png",
+    "strategies/dgc-99.9_seed0/dgc_strategy.png",
 )
 
 

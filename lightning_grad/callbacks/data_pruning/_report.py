@@ -1,100 +1,72 @@
-"""What a scoring leaves beside the logs: the figure of the scores, and the hardest and easiest samples to look at.
+"""What a scoring leaves with the logs: the figure of the scores, and the hardest and easiest samples to look at.
 
-``_samples.py`` looks at items, ``_pictures.py`` draws, ``_page.py`` writes the page; here is decided which samples are shown,
-and where everything goes.
+``_samples.py`` looks at items, ``_pictures.py`` draws; here is decided which samples are shown, and where everything goes.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_grad.callbacks.data_pruning._page import page_of
 from lightning_grad.callbacks.data_pruning._pictures import draw_samples, draw_scores
-from lightning_grad.callbacks.data_pruning._samples import Sample, named, view_of
+from lightning_grad.callbacks.data_pruning._samples import Sample, class_names_of, named, view_of
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
-from lightning_grad.utilities.imports import is_installed
-from lightning_grad.utilities.reporting import log_figure, log_table, output_folder
+from lightning_grad.core.record import Recorder
+from lightning_grad.utilities.reporting import counted, log_figure, log_table, output_file, tolerated
 
 
-def report(
-    trainer: pl.Trainer,
-    scored: ScoredSet,
-    dataset: Any,
-    label: str,
-    show: int,
-    figure: bool,
-    class_names: Sequence[str] | None = None,
-) -> None:
-    """Write the figure of the scores, and the hardest and easiest samples as figure, page and table.
+def report(trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder, show: int, figure: bool) -> None:
+    """Write the figure of the scores, and the hardest and easiest samples as table and figure.
 
     To be called on every rank; rank zero writes, into the folder of the logs, and nobody does if there is none. The files
-    begin with the label and the epoch, as in ``data_pruning_epoch5_samples.html``. What cannot be read or drawn is warned
+    begin with the label and the epoch, as in ``data_pruning_epoch5_samples.csv``. What cannot be read or drawn is warned
     of, and training goes on. The random streams of Python, numpy and torch stay where they are.
 
     Args:
         trainer: Whose loggers get the figures and the table.
         scored: The samples with their scores.
-        dataset: Whose items are shown; the first tensor, array, PIL image or text of an item is taken for its input.
-        label: Class and name of the callback, ``"DataPruning[late]"`` say.
+        dataset: Whose items are shown; the first tensor, array, PIL image or text of an item is taken for its input. Its
+            ``classes``, if it has them, name the classes.
+        owner: The callback, whose name is in log keys and files.
         show: Number of hardest and of easiest samples to show; 0 shows none, and reads none.
-        figure: Whether to draw figures, which takes matplotlib; page and table are written without it.
-        class_names: Name of each class.
+        figure: Whether to draw figures, which takes matplotlib; the table is written without it.
     """
-    folder = output_folder(trainer) if trainer.is_global_zero else None
-    if folder is None:
+    label, names = owner.label, None
+    csv, samples_png, scores_png = (
+        output_file(trainer, label, f"_epoch{scored.epoch}_{ending}")
+        for ending in ("samples.csv", "samples.png", "scores.png")
+    )
+    if csv is None or samples_png is None or scores_png is None or not trainer.is_global_zero:
         return
-    technique, name = re.fullmatch(r"([^\[]*)(?:\[(.*)\])?", label, re.DOTALL).groups(default="")  # type: ignore[union-attr]
-    path = folder / f"{_stem(technique, name)}_epoch{scored.epoch}"
-    key = "/".join(part for part in ("data", name) if part)
-    title = f"{label}: {scored.name} after {_counted(scored.epoch, 'epoch')}"
-    draws = figure and _can_draw(label)
-    if draws:
-        with _tolerated(label, "the figure of the scores"):
-            drawn = draw_scores(scored, title, class_names)
-            log_figure(trainer, f"{key}/scores_figure", drawn, _beside(path, "scores.png"))
-    if show > 0:
-        with _tolerated(label, "the report of samples"):
-            hardest, easiest = _samples(scored, dataset, label, show, class_names)
-            _write_samples(trainer, scored, (hardest, easiest), key, path, title, draws, label)
-
-
-def _write_samples(
-    trainer: pl.Trainer,
-    scored: ScoredSet,
-    groups: tuple[list[Sample], list[Sample]],
-    key: str,
-    path: Path,
-    title: str,
-    draws: bool,
-    label: str,
-) -> None:
-    samples = [sample for group in groups for sample in group]
-    if not samples:
-        rank_zero_warn(f"{label}: no sample is shown, for none of {len(scored.values)} has a score.")
+    with tolerated(label, "the list of class names"):
+        names = class_names_of(dataset)
+    title = f"{label}: {scored.name} after {counted(scored.epoch, 'epoch')}"
+    if figure:
+        with tolerated(label, "the figure of the scores"):
+            draw = partial(draw_scores, scored, title, names)
+            log_figure(trainer, owner.log_key("scores_figure"), draw, scores_png)
+    if show == 0:
         return
-    with _tolerated(label, "the page of samples"):
-        page = _beside(path, "samples.html")
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(page_of(scored, groups, title), encoding="utf-8", errors="replace")
-    pictures = [sample.picture for sample in samples]
-    with _tolerated(label, "the table of samples"):
-        rows = [_row(sample, texts=any(picture is None for picture in pictures)) for sample in samples]
-        log_table(trainer, f"{key}/samples", rows, _beside(path, "samples.csv"), pictures)
-    if draws and any(picture is not None for picture in pictures):
-        with _tolerated(label, "the figure of samples"):
-            drawn = draw_samples(groups, title)
-            log_figure(trainer, f"{key}/samples_figure", drawn, _beside(path, "samples.png"))
+    with tolerated(label, "the report of samples"):
+        groups = _samples(scored, dataset, label, show, names)
+        samples = [sample for group in groups for sample in group]
+        if not samples:
+            rank_zero_warn(f"{label}: no sample is shown, for none of {len(scored.values)} has a score.")
+            return
+        pictures = [sample.picture for sample in samples]
+        has_texts = any(picture is None for picture in pictures)
+        with tolerated(label, "the table of samples"):
+            log_table(trainer, owner.log_key("samples"), [_row(sample, has_texts) for sample in samples], csv, pictures)
+        if figure and any(picture is not None for picture in pictures):
+            with tolerated(label, "the figure of samples"):
+                log_figure(trainer, owner.log_key("samples_figure"), partial(draw_samples, groups, title), samples_png)
 
 
 def _row(sample: Sample, texts: bool) -> dict[str, Any]:
@@ -162,40 +134,3 @@ def _views(dataset: Any, indices: Sequence[int], label: str) -> list[Any]:
 def _class_of(classes: Tensor | None, index: int) -> int | None:
     known = classes is not None and int(classes[index]) >= 0
     return int(classes[index]) if known and classes is not None else None
-
-
-# Names, and what may go wrong.
-
-
-def _stem(technique: str, name: str) -> str:
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", technique).lower()
-    return re.sub(r"[^\w.-]+", "_", "_".join(part for part in (words, name) if part))
-
-
-def _beside(path: Path, ending: str) -> Path:
-    return path.with_name(f"{path.name}_{ending}")
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _can_draw(label: str) -> bool:
-    if not is_installed("matplotlib"):
-        _tell_once(f"{label}: no figures without matplotlib; pip install 'lightning-grad[plot]'.")
-        return False
-    return True
-
-
-@cache
-def _tell_once(text: str) -> None:
-    rank_zero_info(text)
-
-
-@contextmanager
-def _tolerated(label: str, what: str) -> Iterator[None]:
-    """Let a report fail without the training that it is about."""
-    try:
-        yield
-    except Exception as error:
-        rank_zero_warn(f"{label}: {what} could not be made: {type(error).__name__}: {error}")

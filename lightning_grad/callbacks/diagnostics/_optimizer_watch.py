@@ -211,7 +211,7 @@ class OptimizerWatch:
         numbers = torch.stack([row.numbers for row in self._rows]).tolist()
         for row, (before, unclipped, after, loss) in zip(self._rows, numbers, strict=True):
             finite = math.isfinite(before)
-            self.record.add(row.place.step, before, after, row.skipped or (self._scaled and not finite), unclipped)
+            self.record.add_step(row.place.step, before, after, row.skipped or (self._scaled and not finite), unclipped)
             expected = self._scaled and math.isfinite(loss)
             if not finite and not expected and not self.first_bad:
                 self.first_bad = {**vars(row.place), "loss": loss, "norm": before, "parameters": self._bad_names()}

@@ -1,9 +1,9 @@
 """Watching gradients: the callback.
 
 Beside this file: ``_optimizer_watch.py`` looks at the gradients of one optimizer, ``_monitor_place.py`` finds where to look,
-``_monitor_choice.py`` what to watch, ``_monitor_record.py`` keeps and draws what was seen, ``_monitor_report.py`` sends it,
-``_noise_scale.py`` measures the gradient noise scale, ``_logit_watch.py`` reads logits off the operators. The formulas are in
-``functional/gradient_statistics.py``.
+``_monitor_choice.py`` what to watch, ``_monitor_record.py`` keeps and draws what was seen, ``_monitor_report.py`` names the
+first bad step, ``_noise_scale.py`` measures the gradient noise scale, ``_logit_watch.py`` reads logits off the operators. The
+formulas are in ``functional/diagnostics/gradient_statistics.py``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lightning_grad.callbacks.diagnostics._logit_watch import LogitWatch
 from lightning_grad.callbacks.diagnostics._monitor_choice import named_parameters, why_none
 from lightning_grad.callbacks.diagnostics._monitor_place import Vantage
 from lightning_grad.callbacks.diagnostics._monitor_record import MonitorRecord
-from lightning_grad.callbacks.diagnostics._monitor_report import FirstBadStep, write_records
+from lightning_grad.callbacks.diagnostics._monitor_report import FirstBadStep
 from lightning_grad.callbacks.diagnostics._noise_scale import NoiseScale, NoiseScaleMeter
 from lightning_grad.callbacks.diagnostics._optimizer_watch import OptimizerWatch, Place
 from lightning_grad.core.callback import GradCallback
@@ -47,7 +47,6 @@ from lightning_grad.utilities.reporting import (
     is_log_step,
     log_histograms,
     log_many,
-    say_if_no_figure,
     stepped_batches,
 )
 
@@ -236,7 +235,6 @@ class GradientMonitor(GradCallback):
             self.say(f"logs no gradient noise scale: {why_not}")
         if self.logits and self._logits is None:
             self.say("logs no logits: watching them would run compiled modules uncompiled")
-        say_if_no_figure(trainer, self.label, self.figure)
 
     # One training step.
 
@@ -322,11 +320,13 @@ class GradientMonitor(GradCallback):
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._drain()
         for index, watch in enumerate(self._watches):
-            prefix = f"optimizer{index}/" if len(self._watches) > 1 else ""
+            part = self._part(index)
+            prefix = f"{part}/" if part else ""
             scalars, layers = watch.take_details()
             values = {**watch.record.summary(), **scalars}
             if "norm" in layers:
                 watch.record.add_layers(self._place.step, layers["norm"])
+            watch.record.save(trainer, self, part)
             self.log_scalars(pl_module, {f"{prefix}{key}": value for key, value in values.items()})
             shown = {
                 self.log_key(f"{prefix}{quantity}/{layer}"): value
@@ -344,11 +344,10 @@ class GradientMonitor(GradCallback):
             self._first_bad.note(watch.first_bad, self._order)
 
     def _tell_first_bad(self, trainer: pl.Trainer) -> None:
-        self._first_bad.tell(trainer, self.label, self.log_key, self._stem, self.alert)
+        self._first_bad.tell(trainer, self.label, self.log_key, self.alert)
 
-    @property
-    def _stem(self) -> str:
-        return "gradient_monitor" if self.name is None else f"gradient_monitor_{self.name}"
+    def _part(self, index: int) -> str:
+        return f"optimizer{index}" if len(self._watches) > 1 else ""
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -369,12 +368,23 @@ class GradientMonitor(GradCallback):
         with contextlib.suppress(Exception):
             self._drain()
             self._tell_first_bad(trainer)
+            for index, watch in enumerate(self._watches):
+                watch.record.save(trainer, self, self._part(index), now=True)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.fitting and self._watches:
             self._drain()
             self._tell_first_bad(trainer)
-            write_records(trainer, self._records, self.log_key, self._stem, self.label, self.figure)
+            for index, watch in enumerate(self._watches):
+                part = self._part(index)
+                self._report(trainer, watch.record, part, f"{self.label} {part}".rstrip())
             self._noise.write(trainer, self.log_key)
         super().teardown(trainer, pl_module, stage)
+
+    def _report(self, trainer: pl.Trainer, record: MonitorRecord, part: str, title: str) -> None:
+        if record.count:
+            summary = {f"final_{quantity}": value for quantity, value in record.totals().items()}
+            record.report(
+                trainer, self, partial(record.draw, title) if self.figure else None, summary=summary, part=part
+            )

@@ -6,13 +6,14 @@ base's, ``core/weights.py``. In this folder:
 - ``_nm_arguments.py`` reads the arguments;
 - ``_nm_weight.py`` is one sparse weight;
 - ``_nm_monitors.py`` restarts checkpoints and early stopping, ``_nm_seen.py`` looks at weights that are tested;
-- ``_nm_meter.py`` measures, ``_nm_record.py`` records and draws, ``_nm_report.py`` writes what is left behind at the end;
+- ``_nm_meter.py`` measures, ``_nm_record.py`` records and draws, ``_nm_report.py`` sees to the end of the run;
 - ``_frozen_variance.py`` serves the recipe ``step``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -40,13 +41,7 @@ from lightning_grad.callbacks.sparsity._nm_meter import (
 )
 from lightning_grad.callbacks.sparsity._nm_monitors import MonitorRestart
 from lightning_grad.callbacks.sparsity._nm_record import SparsityRecord
-from lightning_grad.callbacks.sparsity._nm_report import (
-    send_summary,
-    settle_unfinished,
-    warn_of_inexact_best,
-    write_masks,
-    write_record,
-)
+from lightning_grad.callbacks.sparsity._nm_report import settle_unfinished, warn_of_inexact_best, write_masks
 from lightning_grad.callbacks.sparsity._nm_seen import describe, lacking
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups
 from lightning_grad.core.fit import during_fit, until_next_fit
@@ -71,8 +66,8 @@ from lightning_grad.utilities.reporting import (
     counted,
     is_log_step,
     limit_layers,
-    output_folder,
-    say_if_no_figure,
+    log_histograms,
+    output_file,
     stepped_batches,
 )
 
@@ -328,11 +323,6 @@ class NMSparsity(WeightCallback[SparseWeight]):
             self.signatures = self.signatures or dict(state_dict.get("chosen", {}))
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        say_if_no_figure(trainer, self.label, self.figure)
-
-    @override
     def resume(self) -> None:
         state = self.restored
         self._progress = float(state.get("progress", 0.0))
@@ -461,7 +451,8 @@ class NMSparsity(WeightCallback[SparseWeight]):
         row |= dict.fromkeys(("flips", "gradient_noise_pruned", "gradient_noise_kept"))
         row |= dict(zip(measured, numbers, strict=True))
         self._warn_of_nan()
-        self._record.add(row, phase_name(self.weights), {weight.name: weight.mask for weight in self.weights})
+        self._record.add_step(row, phase_name(self.weights), {weight.name: weight.mask for weight in self.weights})
+        self._record.save(trainer, self)
 
     def _warn_of_nan(self) -> None:
         """Name the weights that hold NaN, once; masks count it as the smallest."""
@@ -505,7 +496,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "acc" in key}
             if self.figure_metric in trainer.callback_metrics:
                 metrics[self.figure_metric] = float(trainer.callback_metrics[self.figure_metric])
-            self._record.add_validation(stepped_batches(trainer), metrics)
+            self._record.validations.add({"step": stepped_batches(trainer), **metrics})
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -523,6 +514,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
+        self._record.save(trainer, self, now=True)
         self._monitors.release(trainer)
 
     @override
@@ -546,12 +538,13 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     def _report(self, trainer: pl.Trainer, weights: Sequence[SparseWeight]) -> None:
         self._record.close_phase()
-        send_summary(trainer, weights, self.log_key, self.top)
-        folder = output_folder(trainer)
-        if folder is not None:
-            stem = "nm_sparsity" if self.name is None else f"nm_sparsity_{self.name}"
-            title = f"{self.label}: {self.pattern}, {self._recipe_name}"
-            write_record(trainer, self._record, self.log_key, folder / stem, title, self.figure_metric, self.figure)
-            if self.save_masks:
-                write_masks(trainer, weights, folder / f"{stem}_masks.pt")
+        last, title = state_of(weights), f"{self.label}: {self.pattern}, {self._recipe_name}"
+        draw = partial(self._record.draw_run, title, self.figure_metric) if self.figure else None
+        summary = {"final_density": last["density"], "final_exact": last["exact"]}
+        self._record.report(trainer, self, draw, summary=summary)
+        shown = {self.log_key(f"weights/{clean_name(w.name)}"): w.parameter for w in weights[: self.top]}
+        log_histograms(trainer, shown)
+        path = output_file(trainer, self.label, "_masks.pt")
+        if self.save_masks and path is not None:
+            write_masks(trainer, weights, path)
         warn_of_inexact_best(trainer, weights, self.label)
