@@ -477,11 +477,11 @@ def parameters() -> int:
 
 def write_accuracies(found: Mapping[str, Sequence[Epoch]], folder: Path) -> None:
     """Write numbers and figure."""
-    with (folder / "strategies_slow_link.csv").open("w", newline="") as file:
+    with (folder / "communication_slow_link.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["gradients", *Epoch.__dataclass_fields__])
         writer.writerows([name, *asdict(epoch).values()] for name, epochs in found.items() for epoch in epochs)
-    draw_accuracies(found).savefig(folder / "strategies_slow_link.png", dpi=140)
+    draw_accuracies(found).savefig(folder / "communication_slow_link.png", dpi=140)
 
 
 def draw_accuracies(found: Mapping[str, Sequence[Epoch]]) -> Figure:
@@ -550,7 +550,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         display("Budgets", ["what", "measured", "budget", ""], [budget.cells for budget in budgets])
     tables["budgets"] = [{**asdict(budget), "is_kept": budget.is_kept} for budget in budgets]
     if options.out is not None:
-        (options.out / "strategies.json").write_text(json.dumps(tables, indent=1) + "\n")
+        (options.out / "communication.json").write_text(json.dumps(tables, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""PowerSGD: send each gradient matrix as the product of two thin ones. The maths is in ``functional/low_rank.py``.
+"""PowerSGD: send each gradient matrix as the product of two thin ones. Maths: ``functional/communication/powersgd.py``.
 
 Read ``compressed_ddp.py`` first.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.functional import initial_factor, orthonormalize
-from lightning_grad.functional.communication.low_rank import low_rank_numel, matrix_shape
+from lightning_grad.functional.communication.powersgd import low_rank_numel, matrix_shape
 from lightning_grad.strategies.compressed_ddp import (
     DEFAULT_TIMEOUT,
     CompressedDDPStrategy,

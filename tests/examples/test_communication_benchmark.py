@@ -12,11 +12,11 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import slow_link, strategies
+from benchmarks import communication, slow_link
 from benchmarks.communication import DGC, HALF, LEARNERS, Budget, Epoch, Follow
 from benchmarks.slow_link import Measured
 
-TINY = strategies.Sizes(
+TINY = communication.Sizes(
     entries=20_000, selections=1, rounds=1, steps=2, links={100.0: (1, 1), 1000.0: (1, 1)}, epochs=2
 )
 NET = (40, 50, 30)
@@ -38,18 +38,18 @@ def _settings_of_the_process() -> Iterator[None]:
 @pytest.fixture
 def small(monkeypatch) -> None:
     """Make everything tiny."""
-    monkeypatch.setattr(strategies, "QUICK", TINY)
-    monkeypatch.setattr(strategies, "NETS", {"a layer": ((100, 100), False), "a net": (NET, True)})
-    monkeypatch.setattr(strategies, "SMALLER", {("a layer", DGC): 499.0, ("a layer", HALF): 300.0})
-    monkeypatch.setattr(strategies, "WIDTHS", NET)
-    monkeypatch.setattr(strategies, "Perceptron", lambda widths=NET, bias=True: slow_link.Perceptron(widths, bias))
-    monkeypatch.setattr(strategies, "WIDTH", 16)
+    monkeypatch.setattr(communication, "QUICK", TINY)
+    monkeypatch.setattr(communication, "NETS", {"a layer": ((100, 100), False), "a net": (NET, True)})
+    monkeypatch.setattr(communication, "SMALLER", {("a layer", DGC): 499.0, ("a layer", HALF): 300.0})
+    monkeypatch.setattr(communication, "WIDTHS", NET)
+    monkeypatch.setattr(communication, "Perceptron", lambda widths=NET, bias=True: slow_link.Perceptron(widths, bias))
+    monkeypatch.setattr(communication, "WIDTH", 16)
 
 
 @pytest.mark.usefixtures("small")
 def test_bytes_are_those_of_the_formulas_and_budgets_tell_right_from_wrong(tmp_path, capsys):
-    strategies.main(["--quick", "--parts", "payload", "--out", str(tmp_path)])
-    tables = json.loads((tmp_path / "strategies.json").read_text())
+    communication.main(["--quick", "--parts", "payload", "--out", str(tmp_path)])
+    tables = json.loads((tmp_path / "communication.json").read_text())
     flag = 4
     rows = {(row["net"], row["gradients"]): (row["sent"], row["dense"]) for row in tables["payload"]}
     biases = 4 * 80 + flag
@@ -71,7 +71,7 @@ def test_bytes_are_those_of_the_formulas_and_budgets_tell_right_from_wrong(tmp_p
 
 @pytest.mark.usefixtures("small")
 def test_selectors_and_steps_are_timed_beside_their_baselines(capsys):
-    strategies.main(["--quick", "--parts", "selection", "step"])
+    communication.main(["--quick", "--parts", "selection", "step"])
     printed = capsys.readouterr().out
     assert "The 20 largest of 20000 float32 entries, heavy tail" in printed
     assert "| sampled of torch.topk, normal |" in printed
@@ -80,7 +80,7 @@ def test_selectors_and_steps_are_timed_beside_their_baselines(capsys):
 
 @pytest.mark.usefixtures("small")
 def test_steps_come_back_from_the_ranks_with_what_the_strategies_say_of_themselves():
-    found = strategies.on_ranks(partial(strategies._time_in_turns, 1, 3), 2)
+    found = communication.on_ranks(partial(communication._time_in_turns, 1, 3), 2)
     assert {name: (len(times["ms"]), len(times["compress_ms"])) for name, times in found.items()} == {
         "ddp": (3, 0),
         "ddp, again": (3, 0),
@@ -96,7 +96,7 @@ def test_a_rank_that_fails_is_an_error_here():
         raise RuntimeError("no such gradient")
 
     with pytest.raises(Exception, match="no such gradient"):
-        strategies.on_ranks(fail, 1)
+        communication.on_ranks(fail, 1)
 
 
 def test_steps_over_links_are_held_to_what_they_shall_save(monkeypatch, capsys):
@@ -109,18 +109,18 @@ def test_steps_over_links_are_held_to_what_they_shall_save(monkeypatch, capsys):
 
     monkeypatch.setattr(slow_link, "measure_all", measure_all)
     monkeypatch.setattr(slow_link, "why_unavailable", lambda: None)
-    rows, budgets = strategies.link(TINY, None)
+    rows, budgets = communication.link(TINY, None)
     assert asked == [(100.0, 1, 1), (1000.0, 1, 1)]
-    assert len(rows) == 2 * len(strategies.STRATEGIES)
+    assert len(rows) == 2 * len(communication.STRATEGIES)
     assert [(budget.measured, budget.bound, budget.is_kept) for budget in budgets] == [(4, 10, False), (4, 2, True)]
     assert "ms at 100 Mbit/s" in capsys.readouterr().out
 
 
 def test_without_namespaces_two_parts_are_left_out(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(slow_link, "why_unavailable", lambda: "a slow link needs root")
-    strategies.main(["--parts", "link", "accuracy", "--out", str(tmp_path)])
+    communication.main(["--parts", "link", "accuracy", "--out", str(tmp_path)])
     assert capsys.readouterr().out.count("Left out: a slow link needs root.") == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["strategies.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["communication.json"]
 
 
 class SlowValidation(Follow):
@@ -139,9 +139,9 @@ class SlowValidation(Follow):
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("name", "entry"), [("dense", 4), ("fp16", 2)])
 def test_a_training_is_followed_without_its_validation(name, entry, monkeypatch):
-    monkeypatch.setattr(strategies, "Follow", SlowValidation)
-    monkeypatch.setattr(strategies, "time", SlowValidation)
-    found = strategies.on_ranks(lambda: [asdict(epoch) for epoch in strategies.learn(name, 2, devices=2)], 2)
+    monkeypatch.setattr(communication, "Follow", SlowValidation)
+    monkeypatch.setattr(communication, "time", SlowValidation)
+    found = communication.on_ranks(lambda: [asdict(epoch) for epoch in communication.learn(name, 2, devices=2)], 2)
     first, second = (Epoch(**epoch) for epoch in found)
     assert (first.epoch, second.epoch) == (1, 2)
     assert 0 < first.seconds < second.seconds < 3600
@@ -150,13 +150,13 @@ def test_a_training_is_followed_without_its_validation(name, entry, monkeypatch)
     assert (first.megabytes, second.megabytes) == pytest.approx(
         (steps * entry * entries / 1e6, 2 * steps * entry * entries / 1e6)
     )
-    assert strategies.parameters() == entries
+    assert communication.parameters() == entries
 
 
 @pytest.mark.usefixtures("small")
 def test_strategies_that_compress_count_for_themselves():
-    found = strategies.on_ranks(
-        lambda: [asdict(epoch) for epoch in strategies.learn("PowerSGD rank 4", 1, devices=2)], 2
+    found = communication.on_ranks(
+        lambda: [asdict(epoch) for epoch in communication.learn("PowerSGD rank 4", 1, devices=2)], 2
     )
     # The first layer, of 1024 entries, is compressed: to four columns of 16 + 64; all others are small.
     assert found[0]["megabytes"] == pytest.approx(11 * 4 * (4 * 80 + 458 + 1) / 1e6)
@@ -168,19 +168,19 @@ def test_what_it_took_is_shown_and_written(tmp_path, capsys):
         name: [replace(epoch, seconds=epoch.seconds / (i + 1)) for epoch in slow] for i, name in enumerate(LEARNERS)
     }
     found["fp16"] = [replace(epoch, accuracy=0.9) for epoch in slow]
-    strategies.show_accuracies(found)
+    communication.show_accuracies(found)
     printed = capsys.readouterr().out
     assert "| dense | 20.00 | 1.0 | 200.00 | 1.0 | 30.0 | 300.0 | 94.0 % |" in printed
     assert "| fp16 | never |  | never |  | 30.0 | 300.0 | 90.0 % |" in printed
     assert f"| {DGC} | 5.00 | 4.0 | 200.00 | 1.0 | 7.5 | 300.0 | 94.0 % |" in printed
-    strategies.write_accuracies(found, tmp_path)
-    with (tmp_path / "strategies_slow_link.csv").open(newline="") as file:
+    communication.write_accuracies(found, tmp_path)
+    with (tmp_path / "communication_slow_link.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12
     assert rows[1] == {"gradients": "dense", "epoch": "2", "accuracy": "0.95", "seconds": "20.0", "megabytes": "200.0"}
-    lines = {line.get_label(): line.get_xdata() for line in strategies.draw_accuracies(found).axes[1].lines}
+    lines = {line.get_label(): line.get_xdata() for line in communication.draw_accuracies(found).axes[1].lines}
     assert list(lines[DGC]) == [2.5, 5.0, 7.5]
-    assert (tmp_path / "strategies_slow_link.png").stat().st_size > 10_000
+    assert (tmp_path / "communication_slow_link.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from plain_project import Digits, ResidualConvNet, VisionTransformer
 
 from lightning_grad import callbacks
 from lightning_grad.callbacks import NMSparsity
+from lightning_grad.core import GradientConditioner, OptimizerCallback
 from lightning_grad.strategies import DGCStrategy, PowerSGDStrategy
 
 hydra = pytest.importorskip("hydra")
@@ -35,13 +36,11 @@ EXPECTED = {
     "nm_sparsity_schedule": {"pattern": "1:4", "recipe": [(0.1, "3:4"), (0.3, "2:4"), (0.5, "1:4")]},
 }
 
-FAMILY, DATA_FAMILY, ATTACK_FAMILY = (
-    {
-        getattr(callbacks, name).__module__.rpartition(".")[2]: name
-        for name in callbacks.__all__
-        if f".{package}." in getattr(callbacks, name).__module__
-    }
-    for package in ("clipping", "data_pruning", "adversarial")
+WORDS = {getattr(callbacks, name).__module__.rpartition(".")[2]: name for name in callbacks.__all__}
+CONDITIONERS = sorted(
+    word
+    for word, name in WORDS.items()
+    if issubclass(getattr(callbacks, name), GradientConditioner | OptimizerCallback)
 )
 
 
@@ -78,15 +77,15 @@ def test_snippet_becomes_a_callback_with_plain_settings(snippet: str) -> None:
 
 def test_every_snippet_is_tested() -> None:
     snippets = {path.stem for path in (CONFIGS / "callbacks").glob("*.yaml")}
-    assert snippets == {*EXPECTED, *FAMILY, *DATA_FAMILY, *ATTACK_FAMILY}
+    assert snippets == {*EXPECTED, *WORDS}
 
 
-def instantiate_of_family(word: str) -> Any:
+def instantiate_one(word: str) -> Any:
     """Compose the group ``callbacks`` with one technique, and check that it gets what its file says."""
     with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
         config = hydra.compose(overrides=[f"+callbacks={word}"])
     callback = hydra.utils.instantiate(config.callbacks[word])
-    assert type(callback).__name__ == (FAMILY | DATA_FAMILY | ATTACK_FAMILY)[word]
+    assert type(callback).__name__ == WORDS[word]
     arguments = {key: value for key, value in config.callbacks[word].items() if key != "_target_"}
     assert {key: callback.settings[key] for key in arguments} == arguments
     return callback
@@ -100,9 +99,9 @@ QUIET = {
 }
 
 
-@pytest.mark.parametrize("word", sorted(FAMILY))
-def test_snippet_of_the_clipping_family_becomes_its_callback_and_trains(word: str) -> None:
-    callback = instantiate_of_family(word)
+@pytest.mark.parametrize("word", [*CONDITIONERS, "gradient_monitor"])
+def test_snippet_of_what_reads_gradients_becomes_its_callback_and_trains(word: str) -> None:
+    callback = instantiate_one(word)
     trainer = Trainer(max_steps=2, accelerator="cpu", limit_val_batches=0, callbacks=[callback], **QUIET)
     trainer.fit(VisionTransformer(), datamodule=Digits())
     assert trainer.global_step == 2
@@ -118,9 +117,9 @@ def test_snippet_of_the_clipping_family_becomes_its_callback_and_trains(word: st
         ("uniform_learning", 47, 55),  # three epochs with repeated samples
     ],
 )
-def test_snippet_of_the_data_family_becomes_its_callback_and_chooses(word: str, fewest: int, most: int) -> None:
+def test_snippet_of_what_chooses_samples_becomes_its_callback_and_chooses(word: str, fewest: int, most: int) -> None:
     seed_everything(0, verbose=False)  # which samples are below the mean loss depends on the network
-    callback = instantiate_of_family(word)
+    callback = instantiate_one(word)
     trainer = Trainer(max_epochs=11, accelerator="cpu", limit_val_batches=0, callbacks=[callback], **QUIET)
     trainer.fit(ResidualConvNet(width=2), datamodule=Digits(batch_size=350))  # four steps for a whole epoch
     assert fewest <= trainer.global_step <= most
@@ -134,9 +133,9 @@ def test_snippet_of_the_data_family_becomes_its_callback_and_chooses(word: str, 
         ("adversarial_training", "adversarial/pgd_accuracy"),
     ],
 )
-def test_snippet_of_the_adversarial_family_becomes_its_callback_and_logs(word: str, logged: str) -> None:
+def test_snippet_of_what_validates_becomes_its_callback_and_logs(word: str, logged: str) -> None:
     trainer = Trainer(
-        max_epochs=1, limit_train_batches=2, limit_val_batches=1, callbacks=[instantiate_of_family(word)], **QUIET
+        max_epochs=1, limit_train_batches=2, limit_val_batches=1, callbacks=[instantiate_one(word)], **QUIET
     )
     trainer.fit(ResidualConvNet(width=2), datamodule=Digits(batch_size=50))
     assert logged in trainer.callback_metrics

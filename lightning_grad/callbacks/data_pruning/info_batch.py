@@ -1,4 +1,4 @@
-"""InfoBatch: unbiased dynamic data pruning. Subset and weights are a function, in ``functional/dynamic_pruning.py``."""
+"""InfoBatch: unbiased dynamic data pruning. Subset and weights come from ``functional/data_pruning/info_batch.py``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_grad.core.rehearsal import Rehearsal
 from lightning_grad.core.sample_losses import SampleLoss, SampleLosses
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.functional import infobatch_subset
-from lightning_grad.functional.data_pruning.dynamic_pruning import infobatch_count
+from lightning_grad.functional.data_pruning.info_batch import infobatch_count
 from lightning_grad.functional.data_pruning.selection import round_up_count
 from lightning_grad.functional.gradients import Terms
 from lightning_grad.utilities.checks import (

@@ -1,4 +1,4 @@
-"""Repeated random subsets (RS2). The subset is a function, in ``functional/dynamic_pruning.py``."""
+"""Repeated random subsets (RS2). The subset is a function, in ``functional/data_pruning/repeated_random_subset.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""USEFUL: repeating samples whose features are learnt late. Which ones is a function, in ``functional/clustering.py``."""
+"""USEFUL: repeating samples whose features are learnt late (``functional/data_pruning/uniform_learning.py`` finds them)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Messages between ranks: sparse, low-rank, with error feedback, and what they cost on the wire."""
 
 from lightning_grad.functional.communication.error_feedback import accumulate_residual_, remove_sent_
-from lightning_grad.functional.communication.low_rank import initial_factor, orthonormalize
+from lightning_grad.functional.communication.powersgd import initial_factor, orthonormalize
 from lightning_grad.functional.communication.sparse_messages import add_pairs_, pack_pairs, unpack_pairs
 from lightning_grad.functional.communication.topk_selection import (
     SELECTORS,

@@ -6,13 +6,7 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from lightning_grad.functional.gradients.autograd import (
-    Edge,
-    Node,
-    kind_of,
-    leaf_of,
-    output_shape,
-)
+from lightning_grad.functional.gradients.autograd import Edge, Node, kind_of, leaf_of, output_shape
 from lightning_grad.functional.gradients.calls import Call
 from lightning_grad.functional.gradients.descent import Descent, is_linear
 from lightning_grad.functional.gradients.errors import InseparableLossError

@@ -266,7 +266,7 @@ def test_a_run_in_which_nothing_was_observed(accuracy: float, arguments: Any, se
 
 
 def test_a_cut_is_told_with_its_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_grad.callbacks.adversarial import accuracy_gradient_lr
+    from lightning_grad.callbacks.schedules import accuracy_gradient_lr
 
     told: list[str] = []
     monkeypatch.setattr(accuracy_gradient_lr, "rank_zero_info", told.append)

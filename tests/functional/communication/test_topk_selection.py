@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_grad.functional import topk_selection
+from lightning_grad.functional.communication import topk_selection
 from lightning_grad.functional.communication.topk_selection import (
     AUTO_SAMPLED_FROM,
     SELECTORS,

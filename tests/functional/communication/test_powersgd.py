@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.functional import initial_factor, orthonormalize
-from lightning_grad.functional.communication.low_rank import low_rank_numel, matrix_shape
+from lightning_grad.functional.communication.powersgd import low_rank_numel, matrix_shape
 
 SHAPES = [(4, 3), (64, 3, 5, 5), (10, 1), (1, 10), (5, 2, 3)]
 
