@@ -242,4 +242,4 @@ class ProbeCallback(GradCallback):
             self._write(trainer)
 
     def _write(self, trainer: pl.Trainer) -> None:
-        self.record.report(trainer, self, partial(self.draw, self.record) if self.figure else None, table="looks")
+        self.record.report(trainer, self, partial(self.draw, self.record), table="looks")

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_grad.utilities.reporting import (
-    log_figure,
-    log_summary,
-    log_table,
-    output_file,
-    tolerated,
-    write_csv,
-)
+from lightning_grad.utilities.reporting import log_figure, log_summary, log_table, output_file, tolerated, write_csv
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +30,10 @@ class Recorder(Protocol):
     @property
     def label(self) -> str:
         """Class and name, for titles, files and messages."""
+
+    @property
+    def figure(self) -> bool:
+        """Whether a figure is wanted."""
 
     def log_key(self, quantity: str) -> str:
         """Return the log key of a quantity."""
@@ -144,8 +142,7 @@ class RunRecord:
             now: Write every row, for the case that the run ends here.
         """
         if self.count - self._saved > (0 if now else self.count // _LAG):
-            self._saved = self.count
-            path = output_file(trainer, owner.label, _suffix(part, ".csv"))
+            self._saved, path = self.count, _file(trainer, owner, part, ".csv")
             if path is not None and trainer.is_global_zero:
                 with tolerated(owner.label, "the table of the run"):
                     write_csv(path, self.rows())
@@ -154,7 +151,7 @@ class RunRecord:
         self,
         trainer: pl.Trainer,
         owner: Recorder,
-        draw: Callable[[], Figure] | None = None,
+        draw: Callable[[], Figure],
         *,
         summary: Mapping[str, float] | None = None,
         part: str = "",
@@ -166,23 +163,19 @@ class RunRecord:
         Args:
             trainer: The trainer. Only rank zero writes.
             owner: Who keeps the record; keys and files have its name.
-            draw: Draws the figure, which needs matplotlib; ``None`` for no figure.
+            draw: Draws the figure, if the owner's ``figure`` is true and matplotlib is installed.
             summary: Final figures of merit by quantity.
             part: Which of several records of the owner it is.
             table: Last part of the table's log key.
             figure: Last part of the figure's log key.
         """
-        before = f"{part}/" if part else ""
+        self._saved, before = self.count, f"{part}/" if part else ""
         log_summary(trainer, {owner.log_key(f"{before}{key}"): value for key, value in (summary or {}).items()})
-        csv, png = (output_file(trainer, owner.label, _suffix(part, ending)) for ending in (".csv", ".png"))
-        self._saved = self.count
-        if csv is None or png is None or not self.count:
-            return
         with tolerated(owner.label, "the table of the run"):
-            log_table(trainer, owner.log_key(f"{before}{table}"), self.rows(), csv)
-        if draw is not None:
+            log_table(trainer, owner.log_key(f"{before}{table}"), self.rows(), _file(trainer, owner, part, ".csv"))
+        if self.count and owner.figure:
             with tolerated(owner.label, "the figure of the run"):
-                log_figure(trainer, owner.log_key(f"{before}{figure}"), draw, png)
+                log_figure(trainer, owner.log_key(f"{before}{figure}"), draw, _file(trainer, owner, part, ".png"))
 
     def draw(self, title: str) -> Figure:
         """Draw each column of numbers over the steps, in a panel of its own; needs matplotlib."""
@@ -235,8 +228,8 @@ def _equal(row: Row) -> float:
     return 0.0
 
 
-def _suffix(part: str, ending: str) -> str:
-    return f"_{part}{ending}" if part else ending
+def _file(trainer: pl.Trainer, owner: Recorder, part: str, ending: str) -> Path | None:
+    return output_file(trainer, owner.label, f"_{part}{ending}" if part else ending)
 
 
 def _is_number(values: Sequence[Any]) -> bool:

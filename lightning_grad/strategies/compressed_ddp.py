@@ -105,6 +105,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     """
 
     namespace: ClassVar[str] = "comm"
+    figure: ClassVar[bool] = True
     trial: ClassVar[Mapping[str, Any]]
 
     ranks = during_fit[Collectives]()
@@ -162,11 +163,6 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     @override
     def settings(self) -> dict[str, Any]:
         return own_settings(self, CompressedDDPStrategy)
-
-    @property
-    def figure(self) -> bool:
-        """Whether a figure is drawn at the end, where matplotlib is installed."""
-        return self.wants_to_compress
 
     def log_key(self, quantity: str) -> str:
         """Return the log key of a quantity."""
@@ -388,9 +384,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         summary = {"final_ratio": self.ledger.ratio, "total_megabytes": self.ledger.sent_bytes / 1e6}
         figure = partial(draw, self.label, self.ledger, layers)
         self.ledger.record.report(trainer, self, figure, summary=summary, figure="summary")
-        path = output_file(trainer, self.label, "_layers.csv")
-        if path is not None:
-            log_table(trainer, self.log_key("layers"), layers, path)
+        log_table(trainer, self.log_key("layers"), layers, output_file(trainer, self.label, "_layers.csv"))
 
     def _layers(self) -> list[dict[str, Any]]:
         rows = []

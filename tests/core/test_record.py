@@ -21,12 +21,12 @@ from lightning_grad.testing import assert_identical, fit
 from lightning_grad.utilities import reporting
 from tests.core.activation_norm import ActivationNorm
 
-TECHNIQUES = {
+TECHNIQUES = {  # NMSparsity looks at metrics, so what AccuracyGradientLR logs comes first
     "accuracy_gradient_lr": lambda: AccuracyGradientLR(
-    "nm_sparsity": lambda: NMSparsity(pattern="1:4", recipe="sdgf-stepwise", figure=False),
-    "gradient_monitor": lambda: GradientMonitor(figure=False),
         "val_loss", "min", window=1, quiet=1, threshold=9.0, figure=False
     ),
+    "nm_sparsity": lambda: NMSparsity(pattern="1:4", recipe="sdgf-stepwise", figure=False),
+    "gradient_monitor": lambda: GradientMonitor(figure=False),
     "activation_norm": lambda: ActivationNorm("hidden", every_n_steps=2),
 }
 
@@ -114,6 +114,7 @@ def test_a_state_is_not_the_live_record() -> None:
 
 class Owner:
     label = "Technique[a]"
+    figure = True
 
     def log_key(self, quantity: str) -> str:
         return f"x/{quantity}"

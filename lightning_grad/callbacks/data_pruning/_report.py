@@ -19,10 +19,10 @@ from lightning_grad.callbacks.data_pruning._pictures import draw_samples, draw_s
 from lightning_grad.callbacks.data_pruning._samples import Sample, class_names_of, named, view_of
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
 from lightning_grad.core.record import Recorder
-from lightning_grad.utilities.reporting import counted, log_figure, log_table, output_file, tolerated
+from lightning_grad.utilities.reporting import counted, log_figure, log_table, output_file, output_folder, tolerated
 
 
-def report(trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder, show: int, figure: bool) -> None:
+def report(trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder, show: int) -> None:
     """Write the figure of the scores, and the hardest and easiest samples as table and figure.
 
     To be called on every rank; rank zero writes, into the folder of the logs, and nobody does if there is none. The files
@@ -34,24 +34,19 @@ def report(trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder
         scored: The samples with their scores.
         dataset: Whose items are shown; the first tensor, array, PIL image or text of an item is taken for its input. Its
             ``classes``, if it has them, name the classes.
-        owner: The callback, whose name is in log keys and files.
+        owner: The callback, whose name is in log keys and files, and whose ``figure`` says whether figures are drawn.
         show: Number of hardest and of easiest samples to show; 0 shows none, and reads none.
-        figure: Whether to draw figures, which takes matplotlib; the table is written without it.
     """
-    label, names = owner.label, None
-    csv, samples_png, scores_png = (
-        output_file(trainer, label, f"_epoch{scored.epoch}_{ending}")
-        for ending in ("samples.csv", "samples.png", "scores.png")
-    )
-    if csv is None or samples_png is None or scores_png is None or not trainer.is_global_zero:
+    if not trainer.is_global_zero or output_folder(trainer) is None:
         return
+    label, names, ending = owner.label, None, f"_epoch{scored.epoch}_"
     with tolerated(label, "the list of class names"):
         names = class_names_of(dataset)
     title = f"{label}: {scored.name} after {counted(scored.epoch, 'epoch')}"
-    if figure:
+    if owner.figure:
         with tolerated(label, "the figure of the scores"):
-            draw = partial(draw_scores, scored, title, names)
-            log_figure(trainer, owner.log_key("scores_figure"), draw, scores_png)
+            path = output_file(trainer, label, f"{ending}scores.png")
+            log_figure(trainer, owner.log_key("scores_figure"), partial(draw_scores, scored, title, names), path)
     if show == 0:
         return
     with tolerated(label, "the report of samples"):
@@ -63,10 +58,14 @@ def report(trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder
         pictures = [sample.picture for sample in samples]
         has_texts = any(picture is None for picture in pictures)
         with tolerated(label, "the table of samples"):
-            log_table(trainer, owner.log_key("samples"), [_row(sample, has_texts) for sample in samples], csv, pictures)
-        if figure and any(picture is not None for picture in pictures):
+            rows = [_row(sample, has_texts) for sample in samples]
+            log_table(
+                trainer, owner.log_key("samples"), rows, output_file(trainer, label, f"{ending}samples.csv"), pictures
+            )
+        if owner.figure and any(picture is not None for picture in pictures):
             with tolerated(label, "the figure of samples"):
-                log_figure(trainer, owner.log_key("samples_figure"), partial(draw_samples, groups, title), samples_png)
+                path = output_file(trainer, label, f"{ending}samples.png")
+                log_figure(trainer, owner.log_key("samples_figure"), partial(draw_samples, groups, title), path)
 
 
 def _row(sample: Sample, texts: bool) -> dict[str, Any]:

@@ -495,7 +495,7 @@ class DataPruning(SubsetCallback):
             dataset = self._dataset(trainer)
             with generators_kept(dataset):
                 self._save(trainer, scored)
-                report(trainer, scored, self.training_set.items(dataset), self, self.show, self.figure)
+                report(trainer, scored, self.training_set.items(dataset), self, self.show)
         return scored.kept
 
     def _keep(self, scored: ScoredSet, share: float) -> ScoredSet:

@@ -24,7 +24,7 @@ class MonitorRecord(RunRecord):
 
     def __init__(self) -> None:
         super().__init__(weight=_norm)
-        self.counts = {"steps": 0, "clipped": 0, "skipped": 0}
+        self.clipped = self.skipped = 0  # steps
         self.layers = RunRecord(_MOST_COLUMNS)
         self._largest: float | None = None  # of the steps since the last log step, if there was one
 
@@ -39,9 +39,8 @@ class MonitorRecord(RunRecord):
             unclipped: Norm just before the first that clips, if something else came before that.
         """
         clipped = not skipped and after < (before if unclipped is None else unclipped) * _CLIPPED
-        self.counts["steps"] += 1
-        self.counts["clipped"] += clipped
-        self.counts["skipped"] += skipped
+        self.clipped += clipped
+        self.skipped += skipped
         known = math.nan if self._largest is None else self._largest
         self._largest = before if math.isfinite(before) and not before <= known else known
         self.add(
@@ -67,18 +66,17 @@ class MonitorRecord(RunRecord):
 
     def totals(self) -> dict[str, float]:
         """Return the share of steps that were clipped so far, and the number of those that were skipped."""
-        share = self.counts["clipped"] / max(self.counts["steps"], 1)
-        return {"clipped_share": share, "skipped_steps": float(self.counts["skipped"])}
+        return {"clipped_share": self.clipped / max(self.count, 1), "skipped_steps": float(self.skipped)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything, in types that a checkpoint may hold."""
-        own = {"counts": dict(self.counts), "layers": self.layers.state_dict(), "largest": self._largest}
-        return {**super().state_dict(), **own}
+        own = {"clipped": self.clipped, "skipped": self.skipped, "largest": self._largest}
+        return {**super().state_dict(), **own, "layers": self.layers.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue a saved record."""
         super().load_state_dict(state)
-        self.counts, self._largest = dict(state["counts"]), state["largest"]
+        self.clipped, self.skipped, self._largest = state["clipped"], state["skipped"], state["largest"]
         self.layers.load_state_dict(state["layers"])
 
     def draw(self, title: str) -> Figure:

@@ -377,14 +377,9 @@ class GradientMonitor(GradCallback):
             self._drain()
             self._tell_first_bad(trainer)
             for index, watch in enumerate(self._watches):
-                part = self._part(index)
-                self._report(trainer, watch.record, part, f"{self.label} {part}".rstrip())
+                record, part = watch.record, self._part(index)
+                summary = {f"final_{key}": value for key, value in record.totals().items() if record.count}
+                draw = partial(record.draw, f"{self.label} {part}".rstrip())
+                record.report(trainer, self, draw, summary=summary, part=part)
             self._noise.write(trainer, self.log_key)
         super().teardown(trainer, pl_module, stage)
-
-    def _report(self, trainer: pl.Trainer, record: MonitorRecord, part: str, title: str) -> None:
-        if record.count:
-            summary = {f"final_{quantity}": value for quantity, value in record.totals().items()}
-            record.report(
-                trainer, self, partial(record.draw, title) if self.figure else None, summary=summary, part=part
-            )

@@ -269,8 +269,7 @@ class AccuracyGradientLR(MonitoredCallback):
         super().on_train_end(trainer, pl_module)
         own = (self.record, self.label, self.monitor, self.window, self.threshold)
         summary = {"final_scale": self._rates.scale, "final_cuts": float(self._cuts)}
-        draw = partial(draw_rates, *own) if self.figure else None
-        self.record.report(trainer, self, draw, summary=summary, table="observations")
+        self.record.report(trainer, self, partial(draw_rates, *own), summary=summary, table="observations")
 
 
 def _is_cut(row: Row) -> float:

@@ -19,9 +19,9 @@ from lightning_grad.utilities.parameters import clean_name
 from lightning_grad.utilities.reporting import log_file
 
 
-def write_masks(trainer: pl.Trainer, weights: Sequence[SparseWeight], path: Path) -> None:
+def write_masks(trainer: pl.Trainer, weights: Sequence[SparseWeight], path: Path | None) -> None:
     """Save the final masks as bool tensors by name, and send the file as an artifact."""
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({clean_name(w.name): (w.parameter != 0).cpu() for w in weights}, path)
         log_file(trainer, path, name=path.stem, kind="masks")

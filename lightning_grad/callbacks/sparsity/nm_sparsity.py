@@ -539,12 +539,11 @@ class NMSparsity(WeightCallback[SparseWeight]):
     def _report(self, trainer: pl.Trainer, weights: Sequence[SparseWeight]) -> None:
         self._record.close_phase()
         last, title = state_of(weights), f"{self.label}: {self.pattern}, {self._recipe_name}"
-        draw = partial(self._record.draw_run, title, self.figure_metric) if self.figure else None
         summary = {"final_density": last["density"], "final_exact": last["exact"]}
+        draw = partial(self._record.draw_run, title, self.figure_metric)
         self._record.report(trainer, self, draw, summary=summary)
         shown = {self.log_key(f"weights/{clean_name(w.name)}"): w.parameter for w in weights[: self.top]}
         log_histograms(trainer, shown)
-        path = output_file(trainer, self.label, "_masks.pt")
-        if self.save_masks and path is not None:
-            write_masks(trainer, weights, path)
+        if self.save_masks:
+            write_masks(trainer, weights, output_file(trainer, self.label, "_masks.pt"))
         warn_of_inexact_best(trainer, weights, self.label)
