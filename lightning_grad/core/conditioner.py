@@ -21,8 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.core._memory import Memory
-from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.chosen import Chosen
+from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.phases import (
     Phase,

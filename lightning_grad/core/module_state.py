@@ -101,7 +101,7 @@ class Held:
         if isinstance(value, nn.Module):  # one in a list, which no module knows as its child
             self._parts += [Snapshot(module, False, known) for module in value.modules()]
         elif not (isinstance(value, CONTAINERS) and holds_fixed_only(value)):
-            self._parts += [held for item in _items(value) for held in put_aside(item, known)]
+            self._parts += [held for item in items_of(value) for held in put_aside(item, known)]
 
     def restore(self) -> None:
         """Put its contents back, and those of what is in it."""
@@ -131,7 +131,8 @@ def _contents(value: Any) -> Any:
     return None if isinstance(value, (tuple, nn.Module)) else attributes_of(value)
 
 
-def _items(value: Any) -> Iterable[Any]:
+def items_of(value: Any) -> Iterable[Any]:
+    """Return what a container or an object holds."""
     if isinstance(value, dict):
         return list(value.values())
     if isinstance(value, (list, tuple, set, deque)):

@@ -15,8 +15,8 @@ from typing_extensions import override
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.held_rates import Factor, HeldRates
-from lightning_grad.core.step_window import StepClosure, StepWindow
+from lightning_grad.core.steps.held_rates import Factor, HeldRates
+from lightning_grad.core.steps.step_window import StepClosure, StepWindow
 from lightning_grad.core.undo import UndoList
 from lightning_grad.functional import reset_moments_
 from lightning_grad.functional.plain_tensors import on_plain_tensors

@@ -17,9 +17,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.chosen import Chosen
+from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.fit import during_fit, until_next_fit
+from lightning_grad.core.losses.given_functions import LossRequest
 from lightning_grad.core.missed_validation import is_validation_due
 from lightning_grad.core.probe_reading import Reading, send_reading
 from lightning_grad.core.probe_samples import NOUNS, ProbeLook, ProbeSamples, Split, check_samples
@@ -150,7 +150,8 @@ class ProbeCallback(GradCallback):
                 f"{self.label} looks at validation samples, and this fit has no validation. Give fit() a validation loader "
                 "and the module a validation_step, or set split='train'."
             )
-        self._samples = ProbeSamples(trainer, self.samples, self.split, self.loader_key, self.dataset, self.label)
+        asked = LossRequest(self.label, way_out=self.way_out)
+        self._samples = ProbeSamples(trainer, self.samples, self.split, self.loader_key, self.dataset, asked)
 
     # When to look.
 
@@ -210,7 +211,7 @@ class ProbeCallback(GradCallback):
         """Look, on the ranks that do, and return how it ended; raise what the first look raises."""
         on_all, outcome = self.looks_on_all_ranks or is_sharded(trainer), Outcome()
         if on_all or trainer.is_global_zero:
-            outcome = take_look(trainer, pl_module, self._samples, self.probe, self.way_out, due)
+            outcome = take_look(trainer, pl_module, self._samples, self.probe, due)
             self._indices = self._samples.indices
         outcome = outcome.shared(trainer, on_all)
         if outcome.fault and (outcome.is_fatal or not self._is_rehearsed):

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
-from lightning_grad.core.in_place_view import close_windows, open_windows
 from lightning_grad.core.module_state import Snapshot
+from lightning_grad.core.views.in_place_view import close_windows, open_windows
 from lightning_grad.data.random_streams import generators_kept, named_generators, random_streams_kept
 
 _QUIET: WeakSet[nn.Module] = WeakSet()

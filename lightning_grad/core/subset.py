@@ -13,11 +13,10 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.chosen import Chosen
+from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.schedule_warp import warn_of_two_ends, warp_schedules
-from lightning_grad.core.training_set import TrainingSet
+from lightning_grad.core.samples.schedule_warp import warn_of_two_ends, warp_schedules
+from lightning_grad.core.samples.training_set import TrainingSet
 from lightning_grad.data.fingerprints import Fingerprint
 from lightning_grad.utilities.reporting import log_summary
 

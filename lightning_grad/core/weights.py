@@ -2,14 +2,8 @@
 
 The optimizer, DDP and weight averaging keep the dense weight; the module computes with what the technique makes of it. A
 technique derives from :class:`WeightCallback` and writes ``view``, which returns a
-:class:`~lightning_grad.core.viewed_weight.ViewedWeight` for each weight that it takes. The rest is here and in
-
-- ``shown_weights.py``: what happens to the chosen weights in each hook of a fit;
-- ``weight_choice.py`` and ``network_ends.py``: which weights are chosen;
-- ``viewed_weight.py`` and ``weight_chain.py``: one weight, and the techniques that act on it one after the other;
-- ``module_chains.py``: the weights of one module, and what happens once for all techniques;
-- ``weight_selection.py``: the weights of one technique;
-- ``weight_view.py``, ``in_place_view.py``, ``portable.py``: how a module sees other weights, and what a checkpoint holds.
+:class:`~lightning_grad.core.views.weight_chain.ViewedWeight` for each weight that it takes. The rest is here and
+in the folder ``views``.
 """
 
 from __future__ import annotations
@@ -22,15 +16,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_grad.core.chosen import Chosen
+from lightning_grad.core.callback import Chosen
 from lightning_grad.core.fit import until_next_fit
-from lightning_grad.core.found_weight import FoundWeight
-from lightning_grad.core.module_chains import chains_of, refuse_taken
-from lightning_grad.core.network_ends import Ends
-from lightning_grad.core.portable import wrap_saving
-from lightning_grad.core.shown_weights import ShownWeights
-from lightning_grad.core.weight_choice import W, Wanted, WeightChoice, refuse_pruners
-from lightning_grad.core.weight_selection import Selection
+from lightning_grad.core.views.found_weight import FoundWeight
+from lightning_grad.core.views.module_chains import chains_of, refuse_taken
+from lightning_grad.core.views.network_ends import Ends
+from lightning_grad.core.views.portable import wrap_saving
+from lightning_grad.core.views.shown_weights import ShownWeights
+from lightning_grad.core.views.weight_choice import Selection, W, Wanted, WeightChoice, refuse_pruners
 from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches, parameter_names
 from lightning_grad.utilities.reporting import counted
 

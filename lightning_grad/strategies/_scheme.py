@@ -20,7 +20,6 @@ from lightning_grad.core.undo import UndoList
 from lightning_grad.functional import total_norm
 from lightning_grad.strategies._buckets import Gradient
 from lightning_grad.strategies._ledger import ByteLedger
-from lightning_grad.strategies._noise import GradientNoise
 from lightning_grad.strategies._rank_identity import Layout, layout_of
 from lightning_grad.strategies._rank_saving import RankSavingDDP
 from lightning_grad.strategies._settings import of_messages
@@ -50,7 +49,7 @@ class SchemeDDP(RankSavingDDP):
     memory = until_next_fit.of(dict[str, dict[str, Tensor]])
     ledger = until_next_fit.of(ByteLedger)
     step = until_next_fit.of(int)
-    _noise = until_next_fit.of(GradientNoise)
+    _noise = until_next_fit[Tensor | None](lambda _: None)  # averages
     _parameters = until_next_fit.of(dict[str, Tensor])
     _names = until_next_fit.of(dict[int, str])
     _tied = until_next_fit.of(dict[str, list[str]])
@@ -172,7 +171,7 @@ class SchemeDDP(RankSavingDDP):
         shared = {
             "in_flight": self._in_flight if is_under_way else None,
             "ledger": self.ledger.state_dict(),
-            "noise": self._noise.state_dict(),
+            "noise": self._noise,
         }
         return {"memory": memory, "is_accumulated": self._is_accumulated}, shared
 
@@ -202,10 +201,9 @@ class SchemeDDP(RankSavingDDP):
             message = None
         self._replayed = None if message is None else {key: value.to(to) for key, value in message.items()}
         self.ledger.load_state_dict(shared["ledger"])
-        self._noise.load_state_dict(shared["noise"])
+        self._noise = shared["noise"]
 
     @override
     def forget_rank_state(self) -> None:
-        self.memory, self._replayed, self._is_accumulated = {}, None, False
+        self.memory, self._replayed, self._noise, self._is_accumulated = {}, None, None, False
         self.ledger.load_state_dict(ByteLedger().state_dict())
-        self._noise.load_state_dict(None)

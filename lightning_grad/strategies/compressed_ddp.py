@@ -12,6 +12,7 @@ memory of each rank is saved, ``_refusals.py`` says what cannot work, ``_noise.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -26,13 +27,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.core.chosen import Chosen
+from lightning_grad.core.callback import Chosen
 from lightning_grad.core.fit import during_fit
 from lightning_grad.strategies._buckets import BucketCollector, Gradient
 from lightning_grad.strategies._collectives import Collectives, explain_lost_rank
 from lightning_grad.strategies._dense import all_finite, concatenated, write_dense, write_past_ddp
 from lightning_grad.strategies._interrupts import interrupts_deferred
 from lightning_grad.strategies._ledger import Stopwatch
+from lightning_grad.strategies._noise import measure_noise
 from lightning_grad.strategies._rank_saving import ResidualPolicy
 from lightning_grad.strategies._refusals import explain_unused_parameters, refuse_optimizers, refuse_run
 from lightning_grad.strategies._report import draw
@@ -352,7 +354,9 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         if not self.gradient_noise or self.world_size < 2:
             return {}
         flat = [gradient.values for gradient in gradients]
-        return {"gradient_noise": self._noise.measure(flat, self.world_size, self.ranks.mean_)}
+        self._noise = measure_noise(self._noise, flat, self.world_size, self.ranks.mean_)
+        noise, signal = self._noise.tolist()
+        return {"gradient_noise": noise / signal if signal > 0 else math.inf}
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:

@@ -53,7 +53,7 @@ _RESIDUAL, _VELOCITY = "residual", "velocity"
 
 
 class DGCStrategy(CompressedDDPStrategy):
-    r"""Send the largest entries of the accumulated gradient, and keep the others until they have grown.
+    r"""Send only the largest entries of the accumulated gradient, and keep the others until they have grown (DGC).
 
     .. math::
         u_r \leftarrow m u_r + g_r, \quad v_r \leftarrow v_r + u_r, \quad
@@ -71,7 +71,7 @@ class DGCStrategy(CompressedDDPStrategy):
     sees a change in the optimizer. Any other optimizer is fed the sparse mean of plain error feedback.
 
     Args:
-        ratio: Share of the entries of each large gradient that a step sends; 1 is plain DDP.
+        ratio: Share of the entries of each large gradient that a step sends (0.001 in the paper); 1 is plain DDP.
         warmup: Higher shares for the first epochs: 'paper', 'released', a list of shares, or None.
         warmup_steps: Optimizer steps that each share of the warm-up lasts; default an epoch.
         correction: 'momentum' moves SGD's momentum before the selection, 'error_feedback' leaves the optimizer alone,
@@ -82,7 +82,8 @@ class DGCStrategy(CompressedDDPStrategy):
         selector: 'exact' top-k, 'sampled' threshold, best of each 'chunk', or 'auto': exact below a million entries, sampled
             above.
         value_dtype: Type in which values are sent; what rounding takes away is sent later.
-        layer_ratios: Shares for parameters by name or wildcard, instead of ratio; 1 sends them dense.
+        layer_ratios: Shares for parameters by name or wildcard, first match first, instead of ratio; 1 sends them
+            dense.
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
         min_numel: Entries below which a gradient is sent dense.
         residual_policy: On resuming with other ranks or without all rank files: 'strict' raises, 'mean' gives every rank

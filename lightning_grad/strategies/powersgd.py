@@ -42,9 +42,9 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     optimizer, and any optimizer works. The cost on the wire does not grow with the number of ranks.
 
     Args:
-        rank: Columns of the factors.
+        rank: Columns of the factors (4 in the paper's language model).
         start_step: Steps at the beginning that go dense.
-        min_gain: A gradient goes dense unless its factors are this many times smaller.
+        min_gain: A gradient goes dense unless its factors are this many times smaller (2 in torch's hook).
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
         min_numel: Entries below which a gradient is sent dense.
         residual_policy: On resuming with other ranks or without all rank files: 'strict' raises, 'mean' gives every rank

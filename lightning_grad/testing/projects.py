@@ -90,10 +90,10 @@ def make_classifier(base: type = pl.LightningModule, optimizer: str = "adamw", m
     return _classifier_class(base, optimizer, manual)()
 
 
-def make_data(seed: int = 0) -> TensorDataset:
+def make_data(seed: int = 0, batches: int = BATCHES) -> TensorDataset:
     """Return sequences whose class is where their first token is largest."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(BATCH * BATCHES, TOKENS, WIDTH, generator=generator)
+    x = torch.randn(BATCH * batches, TOKENS, WIDTH, generator=generator)
     return TensorDataset(x, x[:, 0, :CLASSES].argmax(1))
 
 
@@ -122,9 +122,9 @@ class ResumableLoader(DataLoader[Any]):
 
 
 def loaders(resumable: bool = False) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Return the training and the validation loader, in fixed order."""
+    """Return the training and the validation loader, in fixed order; validation takes half as many batches."""
     kind = ResumableLoader if resumable else DataLoader
-    return kind(make_data(0), BATCH), DataLoader(make_data(1), BATCH)
+    return kind(make_data(0), BATCH), DataLoader(make_data(1, BATCHES // 2), BATCH)
 
 
 def make_trainer(trainer_class: type = pl.Trainer, **arguments: Any) -> Any:

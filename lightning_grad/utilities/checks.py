@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +12,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
+
+from lightning_grad.functional.choices import check_choice as check_choice
 
 # Asked by name along the class hierarchy, so that both namespaces of Lightning and derived strategies are met.
 SHARDED_STRATEGIES = {
@@ -24,67 +25,73 @@ SHARDED_STRATEGIES = {
 _LONGEST_NAME = 100  # bytes; file systems end at 255, and an epoch, a layer and an ending are added
 
 
-def check_choice(value: Any, choices: Iterable[str], parameter: str) -> None:
-    """Raise unless a value is one of the choices; a near miss is suggested.
-
-    Raises:
-        ValueError: If it is none.
-
-    Example:
-        >>> check_choice("sr-st", ["ste", "sr-ste"], "recipe")
-        Traceback (most recent call last):
-        ValueError: recipe='sr-st' is none of 'ste', 'sr-ste'. Did you mean 'sr-ste'?
-    """
-    known = list(choices)
-    if value in known:
-        return
-    near = difflib.get_close_matches(str(value), known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{parameter}={value!r} is none of {', '.join(map(repr, known))}.{hint}")
-
-
-def check_at_least(value: float, least: float, parameter: str) -> None:
-    """Raise unless a number is at least ``least``.
+def check_at_least(value: float, least: float, parameter: str) -> float:
+    """Return a number that must be at least ``least``.
 
     Raises:
         ValueError: If it is smaller, or no number.
     """
     if not value >= least:
         raise ValueError(f"{parameter} must be at least {least}; got {value}.")
+    return value
 
 
-def check_count(value: int, least: int, parameter: str) -> None:
-    """Raise unless a count is at least ``least``. The annotation of the argument makes sure that it is whole.
+def check_count(value: int, least: int, parameter: str) -> int:
+    """Return a count that must be at least ``least``. The annotation of the argument makes sure that it is whole.
 
     Raises:
         ValueError: If it is smaller.
+
+    Example:
+        >>> window = check_count(5, 1, "window")
     """
     if value < least:
         raise ValueError(f"{parameter} must be at least {least}, and whole; got {value}.")
+    return value
 
 
-def check_position(value: int | None, parameter: str) -> None:
-    """Raise unless a number counts from 0 which of several is meant, or is ``None``.
+def check_position(value: int | None, parameter: str) -> int | None:
+    """Return a number that must count from 0 which of several is meant, or be ``None``.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If it does not.
     """
-    if value is not None:
-        check_count(value, 0, parameter)
+    return None if value is None else check_count(value, 0, parameter)
 
 
-def check_above(value: float, bound: float, parameter: str) -> None:
-    """Raise unless a number is above ``bound``; infinity is.
+def check_only_one(given: Mapping[str, Any], what: str) -> None:
+    """Raise if more than one argument is given of several that exclude each other.
+
+    Args:
+        given: Arguments by name; ``None``, ``False`` and empty lists are not given.
+        what: What both would do, for the error.
+
+    Raises:
+        ValueError: If there are two.
+
+    Example:
+        >>> check_only_one({"loss": 0, "loss_fn": len}, "say what is weighted")
+        Traceback (most recent call last):
+        ValueError: loss and loss_fn would both say what is weighted. Leave one of them out.
+    """
+    names = [name for name, value in given.items() if not (value is None or value is False or value == [])]
+    if len(names) > 1:
+        raise ValueError(f"{names[0]} and {names[1]} would both {what}. Leave one of them out.")
+
+
+def check_above(value: float, bound: float, parameter: str) -> float:
+    """Return a number that must be above ``bound``; infinity is.
 
     Raises:
         ValueError: If it is not, or no number.
     """
     if not value > bound:
         raise ValueError(f"{parameter} must be above {bound:g}; got {value}.")
+    return value
 
 
-def check_finite(value: float, parameter: str) -> None:
-    """Raise unless a number is finite.
+def check_finite(value: float, parameter: str) -> float:
+    """Return a number that must be finite.
 
     Raises:
         ValueError: If it is infinite, or no number.
@@ -96,30 +103,29 @@ def check_finite(value: float, parameter: str) -> None:
     """
     if not math.isfinite(value):
         raise ValueError(f"{parameter} must be finite; got {value}.")
+    return value
 
 
-def check_finite_at_least(value: float, least: float, parameter: str) -> None:
-    """Raise unless a number is finite, and at least ``least``.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    check_at_least(value, least, parameter)
-    check_finite(value, parameter)
-
-
-def check_finite_above(value: float, bound: float, parameter: str) -> None:
-    """Raise unless a number is finite, and above ``bound``.
+def check_finite_at_least(value: float, least: float, parameter: str) -> float:
+    """Return a number that must be finite, and at least ``least``.
 
     Raises:
         ValueError: If it is not.
     """
-    check_above(value, bound, parameter)
-    check_finite(value, parameter)
+    return check_finite(check_at_least(value, least, parameter), parameter)
 
 
-def check_count_between(value: int, least: int, most: int, parameter: str) -> None:
-    """Raise unless a count is in a range, its ends included.
+def check_finite_above(value: float, bound: float, parameter: str) -> float:
+    """Return a number that must be finite, and above ``bound``.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    return check_finite(check_above(value, bound, parameter), parameter)
+
+
+def check_count_between(value: int, least: int, most: int, parameter: str) -> int:
+    """Return a count that must be in a range, its ends included.
 
     Raises:
         ValueError: If it is not.
@@ -127,26 +133,29 @@ def check_count_between(value: int, least: int, most: int, parameter: str) -> No
     check_count(value, least, parameter)
     if value > most:
         raise ValueError(f"{parameter} must be at most {most}; got {value}.")
+    return value
 
 
-def check_between(value: float, least: float, most: float, parameter: str) -> None:
-    """Raise unless a number is in a range, its ends included.
+def check_between(value: float, least: float, most: float, parameter: str) -> float:
+    """Return a number that must be in a range, its ends included.
 
     Raises:
         ValueError: If it is outside, or no number.
     """
     if not least <= value <= most:
         raise ValueError(f"{parameter} must be from {least:g} to {most:g}; got {value}.")
+    return value
 
 
-def check_share(value: float, parameter: str) -> None:
-    """Raise unless a number is a share that leaves something: at least 0 and below 1.
+def check_share(value: float, parameter: str) -> float:
+    """Return a number that must be a share that leaves something: at least 0 and below 1.
 
     Raises:
         ValueError: If it is not.
     """
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{parameter} must be at least 0 and below 1; got {value}.")
+    return value
 
 
 def check_name(name: str | None) -> None:

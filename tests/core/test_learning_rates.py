@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim import lr_scheduler as lrs
 
-from lightning_grad.core.learning_rates import (
+from lightning_grad.core.steps.chosen_rates import (
     base_rate,
     choose_groups,
     restore_initial_rates_,

@@ -164,8 +164,9 @@ def test_everything_is_written_by_one_function(
 ) -> None:
     monkeypatch.setattr(reporting, "is_installed", lambda package: installed)
     record = filled(3)
-    draw = (lambda: record.draw("a title")) if wanted else None
-    record.report(trainer, Owner(), draw, summary={"final": 2.0}, part="optimizer1")
+    owner = Owner()
+    owner.figure = wanted
+    record.report(trainer, owner, lambda: record.draw("a title"), summary={"final": 2.0}, part="optimizer1")
     names = {"technique_a_optimizer1.csv", "metrics.csv"}
     names |= {"technique_a_optimizer1.png"} if wanted and installed else set()
     assert {path.name for path in tmp_path.iterdir()} == names

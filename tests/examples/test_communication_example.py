@@ -237,5 +237,5 @@ def test_yaml_runs_on_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert isinstance(strategy, DGCStrategy)
     assert (strategy.ratio, cli.trainer.num_devices) == (0.01, 2)
     assert cli.trainer.callback_metrics["comm/ratio"] > 1
-    (figure,) = tmp_path.glob("runs/strategies_yaml/version_0/dgc_strategy.png")
+    (figure,) = tmp_path.glob("runs/communication_yaml/version_0/dgc_strategy.png")
     assert figure.read_bytes().startswith(PNG)

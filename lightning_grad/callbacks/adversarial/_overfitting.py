@@ -11,9 +11,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_grad.callbacks.adversarial._attack import Attack, NoLossError, attack_losses, generator_for
+from lightning_grad.callbacks.adversarial._attack import (
+    Attack,
+    NoLossError,
+    attack_losses,
+    first_sentence,
+    generator_for,
+)
 from lightning_grad.callbacks.adversarial._places import Place
-from lightning_grad.callbacks.adversarial._step_loss import first_sentence
+from lightning_grad.core.ranks import mean_over_ranks
 from lightning_grad.functional import LossCapture
 from lightning_grad.functional.adversarial.attacks import IndependentLossError
 from lightning_grad.functional.data_pruning.scores import is_correct
@@ -63,27 +69,18 @@ def accuracies_under(
         # With gradients: a step may take some itself, as a gradient penalty does.
         with place.shown(copy_of(batch), attacked) as shown, torch.enable_grad(), LossCapture() as capture:
             run(shown)
-        found[name] = _accuracy(capture)
+        try:
+            found[name] = is_correct(capture.only()).nanmean()
+        except (RuntimeError, ValueError) as error:
+            raise UnknownAccuracyError(f"{first_sentence(error)}.") from None
     return found
 
 
-def _accuracy(capture: LossCapture) -> Tensor:
-    try:
-        return is_correct(capture.only()).nanmean()
-    except (RuntimeError, ValueError) as error:
-        raise UnknownAccuracyError(f"{first_sentence(error)}.") from None
-
-
-def mean_over_ranks(trainer: pl.Trainer, values: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
-    """Return the means of the values that some ranks have; to be called on every rank, also by one that has none."""
-    means = {}
-    for name in names:
-        value = values.get(name, torch.tensor(math.nan)).to(trainer.strategy.root_device)
-        facts = torch.stack([value.nan_to_num(), value.isfinite().to(value)])
-        total, known = torch.as_tensor(trainer.strategy.reduce(facts, reduce_op="sum")).tolist()
-        if known:
-            means[name] = total / known
-    return means
+def known_accuracies(trainer: pl.Trainer, found: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
+    """Return the means over the ranks that have an accuracy; to be called on every rank, also by one that has none."""
+    own = [float(found.get(name, math.nan)) for name in names]
+    means = zip(names, mean_over_ranks(trainer, torch.tensor(own)).tolist(), strict=True)
+    return {name: mean for name, mean in means if math.isfinite(mean)}
 
 
 def warn_of_collapse(easy: float, robust: float, steps: int, label: str) -> None:

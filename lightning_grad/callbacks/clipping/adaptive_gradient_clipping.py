@@ -35,9 +35,10 @@ class AdaptiveGradientClipping(UnitConditioner):
     is left alone and named. ConvTranspose lays out its weights otherwise, and its units are not neurons.
 
     Args:
-        ratio: lambda, the largest ratio of gradient to weight norm; one number, or one for each name pattern, first match
-            first. A param group of the optimizer that carries "ratio" has its own.
-        eps: epsilon, the least weight norm, so that weights that are zero can leave zero.
+        ratio: lambda, the largest ratio of gradient to weight norm; one number, or one for each name pattern, first
+            match first. A param group of the optimizer that carries "ratio" has its own. The paper takes 0.01 at
+            batches of 4096, and more at smaller ones.
+        eps: epsilon, the least weight norm (1e-3 in the paper), so that weights that are zero can leave zero.
         head: Name or wildcard of the classifier, which is not clipped; "last Linear" is the last linear layer that the first
             batch reaches, in each network of its own (the two of a GAN have two), None clips all.
         include: Names or wildcards of the parameters or modules that are clipped; default all. A matrix whose own name is

@@ -19,7 +19,7 @@ from lightning_grad.functional.gradients.tensor_lists import joined_norm
 
 
 class GradientCentralization(UnitConditioner):
-    r"""Take the mean from the gradient of each neuron's weights.
+    r"""Subtract the mean from the gradient of each neuron's weights.
 
     .. math::
         G_i \leftarrow G_i - \frac{1}{M} \sum_{j=1}^{M} G_{ij}

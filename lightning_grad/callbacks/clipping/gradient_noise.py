@@ -16,7 +16,7 @@ from lightning_grad.utilities.checks import check_finite_at_least
 
 
 class GradientNoise(GradientConditioner):
-    r"""Add Gaussian noise to gradients that dies away over the training.
+    r"""Add Gaussian noise to all gradients, less and less over the training.
 
     .. math::
         g_t \leftarrow g_t + \mathcal N(0, \sigma_t^2), \qquad \sigma_t^2 = \frac{\eta}{(1 + t)^\gamma}
@@ -26,7 +26,7 @@ class GradientNoise(GradientConditioner):
 
     Args:
         eta: Variance at the first step; the paper tries 0.01, 0.3 and 1. 0 adds none.
-        decay: gamma, how fast the variance falls.
+        decay: gamma, how fast the variance falls (0.55 in the paper).
         seed: Of the noise; another seed, another run.
         include: Names or wildcards of the parameters or modules whose gradients get noise; default all.
         exclude: Names or wildcards of those whose gradients get none.

@@ -17,7 +17,7 @@ from lightning_grad.utilities.layers import LayerFinder, Per
 
 
 class LayerwiseNormalization(GradientConditioner):
-    r"""Give the gradient of each layer the norm of its weights, times a constant (the trust ratio of LARS).
+    r"""Scale the gradient of each layer to the norm of its weights, times a constant (LARS).
 
     .. math::
         g_h \leftarrow g_h \cdot \min\Bigl(r, \eta \frac{\lVert W_h \rVert}{\lVert g_h \rVert}\Bigr)
@@ -27,8 +27,8 @@ class LayerwiseNormalization(GradientConditioner):
 
     Args:
         coefficient: eta, the trust coefficient; one number, or one for each name pattern, first match first. A param group
-            of the optimizer that carries "coefficient" has its own.
-        max_ratio: r, the largest factor; None sets no bound.
+            of the optimizer that carries "coefficient" has its own. 0.001 in the paper.
+        max_ratio: r, the largest factor; None sets no bound, as in LARS.
         vectors: Also normalise parameters of one dimension (biases, scales of norms), which implementations of LARS leave
             alone.
         per: A layer is a "module" (its parameters together) or each "parameter".

@@ -28,7 +28,7 @@ _LONGEST_DEFAULT = 150  # steps of warm-up, as in the released code
 
 
 class MomentumReset(OptimizerCallback):
-    r"""Forget the moments of an Adam-like optimizer now and then, and warm the learning rate up again (SPAM).
+    r"""Reset the moments of an Adam-like optimizer now and then, and warm the learning rate up again (SPAM).
 
     .. math::
         m = v = 0 \text{ every } \Delta T \text{ steps, then} \quad
@@ -38,9 +38,9 @@ class MomentumReset(OptimizerCallback):
     it, which pauses after each reset.
 
     Args:
-        every: Optimizer steps from one reset to the next.
-        warmup: Steps after a reset in which the learning rate is reduced; 0 for none. Default: 150, or half of every if
-            that is less.
+        every: Optimizer steps from one reset to the next (500 in the paper).
+        warmup: Steps after a reset in which the learning rate is reduced; 0 for none. Default: 150, as in
+            the released code, or half of every if that is less.
         name: Name of this instance, in its log keys and its state.
 
     Raises:

@@ -15,7 +15,7 @@ from lightning_grad.utilities.checks import check_above
 
 
 class NormClipping(GradientConditioner):
-    r"""Scale gradients together so that their norm is at most a constant.
+    r"""Scale gradients together so that their norm is at most a constant, for all or for parts of a model.
 
     .. math::
         g \leftarrow g \cdot \min\Bigl(1, \frac{c}{\lVert g \rVert_p + 10^{-6}}\Bigr)
@@ -26,7 +26,7 @@ class NormClipping(GradientConditioner):
 
     Args:
         max_norm: c, the largest norm; one number, or one for each name pattern, first match first. A param group of the
-            optimizer that carries "max_norm" has its own.
+            optimizer that carries "max_norm" has its own. 1.0 is that of GPT-3 (arXiv 2005.14165, appendix B).
         norm_type: p; .inf in YAML for the largest magnitude.
         include: Names or wildcards of the parameters or modules that are clipped; default all.
         exclude: Names or wildcards of those that are not.

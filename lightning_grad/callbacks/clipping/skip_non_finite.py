@@ -23,7 +23,7 @@ from lightning_grad.utilities.reporting import log_summary
 
 
 class SkipNonFinite(GradientConditioner):
-    """Skip an optimizer step, on every rank, when a gradient holds a nan or an infinity.
+    """Skip a step with non-finite gradients, on every rank, and name the first bad parameter.
 
     The gradients are set to ``None``, so that neither momentum nor weight decay moves anything; with zeros AdamW would
     still move. The first bad parameter in the order of the forward pass is named, with the batch. A run of such steps raises,

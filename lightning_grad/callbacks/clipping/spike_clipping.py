@@ -23,7 +23,7 @@ NO_MOMENT = (
 
 
 class SpikeClipping(GradientConditioner):
-    r"""Clip each entry of a gradient that stands far above its own past (SPAM).
+    r"""Clip single gradient entries far above their own past, by Adam's second moment (SPAM).
 
     .. math::
         g_i \leftarrow \operatorname{sign}(g_i) \sqrt{\theta v_i} \quad\text{where}\quad g_i^2 > \theta v_i, \; v_i > 0
@@ -34,7 +34,8 @@ class SpikeClipping(GradientConditioner):
 
     Args:
         threshold: theta, how many times its mean a square may be; one number, or one for each name pattern, first match
-            first. A param group of the optimizer that carries "threshold" has its own. .inf in YAML never clips.
+            first. A param group of the optimizer that carries "threshold" has its own. .inf in YAML never clips; 5000
+            in the paper.
         pause: Steps at the start, and from a reset of the moments on, in which nothing is clipped (the released code clips
             from the 20th step on).
         include: Names or wildcards of the parameters or modules that are clipped; default all.

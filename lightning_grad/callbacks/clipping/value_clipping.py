@@ -25,7 +25,8 @@ class ValueClipping(GradientConditioner):
 
     Args:
         clip_value: c, the largest magnitude; one number, or one for each name pattern, first match first. A param group
-            of the optimizer that carries "clip_value" has its own.
+            of the optimizer that carries "clip_value" has its own. 1.0 is usual in reinforcement learning; no source
+            argues for it.
         include: Names or wildcards of the parameters or modules that are clipped; default all.
         exclude: Names or wildcards of those that are not.
         name: Name of this instance, needed when two are used.

@@ -15,13 +15,13 @@ from lightning_grad.utilities.checks import check_count, check_share
 
 
 class RepeatedRandomSubset(SubsetCallback):
-    r"""Train each epoch on another random part of the samples: the baseline that data pruning has to beat.
+    r"""Train each epoch on another random part of the samples (RS2).
 
     .. math::
         K_t = \{\pi(t k), \ldots, \pi(t k + k - 1)\}, \qquad k = (1 - r) n
 
     :math:`\pi` goes through one random order of the n samples after the other, so that all are seen once before any is seen
-    twice; t is the epoch.
+    twice; t is the epoch. It is the baseline that every other choice of samples has to beat.
 
     Args:
         prune: Share r of the samples left out in each epoch, at least 0 and below 1.
@@ -67,12 +67,10 @@ class RepeatedRandomSubset(SubsetCallback):
         loader_key: str | int | None = None,
         name: str | None = None,
     ) -> None:
-        check_share(prune, "prune")
-        self.prune = prune
-        self.replacement = replacement
-        check_count(seed, 0, "seed")
-        self.seed = seed
         super().__init__(loader_key, name)
+        self.prune = check_share(prune, "prune")
+        self.replacement = replacement
+        self.seed = check_count(seed, 0, "seed")
 
     @property
     @override

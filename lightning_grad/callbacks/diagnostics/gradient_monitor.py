@@ -3,7 +3,7 @@
 Beside this file: ``_optimizer_watch.py`` looks at the gradients of one optimizer, ``_monitor_place.py`` finds where to look,
 ``_monitor_choice.py`` what to watch, ``_monitor_record.py`` keeps and draws what was seen, ``_monitor_report.py`` names the
 first bad step, ``_noise_scale.py`` measures the gradient noise scale, ``_logit_watch.py`` reads logits off the operators. The
-formulas are in ``functional/diagnostics/gradient_statistics.py``.
+formulas are in ``functional/diagnostics``.
 """
 
 from __future__ import annotations
@@ -52,14 +52,15 @@ from lightning_grad.utilities.reporting import (
 
 
 class GradientMonitor(GradCallback):
-    r"""Watch gradients: both sides of clipping, layers, noise, signs of instability, and the first bad step.
+    r"""Watch gradients: norms before and after clipping, layers, noise scale, instability, the first bad step.
 
     It changes nothing. At every optimizer step it takes norms, as tensors. At log steps it reads them, and looks at layers.
     At every few log steps it does what costs more.
 
     Args:
         rarely: Every how many log steps zero entries, signal to noise and histograms are looked at; None never.
-        logits: Look at the size of attention and output logits at log steps; not in compiled modules.
+        logits: Look at the size of attention and output logits at log steps; not in compiled modules. Growing logits
+            announce two instabilities (arXiv 2309.14322).
         histograms: Send histograms of gradients to the loggers that show them, rarely.
         depth: Join layers in logs by this many leading parts of their names; default: do not join.
         top: Log at most this many layers apart; the heat map has all.

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_grad.core.dispatch import wrap_method
-from lightning_grad.core.learning_rates import unknown_schedulers
+from lightning_grad.core.steps.chosen_rates import unknown_schedulers
 
 
 def mute_schedulers(pl_module: pl.LightningModule, optimizers: Sequence[Optimizer], label: str) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""Cutting the learning rate by the accuracy gradient: the callback. The rule is in ``functional/accuracy_gradient.py``."""
+"""Cutting the learning rate by the accuracy gradient: the callback. The rule is in ``functional/schedules``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.schedules._rate_figure import draw_rates
 from lightning_grad.callbacks.schedules._schedules import mute_schedulers, warn_of_schedulers
-from lightning_grad.core.chosen_rates import ChosenRates, as_indices
 from lightning_grad.core.fit import until_next_fit
 from lightning_grad.core.monitored import Interval, Mode, MonitoredCallback
 from lightning_grad.core.record import Row, RunRecord
+from lightning_grad.core.steps.chosen_rates import ChosenRates, as_indices
 from lightning_grad.functional.schedules.accuracy_gradient_lr import accuracy_gradient, accuracy_gradient_cuts
 from lightning_grad.utilities.checks import (
     check_above,

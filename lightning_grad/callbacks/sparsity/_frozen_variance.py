@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.optim import Optimizer
 
-from lightning_grad.core.frozen_moments import FrozenMoments
+from lightning_grad.core.steps.frozen_moments import FrozenMoments
 
 NO_VARIANCE = (
     "freezes the variance (exp_avg_sq) of an Adam-like optimizer, and {} keeps none. Set recipe='sr-ste', or train with "

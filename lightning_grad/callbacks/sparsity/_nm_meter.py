@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight
-from lightning_grad.core.portable import pack_bits, unpack_bits
+from lightning_grad.core.views.portable import pack_bits, unpack_bits
 from lightning_grad.functional import gradient_noise, mask_distance
 from lightning_grad.utilities.parameters import clean_name
 

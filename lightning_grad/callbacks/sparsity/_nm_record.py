@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_grad.core.portable import pack_bits
 from lightning_grad.core.record import Row, RunRecord, panels
+from lightning_grad.core.views.portable import pack_bits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.found_weight import FoundWeight
-from lightning_grad.core.portable import pack_bits, unpack_bits
-from lightning_grad.core.viewed_weight import ViewedWeight
+from lightning_grad.core.views.found_weight import FoundWeight
+from lightning_grad.core.views.portable import pack_bits, unpack_bits
+from lightning_grad.core.views.weight_chain import ViewedWeight
 from lightning_grad.functional import NMPattern, NMPhase, nm_mask, prune, scale_weight
 from lightning_grad.functional.sparsity.nm_schedule import DENSE
 from lightning_grad.functional.sparsity.nm_sparsity import Axis, group_dim

@@ -45,10 +45,10 @@ from lightning_grad.callbacks.sparsity._nm_report import settle_unfinished, warn
 from lightning_grad.callbacks.sparsity._nm_seen import describe, lacking
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.found_weight import FoundWeight
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
-from lightning_grad.core.weight_chain import Stage
-from lightning_grad.core.weight_choice import WeightChoice
+from lightning_grad.core.views.found_weight import FoundWeight
+from lightning_grad.core.views.weight_chain import Stage
+from lightning_grad.core.views.weight_choice import WeightChoice
 from lightning_grad.core.weights import WeightCallback
 from lightning_grad.functional import NMPhase, add_sr_ste_
 from lightning_grad.functional.sparsity.nm_schedule import Recipe
@@ -73,7 +73,7 @@ from lightning_grad.utilities.reporting import (
 
 
 class NMSparsity(WeightCallback[SparseWeight]):
-    r"""Train any module so that every group of M weights ends with at most N that are not zero.
+    r"""Train weights of which at most N in every group of M are not zero.
 
     .. math::
         \tilde W = W \odot \bigl(m(W) + (1 - m(W))\, D\bigr)
@@ -107,7 +107,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             (our sweep), else 0.
         decay: Coefficient beta for one optimizer step; default 7 / steps of the decay phase (mdgf-exponential, ends
             near 1e-3) or 2 / steps (mdgf-linear, reaches 0 half-way).
-        sr_ste_lambda: Strength lambda of the SR-STE term (recipes sr-ste and step).
+        sr_ste_lambda: Strength lambda of the SR-STE term, recipes sr-ste and step (2e-4: arXiv 2102.04010, section 4).
         axis: Where groups lie: "input" (in_features, input channels; what 2:4 hardware needs), "output", or the number of
             a dimension. Inputs are in dimension 1, or in 0 of a matrix by which a layer of another package computes x W.
         include: Names or wildcards of the parameters or modules to make sparse. Default: every Linear, Conv1d/2d/3d,
@@ -116,7 +116,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             ones are masked in place, in every use.
         exclude: Names or wildcards of what stays dense.
         mask_every: Take masks anew every so many optimizer steps; above 1 is an approximation that saves time.
-        geometric_start: Factor of the first, widest groups of sdgf-geometric, a power of two.
+        geometric_start: Factor of the first, widest groups of sdgf-geometric, a power of two (8 in the released code).
         zero_pruned_state: Once the pattern is final, clear the optimizer's state of pruned weights after every step, so
             that momentum does not move them.
         restart_monitors: When the final pattern begins, make callbacks that keep a best value start over: monitored

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_grad.functional.gradients.tensor_lists import is_sharded, multiply_, tensor_norms, whole
+from lightning_grad.functional.gradients.tensor_lists import multiply_, stack, tensor_norms, whole
 
 EPS = 1e-6  # what torch adds to the norm it divides by
 
@@ -31,13 +31,7 @@ def total_norm(gradients: Sequence[Tensor], norm_type: float = 2.0, accurate: bo
         >>> total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
         tensor(5.)
     """
-    norms = tensor_norms(gradients, norm_type, accurate)
-    sharded = [is_sharded(norm) for norm in norms]
-    if any(sharded) and not all(sharded):
-        norms = [whole(norm) for norm in norms]
-    if len({norm.device for norm in norms}) > 1:
-        norms = [norm.to(norms[0].device) for norm in norms]
-    return whole(torch.linalg.vector_norm(torch.stack(norms), norm_type))
+    return whole(torch.linalg.vector_norm(stack(tensor_norms(gradients, norm_type, accurate)), norm_type))
 
 
 @torch.no_grad()

@@ -38,6 +38,13 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         return f"{self.function} ({self.location})"
 
+    def refusal(self, reason: str, otherwise: str = "") -> InseparableLossError:
+        """Return the error that names the call, or something else where its function is not known."""
+        return InseparableLossError(self.function or otherwise, self.location, reason)
+
+
+NOWHERE = Place("")
+
 
 def place_of(func: Any) -> Place:
     """Return a function's name, and the line of the step that called it."""
@@ -118,9 +125,7 @@ class Record:
         assert found is not None
         tensor, version = found
         if tensor._version != version:
-            raise InseparableLossError(
-                "",
-                "",
+            raise NOWHERE.refusal(
                 f"A tensor {tuple(tensor.shape)} was changed in place after it went into the loss, so its values are lost. "
                 "Change a clone of it instead.",
             )

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from lightning_grad.functional.gradients.autograd import Node, kind_of, leaf_of
-from lightning_grad.functional.gradients.descent import Descent, is_linear
-from lightning_grad.functional.gradients.follow import tensors_in
-from lightning_grad.functional.gradients.loss_call import LossCall
 from lightning_grad.functional.gradients.loss_capture import LossCapture
-from lightning_grad.functional.gradients.nodes import GUARDING, LINEAR
+from lightning_grad.functional.gradients.loss_functions import LossCall
+from lightning_grad.functional.gradients.nodes import GUARDING, LINEAR, is_linear
 from lightning_grad.functional.gradients.record import Place, Record, place_of
-from lightning_grad.functional.plain_tensors import plain_tensor
+from lightning_grad.functional.gradients.walk import Descent
+from lightning_grad.functional.plain_tensors import plain_tensor, tensors_in
 
 _FROM_OUTSIDE = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.frombuffer, torch.asarray)
 
@@ -97,15 +96,15 @@ class WholeLossCapture(LossCapture):
         edge, value = self._seen[self.calls.index(call)]
         if loss.grad_fn is None or edge is None or edge.node is None:
             # Without a graph only the values can be compared: a metric, or a loss inside a reentrant checkpoint.
-            is_same = value.dim() == 0 and bool(
-                torch.isclose(loss.detach().to(value), value, rtol=1e-3, equal_nan=True)
-            )
-            if is_same:
+            if value.dim() == 0 and bool(torch.isclose(loss.detach().to(value), value, rtol=1e-3, equal_nan=True)):
                 return None
-            other = "is another" if loss.grad_fn is None else f"comes from {word_for(loss.grad_fn, self._record)}"
-            return f"its value {other}"
-        found = CallWalk(loss.grad_fn, edge.node, self._record).rest
-        return found or (self._factors(loss, edge, call, value) if value.dim() else None)
+            return "its value " + ("is another" if loss.grad_fn is None else f"comes from {self._word(loss.grad_fn)}")
+        rest = CallWalk(loss.grad_fn, edge.node, self._record).rest
+        if rest is not None or value.dim() == 0:
+            return rest
+        factors = self._factors(loss, edge, call, value)
+        is_mean = not len(factors) or bool(torch.isclose(factors, factors[0], rtol=1e-3, atol=0.0).all())
+        return None if is_mean else "its positions are multiplied by a mask or by weights"
 
     @property
     def nodes(self) -> list[Node]:
@@ -125,19 +124,16 @@ class WholeLossCapture(LossCapture):
         if edge is None or edge.node is None:
             return self.rest_of(loss, call)
         if not CallWalk(loss.grad_fn, edge.node, self._record).leads:
-            return f"the loss comes from {word_for(loss.grad_fn, self._record)}"
-        counts = self._factors_of(loss, edge, call, value) != 0 if value.dim() else torch.ones(1)
+            return f"the loss comes from {self._word(loss.grad_fn)}"
+        counts = self._factors(loss, edge, call, value) != 0 if value.dim() else torch.ones(1)
         return "some of its rows have no part in the loss" if bool(counts.any()) and not bool(counts.all()) else None
 
-    def _factors(self, loss: Tensor, edge: GradientEdge, call: LossCall, value: Tensor) -> str | None:
-        """Compare the factors with which the positions of an unreduced loss enter the step's loss."""
-        factors = self._factors_of(loss, edge, call, value)
-        if not len(factors) or bool(torch.isclose(factors, factors[0], rtol=1e-3, atol=0.0).all()):
-            return None
-        return "its positions are multiplied by a mask or by weights"
+    def _word(self, node: Node) -> str:
+        return word_for(node, self._record)
 
     @staticmethod
-    def _factors_of(loss: Tensor, edge: GradientEdge, call: LossCall, value: Tensor) -> Tensor:
+    def _factors(loss: Tensor, edge: GradientEdge, call: LossCall, value: Tensor) -> Tensor:
+        """Return the factors with which the positions of an unreduced loss that count enter the step's loss."""
         with torch.enable_grad():
             (found,) = torch.autograd.grad(loss.sum(), [edge], retain_graph=True, allow_unused=True)
         return found[call.valid.expand(found.shape) & value.isfinite()]

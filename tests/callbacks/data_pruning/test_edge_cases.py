@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset
 
 from lightning_grad.callbacks import DataPruning, InfoBatch, LossReweighting, UniformLearning
-from lightning_grad.core.schedule_warp import count_steps
+from lightning_grad.core.samples.schedule_warp import count_steps
 from lightning_grad.testing import assert_identical, make_trainer, state_of
 from tests.callbacks.data_pruning.test_data_pruning import BATCH, SAMPLES, Classifier, make_data, train
 from tests.callbacks.data_pruning.test_loss_reweighting import weights_by_hand

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from lightning_grad.callbacks import InfoBatch, LossReweighting, RepeatedRandomSubset
-from lightning_grad.core.batch_sizes import batch_size_of
+from lightning_grad.core.losses.batch_sizes import batch_size_of
 from lightning_grad.functional import loss_weights
 from tests.callbacks.data_pruning.test_data_pruning import train
 
