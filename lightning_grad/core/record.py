@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,10 +31,6 @@ class Recorder(Protocol):
     @property
     def label(self) -> str:
         """Class and name, for titles, files and messages."""
-
-    @property
-    def figure(self) -> bool:
-        """Whether a figure is wanted."""
 
     def log_key(self, quantity: str) -> str:
         """Return the log key of a quantity."""
@@ -62,7 +59,7 @@ class RunRecord:
         >>> for step in range(100):
         ...     record.add({"step": step, "loss": 1 / (1 + step)})
         >>> record.series("step")[0], record.count
-        ([0, 1, 33, 65, 99], 100)
+        ([0, 1, 65, 99], 100)
     """
 
     def __init__(self, most: int = 2048, weight: Callable[[Row], float] | None = None) -> None:
@@ -151,7 +148,7 @@ class RunRecord:
         self,
         trainer: pl.Trainer,
         owner: Recorder,
-        draw: Callable[[], Figure],
+        draw: Callable[[], Figure] | None = None,
         *,
         summary: Mapping[str, float] | None = None,
         part: str = "",
@@ -163,7 +160,7 @@ class RunRecord:
         Args:
             trainer: The trainer. Only rank zero writes.
             owner: Who keeps the record; keys and files have its name.
-            draw: Draws the figure, if the owner's ``figure`` is true and matplotlib is installed.
+            draw: Draws the figure, unless the owner's ``figure`` is false or matplotlib is missing; by default :meth:`draw`.
             summary: Final figures of merit by quantity.
             part: Which of several records of the owner it is.
             table: Last part of the table's log key.
@@ -173,9 +170,10 @@ class RunRecord:
         log_summary(trainer, {owner.log_key(f"{before}{key}"): value for key, value in (summary or {}).items()})
         with tolerated(owner.label, "the table of the run"):
             log_table(trainer, owner.log_key(f"{before}{table}"), self.rows(), _file(trainer, owner, part, ".csv"))
-        if self.count and owner.figure:
+        if self.count and getattr(owner, "figure", True):
             with tolerated(owner.label, "the figure of the run"):
-                log_figure(trainer, owner.log_key(f"{before}{figure}"), draw, _file(trainer, owner, part, ".png"))
+                drawn = draw or partial(self.draw, owner.label)
+                log_figure(trainer, owner.log_key(f"{before}{figure}"), drawn, _file(trainer, owner, part, ".png"))
 
     def draw(self, title: str) -> Figure:
         """Draw each column of numbers over the steps, in a panel of its own; needs matplotlib."""

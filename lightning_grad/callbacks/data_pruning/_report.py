@@ -22,7 +22,7 @@ from lightning_grad.core.record import Recorder
 from lightning_grad.utilities.reporting import counted, log_figure, log_table, output_file, output_folder, tolerated
 
 
-def report(trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder, show: int) -> None:
+def report(trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder, show: int, figure: bool) -> None:
     """Write the figure of the scores, and the hardest and easiest samples as table and figure.
 
     To be called on every rank; rank zero writes, into the folder of the logs, and nobody does if there is none. The files
@@ -34,8 +34,9 @@ def report(trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder
         scored: The samples with their scores.
         dataset: Whose items are shown; the first tensor, array, PIL image or text of an item is taken for its input. Its
             ``classes``, if it has them, name the classes.
-        owner: The callback, whose name is in log keys and files, and whose ``figure`` says whether figures are drawn.
+        owner: The callback, whose name is in log keys and files.
         show: Number of hardest and of easiest samples to show; 0 shows none, and reads none.
+        figure: Whether to draw figures, which takes matplotlib; the table is written without it.
     """
     if not trainer.is_global_zero or output_folder(trainer) is None:
         return
@@ -43,7 +44,7 @@ def report(trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder
     with tolerated(label, "the list of class names"):
         names = class_names_of(dataset)
     title = f"{label}: {scored.name} after {counted(scored.epoch, 'epoch')}"
-    if owner.figure:
+    if figure:
         with tolerated(label, "the figure of the scores"):
             path = output_file(trainer, label, f"{ending}scores.png")
             log_figure(trainer, owner.log_key("scores_figure"), partial(draw_scores, scored, title, names), path)
@@ -62,7 +63,7 @@ def report(trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder
             log_table(
                 trainer, owner.log_key("samples"), rows, output_file(trainer, label, f"{ending}samples.csv"), pictures
             )
-        if owner.figure and any(picture is not None for picture in pictures):
+        if figure and any(picture is not None for picture in pictures):
             with tolerated(label, "the figure of samples"):
                 path = output_file(trainer, label, f"{ending}samples.png")
                 log_figure(trainer, owner.log_key("samples_figure"), partial(draw_samples, groups, title), path)

@@ -71,10 +71,10 @@ def report(
     trainer: Any, found: ScoredSet, dataset: Any, label: str, show: int, figure: bool, names: Any = None
 ) -> None:
     """Report as the callback of that class and name does, on a data set that may have names of classes."""
-    owner = DataPruning(figure=figure, name=label.partition("[")[2].removesuffix("]") or None)
+    owner = DataPruning(name=label.partition("[")[2].removesuffix("]") or None)
     if names is not None:
         dataset = Named(dataset, names)
-    _report.report(trainer, found, dataset, owner, show)
+    _report.report(trainer, found, dataset, owner, show, figure)
 
 
 class Named(Dataset[Any]):
