@@ -19,7 +19,7 @@ Written to {folder}/
   data_pruning/comparison.png       pruned data: accuracy against samples seen
   data_pruning/results.csv          the numbers of the third table
   data_pruning/label_errors.png     the wrong labels among the hardest samples
-  data_pruning/scores/*/*.html      the hardest and easiest samples, as a page
+  data_pruning/scores/*/*.png       the hardest and easiest samples, the scores
   adversarial/digits.png            attacked inputs: the digits, and the answers
   adversarial/comparison.png        accuracy over epochs, attacked and not
   adversarial/rates.png             the learning rate and its cuts

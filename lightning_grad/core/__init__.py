@@ -11,8 +11,9 @@ attributes that live for one fit are in ``fit.py``.
 - :class:`ProbeCallback`: looks at the module every so often, and only logs.
 
 All bases share ``undo.py`` (steps back), ``dispatch.py`` (methods wrapped in an order), ``quiet.py`` and ``module_state.py``
-(a module run without a trace), ``progress.py`` (how much of the run is done) and ``record.py`` (the rows that a technique
-leaves of a run). What the bases are built of is in four folders, whose own first lines list their files:
+(a module run without a trace), ``progress.py`` (how much of the run is done), ``compatibility.py`` (what a technique works
+with) and ``record.py`` (the rows that it leaves of a run). What the bases are built of is in four folders, whose own first
+lines list their files:
 
 - ``losses/``: the losses of samples, read from the module's step, weighted in it, or measured over a training set;
 - ``views/``: weights that the module is shown in place of those that train;
@@ -21,7 +22,8 @@ leaves of a run). What the bases are built of is in four folders, whose own firs
 """
 
 from lightning_grad.core.callback import Chosen, GradCallback
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep, Phase
+from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility, manual, no, stand_in, yes
+from lightning_grad.core.conditioner import ELEMENTWISE, GradientConditioner, GradientStep, Phase
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.losses.given_functions import LossRequest
@@ -55,8 +57,11 @@ from lightning_grad.utilities.checks import check_above, check_at_least, check_b
 from lightning_grad.utilities.reporting import is_log_step
 
 __all__ = [
+    "ELEMENTWISE",
+    "WHOLE_WEIGHTS",
     "Chosen",
     "ChosenRates",
+    "Compatibility",
     "FoundWeight",
     "FrozenMoments",
     "GradCallback",
@@ -98,11 +103,14 @@ __all__ = [
     "is_quiet",
     "is_repeated",
     "look_at_all",
+    "manual",
     "mean_over_ranks",
+    "no",
     "quiet",
     "read_losses",
     "reweight_losses",
     "run_progress",
+    "stand_in",
     "sum_over_ranks",
     "total_steps",
     "until_next_fit",
@@ -110,4 +118,5 @@ __all__ = [
     "wrap_loading",
     "wrap_method",
     "wrap_saving",
+    "yes",
 ]

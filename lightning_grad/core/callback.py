@@ -20,11 +20,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grad.core.compatibility import Compatibility
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.fit import FitScope, during_fit
 from lightning_grad.core.undo import UndoList
 from lightning_grad.utilities.arguments import CheckedArguments, changed_settings, follow_settings, plain
-from lightning_grad.utilities.checks import check_name, refuse_sharded
+from lightning_grad.utilities.checks import check_name
 from lightning_grad.utilities.reporting import log_settings, say_if_no_figures
 
 
@@ -78,11 +79,12 @@ class GradCallback(FitScope, CheckedArguments, Callback):
     Class attributes:
 
     - ``namespace``: the first part of its log keys.
-    - ``needs_whole_weights``: whether it refuses strategies that shard parameters.
+    - ``compatibility``: what it works with; ``setup`` refuses the rest. What depends on settings goes into ``works_with``.
     - ``fixed_settings``: for each argument that must not differ from a checkpoint's when a run resumes the reason, which
       ends the sentence "it cannot change because ...".
     - ``trial``: constructor arguments with which a few epochs on a small module show what the technique does; they name no
       layer, so that they fit every module. Tests and tools use them.
+    - ``neutral``: what of ``trial`` to change so that it changes nothing in a run, or the reason why nothing does that.
 
     Args:
         name: Name of this instance, needed when two of a class are used; part of its state key and log keys.
@@ -92,13 +94,15 @@ class GradCallback(FitScope, CheckedArguments, Callback):
     """
 
     namespace: ClassVar[str]
-    needs_whole_weights: ClassVar[bool] = False
+    compatibility: ClassVar[Compatibility] = Compatibility()
     fixed_settings: ClassVar[Mapping[str, str]] = {}
     trial: ClassVar[Mapping[str, Any]] = {}
+    neutral: ClassVar[Mapping[str, Any] | str] = {}
 
     undo = during_fit.of(UndoList)
     undo_after_saving = during_fit.of(UndoList)
     _stage = during_fit.of(str)
+    _said = during_fit.of(set[str])
     _announced = during_fit[Chosen | None](lambda _: None)
 
     def __init__(self, name: str | None = None) -> None:
@@ -145,10 +149,13 @@ class GradCallback(FitScope, CheckedArguments, Callback):
         self._stage = stage
         if self.fitting:
             self._check_fixed_settings()
-            if self.needs_whole_weights:
-                refuse_sharded(trainer, self.label)
+            self.works_with().refuse(self.label, trainer, pl_module)
             log_settings(trainer, self.label, self.settings)
             say_if_no_figures(trainer, self)
+
+    def works_with(self) -> Compatibility:
+        """Return what this instance works with, where that depends on its settings."""
+        return self.compatibility
 
     def _check_fixed_settings(self) -> None:
         unknown = sorted(self.fixed_settings.keys() - self.settings.keys())
@@ -195,6 +202,18 @@ class GradCallback(FitScope, CheckedArguments, Callback):
     def say(self, what: str) -> None:
         """Print one line about this instance."""
         rank_zero_info(f"{self.label} {what}.")
+
+    def tell_once(self, what: str, tell: Callable[[str], Any], text: str) -> None:
+        """Print or warn of something once in a fit.
+
+        Args:
+            what: The occasion.
+            tell: ``rank_zero_info`` or ``rank_zero_warn``.
+            text: What is said after the name of the callback.
+        """
+        if what not in self._said:
+            self._said.add(what)
+            tell(f"{self.label}: {text}")
 
     def announce(self, words: str, kind: str, names: Sequence[str | int] = ()) -> None:
         """Print what this instance acts on in this fit, and keep it for :meth:`chosen`; called in ``on_fit_start``.

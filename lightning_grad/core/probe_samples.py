@@ -25,7 +25,7 @@ from lightning_grad.data.random_streams import (
     seed_streams,
 )
 from lightning_grad.utilities.batch_copies import copy_of
-from lightning_grad.utilities.checks import check_count, refuse_dataloader_iter, refuse_manual_optimization
+from lightning_grad.utilities.checks import check_count, refuse_dataloader_iter
 from lightning_grad.utilities.reporting import counted
 
 Split = Literal["train", "val"]
@@ -245,9 +245,11 @@ def _runner(
     trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, asked: LossRequest, is_part: bool = False
 ) -> Callable[[], object]:
     def run() -> object:
-        refuse_manual_optimization(
-            pl_module, asked.label, "its training_step steps the optimizers. Use a probe that calls the network itself."
-        )
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                f"{asked.label} does not work with manual optimization: its training_step steps the optimizers. Use a probe "
+                "that calls the network itself."
+            )
         refuse_dataloader_iter(pl_module.training_step, asked.label)
         return runner(trainer, pl_module, batch, partly=asked if is_part else None)()
 

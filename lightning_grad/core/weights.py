@@ -24,7 +24,8 @@ from lightning_grad.core.views.network_ends import Ends
 from lightning_grad.core.views.portable import wrap_saving
 from lightning_grad.core.views.shown_weights import ShownWeights
 from lightning_grad.core.views.weight_choice import Selection, W, Wanted, WeightChoice, refuse_pruners
-from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches, parameter_names
+from lightning_grad.utilities.checks import owned_ids
+from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches
 from lightning_grad.utilities.reporting import counted
 
 
@@ -80,9 +81,7 @@ class WeightCallback(ShownWeights[W]):
 
     def check_names(self, pl_module: pl.LightningModule) -> None:
         """Raise if a name pattern of the user matches nothing."""
-        names = parameter_names(pl_module)
-        check_patterns(self.include or [], names, f"{self.label}(include=...)")
-        check_patterns(self.exclude or [], names, f"{self.label}(exclude=...)")
+        check_patterns(pl_module, self.label, include=self.include, exclude=self.exclude)
 
     def refuse(self, trainer: pl.Trainer, choice: WeightChoice[W]) -> None:
         """Raise if the chosen weights cannot be shown, before any is."""
@@ -90,6 +89,9 @@ class WeightCallback(ShownWeights[W]):
             why = choice.why_none(self.effect, self.column)
             raise ValueError(f"{self.label} finds no weight to make {self.effect}. {why}")
         refuse_taken(self._chains, self.stage, choice.chosen, self.label)
+        for optimizer in trainer.optimizers:
+            if not owned_ids(optimizer).isdisjoint(id(weight.parameter) for weight in choice.chosen):
+                self.works_with().refuse_optimizer(self.label, trainer, optimizer)
         refuse_pruners(trainer.callbacks, choice.chosen, self.label, self.verb)  # type: ignore[attr-defined]
 
     @property

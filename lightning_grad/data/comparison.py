@@ -54,9 +54,7 @@ def _aligned(a: SampleScores | Tensor, b: SampleScores | Tensor) -> tuple[Tensor
 
 
 def _sorted(scores: SampleScores) -> tuple[Tensor, Tensor]:
-    if scores.index is None:
-        return torch.arange(len(scores.values)), scores.values
-    index, order = scores.index.sort()
+    index, order = scores.items.sort()
     return index, scores.values[order]
 
 

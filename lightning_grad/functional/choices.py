@@ -1,7 +1,5 @@
 """The check of arguments that take one of several words."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from typing import Any

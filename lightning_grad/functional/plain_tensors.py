@@ -5,8 +5,6 @@ operation, lose its attributes in arithmetic, or demand them. So what is compute
 share their memory, and what a module is to see is given the class and the attributes again.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar

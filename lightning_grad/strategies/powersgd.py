@@ -23,6 +23,7 @@ from lightning_grad.strategies.compressed_ddp import (
     Message,
     ResidualPolicy,
     StartMethod,
+    arguments_of_all,
 )
 from lightning_grad.utilities.checks import check_count, check_finite_above
 
@@ -78,8 +79,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     **Cost**: one number a compressed entry in memory; two thin matrix products more than the decompression, and a QR of the
     left factors. Nothing waits for the device.
 
-    **Works with**: accumulation yes; bf16-mixed yes; fp16 GradScaler raises; FSDP and DeepSpeed do not apply; compiled modules
-    yes; manual optimization raises; one rank yes (it trains as compressed); clipping yes, of the approximated gradient.
+    One rank alone trains as compressed. What clips, clips the approximated gradient.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -102,6 +102,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     """
 
     trial: ClassVar[Mapping[str, Any]] = {"rank": 2, "min_numel": 100}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"exclude": ["*"]}
 
     def __init__(
         self,
@@ -121,25 +122,10 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
     ) -> None:
-        super().__init__(
-            exclude=exclude,
-            min_numel=min_numel,
-            residual_policy=residual_policy,
-            gradient_noise=gradient_noise,
-            start_method=start_method,
-            static_graph=static_graph,
-            gradient_as_bucket_view=gradient_as_bucket_view,
-            broadcast_buffers=broadcast_buffers,
-            find_unused_parameters=find_unused_parameters,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-        )
-        check_count(rank, 1, "rank")
-        check_count(start_step, 0, "start_step")
-        check_finite_above(min_gain, 0.0, "min_gain")
-        self.rank = rank
-        self.start_step = start_step
-        self.min_gain = min_gain
+        super().__init__(**arguments_of_all(locals()))
+        self.rank = check_count(rank, 1, "rank")
+        self.start_step = check_count(start_step, 0, "start_step")
+        self.min_gain = check_finite_above(min_gain, 0.0, "min_gain")
         self.seed = seed
 
     @override
@@ -169,7 +155,10 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     @override
     def accumulate(self, gradients: Sequence[Gradient]) -> None:
         for gradient in gradients:
-            memory, kind = self.memory.setdefault(gradient.name, {}), _precise(gradient.values)
+            memory = self.memory.setdefault(gradient.name, {})
+            kind = torch.promote_types(
+                gradient.values.dtype, torch.float32
+            )  # half types lose what is small beside an error
             rank, columns = self._rank_of(gradient), matrix_shape(gradient.parameter.shape)[1]
             if _ERROR not in memory:
                 memory[_ERROR] = torch.zeros_like(gradient.values, dtype=kind)
@@ -183,7 +172,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         matrices = [_as_matrix(self.memory[g.name][_ERROR], g.parameter) for g in gradients]
         rights = [self.memory[gradient.name][_RIGHT] for gradient in gradients]
         left = _joined([matrix @ right for matrix, right in zip(matrices, rights, strict=True)])
-        means = self._left_parts(gradients, self.ranks.mean_(left))
+        means = self._parts(gradients, self.ranks.mean_(left), 0)
         lefts = [orthonormalize(mean.to(matrix.dtype)) for mean, matrix in zip(means, matrices, strict=True)]
         right = _joined([matrix.t() @ part for matrix, part in zip(matrices, lefts, strict=True)])
         return {"left": _joined(lefts), "right": self.ranks.mean_(right)}
@@ -191,14 +180,14 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     def _rank_of(self, gradient: Gradient) -> int:
         return min(self.rank, *matrix_shape(gradient.parameter.shape))
 
-    def _left_parts(self, gradients: Sequence[Gradient], flat: Tensor) -> list[Tensor]:
-        return _parts(flat, [(matrix_shape(g.parameter.shape)[0], self._rank_of(g)) for g in gradients])
-
-    def _right_parts(self, gradients: Sequence[Gradient], flat: Tensor) -> list[Tensor]:
-        return _parts(flat, [(matrix_shape(g.parameter.shape)[1], self._rank_of(g)) for g in gradients])
+    def _parts(self, gradients: Sequence[Gradient], flat: Tensor, side: int) -> list[Tensor]:
+        """Return the factors that a flat tensor holds: of the rows of matrices (side 0), or of their columns (side 1)."""
+        shapes = [(matrix_shape(g.parameter.shape)[side], self._rank_of(g)) for g in gradients]
+        pieces = torch.split(flat, [length * rank for length, rank in shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
     def _factors(self, gradients: Sequence[Gradient], message: Message) -> Iterator[tuple[Gradient, Tensor, Tensor]]:
-        lefts, rights = self._left_parts(gradients, message["left"]), self._right_parts(gradients, message["right"])
+        lefts, rights = self._parts(gradients, message["left"], 0), self._parts(gradients, message["right"], 1)
         return zip(gradients, lefts, rights, strict=True)
 
     @override
@@ -227,10 +216,6 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         return low_rank_numel(shape, self.rank) * max(itemsize, 4)
 
 
-def _precise(values: Tensor) -> torch.dtype:
-    return torch.promote_types(values.dtype, torch.float32)  # half types lose what is small beside a large error
-
-
 def _as_matrix(flat: Tensor, parameter: Tensor) -> Tensor:
     """Return a gradient's entries, flat in the order of memory, as a matrix; a weight may lie there transposed."""
     if parameter.dim() == 2:
@@ -240,8 +225,3 @@ def _as_matrix(flat: Tensor, parameter: Tensor) -> Tensor:
 
 def _joined(matrices: Sequence[Tensor]) -> Tensor:
     return torch.cat([matrix.reshape(-1) for matrix in matrices])
-
-
-def _parts(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    pieces = torch.split(flat, [rows * columns for rows, columns in shapes])
-    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]

@@ -21,8 +21,8 @@ def _run(extra, module=None, **arguments):
     ("technique", "accumulate"), [*((t, 1) for t in TECHNIQUES), *((t, 3) for t in CANONICAL)], ids=str
 )
 def test_neutral_setting_is_bitwise_no_callback(technique, accumulate):
-    if technique.neutral is None:
-        assert technique.no_neutral_because or technique not in CANONICAL
+    if not technique.has_neutral:
+        assert technique.neutral or technique not in CANONICAL
         return
     plain = _run([], accumulate_grad_batches=accumulate)
     neutral = _run([technique.build_neutral()], accumulate_grad_batches=accumulate)

@@ -44,11 +44,8 @@ ENTRY = ProbeEntry(
     arguments={"layer": "hidden"},
     neutral={},
     second={"layer": "head", "name": "second"},
-    observes=True,
-    decides=True,  # an epoch's look is in its validation
-    refuses=(),
 )
-EVERY_STEP = ProbeEntry("ActivationNorm", arguments={"layer": "hidden", "every_n_steps": 2}, neutral={}, refuses=())
+EVERY_STEP = ProbeEntry("ActivationNorm", arguments={"layer": "hidden", "every_n_steps": 2}, neutral={})
 
 # Each with the arguments that its own parametrization gives it.
 GUARANTEES: list[tuple[Callable[..., None], dict[str, Any]]] = [

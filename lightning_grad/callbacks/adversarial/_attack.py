@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.callbacks.adversarial._places import Place
+from lightning_grad.core.compatibility import yes
 from lightning_grad.core.losses.sample_losses import loss_of_output
 from lightning_grad.functional.adversarial.attacks import IndependentLossError, Norm, fgsm, pgd
 from lightning_grad.functional.shuffling import hashed_seed
@@ -19,6 +20,7 @@ from lightning_grad.utilities.checks import check_above, check_at_least, check_c
 from lightning_grad.utilities.precision import grad_scaler
 from lightning_grad.utilities.reporting import counted
 
+COMPILED = yes("Attacks run compiled modules. Where the output of an embedding is attacked, compiled modules raise.")
 _LARGEST = 1e30  # what is computed from it still fits into float32
 _ROUNDING = 1e-3  # of the bounds' distance: half precision, and means that were rounded
 

@@ -15,19 +15,24 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_grad.callbacks.adversarial._attack import Attack, space_of
+from lightning_grad.callbacks.adversarial._attack import COMPILED, Attack, space_of
 from lightning_grad.callbacks.adversarial._second_state import SecondState
 from lightning_grad.callbacks.adversarial._worst_inputs import WorstInputs
 from lightning_grad.core.callback import Chosen, GradCallback
+from lightning_grad.core.compatibility import AVERAGED, WHOLE_WEIGHTS, Compatibility, manual, yes
 from lightning_grad.core.dispatch import WrapOrder, overrides, wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.quiet import is_quiet, loggers_muted, quiet
 from lightning_grad.data.random_streams import random_streams_kept
 from lightning_grad.utilities.batch_copies import copy_of
-from lightning_grad.utilities.checks import check_count, check_position, refuse_dataloader_iter, refuse_sharded
+from lightning_grad.utilities.checks import check_count, refuse_dataloader_iter
 
 _STAGES = {"fit": "validation", "validate": "validation", "test": "test"}
 _HOOKS = ("on_{}_start", "on_{}_epoch_start", "on_{}_batch_start", "{}_step", "on_{}_batch_end", "on_{}_epoch_end")
+_BY_HAND = yes(
+    "If `validation_step` returns a loss, or computes one of `torch.nn.functional`; that of `training_step` cannot be had "
+    "there."
+)
 _SECOND: WeakSet[pl.LightningModule] = WeakSet()  # modules that run on attacked inputs just now
 
 
@@ -97,9 +102,6 @@ class AdversarialEvaluation(GradCallback):
     **Cost.** A forward and a backward pass to the input for each step: with 20 steps some 50 validations, and as many more
     for each restart; see docs/benchmarks.md.
 
-    **Works with** fp16 and bf16, DDP, compiled modules (with embeddings: raises), several loaders, EMA, manual optimization
-    (if ``validation_step`` shows a loss): yes. FSDP, DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -116,6 +118,9 @@ class AdversarialEvaluation(GradCallback):
     """
 
     namespace: ClassVar[str] = "adversarial"
+    compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
+        compiled=COMPILED, weight_averaging=yes(AVERAGED), **manual(_BY_HAND), **WHOLE_WEIGHTS
+    )
     trial: ClassVar[Mapping[str, Any]] = {"epsilon": 0.1, "steps": 2}
 
     _validations = until_next_fit.of(int)
@@ -160,7 +165,7 @@ class AdversarialEvaluation(GradCallback):
         self.mean = mean
         self.std = std
         self.input_key = input_key
-        self.loss = check_position(loss, "loss")
+        self.loss = check_count(loss, 0, "loss")
         self.seed = check_count(seed, 0, "seed")
 
     @override
@@ -169,7 +174,7 @@ class AdversarialEvaluation(GradCallback):
         if stage not in _STAGES:
             return
         step = f"{_STAGES[stage]}_step"
-        refuse_sharded(trainer, self.label)
+        self.works_with().refuse(self.label, trainer, pl_module)
         if not overrides(pl_module, step):
             raise ValueError(
                 f"{self.label} runs {step} on attacked inputs, and {type(pl_module).__name__} has none. Write a {step} that "

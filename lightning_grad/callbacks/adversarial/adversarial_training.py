@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks.adversarial._attack import (
+    COMPILED,
     Attack,
     NoLossError,
     attack_losses,
@@ -29,6 +30,7 @@ from lightning_grad.callbacks.adversarial._overfitting import (
 )
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.core.callback import Chosen, GradCallback
+from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility, manual, no
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.fit import during_fit
 from lightning_grad.core.losses.sample_losses import loss_of_output
@@ -42,12 +44,15 @@ from lightning_grad.utilities.checks import (
     check_count,
     check_share,
     refuse_dataloader_iter,
-    refuse_manual_optimization,
 )
 from lightning_grad.utilities.reporting import is_log_step, log_many
 
 _PGD_STEPS = 7
 _CHECK_STEPS = 10
+_NO_MANUAL = no(
+    "does not work with {}: its training_step also steps, so an attack through it would train",
+    "Train with automatic optimization, or measure by AdversarialEvaluation, which works with both",
+)
 
 
 class AdversarialTraining(GradCallback):
@@ -105,8 +110,7 @@ class AdversarialTraining(GradCallback):
 
     **Cost.** A forward and the input's part of a backward pass for each step of the attack, see docs/benchmarks.md.
 
-    **Works with** accumulation, fp16 and bf16, DDP, compiled modules (with embeddings: raises), several loaders, closures that
-    are evaluated again (LBFGS, SAM: the attack stays the same): yes. Manual optimization, FSDP, DeepSpeed: raises.
+    Closures that are evaluated again (LBFGS, SAM) see the same attack each time.
 
     Example:
         .. code-block:: yaml
@@ -128,8 +132,11 @@ class AdversarialTraining(GradCallback):
     """
 
     namespace: ClassVar[str] = "adversarial"
+    compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
+        compiled=COMPILED, **manual(_NO_MANUAL), **WHOLE_WEIGHTS
+    )
     trial: ClassVar[Mapping[str, Any]] = {"epsilon": 0.1}
-    needs_whole_weights: ClassVar[bool] = True
+    neutral: ClassVar[Mapping[str, Any] | str] = {"epsilon": 0.0}
 
     _place = during_fit[Place | None](lambda _: None)
     _batch = during_fit[tuple[Any, tuple[Any, ...], dict[str, Any]] | None](lambda _: None)  # the first of the epoch
@@ -184,12 +191,6 @@ class AdversarialTraining(GradCallback):
         super().setup(trainer, pl_module, stage)
         if not self.fitting:
             return
-        refuse_manual_optimization(
-            pl_module,
-            self.label,
-            "its training_step also steps, so an attack through it would train. Train with automatic optimization, or "
-            "measure by AdversarialEvaluation, which works with both.",
-        )
         refuse_dataloader_iter(pl_module.training_step, self.label)
         self._refuse_another(trainer)
         around = partial(self._around_step, trainer)

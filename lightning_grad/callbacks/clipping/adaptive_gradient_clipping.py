@@ -12,13 +12,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.callbacks.clipping._units import LastLayers, UnitConditioner
-from lightning_grad.core.conditioner import GradientStep
-from lightning_grad.core.fit import during_fit
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientStep, Phase, check_above, during_fit
 from lightning_grad.functional import clip_adaptively_
 from lightning_grad.functional.gradients.tensor_lists import whole
-from lightning_grad.utilities.checks import check_above
-from lightning_grad.utilities.parameters import all_names, check_patterns, matches, parameter_names
+from lightning_grad.utilities.parameters import all_names, check_patterns, matches, selects
 
 _LAST_LINEAR = "last Linear"
 
@@ -61,9 +58,6 @@ class AdaptiveGradientClipping(UnitConditioner):
 
     **Cost.** Two norms a weight; about half of a loop over parameters: see docs/benchmarks.md.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers, manual optimization: yes.
-    FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -80,6 +74,7 @@ class AdaptiveGradientClipping(UnitConditioner):
 
     namespace: ClassVar[str] = "grad/agc"
     trial: ClassVar[Mapping[str, Any]] = {"ratio": 0.01, "head": None}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"ratio": float("inf")}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "ratio"
 
@@ -96,15 +91,14 @@ class AdaptiveGradientClipping(UnitConditioner):
     ) -> None:
         super().__init__(include, exclude, name)
         self.ratio = self.as_threshold(ratio)
-        self.eps = eps
+        self.eps = check_above(eps, 0.0, "eps")
         self.head = head
-        check_above(eps, 0.0, "eps")
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.head == _LAST_LINEAR:
             self._heads = LastLayers(trainer, pl_module)
-            self.undo.push(self._heads.stop)
+            self.undo.push(self._heads.order.stop)
             if not self._heads.names:
                 raise ValueError(
                     f"{self.label} leaves the classifier alone, and finds no Linear. Name it by head='...', or set head=None."
@@ -116,7 +110,7 @@ class AdaptiveGradientClipping(UnitConditioner):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._heads is not None:
-            self._heads.watch()
+            self._heads.order.watch()
 
     @override
     def on_before_optimizer_step(
@@ -129,16 +123,15 @@ class AdaptiveGradientClipping(UnitConditioner):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._heads is not None and self._heads.is_watching:
-            self._learn_heads(trainer, pl_module)
-            self._heads.stop()
+        self._learn_heads(trainer, pl_module)
+        if self._heads is not None:
+            self._heads.order.stop()
 
     def _learn_heads(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._heads is None or not self._heads.is_watching or not self._heads.learn():
+        if self._heads is None or not self._heads.learn():
             return
         self.say(f"leaves {', '.join(self._heads.names)} alone: the batch reaches it last")
-        for index, optimizer in enumerate(trainer.optimizers):
-            self._choose(index, optimizer, pl_module)
+        self.choose_again(trainer, pl_module)
 
     @override
     def excluded(self, pl_module: pl.LightningModule) -> list[str]:
@@ -148,8 +141,7 @@ class AdaptiveGradientClipping(UnitConditioner):
     def check_choice(self, pl_module: pl.LightningModule) -> None:
         heads = self._head_names(pl_module)
         own = super().excluded(pl_module)
-        known = [n for n in all_names(pl_module).values() if self.include is None or matches(n, self.include)]
-        others = [names for names in known if not matches(names, own)]
+        others = [names for names in all_names(pl_module).values() if selects(names, self.include, own)]
         if others and all(matches(names, heads) for names in others):
             raise ValueError(
                 f"{self.label} has nothing to act on besides {', '.join(heads)}, which it leaves alone as the classifier. Set "
@@ -161,8 +153,9 @@ class AdaptiveGradientClipping(UnitConditioner):
         if self._heads is not None:
             return self._heads.names
         if self.head is not None:
-            check_patterns([self.head], parameter_names(pl_module), f"{self.label}(head=...)")
-        return [] if self.head is None else [self.head]
+            check_patterns(pl_module, self.label, head=[self.head])
+            return [self.head]
+        return []
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

@@ -12,8 +12,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_grad.callbacks.clipping._units import UnitConditioner
-from lightning_grad.core.conditioner import GradientStep
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientStep, Phase
 from lightning_grad.functional import centralize_
 from lightning_grad.functional.gradients.tensor_lists import joined_norm
 
@@ -48,9 +47,6 @@ class GradientCentralization(UnitConditioner):
 
     **Cost.** A mean and a difference for each weight.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers, manual optimization: yes.
-    FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -65,6 +61,7 @@ class GradientCentralization(UnitConditioner):
 
     namespace: ClassVar[str] = "grad/centralization"
     trial: ClassVar[Mapping[str, Any]] = {}
+    neutral: ClassVar[Mapping[str, Any] | str] = "the mean is taken away whole or not at all"
     phase: ClassVar[Phase] = "center"
 
     def __init__(

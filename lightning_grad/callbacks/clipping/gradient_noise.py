@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientConditioner, GradientStep, Phase
 from lightning_grad.functional import add_gradient_noise_, noise_deviation
 from lightning_grad.utilities.checks import check_finite_at_least
 
@@ -45,9 +44,6 @@ class GradientNoise(GradientConditioner):
 
     **Cost.** One normal draw for each entry.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers (each has its own t),
-    manual optimization: yes. FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -64,6 +60,7 @@ class GradientNoise(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/noise"
     trial: ClassVar[Mapping[str, Any]] = {"eta": 0.01}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"eta": 0.0}
     phase: ClassVar[Phase] = "noise"
 
     def __init__(
@@ -76,11 +73,9 @@ class GradientNoise(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.eta = eta
-        self.decay = decay
+        self.eta = check_finite_at_least(eta, 0.0, "eta")
+        self.decay = check_finite_at_least(decay, 0.0, "decay")
         self.seed = seed
-        check_finite_at_least(eta, 0.0, "eta")
-        check_finite_at_least(decay, 0.0, "decay")
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientConditioner, GradientStep, Phase, check_above
 from lightning_grad.functional import clip_norm_
-from lightning_grad.utilities.checks import check_above
 
 
 class NormClipping(GradientConditioner):
@@ -46,9 +45,6 @@ class NormClipping(GradientConditioner):
 
     **Cost.** Less than ``torch.nn.utils.clip_grad_norm_``: see docs/benchmarks.md.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers (each has its own norm),
-    manual optimization: yes. FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -65,6 +61,7 @@ class NormClipping(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/norm_clipping"
     trial: ClassVar[Mapping[str, Any]] = {"max_norm": 0.1}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"max_norm": math.inf}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "max_norm"
 
@@ -78,8 +75,7 @@ class NormClipping(GradientConditioner):
     ) -> None:
         super().__init__(include, exclude, name)
         self.max_norm = self.as_threshold(max_norm)
-        self.norm_type = norm_type
-        check_above(norm_type, 0.0, "norm_type")
+        self.norm_type = check_above(norm_type, 0.0, "norm_type")
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientStep, Phase
+from lightning_grad.core.compatibility import Compatibility
+from lightning_grad.core.conditioner import ELEMENTWISE, GradientConditioner
 from lightning_grad.functional import clip_value_
 from lightning_grad.functional.gradients.tensor_lists import share_of
 
@@ -44,9 +45,6 @@ class ValueClipping(GradientConditioner):
 
     **Cost.** Two passes over the gradients, as in torch.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP, compiled modules, several optimizers, manual optimization: yes.
-    DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -63,9 +61,10 @@ class ValueClipping(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/value_clipping"
     trial: ClassVar[Mapping[str, Any]] = {"clip_value": 0.001}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"clip_value": float("inf")}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "clip_value"
-    elementwise: ClassVar[bool] = True
+    compatibility: ClassVar[Compatibility] = ELEMENTWISE
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from lightning_grad.core.losses.given_functions import GivenFunction, LossReques
 from lightning_grad.core.losses.loss_tap import reweight_losses
 from lightning_grad.core.losses.rehearsal import Rehearsal
 from lightning_grad.core.losses.sample_losses import SampleLosses
-from lightning_grad.utilities.checks import check_only_one, check_position
+from lightning_grad.utilities.checks import check_count, check_only_one
 from lightning_grad.utilities.reporting import is_log_step
 
 
@@ -39,7 +39,7 @@ class LossWeighting(GradCallback):
     def choose_loss(self, loss: int | None, loss_fn: GivenFunction | None) -> None:
         """Check and store the arguments that say what is weighted."""
         check_only_one({"loss": loss, "loss_fn": loss_fn}, "say what is weighted")
-        self.loss = check_position(loss, "loss")
+        self.loss = check_count(loss, 0, "loss")
         self.loss_fn = loss_fn
 
     @property

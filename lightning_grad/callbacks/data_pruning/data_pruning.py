@@ -30,23 +30,36 @@ from lightning_grad.callbacks.data_pruning._settings import (
     warn_of_risks,
 )
 from lightning_grad.callbacks.data_pruning._sources import CHANCE, FileScores, HistoryScores, ScoreSource, source_of
+from lightning_grad.callbacks.data_pruning._works_with import COMPILED, CURRENT_WEIGHTS
+from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility, manual, no, stand_in, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.losses.loss_tap import read_losses
 from lightning_grad.core.losses.scoring import say_what_is_skipped
-from lightning_grad.core.subset import SubsetCallback
+from lightning_grad.core.subset import OWN_SCHEDULES, SubsetCallback
 from lightning_grad.data import fingerprint
 from lightning_grad.data.random_streams import generators_kept
 from lightning_grad.functional import LossCall, count_kept, select_samples
-from lightning_grad.utilities.checks import (
-    check_between,
-    check_count,
-    check_position,
-    refuse_manual_optimization,
-    refuse_sharded,
-)
+from lightning_grad.utilities.checks import check_between, check_count
 from lightning_grad.utilities.parameters import as_names
 
 _EPOCH = 10
+_SHARDED = stand_in(
+    "All but the scores `grand`, `grand-last` and `vog`, which need whole weights and raise. Tests run the others under "
+    "stand-ins of FSDP2, FSDP1 and DeepSpeed in one process; none has run them on real shards."
+)
+_NO_GRADIENTS = no(
+    "needs whole weights, and {} shards them",
+    "Train with strategy='ddp' or on one device, or use a score other than grand, grand-last and vog",
+)
+_NO_PASS = no(
+    "does not work with {}: its training_step also steps, so that it cannot be run just to score samples",
+    "Use score='aum' or 'forgetting', keep='random', score_files, or score_fn=, which takes the module and a batch and "
+    "returns the scores",
+)
+_BY_HAND = yes(
+    '`keep="random"` without balance, the scores `aum` and `forgetting`, `score_files` and `score_fn`. What runs the step in '
+    f"a pass of its own raises. {OWN_SCHEDULES}"
+)
 
 
 class DataPruning(SubsetCallback):
@@ -137,10 +150,6 @@ class DataPruning(SubsetCallback):
 
     **Cost.** One evaluation pass of the training set for each round (grand: forward and backward), see docs/benchmarks.md.
 
-    **Works with** accumulation, fp16 and bf16, DDP, compiled submodules, any sampler of torch.utils.data, workers: yes.
-    FSDP, DeepSpeed: all but grand, grand-last and vog. Manual optimization: with ``keep="random"``, score files, score_fn,
-    aum or forgetting.
-
     Example:
         .. code-block:: yaml
 
@@ -156,7 +165,14 @@ class DataPruning(SubsetCallback):
         Paul et al., "Deep Learning on a Data Diet: Finding Important Examples Early in Training", 2021, arXiv 2107.07075.
     """
 
+    compatibility: ClassVar[Compatibility] = SubsetCallback.compatibility.but(
+        compiled=COMPILED,
+        weight_averaging=CURRENT_WEIGHTS,
+        **dict.fromkeys(WHOLE_WEIGHTS, _SHARDED),
+        **manual(_BY_HAND),
+    )
     trial: ClassVar[Mapping[str, Any]] = {"prune": 0.3, "epoch": 1}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"prune": 0.0}
 
     scored = until_next_fit[ScoredSet | None](lambda _: None)
     source = until_next_fit[ScoreSource](source_of)
@@ -209,7 +225,7 @@ class DataPruning(SubsetCallback):
         self.save_scores = save_scores
         self.score_fn = score_fn
         self.score_dataset = score_dataset
-        self.loss = check_position(loss, "loss")
+        self.loss = check_count(loss, 0, "loss")
         self.loss_fn = loss_fn
         self.outputs_fn = outputs_fn
         self.scores_by = scores_by
@@ -261,21 +277,20 @@ class DataPruning(SubsetCallback):
     # The fit begins.
 
     @override
+    def works_with(self) -> Compatibility:
+        answers = self.compatibility
+        if self.source.runs_the_step:
+            asked = "balance or class_floor" if self.source.name == CHANCE else f"score={self.score!r}"
+            answers = answers.but(**manual(_NO_PASS.given(asked)))
+        if self.source.name in GRADIENT_SCORES:
+            answers = answers.but(**dict.fromkeys(WHOLE_WEIGHTS, _NO_GRADIENTS.given(f"score={self.score!r}")))
+        return answers
+
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if not self.fitting:
             return
-        if self.source.runs_the_step:
-            asked = "balance or class_floor" if self.source.name == CHANCE else f"score={self.score!r}"
-            refuse_manual_optimization(
-                pl_module,
-                f"{self.label} with {asked}",
-                "its training_step also steps, so that it cannot be run just to score samples. Use score='aum' or "
-                "'forgetting', keep='random', score_files, or score_fn=, which takes the module and a batch and returns the "
-                "scores.",
-            )
-        if self.source.name in GRADIENT_SCORES:
-            refuse_sharded(trainer, f"{self.label}(score={self.score!r})")
         if isinstance(self.source, FileScores):
             self.source.check(self)
         if self._writes_scores:

@@ -12,6 +12,8 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.callbacks.data_pruning._weighting import LossWeighting
+from lightning_grad.callbacks.data_pruning._works_with import COMPILED, no_weighting
+from lightning_grad.core.compatibility import Compatibility, manual
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.losses.given_functions import LOSS_FN
 from lightning_grad.core.losses.rehearsal import Rehearsal
@@ -22,7 +24,7 @@ from lightning_grad.functional import infobatch_subset
 from lightning_grad.functional.data_pruning.info_batch import infobatch_count
 from lightning_grad.functional.data_pruning.selection import round_up_count
 from lightning_grad.functional.gradients import Terms
-from lightning_grad.utilities.checks import check_between, check_count, check_share, refuse_manual_optimization
+from lightning_grad.utilities.checks import check_between, check_count, check_share
 
 _NEXT_SEED = 1_000_003  # more than any run has epochs
 
@@ -71,8 +73,6 @@ class InfoBatch(LossWeighting, SubsetCallback):
     **Cost.** One call of a loss of ``torch.nn.functional`` is computed a second time, without reduction. Of another loss the
     step is traced: one to two milliseconds a step.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP, compiled submodules: yes. Manual optimization: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -87,7 +87,11 @@ class InfoBatch(LossWeighting, SubsetCallback):
         leaves a sample out with probability r by choosing a fixed number; here the weight fits that number.
     """
 
+    compatibility: ClassVar[Compatibility] = SubsetCallback.compatibility.but(
+        compiled=COMPILED, **manual(no_weighting("Use RepeatedRandomSubset, which needs no loss"))
+    )
     trial: ClassVar[Mapping[str, Any]] = {"prune": 0.5}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"prune": 0.0}
     way_out: ClassVar[str] = f"use RepeatedRandomSubset, which needs no loss, or {LOSS_FN}"
 
     _losses = until_next_fit[Tensor | None](lambda _: None)
@@ -137,12 +141,6 @@ class InfoBatch(LossWeighting, SubsetCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self.fitting:
-            refuse_manual_optimization(
-                pl_module,
-                self.label,
-                "the loss is weighted before backward, which comes inside training_step. Use "
-                "RepeatedRandomSubset, which needs no loss.",
-            )
             self.begin_weighing(
                 pl_module,
                 samples=lambda _: len(self.indices),

@@ -13,6 +13,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks.data_pruning._weighting import LossWeighting
+from lightning_grad.callbacks.data_pruning._works_with import COMPILED, no_weighting
+from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.compatibility import Compatibility, manual, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.losses.batch_sizes import batch_size_of, size_by_sampler
 from lightning_grad.core.losses.given_functions import LOSS_FN
@@ -22,10 +25,13 @@ from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_
 from lightning_grad.core.ranks import sum_over_ranks
 from lightning_grad.functional import annealed_temperature, loss_weights
 from lightning_grad.utilities.batch_copies import copy_of
-from lightning_grad.utilities.checks import check_above, check_between, is_sharded, refuse_manual_optimization
+from lightning_grad.utilities.checks import check_above, check_between, is_sharded
 from lightning_grad.utilities.reporting import is_log_step
 
 _BY_HAND = "weight the losses in training_step, by lightning_grad.functional.loss_weights"
+_ONE_SIZE = yes(
+    "Each batch is weighted by itself. Ranks need batches of one size, as Lightning's own sampler makes them."
+)
 _REHEARSALS = 4  # batches, until one has a loss
 
 Rule = Literal["linupper", "quadratic", "extremes"]
@@ -76,8 +82,7 @@ class LossReweighting(LossWeighting):
     **Cost.** One call of a loss of ``torch.nn.functional`` is computed a second time, without reduction. Of another loss the
     step is traced: one to two milliseconds a step. With several ranks losses are gathered. In the warm-up nothing is read.
 
-    **Works with** accumulation, fp16 and bf16, DDP and FSDP (batches up to the loader's batch size), compiled submodules,
-    iterable data: yes. Manual optimization: raises.
+    Batches may be as large as the loader's batch size; iterable data work too.
 
     Example:
         .. code-block:: yaml
@@ -94,7 +99,14 @@ class LossReweighting(LossWeighting):
     """
 
     namespace: ClassVar[str] = "data"
+    compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
+        accumulation=_ONE_SIZE,
+        ddp=_ONE_SIZE,
+        compiled=COMPILED,
+        **manual(no_weighting(f"Use automatic optimization, or {_BY_HAND}")),
+    )
     trial: ClassVar[Mapping[str, Any]] = {"warmup": 0.0}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"temperature": math.inf}
     way_out: ClassVar[str] = f"{_BY_HAND}, or {LOSS_FN}"
 
     _trainer = during_fit[pl.Trainer]()
@@ -134,12 +146,6 @@ class LossReweighting(LossWeighting):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self.fitting:
-            refuse_manual_optimization(
-                pl_module,
-                self.label,
-                f"the loss is weighted before backward, which comes inside training_step. Use automatic optimization, or "
-                f"{_BY_HAND}.",
-            )
             self._trainer = trainer
             samples = partial(batch_size_of, told=self._told)
             self.begin_weighing(pl_module, samples, self._acts, needs=lambda: math.isfinite(self._now))

@@ -42,8 +42,6 @@ class RepeatedRandomSubset(SubsetCallback):
 
     **Cost.** One random order of the indices an epoch.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP, DeepSpeed, compiled submodules, manual optimization: yes.
-
     Example:
         .. code-block:: yaml
 
@@ -58,6 +56,7 @@ class RepeatedRandomSubset(SubsetCallback):
     """
 
     trial: ClassVar[Mapping[str, Any]] = {"prune": 0.3}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"prune": 0.0}
 
     def __init__(
         self,

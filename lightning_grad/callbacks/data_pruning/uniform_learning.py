@@ -11,6 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grad.callbacks.data_pruning._works_with import COMPILED, CURRENT_WEIGHTS
+from lightning_grad.core.compatibility import YES, Compatibility, manual, no
 from lightning_grad.core.fit import until_next_fit
 from lightning_grad.core.losses.given_functions import OUTPUTS_FN, LossRequest
 from lightning_grad.core.losses.look import Look
@@ -19,7 +21,7 @@ from lightning_grad.core.losses.scoring import look_at_all, say_what_is_skipped
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.functional import uniform_learning_repeats
 from lightning_grad.functional.data_pruning.selection import round_up_count
-from lightning_grad.utilities.checks import check_count, check_only_one, check_position, refuse_manual_optimization
+from lightning_grad.utilities.checks import check_count, check_only_one
 
 _WAY_OUT = f"use DataPruning with score_fn=, or RepeatedRandomSubset, which needs no loss, or {OUTPUTS_FN}"
 
@@ -59,8 +61,6 @@ class UniformLearning(SubsetCallback):
 
     **Cost.** One evaluation pass over the training set, and k-means.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP, compiled submodules: yes. Manual optimization: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -76,7 +76,19 @@ class UniformLearning(SubsetCallback):
         goes on.
     """
 
+    compatibility: ClassVar[Compatibility] = SubsetCallback.compatibility.but(
+        compiled=COMPILED,
+        weight_averaging=CURRENT_WEIGHTS,
+        **manual(
+            no(
+                "does not work with {}: its training_step also steps, so that it cannot be run just to look at the outputs",
+                "Use DataPruning(score='aum') or 'forgetting', which read the outputs in training, or RepeatedRandomSubset, "
+                "or give outputs_fn",
+            )
+        ),
+    )
     trial: ClassVar[Mapping[str, Any]] = {"epoch": 1}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"repeats": 0}
 
     _repeated = until_next_fit[Tensor | None](lambda _: None)  # as found
     _found_in = until_next_fit[int | None](lambda _: None)  # epoch
@@ -95,7 +107,7 @@ class UniformLearning(SubsetCallback):
         super().__init__(loader_key, name)
         self.epoch = check_count(epoch, 1, "epoch")
         self.repeats = check_count(repeats, 0, "repeats")
-        self.loss = check_position(loss, "loss")
+        self.loss = check_count(loss, 0, "loss")
         self.outputs_fn = outputs_fn
         self.seed = check_count(seed, 0, "seed")
 
@@ -118,15 +130,12 @@ class UniformLearning(SubsetCallback):
         return super().holds_samples or self._repeated is not None
 
     @override
+    def works_with(self) -> Compatibility:
+        return self.compatibility if self.outputs_fn is None else self.compatibility.but(**manual(YES))
+
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if self.fitting and self.outputs_fn is None:
-            refuse_manual_optimization(
-                pl_module,
-                self.label,
-                "its training_step also steps, so that it cannot be run just to look at the outputs. Use "
-                "DataPruning(score='aum') or 'forgetting', which read the outputs in training, or RepeatedRandomSubset.",
-            )
         if self.fitting:
             self.refuse_unreached(trainer, self.epoch, "cluster")
 

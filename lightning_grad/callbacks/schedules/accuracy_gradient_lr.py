@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.callbacks.schedules._rate_figure import draw_rates
-from lightning_grad.callbacks.schedules._schedules import mute_schedulers, warn_of_schedulers
-from lightning_grad.core.fit import until_next_fit
-from lightning_grad.core.monitored import Interval, Mode, MonitoredCallback
+from lightning_grad.core import ChosenRates, Interval, Mode, MonitoredCallback, as_indices, until_next_fit, wrap_method
+from lightning_grad.core.compatibility import Compatibility, yes
 from lightning_grad.core.record import Row, RunRecord
-from lightning_grad.core.steps.chosen_rates import ChosenRates, as_indices
+from lightning_grad.core.steps.chosen_rates import unknown_schedulers
 from lightning_grad.functional.schedules.accuracy_gradient_lr import accuracy_gradient, accuracy_gradient_cuts
 from lightning_grad.utilities.checks import (
     check_above,
@@ -85,9 +85,7 @@ class AccuracyGradientLR(MonitoredCallback):
 
     **Cost.** A few numbers for each observation; nothing in a step.
 
-    **Works with** accumulation, fp16 and bf16, compiled modules, several optimizers, manual optimization, FSDP, DeepSpeed:
-    yes. DDP: all ranks cut together, by the mean of their values, whether or not the module logs with ``sync_dist``.
-    Schedulers of torch: all. One that torch does not define may undo cuts, and is warned of.
+    **Schedulers** of torch: all keep a cut. One that torch does not define may undo cuts, and a warning says so.
 
     Example:
         .. code-block:: yaml
@@ -108,7 +106,11 @@ class AccuracyGradientLR(MonitoredCallback):
     """
 
     namespace: ClassVar[str] = "lr"
+    compatibility: ClassVar[Compatibility] = MonitoredCallback.compatibility.but(
+        manual_optimization=yes('`policy="replace"` raises where the module steps schedulers itself.')
+    )
     trial: ClassVar[Mapping[str, Any]] = {"window": 1, "quiet": 1, "threshold": 10.0, "factor": 0.5}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"factor": 1.0}
     fixed_settings: ClassVar[Mapping[str, str]] = {
         "policy": "what the schedulers have done until now depends on it",
         "optimizers": "the learning rates of those chosen before are cut already",
@@ -120,10 +122,9 @@ class AccuracyGradientLR(MonitoredCallback):
     _since_cut = until_next_fit[int](lambda self: self.quiet)
     _cuts = until_next_fit.of(int)
     _values = until_next_fit.of(list[float])  # all of them: the window may grow on resume
-
-    @until_next_fit
-    def _rates(self) -> ChosenRates:
-        return ChosenRates(self.optimizers, self.param_groups, self.policy, self.min_lr, self.label)
+    _rates = until_next_fit[ChosenRates](
+        lambda self: ChosenRates(self.optimizers, self.param_groups, self.policy, self.min_lr, self.label)
+    )
 
     def __init__(
         self,
@@ -144,22 +145,14 @@ class AccuracyGradientLR(MonitoredCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(monitor, mode, interval, name)
-        check_count_between(window, 1, _MOST_OBSERVATIONS, "window")
-        check_count(quiet, 0, "quiet")
-        check_finite(threshold, "threshold")
-        check_above(factor, 0.0, "factor")
-        check_between(factor, 0.0, 1.0, "factor")
-        check_finite_at_least(min_lr, 0.0, "min_lr")
-        check_count(start_after, 0, "start_after")
-        check_finite(0.0 if reach is None else reach, "reach")
-        self.window = window
-        self.quiet = quiet
-        self.threshold = threshold
-        self.factor = factor
-        self.min_lr = min_lr
-        self.start_after = start_after
+        self.window = check_count_between(window, 1, _MOST_OBSERVATIONS, "window")
+        self.quiet = check_count(quiet, 0, "quiet")
+        self.threshold = check_finite(threshold, "threshold")
+        self.factor = check_between(check_above(factor, 0.0, "factor"), 0.0, 1.0, "factor")
+        self.min_lr = check_finite_at_least(min_lr, 0.0, "min_lr")
+        self.start_after = check_count(start_after, 0, "start_after")
         self.policy = policy
-        self.reach = reach
+        self.reach = check_finite(reach, "reach")
         self.optimizers = as_indices(optimizers, "optimizers")
         self.param_groups = as_indices(param_groups, "param_groups")
         self.figure = figure
@@ -192,9 +185,9 @@ class AccuracyGradientLR(MonitoredCallback):
         super().on_fit_start(trainer, pl_module)
         optimizers = [optimizer for optimizer, _ in self._rates.groups(trainer)]
         if self.policy == "multiply":
-            warn_of_schedulers(trainer, optimizers, self.monitor, self.label)
+            _warn_of_schedulers(trainer, optimizers, self.monitor, self.label)
         elif trainer.lr_scheduler_configs:
-            self.undo.push(mute_schedulers(pl_module, optimizers, self.label))
+            self.undo.push(_mute_schedulers(pl_module, optimizers, self.label))
         self._announce(trainer)
 
     def _announce(self, trainer: pl.Trainer) -> None:
@@ -274,3 +267,40 @@ class AccuracyGradientLR(MonitoredCallback):
 
 def _is_cut(row: Row) -> float:
     return float(row["cut"])
+
+
+def _mute_schedulers(pl_module: pl.LightningModule, optimizers: Sequence[Optimizer], label: str) -> Callable[[], None]:
+    """Let no scheduler of some optimizers act; what is returned ends it."""
+    if not pl_module.automatic_optimization:
+        raise ValueError(
+            f"{label}: policy='replace' keeps schedulers from acting, and under manual optimization the module steps them "
+            "itself. Use policy='multiply', or leave the schedulers out of configure_optimizers."
+        )
+
+    def step(inner: Callable[..., Any], scheduler: Any, *args: Any) -> None:
+        if not _concerns(scheduler, optimizers):
+            inner(scheduler, *args)
+
+    return wrap_method(pl_module, "lr_scheduler_step", step)
+
+
+def _warn_of_schedulers(trainer: pl.Trainer, optimizers: Sequence[Optimizer], monitor: str, label: str) -> None:
+    """Warn of those that may undo a cut, and of one that cuts by the same metric."""
+    configs = [config for config in trainer.lr_scheduler_configs if _concerns(config.scheduler, optimizers)]
+    unknown = unknown_schedulers(config.scheduler for config in configs)
+    if unknown:
+        rank_zero_warn(
+            f"{label}: {', '.join(unknown)} is no scheduler of torch, and may undo the cuts if it sets rates from base rates "
+            "of its own. policy='replace' keeps schedulers from acting."
+        )
+    if any(config.reduce_on_plateau and config.monitor == monitor for config in configs):
+        rank_zero_warn(
+            f"{label} and ReduceLROnPlateau both cut the learning rate by {monitor!r}. Keep one: drop the scheduler, or set "
+            "policy='replace', which keeps it from acting."
+        )
+
+
+def _concerns(scheduler: Any, optimizers: Sequence[Optimizer]) -> bool:
+    """Whether a scheduler sets rates of one of these optimizers, as far as it tells."""
+    of = getattr(scheduler, "optimizer", None)
+    return of is None or any(of is optimizer for optimizer in optimizers)

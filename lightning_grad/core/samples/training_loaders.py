@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from lightning_grad.data.list_items import ListItems
+from lightning_grad.data.fingerprints import ListItems
 
 _BATCHES = (
     "Give the DataLoader a batch_size or a batch_sampler, or a BatchSampler as its sampler, for a data set that takes lists "

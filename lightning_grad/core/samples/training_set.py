@@ -27,10 +27,9 @@ from lightning_grad.core.samples.training_loaders import (
 from lightning_grad.core.undo import UndoList
 from lightning_grad.data import PrunableBatchSampler
 from lightning_grad.data.borrowed_workers import can_borrow
-from lightning_grad.data.fingerprints import Fingerprint
+from lightning_grad.data.fingerprints import Fingerprint, mark_of, refuse_other_data, resume_advice
 from lightning_grad.data.prunable_sampler import RecordedBatches
 from lightning_grad.data.sampler_keys import refuse_other_keys
-from lightning_grad.utilities.known_data import mark_of, refuse_other_data, resume_advice
 
 _OWNER = "_lightning_grad_training_set"
 

@@ -28,7 +28,6 @@ class Ends:
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, known: Sequence[str] | None = None) -> None:
         self._trainer = trainer
         self._order = ForwardOrder(pl_module)
-        self._stop: Callable[[], None] | None = None
         self._layers: list[Owner] = []
         self._choosable: set[str] = set()
         self.known = None if known is None else list(known)
@@ -45,18 +44,16 @@ class Ends:
 
     def watch(self) -> None:
         """See which layers the first batch reaches."""
-        if self.known is None and self._stop is None:
-            self._stop = self._order.watch()
+        if self.known is None:
+            self._order.watch()
 
     def stop(self) -> None:
         """Take the hooks away."""
-        if self._stop is not None:
-            self._stop()
-            self._stop = None
+        self._order.stop()
 
     def learn(self) -> bool:
         """Take what the first batch has reached, on all ranks that of the first; return whether it was new."""
-        if self._stop is None:
+        if not self._order.is_watching:
             return False
         self.stop()
         self.known = list(self._trainer.strategy.broadcast(self.seen()))

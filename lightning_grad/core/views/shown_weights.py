@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.views.module_chains import ModuleChains
 from lightning_grad.core.views.portable import make_portable, wrap_loading
@@ -28,7 +29,7 @@ class ShownWeights(GradCallback, Generic[W]):
 
     stage: ClassVar[Stage]
     effect: ClassVar[str]
-    needs_whole_weights: ClassVar[bool] = True
+    compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(**WHOLE_WEIGHTS)
 
     restored = until_next_fit.of(dict[str, Any])
     has_stepped = until_next_fit.of(bool)

@@ -1,7 +1,5 @@
 """Inputs that a network gets wrong: perturbations inside a small ball that raise the loss, found by its gradient."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args

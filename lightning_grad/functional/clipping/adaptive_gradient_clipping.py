@@ -1,7 +1,5 @@
 """Clip the gradient of each unit by the norm of its weights (AGC)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ A state is a dict of scalars and vectors on the device, made by one function and
 goes into a checkpoint as it is and nothing waits for the device. A norm that is not finite changes no state.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

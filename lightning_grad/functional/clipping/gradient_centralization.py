@@ -1,7 +1,5 @@
 """Remove the mean of each gradient."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

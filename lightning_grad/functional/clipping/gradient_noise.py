@@ -1,7 +1,5 @@
 """Add annealed Gaussian noise to gradients."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Clip or normalize the gradient of each layer by itself."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

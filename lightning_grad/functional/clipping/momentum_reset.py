@@ -1,7 +1,5 @@
 """Reset the moments of an optimizer, and warm the learning rate up afterwards."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Clip gradients to a constant norm."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

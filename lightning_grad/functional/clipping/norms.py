@@ -1,7 +1,5 @@
 """The norm of all gradients, and what several rules make of it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Find gradients that are not finite."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Clip entries that stand far above their own past (SPAM)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

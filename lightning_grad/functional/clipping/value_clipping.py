@@ -1,7 +1,5 @@
 """Clamp the entries of gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

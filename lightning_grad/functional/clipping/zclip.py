@@ -1,7 +1,5 @@
 """A threshold that follows the z-score of the gradient norms seen so far (ZClip); its state is like that of AutoClip."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

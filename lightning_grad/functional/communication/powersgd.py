@@ -1,7 +1,5 @@
 """A matrix as the product of two thin ones, by one step of the power method: the maths of PowerSGD."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

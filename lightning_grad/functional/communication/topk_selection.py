@@ -4,8 +4,6 @@ NaN counts as the largest magnitude of all, as in :func:`torch.topk`, so that a 
 come in no particular order. The same tensor and the same arguments give the same indices.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

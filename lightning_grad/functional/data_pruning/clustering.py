@@ -1,7 +1,5 @@
 """k-means, and the distance of samples to the nearest of its centers, as a score."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -5,8 +5,6 @@ that it goes into a checkpoint as it is and nothing waits for the device; keep i
 stand in a call only once. The scores of a single batch are in ``scores.py``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 Computed on the CPU, from a generator that the caller owns and saves. Given the same losses, every rank draws the same subset.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

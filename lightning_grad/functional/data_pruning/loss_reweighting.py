@@ -4,8 +4,6 @@ The rules are those of "Dynamic Loss-Based Sample Reweighting" (Sow et al., 2025
 github.com/sowmaster/Sample-Level-Loss-Reweighting-ICLR-2025.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Another random subset of the data in each epoch (RS2), computed on the CPU from seed and epoch alone."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ the device, detached, computed in float32 at least. A sample with several positi
 that are valid, and nan when there is none.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NoReturn
 

@@ -4,8 +4,6 @@ Scores are such that higher is harder. Everything here is computed on the CPU fr
 selects the same samples.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

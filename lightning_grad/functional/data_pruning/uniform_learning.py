@@ -1,7 +1,5 @@
 """USEFUL: repeat the samples whose features are learned late."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 The callback that watches them is :class:`lightning_grad.callbacks.GradientMonitor`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,6 +70,11 @@ def average_noise_terms(before: Tensor | None, terms: Tensor, decay: float) -> T
     return torch.where(terms.isfinite().all(), mixed, before)
 
 
+def _components(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32; a complex one as its real and imaginary parts."""
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).float()
+
+
 @torch.no_grad()
 def gradient_cosine(gradients: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
     r"""Return the cosine of the angle between two gradients, each taken as one vector.
@@ -90,7 +93,7 @@ def gradient_cosine(gradients: Sequence[Tensor], others: Sequence[Tensor]) -> Te
         >>> gradient_cosine([torch.tensor([1.0, 0.0])], [torch.tensor([2.0, 0.0])])
         tensor(1.)
     """
-    products = [(g.float() * o.float()).sum() for g, o in zip(gradients, others, strict=True)]
+    products = [(_components(g) * _components(o)).sum() for g, o in zip(gradients, others, strict=True)]
     product = stack([whole(value) for value in products]).sum()
     lengths = [torch.linalg.vector_norm(stack_norms(tensors)) for tensors in (gradients, others)]
     cosine: Tensor = product / lengths[0] / lengths[1]
@@ -125,9 +128,9 @@ def moment_signal_to_noise(states: Sequence[Mapping[str, Any]], betas: tuple[flo
             continue
         step = state["step"] if isinstance(state["step"], Tensor) else torch.tensor(float(state["step"]))
         first, second = (1 - beta ** step.to(state["exp_avg"].device) for beta in betas)
-        mean = (state["exp_avg"].float() / first).square()
+        mean = (_components(state["exp_avg"]) / first).square()
         signal.append(whole(mean.sum()))
-        noise.append(whole((state["exp_avg_sq"].float() / second - mean).clamp(min=0.0).sum()))
+        noise.append(whole((_components(state["exp_avg_sq"]) / second - mean).clamp(min=0.0).sum()))
     return torch.stack(signal).sum() / torch.stack(noise).sum() if signal else None
 
 

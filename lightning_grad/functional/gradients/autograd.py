@@ -3,8 +3,6 @@
 A test asks the installed torch for each of them, so a new or an old version shows at once what must be replaced here.
 """
 
-from __future__ import annotations
-
 import re
 from functools import lru_cache
 from typing import Any

@@ -1,7 +1,5 @@
 """The rows of the tensors of one step, followed from call to call."""
 
-from __future__ import annotations
-
 from typing import Any
 from weakref import ref
 

@@ -3,8 +3,6 @@
 A kind that is not listed is refused. So a list that is too short costs a refusal, never a wrong value.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

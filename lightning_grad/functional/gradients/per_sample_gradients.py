@@ -11,8 +11,6 @@ what those parameters need only; :attr:`PerSampleGradientNorms.coverage` says wh
 ``docs/data_pruning/per_sample_gradients.md`` explains how it works, with a drawing.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

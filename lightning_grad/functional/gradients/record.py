@@ -1,7 +1,5 @@
 """What a trace keeps of a step for the walk through its graph."""
 
-from __future__ import annotations
-
 import os
 import sys
 from dataclasses import dataclass, field
@@ -87,6 +85,10 @@ class Record:
     arguments: dict[Node, tuple[Any, ...]] = field(default_factory=dict)
     fixed: set[Node] = field(default_factory=set)
     moved: dict[Edge, Rows] = field(default_factory=dict)
+
+    def word_for(self, node: Node) -> str:
+        """Return the function and the line of a node, as "mean (module.py:31)", or what torch calls it."""
+        return str(self.places.get(node) or node.name())
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Return whether a tensor is a parameter, a constant, or computed from these alone."""

@@ -4,8 +4,6 @@ What the clipping and conditioning functions beside this file are made of. Every
 nothing waits for the device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The context that watches a step: which rows belong to which sample, and what is reduced to the loss."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

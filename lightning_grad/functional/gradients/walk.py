@@ -1,7 +1,5 @@
 """The walk from the returned loss through the autograd graph to the edges at which rows begin."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Weights for the samples in the backward pass, as hooks on the graph: no value changes, and nothing is computed twice."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any

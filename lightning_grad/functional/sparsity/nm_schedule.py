@@ -3,8 +3,6 @@
 The masks themselves are in :mod:`lightning_grad.functional.sparsity.nm_sparsity`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.callbacks import GradientMonitor, GradientNoise, NormClipping, SkipNonFinite, ZClip
-from lightning_grad.callbacks.diagnostics._logit_probe import LogitProbe
+from lightning_grad.callbacks.diagnostics._logits import LogitProbe
 from lightning_grad.callbacks.diagnostics._monitor_record import MonitorRecord
 from lightning_grad.functional import total_norm
 from lightning_grad.testing import fit, make_classifier, make_trainer

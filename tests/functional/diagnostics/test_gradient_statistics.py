@@ -118,6 +118,17 @@ def test_step_counts_that_are_numbers_are_understood() -> None:
     assert math.isfinite(found[0].item())
 
 
+def test_complex_gradients_are_read_as_their_real_and_imaginary_parts() -> None:
+    one, turned = torch.tensor([3.0 + 4.0j]), torch.tensor([4.0 - 3.0j])
+    assert gradient_cosine([one], [one]).item() == pytest.approx(1.0)
+    assert gradient_cosine([one], [turned]).item() == pytest.approx(0.0)
+    # After one step the mean of squares is 2 g^2 here, so signal and noise are the same.
+    state = {"step": torch.tensor(1.0), "exp_avg": 0.1 * one, "exp_avg_sq": torch.tensor([0.018 + 0.032j])}
+    found = moment_signal_to_noise([state], (0.9, 0.999))
+    assert found is not None
+    assert found.item() == pytest.approx(1.0, rel=1e-3)
+
+
 # Zeros.
 
 

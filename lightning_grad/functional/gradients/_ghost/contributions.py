@@ -4,8 +4,6 @@ All stand for a tensor (B, *shape of the parameter) that is rarely written out: 
 rows, :meth:`dense` writes some of them out. A :class:`Binding` tells how one call of an operation contributes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol

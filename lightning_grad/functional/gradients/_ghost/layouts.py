@@ -1,7 +1,5 @@
 """Which entries of a tensor belong to which sample of a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 

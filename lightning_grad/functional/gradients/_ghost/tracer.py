@@ -1,7 +1,5 @@
 """Sees every use of a parameter during a forward pass, and cuts those uses off the graph whose rule is known."""
 
-from __future__ import annotations
-
 import inspect
 import types
 from collections import Counter

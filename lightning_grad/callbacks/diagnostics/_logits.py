@@ -1,4 +1,4 @@
-"""How large attention and output logits are, read off the operators that a training step runs.
+"""How large attention and output logits are, read off the operators that a training step runs, which computes what it would.
 
 Used by ``gradient_monitor.py``. Logits that grow without bound are the first sign of two instabilities of transformers
 (Wortsman et al., 2023, arXiv 2309.14322). No layer has to be named: what goes into a scaled dot product, a softmax or a
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
@@ -22,9 +24,13 @@ from lightning_grad.callbacks.diagnostics._attention_tracks import AttentionTrac
 from lightning_grad.functional.plain_tensors import PlainTensors, plain_tensor
 from lightning_grad.functional.torch_version import TORCH
 from lightning_grad.utilities.forward_order import is_compiled
+from lightning_grad.utilities.reporting import is_log_step
 
 _MOST_SCORES = 2**22  # of one attention that are computed; beyond, a part of the batch must do
 _FUSED_ATTENTION = "_scaled_dot_product"
+_NOT_CONSTRUCTED = (
+    "Creating a new Tensor subclass"  # so begins torch's error for a class without a constructor of its own
+)
 
 
 class LogitProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -102,6 +108,45 @@ class LogitProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return {name: torch.stack(values).max() for name, values in found.items() if values}
 
 
+class LogitWatch:
+    """Puts a :class:`LogitProbe` around ``training_step`` at log steps.
+
+    Args:
+        trainer: The trainer.
+        pl_module: A module of which no part is compiled.
+        advice: What to do where a step cannot run under the probe.
+    """
+
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, advice: str) -> None:
+        self._trainer = trainer
+        self._module = pl_module
+        self._advice = advice
+        self._graphs = _compiled_graphs()
+        self._probe: LogitProbe | None = None
+
+    def around(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a training step, and read its logits if it is logged."""
+        # A function that is no module may be compiled too, and would run uncompiled.
+        if not is_log_step(self._trainer) or _compiled_graphs() > self._graphs:
+            return inner(*args, **kwargs)
+        self._probe = LogitProbe(self._module)
+        try:
+            with _constructors_unwatched(), self._probe:
+                return inner(*args, **kwargs)
+        except RuntimeError as error:
+            if _NOT_CONSTRUCTED in str(error):
+                error.add_note(self._advice)
+            raise
+
+    def read(self) -> dict[str, Tensor]:
+        """Return what was seen since the last batch."""
+        return {} if self._probe is None else self._probe.read()
+
+    def forget(self) -> None:
+        """Drop what was seen, when a batch is over."""
+        self._probe = None
+
+
 def _largest(logits: Tensor) -> Tensor:
     return torch.where(logits.isfinite(), logits, -torch.inf).amax().float()
 
@@ -135,8 +180,7 @@ def has_compiled(module: nn.Module) -> bool:
     return any(is_compiled(child) for child in module.modules())
 
 
-def compiled_graphs() -> int:
-    """Return how many graphs ``torch.compile`` has made in this process."""
+def _compiled_graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
@@ -149,3 +193,41 @@ def _admit_control_flow() -> None:
     for operator in torch._ops._higher_order_ops.values():
         if LogitProbe not in operator.python_key_table:
             operator.py_impl(LogitProbe)(functools.partial(unseen, operator))
+
+
+@contextmanager
+def _constructors_unwatched() -> Iterator[None]:
+    """Run constructors of tensor classes of other libraries outside of dispatch modes.
+
+    torch makes an object of a derived class from a tensor that no Python object wraps yet. A dispatch mode wraps every
+    result, so ``super().__new__(cls, tensor)`` fails under it ("already associated to a python object").
+    """
+    originals = [(cls, vars(cls)["__new__"]) for cls in _derived(Tensor) if _constructs_itself(cls)]
+    try:
+        for cls, original in originals:
+            cls.__new__ = staticmethod(_unwatched(original.__func__))
+        yield
+    finally:
+        for cls, original in originals:
+            cls.__new__ = original
+
+
+def _derived(cls: type) -> set[Any]:
+    direct: set[Any] = set(cls.__subclasses__())
+    return direct.union(*map(_derived, direct))
+
+
+def _constructs_itself(cls: Any) -> bool:
+    """Return True for a class with a constructor of its own, unless it is torch's or made for dispatch modes."""
+    is_torchs = cls.__module__.partition(".")[0] == "torch"
+    is_plain = cls.__torch_dispatch__ is Tensor.__torch_dispatch__
+    return not is_torchs and is_plain and isinstance(vars(cls).get("__new__"), staticmethod)
+
+
+def _unwatched(constructor: Any) -> Any:
+    @functools.wraps(constructor)
+    def construct(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._DisableTorchDispatch():
+            return constructor(*args, **kwargs)
+
+    return construct
