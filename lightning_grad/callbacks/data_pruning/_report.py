@@ -57,9 +57,11 @@ def report(trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder
             rank_zero_warn(f"{label}: no sample is shown, for none of {len(scored.values)} has a score.")
             return
         pictures = [sample.picture for sample in samples]
-        has_texts = any(picture is None for picture in pictures)
         with tolerated(label, "the table of samples"):
-            rows = [_row(sample, has_texts) for sample in samples]
+            columns = ["index", "score", "rank", "label", "prediction", "kept"]
+            rows = [{column: getattr(sample, column) for column in columns} for sample in samples]
+            if any(picture is None for picture in pictures):
+                rows = [{**row, "input": sample.text} for row, sample in zip(rows, samples, strict=True)]
             log_table(
                 trainer, owner.log_key("samples"), rows, output_file(trainer, label, f"{ending}samples.csv"), pictures
             )
@@ -69,12 +71,6 @@ def report(trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder
                 log_figure(trainer, owner.log_key("samples_figure"), partial(draw_samples, groups, title), path)
 
 
-def _row(sample: Sample, texts: bool) -> dict[str, Any]:
-    row: dict[str, Any] = {"index": sample.index, "score": sample.score, "rank": sample.rank}
-    row.update(label=sample.label, prediction=sample.prediction, kept=sample.kept)
-    return {**row, "input": sample.text} if texts else row
-
-
 # Which samples are shown.
 
 
@@ -82,38 +78,22 @@ def _samples(
     scored: ScoredSet, dataset: Any, label: str, show: int, class_names: Sequence[str] | None
 ) -> tuple[list[Sample], list[Sample]]:
     """Return the hardest and the easiest samples, hardest first, none of them in both."""
-    ordered = _ordered(scored.values)
+    order = torch.argsort(scored.values, descending=True, stable=True)
+    ordered = order[~scored.values[order].isnan()]
     hard = min(show, (len(ordered) + 1) // 2)
     easy = min(show, len(ordered) - hard)
     ranks = [*range(hard), *range(len(ordered) - easy, len(ordered))]
-    indices = ordered[ranks].tolist()
-    kept = torch.ones(len(indices), dtype=torch.bool)
-    if scored.kept is not None:
-        kept = torch.isin(ordered[ranks], scored.kept.cpu())
-    views = _views(dataset, indices, label)
+    chosen = ordered[ranks]
+    kept = torch.ones(len(ranks)) if scored.kept is None else torch.isin(chosen, scored.kept.cpu())
     samples = []
-    for place, (rank, index) in enumerate(zip(ranks, indices, strict=True)):
+    for rank, index, keeps, view in zip(
+        ranks, chosen.tolist(), kept, _views(dataset, chosen.tolist(), label), strict=True
+    ):
         truth, answer = _class_of(scored.labels, index), _class_of(scored.predictions, index)
-        picture, text = views[place]
-        sample = Sample(
-            index=index,
-            rank=rank,
-            score=float(scored.values[index]),
-            label=named(truth, class_names),
-            prediction=named(answer, class_names),
-            wrong=None not in (truth, answer) and truth != answer,
-            kept=bool(kept[place]),
-            picture=picture,
-            text=text,
-        )
-        samples.append(sample)
+        wrong = None not in (truth, answer) and truth != answer
+        shown = named(truth, class_names), named(answer, class_names), wrong, bool(keeps), *view
+        samples.append(Sample(index, rank, float(scored.values[index]), *shown))
     return samples[:hard], samples[hard:]
-
-
-def _ordered(values: Tensor) -> Tensor:
-    """Return the indices of the samples that have a score, hardest first."""
-    order = torch.argsort(values, descending=True, stable=True)
-    return order[~values[order].isnan()]
 
 
 def _views(dataset: Any, indices: Sequence[int], label: str) -> list[Any]:
@@ -132,5 +112,4 @@ def _views(dataset: Any, indices: Sequence[int], label: str) -> list[Any]:
 
 
 def _class_of(classes: Tensor | None, index: int) -> int | None:
-    known = classes is not None and int(classes[index]) >= 0
-    return int(classes[index]) if known and classes is not None else None
+    return None if classes is None or int(classes[index]) < 0 else int(classes[index])
