@@ -110,8 +110,9 @@ class DGCStrategy(CompressedDDPStrategy):
     post-hook of the optimizer's step, between which it updates without momentum.
 
     **Logs** at log steps, from rank 0: ``comm/bytes_sent``, ``comm/ratio``, ``comm/residual_norm``, ``comm/compress_ms``,
-    ``comm/density`` (share that is sent now), and ``comm/gradient_noise`` if asked for. At the end ``comm.png``,
-    ``comm_layers.csv``, and ``comm/final_ratio`` and ``comm/total_megabytes`` in the summary.
+    ``comm/density`` (share that is sent now), and ``comm/gradient_noise`` if asked for. At the end
+    ``dgc_strategy.png``, ``dgc_strategy.csv``, ``dgc_strategy_layers.csv``, and ``comm/final_ratio`` and
+    ``comm/total_megabytes`` in the summary.
 
     **State**: residual and velocity of each compressed gradient, of each rank, in ``<checkpoint>.ranks``. The
     checkpoint itself is DDP's, and loads under DDP or on one device.

@@ -118,7 +118,7 @@ class DataPruning(SubsetCallback):
             its only call, and the others the only one that classifies.
         checkpoints: Number of passes of vog, at least 2, spread evenly over the epochs before.
         strict: Whether score files of another data set are refused.
-        show: Number of the hardest and of the easiest samples that are shown, in a table and a page; 0 for none.
+        show: Number of the hardest and of the easiest samples that are shown, in a table and a figure; 0 for none.
         figure: Draw histogram and samples (needs matplotlib, and a logger whose folder takes the file).
         seed: Seed of ties, of random choices and of random streams while scoring.
         loader_key: Which of several training loaders to prune: its key, or its position in a list.
@@ -141,7 +141,7 @@ class DataPruning(SubsetCallback):
     ``lr_scheduler_step``, so that they end where they should.
 
     **Logs** under ``data/``, at each epoch: ``kept_share``, ``samples_seen``. On scoring: a figure of the scores with the
-    cut and the kept share of each class, a table and a page of the hardest and easiest samples, and the score file (W&B: an
+    cut and the kept share of each class, a table and a figure of the hardest and easiest samples, and the score file (W&B: an
     artifact).
     In the summary ``samples_share``, samples seen against those that training on all would have seen.
 
@@ -378,7 +378,7 @@ class DataPruning(SubsetCallback):
         if scored.name != CHANCE:
             with generators_kept(self._passes.dataset):
                 self._save(trainer, scored)
-                report(trainer, scored, self._passes.items, self.label, self.show, self.figure)
+                report(trainer, scored, self._passes.items, self, self.show, self.figure)
         return scored.kept
 
     def _keep(self, scored: ScoredSet, share: float) -> ScoredSet:

@@ -205,7 +205,7 @@ class OptimizerWatch:
         numbers = torch.stack([row[1] for row in self._rows]).tolist()
         for (place, _, skipped), (before, unclipped, after, loss) in zip(self._rows, numbers, strict=True):
             finite = math.isfinite(before)
-            self.record.add(place.step, before, after, skipped or (self._scaled and not finite), unclipped)
+            self.record.add_step(place.step, before, after, skipped or (self._scaled and not finite), unclipped)
             expected = self._scaled and math.isfinite(loss)
             if not finite and not expected and not self.first_bad:
                 self.first_bad = {**vars(place), "loss": loss, "norm": before, "parameters": self._bad_names()}
