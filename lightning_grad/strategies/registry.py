@@ -1,7 +1,5 @@
 """Names by which ``Trainer(strategy="...")`` knows the strategies."""
 
-from __future__ import annotations
-
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_grad.strategies.dgc import DGCStrategy

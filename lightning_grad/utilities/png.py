@@ -1,7 +1,5 @@
 """Writing a picture as a PNG file with neither Pillow nor matplotlib."""
 
-from __future__ import annotations
-
 import struct
 import zlib
 

@@ -1,7 +1,5 @@
 """What ``GradientMonitor`` leaves behind: facts of the first bad step, summary, table and figure."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -6,8 +6,6 @@ measures the gradient noise scale, ``_logits.py`` reads logits off the operators
 ``functional/diagnostics/gradient_statistics.py``.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping, Sequence
 from functools import partial
