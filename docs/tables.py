@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, get_args
 
 from lightning_grad import callbacks, strategies
 from lightning_grad.core import Phase
+from lightning_grad.core.compatibility import TITLES, Answer
 
 ROOT = Path(__file__).resolve().parents[1]
 PART = re.compile(r"<!-- begin: (\w+) -->\n(.*?)<!-- end: \1 -->", re.DOTALL)
@@ -113,6 +115,71 @@ def clipping_thresholds() -> Iterator[str]:
     yield write_table(("Rule", "Its threshold"), [(f"`{rule}`", f"`{name}`") for rule, name in named if name])
 
 
+# What is in the first table; the second has the rest.
+_IN_A_RUN = (
+    "accumulation",
+    "bf16",
+    "fp16",
+    "ddp",
+    "fsdp2",
+    "fsdp1",
+    "deepspeed",
+    "compiled",
+    "several_optimizers",
+    "manual_optimization",
+    "weight_averaging",
+    "pytorch_lightning",
+)
+_CELLS = {"yes": "yes", "stand-in": "stand-in", "no": "raises", "-": "-"}
+# What a note calls the thing, so that the same reason is one note for several columns.
+_SAID = dict.fromkeys(("fsdp2", "fsdp1", "deepspeed"), "the strategy") | {"several_optimizers": "manual optimization"}
+
+
+def compatibility() -> Iterator[str]:
+    """Yield the two tables of what techniques work with, and their notes; equal notes share a number."""
+    numbers: dict[str, int] = {}
+    others = [name for name in TITLES if name not in _IN_A_RUN]
+    for columns in (_IN_A_RUN, others):
+        rows = [
+            (
+                f"[`{cls.__name__}`]({card_of(cls)})",
+                *(write_answer(name, cls.compatibility.answers[name], numbers) for name in columns),
+            )
+            for members in techniques().values()
+            for cls in members
+        ]
+        yield write_table(("Technique", *(TITLES[name] for name in columns)), rows)
+    yield "".join(write_note(number, note) for note, number in numbers.items())
+
+
+def write_answer(name: str, answer: Answer, numbers: dict[str, int]) -> str:
+    """Return the cell of one answer, with the number of its note."""
+    note = answer.explained(_SAID.get(name, TITLES[name]))
+    return f"{_CELLS[answer.works]} ({numbers.setdefault(note, len(numbers) + 1)})" if note else _CELLS[answer.works]
+
+
+def write_note(number: int, note: str) -> str:
+    """Return a numbered note in lines of at most 120 characters."""
+    first = f"{number}. "
+    return textwrap.fill(note, 120, initial_indent=first, subsequent_indent=" " * len(first)) + "\n"
+
+
+def card_works_with(technique: type[Any]) -> Iterator[str]:
+    """Yield what a technique works with, for its card."""
+    for line in works_with(technique):
+        yield textwrap.fill(line, 120, initial_indent="- ", subsequent_indent="  ")
+    yield "\nReasons, and ways out: [compatibility](../compatibility.md).\n"
+
+
+def works_with(technique: type[Any]) -> Iterator[str]:
+    """Yield a line for each kind of answer that a technique gives."""
+    answers = technique.compatibility.answers
+    for works, words in {"yes": "Yes", "stand-in": "Tested with a stand-in only", "no": "Raises"}.items():
+        names = [TITLES[name] for name, answer in answers.items() if answer.works == works]
+        if names:
+            yield f"{words}: {', '.join(names)}."
+
+
 def api_techniques() -> Iterator[str]:
     """Yield the reference of each family."""
     for family, members in techniques().items():
@@ -129,11 +196,13 @@ def parts() -> dict[tuple[str, str], Callable[[], Iterable[str]]]:
         ("docs/index.md", "techniques"): index_techniques,
         ("docs/index.md", "contents"): index_contents,
         ("docs/api.md", "techniques"): api_techniques,
+        ("docs/compatibility.md", "compatibility"): compatibility,
         ("docs/clipping.md", "phases"): clipping_phases,
         ("docs/clipping.md", "thresholds"): clipping_thresholds,
     }
-    for family in techniques():
+    for family, members in techniques().items():
         written[f"docs/{family}.md", "techniques"] = partial(family_techniques, family)
+        written |= {(f"docs/{card_of(cls)}", "works_with"): partial(card_works_with, cls) for cls in members}
     return written
 
 

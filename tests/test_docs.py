@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_grad
 from lightning_grad import callbacks, functional, strategies, utilities
+from lightning_grad.core.compatibility import YES, no
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
@@ -151,6 +152,24 @@ def test_make_targets_exist(page: Path) -> None:
     assert not [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)]
 
 
+def test_modules_and_names_of_the_package_that_are_told_exist() -> None:
+    pages = [*TEXTS, *(ROOT / "examples").rglob("*.yaml")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    told = set(re.findall(r"\blightning_grad(?:\.\w+)+", text))
+    assert told
+    assert not [path for path in told if not exists(path) and "GradientScale" not in path]
+
+
+def exists(path: str) -> bool:
+    """Whether a dotted path leads to a module, or to something in one."""
+    module, _, name = path.rpartition(".")
+    try:
+        importlib.import_module(path)
+    except ImportError:
+        return bool(module) and exists(module) and hasattr(importlib.import_module(module), name)
+    return True
+
+
 def test_files_that_docstrings_name_exist() -> None:
     package = ROOT / "lightning_grad"
     named = [
@@ -212,17 +231,38 @@ def without_parts(file: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("file", dict.fromkeys(file for file, _ in tables.parts()))
-def test_generated_parts_are_up_to_date(file: str) -> None:
-    assert file not in tables.stale(), f"{file} is stale. Run `python docs/tables.py`, and commit what it writes."
+def test_generated_parts_are_up_to_date() -> None:
+    stale = ", ".join(tables.stale())
+    assert not stale, f"{stale}: stale. Run `python docs/tables.py`, and commit what it writes."
 
 
 def test_another_docstring_makes_the_tables_stale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(callbacks.ZClip, "__doc__", "Clip norms in another way.\n\nAnd more.")
     new = tables.stale()
-    assert set(new) >= {"README.md", "docs/index.md", "docs/clipping.md"}
+    assert {*new} == {"README.md", "docs/index.md", "docs/clipping.md"}
     for text in new.values():
         assert "| Clip norms in another way |" in text
+
+
+def test_another_answer_makes_table_and_card_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = callbacks.ZClip.compatibility.but(bf16=no("rounds, and {} does too", "Use float32"))
+    monkeypatch.setattr(callbacks.ZClip, "compatibility", other)
+    new = tables.stale()
+    assert {*new} == {"docs/compatibility.md", "docs/clipping/zclip.md"}
+    number = re.search(r"(\d+)\. It rounds, and bf16 does too\. Use float32\.", new["docs/compatibility.md"])
+    assert number is not None
+    assert f"| [`ZClip`](clipping/zclip.md) | yes | raises ({number[1]}) |" in new["docs/compatibility.md"]
+    assert re.search(r"^- Raises: bf16,", new["docs/clipping/zclip.md"], re.MULTILINE)
+
+
+def test_equal_notes_share_a_number() -> None:
+    numbers: dict[str, int] = {}
+    sharded = no("needs whole weights, and {} shards them", "Use DDP")
+    cells = [tables.write_answer(name, sharded, numbers) for name in ("fsdp1", "fsdp2")]
+    cells.append(tables.write_answer("ddp", no("waits", "Use one device"), numbers))
+    cells.append(tables.write_answer("ddp", YES, numbers))
+    assert cells == ["raises (1)", "raises (1)", "raises (2)", "yes"]
+    assert tables.write_note(7, "x " * 70).splitlines()[1].startswith("   x")
 
 
 def test_a_page_without_its_markers_is_refused() -> None:

@@ -59,7 +59,7 @@ class Answer:
         Args:
             title: Name of the thing, in place of what a run would show.
         """
-        return f"It {self.error('', title, '...')}".replace("  ", " ") if self.is_no else self.note
+        return f"It{self.error('', title, '...')}" if self.is_no else self.note
 
 
 YES = Answer()
@@ -207,15 +207,6 @@ class Compatibility:
             found = find(*run) if answer.is_no else None
             if found is not None:
                 raise answer.error(label, *found)
-
-    @property
-    def in_words(self) -> str:
-        """What it works with, in one line."""
-        words = {"yes": "yes", "stand-in": "tested with a stand-in only", "no": "raises"}
-        titles = {
-            works: [TITLES[name] for name, answer in self.answers.items() if answer.works == works] for works in words
-        }
-        return " ".join(f"{', '.join(titles[works])}: {said}." for works, said in words.items() if titles[works])
 
 
 TITLES: Mapping[str, str] = {

@@ -118,8 +118,7 @@ class DGCStrategy(CompressedDDPStrategy):
     carries it (N - 1) times, so it wins over dense gradients by :math:`8 / (N \rho b)` on the wire. 'sampled' waits
     for the device once or twice for each large tensor; 'exact' and 'chunk' do not.
 
-    **Works with**: accumulation yes; bf16-mixed yes; fp16 GradScaler raises; FSDP and DeepSpeed do not apply; compiled modules
-    yes; manual optimization raises; one rank yes (it trains as compressed); clipping callbacks raise.
+    One rank alone trains as compressed.
 
     Example:
         >>> from lightning.pytorch import Trainer

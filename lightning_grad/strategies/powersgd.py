@@ -77,8 +77,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     **Cost**: one number a compressed entry in memory; two thin matrix products more than the decompression, and a QR of the
     left factors. Nothing waits for the device.
 
-    **Works with**: accumulation yes; bf16-mixed yes; fp16 GradScaler raises; FSDP and DeepSpeed do not apply; compiled modules
-    yes; manual optimization raises; one rank yes (it trains as compressed); clipping yes, of the approximated gradient.
+    One rank alone trains as compressed. What clips, clips the approximated gradient.
 
     Example:
         >>> from lightning.pytorch import Trainer

@@ -61,6 +61,11 @@ class Entry:
         """Where YAML finds it."""
         return f"{self.package.__name__}.{self.name}"
 
+    @property
+    def has_neutral(self) -> bool:
+        """Whether there is a setting that does nothing."""
+        return isinstance(self.neutral, Mapping)
+
     def build(self, **changes: Any) -> Any:
         """Make the callback or strategy."""
         return self.kind(**copy.deepcopy({**self.arguments, **changes}))
@@ -86,6 +91,7 @@ class Technique(Entry):
 
     Args:
         second: Arguments of a second instance that works beside the first; ``None`` if two make no sense.
+        needs_end: Arguments with which it must know the end of the run; ``None`` if it never must.
         compile: Whether this setting gives a compiler something else to trace than its neighbours.
         broad: Whether it goes through everything. Another setting of a mechanism that a neighbour covers is held to
             neutrality, resuming, checkpoints and the rest of what its setting could break.
@@ -95,6 +101,7 @@ class Technique(Entry):
     package: ClassVar[ModuleType] = callbacks
 
     second: Mapping[str, Any] | None = None
+    needs_end: Mapping[str, Any] | None = None
     compile: bool = False
     broad: bool = True
     together: bool = False

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from typing_extensions import override
 
-from lightning_grad.core import ELEMENTWISE, WHOLE_WEIGHTS, Compatibility, GradientConditioner, no, yes
+from lightning_grad.core import ELEMENTWISE, WHOLE_WEIGHTS, Compatibility, GradCallback, GradientConditioner, no, yes
 from lightning_grad.core.compatibility import TITLES
+from lightning_grad.testing import fit
 from lightning_grad.utilities.checks import keeps
 
 SCALER = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -292,12 +294,6 @@ def test_complex_parameters_are_refused_by_what_compares_entries() -> None:
 # What is shown.
 
 
-def test_what_it_works_with_in_one_line() -> None:
-    answers = only("fsdp1").but(fsdp2=Compatibility().fsdp2)
-    assert answers.in_words.startswith("accumulation, bf16, fp16 with GradScaler, ")
-    assert answers.in_words.endswith(" complex parameters: yes. FSDP2: tested with a stand-in only. FSDP1: raises.")
-
-
 def test_a_refusal_is_explained_in_whole_sentences() -> None:
     assert RULE.sparse_gradients.explained("it") == (
         "It needs dense gradients, and it makes sparse ones. Build it with sparse=False, or leave it out: exclude=[...]."
@@ -319,3 +315,31 @@ def test_the_phase_of_a_rule_adds_what_it_does_not_work_with() -> None:
     assert Clips.compatibility.late_gradients.is_no
     assert not Clips.compatibility.fsdp1.is_no
     assert not ELEMENTWISE.gradient_clip_val.is_no
+
+
+# A class of an author outside the package.
+
+
+class Halving(GradCallback):
+    """Works with accumulation only where it is told to wait."""
+
+    namespace = "halving"
+    compatibility = GradCallback.compatibility.but(
+        accumulation=no("halves each batch, and {} adds {{several}} up", "Set accumulate_grad_batches=1, or wait=True")
+    )
+
+    def __init__(self, wait: bool = False, name: str | None = None) -> None:
+        super().__init__(name)
+        self.wait = wait
+
+    @override
+    def works_with(self) -> Compatibility:
+        return self.compatibility.but(accumulation=yes()) if self.wait else self.compatibility
+
+
+def test_an_author_outside_declares_the_same_way() -> None:
+    fit([Halving()], max_epochs=1)
+    fit([Halving(wait=True)], max_epochs=1, accumulate_grad_batches=3)
+    said = r"^Halving\[x\] halves each batch, and Trainer\(accumulate_grad_batches=3\) adds {several} up. Set accumulate_grad"
+    with pytest.raises(ValueError, match=said):
+        fit([Halving(name="x")], max_epochs=1, accumulate_grad_batches=3)

@@ -102,9 +102,6 @@ class AdversarialEvaluation(GradCallback):
     **Cost.** A forward and a backward pass to the input for each step: with 20 steps some 50 validations, and as many more
     for each restart; see docs/benchmarks.md.
 
-    **Works with** fp16 and bf16, DDP, compiled modules (with embeddings: raises), several loaders, EMA, manual optimization
-    (if ``validation_step`` shows a loss): yes. FSDP, DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 

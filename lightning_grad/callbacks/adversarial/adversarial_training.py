@@ -110,8 +110,7 @@ class AdversarialTraining(GradCallback):
 
     **Cost.** A forward and the input's part of a backward pass for each step of the attack, see docs/benchmarks.md.
 
-    **Works with** accumulation, fp16 and bf16, DDP, compiled modules (with embeddings: raises), several loaders, closures that
-    are evaluated again (LBFGS, SAM: the attack stays the same): yes. Manual optimization, FSDP, DeepSpeed: raises.
+    Closures that are evaluated again (LBFGS, SAM) see the same attack each time.
 
     Example:
         .. code-block:: yaml

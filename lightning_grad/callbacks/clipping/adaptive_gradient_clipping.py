@@ -56,9 +56,6 @@ class AdaptiveGradientClipping(UnitConditioner):
 
     **Cost.** Two norms a weight; about half of a loop over parameters: see docs/benchmarks.md.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers, manual optimization: yes.
-    FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 

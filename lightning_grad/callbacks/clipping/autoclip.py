@@ -47,9 +47,6 @@ class AutoClip(GradientConditioner):
 
     **Cost.** A norm, and a sort of the window: see docs/benchmarks.md.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers (each has its own norms),
-    manual optimization: yes. FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 

@@ -45,9 +45,6 @@ class GradientCentralization(UnitConditioner):
 
     **Cost.** A mean and a difference for each weight.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers, manual optimization: yes.
-    FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 

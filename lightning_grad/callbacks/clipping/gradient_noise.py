@@ -42,9 +42,6 @@ class GradientNoise(GradientConditioner):
 
     **Cost.** One normal draw for each entry.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers (each has its own t),
-    manual optimization: yes. FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 

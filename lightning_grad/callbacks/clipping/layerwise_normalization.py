@@ -45,9 +45,6 @@ class LayerwiseNormalization(GradientConditioner):
 
     **Cost.** A norm for each gradient and each weight, and one product.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers, manual optimization: yes.
-    FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 

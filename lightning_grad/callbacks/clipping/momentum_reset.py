@@ -52,9 +52,6 @@ class MomentumReset(OptimizerCallback):
 
     **Cost.** None worth measuring: two Python calls a step, one pass over the moments at a reset.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP, compiled modules, several optimizers, manual optimization (also
-    ``optimizer.step()`` past Lightning): yes. DeepSpeed and optimizers without moments: raises.
-
     Example:
         .. code-block:: yaml
 

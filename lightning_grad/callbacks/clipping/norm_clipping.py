@@ -43,9 +43,6 @@ class NormClipping(GradientConditioner):
 
     **Cost.** Less than ``torch.nn.utils.clip_grad_norm_``: see docs/benchmarks.md.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers (each has its own norm),
-    manual optimization: yes. FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 

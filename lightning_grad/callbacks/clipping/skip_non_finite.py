@@ -51,9 +51,6 @@ class SkipNonFinite(GradientConditioner):
     **Cost.** The largest magnitude of each gradient. The host must know whether to step, so it waits for the device once a
     step, as GradScaler does; under DDP the ranks agree by one reduction.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers (each skips for itself),
-    manual optimization: yes. FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 

@@ -49,9 +49,6 @@ class SpikeClipping(GradientConditioner):
 
     **Cost.** About five passes over the gradients.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP, compiled modules, several optimizers, manual optimization: yes.
-    DeepSpeed and optimizers without a second moment: raises.
-
     Example:
         .. code-block:: yaml
 

@@ -41,9 +41,6 @@ class ValueClipping(GradientConditioner):
 
     **Cost.** Two passes over the gradients, as in torch.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP, compiled modules, several optimizers, manual optimization: yes.
-    DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 

@@ -59,9 +59,6 @@ class ZClip(GradientConditioner):
 
     **Cost.** A norm and some thirty operations on single numbers, none of which waits: see docs/benchmarks.md.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers (each has its own
-    statistics), manual optimization: yes. FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 

@@ -150,10 +150,6 @@ class DataPruning(SubsetCallback):
 
     **Cost.** One evaluation pass of the training set for each round (grand: forward and backward), see docs/benchmarks.md.
 
-    **Works with** accumulation, fp16 and bf16, DDP, compiled submodules, any sampler of torch.utils.data, workers: yes.
-    FSDP, DeepSpeed: all but grand, grand-last and vog. Manual optimization: with ``keep="random"``, score files, score_fn,
-    aum or forgetting.
-
     Example:
         .. code-block:: yaml
 

@@ -82,8 +82,7 @@ class LossReweighting(LossWeighting):
     **Cost.** One call of a loss of ``torch.nn.functional`` is computed a second time, without reduction. Of another loss the
     step is traced: one to two milliseconds a step. With several ranks losses are gathered. In the warm-up nothing is read.
 
-    **Works with** accumulation, fp16 and bf16, DDP and FSDP (batches up to the loader's batch size), compiled submodules,
-    iterable data: yes. Manual optimization: raises.
+    Batches may be as large as the loader's batch size; iterable data work too.
 
     Example:
         .. code-block:: yaml

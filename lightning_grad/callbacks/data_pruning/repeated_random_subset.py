@@ -42,8 +42,6 @@ class RepeatedRandomSubset(SubsetCallback):
 
     **Cost.** One random order of the indices an epoch.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP, DeepSpeed, compiled submodules, manual optimization: yes.
-
     Example:
         .. code-block:: yaml
 

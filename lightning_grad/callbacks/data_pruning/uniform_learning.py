@@ -61,8 +61,6 @@ class UniformLearning(SubsetCallback):
 
     **Cost.** One evaluation pass over the training set, and k-means.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP, compiled submodules: yes. Manual optimization: raises.
-
     Example:
         .. code-block:: yaml
 

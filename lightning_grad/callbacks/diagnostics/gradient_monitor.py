@@ -78,9 +78,6 @@ class GradientMonitor(GradCallback):
 
     **Cost.** One norm a step, two where something changes gradients; docs/benchmarks.md has the whole.
 
-    **Works with** accumulation, fp16 (steps that the scaler skips are counted as skipped) and bf16, DDP, FSDP2, compiled
-    modules, several optimizers, manual optimization (no noise scale): yes. FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 

@@ -81,9 +81,7 @@ class AccuracyGradientLR(MonitoredCallback):
 
     **Cost.** A few numbers for each observation; nothing in a step.
 
-    **Works with** accumulation, fp16 and bf16, compiled modules, several optimizers, manual optimization, FSDP, DeepSpeed:
-    yes. DDP: all ranks cut together, by the mean of their values, whether or not the module logs with ``sync_dist``.
-    Schedulers of torch: all. One that torch does not define may undo cuts, and is warned of.
+    **Schedulers** of torch: all keep a cut. One that torch does not define may undo cuts, and a warning says so.
 
     Example:
         .. code-block:: yaml

@@ -145,9 +145,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     **Cost.** One mask an optimizer step and one product for each use of a weight: see docs/benchmarks.md.
 
-    **Works with** accumulation, fp16 and bf16, DDP, compiled submodules, several optimizers, manual optimization, weight
-    averaging: yes. FSDP and DeepSpeed: raises. Code that reads ``layer.weight.grad`` during the fit finds None on chosen
-    layers; read it from ``named_parameters()``.
+    Code that reads ``layer.weight.grad`` during the fit finds None on chosen layers; read it from ``named_parameters()``.
 
     Example:
         .. code-block:: yaml

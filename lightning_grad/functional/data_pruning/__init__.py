@@ -1,6 +1,6 @@
 """Scores of samples, selections by them, and weights of losses."""
 
-from lightning_grad.functional.data_pruning.clustering import kmeans, prototype_distance
+from lightning_grad.functional.data_pruning.clustering import prototype_distance
 from lightning_grad.functional.data_pruning.histories import (
     aum,
     aum_state,
@@ -29,7 +29,6 @@ __all__ = [
     "forgetting",
     "forgetting_state",
     "infobatch_subset",
-    "kmeans",
     "last_layer_gradient_norm",
     "loss_weights",
     "margin",

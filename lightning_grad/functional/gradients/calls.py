@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,15 +78,14 @@ def read_call(
     count = first.shape[axis] if first.dim() > axis else 0
     with_rows = {edge_of(t): rows for t in tensors if t.requires_grad and t.dim() > axis and t.shape[axis] == count > 0}
     others = frozenset(edge_of(t) for t in tensors if t.requires_grad) - set(with_rows)
-    covers = rows is None or rows.covers
-    call = Call(name, given["reduction"], with_rows, others, covers=covers)
+    call = Call(name, given["reduction"], with_rows, others, covers=rows is None or rows.covers)
     if rows is None or (rows.samples is None and rows.owner is None):
         is_known = count > 0 and count % samples == 0
     else:
         is_known = rows.owner is not None or rows.length == count
     if not is_known or (rows is not None and (rows.mixed or rows.axis != axis)):
         problem = f"got {count} rows for {samples} samples; which row belongs to which sample was not seen."
-        return Call(name, given["reduction"], with_rows, others, problem)
+        return replace(call, problem=problem)
     if not values:
         return call
     # Checkpointing counts what its function saves, and counts again in backward, where no trace is. Ours must not count.
@@ -116,7 +115,7 @@ def _with_sums(
     length = 1 if owner is not None else samples if ids is None else len(ids)
     if owner is None and positions.numel() != length and not obeys_shape_rule(positions.shape, length):
         problem = f"got {tuple(positions.shape)} positions for {samples} samples."
-        return Call(name, call.reduction, call.inputs, call.others, problem)
+        return replace(call, problem=problem)
     if name == "ctc_loss" and call.reduction == "mean":
         # Its mean divides each loss by the length of the target first.
         positions = positions / detached["target_lengths"].to(positions).clamp(min=1)
@@ -130,4 +129,4 @@ def _with_sums(
     if ids is not None:
         at, loss_call = ids.to(positions.device), None
         sums = SampleSums(*(v.new_zeros(samples).index_add(0, at, v) for v in sums))
-    return Call(name, call.reduction, call.inputs, call.others, "", call.covers, sums, loss_call)
+    return replace(call, sums=sums, loss_call=loss_call)

@@ -86,6 +86,10 @@ class Record:
     fixed: set[Node] = field(default_factory=set)
     moved: dict[Edge, Rows] = field(default_factory=dict)
 
+    def word_for(self, node: Node) -> str:
+        """Return the function and the line of a node, as "mean (module.py:31)", or what torch calls it."""
+        return str(self.places.get(node) or node.name())
+
     def is_constant(self, tensor: Tensor) -> bool:
         """Return whether a tensor is a parameter, a constant, or computed from these alone."""
         kind = tensor.__class__

@@ -65,9 +65,9 @@ def obeys_shape_rule(shape: Sequence[int], samples: int) -> bool:
 # What the functions that move rows do to the row numbers.
 
 
-def _functions(names: str, homes: tuple[Any, ...] = (torch, torch.Tensor, F)) -> Iterator[Any]:
+def _functions(names: str) -> Iterator[Any]:
     for name in names.split():
-        yield from (getattr(home, name) for home in homes if hasattr(home, name))
+        yield from (getattr(home, name) for home in (torch, torch.Tensor, F) if hasattr(home, name))
 
 
 _STACKS = frozenset(_functions("stack vstack hstack dstack row_stack column_stack"))

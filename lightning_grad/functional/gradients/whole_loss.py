@@ -77,11 +77,11 @@ class WholeLossCapture(LossCapture):
             node = tensor.grad_fn
             if node is not None and node not in record.places:
                 record.places[node] = place_of(func)
-            if is_fixed:
-                record.constants[id(tensor)] = tensor
-            else:
+            if not is_fixed:
                 record.constants.pop(id(tensor), None)  # written in place
-            if is_fixed and node is not None:
+                continue
+            record.constants[id(tensor)] = tensor
+            if node is not None:
                 record.fixed.add(node)
 
     def rest_of(self, loss: Tensor, call: LossCall) -> str | None:
@@ -96,7 +96,9 @@ class WholeLossCapture(LossCapture):
             # Without a graph only the values can be compared: a metric, or a loss inside a reentrant checkpoint.
             if value.dim() == 0 and bool(torch.isclose(loss.detach().to(value), value, rtol=1e-3, equal_nan=True)):
                 return None
-            return "its value " + ("is another" if loss.grad_fn is None else f"comes from {self._word(loss.grad_fn)}")
+            return "its value " + (
+                "is another" if loss.grad_fn is None else f"comes from {self._record.word_for(loss.grad_fn)}"
+            )
         rest = CallWalk(loss.grad_fn, edge.node, self._record).rest
         if rest is not None or value.dim() == 0:
             return rest
@@ -122,12 +124,9 @@ class WholeLossCapture(LossCapture):
         if edge is None or edge.node is None:
             return self.rest_of(loss, call)
         if not CallWalk(loss.grad_fn, edge.node, self._record).leads:
-            return f"the loss comes from {self._word(loss.grad_fn)}"
+            return f"the loss comes from {self._record.word_for(loss.grad_fn)}"
         counts = self._factors(loss, edge, call, value) != 0 if value.dim() else torch.ones(1)
         return "some of its rows have no part in the loss" if bool(counts.any()) and not bool(counts.all()) else None
-
-    def _word(self, node: Node) -> str:
-        return word_for(node, self._record)
 
     @staticmethod
     def _factors(loss: Tensor, edge: GradientEdge, call: LossCall, value: Tensor) -> Tensor:
@@ -157,7 +156,7 @@ class CallWalk(Descent):
         self._run(root)
         self.leads = self._depends[root]
         if not self.leads:
-            self.rest = f"it comes from {self._word(root)}"
+            self.rest = f"it comes from {self._record.word_for(root)}"
 
     def _open(self, node: Node, place: Place) -> Iterable[Node]:
         if node is self._target:
@@ -177,9 +176,9 @@ class CallWalk(Descent):
         beside = [child for child, hit in zip(below, hits, strict=True) if child is not None and not hit]
         other = next((child for child in beside if not self._is_constant(child)), None)
         if other is not None:
-            self.rest = f"there is also {self._word(other)}"
+            self.rest = f"there is also {self._record.word_for(other)}"
         elif kind_of(node) not in GUARDING and not is_linear(kind_of(node), hits):
-            self.rest = f"it goes through {self._word(node)}"
+            self.rest = f"it goes through {self._record.word_for(node)}"
 
     def _is_constant(self, node: Node) -> bool:
         while node not in self._record.fixed:
@@ -191,12 +190,3 @@ class CallWalk(Descent):
                 return False
             node = children[0]  # a cast or an expansion of a constant
         return True
-
-    def _word(self, node: Node) -> str:
-        return word_for(node, self._record)
-
-
-def word_for(node: Node, record: Record) -> str:
-    """Return the function and the line of a node, as "mean (module.py:31)", or what torch calls it."""
-    place = record.places.get(node)
-    return node.name() if place is None else str(place)

@@ -22,6 +22,7 @@ _ATTACK_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
 ENTRIES = [
     Technique(
         "AdversarialTraining",
+        needs_end={"warmup_fraction": 0.5},
         together=True,
         compile=True,
         wrong=(

@@ -50,6 +50,7 @@ ENTRIES = [
     ),
     Technique(
         "LossReweighting",
+        needs_end={},
         wrong=(
             ({"rule": "lin"}, "is none of"),
             ({"temperature": 0.0}, "temperature must be above 0"),

@@ -20,6 +20,7 @@ def _nm(variant: str, **arguments: Any) -> Technique:
         variant,
         arguments=both,
         neutral=_FROZEN if variant == "step" else dense,
+        needs_end={},
         second={**both, "include": ["head"], "name": "head"},
         compile=variant in ("mdgf-exponential", "mdgf-exponential-masked", "sdgf-stepwise"),
         broad=variant in ("mdgf-exponential", "sr-ste", "step", "mask-every-4"),

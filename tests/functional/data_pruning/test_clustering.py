@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_grad.functional import kmeans, prototype_distance
+from lightning_grad.functional import prototype_distance
 from lightning_grad.functional.data_pruning import clustering
+from lightning_grad.functional.data_pruning.clustering import kmeans
 
 
 def blobs(n: int, centers: int, d: int = 2, spread: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:

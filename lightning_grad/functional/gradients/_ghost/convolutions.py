@@ -194,7 +194,7 @@ def convolution(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-    output_padding: Any = None,
+    output_padding: Any = None,  # of a transposed one
 ) -> Binding | None:
     dims = weight.dim() - 2
     if input.dim() != weight.dim():
@@ -217,16 +217,3 @@ def convolution(
         return Dense(per_channel(rows(gradient)))
 
     return Binding(given((weight, term), (bias, shift)), first, (input,))
-
-
-def transposed_convolution(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> Binding | None:
-    return convolution(input, weight, bias, stride, padding, dilation, groups, output_padding)

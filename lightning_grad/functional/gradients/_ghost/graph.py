@@ -11,22 +11,19 @@ from lightning_grad.functional.gradients._ghost.layouts import Layout, belongs_t
 from lightning_grad.functional.gradients._ghost.tracer import Tracer, Use
 
 
-def rows_of_jacobian(
-    outputs: Tensor, inputs: Sequence[Tensor], rows: Tensor, retain_graph: bool = True
-) -> list[Tensor | None]:
+def rows_of_jacobian(outputs: Tensor, inputs: Sequence[Tensor], rows: Tensor) -> list[Tensor | None]:
     """Return the gradients of the inputs for each row of output gradients, (rows, *input), all at once where that works.
 
     Args:
         outputs: Any tensor with a graph.
         inputs: Leaf tensors; one that is not reached yields None.
         rows: Gradients of the outputs, (rows, *outputs).
-        retain_graph: Whether the graph is needed again.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # operations without a batching rule are slow, and say so
         try:
             found = torch.autograd.grad(
-                outputs, inputs, rows, retain_graph=retain_graph, allow_unused=True, is_grads_batched=True
+                outputs, inputs, rows, retain_graph=True, allow_unused=True, is_grads_batched=True
             )
             return [None if gradient is None else _dense(gradient) for gradient in found]
         except RuntimeError:  # a kernel, or a custom function, that cannot be batched

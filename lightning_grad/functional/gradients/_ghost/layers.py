@@ -46,8 +46,8 @@ def _folded_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return F.linear(input.reshape(-1, input.shape[-1]), weight, bias).view(*input.shape[:-1], len(weight))
 
 
-def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Binding | None:
-    if out is not None or other.dim() != 2 or input.dim() < 2:
+def matmul(input: Tensor, other: Tensor) -> Binding | None:
+    if other.dim() != 2 or input.dim() < 2:
         return None
     kept = input.detach()
 
@@ -57,10 +57,8 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Bindin
     return Binding([(other, term)], all_but(1), (input,))
 
 
-def addmm(
-    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None
-) -> Binding | None:
-    if input.dim() != 1 or beta != 1 or alpha != 1 or out is not None:
+def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Binding | None:
+    if input.dim() != 1 or beta != 1 or alpha != 1:
         return None
     product = matmul(mat1, mat2)
     return product and Binding([*product.terms, (input, sum_of_rows)], all_but(1), product.kept)

@@ -24,7 +24,7 @@ from lightning_grad.functional.gradients._ghost.contributions import (
     first,
     per_channel,
 )
-from lightning_grad.functional.gradients._ghost.convolutions import convolution, transposed_convolution
+from lightning_grad.functional.gradients._ghost.convolutions import convolution
 from lightning_grad.functional.gradients._ghost.layers import BY_NAME, addmm, getitem, linear, matmul
 
 Rule = Callable[..., Binding | None]
@@ -62,18 +62,14 @@ def _elementwise(source: Tensor, others: Sequence[Tensor], factor: Callable[[Ten
 IsSource = Callable[[Any], bool]
 
 
-def add(is_source: IsSource, input: Any, other: Any, *, alpha: float = 1, out: Tensor | None = None) -> Binding | None:
-    if out is not None:
-        return None
+def add(is_source: IsSource, input: Any, other: Any, *, alpha: float = 1) -> Binding | None:
     if is_source(input):
         return _elementwise(input, (), lambda gradient: gradient)
     return _elementwise(other, (), lambda gradient: gradient * alpha if alpha != 1 else gradient)
 
 
-def subtract(
-    is_source: IsSource, input: Any, other: Any, *, alpha: float = 1, out: Tensor | None = None
-) -> Binding | None:
-    return add(is_source, input, other, alpha=1 if is_source(input) else -alpha, out=out)
+def subtract(is_source: IsSource, input: Any, other: Any, *, alpha: float = 1) -> Binding | None:
+    return add(is_source, input, other, alpha=1 if is_source(input) else -alpha)
 
 
 def add_(is_source: IsSource, input: Any, other: Any, *, alpha: float = 1) -> Binding | None:
@@ -87,18 +83,16 @@ def subtract_(is_source: IsSource, input: Any, other: Any, *, alpha: float = 1) 
     return add_(is_source, input, other, alpha=-alpha)
 
 
-def multiply(is_source: IsSource, input: Any, other: Any, *, out: Tensor | None = None) -> Binding | None:
+def multiply(is_source: IsSource, input: Any, other: Any) -> Binding | None:
     source, factor = (input, other) if is_source(input) else (other, input)
-    if out is not None or not isinstance(factor, Tensor):
+    if not isinstance(factor, Tensor):
         return None
     kept = factor.detach()
     return _elementwise(source, (factor,), lambda gradient: gradient * kept)
 
 
-def divide(
-    is_source: IsSource, input: Any, other: Any, *, rounding_mode: str | None = None, out: Tensor | None = None
-) -> Binding | None:
-    if out is not None or rounding_mode is not None or not isinstance(input, Tensor) or not isinstance(other, Tensor):
+def divide(is_source: IsSource, input: Any, other: Any) -> Binding | None:
+    if not isinstance(input, Tensor) or not isinstance(other, Tensor):
         return None
     above, below = input.detach(), other.detach()
     if is_source(input):
@@ -141,10 +135,15 @@ def _by_name(function: Callable[..., Any], rule: Callable[[Any], Binding | None]
     return called
 
 
+def _transposed_convolution(*args: Any, **kwargs: Any) -> Binding | None:
+    names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    return convolution(**{"output_padding": 0, **dict(zip(names, args, strict=False)), **kwargs})
+
+
 RULES: dict[Any, Rule] = {
     **{function: _by_name(function, rule) for function, rule in BY_NAME.items()},
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), convolution),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), transposed_convolution),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _transposed_convolution),
     **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), matmul),
     **dict.fromkeys((Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to), expand),
     F.linear: linear,
@@ -188,5 +187,5 @@ def bind(function: Any, is_source: IsSource, args: Sequence[Any], kwargs: Mappin
         return None
     try:
         return rule(*args, **kwargs)
-    except TypeError:  # a spelling that the rule does not know
+    except TypeError:  # a spelling or an option that the rule does not know, such as out=
         return None
