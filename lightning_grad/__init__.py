@@ -5,7 +5,7 @@ Start with :mod:`lightning_grad.callbacks` and :mod:`lightning_grad.strategies`,
 :mod:`lightning_grad.functional`.
 """
 
-from lightning_grad.strategies.registry import register_strategies
+from lightning_grad.strategies import register_strategies
 
 __version__ = "0.1.0"
 
