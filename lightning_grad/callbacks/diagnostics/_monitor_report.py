@@ -1,7 +1,5 @@
 """The first step whose gradient was not finite, as ``GradientMonitor`` tells of it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
