@@ -102,6 +102,11 @@ def check_patterns(module: nn.Module, label: str, **patterns: Iterable[str] | No
 
     Raises:
         ValueError: If a pattern matches no name.
+
+    Example:
+        >>> check_patterns(nn.ModuleDict({"body": nn.Linear(1, 1)}), "ZClip", include=["bodi"])
+        Traceback (most recent call last):
+        ValueError: ZClip(include=...): no parameter is named 'bodi', and no module. Did you mean 'body' or 'body.bias'?
     """
     known = [name for names in all_names(module).values() for name in names]
     for argument, given in patterns.items():
