@@ -14,7 +14,7 @@ from typing import Any
 from lightning_grad import callbacks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Technique:
     """How the suite builds one configuration of a callback.
 
