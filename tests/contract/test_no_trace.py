@@ -12,7 +12,7 @@ import torch
 from lightning_grad.callbacks import NMSparsity
 from lightning_grad.testing import PicklerOfNoRun, assert_identical, fit, make_classifier
 from tests.contract.recorded import bare, end, ended_without, reused, run, watched
-from tests.contract.settings import BROAD, TECHNIQUES, build_together
+from tests.contract.settings import BROAD, build_together
 
 
 @pytest.mark.parametrize("technique", BROAD, ids=str)
@@ -36,7 +36,7 @@ def test_nothing_is_left_of_several_together(how):
         assert "on_before_optimizer_step" not in set(vars(technique)) - attributes
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.parametrize("technique", BROAD, ids=str)
 @pytest.mark.parametrize("after", ["after_an_exception", "after_a_validation"])
 def test_another_fit_of_a_callback_equals_its_first(technique, after):
     """After a fit that broke off, and after a whole fit and a validation."""

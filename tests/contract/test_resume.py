@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from lightning_grad.testing import StopAfter, assert_identical, fit, make_classifier, state_of
 from tests.contract.recorded import bare, built, reused, run, watched
-from tests.contract.settings import CANONICAL, TECHNIQUES, build_together
+from tests.contract.settings import BROAD, CANONICAL, TECHNIQUES, build_together
 
 # These runs monitor val_loss from the first epoch on, which the technique may rightly warn about.
 pytestmark = [
@@ -53,7 +53,7 @@ def _assert_resumes(technique: Any, accumulate: int, kind: str, chosen: slice) -
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_run_without_a_technique_resumes_bitwise(accumulate):
     """The premise: these loaders and modules make Lightning itself exact, also in mid-epoch."""
-    _assert_resumes(None, accumulate, "steps", slice(1, None, 2))
+    _assert_resumes(None, accumulate, "steps", slice(1, -1, 3))
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
@@ -66,11 +66,10 @@ def test_looking_and_saving_change_nothing(technique):
     ("technique", "accumulate"), [*((t, 1) for t in TECHNIQUES), *((t, 2) for t in CANONICAL)], ids=str
 )
 def test_resume_at_any_saved_step(technique, accumulate):
-    """At every fourth step; another variant of a mechanism at steps 4, 12, 20."""
+    """Within each epoch; another variant of a mechanism within the first and the third."""
     whole = watched(technique, accumulate)
     assert list(whole.saved("steps")) == list(range(2, whole.left["steps"] + 1, 2))
-    last = whole.left["steps"] // 2 - (1 if technique.decides else 0)
-    _assert_resumes(technique, accumulate, "steps", slice(1, last, 2 if technique in CANONICAL else 4))
+    _assert_resumes(technique, accumulate, "steps", slice(1, -1, 3 if technique in CANONICAL else 6))
 
 
 @pytest.mark.parametrize("technique", CANONICAL, ids=str)
@@ -105,7 +104,7 @@ def test_resume_from_an_exception(technique, steps, tmp_path):
     assert_identical(_comparable(bare(technique).left), _stop_and_go_on(technique, steps, tmp_path))
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=str)
+@pytest.mark.parametrize("technique", BROAD, ids=str)
 def test_an_on_exception_checkpoint_holds_what_save_on_exception_does(technique):
     one, other = (dict(reused(technique).saved[name]) for name in ("on_exception", "full"))
     key = technique.build().state_key
