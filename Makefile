@@ -15,7 +15,7 @@ help:
 	@echo "make test-oldest  run the tests with the oldest supported versions, in an environment of their own (2.3 GB)"
 	@echo "make lint         check style and types"
 	@echo "make bench        measure speed, as ratios to a baseline of the same run"
-	@echo "make docs         build the documentation into docs/_build/html"
+	@echo "make docs         write the tables, and build the documentation into docs/_build/html"
 
 # torch comes first and pinned: left to another package's requirements, pip may fetch gigabytes of CUDA libraries.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -58,6 +58,7 @@ bench: $(INSTALLED)
 	@$(BIN)/python benchmarks/communication.py
 
 docs: $(INSTALLED)
+	@$(BIN)/python docs/tables.py
 	@$(BIN)/sphinx-build -W -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 

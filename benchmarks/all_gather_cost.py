@@ -31,7 +31,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 from benchmarks.common import markdown_table
 from benchmarks.slow_link import WIDTHS
 from lightning_grad.functional import all_gather_bytes, all_reduce_bytes
-from lightning_grad.functional.communication.low_rank import low_rank_numel
+from lightning_grad.functional.communication.powersgd import low_rank_numel
 from lightning_grad.functional.communication.sparse_messages import pairs_bytes
 from lightning_grad.functional.communication.wire import kept_count
 

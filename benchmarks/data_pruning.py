@@ -64,10 +64,8 @@ from benchmarks.common import (
     write_tables,
 )
 from lightning_grad.callbacks import DataPruning, RepeatedRandomSubset
-from lightning_grad.callbacks.data_pruning._measures import measure_for
-from lightning_grad.core.loss_tap import read_losses, reweight_losses
-from lightning_grad.core.scoring import look_at_all
-from lightning_grad.functional import LossCapture, LossTrace, PerSampleGradientNorms
+from lightning_grad.core import Look, LossRequest, look_at_all, read_losses, reweight_losses
+from lightning_grad.functional import LossCapture, LossTrace, PerSampleGradientNorms, el2n
 
 GHOST_CONVNET, GHOST_TRANSFORMER, VMAP_FACTOR = 1.5, 1.2, 3.0
 GHOST_MEMORY, VMAP_MEMORY_FACTOR = 1.2, 3.5
@@ -369,6 +367,24 @@ def highest_memory(device: str) -> float:
 # A scoring pass.
 
 
+def grand_alone(look: Look) -> dict[str, Tensor]:
+    """Return the norm of the gradient of the loss of a batch of one sample, and the loss."""
+    with torch.enable_grad():
+        loss = cast(Tensor, look.run())
+        found = torch.autograd.grad(loss, list(look.pl_module.parameters()))
+    return {"score": torch.nn.utils.get_total_norm(found).reshape(1), "loss": loss.detach().reshape(1)}
+
+
+# What a pass measures, as DataPruning does.
+MEASURES: dict[str, Callable[[Look], dict[str, Tensor]]] = {
+    "el2n": lambda look: {"score": el2n(look.loss())},
+    "loss": lambda look: {"score": look.losses().losses},
+    "grand": lambda look: {"score": look.gradient_norms()[0]},
+    "loss, one by one": lambda look: {"score": cast(Tensor, look.run()).reshape(1)},
+    "grand, one by one": grand_alone,
+}
+
+
 def training_set(sizes: Sizes) -> DataLoader[Any]:
     """Return a loader of noise, shuffled."""
     return DataLoader(TensorDataset(*images(sizes, sizes.samples)), sizes.batch, shuffle=True)
@@ -383,7 +399,7 @@ def scoring_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
     def measure(trainer: Trainer, pl_module: LightningModule) -> None:
         def look(score: str) -> Callable[[], Any]:
             assert subset.training_set is not None
-            return partial(look_at_all, trainer, pl_module, subset.training_set, measure_for(score), score)
+            return partial(look_at_all, trainer, pl_module, subset.training_set, MEASURES[score], score)
 
         calls = {
             "evaluation": lambda: evaluate(module, loader, clock.device),
@@ -438,7 +454,7 @@ def single_rows(
 
     def measure(trainer: Trainer, pl_module: LightningModule) -> None:
         def look(score: str, one_by_one: bool = False) -> Callable[[], Any]:
-            measure = measure_for(f"{score}, one by one" if one_by_one else score)
+            measure = MEASURES[f"{score}, one by one" if one_by_one else score]
             return partial(look_at_all, trainer, pl_module, subset.training_set, measure, score, one_by_one=one_by_one)
 
         calls = {"loss": look("loss"), "loss, again": look("loss"), "loss, one by one": look("loss", True)}
@@ -612,8 +628,9 @@ def reading_rows(kind: type[ResidualConvNet], sizes: Sizes, rounds: int, clock: 
         ways["read"] = lambda module: cast(Any, read_losses(module, lambda call: None))
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
+        asked = LossRequest("weighted")
         remove = reweight_losses(
-            module, lambda found: torch.ones_like(found.losses), "weighted", needs=lambda: bool(is_weighted)
+            module, lambda found: torch.ones_like(found.losses), asked, needs=lambda: bool(is_weighted)
         )
         turns = ReadInTurns(module, list(ways.values()))
         periods = timed_fit(module, batch, sizes.steps, [], clock, turns)

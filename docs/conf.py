@@ -1,5 +1,13 @@
 """Sphinx: the method cards in Markdown, and the API from docstrings. Built with warnings as errors."""
 
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tables import techniques, works_with
+
 from lightning_grad import __version__
 
 project = "lightning-grad"
@@ -25,3 +33,16 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+
+
+def add_works_with(app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
+    """Add to the docstring of a technique what it declares to work with."""
+    if any(found in members for members in techniques().values()):
+        lines += ["", "**Works with**", ""]
+        lines += [f"- {line.replace('`', '``')}" for line in works_with(found)]
+        lines.append("")
+
+
+def setup(app: Any) -> None:
+    """Connect what Sphinx calls for each docstring."""
+    app.connect("autodoc-process-docstring", add_works_with)

@@ -47,6 +47,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PGD_STEPS, VALIDATION_STEPS, TEST_STEPS = 5, 10, 20
+IN_THE_DEMO = """\
+Attacked inputs (a quarter of a minute). A small network learns handwritten digits as
+they are, then as an attack changes them in each step, so that it errs. Its learning
+rate is cut when the accuracy under attack stops rising:
+
+    Trainer(callbacks=[AdversarialTraining(0.15), AdversarialEvaluation(0.15),
+                       AccuracyGradientLR("adversarial/val_acc")])
+"""
+
 ENOUGH = 0.98  # of the accuracy at which training at the constant rate ends
 LAST = 3  # validations in a mean: one alone may be high by luck
 OURS, REFERENCE = "accuracy-gradient", "constant"

@@ -51,6 +51,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+IN_THE_DEMO = """\
+Clipped gradients (half a minute). A small language model learns sums, so fast that
+its loss spikes, in seven trainings, first without clipping, then with one line added:
+
+    Trainer(callbacks=[ZClip()])
+"""
+
 LINE = len("27 + 58 =  85\n")
 WARMUP = 0.1
 SHORTEST = 1000  # characters of a text of which a tenth still holds a window of validation

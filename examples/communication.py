@@ -47,6 +47,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+IN_THE_DEMO = """\
+Compressed gradients (half a minute). Two processes train one network, each on its
+half of every batch. They send each other all of their gradients, then an
+approximation, then only the largest entries, with one line changed:
+
+    Trainer(devices=2, strategy=DGCStrategy(ratio=0.001))
+"""
+
 StartMethod = Literal["fork", "spawn"]
 WIDTH, BATCH = 256, 64  # units of a hidden layer; digits of one step, over all ranks
 NEAR = 0.015  # of the accuracy of dense gradients: what may be lost
@@ -436,7 +444,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the study that the command line describes."""
     study = parse(arguments)
     print_table(run_study(study), study)
-    written = ["comparison.png", "results.csv", "a folder for each training, with comm.png if it is compressed"]
+    written = [
+        "comparison.png",
+        "results.csv",
+        "a folder for each training, with a figure if it is compressed",
+    ]
     print(f"\nWritten to {study.output}/:", *written, sep="\n  ")
 
 

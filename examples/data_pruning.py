@@ -46,6 +46,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+IN_THE_DEMO = """\
+Pruned data (half a minute). A small residual network learns handwritten digits from
+all samples, then from half of them, with one line added:
+
+    Trainer(callbacks=[DataPruning(prune=0.5, epoch=3)])
+
+The same line with prune=0 leaves none out, and finds wrong labels in a short training.
+"""
+
 CLASSES = 10
 OFFSET = 0.1  # share of the hardest that "offset" and "ccs" leave out, against wrong labels
 VALIDATIONS = 4
@@ -706,7 +715,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_findings(find_label_errors(study))
         look_at_scores(study)
         written[1:1] = ["label_errors.png", "histogram.png", "scores.png"]
-        written += ["label_errors.csv", "scores/ with a page of the hardest samples"]
+        written += ["label_errors.csv", "scores/ with tables of the hardest samples"]
     print(f"\nWritten to {study.output}/:", *written, sep="\n  ")
 
 

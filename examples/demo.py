@@ -3,46 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-INTRODUCTION = """\
-lightning-grad: gradient techniques in Lightning projects that know nothing of it
-
-1. Sparse weights (about a minute). A small vision transformer learns handwritten
-   digits, first dense, then with one line added, so that of every 8 weights of
-   its encoder only 1 is left:
-
-       Trainer(callbacks=[NMSparsity(pattern="1:8", recipe="mdgf-exponential")])
-
-2. Clipped gradients (half a minute). A small language model learns sums, so fast
-   that its loss spikes, first without clipping, then with one line added:
-
-       Trainer(callbacks=[ZClip()])
-
-3. Pruned data (half a minute). A small residual network learns handwritten digits
-   from all samples, then from half of them, with one line added:
-
-       Trainer(callbacks=[DataPruning(prune=0.5, epoch=3)])
-
-   The same line with prune=0 leaves none out, and finds wrong labels.
-
-4. Attacked inputs (a quarter of a minute). A small network learns handwritten
-   digits as they are, then as an attack changes them in each step, so that it
-   errs. Its learning rate is cut when the accuracy under attack stops rising:
-
-       Trainer(callbacks=[AdversarialTraining(0.15), AdversarialEvaluation(0.15),
-                          AccuracyGradientLR("adversarial/val_acc")])
-
-5. Compressed gradients (half a minute). Two processes train one network, each on
-   its half of every batch. They send each other all of their gradients, then an
-   approximation, then only the largest entries, with one line changed:
-
-       Trainer(devices=2, strategy=DGCStrategy(ratio=0.001))
-"""
-
-SPARSITY = "1. Sparse weights: four trainings\n"
-CLIPPING = "\n2. Clipped gradients: seven trainings\n"
-PRUNING = "\n3. Pruned data: four trainings, and a short one that looks for wrong labels\n"
-ATTACKS = "\n4. Attacked inputs: three trainings\n"
-COMPRESSION = "\n5. Compressed gradients: three trainings, each on two processes\n"
+TITLE = "lightning-grad: gradient techniques in Lightning projects that know nothing of it"
 
 PLACES = """
 Written to {folder}/
@@ -58,14 +19,14 @@ Written to {folder}/
   data_pruning/comparison.png       pruned data: accuracy against samples seen
   data_pruning/results.csv          the numbers of the third table
   data_pruning/label_errors.png     the wrong labels among the hardest samples
-  data_pruning/scores/*/*.html      the hardest and easiest samples, as a page
+  data_pruning/scores/*/*.png       the hardest and easiest samples, the scores
   adversarial/digits.png            attacked inputs: the digits, and the answers
   adversarial/comparison.png        accuracy over epochs, attacked and not
   adversarial/rates.png             the learning rate and its cuts
   adversarial/results.csv           the numbers of the fourth table
-  strategies/comparison.png         compressed gradients: accuracy by megabytes
-  strategies/results.csv            the numbers of the fifth table
-  strategies/dgc*_seed0/comm.png    one training: bytes a step, by layer, unsent
+  communication/comparison.png      compressed gradients: accuracy by megabytes
+  communication/results.csv         the numbers of the fifth table
+  communication/dgc*_seed0/dgc_strategy.png one training: bytes a step, by layer, unsent
 
 Show it in W&B:       wandb sync {folder}/wandb/offline-run-*
 Try other settings:   .venv/bin/python examples/sparsity.py --help
@@ -84,29 +45,25 @@ def main(
     compressed_epochs: int = 24,
 ) -> None:
     """Train, and tell what came of it."""
-    print(INTRODUCTION, SPARSITY, sep="\n", flush=True)
+    print(TITLE, flush=True)
     import sparsity  # takes seconds, so after the first words
 
+    print(f"\n1. {sparsity.IN_THE_DEMO}", flush=True)
     progressive = sparsity.Study(epochs=epochs, output=output, wandb="offline", accelerator="cpu")
     results = sparsity.run_study(progressive)
     print()
     sparsity.print_table(results, progressive.pattern)
 
-    print(CLIPPING, flush=True)
     import clipping
 
+    print(f"\n2. {clipping.IN_THE_DEMO}", flush=True)
     spikes = clipping.Study(steps=steps, output=output / "clipping", accelerator="cpu")
     trained = clipping.run_study(spikes)
     print()
     clipping.print_table(trained, spikes.steps)
 
-    print(PRUNING, flush=True)
     prune_data(output / "data_pruning", pruned_epochs)
-
-    print(ATTACKS, flush=True)
     attack_inputs(output / "adversarial", attacked_epochs)
-
-    print(COMPRESSION, flush=True)
     compress_gradients(output / "communication", compressed_epochs)
     print(PLACES.format(folder=output))
 
@@ -115,6 +72,7 @@ def prune_data(output: Path, epochs: int) -> None:
     """Run the third part."""
     import data_pruning
 
+    print(f"\n3. {data_pruning.IN_THE_DEMO}", flush=True)
     variants = ("full", "random", "hard", "infobatch")
     study = data_pruning.Study(variants, (0.5,), (0.0,), epochs=epochs, score_epoch=3, output=output, accelerator="cpu")
     results = data_pruning.run_study(study)
@@ -126,6 +84,7 @@ def attack_inputs(output: Path, epochs: int) -> None:
     """Run the fourth part."""
     import adversarial
 
+    print(f"\n4. {adversarial.IN_THE_DEMO}", flush=True)
     schedule, rate = "accuracy-gradient", 0.1
     study = adversarial.Study(schedules=(schedule,), rates=(rate,), epochs=epochs, output=output, accelerator="cpu")
     adversarial.print_tables(adversarial.run_study(study), study)
@@ -135,6 +94,7 @@ def compress_gradients(output: Path, epochs: int) -> None:
     """Run the fifth part."""
     import communication
 
+    print(f"\n5. {communication.IN_THE_DEMO}", flush=True)
     study = communication.Study(("dense", "powersgd-4", "dgc-99.9"), epochs=epochs, output=output)
     communication.print_table(communication.run_study(study), study)
 

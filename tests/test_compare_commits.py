@@ -25,7 +25,7 @@ def test_a_changed_rule_is_found_and_a_copied_tree_trains_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied, changed = copy_tree(tmp_path / "copied"), copy_tree(tmp_path / "changed")
-    rule = changed / "lightning_grad" / "functional" / "conditioning.py"
+    rule = changed / "lightning_grad" / "functional" / "clipping" / "gradient_noise.py"
     rule.write_text(rule.read_text().replace("alpha=deviation", "alpha=2 * deviation"))
     monkeypatch.setattr(compare_commits, "run_tree", once_for_each_tree(compare_commits.run_tree))
 

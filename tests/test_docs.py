@@ -3,12 +3,12 @@
 import ast
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import io
 import re
 import sys
 import types
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_grad
 from lightning_grad import callbacks, functional, strategies, utilities
+from lightning_grad.core.compatibility import YES, no
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
@@ -154,6 +155,40 @@ def test_make_targets_exist(page: Path) -> None:
     assert not [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)]
 
 
+def test_modules_and_names_of_the_package_that_are_told_exist() -> None:
+    pages = [*TEXTS, *(ROOT / "examples").rglob("*.yaml")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    told = set(re.findall(r"\blightning_grad(?:\.\w+)+", text))
+    assert told
+    assert not [path for path in told if not exists(path) and "GradientScale" not in path]
+
+
+def exists(path: str) -> bool:
+    """Whether a dotted path leads to a module, or to something in one."""
+    module, _, name = path.rpartition(".")
+    try:
+        importlib.import_module(path)
+    except ImportError:
+        return bool(module) and exists(module) and hasattr(importlib.import_module(module), name)
+    return True
+
+
+def test_files_that_docstrings_name_exist() -> None:
+    package = ROOT / "lightning_grad"
+    named = [
+        (file, path)
+        for file in package.rglob("*.py")
+        for path in re.findall(r"``([\w/]+\.(?:py|md))``", file.read_text(encoding="utf-8"))
+    ]
+    assert named
+    assert not [
+        f"{where(file)}: {path}"
+        for file, path in named
+        if not any((home / path).exists() for home in (file.parent, package, ROOT))
+        and not any(file.parent.glob(f"**/{path}"))
+    ]
+
+
 @pytest.mark.parametrize("page", TEXTS, ids=where)
 def test_files_that_are_named_exist(page: Path) -> None:
     named = re.findall(r"`([\w./-]+/[\w./-]*)`", page.read_text(encoding="utf-8"))
@@ -163,33 +198,19 @@ def test_files_that_are_named_exist(page: Path) -> None:
     assert not [path for path in real if not (ROOT / path).exists()]
 
 
-@dataclass(frozen=True)
-class Files:
-    """Where a technique is told and shown.
-
-    One of a family, ``callbacks/<family>/<word>.py``, has its card in the family's folder, and shares page, example and
-    YAML with it. The only one of its folder has everything under its own word. Strategies are a family, in
-    ``strategies/<word>.py``.
-
-    Args:
-        word: Name of the file its class stands in.
-        family: Name of the folder of that file; empty for the only technique in it.
-    """
-
-    word: str
-    family: str
-
-    @property
-    def card(self) -> str:
-        return "/".join(part for part in ("docs", self.family, f"{self.word}.md") if part)
-
-    @property
-    def examples(self) -> tuple[str, str]:
-        topic = self.family or self.word
-        return f"examples/{topic}.py", f"examples/{topic}.yaml"
+def load_script(name: str) -> types.ModuleType:
+    """Return a script of the documentation as a module."""
+    spec = importlib.util.spec_from_file_location(f"documentation_{name}", ROOT / f"docs/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-SCHEMES = [name for name in strategies.__all__ if not inspect.isabstract(getattr(strategies, name))]
+tables, drawings = load_script("tables"), load_script("drawings")
+FAMILIES: dict[str, list[type[Any]]] = tables.techniques()
+SCHEMES = [cls.__name__ for cls in FAMILIES["communication"]]
 BASES = sorted({*strategies.__all__} - {*SCHEMES})
 TECHNIQUES = [*callbacks.__all__, *SCHEMES]
 
@@ -199,59 +220,127 @@ def class_of(name: str) -> Any:
     return getattr(strategies if name in SCHEMES else callbacks, name)
 
 
-def folder_of(name: str) -> str:
-    return class_of(name).__module__.removeprefix("lightning_grad.").removeprefix("callbacks.").rpartition(".")[0]
-
-
-FOLDERS = Counter(map(folder_of, TECHNIQUES))
-
-
-def files_of(name: str) -> Files:
-    """Return the files of a technique, by the module of its class."""
-    folder, word = folder_of(name), class_of(name).__module__.rpartition(".")[2]
-    return Files(word, folder.replace(".", "/") if FOLDERS[folder] > 1 else "")
-
-
-FAMILIES = sorted({files_of(name).family for name in TECHNIQUES} - {""})
-
-
 def read(file: str) -> str:
     return (ROOT / file).read_text(encoding="utf-8")
 
 
+def read_card(name: str) -> str:
+    return read(f"docs/{tables.card_of(class_of(name))}")
+
+
+def without_parts(file: str) -> str:
+    """Return what is written by hand in a page."""
+    text: str = tables.PART.sub("", read(file))
+    return text
+
+
+def test_generated_parts_are_up_to_date() -> None:
+    stale = ", ".join(tables.stale())
+    assert not stale, f"{stale}: stale. Run `python docs/tables.py`, and commit what it writes."
+
+
+def test_another_docstring_makes_the_tables_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callbacks.ZClip, "__doc__", "Clip norms in another way.\n\nAnd more.")
+    new = tables.stale()
+    assert {*new} == {"README.md", "docs/index.md", "docs/clipping.md"}
+    for text in new.values():
+        assert "| Clip norms in another way |" in text
+
+
+def test_another_answer_makes_table_and_card_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = callbacks.ZClip.compatibility.but(bf16=no("rounds, and {} does too", "Use float32"))
+    monkeypatch.setattr(callbacks.ZClip, "compatibility", other)
+    new = tables.stale()
+    assert {*new} == {"docs/compatibility.md", "docs/clipping/zclip.md"}
+    number = re.search(r"(\d+)\. It rounds, and bf16 does too\. Use float32\.", new["docs/compatibility.md"])
+    assert number is not None
+    assert f"| [`ZClip`](clipping/zclip.md) | yes | raises ({number[1]}) |" in new["docs/compatibility.md"]
+    assert re.search(r"^- Raises: bf16,", new["docs/clipping/zclip.md"], re.MULTILINE)
+
+
+def test_equal_notes_share_a_number() -> None:
+    numbers: dict[str, int] = {}
+    sharded = no("needs whole weights, and {} shards them", "Use DDP")
+    cells = [tables.write_answer(name, sharded, numbers) for name in ("fsdp1", "fsdp2")]
+    cells.append(tables.write_answer("ddp", no("waits", "Use one device"), numbers))
+    cells.append(tables.write_answer("ddp", YES, numbers))
+    assert cells == ["raises (1)", "raises (1)", "raises (2)", "yes"]
+    assert tables.write_note(7, "x " * 70).splitlines()[1].startswith("   x")
+
+
+def test_a_page_without_its_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="begin: contents"):
+        tables.rewrite("docs/index.md", read("docs/index.md").replace("begin: contents", "begin: nothing"))
+    with pytest.raises(KeyError, match="unknown"):
+        tables.rewrite("docs/clipping.md", read("docs/clipping.md") + "<!-- begin: unknown -->\n<!-- end: unknown -->")
+
+
 @pytest.mark.parametrize("name", TECHNIQUES)
-def test_technique_is_told_everywhere(name: str) -> None:
-    files = files_of(name)
-    row = next((line for line in read("README.md").splitlines() if line.startswith(f"| `{name}` |")), "")
-    for file in (files.card, *files.examples):
-        assert f"]({file})" in row, f"README.md: the row of {name} has no link to {file}"
-    shown = [] if files.family else files.examples
-    pages = ("CHANGELOG.md", "docs/index.md", "docs/compatibility.md", "docs/api.md")
-    for file in (files.card, *shown, *pages):
-        assert re.search(rf"\b{name}\b", read(file)), f"{file} does not name {name}"
+def test_technique_is_described_in_one_line(name: str) -> None:
+    description = tables.description_of(class_of(name))
+    assert 20 <= len(description) <= 115
+    assert not re.search(r":\w+:|\||\n", description)
 
 
-@pytest.mark.parametrize("name", [name for name in TECHNIQUES if files_of(name).family])
-def test_family_page_leads_to_the_card(name: str) -> None:
-    files = files_of(name)
-    link = f"[`{name}`]({files.card.removeprefix('docs/')})"
-    assert link in read(f"docs/{files.family}.md"), f"docs/{files.family}.md has no {link}"
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_technique_has_a_line_in_the_changelog(name: str) -> None:
+    assert re.search(rf"\b{name}\b", read("CHANGELOG.md"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_examples_of_a_family_show_some_of_it(family: str) -> None:
-    members = [name for name in TECHNIQUES if files_of(name).family == family]
-    for file in files_of(members[0]).examples:
-        assert any(name in read(file) for name in members), f"{file} names none of {', '.join(members)}"
+def test_family_has_its_files(family: str) -> None:
+    members = [cls.__name__ for cls in FAMILIES[family]]
+    for file in (f"examples/{family}.py", f"examples/{family}.yaml", f"docs/{family}.md"):
+        text = without_parts(file)
+        assert any(re.search(rf"\b{name}\b", text) for name in members), f"{file} shows none of {', '.join(members)}"
+    assert (ROOT / f"lightning_grad/functional/{family}").is_dir()
+
+
+def test_every_page_of_a_family_is_in_its_folder() -> None:
+    folders = {page.parent.name for page in DOCS if page.parent != ROOT / "docs"}
+    assert folders == {*FAMILIES}
 
 
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_card_is_complete(name: str) -> None:
-    card = read(files_of(name).card)
+    card = read_card(name)
     for section in SECTIONS:
         assert re.search(rf"^## {section}", card, re.MULTILINE), f"no section {section!r}"
-    arguments = inspect.signature(class_of(name)).parameters
-    assert not [argument for argument in arguments if not re.search(rf"\b{argument}\b", card)]
+
+
+def told_arguments(docstring: str) -> set[str]:
+    """Return the names in the section Args of a docstring."""
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", docstring, re.MULTILINE | re.DOTALL)
+    names = re.findall(r"^ {4}(\w[\w, ]*):", section[1], re.MULTILINE) if section else []
+    return {name.strip() for line in names for name in line.split(",")}
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_docstring_tells_every_argument(name: str) -> None:
+    told = told_arguments(inspect.getdoc(class_of(name)) or "")
+    assert told == {*inspect.signature(class_of(name)).parameters}
+
+
+def test_an_argument_that_is_not_told_is_found() -> None:
+    args = "Args:\n    first: One.\n        More: of it.\n    second, third: Two."
+    assert told_arguments(f"Do it.\n\n{args}\n\nRaises:\n    ValueError: Never.") == {"first", "second", "third"}
+    assert told_arguments("Do it.\n\nfirst: One.") == set()
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_card_has_no_table_of_arguments(name: str) -> None:
+    assert "| Argument |" not in read_card(name)
+
+
+def test_drawing_and_page_name_what_the_code_has() -> None:
+    page = read("docs/data_pruning/per_sample_gradients.md")
+    folder = ROOT / "lightning_grad/functional/gradients/_ghost"
+    code = "".join(file.read_text(encoding="utf-8") for file in folder.glob("*.py"))
+    assert re.findall(r"^\d\. \*\*(\w+)\.", page, re.MULTILINE) == list(drawings.CONCEPTS)
+    for name in drawings.CONCEPTS:
+        assert re.search(rf"^class {name}\b", code, re.MULTILINE)
+    shown = {text.get_text() for axis in drawings.draw_per_sample_gradients().axes for text in axis.texts}
+    assert {f"{number}  {name}" for number, name in enumerate(drawings.CONCEPTS, 1)} <= shown
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -264,8 +353,8 @@ def test_base_of_strategies_is_told_to_authors(name: str) -> None:
 def test_names_of_a_strategy_are_told(scheme: str) -> None:
     names = [name for name in StrategyRegistry.available_strategies() if _registered(name) is class_of(scheme)]
     assert len(names) == 3
-    for file in ("CHANGELOG.md", files_of(scheme).card):
-        assert not [name for name in names if not re.search(rf"\b{name}\b", read(file))], file
+    for text in (read("CHANGELOG.md"), read_card(scheme)):
+        assert not [name for name in names if not re.search(rf"\b{name}\b", text)]
 
 
 def _registered(name: str) -> Any:

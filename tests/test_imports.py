@@ -260,7 +260,7 @@ def test_the_walk_finds_private_names_of_other_packages(source: str, found: list
 def test_a_folder_imports_no_private_name_of_the_package_around_it() -> None:
     source = "from lightning_grad.functional.sparsity._group_top import top_of_groups"
     assert foreign_parts(source, "lightning_grad.functional.gradients.calls") != []
-    inside = "from lightning_grad.functional.gradients._ghost.binding import Binding"
+    inside = "from lightning_grad.functional.gradients._ghost.contributions import Binding"
     assert foreign_parts(inside, "lightning_grad.functional.gradients._ghost.rules") == []
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -19,13 +20,45 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.chosen import Chosen
+from lightning_grad.core.compatibility import Compatibility
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.fit import FitScope, during_fit
 from lightning_grad.core.undo import UndoList
 from lightning_grad.utilities.arguments import CheckedArguments, changed_settings, follow_settings, plain
-from lightning_grad.utilities.checks import check_name, refuse_sharded
-from lightning_grad.utilities.reporting import log_settings
+from lightning_grad.utilities.checks import check_name
+from lightning_grad.utilities.reporting import log_settings, say_if_no_figures
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a technique acts on in this fit, as :meth:`GradCallback.chosen` returns it.
+
+    Args:
+        words: A clause without subject and full stop, as in the line that is printed when the fit begins.
+        kind: What the names are: ``"parameters"``, ``"samples"``, ``"optimizers"``, ``"learning rates"``, ``"inputs"`` or
+            ``"losses"``; another word, in the plural, if none of these fits.
+        names: A name for each: of parameters as in ``named_parameters()``, of samples the index in the data set, as
+            often as an epoch repeats it; of others the expression that leads to them, such as ``optimizers[0]``.
+
+    Example:
+        >>> chosen = Chosen("acts on 2 parameters", "parameters", ["head.weight", "head.bias"])
+        >>> print(chosen)
+        acts on 2 parameters: head.weight, head.bias
+        >>> print(Chosen("trains on all samples", "samples", range(50_000)))
+        trains on all samples: 0, 1, 2, 3, 4, ... and 49995 more
+    """
+
+    words: str
+    kind: str
+    names: Sequence[str | int]
+
+    def __str__(self) -> str:
+        shown = ", ".join(str(name) for name in self.names[:_SHOWN])
+        more = f", ... and {len(self.names) - _SHOWN} more" if len(self.names) > _SHOWN else ""
+        return f"{self.words}: {shown}{more}" if shown else self.words
+
+
+_SHOWN = 5
 
 
 class GradCallback(FitScope, CheckedArguments, Callback):
@@ -46,11 +79,12 @@ class GradCallback(FitScope, CheckedArguments, Callback):
     Class attributes:
 
     - ``namespace``: the first part of its log keys.
-    - ``needs_whole_weights``: whether it refuses strategies that shard parameters.
+    - ``compatibility``: what it works with; ``setup`` refuses the rest. What depends on settings goes into ``works_with``.
     - ``fixed_settings``: for each argument that must not differ from a checkpoint's when a run resumes the reason, which
       ends the sentence "it cannot change because ...".
     - ``trial``: constructor arguments with which a few epochs on a small module show what the technique does; they name no
       layer, so that they fit every module. Tests and tools use them.
+    - ``neutral``: what of ``trial`` to change so that it changes nothing in a run, or the reason why nothing does that.
 
     Args:
         name: Name of this instance, needed when two of a class are used; part of its state key and log keys.
@@ -60,13 +94,15 @@ class GradCallback(FitScope, CheckedArguments, Callback):
     """
 
     namespace: ClassVar[str]
-    needs_whole_weights: ClassVar[bool] = False
+    compatibility: ClassVar[Compatibility] = Compatibility()
     fixed_settings: ClassVar[Mapping[str, str]] = {}
     trial: ClassVar[Mapping[str, Any]] = {}
+    neutral: ClassVar[Mapping[str, Any] | str] = {}
 
     undo = during_fit.of(UndoList)
     undo_after_saving = during_fit.of(UndoList)
     _stage = during_fit.of(str)
+    _said = during_fit.of(set[str])
     _announced = during_fit[Chosen | None](lambda _: None)
 
     def __init__(self, name: str | None = None) -> None:
@@ -113,9 +149,13 @@ class GradCallback(FitScope, CheckedArguments, Callback):
         self._stage = stage
         if self.fitting:
             self._check_fixed_settings()
-            if self.needs_whole_weights:
-                refuse_sharded(trainer, self.label)
+            self.works_with().refuse(self.label, trainer, pl_module)
             log_settings(trainer, self.label, self.settings)
+            say_if_no_figures(trainer, self)
+
+    def works_with(self) -> Compatibility:
+        """Return what this instance works with, where that depends on its settings."""
+        return self.compatibility
 
     def _check_fixed_settings(self) -> None:
         unknown = sorted(self.fixed_settings.keys() - self.settings.keys())
@@ -162,6 +202,18 @@ class GradCallback(FitScope, CheckedArguments, Callback):
     def say(self, what: str) -> None:
         """Print one line about this instance."""
         rank_zero_info(f"{self.label} {what}.")
+
+    def tell_once(self, what: str, tell: Callable[[str], Any], text: str) -> None:
+        """Print or warn of something once in a fit.
+
+        Args:
+            what: The occasion.
+            tell: ``rank_zero_info`` or ``rank_zero_warn``.
+            text: What is said after the name of the callback.
+        """
+        if what not in self._said:
+            self._said.add(what)
+            tell(f"{self.label}: {text}")
 
     def announce(self, words: str, kind: str, names: Sequence[str | int] = ()) -> None:
         """Print what this instance acts on in this fit, and keep it for :meth:`chosen`; called in ``on_fit_start``.

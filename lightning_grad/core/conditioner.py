@@ -21,40 +21,25 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.core._memory import Memory
-from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.chosen import Chosen
+from lightning_grad.core.callback import Chosen, GradCallback
+from lightning_grad.core.compatibility import NO_ENGINE, SCALED, Compatibility, no, stand_in, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.phases import (
-    Phase,
-    refuse_compressed_gradients,
-    refuse_order,
-    refuse_trainer_clipping,
-    warn_of_other_clippers,
-)
+from lightning_grad.core.phases import ANSWERS, Phase, refuse_order, warn_of_other_clippers
 from lightning_grad.functional.plain_tensors import on_plain_tensors, plain_tensor
 from lightning_grad.utilities.arguments import plain
-from lightning_grad.utilities.checks import (
-    check_above,
-    refuse_complex,
-    refuse_deepspeed,
-    refuse_flat_shards,
-    refuse_sparse_gradients,
-    warn_of_missing_momentum,
-)
+from lightning_grad.utilities.checks import check_above, warn_of_missing_momentum
 from lightning_grad.utilities.optimizers import Shape, optimizer_index, optimizer_shape
 from lightning_grad.utilities.parameters import (
     all_names,
     as_names,
     check_patterns,
-    matches,
-    parameter_names,
+    selects,
     why_none_left,
 )
-from lightning_grad.utilities.precision import refuse_scaled_gradients
 from lightning_grad.utilities.reporting import counted, is_log_step, listed, log_summary
 from lightning_grad.utilities.thresholds import Bucket, Threshold, as_threshold, choose_buckets
 
-__all__ = ["GradientConditioner", "GradientStep", "Phase"]
+__all__ = ["ELEMENTWISE", "GradientConditioner", "GradientStep", "Phase"]
 
 
 @dataclass
@@ -107,7 +92,6 @@ class GradientConditioner(GradCallback):
     - ``phase``: where it stands among others: guard, center, clip, noise, observe.
     - ``threshold_name``: the constructor argument that may be one number, a mapping from name patterns to numbers, or
       a key of the optimizer's param groups.
-    - ``elementwise``: whether the rule acts on each entry alone, so that a shard of a gradient is enough.
     - ``acts_without_threshold``: whether a threshold of ``None``, in a param group, does not turn the rule off.
 
     Args:
@@ -118,14 +102,37 @@ class GradientConditioner(GradCallback):
 
     phase: ClassVar[Phase]
     threshold_name: ClassVar[str | None] = None
-    elementwise: ClassVar[bool] = False
+    compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
+        fp16=yes(
+            "Rules see unscaled gradients; a step that overflows is the GradScaler's to skip, and its norm enters no "
+            "statistics."
+        ),
+        fused_fp16=SCALED,
+        fsdp2=stand_in(
+            "`ModelParallelStrategy` with `fully_shard`. Gradients are DTensors there, and norms are those of whole "
+            "gradients. Tests compare steps under `fully_shard` on two CPU ranks with those of one process. None runs a "
+            "Trainer under it, which a CPU refuses."
+        ),
+        fsdp1=no(
+            "needs gradients in their own shapes, and under {} a rank sees flat shards of them",
+            "Use ModelParallelStrategy with fully_shard (FSDP2), whose gradients are DTensors",
+        ),
+        deepspeed=NO_ENGINE,
+        manual_optimization=yes(
+            "`optimizer.step()` on what `self.optimizers()` returns. An optimizer stepped past Lightning keeps its gradients "
+            "as they are, and a warning says so."
+        ),
+        sparse_gradients=no(
+            "needs dense gradients, and {} makes sparse ones",
+            "Build it with sparse=False, or leave it out: exclude=[{value}]",
+        ),
+    )
     acts_without_threshold: ClassVar[bool] = False
 
     _memory = until_next_fit.of(dict[int, Memory])
     _chosen = during_fit.of(dict[int, tuple[Shape, list[Bucket]]])
     _left_out = during_fit.of(dict[int, list[str]])
     _hook_fired = during_fit.of(set[int])
-    _warned_of_bypass = during_fit.of(bool)
     _choice_changed = during_fit.of(bool)
 
     def __init__(
@@ -168,6 +175,10 @@ class GradientConditioner(GradCallback):
         """Return False for a parameter whose gradient the rule leaves as it is, whatever its values."""
         return True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.compatibility = cls.compatibility.but(**ANSWERS.get(getattr(cls, "phase", "guard"), {}))
+
     # The fit begins.
 
     @override
@@ -175,12 +186,7 @@ class GradientConditioner(GradCallback):
         super().setup(trainer, pl_module, stage)
         if not self.fitting:
             return
-        refuse_deepspeed(trainer, self.label)
-        if not self.elementwise:
-            refuse_flat_shards(trainer, self.label)
         refuse_order(trainer)
-        refuse_trainer_clipping(trainer, self.label, self.phase)
-        refuse_compressed_gradients(trainer, self.label, self.phase)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -200,20 +206,16 @@ class GradientConditioner(GradCallback):
     @override
     @on_plain_tensors
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = parameter_names(pl_module)
-        for parameter, patterns in (("include", self.include), ("exclude", self.exclude)):
-            check_patterns(patterns or [], names, f"{self.label}({parameter}=...)")
-        if isinstance(self._threshold, Mapping):
-            check_patterns(list(self._threshold), names, f"{self.label}({self.threshold_name}=...)")
+        named = {str(self.threshold_name): self._threshold} if isinstance(self._threshold, Mapping) else {}
+        check_patterns(pl_module, self.label, include=self.include, exclude=self.exclude, **named)
         restarted: list[str] = []
         for index, optimizer in enumerate(trainer.optimizers):
-            refuse_scaled_gradients(trainer, optimizer, self.label)
             self._watch_for_bypass(optimizer)
             self._choose(index, optimizer, pl_module, restarted)
+            if self._chosen[index][1]:
+                self.works_with().refuse_optimizer(self.label, trainer, optimizer)
         self.check_choice(pl_module)
-        refuse_sparse_gradients(pl_module, {id(parameter) for parameter in self.parameters()}, self.label)
-        if self.elementwise:
-            refuse_complex(pl_module, {id(parameter) for parameter in self.parameters()}, self.label)
+        self.works_with().refuse_parameters(self.label, pl_module, set(map(id, self.parameters())))
         self._announce(trainer, pl_module)
         if restarted:
             self._say_what_restarts(restarted)
@@ -232,8 +234,7 @@ class GradientConditioner(GradCallback):
         if self.parameters():
             return
         excluded = self.excluded(pl_module)
-        known = all_names(pl_module).values()
-        if not [n for n in known if (self.include is None or matches(n, self.include)) and not matches(n, excluded)]:
+        if not any(selects(names, self.include, excluded) for names in all_names(pl_module).values()):
             raise ValueError(
                 f"{self.label} has no parameter to act on. {why_none_left(pl_module, self.include, excluded)}"
             )
@@ -257,9 +258,19 @@ class GradientConditioner(GradCallback):
             restarted += memory.assign(buckets)
         memory.note(buckets)
 
-    def parameters(self) -> list[Tensor]:
-        """Return the parameters whose gradients are changed in this fit."""
-        return [parameter for _, buckets in self._chosen.values() for b in buckets for parameter in b.parameters]
+    def choose_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose the parameters again, because :meth:`excluded` returns others than when the fit began."""
+        for index, optimizer in enumerate(trainer.optimizers):
+            self._choose(index, optimizer, pl_module)
+
+    def parameters(self, index: int | None = None) -> list[Tensor]:
+        """Return the parameters whose gradients are changed in this fit, of all optimizers or of one."""
+        chosen = [buckets for i, (_, buckets) in self._chosen.items() if index in (None, i)]
+        return [parameter for buckets in chosen for bucket in buckets for parameter in bucket.parameters]
+
+    def states(self) -> list[dict[str, Tensor]]:
+        """Return what the rule keeps in ``step.state``, for each set of parameters with a threshold of its own."""
+        return [state for memory in self._memory.values() for state in memory.states.values()]
 
     @override
     def chosen(self) -> Chosen:
@@ -285,12 +296,10 @@ class GradientConditioner(GradCallback):
 
     def _watch_for_bypass(self, optimizer: Optimizer) -> None:
         def after_step(stepped: Optimizer, *_: Any) -> None:
-            if id(stepped) not in self._hook_fired and not self._warned_of_bypass:
-                self._warned_of_bypass = True
-                rank_zero_warn(
-                    f"{self.label}: an optimizer stepped without Lightning's hooks, so its gradients are as they were. "
-                    "Call step() on what self.optimizers() returns."
-                )
+            if id(stepped) not in self._hook_fired:
+                lost = "an optimizer stepped without Lightning's hooks, so its gradients are as they were"
+                way_out = "Call step() on what self.optimizers() returns."
+                self.tell_once("bypass", rank_zero_warn, f"{lost}. {way_out}")
             self._hook_fired.discard(id(stepped))
 
         self.undo.push(optimizer.register_step_post_hook(after_step).remove)
@@ -357,6 +366,13 @@ class GradientConditioner(GradCallback):
         if clipped:
             share = sum(count for count, _ in clipped) / max(sum(steps for _, steps in clipped), 1)
             log_summary(trainer, {self.log_key("final_clipped_share"): share})
+
+
+ELEMENTWISE: Compatibility = GradientConditioner.compatibility.but(
+    fsdp1=GradCallback.compatibility.fsdp1,
+    complex_parameters=no("compares entries, and those of {} are complex", "Leave it out: exclude=[{value}]"),
+)
+"""Answers of a rule that acts on each entry alone, so that a shard of a gradient is enough."""
 
 
 def _gather(bucket: Bucket, memory: Memory, measured: bool, optimizer: Optimizer, index: int) -> GradientStep:

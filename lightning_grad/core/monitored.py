@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.compatibility import AVERAGED, Compatibility, yes
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.missed_validation import is_validation_due, run_missed_validation
@@ -50,6 +51,10 @@ class MonitoredCallback(GradCallback):
         name: Name of this instance.
     """
 
+    compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
+        ddp=yes("All ranks act together, on the mean of their values."),
+        weight_averaging=yes(AVERAGED),
+    )
     nothing_done: ClassVar[str] = "it did nothing"
 
     observed = until_next_fit.of(int)
@@ -62,7 +67,6 @@ class MonitoredCallback(GradCallback):
     _has_validated = during_fit.of(bool)  # in the present epoch
     _has_whole_epoch = during_fit.of(bool)
     _was_validated = during_fit.of(bool)  # in this fit
-    _told = during_fit.of(set[str])
     _sanity_keys = during_fit.of(list[str])  # what a sanity check has logged
 
     def __init__(
@@ -92,18 +96,6 @@ class MonitoredCallback(GradCallback):
     def epochs_done(self, trainer: pl.Trainer) -> float:
         """Return how many epochs were done when the present value was measured; a fraction within an epoch."""
         return _epochs_done(trainer) if self._due is None else self._due
-
-    def tell_once(self, what: str, tell: Callable[[str], Any], text: str) -> None:
-        """Print or warn of something once in a fit.
-
-        Args:
-            what: The occasion.
-            tell: ``rank_zero_info`` or ``rank_zero_warn``.
-            text: What is said after the name of the callback.
-        """
-        if what not in self._told:
-            self._told.add(what)
-            tell(f"{self.label}: {text}")
 
     # The fit begins.
 
@@ -204,7 +196,7 @@ class MonitoredCallback(GradCallback):
             self._has_validated = True
         elif value is not None:
             self._take(trainer, value)
-        elif not self.observed and "nonfinite" not in self._told:
+        elif not self.observed and "nonfinite" not in self._said:
             self._refuse_unlogged(trainer, is_known)
         self._due = None
 
@@ -240,7 +232,7 @@ class MonitoredCallback(GradCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.observed:
             return
-        if "nonfinite" in self._told:
+        if "nonfinite" in self._said:
             why = f"{self.monitor!r} was never finite; see where it comes from"
         elif self.interval == "validation" and not self._was_validated:
             why = "no validation came; see check_val_every_n_epoch and val_check_interval of the Trainer"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.core.dispatch import overrides
+from lightning_grad.core.ranks import sum_over_ranks
 from lightning_grad.functional.plain_tensors import on_plain_tensors, plain_tensor
 
 _ROBUST = "adversarial"  # the namespace of what attacks inputs
@@ -39,22 +40,13 @@ class MonitoredValue:
 
         To be called on every rank, also by one that has logged nothing: a rank without a new value does not count.
         """
-        here = trainer.callback_metrics.get(self.key)
+        here: Any = trainer.callback_metrics.get(self.key)
         is_new = here is not None and here is not self._before
-        value = _as_number(here) if is_new else 0.0
-        if trainer.world_size == 1:
-            return value if is_new else None, here is not None
-        facts = torch.tensor(
-            [value, float(is_new), float(here is not None)], dtype=torch.float64, device=trainer.strategy.root_device
-        )
-        total, share, known = trainer.strategy.reduce(facts, reduce_op="mean").tolist()
-        return total / share if share > 0.0 else None, known > 0.0
-
-
-def _as_number(metric: Any) -> float:
-    return float(
-        plain_tensor(metric) if isinstance(metric, Tensor) else metric
-    )  # a callback may have put a number there
+        # A callback may have put a plain number there.
+        value = float(plain_tensor(here) if isinstance(here, Tensor) else here) if is_new else 0.0
+        facts = torch.tensor([value, is_new, here is not None], dtype=torch.float64)
+        total, count, known = sum_over_ranks(trainer, facts).tolist()
+        return total / count if count > 0.0 else None, known > 0.0
 
 
 def validated_keys(trainer: pl.Trainer) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -13,17 +13,16 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.compatibility import NO_ENGINE, Compatibility, no
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.held_rates import Factor, HeldRates
-from lightning_grad.core.step_window import StepClosure, StepWindow
+from lightning_grad.core.steps.held_rates import Factor, HeldRates
+from lightning_grad.core.steps.step_window import StepClosure, StepWindow
 from lightning_grad.core.undo import UndoList
 from lightning_grad.functional import reset_moments_
 from lightning_grad.functional.plain_tensors import on_plain_tensors
 from lightning_grad.utilities.batches import map_tensors
-from lightning_grad.utilities.checks import refuse_deepspeed
 from lightning_grad.utilities.optimizers import optimizer_index
-from lightning_grad.utilities.precision import gradients_are_scaled
 
 
 class OptimizerCallback(GradCallback):
@@ -47,6 +46,14 @@ class OptimizerCallback(GradCallback):
     (skipped by ``SkipNonFinite``) does not call ``after_step``. So compute in ``before_update`` what follows from
     the gradients, and keep it in ``after_step``.
     """
+
+    compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
+        fused_fp16=no(
+            "counts the steps that are made, and {} decides inside its step whether the fp16 GradScaler skips it",
+            "Use fused=False, or precision='bf16-mixed'",
+        ),
+        deepspeed=NO_ENGINE,
+    )
 
     _seen = during_fit.of(dict[int, Optimizer])  # all, by number
     _ends = during_fit.of(dict[int, UndoList])  # of those that it acts on
@@ -126,10 +133,8 @@ class OptimizerCallback(GradCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if self.fitting:
-            refuse_deepspeed(trainer, self.label)
-            if _overrides(self, "evaluate"):
-                self._refuse_a_second(trainer)
+        if self.fitting and _overrides(self, "evaluate"):
+            self._refuse_a_second(trainer)
 
     def _refuse_a_second(self, trainer: pl.Trainer) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -184,11 +189,7 @@ class OptimizerCallback(GradCallback):
         return next((index for index, seen in self._seen.items() if seen is optimizer), None)
 
     def _attach(self, trainer: pl.Trainer, index: int, optimizer: Optimizer) -> None:
-        if gradients_are_scaled(trainer, optimizer):
-            raise ValueError(
-                f"{self.label} counts the steps that are made, and the fused {type(optimizer).__name__} decides inside "
-                "its step whether the fp16 GradScaler skips it. Use fused=False, or precision='bf16-mixed'."
-            )
+        self.works_with().refuse_optimizer(self.label, trainer, optimizer)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if index in self._memory and parameters:
             device = parameters[0].device

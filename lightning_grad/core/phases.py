@@ -5,16 +5,38 @@ Used by ``conditioner.py`` and by ``GradientMonitor``. Techniques know of each o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_grad.core.compatibility import Answer, no
 from lightning_grad.core.dispatch import overrides
 
 Phase = Literal["guard", "center", "clip", "noise", "observe"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
+
+_TURN_OFF = (
+    "set gradient_clip_val=None. If a library builds the Trainer, set trainer.gradient_clip_val = None before fit(), or in "
+    "the setup() of a callback that stands before this one"
+)
+ANSWERS: Mapping[Phase, Mapping[str, Answer]] = {
+    "clip": {
+        "gradient_clip_val": no("and {} would both clip", f"Keep one: drop the callback, or {_TURN_OFF}"),
+        "late_gradients": no(
+            "would clip what {} accumulated over many steps",
+            "Drop the callback, and clip before that: {value}(local_clip=...) does so on each rank",
+        ),
+    },
+    "noise": {
+        "gradient_clip_val": no(
+            "comes after clipping, and {} clips after every callback",
+            f"Put NormClipping(max_norm={{value}}) before it and {_TURN_OFF}",
+        )
+    },
+}
+"""What techniques of a phase do not work with."""
 
 
 def conditioners(trainer: pl.Trainer) -> list[Any]:
@@ -39,41 +61,6 @@ def refuse_order(trainer: pl.Trainer) -> None:
         raise ValueError(
             f"What changes gradients acts in the order {', '.join(PHASES)}. Got callbacks=[{written(found)}]; write "
             f"callbacks=[{written(right)}]."
-        )
-
-
-def refuse_trainer_clipping(trainer: pl.Trainer, technique: str, phase: Phase) -> None:
-    """Raise if Lightning's own clipping would clip a second time, or would clip noise.
-
-    Raises:
-        ValueError: For a technique of the phase clip or noise together with ``gradient_clip_val``.
-    """
-    if not trainer.gradient_clip_val or phase not in ("clip", "noise"):
-        return
-    option = f"Trainer(gradient_clip_val={trainer.gradient_clip_val})"
-    turn_off = (
-        "set gradient_clip_val=None. If a library builds the Trainer, set trainer.gradient_clip_val = None before fit(), or "
-        "in the setup() of a callback that stands before this one"
-    )
-    if phase == "clip":
-        raise ValueError(f"{technique} and {option} would both clip. Keep one: drop the callback, or {turn_off}.")
-    raise ValueError(
-        f"{technique} comes after clipping, and {option} clips after every callback. Put NormClipping(max_norm="
-        f"{trainer.gradient_clip_val}) before it and {turn_off}."
-    )
-
-
-def refuse_compressed_gradients(trainer: pl.Trainer, technique: str, phase: Phase) -> None:
-    """Raise if the strategy hands over gradients that it has accumulated over many steps: clipping loses part of them.
-
-    Raises:
-        ValueError: For a technique of the phase clip.
-    """
-    if phase == "clip" and getattr(trainer.strategy, "gradient_is_compressed", False):
-        strategy = type(trainer.strategy).__name__
-        raise ValueError(
-            f"{technique} would clip what {strategy} has accumulated over many steps. Drop the callback, and clip before "
-            "that: DGCStrategy(local_clip=...) does so on each rank."
         )
 
 

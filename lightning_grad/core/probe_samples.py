@@ -12,9 +12,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_grad.core.look import Look
-from lightning_grad.core.scoring import indexed_loader, refuse_part, runner, to_device
-from lightning_grad.core.training_loaders import keys_of
+from lightning_grad.core.losses.given_functions import LossRequest
+from lightning_grad.core.losses.look import Look
+from lightning_grad.core.losses.scoring import indexed_loader, runner, to_device
+from lightning_grad.core.samples.training_loaders import keys_of, refuse_key
 from lightning_grad.core.undo import UndoList
 from lightning_grad.data.random_streams import (
     generators_kept,
@@ -24,7 +25,7 @@ from lightning_grad.data.random_streams import (
     seed_streams,
 )
 from lightning_grad.utilities.batch_copies import copy_of
-from lightning_grad.utilities.checks import check_count, refuse_dataloader_iter, refuse_manual_optimization
+from lightning_grad.utilities.checks import check_count, refuse_dataloader_iter
 from lightning_grad.utilities.reporting import counted
 
 Split = Literal["train", "val"]
@@ -63,8 +64,8 @@ class ProbeLook(Look):
         for start in range(0, len(self.indices), size):
             indices = self.indices[start : start + size]
             batch = self.read(indices)
-            run = _runner(self.trainer, self.pl_module, batch, self.label)
-            yield Look(self.pl_module, batch, indices, self.total, run, self.memory, label=self.label)
+            run = _runner(self.trainer, self.pl_module, batch, self.asked)
+            yield Look(self.pl_module, batch, indices, self.total, run, self.asked, self.memory)
 
 
 def check_samples(samples: int | Sequence[int]) -> None:
@@ -117,7 +118,7 @@ class ProbeSamples:
         split: The set that they are of.
         loader_key: Which of several loaders.
         dataset: Gives the data set to read from instead; called once.
-        label: Who looks, for errors.
+        asked: Who looks, and what to do about a loss that cannot be seen.
 
     Attributes:
         indices: The samples that were read; empty before the first look.
@@ -128,25 +129,21 @@ class ProbeSamples:
     split: Split
     loader_key: str | int | None
     dataset: Callable[[pl.Trainer], Any] | None
-    label: str
+    asked: LossRequest
     indices: list[int] = field(default_factory=list, init=False)
     _own: Any = field(default=None, init=False)
     _early: Any = field(default=None, init=False)
 
-    def look(self, pl_module: pl.LightningModule, epoch: int, step: int, undo: UndoList, way_out: str) -> ProbeLook:
+    def look(self, pl_module: pl.LightningModule, epoch: int, step: int, undo: UndoList) -> ProbeLook:
         """Return what the probe gets; to be called in a quiet module, outside of inference mode."""
         loader, dataset = self._loader, self._source
         self._refuse_without_indices(loader, dataset)
         total = len(dataset)
-        indices = self.indices = chosen_samples(self.samples, total, self.split, self.label)
+        indices = self.indices = chosen_samples(self.samples, total, self.split, self.asked.label)
         read = partial(self._read, loader, dataset)
         batch = read(indices)
         is_part = self.split == "train" and self.loader_key is not None
-        run = (
-            partial(refuse_part, self.label, way_out)
-            if is_part
-            else _runner(self.trainer, pl_module, batch, self.label)
-        )
+        run = _runner(self.trainer, pl_module, batch, self.asked, is_part)
         seed_streams(_SEED)
         for module in pl_module.modules():
             seed_generators(module, _SEED, depth=1)  # no further: the module knows its Trainer
@@ -156,8 +153,7 @@ class ProbeSamples:
             indices,
             total,
             run,
-            label=self.label,
-            way_out=way_out,
+            self.asked,
             trainer=self.trainer,
             epoch=epoch,
             step=step,
@@ -194,10 +190,10 @@ class ProbeSamples:
     def _loader(self) -> DataLoader[Any]:
         loaders = self._loaders
         keys = list(keys_of(loaders))
-        key = None if self.loader_key is None else str(self.loader_key)
-        if (key or "") not in keys:
-            self._refuse_key(keys)
-        loader = CombinedLoader(loaders, "sequential").flattened[keys.index(key or "")]
+        refuse_key(self.loader_key, keys, NOUNS[self.split], self.asked.label)
+        loader = CombinedLoader(loaders, "sequential").flattened[
+            0 if self.loader_key is None else keys.index(str(self.loader_key))
+        ]
         self._refuse_without_indices(loader, getattr(loader, "dataset", loader))
         return loader  # type: ignore[no-any-return]
 
@@ -213,30 +209,18 @@ class ProbeSamples:
             self._early = getattr(loaders, "iterables", loaders)  # of a CombinedLoader, of either namespace
         return self._early
 
-    def _refuse_key(self, keys: Sequence[str]) -> None:
-        if keys == [""]:
-            raise ValueError(
-                f"{self.label}: loader_key={self.loader_key!r} names no {NOUNS[self.split]} loader; there is a single one, "
-                "without a key. Leave loader_key out."
-            )
-        found = f"got loader_key={self.loader_key!r}"
-        raise ValueError(
-            f"{self.label} must know which of the {NOUNS[self.split]} loaders it looks at; {found}. Set loader_key to one of "
-            f"{', '.join(map(repr, keys))}."
-        )
-
     def _refuse_without_indices(self, loader: Any, source: Any) -> None:
         is_indexed = hasattr(source, "__len__") and not isinstance(source, IterableDataset)
         if not isinstance(loader, DataLoader) or not is_indexed:
             raise TypeError(
-                f"{self.label} looks at samples by their index, and the {NOUNS[self.split]} data has none; got "
+                f"{self.asked.label} looks at samples by their index, and the {NOUNS[self.split]} data has none; got "
                 f"{type(source).__name__}. "
                 "Return a DataLoader of a data set with __len__ and __getitem__."
             )
         if loader.batch_sampler is None and not isinstance(getattr(loader.sampler, "batch_size", None), int):
             raise TypeError(
-                f"{self.label} makes a batch of single samples, and DataLoader(batch_size=None) gets whole batches from its "
-                "data set. Give the DataLoader a batch_size, or a BatchSampler as its sampler."
+                f"{self.asked.label} makes a batch of single samples, and DataLoader(batch_size=None) gets whole batches from "
+                "its data set. Give the DataLoader a batch_size, or a BatchSampler as its sampler."
             )
 
 
@@ -245,12 +229,16 @@ def _batch_size(loader: DataLoader[Any]) -> int:
     return int(getattr(sampler, "batch_size", 1))
 
 
-def _runner(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, label: str) -> Callable[[], object]:
+def _runner(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, asked: LossRequest, is_part: bool = False
+) -> Callable[[], object]:
     def run() -> object:
-        refuse_manual_optimization(
-            pl_module, label, "its training_step steps the optimizers. Use a probe that calls the network itself."
-        )
-        refuse_dataloader_iter(pl_module.training_step, label)
-        return runner(trainer, pl_module, batch, 0)()
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                f"{asked.label} does not work with manual optimization: its training_step steps the optimizers. Use a probe "
+                "that calls the network itself."
+            )
+        refuse_dataloader_iter(pl_module.training_step, asked.label)
+        return runner(trainer, pl_module, batch, partly=asked if is_part else None)()
 
     return run

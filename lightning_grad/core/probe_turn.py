@@ -52,7 +52,6 @@ def take_look(
     pl_module: pl.LightningModule,
     samples: ProbeSamples,
     probe: Callable[[ProbeLook], Reading],
-    way_out: str,
     due: Mapping[str, int],
 ) -> Outcome:
     """Run a probe once and leave no trace of it."""
@@ -62,9 +61,9 @@ def take_look(
         with torch.inference_mode(False), torch.no_grad(), _prepared(trainer, pl_module, samples):
             try:
                 with samples.kept():
-                    look = samples.look(pl_module, due["epoch"], due["step"], undo, way_out)
+                    look = samples.look(pl_module, due["epoch"], due["step"], undo)
                     outcome.reading = probe(look)
-                    outcome.numbers = numbers_of(outcome.reading, samples.label)
+                    outcome.numbers = numbers_of(outcome.reading, samples.asked.label)
             except Exception as error:
                 outcome.error = error
             finally:
@@ -80,7 +79,7 @@ def take_look(
 def _prepared(trainer: pl.Trainer, pl_module: pl.LightningModule, samples: ProbeSamples) -> Iterator[None]:
     """Make the module quiet, in the precision of the run, and in the stage that the samples belong to."""
     stage = trainer.state.stage
-    with quiet(trainer, pl_module, label=samples.label), trainer.precision_plugin.forward_context():
+    with quiet(trainer, pl_module, label=samples.asked.label), trainer.precision_plugin.forward_context():
         if samples.split == "train":  # hooks of the module may ask which stage a batch is of
             trainer.training = True
         else:

@@ -21,14 +21,13 @@ from lightning_grad.utilities.checks import check_count
 IN_FIRST_EPOCH = "waits for the end of the first epoch, which shows how long an epoch of these data is"
 
 
-def check_total_steps(total_steps: int | None) -> None:
-    """Raise unless the length of a run, as the user states it, is ``None`` or at least 1.
+def check_total_steps(total_steps: int | None) -> int | None:
+    """Return the length of a run as the user states it, which must be ``None`` or at least 1.
 
     Raises:
         ValueError: If it is not.
     """
-    if total_steps is not None:
-        check_count(total_steps, 1, "total_steps")
+    return None if total_steps is None else check_count(total_steps, 1, "total_steps")
 
 
 def run_progress(trainer: pl.Trainer, steps_ahead: int = 0, stated: int | None = None) -> float:

@@ -13,13 +13,17 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.chosen import Chosen
+from lightning_grad.core.callback import Chosen, GradCallback
+from lightning_grad.core.compatibility import Compatibility, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.schedule_warp import warn_of_two_ends, warp_schedules
-from lightning_grad.core.training_set import TrainingSet
+from lightning_grad.core.samples.schedule_warp import warn_of_two_ends, warp_schedules
+from lightning_grad.core.samples.training_set import TrainingSet
 from lightning_grad.data.fingerprints import Fingerprint
 from lightning_grad.utilities.reporting import log_summary
+
+OWN_SCHEDULES = (
+    "A module that steps its own schedulers gets a warning: those that count batches do not come to their end."
+)
 
 
 class SubsetCallback(GradCallback):
@@ -35,6 +39,13 @@ class SubsetCallback(GradCallback):
     """
 
     namespace: ClassVar[str] = "data"
+    compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
+        ddp=yes(
+            "Every sampler of `torch.utils.data`. Another one raises with several ranks, because nobody knows which rank "
+            "draws what."
+        ),
+        manual_optimization=yes(OWN_SCHEDULES),
+    )
 
     training_set = during_fit[TrainingSet]()
     indices = during_fit.of(list[int])

@@ -5,10 +5,8 @@ Workers that are spawned take seconds to start, and each imports the program aga
 the data set that they hold, are put back afterwards, so that the next epoch is what it would have been.
 """
 
-from __future__ import annotations
-
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -49,11 +47,11 @@ class BorrowedWorkers:
         live: Any = self._loader._iterator
         sampler = live._index_sampler
         try:
-            self._tell(live, _Begin(self._seed))
+            self._tell(live, _Message(_begin, self._seed))
             live._index_sampler = self._batches
             live._reset(self._loader)
             yield from live
-            self._tell(live, _End())
+            self._tell(live, _Message(_end))
         except BaseException:
             self._loader._iterator = None  # their streams are not those of the training: new ones are started
             raise
@@ -77,21 +75,14 @@ def can_borrow(loader: DataLoader[Any]) -> bool:
     return live is not None and known and not holds_generators(loader.collate_fn)  # of which a worker has its own
 
 
-class _Begin:
-    """Becomes, where a worker reads it, the message that it has nothing to do but to answer; its streams are put aside."""
+class _Message:
+    """Becomes, where a worker reads it, what a function returns there: that the worker has nothing to do but to answer."""
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def __reduce__(self) -> Any:
-        return _begin, (self._seed,)
-
-
-class _End:
-    """The same, and its streams are put back."""
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self._call = function, arguments
 
     def __reduce__(self) -> Any:
-        return _end, ()
+        return self._call
 
 
 # In a worker.
@@ -100,6 +91,7 @@ _ASIDE = ExitStack()
 
 
 def _begin(seed: int) -> Any:
+    """Put the worker's random streams aside, and seed others."""
     worker: Any = get_worker_info()
     _ASIDE.enter_context(random_streams_kept())
     _ASIDE.enter_context(generators_kept(worker.dataset))

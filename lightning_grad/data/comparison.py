@@ -1,7 +1,5 @@
 """How far two scores agree: rank correlation, and overlap of the samples that they call hardest."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,9 +52,7 @@ def _aligned(a: SampleScores | Tensor, b: SampleScores | Tensor) -> tuple[Tensor
 
 
 def _sorted(scores: SampleScores) -> tuple[Tensor, Tensor]:
-    if scores.index is None:
-        return torch.arange(len(scores.values)), scores.values
-    index, order = scores.index.sort()
+    index, order = scores.items.sort()
     return index, scores.values[order]
 
 

@@ -1,7 +1,11 @@
-"""What is remembered of a data set, to know it again: its length, its class, and a hash of some of its items."""
+"""What is remembered of a data set, to know it again: its length, its class, and a hash of some of its items.
+
+So it is noticed that the training data is not what it was: made again in mid-fit, or another one when a run resumes.
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import hashlib
@@ -14,13 +18,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_grad.data.list_items import ListItems
 from lightning_grad.data.random_streams import generators_kept, random_streams_kept, seed_streams
 from lightning_grad.functional.plain_tensors import plain_tensor
 
+_FEW = 16  # items of the training data, which may be slow to read; score files, which travel further, have more
+_WORDS = (
+    "{who} knows samples by their index, and the training set {name}, {when}, holds other samples than {before}. "
+    "Not the same: {what}. {advice}"
+)
+_RELOADED = (
+    "Make the samples once, in setup or with a fixed seed, so that they stay the same, or set "
+    "reload_dataloaders_every_n_epochs=0, which loads them once."
+)
+_RESUMED = (
+    "Resume with the data of that run. To train on these, give {who} another name=: then it begins without the "
+    "checkpoint's scores and choices."
+)
 _READ_TWICE = 8  # items, to find out whether the data set augments
 _DEEPEST = 16
 _UNREADABLE = (RuntimeError, TypeError, NotImplementedError)  # raised by tensors that hold no numbers of their own
+
+
+class ListItems:
+    """The items of a data set that takes a list of indices and returns a batch (``DataLoader(batch_size=None)``), one by one.
+
+    Args:
+        dataset: The data set.
+
+    Example:
+        >>> import torch
+        >>> ListItems(torch.arange(5) * 2)[3]
+        tensor([6])
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[[index]]
 
 
 @dataclass(frozen=True)
@@ -72,24 +110,14 @@ def _class_name(dataset: Any) -> str:
 
 def _pieces(tensor: Tensor) -> Sequence[Any] | None:
     """Return what a tensor is made of that is not a plain block of numbers, or None if it is one."""
-    if tensor.layout == torch.sparse_coo:
-        whole = tensor.coalesce()
-        return whole.indices(), whole.values()
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
-    if tensor.layout != torch.strided:  # of a library of the CPU
-        return (tensor.to_dense(),)
     if tensor.is_quantized:
-        return tensor.int_repr(), str(tensor.qscheme()), *_scales(tensor)
-    return None
-
-
-def _scales(tensor: Tensor) -> tuple[Any, ...]:
-    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        return tensor.q_scale(), tensor.q_zero_point()
-    return tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points(), tensor.q_per_channel_axis()
+        return tensor.dequantize(), str(tensor.qscheme())
+    if tensor.is_mkldnn:
+        return (tensor.to_dense(),)
+    if tensor.layout == torch.strided:
+        return None
+    entries = tensor.to_sparse().coalesce()
+    return entries.indices(), entries.values()
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -105,61 +133,50 @@ def _tensor_bytes(tensor: Tensor) -> bytes:
     return plain.view(torch.uint8).numpy().tobytes()
 
 
-def _tensor_parts(tensor: Tensor) -> tuple[str, list[Any]] | None:
+def _tensor_taken_apart(tensor: Tensor) -> tuple[str, bytes, Sequence[Any]]:
     if tensor.is_nested:
-        return f"Tensor nested {tensor.dtype}", list(tensor.detach().unbind())
-    try:
-        pieces = _pieces(_on_cpu(tensor))
-    except _UNREADABLE:
-        return None
-    shape = tuple(tensor.shape)
-    return None if pieces is None else (f"Tensor {tensor.layout} {tensor.dtype} {shape}", list(pieces))
-
-
-def _tensor_leaf(tensor: Tensor) -> tuple[str, bytes]:
-    """Return the kind of a plain tensor, and its content; of one without storage of its own there is no content."""
+        return f"Tensor nested {tensor.dtype}", b"", tensor.detach().unbind()
     kind = f"Tensor {tensor.dtype} {tuple(tensor.shape)}"
     try:
         plain = _on_cpu(tensor)
-        return kind, b"" if plain.is_meta else _tensor_bytes(plain)
+        pieces = _pieces(plain)
+        if pieces is not None:
+            return f"{kind} {tensor.layout}", b"", pieces
+        return kind, b"" if plain.is_meta else _tensor_bytes(plain), ()
     except _UNREADABLE:
-        return kind, b""
+        return kind, b"", ()
 
 
-def _parts(value: Any) -> tuple[str, list[Any]] | None:
-    """Return a description of a container and what it holds, or None if the value is no container."""
+def _taken_apart(value: Any) -> tuple[str, bytes, Sequence[Any]]:
+    """Return the kind of a value, its own content, and what it holds; of an unknown kind there is neither."""
+    kind = type(value).__name__
     if isinstance(value, Tensor):
-        return _tensor_parts(plain_tensor(value))
+        return _tensor_taken_apart(plain_tensor(value))
     if isinstance(value, Mapping):
         entries = sorted(value.items(), key=lambda entry: (type(entry[0]).__name__, repr(entry[0])))
-        return f"dict {len(entries)}", [part for entry in entries for part in entry]
+        return f"dict {len(entries)}", b"", [part for entry in entries for part in entry]
     if isinstance(value, list | tuple):
-        return f"{'list' if isinstance(value, list) else 'tuple'} {len(value)}", list(value)
+        return f"{'list' if isinstance(value, list) else 'tuple'} {len(value)}", b"", value
     if isinstance(value, set | frozenset):
-        return f"set {len(value)}", sorted(value, key=repr)
+        return f"set {len(value)}", b"", sorted(value, key=repr)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        return type(value).__name__, [part for f in fields for part in (f.name, getattr(value, f.name))]
+        return kind, b"", [part for f in dataclasses.fields(value) for part in (f.name, getattr(value, f.name))]
     if isinstance(value, np.ndarray) and value.dtype.hasobject:
-        return f"array {value.shape}", list(value.flat)
-    return None
+        return f"array {value.shape}", b"", list(value.flat)
+    return *_leaf(value, kind), ()
 
 
-def _leaf(value: Any) -> tuple[str, bytes]:
-    """Return the kind of a value that is no container, and its content; of an unknown kind there is no content."""
-    kind = type(value).__name__
+def _leaf(value: Any, kind: str) -> tuple[str, bytes]:
     if isinstance(value, enum.Enum):
         return kind, value.name.encode()
-    if isinstance(value, str | os.PathLike):
-        return "str", os.fspath(value).encode("utf-8", "surrogatepass") if isinstance(value, str) else os.fsencode(
-            value
-        )
+    if isinstance(value, str):
+        return "str", value.encode("utf-8", "surrogatepass")
+    if isinstance(value, os.PathLike):
+        return "str", os.fsencode(value)
     if isinstance(value, bytes | bytearray):
         return "bytes", bytes(value)
     if value is None or (isinstance(value, bool | int | float | complex) and not isinstance(value, np.generic)):
         return kind, repr(value).encode()
-    if isinstance(value, Tensor):
-        return _tensor_leaf(plain_tensor(value))
     if isinstance(value, np.ndarray | np.generic):
         return f"array {value.dtype.str} {value.shape}", value.tobytes()
     if all(hasattr(value, name) for name in ("tobytes", "mode", "size")):  # an image of PIL, which is not imported here
@@ -168,12 +185,11 @@ def _leaf(value: Any) -> tuple[str, bytes]:
 
 
 def _add(digest: Any, value: Any, depth: int = 0) -> None:
-    parts = _parts(value) if depth < _DEEPEST else None
-    kind, content = _leaf(value) if parts is None else (parts[0], b"")
+    kind, content, parts = _taken_apart(value)
     # With their lengths, so that ("ab", "c") and ("a", "bc") differ.
     digest.update(f"{kind}|{len(content)}|".encode())
     digest.update(content)
-    for part in parts[1] if parts else []:
+    for part in parts if depth < _DEEPEST else ():
         _add(digest, part, depth + 1)
 
 
@@ -224,3 +240,63 @@ def fingerprint(dataset: Any, samples: int = 64, seed: int = 0) -> Fingerprint:
         second = [_digest(dataset[i]) for i in drawn[:_READ_TWICE]]
     items = _digest(first) if second == first[:_READ_TWICE] else None
     return Fingerprint(length, _class_name(dataset), items, samples, seed)
+
+
+def mark_of(dataset: Any) -> Fingerprint:
+    """Return the fingerprint of a data set; of one whose items cannot be read here, its length and class.
+
+    Random streams and the data set are left as they are: files that it opens when it is first read are opened by a copy, so
+    that workers started later do not share them.
+    """
+    try:
+        return fingerprint(_copied(dataset), _FEW)
+    except Exception:  # of the user's data set, which may be made to be read by workers only
+        return dataclasses.replace(fingerprint(dataset, samples=0), items=None)
+
+
+def _copied(dataset: Any) -> Any:
+    try:
+        other = copy.copy(dataset)
+        inner = vars(other).get("dataset") if hasattr(other, "__dict__") else None
+        if hasattr(inner, "__getitem__") and hasattr(inner, "__len__"):
+            other.dataset = _copied(inner)
+    except Exception:  # some can only be made once
+        return dataset
+    return other
+
+
+def resume_advice(needed_by: str) -> str:
+    """Return what to do about a checkpoint that knows other samples, for an error."""
+    return _RESUMED.format(who=needed_by.partition("[")[0])
+
+
+def refuse_other_data(known: Fingerprint, dataset: Any, needed_by: str, reloaded: bool) -> Fingerprint:
+    """Raise unless a data set may be the one that is known.
+
+    Args:
+        known: The fingerprint of that.
+        dataset: What is trained on now.
+        needed_by: Who asks, for errors.
+        reloaded: Whether it was loaded again in this fit, or else for a run that resumes.
+
+    Returns:
+        Fingerprint: Of the data set.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    found = mark_of(dataset)
+    differences = known.differences(found)
+    if differences:
+        name = type(dataset.dataset if isinstance(dataset, ListItems) else dataset).__name__
+        raise ValueError(
+            _WORDS.format(
+                who=needed_by,
+                name=name,
+                when="loaded again" if reloaded else "in this run",
+                before="at the start of the fit" if reloaded else "in the run of the checkpoint",
+                what=" and ".join(differences),
+                advice=_RELOADED if reloaded else resume_advice(needed_by),
+            )
+        )
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
@@ -187,20 +187,17 @@ class PrunableBatchSampler(Sampler[list[int]]):
 
     def _passes(self) -> Iterator[int]:
         assert self._kept is not None
-        number = 0
-        while True:
-            empty = True
-            for index in self._pruned_sampler(number):
-                empty = False
-                yield int(index)
-            if empty:
+        for number in count():
+            indices = iter(self._pruned_sampler(number))
+            first = next(indices, None)
+            if first is None:
                 raise ValueError(
                     f"{self._needed_by} keeps {len(self._kept)} samples, and {type(self.original).__name__} yields none of "
                     "them. Prune less, or let the sampler yield every sample of the data set."
                 )
-            number += 1
+            yield from chain([first], indices)
 
-    def _pruned_sampler(self, number: int) -> _Subset:
+    def _pruned_sampler(self, number: int) -> _Subset | _Filtered:
         """Return what yields the kept samples once, for the pass of this number in the epoch."""
         assert self._kept is not None
         kept, sampler = self._kept, self.sampler if type(self.original) is BatchSampler else None
@@ -225,24 +222,21 @@ class PrunableBatchSampler(Sampler[list[int]]):
         counts = torch.bincount(kept, minlength=self.total)
         length = _scaled(self.full_samples, len(kept), self.total)
         if sampler is not None:
-            return _Subset(kept, _Filtered(sampler, lambda key: [self._reader.one(key)], counts, length), is_index=True)
-        return _Subset(kept, _Filtered(self.original, self._reader.batch, counts, length), is_index=True)
+            return _Filtered(sampler, lambda key: [self._reader.one(key)], counts, length)
+        return _Filtered(self.original, self._reader.batch, counts, length)
 
 
 class _Subset:
     """Samples of a list, in the order of a sampler of its positions."""
 
-    def __init__(self, kept: Tensor, sampler: Any, is_index: bool = False) -> None:
+    def __init__(self, kept: Tensor, sampler: Any) -> None:
         self._kept = kept
         self._sampler = sampler
-        self._is_index = is_index
 
     def __len__(self) -> int:
         return len(self._sampler)
 
     def __iter__(self) -> Iterator[int]:
-        if self._is_index:
-            return iter(self._sampler)
         kept = self._kept.tolist()
         return (kept[position] for position in self._sampler)
 

@@ -1,7 +1,5 @@
 """Scores of samples in files: saved with a fingerprint of the data set, checked against it when they are loaded."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import os
@@ -68,12 +66,13 @@ class SampleScores:
             if given.shape != values.shape:
                 raise ValueError(f"SampleScores has {len(values)} values, but {key} of shape {tuple(given.shape)}.")
             object.__setattr__(self, key, given)
-        if (
-            self.index is not None
-            and len(values)
-            and (self.index.min() < 0 or len(set(self.index.tolist())) < len(values))
-        ):
+        if len(values) and (self.items.min() < 0 or len(set(self.items.tolist())) < len(values)):
             raise ValueError("SampleScores needs each index once, from 0 on.")
+
+    @property
+    def items(self) -> Tensor:
+        """Which item of the data set each value belongs to, also where ``index`` is ``None``, (n,)."""
+        return torch.arange(len(self.values)) if self.index is None else self.index
 
     def dense(self, total: int) -> Tensor:
         """Return a value for each of ``total`` items of the data set, nan for those without a score.
@@ -81,21 +80,20 @@ class SampleScores:
         Raises:
             ValueError: If a score belongs to an item beyond them.
         """
-        index = torch.arange(len(self.values)) if self.index is None else self.index
-        if len(index) and int(index.max()) >= total:
+        items = self.items
+        if len(items) and int(items.max()) >= total:
             raise ValueError(
-                f"The scores {self.name!r} reach to item {int(index.max())}, but the data set has {total} items. "
+                f"The scores {self.name!r} reach to item {int(items.max())}, but the data set has {total} items. "
                 "They belong to another data set, or to another split of it. Use the scores of this one."
             )
-        return torch.full((total,), torch.nan, dtype=torch.float64).index_copy_(0, index, self.values)
+        return torch.full((total,), torch.nan, dtype=torch.float64).index_copy_(0, items, self.values)
 
 
 def _entries(scores: SampleScores) -> dict[str, Any]:
-    index = torch.arange(len(scores.values)) if scores.index is None else scores.index
     entries = {
         "format": _FORMAT,
         "scores": scores.values.numpy(),
-        "index": index.numpy(),
+        "index": scores.items.numpy(),
         "name": scores.name,
         "epoch": scores.epoch,
         "seed": scores.seed,
@@ -310,15 +308,12 @@ def _check_alike(first: SampleScores, other: SampleScores) -> None:
             f"Only scores of one data set have a mean; {' and '.join(differences)} differ. Name files of the same data "
             "set only."
         )
-    for key in ("index", "labels", "values"):
-        a, b = getattr(first, key), getattr(other, key)
-        same = (a is None) == (b is None) and (
-            a is None or (len(a) == len(b) if key == "values" else torch.equal(a, b))
+    labels = [scores.labels for scores in (first, other) if scores.labels is not None]
+    same = {"indices": torch.equal(first.items, other.items), "labels": len(labels) < 2 or torch.equal(*labels)}
+    for key in (key for key, agrees in same.items() if not agrees):
+        raise ValueError(
+            f"Only scores of the same samples have a mean; their {key} differ. Name files of the same samples only."
         )
-        if not same and not (key == "labels" and (a is None or b is None)):
-            raise ValueError(
-                f"Only scores of the same samples have a mean; their {key} differ. Name files of the same samples only."
-            )
 
 
 def average_scores(scores: Sequence[SampleScores | str | os.PathLike[str]]) -> SampleScores:

@@ -18,15 +18,7 @@ from lightning_grad.functional.clipping import *
 from lightning_grad.functional.communication import *
 from lightning_grad.functional.data_pruning import *
 from lightning_grad.functional.diagnostics import *
-from lightning_grad.functional.gradients import (
-    InseparableLossError,
-    LossCall,
-    LossCapture,
-    LossTrace,
-    Terms,
-    prove_terms,
-    solo_losses,
-)
+from lightning_grad.functional.gradients import InseparableLossError, LossCall, LossCapture, LossTrace, Terms
 from lightning_grad.functional.gradients.per_sample_gradients import PerSampleGradientNorms, per_sample_gradient_norms
 from lightning_grad.functional.schedules import *
 from lightning_grad.functional.sparsity import *
@@ -39,8 +31,6 @@ __all__ = [
     "PerSampleGradientNorms",
     "Terms",
     "per_sample_gradient_norms",
-    "prove_terms",
-    "solo_losses",
 ]
 __all__ += adversarial.__all__
 __all__ += clipping.__all__

@@ -1,7 +1,5 @@
 """The attributes of an object, wherever its classes keep them."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

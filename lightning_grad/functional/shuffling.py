@@ -1,7 +1,5 @@
 """Random orders and seeds that nobody else draws by chance."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

@@ -1,7 +1,5 @@
 """The version of torch, for what differs between the versions that are supported."""
 
-from __future__ import annotations
-
 import torch
 
 # Two numbers suffice: releases of patches have never changed what is asked here.

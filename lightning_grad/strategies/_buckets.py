@@ -1,12 +1,13 @@
-"""DDP's buckets, collected until all gradients of a backward pass are there.
+"""DDP's buckets, collected until all gradients of a backward pass are there, and the message of those that go dense.
 
-Used by ``compressed_ddp.py``, which exchanges them at once: collectives then come in the same order on all ranks, one message
-carries all tensors, and the norm of the whole gradient is known before anything is sent.
+Used by ``compressed_ddp.py``, which exchanges all gradients at once: collectives then come in the same order on all ranks, one
+message carries all tensors, and the norm of the whole gradient is known before anything is sent. The dense message ends with a
+number that says whether all gradients were finite.
 """
 
 # No "from __future__ import annotations": torch reads the annotation of the hook's argument, and wants the class itself.
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,3 +76,32 @@ class BucketCollector:
 
 def _hook(collector: BucketCollector, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]  # one of C++
     return collector.collect(bucket)
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return whether all entries are finite, a 0-dimensional bool tensor."""
+    # Neither sums, which overflow, nor maximum norms, which take the CPU twenty times as long.
+    extremes = [extreme for tensor in tensors if tensor.numel() for extreme in torch.aminmax(tensor)]
+    return torch.stack([extreme.isfinite() for extreme in extremes]).all()
+
+
+def concatenated(flat: Sequence[Tensor], last: Tensor) -> Tensor:
+    """Return flat tensors as one, with a number at its end."""
+    kind = flat[0].dtype if flat else torch.float32
+    return torch.cat([*flat, last.to(kind).view(1)])
+
+
+def write_dense(gradients: Sequence[Gradient], flat: Tensor) -> None:
+    """Write what :func:`concatenated` made back into gradients, plus the number at its end: 0, or NaN to be seen."""
+    start = 0
+    for gradient in gradients:
+        end = start + gradient.values.numel()
+        torch.add(flat[start:end], flat[-1], out=gradient.values)
+        start = end
+
+
+def write_past_ddp(gradients: Iterable[Gradient]) -> None:
+    """Write gradients from their buckets to their parameters, where DDP does not do so."""
+    for gradient in gradients:
+        if gradient.parameter.grad is not None:
+            gradient.parameter.grad.copy_(gradient.shaped)

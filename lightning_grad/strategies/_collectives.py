@@ -1,10 +1,14 @@
-"""The collectives of an exchange: their bytes are counted, their waiting is not timed, their failures are explained."""
+"""The collectives of an exchange: their bytes are counted, their waiting is not timed, their failures are explained.
 
-from __future__ import annotations
+Ctrl-C waits for the end of an exchange: it is made on all ranks or on none, and its memory is changed wholly or not at all.
+"""
 
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -86,3 +90,22 @@ def explain_lost_rank(error: BaseException, label: str) -> None:
     text = str(error)
     if isinstance(error, RuntimeError) and _LOST not in text and re.search(_SIGNS, text, re.IGNORECASE):
         error.args = (f"{text}\n{label}: {_LOST}", *error.args[1:])
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Let SIGINT wait for the end of a block, and then do what it would have done.
+
+    Only in the main thread, the only one that Python interrupts.
+    """
+    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+        yield
+        return
+    waiting: list[tuple[Any, ...]] = []
+    handler: Any = signal.signal(signal.SIGINT, lambda *arguments: waiting.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if waiting:
+            handler(*waiting[0])

@@ -6,8 +6,6 @@ together are what the optimizer alone would have done. Its groups keep their val
 checkpoints see the user's momentum and decay.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 
@@ -38,19 +36,14 @@ class LocalMomentum:
         self._compressed = compressed
         self._own_groups: list[dict[str, Any]] | None = None
         self._groups: dict[int, dict[str, Any]] = {}
-        self._undo = UndoList()
 
-    def attach(self) -> None:
-        """Begin."""
-        self._undo.push(self._optimizer.register_step_pre_hook(self._before_step).remove)
+    def attach(self, undo: UndoList) -> None:
+        """Begin, until a list takes it back and leaves the optimizer as it was found."""
+        undo.push(self._optimizer.register_step_pre_hook(self._before_step).remove)
         after = self._optimizer.register_step_post_hook(lambda *_: self.give_back())
         self._optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
-        self._undo.push(after.remove)
-        self._undo.push(self.give_back)
-
-    def detach(self) -> None:
-        """End, and leave the optimizer as it was found."""
-        self._undo.run()
+        undo.push(after.remove)
+        undo.push(self.give_back)
 
     def of(self, parameter: Tensor) -> tuple[float, bool]:
         """Return the momentum of a parameter as it stands in its group now, and whether it is Nesterov's."""
@@ -105,14 +98,9 @@ class LocalMomentum:
             parameter.sub_((force.add_(buffer, alpha=momentum) if group["nesterov"] else buffer) * rate)
 
 
-def is_plain_sgd(optimizer: Optimizer) -> bool:
-    """Say whether an optimizer's step is that of ``torch.optim.SGD``."""
-    return isinstance(optimizer, SGD) and type(optimizer).step is SGD.step
-
-
 def why_not_moved(optimizer: Optimizer) -> str:
     """Return why the momentum of an optimizer cannot move into the compressor, or an empty text."""
-    if not is_plain_sgd(optimizer):
+    if not isinstance(optimizer, SGD) or type(optimizer).step is not SGD.step:
         return f"{type(optimizer).__name__} is not torch.optim.SGD"
     dampening = max(group["dampening"] for group in optimizer.param_groups)
     return f"this SGD has dampening={dampening}, which the compressor cannot apply" if dampening else ""

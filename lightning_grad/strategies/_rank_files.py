@@ -8,12 +8,10 @@ be equal on all ranks (counts, a message in flight) is taken from rank 0 on resu
 through the Trainer's ``CheckpointIO``.
 """
 
-from __future__ import annotations
-
 import os
 import posixpath
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
@@ -70,12 +68,8 @@ class RankFiles:
         """
         self._saves += 1
         save = f"{self._run}-{self._saves}"
-        manifest = {
-            "strategy": self._label,
-            "ranks": self._ranks,
-            "save": save,
-            "folder": posixpath.basename(_folder(path)),
-        }
+        folder = posixpath.basename(_folder(path))
+        manifest = {"strategy": self._label, "ranks": self._ranks, "save": save, "folder": folder}
         identity = identity_of(manifest, self._rank, state[0]["memory"], parameters)
         content = {IDENTITY: identity, OWN: dict(state[0]), SHARED: dict(state[1])}
         at_once = io.checkpoint_io if isinstance(io, AsyncCheckpointIO) else io
@@ -97,7 +91,10 @@ class RankFiles:
         """Remove the rank files of earlier saves to the same path, once the checkpoint is there."""
         before, self._written[path] = self._written.get(path), manifest["save"]
         is_late = isinstance(io, AsyncCheckpointIO)  # the checkpoint of before may still be there
-        _remove_others(path, {manifest["save"], before if is_late else None})
+        kept, filesystem = {manifest["save"], before if is_late else None}, get_filesystem(path)
+        for save in _saves(path, _folder(path)):
+            if save not in kept:
+                filesystem.rm(posixpath.join(_folder(path), save), recursive=True)
 
     def remove(self, path: str) -> None:
         """Remove all rank files of a checkpoint, if it has any."""
@@ -145,7 +142,9 @@ class RankFiles:
         """
         (files, missing), before = self.find(path, manifest), manifest["ranks"]
         state: State | None = None
-        problem = self._problem_of_missing(path, manifest, missing) or self._problem_of_ranks(before, policy)
+        problem = self._problem_of_missing(path, manifest, missing)
+        if problem is None and before != self._ranks and policy != "mean":
+            problem = _OTHER_RANKS, f"it would continue on {self._ranks} rank(s) what was saved on {before}"
         if problem is None:
             try:
                 state = self._load(io, files, manifest, parameters)
@@ -164,20 +163,12 @@ class RankFiles:
     def _problem_of_missing(self, path: str, manifest: Mapping[str, Any], missing: list[str]) -> Problem | None:
         if not missing:
             return None
-        text = (
-            f"{len(missing)} of the {manifest['ranks']} files with what each rank has not sent yet are missing, "
-            f"{missing[0]} first"
-        )
-        others = sorted({save for folder in _candidates(path, manifest) for save in _saves(path, folder)})
-        others = [save for save in others if save != manifest["save"]]
+        few = f"{len(missing)} of the {manifest['ranks']} files"
+        text = f"{few} with what each rank has not sent yet are missing, {missing[0]} first"
+        others = {save for folder in _candidates(path, manifest) for save in _saves(path, folder)} - {manifest["save"]}
         if others:
-            text += f" (next to it are files of other checkpoints: save {', '.join(others)})"
+            text += f" (next to it are files of other checkpoints: save {', '.join(sorted(others))})"
         return _MISSING, text
-
-    def _problem_of_ranks(self, before: int, policy: str) -> Problem | None:
-        if before == self._ranks or policy == "mean":
-            return None
-        return _OTHER_RANKS, f"it would continue on {self._ranks} rank(s) what was saved on {before}"
 
     def _load(self, io: CheckpointIO, files: list[str], manifest: Mapping[str, Any], parameters: Parameters) -> State:
         def load(rank: int) -> dict[str, Any]:
@@ -219,13 +210,6 @@ def _mean(first: dict[str, Any], others: Iterator[dict[str, Any]], ranks: int) -
     return first
 
 
-def _remove_others(path: str, kept: Collection[str | None]) -> None:
-    filesystem = get_filesystem(path)
-    for save in _saves(path, _folder(path)):
-        if save not in kept:
-            filesystem.rm(posixpath.join(_folder(path), save), recursive=True)
-
-
 def _saves(path: str, folder: str) -> list[str]:
     filesystem = get_filesystem(path)
     entries = filesystem.ls(folder, detail=False) if filesystem.exists(folder) else []
@@ -235,7 +219,8 @@ def _saves(path: str, folder: str) -> list[str]:
 def _candidates(path: str, manifest: Mapping[str, Any]) -> list[str]:
     folder = _folder(path)
     written = posixpath.join(posixpath.dirname(folder), manifest["folder"])
-    return list(dict.fromkeys((written, folder, _folder(_resolved(path)))))
+    resolved = path if "://" in path else os.path.realpath(path)
+    return list(dict.fromkeys((written, folder, _folder(resolved))))
 
 
 def _folder(path: str) -> str:
@@ -248,7 +233,3 @@ def _file(folder: str, save: str, rank: int) -> str:
 
 def _with_slashes(path: str) -> str:
     return path.replace("\\", "/")
-
-
-def _resolved(path: str) -> str:
-    return path if "://" in path else os.path.realpath(path)

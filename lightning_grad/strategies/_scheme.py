@@ -1,40 +1,46 @@
 """What a compression scheme is: four methods on named gradients, and a memory that is saved for each rank.
 
-``compressed_ddp.py`` calls the methods, and has the run around them; ``_rank_saving.py`` says when the memory is saved.
+``compressed_ddp.py`` calls the methods, and has the run around them; the files of ranks are those of ``_rank_files.py``.
 """
 
-from __future__ import annotations
-
-from abc import abstractmethod
+import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+import torch.distributed as dist
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_grad.core.fit import during_fit, until_next_fit
+from lightning_grad.core.fit import FitScope, during_fit, until_next_fit
 from lightning_grad.core.undo import UndoList
 from lightning_grad.functional import total_norm
 from lightning_grad.strategies._buckets import Gradient
 from lightning_grad.strategies._ledger import ByteLedger
-from lightning_grad.strategies._noise import GradientNoise
+from lightning_grad.strategies._rank_files import MANIFEST_KEY, Problem, RankFiles, State
 from lightning_grad.strategies._rank_identity import Layout, layout_of
-from lightning_grad.strategies._rank_saving import RankSavingDDP
-from lightning_grad.strategies._settings import of_messages
+from lightning_grad.utilities.arguments import changed_settings, follow_settings, plain
 from lightning_grad.utilities.parameters import all_names, clean_name, matches
 
 Message = dict[str, Tensor]
+ResidualPolicy = Literal["strict", "mean", "reset"]
 
 _MOST_ENTRIES = 2**31  # of a compressed tensor: an index has four bytes
+_OF_THE_LAUNCH = ("residual_policy", "gradient_noise")  # may differ at each start, and change no message
 
 
-class SchemeDDP(RankSavingDDP):
-    """What a scheme may ask for, what it writes, and what of it is saved.
+class SchemeDDP(FitScope, DDPStrategy, ABC):
+    """What a scheme may ask for, what it writes, and what of it is saved: a file for each rank with every full checkpoint.
 
     Attributes:
+        residual_policy: What is done if the files do not fit the run that resumes.
         memory: By parameter, what the scheme keeps.
         ledger: Counts bytes and exchanges.
         step: Exchanges before the present one.
@@ -43,6 +49,7 @@ class SchemeDDP(RankSavingDDP):
 
     exclude: list[str] | None
     min_numel: int
+    residual_policy: ResidualPolicy
 
     undo = during_fit.of(UndoList)
 
@@ -50,7 +57,7 @@ class SchemeDDP(RankSavingDDP):
     memory = until_next_fit.of(dict[str, dict[str, Tensor]])
     ledger = until_next_fit.of(ByteLedger)
     step = until_next_fit.of(int)
-    _noise = until_next_fit.of(GradientNoise)
+    _noise = until_next_fit[Tensor | None](lambda _: None)  # averages
     _parameters = until_next_fit.of(dict[str, Tensor])
     _names = until_next_fit.of(dict[int, str])
     _tied = until_next_fit.of(dict[str, list[str]])
@@ -60,8 +67,25 @@ class SchemeDDP(RankSavingDDP):
     _in_flight = until_next_fit[Message | None](lambda _: None)
     _replayed = until_next_fit[Message | None](lambda _: None)
     _is_accumulated = until_next_fit.of(bool)
+    _files = until_next_fit[RankFiles]()
+    _loaded_from = ""
 
     # What a scheme says and writes.
+
+    @property
+    def label(self) -> str:
+        """The class, for messages, configs and checkpoints."""
+        return type(self).__name__
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments that are this technique's own."""
+
+    @property
+    def message_settings(self) -> dict[str, Any]:
+        """The settings that decide what is sent: a checkpoint holds them, and they are compared when a fit resumes."""
+        return {name: plain(value) for name, value in self.settings.items() if name not in _OF_THE_LAUNCH}
 
     @property
     def gradient_is_compressed(self) -> bool:
@@ -153,41 +177,31 @@ class SchemeDDP(RankSavingDDP):
         self._shapes = {name: (p.shape, p.element_size()) for name, p in named if p.requires_grad}
 
     @property
-    @override
     def parameters(self) -> dict[str, Layout]:
+        """Sizes and strides of the module's parameters by name, which are compared too when a fit resumes."""
         return {name: layout_of(parameter) for name, parameter in self._parameters.items()}
 
-    # Checkpoints: written and read by RankSavingDDP.
-
     @property
-    @override
-    def has_state(self) -> bool:
-        return not self.is_neutral and (self.ledger.steps > 0 or self._is_accumulated)
+    def _trainer(self) -> pl.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
 
-    @override
-    def rank_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    # What is saved of it.
+
+    def rank_state(self) -> State:
+        """Return what is this rank's own, and what is the same on all ranks, of which that of rank 0 counts."""
         memory = {name: {key: value.clone() for key, value in kept.items()} for name, kept in self.memory.items()}
         batches: Any = self._trainer.fit_loop.epoch_loop.batch_progress.current
         is_under_way = self._trainer.interrupted and batches.started > batches.processed  # so that the batch runs again
         shared = {
             "in_flight": self._in_flight if is_under_way else None,
             "ledger": self.ledger.state_dict(),
-            "noise": self._noise.state_dict(),
+            "noise": self._noise,
         }
         return {"memory": memory, "is_accumulated": self._is_accumulated}, shared
 
-    @property
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """The constructor's arguments that are this technique's own."""
-
-    @property
-    @override
-    def message_settings(self) -> dict[str, Any]:
-        return of_messages(self.settings)
-
-    @override
     def load_rank_state(self, own: Mapping[str, Any], shared: Mapping[str, Any], changed: set[str]) -> None:
+        """Continue with what :meth:`rank_state` returned, although some settings may have changed."""
         to, saved = self.root_device, own["memory"]
         self.memory = {
             name: {key: v.to(to) for key, v in saved[name].items()} for name in saved if name in self._chosen
@@ -202,10 +216,92 @@ class SchemeDDP(RankSavingDDP):
             message = None
         self._replayed = None if message is None else {key: value.to(to) for key, value in message.items()}
         self.ledger.load_state_dict(shared["ledger"])
-        self._noise.load_state_dict(shared["noise"])
+        self._noise = shared["noise"]
+
+    # When it is saved.
+
+    def begin_files(self) -> None:
+        """Get ready for the saves of a fit."""
+        run = str(self.broadcast(uuid.uuid4().hex[:8]))
+        self._files = RankFiles(self.label, run, self.global_rank, self.world_size)
 
     @override
-    def forget_rank_state(self) -> None:
-        self.memory, self._replayed, self._is_accumulated = {}, None, False
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        self._loaded_from = str(checkpoint_path)
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        super().load_optimizer_state_dict(checkpoint)
+        manifest = checkpoint.get(MANIFEST_KEY)
+        self.memory, self._replayed, self._noise, self._is_accumulated = {}, None, None, False
         self.ledger.load_state_dict(ByteLedger().state_dict())
-        self._noise.load_state_dict(None)
+        if not self.is_neutral:
+            self._restore(manifest)
+        elif manifest is not None:
+            rank_zero_warn(f"{self.label} sends everything now; what {manifest['strategy']} had not sent is lost.")
+
+    def _restore(self, manifest: Mapping[str, Any] | None) -> None:
+        if manifest is None:
+            rank_zero_info(f"{self.label} begins with nothing unsent.")
+            return
+        if manifest["strategy"] != self.label:
+            rank_zero_warn(
+                f"{self.label} begins with nothing unsent: the checkpoint is of {manifest['strategy']}, whose residuals mean "
+                "something else, and are lost."
+            )
+            return
+        saved = manifest.get("settings", {})
+        follow_settings(self.label, saved, self.message_settings, {})
+        policy, parameters = self.residual_policy, self.parameters
+        state, why = self._files.read(
+            self.checkpoint_io, self._loaded_from, manifest, policy, parameters, _first_problem
+        )
+        if state is None:
+            lost = "begins with nothing unsent: what the saved run had not sent is lost"
+            rank_zero_warn(f"{self.label} {lost}, because {why}.")
+        else:
+            self.load_rank_state(*state, set(changed_settings(saved, self.message_settings)))
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        has_state = not self.is_neutral and (self.ledger.steps > 0 or self._is_accumulated)
+        if not has_state or "optimizer_states" not in checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        if self._trainer.interrupted:
+            self._save_on_the_way_out(checkpoint, str(filepath), storage_options)
+            return
+        path = str(self.broadcast(str(filepath)))  # names may hold metrics, which differ by rank
+        manifest = self._write_rank_file(checkpoint, path)
+        self.barrier("all rank files are written before the checkpoint that names them")
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if self.is_global_zero:
+            self._files.forget_earlier(self.checkpoint_io, path, manifest)
+
+    def _write_rank_file(self, checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
+        manifest = self._files.write(self.checkpoint_io, path, self.rank_state(), self.parameters)
+        checkpoint[MANIFEST_KEY] = {**manifest, "settings": self.message_settings}
+        return manifest
+
+    def _save_on_the_way_out(self, checkpoint: dict[str, Any], path: str, storage_options: Any | None) -> None:
+        """Save after an exception, when other ranks may be anywhere: nobody can be asked, and rank 0 only looks for files."""
+        manifest = self._write_rank_file(checkpoint, path)
+        if self.is_global_zero:
+            if not self._files.are_complete(path, manifest) and get_filesystem(path).exists(path):
+                # One that lacks files of other ranks must not take the place of one that can be resumed.
+                rank_zero_warn(f"{self.label} keeps the former {path}: other ranks have not written theirs.")
+                return
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        super().remove_checkpoint(filepath)
+        if self.is_global_zero and hasattr(self, "_files"):
+            self._files.remove(str(filepath))
+
+
+def _first_problem(problem: Problem | None) -> Problem | None:
+    problems: list[Problem | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((one for one in problems if one is not None), None)

@@ -6,8 +6,6 @@ the optimizer, so it can wait. One whose gradient is zeros, which ``zero_grad(se
 momentum: it takes part in the exchange, and what arrives is written past DDP.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import torch
@@ -32,18 +30,13 @@ class UsedParameters:
         self._parameters, self._static = parameters, static
         self._agreed: Tensor | None = None
         self._read: tuple[Tensor | None, tuple[set[str], set[str]]] = (None, (set(), set()))
-        self._undo = UndoList()
         self.forget()
 
-    def attach(self) -> None:
-        """Begin to mark."""
+    def attach(self, undo: UndoList) -> None:
+        """Begin to mark, until a list takes it back."""
         for parameter in self._parameters.values():
             hook = parameter.register_post_accumulate_grad_hook(self._mark)  # type: ignore[no-untyped-call]
-            self._undo.push(hook.remove)
-
-    def detach(self) -> None:
-        """End, and leave the parameters as they were found."""
-        self._undo.run()
+            undo.push(hook.remove)
 
     def forget(self) -> None:
         """Begin a step: nothing is marked."""
@@ -72,15 +65,11 @@ class UsedParameters:
             self._agreed = ranks.maximum_(mask, counted=not self._static)
         return self._agreed
 
-    def names(self, mask: Tensor) -> set[str]:
-        """Return the names of the parameters that take part; waits for the device, in a static graph once."""
-        return self._in(mask)[0]
+    def names(self, mask: Tensor) -> tuple[set[str], set[str]]:
+        """Return the names of the parameters that take part, and of those among them whose gradients DDP does not touch.
 
-    def past_ddp(self, mask: Tensor) -> set[str]:
-        """Return the names of those that take part, and whose gradients DDP does not touch."""
-        return self._in(mask)[1]
-
-    def _in(self, mask: Tensor) -> tuple[set[str], set[str]]:
+        It waits for the device, in a static graph once.
+        """
         if mask is not self._read[0]:
             marks = dict(zip(self._parameters, mask.tolist(), strict=True))
             present = {name for name, mark in marks.items() if mark != _ABSENT}

@@ -10,10 +10,11 @@ what got a gradient, ``_collectives.py`` talks to other ranks, ``_ledger.py`` co
 memory of each rank is saved, ``_refusals.py`` says what cannot work, ``_noise.py`` measures, ``_report.py`` draws.
 """
 
-from __future__ import annotations
-
+import inspect
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -25,23 +26,27 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.core.chosen import Chosen
-from lightning_grad.core.fit import during_fit
-from lightning_grad.strategies import _report
-from lightning_grad.strategies._buckets import BucketCollector, Gradient
-from lightning_grad.strategies._collectives import Collectives, explain_lost_rank
-from lightning_grad.strategies._dense import all_finite, concatenated, write_dense, write_past_ddp
-from lightning_grad.strategies._interrupts import interrupts_deferred
+from lightning_grad.core import Chosen, check_count, during_fit, is_log_step
+from lightning_grad.core.compatibility import Compatibility, manual, moot, no
+from lightning_grad.strategies._buckets import (
+    BucketCollector,
+    Gradient,
+    all_finite,
+    concatenated,
+    write_dense,
+    write_past_ddp,
+)
+from lightning_grad.strategies._collectives import Collectives, explain_lost_rank, interrupts_deferred
 from lightning_grad.strategies._ledger import Stopwatch
-from lightning_grad.strategies._rank_saving import ResidualPolicy
-from lightning_grad.strategies._refusals import explain_unused_parameters, refuse_optimizers, refuse_run
-from lightning_grad.strategies._scheme import Message, SchemeDDP
-from lightning_grad.strategies._settings import own_settings
+from lightning_grad.strategies._noise import measure_noise
+from lightning_grad.strategies._refusals import explain_unused_parameters, refuse_optimizers
+from lightning_grad.strategies._report import draw
+from lightning_grad.strategies._scheme import Message, ResidualPolicy, SchemeDDP
 from lightning_grad.strategies._used_parameters import UsedParameters
 from lightning_grad.utilities.arguments import CheckedArguments
-from lightning_grad.utilities.checks import check_count, owned_ids
-from lightning_grad.utilities.parameters import as_names, check_patterns, parameter_names
-from lightning_grad.utilities.reporting import is_log_step, log_many, log_settings, log_summary, say_if_no_figure
+from lightning_grad.utilities.checks import owned_ids
+from lightning_grad.utilities.parameters import as_names, check_patterns
+from lightning_grad.utilities.reporting import log_many, log_settings, log_table, output_file, say_if_no_figures
 
 __all__ = ["CompressedDDPStrategy", "Gradient", "Message", "ResidualPolicy"]
 
@@ -49,6 +54,11 @@ StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
 _DENSE, _USED = "dense", "used"
 DEFAULT_TIMEOUT = timedelta(minutes=30)  # Lightning's
+
+_NO_SCALER = no(
+    "adds up gradients over steps, and {} changes their scale between steps",
+    "Use precision='bf16-mixed', or strategy='ddp'",
+)
 
 
 class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
@@ -97,16 +107,35 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     """
 
     namespace: ClassVar[str] = "comm"
+    figure: ClassVar[bool] = True
     trial: ClassVar[Mapping[str, Any]]
+    neutral: ClassVar[Mapping[str, Any] | str]
+    compatibility: ClassVar[Compatibility] = Compatibility(
+        fp16=_NO_SCALER,
+        fused_fp16=_NO_SCALER,
+        **dict.fromkeys(("ddp", "fsdp2", "fsdp1", "deepspeed"), moot("A Trainer has one strategy. This one is DDP.")),
+        **manual(
+            no(
+                "does not work with {}: a backward pass must end in one optimizer step",
+                "Use strategy='ddp', or automatic optimization",
+            )
+        ),
+        pytorch_lightning=no(
+            "does not work with {}, which takes only strategies of its own namespace and says invalid strategy name",
+            "Use lightning.pytorch.Trainer",
+        ),
+        late_gradients=moot("A Trainer has one strategy."),
+        sparse_gradients=no(
+            "needs dense gradients, and {} makes sparse ones", "Build it with sparse=False, or use strategy='ddp'"
+        ),
+        complex_parameters=no("compresses real gradients, and {} is complex", "Use strategy='ddp'"),
+    )
 
     ranks = during_fit[Collectives]()
     _watch = during_fit[Stopwatch]()
     _used = during_fit[UsedParameters](lambda _: UsedParameters({}))
     _measured = during_fit.of(dict[str, float])
-
-    @during_fit
-    def _buckets(self) -> BucketCollector:
-        return BucketCollector({}, self._exchange)
+    _buckets = during_fit[BucketCollector](lambda self: BucketCollector({}, self._exchange))
 
     def __init__(
         self,
@@ -122,7 +151,6 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
     ) -> None:
-        check_count(min_numel, 1, "min_numel")
         if timeout is not None and timeout <= timedelta(0):
             raise ValueError(f"timeout must be longer than zero; got {timeout!r}.")
         ddp: dict[str, Any] = {} if broadcast_buffers else {"broadcast_buffers": False}  # torch 2.13 deprecates it
@@ -137,23 +165,27 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             **ddp,
         )
         self.exclude = as_names(exclude)
-        self.min_numel = min_numel
+        self.min_numel = check_count(min_numel, 1, "min_numel")
         self.residual_policy = residual_policy
         self.gradient_noise = gradient_noise
         self._finds_unused, self._is_static = find_unused_parameters or static_graph, static_graph
 
     # The fit begins.
 
-    @property
-    @override
-    def label(self) -> str:
-        """The class, for messages, configs and checkpoints."""
-        return type(self).__name__
+    def works_with(self) -> Compatibility:
+        """Return what this instance works with, where that depends on its settings."""
+        return self.compatibility
 
     @property
     @override
     def settings(self) -> dict[str, Any]:
-        return own_settings(self, CompressedDDPStrategy)
+        schemes = [cls for cls in reversed(type(self).__mro__) if issubclass(cls, CompressedDDPStrategy)]
+        names = dict.fromkeys(name for scheme in schemes for name in inspect.signature(scheme.__init__).parameters)
+        return {name: getattr(self, name) for name in names if name in vars(self)}  # those of DDP are not kept
+
+    def log_key(self, quantity: str) -> str:
+        """Return the log key of a quantity."""
+        return f"{self.namespace}/{quantity}"
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -169,7 +201,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         self.begin_files()
         log_settings(trainer, self.label, self.settings)
         self._announce()
-        say_if_no_figure(trainer, self.label, wanted=not self.is_neutral)
+        say_if_no_figures(trainer, self)
 
     def refuse(self, trainer: pl.Trainer) -> None:
         """Raise for what cannot be compressed, before anything is built.
@@ -177,8 +209,9 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         Raises:
             ValueError: With what to do instead.
         """
-        refuse_run(trainer, self.label)
-        check_patterns(self.exclude or [], parameter_names(trainer.lightning_module), f"{self.label}(exclude=...)")
+        self.works_with().refuse(self.label, trainer, trainer.lightning_module)
+        self.works_with().refuse_parameters(self.label, trainer.lightning_module)
+        check_patterns(trainer.lightning_module, self.label, exclude=self.exclude)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -205,8 +238,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         self.undo.push(self._buckets.clear)
         self._used = UsedParameters({name: self._parameters[name] for name in self._shapes}, self._is_static)
         if self._finds_unused:
-            self._used.attach()
-            self.undo.push(self._used.detach)
+            self._used.attach(self.undo)
 
     def chosen(self) -> Chosen:
         """Return which parameters' gradients are compressed in this fit, in words and as a list.
@@ -284,7 +316,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             self.write(compressed, message, message[_DENSE][-1])
         write_dense(dense, message[_DENSE])
         if _USED in message:
-            past_ddp = self._used.past_ddp(message[_USED])
+            _, past_ddp = self._used.names(message[_USED])
             write_past_ddp(gradient for gradient in (*compressed, *dense) if gradient.name in past_ddp)
         self._in_flight = message
         self._watch.stop()
@@ -302,7 +334,8 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     ) -> tuple[list[Gradient], list[Gradient]]:
         """Return the gradients that are compressed and those that go dense, without parameters that no rank used."""
         if _USED in message:
-            gradients = [gradient for gradient in gradients if gradient.name in self._used.names(message[_USED])]
+            used, _ = self._used.names(message[_USED])
+            gradients = [gradient for gradient in gradients if gradient.name in used]
         # What no optimizer moves goes dense: nobody zeroes such gradients, and a residual of them would grow for nothing.
         chosen = self._chosen if self.is_active else set()
         compressed = [g for g in gradients if g.name in chosen and id(g.parameter) in owned]
@@ -339,7 +372,9 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         if not self.gradient_noise or self.world_size < 2:
             return {}
         flat = [gradient.values for gradient in gradients]
-        return {"gradient_noise": self._noise.measure(flat, self.world_size, self.ranks.mean_)}
+        self._noise = measure_noise(self._noise, flat, self.world_size, self.ranks.mean_)
+        noise, signal = self._noise.tolist()
+        return {"gradient_noise": noise / signal if signal > 0 else math.inf}
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -356,9 +391,10 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
 
     def _log_step(self, trainer: pl.Trainer) -> None:
         if self._measured:
-            log_many(trainer, {f"{self.namespace}/{key}": value for key, value in self._measured.items()})
+            log_many(trainer, {self.log_key(key): value for key, value in self._measured.items()})
             kept = {key: self._measured[key] for key in ("bytes_sent", "ratio", "residual_norm")}
-            self.ledger.note({"step": float(trainer.global_step), **kept})
+            self.ledger.record.add({"step": float(trainer.global_step), **kept})
+            self.ledger.record.save(trainer, self)
 
     # The fit ends.
 
@@ -366,13 +402,11 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def on_train_end(self) -> None:
         if not self.ledger.steps:
             return
-        trainer = self._trainer
-        megabytes = self.ledger.sent_bytes / 1e6
-        log_summary(
-            trainer,
-            {f"{self.namespace}/final_ratio": self.ledger.ratio, f"{self.namespace}/total_megabytes": megabytes},
-        )
-        _report.report(trainer, self.label, self.ledger, self._layers())
+        trainer, layers = self._trainer, self._layers()
+        summary = {"final_ratio": self.ledger.ratio, "total_megabytes": self.ledger.sent_bytes / 1e6}
+        figure = partial(draw, self.label, self.ledger, layers)
+        self.ledger.record.report(trainer, self, figure, summary=summary, figure="summary")
+        log_table(trainer, self.log_key("layers"), layers, output_file(trainer, self.label, "_layers.csv"))
 
     def _layers(self) -> list[dict[str, Any]]:
         rows = []
@@ -385,6 +419,8 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
+        if self.ledger.record.count:
+            self.ledger.record.save(self._trainer, self, now=True)
         explain_lost_rank(exception, self.label)
         explain_unused_parameters(exception, self.label, self._parameters)
         self._end()
@@ -399,3 +435,9 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def _end(self) -> None:
         self.undo.run()
         self.end_fit()
+
+
+def arguments_of_all(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that all schemes have, of the ``locals()`` of a scheme's constructor that hands them on."""
+    names = list(inspect.signature(CompressedDDPStrategy.__init__).parameters)[1:]
+    return {name: given[name] for name in names}

@@ -4,8 +4,6 @@ The maths is in ``functional``: ``topk_selection`` (which entries), ``error_feed
 in a buffer), ``communication`` (densities and costs). Read ``compressed_ddp.py`` first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar, Literal, cast
@@ -17,6 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
+from lightning_grad.core.compatibility import YES, Compatibility, no, yes
 from lightning_grad.core.dispatch import overrides
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.functional import (
@@ -29,9 +28,8 @@ from lightning_grad.functional import (
     unpack_pairs,
 )
 from lightning_grad.functional.communication.error_feedback import as_sent
-from lightning_grad.functional.communication.wire import kept_count, warmup_density
+from lightning_grad.functional.communication.wire import PAPER_WARMUP, RELEASED_WARMUP, kept_count, warmup_density
 from lightning_grad.functional.shuffling import hashed_seed
-from lightning_grad.strategies._densities import as_densities, as_ratio
 from lightning_grad.strategies._local_momentum import LocalMomentum, why_not_moved
 from lightning_grad.strategies.compressed_ddp import (
     DEFAULT_TIMEOUT,
@@ -40,20 +38,22 @@ from lightning_grad.strategies.compressed_ddp import (
     Message,
     ResidualPolicy,
     StartMethod,
+    arguments_of_all,
 )
 from lightning_grad.utilities.checks import check_count, check_finite_above
-from lightning_grad.utilities.parameters import check_patterns, first_match, parameter_names
+from lightning_grad.utilities.parameters import check_patterns, first_match
 
 Correction = Literal["auto", "momentum", "error_feedback"]
 Selector = Literal["auto", "exact", "sampled", "chunk"]
 ValueType = Literal["float32", "float16", "bfloat16"]
 
+_WARMUPS = {"paper": PAPER_WARMUP, "released": RELEASED_WARMUP}
 _PAIRS = "pairs"
 _RESIDUAL, _VELOCITY = "residual", "velocity"
 
 
 class DGCStrategy(CompressedDDPStrategy):
-    r"""Send the largest entries of the accumulated gradient, and keep the others until they have grown.
+    r"""Send only the largest entries of the accumulated gradient, and keep the others until they have grown (DGC).
 
     .. math::
         u_r \leftarrow m u_r + g_r, \quad v_r \leftarrow v_r + u_r, \quad
@@ -71,7 +71,7 @@ class DGCStrategy(CompressedDDPStrategy):
     sees a change in the optimizer. Any other optimizer is fed the sparse mean of plain error feedback.
 
     Args:
-        ratio: Share of the entries of each large gradient that a step sends; 1 is plain DDP.
+        ratio: Share of the entries of each large gradient that a step sends (0.001 in the paper); 1 is plain DDP.
         warmup: Higher shares for the first epochs: 'paper', 'released', a list of shares, or None.
         warmup_steps: Optimizer steps that each share of the warm-up lasts; default an epoch.
         correction: 'momentum' moves SGD's momentum before the selection, 'error_feedback' leaves the optimizer alone,
@@ -82,7 +82,8 @@ class DGCStrategy(CompressedDDPStrategy):
         selector: 'exact' top-k, 'sampled' threshold, best of each 'chunk', or 'auto': exact below a million entries, sampled
             above.
         value_dtype: Type in which values are sent; what rounding takes away is sent later.
-        layer_ratios: Shares for parameters by name or wildcard, instead of ratio; 1 sends them dense.
+        layer_ratios: Shares for parameters by name or wildcard, first match first, instead of ratio; 1 sends them
+            dense.
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
         min_numel: Entries below which a gradient is sent dense.
         residual_policy: On resuming with other ranks or without all rank files: 'strict' raises, 'mean' gives every rank
@@ -107,8 +108,9 @@ class DGCStrategy(CompressedDDPStrategy):
     post-hook of the optimizer's step, between which it updates without momentum.
 
     **Logs** at log steps, from rank 0: ``comm/bytes_sent``, ``comm/ratio``, ``comm/residual_norm``, ``comm/compress_ms``,
-    ``comm/density`` (share that is sent now), and ``comm/gradient_noise`` if asked for. At the end ``comm.png``,
-    ``comm_layers.csv``, and ``comm/final_ratio`` and ``comm/total_megabytes`` in the summary.
+    ``comm/density`` (share that is sent now), and ``comm/gradient_noise`` if asked for. At the end
+    ``dgc_strategy.png``, ``dgc_strategy.csv``, ``dgc_strategy_layers.csv``, and ``comm/final_ratio`` and
+    ``comm/total_megabytes`` in the summary.
 
     **State**: residual and velocity of each compressed gradient, of each rank, in ``<checkpoint>.ranks``. The
     checkpoint itself is DDP's, and loads under DDP or on one device.
@@ -117,8 +119,7 @@ class DGCStrategy(CompressedDDPStrategy):
     carries it (N - 1) times, so it wins over dense gradients by :math:`8 / (N \rho b)` on the wire. 'sampled' waits
     for the device once or twice for each large tensor; 'exact' and 'chunk' do not.
 
-    **Works with**: accumulation yes; bf16-mixed yes; fp16 GradScaler raises; FSDP and DeepSpeed do not apply; compiled modules
-    yes; manual optimization raises; one rank yes (it trains as compressed); clipping callbacks raise.
+    One rank alone trains as compressed.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -143,7 +144,17 @@ class DGCStrategy(CompressedDDPStrategy):
           local gradient.
     """
 
+    compatibility: ClassVar[Compatibility] = CompressedDDPStrategy.compatibility.but(
+        gradient_clip_val=no(
+            "accumulates gradients over many steps, and {} would clip what it has accumulated",
+            "Set gradient_clip_val=None and DGCStrategy(local_clip={value}) (local_clip clips by norm), which clips the "
+            "gradient of each rank before it is accumulated. If a library builds the Trainer, set trainer.gradient_clip_val "
+            "= None before fit(), or in the setup() of a callback",
+        ),
+        no_second_moment=yes("By error feedback for all but SGD with momentum, which is printed."),
+    )
     trial: ClassVar[Mapping[str, Any]] = {"ratio": 0.05, "warmup": [0.5, 0.2], "warmup_steps": 3, "min_numel": 100}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"ratio": 1.0}
 
     _momentum = during_fit[LocalMomentum | None](lambda _: None)
     _sent = during_fit.of(list[tuple[Tensor, Tensor]])
@@ -174,41 +185,35 @@ class DGCStrategy(CompressedDDPStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
     ) -> None:
-        super().__init__(
-            exclude=exclude,
-            min_numel=min_numel,
-            residual_policy=residual_policy,
-            gradient_noise=gradient_noise,
-            start_method=start_method,
-            static_graph=static_graph,
-            gradient_as_bucket_view=gradient_as_bucket_view,
-            broadcast_buffers=broadcast_buffers,
-            find_unused_parameters=find_unused_parameters,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-        )
-        if local_clip is not None:
-            check_finite_above(local_clip, 0.0, "local_clip")
-        if warmup_steps is not None:
-            check_count(warmup_steps, 1, "warmup_steps")
-        self.ratio = as_ratio(ratio, "ratio")
+        super().__init__(**arguments_of_all(locals()))
+        self.ratio = _as_ratio(ratio, "ratio")
         self.layer_ratios = {
-            name: as_ratio(share, f"layer_ratios[{name!r}]") for name, share in (layer_ratios or {}).items()
+            name: _as_ratio(share, f"layer_ratios[{name!r}]") for name, share in (layer_ratios or {}).items()
         }
-        self.warmup = warmup if isinstance(warmup, str) or warmup is None else [float(share) for share in warmup]
-        self._warmup_densities = as_densities(warmup)
-        self.warmup_steps = warmup_steps
+        if warmup is not None and not warmup:
+            raise ValueError("warmup must have at least one share; got []. Use None for no warm-up.")
+        shares = _WARMUPS[warmup] if isinstance(warmup, str) else warmup or ()
+        self._warmup_densities = [_as_ratio(share, f"warmup[{place}]") for place, share in enumerate(shares)]
+        self.warmup = warmup if isinstance(warmup, str) or warmup is None else list(self._warmup_densities)
+        self.warmup_steps = check_count(warmup_steps, 1, "warmup_steps")
         self.correction = correction
         self.momentum_masking = momentum_masking
-        self.local_clip = local_clip
+        self.local_clip = check_finite_above(local_clip, 0.0, "local_clip")
         self.selector = selector
         self.value_dtype = value_dtype
-
-    @property
-    def _value_type(self) -> torch.dtype:
-        return cast(torch.dtype, getattr(torch, self.value_dtype))
+        self._value_type: torch.dtype = getattr(torch, value_dtype)
 
     # The fit begins.
+
+    @property
+    def syncs_per_step(self) -> str:
+        """Why it waits for the device in each step; empty if it does not."""
+        waits = self.selector == "sampled"
+        return "a threshold from a sample has to be counted before its entries can be taken" if waits else ""
+
+    @override
+    def works_with(self) -> Compatibility:
+        return self.compatibility if self.wants_to_compress else self.compatibility.but(gradient_clip_val=YES)
 
     @property
     @override
@@ -240,20 +245,8 @@ class DGCStrategy(CompressedDDPStrategy):
     def refuse(self, trainer: pl.Trainer) -> None:
         super().refuse(trainer)
         module = trainer.lightning_module
-        check_patterns(list(self.layer_ratios), parameter_names(module), f"{self.label}(layer_ratios=...)")
-        if not self.wants_to_compress:
-            return
-        clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-        if clip:
-            instead = f"Set gradient_clip_val=None and {self.label}(local_clip={clip})"
-            if algorithm is not None and str(getattr(algorithm, "value", algorithm)) != "norm":
-                instead = f"Set gradient_clip_val=None and {self.label}(local_clip=...) (local_clip clips by norm)"
-            raise ValueError(
-                f"Trainer(gradient_clip_val={clip}) would clip what {self.label} has accumulated over many steps. "
-                f"{instead}, which clips the gradient of each rank before it is accumulated. If a library builds the "
-                "Trainer, set trainer.gradient_clip_val = None before fit(), or in the setup() of a callback."
-            )
-        if overrides(module, "configure_gradient_clipping"):
+        check_patterns(module, self.label, layer_ratios=self.layer_ratios)
+        if self.wants_to_compress and overrides(module, "configure_gradient_clipping"):
             rank_zero_warn(
                 f"{type(module).__name__}.configure_gradient_clipping is the module's own, and gets what {self.label} has "
                 "accumulated over many steps. If it clips, use local_clip instead."
@@ -272,13 +265,10 @@ class DGCStrategy(CompressedDDPStrategy):
                 "train with torch.optim.SGD without dampening."
             )
         self._feedback_because = why
-        if why:
-            return
-        if not self.is_neutral:
+        if not why and not self.is_neutral:
             compressed = {key for key, name in self._names.items() if name in self._chosen}
             self._momentum = LocalMomentum(cast(SGD, optimizer), compressed)
-            self._momentum.attach()
-            self.undo.push(self._momentum.detach)
+            self._momentum.attach(self.undo)
             self._moves_momentum = True
 
     @property
@@ -331,9 +321,7 @@ class DGCStrategy(CompressedDDPStrategy):
         kept, local = self.memory, self._momentum
         for gradient in gradients:
             memory, values = kept.setdefault(gradient.name, {}), gradient.values
-            kind = torch.promote_types(
-                values.dtype, torch.float32
-            )  # half types lose what is small beside a large residual
+            kind = torch.promote_types(values.dtype, torch.float32)  # half types lose what is small beside a residual
             if _RESIDUAL not in memory:
                 memory[_RESIDUAL] = torch.zeros_like(values, dtype=kind)
             momentum, nesterov = (0.0, False) if local is None else local.of(gradient.parameter)
@@ -371,9 +359,8 @@ class DGCStrategy(CompressedDDPStrategy):
         for gradient in gradients:
             gradient.values.zero_()
         for pairs in everyone:  # rank by rank, so that all ranks add in the same order and get the same bits
-            for gradient, (indices, values) in zip(
-                gradients, unpack_pairs(pairs, counts, self._value_type), strict=True
-            ):
+            unpacked = unpack_pairs(pairs, counts, self._value_type)
+            for gradient, (indices, values) in zip(gradients, unpacked, strict=True):
                 add_pairs_(gradient.values, indices, values + failure.to(values.dtype), 1.0 / len(everyone))
 
     @override
@@ -395,3 +382,9 @@ class DGCStrategy(CompressedDDPStrategy):
     def release_optimizer(self) -> None:
         if self._momentum is not None:
             self._momentum.give_back()
+
+
+def _as_ratio(value: float, parameter: str) -> float:
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"{parameter} must be a share of entries, above 0 and at most 1; got {value!r}.")
+    return float(value)

@@ -1,9 +1,7 @@
-"""PowerSGD: send each gradient matrix as the product of two thin ones. The maths is in ``functional/low_rank.py``.
+"""PowerSGD: send each gradient matrix as the product of two thin ones. Maths: ``functional/communication/powersgd.py``.
 
 Read ``compressed_ddp.py`` first.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -15,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.functional import initial_factor, orthonormalize
-from lightning_grad.functional.communication.low_rank import low_rank_numel, matrix_shape
+from lightning_grad.functional.communication.powersgd import low_rank_numel, matrix_shape
 from lightning_grad.strategies.compressed_ddp import (
     DEFAULT_TIMEOUT,
     CompressedDDPStrategy,
@@ -23,6 +21,7 @@ from lightning_grad.strategies.compressed_ddp import (
     Message,
     ResidualPolicy,
     StartMethod,
+    arguments_of_all,
 )
 from lightning_grad.utilities.checks import check_count, check_finite_above
 
@@ -42,9 +41,9 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     optimizer, and any optimizer works. The cost on the wire does not grow with the number of ranks.
 
     Args:
-        rank: Columns of the factors.
+        rank: Columns of the factors (4 in the paper's language model).
         start_step: Steps at the beginning that go dense.
-        min_gain: A gradient goes dense unless its factors are this many times smaller.
+        min_gain: A gradient goes dense unless its factors are this many times smaller (2 in torch's hook).
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
         min_numel: Entries below which a gradient is sent dense.
         residual_policy: On resuming with other ranks or without all rank files: 'strict' raises, 'mean' gives every rank
@@ -69,8 +68,8 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     left factors, then one of all right ones, beside that of the dense gradients.
 
     **Logs** at log steps, from rank 0: ``comm/bytes_sent``, ``comm/ratio``, ``comm/residual_norm``, ``comm/compress_ms``, and
-    ``comm/gradient_noise`` if asked for. At the end ``comm.png``, ``comm_layers.csv``, and ``comm/final_ratio`` and
-    ``comm/total_megabytes`` in the summary.
+    ``comm/gradient_noise`` if asked for. At the end ``power_sgd_strategy.png``, ``power_sgd_strategy.csv``,
+    ``power_sgd_strategy_layers.csv``, and ``comm/final_ratio`` and ``comm/total_megabytes`` in the summary.
 
     **State**: error and right factor of each compressed gradient, of each rank, in ``<checkpoint>.ranks``. The
     checkpoint itself is DDP's, and loads under DDP or on one device.
@@ -78,8 +77,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     **Cost**: one number a compressed entry in memory; two thin matrix products more than the decompression, and a QR of the
     left factors. Nothing waits for the device.
 
-    **Works with**: accumulation yes; bf16-mixed yes; fp16 GradScaler raises; FSDP and DeepSpeed do not apply; compiled modules
-    yes; manual optimization raises; one rank yes (it trains as compressed); clipping yes, of the approximated gradient.
+    One rank alone trains as compressed. What clips, clips the approximated gradient.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -102,6 +100,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     """
 
     trial: ClassVar[Mapping[str, Any]] = {"rank": 2, "min_numel": 100}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"exclude": ["*"]}
 
     def __init__(
         self,
@@ -121,25 +120,10 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
     ) -> None:
-        super().__init__(
-            exclude=exclude,
-            min_numel=min_numel,
-            residual_policy=residual_policy,
-            gradient_noise=gradient_noise,
-            start_method=start_method,
-            static_graph=static_graph,
-            gradient_as_bucket_view=gradient_as_bucket_view,
-            broadcast_buffers=broadcast_buffers,
-            find_unused_parameters=find_unused_parameters,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-        )
-        check_count(rank, 1, "rank")
-        check_count(start_step, 0, "start_step")
-        check_finite_above(min_gain, 0.0, "min_gain")
-        self.rank = rank
-        self.start_step = start_step
-        self.min_gain = min_gain
+        super().__init__(**arguments_of_all(locals()))
+        self.rank = check_count(rank, 1, "rank")
+        self.start_step = check_count(start_step, 0, "start_step")
+        self.min_gain = check_finite_above(min_gain, 0.0, "min_gain")
         self.seed = seed
 
     @override
@@ -169,7 +153,10 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     @override
     def accumulate(self, gradients: Sequence[Gradient]) -> None:
         for gradient in gradients:
-            memory, kind = self.memory.setdefault(gradient.name, {}), _precise(gradient.values)
+            memory = self.memory.setdefault(gradient.name, {})
+            kind = torch.promote_types(
+                gradient.values.dtype, torch.float32
+            )  # half types lose what is small beside an error
             rank, columns = self._rank_of(gradient), matrix_shape(gradient.parameter.shape)[1]
             if _ERROR not in memory:
                 memory[_ERROR] = torch.zeros_like(gradient.values, dtype=kind)
@@ -183,7 +170,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         matrices = [_as_matrix(self.memory[g.name][_ERROR], g.parameter) for g in gradients]
         rights = [self.memory[gradient.name][_RIGHT] for gradient in gradients]
         left = _joined([matrix @ right for matrix, right in zip(matrices, rights, strict=True)])
-        means = self._left_parts(gradients, self.ranks.mean_(left))
+        means = self._parts(gradients, self.ranks.mean_(left), 0)
         lefts = [orthonormalize(mean.to(matrix.dtype)) for mean, matrix in zip(means, matrices, strict=True)]
         right = _joined([matrix.t() @ part for matrix, part in zip(matrices, lefts, strict=True)])
         return {"left": _joined(lefts), "right": self.ranks.mean_(right)}
@@ -191,14 +178,14 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     def _rank_of(self, gradient: Gradient) -> int:
         return min(self.rank, *matrix_shape(gradient.parameter.shape))
 
-    def _left_parts(self, gradients: Sequence[Gradient], flat: Tensor) -> list[Tensor]:
-        return _parts(flat, [(matrix_shape(g.parameter.shape)[0], self._rank_of(g)) for g in gradients])
-
-    def _right_parts(self, gradients: Sequence[Gradient], flat: Tensor) -> list[Tensor]:
-        return _parts(flat, [(matrix_shape(g.parameter.shape)[1], self._rank_of(g)) for g in gradients])
+    def _parts(self, gradients: Sequence[Gradient], flat: Tensor, side: int) -> list[Tensor]:
+        """Return the factors that a flat tensor holds: of the rows of matrices (side 0), or of their columns (side 1)."""
+        shapes = [(matrix_shape(g.parameter.shape)[side], self._rank_of(g)) for g in gradients]
+        pieces = torch.split(flat, [length * rank for length, rank in shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
     def _factors(self, gradients: Sequence[Gradient], message: Message) -> Iterator[tuple[Gradient, Tensor, Tensor]]:
-        lefts, rights = self._left_parts(gradients, message["left"]), self._right_parts(gradients, message["right"])
+        lefts, rights = self._parts(gradients, message["left"], 0), self._parts(gradients, message["right"], 1)
         return zip(gradients, lefts, rights, strict=True)
 
     @override
@@ -227,10 +214,6 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         return low_rank_numel(shape, self.rank) * max(itemsize, 4)
 
 
-def _precise(values: Tensor) -> torch.dtype:
-    return torch.promote_types(values.dtype, torch.float32)  # half types lose what is small beside a large error
-
-
 def _as_matrix(flat: Tensor, parameter: Tensor) -> Tensor:
     """Return a gradient's entries, flat in the order of memory, as a matrix; a weight may lie there transposed."""
     if parameter.dim() == 2:
@@ -240,8 +223,3 @@ def _as_matrix(flat: Tensor, parameter: Tensor) -> Tensor:
 
 def _joined(matrices: Sequence[Tensor]) -> Tensor:
     return torch.cat([matrix.reshape(-1) for matrix in matrices])
-
-
-def _parts(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    pieces = torch.split(flat, [rows * columns for rows, columns in shapes])
-    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]

@@ -29,10 +29,9 @@ from lightning_grad.testing.projects import (
     make_data,
     make_trainer,
 )
-from lightning_grad.testing.ranks import free_port, on_ranks
+from lightning_grad.testing.ranks import finish, free_port, on_ranks, outcome, train_on_ranks
 from lightning_grad.testing.states import assert_identical, state_of
 from lightning_grad.testing.stopping import StopAfter, StopAt, StopIn, StopInTrainingStep
-from lightning_grad.testing.strategy_runs import finish, outcome, train_on_ranks
 from lightning_grad.testing.syncs import GuardStep, NoSync, guarded
 from lightning_grad.testing.traces import PicklerOfNoRun, optimizer_traces, traces, trainer_traces
 

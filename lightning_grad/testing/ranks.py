@@ -1,7 +1,6 @@
-"""Ranks on one machine: forked processes in a gloo group, whose results and errors come back."""
+"""Ranks on one machine: forked processes in a gloo group, whose results and errors come back, and fits on them."""
 
-from __future__ import annotations
-
+import copy
 import multiprocessing
 import os
 import socket
@@ -15,6 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from lightning_grad.testing.projects import fit, make_classifier
+from lightning_grad.testing.states import state_of
 
 _LIMIT = 90.0  # seconds; nothing here takes a tenth of that
 
@@ -37,7 +39,9 @@ def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
         for process in processes:
             process.start()
         _join(processes)
-        results = [_result_of(Path(folder, f"{rank}.pt")) for rank in range(ranks)]
+        files = [Path(folder, f"{rank}.pt") for rank in range(ranks)]
+        lost = {"error": "did not end, or was killed"}
+        results = [torch.load(file, weights_only=False) if file.exists() else lost for file in files]
     errors = [f"--- rank {rank} ---\n{result['error']}" for rank, result in enumerate(results) if "error" in result]
     if errors:
         raise AssertionError("\n".join(errors))
@@ -51,13 +55,34 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def train_on_ranks(strategy: Any, callbacks: Any = (), module: Any = None, **arguments: Any) -> Any:
+    """Fit the small classifier on this rank and its peers; return (trainer, module). Its loader continues in mid-epoch."""
+    module = make_classifier(optimizer="sgd") if module is None else module
+    defaults = {"devices": dist.get_world_size(), "max_epochs": 3, "resumable": True}
+    return fit(list(callbacks), module, strategy=strategy, **{**defaults, **arguments})
+
+
+def outcome(trainer: Any, module: Any) -> dict[str, Any]:
+    """Return all that a run leaves behind on this rank, what its strategy keeps included."""
+    strategy = trainer.strategy
+    state = copy.deepcopy({**state_of(trainer, module), "steps": trainer.global_step})
+    state.pop("random")  # Lightning restores no random state
+    if hasattr(strategy, "memory"):
+        state["memory"] = copy.deepcopy(strategy.memory)
+        state["sent"] = [strategy.ledger.steps, strategy.ledger.sent_bytes, strategy.ledger.dense_bytes]
+    return state
+
+
+def finish(strategy: Any, callbacks: Any = (), **arguments: Any) -> dict[str, Any]:
+    """Fit, and return what that left behind."""
+    return outcome(*train_on_ranks(strategy, callbacks, **arguments))
+
+
 def _be_rank(rank: int, ranks: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = (
-        "1"  # or Lightning gives a single rank all cores, and small operations wait for threads
-    )
+    # Without OMP_NUM_THREADS Lightning gives a single rank all cores, and small operations wait for threads.
+    os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     result: dict[str, Any] = {}
     try:
         store, limit = f"file://{folder}/store", timedelta(seconds=_LIMIT / 3)
@@ -77,7 +102,3 @@ def _join(processes: list[Any]) -> None:
         if process.is_alive():
             process.kill()
             process.join()
-
-
-def _result_of(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=False) if path.exists() else {"error": "did not end, or was killed"}

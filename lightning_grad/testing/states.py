@@ -1,7 +1,5 @@
 """What a run leaves behind, and a comparison of two such states bit for bit."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -53,8 +51,5 @@ def _assert_same_tensor(a: Tensor, b: Tensor, where: str) -> None:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         raise AssertionError(f"{where}: {a.dtype} {tuple(a.shape)} is not {b.dtype} {tuple(b.shape)}")
     if not torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)):
-        raise AssertionError(f"{where} differs by {_distance(a, b):.3g}")
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    return float((a.to(torch.complex128) - b.to(torch.complex128)).abs().max())  # of every kind of number
+        distance = (a.to(torch.complex128) - b.to(torch.complex128)).abs().max()  # of every kind of number
+        raise AssertionError(f"{where} differs by {float(distance):.3g}")

@@ -4,9 +4,6 @@ An annotation says what kind of value an argument takes: ``seed: int`` refuses `
 checked in the constructor, by the functions of ``utilities.checks``.
 """
 
-from __future__ import annotations
-
-import collections.abc
 import functools
 import inspect
 import math
@@ -117,14 +114,14 @@ def _fits(value: Any, kind: Any) -> bool:
         return any(_fits(value, part) for part in parts)
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in parts)
-    if origin is collections.abc.Callable:
+    if origin is Callable:
         return callable(value)
     if origin is tuple:
         is_row = _is_list(value) and len(value) == len(parts)
         return is_row and all(_fits(item, part) for item, part in zip(value, parts, strict=True))
-    if origin is collections.abc.Sequence:
+    if origin is Sequence:
         return _is_list(value) and all(_fits(item, parts[0]) for item in value)
-    if origin is collections.abc.Mapping:
+    if origin is Mapping:
         is_mapping = isinstance(value, Mapping)
         return is_mapping and all(_fits(key, parts[0]) and _fits(item, parts[1]) for key, item in value.items())
     return _is_a(value, kind)
@@ -152,13 +149,13 @@ def _describe(kind: Any) -> str:
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, parts))
-    if origin is collections.abc.Callable:
+    if origin is Callable:
         return "a function"
     if origin is tuple:
         return "[" + ", ".join(map(_describe, parts)) + "]"
-    if origin is collections.abc.Sequence:
+    if origin is Sequence:
         return f"a list of {_plural(parts[0])}"
-    if origin is collections.abc.Mapping:
+    if origin is Mapping:
         return f"a mapping from {_plural(parts[0])} to {_plural(parts[1])}"
     named = {float: "a number", int: "an integer", str: "a string", bool: "True or False", type(None): "None"}
     return named.get(kind, f"a {getattr(kind, '__name__', kind)}")
@@ -175,11 +172,9 @@ def _joined(words: Sequence[str]) -> str:
 
 def _hint(value: Any, kind: Any) -> str:
     members = _members(kind)
-    lists = [member for member in members if get_origin(member) is collections.abc.Sequence]
+    lists = [member for member in members if get_origin(member) is Sequence]
     if isinstance(value, Mapping) or _is_list(value):
-        wanted = [
-            get_args(m)[-1] for m in members if get_origin(m) in (collections.abc.Mapping, collections.abc.Sequence)
-        ]
+        wanted = [get_args(member)[-1] for member in members if get_origin(member) in (Mapping, Sequence)]
         items = list(value.values()) if isinstance(value, Mapping) else value
         return next((_hint(item, part) for part in wanted for item in items if not _fits(item, part)), "")
     if isinstance(value, str) and any(_is_number(member) for member in members):

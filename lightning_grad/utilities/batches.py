@@ -4,10 +4,8 @@ A batch may be a tensor, and any nesting of tuples, named tuples, lists, mapping
 as attributes. Where something is in it is told as a path of keys, positions and attribute names.
 """
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +15,14 @@ from lightning_grad.functional.plain_tensors import dressed, plain_tensor
 from lightning_grad.utilities.batch_copies import DEEPEST, children, put, shallow_copy
 
 Path = tuple[Any, ...]
+
+
+class _Every:
+    def __repr__(self) -> str:
+        return "*"
+
+
+EVERY = _Every()
 _NO_INPUT = re.compile(r"labels?|targets?|y|(.*_)?mask|(sample_)?weights?", re.IGNORECASE)
 
 
@@ -42,18 +48,20 @@ def find_input(batch: Any, key: str | int | None, needed_by: str) -> Path | None
         (('pixels',), (0, 'pixels'))
     """
     if key is not None:
-        return _follow(batch, key, needed_by)
+        named, found = follow(batch, key, needed_by)
+        if EVERY in named or not isinstance(found, Tensor) or not found.is_floating_point():
+            kind = f"a tensor of {found.dtype}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise ValueError(
+                f"{needed_by}: input_key={key!r} must name a floating tensor of the batch, and leads to {kind}. "
+                f"{_way_in(batch)}"
+            )
+        return named
     path, value = first_numbers(batch)
     return path if value is not None and value.is_floating_point() else None
 
 
-def way_in(batch: Any) -> str:
-    """Return which key leads to the input, for an error about one that does not.
-
-    Example:
-        >>> way_in({"pixels": torch.zeros(4, 3)})
-        "Set input_key='pixels', or leave it out."
-    """
+def _way_in(batch: Any) -> str:
+    """Return which key leads to the input, for an error about one that does not."""
     path, value = first_numbers(batch)
     if not path or value is None or not value.is_floating_point():
         return "Leave input_key out."
@@ -109,12 +117,21 @@ def input_at(batch: Any, path: Path) -> Tensor:
         >>> input_at([{"x": torch.ones(2)}], (0, "x"))
         tensor([1., 1.])
     """
-    found = batch
-    for depth in range(len(path)):
-        found = _child_at(found, path, depth)
+    found = part_at(batch, path)
     if not isinstance(found, Tensor):
         raise ValueError(f"There is no tensor at {text_of(path)}: it is a {type(found).__name__}.")
     return found
+
+
+def part_at(batch: Any, path: Path) -> Any:
+    """Return what stands at a path.
+
+    Raises:
+        ValueError: If it leads nowhere.
+    """
+    for depth in range(len(path)):
+        batch = _child_at(batch, path, depth)
+    return batch
 
 
 def with_input(batch: Any, path: Path, value: Tensor) -> Any:
@@ -199,28 +216,40 @@ def _child_at(part: Any, path: Path, depth: int) -> Any:
         ) from None
 
 
-def _follow(batch: Any, key: str | int, needed_by: str) -> Path:
+def follow(batch: Any, key: str | int, needed_by: str) -> tuple[Path, Any]:
+    """Return where a key leads, and what is there; ``*`` stands for every item of a list, or value of a mapping.
+
+    Args:
+        batch: The batch.
+        key: As a user writes it: a key, a position, or several joined by dots.
+        needed_by: Who asks, for errors.
+
+    Raises:
+        ValueError: If it leads nowhere.
+
+    Example:
+        >>> follow([{"x": 1}, {"x": 2}], "*.x", "doctest")
+        ((*, 'x'), 1)
+    """
     path: Path = ()
     here = batch
-    for part in parts_of_key(batch, key):
+    is_whole = isinstance(key, int) or (isinstance(batch, Mapping) and key in batch)  # a mapping's key may have dots
+    for part in [key] if is_whole else str(key).split("."):
         known = dict(children(here))
-        found = found_key(part, known)
-        by_attribute = _path_of_attribute(here, part)
-        if found not in known and by_attribute is not None:
+        place = int(part) if part not in known and isinstance(part, str) and part.isdecimal() else part
+        by_attribute = None if place in known else _path_of_attribute(here, part)
+        if place in known:
+            path, here = (*path, place), known[place]
+        elif part == "*" and known:
+            path, here = (*path, EVERY), next(iter(known.values()))
+        elif by_attribute is not None:
             path, here = (*path, *by_attribute), getattr(here, str(part))
-            continue
-        if found not in known:
+        else:
             there = ", ".join(map(repr, known)) if known else f"no parts: it is a {type(here).__name__}"
             raise ValueError(
-                f"{needed_by}: input_key={key!r} leads nowhere in the batch; there it has {there}. {way_in(batch)}"
+                f"{needed_by}: input_key={key!r} leads nowhere in the batch; there it has {there}. {_way_in(batch)}"
             )
-        path, here = (*path, found), known[found]
-    if not isinstance(here, Tensor) or not here.is_floating_point():
-        kind = f"a tensor of {here.dtype}" if isinstance(here, Tensor) else f"a {type(here).__name__}"
-        raise ValueError(
-            f"{needed_by}: input_key={key!r} must name a floating tensor of the batch, and leads to {kind}. {way_in(batch)}"
-        )
-    return path
+    return path, here
 
 
 def _path_of_attribute(here: Any, name: str | int) -> Path | None:
@@ -229,17 +258,6 @@ def _path_of_attribute(here: Any, name: str | int) -> Path | None:
         return None
     shown = getattr(here, name, None)
     return next((path for path, value in _tensors_of(here) if value is shown), None)
-
-
-def parts_of_key(batch: Any, key: str | int) -> list[Any]:
-    """Return the parts of what a user has written for a path: a key, a position, or several joined by dots."""
-    is_whole = isinstance(key, int) or (isinstance(batch, Mapping) and key in batch)  # a mapping's key may have dots
-    return [key] if is_whole else str(key).split(".")
-
-
-def found_key(part: Any, known: Container[Any]) -> Any:
-    """Return the key or position that a part of a path stands for in a container or object with these keys."""
-    return int(part) if part not in known and isinstance(part, str) and part.isdecimal() else part
 
 
 def reordered(batch: Any, order: Tensor, samples: int | None = None) -> Any:

@@ -1,7 +1,5 @@
 """In which order a module uses its parameters: what comes first in the forward pass is where trouble begins."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,9 +56,9 @@ class ForwardOrder:
         ...         return self.last(self.first(x))
         >>> module = Backwards()
         >>> order = ForwardOrder(module)
-        >>> stop = order.watch()
+        >>> order.watch()
         >>> _ = module(torch.ones(1, 2))
-        >>> stop()
+        >>> order.stop()
         >>> order.sort(["last.weight", "first.weight"])
         ['first.weight', 'last.weight']
     """
@@ -70,14 +68,14 @@ class ForwardOrder:
         self._called: dict[str, _Calls] = {}
         self._closed: set[str] = set()
         self._count = 0
+        self._handles: list[Any] | None = None
+        self.is_watching = False
 
-    def watch(self) -> Callable[[], None]:
-        """Begin to learn.
-
-        Returns:
-            Callable: Takes the hooks away.
-        """
-        handles: list[Any] = []
+    def watch(self) -> None:
+        """Begin to learn, unless it has begun before."""
+        if self._handles is not None:
+            return
+        self._handles, self.is_watching = [], True
         for name, child in self._module.named_modules():
             if not name or next(child.parameters(recurse=False), None) is None:
                 continue
@@ -85,13 +83,13 @@ class ForwardOrder:
                 self._closed.add(clean_name(name))
             else:
                 seen = self._seen(clean_name(name))
-                handles.append(child.register_forward_pre_hook(seen, with_kwargs=True))
+                self._handles.append(child.register_forward_pre_hook(seen, with_kwargs=True))
 
-        def stop() -> None:
-            while handles:
-                handles.pop().remove()
-
-        return stop
+    def stop(self) -> None:
+        """Take the hooks away, for good."""
+        self.is_watching = False
+        while self._handles:
+            self._handles.pop().remove()
 
     def _seen(self, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -110,9 +108,7 @@ class ForwardOrder:
 
     def sort(self, names: list[str]) -> list[str]:
         """Return names of parameters in the order of the forward pass."""
-        calls = [self._called.get(name.rpartition(".")[0]) for name in names]
-        first = {name: self._count if c is None else c.first for name, c in zip(names, calls, strict=True)}
-        return sorted(names, key=lambda name: first[name])
+        return sorted(names, key=self._first)
 
     def networks(self, groups: Sequence[Sequence[str]]) -> list[list[str]] | None:
         """Return the parameters that the batch has reached, network by network, each in the order of the forward pass.
@@ -157,9 +153,7 @@ class ForwardOrder:
         calls = self._called.get(path)
         if calls is None and path:
             outer = path.rpartition(".")[0]
-            if outer and has_torch_forward(self._module.get_submodule(self._raw(outer))):
+            module = next((m for name, m in self._module.named_modules() if outer and clean_name(name) == outer), None)
+            if module is not None and has_torch_forward(module):
                 return self._called.get(outer)
         return calls
-
-    def _raw(self, clean: str) -> str:
-        return next((name for name, _ in self._module.named_modules() if clean_name(name) == clean), clean)

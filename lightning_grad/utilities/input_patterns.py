@@ -1,10 +1,8 @@
 """Finding all tensors of a batch that are its input: one, or one of each sample where a batch is not stacked.
 
 Networks for detection, and others whose samples differ in size, get a list of tensors, or a list of samples. Where they are is
-told by a pattern: a path with :data:`EVERY` in place of the positions of a list.
+told by a pattern: a path with ``EVERY`` (printed as ``*``) in place of the positions of a list.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,24 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_grad.utilities.batch_copies import children, has_parts
-from lightning_grad.utilities.batches import (
-    Path,
-    find_input,
-    found_key,
-    has_input,
-    input_at,
-    parts_of_key,
-    text_of,
-    way_in,
-)
-
-
-class _Every:
-    def __repr__(self) -> str:
-        return "*"
-
-
-EVERY = _Every()
+from lightning_grad.utilities.batches import EVERY, Path, find_input, follow, has_input, input_at, part_at, text_of
 
 
 def find_inputs(batch: Any, key: str | int | None, needed_by: str) -> Path | None:
@@ -59,14 +40,17 @@ def find_inputs(batch: Any, key: str | int | None, needed_by: str) -> Path | Non
     if key is None:
         path = find_input(batch, None, needed_by)
         return None if path is None else _over_samples(batch, path)
-    if isinstance(key, str) and "*" in key.split(".") and not (isinstance(batch, Mapping) and key in batch):
-        pattern = _pattern_of(batch, key, needed_by)
-    else:
-        holder = _list_at(batch, key)
-        if holder is None:
+    pattern, found = follow(batch, key, needed_by)
+    is_list = isinstance(found, (list, tuple)) and not hasattr(found, "_fields") and len(found) > 0
+    if EVERY not in pattern:
+        if not is_list or not all(isinstance(each, Tensor) and each.is_floating_point() for each in found):
             return find_input(batch, key, needed_by)
-        pattern = (*holder, EVERY)
-    _refuse_mixed(batch, pattern, key, needed_by)
+        pattern = (*pattern, EVERY)
+    if not has_inputs(batch, pattern):
+        raise ValueError(
+            f"{needed_by}: input_key={key!r} must name floating tensors of one type with as many dimensions each; "
+            f"{text_of(pattern)} are not. Name one of them."
+        )
     return pattern
 
 
@@ -84,10 +68,10 @@ def expanded(batch: Any, pattern: Path) -> list[Path]:
     if EVERY not in pattern:
         return [pattern]
     where = pattern.index(EVERY)
-    holder = _at(batch, pattern[:where])
+    holder = part_at(batch, pattern[:where])
     keys = [key for key, _ in children(holder)] if isinstance(holder, (list, tuple, Mapping)) else []
     rest = pattern[where + 1 :]
-    return [(*pattern[:where], key, *path) for key in keys for path in expanded(_at(holder, (key,)), rest)]
+    return [(*pattern[:where], key, *path) for key in keys for path in expanded(part_at(holder, (key,)), rest)]
 
 
 def has_inputs(batch: Any, pattern: Path) -> bool:
@@ -131,21 +115,14 @@ def neighbours(batch: Any, pattern: Path) -> Path | None:
     """
     for where in range(len(pattern)):
         wider = (*pattern[:where], EVERY, *pattern[where + 1 :])
-        several = isinstance(_at(batch, pattern[:where]), (list, tuple)) and len(_at(batch, pattern[:where])) > 1
+        several = (
+            isinstance(part_at(batch, pattern[:where]), (list, tuple)) and len(part_at(batch, pattern[:where])) > 1
+        )
         # Of two tensors that are the whole batch the second is the target.
         least = 1 if where or len(pattern) > 1 else 2
         if several and EVERY not in pattern and has_inputs(batch, wider) and len(expanded(batch, wider)) > least:
             return wider
     return None
-
-
-def _at(batch: Any, path: Path) -> Any:
-    for depth, key in enumerate(path):
-        known = dict(children(batch))
-        if key not in known:
-            raise ValueError(f"There is no {text_of(path[: depth + 1])} in the batch.")
-        batch = known[key]
-    return batch
 
 
 def _over_samples(batch: Any, path: Path) -> Path:
@@ -162,7 +139,7 @@ def _is_list_of_samples(batch: Any, path: Path, where: int) -> bool:
     A list of samples and a list of batches (two views, two loaders) look alike. What stands with an input tells them apart:
     with a batch stand tensors that are as long, with a sample stand numbers, text and tensors of other lengths.
     """
-    holder, rest = _at(batch, path[:where]), path[where + 1 :]
+    holder, rest = part_at(batch, path[:where]), path[where + 1 :]
     if not isinstance(holder, (list, tuple)) or hasattr(holder, "_fields"):
         return False
     try:
@@ -186,7 +163,7 @@ def _is_list_of_samples(batch: Any, path: Path, where: int) -> bool:
 def _beside(batch: Any, path: Path) -> Iterator[Any]:
     """Return what stands beside a path, at each of its levels."""
     for depth in range(len(path)):
-        yield from (child for key, child in children(_at(batch, path[:depth])) if key != path[depth])
+        yield from (child for key, child in children(part_at(batch, path[:depth])) if key != path[depth])
 
 
 def _leaves_beside(item: Any, path: Path) -> Iterator[Any]:
@@ -215,44 +192,6 @@ def _is_batch_of(value: Any, lengths: list[int | None]) -> bool:
     return bool(found) and set(found) == set(lengths)
 
 
-def _pattern_of(batch: Any, key: str, needed_by: str) -> Path:
-    pattern: list[Any] = []
-    here = batch
-    for part in key.split("."):
-        known = dict(children(here))
-        found = found_key(part, known)
-        if (part != "*" and found not in known) or not known:
-            there = ", ".join(map(repr, known)) or f"no parts: it is a {type(here).__name__}"
-            raise ValueError(
-                f"{needed_by}: input_key={key!r} leads nowhere in the batch; there it has {there}. {way_in(batch)}"
-            )
-        pattern.append(EVERY if part == "*" else found)
-        here = next(iter(known.values())) if part == "*" else known[found]
-    return tuple(pattern)
-
-
-def _list_at(batch: Any, key: str | int) -> Path | None:
-    """Return the path of the list to which a key leads, if it holds floating tensors."""
-    path: Path = ()
-    here = batch
-    for part in parts_of_key(batch, key):
-        known = dict(children(here))
-        found = found_key(part, known)
-        if found not in known:
-            return None
-        path, here = (*path, found), known[found]
-    is_list = isinstance(here, (list, tuple)) and not hasattr(here, "_fields") and len(here) > 0
-    return path if is_list and all(isinstance(each, Tensor) and each.is_floating_point() for each in here) else None
-
-
 def _are_alike(batch: Any, paths: list[Path]) -> bool:
     found = [input_at(batch, path) for path in paths]
     return len({(each.dim(), each.dtype, each.device) for each in found}) == 1
-
-
-def _refuse_mixed(batch: Any, pattern: Path, key: str | int, needed_by: str) -> None:
-    if not has_inputs(batch, pattern):
-        raise ValueError(
-            f"{needed_by}: input_key={key!r} must name floating tensors of one type with as many dimensions each; "
-            f"{text_of(pattern)} are not. Name one of them."
-        )

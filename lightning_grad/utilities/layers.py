@@ -1,9 +1,4 @@
-"""Which gradients make a layer.
-
-Used by ``layerwise_clipping.py``, ``layerwise_normalization.py`` and ``gradient_monitor.py``.
-"""
-
-from __future__ import annotations
+"""Which gradients make a layer, for rules that act on each layer and for what watches them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

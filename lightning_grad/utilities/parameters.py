@@ -1,7 +1,5 @@
 """Choosing parameters by name, as users write names: with wildcards, and without torch.compile's prefix."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -50,6 +48,17 @@ def matches(name: str | Iterable[str], patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(level, pattern) for level in levels for pattern in wanted)
 
 
+def selects(name: str | Iterable[str], include: Iterable[str] | None, exclude: Iterable[str] | None = None) -> bool:
+    """Return whether include (``None``: everything) selects a parameter, and exclude does not.
+
+    Example:
+        >>> selects("head.weight", None), selects("head.weight", ["head"], ["*.weight"]), selects("head.bias", ["body"])
+        (True, False, False)
+    """
+    names = [name] if isinstance(name, str) else list(name)
+    return (include is None or matches(names, include)) and not matches(names, exclude or ())
+
+
 def is_spelled(name: str | Iterable[str], patterns: Iterable[str]) -> bool:
     """Return whether a pattern selects a parameter by the last part of its name too, and not only the modules above it.
 
@@ -81,23 +90,29 @@ def first_match(names: Iterable[str], patterns: Iterable[str]) -> str | None:
     return next((pattern for pattern in patterns if matches(known, [pattern])), None)
 
 
-def check_patterns(patterns: Sequence[str], names: Sequence[str], parameter: str) -> None:
-    """Raise for a pattern that names nothing, with the nearest names that exist.
+def check_patterns(module: nn.Module, label: str, **patterns: Iterable[str] | None) -> None:
+    """Raise for a name pattern that matches no parameter of a module, with the nearest names that exist.
 
     Args:
-        patterns: What the user wrote.
-        names: Names of all parameters of the module, tied ones under each name (:func:`parameter_names`).
-        parameter: Name of the argument, for the error.
+        module: The module.
+        label: Who has the patterns, for the error.
+        patterns: What the user wrote, by argument.
 
     Raises:
         ValueError: If a pattern matches no name.
+
+    Example:
+        >>> check_patterns(nn.ModuleDict({"body": nn.Linear(1, 1)}), "ZClip", include=["bodi"])
+        Traceback (most recent call last):
+        ValueError: ZClip(include=...): no parameter is named 'bodi', and no module. Did you mean 'body' or 'body.bias'?
     """
-    known = [clean_name(name) for name in names]
-    for pattern in patterns:
-        if not any(matches(name, [pattern]) for name in known):
-            raise ValueError(
-                f"{parameter}: no parameter is named {pattern!r}, and no module. {_suggest(pattern, known)}"
-            )
+    known = [name for names in all_names(module).values() for name in names]
+    for argument, given in patterns.items():
+        for pattern in given or ():
+            if not any(matches(name, [pattern]) for name in known):
+                raise ValueError(
+                    f"{label}({argument}=...): no parameter is named {pattern!r}, and no module. {_suggest(pattern, known)}"
+                )
 
 
 def _suggest(pattern: str, known: Sequence[str]) -> str:
@@ -126,14 +141,10 @@ Include others, such as 'body', or exclude less."
     chosen = [names[0] for names in known if matches(names, include)]
     others = [names[0] for names in known if not matches(names, [*include, *exclude])]
     modules = dict.fromkeys(name.rpartition(".")[0].partition(".")[0] or name for name in others)
-    such = (
-        f"Include others, such as {' or '.join(map(repr, list(modules)[:3]))}, or exclude less"
-        if others
-        else "Exclude less"
-    )
+    such = f"Include others, such as {' or '.join(map(repr, list(modules)[:3]))}, or exclude" if modules else "Exclude"
     return (
         f"include and exclude leave none: include={list(include)} selects {listed(chosen)}, and exclude={list(exclude)} drops "
-        f"them. {such}."
+        f"them. {such} less."
     )
 
 
@@ -152,11 +163,6 @@ def all_names(module: nn.Module) -> dict[int, list[str]]:
         if clean_name(name) not in known:
             known.append(clean_name(name))
     return names
-
-
-def parameter_names(module: nn.Module) -> list[str]:
-    """Return the names of all parameters of a module, in order, tied ones under each of their names."""
-    return [name for names in all_names(module).values() for name in names]
 
 
 def named_owners(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

@@ -1,7 +1,5 @@
 """Losses and gradients under an fp16 GradScaler: what is multiplied by its scale, and when."""
 
-from __future__ import annotations
-
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
@@ -31,16 +29,3 @@ def true_loss(trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) 
 def gradients_are_scaled(trainer: pl.Trainer, optimizer: Optimizer) -> bool:
     """Say whether callbacks see gradients times the loss scale: a fused optimizer unscales inside its step."""
     return grad_scaler(trainer) is not None and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
-def refuse_scaled_gradients(trainer: pl.Trainer, optimizer: Optimizer, technique: str) -> None:
-    """Raise if gradients are still multiplied by the loss scale when callbacks see them.
-
-    Raises:
-        ValueError: For a fused optimizer together with an fp16 GradScaler.
-    """
-    if gradients_are_scaled(trainer, optimizer):
-        raise ValueError(
-            f"{technique} reads gradients, and the fused {type(optimizer).__name__} leaves them multiplied by the "
-            "fp16 loss scale. Use fused=False, or precision='bf16-mixed'."
-        )

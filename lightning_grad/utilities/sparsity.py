@@ -1,7 +1,5 @@
 """Looking at finished weights: which are N:M sparse, and what the hardware can make of it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_grad.functional import NMPattern, is_nm
-from lightning_grad.utilities.parameters import clean_name, matches, named_owners
+from lightning_grad.utilities.parameters import clean_name, named_owners, selects
 from lightning_grad.utilities.reporting import format_table
 from lightning_grad.utilities.weight_axes import output_dimension
 
@@ -105,7 +103,7 @@ def sparsity_report(
     stored, rows = module.state_dict(), []
     for name, owner, attribute in named_owners(module):
         weight = stored.get(name)
-        if weight is None or weight.ndim < 2 or not (include is None or matches(name, include)):
+        if weight is None or weight.ndim < 2 or not selects(name, include):
             continue
         dim = 0 if output_dimension(owner, attribute) == 1 else 1
         found = wanted or sparsest_pattern(weight, dim)
@@ -146,9 +144,7 @@ def export_semi_structured(module: nn.Module, include: Sequence[str] | None = No
     """
     rows, any_2_4 = [], False
     for name, owner, attribute in named_owners(module):
-        if not isinstance(owner, nn.Linear) or attribute != "weight":
-            continue
-        if include is not None and not matches(name, include):
+        if not isinstance(owner, nn.Linear) or attribute != "weight" or not selects(name, include):
             continue
         weight = owner.weight.detach()
         sparse = is_nm(weight, 2, 4)

@@ -1,15 +1,13 @@
 """Thresholds as users write them: one number, one for each name pattern, or a key in a param group of the optimizer."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_grad.utilities.parameters import all_names, first_match, matches
+from lightning_grad.utilities.parameters import all_names, first_match, selects
 
 Threshold = float | Mapping[str, float] | None
 
@@ -73,14 +71,6 @@ class Bucket:
         return self.value if self.group is None else self.group[self.key]
 
 
-def named_parameters_of(optimizer: Optimizer, module: nn.Module) -> Iterator[tuple[int, list[str], Tensor]]:
-    """Yield (number of the param group, names, parameter) of all that an optimizer moves; tied ones have several names."""
-    known = all_names(module)
-    for number, group in enumerate(optimizer.param_groups):
-        for position, parameter in enumerate(group["params"]):
-            yield number, known.get(id(parameter), [f"group{number}.{position}"]), parameter
-
-
 def choose_buckets(
     optimizer: Optimizer,
     module: nn.Module,
@@ -105,23 +95,25 @@ def choose_buckets(
     Returns:
         tuple: Buckets that are not empty, and the names of what is left out.
     """
+    known = all_names(module)
     buckets: dict[str, Bucket] = {}
     left_out = []
-    for number, names, parameter in named_parameters_of(optimizer, module):
-        group, name = optimizer.param_groups[number], names[0]
-        if (include is not None and not matches(names, include)) or matches(names, exclude or ()):
-            left_out.append(name)
-            continue
-        if key is not None and key in group and key not in optimizer.defaults:
-            bucket = buckets.setdefault(f"group{number}", Bucket(f"group{number}", group=group, key=key))
-        elif isinstance(threshold, Mapping):
-            pattern = first_match(names, threshold)
-            if pattern is None:
-                left_out.append(name)
+    for number, group in enumerate(optimizer.param_groups):
+        has_own = key is not None and key in group and key not in optimizer.defaults
+        for position, parameter in enumerate(group["params"]):
+            names = known.get(id(parameter), [f"group{number}.{position}"])
+            new = Bucket(f"group{number}", group=group, key=str(key)) if has_own else _bucket_of(names, threshold)
+            if new is None or not selects(names, include, exclude):
+                left_out.append(names[0])
                 continue
-            bucket = buckets.setdefault(pattern, Bucket(pattern, threshold[pattern]))
-        else:
-            bucket = buckets.setdefault("", Bucket("", threshold))
-        bucket.parameters.append(parameter)
-        bucket.names.append(name)
+            bucket = buckets.setdefault(new.name, new)
+            bucket.parameters.append(parameter)
+            bucket.names.append(names[0])
     return list(buckets.values()), left_out
+
+
+def _bucket_of(names: Sequence[str], threshold: Threshold) -> Bucket | None:
+    if not isinstance(threshold, Mapping):
+        return Bucket("", threshold)
+    pattern = first_match(names, threshold)
+    return None if pattern is None else Bucket(pattern, threshold[pattern])

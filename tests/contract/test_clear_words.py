@@ -99,14 +99,7 @@ class _Endless(IterableDataset):
         return iter(make_data())
 
 
-_NEEDS_AN_END: dict[str, dict[str, Any]] = {
-    "NMSparsity": {},
-    "LossReweighting": {},
-    "AdversarialTraining": {"warmup_fraction": 0.5},
-}
-
-
-@pytest.mark.parametrize("technique", [t for t in CANONICAL if t.name in _NEEDS_AN_END], ids=str)
+@pytest.mark.parametrize("technique", [t for t in CANONICAL if t.needs_end is not None], ids=str)
 @pytest.mark.parametrize(
     "arguments",
     [{"max_epochs": -1}, {"max_time": "00:01:00:00"}, {"max_epochs": 1}],
@@ -115,7 +108,7 @@ _NEEDS_AN_END: dict[str, dict[str, Any]] = {
 def test_a_run_without_a_known_end(technique, arguments):
     given = {"max_epochs": None, **arguments}
     train = DataLoader(_Endless(), BATCH) if arguments.get("max_epochs") == 1 else loaders()[0]
-    callback = technique.build(**_NEEDS_AN_END[technique.name])
+    callback = technique.build(**technique.needs_end)
     with pytest.raises(ValueError, match=rf"no known end. Set total_steps=... of {technique.name}"):
         make_trainer(callbacks=[_NoBatch(), callback], **given).fit(make_classifier(), train)
 
@@ -125,17 +118,23 @@ class _Stop(pl.Callback):
         trainer.should_stop = trainer.global_step == 8
 
 
-def test_all_that_need_an_end_are_tried():
-    assert {t.name for t in CANONICAL if "total_steps" in t.build().settings} == {*_NEEDS_AN_END, "InfoBatch"}
+_HAVE_A_LENGTH = [t for t in CANONICAL if "total_steps" in t.build().settings]
+
+
+@pytest.mark.parametrize("technique", [t for t in _HAVE_A_LENGTH if t.needs_end is None], ids=str)
+def test_what_need_not_know_the_end_runs_without_one(technique):
+    trainer = make_trainer(callbacks=[technique.build(), _Stop()], max_epochs=-1)
+    trainer.fit(make_classifier(), loaders()[0])
+    assert trainer.global_step == 8
 
 
 @pytest.mark.filterwarnings("ignore:.*the run stopped at")
-@pytest.mark.parametrize("technique", [t for t in CANONICAL if t.name in _NEEDS_AN_END], ids=str)
+@pytest.mark.parametrize("technique", [t for t in CANONICAL if t.needs_end is not None], ids=str)
 def test_a_run_whose_end_is_stated_is_the_run_that_has_it(technique):
     """The way out of the refusal gives, bit for bit, the run with that many steps."""
     found = []
     for arguments, stated in (({"max_steps": 8}, {}), ({}, {"total_steps": 8})):
-        callback = technique.build(**{**_NEEDS_AN_END[technique.name], **stated})
+        callback = technique.build(**{**technique.needs_end, **stated})
         trainer = make_trainer(callbacks=[callback, _Stop()], max_epochs=-1, **arguments)
         trainer.fit(make_classifier(), loaders()[0])
         assert trainer.global_step == 8

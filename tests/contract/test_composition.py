@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.testing import BATCH, assert_identical, fit, loaders, make_classifier, make_data, make_trainer
 from tests.contract.recorded import bare
-from tests.contract.settings import BROAD, CANONICAL, TECHNIQUES
+from tests.contract.settings import BROAD, CANONICAL, DIFFERENT, TECHNIQUES
 
 PLAIN_TYPES = {type(child) for child in list(make_classifier().modules())[1:]}
 
@@ -42,7 +42,7 @@ def start_of(module: Any) -> dict[str, torch.Tensor]:
 )
 def test_trainer_options(technique, arguments):
     """Options that meet nowhere in Lightning share a run."""
-    if technique.clips and "gradient_clip_val" in arguments:
+    if "gradient_clip_val" in arguments and technique.works_with.gradient_clip_val.is_no:
         with pytest.raises(ValueError, match="gradient_clip_val=None"):
             fit([technique.build()], **arguments)
         arguments = {**arguments, "gradient_clip_val": None}
@@ -69,14 +69,14 @@ def test_fp16_grad_scaler_with_overflow_at_the_start(technique):
     assert_trained(module, start)
 
 
-@pytest.mark.parametrize("technique", CANONICAL, ids=str)
+@pytest.mark.parametrize("technique", [*CANONICAL, *DIFFERENT], ids=str)
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_manual_optimization_with_two_optimizers(technique, optimizer):
-    if technique.needs_adam and optimizer == "sgd":
+    if optimizer == "sgd" and technique.works_with.no_second_moment.is_no:
         with pytest.raises(ValueError, match="exp_avg_sq"):
             fit([technique.build()], make_classifier(optimizer="sgd", manual=True))
         return
-    if not technique.manual:
+    if technique.works_with.manual_optimization.is_no:
         with pytest.raises(ValueError, match="manual optimization"):
             fit([technique.build()], make_classifier(manual=True))
         return
@@ -161,11 +161,14 @@ def test_two_ranks_agree(technique, tmp_path):
     assert_trained(module, start)
 
 
-@pytest.mark.parametrize("technique", CANONICAL, ids=str)
-@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+_SHARDING = {"FSDPStrategy": "fsdp1", "DeepSpeedStrategy": "deepspeed", "ModelParallelStrategy": "fsdp2"}
+
+
+@pytest.mark.parametrize("technique", [*CANONICAL, *(t for t in DIFFERENT if t.works_with.fsdp1.is_no)], ids=str)
+@pytest.mark.parametrize("strategy", _SHARDING)
 def test_sharded_strategies_work_or_are_refused_before_the_first_batch(technique, strategy):
     stand_in = type(strategy, (pl.strategies.SingleDeviceStrategy,), {})(device=torch.device("cpu"))
-    if strategy in technique.refuses:
+    if technique.works_with.answers[_SHARDING[strategy]].is_no:
         with pytest.raises(ValueError, match=f"{strategy}.*[sS]trategy"):
             fit([technique.build()], strategy=stand_in)
     else:

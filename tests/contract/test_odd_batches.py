@@ -22,7 +22,6 @@ from tests.contract.test_composition import assert_trained, start_of
 from tests.labelled import KINDS, labelled
 
 EPOCHS = 3  # so that whoever decides by validations has two to compare
-NEEDS_INDICES = {"DataPruning", "InfoBatch", "RepeatedRandomSubset", "LossReweighting", "UniformLearning"}
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size` from an ambiguous collection")
@@ -88,9 +87,9 @@ def plain(needs_indices: bool) -> tuple[dict[str, Any], list[Tensor]]:
     return left_by(trainer, module), data
 
 
-@pytest.mark.parametrize("technique", [t for t in CANONICAL if t.neutral is not None], ids=str)
+@pytest.mark.parametrize("technique", [t for t in CANONICAL if t.has_neutral], ids=str)
 def test_at_its_neutral_setting_a_step_that_writes_into_its_batch_does_what_it_did(technique):
-    needs_indices = technique.name in NEEDS_INDICES
+    needs_indices = technique.kind.namespace == "data"
     trainer, module, data = run([technique.build_neutral()], needs_indices)
     expected, expected_data = plain(needs_indices)
     assert_identical(left_by(trainer, module), expected)
@@ -99,7 +98,7 @@ def test_at_its_neutral_setting_a_step_that_writes_into_its_batch_does_what_it_d
 
 @pytest.mark.parametrize("technique", CANONICAL, ids=str)
 def test_data_are_changed_by_the_step_alone(technique):
-    needs_indices = technique.name in NEEDS_INDICES
+    needs_indices = technique.kind.namespace == "data"
     start = start_of(make_writing())
     trainer, module, data = run([technique.build()], needs_indices)
     assert_trained(module, start)

@@ -155,7 +155,7 @@ SPARSITY = [
     Row(
         "a variance that SGD lacks",
         lambda _: fit(nm(recipe="step"), module=odd.with_optimizer(odd.sgd)),
-        r"^NMSparsity\(recipe='step'\) freezes .* SGD keeps none. Set recipe='sr-ste', or train with",
+        r"^NMSparsity with recipe='step' freezes .* SGD keeps none. Set recipe='sr-ste', or train with",
         lambda _: fit(nm(recipe="sr-ste"), module=odd.with_optimizer(odd.sgd)),
     ),
     Row(

@@ -492,6 +492,20 @@ def test_one_optimizer_may_be_left_alone() -> None:
     assert callback.state_dict()["optimizers"]["0"]["states"] == {}
 
 
+def test_a_fused_optimizer_is_refused_only_where_its_gradients_are_changed() -> None:
+    class FusedGenerator(Gan):
+        def configure_optimizers(self) -> Any:
+            return [fused(self.generator.parameters()), torch.optim.SGD(self.critic.parameters(), lr=0.1)]
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    plugins, after = [MixedPrecision("16-mixed", "cpu", scaler)], Gradients()
+    loader = rows_of(rows_with_norms([1.0, 2.0]))
+    train([NormClipping(0.5, include=["critic"]), after], FusedGenerator(), loader, plugins=plugins)
+    assert after.norms()[1::2] == pytest.approx([0.5, 0.5], rel=1e-3)
+    with pytest.raises(ValueError, match="the fused AdamW leaves them multiplied"):
+        train([NormClipping(0.5, include=["generator"])], FusedGenerator(), loader, plugins=plugins)
+
+
 # Logs.
 
 

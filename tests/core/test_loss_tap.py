@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_grad.core.batch_sizes import batch_size_of
 from lightning_grad.core.dispatch import wrap_method
-from lightning_grad.core.loss_tap import read_losses, reweight_losses
+from lightning_grad.core.losses.batch_sizes import batch_size_of
+from lightning_grad.core.losses.given_functions import LossRequest
+from lightning_grad.core.losses.loss_tap import read_losses, reweight_losses
 from lightning_grad.core.quiet import quiet
 from lightning_grad.functional import LossCall
 from lightning_grad.testing import make_trainer
@@ -88,8 +89,8 @@ class Reader:
         self.calls.append(call)
 
 
-def reweigh(module: Any, weights: Tensor, **arguments: Any) -> Callable[[], None]:
-    return reweight_losses(module, lambda call: weights, "InfoBatch", **arguments)
+def reweigh(module: Any, weights: Tensor, which: int | None = None) -> Callable[[], None]:
+    return reweight_losses(module, lambda call: weights, LossRequest("InfoBatch", which))
 
 
 def test_several_readers_read_what_one_reweights() -> None:
@@ -126,9 +127,9 @@ def test_a_second_reweighter_is_refused() -> None:
     module = Linear()
     undo = reweigh(module, torch.ones(3))
     with pytest.raises(ValueError, match=r"InfoBatch and LossReweighting would both weight"):
-        reweight_losses(module, lambda call: None, "LossReweighting")
+        reweight_losses(module, lambda call: None, LossRequest("LossReweighting"))
     undo()
-    reweight_losses(module, lambda call: None, "LossReweighting")
+    reweight_losses(module, lambda call: None, LossRequest("LossReweighting"))
     reweigh(Linear(), torch.ones(3))  # another module is no concern of theirs
 
 
@@ -189,8 +190,8 @@ def test_of_two_losses_one_must_be_named() -> None:
 
 def test_each_reads_the_loss_that_it_names() -> None:
     module, classes, residuals = TwoLosses(), Reader(), Reader()
-    read_losses(module, classes, 0)
-    read_losses(module, residuals, 1)
+    read_losses(module, classes, LossRequest(which=0))
+    read_losses(module, residuals, LossRequest(which=1))
     module.training_step(BATCH, 0)
     assert [reader.calls[0].name for reader in (classes, residuals)] == ["cross_entropy", "mse_loss"]
 
@@ -210,7 +211,7 @@ def test_only_the_loss_that_is_named_is_weighted(which: int) -> None:
 
 def test_a_loss_that_the_step_does_not_have() -> None:
     module = Linear()
-    read_losses(module, Reader(), 1)
+    read_losses(module, Reader(), LossRequest(which=1))
     with pytest.raises(RuntimeError, match=r"loss=1 was asked for, but the step has 1"):
         module.training_step(BATCH, 0)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_grad.core.portable import (
+from lightning_grad.core.views.portable import (
     decode_residual,
     encode_residual,
     make_dense,

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from lightning_grad.core.row_order import follows, is_close, orders_of, rows_of_batch, same_rows
+from lightning_grad.core.losses.row_order import follows, is_close, orders_of, rows_of_batch, same_rows
 from lightning_grad.utilities.batches import reordered
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
 
 from lightning_grad.callbacks import RepeatedRandomSubset
+from lightning_grad.core.samples.training_set import TrainingSet
 from lightning_grad.core.subset import SubsetCallback
-from lightning_grad.core.training_set import TrainingSet
 from lightning_grad.core.undo import UndoList
 from lightning_grad.data import PrunableBatchSampler
 from lightning_grad.testing import ResumableLoader, make_trainer

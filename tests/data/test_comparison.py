@@ -211,5 +211,5 @@ def test_wrong_usage_says_so(arguments: list[str], capsys: pytest.CaptureFixture
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules after import")  # which is imported above
 def test_the_module_runs(files: dict[str, SampleScores], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning_grad.data", "compare", "a.npz", "none.npz"])
-    with pytest.raises(SystemExit, match="^error: there is no file none.npz$"):
+    with pytest.raises(SystemExit, match=r"^error: there is no file none\.npz$"):
         runpy.run_module("lightning_grad.data", run_name="__main__")

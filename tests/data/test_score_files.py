@@ -556,7 +556,7 @@ def test_means_keep_what_one_file_knows() -> None:
     [
         ({"name": "grand"}, "'el2n' and 'grand'"),
         ({"fingerprint": Fingerprint(100, "Items", "0" * 32)}, "the items"),
-        ({"index": None}, "their index differ"),
+        ({"index": None}, "their indices differ"),
         ({"labels": torch.zeros(100)}, "their labels differ"),
     ],
 )
@@ -567,7 +567,7 @@ def test_what_has_no_mean_raises(change: dict[str, Any], message: str) -> None:
 
 
 def test_lengths_without_an_index_must_agree() -> None:
-    with pytest.raises(ValueError, match="their values differ"):
+    with pytest.raises(ValueError, match="their indices differ"):
         average_scores([bare(), SampleScores(torch.zeros(3), "grand")])
     with pytest.raises(ValueError, match="got none"):
         average_scores([])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lightning_grad.strategies._interrupts import interrupts_deferred
+from lightning_grad.strategies._collectives import interrupts_deferred
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from lightning_grad.core import UndoList
 from lightning_grad.functional import accumulate_residual_
-from lightning_grad.strategies._local_momentum import LocalMomentum, is_plain_sgd
+from lightning_grad.strategies._local_momentum import LocalMomentum, why_not_moved
 
 
 class Pair:
@@ -30,7 +31,8 @@ class Pair:
         self.expected, self.optimizer = make(self.plain), make(self.local)
         self.outside = self.local[:outside]
         self.momentum = LocalMomentum(self.optimizer, {id(parameter) for parameter in self.outside})
-        self.momentum.attach()
+        self.undo = UndoList()
+        self.momentum.attach(self.undo)
         self.velocity = [torch.zeros_like(parameter) for parameter in self.local]
         self.steps = 0
 
@@ -163,12 +165,12 @@ def test_momentum_from_before_decays_as_it_would_have() -> None:
     """A run that is resumed with compression has buffers of the whole gradient."""
     make = OPTIMIZERS["nesterov and decay"]
     pair = Pair(make)
-    pair.momentum.detach()
+    pair.undo.run()
     for parameter, twin in zip(pair.plain, pair.local, strict=True):
         parameter.grad, twin.grad = torch.ones_like(parameter), torch.ones_like(parameter)
     pair.expected.step()
     pair.optimizer.step()
-    pair.momentum.attach()
+    pair.momentum.attach(pair.undo)
     for _ in range(4):
         pair.step()
         pair.check()
@@ -246,15 +248,15 @@ def test_an_error_in_the_update_is_undone_by_detaching() -> None:
     pair.optimizer.state[pair.local[2]]["momentum_buffer"] = torch.ones(7)
     with pytest.raises(RuntimeError):
         pair.optimizer.step()
-    pair.momentum.detach()
+    pair.undo.run()
     assert pair.optimizer.param_groups is groups
 
 
 def test_detached_it_is_a_plain_sgd_and_leaves_no_hook() -> None:
     pair = Pair(OPTIMIZERS["momentum and decay"])
     pair.step()
-    pair.momentum.detach()
-    pair.momentum.detach()
+    pair.undo.run()
+    pair.undo.run()
     assert not pair.optimizer._optimizer_step_pre_hooks
     assert not pair.optimizer._optimizer_step_post_hooks
     pickle.loads(pickle.dumps(pair.optimizer))
@@ -291,13 +293,13 @@ def test_only_the_step_of_sgd_is_known() -> None:
             pass
 
     parameters = [nn.Parameter(torch.zeros(1))]
-    assert is_plain_sgd(SGD(parameters))
-    assert is_plain_sgd(Renamed(parameters))
-    assert not is_plain_sgd(Other(parameters))
-    assert not is_plain_sgd(torch.optim.AdamW(parameters))
+    assert not why_not_moved(SGD(parameters))
+    assert not why_not_moved(Renamed(parameters))
+    assert why_not_moved(Other(parameters))
+    assert why_not_moved(torch.optim.AdamW(parameters))
 
 
 def test_a_scheduler_that_wraps_the_step_does_not_hide_sgd() -> None:
     optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    assert is_plain_sgd(optimizer)
+    assert not why_not_moved(optimizer)

@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
-from lightning_grad import callbacks
 from lightning_grad.testing import assert_identical, make_classifier, on_ranks, outcome, train_on_ranks
+from tests.contract import settings
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
 from tests.strategies.ranks import said
 
@@ -85,35 +85,26 @@ def test_clipping_by_value_of_the_trainer_under_dgc():
     assert "local_clip clips by norm" in message
 
 
-_CLIPPERS = {
-    "NormClipping": {"max_norm": 0.1},
-    "ValueClipping": {"clip_value": 0.001},
-    "AdaptiveGradientClipping": {"ratio": 0.01},
-    "AutoClip": {},
-    "ZClip": {},
-    "LayerwiseClipping": {"max_norm": 0.1},
-}
+_CLIPPERS = pytest.mark.parametrize(
+    "clipper", [t for t in settings.CANONICAL if t.works_with.late_gradients.is_no], ids=str
+)
 
 
-def _clipper(name: str) -> Any:
-    return getattr(callbacks, name)(**_CLIPPERS[name])
-
-
-@pytest.mark.parametrize("name", _CLIPPERS)
-def test_clipping_callbacks_under_dgc(name):
-    message = refusal(DGC.build, sgd, extra=[_clipper(name)])
-    assert name in message
+@_CLIPPERS
+def test_clipping_callbacks_under_dgc(clipper):
+    message = refusal(DGC.build, sgd, extra=[clipper.build()])
+    assert clipper.name in message
     assert "local_clip" in message
 
 
-@pytest.mark.parametrize("name", _CLIPPERS)
-def test_clipping_callbacks_under_powersgd_and_neutral_dgc_work(name):
-    on_ranks(1, _fit_both, name)
+@_CLIPPERS
+def test_clipping_callbacks_under_powersgd_and_neutral_dgc_work(clipper):
+    on_ranks(1, _fit_both, clipper)
 
 
-def _fit_both(name: str) -> None:
+def _fit_both(clipper: settings.Technique) -> None:
     for build in (POWER.build, DGC.build_neutral):
-        trainer, _ = train_on_ranks(build(), [_clipper(name)], max_epochs=1)
+        trainer, _ = train_on_ranks(build(), [clipper.build()], make_classifier(), max_epochs=1)
         assert trainer.global_step == 6
 
 

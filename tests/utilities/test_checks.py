@@ -1,39 +1,61 @@
 """What cannot work is refused in words that say what to do."""
 
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_grad.utilities.checks import (
+    check_above,
     check_at_least,
+    check_between,
     check_choice,
+    check_count,
+    check_count_between,
+    check_finite,
+    check_finite_above,
+    check_finite_at_least,
     check_name,
+    check_only_one,
+    check_position,
+    check_share,
     owned_ids,
-    refuse_sharded,
 )
 from lightning_grad.utilities.imports import is_installed
 
-
-class FSDPStrategy:
-    """Stands in for Lightning's."""
+NAN, INF = float("nan"), float("inf")
 
 
-class DeepSpeedStrategy:
-    """Stands in for Lightning's."""
+@pytest.mark.parametrize(
+    ("check", "value", "bounds", "wrong"),
+    [
+        (check_at_least, 0.5, (0.5,), 0.4),
+        (check_count, 2, (2,), 1),
+        (check_position, 0, (), -1),
+        (check_above, 0.5, (0.4,), 0.4),
+        (check_finite, 0.5, (), float("inf")),
+        (check_finite_at_least, 0.5, (0.5,), float("inf")),
+        (check_finite_above, 0.5, (0.4,), float("inf")),
+        (check_count_between, 3, (2, 3), 4),
+        (check_between, 0.5, (0.0, 1.0), 1.1),
+        (check_share, 0.0, (), 1.0),
+    ],
+)
+def test_a_check_returns_the_value_that_it_lets_pass(check: Any, value: Any, bounds: Any, wrong: Any) -> None:
+    assert check(value, *bounds, "argument") is value
+    with pytest.raises(ValueError, match="argument must be"):
+        check(wrong, *bounds, "argument")
 
 
-class ModelParallelStrategy:
-    """Stands in for Lightning's."""
+def test_a_position_may_be_left_out() -> None:
+    assert check_position(None, "loss") is None
 
 
-class OwnStrategy(FSDPStrategy):
-    """A strategy derived from one that shards."""
-
-
-class DDPStrategy:
-    """Stands in for Lightning's."""
+def test_what_is_given_by_two_arguments_is_refused() -> None:
+    check_only_one({"loss": 0, "loss_fn": None, "scores_by='sample'": False, "score_files": []}, "say it")
+    with pytest.raises(ValueError, match=r"^loss and score_files would both say it\. Leave one of them out\.$"):
+        check_only_one({"loss": 0, "loss_fn": None, "score_files": ["a.npz"]}, "say it")
 
 
 def test_choice_that_is_known_passes() -> None:
@@ -60,24 +82,6 @@ def test_number_that_is_large_enough_passes(value: float, least: float) -> None:
 def test_number_that_is_too_small_or_none_raises(value: float) -> None:
     with pytest.raises(ValueError, match=f"mask_every must be at least 1; got {value}"):
         check_at_least(value, 1, "mask_every")
-
-
-@pytest.mark.parametrize(
-    ("strategy", "said"),
-    [
-        (FSDPStrategy, r"FSDP \(FSDPStrategy\)"),
-        (DeepSpeedStrategy, r"DeepSpeed \(DeepSpeedStrategy\)"),
-        (ModelParallelStrategy, r"FSDP2 and tensor parallelism \(ModelParallelStrategy\)"),
-        (OwnStrategy, r"FSDP \(OwnStrategy\)"),
-    ],
-)
-def test_strategies_that_shard_are_refused(strategy: type, said: str) -> None:
-    with pytest.raises(ValueError, match=f"NMSparsity needs whole weights, and {said} shards them.*strategy='ddp'"):
-        refuse_sharded(SimpleNamespace(strategy=strategy()), "NMSparsity")
-
-
-def test_strategies_that_do_not_shard_pass() -> None:
-    refuse_sharded(SimpleNamespace(strategy=DDPStrategy()), "NMSparsity")
 
 
 def test_owned_parameters_come_from_every_group() -> None:
@@ -123,3 +127,25 @@ def test_names_that_leave_the_folder_or_that_no_file_can_carry_raise(name: str, 
     assert str(caught.value).startswith("name must")
     assert len(str(caught.value)) < 300
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(("value", "bound"), [(1e-300, 0.0), (INF, 0.0), (2, 1)])
+def test_number_above_a_bound_passes(value: float, bound: float) -> None:
+    check_above(value, bound, "max_norm")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, NAN, -INF])
+def test_number_at_a_bound_or_below_it_raises(value: float) -> None:
+    with pytest.raises(ValueError, match=f"max_norm must be above 0; got {value}"):
+        check_above(value, 0.0, "max_norm")
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 50, 100.0])
+def test_number_in_a_range_passes(value: float) -> None:
+    check_between(value, 0.0, 100.0, "percentile")
+
+
+@pytest.mark.parametrize("value", [-1e-9, 100.001, NAN, INF])
+def test_number_outside_a_range_raises(value: float) -> None:
+    with pytest.raises(ValueError, match=f"percentile must be from 0 to 100; got {value}"):
+        check_between(value, 0.0, 100.0, "percentile")

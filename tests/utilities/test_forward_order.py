@@ -32,10 +32,10 @@ def hooks(module: nn.Module) -> list[str]:
 
 def learn(module: nn.Module, calls: int = 1) -> ForwardOrder:
     order = ForwardOrder(module)
-    stop = order.watch()
+    order.watch()
     for _ in range(calls):
         module(torch.ones(1, 2))
-    stop()
+    order.stop()
     return order
 
 
@@ -47,7 +47,8 @@ def test_the_order_is_that_of_the_calls() -> None:
 def test_before_a_forward_pass_the_order_is_the_one_given() -> None:
     order = ForwardOrder(Backwards())
     assert order.sort(NAMES) == NAMES
-    order.watch()()
+    order.watch()
+    order.stop()
     assert order.sort(NAMES) == NAMES
 
 
@@ -66,11 +67,12 @@ def test_a_layer_called_twice_counts_from_its_first_call() -> None:
 
 def test_hooks_are_there_while_it_learns_and_gone_after() -> None:
     module = Backwards()
-    stop = ForwardOrder(module).watch()
+    order = ForwardOrder(module)
+    order.watch()
     assert hooks(module) == ["last", "middle.1", "first", "unused"], "where parameters are, and not on the root"
-    stop()
+    order.stop()
     assert hooks(module) == []
-    stop()
+    order.stop()
     assert hooks(module) == [], "stopping twice is no error"
 
 
@@ -92,10 +94,10 @@ def test_a_compiled_child_is_not_looked_into(how: str) -> None:
     else:
         module.middle = torch.compile(module.middle, backend="eager")
     order = ForwardOrder(module)
-    stop = order.watch()
+    order.watch()
     assert hooks(module) == ["last", "first", "unused"]
     module(torch.ones(1, 2))
-    stop()
+    order.stop()
     # What was not seen comes after what was, in the order given.
     names = ["middle.1.weight", "last.weight", "first.weight"]
     assert order.sort(names) == ["first.weight", "last.weight", "middle.1.weight"]
@@ -104,14 +106,16 @@ def test_a_compiled_child_is_not_looked_into(how: str) -> None:
 def test_a_compiled_root_is_not_looked_into() -> None:
     module = Backwards()
     module.compile(backend="eager")
-    stop = ForwardOrder(module).watch()
+    order = ForwardOrder(module)
+    order.watch()
     assert hooks(module) == []
-    stop()
+    order.stop()
 
 
 def test_a_child_inside_a_compiled_one_that_is_itself_compiled() -> None:
     module = Backwards()
     module.middle[1].compile(backend="eager")
-    stop = ForwardOrder(module).watch()
+    order = ForwardOrder(module)
+    order.watch()
     assert hooks(module) == ["last", "first", "unused"]
-    stop()
+    order.stop()

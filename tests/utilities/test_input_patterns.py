@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_grad.utilities.batches import find_input, text_of
-from lightning_grad.utilities.input_patterns import EVERY, are_samples, expanded, find_inputs, has_inputs, neighbours
+from lightning_grad.utilities.batches import EVERY, find_input, text_of
+from lightning_grad.utilities.input_patterns import are_samples, expanded, find_inputs, has_inputs, neighbours
 
 ALL = EVERY
 IMAGES = [torch.zeros(3, 8, 8 + number) for number in range(4)]

@@ -11,7 +11,6 @@ from lightning_grad.utilities.parameters import (
     first_match,
     matches,
     named_owners,
-    parameter_names,
 )
 
 
@@ -63,12 +62,16 @@ def test_no_pattern_means_nothing() -> None:
     assert not matches("weight", [])
 
 
-NAMES = ["encoder.0.linear1.weight", "encoder.0.linear2.weight", "head._orig_mod.weight"]
+def named_module() -> nn.Module:
+    """Return a module with encoder.0.linear1.weight, encoder.0.linear2.weight and head._orig_mod.weight."""
+    layer = nn.ModuleDict({f"linear{n}": nn.Linear(1, 1, bias=False) for n in (1, 2)})
+    head = nn.ModuleDict({"_orig_mod": nn.Linear(1, 1, bias=False)})
+    return nn.ModuleDict({"encoder": nn.ModuleList([layer]), "head": head})
 
 
 @pytest.mark.parametrize("patterns", [[], ["encoder.*"], ["head"], ["head.weight", "*.linear2"]])
 def test_patterns_that_name_something_pass(patterns: list[str]) -> None:
-    check_patterns(patterns, NAMES, "include")
+    check_patterns(named_module(), "ZClip", include=patterns)
 
 
 @pytest.mark.parametrize(
@@ -83,12 +86,12 @@ def test_patterns_that_name_something_pass(patterns: list[str]) -> None:
 )
 def test_pattern_that_names_nothing_raises_with_near_names(pattern: str, near: str) -> None:
     with pytest.raises(ValueError, match=f"named .{pattern}., and no module. Did you mean .*{near}"):
-        check_patterns(["encoder.*", pattern], NAMES, "exclude")
+        check_patterns(named_module(), "ZClip", exclude=["encoder.*", pattern])
 
 
 def test_pattern_near_to_nothing_is_shown_the_first_names() -> None:
     with pytest.raises(ValueError, match=r"Some that exist: encoder.0.linear1.weight, .*head.weight\."):
-        check_patterns(["qqqqqq"], NAMES, "include")
+        check_patterns(named_module(), "ZClip", include=["qqqqqq"])
 
 
 def test_owners_are_named_with_every_use_of_a_tied_parameter() -> None:
@@ -117,7 +120,7 @@ def test_every_name_of_a_tied_parameter_is_known() -> None:
 
     module = Tied()
     expected = ["own", "again", "embed.weight", "head.weight", "alias.weight"]
-    assert parameter_names(module) == expected
+    assert [name for names in all_names(module).values() for name in names] == expected
     for name in expected[2:]:
         assert matches(all_names(module)[id(module.head.weight)], [name.partition(".")[0]])
 

@@ -1,4 +1,4 @@
-"""What is multiplied by an fp16 loss scale is seen, undone or refused."""
+"""What is multiplied by an fp16 loss scale is seen and undone."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_grad.utilities.precision import gradients_are_scaled, refuse_scaled_gradients, true_loss
+from lightning_grad.utilities.precision import gradients_are_scaled, true_loss
 
 SCALER = torch.amp.GradScaler("cpu", init_scale=1024.0)
 
@@ -16,27 +16,10 @@ def trainer_with(optimizer: torch.optim.Optimizer, scaler: Any) -> SimpleNamespa
     return SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), optimizers=[optimizer])
 
 
-def test_fused_optimizer_beside_a_grad_scaler_is_refused() -> None:
-    optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), fused=True)
-    with pytest.raises(ValueError, match=r"fused AdamW leaves them multiplied.*fused=False, or precision='bf16-mixed'"):
-        refuse_scaled_gradients(trainer_with(optimizer, SCALER), optimizer, "NMSparsity")
-
-
-@pytest.mark.parametrize(("fused", "scaler"), [(True, None), (False, SCALER)])
-def test_fused_optimizer_or_grad_scaler_alone_passes(fused: bool, scaler: Any) -> None:
-    optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), fused=fused)
-    refuse_scaled_gradients(trainer_with(optimizer, scaler), optimizer, "NMSparsity")
-
-
 @pytest.mark.parametrize(("fused", "scaler"), [(True, None), (True, SCALER), (False, None), (False, SCALER)])
 def test_gradients_are_scaled_only_where_a_fused_optimizer_meets_a_scaler(fused: bool, scaler: Any) -> None:
     optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), fused=fused)
     assert gradients_are_scaled(trainer_with(optimizer, scaler), optimizer) is (fused and scaler is not None)
-
-
-def test_precision_without_a_scaler_attribute_passes() -> None:
-    optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), fused=True)
-    refuse_scaled_gradients(SimpleNamespace(precision_plugin=object()), optimizer, "NMSparsity")
 
 
 @pytest.mark.parametrize(("automatic", "expected"), [(True, 6.0), (False, 2.0)])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_grad.utilities.checks import check_above
-from lightning_grad.utilities.thresholds import Bucket, as_threshold, choose_buckets, named_parameters_of
+from lightning_grad.utilities.thresholds import Bucket, as_threshold, choose_buckets
 
 
 def above_zero(number: float) -> None:
@@ -135,8 +135,7 @@ def test_names_are_those_of_the_module_without_the_prefix_of_compilation() -> No
     net.head = torch.compile(net.head, backend="eager")
     stranger = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([{"params": net.head.parameters()}, {"params": [stranger]}])
-    rows = [(number, names[0]) for number, names, _ in named_parameters_of(optimizer, net)]
-    assert rows == [(0, "head.weight"), (0, "head.bias"), (1, "group1.0")]
+    assert [bucket.names for bucket in choose_buckets(optimizer, net)[0]] == [["head.weight", "head.bias", "group1.0"]]
 
 
 def test_only_what_the_optimizer_moves_is_sorted() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,14 +11,16 @@ import torch
 from torch import Tensor
 
 from lightning_grad.callbacks.adversarial._places import Place
-from lightning_grad.core.whole_step import loss_of_output
-from lightning_grad.functional.adversarial.attacks import Norm, fgsm, pgd
+from lightning_grad.core.compatibility import yes
+from lightning_grad.core.losses.sample_losses import loss_of_output
+from lightning_grad.functional.adversarial.attacks import IndependentLossError, Norm, fgsm, pgd
 from lightning_grad.functional.shuffling import hashed_seed
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import check_above, check_at_least, check_count
 from lightning_grad.utilities.precision import grad_scaler
 from lightning_grad.utilities.reporting import counted
 
+COMPILED = yes("Attacks run compiled modules. Where the output of an embedding is attacked, compiled modules raise.")
 _LARGEST = 1e30  # what is computed from it still fits into float32
 _ROUNDING = 1e-3  # of the bounds' distance: half precision, and means that were rounded
 
@@ -37,6 +38,9 @@ class Attack:
         bounds: Least and largest value of an input.
         mean: Mean by which inputs were normalised.
         std: Standard deviation by which they were divided.
+
+    Raises:
+        ValueError: If epsilon, steps or step_size are out of their range.
     """
 
     epsilon: float
@@ -47,6 +51,14 @@ class Attack:
     bounds: tuple[float, float] | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+
+    def __post_init__(self) -> None:
+        check_at_least(self.epsilon, 0.0, "epsilon")
+        _check_magnitude(self.epsilon, "epsilon", "Choose the largest change that must not matter")
+        check_count(self.steps, 1, "steps")
+        if self.step_size is not None:
+            check_above(self.step_size, 0.0, "step_size")
+            _check_magnitude(self.step_size, "step_size", "Leave it out for the usual one")
 
     @property
     def described(self) -> str:
@@ -62,22 +74,15 @@ class Attack:
         support: Tensor | None = None,
     ) -> Tensor:
         """Attack inputs, with this share of epsilon and step size, where the support is 1."""
+        settings = {**vars(self), "epsilon": share * self.epsilon, "generator": generator, "support": support}
+        settings["step_size"] = None if self.step_size is None else share * self.step_size
+        attack: Callable[..., Tensor] = pgd
+        if self.steps == 1:
+            attack = fgsm
+            del settings["steps"]
         # What autocast has cast without a graph must not serve here, nor what is cast here afterwards.
         torch.clear_autocast_cache()
-        attack: Callable[..., Tensor] = fgsm if self.steps == 1 else partial(pgd, steps=self.steps)
-        attacked = attack(
-            loss_of,
-            inputs,
-            share * self.epsilon,
-            step_size=None if self.step_size is None else share * self.step_size,
-            norm=self.norm,
-            random_start=self.random_start,
-            bounds=self.bounds,
-            mean=self.mean,
-            std=self.std,
-            generator=generator,
-            support=support,
-        )
+        attacked = attack(loss_of, inputs, **settings)
         torch.clear_autocast_cache()
         return attacked
 
@@ -110,30 +115,6 @@ class Attack:
             if values is not None:
                 inputs = act(inputs, torch.tensor(values, device=inputs.device).view(shape))
         return float(inputs.min()), float(inputs.max())
-
-
-def attack_of(
-    epsilon: float,
-    steps: int,
-    step_size: float | None,
-    norm: Norm,
-    random_start: bool,
-    bounds: Sequence[float] | None,
-    mean: Sequence[float] | float | None,
-    std: Sequence[float] | float | None,
-) -> Attack:
-    """Check settings.
-
-    Raises:
-        ValueError: For the first that is wrong.
-    """
-    check_at_least(epsilon, 0.0, "epsilon")
-    _check_magnitude(epsilon, "epsilon", "Choose the largest change that must not matter")
-    check_count(steps, 1, "steps")
-    if step_size is not None:
-        check_above(step_size, 0.0, "step_size")
-        _check_magnitude(step_size, "step_size", "Leave it out for the usual one")
-    return Attack(epsilon, steps, step_size, norm, random_start, _checked_bounds(bounds), *_checked_units(mean, std))
 
 
 def generator_for(device: torch.device, seed: int, purpose: str) -> torch.Generator:
@@ -186,27 +167,30 @@ class NoLossError(RuntimeError):
     """A step has returned no loss."""
 
 
-def _check_magnitude(value: float, parameter: str, hint: str) -> None:
-    if not abs(value) <= _LARGEST:
-        raise ValueError(f"{parameter} must be finite, and at most {_LARGEST:g}; got {value}. {hint}.")
+def refused(error: IndependentLossError, needed_by: str) -> RuntimeError:
+    """Return what to raise for a loss that no attack can raise."""
+    return RuntimeError(
+        f"{needed_by}: {error} If another part of the batch is the input, name it by input_key; else compute "
+        "the loss from it with gradients, without detach() and torch.no_grad()."
+    )
 
 
-def _checked_bounds(bounds: Sequence[float] | None) -> tuple[float, float] | None:
-    if bounds is None:
-        return None
-    pair = tuple(float(bound) for bound in bounds)
-    if len(pair) != 2 or not pair[0] < pair[1]:
-        raise ValueError(
-            f"bounds must be the least and the largest value of an input, such as [0, 1]; got {list(pair)}."
-        )
-    for bound in pair:
-        _check_magnitude(bound, "bounds", "Where inputs have a limit on one side only, give a number that none reaches")
-    return pair
+def first_sentence(error: Exception) -> str:
+    """Return what is wrong; what to do about it, in the words of the function that raised, does not apply here."""
+    return str(error).partition(". ")[0].removesuffix(".")
 
 
-def _checked_units(
-    mean: Sequence[float] | float | None, std: Sequence[float] | float | None
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+Space = tuple[tuple[float, float] | None, tuple[float, ...] | None, tuple[float, ...] | None]
+
+
+def space_of(
+    bounds: Sequence[float] | None, mean: Sequence[float] | float | None, std: Sequence[float] | float | None
+) -> Space:
+    """Check the settings of the space in which inputs lie, and return them as tuples.
+
+    Raises:
+        ValueError: For the first that is wrong.
+    """
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std belong together; got mean={mean} and std={std}.")
     means, stds = _numbers(mean, "mean"), _numbers(std, "std")
@@ -216,7 +200,16 @@ def _checked_units(
         raise ValueError(
             f"mean and std must have a number for each channel, or one for all; got {len(means)} and {len(stds)}."
         )
-    return means, stds
+    if bounds is None:
+        return None, means, stds
+    pair = tuple(float(bound) for bound in bounds)
+    if len(pair) != 2 or not pair[0] < pair[1]:
+        raise ValueError(
+            f"bounds must be the least and the largest value of an input, such as [0, 1]; got {list(pair)}."
+        )
+    for bound in pair:
+        _check_magnitude(bound, "bounds", "Where inputs have a limit on one side only, give a number that none reaches")
+    return pair, means, stds
 
 
 def _numbers(values: Sequence[float] | float | None, parameter: str) -> tuple[float, ...] | None:
@@ -228,3 +221,8 @@ def _numbers(values: Sequence[float] | float | None, parameter: str) -> tuple[fl
     for number in numbers:
         _check_magnitude(number, parameter, "Give the one by which the inputs were normalised")
     return numbers
+
+
+def _check_magnitude(value: float, parameter: str, hint: str) -> None:
+    if not abs(value) <= _LARGEST:
+        raise ValueError(f"{parameter} must be finite, and at most {_LARGEST:g}; got {value}. {hint}.")

@@ -20,12 +20,12 @@ def joined(pieces: Sequence[Tensor], are_samples: bool) -> Tensor:
         [[[1.0, 1.0]], [[2.0, 2.0]]]
     """
     rows = [piece.unsqueeze(0) for piece in pieces] if are_samples else list(pieces)
-    size = _largest(rows)
+    size = tuple(max(lengths) for lengths in zip(*(row.shape[1:] for row in rows), strict=True))
     return torch.cat([_filled_up(row, size) for row in rows])
 
 
 def parted(whole: Tensor, pieces: Sequence[Tensor], are_samples: bool) -> list[Tensor]:
-    """Return what of a joined tensor belongs to each piece.
+    """Return what of a joined tensor belongs to each piece, as views.
 
     Example:
         >>> pieces = [torch.ones(1, 2), torch.full((1, 1), 2.0)]
@@ -35,7 +35,7 @@ def parted(whole: Tensor, pieces: Sequence[Tensor], are_samples: bool) -> list[T
     parts, begin = [], 0
     for piece in pieces:
         shape = (1, *piece.shape) if are_samples else tuple(piece.shape)
-        rows = whole.narrow(0, begin, shape[0])[(slice(None), *(slice(length) for length in shape[1:]))]
+        rows = whole.narrow(0, begin, shape[0])[(slice(None), *map(slice, shape[1:]))]
         parts.append(rows.squeeze(0) if are_samples else rows)
         begin += shape[0]
     return parts
@@ -48,18 +48,12 @@ def support_of(pieces: Sequence[Tensor], are_samples: bool) -> Tensor | None:
         >>> support_of([torch.ones(1, 2), torch.ones(1, 1)], True).tolist()
         [[[1.0, 1.0]], [[1.0, 0.0]]]
     """
-    rows = [piece.unsqueeze(0) for piece in pieces] if are_samples else list(pieces)
-    size = _largest(rows)
-    if all(tuple(row.shape[1:]) == size for row in rows):
+    if len({piece.shape if are_samples else piece.shape[1:] for piece in pieces}) == 1:
         return None
-    found = [row.new_zeros((len(row), *size)) for row in rows]
-    for own, row in zip(found, rows, strict=True):
-        own[(slice(None), *(slice(length) for length in row.shape[1:]))] = 1.0
-    return torch.cat(found)
-
-
-def _largest(rows: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(max(lengths) for lengths in zip(*(row.shape[1:] for row in rows), strict=True))
+    support = torch.zeros_like(joined(pieces, are_samples), requires_grad=False)
+    for part in parted(support, pieces, are_samples):
+        part.fill_(1.0)
+    return support
 
 
 def _filled_up(row: Tensor, size: tuple[int, ...]) -> Tensor:

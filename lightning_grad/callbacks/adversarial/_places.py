@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lightning_grad.callbacks.adversarial._pieces import joined, parted, support_of
 from lightning_grad.functional.plain_tensors import dressed, is_opaque, plain_tensor
 from lightning_grad.utilities.batch_copies import copy_of
-from lightning_grad.utilities.batches import Path, first_numbers, input_at, text_of, with_input
+from lightning_grad.utilities.batches import EVERY, Path, first_numbers, input_at, text_of, with_input
 from lightning_grad.utilities.forward_order import is_compiled
-from lightning_grad.utilities.input_patterns import EVERY, are_samples, expanded, find_inputs, has_inputs, neighbours
+from lightning_grad.utilities.input_patterns import are_samples, expanded, find_inputs, has_inputs, neighbours
 
 Run = Callable[[Any], Any]
 
@@ -33,12 +33,13 @@ class Place(Protocol):
 
     def support(self, batch: Any) -> Tensor | None:
         """Return where inputs may change, 1 there and 0 elsewhere; ``None`` for everywhere."""
+        return None
 
-    def shown(self, batch: Any, inputs: Tensor) -> Any:
+    def shown(self, batch: Any, inputs: Tensor) -> AbstractContextManager[Any]:
         """Return a context in which a copy of other inputs is there; it yields the batch to run."""
 
 
-class BatchTensor:
+class BatchTensor(Place):
     """A tensor of the batch, or several: those of all samples where a batch is a list.
 
     Args:
@@ -49,8 +50,7 @@ class BatchTensor:
     """
 
     def __init__(self, pattern: Path, samples: bool, input_key: str | int | None, needed_by: str) -> None:
-        self._pattern = pattern
-        self._samples = samples
+        self._pattern, self._samples = pattern, samples
         self._input_key = input_key
         self._needed_by = needed_by
         self._told = [pattern]
@@ -61,28 +61,27 @@ class BatchTensor:
         return [text_of(pattern) for pattern in self._told]
 
     def inputs(self, batch: Any, run: Run) -> Tensor:
-        """Return the tensor, or all of them as one."""
-        pattern, samples = self._pattern_in(batch)
-        pieces = [plain_tensor(input_at(batch, path)).detach() for path in expanded(batch, pattern)]
-        return joined(pieces, samples) if EVERY in pattern else pieces[0]
+        paths, samples = self._found_in(batch)
+        pieces = [plain_tensor(input_at(batch, path)).detach() for path in paths]
+        return pieces[0] if samples is None else joined(pieces, samples)
 
     def support(self, batch: Any) -> Tensor | None:
-        """Return what of several tensors of different sizes is not filled up."""
-        pattern, samples = self._pattern_in(batch)
-        if EVERY not in pattern:
-            return None
-        return support_of([plain_tensor(input_at(batch, path)) for path in expanded(batch, pattern)], samples)
+        paths, samples = self._found_in(batch)
+        return None if samples is None else support_of([plain_tensor(input_at(batch, path)) for path in paths], samples)
 
     @contextmanager
     def shown(self, batch: Any, inputs: Tensor) -> Iterator[Any]:
-        """Yield another batch that has a copy of the inputs, for a step may write into what it gets."""
-        pattern, samples = self._pattern_in(batch)
-        paths = expanded(batch, pattern)
+        paths, samples = self._found_in(batch)
         olds = [input_at(batch, path) for path in paths]
-        parts = parted(inputs, olds, samples) if EVERY in pattern else [inputs]
+        parts = [inputs] if samples is None else parted(inputs, olds, samples)
         for path, old, part in zip(paths, olds, parts, strict=True):
             batch = with_input(batch, path, _in_place_of(old, part))
         yield batch
+
+    def _found_in(self, batch: Any) -> tuple[list[Path], bool | None]:
+        """Return where the tensors are, and whether each is a sample; ``None`` for a single one."""
+        pattern, samples = self._pattern_in(batch)
+        return expanded(batch, pattern), samples if EVERY in pattern else None
 
     def _pattern_in(self, batch: Any) -> tuple[Path, bool]:
         """Return where the input is, and whether each is a sample: in a batch of another form it is looked for again."""
@@ -112,7 +111,7 @@ def _in_place_of(old: Tensor, new: Tensor) -> Tensor:
     return shown.requires_grad_() if own.requires_grad and not shown.requires_grad else shown
 
 
-class EmbeddingOutput:
+class EmbeddingOutput(Place):
     """The output of the first ``nn.Embedding`` that a step calls, the first time it calls it.
 
     The weights of the embedding are trained as ever: what is added to its output is a constant.
@@ -148,10 +147,6 @@ class EmbeddingOutput:
                 "embedding as a module, embedding(x), or name a floating tensor of the batch by input_key."
             )
         return seen[0]
-
-    def support(self, batch: Any) -> Tensor | None:
-        """Return that all of it may change."""
-        return None
 
     @contextmanager
     def shown(self, batch: Any, inputs: Tensor) -> Iterator[Any]:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -19,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_grad.core.module_state import CONTAINERS, has_own_state, holds_fixed_only, is_code, put_back
-from lightning_grad.functional.attributes import attributes_of
+from lightning_grad.core.module_state import CONTAINERS, has_own_state, holds_fixed_only, is_code, items_of, put_back
 from lightning_grad.functional.plain_tensors import dressed, plain_tensor
 
 _METRICS = (Metric, MetricCollection)
@@ -70,13 +68,14 @@ class _Part:
         self._internal = internal
         self._metrics = {name: _twin(metric, memo) for name, metric in self._own_metrics().items()}
         self._attributes = {name: _twin(value, memo) for name, value in self._own().items()}
-        self._buffers: dict[str, Tensor | None] = {}
-        self._lent: tuple[dict[str, Tensor | None], dict[str, Tensor]] = ({}, {})
         self.take_buffers()
 
     def take_buffers(self) -> None:
         """Copy the buffers."""
-        self._buffers = {name: b if b is None else _clone(b) for name, b in self._module._buffers.items()}
+        self._buffers = self._copied_buffers()
+
+    def _copied_buffers(self) -> dict[str, Tensor | None]:
+        return {name: None if b is None else _clone(b) for name, b in self._module._buffers.items()}
 
     def _own(self) -> dict[str, Any]:
         # Methods that are wrapped on the instance stay.
@@ -90,12 +89,10 @@ class _Part:
         """Give the module this state, and keep its own."""
         self._exchange()
         buffers = self._module._buffers
-        contents: dict[str, Tensor] = {}
-        self._lent = (dict(buffers), contents)
+        self._lent, self._contents = dict(buffers), self._copied_buffers()
         for name, other in self._buffers.items():
             own = buffers.get(name)
             if own is not None and other is not None and _alike(own, other):  # compiled code looks at the object
-                contents[name] = _clone(own)
                 put_back([(own, other)])
             else:
                 buffers[name] = other
@@ -105,13 +102,11 @@ class _Part:
     def leave(self) -> None:
         """Give the module its own state back, and keep this one."""
         self._exchange()
-        buffers, (own, contents) = self._module._buffers, self._lent
-        self._buffers = {k: _clone(b) if b is not None and b is own.get(k) else b for k, b in buffers.items()}
-        for name, content in contents.items():
-            put_back([(cast(Tensor, own[name]), content)])
-        buffers.clear()
-        buffers.update(own)
-        self._lent = ({}, {})
+        self.take_buffers()
+        self._module._buffers.clear()
+        self._module._buffers.update(self._lent)
+        pairs = ((own, self._contents[name]) for name, own in self._lent.items())
+        put_back([(own, content) for own, content in pairs if own is not None and content is not None])
 
     def _exchange(self) -> None:
         self._metrics = _exchanged(self._module._modules, self._own_metrics(), self._metrics)
@@ -144,56 +139,41 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 
 def _twin(value: Any, memo: dict[int, Any]) -> Any:
-    """Return a copy of what a step may change; what is known twice stays one thing, all else is shared."""
-    if id(value) not in memo:
-        twin = _begun(value, memo)
-        memo[id(value)] = twin
-        if twin is not value:  # a container may hold itself, by way of what it holds
-            _fill(twin, memo)
-    return memo[id(value)]
+    """Return a copy of what a step may change; what is known twice stays one thing, all else is shared.
+
+    Args:
+        value: The value.
+        memo: What stands for an object in the copy, by the object's identity; it is filled.
+    """
+    _decide(value, memo, set())
+    return copy.deepcopy(value, memo)
 
 
-def _begun(value: Any, memo: dict[int, Any]) -> Any:
-    """Return a copy; of what is in a container, not yet."""
-    if isinstance(value, Tensor):
-        return value if isinstance(value, nn.Parameter) else _clone(value)
-    if isinstance(value, _METRICS):
-        return _copied_metric(value, memo)
-    if isinstance(value, _COPIED):
-        return copy.deepcopy(value, memo)
-    if isinstance(value, torch.Generator):
-        twin = torch.Generator(value.device)
-        twin.set_state(value.get_state())
-        return twin
-    if isinstance(value, tuple):
-        items = [_twin(item, memo) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    try:
-        return copy.copy(value) if isinstance(value, CONTAINERS) or has_own_state(value) else value
-    except Exception:  # an object that cannot be copied is shared
-        return value
-
-
-def _copied_metric(metric: Any, memo: dict[int, Any]) -> Any:
-    """Copy a metric; networks in it share their weights, and what it remembers of a training step leaves its graph."""
-    memo.update({id(parameter): parameter for parameter in metric.parameters()})
-    for module in metric.modules():
-        for held in vars(module).values():
-            items = held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple)) else [held]
-            memo.update(
-                {id(item): _clone(item) for item in items if isinstance(item, Tensor) and item.grad_fn is not None}
-            )
-    return copy.deepcopy(metric, memo)
-
-
-def _fill(holder: Any, memo: dict[int, Any]) -> None:
-    if isinstance(holder, CONTAINERS) and holds_fixed_only(holder):
+def _decide(value: Any, memo: dict[int, Any], seen: set[int]) -> None:
+    """Note for all that a value leads to what stands for it, where that is not what ``deepcopy`` would make of it."""
+    if id(value) in memo or id(value) in seen:
         return
-    if isinstance(holder, (list, deque)):
-        for position, item in enumerate(holder):
-            holder[position] = _twin(item, memo)
-    elif isinstance(holder, dict):
-        holder.update({key: _twin(item, memo) for key, item in holder.items()})
-    elif has_own_state(holder):
-        for name, item in attributes_of(holder).items():
-            object.__setattr__(holder, name, _twin(item, memo))
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        memo[id(value)] = value if isinstance(value, nn.Parameter) else _clone(value)
+    elif isinstance(value, torch.Generator):
+        memo[id(value)] = torch.Generator(value.device).set_state(value.get_state())
+    elif isinstance(value, _METRICS):  # networks in it share their weights
+        seen.update(map(id, value.modules()))
+        for part in (part for module in value.modules() for part in vars(module).values()):
+            _decide(part, memo, seen)
+    elif isinstance(value, set) or (isinstance(value, CONTAINERS) and holds_fixed_only(value)):
+        memo[id(value)] = copy.copy(value)
+    elif isinstance(value, (*CONTAINERS, tuple)) or (has_own_state(value) and _can_be_copied(value)):
+        memo.update({id(key): key for key in value} if isinstance(value, dict) else {})
+        for part in items_of(value):
+            _decide(part, memo, seen)
+    elif not isinstance(value, _COPIED):
+        memo[id(value)] = value
+
+
+def _can_be_copied(value: Any) -> bool:
+    try:
+        return copy.copy(value) is not value
+    except Exception:
+        return False

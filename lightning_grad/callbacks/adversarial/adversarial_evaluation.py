@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -12,25 +12,27 @@ from weakref import WeakSet
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_grad.callbacks.adversarial._attack import attack_of
-from lightning_grad.callbacks.adversarial._places import Place
+from lightning_grad.callbacks.adversarial._attack import COMPILED, Attack, space_of
 from lightning_grad.callbacks.adversarial._second_state import SecondState
 from lightning_grad.callbacks.adversarial._worst_inputs import WorstInputs
-from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.chosen import Chosen
+from lightning_grad.core.callback import Chosen, GradCallback
+from lightning_grad.core.compatibility import AVERAGED, WHOLE_WEIGHTS, Compatibility, manual, yes
 from lightning_grad.core.dispatch import WrapOrder, overrides, wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.quiet import is_quiet, loggers_muted, quiet
 from lightning_grad.data.random_streams import random_streams_kept
 from lightning_grad.utilities.batch_copies import copy_of
-from lightning_grad.utilities.checks import check_count, check_position, refuse_dataloader_iter, refuse_sharded
+from lightning_grad.utilities.checks import check_count, refuse_dataloader_iter
 
 _STAGES = {"fit": "validation", "validate": "validation", "test": "test"}
 _HOOKS = ("on_{}_start", "on_{}_epoch_start", "on_{}_batch_start", "{}_step", "on_{}_batch_end", "on_{}_epoch_end")
+_BY_HAND = yes(
+    "If `validation_step` returns a loss, or computes one of `torch.nn.functional`; that of `training_step` cannot be had "
+    "there."
+)
 _SECOND: WeakSet[pl.LightningModule] = WeakSet()  # modules that run on attacked inputs just now
 
 
@@ -50,7 +52,7 @@ class Evaluation:
 
 
 class AdversarialEvaluation(GradCallback):
-    r"""Run each validation a second time on attacked inputs, and log what the module logs once more, as ``adversarial/...``.
+    r"""Run each validation and test a second time on attacked inputs, logged as ``adversarial/...``.
 
     .. math::
         \text{adversarial/val\_acc} = \frac 1 n \sum_{i=1}^n
@@ -63,11 +65,11 @@ class AdversarialEvaluation(GradCallback):
 
     Args:
         epsilon: Radius of the ball, in units of the input, or in pixels if mean and std are given (8/255 on CIFAR-10).
-        steps: Steps of PGD (20 in most papers).
+        steps: Steps of PGD (20 in arXiv 1706.06083, section 5).
         restarts: Attacks on each batch; of each sample the one with the highest loss counts. Above 1, the loss of each
             sample must be seen.
-        every: Attack every so many validations of a fit, beginning with the first.
-        step_size: Step size; by default 2.5 epsilon / steps.
+        every: Attack every so many validations of a fit, beginning with the first; validate and test always attack.
+        step_size: Step size; by default 2.5 epsilon / steps, as in the released code of arXiv 1706.06083.
         norm: Norm of the ball, "linf" or "l2".
         random_start: Begin at a random point of the ball.
         bounds: Least and largest value that an input can have, such as [0, 1]; None for no limit.
@@ -100,9 +102,6 @@ class AdversarialEvaluation(GradCallback):
     **Cost.** A forward and a backward pass to the input for each step: with 20 steps some 50 validations, and as many more
     for each restart; see docs/benchmarks.md.
 
-    **Works with** fp16 and bf16, DDP, compiled modules (with embeddings: raises), several loaders, EMA, manual optimization
-    (if ``validation_step`` shows a loss): yes. FSDP, DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -119,6 +118,9 @@ class AdversarialEvaluation(GradCallback):
     """
 
     namespace: ClassVar[str] = "adversarial"
+    compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
+        compiled=COMPILED, weight_averaging=yes(AVERAGED), **manual(_BY_HAND), **WHOLE_WEIGHTS
+    )
     trial: ClassVar[Mapping[str, Any]] = {"epsilon": 0.1, "steps": 2}
 
     _validations = until_next_fit.of(int)
@@ -147,19 +149,15 @@ class AdversarialEvaluation(GradCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self._attack = attack_of(epsilon, steps, step_size, norm, random_start, bounds, mean, std)
-        check_count(restarts, 1, "restarts")
+        self._attack = Attack(epsilon, steps, step_size, norm, random_start, *space_of(bounds, mean, std))
         if restarts > 1 and not random_start:
             raise ValueError(
                 f"restarts={restarts} without random_start would repeat one attack. Keep random_start=True."
             )
-        check_count(every, 1, "every")
-        check_position(loss, "loss")
-        check_count(seed, 0, "seed")
         self.epsilon = epsilon
         self.steps = steps
-        self.restarts = restarts
-        self.every = every
+        self.restarts = check_count(restarts, 1, "restarts")
+        self.every = check_count(every, 1, "every")
         self.step_size = step_size
         self.norm = norm
         self.random_start = random_start
@@ -167,8 +165,8 @@ class AdversarialEvaluation(GradCallback):
         self.mean = mean
         self.std = std
         self.input_key = input_key
-        self.loss = loss
-        self.seed = seed
+        self.loss = check_count(loss, 0, "loss")
+        self.seed = check_count(seed, 0, "seed")
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -176,7 +174,7 @@ class AdversarialEvaluation(GradCallback):
         if stage not in _STAGES:
             return
         step = f"{_STAGES[stage]}_step"
-        refuse_sharded(trainer, self.label)
+        self.works_with().refuse(self.label, trainer, pl_module)
         if not overrides(pl_module, step):
             raise ValueError(
                 f"{self.label} runs {step} on attacked inputs, and {type(pl_module).__name__} has none. Write a {step} that "
@@ -191,7 +189,7 @@ class AdversarialEvaluation(GradCallback):
                 "the two."
             )
         for hook in (template.format(_STAGES[stage]) for template in _HOOKS):
-            around = partial(self._twice, trainer, pl_module, hook)
+            around = partial(self._twice, trainer, hook)
             self.undo.push(wrap_method(pl_module, hook, around, order=WrapOrder.REPEAT))
 
     def _warn_of_no_validation(self) -> None:
@@ -257,33 +255,24 @@ class AdversarialEvaluation(GradCallback):
 
     # Around the module's hooks.
 
-    def _twice(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        hook: str,
-        inner: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        evaluation = self._evaluation
+    def _twice(self, trainer: pl.Trainer, hook: str, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        evaluation, pl_module = self._evaluation, trainer.lightning_module
         if evaluation is None or pl_module in _SECOND or is_quiet(pl_module):
             return inner(*args, **kwargs)
-        if hook.endswith("_epoch_start"):
-            evaluation.second.take_buffers()  # averaged weights have come since, with buffers of their own
-        is_step = hook.endswith("_step")
-        if is_step:
+        if hook.endswith("_step"):
             batch, *rest = args
             kept = copy_of(batch)  # the step may change what it gets
+            output = inner(*args, **kwargs)
+            evaluation.attacked = self._step(trainer, evaluation, inner, kept, *rest, **kwargs)
+            return output
+        if hook.endswith("_epoch_start"):
+            evaluation.second.take_buffers()  # averaged weights have come since, with buffers of their own
         again = copy_of(args) if hook.endswith("_batch_start") and overrides(pl_module, hook) else args
         output = inner(*args, **kwargs)
-        if is_step:
-            evaluation.attacked = self._step(trainer, pl_module, evaluation, inner, kept, *rest, **kwargs)
-        else:
-            if hook.endswith("_batch_end") and evaluation.attacked is not None:
-                again = (*evaluation.attacked, *args[2:])
-            with self._as_second(trainer, pl_module, evaluation.second):
-                inner(*again, **kwargs)
+        if hook.endswith("_batch_end") and evaluation.attacked is not None:
+            again = (*evaluation.attacked, *args[2:])
+        with self._as_second(trainer, evaluation.second):
+            inner(*again, **kwargs)
         if hook.endswith("_epoch_start"):  # which may make the lists that a step needs
             with evaluation.second.used():
                 evaluation.fresh = SecondState(pl_module)
@@ -292,7 +281,6 @@ class AdversarialEvaluation(GradCallback):
     def _step(
         self,
         trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
         evaluation: Evaluation,
         inner: Callable[..., Any],
         batch: Any,
@@ -305,51 +293,42 @@ class AdversarialEvaluation(GradCallback):
             return inner(shown, *args, **kwargs)
 
         if batch is None:  # which a collate function may give for samples that it rejects
-            with self._as_second(trainer, pl_module, evaluation.second):
+            with self._as_second(trainer, evaluation.second):
                 return run(None), None
-        place, inputs = self._attack_batch(trainer, pl_module, evaluation, run, batch, args)
-        with place.shown(batch, inputs) as shown, self._as_second(trainer, pl_module, evaluation.second):
+        batch_idx, loader = (*args, 0, 0)[:2]
+        with self._looking(trainer, evaluation):
+            place, inputs = self._search.run(trainer, run, batch, batch_idx, loader)
+        with place.shown(batch, inputs) as shown, self._as_second(trainer, evaluation.second):
             return run(shown), shown
 
     @contextmanager
-    def _as_second(self, trainer: pl.Trainer, pl_module: pl.LightningModule, second: SecondState) -> Iterator[None]:
-        undo = [
-            wrap_method(pl_module, "log", self._log_again, order=WrapOrder.METHOD),
-            wrap_method(pl_module, "print", lambda inner, *args, **kwargs: None),
-        ]
-        _SECOND.add(pl_module)
-        try:
+    def _looking(self, trainer: pl.Trainer, evaluation: Evaluation) -> Iterator[None]:
+        """Let the module run with gradients, in a copy of its second state, and without a trace."""
+        pl_module, state = trainer.lightning_module, evaluation.second
+        # What has gathered since the start is not copied for each batch, unless something is set before each batch.
+        stage = "test" if trainer.testing else "validation"
+        if evaluation.fresh is not None and not overrides(pl_module, f"on_{stage}_batch_start"):
+            state = evaluation.fresh
+        # Inference tensors have no gradient, and what was counted in inference mode cannot be counted further outside of it.
+        with torch.inference_mode(False), torch.enable_grad():
+            with state.used():
+                scratch = SecondState(pl_module)
+            with scratch.used(), quiet(trainer, pl_module, check=False, label=self.label):
+                yield
+
+    @contextmanager
+    def _as_second(self, trainer: pl.Trainer, second: SecondState) -> Iterator[None]:
+        """Let the module run in its second state; it logs under our keys, and loggers and ``print`` are mute."""
+        pl_module = trainer.lightning_module
+        with ExitStack() as stack:
+            stack.callback(wrap_method(pl_module, "log", self._log_again, order=WrapOrder.METHOD))
+            stack.callback(wrap_method(pl_module, "print", lambda inner, *args, **kwargs: None))
+            _SECOND.add(pl_module)
+            stack.callback(_SECOND.discard, pl_module)
             with second.used(), loggers_muted(trainer), random_streams_kept():
                 yield
-        finally:
-            _SECOND.discard(pl_module)
-            for step in undo:
-                step()
 
     def _log_again(self, inner: Callable[..., Any], name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(value, Metric):
             kwargs.setdefault("metric_attribute", name)  # the metric of the second state is no attribute of the module
         inner(self.log_key(name), value, *args, **kwargs)
-
-    # The attack.
-
-    def _attack_batch(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        evaluation: Evaluation,
-        run: Callable[[Any], Any],
-        batch: Any,
-        position: tuple[Any, ...],
-    ) -> tuple[Place, Tensor]:
-        batch_idx, loader = (*position, 0, 0)[:2]
-        # What has gathered since the start is not copied for each batch, unless something is set before each batch.
-        stage = "test" if trainer.testing else "validation"
-        state = evaluation.second if overrides(pl_module, f"on_{stage}_batch_start") else evaluation.fresh
-        assert state is not None
-        # Inference tensors have no gradient, and what was counted in inference mode cannot be counted further outside of it.
-        with torch.inference_mode(False), torch.enable_grad(), state.used():
-            scratch = SecondState(pl_module)
-        looking = quiet(trainer, pl_module, check=False, label=self.label)
-        with torch.inference_mode(False), torch.enable_grad(), scratch.used(), looking:
-            return self._search.run(trainer, pl_module, run, batch, batch_idx, loader)

@@ -1,4 +1,4 @@
-"""Training on inputs attacked anew in each step. The attacks are functions, in ``functional/adversarial_attacks.py``."""
+"""Training on inputs attacked anew in each step. The attacks are functions, in ``functional/adversarial``."""
 
 from __future__ import annotations
 
@@ -8,50 +8,47 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks.adversarial._attack import (
+    COMPILED,
+    Attack,
     NoLossError,
     attack_losses,
-    attack_of,
     generator_for,
+    refused,
+    space_of,
     with_clean_samples,
 )
-from lightning_grad.callbacks.adversarial._overfitting import (
-    UnknownAccuracyError,
-    accuracies_under,
-    mean_over_ranks,
-    warn_of_collapse,
-)
+from lightning_grad.callbacks.adversarial._overfitting import OverfittingCheck
 from lightning_grad.callbacks.adversarial._places import Place, find_place
-from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.chosen import Chosen
+from lightning_grad.core.callback import Chosen, GradCallback
+from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility, manual, no
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.fit import during_fit
+from lightning_grad.core.losses.sample_losses import loss_of_output
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.core.quiet import is_quiet, quiet
-from lightning_grad.core.whole_step import loss_of_output
 from lightning_grad.functional.adversarial.attacks import IndependentLossError
-from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.batches import same_tensors
 from lightning_grad.utilities.checks import (
     check_between,
     check_count,
     check_share,
     refuse_dataloader_iter,
-    refuse_manual_optimization,
 )
 from lightning_grad.utilities.reporting import is_log_step, log_many
 
 _PGD_STEPS = 7
-_CHECK_STEPS = 10
+_NO_MANUAL = no(
+    "does not work with {}: its training_step also steps, so an attack through it would train",
+    "Train with automatic optimization, or measure by AdversarialEvaluation, which works with both",
+)
 
 
 class AdversarialTraining(GradCallback):
-    r"""Train on inputs that are moved, inside a small ball, to where the loss is higher.
+    r"""Train on inputs moved to where the loss is higher, by FGSM or PGD through the module's own step.
 
     .. math::
         \min_\theta \; \mathbb E_{(x, y)} \max_{\lVert \delta \rVert \le \epsilon} L(f_\theta(x + \delta), y)
@@ -62,7 +59,7 @@ class AdversarialTraining(GradCallback):
 
     Args:
         epsilon: Radius of the ball, in units of the input, or in pixels if mean and std are given (8/255 on CIFAR-10).
-        attack: "fgsm", one step, or "pgd", several.
+        attack: "fgsm", one step (as good as PGD by the claim of arXiv 2001.03994), or "pgd", several.
         steps: Steps of PGD (7 by default, as in the paper's CIFAR-10 training).
         step_size: Step size; by default 1.25 epsilon for FGSM (epsilon without random start), 2.5 epsilon / steps for PGD.
         norm: Norm of the ball, "linf" or "l2", the latter over all of a sample.
@@ -71,6 +68,7 @@ class AdversarialTraining(GradCallback):
         mean: Mean by which inputs were normalised, one number or one a channel; epsilon and bounds then count in pixels.
         std: Standard deviation by which inputs were divided.
         clean_fraction: Share of the samples of each batch that stay as they are, at least 0 and below 1.
+            (arXiv 1412.6572 weights the losses of both by one half.)
         input_key: Key or position of the input in the batch, joined by dots where nested, "*" for every item of a list,
             or "embedding". By default the first floating tensor with two dimensions or more that is not named as a target,
             mask or weight, with those of the other samples where a batch is a list of them; without one, or with integers
@@ -104,8 +102,7 @@ class AdversarialTraining(GradCallback):
 
     **Cost.** A forward and the input's part of a backward pass for each step of the attack, see docs/benchmarks.md.
 
-    **Works with** accumulation, fp16 and bf16, DDP, compiled modules (with embeddings: raises), several loaders, closures that
-    are evaluated again (LBFGS, SAM: the attack stays the same): yes. Manual optimization, FSDP, DeepSpeed: raises.
+    Closures that are evaluated again (LBFGS, SAM) see the same attack each time.
 
     Example:
         .. code-block:: yaml
@@ -127,15 +124,20 @@ class AdversarialTraining(GradCallback):
     """
 
     namespace: ClassVar[str] = "adversarial"
+    compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
+        compiled=COMPILED, **manual(_NO_MANUAL), **WHOLE_WEIGHTS
+    )
     trial: ClassVar[Mapping[str, Any]] = {"epsilon": 0.1}
-    needs_whole_weights: ClassVar[bool] = True
+    neutral: ClassVar[Mapping[str, Any] | str] = {"epsilon": 0.0}
 
     _place = during_fit[Place | None](lambda _: None)
-    _batch = during_fit[tuple[Any, tuple[Any, ...], dict[str, Any]] | None](lambda _: None)  # the first of the epoch
     _start_loss = during_fit[Tensor | None](lambda _: None)
     _logged = during_fit.of(dict[str, Tensor | float])
-    _attacked = during_fit[tuple[Any, Any, Tensor] | None](lambda _: None)
-    _has_told = during_fit.of(bool)
+    _attacked = during_fit[tuple[Any, Any, tuple[Place, Tensor]] | None](lambda _: None)
+
+    @during_fit
+    def _overfitting(self) -> OverfittingCheck:
+        return OverfittingCheck(self._attack, self.seed, self.label)
 
     def __init__(
         self,
@@ -160,13 +162,7 @@ class AdversarialTraining(GradCallback):
         if attack == "fgsm" and steps not in (None, 1):
             raise ValueError(f"attack='fgsm' makes one step; got steps={steps}. Use attack='pgd'.")
         number = 1 if attack == "fgsm" else _PGD_STEPS if steps is None else steps
-        space = (norm, random_start, bounds, mean, std)
-        self._attack = attack_of(epsilon, number, step_size, *space)
-        self._checking_attack = attack_of(epsilon, _CHECK_STEPS, None, *space)
-        check_share(clean_fraction, "clean_fraction")
-        check_between(warmup_fraction, 0.0, 1.0, "warmup_fraction")
-        check_count(1 if check_every is None else check_every, 1, "check_every")
-        check_count(seed, 0, "seed")
+        self._attack = Attack(epsilon, number, step_size, norm, random_start, *space_of(bounds, mean, std))
         self.epsilon = epsilon
         self.attack = attack
         self.steps = steps
@@ -176,28 +172,21 @@ class AdversarialTraining(GradCallback):
         self.bounds = bounds
         self.mean = mean
         self.std = std
-        self.clean_fraction = clean_fraction
+        self.clean_fraction = check_share(clean_fraction, "clean_fraction")
         self.input_key = input_key
-        self.warmup_fraction = warmup_fraction
-        self.check_every = check_every
-        self.seed = seed
-        self.total_steps = total_steps
-        check_total_steps(total_steps)
+        self.warmup_fraction = check_between(warmup_fraction, 0.0, 1.0, "warmup_fraction")
+        self.check_every = None if check_every is None else check_count(check_every, 1, "check_every")
+        self.seed = check_count(seed, 0, "seed")
+        self.total_steps = check_total_steps(total_steps)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if not self.fitting:
             return
-        refuse_manual_optimization(
-            pl_module,
-            self.label,
-            "its training_step also steps, so an attack through it would train. Train with automatic optimization, or "
-            "measure by AdversarialEvaluation, which works with both.",
-        )
         refuse_dataloader_iter(pl_module.training_step, self.label)
         self._refuse_another(trainer)
-        around = partial(self._around_step, trainer, pl_module)
+        around = partial(self._around_step, trainer)
         self.undo.push(wrap_method(pl_module, "training_step", around, order=WrapOrder.INPUTS))
 
     def _refuse_another(self, trainer: pl.Trainer) -> None:
@@ -210,10 +199,8 @@ class AdversarialTraining(GradCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.epsilon == 0.0:
-            self.announce("trains on the inputs as they are, for epsilon is 0", "inputs")
-        else:
-            self.announce(f"trains on inputs attacked by {self.attack.upper()} ({self._attack.described})", "inputs")
+        words = f"trains on inputs attacked by {self.attack.upper()} ({self._attack.described})"
+        self.announce(words if self.epsilon else "trains on the inputs as they are, for epsilon is 0", "inputs")
 
     @override
     def chosen(self) -> Chosen:
@@ -234,37 +221,30 @@ class AdversarialTraining(GradCallback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        attacks = self.epsilon > 0.0 and self.check_every is not None
-        if attacks and (trainer.current_epoch + 1) % (self.check_every or 1) == 0:
-            self._check(trainer, pl_module)
-        self._batch = None
+        if self.epsilon and self.check_every and (trainer.current_epoch + 1) % self.check_every == 0:
+            found = self._overfitting.run(trainer)
+            log_many(trainer, {self.log_key(name): accuracy for name, accuracy in found.items()})
+        self._overfitting.forget()
 
     # Inside the step.
 
     def _around_step(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        inner: Callable[..., Any],
-        batch: Any,
-        *args: Any,
-        **kwargs: Any,
+        self, trainer: pl.Trainer, inner: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
     ) -> Any:
         def run(shown: Any) -> Any:
             return inner(shown, *args, **kwargs)
 
         share = self._share(trainer)
         # A validation_step may call training_step too.
-        if share == 0.0 or not trainer.training or is_quiet(pl_module):
+        if share == 0.0 or not trainer.training or is_quiet(trainer.lightning_module):
             return run(batch)
         try:
-            inputs = self._inputs(trainer, pl_module, batch, run, share)
+            place, inputs = self._attacked_inputs(trainer, batch, run, share)
         except NoLossError:  # the module passes this batch over
             return run(batch)
-        if self._batch is None and self.check_every is not None:
-            self._batch = (copy_of(batch), args, kwargs)
-        assert self._place is not None
-        with self._place.shown(batch, inputs) as shown:
+        if self.check_every is not None:
+            self._overfitting.keep(place, batch, args, kwargs)
+        with place.shown(batch, inputs) as shown:
             output = run(shown)
         self._keep_for_log(trainer, output, share)
         return output
@@ -275,15 +255,15 @@ class AdversarialTraining(GradCallback):
             return float(self.epsilon > 0.0)
         return min(1.0, run_progress(trainer, stated=self.total_steps) / self.warmup_fraction)
 
-    def _inputs(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, run: Callable[[Any], Any], share: float
-    ) -> Tensor:
-        epoch, batch_idx = trainer.current_epoch, trainer.fit_loop.batch_idx
-        known = self._attacked
+    def _attacked_inputs(
+        self, trainer: pl.Trainer, batch: Any, run: Callable[[Any], Any], share: float
+    ) -> tuple[Place, Tensor]:
+        """Return where the inputs go, and the attacked ones; the same again when the step is evaluated again."""
+        position = (trainer.current_epoch, trainer.fit_loop.batch_idx)
         # DDP on a GPU gives the tensors in new containers.
-        if known is not None and known[0] == (epoch, batch_idx) and same_tensors(known[1], batch):
-            return known[2]  # an optimizer evaluates its closure again: the problem must stay the same
-        is_first = self._place is None
+        if self._attacked is not None and self._attacked[0] == position and same_tensors(self._attacked[1], batch):
+            return self._attacked[2]  # an optimizer evaluates its closure again: the problem must stay the same
+        pl_module, is_first = trainer.lightning_module, self._place is None
         place = self._place = self._place or find_place(pl_module, batch, self.input_key, self.label)
         way_out = f", or train without {self.label}"
         with quiet(trainer, pl_module, evaluate=False, check=is_first, advice=way_out, label=self.label):
@@ -291,33 +271,19 @@ class AdversarialTraining(GradCallback):
             if is_first:
                 self._attack.refuse_inputs(clean, self.label)
             self._start_loss = None
+            generator = generator_for(clean.device, self.seed, "/".join(map(str, (*position, trainer.global_rank))))
             loss_of = attack_losses(trainer, place, batch, run, self._note_start)
-            generator = generator_for(clean.device, self.seed, f"{epoch}/{batch_idx}/{trainer.global_rank}")
-            attacked = self._attacking(loss_of, clean, generator, share, place.support(batch))
+            try:
+                attacked = self._attack(loss_of, clean, generator, share, place.support(batch))
+            except IndependentLossError as error:
+                raise refused(error, self.label) from None
+            except Exception as error:
+                if not isinstance(error, NoLossError):
+                    error.add_note(f"{self.label} ran training_step on an input that has a gradient, to attack it.")
+                raise
             inputs = with_clean_samples(attacked, clean, self.clean_fraction, generator)
-        self._attacked = ((epoch, batch_idx), batch, inputs)
-        return inputs
-
-    def _attacking(
-        self,
-        loss_of: Callable[[Tensor], Tensor],
-        clean: Tensor,
-        generator: torch.Generator,
-        share: float,
-        support: Tensor | None,
-    ) -> Tensor:
-        try:
-            return self._attack(loss_of, clean, generator, share, support)
-        except IndependentLossError as error:
-            raise RuntimeError(
-                f"{self.label}: {error} If another part of the batch is the input, name it by input_key; else compute "
-                "the loss from it with gradients, without detach() and torch.no_grad()."
-            ) from None
-        except NoLossError:
-            raise
-        except Exception as error:
-            error.add_note(f"{self.label} ran training_step on an input that has a gradient, to attack it.")
-            raise
+        self._attacked = (position, batch, (place, inputs))
+        return place, inputs
 
     # What is told.
 
@@ -329,34 +295,3 @@ class AdversarialTraining(GradCallback):
         loss = loss_of_output(output)
         if loss is not None and self._start_loss is not None and is_log_step(trainer):
             self._logged = {"epsilon": share * self.epsilon, "loss_gain": loss.detach().mean() - self._start_loss}
-
-    def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tell how one batch of this epoch is classified under the attack of the training, and under a stronger one."""
-        attacks = {"attack_accuracy": self._attack, "pgd_accuracy": self._checking_attack}
-        found: dict[str, Tensor] = {}
-        if self._batch is not None and self._place is not None:
-            batch, args, kwargs = self._batch
-
-            def run(shown: Any) -> Any:
-                with trainer.precision_plugin.train_step_context():
-                    return pl_module.training_step(shown, *args, **kwargs)
-
-            with quiet(trainer, pl_module, check=False, label=self.label):
-                purpose = f"{self.seed}/{trainer.current_epoch}"
-                try:
-                    found = accuracies_under(attacks, self._place, batch, run, trainer, purpose)
-                except UnknownAccuracyError as error:
-                    self._tell_unknown(error)
-        accuracies = mean_over_ranks(trainer, found, attacks)
-        log_many(trainer, {self.log_key(name): accuracy for name, accuracy in accuracies.items()})
-        if len(accuracies) == len(attacks):
-            easy, robust = accuracies.values()
-            warn_of_collapse(easy, robust, _CHECK_STEPS, self.label)
-
-    def _tell_unknown(self, error: UnknownAccuracyError) -> None:
-        if not self._has_told:
-            rank_zero_info(
-                f"{self.label} leaves out the accuracies of check_every: {error} AdversarialEvaluation measures what the "
-                "module itself logs; check_every=None turns the check off."
-            )
-        self._has_told = True

@@ -3,19 +3,16 @@
 Used by ``adaptive_gradient_clipping.py`` and ``gradient_centralization.py``.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.conditioner import GradientConditioner
-from lightning_grad.core.fit import during_fit
+from lightning_grad.core import GradientConditioner, during_fit
 from lightning_grad.utilities.checks import owned_ids
 from lightning_grad.utilities.forward_order import ForwardOrder
-from lightning_grad.utilities.parameters import all_names, clean_name, is_spelled, matches, named_owners
+from lightning_grad.utilities.parameters import all_names, clean_name, is_spelled, named_owners, selects
 from lightning_grad.utilities.weight_axes import multiplies_by, output_dimensions
 
 
@@ -34,14 +31,9 @@ class UnitConditioner(GradientConditioner):
         self._second, unknown = output_dimensions(pl_module)
         names = {known[0]: known for known in all_names(pl_module).values()}
         self._unknown = []
-        passed_over = self.excluded(pl_module)
-        self._unknown = [
-            name
-            for name in unknown
-            if not is_spelled(names[name], self.include or [])
-            and (self.include is None or matches(names[name], self.include))
-            and not matches(names[name], passed_over)
-        ]
+        excluded = self.excluded(pl_module)
+        selected = [name for name in unknown if selects(names[name], self.include, excluded)]
+        self._unknown = [name for name in selected if not is_spelled(names[name], self.include or [])]
         super().on_fit_start(trainer, pl_module)
         if self._unknown:
             self.say(self._explain())
@@ -76,37 +68,20 @@ class LastLayers:
     """
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._trainer: pl.Trainer | None = trainer
         linear = [(n, owner._parameters[a]) for n, owner, a in named_owners(pl_module) if multiplies_by(owner, a)]
         moved = [owned_ids(optimizer) for optimizer in trainer.optimizers]
         self._groups = [[clean_name(n) for n, p in linear if id(p) in owned] for owned in moved]
-        self._order: ForwardOrder | None = ForwardOrder(pl_module)
-        self._stop: Callable[[], None] | None = None
+        self._strategy = trainer.strategy
+        self.order = ForwardOrder(pl_module)
         self.names = [_layer(clean_name(linear[-1][0]))] if linear else []
 
-    @property
-    def is_watching(self) -> bool:
-        """Whether the first batch is running."""
-        return self._stop is not None
-
-    def watch(self) -> None:
-        """See which layers the first batch reaches."""
-        if self._order is not None and self._stop is None:
-            self._stop = self._order.watch()
-
-    def stop(self) -> None:
-        """Take the hooks away, for good."""
-        if self._stop is not None:
-            self._stop()
-        self._stop = self._order = self._trainer = None  # nothing of the module outlives the fit here
-
     def learn(self) -> bool:
-        """Take the layers that were reached last, on all ranks those of the first; return whether they are others now."""
-        if self._order is None or self._trainer is None:
+        """Take the layers that the first batch reaches last, on all ranks those of rank 0; return whether they are others."""
+        if not self.order.is_watching:
             return False
-        networks = self._order.networks(self._groups)
-        found = [_layer(self._order.last(names)) for names in networks or []]
-        before, self.names = self.names, self._trainer.strategy.broadcast(found or self.names)
+        networks = self.order.networks(self._groups)
+        found = [_layer(self.order.last(names)) for names in networks or []]
+        before, self.names = self.names, self._strategy.broadcast(found or self.names)
         return set(before) != set(self.names)
 
 

@@ -1,7 +1,5 @@
 """Adaptive gradient clipping (AGC): the callback. The rule is :func:`lightning_grad.functional.clip_adaptively_`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -12,13 +10,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.callbacks.clipping._units import LastLayers, UnitConditioner
-from lightning_grad.core.conditioner import GradientStep
-from lightning_grad.core.fit import during_fit
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientStep, Phase, check_above, during_fit
 from lightning_grad.functional import clip_adaptively_
 from lightning_grad.functional.gradients.tensor_lists import whole
-from lightning_grad.utilities.checks import check_above
-from lightning_grad.utilities.parameters import all_names, check_patterns, matches, parameter_names
+from lightning_grad.utilities.parameters import all_names, check_patterns, matches, selects
 
 _LAST_LINEAR = "last Linear"
 
@@ -35,9 +30,10 @@ class AdaptiveGradientClipping(UnitConditioner):
     is left alone and named. ConvTranspose lays out its weights otherwise, and its units are not neurons.
 
     Args:
-        ratio: lambda, the largest ratio of gradient to weight norm; one number, or one for each name pattern, first match
-            first. A param group of the optimizer that carries "ratio" has its own.
-        eps: epsilon, the least weight norm, so that weights that are zero can leave zero.
+        ratio: lambda, the largest ratio of gradient to weight norm; one number, or one for each name pattern, first
+            match first. A param group of the optimizer that carries "ratio" has its own. The paper takes 0.01 at
+            batches of 4096, and more at smaller ones.
+        eps: epsilon, the least weight norm (1e-3 in the paper), so that weights that are zero can leave zero.
         head: Name or wildcard of the classifier, which is not clipped; "last Linear" is the last linear layer that the first
             batch reaches, in each network of its own (the two of a GAN have two), None clips all.
         include: Names or wildcards of the parameters or modules that are clipped; default all. A matrix whose own name is
@@ -60,9 +56,6 @@ class AdaptiveGradientClipping(UnitConditioner):
 
     **Cost.** Two norms a weight; about half of a loop over parameters: see docs/benchmarks.md.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers, manual optimization: yes.
-    FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -79,6 +72,7 @@ class AdaptiveGradientClipping(UnitConditioner):
 
     namespace: ClassVar[str] = "grad/agc"
     trial: ClassVar[Mapping[str, Any]] = {"ratio": 0.01, "head": None}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"ratio": float("inf")}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "ratio"
 
@@ -95,15 +89,14 @@ class AdaptiveGradientClipping(UnitConditioner):
     ) -> None:
         super().__init__(include, exclude, name)
         self.ratio = self.as_threshold(ratio)
-        self.eps = eps
+        self.eps = check_above(eps, 0.0, "eps")
         self.head = head
-        check_above(eps, 0.0, "eps")
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.head == _LAST_LINEAR:
             self._heads = LastLayers(trainer, pl_module)
-            self.undo.push(self._heads.stop)
+            self.undo.push(self._heads.order.stop)
             if not self._heads.names:
                 raise ValueError(
                     f"{self.label} leaves the classifier alone, and finds no Linear. Name it by head='...', or set head=None."
@@ -115,7 +108,7 @@ class AdaptiveGradientClipping(UnitConditioner):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._heads is not None:
-            self._heads.watch()
+            self._heads.order.watch()
 
     @override
     def on_before_optimizer_step(
@@ -128,16 +121,15 @@ class AdaptiveGradientClipping(UnitConditioner):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._heads is not None and self._heads.is_watching:
-            self._learn_heads(trainer, pl_module)
-            self._heads.stop()
+        self._learn_heads(trainer, pl_module)
+        if self._heads is not None:
+            self._heads.order.stop()
 
     def _learn_heads(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._heads is None or not self._heads.is_watching or not self._heads.learn():
+        if self._heads is None or not self._heads.learn():
             return
         self.say(f"leaves {', '.join(self._heads.names)} alone: the batch reaches it last")
-        for index, optimizer in enumerate(trainer.optimizers):
-            self._choose(index, optimizer, pl_module)
+        self.choose_again(trainer, pl_module)
 
     @override
     def excluded(self, pl_module: pl.LightningModule) -> list[str]:
@@ -147,8 +139,7 @@ class AdaptiveGradientClipping(UnitConditioner):
     def check_choice(self, pl_module: pl.LightningModule) -> None:
         heads = self._head_names(pl_module)
         own = super().excluded(pl_module)
-        known = [n for n in all_names(pl_module).values() if self.include is None or matches(n, self.include)]
-        others = [names for names in known if not matches(names, own)]
+        others = [names for names in all_names(pl_module).values() if selects(names, self.include, own)]
         if others and all(matches(names, heads) for names in others):
             raise ValueError(
                 f"{self.label} has nothing to act on besides {', '.join(heads)}, which it leaves alone as the classifier. Set "
@@ -160,8 +151,9 @@ class AdaptiveGradientClipping(UnitConditioner):
         if self._heads is not None:
             return self._heads.names
         if self.head is not None:
-            check_patterns([self.head], parameter_names(pl_module), f"{self.label}(head=...)")
-        return [] if self.head is None else [self.head]
+            check_patterns(pl_module, self.label, head=[self.head])
+            return [self.head]
+        return []
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

@@ -1,18 +1,15 @@
 """AutoClip: the callback. The rule is :func:`lightning_grad.functional.autoclip_threshold_`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientConditioner, GradientStep, Phase, check_between
 from lightning_grad.functional import autoclip_state, autoclip_threshold_, clip_to_threshold_
 from lightning_grad.functional.gradients.tensor_lists import joined_norm
-from lightning_grad.utilities.checks import check_between, check_count_between
+from lightning_grad.utilities.checks import check_count_between
 
 _MOST_NORMS = 1_000_000  # 8 MB, which are searched at every step
 
@@ -28,9 +25,10 @@ class AutoClip(GradientConditioner):
     an optimizer that divides by the gradient's own scale (Adam) its effect is small.
 
     Args:
-        percentile: p, 0 to 100; one number, or one for each name pattern, first match first, each with norms of its own. A
-            param group of the optimizer that carries "percentile" has its own. 100 never clips.
-        window: How many of the last norms are kept, 1 to 1,000,000.
+        percentile: p, 0 to 100; one number, or one for each name pattern, first match first, each with norms of its
+            own. A param group of the optimizer that carries "percentile" has its own. 100 never clips; 10 is the best
+            of the paper, on source separation.
+        window: How many of the last norms are kept, 1 to 1,000,000 (the published code keeps all).
         include: Names or wildcards of the parameters or modules that are clipped; default all.
         exclude: Names or wildcards of those that are not.
         name: Name of this instance, needed when two are used.
@@ -49,9 +47,6 @@ class AutoClip(GradientConditioner):
 
     **Cost.** A norm, and a sort of the window: see docs/benchmarks.md.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers (each has its own norms),
-    manual optimization: yes. FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -69,6 +64,7 @@ class AutoClip(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/autoclip"
     trial: ClassVar[Mapping[str, Any]] = {"percentile": 10.0, "window": 7}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"percentile": 100.0}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "percentile"
 
@@ -82,8 +78,7 @@ class AutoClip(GradientConditioner):
     ) -> None:
         super().__init__(include, exclude, name)
         self.percentile = self.as_threshold(percentile)
-        self.window = window
-        check_count_between(window, 1, _MOST_NORMS, "window")
+        self.window = check_count_between(window, 1, _MOST_NORMS, "window")
 
     @override
     def check_threshold(self, number: float) -> None:
@@ -92,10 +87,9 @@ class AutoClip(GradientConditioner):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        for memory in self._memory.values():
-            for state in memory.states.values():
-                if "norms" in state and len(state["norms"]) != self.window:
-                    state.update(_resized(state, self.window))
+        for state in self.states():
+            if "norms" in state and len(state["norms"]) != self.window:
+                state.update(_resized(state, self.window))
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

@@ -1,7 +1,5 @@
 """Gradient centralization: the callback. The rule is :func:`lightning_grad.functional.centralize_`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -12,14 +10,13 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_grad.callbacks.clipping._units import UnitConditioner
-from lightning_grad.core.conditioner import GradientStep
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientStep, Phase
 from lightning_grad.functional import centralize_
 from lightning_grad.functional.gradients.tensor_lists import joined_norm
 
 
 class GradientCentralization(UnitConditioner):
-    r"""Take the mean from the gradient of each neuron's weights.
+    r"""Subtract the mean from the gradient of each neuron's weights.
 
     .. math::
         G_i \leftarrow G_i - \frac{1}{M} \sum_{j=1}^{M} G_{ij}
@@ -48,9 +45,6 @@ class GradientCentralization(UnitConditioner):
 
     **Cost.** A mean and a difference for each weight.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers, manual optimization: yes.
-    FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -65,6 +59,7 @@ class GradientCentralization(UnitConditioner):
 
     namespace: ClassVar[str] = "grad/centralization"
     trial: ClassVar[Mapping[str, Any]] = {}
+    neutral: ClassVar[Mapping[str, Any] | str] = "the mean is taken away whole or not at all"
     phase: ClassVar[Phase] = "center"
 
     def __init__(

@@ -1,7 +1,5 @@
 """Gradient noise: the callback. The rule is :func:`lightning_grad.functional.add_gradient_noise_`."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -9,14 +7,13 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientConditioner, GradientStep, Phase
 from lightning_grad.functional import add_gradient_noise_, noise_deviation
 from lightning_grad.utilities.checks import check_finite_at_least
 
 
 class GradientNoise(GradientConditioner):
-    r"""Add Gaussian noise to gradients that dies away over the training.
+    r"""Add Gaussian noise to all gradients, less and less over the training.
 
     .. math::
         g_t \leftarrow g_t + \mathcal N(0, \sigma_t^2), \qquad \sigma_t^2 = \frac{\eta}{(1 + t)^\gamma}
@@ -26,7 +23,7 @@ class GradientNoise(GradientConditioner):
 
     Args:
         eta: Variance at the first step; the paper tries 0.01, 0.3 and 1. 0 adds none.
-        decay: gamma, how fast the variance falls.
+        decay: gamma, how fast the variance falls (0.55 in the paper).
         seed: Of the noise; another seed, another run.
         include: Names or wildcards of the parameters or modules whose gradients get noise; default all.
         exclude: Names or wildcards of those whose gradients get none.
@@ -45,9 +42,6 @@ class GradientNoise(GradientConditioner):
 
     **Cost.** One normal draw for each entry.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers (each has its own t),
-    manual optimization: yes. FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -64,6 +58,7 @@ class GradientNoise(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/noise"
     trial: ClassVar[Mapping[str, Any]] = {"eta": 0.01}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"eta": 0.0}
     phase: ClassVar[Phase] = "noise"
 
     def __init__(
@@ -76,11 +71,9 @@ class GradientNoise(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.eta = eta
-        self.decay = decay
+        self.eta = check_finite_at_least(eta, 0.0, "eta")
+        self.decay = check_finite_at_least(decay, 0.0, "decay")
         self.seed = seed
-        check_finite_at_least(eta, 0.0, "eta")
-        check_finite_at_least(decay, 0.0, "decay")
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

@@ -1,16 +1,13 @@
 """Layer-wise clipping: the callback. The rule is :func:`lightning_grad.functional.clip_layers_`."""
 
-from __future__ import annotations
-
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep
-from lightning_grad.core.fit import during_fit
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientConditioner, GradientStep, Phase, during_fit
 from lightning_grad.functional import clip_layers_, layer_limits
 from lightning_grad.utilities.layers import LayerFinder, Per
 
@@ -48,9 +45,6 @@ class LayerwiseClipping(GradientConditioner):
 
     **Cost.** A norm for each tensor, and one product.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers, manual optimization: yes.
-    FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -67,12 +61,11 @@ class LayerwiseClipping(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/layerwise_clipping"
     trial: ClassVar[Mapping[str, Any]] = {"max_norm": 0.1}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"max_norm": math.inf}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "max_norm"
 
-    @during_fit
-    def _layers(self) -> LayerFinder:
-        return LayerFinder(self.per)
+    _layers = during_fit[LayerFinder](lambda self: LayerFinder(self.per))
 
     def __init__(
         self,

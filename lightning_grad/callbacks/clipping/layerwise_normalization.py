@@ -1,23 +1,19 @@
 """Layer-wise normalization: the callback. The rule is :func:`lightning_grad.functional.normalize_layers_`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep
-from lightning_grad.core.fit import during_fit
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientConditioner, GradientStep, Phase, check_above, during_fit
 from lightning_grad.functional import normalize_layers_
-from lightning_grad.utilities.checks import check_above, check_finite_above
+from lightning_grad.utilities.checks import check_finite_above
 from lightning_grad.utilities.layers import LayerFinder, Per
 
 
 class LayerwiseNormalization(GradientConditioner):
-    r"""Give the gradient of each layer the norm of its weights, times a constant (the trust ratio of LARS).
+    r"""Scale the gradient of each layer to the norm of its weights, times a constant (LARS).
 
     .. math::
         g_h \leftarrow g_h \cdot \min\Bigl(r, \eta \frac{\lVert W_h \rVert}{\lVert g_h \rVert}\Bigr)
@@ -27,8 +23,8 @@ class LayerwiseNormalization(GradientConditioner):
 
     Args:
         coefficient: eta, the trust coefficient; one number, or one for each name pattern, first match first. A param group
-            of the optimizer that carries "coefficient" has its own.
-        max_ratio: r, the largest factor; None sets no bound.
+            of the optimizer that carries "coefficient" has its own. 0.001 in the paper.
+        max_ratio: r, the largest factor; None sets no bound, as in LARS.
         vectors: Also normalise parameters of one dimension (biases, scales of norms), which implementations of LARS leave
             alone.
         per: A layer is a "module" (its parameters together) or each "parameter".
@@ -49,9 +45,6 @@ class LayerwiseNormalization(GradientConditioner):
 
     **Cost.** A norm for each gradient and each weight, and one product.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers, manual optimization: yes.
-    FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -68,12 +61,13 @@ class LayerwiseNormalization(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/layerwise_normalization"
     trial: ClassVar[Mapping[str, Any]] = {"coefficient": 0.01, "max_ratio": 10.0}
+    neutral: ClassVar[Mapping[str, Any] | str] = (
+        "every layer gets the norm of its weights; no coefficient gives it its own"
+    )
     phase: ClassVar[Phase] = "center"
     threshold_name: ClassVar[str | None] = "coefficient"
 
-    @during_fit
-    def _layers(self) -> LayerFinder:
-        return LayerFinder(self.per)
+    _layers = during_fit[LayerFinder](lambda self: LayerFinder(self.per))
 
     def __init__(
         self,
@@ -87,10 +81,9 @@ class LayerwiseNormalization(GradientConditioner):
     ) -> None:
         super().__init__(include, exclude, name)
         self.coefficient = self.as_threshold(coefficient)
-        self.max_ratio = max_ratio
+        self.max_ratio = check_above(max_ratio, 0.0, "max_ratio")
         self.vectors = vectors
         self.per = per
-        check_above(1.0 if max_ratio is None else max_ratio, 0.0, "max_ratio")
 
     @override
     def check_threshold(self, number: float) -> None:

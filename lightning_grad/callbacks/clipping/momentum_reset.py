@@ -3,8 +3,7 @@
 The rules are :func:`lightning_grad.functional.reset_moments_` and :func:`lightning_grad.functional.reset_warmup`.
 """
 
-from __future__ import annotations
-
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -12,23 +11,17 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.optimizers import OptimizerCallback
+from lightning_grad.core import OptimizerCallback, check_count, during_fit, is_log_step, until_next_fit
+from lightning_grad.core.compatibility import Compatibility, no, yes
 from lightning_grad.functional import reset_warmup
-from lightning_grad.utilities.checks import check_count, check_keeps
-from lightning_grad.utilities.reporting import is_log_step
-
-NO_MOMENTS = (
-    "sets the moments (exp_avg, exp_avg_sq) of an Adam-like optimizer to zero, and {} keeps none. Train with Adam or AdamW, "
-    "or drop the callback."
-)
+from lightning_grad.utilities.checks import keeps
 
 _COUNTS = ("steps", "last", "resets")
 _LONGEST_DEFAULT = 150  # steps of warm-up, as in the released code
 
 
 class MomentumReset(OptimizerCallback):
-    r"""Forget the moments of an Adam-like optimizer now and then, and warm the learning rate up again (SPAM).
+    r"""Reset the moments of an Adam-like optimizer now and then, and warm the learning rate up again (SPAM).
 
     .. math::
         m = v = 0 \text{ every } \Delta T \text{ steps, then} \quad
@@ -38,9 +31,9 @@ class MomentumReset(OptimizerCallback):
     it, which pauses after each reset.
 
     Args:
-        every: Optimizer steps from one reset to the next.
-        warmup: Steps after a reset in which the learning rate is reduced; 0 for none. Default: 150, or half of every if
-            that is less.
+        every: Optimizer steps from one reset to the next (500 in the paper).
+        warmup: Steps after a reset in which the learning rate is reduced; 0 for none. Default: 150, as in
+            the released code, or half of every if that is less.
         name: Name of this instance, in its log keys and its state.
 
     Raises:
@@ -59,9 +52,6 @@ class MomentumReset(OptimizerCallback):
 
     **Cost.** None worth measuring: two Python calls a step, one pass over the moments at a reset.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP, compiled modules, several optimizers, manual optimization (also
-    ``optimizer.step()`` past Lightning): yes. DeepSpeed and optimizers without moments: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -77,17 +67,24 @@ class MomentumReset(OptimizerCallback):
     """
 
     namespace: ClassVar[str] = "grad/momentum_reset"
+    compatibility: ClassVar[Compatibility] = OptimizerCallback.compatibility.but(
+        fp16=yes("Steps that overflow are not counted."),
+        no_second_moment=no(
+            "sets the moments (exp_avg, exp_avg_sq) of an Adam-like optimizer to zero, and {} keeps none",
+            "Train with Adam or AdamW, or drop the callback",
+        ),
+    )
     trial: ClassVar[Mapping[str, Any]] = {"every": 5, "warmup": 3}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"every": 10**6}
 
-    _steps = until_next_fit.of(dict[int, int])
-    _last = until_next_fit.of(dict[int, int])  # the step of the last reset, from 1
-    _resets = until_next_fit.of(dict[int, int])
+    _steps = until_next_fit.of(Counter[int])
+    _last = until_next_fit.of(Counter[int])  # the step of the last reset, from 1
+    _resets = until_next_fit.of(Counter[int])
     _without = during_fit.of(list[ValueError])  # why it skips an optimizer
 
     def __init__(self, every: int = 500, warmup: int | None = None, name: str | None = None) -> None:
         super().__init__(name)
-        check_count(every, 1, "every")
-        self.every = every
+        self.every = check_count(every, 1, "every")
         self.warmup = min(_LONGEST_DEFAULT, every // 2) if warmup is None else warmup
         check_count(self.warmup, 0, "warmup")
         if self.warmup >= every:
@@ -109,15 +106,13 @@ class MomentumReset(OptimizerCallback):
         super().load_state_dict(state_dict)
         if self.fitting:
             self._steps, self._last, self._resets = (
-                {int(index): count for index, count in state_dict.get(key, {}).items()} for key in _COUNTS
+                Counter({int(index): count for index, count in state_dict.get(key, {}).items()}) for key in _COUNTS
             )
 
     @override
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
-        try:
-            check_keeps(optimizer, "exp_avg_sq", self.label, NO_MOMENTS)
-        except ValueError as error:
-            self._without.append(error)
+        if not keeps(optimizer, "exp_avg_sq"):
+            self._without.append(self.compatibility.no_second_moment.error(self.label, type(optimizer).__name__))
             return False
         return True
 
@@ -144,8 +139,8 @@ class MomentumReset(OptimizerCallback):
         Returns:
             int: The steps, or ``None`` before the first reset.
         """
-        last = self._last.get(index, 0)
-        since = self._steps.get(index, 0) + 1 - last
+        last = self._last[index]
+        since = self._steps[index] + 1 - last
         if since >= self.every:
             return 0
         return since if last else None
@@ -161,9 +156,10 @@ class MomentumReset(OptimizerCallback):
     @override
     def after_step(self, index: int, optimizer: Optimizer) -> None:
         was_reset = self.steps_since_reset(index) == 0
-        self._steps[index] = self._steps.get(index, 0) + 1
+        self._steps[index] += 1
         if was_reset:
-            self._last[index], self._resets[index] = self._steps[index], self._resets.get(index, 0) + 1
+            self._last[index] = self._steps[index]
+            self._resets[index] += 1
 
     @override
     def on_train_batch_end(
@@ -171,11 +167,9 @@ class MomentumReset(OptimizerCallback):
     ) -> None:
         if is_log_step(trainer):
             for index, steps in self._steps.items():
-                last = self._last.get(index, 0)
-                values = {
-                    "lr_factor": reset_warmup(steps - last, self.warmup) if last else 1.0,
-                    "resets": float(self._resets.get(index, 0)),
-                }
+                last = self._last[index]
+                factor = reset_warmup(steps - last, self.warmup) if last else 1.0
+                values = {"lr_factor": factor, "resets": float(self._resets[index])}
                 self.log_scalars(pl_module, {self.quantity_of(index, key): value for key, value in values.items()})
 
     @override

@@ -1,21 +1,18 @@
 """Norm clipping: the callback. The rule is :func:`lightning_grad.functional.clip_norm_`."""
 
-from __future__ import annotations
-
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientConditioner, GradientStep, Phase, check_above
 from lightning_grad.functional import clip_norm_
-from lightning_grad.utilities.checks import check_above
 
 
 class NormClipping(GradientConditioner):
-    r"""Scale gradients together so that their norm is at most a constant.
+    r"""Scale gradients together so that their norm is at most a constant, for all or for parts of a model.
 
     .. math::
         g \leftarrow g \cdot \min\Bigl(1, \frac{c}{\lVert g \rVert_p + 10^{-6}}\Bigr)
@@ -26,7 +23,7 @@ class NormClipping(GradientConditioner):
 
     Args:
         max_norm: c, the largest norm; one number, or one for each name pattern, first match first. A param group of the
-            optimizer that carries "max_norm" has its own.
+            optimizer that carries "max_norm" has its own. 1.0 is that of GPT-3 (arXiv 2005.14165, appendix B).
         norm_type: p; .inf in YAML for the largest magnitude.
         include: Names or wildcards of the parameters or modules that are clipped; default all.
         exclude: Names or wildcards of those that are not.
@@ -46,9 +43,6 @@ class NormClipping(GradientConditioner):
 
     **Cost.** Less than ``torch.nn.utils.clip_grad_norm_``: see docs/benchmarks.md.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers (each has its own norm),
-    manual optimization: yes. FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -65,6 +59,7 @@ class NormClipping(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/norm_clipping"
     trial: ClassVar[Mapping[str, Any]] = {"max_norm": 0.1}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"max_norm": math.inf}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "max_norm"
 
@@ -78,8 +73,7 @@ class NormClipping(GradientConditioner):
     ) -> None:
         super().__init__(include, exclude, name)
         self.max_norm = self.as_threshold(max_norm)
-        self.norm_type = norm_type
-        check_above(norm_type, 0.0, "norm_type")
+        self.norm_type = check_above(norm_type, 0.0, "norm_type")
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

@@ -1,8 +1,7 @@
 """Skipping steps whose gradients are not finite: the callback. The test is :func:`lightning_grad.functional.nonfinite`."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -11,19 +10,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep
-from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientConditioner, GradientStep, Phase, check_count, during_fit, until_next_fit
 from lightning_grad.functional import nonfinite
 from lightning_grad.functional.gradients.tensor_lists import stack_norms
-from lightning_grad.utilities.checks import check_count
 from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.precision import grad_scaler, true_loss
 from lightning_grad.utilities.reporting import log_summary
 
 
 class SkipNonFinite(GradientConditioner):
-    """Skip an optimizer step, on every rank, when a gradient holds a nan or an infinity.
+    """Skip a step with non-finite gradients, on every rank, and name the first bad parameter.
 
     The gradients are set to ``None``, so that neither momentum nor weight decay moves anything; with zeros AdamW would
     still move. The first bad parameter in the order of the forward pass is named, with the batch. A run of such steps raises,
@@ -55,9 +51,6 @@ class SkipNonFinite(GradientConditioner):
     **Cost.** The largest magnitude of each gradient. The host must know whether to step, so it waits for the device once a
     step, as GradScaler does; under DDP the ranks agree by one reduction.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers (each skips for itself),
-    manual optimization: yes. FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -76,13 +69,12 @@ class SkipNonFinite(GradientConditioner):
     phase: ClassVar[Phase] = "guard"
     syncs_per_step: ClassVar[str] = "whether a step is made must be known on the host: one wait a step"
 
-    _skipped = until_next_fit.of(dict[int, int])
-    _in_row = until_next_fit.of(dict[int, int])
+    _skipped = until_next_fit.of(Counter[int])
+    _in_row = until_next_fit.of(Counter[int])
     _told = during_fit.of(int)
     _batch_idx = during_fit.of(int)
     _loss = during_fit[Tensor | None](lambda _: None)
     _order = during_fit[ForwardOrder]()
-    _stop_watching = during_fit[Callable[[], None] | None](lambda _: None)
     _trainer = during_fit[pl.Trainer]()
 
     def __init__(
@@ -94,10 +86,8 @@ class SkipNonFinite(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.max_in_row = max_in_row
-        self.warnings = warnings
-        check_count(1 if max_in_row is None else max_in_row, 1, "max_in_row")
-        check_count(warnings, 0, "warnings")
+        self.max_in_row = check_count(max_in_row, 1, "max_in_row")
+        self.warnings = check_count(warnings, 0, "warnings")
 
     # The fit begins.
 
@@ -105,14 +95,16 @@ class SkipNonFinite(GradientConditioner):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if self.fitting:
-            self._skipped = {int(index): count for index, count in state_dict["skipped"].items()}
-            self._in_row = {int(index): count for index, count in state_dict["in_row"].items()}
+            self._skipped, self._in_row = (
+                Counter({int(index): count for index, count in state_dict[key].items()})
+                for key in ("skipped", "in_row")
+            )
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._trainer = trainer
-        self._order = ForwardOrder(pl_module)
+        self._trainer, self._order = trainer, ForwardOrder(pl_module)
+        self.undo.push(self._order.stop)
 
     # One training step.
 
@@ -121,37 +113,35 @@ class SkipNonFinite(GradientConditioner):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._batch_idx = batch_idx
-        if self._stop_watching is None:
-            self._stop_watching = self._order.watch()
-            self.undo.push(self._stop_watching)
+        self._order.watch()
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self._loss = true_loss(trainer, pl_module, loss)
-        if self._stop_watching is not None:
-            self._stop_watching()
+        self._order.stop()
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
         # A sum of squares that is finite has no other terms, and takes a sixth of the time of looking at each.
-        suspicious = not bool(stack_norms(step.gradients).isfinite().all())
-        skip = self._trainer.strategy.reduce_boolean_decision(suspicious, all=False)
-        bad = torch.zeros(len(step.gradients), dtype=torch.bool)
+        skip = self._on_any_rank(not bool(stack_norms(step.gradients).isfinite().all()))
+        bad = nonfinite(step.gradients) if skip else torch.zeros(0)
+        skip = skip and self._on_any_rank(bool(bad.any()))
         if skip:
-            bad = nonfinite(step.gradients)
-            skip = self._trainer.strategy.reduce_boolean_decision(bool(bad.any()), all=False)
-        scaler = grad_scaler(self._trainer)
-        if not skip:
+            self._skip(step, bad)
+        else:
             self._in_row[step.index] = 0
-        elif scaler is None or scaler.get_scale() < 1.0:
-            self._in_row[step.index] = self._in_row.get(step.index, 0) + 1
+        return {"skipped": float(self._skipped[step.index])}
+
+    def _on_any_rank(self, here: bool) -> bool:
+        return bool(self._trainer.strategy.reduce_boolean_decision(here, all=False))
+
+    def _skip(self, step: GradientStep, bad: Tensor) -> None:
+        scaler = grad_scaler(self._trainer)
+        if scaler is None or scaler.get_scale() < 1.0:
+            self._in_row[step.index] += 1
             self._tell(step, bad)
-        if skip:
-            self._skipped[step.index] = self._skipped.get(step.index, 0) + 1
-            for group in step.optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
-        return {"skipped": float(self._skipped.get(step.index, 0))}
+        self._skipped[step.index] += 1
+        step.optimizer.zero_grad(set_to_none=True)
 
     def _tell(self, step: GradientStep, bad: Tensor) -> None:
         in_row = self._in_row[step.index]

@@ -1,7 +1,5 @@
 """Spike-aware clipping (SPAM): the callback. The rule is :func:`lightning_grad.functional.clip_spikes_`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -9,21 +7,15 @@ import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep
-from lightning_grad.core.fit import during_fit
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientStep, Phase, check_count, during_fit
+from lightning_grad.core.compatibility import Compatibility, no
+from lightning_grad.core.conditioner import ELEMENTWISE, GradientConditioner
 from lightning_grad.functional import clip_spikes_
 from lightning_grad.functional.gradients.tensor_lists import share_of
-from lightning_grad.utilities.checks import check_count, check_keeps
-
-NO_MOMENT = (
-    "reads the second moment (exp_avg_sq) of an Adam-like optimizer, and {} keeps none. Train with Adam or AdamW, or clip "
-    "by ZClip or NormClipping."
-)
 
 
 class SpikeClipping(GradientConditioner):
-    r"""Clip each entry of a gradient that stands far above its own past (SPAM).
+    r"""Clip single gradient entries far above their own past, by Adam's second moment (SPAM).
 
     .. math::
         g_i \leftarrow \operatorname{sign}(g_i) \sqrt{\theta v_i} \quad\text{where}\quad g_i^2 > \theta v_i, \; v_i > 0
@@ -34,7 +26,8 @@ class SpikeClipping(GradientConditioner):
 
     Args:
         threshold: theta, how many times its mean a square may be; one number, or one for each name pattern, first match
-            first. A param group of the optimizer that carries "threshold" has its own. .inf in YAML never clips.
+            first. A param group of the optimizer that carries "threshold" has its own. .inf in YAML never clips; 5000
+            in the paper.
         pause: Steps at the start, and from a reset of the moments on, in which nothing is clipped (the released code clips
             from the 20th step on).
         include: Names or wildcards of the parameters or modules that are clipped; default all.
@@ -56,9 +49,6 @@ class SpikeClipping(GradientConditioner):
 
     **Cost.** About five passes over the gradients.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP, compiled modules, several optimizers, manual optimization: yes.
-    DeepSpeed and optimizers without a second moment: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -74,9 +64,15 @@ class SpikeClipping(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/spike_clipping"
     trial: ClassVar[Mapping[str, Any]] = {"threshold": 2.0, "pause": 2}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"threshold": float("inf")}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "threshold"
-    elementwise: ClassVar[bool] = True
+    compatibility: ClassVar[Compatibility] = ELEMENTWISE.but(
+        no_second_moment=no(
+            "reads the second moment (exp_avg_sq) of an Adam-like optimizer, and {} keeps none",
+            "Train with Adam or AdamW, or clip by ZClip or NormClipping",
+        )
+    )
 
     _resets = during_fit.of(list[Any])
 
@@ -90,15 +86,11 @@ class SpikeClipping(GradientConditioner):
     ) -> None:
         super().__init__(include, exclude, name)
         self.threshold = self.as_threshold(threshold)
-        self.pause = pause
-        check_count(pause, 0, "pause")
+        self.pause = check_count(pause, 0, "pause")
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        for index, optimizer in enumerate(trainer.optimizers):
-            if self._chosen[index][1]:
-                check_keeps(optimizer, "exp_avg_sq", self.label, NO_MOMENT)
         self._resets = [c for c in trainer.callbacks if hasattr(c, "steps_since_reset")]  # type: ignore[attr-defined]
 
     @override

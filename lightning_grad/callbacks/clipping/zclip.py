@@ -1,7 +1,5 @@
 """ZClip: the callback. The rule is :func:`lightning_grad.functional.zclip_threshold_`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -11,9 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep
-from lightning_grad.core.fit import during_fit
-from lightning_grad.core.phases import Phase
+from lightning_grad.core import GradientConditioner, GradientStep, Phase
 from lightning_grad.functional import clip_to_threshold_, zclip_state, zclip_threshold_
 from lightning_grad.functional.gradients.tensor_lists import joined_norm
 from lightning_grad.utilities.checks import check_above, check_between, check_count, check_finite_at_least
@@ -63,9 +59,6 @@ class ZClip(GradientConditioner):
 
     **Cost.** A norm and some thirty operations on single numbers, none of which waits: see docs/benchmarks.md.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP2, compiled modules, several optimizers (each has its own
-    statistics), manual optimization: yes. FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -83,11 +76,10 @@ class ZClip(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/zclip"
     trial: ClassVar[Mapping[str, Any]] = {"z_threshold": 0.5, "warmup_steps": 3, "max_norm": 0.5}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"z_threshold": float("inf"), "max_norm": None}
     phase: ClassVar[Phase] = "clip"
     threshold_name: ClassVar[str | None] = "max_norm"
     acts_without_threshold: ClassVar[bool] = True
-
-    _warned_of_bound = during_fit.of(bool)
 
     def __init__(
         self,
@@ -101,23 +93,18 @@ class ZClip(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.z_threshold = z_threshold
-        self.alpha = alpha
+        self.z_threshold = check_above(z_threshold, 0.0, "z_threshold")
+        self.alpha = check_between(alpha, 0.0, 1.0, "alpha")
         self.max_norm = self.as_threshold(max_norm)
-        self.warmup_steps = warmup_steps
-        self.eps = eps
-        check_above(z_threshold, 0.0, "z_threshold")
-        check_between(alpha, 0.0, 1.0, "alpha")
-        check_count(warmup_steps, 1, "warmup_steps")
-        check_finite_at_least(eps, 0.0, "eps")
+        self.warmup_steps = check_count(warmup_steps, 1, "warmup_steps")
+        self.eps = check_finite_at_least(eps, 0.0, "eps")
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if self.fitting and self.changed_settings(state_dict, "max_norm"):
-            for memory in self._memory.values():  # counts of another bound
-                for state in memory.states.values():
-                    state.pop("bounded", None)
+            for state in self.states():
+                state.pop("bounded", None)  # counts of another bound
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -132,9 +119,11 @@ class ZClip(GradientConditioner):
             step.state.update(zclip_state(norm.device))
         threshold = zclip_threshold_(norm, step.state, self.z_threshold, self.alpha, None, self.warmup_steps, self.eps)
         if step.threshold is not None:
-            self._count_bounded(step.state, threshold > step.threshold, norm.isfinite())
+            is_finite = norm.isfinite()
+            bounded = torch.stack([(threshold > step.threshold) & is_finite, is_finite]).long()
+            step.state["bounded"] = step.state["bounded"] + bounded if "bounded" in step.state else bounded
             if step.measured:
-                self._warn_of_tight_bound([step.state])
+                self._warn_of_tight_bound(step.state)
             threshold = threshold.clamp(max=step.threshold)
         coefficient = clip_to_threshold_(step.gradients, norm, threshold)
         values = {"norm": norm, "threshold": threshold, "clipped": coefficient < 1.0}
@@ -142,26 +131,19 @@ class ZClip(GradientConditioner):
             values |= {"mean": step.state["mean"].clone(), "deviation": step.state["variance"].sqrt()}
         return values
 
-    def _count_bounded(self, state: dict[str, Tensor], is_above: Tensor, is_finite: Tensor) -> None:
-        if "bounded" not in state:
-            state["bounded"] = torch.zeros(2, dtype=torch.int64, device=is_above.device)
-        state["bounded"] += torch.stack([is_above & is_finite, is_finite])
-
-    def _warn_of_tight_bound(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+    def _warn_of_tight_bound(self, state: Mapping[str, Tensor]) -> None:
         """Warn if max_norm clips many steps. The host waits for the device, so call it at log steps only."""
-        for state in states:
-            if self._warned_of_bound or "bounded" not in state:
-                continue
-            clipped, steps = state["bounded"].tolist()
-            if steps >= _ENOUGH_STEPS and clipped > _MANY * steps:
-                self._warned_of_bound = True
-                rank_zero_warn(
-                    f"{self.label}: max_norm={self.max_norm} clips {clipped / steps:.0%} of the steps so far, so the z-score "
-                    f"hardly matters. Set max_norm=None, or a bound well above the usual norm; the mean is "
-                    f"{state['mean'].item():.3g}."
-                )
+        clipped, steps = state["bounded"].tolist() if "bounded" in state else (0, 0)
+        if steps >= _ENOUGH_STEPS and clipped > _MANY * steps:
+            self.tell_once(
+                "bound",
+                rank_zero_warn,
+                f"max_norm={self.max_norm} clips {clipped / steps:.0%} of the steps so far, so the z-score hardly matters. "
+                f"Set max_norm=None, or a bound well above the usual norm; the mean is {state['mean'].item():.3g}.",
+            )
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        self._warn_of_tight_bound([state for memory in self._memory.values() for state in memory.states.values()])
+        for state in self.states():
+            self._warn_of_tight_bound(state)

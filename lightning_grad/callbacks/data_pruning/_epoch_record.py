@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.core.scoring import merge_ranks
+from lightning_grad.core.ranks import mean_over_ranks
 
 
 class EpochRecord:
@@ -42,6 +42,6 @@ class EpochRecord:
         """Return what all ranks have recorded, (n,) on the CPU, and begin anew; ``None`` if nothing was."""
         if self.values is None:
             return None
-        merged = merge_ranks(trainer, self.values).cpu()
+        merged = mean_over_ranks(trainer, self.values).cpu()
         self.values = None
         return merged

@@ -7,34 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from lightning_grad.core.look import Look, Measure, SkippedBatchError
-from lightning_grad.core.sample_losses import SampleLosses
-from lightning_grad.core.scoring import first_of_ranks
-from lightning_grad.core.whole_step import loss_of_output, refuse_loss
-from lightning_grad.functional import (
-    LossCall,
-    el2n,
-    last_layer_gradient_norm,
-    margin,
-    predictions,
-    update_vog_,
-    vog_state,
-)
+from lightning_grad.core.losses.look import Look, Measure, SkippedBatchError
+from lightning_grad.core.losses.sample_losses import SampleLosses, loss_of_output, refuse_loss
+from lightning_grad.functional import LossCall, el2n, last_layer_gradient_norm, margin, predictions
 
 Score = Literal["el2n", "grand", "grand-last", "loss", "margin", "aum", "forgetting", "vog", "prototypes"]
-SCORES: tuple[str, ...] = get_args(Score)
 HISTORIES = ("aum", "forgetting")
 OF_CLASSES = ("el2n", "margin", "aum", "forgetting", "grand-last", "prototypes")  # need logits and labels
 OF_LOSSES = ("loss", "grand", "vog")
-ONE_BY_ONE = ("loss", "grand")
-BY_TERMS = ("loss", "grand")  # of which only the loss of each sample has to be known
+ONE_BY_ONE = ("loss", "grand")  # of which only the loss of each sample has to be known
 BY_CLASSES = ("el2n", "margin", "aum", "forgetting", "vog", "prototypes", "chance")  # only logits and classes
 GRADIENT_SCORES = ("grand", "grand-last", "vog")
 ScoreFunction = Callable[[pl.LightningModule, Any], Tensor]
@@ -49,27 +37,15 @@ def errors_of(label: str) -> Iterator[None]:
         raise ValueError(f"{label}: {error}") from None
 
 
-def measure_for(score: str, score_fn: ScoreFunction | None = None) -> Measure:
-    """Return what a pass measures for a score that one pass gives."""
-    if score_fn is not None:
-        return lambda look: {"score": _of_function(look, score_fn)}
-    return {
-        "el2n": lambda look: _of_call(look, el2n),
-        "loss": _loss,
-        "margin": lambda look: _of_call(look, lambda call: -margin(call)),
-        "grand": _grand,
-        "loss, one by one": loss_alone,
-        "grand, one by one": grand_alone,
-        "grand-last": _grand_last,
-        "prototypes": _embedding,
-        "chance": lambda look: _of_call(look, lambda call: torch.zeros_like(call.losses)),
-    }[score]
+def measure_by(score_fn: ScoreFunction) -> Measure:
+    """Return what a pass measures for a function that gives the scores."""
+    return lambda look: {"score": _of_function(look, score_fn)}
 
 
 def _of_function(look: Look, score_fn: ScoreFunction) -> Tensor:
     found = score_fn(look.pl_module, look.batch)
     must = (
-        f"{look.label}: score_fn must return one score for each of the {len(look.indices)} samples of a batch, "
+        f"{look.asked.label}: score_fn must return one score for each of the {len(look.indices)} samples of a batch, "
         f"({len(look.indices)},); got"
     )
     try:
@@ -83,12 +59,12 @@ def _of_function(look: Look, score_fn: ScoreFunction) -> Tensor:
     return scores
 
 
-def loss_alone(look: Look) -> Mapping[str, Tensor]:
+def _loss_alone(look: Look) -> Mapping[str, Tensor]:
     """Return the loss of a batch of one sample, whatever it consists of."""
     return {"score": _alone(look).detach().reshape(1)}
 
 
-def grand_alone(look: Look) -> Mapping[str, Tensor]:
+def _grand_alone(look: Look) -> Mapping[str, Tensor]:
     """Return the norm of the gradient of the loss of a batch of one sample, and the loss."""
     with torch.enable_grad():
         loss = _alone(look)
@@ -104,11 +80,11 @@ def _alone(look: Look) -> Tensor:
         raise SkippedBatchError
     loss = loss_of_output(output)
     if loss is None or loss.numel() != 1:
-        refuse_loss(loss, f"{look.label} runs it on one sample at a time. {look.way_out[0].upper()}{look.way_out[1:]}.")
+        refuse_loss(loss, f"{look.asked.label} runs it on one sample at a time. {look.asked.advice}")
     return loss
 
 
-def classes_of(call: LossCall) -> dict[str, Tensor]:
+def _classes_of(call: LossCall) -> dict[str, Tensor]:
     """Return the classes of the samples and those that the module answers, where each has one."""
     if call.labels is None:
         return {}
@@ -117,8 +93,8 @@ def classes_of(call: LossCall) -> dict[str, Tensor]:
 
 def _of_call(look: Look, score: Callable[[LossCall], Tensor]) -> dict[str, Tensor]:
     call = look.loss()
-    with errors_of(look.label):
-        return {"score": score(call), **classes_of(call)}
+    with errors_of(look.asked.label):
+        return {"score": score(call), **_classes_of(call)}
 
 
 def _loss(look: Look) -> Mapping[str, Tensor]:
@@ -133,74 +109,46 @@ def _grand(look: Look) -> Mapping[str, Tensor]:
 
 
 def _classes_of_losses(found: SampleLosses) -> dict[str, Tensor]:
-    return {} if found.call is None else classes_of(found.call)
+    return {} if found.call is None else _classes_of(found.call)
 
 
 def _grand_last(look: Look) -> Mapping[str, Tensor]:
     features, call, layer = look.features()
-    with errors_of(look.label):
+    with errors_of(look.asked.label):
         norms = last_layer_gradient_norm(call, features, bias=layer.bias is not None)
-    return {"score": norms, **classes_of(call)}
+    return {"score": norms, **_classes_of(call)}
 
 
 def _embedding(look: Look) -> Mapping[str, Tensor]:
     features, call, _ = look.features()
     pooled = features.reshape(call.samples, -1, features.shape[-1]).mean(1)
-    return {"embedding": pooled, **classes_of(call)}
+    return {"embedding": pooled, **_classes_of(call)}
 
 
-class VarianceOfGradients:
-    """Collects, over several passes, the gradient of each sample's true logit by its input."""
-
-    def __init__(self) -> None:
-        self.state: dict[str, Tensor] = {}
-        self._measured: list[int] = []
-
-    def measure(self, look: Look) -> Mapping[str, Tensor]:
-        """Take in one batch."""
-        inputs = _inputs_of(look.batch, len(look.indices), look.label)
-        inputs.requires_grad_(True)
-        try:
-            if look.loss_fn is not None:
-                with torch.enable_grad():
-                    (gradients,) = torch.autograd.grad(look.losses(keep_graph=True).losses.sum(), inputs)
-                return self._take(look, inputs, gradients)
-            call = look.loss(keep_graph=True)
-            if call.labels is None or call.name != "cross_entropy" or call.output is None:
-                raise ValueError(
-                    f"{look.label}(score='vog') needs cross_entropy with one true class a sample, and the loss is "
-                    f"{call.name} with targets {tuple(call.target.shape)} of {call.target.dtype}. Use another score, or "
-                    "give score_fn=, which takes the module and a batch and returns the scores."
-                )
-            is_valid = call.valid.reshape(call.samples)
+def gradient_by_input(look: Look) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the gradient of each sample's true logit by its input, and the classes; with ``loss_fn`` that of the loss."""
+    inputs = _inputs_of(look.batch, len(look.indices), look.asked.label)
+    inputs.requires_grad_(True)
+    try:
+        if look.asked.loss_fn is not None:
             with torch.enable_grad():
-                true = call.output.gather(1, call.labels.where(is_valid, 0).unsqueeze(1)).sum()
-            (gradients,) = torch.autograd.grad(true, inputs)
-            gradients[~is_valid] = float("nan")
-        finally:
-            inputs.requires_grad_(False)
-        self._take(look, inputs, gradients)
-        return classes_of(call)
-
-    def _take(self, look: Look, inputs: Tensor, gradients: Tensor) -> Mapping[str, Tensor]:
-        if not self.state:
-            self.state = vog_state(look.total, inputs.shape[1:])
-        update_vog_(self.state, torch.tensor(look.indices), gradients)
-        self._measured += look.indices
-        return {"seen": torch.ones(len(look.indices))}  # a pass without any value has seen nothing
-
-    def gather(self, trainer: pl.Trainer) -> None:
-        """Give every rank what the others have measured in this pass, so that any of them may save it."""
-        own, self._measured = torch.tensor(self._measured, dtype=torch.long), []
-        if trainer.world_size == 1:
-            return
-        layout = first_of_ranks(trainer, {key: (tuple(value.shape), value.dtype) for key, value in self.state.items()})
-        for key, (shape, kind) in layout.items():
-            share = torch.zeros(shape, dtype=kind)
-            value = self.state.get(key, share)
-            share[own] = value[own]
-            total = trainer.strategy.reduce(share.to(trainer.strategy.root_device), reduce_op="sum")
-            self.state[key] = torch.as_tensor(total).cpu()
+                (gradients,) = torch.autograd.grad(look.losses(keep_graph=True).losses.sum(), inputs)
+            return gradients, {}
+        call = look.loss(keep_graph=True)
+        if call.labels is None or call.name != "cross_entropy" or call.output is None:
+            raise ValueError(
+                f"{look.asked.label}(score='vog') needs cross_entropy with one true class a sample, and the loss is "
+                f"{call.name} with targets {tuple(call.target.shape)} of {call.target.dtype}. Use another score, or "
+                "give score_fn=, which takes the module and a batch and returns the scores."
+            )
+        is_valid = call.valid.reshape(call.samples)
+        with torch.enable_grad():
+            true = call.output.gather(1, call.labels.where(is_valid, 0).unsqueeze(1)).sum()
+        (gradients,) = torch.autograd.grad(true, inputs)
+        gradients[~is_valid] = float("nan")
+        return gradients, _classes_of(call)
+    finally:
+        inputs.requires_grad_(False)
 
 
 def _inputs_of(batch: Any, samples: int, label: str) -> Tensor:
@@ -211,3 +159,15 @@ def _inputs_of(batch: Any, samples: int, label: str) -> Tensor:
         f"{label}(score='vog') needs a gradient by the input, and the batch holds no tensor of real numbers with a row "
         "for each sample. Use another score, or give score_fn=, which takes the module and a batch and returns the scores."
     )
+
+
+MEASURES: Mapping[str, Measure] = {
+    "el2n": lambda look: _of_call(look, el2n),
+    "loss": _loss,
+    "margin": lambda look: _of_call(look, lambda call: -margin(call)),
+    "grand": _grand,
+    "grand-last": _grand_last,
+    "prototypes": _embedding,
+    "chance": lambda look: _of_call(look, lambda call: torch.zeros_like(call.losses)),
+}
+MEASURES_ALONE: Mapping[str, Measure] = {"loss": _loss_alone, "grand": _grand_alone}

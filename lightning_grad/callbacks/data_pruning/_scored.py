@@ -1,10 +1,22 @@
-"""What one scoring of a training set has found."""
+"""What one scoring of a training set has found, and the file in which it is kept."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import lightning.pytorch as pl
 from torch import Tensor
+
+from lightning_grad.data import SampleScores, save_scores
+from lightning_grad.data.fingerprints import Fingerprint
+from lightning_grad.data.score_files import check_writable
+from lightning_grad.utilities.reporting import log_file, output_folder
+
+if TYPE_CHECKING:
+    from lightning_grad.callbacks.data_pruning.data_pruning import DataPruning
 
 
 @dataclass(frozen=True)
@@ -31,3 +43,43 @@ class ScoredSet:
     def kept_share(self) -> float:
         """Share of the samples that are kept."""
         return 1.0 if self.kept is None else len(self.kept) / len(self.values)
+
+
+def check_score_file(callback: DataPruning, trainer: pl.Trainer) -> None:
+    """Raise on every rank if the file that ``save_scores`` names cannot be written.
+
+    Raises:
+        ValueError: If the folder cannot be made or written to.
+    """
+    fault, path = None, _named_path(callback, callback.rounds[-1][0])
+    if trainer.is_global_zero and path is not None:
+        try:
+            check_writable(path)
+        except (OSError, ValueError) as error:
+            fault = f"{callback.label} cannot write save_scores={callback.save_scores!r}: {error}. "
+            fault += "Name a file that it can write."
+    fault = trainer.strategy.broadcast(fault)  # else the other ranks would wait for the first
+    if fault is not None:
+        raise ValueError(fault)
+
+
+def write_score_file(callback: DataPruning, trainer: pl.Trainer, scored: ScoredSet, mark: Fingerprint) -> None:
+    """Write scores on rank zero, next to the logs unless ``save_scores`` names a file, and send them to the loggers."""
+    if not trainer.is_global_zero:
+        return
+    scores = SampleScores(scored.values, scored.name, scored.epoch, callback.seed, mark, scored.labels)
+    stem = "_".join(part for part in ("scores", callback.name, f"epoch{scored.epoch}") if part)
+    stem = re.sub(r"[^\w.-]+", "_", stem, flags=re.ASCII)  # it also names an artifact
+    path, folder = _named_path(callback, scored.epoch), output_folder(trainer)
+    if path is None and folder is not None:
+        path = folder / f"{stem}.npz"
+    if path is not None:
+        log_file(trainer, save_scores(scores, path), stem, "scores")
+
+
+def _named_path(callback: DataPruning, epoch: int) -> Path | None:
+    """Return the file that ``save_scores`` names for a round: with several rounds the epoch is added."""
+    if callback.save_scores is None:
+        return None
+    named = Path(callback.save_scores)
+    return named.with_stem(f"{named.stem}_epoch{epoch}") if len(callback.rounds) > 1 else named

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -19,32 +19,27 @@ from torch import Tensor
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
 from lightning_grad.callbacks.data_pruning._measures import (
     BY_CLASSES,
-    BY_TERMS,
     HISTORIES,
+    MEASURES,
+    MEASURES_ALONE,
+    ONE_BY_ONE,
     ScoreFunction,
-    VarianceOfGradients,
-    measure_for,
+    errors_of,
+    gradient_by_input,
+    measure_by,
 )
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
-from lightning_grad.core.look import Measure
-from lightning_grad.core.training_set import TrainingSet
+from lightning_grad.core.losses.look import Look, Measure
+from lightning_grad.core.ranks import first_of_ranks, sum_over_ranks
 from lightning_grad.data import SampleScores, average_scores, load_scores
-from lightning_grad.functional import (
-    LossCall,
-    aum,
-    aum_state,
-    forgetting,
-    forgetting_state,
-    margin,
-    normalize_by_class,
-    prototype_distance,
-    update_aum_,
-    update_forgetting_,
-    vog,
-)
+from lightning_grad.functional import LossCall
+from lightning_grad.functional import data_pruning as rules
 from lightning_grad.functional.data_pruning.scores import is_correct
 
-Pass = Callable[[Measure, str], Mapping[str, Tensor]]  # a measure and a title give values by name
+if TYPE_CHECKING:
+    from lightning_grad.callbacks.data_pruning._passes import Passes
+    from lightning_grad.callbacks.data_pruning.data_pruning import DataPruning
+
 CHANCE = "chance"
 _PROTOTYPES = 10  # of samples without classes
 
@@ -67,22 +62,31 @@ class ScoreSource:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def rehearse(self, run_pass: Pass) -> Mapping[str, Tensor] | None:
-        """Raise if scores could not be taken; ``run_pass`` looks at one batch only. Return what it has found."""
+    @property
+    def kind(self) -> str:
+        """What a checkpoint's scores are compared by, next to the settings."""
+        return f"{type(self).__name__}({self.name})"
+
+    def rehearse(self, passes: Passes) -> Mapping[str, Tensor] | None:
+        """Raise if scores could not be taken, after a look at one batch, and return what was found there."""
         return None
 
     def gather(self, trainer: pl.Trainer) -> None:
         """Bring together what the ranks have recorded."""
 
-    def epoch_begins(self, trainer: pl.Trainer, run_pass: Pass, rounds: Sequence[int]) -> None:
-        """Collect what is due when an epoch begins; ``rounds`` are the epochs after which scores will be taken."""
+    def epoch_begins(self, passes: Passes) -> None:
+        """Collect what is due when an epoch begins."""
 
-    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
-        """Return the scores as they are now, of the samples as ``dataset`` gives them."""
+    def take(self, passes: Passes) -> ScoredSet:
+        """Return the scores as they are now."""
         raise NotImplementedError
 
     def begin(self, epoch: int) -> None:
         """Record from this epoch on, in a run that resumes without a record."""
+
+    def _scored(self, passes: Passes, values: Tensor, found: Mapping[str, Tensor]) -> ScoredSet:
+        labels, predictions = _classes(found.get("label")), _classes(found.get("prediction"))
+        return ScoredSet(self.name, passes.epoch, values.double(), labels=labels, predictions=predictions)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs."""
@@ -92,31 +96,24 @@ class ScoreSource:
         """Go on from a state."""
 
 
-def source_of(
-    score: str,
-    score_fn: ScoreFunction | None,
-    score_files: Sequence[str] | None,
-    strict: bool,
-    by_chance: bool,
-    needs_classes: bool,
-    checkpoints: int,
-    seed: int,
-    one_by_one: bool = False,
-) -> ScoreSource:
-    """Return the source for arguments that are checked already."""
-    if score_files:
-        return FileScores(score_files, strict)
-    if score_fn is not None:
-        return PassScores(getattr(score_fn, "__name__", "score_fn"), score_fn)
-    if by_chance:
-        return PassScores(CHANCE) if needs_classes else Chance(CHANCE)
-    if score in HISTORIES:
-        return HistoryScores(score)
-    if score == "vog":
-        return VarianceScores(checkpoints)
-    if score == "prototypes":
-        return PrototypeScores(seed)
-    return PassScores(score, one_by_one=one_by_one)
+def source_of(settings: DataPruning) -> ScoreSource:
+    """Return the source for settings that are checked already."""
+    source: ScoreSource
+    if settings.score_files:
+        source = FileScores("files")
+    elif settings.score_fn is not None:
+        source = PassScores(getattr(settings.score_fn, "__name__", "score_fn"), settings.score_fn)
+    elif settings.keep == "random":
+        source = PassScores(CHANCE) if settings.balances_classes else Chance(CHANCE)
+    elif settings.score in HISTORIES:
+        source = HistoryScores(settings.score)
+    elif settings.score == "vog":
+        source = VarianceScores("vog")
+    else:
+        source = PassScores(settings.score, one_by_one=settings.scores_by == "sample")
+    if settings.loss_fn is not None or settings.outputs_fn is not None:  # which take the place of the step
+        source.runs_the_step = False
+    return source
 
 
 class Chance(ScoreSource):
@@ -124,54 +121,44 @@ class Chance(ScoreSource):
 
     pairs_rows = False
 
-    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
-        return ScoredSet(self.name, trainer.current_epoch, torch.zeros(training_set.sampler.total, dtype=torch.float64))
+    def take(self, passes: Passes) -> ScoredSet:
+        return self._scored(passes, torch.zeros(passes.total), {})
 
 
 class FileScores(ScoreSource):
-    """The mean of score files.
-
-    Args:
-        paths: The files.
-        strict: Whether those of another data set are refused.
-    """
+    """The mean of score files."""
 
     pairs_rows = False
+    _found: ScoredSet | None = None  # its epoch is -1 if the files name none
 
-    def __init__(self, paths: Sequence[str], strict: bool) -> None:
-        super().__init__("files")
-        self._paths = paths
-        self._strict = strict
-        self._found: ScoredSet | None = None
-        self._knows_epoch = False
-
-    def check(self, label: str) -> None:
+    def check(self, settings: DataPruning) -> None:
         """Raise if a file is missing or no score file, or if they do not go together."""
-        for path in self._paths:
+        for path in settings.score_files or []:
             if not os.path.exists(path):
                 raise FileNotFoundError(
-                    f"{label} finds no score file {path!r}. Correct the path in score_files, or write the file first with "
-                    "save_scores."
+                    f"{settings.label} finds no score file {path!r}. Correct the path in score_files, or write the file "
+                    "first with save_scores."
                 )
-        average_scores(self._paths)
+        average_scores(settings.score_files or [])
 
-    def look(self, total: int, dataset: Any) -> ScoredSet:
-        """Return the scores of a data set.
+    def look(self, passes: Passes) -> ScoredSet:
+        """Return the scores of the samples.
 
         Raises:
-            ValueError: If they belong to another one.
+            ValueError: If they belong to another data set.
         """
-        scores = average_scores([load_scores(path, dataset, self._strict) for path in self._paths])
+        paths, strict = passes.callback.score_files or [], passes.callback.strict
+        scores = average_scores([load_scores(path, passes.items, strict) for path in paths])
         labels = None
         if scores.labels is not None:
-            labels = _classes(SampleScores(scores.labels.double(), "labels", index=scores.index).dense(total))
-        self._found = ScoredSet(scores.name, int(scores.epoch or 0), scores.dense(total), labels=labels)
-        self._knows_epoch = scores.epoch is not None
+            labels = _classes(SampleScores(scores.labels.double(), "labels", index=scores.index).dense(passes.total))
+        epoch = -1 if scores.epoch is None else int(scores.epoch)
+        self._found = ScoredSet(scores.name, epoch, scores.dense(passes.total), labels=labels)
         return self._found
 
-    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
-        found = self._found or self.look(training_set.sampler.total, dataset)
-        return found if self._knows_epoch else replace(found, epoch=trainer.current_epoch)
+    def take(self, passes: Passes) -> ScoredSet:
+        found = self._found or self.look(passes)
+        return replace(found, epoch=passes.epoch) if found.epoch < 0 else found
 
 
 class PassScores(ScoreSource):
@@ -185,108 +172,103 @@ class PassScores(ScoreSource):
 
     def __init__(self, name: str, score_fn: ScoreFunction | None = None, one_by_one: bool = False) -> None:
         super().__init__(name)
-        self._score_fn, self._one_by_one = score_fn, one_by_one
         self.runs_the_step = score_fn is None
-        self.measure = None if score_fn is None else measure_for(name, score_fn)
-        self.by_terms = score_fn is None and name in BY_TERMS
+        self.measure = None if score_fn is None else measure_by(score_fn)
+        self.by_terms = score_fn is None and name in ONE_BY_ONE
         self.by_classes = score_fn is None and name in BY_CLASSES
+        self._measure = self.measure or (MEASURES_ALONE if one_by_one else MEASURES)[name]
 
-    def _measure(self) -> Measure:
-        return measure_for(f"{self.name}, one by one" if self._one_by_one else self.name, self._score_fn)
+    def rehearse(self, passes: Passes) -> Mapping[str, Tensor] | None:
+        return passes.rehearse(self._measure)
 
-    def rehearse(self, run_pass: Pass) -> Mapping[str, Tensor] | None:
-        return run_pass(self._measure(), "")
-
-    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
-        found = run_pass(self._measure(), f"Scoring by {self.name}")
-        labels, predictions = _classes(found.get("label")), _classes(found.get("prediction"))
-        values = self._values(found, labels)
-        return ScoredSet(self.name, trainer.current_epoch, values, labels=labels, predictions=predictions)
-
-    def _values(self, found: Mapping[str, Tensor], labels: Tensor | None) -> Tensor:
-        return found["score"]
+    def take(self, passes: Passes) -> ScoredSet:
+        found = passes.run(self._measure, f"Scoring by {self.name}")
+        values = _distances(found, passes.callback.seed) if self.name == "prototypes" else found["score"]
+        return self._scored(passes, values, found)
 
 
-class PrototypeScores(PassScores):
-    """Distances to prototypes of the last layer's input, as many as there are classes.
-
-    Args:
-        seed: Seed of the clusters.
-    """
-
-    def __init__(self, seed: int) -> None:
-        super().__init__("prototypes")
-        self._seed = seed
-
-    def _values(self, found: Mapping[str, Tensor], labels: Tensor | None) -> Tensor:
-        embeddings = found["embedding"]
-        known = embeddings.isfinite().all(1)
-        clusters = min(int(labels.max()) + 1 if labels is not None else _PROTOTYPES, int(known.sum()))
-        scores = torch.full((len(embeddings),), float("nan"), dtype=torch.float64)
-        if not clusters:
-            return scores  # no sample has an embedding
-        scores[known] = prototype_distance(embeddings[known], clusters, self._seed).double()
-        return scores
+def _distances(found: Mapping[str, Tensor], seed: int) -> Tensor:
+    """Return the distances of the last layer's inputs to prototypes, as many as there are classes."""
+    embeddings, labels = found["embedding"], _classes(found.get("label"))
+    known = embeddings.isfinite().all(1)
+    clusters = min(int(labels.max()) + 1 if labels is not None else _PROTOTYPES, int(known.sum()))
+    scores = torch.full((len(embeddings),), float("nan"), dtype=torch.float64)
+    if clusters:
+        scores[known] = rules.prototype_distance(embeddings[known], clusters, seed).double()
+    return scores
 
 
 class VarianceScores(ScoreSource):
-    """The variance of gradients over several passes, the last of them when scores are taken.
-
-    Args:
-        checkpoints: Number of passes, evenly spread over the epochs before.
-    """
+    """The variance of gradients over several passes, evenly spread over the epochs before scores are taken."""
 
     runs_the_step = True
     epochs_needed = 2
     by_classes = True
 
-    def __init__(self, checkpoints: int) -> None:
-        super().__init__("vog")
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
         self._begun_in = 0
-        self._checkpoints = checkpoints
-        self._gradients = VarianceOfGradients()
-        self._classes: Mapping[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}  # their sums, of each sample
+        self._measured: list[int] = []  # the samples of this rank in the present pass
+        self._found: Mapping[str, Tensor] = {}
 
-    def rehearse(self, run_pass: Pass) -> Mapping[str, Tensor] | None:
-        return run_pass(VarianceOfGradients().measure, "")
+    def rehearse(self, passes: Passes) -> Mapping[str, Tensor] | None:
+        return passes.rehearse(VarianceScores(self.name)._take_in)
 
-    def epoch_begins(self, trainer: pl.Trainer, run_pass: Pass, rounds: Sequence[int]) -> None:
-        earlier = [epoch for epoch in rounds if epoch < trainer.current_epoch]
-        later = [epoch for epoch in rounds if epoch >= trainer.current_epoch]
+    def _take_in(self, look: Look) -> Mapping[str, Tensor]:
+        gradients, classes = gradient_by_input(look)
+        self._gradients = self._gradients or rules.vog_state(look.total, gradients.shape[1:])
+        rules.update_vog_(self._gradients, torch.tensor(look.indices), gradients)
+        self._measured += look.indices
+        return classes or {"seen": torch.ones(len(look.indices))}  # a pass without any value has seen nothing
+
+    def epoch_begins(self, passes: Passes) -> None:
+        rounds, count = [epoch for epoch, _ in passes.callback.rounds], passes.callback.checkpoints
+        later = [epoch for epoch in rounds if epoch >= passes.epoch]
         if not later:
             return
-        first, last = max([*earlier, self._begun_in]), min(later)
-        spacing = (last - first) / self._checkpoints
-        if trainer.current_epoch in {first + math.ceil(spacing * (number + 1)) for number in range(self._checkpoints)}:
-            self._classes = run_pass(self._gradients.measure, "Collecting gradients for vog")
-            self._gradients.gather(trainer)
+        first = max([self._begun_in, *(epoch for epoch in rounds if epoch < passes.epoch)])
+        spacing = (min(later) - first) / count
+        if passes.epoch in {first + math.ceil(spacing * (number + 1)) for number in range(count)}:
+            self._found = passes.run(self._take_in, "Collecting gradients for vog")
+            self._share(passes.trainer)
 
-    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
-        count = self._gradients.state.get("count")
+    def _share(self, trainer: pl.Trainer) -> None:
+        """Give every rank what the others have measured in this pass, so that any of them may save it."""
+        own, self._measured = torch.tensor(self._measured, dtype=torch.long), []
+        if trainer.world_size == 1:
+            return
+        layout = {key: (tuple(value.shape), value.dtype) for key, value in self._gradients.items()}
+        for key, (shape, kind) in first_of_ranks(trainer, layout).items():
+            share = torch.zeros(shape, dtype=kind)
+            value = self._gradients.get(key, share)
+            share[own] = value[own]
+            self._gradients[key] = sum_over_ranks(trainer, share)
+
+    def take(self, passes: Passes) -> ScoredSet:
+        count = self._gradients.get("count")
         if count is None or not (count > 1).any():
             raise ValueError(
                 "score='vog' is the variance over at least two passes, which come at different epochs; before epoch "
-                f"{trainer.current_epoch} there was {'none' if count is None else 'one'}. Set checkpoints to at least 2, and "
+                f"{passes.epoch} there was {'none' if count is None else 'one'}. Set checkpoints to at least 2, and "
                 "epoch so that this fit trains for at least 2 epochs before each round."
             )
-        values, labels = vog(self._gradients.state).double(), _classes(self._classes.get("label"))
-        self._gradients.state = {}
-        scores = values if labels is None else normalize_by_class(values, labels)
-        answers = _classes(self._classes.get("prediction"))
-        return ScoredSet(self.name, trainer.current_epoch, scores, labels=labels, predictions=answers)
+        values, labels = rules.vog(self._gradients).double(), _classes(self._found.get("label"))
+        self._gradients = {}
+        return self._scored(passes, values if labels is None else rules.normalize_by_class(values, labels), self._found)
 
     @property
     def is_recording(self) -> bool:  # type: ignore[override]
-        return bool(self._gradients.state)
+        return bool(self._gradients)
 
     def begin(self, epoch: int) -> None:
         self._begun_in = epoch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"gradients": self._gradients.state, "begun_in": self._begun_in}
+        return {"gradients": self._gradients, "begun_in": self._begun_in}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._gradients.state, self._begun_in = state["gradients"], state["begun_in"]
+        self._gradients, self._begun_in = state["gradients"], state["begun_in"]
 
 
 class HistoryScores(ScoreSource):
@@ -304,35 +286,38 @@ class HistoryScores(ScoreSource):
         self._values = EpochRecord()
         self._labels = EpochRecord()
         self._history: dict[str, Tensor] = {}
+        self._is_aum = name == "aum"
 
-    def read(self, call: LossCall, indices: list[int], total: int) -> None:
+    def read(self, callback: DataPruning, call: LossCall) -> None:
         """Take in the loss of a batch."""
-        self._values.put(indices, margin(call) if self.name == "aum" else is_correct(call), total)
+        indices, total = callback.indices, callback.training_set.sampler.total
+        with errors_of(callback.label):
+            self._values.put(indices, rules.margin(call) if self._is_aum else is_correct(call), total)
         if call.labels is not None:
             self._labels.put(indices, call.labels, total)
 
-    def epoch_begins(self, trainer: pl.Trainer, run_pass: Pass, rounds: Sequence[int]) -> None:
-        self.gather(trainer)
+    def epoch_begins(self, passes: Passes) -> None:
+        self.gather(passes.trainer)
 
     def gather(self, trainer: pl.Trainer) -> None:
         values, labels = self._values.take(trainer), self._labels.take(trainer)
         if values is None:
             return
-        make, update = (aum_state, update_aum_) if self.name == "aum" else (forgetting_state, update_forgetting_)
-        self._history = self._history or make(len(values))
+        update = rules.update_aum_ if self._is_aum else rules.update_forgetting_
+        self._history = self._history or (rules.aum_state if self._is_aum else rules.forgetting_state)(len(values))
         update(self._history, torch.arange(len(values)), values)
         if labels is not None:
             self._history["labels"] = torch.where(labels.isnan(), self._history.get("labels", labels), labels)
 
-    def take(self, trainer: pl.Trainer, run_pass: Pass, training_set: TrainingSet, dataset: Any) -> ScoredSet:
+    def take(self, passes: Passes) -> ScoredSet:
         if not self._history:
             raise ValueError(
                 f"score={self.name!r} is recorded while training, and no step has had a loss so far: each batch was None, or "
                 "training_step returned None for it. Return something for some batches, or set epoch to a later one."
             )
-        values = -aum(self._history) if self.name == "aum" else forgetting(self._history)
-        labels = _classes(self._history.get("labels"))
-        return ScoredSet(self.name, trainer.current_epoch, values.double(), labels=labels)
+        values = -rules.aum(self._history) if self._is_aum else rules.forgetting(self._history)
+        labels = self._history.get("labels")
+        return self._scored(passes, values, {} if labels is None else {"label": labels})
 
     @property
     def is_recording(self) -> bool:  # type: ignore[override]

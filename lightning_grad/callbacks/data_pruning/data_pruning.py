@@ -1,9 +1,8 @@
 """Data pruning by scores: the callback.
 
-Scores, selection and score files are functions, in ``functional/data_scores.py``, ``functional/data_selection.py``,
-``functional/per_sample_gradients.py`` and ``data/score_files.py``. ``core/subset.py`` is the base; beside this file
-``_arguments.py`` checks the settings, ``_sources.py`` says where scores come from, ``_measures.py`` what a pass looks at,
-``_report.py`` what is shown. ``core/scoring.py`` runs the pass.
+Scores, selection and score files are functions, in ``functional/data_pruning/`` and ``data/score_files.py``.
+``core/subset.py`` is the base; next to this file ``_settings.py`` checks the settings, ``_sources.py`` knows where scores
+come from, ``_measures.py`` what a pass measures, ``_passes.py`` runs it, and ``_report.py`` shows what was found.
 """
 
 from __future__ import annotations
@@ -18,44 +17,53 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks.data_pruning._arguments import check_settings, read_rounds, warn_of_risks
-from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, OF_CLASSES, ONE_BY_ONE, Score, errors_of
+from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score
+from lightning_grad.callbacks.data_pruning._passes import Passes
 from lightning_grad.callbacks.data_pruning._report import report
-from lightning_grad.callbacks.data_pruning._resume import choice_settings, refuse_unrecorded, score_settings
-from lightning_grad.callbacks.data_pruning._score_file import ScoreFile
-from lightning_grad.callbacks.data_pruning._scored import ScoredSet
-from lightning_grad.callbacks.data_pruning._sources import (
-    CHANCE,
-    FileScores,
-    HistoryScores,
-    Pass,
-    ScoreSource,
-    source_of,
+from lightning_grad.callbacks.data_pruning._scored import ScoredSet, check_score_file, write_score_file
+from lightning_grad.callbacks.data_pruning._settings import (
+    CHOICE,
+    check_settings,
+    read_rounds,
+    refuse_unrecorded,
+    score_settings,
+    warn_of_risks,
 )
+from lightning_grad.callbacks.data_pruning._sources import CHANCE, FileScores, HistoryScores, ScoreSource, source_of
+from lightning_grad.callbacks.data_pruning._works_with import COMPILED, CURRENT_WEIGHTS
+from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility, manual, no, stand_in, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.given_functions import LOSS_FN, OUTPUTS_FN, SCORE_FN
-from lightning_grad.core.look import Measure
-from lightning_grad.core.loss_tap import read_losses
-from lightning_grad.core.one_sample import cost_of_single_samples, in_words
-from lightning_grad.core.rehearsal import Rehearsal
-from lightning_grad.core.sample_losses import SampleLoss
-from lightning_grad.core.scoring import look_at_all, say_what_is_skipped
-from lightning_grad.core.subset import SubsetCallback
-from lightning_grad.data import SampleScores, fingerprint
+from lightning_grad.core.losses.loss_tap import read_losses
+from lightning_grad.core.losses.scoring import say_what_is_skipped
+from lightning_grad.core.subset import OWN_SCHEDULES, SubsetCallback
+from lightning_grad.data import fingerprint
 from lightning_grad.data.random_streams import generators_kept
-from lightning_grad.functional import LossCall, count_kept, select_samples
-from lightning_grad.functional.gradients import InseparableLossError
-from lightning_grad.utilities.checks import (
-    refuse_manual_optimization,
-    refuse_sharded,
-)
+from lightning_grad.functional import count_kept, select_samples
+from lightning_grad.utilities.checks import check_between, check_count
 from lightning_grad.utilities.parameters import as_names
 
 _EPOCH = 10
+_SHARDED = stand_in(
+    "All but the scores `grand`, `grand-last` and `vog`, which need whole weights and raise. Tests run the others under "
+    "stand-ins of FSDP2, FSDP1 and DeepSpeed in one process; none has run them on real shards."
+)
+_NO_GRADIENTS = no(
+    "needs whole weights, and {} shards them",
+    "Train with strategy='ddp' or on one device, or use a score other than grand, grand-last and vog",
+)
+_NO_PASS = no(
+    "does not work with {}: its training_step also steps, so that it cannot be run just to score samples",
+    "Use score='aum' or 'forgetting', keep='random', score_files, or score_fn=, which takes the module and a batch and "
+    "returns the scores",
+)
+_BY_HAND = yes(
+    '`keep="random"` without balance, the scores `aum` and `forgetting`, `score_files` and `score_fn`. What runs the step in '
+    f"a pass of its own raises. {OWN_SCHEDULES}"
+)
 
 
 class DataPruning(SubsetCallback):
-    r"""Train on the samples that matter most, as a score taken in mid-training ranks them.
+    r"""Train on the samples that a score in mid-training ranks first; or only score, and find wrong labels.
 
     After k whole epochs every sample of the training set is scored through the module's own ``training_step``, in eval mode
     and without a trace, and training goes on with a part of them. With the default score, EL2N, and the default rule
@@ -110,7 +118,7 @@ class DataPruning(SubsetCallback):
             its only call, and the others the only one that classifies.
         checkpoints: Number of passes of vog, at least 2, spread evenly over the epochs before.
         strict: Whether score files of another data set are refused.
-        show: Number of the hardest and of the easiest samples that are shown, in a table and a page; 0 for none.
+        show: Number of the hardest and of the easiest samples that are shown, in a table and a figure; 0 for none.
         figure: Draw histogram and samples (needs matplotlib, and a logger whose folder takes the file).
         seed: Seed of ties, of random choices and of random streams while scoring.
         loader_key: Which of several training loaders to prune: its key, or its position in a list.
@@ -133,7 +141,7 @@ class DataPruning(SubsetCallback):
     ``lr_scheduler_step``, so that they end where they should.
 
     **Logs** under ``data/``, at each epoch: ``kept_share``, ``samples_seen``. On scoring: a figure of the scores with the
-    cut and the kept share of each class, a table and a page of the hardest and easiest samples, and the score file (W&B: an
+    cut and the kept share of each class, a table and a figure of the hardest and easiest samples, and the score file (W&B: an
     artifact).
     In the summary ``samples_share``, samples seen against those that training on all would have seen.
 
@@ -141,10 +149,6 @@ class DataPruning(SubsetCallback):
     the first saves its part of the present epoch's history.
 
     **Cost.** One evaluation pass of the training set for each round (grand: forward and backward), see docs/benchmarks.md.
-
-    **Works with** accumulation, fp16 and bf16, DDP, compiled submodules, any sampler of torch.utils.data, workers: yes.
-    FSDP, DeepSpeed: all but grand, grand-last and vog. Manual optimization: with ``keep="random"``, score files, score_fn,
-    aum or forgetting.
 
     Example:
         .. code-block:: yaml
@@ -161,19 +165,22 @@ class DataPruning(SubsetCallback):
         Paul et al., "Deep Learning on a Data Diet: Finding Important Examples Early in Training", 2021, arXiv 2107.07075.
     """
 
+    compatibility: ClassVar[Compatibility] = SubsetCallback.compatibility.but(
+        compiled=COMPILED,
+        weight_averaging=CURRENT_WEIGHTS,
+        **dict.fromkeys(WHOLE_WEIGHTS, _SHARDED),
+        **manual(_BY_HAND),
+    )
     trial: ClassVar[Mapping[str, Any]] = {"prune": 0.3, "epoch": 1}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"prune": 0.0}
 
     scored = until_next_fit[ScoredSet | None](lambda _: None)
-    _unaugmented = during_fit[Any](lambda _: None)
-    _sample_loss = during_fit[SampleLoss](lambda _: None)
-    _has_checked = during_fit.of(bool)
-    # What a refusal says of scores_by="sample", once that is measured.
-    _by_sample = during_fit[str | None](lambda _: None)
+    source = until_next_fit[ScoreSource](source_of)
+    _passes = during_fit[Passes]()
     _last_round = until_next_fit[int](lambda _: -1)  # epoch
     _choice_changed = during_fit.of(bool)
     _goes_on = during_fit.of(bool)  # with the scores of a checkpoint, or what was recorded for them
-    # What a checkpoint's scores depend on, if they are of another kind.
-    _foreign = during_fit[dict[str, Any] | None](lambda _: None)
+    _saved_settings = during_fit.of(dict[str, Any])  # of a checkpoint
 
     def __init__(
         self,
@@ -203,76 +210,64 @@ class DataPruning(SubsetCallback):
         loader_key: str | int | None = None,
         name: str | None = None,
     ) -> None:
+        super().__init__(loader_key, name)
         self.prune = list(prune) if isinstance(prune, Sequence) else prune
         self.score = score
         self.epoch = list(epoch) if isinstance(epoch, Sequence) else epoch
         self.keep = keep
-        self.offset = offset
+        self.offset = check_between(offset, 0.0, 1.0, "offset")
         self.balance = balance
-        self.class_floor = class_floor
+        self.class_floor = check_between(class_floor, 0.0, 1.0, "class_floor")
         self.select = select
-        self.strata = strata
+        self.strata = check_count(strata, 1, "strata")
         self.budget = budget
         self.score_files = as_names(score_files)
         self.save_scores = save_scores
         self.score_fn = score_fn
         self.score_dataset = score_dataset
-        self.loss = loss
+        self.loss = check_count(loss, 0, "loss")
         self.loss_fn = loss_fn
         self.outputs_fn = outputs_fn
         self.scores_by = scores_by
-        self.checkpoints = checkpoints
+        self.checkpoints = check_count(checkpoints, 2, "checkpoints")
         self.strict = strict
-        self.show = show
+        self.show = check_count(show, 0, "show")
         self.figure = figure
-        self.seed = seed
-        self._rounds = read_rounds(self.prune, self.epoch, default=0 if self._needs_no_training else _EPOCH)
-        check_settings(self, self._rounds)
-        super().__init__(loader_key, name)
-
-    @until_next_fit
-    def _source(self) -> ScoreSource:
-        source = source_of(
-            self.score,
-            self.score_fn,
-            self.score_files,
-            self.strict,
-            by_chance=self.keep == "random",
-            needs_classes=not self._needs_no_classes,
-            checkpoints=self.checkpoints,
-            seed=self.seed,
-            one_by_one=self.scores_by == "sample",
-        )
-        if self.loss_fn is not None or self.outputs_fn is not None:  # which take the place of the step
-            source.runs_the_step = False
-        return source
+        self.seed = check_count(seed, 0, "seed")
+        self.rounds = read_rounds(self.prune, self.epoch, default=0 if self._needs_no_training else _EPOCH)
+        check_settings(self)
 
     @property
-    def _needs_no_classes(self) -> bool:
-        return self.balance is None and self.class_floor == 0.0
+    def balances_classes(self) -> bool:
+        """Whether the choice of samples depends on their classes."""
+        return self.balance is not None or self.class_floor != 0.0
 
     @property
     def _needs_no_training(self) -> bool:
         """Whether pruning may begin with the first epoch, because nothing has to be learnt before."""
-        return bool(self.score_files) or (self.keep == "random" and self._needs_no_classes)
+        return bool(self.score_files) or (self.keep == "random" and not self.balances_classes)
+
+    @property
+    def _writes_scores(self) -> bool:
+        return not self.score_files and self.source.name != CHANCE
 
     @property
     @override
     def plan(self) -> str:
-        by = "chosen at random" if self.keep == "random" else f"by {self._source.name}"
-        steps = [f"on {100 * (1 - share):g} % of the samples from epoch {epoch} on" for epoch, share in self._rounds]
-        first = [] if self._rounds[0][0] == 0 else ["on all samples at first"]
+        by = "chosen at random" if self.keep == "random" else f"by {self.source.name}"
+        steps = [f"on {100 * (1 - share):g} % of the samples from epoch {epoch} on" for epoch, share in self.rounds]
+        first = [] if self.rounds[0][0] == 0 else ["on all samples at first"]
         return f"trains {', '.join([*first, *steps])} ({by})"
 
     @property
     @override
     def remembers_samples(self) -> bool:
-        return any(share for _, share in self._rounds) or self._source.epochs_needed > 0
+        return any(share for _, share in self.rounds) or self.source.epochs_needed > 0
 
     @property
     @override
     def holds_samples(self) -> bool:
-        return self.scored is not None or self._source.is_recording
+        return self.scored is not None or self.source.is_recording
 
     @property
     @override
@@ -282,220 +277,108 @@ class DataPruning(SubsetCallback):
     # The fit begins.
 
     @override
+    def works_with(self) -> Compatibility:
+        answers = self.compatibility
+        if self.source.runs_the_step:
+            asked = "balance or class_floor" if self.source.name == CHANCE else f"score={self.score!r}"
+            answers = answers.but(**manual(_NO_PASS.given(asked)))
+        if self.source.name in GRADIENT_SCORES:
+            answers = answers.but(**dict.fromkeys(WHOLE_WEIGHTS, _NO_GRADIENTS.given(f"score={self.score!r}")))
+        return answers
+
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if not self.fitting:
             return
-        if self._source.runs_the_step:
-            asked = "balance or class_floor" if self._source.name == CHANCE else f"score={self.score!r}"
-            refuse_manual_optimization(
-                pl_module,
-                f"{self.label} with {asked}",
-                "its training_step also steps, so that it cannot be run just to score samples. Use score='aum' or "
-                "'forgetting', keep='random', score_files, or score_fn=, which takes the module and a batch and returns the "
-                "scores.",
-            )
-        if self._source.name in GRADIENT_SCORES:
-            refuse_sharded(trainer, f"{self.label}(score={self.score!r})")
-        if isinstance(self._source, FileScores):
-            self._source.check(self.label)
+        if isinstance(self.source, FileScores):
+            self.source.check(self)
         if self._writes_scores:
-            self._score_file.check(trainer, self._rounds[-1][0])
-        self.refuse_unreached(trainer, self._rounds[0][0], "prune")
-        late = [
-            epoch for epoch, _ in self._rounds if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch
-        ]
-        if late and late != [epoch for epoch, _ in self._rounds]:
-            rank_zero_warn(
-                f"{self.label} has rounds that never come: max_epochs={trainer.max_epochs}, epoch={self.epoch}. Leave "
-                "them out, or set max_epochs higher."
-            )
-        warn_of_risks(self, self._rounds)
-        if isinstance(self._source, HistoryScores):
-            own = (pl_module, self._read, self.loss, lambda: len(self.indices), self._way_out)
-            self.undo.push(read_losses(*own, needed_by=self.label, outputs_fn=self.outputs_fn, by_classes=True))
+            check_score_file(self, trainer)
+        self.refuse_unreached(trainer, self.rounds[0][0], "prune")
+        warn_of_risks(self, trainer)
+        self._passes = Passes(self, trainer, pl_module)
+        if isinstance(self.source, HistoryScores):
+            read = partial(self.source.read, self)
+            self.undo.push(read_losses(pl_module, read, self._passes.asked, lambda _: len(self.indices)))
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        scored = None
-        if self.scored is not None:
-            scored = {key: value for key, value in vars(self.scored).items() if key != "kept"}
-        return {
-            **super().state_dict(),
-            "last_round": self._last_round,
-            "source": self._source.state_dict(),
-            "scored": scored,
-            "score_settings": score_settings(self),
-            "choice_settings": choice_settings(self),
-        }
+        scored = None if self.scored is None else dict(vars(self.scored))
+        own = {"last_round": self._last_round, "scored": scored}
+        return {**super().state_dict(), **own, "source_kind": self.source.kind, "source": self.source.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if not self.fitting:
             return
-        if state_dict["score_settings"] != score_settings(self):
-            self._foreign = state_dict["score_settings"]
+        self._saved_settings = state_dict["settings"]
+        is_foreign = state_dict["source_kind"] != self.source.kind
+        if is_foreign or self.changed_settings(state_dict, *score_settings(self)):
             return
         self._goes_on = True
-        self._choice_changed = state_dict["choice_settings"] != choice_settings(self)
+        self._choice_changed = bool(self.changed_settings(state_dict, "prune", "epoch", *CHOICE))
         self._last_round = state_dict["last_round"]
-        self._source.load_state_dict(state_dict["source"])
+        self.source.load_state_dict(state_dict["source"])
         if state_dict["scored"] is not None:
-            self.scored = ScoredSet(**state_dict["scored"], kept=self.kept)
+            self.scored = ScoredSet(**state_dict["scored"])
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._goes_on:
             next_epoch = trainer.current_epoch + trainer.fit_loop.restarted_mid_epoch
-            refuse_unrecorded(self, self._foreign, next_epoch)
-            self._source.begin(next_epoch)
-        if isinstance(self._source, FileScores) and self._last_round < self._rounds[-1][0]:
-            self._look_at_files(trainer)
+            refuse_unrecorded(self, self._saved_settings, next_epoch)
+            self.source.begin(next_epoch)
+        if isinstance(self.source, FileScores) and self._has_rounds_left:
+            self._refuse_balance(self.source.look(self._passes).labels)
         super().on_train_start(trainer, pl_module)
 
-    def _look_at_files(self, trainer: pl.Trainer) -> None:
-        assert isinstance(self._source, FileScores)
-        items = self.training_set.items(self._dataset(trainer))
-        if self._source.look(self.training_set.sampler.total, items).labels is None:
-            self._refuse_balance()
+    @property
+    def _has_rounds_left(self) -> bool:
+        return self._last_round < self.rounds[-1][0]
 
     @override
     def rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.refuse_unreached_steps(trainer, self._rounds[0][0], "prune")
-        if self._last_round < self._rounds[-1][0]:
-            if self.scores_by == "sample":
-                self._check_rows(trainer, pl_module)  # says what a step that fails on one sample is
-            found = self._source.rehearse(self._passes(trainer, pl_module, rehearsal=True))
-            if self.scores_by != "sample":
-                self._check_rows(trainer, pl_module)
-            if found and "label" not in found:
-                self._refuse_balance()
-
-    def _check_rows(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._source.pairs_rows:
+        self.refuse_unreached_steps(trainer, self.rounds[0][0], "prune")
+        if not self._has_rounds_left:
             return
-        in_training = isinstance(self._source, HistoryScores)
-        rehearsal = Rehearsal(
-            trainer,
-            pl_module,
-            self.label,
-            self.loss,
-            measure=self._source.measure,
-            runs_the_step=pl_module.automatic_optimization,
-            by_terms=self._source.by_terms,
-            by_classes=self._source.by_classes,
-            loss_fn=self.loss_fn,
-            outputs_fn=self.outputs_fn,
-            way_out=self._way_out,
-        )
-        dataset = None if in_training else self._dataset(trainer)
-        if self.scores_by == "sample":
-            rehearsal.check_alone(self.training_set, dataset)
-            return
-        rehearsal.check_loader(self.training_set, dataset, in_training and self.outputs_fn is None)
-        if self.loss_fn is not None and pl_module.automatic_optimization and self.training_set.is_whole_batch:
-            rehearsal.check_function(self.training_set, dataset)
-        self._sample_loss, self._has_checked = rehearsal.kind, True
-
-    @property
-    def _way_out(self) -> str:
-        """What to do about a loss that cannot be seen."""
-        if self.score in OF_CLASSES:
-            return f"{SCORE_FN}, or {OUTPUTS_FN}"
-        first = "leave scores_by at 'batch', and " if self.scores_by == "sample" else ""
-        return f"{first}{SCORE_FN}, or {LOSS_FN}{self._by_sample or ''}"
-
-    def _offering_samples(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, look: Callable[[], Mapping[str, Tensor]]
-    ) -> Mapping[str, Tensor]:
-        """Have a refusal also say what it would cost to score one sample at a time, where that is possible."""
-        try:
-            return look()
-        except (InseparableLossError, ValueError):
-            may_offer = self.score in ONE_BY_ONE and self.scores_by == "batch" and self.loss_fn is None
-            if not may_offer or self._by_sample is not None or not self.training_set.is_whole_batch:
-                raise
-        rehearsal = Rehearsal(trainer, pl_module, self.label, way_out=self._way_out)
-        own = (self.training_set, self._dataset(trainer), self._source.name in GRADIENT_SCORES)
-        found = cost_of_single_samples(rehearsal, *own)
-        self._by_sample = (
-            ""
-            if found is None
-            else ", or set scores_by='sample', which runs the step on one sample at a time: such a pass takes "
-            f"{in_words(found[0])} here as one in batches of {found[1]}"
-        )
-        return look()  # which is refused again, in these words
-
-    def _kind(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> SampleLoss:
-        """Return what the loss of a sample is, where it comes from several terms."""
-        if not self._has_checked:  # scoring comes before the first batch
-            self._check_rows(trainer, pl_module)
-        return self._sample_loss
+        runs_single_samples = self.scores_by == "sample"
+        if runs_single_samples:
+            self._passes.check_rows()  # says what a step that fails on one sample is
+        found = self.source.rehearse(self._passes)
+        if not runs_single_samples:
+            self._passes.check_rows()
+        if found:
+            self._refuse_balance(found.get("label"))
 
     @override
     def end_epoch(self, trainer: pl.Trainer) -> None:
-        self._source.gather(trainer)
+        self.source.gather(trainer)
 
     # An epoch begins.
 
     @override
     def choose_samples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
-        run_pass = self._passes(trainer, pl_module)
-        self._source.epoch_begins(trainer, run_pass, [epoch for epoch, _ in self._rounds])
-        due = [(epoch, share) for epoch, share in self._rounds if epoch <= trainer.current_epoch]
+        self.source.epoch_begins(self._passes)
+        due = [(epoch, share) for epoch, share in self.rounds if epoch <= trainer.current_epoch]
         if not due:
             return None
         epoch, share = due[-1]
         if epoch > self._last_round:
             self._last_round = trainer.current_epoch
-            return self._prune(trainer, run_pass, share)
+            return self._prune(trainer, share)
         if self._choice_changed and self.scored is not None:  # on resume
             self._choice_changed = False
             return self._keep(self.scored, share).kept
         return self.kept
 
-    def _passes(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rehearsal: bool = False) -> Pass:
-        def run(measure: Measure, title: str) -> Mapping[str, Tensor]:
-            own = (trainer, pl_module, self.training_set, measure, title, self._dataset(trainer))
-            kind = None if rehearsal else lambda: self._kind(trainer, pl_module)
-            look = partial(
-                look_at_all,
-                *own,
-                which=self.loss,
-                seed=self.seed,
-                rehearsal=rehearsal,
-                label=self.label,
-                kind=kind,
-                loss_fn=self.loss_fn,
-                outputs_fn=self.outputs_fn,
-                one_by_one=self.scores_by == "sample",
-                by_classes=self._source.by_classes,
-            )
-            found = self._offering_samples(trainer, pl_module, lambda: look(way_out=self._way_out))
-            if self.scores_by == "sample" and not rehearsal:
-                self._compare_with_batches(trainer, pl_module, found.get("loss", found["score"]))
-            return found
-
-        return run
-
-    def _compare_with_batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule, losses: Tensor) -> None:
-        """Refuse losses of single samples whose mean is not that of their batch."""
-
-        def mean(indices: list[int]) -> float:
-            return float(losses[indices].nanmean())
-
-        own = (self.training_set, self._dataset(trainer), mean, "scores_by='sample'")
-        Rehearsal(trainer, pl_module, self.label, way_out=self._way_out).check_means(*own, with_constant=False)
-
-    def _prune(self, trainer: pl.Trainer, run_pass: Pass, share: float) -> Tensor | None:
-        items = self.training_set.items(self._dataset(trainer))
-        scored = self._keep(self._source.take(trainer, run_pass, self.training_set, items), share)
+    def _prune(self, trainer: pl.Trainer, share: float) -> Tensor | None:
+        scored = self._keep(self.source.take(self._passes), share)
         if scored.name != CHANCE:
-            dataset = self._dataset(trainer)
-            with generators_kept(dataset):
+            with generators_kept(self._passes.dataset):
                 self._save(trainer, scored)
-                report(trainer, scored, self.training_set.items(dataset), self.label, self.show, self.figure)
+                report(trainer, scored, self._passes.items, self, self.show, self.figure)
         return scored.kept
 
     def _keep(self, scored: ScoredSet, share: float) -> ScoredSet:
@@ -512,29 +395,16 @@ class DataPruning(SubsetCallback):
         return self.scored
 
     def _select(self, scored: ScoredSet, population: Tensor, count: int) -> Tensor:
-        labels = None if self._needs_no_classes else self._labels_of(scored, population)
-        return select_samples(
-            scored.values[population],
-            count,
-            keep=self.keep,
-            rule=self.select,
-            offset=self.offset,
-            labels=labels,
-            balance=self.balance,
-            class_floor=self.class_floor,
-            strata=self.strata,
-            seed=self.seed,
-        )
+        self._refuse_balance(scored.labels)
+        labels = scored.labels if self.balances_classes else None
+        if labels is not None:
+            labels = labels[population]
+            labels = labels.where(labels >= 0, labels.max() + 1)  # those of unknown class are one of their own
+        choice = {name: getattr(self, name) for name in CHOICE}
+        return select_samples(scored.values[population], count, rule=choice.pop("select"), labels=labels, **choice)
 
-    def _labels_of(self, scored: ScoredSet, population: Tensor) -> Tensor:
-        if scored.labels is None:
-            self._refuse_balance()
-        assert scored.labels is not None
-        labels = scored.labels[population]
-        return labels.where(labels >= 0, labels.max() + 1)  # those of unknown class are one of their own
-
-    def _refuse_balance(self) -> None:
-        if not self._needs_no_classes:
+    def _refuse_balance(self, labels: Tensor | None) -> None:
+        if self.balances_classes and labels is None:
             raise ValueError(
                 f"{self.label} balances classes, and nothing tells which class a sample has. Leave balance at None and "
                 "class_floor at 0."
@@ -551,35 +421,12 @@ class DataPruning(SubsetCallback):
         )
         rank_zero_info(f"{self.label} goes on with {count} of {total} samples (by {name}). {what}")
 
-    def _dataset(self, trainer: pl.Trainer) -> Any:
-        if self.score_dataset is None:
-            return self.training_set.loader.dataset
-        if self._unaugmented is None:
-            self._unaugmented = self.score_dataset(trainer)
-        return self._unaugmented
-
     def _save(self, trainer: pl.Trainer, scored: ScoredSet) -> None:
-        mark = fingerprint(self.training_set.items(self._dataset(trainer)))
-        if mark.items is None and self.score_dataset is None and self._source.runs_the_step:
+        mark = fingerprint(self._passes.items)
+        if mark.items is None and self.score_dataset is None and self.source.runs_the_step:
             rank_zero_warn(
                 f"{self.label} scores samples that differ each time they are read, as augmentation makes them. Give "
                 "score_dataset=, a function of the trainer that returns the training set without it."
             )
         if self._writes_scores:
-            scores = SampleScores(scored.values, scored.name, scored.epoch, self.seed, mark, scored.labels)
-            self._score_file.write(trainer, scores, scored.epoch)
-
-    @property
-    def _writes_scores(self) -> bool:
-        return not self.score_files and self._source.name != CHANCE
-
-    @property
-    def _score_file(self) -> ScoreFile:
-        return ScoreFile(self.label, self.name, self.save_scores, several=len(self._rounds) > 1)
-
-    # A batch is trained on.
-
-    def _read(self, call: LossCall) -> None:
-        assert isinstance(self._source, HistoryScores)
-        with errors_of(self.label):
-            self._source.read(call, self.indices, self.training_set.sampler.total)
+            write_score_file(self, trainer, scored, mark)

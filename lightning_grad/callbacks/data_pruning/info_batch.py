@@ -1,4 +1,4 @@
-"""InfoBatch: unbiased dynamic data pruning. Subset and weights are a function, in ``functional/dynamic_pruning.py``."""
+"""InfoBatch: unbiased dynamic data pruning. Subset and weights come from ``functional/data_pruning/info_batch.py``."""
 
 from __future__ import annotations
 
@@ -11,32 +11,26 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
+from lightning_grad.callbacks.data_pruning._weighting import LossWeighting
+from lightning_grad.callbacks.data_pruning._works_with import COMPILED, no_weighting
+from lightning_grad.core.compatibility import Compatibility, manual
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.given_functions import LOSS_FN
-from lightning_grad.core.loss_tap import reweight_losses
+from lightning_grad.core.losses.given_functions import LOSS_FN
+from lightning_grad.core.losses.rehearsal import Rehearsal
+from lightning_grad.core.losses.sample_losses import SampleLosses
 from lightning_grad.core.progress import check_total_steps
-from lightning_grad.core.rehearsal import Rehearsal
-from lightning_grad.core.sample_losses import SampleLoss, SampleLosses
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.functional import infobatch_subset
-from lightning_grad.functional.data_pruning.dynamic_pruning import infobatch_count
+from lightning_grad.functional.data_pruning.info_batch import infobatch_count
 from lightning_grad.functional.data_pruning.selection import round_up_count
 from lightning_grad.functional.gradients import Terms
-from lightning_grad.utilities.checks import (
-    check_between,
-    check_count,
-    check_position,
-    check_share,
-    refuse_manual_optimization,
-)
-from lightning_grad.utilities.reporting import is_log_step
+from lightning_grad.utilities.checks import check_between, check_count, check_share
 
-_WAY_OUT = f"use RepeatedRandomSubset, which needs no loss, or {LOSS_FN}"
 _NEXT_SEED = 1_000_003  # more than any run has epochs
 
 
-class InfoBatch(SubsetCallback):
-    r"""Leave out, anew in each epoch, a random part of the samples whose last loss is below the mean, and weigh the others.
+class InfoBatch(LossWeighting, SubsetCallback):
+    r"""Drop a random part of the low-loss samples in each epoch, and give the remaining ones more weight.
 
     .. math::
         L = \{i : \ell_i < \bar\ell\}, \qquad
@@ -79,8 +73,6 @@ class InfoBatch(SubsetCallback):
     **Cost.** One call of a loss of ``torch.nn.functional`` is computed a second time, without reduction. Of another loss the
     step is traced: one to two milliseconds a step.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP, compiled submodules: yes. Manual optimization: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -95,14 +87,17 @@ class InfoBatch(SubsetCallback):
         leaves a sample out with probability r by choosing a fixed number; here the weight fits that number.
     """
 
+    compatibility: ClassVar[Compatibility] = SubsetCallback.compatibility.but(
+        compiled=COMPILED, **manual(no_weighting("Use RepeatedRandomSubset, which needs no loss"))
+    )
     trial: ClassVar[Mapping[str, Any]] = {"prune": 0.5}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"prune": 0.0}
+    way_out: ClassVar[str] = f"use RepeatedRandomSubset, which needs no loss, or {LOSS_FN}"
 
     _losses = until_next_fit[Tensor | None](lambda _: None)
     _weights = until_next_fit[Tensor | None](lambda _: None)
     _record = until_next_fit.of(EpochRecord)
-    _sample_loss = until_next_fit[SampleLoss](lambda _: None)  # until one batch has shown it, the shares count
     _first = during_fit[tuple[list[int], Terms] | None](lambda _: None)
-    _logged = during_fit[tuple[SampleLosses, Tensor] | None](lambda _: None)
 
     def __init__(
         self,
@@ -115,20 +110,13 @@ class InfoBatch(SubsetCallback):
         total_steps: int | None = None,
         name: str | None = None,
     ) -> None:
-        check_share(prune, "prune")
-        check_between(stop, 0.0, 1.0, "stop")
-        check_position(loss, "loss")
-        check_count(seed, 0, "seed")
-        self.prune = prune
-        self.stop = stop
-        self.loss = loss
-        self.loss_fn = loss_fn
-        if loss is not None and loss_fn is not None:
-            raise ValueError("loss and loss_fn would both say what is weighted. Leave one of them out.")
-        self.seed = seed
-        self.total_steps = total_steps
-        check_total_steps(total_steps)
         super().__init__(loader_key, name)
+        self.prune = check_share(prune, "prune")
+        self.acts = prune > 0.0
+        self.stop = check_between(stop, 0.0, 1.0, "stop")
+        self.choose_loss(loss, loss_fn)
+        self.seed = check_count(seed, 0, "seed")
+        self.total_steps = check_total_steps(total_steps)
 
     @property
     @override
@@ -143,7 +131,7 @@ class InfoBatch(SubsetCallback):
     @property
     @override
     def remembers_samples(self) -> bool:
-        return self.prune > 0.0
+        return self.acts
 
     @property
     @override
@@ -151,34 +139,16 @@ class InfoBatch(SubsetCallback):
         return super().holds_samples or self._losses is not None or self._record.values is not None
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if self.fitting:
-            refuse_manual_optimization(
-                pl_module,
-                self.label,
-                "the loss is weighted before backward, which comes inside training_step. Use "
-                "RepeatedRandomSubset, which needs no loss.",
-            )
-            self.undo.push(
-                reweight_losses(
-                    pl_module,
-                    self._weigh,
-                    self.label,
-                    self.loss,
-                    samples=lambda: len(self.indices),
-                    way_out=_WAY_OUT,
-                    acts=self.prune > 0.0,
-                    needs=lambda: self.prune > 0.0 or self._weights is not None,
-                    kind=lambda: self._sample_loss,
-                    loss_fn=self.loss_fn,
-                )
-            )
+    def needs_losses(self) -> bool:
+        return self.acts or self._weights is not None
+
+    @override
+    def samples_of(self, batch: Any) -> int:
+        return len(self.indices)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        own: dict[str, Any] = {"losses": self._losses, "weights": self._weights, "epoch_values": self._record.values}
-        own["sample_loss"] = self._sample_loss
+        own = {"losses": self._losses, "weights": self._weights, "epoch_values": self._record.values}
         return {**super().state_dict(), **own}
 
     @override
@@ -187,8 +157,7 @@ class InfoBatch(SubsetCallback):
         if not self.fitting:
             return
         self._weights = state_dict["weights"]  # of an epoch that goes on, also where settings changed
-        if not self.changed_settings(state_dict, "loss", "loss_fn"):
-            self._sample_loss = state_dict.get("sample_loss")
+        if self.has_same_loss(state_dict):
             self._losses, self._record.values = state_dict["losses"], state_dict["epoch_values"]
         elif state_dict["losses"] is not None:
             self.say("has no losses of this kind yet, and trains on all samples until each has one")
@@ -202,28 +171,15 @@ class InfoBatch(SubsetCallback):
 
     @override
     def rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.prune:
-            rehearsal = Rehearsal(
-                trainer, pl_module, self.label, self.loss, _WAY_OUT, by_terms=True, loss_fn=self.loss_fn
-            )
-            rehearsal.check_loader(self.training_set, in_training=self.loss_fn is None)
-            # What a checkpoint says was true of the losses that it holds.
-            self._sample_loss = self._sample_loss or rehearsal.kind or "share"
-            if self._first is not None:
-                (indices, terms), self._first = self._first, None
-                losses = SampleLosses.of_terms(terms, self._sample_loss).losses
-                self._record.put(indices, losses, self.training_set.sampler.total)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._logged is not None and is_log_step(trainer):
-            losses, weights = self._logged
-            unweighted, weighted = losses.weighted(weights)
-            self.log_scalars(pl_module, {"loss": unweighted, "weighted_loss": weighted})
-        self._logged = None
+        if not self.prune:
+            return
+        rehearsal = Rehearsal(trainer, pl_module, self.asked, self.training_set, by_terms=True)
+        rehearsal.check_loader(in_training=self.loss_fn is None)
+        self.learn_sample_loss(rehearsal)
+        if self._first is not None:
+            (indices, terms), self._first = self._first, None
+            losses = SampleLosses.of_terms(terms, self._sample_loss).losses
+            self._record.put(indices, losses, self.training_set.sampler.total)
 
     @override
     def choose_samples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
@@ -259,13 +215,13 @@ class InfoBatch(SubsetCallback):
             ends = [(self.total_steps, trainer.global_step)]
         return any(end not in (None, -1) and done >= self.stop * end for end, done in ends)
 
-    def _weigh(self, losses: SampleLosses) -> Tensor | None:
+    @override
+    def weigh(self, losses: SampleLosses) -> Tensor | None:
         if losses.terms is not None and self._sample_loss is None:
             self._first = self.indices, losses.terms
         self._record.put(self.indices, losses.losses, self.training_set.sampler.total)
         if self._weights is None:
             return None
-        self._weights = self._weights.to(losses.losses.device)
-        weights = self._weights[self.device_indices(losses.losses.device)]
-        self._logged = losses, weights
-        return weights
+        device = losses.losses.device
+        self._weights = self._weights.to(device)
+        return self._weights[self.device_indices(device)]

@@ -1,4 +1,4 @@
-"""Weighing the samples of a batch by their losses. The weights are a function, in ``functional/loss_weights.py``."""
+"""Weighing the samples of a batch by their losses. The weights are a function, in ``functional/data_pruning``."""
 
 from __future__ import annotations
 
@@ -7,40 +7,37 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core.batch_sizes import batch_size_of, size_by_sampler
+from lightning_grad.callbacks.data_pruning._weighting import LossWeighting
+from lightning_grad.callbacks.data_pruning._works_with import COMPILED, no_weighting
 from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.compatibility import Compatibility, manual, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.given_functions import LOSS_FN
-from lightning_grad.core.loss_tap import reweight_losses
+from lightning_grad.core.losses.batch_sizes import batch_size_of, size_by_sampler
+from lightning_grad.core.losses.given_functions import LOSS_FN
+from lightning_grad.core.losses.rehearsal import Rehearsal
+from lightning_grad.core.losses.sample_losses import SampleLosses
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
-from lightning_grad.core.rehearsal import Rehearsal
-from lightning_grad.core.sample_losses import SampleLoss, SampleLosses
+from lightning_grad.core.ranks import sum_over_ranks
 from lightning_grad.functional import annealed_temperature, loss_weights
 from lightning_grad.utilities.batch_copies import copy_of
-from lightning_grad.utilities.checks import (
-    check_above,
-    check_between,
-    check_position,
-    is_sharded,
-    refuse_manual_optimization,
-)
+from lightning_grad.utilities.checks import check_above, check_between, is_sharded
 from lightning_grad.utilities.reporting import is_log_step
 
 _BY_HAND = "weight the losses in training_step, by lightning_grad.functional.loss_weights"
-_WAY_OUT = f"{_BY_HAND}, or {LOSS_FN}"
-
+_ONE_SIZE = yes(
+    "Each batch is weighted by itself. Ranks need batches of one size, as Lightning's own sampler makes them."
+)
 _REHEARSALS = 4  # batches, until one has a loss
 
 Rule = Literal["linupper", "quadratic", "extremes"]
 
 
-class LossReweighting(GradCallback):
-    r"""Weigh the samples of each batch by their own losses, more sharply as training goes on.
+class LossReweighting(LossWeighting):
+    r"""Weight the samples of each batch by their losses, more sharply as training goes on.
 
     .. math::
         h_i = 2 \frac{\ell_i - \ell_\min}{\ell_\max - \ell_\min} - 1, \qquad
@@ -55,8 +52,9 @@ class LossReweighting(GradCallback):
 
     Args:
         rule: f, "linupper" (best in the paper), "quadratic" or "extremes".
-        temperature: r at the end of the run; .inf in YAML turns the weighting off.
-        start_temperature: r after the warm-up.
+        temperature: r at the end of the run (1 in the released code); .inf in YAML turns the weighting off.
+        start_temperature: r after the warm-up. The released code asks for a schedule from high to low and does not
+            say which; 10 is ours.
         warmup: Share of the run in which all samples weigh the same (0.05 in the released code).
         loss: Which call of a loss alone is weighted, from 0; by default all that the step returns.
         loss_fn: Function of the module and a batch that returns the losses (B,), in place of the step's own loss. The step
@@ -83,8 +81,7 @@ class LossReweighting(GradCallback):
     **Cost.** One call of a loss of ``torch.nn.functional`` is computed a second time, without reduction. Of another loss the
     step is traced: one to two milliseconds a step. With several ranks losses are gathered. In the warm-up nothing is read.
 
-    **Works with** accumulation, fp16 and bf16, DDP and FSDP (batches up to the loader's batch size), compiled submodules,
-    iterable data: yes. Manual optimization: raises.
+    Batches may be as large as the loader's batch size; iterable data work too.
 
     Example:
         .. code-block:: yaml
@@ -101,17 +98,23 @@ class LossReweighting(GradCallback):
     """
 
     namespace: ClassVar[str] = "data"
+    compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
+        accumulation=_ONE_SIZE,
+        ddp=_ONE_SIZE,
+        compiled=COMPILED,
+        **manual(no_weighting(f"Use automatic optimization, or {_BY_HAND}")),
+    )
     trial: ClassVar[Mapping[str, Any]] = {"warmup": 0.0}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"temperature": math.inf}
+    way_out: ClassVar[str] = f"{_BY_HAND}, or {LOSS_FN}"
 
     _trainer = during_fit[pl.Trainer]()
     _effective = until_next_fit[Tensor | None](lambda _: None)
     _first = during_fit[Any](lambda _: None)
-    _sample_loss = until_next_fit[SampleLoss](lambda _: None)  # until one batch has shown it, the shares count
-    _logged = during_fit[tuple[SampleLosses, Tensor] | None](lambda _: None)
     _rehearsals_left = during_fit[int](lambda _: _REHEARSALS)
     _now = during_fit[float](lambda _: math.inf)
     _batch_idx = during_fit.of(int)
-    _size = during_fit[int | None](lambda _: None)  # of the batch, as the sampler tells it
+    _samples = during_fit[int | None](lambda _: None)  # of the batch
 
     def __init__(
         self,
@@ -125,82 +128,53 @@ class LossReweighting(GradCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        check_above(temperature, 0.0, "temperature")
-        check_above(start_temperature, 0.0, "start_temperature")
         if math.isinf(start_temperature):
             raise ValueError("start_temperature must be finite; temperature=inf turns the weighting off.")
-        check_between(warmup, 0.0, 1.0, "warmup")
-        check_position(loss, "loss")
         self.rule = rule
-        self.temperature = temperature
-        self.start_temperature = start_temperature
-        self.warmup = warmup
-        self.loss = loss
-        self.loss_fn = loss_fn
-        if loss is not None and loss_fn is not None:
-            raise ValueError("loss and loss_fn would both say what is weighted. Leave one of them out.")
-        self.total_steps = total_steps
-        check_total_steps(total_steps)
+        self.temperature = check_above(temperature, 0.0, "temperature")
+        self.acts = math.isfinite(temperature)
+        self.start_temperature = check_above(start_temperature, 0.0, "start_temperature")
+        self.warmup = check_between(warmup, 0.0, 1.0, "warmup")
+        self.choose_loss(loss, loss_fn)
+        self.total_steps = check_total_steps(total_steps)
+
+    @override
+    def needs_losses(self) -> bool:
+        return math.isfinite(self._now)
+
+    @override
+    def samples_of(self, batch: Any) -> int | None:
+        self._samples = batch_size_of(batch, lambda: size_by_sampler(self._trainer, self._batch_idx))
+        return self._samples
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self.fitting:
-            refuse_manual_optimization(
-                pl_module,
-                self.label,
-                f"the loss is weighted before backward, which comes inside training_step. Use automatic optimization, or "
-                f"{_BY_HAND}.",
-            )
             self._trainer = trainer
-            self.undo.push(
-                reweight_losses(
-                    pl_module,
-                    self._weigh,
-                    self.label,
-                    self.loss,
-                    way_out=_WAY_OUT,
-                    acts=math.isfinite(self.temperature),
-                    needs=lambda: math.isfinite(self._now),
-                    kind=lambda: self._sample_loss,
-                    loss_fn=self.loss_fn,
-                    told=self._told,
-                )
-            )
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "sample_loss": self._sample_loss}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting and not self.changed_settings(state_dict, "loss", "loss_fn"):
-            self._sample_loss = state_dict.get("sample_loss")
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if math.isinf(self.temperature):
-            self.announce("weights no samples (temperature=inf)", "losses")
-        else:
+        if self.acts:
             words = f"weights the samples of each batch by their losses (rule={self.rule!r})"
             self.announce(words, "losses", ["training_step"])
+        else:
+            self.announce("weights no samples (temperature=inf)", "losses")
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Without a known end, which raises, the temperature would never fall.
-        if math.isfinite(self.temperature) and total_steps(trainer, self.label, self.total_steps) is None:
+        if self.acts and total_steps(trainer, self.label, self.total_steps) is None:
             self.say(IN_FIRST_EPOCH)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._batch_idx, self._size = batch_idx, None
-        if math.isfinite(self.temperature):
-            self._now = annealed_temperature(
-                run_progress(trainer, stated=self.total_steps), self.start_temperature, self.temperature, self.warmup
-            )
+        self._batch_idx, self._samples = batch_idx, None
+        if self.acts:
+            progress = run_progress(trainer, stated=self.total_steps)
+            self._now = annealed_temperature(progress, self.start_temperature, self.temperature, self.warmup)
             if self._rehearsals_left:
                 self._first = copy_of(batch)  # the step may change it
 
@@ -214,15 +188,12 @@ class LossReweighting(GradCallback):
             self._rehearsals_left = 0 if is_done else self._rehearsals_left - 1
         if self._effective is not None and is_log_step(trainer):
             self.log_scalars(pl_module, {"temperature": self._now, "effective_samples": self._effective})
-        if self._logged is not None and is_log_step(trainer):
-            losses, weights = self._logged
-            unweighted, weighted = losses.weighted(weights)
-            self.log_scalars(pl_module, {"loss": unweighted, "weighted_loss": weighted})
-        self._logged = None
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> bool:
-        rehearsal = Rehearsal(trainer, pl_module, self.label, self.loss, _WAY_OUT, by_terms=True, loss_fn=self.loss_fn)
-        samples = batch_size_of(batch, self._told)
+        rehearsal = Rehearsal(trainer, pl_module, self.asked, by_terms=True)
+        # Who chooses the samples may have forgotten those of this batch since the step.
+        samples = self._samples or self.samples_of(batch)
         if is_sharded(trainer) and self.loss_fn is None:  # else the first step was looked at
             rehearsal.check_whole_loss(batch, samples)
         if samples is None:
@@ -234,23 +205,17 @@ class LossReweighting(GradCallback):
             )
         is_done = rehearsal.check_batch(batch, samples)
         if is_done:
-            self._sample_loss = self._sample_loss or rehearsal.kind or "share"
+            self.learn_sample_loss(rehearsal)
         return is_done
 
-    def _told(self) -> int | None:
-        # Who chooses the samples may have forgotten those of this batch when the rehearsal comes.
-        self._size = self._size or size_by_sampler(self._trainer, self._batch_idx)
-        return self._size
-
-    def _weigh(self, seen: SampleLosses) -> Tensor | None:
-        losses = self._of_all_ranks(seen.losses)
-        weights = loss_weights(losses.flatten(), self.rule, self._now).reshape(losses.shape)
-        counted = losses.isfinite().sum()
+    @override
+    def weigh(self, losses: SampleLosses) -> Tensor | None:
+        everyone = self._of_all_ranks(losses.losses)
+        weights = loss_weights(everyone.flatten(), self.rule, self._now).reshape(everyone.shape)
+        counted = everyone.isfinite().sum()
         self._effective = 1.0 / (weights.square().sum() * counted)
         # The step takes a mean, and so do the ranks: equal weights of 1 / n must leave both as they are.
-        own = weights[self._trainer.global_rank, : len(seen.losses)] * counted
-        self._logged = seen, own
-        return own
+        return weights[self._trainer.global_rank, : len(losses.losses)] * counted
 
     def _of_all_ranks(self, losses: Tensor) -> Tensor:
         """Return the losses of the global batch, (ranks, B), nan where a rank has fewer."""
@@ -262,7 +227,7 @@ class LossReweighting(GradCallback):
         own = everyone[self._trainer.global_rank]
         own[: len(losses)] = losses
         own[len(losses) :] = math.nan
-        return torch.as_tensor(self._trainer.strategy.reduce(everyone, reduce_op="sum"))
+        return sum_over_ranks(self._trainer, everyone)
 
 
 def _batch_size(trainer: pl.Trainer) -> int:

@@ -1,4 +1,4 @@
-"""Repeated random subsets (RS2). The subset is a function, in ``functional/dynamic_pruning.py``."""
+"""Repeated random subsets (RS2). The subset is a function, in ``functional/data_pruning/repeated_random_subset.py``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning_grad.utilities.checks import check_count, check_share
 
 
 class RepeatedRandomSubset(SubsetCallback):
-    r"""Train each epoch on another random part of the samples: the baseline that data pruning has to beat.
+    r"""Train each epoch on another random part of the samples (RS2).
 
     .. math::
         K_t = \{\pi(t k), \ldots, \pi(t k + k - 1)\}, \qquad k = (1 - r) n
 
     :math:`\pi` goes through one random order of the n samples after the other, so that all are seen once before any is seen
-    twice; t is the epoch.
+    twice; t is the epoch. It is the baseline that every other choice of samples has to beat.
 
     Args:
         prune: Share r of the samples left out in each epoch, at least 0 and below 1.
@@ -42,8 +42,6 @@ class RepeatedRandomSubset(SubsetCallback):
 
     **Cost.** One random order of the indices an epoch.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP, DeepSpeed, compiled submodules, manual optimization: yes.
-
     Example:
         .. code-block:: yaml
 
@@ -58,6 +56,7 @@ class RepeatedRandomSubset(SubsetCallback):
     """
 
     trial: ClassVar[Mapping[str, Any]] = {"prune": 0.3}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"prune": 0.0}
 
     def __init__(
         self,
@@ -67,12 +66,10 @@ class RepeatedRandomSubset(SubsetCallback):
         loader_key: str | int | None = None,
         name: str | None = None,
     ) -> None:
-        check_share(prune, "prune")
-        self.prune = prune
-        self.replacement = replacement
-        check_count(seed, 0, "seed")
-        self.seed = seed
         super().__init__(loader_key, name)
+        self.prune = check_share(prune, "prune")
+        self.replacement = replacement
+        self.seed = check_count(seed, 0, "seed")
 
     @property
     @override

@@ -1,4 +1,4 @@
-"""USEFUL: repeating samples whose features are learnt late. Which ones is a function, in ``functional/clustering.py``."""
+"""USEFUL: repeating samples whose features are learnt late (``functional/data_pruning/uniform_learning.py`` finds them)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grad.callbacks.data_pruning._works_with import COMPILED, CURRENT_WEIGHTS
+from lightning_grad.core.compatibility import YES, Compatibility, manual, no
 from lightning_grad.core.fit import until_next_fit
-from lightning_grad.core.given_functions import OUTPUTS_FN
-from lightning_grad.core.look import Look
-from lightning_grad.core.rehearsal import Rehearsal
-from lightning_grad.core.scoring import look_at_all, say_what_is_skipped
+from lightning_grad.core.losses.given_functions import OUTPUTS_FN, LossRequest
+from lightning_grad.core.losses.look import Look
+from lightning_grad.core.losses.rehearsal import Rehearsal
+from lightning_grad.core.losses.scoring import look_at_all, say_what_is_skipped
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.functional import uniform_learning_repeats
 from lightning_grad.functional.data_pruning.selection import round_up_count
-from lightning_grad.utilities.checks import check_count, check_position, refuse_manual_optimization
+from lightning_grad.utilities.checks import check_count, check_only_one
 
 _WAY_OUT = f"use DataPruning with score_fn=, or RepeatedRandomSubset, which needs no loss, or {OUTPUTS_FN}"
 
 
 class UniformLearning(SubsetCallback):
-    r"""Early in training, find the samples whose features are not learnt yet, and repeat them in each epoch.
+    r"""Repeat samples whose features are learned late (USEFUL).
 
     After k whole epochs the outputs of each class are clustered in two. The cluster with the higher mean loss holds what is
     learnt late, and its samples come ``1 + repeats`` times an epoch from then on:
@@ -59,8 +61,6 @@ class UniformLearning(SubsetCallback):
 
     **Cost.** One evaluation pass over the training set, and k-means.
 
-    **Works with** accumulation, fp16 and bf16, DDP, FSDP, compiled submodules: yes. Manual optimization: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -76,7 +76,19 @@ class UniformLearning(SubsetCallback):
         goes on.
     """
 
+    compatibility: ClassVar[Compatibility] = SubsetCallback.compatibility.but(
+        compiled=COMPILED,
+        weight_averaging=CURRENT_WEIGHTS,
+        **manual(
+            no(
+                "does not work with {}: its training_step also steps, so that it cannot be run just to look at the outputs",
+                "Use DataPruning(score='aum') or 'forgetting', which read the outputs in training, or RepeatedRandomSubset, "
+                "or give outputs_fn",
+            )
+        ),
+    )
     trial: ClassVar[Mapping[str, Any]] = {"epoch": 1}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"repeats": 0}
 
     _repeated = until_next_fit[Tensor | None](lambda _: None)  # as found
     _found_in = until_next_fit[int | None](lambda _: None)  # epoch
@@ -91,18 +103,13 @@ class UniformLearning(SubsetCallback):
         loader_key: str | int | None = None,
         name: str | None = None,
     ) -> None:
-        check_count(epoch, 1, "epoch")
-        check_count(repeats, 0, "repeats")
-        check_position(loss, "loss")
-        self.epoch = epoch
-        self.repeats = repeats
-        self.loss = loss
-        self.outputs_fn = outputs_fn
-        if loss is not None and outputs_fn is not None:
-            raise ValueError("loss and outputs_fn would both say what is clustered. Leave one of them out.")
-        check_count(seed, 0, "seed")
-        self.seed = seed
+        check_only_one({"loss": loss, "outputs_fn": outputs_fn}, "say what is clustered")
         super().__init__(loader_key, name)
+        self.epoch = check_count(epoch, 1, "epoch")
+        self.repeats = check_count(repeats, 0, "repeats")
+        self.loss = check_count(loss, 0, "loss")
+        self.outputs_fn = outputs_fn
+        self.seed = check_count(seed, 0, "seed")
 
     @property
     @override
@@ -123,15 +130,12 @@ class UniformLearning(SubsetCallback):
         return super().holds_samples or self._repeated is not None
 
     @override
+    def works_with(self) -> Compatibility:
+        return self.compatibility if self.outputs_fn is None else self.compatibility.but(**manual(YES))
+
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if self.fitting and self.outputs_fn is None:
-            refuse_manual_optimization(
-                pl_module,
-                self.label,
-                "its training_step also steps, so that it cannot be run just to look at the outputs. Use "
-                "DataPruning(score='aum') or 'forgetting', which read the outputs in training, or RepeatedRandomSubset.",
-            )
         if self.fitting:
             self.refuse_unreached(trainer, self.epoch, "cluster")
 
@@ -152,23 +156,15 @@ class UniformLearning(SubsetCallback):
         self.refuse_unreached_steps(trainer, self.epoch, "cluster")
         if self._repeated is None and self.repeats:
             self._look(trainer, pl_module, rehearsal=True)
-            rehearsal = Rehearsal(
-                trainer, pl_module, self.label, self.loss, _WAY_OUT, outputs_fn=self.outputs_fn, by_classes=True
-            )
-            rehearsal.check_loader(self.training_set)
+            Rehearsal(trainer, pl_module, self._asked, self.training_set).check_loader()
+
+    @property
+    def _asked(self) -> LossRequest:
+        return LossRequest(self.label, self.loss, _WAY_OUT, outputs_fn=self.outputs_fn, by_classes=True)
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rehearsal: bool = False) -> dict[str, Tensor]:
-        own = (trainer, pl_module, self.training_set, _outputs, "Clustering outputs")
-        return look_at_all(
-            *own,
-            which=self.loss,
-            seed=self.seed,
-            rehearsal=rehearsal,
-            label=self.label,
-            way_out=_WAY_OUT,
-            outputs_fn=self.outputs_fn,
-            by_classes=True,
-        )
+        own = (trainer, pl_module, self.training_set, _outputs, "Clustering outputs", self._asked)
+        return look_at_all(*own, seed=self.seed, rehearsal=rehearsal)
 
     @override
     def choose_samples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
@@ -199,8 +195,8 @@ def _outputs(look: Look) -> Mapping[str, Tensor]:
     call = look.loss()
     if call.labels is None or call.input.dim() != 2:
         raise ValueError(
-            f"{look.label} clusters the outputs of each class, and {call.name} got {tuple(call.input.shape)} for targets "
-            f"of {tuple(call.target.shape)}. It needs logits (B, C) and one class a sample. For other targets use "
+            f"{look.asked.label} clusters the outputs of each class, and {call.name} got {tuple(call.input.shape)} for "
+            f"targets of {tuple(call.target.shape)}. It needs logits (B, C) and one class a sample. For other targets use "
             "DataPruning(score='loss'), or RepeatedRandomSubset, which needs no loss."
         )
     return {"outputs": call.input, "losses": call.losses, "labels": call.labels}

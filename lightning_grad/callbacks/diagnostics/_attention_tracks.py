@@ -1,11 +1,9 @@
 """Telling a softmax of attention from any other, by what goes into it and what its result is used for.
 
-Used by ``_logit_probe.py``. A softmax alone says nothing: metrics, class probabilities and gates of experts take one too.
+Used by ``_logits.py``. A softmax alone says nothing: metrics, class probabilities and gates of experts take one too.
 Attention is a chain: two activations are multiplied (queries and keys), the product goes through a softmax, and the
 result is multiplied by something again (values). A linear layer breaks the chain, because one of its factors is a weight.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

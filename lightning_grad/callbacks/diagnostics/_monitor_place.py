@@ -1,21 +1,21 @@
-"""Standing before the first and behind the last of those that change gradients.
+"""What ``GradientMonitor`` watches, and where: before the first and behind the last of those that change gradients."""
 
-Used by ``gradient_monitor.py``.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_grad.core.dispatch import WrapOrder, overrides, wrap_method
 from lightning_grad.core.phases import conditioners
 from lightning_grad.core.undo import UndoList
+from lightning_grad.functional.plain_tensors import PlainTensors
+from lightning_grad.utilities.parameters import all_names, selects, why_none_left
+from lightning_grad.utilities.thresholds import choose_buckets
 
 _HOOK = "on_before_optimizer_step"
 
@@ -60,9 +60,31 @@ class Vantage:
     def _ahead(
         look: Look, inner: Callable[..., None], trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        look(optimizer)
+        with torch.no_grad(), PlainTensors():
+            look(optimizer)
         inner(trainer, pl_module, optimizer)
 
     def _after(self, inner: Callable[..., None], optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         inner(optimizer, *args, **kwargs)
-        self.behind(optimizer)
+        with torch.no_grad(), PlainTensors():
+            self.behind(optimizer)
+
+
+def named_parameters(
+    pl_module: pl.LightningModule, optimizer: Optimizer, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> list[tuple[str, Tensor]]:
+    """Return the selected parameters that an optimizer moves, with their names."""
+    buckets, _ = choose_buckets(optimizer, pl_module, include=include, exclude=exclude)
+    return [pair for bucket in buckets for pair in zip(bucket.names, bucket.parameters, strict=True)]
+
+
+def why_none(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> str:
+    """Return why no parameter is selected, and what to do."""
+    everything = [name for o in trainer.optimizers for name, _ in named_parameters(pl_module, o, None, None)]
+    if not everything:
+        return "configure_optimizers returns no optimizer that holds one. Return one, or drop the callback."
+    if any(selects(names, include, exclude) for names in all_names(pl_module).values()):
+        return f"No optimizer holds any of those selected. Include some that one holds, such as {everything[0]!r}."
+    return why_none_left(pl_module, include, exclude or [])

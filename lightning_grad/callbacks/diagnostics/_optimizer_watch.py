@@ -1,7 +1,5 @@
 """What ``GradientMonitor`` sees of one optimizer within a step, as tensors, until a log step asks for numbers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_grad.callbacks.diagnostics._monitor_record import MonitorRecord
 from lightning_grad.functional import gradient_cosine, moment_signal_to_noise, zero_share
 from lightning_grad.functional.gradients.tensor_lists import stack_norms, whole
-from lightning_grad.functional.plain_tensors import plain_tensor
+from lightning_grad.functional.plain_tensors import on_plain_tensors, plain_tensor
 from lightning_grad.utilities.layers import LayerFinder, Layers
 from lightning_grad.utilities.optimizers import Shape, optimizer_shape
 
@@ -28,13 +26,6 @@ class Place:
     step: int
     epoch: int
     batch_idx: int
-
-
-@dataclass
-class _Row:
-    place: Place
-    numbers: Tensor  # norm before, norm before clipping, norm after, loss
-    skipped: bool
 
 
 class OptimizerWatch:
@@ -63,7 +54,8 @@ class OptimizerWatch:
         self.first_bad: dict[str, Any] = {}
         self._depth = depth
         self._scaled = scaled
-        self._rows: list[_Row] = []
+        # Place, numbers (norm before, norm before clipping, norm after, loss), and whether the step was skipped.
+        self._rows: list[tuple[Place, Tensor, bool]] = []
         self._before: Tensor | None = None
         self._unclipped: Tensor | None = None
         self._details: dict[str, Tensor] = {}
@@ -80,7 +72,6 @@ class OptimizerWatch:
         self._layers: Layers | None = None
         self._roots: Tensor | None = None
         self._previous: dict[str, Tensor] = {}
-        self._seen_bad: Tensor | None = None
         self._bad_norms: Tensor | None = None
 
     def _gradients(self) -> list[Tensor | None]:
@@ -116,13 +107,12 @@ class OptimizerWatch:
 
     def _remember_first_bad(self, norms: Tensor, loss: Tensor | None) -> None:
         """Keep the norms of the first step that is not finite, without asking whether this one is."""
-        if self._bad_norms is None or self._seen_bad is None:
-            self._bad_norms, self._seen_bad = torch.zeros_like(norms), norms.new_zeros((), dtype=torch.bool)
+        if self._bad_norms is None:
+            self._bad_norms = torch.zeros_like(norms)
         bad = ~norms.isfinite().all()
         if self._scaled and loss is not None:
             bad = bad & ~loss.isfinite().all().to(norms.device)
-        self._bad_norms = torch.where(bad & ~self._seen_bad, norms, self._bad_norms)
-        self._seen_bad = self._seen_bad | bad
+        self._bad_norms = torch.where(bad & self._bad_norms.isfinite().all(), norms, self._bad_norms)
 
     def _measure(self, gradients: list[Tensor | None], norms: Tensor, rare: bool) -> None:
         if self._layers is None or self._roots is None:
@@ -186,10 +176,12 @@ class OptimizerWatch:
         unclipped = before if self._unclipped is None else self._unclipped
         value = torch.full_like(before, math.nan) if loss is None else loss.detach().float().mean().to(before.device)
         numbers = [number.float() for number in (before, unclipped, after, value)]
-        self._rows.append(_Row(place, torch.stack(numbers), gone))
+        self._rows.append((place, torch.stack(numbers), gone))
         if len(self._rows) >= _MOST_ROWS:
             self.drain()
 
+    @torch.no_grad()
+    @on_plain_tensors
     def look_at_update(self) -> None:
         """Compare the weights with those from before the optimizer's step."""
         if self._snapshot:
@@ -208,13 +200,13 @@ class OptimizerWatch:
         """Turn what is waiting into numbers: the one place where the host waits."""
         if not self._rows:
             return
-        numbers = torch.stack([row.numbers for row in self._rows]).tolist()
-        for row, (before, unclipped, after, loss) in zip(self._rows, numbers, strict=True):
+        numbers = torch.stack([row[1] for row in self._rows]).tolist()
+        for (place, _, skipped), (before, unclipped, after, loss) in zip(self._rows, numbers, strict=True):
             finite = math.isfinite(before)
-            self.record.add(row.place.step, before, after, row.skipped or (self._scaled and not finite), unclipped)
+            self.record.add_step(place.step, before, after, skipped or (self._scaled and not finite), unclipped)
             expected = self._scaled and math.isfinite(loss)
             if not finite and not expected and not self.first_bad:
-                self.first_bad = {**vars(row.place), "loss": loss, "norm": before, "parameters": self._bad_names()}
+                self.first_bad = {**vars(place), "loss": loss, "norm": before, "parameters": self._bad_names()}
         self._rows = []
 
     def _bad_names(self) -> list[str]:

@@ -1,15 +1,13 @@
 """Watching gradients: the callback.
 
-Beside this file: ``_optimizer_watch.py`` looks at the gradients of one optimizer, ``_monitor_place.py`` finds where to look,
-``_monitor_choice.py`` what to watch, ``_monitor_record.py`` keeps and draws what was seen, ``_monitor_report.py`` sends it,
-``_noise_scale.py`` measures the gradient noise scale, ``_logit_watch.py`` reads logits off the operators. The formulas are in
-``functional/gradient_statistics.py``.
+Beside this file: ``_optimizer_watch.py`` looks at the gradients of one optimizer, ``_monitor_place.py`` finds what to watch
+and where to look, ``_monitor_record.py`` keeps and draws what was seen, ``_monitor_report.py`` names the first bad
+step, ``_noise_scale.py`` measures the gradient noise scale, ``_logits.py`` reads logits off the operators. The formulas are in
+``functional/diagnostics/gradient_statistics.py``.
 """
 
-from __future__ import annotations
-
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -19,48 +17,34 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.callbacks.diagnostics._logit_probe import has_compiled
-from lightning_grad.callbacks.diagnostics._logit_watch import LogitWatch
-from lightning_grad.callbacks.diagnostics._monitor_choice import named_parameters, why_none
-from lightning_grad.callbacks.diagnostics._monitor_place import Vantage
+from lightning_grad.callbacks.diagnostics._logits import LogitWatch, has_compiled
+from lightning_grad.callbacks.diagnostics._monitor_place import Vantage, named_parameters, why_none
 from lightning_grad.callbacks.diagnostics._monitor_record import MonitorRecord
-from lightning_grad.callbacks.diagnostics._monitor_report import FirstBadStep, write_records
+from lightning_grad.callbacks.diagnostics._monitor_report import FirstBadStep
 from lightning_grad.callbacks.diagnostics._noise_scale import NoiseScale, NoiseScaleMeter
 from lightning_grad.callbacks.diagnostics._optimizer_watch import OptimizerWatch, Place
-from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.dispatch import wrap_method
-from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.phases import Phase, refuse_order
+from lightning_grad.core import GradCallback, Phase, check_count, during_fit, is_log_step, until_next_fit, wrap_method
+from lightning_grad.core.compatibility import Compatibility, manual, yes
+from lightning_grad.core.conditioner import GradientConditioner
+from lightning_grad.core.phases import refuse_order
 from lightning_grad.functional.plain_tensors import on_plain_tensors
-from lightning_grad.utilities.checks import (
-    check_count,
-    refuse_deepspeed,
-    refuse_flat_shards,
-    refuse_sparse_gradients,
-)
 from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.optimizers import optimizer_index, optimizer_shape
-from lightning_grad.utilities.parameters import as_names, check_patterns, parameter_names
-from lightning_grad.utilities.precision import grad_scaler, refuse_scaled_gradients, true_loss
-from lightning_grad.utilities.reporting import (
-    counted,
-    is_log_step,
-    log_histograms,
-    log_many,
-    say_if_no_figure,
-    stepped_batches,
-)
+from lightning_grad.utilities.parameters import as_names, check_patterns
+from lightning_grad.utilities.precision import grad_scaler, true_loss
+from lightning_grad.utilities.reporting import counted, log_histograms, log_many, stepped_batches
 
 
 class GradientMonitor(GradCallback):
-    r"""Watch gradients: both sides of clipping, layers, noise, signs of instability, and the first bad step.
+    r"""Watch gradients: norms before and after clipping, layers, noise scale, instability, the first bad step.
 
     It changes nothing. At every optimizer step it takes norms, as tensors. At log steps it reads them, and looks at layers.
     At every few log steps it does what costs more.
 
     Args:
         rarely: Every how many log steps zero entries, signal to noise and histograms are looked at; None never.
-        logits: Look at the size of attention and output logits at log steps; not in compiled modules.
+        logits: Look at the size of attention and output logits at log steps; not in compiled modules. Growing logits
+            announce two instabilities (arXiv 2309.14322).
         histograms: Send histograms of gradients to the loggers that show them, rarely.
         depth: Join layers in logs by this many leading parts of their names; default: do not join.
         top: Log at most this many layers apart; the heat map has all.
@@ -94,9 +78,6 @@ class GradientMonitor(GradCallback):
 
     **Cost.** One norm a step, two where something changes gradients; docs/benchmarks.md has the whole.
 
-    **Works with** accumulation, fp16 (steps that the scaler skips are counted as skipped) and bf16, DDP, FSDP2, compiled
-    modules, several optimizers, manual optimization (no noise scale): yes. FSDP1 and DeepSpeed: raises.
-
     Example:
         .. code-block:: yaml
 
@@ -111,6 +92,11 @@ class GradientMonitor(GradCallback):
     """
 
     namespace: ClassVar[str] = "grad"
+    compatibility: ClassVar[Compatibility] = GradientConditioner.compatibility.but(
+        compiled=yes("It does not look at logits in compiled modules."),
+        late_gradients=yes("It measures no noise scale, because the gradient after the exchange is no mean."),
+        **manual(yes("It measures no noise scale under manual optimization.")),
+    )
     trial: ClassVar[Mapping[str, Any]] = {"rarely": 2}
     phase: ClassVar[Phase] = "observe"
 
@@ -121,14 +107,10 @@ class GradientMonitor(GradCallback):
     _vantage = during_fit[Vantage]()
     _loss = during_fit[Tensor | None](lambda _: None)
     _place = during_fit[Place](lambda _: Place(0, 0, 0))
-    _order = during_fit[ForwardOrder | None](lambda _: None)
-    _stop_learning = during_fit[Callable[[], None] | None](lambda _: None)
+    _order = during_fit[ForwardOrder]()
     _logits = during_fit[LogitWatch | None](lambda _: None)
     _stepped = during_fit.of(bool)
-
-    @during_fit
-    def _meter(self) -> NoiseScaleMeter:
-        return NoiseScaleMeter(self._noise)
+    _meter = during_fit[NoiseScaleMeter](lambda self: NoiseScaleMeter(self._noise))
 
     def __init__(
         self,
@@ -144,18 +126,15 @@ class GradientMonitor(GradCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self.rarely = rarely
+        self.rarely = check_count(rarely, 1, "rarely")
         self.logits = logits
         self.histograms = histograms
-        self.depth = depth
-        self.top = top
+        self.depth = check_count(depth, 1, "depth")
+        self.top = check_count(top, 0, "top")
         self.figure = figure
         self.alert = alert
         self.include = as_names(include)
         self.exclude = as_names(exclude)
-        check_count(1 if rarely is None else rarely, 1, "rarely")
-        check_count(1 if depth is None else depth, 1, "depth")
-        check_count(top, 0, "top")
 
     # The fit begins.
 
@@ -163,8 +142,6 @@ class GradientMonitor(GradCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self.fitting:
-            refuse_deepspeed(trainer, self.label)
-            refuse_flat_shards(trainer, self.label)
             refuse_order(trainer)
 
     @override
@@ -181,18 +158,17 @@ class GradientMonitor(GradCallback):
     @override
     @on_plain_tensors
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = parameter_names(pl_module)
-        for parameter, patterns in (("include", self.include), ("exclude", self.exclude)):
-            check_patterns(patterns or [], names, f"{self.label}({parameter}=...)")
+        check_patterns(pl_module, self.label, include=self.include, exclude=self.exclude)
+        self._order = ForwardOrder(pl_module)
+        self.undo.push(self._order.stop)
         for index, optimizer in enumerate(trainer.optimizers):
-            refuse_scaled_gradients(trainer, optimizer, self.label)
+            self.works_with().refuse_optimizer(self.label, trainer, optimizer)
             self._watch(trainer, pl_module, index, optimizer)
         watched = [parameter for watch in self._watches for parameter in watch.parameters]
         if not watched:
             why = why_none(trainer, pl_module, self.include, self.exclude)
             raise ValueError(f"{self.label} has no parameter to watch. {why}")
-        refuse_sparse_gradients(pl_module, {id(parameter) for parameter in watched}, self.label)
-        self._order = ForwardOrder(pl_module)
+        self.works_with().refuse_parameters(self.label, pl_module, set(map(id, watched)))
         self.undo.push(self._meter.stop)
         self._vantage = self._take_places(trainer, pl_module)
         self._announce(trainer, pl_module)
@@ -205,14 +181,14 @@ class GradientMonitor(GradCallback):
         self._watch_updates(watch)
 
     def _watch_updates(self, watch: OptimizerWatch) -> None:
-        handle = watch.optimizer.register_step_post_hook(lambda *_: self._look_at_update(watch))
+        handle = watch.optimizer.register_step_post_hook(lambda *_: watch.look_at_update())
         self.undo.push(handle.remove)
 
     def _take_places(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Vantage:
         vantage = Vantage(
             self,
             before=partial(self._look_before, trainer, pl_module),
-            before_clipping=partial(self._look_before_clipping, trainer),
+            before_clipping=lambda optimizer: self._watch_of(trainer, optimizer).look_before_clipping(),
             behind=partial(self._look_behind, trainer),
         )
         vantage.take(trainer, pl_module, self.undo)
@@ -236,7 +212,6 @@ class GradientMonitor(GradCallback):
             self.say(f"logs no gradient noise scale: {why_not}")
         if self.logits and self._logits is None:
             self.say("logs no logits: watching them would run compiled modules uncompiled")
-        say_if_no_figure(trainer, self.label, self.figure)
 
     # One training step.
 
@@ -245,17 +220,14 @@ class GradientMonitor(GradCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._place = Place(stepped_batches(trainer), trainer.current_epoch, batch_idx)
-        if self._order is not None and self._stop_learning is None:
-            self._stop_learning = self._order.watch()
-            self.undo.push(self._stop_learning)
+        self._order.watch()
         if is_log_step(trainer) and NoiseScaleMeter.why_not(trainer, pl_module) is None:
             self._meter.begin_batch(self._watches[0].parameters, batch)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self._loss = true_loss(trainer, pl_module, loss)
-        if self._stop_learning is not None:
-            self._stop_learning()
+        self._order.stop()
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -273,7 +245,7 @@ class GradientMonitor(GradCallback):
     def _look_before(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         measured = is_log_step(trainer)
         rare = measured and self._is_rare(trainer)
-        watch = self._watches[optimizer_index(trainer, optimizer, self.label)]
+        watch = self._watch_of(trainer, optimizer)
         if watch.shape != optimizer_shape(optimizer):
             fresh = watch.optimizer is not optimizer
             watch.follow(optimizer, named_parameters(pl_module, optimizer, self.include, self.exclude))
@@ -286,22 +258,12 @@ class GradientMonitor(GradCallback):
             tensors = watch.gradients_for_histograms(self.top)
             log_histograms(trainer, {self.log_key(f"histogram/{name}"): tensor for name, tensor in tensors.items()})
 
-    @torch.no_grad()
-    @on_plain_tensors
-    def _look_before_clipping(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
-        self._watches[optimizer_index(trainer, optimizer, self.label)].look_before_clipping()
-
-    @torch.no_grad()
-    @on_plain_tensors
     def _look_behind(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         self._stepped = True
-        watch = self._watches[optimizer_index(trainer, optimizer, self.label)]
-        watch.look_after(self._loss, self._place, self._vantage.may_change)
+        self._watch_of(trainer, optimizer).look_after(self._loss, self._place, self._vantage.may_change)
 
-    @torch.no_grad()
-    @on_plain_tensors
-    def _look_at_update(self, watch: OptimizerWatch) -> None:
-        watch.look_at_update()
+    def _watch_of(self, trainer: pl.Trainer, optimizer: Optimizer) -> OptimizerWatch:
+        return self._watches[optimizer_index(trainer, optimizer, self.label)]
 
     def _is_rare(self, trainer: pl.Trainer) -> bool:
         if self.rarely is None:
@@ -322,11 +284,13 @@ class GradientMonitor(GradCallback):
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._drain()
         for index, watch in enumerate(self._watches):
-            prefix = f"optimizer{index}/" if len(self._watches) > 1 else ""
+            part = self._part(index)
+            prefix = f"{part}/" if part else ""
             scalars, layers = watch.take_details()
             values = {**watch.record.summary(), **scalars}
             if "norm" in layers:
                 watch.record.add_layers(self._place.step, layers["norm"])
+            watch.record.save(trainer, self, part)
             self.log_scalars(pl_module, {f"{prefix}{key}": value for key, value in values.items()})
             shown = {
                 self.log_key(f"{prefix}{quantity}/{layer}"): value
@@ -344,11 +308,10 @@ class GradientMonitor(GradCallback):
             self._first_bad.note(watch.first_bad, self._order)
 
     def _tell_first_bad(self, trainer: pl.Trainer) -> None:
-        self._first_bad.tell(trainer, self.label, self.log_key, self._stem, self.alert)
+        self._first_bad.tell(trainer, self.label, self.log_key, self.alert)
 
-    @property
-    def _stem(self) -> str:
-        return "gradient_monitor" if self.name is None else f"gradient_monitor_{self.name}"
+    def _part(self, index: int) -> str:
+        return f"optimizer{index}" if len(self._watches) > 1 else ""
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -369,12 +332,18 @@ class GradientMonitor(GradCallback):
         with contextlib.suppress(Exception):
             self._drain()
             self._tell_first_bad(trainer)
+            for index, watch in enumerate(self._watches):
+                watch.record.save(trainer, self, self._part(index), now=True)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.fitting and self._watches:
             self._drain()
             self._tell_first_bad(trainer)
-            write_records(trainer, self._records, self.log_key, self._stem, self.label, self.figure)
+            for index, watch in enumerate(self._watches):
+                record, part = watch.record, self._part(index)
+                summary = {f"final_{key}": value for key, value in record.totals().items() if record.count}
+                draw = partial(record.draw, f"{self.label} {part}".rstrip())
+                record.report(trainer, self, draw, summary=summary, part=part)
             self._noise.write(trainer, self.log_key)
         super().teardown(trainer, pl_module, stage)

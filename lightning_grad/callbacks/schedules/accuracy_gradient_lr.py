@@ -1,19 +1,19 @@
-"""Cutting the learning rate by the accuracy gradient: the callback. The rule is in ``functional/accuracy_gradient.py``."""
+"""Cutting the learning rate by the accuracy gradient: the callback. The rule is in ``functional/schedules``."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.callbacks.schedules._rate_report import RateRecord, write_record
-from lightning_grad.callbacks.schedules._schedules import mute_schedulers, warn_of_schedulers
-from lightning_grad.core.chosen_rates import ChosenRates, as_indices
-from lightning_grad.core.fit import until_next_fit
-from lightning_grad.core.monitored import Interval, Mode, MonitoredCallback
+from lightning_grad.callbacks.schedules._rate_figure import draw_rates
+from lightning_grad.core import ChosenRates, Interval, Mode, MonitoredCallback, as_indices, until_next_fit, wrap_method
+from lightning_grad.core.compatibility import Compatibility, yes
+from lightning_grad.core.record import Row, RunRecord
+from lightning_grad.core.steps.chosen_rates import unknown_schedulers
 from lightning_grad.functional.schedules.accuracy_gradient_lr import accuracy_gradient, accuracy_gradient_cuts
 from lightning_grad.utilities.checks import (
     check_above,
@@ -23,7 +23,7 @@ from lightning_grad.utilities.checks import (
     check_finite,
     check_finite_at_least,
 )
-from lightning_grad.utilities.reporting import log_many, log_summary, output_folder, say_if_no_figure, stepped_batches
+from lightning_grad.utilities.reporting import log_many, stepped_batches
 
 _MOST_OBSERVATIONS = 1_000_000
 
@@ -83,9 +83,7 @@ class AccuracyGradientLR(MonitoredCallback):
 
     **Cost.** A few numbers for each observation; nothing in a step.
 
-    **Works with** accumulation, fp16 and bf16, compiled modules, several optimizers, manual optimization, FSDP, DeepSpeed:
-    yes. DDP: all ranks cut together, by the mean of their values, whether or not the module logs with ``sync_dist``.
-    Schedulers of torch: all. One that torch does not define may undo cuts, and is warned of.
+    **Schedulers** of torch: all keep a cut. One that torch does not define may undo cuts, and a warning says so.
 
     Example:
         .. code-block:: yaml
@@ -106,7 +104,11 @@ class AccuracyGradientLR(MonitoredCallback):
     """
 
     namespace: ClassVar[str] = "lr"
+    compatibility: ClassVar[Compatibility] = MonitoredCallback.compatibility.but(
+        manual_optimization=yes('`policy="replace"` raises where the module steps schedulers itself.')
+    )
     trial: ClassVar[Mapping[str, Any]] = {"window": 1, "quiet": 1, "threshold": 10.0, "factor": 0.5}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"factor": 1.0}
     fixed_settings: ClassVar[Mapping[str, str]] = {
         "policy": "what the schedulers have done until now depends on it",
         "optimizers": "the learning rates of those chosen before are cut already",
@@ -114,15 +116,13 @@ class AccuracyGradientLR(MonitoredCallback):
     }
     nothing_done: ClassVar[str] = "no learning rate was cut"
 
+    record = until_next_fit[RunRecord](lambda _: RunRecord(weight=_is_cut))
     _since_cut = until_next_fit[int](lambda self: self.quiet)
-
-    @until_next_fit
-    def _record(self) -> RateRecord:
-        return RateRecord(self.monitor, self.window, self.mode == "max")
-
-    @until_next_fit
-    def _rates(self) -> ChosenRates:
-        return ChosenRates(self.optimizers, self.param_groups, self.policy, self.min_lr, self.label)
+    _cuts = until_next_fit.of(int)
+    _values = until_next_fit.of(list[float])  # all of them: the window may grow on resume
+    _rates = until_next_fit[ChosenRates](
+        lambda self: ChosenRates(self.optimizers, self.param_groups, self.policy, self.min_lr, self.label)
+    )
 
     def __init__(
         self,
@@ -143,22 +143,14 @@ class AccuracyGradientLR(MonitoredCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(monitor, mode, interval, name)
-        check_count_between(window, 1, _MOST_OBSERVATIONS, "window")
-        check_count(quiet, 0, "quiet")
-        check_finite(threshold, "threshold")
-        check_above(factor, 0.0, "factor")
-        check_between(factor, 0.0, 1.0, "factor")
-        check_finite_at_least(min_lr, 0.0, "min_lr")
-        check_count(start_after, 0, "start_after")
-        check_finite(0.0 if reach is None else reach, "reach")
-        self.window = window
-        self.quiet = quiet
-        self.threshold = threshold
-        self.factor = factor
-        self.min_lr = min_lr
-        self.start_after = start_after
+        self.window = check_count_between(window, 1, _MOST_OBSERVATIONS, "window")
+        self.quiet = check_count(quiet, 0, "quiet")
+        self.threshold = check_finite(threshold, "threshold")
+        self.factor = check_between(check_above(factor, 0.0, "factor"), 0.0, 1.0, "factor")
+        self.min_lr = check_finite_at_least(min_lr, 0.0, "min_lr")
+        self.start_after = check_count(start_after, 0, "start_after")
         self.policy = policy
-        self.reach = reach
+        self.reach = check_finite(reach, "reach")
         self.optimizers = as_indices(optimizers, "optimizers")
         self.param_groups = as_indices(param_groups, "param_groups")
         self.figure = figure
@@ -167,20 +159,23 @@ class AccuracyGradientLR(MonitoredCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        own = {"since_cut": self._since_cut, "scale": self._rates.scale, "base": self._rates.base}
-        return {**super().state_dict(), **own, **self._record.state_dict()}
+        rule = {"values": list(self._values), "since_cut": self._since_cut, "cuts": self._cuts}
+        rates = {"scale": self._rates.scale, "base": self._rates.base}
+        return {**super().state_dict(), **rule, **rates, "record": self.record.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if self.fitting:
-            self._record.load_state_dict(state_dict)
+            self.record.load_state_dict(state_dict["record"])
             self._rates.scale, self._rates.base = state_dict["scale"], state_dict["base"]
-            self._since_cut = state_dict["since_cut"]
+            self._since_cut, self._cuts = state_dict["since_cut"], state_dict["cuts"]
+            self._values = list(state_dict["values"])
 
     @override
     def restart(self) -> str:
-        self._record.restart()
+        self.record.clear()
+        self._values = []
         return "the cuts so far stay"
 
     @override
@@ -188,9 +183,9 @@ class AccuracyGradientLR(MonitoredCallback):
         super().on_fit_start(trainer, pl_module)
         optimizers = [optimizer for optimizer, _ in self._rates.groups(trainer)]
         if self.policy == "multiply":
-            warn_of_schedulers(trainer, optimizers, self.monitor, self.label)
+            _warn_of_schedulers(trainer, optimizers, self.monitor, self.label)
         elif trainer.lr_scheduler_configs:
-            self.undo.push(mute_schedulers(pl_module, optimizers, self.label))
+            self.undo.push(_mute_schedulers(pl_module, optimizers, self.label))
         self._announce(trainer)
 
     def _announce(self, trainer: pl.Trainer) -> None:
@@ -203,7 +198,6 @@ class AccuracyGradientLR(MonitoredCallback):
             "learning rates",
             self._rates.names(trainer),
         )
-        say_if_no_figure(trainer, self.label, self.figure)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -212,52 +206,99 @@ class AccuracyGradientLR(MonitoredCallback):
 
     # One observation.
 
+    @property
+    def _gains(self) -> list[float]:
+        """The values so far, larger being better."""
+        return self._values if self.mode == "max" else [-value for value in self._values]
+
     @override
     def observe(self, trainer: pl.Trainer, value: float) -> None:
-        record = self._record
-        record.observe(value, self.epochs_done(trainer), stepped_batches(trainer))
+        self._values.append(value)
         self._since_cut += 1
-        settings = (self.window, self.quiet, self.threshold, self.start_after)
-        is_cut = False
-        if accuracy_gradient_cuts(record.gains, self._since_cut, *settings):
+        epoch, settings = self.epochs_done(trainer), (self.window, self.quiet, self.threshold, self.start_after)
+        gradient = accuracy_gradient(self._gains, self.window)
+        is_cut = accuracy_gradient_cuts(self._gains, self._since_cut, *settings)
+        if is_cut:
             self._since_cut = 1
-            is_cut = self._cut(trainer)
-        record.conclude(self._rates.scale, self._rates.first(trainer), is_cut)
-        self._log_observation(trainer)
+            is_cut = self._cut(trainer, gradient, epoch)
+            self._cuts += is_cut
+        recent = self._values[-self.window :]
+        row: dict[str, Any] = {"observation": len(self._values), "epoch": epoch, "step": stepped_batches(trainer)}
+        row |= {self.monitor: value, "mean": sum(recent) / len(recent), "accuracy_gradient": gradient}
+        row |= {"scale": self._rates.scale, "learning_rate": self._rates.first(trainer), "cut": is_cut}
+        self.record.add(row)
+        self.record.save(trainer, self)
+        shown = {"scale": self._rates.scale, "cuts": float(self._cuts)}
+        shown |= {} if gradient is None else {"accuracy_gradient": gradient}
+        log_many(trainer, {self.log_key(key): number for key, number in shown.items()})
         if self.reach is not None and self.is_reached(value, self.reach):
             trainer.should_stop = True
             self.tell_once("reach", rank_zero_info, f"{self.monitor} has reached {value:g}: training stops.")
 
-    def _cut(self, trainer: pl.Trainer) -> bool:
+    def _cut(self, trainer: pl.Trainer, gradient: float | None, epoch: float) -> bool:
         before = self._rates.first(trainer)
         if not self._rates.multiply(trainer, self.factor):
             if self.factor < 1.0:
                 self.tell_once("floor", rank_zero_info, f"the learning rate is at its floor, min_lr={self.min_lr:g}.")
             return False
-        gradient = accuracy_gradient(self._record.gains, self.window)
-        epoch = round(self._record.epochs[-1], 2)
         rank_zero_info(
             f"{self.label} cuts the learning rate from {before:g} to {self._rates.first(trainer):g} after observation "
-            f"{len(self._record)} (epoch {epoch:g}): the mean of {self.monitor} gained {gradient:.4g}, less than "
+            f"{len(self._values)} (epoch {round(epoch, 2):g}): the mean of {self.monitor} gained {gradient:.4g}, less than "
             f"{self.threshold:g}."
         )
         return True
 
-    def _log_observation(self, trainer: pl.Trainer) -> None:
-        values = {"scale": self._rates.scale, "cuts": float(self._record.cut_count)}
-        gradient = accuracy_gradient(self._record.gains, self.window)
-        if gradient is not None:
-            values["accuracy_gradient"] = gradient
-        log_many(trainer, {self.log_key(key): value for key, value in values.items()})
-
     # The end.
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self.record.save(trainer, self, now=True)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        cuts = float(self._record.cut_count)
-        log_summary(trainer, {self.log_key("final_scale"): self._rates.scale, self.log_key("final_cuts"): cuts})
-        stem = "accuracy_gradient_lr" if self.name is None else f"accuracy_gradient_lr_{self.name}"
-        folder = output_folder(trainer)
-        if folder is not None and len(self._record):
-            write_record(trainer, self._record, self.log_key, folder / stem, self.label, self.threshold, self.figure)
+        own = (self.record, self.label, self.monitor, self.window, self.threshold)
+        summary = {"final_scale": self._rates.scale, "final_cuts": float(self._cuts)}
+        self.record.report(trainer, self, partial(draw_rates, *own), summary=summary, table="observations")
+
+
+def _is_cut(row: Row) -> float:
+    return float(row["cut"])
+
+
+def _mute_schedulers(pl_module: pl.LightningModule, optimizers: Sequence[Optimizer], label: str) -> Callable[[], None]:
+    """Let no scheduler of some optimizers act; what is returned ends it."""
+    if not pl_module.automatic_optimization:
+        raise ValueError(
+            f"{label}: policy='replace' keeps schedulers from acting, and under manual optimization the module steps them "
+            "itself. Use policy='multiply', or leave the schedulers out of configure_optimizers."
+        )
+
+    def step(inner: Callable[..., Any], scheduler: Any, *args: Any) -> None:
+        if not _concerns(scheduler, optimizers):
+            inner(scheduler, *args)
+
+    return wrap_method(pl_module, "lr_scheduler_step", step)
+
+
+def _warn_of_schedulers(trainer: pl.Trainer, optimizers: Sequence[Optimizer], monitor: str, label: str) -> None:
+    """Warn of those that may undo a cut, and of one that cuts by the same metric."""
+    configs = [config for config in trainer.lr_scheduler_configs if _concerns(config.scheduler, optimizers)]
+    unknown = unknown_schedulers(config.scheduler for config in configs)
+    if unknown:
+        rank_zero_warn(
+            f"{label}: {', '.join(unknown)} is no scheduler of torch, and may undo the cuts if it sets rates from base rates "
+            "of its own. policy='replace' keeps schedulers from acting."
+        )
+    if any(config.reduce_on_plateau and config.monitor == monitor for config in configs):
+        rank_zero_warn(
+            f"{label} and ReduceLROnPlateau both cut the learning rate by {monitor!r}. Keep one: drop the scheduler, or set "
+            "policy='replace', which keeps it from acting."
+        )
+
+
+def _concerns(scheduler: Any, optimizers: Sequence[Optimizer]) -> bool:
+    """Whether a scheduler sets rates of one of these optimizers, as far as it tells."""
+    of = getattr(scheduler, "optimizer", None)
+    return of is None or any(of is optimizer for optimizer in optimizers)

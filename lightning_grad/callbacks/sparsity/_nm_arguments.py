@@ -3,32 +3,14 @@
 Used by :class:`lightning_grad.callbacks.NMSparsity` alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
-from lightning_grad.core.found_weight import FoundWeight
+from lightning_grad.core.views.weight_choice import FoundWeight
 from lightning_grad.functional import NMPattern, NMSchedule
 from lightning_grad.functional.sparsity.nm_schedule import Recipe
 from lightning_grad.utilities.parameters import first_match, matches
 
 _FIXED = ("ste", "sr-ste", "step")  # one pattern all along, and the gradient straight through
-
-# Shares of the dense and of the fine-tuning phase where the user says nothing; docs/benchmarks.md has the sweep.
-_PHASES: dict[str, tuple[float, float]] = {
-    "step": (0.2, 0.0),
-    "mdgf-linear": (0.0, 0.2),
-    "mdgf-exponential": (0.0, 0.2),
-    "sdgf-stepwise": (0.0, 0.2),
-    "sdgf-geometric": (0.0, 0.2),
-}
-
-
-def as_text(pattern: str | Mapping[str, str]) -> str | dict[str, str]:
-    """Return the pattern, or the mapping of patterns, in plain types."""
-    if isinstance(pattern, str):
-        return pattern
-    return {str(name): str(value) for name, value in pattern.items()}
 
 
 def as_recipe(recipe: Recipe | Sequence[tuple[float, str]]) -> Recipe | list[tuple[float, str]]:
@@ -39,8 +21,9 @@ def as_recipe(recipe: Recipe | Sequence[tuple[float, str]]) -> Recipe | list[tup
 
 
 def default_phases(recipe: Recipe | list[tuple[float, str]]) -> tuple[float, float]:
-    """Return the shares of the dense and of the fine-tuning phase that suit a recipe."""
-    return _PHASES.get(recipe, (0.0, 0.0)) if isinstance(recipe, str) else (0.0, 0.0)
+    """Return the shares of the dense and of the fine-tuning phase that suit a recipe; docs/benchmarks.md has the sweep."""
+    is_gradual = isinstance(recipe, str) and recipe.startswith(("mdgf", "sdgf"))
+    return 0.2 if recipe == "step" else 0.0, 0.2 if is_gradual else 0.0
 
 
 def read_patterns(pattern: str | Mapping[str, str]) -> dict[str, NMPattern]:

@@ -3,8 +3,6 @@
 Used by :class:`lightning_grad.callbacks.NMSparsity` alone. Everything stays a tensor until a log step asks for numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,34 +10,18 @@ import torch
 from torch import Tensor
 
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight
-from lightning_grad.core.portable import pack_bits, unpack_bits
+from lightning_grad.core.views.portable import pack_bits, unpack_bits
 from lightning_grad.functional import gradient_noise, mask_distance
-from lightning_grad.utilities.parameters import clean_name
-
-
-def mask_density(weight: SparseWeight) -> float:
-    """Return the share of entries inside the mask."""
-    return weight.phase.pattern.density if weight.phase.pattern else 1.0
-
-
-def density(weight: SparseWeight) -> float:
-    """Return the share of entries that are not pruned; while D > 0, none is."""
-    return 1.0 if weight.phase.decay > 0.0 else mask_density(weight)
 
 
 def state_of(weights: Sequence[SparseWeight]) -> dict[str, float]:
     """Return density and decay value over all weights, and whether the final pattern holds exactly."""
     total = sum(w.parameter.numel() for w in weights)
     return {
-        "density": sum(w.parameter.numel() * density(w) for w in weights) / total,
+        "density": sum(w.parameter.numel() * w.density for w in weights) / total,
         "decay": sum(w.parameter.numel() * w.phase.decay for w in weights) / total,
         "exact": float(all(w.phase.final for w in weights)),
     }
-
-
-def density_by_layer(weights: Sequence[SparseWeight]) -> dict[str, float]:
-    """Return the density of each weight by its name."""
-    return {clean_name(w.name): density(w) for w in weights}
 
 
 def patterns_in_force(weights: Sequence[SparseWeight]) -> dict[str, float]:
@@ -104,8 +86,8 @@ class SparsityMeter:
         return {"flips": torch.stack(flips).sum() / entries} if flips else {}
 
     def _mean_noise(self) -> dict[str, Tensor]:
-        pruned = [(noise, w.parameter.numel() * (1 - mask_density(w))) for noise, _, w in self._noise]
-        kept = [(noise, w.parameter.numel() * mask_density(w)) for _, noise, w in self._noise]
+        pruned = [(noise, w.parameter.numel() * (1 - w.share_in_mask)) for noise, _, w in self._noise]
+        kept = [(noise, w.parameter.numel() * w.share_in_mask) for _, noise, w in self._noise]
         return {**_mean("gradient_noise_pruned", pruned), **_mean("gradient_noise_kept", kept)}
 
     def state_dict(self) -> dict[str, Any]:

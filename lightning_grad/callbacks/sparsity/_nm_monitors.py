@@ -4,10 +4,8 @@ Used by :class:`lightning_grad.callbacks.NMSparsity` alone. Callbacks are found 
 of Lightning, and others that keep the same books, are met.
 """
 
-from __future__ import annotations
-
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -34,14 +32,13 @@ class MonitorRestart:
         self.at_validation = at_validation
         self.is_due = is_wanted and not is_done
 
-    def announce(self, trainer: pl.Trainer) -> str:
-        """Return what is held, as the rest of a sentence; empty if nothing is."""
+    def announce(self, trainer: pl.Trainer, say: Callable[[str], None]) -> None:
+        """Say what is held, if something is."""
         held = ", ".join(type(callback).__name__ for callback in _stoppers(trainer)) if self.is_due else ""
-        return (
-            f"holds {held} until the final pattern has begun; with restart_monitors=False it may end the run before"
-            if held
-            else ""
-        )
+        if held:
+            say(
+                f"holds {held} until the final pattern has begun; with restart_monitors=False it may end the run before"
+            )
 
     def hold(self, trainer: pl.Trainer) -> None:
         """Keep callbacks that stop a run for want of improvement from doing so at their next check."""
@@ -55,16 +52,13 @@ class MonitorRestart:
             for callback in _stoppers(trainer):
                 callback.wait_count = max(callback.wait_count, 0)
 
-    def restart(self, trainer: pl.Trainer) -> str:
-        """Forget the best models and scores that callbacks have kept.
-
-        Returns:
-            str: What was done, as the rest of a sentence; empty if nothing was. Files stay on disk and are named.
-        """
+    def restart(self, trainer: pl.Trainer, say: Callable[[str], None]) -> None:
+        """Forget the best models and scores that callbacks have kept, and say so. Files stay on disk and are named."""
         self.is_due, self.is_done = False, True
         done = [_forget_best(callback) for callback in _checkpoints(trainer) if callback.best_k_models]
         done += [_start_waiting(callback) for callback in _stoppers(trainer)]
-        return f"starts {' and '.join(done)} over, because the final pattern has begun" if done else ""
+        if done:
+            say(f"starts {' and '.join(done)} over, because the final pattern has begun")
 
 
 def _checkpoints(trainer: pl.Trainer) -> list[Any]:

@@ -3,20 +3,18 @@
 Used by :class:`lightning_grad.callbacks.NMSparsity` alone.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_grad.core.found_weight import FoundWeight
-from lightning_grad.core.portable import pack_bits, unpack_bits
-from lightning_grad.core.viewed_weight import ViewedWeight
-from lightning_grad.functional import NMPattern, NMPhase, nm_mask, prune, scale_weight
+from lightning_grad.core import FoundWeight, ViewedWeight
+from lightning_grad.core.views.portable import pack_bits, unpack_bits
+from lightning_grad.functional import NMPattern, NMPhase, is_nm, nm_mask, prune, scale_weight
 from lightning_grad.functional.sparsity.nm_schedule import DENSE
 from lightning_grad.functional.sparsity.nm_sparsity import Axis, group_dim
+from lightning_grad.utilities.parameters import clean_name
 
 
 class SparseWeight(ViewedWeight):
@@ -49,6 +47,16 @@ class SparseWeight(ViewedWeight):
         if self.factor is None or self.phase.decay == 0.0:
             return self.factor
         return None if self.phase.decay >= 1.0 else (self.factor == 1.0).to(self.factor.dtype)
+
+    @property
+    def share_in_mask(self) -> float:
+        """Share of entries inside the mask."""
+        return self.phase.pattern.density if self.phase.pattern else 1.0
+
+    @property
+    def density(self) -> float:
+        """Share of entries that are not pruned; while D > 0, none is."""
+        return 1.0 if self.phase.decay > 0.0 else self.share_in_mask
 
     @override
     def value(self, weight: Tensor) -> Tensor:
@@ -113,3 +121,14 @@ def dimension_of_groups(found: FoundWeight, axis: Axis) -> int | None:
     if outputs is None and not found.is_spelled:
         return None
     return {"input": 0, "output": 1}[axis] if outputs == 1 else group_dim(found.parameter, axis)
+
+
+def lacking(module: nn.Module, chosen: Mapping[str, Sequence[str | int]]) -> list[str]:
+    """Return the names of the weights of a module that do not have their pattern, given by :attr:`SparseWeight.signature`."""
+    present = {clean_name(name): p for name, p in module.named_parameters(remove_duplicate=False)}
+    found = []
+    for name, (text, dim) in chosen.items():
+        weight, pattern = present.get(clean_name(name)), NMPattern.parse(str(text))
+        if weight is not None and not is_nm(weight.detach(), pattern.n, pattern.m, int(dim)):
+            found.append(clean_name(name))
+    return found

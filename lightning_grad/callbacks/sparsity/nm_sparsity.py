@@ -5,14 +5,12 @@ base's, ``core/weights.py``. In this folder:
 
 - ``_nm_arguments.py`` reads the arguments;
 - ``_nm_weight.py`` is one sparse weight;
-- ``_nm_monitors.py`` restarts checkpoints and early stopping, ``_nm_seen.py`` looks at weights that are tested;
-- ``_nm_meter.py`` measures, ``_nm_record.py`` records and draws, ``_nm_report.py`` writes what is left behind at the end;
-- ``_frozen_variance.py`` serves the recipe ``step``.
+- ``_nm_monitors.py`` restarts checkpoints and early stopping;
+- ``_nm_meter.py`` measures, ``_nm_record.py`` records and draws, ``_nm_report.py`` sees to the end of the run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -21,64 +19,45 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.callbacks.sparsity._frozen_variance import NO_VARIANCE, FrozenVariance
-from lightning_grad.callbacks.sparsity._nm_arguments import (
-    as_recipe,
-    as_text,
-    check_recipe,
-    default_phases,
-    pattern_of,
-    read_patterns,
-    read_schedule,
-)
-from lightning_grad.callbacks.sparsity._nm_meter import (
-    SparsityMeter,
-    density_by_layer,
-    patterns_in_force,
-    phase_name,
-    state_of,
-)
+from lightning_grad.callbacks.sparsity import _nm_arguments as arguments
+from lightning_grad.callbacks.sparsity._nm_meter import SparsityMeter, patterns_in_force, phase_name, state_of
 from lightning_grad.callbacks.sparsity._nm_monitors import MonitorRestart
 from lightning_grad.callbacks.sparsity._nm_record import SparsityRecord
-from lightning_grad.callbacks.sparsity._nm_report import (
-    send_summary,
-    settle_unfinished,
-    warn_of_inexact_best,
-    write_masks,
-    write_record,
-)
-from lightning_grad.callbacks.sparsity._nm_seen import describe, lacking
-from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups
+from lightning_grad.callbacks.sparsity._nm_report import settle_unfinished, warn_of_inexact_best, write_masks
+from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups, lacking
+from lightning_grad.core import FoundWeight, FrozenMoments, Stage, WeightCallback, WeightChoice
+from lightning_grad.core.compatibility import SCALED, Compatibility, no, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.found_weight import FoundWeight
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
-from lightning_grad.core.weight_chain import Stage
-from lightning_grad.core.weight_choice import WeightChoice
-from lightning_grad.core.weights import WeightCallback
 from lightning_grad.functional import NMPhase, add_sr_ste_
 from lightning_grad.functional.sparsity.nm_schedule import Recipe
 from lightning_grad.functional.sparsity.nm_sparsity import Axis, Gradient
+from lightning_grad.utilities.arguments import plain
 from lightning_grad.utilities.checks import (
     check_at_least,
     check_finite_at_least,
-    check_keeps,
-    owned_ids,
     warn_of_missing_momentum,
 )
-from lightning_grad.utilities.parameters import check_patterns, clean_name, matches, parameter_names
-from lightning_grad.utilities.precision import gradients_are_scaled, refuse_scaled_gradients
+from lightning_grad.utilities.parameters import check_patterns, clean_name, matches
+from lightning_grad.utilities.precision import gradients_are_scaled
 from lightning_grad.utilities.reporting import (
     counted,
     is_log_step,
     limit_layers,
-    output_folder,
-    say_if_no_figure,
+    listed,
+    log_histograms,
+    output_file,
     stepped_batches,
 )
 
+_NO_VARIANCE = no(
+    "freezes the variance (exp_avg_sq) of an Adam-like optimizer, and {} keeps none",
+    "Set recipe='sr-ste', or train with Adam or AdamW",
+).given("recipe='step'")
+
 
 class NMSparsity(WeightCallback[SparseWeight]):
-    r"""Train any module so that every group of M weights ends with at most N that are not zero.
+    r"""Train weights of which at most N in every group of M are not zero.
 
     .. math::
         \tilde W = W \odot \bigl(m(W) + (1 - m(W))\, D\bigr)
@@ -112,7 +91,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             (our sweep), else 0.
         decay: Coefficient beta for one optimizer step; default 7 / steps of the decay phase (mdgf-exponential, ends
             near 1e-3) or 2 / steps (mdgf-linear, reaches 0 half-way).
-        sr_ste_lambda: Strength lambda of the SR-STE term (recipes sr-ste and step).
+        sr_ste_lambda: Strength lambda of the SR-STE term, recipes sr-ste and step (2e-4: arXiv 2102.04010, section 4).
         axis: Where groups lie: "input" (in_features, input channels; what 2:4 hardware needs), "output", or the number of
             a dimension. Inputs are in dimension 1, or in 0 of a matrix by which a layer of another package computes x W.
         include: Names or wildcards of the parameters or modules to make sparse. Default: every Linear, Conv1d/2d/3d,
@@ -121,7 +100,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             ones are masked in place, in every use.
         exclude: Names or wildcards of what stays dense.
         mask_every: Take masks anew every so many optimizer steps; above 1 is an approximation that saves time.
-        geometric_start: Factor of the first, widest groups of sdgf-geometric, a power of two.
+        geometric_start: Factor of the first, widest groups of sdgf-geometric, a power of two (8 in the released code).
         zero_pruned_state: Once the pattern is final, clear the optimizer's state of pruned weights after every step, so
             that momentum does not move them.
         restart_monitors: When the final pattern begins, make callbacks that keep a best value start over: monitored
@@ -161,9 +140,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     **Cost.** One mask an optimizer step and one product for each use of a weight: see docs/benchmarks.md.
 
-    **Works with** accumulation, fp16 and bf16, DDP, compiled submodules, several optimizers, manual optimization, weight
-    averaging: yes. FSDP and DeepSpeed: raises. Code that reads ``layer.weight.grad`` during the fit finds None on chosen
-    layers; read it from ``named_parameters()``.
+    Code that reads ``layer.weight.grad`` during the fit finds None on chosen layers; read it from ``named_parameters()``.
 
     Example:
         .. code-block:: yaml
@@ -182,7 +159,24 @@ class NMSparsity(WeightCallback[SparseWeight]):
     """
 
     namespace: ClassVar[str] = "sparsity"
+    compatibility: ClassVar[Compatibility] = WeightCallback.compatibility.but(
+        fused_fp16=yes("All recipes but `sr-ste` and `step`, which raise."),
+        no_second_moment=yes("All recipes but `step`, which raises."),
+        compiled=yes(
+            "A change of D or of the pattern does not compile again; the beginning of pruning does. A compiled "
+            "LightningModule whose steps call `self.log` fails in Lightning itself, with or without callbacks."
+        ),
+        manual_optimization=yes(
+            "`optimizer.step()` on what `self.optimizers()` returns. An optimizer stepped past Lightning gets its masks but "
+            "no SR-STE term, and a warning says so."
+        ),
+        weight_averaging=yes(
+            "`WeightAveraging` and `EMAWeightAveraging`, before or after it in the list. With `save_weights_only=True` "
+            "Lightning itself writes the current weights and not the average."
+        ),
+    )
     trial: ClassVar[Mapping[str, Any]] = {"pattern": "1:4", "recipe": "mdgf-exponential", "dense_fraction": 0.1}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"pattern": "4:4"}
     stage: ClassVar[Stage] = Stage.SPARSITY
     effect: ClassVar[str] = "sparse"
     verb: ClassVar[str] = "prune"
@@ -193,11 +187,9 @@ class NMSparsity(WeightCallback[SparseWeight]):
     _meter = until_next_fit.of(SparsityMeter)
     _monitors = until_next_fit.of(MonitorRestart)
     _total_steps = during_fit[int | None](lambda _: None)
-    _variances = during_fit.of(dict[int, FrozenVariance])
+    _variances = during_fit.of(dict[int, FrozenMoments])
     _stepped = during_fit.of(bool)  # in the present batch
     _hook_fired = during_fit.of(bool)
-    _warned_of_bypass = during_fit.of(bool)
-    _warned_of_nan = during_fit.of(bool)
 
     def __init__(
         self,
@@ -225,34 +217,30 @@ class NMSparsity(WeightCallback[SparseWeight]):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.pattern = as_text(pattern)
-        self.recipe = as_recipe(recipe)
-        phases = default_phases(self.recipe)
+        self.pattern = plain(pattern)
+        self.recipe = arguments.as_recipe(recipe)
+        phases = arguments.default_phases(self.recipe)
         self.dense_fraction = phases[0] if dense_fraction is None else dense_fraction
         self.finetune_fraction = phases[1] if finetune_fraction is None else finetune_fraction
         self.gradient = gradient
         self.decay = decay
-        self.sr_ste_lambda = sr_ste_lambda
+        self.sr_ste_lambda = check_finite_at_least(sr_ste_lambda, 0.0, "sr_ste_lambda")
         self.axis = axis
-        self.mask_every = mask_every
+        self.mask_every = check_at_least(mask_every, 1, "mask_every")
         self.geometric_start = geometric_start
         self.zero_pruned_state = zero_pruned_state
         self.restart_monitors = restart_monitors
         self.bake_on_early_stop = bake_on_early_stop
-        self.depth = depth
-        self.top = top
+        self.depth = check_at_least(depth, 1, "depth")
+        self.top = check_at_least(top, 0, "top")
         self.figure = figure
         self.figure_metric = figure_metric
         self.save_masks = save_masks
         self.total_steps = total_steps
         check_total_steps(total_steps)
-        check_at_least(mask_every, 1, "mask_every")
-        check_finite_at_least(sr_ste_lambda, 0.0, "sr_ste_lambda")
-        check_at_least(top, 0, "top")
-        check_at_least(1 if depth is None else depth, 1, "depth")
-        check_recipe(self.recipe, gradient, self.finetune_fraction, decay)
-        self._patterns = read_patterns(self.pattern)
-        self._schedule = read_schedule(
+        arguments.check_recipe(self.recipe, gradient, self.finetune_fraction, decay)
+        self._patterns = arguments.read_patterns(self.pattern)
+        self._schedule = arguments.read_schedule(
             self.recipe, self._patterns, self.dense_fraction, self.finetune_fraction, decay, geometric_start
         )
 
@@ -264,7 +252,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     @override
     def view(self, found: FoundWeight) -> SparseWeight | str:
-        pattern, dim = pattern_of(found, self._patterns, self.label), dimension_of_groups(found, self.axis)
+        pattern, dim = arguments.pattern_of(found, self._patterns, self.label), dimension_of_groups(found, self.axis)
         if dim is None:
             return "its layer computes neither x W nor x W^T; spell its name in include= to take dimension 1 for the inputs"
         size = found.parameter.shape[dim]
@@ -279,22 +267,20 @@ class NMSparsity(WeightCallback[SparseWeight]):
     @override
     def check_names(self, pl_module: pl.LightningModule) -> None:
         super().check_names(pl_module)
-        named = [name for name in self._patterns if name != "*"]
-        check_patterns(named, parameter_names(pl_module), f"{self.label}(pattern=...)")
+        check_patterns(pl_module, self.label, pattern=[name for name in self._patterns if name != "*"])
+
+    @override
+    def works_with(self) -> Compatibility:
+        answers = self.compatibility
+        if self._adds_sr_ste:
+            answers = answers.but(fused_fp16=SCALED.given(f"recipe={self.recipe!r}"))
+        return answers.but(no_second_moment=_NO_VARIANCE) if self.recipe == "step" else answers
 
     @override
     def refuse(self, trainer: pl.Trainer, choice: WeightChoice[SparseWeight]) -> None:
         super().refuse(trainer, choice)
         if self._adds_sr_ste:
             warn_of_missing_momentum(trainer, self.label, "its SR-STE term")
-        chosen = {id(weight.parameter) for weight in choice.chosen}
-        for optimizer in trainer.optimizers:
-            if owned_ids(optimizer).isdisjoint(chosen):
-                continue
-            if self._adds_sr_ste:
-                refuse_scaled_gradients(trainer, optimizer, f"{self.label}(recipe={self.recipe!r})")
-            if self.recipe == "step":
-                check_keeps(optimizer, "exp_avg_sq", f"{self.label}(recipe='step')", NO_VARIANCE)
 
     @property
     @override
@@ -328,11 +314,6 @@ class NMSparsity(WeightCallback[SparseWeight]):
             self.signatures = self.signatures or dict(state_dict.get("chosen", {}))
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        say_if_no_figure(trainer, self.label, self.figure)
-
-    @override
     def resume(self) -> None:
         state = self.restored
         self._progress = float(state.get("progress", 0.0))
@@ -356,9 +337,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         done = bool(restored.get("restarted")) and restored.get("chosen") == self.signatures
         wanted = self.restart_monitors and self._pattern_changes
         self._monitors = MonitorRestart(wanted, done, trainer.enable_validation)
-        held = self._monitors.announce(trainer)
-        if held:
-            self.say(held)
+        self._monitors.announce(trainer, self.say)
 
     @property
     def _pattern_changes(self) -> bool:
@@ -404,7 +383,10 @@ class NMSparsity(WeightCallback[SparseWeight]):
             for weight in owned:
                 weight.clear_pruned(optimizer.state[weight.parameter])
         if not self._hook_fired:
-            self._warn_of_bypass()
+            lost = "the SR-STE term and the logged gradient noise are" if self._adds_sr_ste else "the gradient noise is"
+            advice = "Call step() on what self.optimizers() returns."
+            without = f"an optimizer stepped without Lightning's hooks, so {lost} left out. {advice}"
+            self.tell_once("bypass", rank_zero_warn, without)
         self._hook_fired = False
 
     def _follow_schedule(self) -> None:
@@ -416,26 +398,18 @@ class NMSparsity(WeightCallback[SparseWeight]):
     def _restart_monitors(self, trainer: pl.Trainer, at_validation: bool) -> None:
         due = self._monitors.is_due and self._monitors.at_validation == at_validation
         if due and all(weight.phase.final for weight in self.weights):
-            done = self._monitors.restart(trainer)
-            if done:
-                self.say(done)
+            self._monitors.restart(trainer, self.say)
 
     def _hold_variance(self, optimizer: Optimizer, resumed: bool = False) -> None:
         if self.recipe != "step" or self._progress < self.dense_fraction:
             return
         if id(optimizer) in self._variances:
             self._variances[id(optimizer)].put_back()
-        else:
-            self._variances[id(optimizer)] = FrozenVariance(optimizer, resumed, f"{self.label}(recipe='step')")
-
-    def _warn_of_bypass(self) -> None:
-        if not self._warned_of_bypass:
-            self._warned_of_bypass = True
-            lost = "the SR-STE term and the logged gradient noise are" if self._adds_sr_ste else "the gradient noise is"
-            rank_zero_warn(
-                f"{self.label}: an optimizer stepped without Lightning's hooks, so {lost} left out. Call step() on what "
-                "self.optimizers() returns."
-            )
+            return
+        # So that masked gradients cannot pile up in it: Lu et al., 2023, algorithm 1.
+        self._variances[id(optimizer)] = FrozenMoments(optimizer, resumed)
+        if not len(self._variances[id(optimizer)]):
+            raise _NO_VARIANCE.error(self.label, type(optimizer).__name__)
 
     @override
     def on_train_batch_end(
@@ -453,7 +427,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         known, measured = state_of(self.weights), self._meter.read(self.weights)
-        layers = limit_layers(density_by_layer(self.weights), self.depth, self.top)
+        layers = limit_layers({clean_name(w.name): w.density for w in self.weights}, self.depth, self.top)
         shown = {f"density/{name}": value for name, value in layers.items()}
         self.log_scalars(pl_module, {**known, **patterns_in_force(self.weights), **shown, **measured})
         numbers = torch.stack(list(measured.values())).tolist() if measured else []
@@ -461,17 +435,15 @@ class NMSparsity(WeightCallback[SparseWeight]):
         row |= dict.fromkeys(("flips", "gradient_noise_pruned", "gradient_noise_kept"))
         row |= dict(zip(measured, numbers, strict=True))
         self._warn_of_nan()
-        self._record.add(row, phase_name(self.weights), {weight.name: weight.mask for weight in self.weights})
+        self._record.add_step(row, phase_name(self.weights), {weight.name: weight.mask for weight in self.weights})
+        self._record.save(trainer, self)
 
     def _warn_of_nan(self) -> None:
         """Name the weights that hold NaN, once; masks count it as the smallest."""
-        if self._warned_of_nan:
-            return
         found = torch.stack([weight.parameter.isnan().any() for weight in self.weights]).tolist()
         names = [clean_name(weight.name) for weight, has_nan in zip(self.weights, found, strict=True) if has_nan]
         if names:
-            self._warned_of_nan = True
-            rank_zero_warn(f"{self.label}: NaN in {', '.join(names[:5])}. It is pruned before any number.")
+            self.tell_once("nan", rank_zero_warn, f"NaN in {', '.join(names[:5])}. It is pruned before any number.")
 
     # Validation and checkpoints.
 
@@ -490,7 +462,12 @@ class NMSparsity(WeightCallback[SparseWeight]):
     def _look_at_tested(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         names = lacking(pl_module, self.signatures)
         if names:
-            rank_zero_warn(f"{self.label}: {describe(trainer, names, len(self.signatures))}.")
+            whose = f"the checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "the module"
+            rank_zero_warn(
+                f"{self.label}: {len(names)} of its {len(self.signatures)} weights are not sparse in {whose} "
+                f"({listed(names, 3)}), so this result is not that of the final pattern. Use a checkpoint from after the "
+                "final pattern began, or the module as the fit left it."
+            )
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -505,7 +482,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "acc" in key}
             if self.figure_metric in trainer.callback_metrics:
                 metrics[self.figure_metric] = float(trainer.callback_metrics[self.figure_metric])
-            self._record.add_validation(stepped_batches(trainer), metrics)
+            self._record.validations.add({"step": stepped_batches(trainer), **metrics})
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -523,6 +500,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
+        self._record.save(trainer, self, now=True)
         self._monitors.release(trainer)
 
     @override
@@ -546,12 +524,12 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     def _report(self, trainer: pl.Trainer, weights: Sequence[SparseWeight]) -> None:
         self._record.close_phase()
-        send_summary(trainer, weights, self.log_key, self.top)
-        folder = output_folder(trainer)
-        if folder is not None:
-            stem = "nm_sparsity" if self.name is None else f"nm_sparsity_{self.name}"
-            title = f"{self.label}: {self.pattern}, {self._recipe_name}"
-            write_record(trainer, self._record, self.log_key, folder / stem, title, self.figure_metric, self.figure)
-            if self.save_masks:
-                write_masks(trainer, weights, folder / f"{stem}_masks.pt")
+        last, title = state_of(weights), f"{self.label}: {self.pattern}, {self._recipe_name}"
+        summary = {"final_density": last["density"], "final_exact": last["exact"]}
+        draw = partial(self._record.draw_run, title, self.figure_metric)
+        self._record.report(trainer, self, draw, summary=summary)
+        shown = {self.log_key(f"weights/{clean_name(w.name)}"): w.parameter for w in weights[: self.top]}
+        log_histograms(trainer, shown)
+        if self.save_masks:
+            write_masks(trainer, weights, output_file(trainer, self.label, "_masks.pt"))
         warn_of_inexact_best(trainer, weights, self.label)

@@ -1,13 +1,13 @@
 """Inputs that a network gets wrong: perturbations inside a small ball that raise the loss, found by its gradient."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from lightning_grad.functional.choices import check_choice
 
 Norm = Literal["linf", "l2"]
 _FGSM_STEP = 1.25  # of epsilon, after a random start (Wong et al. 2020: 10/255 for 8/255)
@@ -221,8 +221,7 @@ def fgsm(
 def _check_settings(
     epsilon: float, steps: int, norm: str, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> None:
-    if norm not in get_args(Norm):
-        raise ValueError(f"norm={norm!r} is none of {', '.join(map(repr, get_args(Norm)))}.")
+    check_choice(norm, get_args(Norm), "norm")
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}.")
     if not (math.isfinite(epsilon) and epsilon >= 0.0):

@@ -1,30 +1,26 @@
-"""Rules on gradients before a step: clip, normalize, centralize, add noise, skip."""
+"""Rules on gradients before a step: clip, normalize, centralize, add noise, skip. One file a technique.
 
-from lightning_grad.functional.clipping.clipping import (
-    clip_adaptively_,
-    clip_layers_,
-    clip_norm_,
-    clip_spikes_,
-    clip_to_threshold_,
-    clip_value_,
-    layer_limits,
-    normalize_layers_,
-    total_norm,
-)
-from lightning_grad.functional.clipping.conditioning import (
-    add_gradient_noise_,
-    centralize_,
-    noise_deviation,
-    nonfinite,
-    reset_moments_,
-    reset_warmup,
-)
-from lightning_grad.functional.clipping.norm_statistics import (
-    autoclip_state,
-    autoclip_threshold_,
-    zclip_state,
-    zclip_threshold_,
-)
+Each takes the gradients that an optimizer is about to use, and changes them in place without a host sync::
+
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    clip_norm_(gradients, max_norm=1.0)
+
+All functions also take DTensors, which are changed as the whole gradients would be. The callbacks are in
+:mod:`lightning_grad.callbacks.clipping`.
+"""
+
+from lightning_grad.functional.clipping.adaptive_gradient_clipping import clip_adaptively_
+from lightning_grad.functional.clipping.autoclip import autoclip_state, autoclip_threshold_
+from lightning_grad.functional.clipping.gradient_centralization import centralize_
+from lightning_grad.functional.clipping.gradient_noise import add_gradient_noise_, noise_deviation
+from lightning_grad.functional.clipping.layerwise import clip_layers_, layer_limits, normalize_layers_
+from lightning_grad.functional.clipping.momentum_reset import reset_moments_, reset_warmup
+from lightning_grad.functional.clipping.norm_clipping import clip_norm_
+from lightning_grad.functional.clipping.norms import clip_to_threshold_, total_norm
+from lightning_grad.functional.clipping.skip_non_finite import nonfinite
+from lightning_grad.functional.clipping.spike_clipping import clip_spikes_
+from lightning_grad.functional.clipping.value_clipping import clip_value_
+from lightning_grad.functional.clipping.zclip import zclip_state, zclip_threshold_
 
 __all__ = [
     "add_gradient_noise_",

@@ -1,14 +1,11 @@
 """Messages between ranks: sparse, low-rank, with error feedback, and what they cost on the wire."""
 
 from lightning_grad.functional.communication.error_feedback import accumulate_residual_, remove_sent_
-from lightning_grad.functional.communication.low_rank import initial_factor, orthonormalize
+from lightning_grad.functional.communication.powersgd import initial_factor, orthonormalize
 from lightning_grad.functional.communication.sparse_messages import add_pairs_, pack_pairs, unpack_pairs
 from lightning_grad.functional.communication.topk_selection import (
     SELECTORS,
-    select_chunk,
-    select_exact,
     select_largest,
-    select_sampled,
 )
 from lightning_grad.functional.communication.wire import all_gather_bytes, all_reduce_bytes, sparse_wire_gain
 
@@ -22,10 +19,7 @@ __all__ = [
     "orthonormalize",
     "pack_pairs",
     "remove_sent_",
-    "select_chunk",
-    "select_exact",
     "select_largest",
-    "select_sampled",
     "sparse_wire_gain",
     "unpack_pairs",
 ]

@@ -1,7 +1,5 @@
 r"""What a compressor did not send, it keeps and sends later: the algebra of error feedback and of momentum correction."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

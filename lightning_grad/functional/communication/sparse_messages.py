@@ -1,7 +1,5 @@
 """Pairs of index and value in one buffer of bytes, as a collective sends them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

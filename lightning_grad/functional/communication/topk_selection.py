@@ -4,12 +4,12 @@ NaN counts as the largest magnitude of all, as in :func:`torch.topk`, so that a 
 come in no particular order. The same tensor and the same arguments give the same indices.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
 from torch import Tensor
+
+from lightning_grad.functional.choices import check_choice
 
 SELECTORS = ("auto", "exact", "sampled", "chunk")
 AUTO_SAMPLED_FROM = 1_000_000
@@ -42,8 +42,7 @@ def select_largest(values: Tensor, k: int, selector: str = "auto", start: int = 
         >>> select_largest(torch.tensor([0.1, -3.0, 2.0, 0.5]), 2).sort().values
         tensor([1, 2])
     """
-    if selector not in SELECTORS:
-        raise ValueError(f"selector={selector!r} is none of {', '.join(map(repr, SELECTORS))}.")
+    check_choice(selector, SELECTORS, "selector")
     if selector == "chunk":
         return select_chunk(values, k)
     if selector == "sampled" or (selector == "auto" and values.numel() >= AUTO_SAMPLED_FROM):

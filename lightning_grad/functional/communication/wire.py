@@ -1,7 +1,5 @@
 """What communication costs on the wire, and how dense the messages of a run are."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

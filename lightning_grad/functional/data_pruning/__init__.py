@@ -1,7 +1,6 @@
 """Scores of samples, selections by them, and weights of losses."""
 
-from lightning_grad.functional.data_pruning.clustering import kmeans, prototype_distance, uniform_learning_repeats
-from lightning_grad.functional.data_pruning.dynamic_pruning import infobatch_subset, repeated_random_subset
+from lightning_grad.functional.data_pruning.clustering import prototype_distance
 from lightning_grad.functional.data_pruning.histories import (
     aum,
     aum_state,
@@ -14,9 +13,12 @@ from lightning_grad.functional.data_pruning.histories import (
     vog,
     vog_state,
 )
+from lightning_grad.functional.data_pruning.info_batch import infobatch_subset
 from lightning_grad.functional.data_pruning.loss_reweighting import annealed_temperature, loss_weights
+from lightning_grad.functional.data_pruning.repeated_random_subset import repeated_random_subset
 from lightning_grad.functional.data_pruning.scores import el2n, last_layer_gradient_norm, margin, predictions
 from lightning_grad.functional.data_pruning.selection import count_kept, select_samples
+from lightning_grad.functional.data_pruning.uniform_learning import uniform_learning_repeats
 
 __all__ = [
     "annealed_temperature",
@@ -27,7 +29,6 @@ __all__ = [
     "forgetting",
     "forgetting_state",
     "infobatch_subset",
-    "kmeans",
     "last_layer_gradient_norm",
     "loss_weights",
     "margin",

@@ -1,6 +1,4 @@
-"""k-means, and what selects samples by it: distance to the nearest prototype, and samples to repeat (USEFUL)."""
-
-from __future__ import annotations
+"""k-means, and the distance of samples to the nearest of its centers, as a score."""
 
 import math
 from collections.abc import Iterator
@@ -167,57 +165,3 @@ def prototype_distance(embeddings: Tensor, clusters: int, seed: int = 0, cosine:
     directions = F.normalize(found.centers, dim=1)
     blocks = _blocks(embeddings.detach().to(found.centers.dtype), clusters)
     return torch.cat([1.0 - (F.normalize(block, dim=1) @ directions.T).amax(1) for block in blocks])
-
-
-def _harder_half(outputs: Tensor, losses: Tensor, seed: int) -> Tensor:
-    """Return which samples are in that of two clusters whose mean loss is higher; none if there is only one."""
-    labels = kmeans(outputs, 2, seed).labels
-    means = torch.stack([losses[labels == c].nanmean() for c in (0, 1)])
-    if means.isnan().any():
-        return torch.zeros_like(labels, dtype=torch.bool)
-    return labels == means.argmax()
-
-
-@torch.no_grad()
-def uniform_learning_repeats(outputs: Tensor, losses: Tensor, labels: Tensor, seed: int = 0) -> Tensor:
-    r"""Return the samples to be repeated, so that features that are learned late are learned as soon as the others (USEFUL).
-
-    .. math::
-        R = \bigcup_y \operatorname*{arg\,max}_{C \in \{C_{y1}, C_{y2}\}} \frac{1}{|C|} \sum_{i \in C} \ell_i
-
-    :math:`C_{y1}, C_{y2}` are the two k-means clusters of the outputs of class y, early in training. The cluster with the
-    higher mean loss holds the samples whose features are not yet learned; the paper doubles them and trains anew.
-
-    Args:
-        outputs: (n, c): the output of the model for each sample, after a few epochs.
-        losses: :math:`\ell`, (n,): its losses; nan ones are left out of the means.
-        labels: y, (n,) int64: the class of each sample.
-        seed: Seed of k-means.
-
-    Returns:
-        Tensor: R, int64 on the CPU, in rising order. A class with fewer than two distinct outputs repeats nothing.
-
-    Raises:
-        ValueError: If the lengths differ, or an output is not finite.
-
-    Example:
-        >>> outputs = torch.tensor([[4.0, 0.0], [5.0, 0.0], [0.1, 0.0], [0.0, 3.0]])
-        >>> uniform_learning_repeats(outputs, torch.tensor([0.02, 0.01, 0.64, 0.05]), torch.tensor([0, 0, 0, 1]))
-        tensor([2])
-
-    References:
-        Nguyen et al., "Changing the Training Data Distribution to Reduce Simplicity Bias Improves In-distribution
-        Generalization", 2024, arXiv 2404.17768.
-    """
-    if not len(outputs) == len(losses) == len(labels):
-        raise ValueError(
-            "outputs, losses and labels must have one entry for each sample; "
-            f"got {len(outputs)}, {len(losses)} and {len(labels)}."
-        )
-    outputs, losses, labels = outputs.detach().cpu(), losses.detach().double().cpu(), labels.cpu()
-    repeated = torch.zeros(len(labels), dtype=torch.bool)
-    for label in set(labels.tolist()):
-        own = (labels == label).nonzero().flatten()
-        if len(own) > 1:
-            repeated[own] = _harder_half(outputs[own], losses[own], seed)
-    return repeated.nonzero().flatten()

@@ -2,10 +2,8 @@ r"""What happens to each sample over a run: forgetting, area under the margin, v
 
 A state is a dict of tensors with one row per sample of the data set, made by one function and changed in place by another, so
 that it goes into a checkpoint as it is and nothing waits for the device; keep it where the scores are computed. An index may
-stand in a call only once. The scores of a single batch are in ``data_scores.py``.
+stand in a call only once. The scores of a single batch are in ``scores.py``.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence

@@ -4,13 +4,13 @@ The rules are those of "Dynamic Loss-Based Sample Reweighting" (Sow et al., 2025
 github.com/sowmaster/Sample-Level-Loss-Reweighting-ICLR-2025.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from lightning_grad.functional.choices import check_choice
 
 RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "linupper": lambda h: (h + 1.0).clamp(max=1.0),
@@ -57,8 +57,7 @@ def loss_weights(losses: Tensor, rule: str = "linupper", temperature: float = 1.
         Sow et al., "Dynamic Loss-Based Sample Reweighting for Improved Large Language Model Pretraining", 2025,
         arXiv 2502.06733.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule={rule!r} is none of {', '.join(map(repr, RULES))}.")
+    check_choice(rule, RULES, "rule")
     if not temperature > 0.0:
         raise ValueError(f"temperature must be above 0 (infinity gives equal weights); got {temperature}.")
     if losses.ndim != 1:

@@ -5,8 +5,6 @@ the device, detached, computed in float32 at least. A sample with several positi
 that are valid, and nan when there is none.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NoReturn
 
@@ -14,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_grad.functional.gradients.loss_call import LossCall
-from lightning_grad.functional.gradients.loss_functions import split
+from lightning_grad.functional.gradients.loss_functions import LossCall, split
 
 _RESIDUALS = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
 _SOFTMAXED = ("cross_entropy", "linear_cross_entropy")

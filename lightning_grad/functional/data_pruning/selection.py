@@ -4,25 +4,13 @@ Scores are such that higher is harder. Everything here is computed on the CPU fr
 selects the same samples.
 """
 
-from __future__ import annotations
-
-import difflib
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from lightning_grad.functional.choices import check_choice
 from lightning_grad.functional.shuffling import shuffled
-
-
-def _check_choice(value: str | None, choices: Iterable[str], parameter: str) -> None:
-    known = list(choices)
-    if value in known:
-        return
-    near = difflib.get_close_matches(str(value), known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{parameter}={value!r} is none of {', '.join(map(repr, known))}.{hint}")
 
 
 def _whole(share: float, total: int) -> int:
@@ -106,10 +94,10 @@ def _with_floor(ranking: Tensor, labels: Tensor, count: int, class_floor: float)
 
 
 def _check_rule(keep: str, rule: str, balance: str | None, strata: int) -> None:
-    _check_choice(keep, ("hard", "easy", "random"), "keep")
-    _check_choice(rule, ("top", "ccs"), "rule")
+    check_choice(keep, ("hard", "easy", "random"), "keep")
+    check_choice(rule, ("top", "ccs"), "rule")
     if balance is not None:
-        _check_choice(balance, ("class",), "balance")
+        check_choice(balance, ("class",), "balance")
     if rule == "ccs" and keep != "hard":
         raise ValueError(
             f"rule='ccs' draws from every stratum of the scores, and goes with keep='hard'; got keep={keep!r}."
@@ -285,22 +273,3 @@ def count_kept(total: int, prune: float, batch_size: int, ranks: int = 1, drop_l
         (500, 66)
     """
     return round_up_count(total - _whole(prune, total), total, batch_size, ranks, drop_last)
-
-
-def class_shares(kept: Tensor, labels: Tensor) -> Tensor:
-    """Return the share of each class that is kept.
-
-    Args:
-        kept: Indices of the samples kept, as :func:`select_samples` returns them.
-        labels: (n,) int64, from 0 on: the class of each sample.
-
-    Returns:
-        Tensor: (classes,) float64, on the CPU; nan for a class without samples.
-
-    Example:
-        >>> class_shares(torch.tensor([0, 2]), torch.tensor([0, 0, 2, 2]))
-        tensor([0.5000,    nan, 0.5000], dtype=torch.float64)
-    """
-    labels = labels.detach().cpu()
-    sizes = torch.bincount(labels)
-    return torch.bincount(labels[kept.cpu()], minlength=len(sizes)).double() / sizes

@@ -3,15 +3,14 @@
 The callback that watches them is :class:`lightning_grad.callbacks.GradientMonitor`.
 """
 
-from __future__ import annotations
-
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_grad.functional.gradients.tensor_lists import share_of, stack_norms, whole
+from lightning_grad.functional.gradients.tensor_lists import share_of, stack, stack_norms, whole
 
 
 def noise_scale_terms(small_squared: Tensor, big_squared: Tensor, small: float, big: float) -> tuple[Tensor, Tensor]:
@@ -52,6 +51,30 @@ def noise_scale_terms(small_squared: Tensor, big_squared: Tensor, small: float, 
     return noise, signal
 
 
+def average_noise_terms(before: Tensor | None, terms: Tensor, decay: float) -> Tensor:
+    """Return moving averages of the terms of the noise scale, which ignore terms that are not finite.
+
+    Args:
+        before: Averages so far, noise and signal (2,); ``None`` before the first terms.
+        terms: Those of :func:`noise_scale_terms`, (2,).
+        decay: Weight of the averages so far.
+
+    Example:
+        >>> averages = average_noise_terms(None, torch.tensor([float("nan"), 1.0]), decay=0.5)
+        >>> averages = average_noise_terms(averages, torch.tensor([2.0, 1.0]), decay=0.5)
+        >>> average_noise_terms(averages, torch.tensor([4.0, 3.0]), decay=0.5)
+        tensor([3., 2.])
+    """
+    before = torch.full_like(terms, math.nan) if before is None else before.to(terms.device)
+    mixed = torch.where(before.isfinite().all(), decay * before + (1 - decay) * terms, terms)
+    return torch.where(terms.isfinite().all(), mixed, before)
+
+
+def _components(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32; a complex one as its real and imaginary parts."""
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).float()
+
+
 @torch.no_grad()
 def gradient_cosine(gradients: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
     r"""Return the cosine of the angle between two gradients, each taken as one vector.
@@ -70,8 +93,8 @@ def gradient_cosine(gradients: Sequence[Tensor], others: Sequence[Tensor]) -> Te
         >>> gradient_cosine([torch.tensor([1.0, 0.0])], [torch.tensor([2.0, 0.0])])
         tensor(1.)
     """
-    products = [(g.float() * o.float()).sum() for g, o in zip(gradients, others, strict=True)]
-    product = torch.stack([whole(value).to(products[0].device) for value in products]).sum()
+    products = [(_components(g) * _components(o)).sum() for g, o in zip(gradients, others, strict=True)]
+    product = stack([whole(value) for value in products]).sum()
     lengths = [torch.linalg.vector_norm(stack_norms(tensors)) for tensors in (gradients, others)]
     cosine: Tensor = product / lengths[0] / lengths[1]
     return cosine
@@ -105,9 +128,9 @@ def moment_signal_to_noise(states: Sequence[Mapping[str, Any]], betas: tuple[flo
             continue
         step = state["step"] if isinstance(state["step"], Tensor) else torch.tensor(float(state["step"]))
         first, second = (1 - beta ** step.to(state["exp_avg"].device) for beta in betas)
-        mean = (state["exp_avg"].float() / first).square()
+        mean = (_components(state["exp_avg"]) / first).square()
         signal.append(whole(mean.sum()))
-        noise.append(whole((state["exp_avg_sq"].float() / second - mean).clamp(min=0.0).sum()))
+        noise.append(whole((_components(state["exp_avg_sq"]) / second - mean).clamp(min=0.0).sum()))
     return torch.stack(signal).sum() / torch.stack(noise).sum() if signal else None
 
 

@@ -12,12 +12,14 @@ From a step to shares, and from shares to weights::
    (``calls.py`` reads a :class:`LossCall` of each; ``loss_functions.py`` has their arguments and denominators).
 2. **Walk.** ``walk.py`` goes from the returned loss through the autograd graph to the *cuts*, the edges at which rows begin.
    It proves on the way that each node is linear in what depends on samples (``nodes.py`` lists the kinds), and refuses the
-   loss otherwise (``errors.py``). ``descent.py`` is the order in which this and every other walk visits nodes.
+   loss otherwise (``errors.py``).
 3. **Add up.** ``values.py`` multiplies the rows at each cut by their coefficients; ``terms.py`` makes :class:`Terms` of that:
    the share of each sample, its own mean, and the constant that belongs to no sample.
 4. **Weight.** :meth:`Terms.weight_` hooks a weight for each sample onto the cuts (``weights.py``). Backward then gives the
    gradient of the weighted loss, and nothing is computed twice.
-5. **Prove.** ``proofs.py`` runs a step several times and shows what no graph can: that the shares follow the samples.
+
+What no graph can show is whether the shares follow the samples. ``core/losses/rehearsal.py`` finds out by running a
+step on the same samples in other orders.
 
 Most steps return one call of a loss. For these :class:`LossCapture` (``loss_capture.py``) is enough, which watches nothing
 else; :class:`WholeLossCapture` (``whole_loss.py``) finds out once whether that call is the whole loss. The undocumented
@@ -25,21 +27,11 @@ parts of autograd are in ``autograd.py``, and nowhere else.
 """
 
 from lightning_grad.functional.gradients.errors import InseparableLossError
-from lightning_grad.functional.gradients.loss_call import LossCall
 from lightning_grad.functional.gradients.loss_capture import LossCapture
-from lightning_grad.functional.gradients.loss_functions import LossFunction, SampleSums
-from lightning_grad.functional.gradients.proofs import (
-    Proof,
-    is_noisy,
-    prove_terms,
-    sample_loss,
-    solo_losses,
-    trace_step,
-    unordered_terms,
-)
-from lightning_grad.functional.gradients.terms import Term, Terms
+from lightning_grad.functional.gradients.loss_functions import LossCall, LossFunction, SampleSums
+from lightning_grad.functional.gradients.terms import Terms
 from lightning_grad.functional.gradients.trace import LossTrace
-from lightning_grad.functional.gradients.weights import WeightHandle, weight_call_, without_ignored
+from lightning_grad.functional.gradients.weights import weight_call_, without_ignored
 from lightning_grad.functional.gradients.whole_loss import WholeLossCapture
 
 __all__ = [
@@ -48,18 +40,9 @@ __all__ = [
     "LossCapture",
     "LossFunction",
     "LossTrace",
-    "Proof",
     "SampleSums",
-    "Term",
     "Terms",
-    "WeightHandle",
     "WholeLossCapture",
-    "is_noisy",
-    "prove_terms",
-    "sample_loss",
-    "solo_losses",
-    "trace_step",
-    "unordered_terms",
     "weight_call_",
     "without_ignored",
 ]

@@ -1,36 +1,18 @@
 """What the samples contribute to a call of a loss of ``torch.nn.functional``, read by calling it once more."""
 
-from __future__ import annotations
-
-import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_grad.functional.gradients.autograd import Edge
-from lightning_grad.functional.gradients.loss_call import LossCall
-from lightning_grad.functional.gradients.loss_functions import (
-    LOSSES,
-    LossFunction,
-    SampleSums,
-    bind,
-    denominator_shares,
-    valid_positions,
-)
+from lightning_grad.functional.gradients.autograd import Edge, edge_of
+from lightning_grad.functional.gradients.loss_functions import LOSSES, LossCall, SampleSums, bind, read
 from lightning_grad.functional.gradients.rows import Rows, obeys_shape_rule
 from lightning_grad.functional.plain_tensors import plain_tensor
-
-# Losses of several inputs, which with reduction="none" return one value a sample all the same.
-_OF_SEVERAL = {
-    name: {key: p.default for key, p in inspect.signature(getattr(F, name)).parameters.items()}
-    for name in ("cosine_embedding_loss", "ctc_loss", "margin_ranking_loss", "triplet_margin_loss")
-}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,13 +45,6 @@ def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def defaults_of(func: Callable[..., Any], loss: LossFunction) -> Mapping[str, Any] | None:
-    """Return the parameters of a loss that can be read, by name; ``None`` for the others."""
-    if loss.defaults is not None:
-        return loss.defaults
-    return _OF_SEVERAL.get(loss.name) if getattr(F, loss.name, None) is func else None
-
-
 def read_call(
     func: Callable[..., Any],
     args: tuple[Any, ...],
@@ -77,7 +52,6 @@ def read_call(
     value: Tensor,
     samples: int,
     rows_of: Callable[[Tensor], Rows | None],
-    edge_of: Callable[[Tensor], Edge],
     values: bool,
     keep_graph: bool,
 ) -> Call | None:
@@ -90,14 +64,13 @@ def read_call(
         value: What it returned.
         samples: B.
         rows_of: Returns what is known of a tensor's rows.
-        edge_of: Returns the edge of the graph that leads to a tensor.
         values: Whether the sums are wanted, for which the loss is computed once more.
         keep_graph: Whether they keep their graph.
     """
-    defaults = defaults_of(func, LOSSES[func])
-    if defaults is None:
+    loss = LOSSES[func]
+    if loss.defaults is None:
         return None
-    name, given = LOSSES[func].name, bind(defaults, args, kwargs)
+    name, given = loss.name, bind(loss.defaults, args, kwargs)
     tensors = [t for t in given.values() if isinstance(t, Tensor)]
     first = tensors[0]
     axis = 1 if name == "ctc_loss" and first.dim() == 3 else 0  # log-probabilities come (T, B, C)
@@ -105,15 +78,14 @@ def read_call(
     count = first.shape[axis] if first.dim() > axis else 0
     with_rows = {edge_of(t): rows for t in tensors if t.requires_grad and t.dim() > axis and t.shape[axis] == count > 0}
     others = frozenset(edge_of(t) for t in tensors if t.requires_grad) - set(with_rows)
-    covers = rows is None or rows.covers
-    call = Call(name, given["reduction"], with_rows, others, covers=covers)
+    call = Call(name, given["reduction"], with_rows, others, covers=rows is None or rows.covers)
     if rows is None or (rows.samples is None and rows.owner is None):
         is_known = count > 0 and count % samples == 0
     else:
         is_known = rows.owner is not None or rows.length == count
     if not is_known or (rows is not None and (rows.mixed or rows.axis != axis)):
         problem = f"got {count} rows for {samples} samples; which row belongs to which sample was not seen."
-        return Call(name, given["reduction"], with_rows, others, problem)
+        return replace(call, problem=problem)
     if not values:
         return call
     # Checkpointing counts what its function saves, and counts again in backward, where no trace is. Ours must not count.
@@ -134,7 +106,6 @@ def _with_sums(
     """Compute the loss once more, position by position, and add up what belongs to each sample."""
     name, ids = call.name, None if rows is None else rows.samples
     detached = {key: v.detach() if isinstance(v, Tensor) else v for key, v in given.items()}
-    readable = LOSSES[func].defaults is not None
     if call.reduction == "none":
         positions = value if keep_graph else value.detach()
     else:
@@ -144,19 +115,18 @@ def _with_sums(
     length = 1 if owner is not None else samples if ids is None else len(ids)
     if owner is None and positions.numel() != length and not obeys_shape_rule(positions.shape, length):
         problem = f"got {tuple(positions.shape)} positions for {samples} samples."
-        return Call(name, call.reduction, call.inputs, call.others, problem)
+        return replace(call, problem=problem)
     if name == "ctc_loss" and call.reduction == "mean":
         # Its mean divides each loss by the length of the target first.
         positions = positions / detached["target_lengths"].to(positions).clamp(min=1)
-    valid = valid_positions(name, detached, positions) if readable else torch.ones_like(positions, dtype=torch.bool)
-    shares = denominator_shares(name, detached, valid, positions) if readable else 1.0
-    sums = SampleSums.of(positions, shares, length)
+    loss_call = None
+    if LOSSES[func].is_readable:
+        loss_call, sums = read(name, given, detached, positions, length, keep_graph, value.requires_grad)
+    else:
+        sums = SampleSums.of(positions, 1.0, length)
     if owner is not None:
         ids = torch.tensor([owner])
     if ids is not None:
-        at = ids.to(positions.device)
+        at, loss_call = ids.to(positions.device), None
         sums = SampleSums(*(v.new_zeros(samples).index_add(0, at, v) for v in sums))
-    loss_call = None
-    if readable and ids is None:
-        loss_call = LossCall.of(name, given, detached, valid, sums, keep_graph, value.requires_grad)
-    return Call(name, call.reduction, call.inputs, call.others, "", call.covers, sums, loss_call)
+    return replace(call, sums=sums, loss_call=loss_call)

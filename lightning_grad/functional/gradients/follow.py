@@ -1,14 +1,12 @@
 """The rows of the tensors of one step, followed from call to call."""
 
-from __future__ import annotations
-
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor
 
-from lightning_grad.functional.gradients.autograd import Edge, is_transformed
+from lightning_grad.functional.gradients.autograd import edge_of, is_transformed
 from lightning_grad.functional.gradients.record import Record
 from lightning_grad.functional.gradients.rows import (
     PRODUCTS,
@@ -22,9 +20,7 @@ from lightning_grad.functional.gradients.rows import (
     reduces_samples,
     transposed_rows,
 )
-
-# Arguments and results in which no tensor can be.
-NO_TENSORS = frozenset([type(None), torch.Size, int, bool, float, str, torch.dtype, torch.device])
+from lightning_grad.functional.plain_tensors import tensors_in
 
 
 class RowTracker:
@@ -147,26 +143,3 @@ class RowTracker:
             if with_graph or not first.covers:
                 return mixed if with_graph else None
         return first
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors in nested arguments; torch's pytree takes ten times as long."""
-    found: list[Tensor] = []
-    _collect(value, found)
-    return found
-
-
-def _collect(value: Any, found: list[Tensor]) -> None:
-    kind = value.__class__
-    if kind is Tensor or isinstance(value, Tensor):
-        found.append(value)
-    elif kind not in NO_TENSORS and isinstance(value, (tuple, list, dict)):
-        for v in value.values() if isinstance(value, dict) else value:
-            if v.__class__ not in NO_TENSORS:
-                _collect(v, found)
-
-
-def edge_of(tensor: Tensor) -> Edge:
-    """Return the edge of the graph that leads to a tensor with a graph."""
-    node = tensor.grad_fn
-    return (node, tensor.output_nr) if node is not None else torch.autograd.graph.get_gradient_edge(tensor)[:2]

@@ -16,16 +16,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_grad.functional.gradients.autograd import is_transformed
-from lightning_grad.functional.gradients.loss_call import LossCall
 from lightning_grad.functional.gradients.loss_functions import (
     LOSSES,
+    LossCall,
     LossFunction,
     SampleSums,
     bind,
-    denominator_shares,
     dropped_weight,
+    read,
     reweighted,
-    valid_positions,
 )
 from lightning_grad.functional.plain_tensors import PlainTensors, plain_tensor
 from lightning_grad.functional.torch_version import TORCH
@@ -104,11 +103,6 @@ class LossCapture(TorchFunctionMode):
         self.way_out = way_out
         self.calls: list[LossCall] = []
         self.unread: list[UnreadLoss] = []
-
-    def clear(self) -> None:
-        """Forget what was seen, so that the next step can use the same object."""
-        self.calls.clear()
-        self.unread.clear()
 
     def only(self, which: int | None = None) -> LossCall:
         """Return the call that is the loss of the step.
@@ -202,7 +196,7 @@ class LossCapture(TorchFunctionMode):
     def _read_or_raise(
         self, func: Any, loss: LossFunction, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
     ) -> _Read:
-        if loss.defaults is None:
+        if loss.defaults is None or not loss.is_readable:
             raise TypeError("it does not have one input and one target per sample")
         # Of a class of its own a tensor may demand what only it knows of itself.
         given = {
@@ -214,10 +208,8 @@ class LossCapture(TorchFunctionMode):
         detached = {name: v.detach() if isinstance(v, Tensor) else v for name, v in given.items()}
         positions = self._positions(func, given, detached, value)
         samples = _samples(loss.name, positions, self.samples, self.way_out)
-        valid = valid_positions(loss.name, detached, positions)
-        sums = SampleSums.of(positions, denominator_shares(loss.name, detached, valid, positions), samples)
         has_graph = _differentiable(given.values())
-        call = LossCall.of(loss.name, given, detached, valid, sums, self.keep_graph, has_graph)
+        call, sums = read(loss.name, given, detached, positions, samples, self.keep_graph, has_graph)
         return _Read(call, positions, sums)
 
     def _positions(self, func: Any, given: dict[str, Any], detached: dict[str, Any], value: Any) -> Tensor:

@@ -1,15 +1,18 @@
-"""What the losses of ``torch.nn.functional`` have in common: their arguments, and what their mean divides by."""
+"""The losses of ``torch.nn.functional``: their arguments, what their mean divides by, and what a call says of each sample."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
+
+from lightning_grad.functional.torch_version import TORCH
 
 # With reduction="none" these return one value a position, and every position belongs to one sample.
 _READABLE = (
@@ -31,16 +34,17 @@ _READABLE = (
     "multilabel_soft_margin_loss",
     "hinge_embedding_loss",
 )
-# Several inputs, or lengths beside them: which is the sample is for the user to say.
-_UNREADABLE = (
-    "cosine_embedding_loss",
-    "ctc_loss",
-    "margin_ranking_loss",
-    "triplet_margin_loss",
+# Several inputs, or lengths beside them: which is the sample is for the user to say. Unreduced they give one value a sample.
+_OF_SEVERAL = ("cosine_embedding_loss", "ctc_loss", "margin_ranking_loss", "triplet_margin_loss")
+# Functions that the ones above end in. A call of them from outside is a loss too, with arguments of its own.
+_INNER = (
+    "cross_entropy_loss",
+    "nll_loss_nd",
+    "nll_loss2d",
+    *_READABLE,
+    *_OF_SEVERAL,
     "triplet_margin_with_distance_loss",
 )
-# Functions that the ones above end in. A call of them from outside is a loss too, with arguments of its own.
-_INNER = ("cross_entropy_loss", "nll_loss_nd", "nll_loss2d", *_READABLE, *_UNREADABLE)
 
 OF_CLASS_INDICES = ("cross_entropy", "nll_loss", "linear_cross_entropy", "multi_margin_loss")
 _THAT_IGNORE = ("cross_entropy", "nll_loss", "linear_cross_entropy")
@@ -49,26 +53,30 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 
 class LossFunction(NamedTuple):
-    """A loss by name, with the defaults of its parameters, in their order, when it can be read."""
+    """A loss of ``torch.nn.functional``, or a function that one of these ends in.
+
+    Attributes:
+        name: Its name.
+        defaults: The defaults of its parameters by name, in order; ``None`` if it is not followed.
+        is_readable: Whether it has one input and one target for each sample.
+    """
 
     name: str
-    defaults: dict[str, Any] | None
-
-    @classmethod
-    def readable(cls, name: str) -> LossFunction:
-        """Read the parameters from the function itself, whose signature differs between versions of torch."""
-        parameters = inspect.signature(getattr(F, name)).parameters
-        return cls(name, {key: parameter.default for key, parameter in parameters.items()})
+    defaults: dict[str, Any] | None = None
+    is_readable: bool = False
 
 
 def _table() -> dict[Callable[..., Any], LossFunction]:
     table: dict[Callable[..., Any], LossFunction] = {}
     for home in (torch, torch._C._nn):
-        table.update({getattr(home, name): LossFunction(name, None) for name in _INNER if hasattr(home, name)})
-    table.update({getattr(F, name): LossFunction(name, None) for name in _UNREADABLE})
-    for name in _READABLE:
+        table.update({getattr(home, name): LossFunction(name) for name in _INNER if hasattr(home, name)})
+    table[F.triplet_margin_with_distance_loss] = LossFunction("triplet_margin_with_distance_loss")
+    for name in (*_READABLE, *_OF_SEVERAL):
         if hasattr(F, name):
-            table[getattr(F, name)] = LossFunction.readable(name)
+            # Read from the function itself, whose signature differs between versions of torch.
+            parameters = inspect.signature(getattr(F, name)).parameters
+            defaults = {key: parameter.default for key, parameter in parameters.items()}
+            table[getattr(F, name)] = LossFunction(name, defaults, name in _READABLE)
     return table
 
 
@@ -76,19 +84,19 @@ LOSSES = _table()
 
 
 def dropped_weight(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``weight`` of a call of ``l1_loss``, which torch 2.13 does not hand on to a mode (pull request 193003).
+    """Return the ``weight`` of a call of ``l1_loss``, which torch does not hand on to a mode (pull request 193003).
 
-    Without it the loss would change by being looked at. It is still in the frame of the function that was called.
+    It has a weight from torch 2.13 on, and no release hands it on yet. Without it the loss would change by being looked at.
+    It is still in the frame of the function that was called.
     """
-    if func is not F.l1_loss or "weight" in kwargs:
+    if func is not F.l1_loss or "weight" in kwargs or TORCH < (2, 13):
         return {}
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break()  # what is traced has no frames
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not F.l1_loss.__code__:
         frame = frame.f_back
-    found = {} if frame is None else frame.f_locals
-    return {name: found[name] for name in ("weight",) if name in found}  # l1_loss of an older torch has none
+    return {} if frame is None else {"weight": frame.f_locals["weight"]}
 
 
 def bind(defaults: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,3 +179,91 @@ def reweighted(positions: Tensor, sums: SampleSums, weights: Tensor, reduction: 
         return rows.reshape(positions.shape).to(positions.dtype)
     total = (weights * sums.numerators).sum()
     return (total if reduction == "sum" else total / sums.denominators.sum()).to(positions.dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LossCall:
+    r"""One call of a loss, with what each sample of the batch contributed to it.
+
+    .. math::
+        \ell_i = \frac{\sum_{p \in P_i} \ell_{ip}}{\sum_{p \in P_i} w_{ip}}
+
+    where :math:`P_i` are the positions of sample i (one in plain classification, the tokens of a sentence, the pixels of an
+    image, the entries of a vector), and :math:`w_{ip}` what each adds to the denominator of the mean: 1, 0 where ignored, or
+    the weight of its class. So a loss is what the batch's mean would be for the sample alone.
+
+    Attributes:
+        name: The name of the function in ``torch.nn.functional``.
+        input: What the loss got as ``input`` (for ``linear_cross_entropy`` the features, not the logits); detached.
+        target: What the loss got as ``target``; detached.
+        samples: B, the number of samples.
+        losses: :math:`\ell_i`, (B,), float32 at least; nan for a sample all of whose positions are ignored. Also with
+            ``reduction="sum"`` the mean over the positions; with "batchmean" the mean over the rows. Detached unless
+            ``keep_graph``.
+        valid: Which positions count, bool, in the shape of the loss with ``reduction="none"``.
+        options: The other arguments by name, with their defaults: ``reduction``, ``weight``, ``ignore_index`` ...; detached.
+        has_graph: Whether the loss can be differentiated. A figure computed for the log usually cannot.
+        output: The ``input`` as it was given, with its graph, when ``keep_graph``; else ``None``.
+    """
+
+    name: str
+    input: Tensor
+    target: Tensor
+    samples: int
+    losses: Tensor
+    valid: Tensor
+    options: Mapping[str, Any]
+    has_graph: bool
+    output: Tensor | None = None
+
+    @property
+    def has_class_indices(self) -> bool:
+        """Whether each position has the index of a class as its target."""
+        return targets_are_classes(self.name, self.target)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The class of every sample, (B,), ``ignore_index`` included, when each has exactly one; ``None`` otherwise."""
+        one_each = self.has_class_indices and self.target.numel() == self.samples
+        return self.target.reshape(self.samples) if one_each else None
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Return one value a position as (B, positions of a sample)."""
+        return split(values, self.samples)
+
+
+def read(
+    name: str,
+    given: Mapping[str, Any],
+    detached: Mapping[str, Any],
+    positions: Tensor,
+    samples: int,
+    keep_graph: bool,
+    has_graph: bool,
+) -> tuple[LossCall, SampleSums]:
+    """Return what the samples contributed to a call, and what it is made of.
+
+    Args:
+        name: Of the loss.
+        given: Its arguments by name.
+        detached: The same without their graph.
+        positions: What it returns with ``reduction="none"``.
+        samples: B.
+        keep_graph: As in :class:`LossCapture`.
+        has_graph: See :class:`LossCall`.
+    """
+    valid = valid_positions(name, detached, positions)
+    sums = SampleSums.of(positions, denominator_shares(name, detached, valid, positions), samples)
+    losses = sums.numerators / sums.denominators
+    call = LossCall(
+        name=name,
+        input=detached["input"],
+        target=detached["target"],
+        samples=samples,
+        losses=losses if keep_graph else losses.detach(),
+        valid=valid,
+        options={key: value for key, value in detached.items() if key not in ("input", "target")},
+        has_graph=has_graph,
+        output=given["input"] if keep_graph else None,
+    )
+    return call, sums

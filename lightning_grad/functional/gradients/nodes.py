@@ -1,9 +1,9 @@
-"""Which built-in nodes of the autograd graph are linear, by kind.
+"""Which built-in nodes of the autograd graph are linear, by kind, in what depends on samples.
 
 A kind that is not listed is refused. So a list that is too short costs a refusal, never a wrong value.
 """
 
-from __future__ import annotations
+from collections.abc import Sequence
 
 
 def _kinds(names: str) -> frozenset[str]:
@@ -37,5 +37,15 @@ HOMOGENEOUS = _kinds(
     Select Slice Index IndexSelect MaskedSelect Gather Where MaskedFill Mul Div
     """
 )
-# Of these, the ones that give each position the same coefficient.
-REDUCING = _kinds("Mean Sum Squeeze Unsqueeze View UnsafeView ReshapeAlias Alias Clone ToCopy")
+
+
+def is_linear(kind: str, hits: Sequence[bool]) -> bool:
+    """Return whether a node is linear in those of its inputs that depend on samples.
+
+    Args:
+        kind: Of the node.
+        hits: Which of its inputs do.
+    """
+    if kind in LINEAR:
+        return True
+    return sum(hits) == 1 and (kind in SCALED or kind in CONTRACTING or (kind == "Div" and hits[0]))

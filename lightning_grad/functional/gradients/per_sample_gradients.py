@@ -8,24 +8,28 @@ gradient of sample b is the product :math:`g_b a_b^T` of the gradient of the out
 Parameters are followed through every operation that uses them, not through module classes, so custom modules, tied weights
 and modules that are called twice need no care. What no rule covers is measured by one backward pass for each sample, through
 what those parameters need only; :attr:`PerSampleGradientNorms.coverage` says which parameters that are.
+``docs/data_pruning/per_sample_gradients.md`` explains how it works, with a drawing.
 """
 
-from __future__ import annotations
-
+import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from lightning_grad.functional.gradients._ghost.graph import Leaf, leaves, squared_norms_by_backward
+from lightning_grad.functional.choices import check_choice
+from lightning_grad.functional.gradients._ghost.graph import (
+    probe_layouts,
+    squared_norms_by_backward,
+    where_samples_meet,
+)
 from lightning_grad.functional.gradients._ghost.layouts import Layout, candidates
-from lightning_grad.functional.gradients._ghost.probing import probe_layouts, run_backward, where_samples_meet
 from lightning_grad.functional.gradients._ghost.sums import SquaredNorms
-from lightning_grad.functional.gradients._ghost.tracer import Key, Tracer, Use
+from lightning_grad.functional.gradients._ghost.tracer import Key, Leaf, Tracer, Use
 
 _PROBES = 8  # samples asked before an undecided layout is taken as it is
 _RUNS = 12  # forward passes that the first batch may take; each but the last learns something
@@ -81,8 +85,7 @@ class PerSampleGradientNorms:
     """
 
     def __init__(self, module: nn.Module, fallback: Literal["auto", "raise"] = "auto") -> None:
-        if fallback not in ("auto", "raise"):
-            raise ValueError(f"fallback must be 'auto' or 'raise', got {fallback!r}.")
+        check_choice(fallback, ("auto", "raise"), "fallback")
         _trainable(module)
         self._module = module
         self._fallback = fallback
@@ -121,52 +124,36 @@ class PerSampleGradientNorms:
                 ) from error
 
     def _run(self, compute_losses: Callable[[], Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
-        tracer, losses, ends = self._trace(compute_losses, parameters)
-        try:
-            return self._measure(tracer, losses, ends)
-        finally:
-            tracer.close()
-
-    def _trace(
-        self, compute_losses: Callable[[], Tensor], parameters: Mapping[str, Tensor]
-    ) -> tuple[Tracer, Tensor, dict[int, Leaf]]:
-        """Run the forward until all that is cut off the graph may be cut off, and each layout is known."""
-        random = _random_states(parameters.values())
-        for run in range(_RUNS):
-            if run:
-                _restore_random_states(random)
-            tracer = Tracer(parameters, self._excluded, self._batchless)
-            try:
+        """Run the forward until all that is cut off the graph may be cut off and each layout is known, then measure."""
+        rewind = _rewinding(parameters.values())
+        for _ in range(_RUNS):
+            with closing(Tracer(parameters, self._excluded, self._batchless)) as tracer:
                 with tracer:
                     losses = _checked(compute_losses())
-                ends = leaves(losses)
-                if not self._learn(tracer, losses, ends):
-                    return tracer, losses, ends
-            except BaseException:
-                tracer.close()
-                raise
-            tracer.close()
+                tracer.finish(losses)
+                if not self._learn(tracer):
+                    return self._measure(tracer)
+            rewind()
         raise RuntimeError(
             "compute_losses does something else each time it is called; per-sample norms need it to repeat. Let it draw no "
             "random numbers, and keep no state between calls."
         )
 
-    def _learn(self, tracer: Tracer, losses: Tensor, ends: Mapping[int, Leaf]) -> bool:
+    def _learn(self, tracer: Tracer) -> bool:
         """Find out what must be done otherwise; return whether the forward has to be run again for it."""
-        samples = len(losses)
-        if self._exclude(tracer, {name for name, p in tracer.parameters.items() if id(p) in ends}):
+        if self._exclude(tracer, {name for name, p in tracer.parameters.items() if id(p) in tracer.ends}):
             return True
-        unknown = [use for use in tracer.uses if not self._recall(use, samples)]
+        unknown = [use for use in tracer.uses if not self._recall(use, len(tracer.losses))]
         if not unknown:
             return False
-        failed = self._probe(tracer, losses, unknown, ends)
+        failed = self._probe(tracer, unknown)
         if failed:
-            self._settle(failed, tracer, losses, ends)
+            self._settle(failed, tracer)
         return bool(failed)
 
-    def _settle(self, failed: Sequence[Use], tracer: Tracer, losses: Tensor, ends: Mapping[int, Leaf]) -> None:
+    def _settle(self, failed: Sequence[Use], tracer: Tracer) -> None:
         """Decide on uses that no layout fits: samples lie apart, in no order; or it is one tensor for all; or they mix."""
-        meeting = where_samples_meet(failed, tracer, losses, ends)
+        meeting = where_samples_meet(failed, tracer)
         apart = [use for use in failed if id(use) not in meeting]
         alike = [use for use in failed if id(use) in meeting and use.is_batchless]
         if not apart and not alike:
@@ -175,7 +162,7 @@ class PerSampleGradientNorms:
             self._excluded |= use.roots
         for use in alike:
             self._batchless.add(use.key)
-            if candidates(use.shape, use.dims, len(losses)):  # might also be a batch of samples that are compared later
+            if candidates(use.shape, use.dims, len(tracer.losses)):  # might also be a batch of samples compared later
                 self._mixing |= dict.fromkeys(use.roots, use.key[0])
 
     def _exclude(self, tracer: Tracer, reached: set[str]) -> bool:
@@ -200,22 +187,23 @@ class PerSampleGradientNorms:
             use.layout = known
         return use.layout is not None
 
-    def _probe(self, tracer: Tracer, losses: Tensor, unknown: Sequence[Use], ends: Mapping[int, Leaf]) -> list[Use]:
+    def _probe(self, tracer: Tracer, unknown: Sequence[Use]) -> list[Use]:
         """Find the layouts by backward passes of single losses; return the uses that none fits."""
         silent = {use.key for use in unknown} <= self._silent  # as before: do not ask many samples in every batch
-        answers = probe_layouts(unknown, tracer, losses, ends, most=1 if silent else _PROBES)
+        answers = probe_layouts(unknown, tracer, most=1 if silent else _PROBES)
         for use, (layout, is_certain) in zip(unknown, answers, strict=True):
             use.layout = layout
             if layout is not None and is_certain:
                 self._layouts[use.key, len(use.shape)] = layout
-                if layout.is_ambiguous(use.shape, len(losses)):
+                if layout.is_ambiguous(use.shape, len(tracer.losses)):
                     self._folded.add(use.key)
             elif layout is not None:
                 self._silent.add(use.key)
         return [use for use in unknown if use.layout is None]
 
-    def _measure(self, tracer: Tracer, losses: Tensor, ends: Mapping[int, Leaf]) -> Tensor:
+    def _measure(self, tracer: Tracer) -> Tensor:
         """Return the norms, by the rules and, for what they leave, by one backward pass for each sample."""
+        losses, ends = tracer.losses, tracer.ends
         rest = {name: p for name, p in tracer.parameters.items() if id(p) in ends}
         self._report(tracer, {name: ends[id(p)] for name, p in rest.items()})
         is_double = any(tensor.dtype == torch.float64 for tensor in (losses, *tracer.parameters.values()))
@@ -225,7 +213,7 @@ class PerSampleGradientNorms:
         if rest:
             if self._fallback == "raise":
                 raise RuntimeError(_uncovered_message({name: self._coverage[name] for name in rest}))
-            largest = max([p.numel() for p in rest.values()] + [_numel(use.shape) for use in tracer.uses])
+            largest = max([p.numel() for p in rest.values()] + [math.prod(use.shape) for use in tracer.uses])
             sums.total += squared_norms_by_backward(losses, list(rest.values()), 4 * largest)
 
         def receive(use: Use, gradient: Tensor) -> None:
@@ -242,8 +230,7 @@ class PerSampleGradientNorms:
             use.release()
 
         if tracer.uses:
-            with tracer.listening(receive):
-                run_backward(losses, ends)
+            tracer.backward(losses, receive, retain_graph=False)
         return sums.finish().clamp(min=0).sqrt()
 
     def _report(self, tracer: Tracer, rest: Mapping[str, Leaf]) -> None:
@@ -316,10 +303,6 @@ def _checked(losses: object) -> Tensor:
     return losses
 
 
-def _numel(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()
-
-
 def _refuse_training_batch_norm(module: nn.Module) -> None:
     kind = nn.modules.batchnorm._BatchNorm
     for name, child in module.named_modules():
@@ -360,15 +343,14 @@ def _plain_forward() -> Iterator[None]:
         yield
 
 
-def _random_states(tensors: object) -> list[tuple[torch.device | None, Tensor]]:
-    states: list[tuple[torch.device | None, Tensor]] = [(None, torch.get_rng_state())]
-    devices = {tensor.device for tensor in tensors if tensor.is_cuda}  # type: ignore[attr-defined]
-    return states + [(device, torch.cuda.get_rng_state(device)) for device in devices]
+def _rewinding(tensors: Iterable[Tensor]) -> Callable[[], None]:
+    """Return what puts the random streams of torch back to where they are now."""
+    cpu = torch.get_rng_state()
+    devices = {device: torch.cuda.get_rng_state(device) for device in {t.device for t in tensors if t.is_cuda}}
 
-
-def _restore_random_states(states: list[tuple[torch.device | None, Tensor]]) -> None:
-    for device, state in states:
-        if device is None:
-            torch.set_rng_state(state)
-        else:
+    def rewind() -> None:
+        torch.set_rng_state(cpu)
+        for device, state in devices.items():
             torch.cuda.set_rng_state(state, device)
+
+    return rewind

@@ -1,7 +1,5 @@
 """What a trace keeps of a step for the walk through its graph."""
 
-from __future__ import annotations
-
 import os
 import sys
 from dataclasses import dataclass, field
@@ -37,6 +35,13 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.function} ({self.location})"
+
+    def refusal(self, reason: str, otherwise: str = "") -> InseparableLossError:
+        """Return the error that names the call, or something else where its function is not known."""
+        return InseparableLossError(self.function or otherwise, self.location, reason)
+
+
+NOWHERE = Place("")
 
 
 def place_of(func: Any) -> Place:
@@ -81,6 +86,10 @@ class Record:
     fixed: set[Node] = field(default_factory=set)
     moved: dict[Edge, Rows] = field(default_factory=dict)
 
+    def word_for(self, node: Node) -> str:
+        """Return the function and the line of a node, as "mean (module.py:31)", or what torch calls it."""
+        return str(self.places.get(node) or node.name())
+
     def is_constant(self, tensor: Tensor) -> bool:
         """Return whether a tensor is a parameter, a constant, or computed from these alone."""
         kind = tensor.__class__
@@ -118,9 +127,7 @@ class Record:
         assert found is not None
         tensor, version = found
         if tensor._version != version:
-            raise InseparableLossError(
-                "",
-                "",
+            raise NOWHERE.refusal(
                 f"A tensor {tuple(tensor.shape)} was changed in place after it went into the loss, so its values are lost. "
                 "Change a clone of it instead.",
             )

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_grad.functional.plain_tensors import tensors_in
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
@@ -49,11 +51,6 @@ class Rows:
         """Return whether a tensor of this shape can have its samples as this says."""
         return self.owner is not None or (len(shape) > self.axis and shape[self.axis] == self.length)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether rows along the first dimension have one sample each."""
-        return not self.mixed and self.owner is None and self.axis == 0
-
 
 def in_order(length: int, samples: int, device: torch.device) -> Tensor:
     """Return the sample of each of ``length`` rows by the shape rule."""
@@ -68,9 +65,9 @@ def obeys_shape_rule(shape: Sequence[int], samples: int) -> bool:
 # What the functions that move rows do to the row numbers.
 
 
-def _functions(names: str, homes: tuple[Any, ...] = (torch, torch.Tensor, F)) -> Iterator[Any]:
+def _functions(names: str) -> Iterator[Any]:
     for name in names.split():
-        yield from (getattr(home, name) for home in homes if hasattr(home, name))
+        yield from (getattr(home, name) for home in (torch, torch.Tensor, F) if hasattr(home, name))
 
 
 _STACKS = frozenset(_functions("stack vstack hstack dstack row_stack column_stack"))
@@ -150,7 +147,7 @@ def moved_rows(
     elif func in _STACKS and any(t.dim() == 0 and rows_of(t) is None for t in data):
         return []  # losses of unknown owners in a list: the shape rule says whose they are, and the proof whether it is right
     # On the CPU no question to the numbers makes the host wait. An index on a GPU needs them there.
-    device = next((i.device for i in _leaves(rest) if i.dim()), torch.device("cpu"))
+    device = next((i.device for i in tensors_in(rest) if i.dim()), torch.device("cpu"))
     count = _indexed(func, rest)
     if isinstance(data, Tensor):
         numbers: Any = _numbers(data, rows_of(data), samples, count, device)
@@ -163,14 +160,6 @@ def moved_rows(
         numbers = [_numbers(t, rows_of(t), samples, None, device) for t in data]
     found = func(numbers, *rest, **kwargs)
     return [_read(n, samples) for n in (found if isinstance(found, (tuple, list)) else [found])]
-
-
-def _leaves(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _leaves(value)
 
 
 def _numbers(tensor: Tensor, rows: Rows | None, samples: int, count: int | None, device: torch.device) -> Tensor:
@@ -288,7 +277,7 @@ def assigned_rows(args: tuple[Any, ...], samples: int, rows_of: Callable[[Tensor
     is_row = rows_of(value) is not None or obeys_shape_rule(value.shape, samples)
     if not is_row or not (before is not None or obeys_shape_rule(data.shape, samples)):
         return before
-    device = next((i.device for i in _leaves((index,)) if i.dim()), torch.device("cpu"))
+    device = next((i.device for i in tensors_in((index,)) if i.dim()), torch.device("cpu"))
     numbers = _numbers(data, before, samples, None, device).clone()
     numbers[index] = _numbers(value, rows_of(value), samples, None, device)
     return _read(numbers, samples)

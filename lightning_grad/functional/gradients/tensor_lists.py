@@ -4,8 +4,6 @@ What the clipping and conditioning functions beside this file are made of. Every
 nothing waits for the device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -92,14 +90,17 @@ def stack_norms(tensors: Sequence[Tensor | None], norm_type: float = 2.0) -> Ten
     if len(norms) < len(tensors):
         zero, found = torch.zeros_like(norms[0]), iter(norms)
         norms = [zero if tensor is None else next(found) for tensor in tensors]
-    sharded = [is_sharded(norm) for norm in norms]
-    if all(sharded):  # one reduction for all
-        return whole(torch.stack(norms))
-    if any(sharded):
-        norms = [whole(norm) for norm in norms]
-    if len({norm.device for norm in norms}) > 1:
-        norms = [norm.to(norms[0].device) for norm in norms]
-    return torch.stack(norms)
+    return whole(stack(norms))
+
+
+def stack(values: Sequence[Tensor]) -> Tensor:
+    """Return scalars as one vector on the device of the first, a DTensor if all of them are."""
+    sharded = [is_sharded(value) for value in values]
+    if any(sharded) and not all(sharded):
+        values = [whole(value) for value in values]
+    if len({value.device for value in values}) > 1:
+        values = [value.to(values[0].device) for value in values]
+    return torch.stack(list(values))
 
 
 def joined_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -156,5 +157,4 @@ def share_of(flags: Sequence[Tensor]) -> Tensor:
         >>> share_of([torch.tensor([True, False]), torch.tensor([False, False])])
         tensor(0.2500)
     """
-    counts = [whole(flag.sum()) for flag in flags]
-    return torch.stack([count.to(counts[0].device) for count in counts]).sum() / sum(flag.numel() for flag in flags)
+    return stack([whole(flag.sum()) for flag in flags]).sum() / sum(flag.numel() for flag in flags)

@@ -8,13 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_grad.functional.gradients.autograd import Node, kind_of
-from lightning_grad.functional.gradients.errors import InseparableLossError
-from lightning_grad.functional.gradients.loss_call import LossCall
-from lightning_grad.functional.gradients.nodes import REDUCING
-from lightning_grad.functional.gradients.record import Record
+from lightning_grad.functional.gradients.record import NOWHERE, Place, Record
 from lightning_grad.functional.gradients.values import Part, Values
-from lightning_grad.functional.gradients.walk import Cut, Key, Walk
+from lightning_grad.functional.gradients.walk import Key, Walk
 from lightning_grad.functional.gradients.weights import WeightHandle, weight_cuts_, without_ignored
 from lightning_grad.functional.plain_tensors import plain_tensor
 
@@ -26,19 +22,17 @@ class Term:
     """One of the sums over samples that a loss consists of.
 
     Attributes:
-        function: The function that reduces it.
-        location: Its place in the step, as "module.py:31".
+        place: The call that reduces it, and its line in the step.
         shares: What each sample contributes, times B, (B,).
         own: The mean over each sample's own positions, (B,); see :class:`Terms`.
     """
 
-    function: str
-    location: str
+    place: Place
     shares: Tensor
     own: Tensor
 
     def __str__(self) -> str:
-        return f"{self.function} ({self.location})"
+        return str(self.place)
 
 
 class Terms:
@@ -58,7 +52,7 @@ class Terms:
 
     is what the loss would be for the sample alone, if the step divides by the number of positions; here r' and a' are taken
     below masks that the step multiplied (in the sum of l m, r' is l and a' is m). If each sample has the same coefficients,
-    as without masks, both are equal. :func:`prove_terms` finds out which is the sample's loss. Weights always act on shares:
+    as without masks, both are equal; a batch of one sample tells which is its loss. Weights always act on shares:
 
     .. math::
         L_w = c + \frac{1}{B} \sum_i w_i s_i
@@ -66,7 +60,6 @@ class Terms:
     Attributes:
         samples: B.
         terms: The terms by place, with values only.
-        call: The call of a loss of ``torch.nn.functional`` that makes up the whole loss, up to a factor and the constant.
         dtype: The dtype in which the least exact of the terms was reduced.
         keys: Where the loss was cut; equal in all steps of the same code.
 
@@ -90,14 +83,12 @@ class Terms:
         self._walk: Walk | None = walk
         self.keys: frozenset[Key] = frozenset(cut.key for cut in walk.cuts)
         self.terms: tuple[Term, ...] = ()
-        self.call: LossCall | None = None
         self.dtype = loss.dtype
         self._shares: Tensor | None = None
         if values:
             found = Values(loss, walk, record, keep_graph)
             self.dtype = found.coarsest
             self._add_up(found)
-            self.call = _sole_call(walk, record)
             if check:
                 self._check(found)
 
@@ -146,7 +137,7 @@ class Terms:
         else:
             total = sum(counts[1:], counts[0])
             own = sums / total * total.sum()
-        return Term(place.function, place.location, shares, own)
+        return Term(place, shares, own)
 
     def _check(self, found: Values) -> None:
         """Refuse terms that do not add up to the loss that the step returned."""
@@ -157,9 +148,7 @@ class Terms:
         difference = (self.constant - found.constant).abs()
         if bool(difference > _TOLERANCES.get(self.dtype, 3e-2) * scale):
             seen = self.shares.detach().mean() + found.constant
-            raise InseparableLossError(
-                "",
-                "",
+            raise NOWHERE.refusal(
                 f"The terms that were seen add up to {float(seen):.9g}, but the step returned {float(self._loss):.9g}."
                 " The loss holds a term that was not seen.",
             )
@@ -189,11 +178,8 @@ class Terms:
         if walk is None:
             raise RuntimeError("These terms were released, so there is no graph to weight. Trace another step.")
         if walk.learned:
-            place = walk.learned[0]
-            raise InseparableLossError(
-                place.function,
-                place.location,
-                "multiplies a term by a learned factor, whose own gradient would be that of the unweighted loss.",
+            raise walk.learned[0].refusal(
+                "multiplies a term by a learned factor, whose own gradient would be that of the unweighted loss."
             )
         if self._shares is not None:
             weights = without_ignored(weights, self.own)
@@ -217,19 +203,3 @@ def _sum_of_means(means: list[Tensor]) -> Tensor:
         return means[0]
     stacked = torch.stack(means)
     return stacked.nansum(0).masked_fill(stacked.isnan().all(0), float("nan"))
-
-
-def _sole_call(walk: Walk, record: Record) -> LossCall | None:
-    """Return the call of a loss that is all there is, reduced by itself or by hand."""
-    if len(walk.cuts) == 0 or len({cut.call or cut.node for cut in walk.cuts}) > 1:
-        return None
-    cut: Cut = walk.cuts[0]
-    if cut.call is not None:
-        return record.calls[cut.call].loss_call
-    nodes: list[Node] = [cut.node]
-    while nodes[-1] not in record.calls:
-        node = cut.edge[0] if len(nodes) == 1 else nodes[-1].next_functions[0][0]
-        if node is None or kind_of(nodes[-1]) not in REDUCING:
-            return None
-        nodes.append(node)
-    return record.calls[nodes[-1]].loss_call

@@ -1,7 +1,5 @@
 """The context that watches a step: which rows belong to which sample, and what is reduced to the loss."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,11 +8,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
-from lightning_grad.functional.gradients.autograd import Node, is_transformed
+from lightning_grad.functional.gradients.autograd import Node, edge_of, is_transformed
 from lightning_grad.functional.gradients.calls import Call, read_call
-from lightning_grad.functional.gradients.follow import NO_TENSORS, RowTracker, edge_of, tensors_in
-from lightning_grad.functional.gradients.loss_call import LossCall
-from lightning_grad.functional.gradients.loss_functions import LOSSES, dropped_weight
+from lightning_grad.functional.gradients.follow import RowTracker
+from lightning_grad.functional.gradients.loss_functions import LOSSES, LossCall, dropped_weight
 from lightning_grad.functional.gradients.record import Record, place_of
 from lightning_grad.functional.gradients.rows import (
     ADDITIONS,
@@ -26,7 +23,7 @@ from lightning_grad.functional.gradients.rows import (
     touches_rows,
 )
 from lightning_grad.functional.gradients.terms import Terms
-from lightning_grad.functional.plain_tensors import on_plain_tensors
+from lightning_grad.functional.plain_tensors import NO_TENSORS, on_plain_tensors, tensors_in
 
 _ASSIGNMENT = torch.Tensor.__setitem__
 _SPECIAL = frozenset([*LOSSES, *MOVES, *RESHAPES, *TRANSPOSES, *REDUCTIONS, *SORTS, _ASSIGNMENT, torch.eye])
@@ -57,8 +54,9 @@ class LossTrace(TorchFunctionMode):
             have kept, in order; with ``values`` only.
 
     Which sample a row belongs to follows from the shape, k B rows in order, unless the step moves rows by indexing,
-    concatenating, splitting, repeating or transposing, which is followed. A shape can agree by coincidence; so prove a step
-    once with :func:`prove_terms`, and pass the proven terms to :meth:`terms` in later steps.
+    concatenating, splitting, repeating or transposing, which is followed. A shape can agree by coincidence. So run a new step
+    twice in eval mode, the second time on the samples in another order: ``shares`` must come in that order too. Then pass
+    these terms as ``like`` to :meth:`terms` in later steps.
 
     Cost: no host sync, except where rows are moved by an index on a GPU. While ``torch.compile`` compiles, nothing is
     watched: compiled parts run as without the trace, and a loss inside of one is refused.
@@ -102,7 +100,7 @@ class LossTrace(TorchFunctionMode):
 
         Args:
             loss: What the step returned, one number with its graph.
-            like: Terms of an earlier step, whose shape coincidences were ruled out by a proof. Where the shapes alone would
+            like: Terms of an earlier step, for which shape coincidences were ruled out. Where the shapes alone would
                 cut this step elsewhere, it is cut as that one was.
             check: Compare the terms with the value of the loss, at the price of one host sync.
 
@@ -247,9 +245,7 @@ class LossTrace(TorchFunctionMode):
             return False
         call: Call | None
         try:
-            call = read_call(
-                func, args, kwargs, out, self.samples, self._rows.of, edge_of, self.values, self.keep_graph
-            )
+            call = read_call(func, args, kwargs, out, self.samples, self._rows.of, self.values, self.keep_graph)
         except Exception as error:  # the step must go on as if nobody had looked; the walk says what was wrong
             call = Call(LOSSES[func].name, "", {}, frozenset(), f"could not be read: {error}")
         if call is not None and call.loss_call is not None:

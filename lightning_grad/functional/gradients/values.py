@@ -1,7 +1,5 @@
 """The values of the terms: coefficients by the graph's own backward functions, times the rows that the trace kept."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

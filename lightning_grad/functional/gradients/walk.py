@@ -1,23 +1,15 @@
 """The walk from the returned loss through the autograd graph to the edges at which rows begin."""
 
-from __future__ import annotations
-
-from collections.abc import Container, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from lightning_grad.functional.gradients.autograd import (
-    Edge,
-    Node,
-    kind_of,
-    leaf_of,
-    output_shape,
-)
+from lightning_grad.functional.gradients.autograd import Edge, Node, kind_of, leaf_of, output_shape
 from lightning_grad.functional.gradients.calls import Call
-from lightning_grad.functional.gradients.descent import Descent, is_linear
 from lightning_grad.functional.gradients.errors import InseparableLossError
-from lightning_grad.functional.gradients.nodes import ADDING, CONTRACTING, LINEAR, PASSED
-from lightning_grad.functional.gradients.record import Place, Record
+from lightning_grad.functional.gradients.nodes import ADDING, CONTRACTING, LINEAR, PASSED, is_linear
+from lightning_grad.functional.gradients.record import NOWHERE, Place, Record
 from lightning_grad.functional.gradients.rows import Rows
 
 Key = tuple[str, str, str, int]
@@ -62,6 +54,47 @@ class Cut:
         return (self.place.function, self.place.location, self.node.name(), self.index)
 
 
+class Descent(ABC):
+    """Goes from the loss down, and closes each node once all below it are closed.
+
+    A subclass says in :meth:`_open` where the way ends, and in :meth:`_close` what a node makes of what lies below it.
+
+    Args:
+        record: Of the step.
+
+    Attributes:
+        order: The nodes in the order in which they were closed.
+    """
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+        self._depends: dict[Node, bool] = {}  # on what the way ends at
+        self._places: dict[Node, Place] = {}
+        self.order: list[Node] = []
+
+    def _run(self, root: Node) -> None:
+        # Without recursion: a Python sum over a batch is a chain of as many nodes.
+        todo = [(root, Place(""), False)]
+        while todo:
+            node, above, is_done = todo.pop()
+            if is_done:
+                self._close(node)
+                self.order.append(node)
+            elif node not in self._depends:
+                self._depends[node] = False
+                place = self._places[node] = self._record.places.get(node, above)
+                todo.append((node, above, True))
+                todo += [(below, place, False) for below in self._open(node, place)]
+
+    @abstractmethod
+    def _open(self, node: Node, place: Place) -> Iterable[Node]:
+        """Find out what the inputs of a node are; return the nodes to visit next."""
+
+    @abstractmethod
+    def _close(self, node: Node) -> None:
+        """Find out whether a node depends on what the way ends at, once all below it is known."""
+
+
 class Walk(Descent):
     """What the graph says of a loss.
 
@@ -91,13 +124,11 @@ class Walk(Descent):
         self.learned: list[Place] = []
         self.adding: list[Node] = []
         if root in record.fixed:
-            raise InseparableLossError("", "", "The loss depends on parameters only, and on no sample.")
+            raise NOWHERE.refusal("The loss depends on parameters only, and on no sample.")
         self._run(root)
         self.order.reverse()
         if not self.cuts:
-            raise InseparableLossError(
-                "", "", f"No tensor with rows for the {record.samples} samples leads to the loss."
-            )
+            raise NOWHERE.refusal(f"No tensor with rows for the {record.samples} samples leads to the loss.")
 
     def _open(self, node: Node, place: Place) -> Iterator[Node]:
         """Find out what the inputs of a node are; yield the nodes to visit next."""
@@ -185,17 +216,12 @@ class Walk(Descent):
             return
         place = self._places[node]
         if leaf_of(node) is not None:
-            raise InseparableLossError(
-                place.function,
-                place.location,
-                "uses a tensor that requires a gradient, is no parameter and has no rows.",
-            )
+            raise place.refusal("uses a tensor that requires a gradient, is no parameter and has no rows.")
         if kind_of(node):
-            raise InseparableLossError(
-                place.function or node.name(),
-                place.location,
+            raise place.refusal(
                 f"combines parameters with a tensor that has no rows for the {self._record.samples} samples, so whether its "
                 "result belongs to a sample is not known. If it does not, register it as a buffer of the module.",
+                node.name(),
             )
         self._refuse(node)
 
@@ -211,7 +237,7 @@ class Walk(Descent):
                 f"mixes the samples or cannot be read ({node.name()}), so the loss is not known to be a mean of one term per "
                 "sample."
             )
-        raise InseparableLossError(place.function or node.name(), place.location, reason)
+        raise place.refusal(reason, node.name())
 
 
 def entries(node: Node, inputs: Container[Edge], others: Container[Edge] = ()) -> Iterator[tuple[Node, int, Edge]]:

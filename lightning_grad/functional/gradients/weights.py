@@ -1,18 +1,15 @@
 """Weights for the samples in the backward pass, as hooks on the graph: no value changes, and nothing is computed twice."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_grad.functional.gradients.autograd import Node
+from lightning_grad.functional.gradients.autograd import Node, edge_of
 from lightning_grad.functional.gradients.calls import read_call
 from lightning_grad.functional.gradients.errors import InseparableLossError
-from lightning_grad.functional.gradients.follow import edge_of
 from lightning_grad.functional.gradients.record import Record
 from lightning_grad.functional.gradients.rows import Rows
 from lightning_grad.functional.gradients.walk import Walk, entries
@@ -34,10 +31,7 @@ class WeightHandle:
 def weight_cuts_(walk: Walk, weights: Tensor) -> WeightHandle:
     """Weight the rows in what flows through the cuts of a walk in every backward pass."""
     # On the edge, not on the tensor: what else the tensor is used for, also in another term, is not weighted here.
-    cuts: dict[Node, dict[int, Rows | None]] = {}
-    for cut in walk.cuts:
-        cuts.setdefault(cut.node, {})[cut.index] = cut.rows
-    return _weight_inputs(cuts, weights)
+    return _weight_inputs([(cut.node, cut.index, cut.rows) for cut in walk.cuts], weights)
 
 
 def weight_call_(
@@ -59,9 +53,11 @@ def weight_call_(
     if value.grad_fn is None:
         return False
     only = _only_input(args, kwargs, samples)
-    if only is not None and _weight_input(value.grad_fn, only, weights):
+    found = () if only is None else entries(value.grad_fn, (edge_of(only),))
+    if inputs := [(node, index, None) for node, index, _ in found]:
+        _weight_inputs(inputs, weights)
         return True
-    call = read_call(func, args, kwargs, value, samples, lambda _: None, edge_of, values=False, keep_graph=False)
+    call = read_call(func, args, kwargs, value, samples, lambda _: None, values=False, keep_graph=False)
     if call is None or call.problem or call.others:
         return False
     # For the walk a loss without reduction is none that ends here; for the hooks it makes no difference.
@@ -82,22 +78,6 @@ def _only_input(args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> 
     return None if others or first.shape[0] % samples else first
 
 
-def _weight_input(node: Node, data: Tensor, weights: Tensor) -> bool:
-    """Weight the rows of the one input with a graph of a call of a loss; return whether it was found.
-
-    Args:
-        node: Of the call's result.
-        data: The input, whose rows are those of the samples in order.
-        weights: One for each sample, (B,).
-    """
-    cuts: dict[Node, dict[int, Rows | None]] = {}
-    for inner, index, _ in entries(node, (edge_of(data),)):
-        cuts.setdefault(inner, {})[index] = None
-    if cuts:
-        _weight_inputs(cuts, weights)
-    return bool(cuts)
-
-
 def without_ignored(weights: Tensor, losses: Tensor) -> Tensor:
     """Return weights in which nan is 0 for a sample without a position that counts.
 
@@ -110,8 +90,12 @@ def without_ignored(weights: Tensor, losses: Tensor) -> Tensor:
     return torch.where(weights.isnan() & losses.detach().isnan(), 0.0, weights)
 
 
-def _weight_inputs(cuts: Mapping[Node, Mapping[int, Rows | None]], weights: Tensor) -> WeightHandle:
-    return WeightHandle([node.register_hook(_weighting(rows, weights)) for node, rows in cuts.items()])
+def _weight_inputs(inputs: Iterable[tuple[Node, int, Rows | None]], weights: Tensor) -> WeightHandle:
+    """Weight the rows in the gradients of some inputs of nodes."""
+    by_node: dict[Node, dict[int, Rows | None]] = {}
+    for node, index, rows in inputs:
+        by_node.setdefault(node, {})[index] = rows
+    return WeightHandle([node.register_hook(_weighting(rows, weights)) for node, rows in by_node.items()])
 
 
 def _weighting(inputs: Mapping[int, Rows | None], weights: Tensor) -> Callable[..., tuple[Tensor | None, ...]]:

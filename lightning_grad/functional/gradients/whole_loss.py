@@ -1,7 +1,5 @@
 """Whether the loss that a step returns is made of one call of a loss, and of nothing else that depends on the samples."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -11,13 +9,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from lightning_grad.functional.gradients.autograd import Node, kind_of, leaf_of
-from lightning_grad.functional.gradients.descent import Descent, is_linear
-from lightning_grad.functional.gradients.follow import tensors_in
-from lightning_grad.functional.gradients.loss_call import LossCall
 from lightning_grad.functional.gradients.loss_capture import LossCapture
-from lightning_grad.functional.gradients.nodes import GUARDING, LINEAR
+from lightning_grad.functional.gradients.loss_functions import LossCall
+from lightning_grad.functional.gradients.nodes import GUARDING, LINEAR, is_linear
 from lightning_grad.functional.gradients.record import Place, Record, place_of
-from lightning_grad.functional.plain_tensors import plain_tensor
+from lightning_grad.functional.gradients.walk import Descent
+from lightning_grad.functional.plain_tensors import plain_tensor, tensors_in
 
 _FROM_OUTSIDE = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.frombuffer, torch.asarray)
 
@@ -80,11 +77,11 @@ class WholeLossCapture(LossCapture):
             node = tensor.grad_fn
             if node is not None and node not in record.places:
                 record.places[node] = place_of(func)
-            if is_fixed:
-                record.constants[id(tensor)] = tensor
-            else:
+            if not is_fixed:
                 record.constants.pop(id(tensor), None)  # written in place
-            if is_fixed and node is not None:
+                continue
+            record.constants[id(tensor)] = tensor
+            if node is not None:
                 record.fixed.add(node)
 
     def rest_of(self, loss: Tensor, call: LossCall) -> str | None:
@@ -97,15 +94,17 @@ class WholeLossCapture(LossCapture):
         edge, value = self._seen[self.calls.index(call)]
         if loss.grad_fn is None or edge is None or edge.node is None:
             # Without a graph only the values can be compared: a metric, or a loss inside a reentrant checkpoint.
-            is_same = value.dim() == 0 and bool(
-                torch.isclose(loss.detach().to(value), value, rtol=1e-3, equal_nan=True)
-            )
-            if is_same:
+            if value.dim() == 0 and bool(torch.isclose(loss.detach().to(value), value, rtol=1e-3, equal_nan=True)):
                 return None
-            other = "is another" if loss.grad_fn is None else f"comes from {word_for(loss.grad_fn, self._record)}"
-            return f"its value {other}"
-        found = CallWalk(loss.grad_fn, edge.node, self._record).rest
-        return found or (self._factors(loss, edge, call, value) if value.dim() else None)
+            return "its value " + (
+                "is another" if loss.grad_fn is None else f"comes from {self._record.word_for(loss.grad_fn)}"
+            )
+        rest = CallWalk(loss.grad_fn, edge.node, self._record).rest
+        if rest is not None or value.dim() == 0:
+            return rest
+        factors = self._factors(loss, edge, call, value)
+        is_mean = not len(factors) or bool(torch.isclose(factors, factors[0], rtol=1e-3, atol=0.0).all())
+        return None if is_mean else "its positions are multiplied by a mask or by weights"
 
     @property
     def nodes(self) -> list[Node]:
@@ -125,19 +124,13 @@ class WholeLossCapture(LossCapture):
         if edge is None or edge.node is None:
             return self.rest_of(loss, call)
         if not CallWalk(loss.grad_fn, edge.node, self._record).leads:
-            return f"the loss comes from {word_for(loss.grad_fn, self._record)}"
-        counts = self._factors_of(loss, edge, call, value) != 0 if value.dim() else torch.ones(1)
+            return f"the loss comes from {self._record.word_for(loss.grad_fn)}"
+        counts = self._factors(loss, edge, call, value) != 0 if value.dim() else torch.ones(1)
         return "some of its rows have no part in the loss" if bool(counts.any()) and not bool(counts.all()) else None
 
-    def _factors(self, loss: Tensor, edge: GradientEdge, call: LossCall, value: Tensor) -> str | None:
-        """Compare the factors with which the positions of an unreduced loss enter the step's loss."""
-        factors = self._factors_of(loss, edge, call, value)
-        if not len(factors) or bool(torch.isclose(factors, factors[0], rtol=1e-3, atol=0.0).all()):
-            return None
-        return "its positions are multiplied by a mask or by weights"
-
     @staticmethod
-    def _factors_of(loss: Tensor, edge: GradientEdge, call: LossCall, value: Tensor) -> Tensor:
+    def _factors(loss: Tensor, edge: GradientEdge, call: LossCall, value: Tensor) -> Tensor:
+        """Return the factors with which the positions of an unreduced loss that count enter the step's loss."""
         with torch.enable_grad():
             (found,) = torch.autograd.grad(loss.sum(), [edge], retain_graph=True, allow_unused=True)
         return found[call.valid.expand(found.shape) & value.isfinite()]
@@ -163,7 +156,7 @@ class CallWalk(Descent):
         self._run(root)
         self.leads = self._depends[root]
         if not self.leads:
-            self.rest = f"it comes from {self._word(root)}"
+            self.rest = f"it comes from {self._record.word_for(root)}"
 
     def _open(self, node: Node, place: Place) -> Iterable[Node]:
         if node is self._target:
@@ -183,9 +176,9 @@ class CallWalk(Descent):
         beside = [child for child, hit in zip(below, hits, strict=True) if child is not None and not hit]
         other = next((child for child in beside if not self._is_constant(child)), None)
         if other is not None:
-            self.rest = f"there is also {self._word(other)}"
+            self.rest = f"there is also {self._record.word_for(other)}"
         elif kind_of(node) not in GUARDING and not is_linear(kind_of(node), hits):
-            self.rest = f"it goes through {self._word(node)}"
+            self.rest = f"it goes through {self._record.word_for(node)}"
 
     def _is_constant(self, node: Node) -> bool:
         while node not in self._record.fixed:
@@ -197,12 +190,3 @@ class CallWalk(Descent):
                 return False
             node = children[0]  # a cast or an expansion of a constant
         return True
-
-    def _word(self, node: Node) -> str:
-        return word_for(node, self._record)
-
-
-def word_for(node: Node, record: Record) -> str:
-    """Return the function and the line of a node, as "mean (module.py:31)", or what torch calls it."""
-    place = record.places.get(node)
-    return node.name() if place is None else str(place)

@@ -4,8 +4,6 @@ The rule sees numbers only: what was observed, in order, larger being better. Va
 by the caller.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

@@ -1,6 +1,6 @@
 """N:M sparsity: masks, patterns, and the schedules that narrow them during a run."""
 
-from lightning_grad.functional.sparsity.nm_schedule import RECIPES, NMPhase, NMSchedule, linear_decay
+from lightning_grad.functional.sparsity.nm_schedule import RECIPES, NMPhase, NMSchedule
 from lightning_grad.functional.sparsity.nm_sparsity import (
     NMPattern,
     add_sr_ste_,
@@ -20,7 +20,6 @@ __all__ = [
     "add_sr_ste_",
     "gradient_noise",
     "is_nm",
-    "linear_decay",
     "mask_distance",
     "nm_mask",
     "prune",

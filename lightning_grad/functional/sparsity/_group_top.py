@@ -6,8 +6,6 @@ on the host, so nothing makes a GPU wait, and every operation runs over whole ro
 faster than sorting each group.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

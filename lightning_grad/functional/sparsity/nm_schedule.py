@@ -3,13 +3,12 @@
 The masks themselves are in :mod:`lightning_grad.functional.sparsity.nm_sparsity`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_grad.functional.choices import check_choice
 from lightning_grad.functional.sparsity.nm_sparsity import NMPattern
 
 Recipe = Literal["ste", "sr-ste", "step", "mdgf-linear", "mdgf-exponential", "sdgf-stepwise", "sdgf-geometric"]
@@ -159,8 +158,8 @@ class NMSchedule:
         geometric_patterns(NMPattern(1, 1), self.geometric_start)
         if isinstance(self.recipe, tuple):
             self._check_stages(self.recipe)
-        elif self.recipe not in RECIPES:
-            raise ValueError(f"recipe={self.recipe!r} is none of {', '.join(map(repr, RECIPES))}.")
+        else:
+            check_choice(self.recipe, RECIPES, "recipe")
 
     def _check_stages(self, stages: Sequence[tuple[float, NMPattern]]) -> None:
         starts = [start for start, _ in stages]

@@ -10,10 +10,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_grad import callbacks
 from lightning_grad.callbacks import AccuracyGradientLR, GradientMonitor
 from lightning_grad.functional.plain_tensors import PlainTensors
 from lightning_grad.testing import assert_identical, make_trainer
+from tests.contract.settings import CANONICAL
 
 # What the module, Lightning, autograd and Adam need; the class refuses all else.
 _KNOWN = (
@@ -134,37 +134,17 @@ def weights(module: pl.LightningModule) -> dict[str, Tensor]:
         return {name: parameter.detach().as_subclass(Tensor).clone() for name, parameter in module.named_parameters()}
 
 
-TECHNIQUES = {
-    "NormClipping": {"max_norm": 0.05},
-    "ValueClipping": {"clip_value": 0.01},
-    "AdaptiveGradientClipping": {"ratio": 0.01},
-    "AutoClip": {},
-    "ZClip": {"z_threshold": 0.5, "warmup_steps": 2, "max_norm": 0.5},
-    "LayerwiseClipping": {"max_norm": 0.05},
-    "LayerwiseNormalization": {"vectors": True},
-    "SpikeClipping": {"threshold": 1.0, "pause": 1},
-    "MomentumReset": {"every": 3},
-    "SkipNonFinite": {},
-    "GradientNoise": {},
-    "GradientCentralization": {},
-    "GradientMonitor": {"rarely": 1},
-    "AccuracyGradientLR": {"window": 1, "quiet": 1, "threshold": 9.0},
-}
+FAMILIES = ("clipping", "diagnostics", "schedules")  # what they read are gradients, weights and metrics
 
 
 @pytest.mark.parametrize("kind", [LabelledInputs, LabelledParameter, Both], ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("name", TECHNIQUES)
-def test_a_technique_does_what_it_does_with_plain_tensors(name, kind):
+@pytest.mark.parametrize("technique", [t for t in CANONICAL if t.family in FAMILIES], ids=str)
+def test_a_technique_does_what_it_does_with_plain_tensors(technique, kind):
     trained = []
     for module in (Plain(), kind()):
-        run(module, getattr(callbacks, name)(**TECHNIQUES[name]))
+        run(module, technique.kind(**technique.kind.trial))
         trained.append(weights(module))
     assert_identical(*trained)
-
-
-def test_all_of_the_family_is_tried():
-    family = {name for name in callbacks.__all__ if ".clipping." in getattr(callbacks, name).__module__}
-    assert family | {"AccuracyGradientLR"} == set(TECHNIQUES)
 
 
 def test_the_class_refuses_what_numbers_are_read_by():
@@ -206,7 +186,7 @@ def test_a_grad_scaler_changes_nothing_about_it():
 
 
 def test_a_rate_follows_a_labelled_metric():
-    trainer = run(Both(), AccuracyGradientLR(**TECHNIQUES["AccuracyGradientLR"]), max_epochs=4)
+    trainer = run(Both(), AccuracyGradientLR(**AccuracyGradientLR.trial), max_epochs=4)
     assert trainer.callback_metrics["lr/scale"] < 1.0
 
 

@@ -18,7 +18,7 @@ from lightning_grad.callbacks import (
     UniformLearning,
 )
 from lightning_grad.data import load_scores
-from lightning_grad.data.list_items import ListItems
+from lightning_grad.data.fingerprints import ListItems
 from lightning_grad.testing import make_classifier, make_data, make_trainer
 
 BATCH = 8

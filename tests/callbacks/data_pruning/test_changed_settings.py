@@ -116,7 +116,7 @@ def test_nothing_is_scored_for_it(checkpoint: Any, monkeypatch: pytest.MonkeyPat
     def scored(*arguments: Any, **more: Any) -> Any:
         raise AssertionError("a pass")
 
-    monkeypatch.setattr("lightning_grad.callbacks.data_pruning.data_pruning.look_at_all", scored)
+    monkeypatch.setattr("lightning_grad.callbacks.data_pruning._passes.look_at_all", scored)
     note = run(pruning(prune=0.6, offset=0.1, keep="hard"), path)
     assert note.scored[3].epoch == 1
     assert note.sizes() == {2: 20, 3: 20}
@@ -191,7 +191,7 @@ def began(path: Path, settings: dict[str, Any], epoch: int) -> None:
     technique = pruning(**settings)
     note = run(technique, path, epochs=epoch + 2)
     assert note.scored[epoch].epoch == epoch
-    assert note.scored[epoch].name == technique._source.name
+    assert note.scored[epoch].name == technique.source.name
     assert not note.scored[epoch].values.isnan().any()
     assert note.sizes()[epoch] == note.sizes()[epoch + 1] == 34
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset
 
 from lightning_grad.callbacks import DataPruning, InfoBatch, LossReweighting, UniformLearning
-from lightning_grad.core.schedule_warp import count_steps
+from lightning_grad.core.samples.schedule_warp import count_steps
 from lightning_grad.testing import assert_identical, make_trainer, state_of
 from tests.callbacks.data_pruning.test_data_pruning import BATCH, SAMPLES, Classifier, make_data, train
 from tests.callbacks.data_pruning.test_loss_reweighting import weights_by_hand
@@ -467,7 +467,7 @@ class Likelihood(Classifier):
 
 @pytest.mark.parametrize("kind", [InfoBatch, LossReweighting])
 def test_who_cannot_see_a_loss_is_named(kind: Any) -> None:
-    with pytest.raises(RuntimeError, match=rf"{kind.__name__} weights the loss of each sample, and must see it"):
+    with pytest.raises(RuntimeError, match=rf"{kind.__name__} needs the loss of each sample"):
         train(kind(), Likelihood())
 
 

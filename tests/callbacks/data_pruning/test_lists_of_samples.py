@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from lightning_grad.callbacks import InfoBatch, LossReweighting, RepeatedRandomSubset
-from lightning_grad.core.batch_sizes import batch_size_of
+from lightning_grad.core.losses.batch_sizes import batch_size_of
 from lightning_grad.functional import loss_weights
 from tests.callbacks.data_pruning.test_data_pruning import train
 
@@ -125,7 +125,7 @@ UNKNOWN = {"another sampler": {"batch_sampler": Blocks()}, "a stream": {"batch_s
 
 @pytest.mark.parametrize("kind", UNKNOWN)
 def test_else_it_is_refused_with_a_way_out(kind: str) -> None:
-    words = "no sampler of torch tells how many samples are in it. LossReweighting weights .* give loss_fn="
+    words = "no sampler of torch tells how many samples are in it. LossReweighting needs the loss .* give loss_fn="
     with pytest.raises(RuntimeError, match=words):
         train(reweighting(total_steps=6), Boxes(), loader=loader(**UNKNOWN[kind]))
     given = loader(**UNKNOWN[kind])

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_grad.callbacks import DataPruning, InfoBatch, RepeatedRandomSubset, UniformLearning
+from lightning_grad.data.fingerprints import mark_of
 from lightning_grad.testing import make_trainer
-from lightning_grad.utilities.known_data import mark_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 TOTAL, BATCH = 48, 8

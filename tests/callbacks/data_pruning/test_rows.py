@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset, default_collate
 
 from lightning_grad.callbacks import DataPruning, InfoBatch, LossReweighting, RepeatedRandomSubset, UniformLearning
-from lightning_grad.core.rehearsal import Rehearsal
+from lightning_grad.core.losses.rehearsal import Rehearsal
 from lightning_grad.testing import assert_identical, state_of
 from tests.callbacks.data_pruning.test_data_pruning import (
     BY_HAND,

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import lr_scheduler as schedules
 
 from lightning_grad.callbacks import DataPruning, RepeatedRandomSubset
-from lightning_grad.core.schedule_warp import count_steps, steps_due
+from lightning_grad.core.samples.schedule_warp import count_steps, steps_due
 from lightning_grad.testing import ResumableLoader, make_trainer
 from tests.core.test_training_set import HALF, TOTAL, Choose, Net, fit, loader
 

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_grad.callbacks import InfoBatch, LossReweighting
-from lightning_grad.core.loss_tap import reweight_losses
-from lightning_grad.core.weighing_capture import WeighingCapture
+from lightning_grad.core.losses.given_functions import LossRequest
+from lightning_grad.core.losses.loss_tap import reweight_losses
+from lightning_grad.core.losses.weighted_steps import WeighingCapture
 from lightning_grad.functional import LossCapture, loss_weights
 from lightning_grad.functional.gradients import InseparableLossError
 from lightning_grad.testing import assert_identical, state_of
@@ -35,7 +36,7 @@ class Weigh(pl.Callback):
         self.ones = ones
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self.undo = reweight_losses(pl_module, lambda seen: self.weights(seen.losses), "Weigh")
+        self.undo = reweight_losses(pl_module, lambda seen: self.weights(seen.losses), LossRequest("Weigh"))
 
     def weights(self, losses: Tensor) -> Tensor:
         if self.ones:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.callbacks import GradientMonitor
-from lightning_grad.callbacks.diagnostics._logit_probe import LogitProbe
+from lightning_grad.callbacks.diagnostics._logits import LogitProbe
 from lightning_grad.testing import make_trainer
 
 BATCH, TOKENS, WIDTH, HEADS = 3, 5, 8, 2

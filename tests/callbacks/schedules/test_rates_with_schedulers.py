@@ -10,8 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.optim import SGD, Adam
 from torch.optim import lr_scheduler as lrs
 
-from lightning_grad.callbacks.schedules._schedules import mute_schedulers
-from lightning_grad.callbacks.schedules.accuracy_gradient_lr import AccuracyGradientLR
+from lightning_grad.callbacks.schedules.accuracy_gradient_lr import AccuracyGradientLR, _mute_schedulers
 from lightning_grad.functional.schedules.accuracy_gradient_lr import accuracy_gradient_scales
 from lightning_grad.functional.torch_version import TORCH
 from lightning_grad.testing import assert_identical
@@ -200,7 +199,7 @@ def test_replace_keeps_schedulers_of_other_optimizers() -> None:
     module = Stepping()
     one, other = SGD([module.weights[0]], 0.1), SGD([module.weights[1]], 0.1)
     schedulers = [lrs.StepLR(one, 1), lrs.StepLR(other, 1)]
-    end = mute_schedulers(module, [one], "X")
+    end = _mute_schedulers(module, [one], "X")
     for scheduler in schedulers:
         module.lr_scheduler_step(scheduler, None)
     assert module.stepped == [schedulers[1]]

@@ -27,8 +27,8 @@ from lightning_grad.functional import (
     vog_state,
 )
 from lightning_grad.functional.data_pruning.scores import is_correct
-from lightning_grad.functional.gradients.loss_call import LossCall
 from lightning_grad.functional.gradients.loss_capture import LossCapture
+from lightning_grad.functional.gradients.loss_functions import LossCall
 
 B, C, T = 5, 4, 3
 NAN, INF = math.nan, math.inf

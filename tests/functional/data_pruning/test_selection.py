@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_grad.functional.data_pruning.selection import class_shares, count_kept, round_up_count, select_samples
+from lightning_grad.functional.data_pruning.selection import count_kept, round_up_count, select_samples
 
 NAN, INF = float("nan"), float("inf")
 
@@ -166,7 +166,7 @@ def test_balance_takes_from_the_offset_where_quotas_round_up() -> None:
 def test_floor_keeps_a_share_of_each_class_and_else_the_hardest() -> None:
     labels = torch.tensor([0] * 10 + [1] * 10)
     scores = torch.arange(20.0)  # class 1 is harder throughout
-    assert class_shares(select_samples(scores, 10), labels).tolist() == [0.0, 1.0]
+    assert select_samples(scores, 10).tolist() == [*range(10, 20)]
     kept = select_samples(scores, 10, labels=labels, class_floor=0.25)
     assert kept.tolist() == [7, 8, 9, *range(13, 20)], "a quarter of ten is three, rounded up"
     assert select_samples(scores, 10, labels=labels, class_floor=0.5).tolist() == [*range(5, 10), *range(15, 20)]
@@ -190,12 +190,6 @@ def test_floor_takes_from_the_offset_only_what_it_must() -> None:
     scores = torch.arange(10.0)  # the whole class 1 is in the hardest fifth
     kept = select_samples(scores, 6, offset=0.2, labels=labels, class_floor=0.5)
     assert kept.tolist() == [3, 4, 5, 6, 7, 8], "one of class 1, and the easier one"
-
-
-def test_class_shares_by_hand() -> None:
-    labels = torch.tensor([0, 0, 1, 1, 1, 3])
-    shares = class_shares(torch.tensor([0, 2, 3]), labels)
-    torch.testing.assert_close(shares, torch.tensor([1 / 2, 2 / 3, NAN, 0.0], dtype=torch.float64), equal_nan=True)
 
 
 # Strata: the released code.

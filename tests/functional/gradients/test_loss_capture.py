@@ -271,13 +271,3 @@ def test_wrong_arguments() -> None:
             F.cross_entropy(normal(B, C), CHOICES, reduction="wrong")
         with LossCapture(reweight=reweight), pytest.raises((RuntimeError, ValueError), match="batch"):
             F.cross_entropy(normal(B, C), classes(B + 1))
-
-
-def test_clear() -> None:
-    capture = LossCapture()
-    for _ in range(2):
-        with capture:
-            F.cross_entropy(normal(B, C), CHOICES)
-            nn.TripletMarginLoss()(normal(2, 2), normal(2, 2), normal(2, 2))
-        assert len(capture.calls) == len(capture.unread) == 1
-        capture.clear()

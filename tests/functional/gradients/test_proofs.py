@@ -7,20 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_grad.functional.gradients import (
-    InseparableLossError,
-    LossTrace,
-    is_noisy,
-    prove_terms,
-    solo_losses,
-    trace_step,
-    unordered_terms,
-)
+from lightning_grad.functional.gradients import InseparableLossError, LossTrace
 from lightning_grad.functional.gradients.follow import RowTracker
 from tests.functional.gradients.catalogue import B, Batch, Net, absolute, errors, make_batch
 from tests.functional.gradients.coincidences import COINCIDENCES, FISHER, FOLLOWED, OLD, QUEUE
 from tests.functional.gradients.losses_by_hand import mae
 from tests.functional.gradients.losses_of_torch import mse
+from tests.functional.gradients.proofs import is_noisy, prove_terms, solo_losses, trace_step, unordered_terms
 
 
 class BlindTracker(RowTracker):

@@ -6,11 +6,12 @@ from collections import Counter
 
 import pytest
 
-from lightning_grad.functional import RECIPES, NMPattern, NMPhase, NMSchedule, linear_decay
+from lightning_grad.functional import RECIPES, NMPattern, NMPhase, NMSchedule
 from lightning_grad.functional.sparsity.nm_schedule import (
     DENSE,
     exponential_decay,
     geometric_patterns,
+    linear_decay,
     stepwise_patterns,
 )
 

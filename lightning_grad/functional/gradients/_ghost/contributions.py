@@ -1,14 +1,10 @@
 """What one use of a parameter adds to each sample's gradient of it, in the form in which its norm is cheapest.
 
 All stand for a tensor (B, *shape of the parameter) that is rarely written out: :meth:`squared` gives the squared norms of its
-rows, :meth:`dense` writes some of them out.
+rows, :meth:`dense` writes some of them out. A :class:`Binding` tells how one call of an operation contributes.
 """
 
-from __future__ import annotations
-
-import itertools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -139,158 +135,6 @@ class Scattered:
         return torch.equal(self.sample, torch.arange(self.samples, device=self.sample.device).repeat_interleave(each))
 
 
-@dataclass(frozen=True)
-class ConvolutionSettings:
-    """How a convolution goes over its input; numbers for each spatial dimension."""
-
-    weight: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    transposed: bool = False
-    output_padding: tuple[int, ...] = ()
-
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        """Size of the kernel."""
-        return self.weight[2:]
-
-    @property
-    def is_pointwise(self) -> bool:
-        """Whether each output sees one pixel."""
-        return math.prod(self.kernel) == 1 and not any(self.padding)
-
-
-@dataclass
-class Convolution:
-    """Gradients of the weight of a convolution, also a transposed one, of any number of groups.
-
-    Args:
-        inputs: (B, M, C, ...): M images of each sample.
-        gradients: Those of the outputs, (B, M, O, ...).
-        settings: How the convolution goes over its input.
-    """
-
-    inputs: Tensor
-    gradients: Tensor
-    settings: ConvolutionSettings
-
-    def squared(self) -> Tensor:
-        samples = self.inputs.shape[0]
-        if self._is_odd:
-            return torch.cat([sum_squares(self.dense(b, b + 1)) for b in range(samples)])
-        return torch.cat([self._products(*chunk) for chunk in chunks(self.inputs, self._entries)])
-
-    def dense(self, start: int, stop: int) -> Tensor:
-        pairs = zip(self.inputs[start:stop], self.gradients[start:stop], strict=True)
-        return torch.stack([self._backward(images, gradients) for images, gradients in pairs])
-
-    def _backward(self, images: Tensor, gradients: Tensor) -> Tensor:
-        """Return the gradient of one sample as autograd computes it."""
-        s = self.settings
-        weight = images.new_empty(1).expand(s.weight)  # only its shape is read
-        padding = list(s.output_padding) or [0] * len(s.kernel)
-        arguments = (list(s.stride), list(s.padding), list(s.dilation), s.transposed, padding, s.groups)
-        mask = [False, True, False]
-        gradient: Tensor = torch.ops.aten.convolution_backward(gradients, images, weight, None, *arguments, mask)[1]
-        return gradient
-
-    @property
-    def _is_odd(self) -> bool:
-        """Whether a transposed convolution leaves pixels at the border that no kernel ends at."""
-        pairs = zip(self.settings.output_padding, self.settings.stride, strict=False)
-        return any(padding >= stride for padding, stride in pairs)
-
-    @property
-    def _scanned(self) -> Tensor:
-        """What the kernel goes over; a transposed convolution has the roles of input and output exchanged."""
-        return self.gradients if self.settings.transposed else self.inputs
-
-    @property
-    def _met(self) -> Tensor:
-        """What each position of the kernel is multiplied with."""
-        return self.inputs if self.settings.transposed else self.gradients
-
-    @property
-    def _entries(self) -> int:
-        """Entries of a sample's temporaries."""
-        s, few = self.settings, self._is_short
-        unfolded = self._scanned[0].numel() * (math.prod(s.kernel) if few else s.kernel[-1]) // s.stride[-1]
-        return max(unfolded, math.prod(s.weight), 2 * s.groups * self._positions**2 if few else 0)
-
-    @property
-    def _positions(self) -> int:
-        return self._met.shape[1] * math.prod(self._met.shape[3:])
-
-    @property
-    def _is_short(self) -> bool:
-        """Whether there are so few positions that Gram matrices are cheaper than the gradient."""
-        rows, columns = self.settings.weight[0] // self.settings.groups, math.prod(self.settings.weight[1:])
-        return self._positions * (rows + columns) <= rows * columns
-
-    def _products(self, start: int, stop: int) -> Tensor:
-        s, positions = self.settings, self._positions
-        met = (
-            torch.unflatten(self._met[start:stop], 2, (s.groups, -1)).movedim(2, 1).flatten(0, 1)
-        )  # (b G, M, rows, ...)
-        left = met.flatten(3).transpose(2, 3).reshape(len(met), positions, -1)
-        columns = _columns(self._scanned[start:stop], s, tuple(self._met.shape[3:]))
-        if self._is_short:
-            squares = Outer(left, torch.cat(list(columns), 2)).squared()
-        else:  # each position within the kernel is a part of the weight of its own, so that squares may be added
-            squares = sum((sum_squares(torch.bmm(left.mT, part)) for part in columns), left.new_zeros(len(met)))
-        return squares.view(stop - start, s.groups).sum(1)
-
-
-def _columns(scanned: Tensor, settings: ConvolutionSettings, size: tuple[int, ...]) -> Iterator[Tensor]:
-    """Yield what the kernel sees, (b * groups, M * positions, columns), the part of each of its lines by itself.
-
-    Unfolding along the last dimension only, with channels last, moves far less memory than ``F.unfold``.
-
-    Args:
-        scanned: (b, M, C, ...).
-        settings: Those of the convolution.
-        size: Number of positions in each dimension.
-    """
-    s = settings
-    groups = torch.unflatten(scanned, 2, (s.groups, -1)).movedim(2, 1).flatten(0, 1)
-    if s.is_pointwise:
-        for dim, (n, step) in enumerate(zip(size, s.stride, strict=True), start=3):
-            groups = groups.narrow(dim, 0, (n - 1) * step + 1)[(slice(None),) * dim + (slice(None, None, step),)]
-        pixels = groups.flatten(3).transpose(2, 3)
-        yield pixels.reshape(len(groups), -1, pixels.shape[3])
-        return
-    lines = _unfold_lines(_padded_channels_last(groups, s.padding), s, size[-1])
-    for offset in itertools.product(*(range(k) for k in s.kernel[:-1])):
-        begins = [i * d for i, d in zip(offset, s.dilation, strict=False)]
-        seen = [slice(b, b + (n - 1) * t + 1, t) for b, n, t in zip(begins, size, s.stride, strict=False)]
-        part = lines[(slice(None), slice(None), *seen)]
-        yield part.reshape(len(part), part.shape[1] * math.prod(size), -1)
-
-
-def _padded_channels_last(images: Tensor, padding: Sequence[int]) -> Tensor:
-    """Return (N, M, ..., C) of (N, M, C, ...), with zeros around, in one copy."""
-    last = images.movedim(2, -1)
-    if not any(padding):
-        return last.contiguous()
-    sizes = [size + 2 * p for size, p in zip(last.shape[2:-1], padding, strict=True)]
-    padded = last.new_zeros(*last.shape[:2], *sizes, last.shape[-1])
-    inside = padded
-    for dim, (size, p) in enumerate(zip(last.shape[2:-1], padding, strict=True), start=2):
-        inside = inside.narrow(dim, p, size)
-    inside.copy_(last)
-    return padded
-
-
-def _unfold_lines(last: Tensor, settings: ConvolutionSettings, positions: int) -> Tensor:
-    """Return what each line of the kernel sees, (N, M, ..., positions, kernel * C), of (N, M, ..., pixels, C)."""
-    step, spread, channels = settings.stride[-1], settings.dilation[-1], last.shape[-1]
-    shape = (*last.shape[:-2], positions, settings.kernel[-1], channels)
-    strides = (*last.stride()[:-2], step * channels, spread * channels, 1)
-    return last.as_strided(shape, strides).flatten(-2)
-
-
 def combine(contributions: Sequence[Contribution], like: Tensor) -> Tensor:
     """Return the squared norms of the *sums* of what all uses of a parameter contribute, (B,), as ``like`` is."""
     if len(contributions) == 1:
@@ -325,3 +169,53 @@ def _scattered(tables: list[Scattered]) -> Scattered | None:
         return tables[0] if tables else None
     sample, index, rows = (torch.cat([getattr(t, name) for t in tables]) for name in ("sample", "index", "rows"))
     return Scattered(sample, index, rows, tables[0].samples, tables[0].table)
+
+
+Rows = Callable[[Tensor], Tensor]  # returns a tensor with the samples first, in the type that norms are computed in
+Term = Callable[[Tensor, Rows], Contribution]  # takes the gradient of the output
+
+
+@dataclass(frozen=True)
+class Binding:
+    """How one call of an operation depends on what may be parameters.
+
+    Args:
+        terms: Each such argument with what gives its contribution.
+        dims: Takes the shape of the output; returns the dimensions in which samples may lie.
+        kept: The other tensors that the contributions are computed from; they must not change until then.
+        aliases: Whether the output shares memory with the argument.
+        call: What to call in place of the operation, where that is faster with constant parameters.
+    """
+
+    terms: Sequence[tuple[Tensor, Term]]
+    dims: Callable[[Sequence[int]], Sequence[int]]
+    kept: Sequence[Tensor] = ()
+    aliases: bool = False
+    call: Callable[..., Tensor] | None = None
+
+
+def all_but(last: int) -> Callable[[Sequence[int]], Sequence[int]]:
+    return lambda shape: range(len(shape) - last)
+
+
+def first(shape: Sequence[int]) -> Sequence[int]:
+    return range(min(1, len(shape)))
+
+
+def given(*terms: tuple[Tensor | None, Term]) -> list[tuple[Tensor, Term]]:
+    return [(tensor, term) for tensor, term in terms if tensor is not None]
+
+
+def flat(tensor: Tensor, rows: Rows) -> Tensor:
+    """Return (B, R, features)."""
+    split = rows(tensor)
+    return split.reshape(split.shape[0], -1, split.shape[-1])
+
+
+def sum_of_rows(gradient: Tensor, rows: Rows) -> Contribution:
+    return Dense(flat(gradient, rows).sum(1))
+
+
+def per_channel(split: Tensor) -> Tensor:
+    """Sum (B, M, C, ...) to (B, C)."""
+    return split.flatten(3).sum((1, 3)) if split.dim() > 3 else split.sum(1)

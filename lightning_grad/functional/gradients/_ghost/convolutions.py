@@ -1,24 +1,179 @@
-"""Rules for convolutions."""
+"""Convolutions: what they contribute to per-sample gradients, and the rules for them."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_grad.functional.gradients._ghost.binding import Binding, Rows, Term, first, given
 from lightning_grad.functional.gradients._ghost.contributions import (
+    Binding,
     Contribution,
-    Convolution,
-    ConvolutionSettings,
     Dense,
+    Outer,
+    Rows,
+    chunks,
+    first,
+    given,
+    per_channel,
+    sum_squares,
 )
 
 
-def _sum_of_pixels(gradient: Tensor, rows: Rows) -> Contribution:
-    return Dense(rows(gradient).flatten(3).sum((1, 3)))
+@dataclass(frozen=True)
+class ConvolutionSettings:
+    """How a convolution goes over its input; numbers for each spatial dimension."""
+
+    weight: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Size of the kernel."""
+        return self.weight[2:]
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether each output sees one pixel."""
+        return math.prod(self.kernel) == 1 and not any(self.padding)
+
+
+@dataclass
+class Convolution:
+    """Gradients of the weight of a convolution, also a transposed one, of any number of groups.
+
+    Args:
+        inputs: (B, M, C, ...): M images of each sample.
+        gradients: Those of the outputs, (B, M, O, ...).
+        settings: How the convolution goes over its input.
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+    settings: ConvolutionSettings
+
+    def squared(self) -> Tensor:
+        samples = self.inputs.shape[0]
+        if self._is_odd:
+            return torch.cat([sum_squares(self.dense(b, b + 1)) for b in range(samples)])
+        return torch.cat([self._products(*chunk) for chunk in chunks(self.inputs, self._entries)])
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        pairs = zip(self.inputs[start:stop], self.gradients[start:stop], strict=True)
+        return torch.stack([self._backward(images, gradients) for images, gradients in pairs])
+
+    def _backward(self, images: Tensor, gradients: Tensor) -> Tensor:
+        """Return the gradient of one sample as autograd computes it."""
+        s = self.settings
+        weight = images.new_empty(1).expand(s.weight)  # only its shape is read
+        padding = list(s.output_padding) or [0] * len(s.kernel)
+        arguments = (list(s.stride), list(s.padding), list(s.dilation), s.transposed, padding, s.groups)
+        mask = [False, True, False]
+        gradient: Tensor = torch.ops.aten.convolution_backward(gradients, images, weight, None, *arguments, mask)[1]
+        return gradient
+
+    @property
+    def _is_odd(self) -> bool:
+        """Whether a transposed convolution leaves pixels at the border that no kernel ends at."""
+        pairs = zip(self.settings.output_padding, self.settings.stride, strict=False)
+        return any(padding >= stride for padding, stride in pairs)
+
+    @property
+    def _scanned(self) -> Tensor:
+        """What the kernel goes over; a transposed convolution has the roles of input and output exchanged."""
+        return self.gradients if self.settings.transposed else self.inputs
+
+    @property
+    def _met(self) -> Tensor:
+        """What each position of the kernel is multiplied with."""
+        return self.inputs if self.settings.transposed else self.gradients
+
+    @property
+    def _entries(self) -> int:
+        """Entries of a sample's temporaries."""
+        s, few = self.settings, self._is_short
+        unfolded = self._scanned[0].numel() * (math.prod(s.kernel) if few else s.kernel[-1]) // s.stride[-1]
+        return max(unfolded, math.prod(s.weight), 2 * s.groups * self._positions**2 if few else 0)
+
+    @property
+    def _positions(self) -> int:
+        return self._met.shape[1] * math.prod(self._met.shape[3:])
+
+    @property
+    def _is_short(self) -> bool:
+        """Whether there are so few positions that Gram matrices are cheaper than the gradient."""
+        rows, columns = self.settings.weight[0] // self.settings.groups, math.prod(self.settings.weight[1:])
+        return self._positions * (rows + columns) <= rows * columns
+
+    def _products(self, start: int, stop: int) -> Tensor:
+        s, positions = self.settings, self._positions
+        met = (
+            torch.unflatten(self._met[start:stop], 2, (s.groups, -1)).movedim(2, 1).flatten(0, 1)
+        )  # (b G, M, rows, ...)
+        left = met.flatten(3).transpose(2, 3).reshape(len(met), positions, -1)
+        columns = _columns(self._scanned[start:stop], s, tuple(self._met.shape[3:]))
+        if self._is_short:
+            squares = Outer(left, torch.cat(list(columns), 2)).squared()
+        else:  # each position within the kernel is a part of the weight of its own, so that squares may be added
+            squares = sum((sum_squares(torch.bmm(left.mT, part)) for part in columns), left.new_zeros(len(met)))
+        return squares.view(stop - start, s.groups).sum(1)
+
+
+def _columns(scanned: Tensor, settings: ConvolutionSettings, size: tuple[int, ...]) -> Iterator[Tensor]:
+    """Yield what the kernel sees, (b * groups, M * positions, columns), the part of each of its lines by itself.
+
+    Unfolding along the last dimension only, with channels last, moves far less memory than ``F.unfold``.
+
+    Args:
+        scanned: (b, M, C, ...).
+        settings: Those of the convolution.
+        size: Number of positions in each dimension.
+    """
+    s = settings
+    groups = torch.unflatten(scanned, 2, (s.groups, -1)).movedim(2, 1).flatten(0, 1)
+    if s.is_pointwise:
+        for dim, (n, step) in enumerate(zip(size, s.stride, strict=True), start=3):
+            groups = groups.narrow(dim, 0, (n - 1) * step + 1)[(slice(None),) * dim + (slice(None, None, step),)]
+        pixels = groups.flatten(3).transpose(2, 3)
+        yield pixels.reshape(len(groups), -1, pixels.shape[3])
+        return
+    lines = _unfold_lines(_padded_channels_last(groups, s.padding), s, size[-1])
+    for offset in itertools.product(*(range(k) for k in s.kernel[:-1])):
+        begins = [i * d for i, d in zip(offset, s.dilation, strict=False)]
+        seen = [slice(b, b + (n - 1) * t + 1, t) for b, n, t in zip(begins, size, s.stride, strict=False)]
+        part = lines[(slice(None), slice(None), *seen)]
+        yield part.reshape(len(part), part.shape[1] * math.prod(size), -1)
+
+
+def _padded_channels_last(images: Tensor, padding: Sequence[int]) -> Tensor:
+    """Return (N, M, ..., C) of (N, M, C, ...), with zeros around, in one copy."""
+    last = images.movedim(2, -1)
+    if not any(padding):
+        return last.contiguous()
+    sizes = [size + 2 * p for size, p in zip(last.shape[2:-1], padding, strict=True)]
+    padded = last.new_zeros(*last.shape[:2], *sizes, last.shape[-1])
+    inside = padded
+    for dim, (size, p) in enumerate(zip(last.shape[2:-1], padding, strict=True), start=2):
+        inside = inside.narrow(dim, p, size)
+    inside.copy_(last)
+    return padded
+
+
+def _unfold_lines(last: Tensor, settings: ConvolutionSettings, positions: int) -> Tensor:
+    """Return what each line of the kernel sees, (N, M, ..., positions, kernel * C), of (N, M, ..., pixels, C)."""
+    step, spread, channels = settings.stride[-1], settings.dilation[-1], last.shape[-1]
+    shape = (*last.shape[:-2], positions, settings.kernel[-1], channels)
+    strides = (*last.stride()[:-2], step * channels, spread * channels, 1)
+    return last.as_strided(shape, strides).flatten(-2)
 
 
 def _numbers(value: Any, dims: int) -> tuple[int, ...]:
@@ -31,17 +186,6 @@ def _same_padding(weight: Tensor, dilation: Sequence[int]) -> list[tuple[int, in
     return [(total // 2, total - total // 2) for total in totals]
 
 
-def _convolution_term(input: Tensor, settings: ConvolutionSettings, pads: Sequence[tuple[int, int]] = ()) -> Term:
-    kept = input.detach()
-    before_and_after = [amount for pair in reversed(pads) for amount in pair]
-
-    def term(gradient: Tensor, rows: Rows) -> Contribution:
-        padded = F.pad(kept, before_and_after) if any(before_and_after) else kept
-        return Convolution(rows(padded), rows(gradient), settings)
-
-    return term
-
-
 def convolution(
     input: Tensor,
     weight: Tensor,
@@ -50,34 +194,26 @@ def convolution(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
+    output_padding: Any = None,  # of a transposed one
 ) -> Binding | None:
     dims = weight.dim() - 2
     if input.dim() != weight.dim():
         return None  # an image without a batch
-    steps, spread, pads = _numbers(stride, dims), _numbers(dilation, dims), []
-    if padding == "same":
-        pads, padding = _same_padding(weight, spread), 0
-    elif padding == "valid":
-        padding = 0
-    settings = ConvolutionSettings(tuple(weight.shape), steps, _numbers(padding, dims), spread, groups)
-    term = _convolution_term(input, settings, pads)
-    return Binding(given((weight, term), (bias, _sum_of_pixels)), first, (input,))
+    transposed = output_padding is not None
+    steps, spread, more = (_numbers(value, dims) for value in (stride, dilation, output_padding or 0))
+    pads = _same_padding(weight, spread) if padding == "same" else []
+    around = _numbers(0 if isinstance(padding, str) else padding, dims)
+    settings = ConvolutionSettings(
+        tuple(weight.shape), steps, around, spread, groups, transposed, more if transposed else ()
+    )
+    kept = input.detach()
+    before_and_after = [amount for pair in reversed(pads) for amount in pair]
 
+    def term(gradient: Tensor, rows: Rows) -> Contribution:
+        padded = F.pad(kept, before_and_after) if any(before_and_after) else kept
+        return Convolution(rows(padded), rows(gradient), settings)
 
-def transposed_convolution(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> Binding | None:
-    dims = weight.dim() - 2
-    if input.dim() != weight.dim():
-        return None
-    steps, pads, spread, more = (_numbers(value, dims) for value in (stride, padding, dilation, output_padding))
-    settings = ConvolutionSettings(tuple(weight.shape), steps, pads, spread, groups, True, more)
-    term = _convolution_term(input, settings)
-    return Binding(given((weight, term), (bias, _sum_of_pixels)), first, (input,))
+    def shift(gradient: Tensor, rows: Rows) -> Contribution:
+        return Dense(per_channel(rows(gradient)))
+
+    return Binding(given((weight, term), (bias, shift)), first, (input,))

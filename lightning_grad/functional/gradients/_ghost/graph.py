@@ -1,69 +1,29 @@
-"""Questions to autograd's graph: which parameters losses still reach, and their gradients sample by sample."""
-
-from __future__ import annotations
+"""Questions to autograd's graph: the gradients of losses sample by sample, and where the samples lie."""
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lightning_grad.functional.gradients._ghost.contributions import chunks, sum_squares
-
-_REENTRANT = "CheckpointFunctionBackward"  # hides what happens inside from the graph
-
-
-@dataclass
-class Leaf:
-    """A tensor at which the graph ends, and the names of the operations that use it."""
-
-    tensor: Tensor
-    users: set[str] = field(default_factory=set)
+from lightning_grad.functional.gradients._ghost.layouts import Layout, belongs_to, candidates, has_mass
+from lightning_grad.functional.gradients._ghost.tracer import Tracer, Use
 
 
-def leaves(outputs: Tensor) -> dict[int, Leaf]:
-    """Return the leaf tensors that a gradient of the outputs would reach, by identity."""
-    found: dict[int, Leaf] = {}
-    start = outputs.grad_fn
-    if start is None:
-        return {id(outputs): Leaf(outputs)} if outputs.requires_grad else found
-    seen, waiting = {start}, [start]
-    while waiting:
-        node = waiting.pop()
-        if node.name() == _REENTRANT:
-            raise RuntimeError(
-                "Per-sample gradient norms cannot see into torch.utils.checkpoint.checkpoint(..., use_reentrant=True). "
-                "Turn activation checkpointing off while measuring."
-            )
-        for following, _ in node.next_functions:
-            if following is None:
-                continue
-            variable = getattr(following, "variable", None)
-            if variable is not None:
-                found.setdefault(id(variable), Leaf(variable)).users.add(node.name())
-            elif following not in seen:
-                seen.add(following)
-                waiting.append(following)
-    return found
-
-
-def rows_of_jacobian(
-    outputs: Tensor, inputs: Sequence[Tensor], rows: Tensor, retain_graph: bool = True
-) -> list[Tensor | None]:
+def rows_of_jacobian(outputs: Tensor, inputs: Sequence[Tensor], rows: Tensor) -> list[Tensor | None]:
     """Return the gradients of the inputs for each row of output gradients, (rows, *input), all at once where that works.
 
     Args:
         outputs: Any tensor with a graph.
         inputs: Leaf tensors; one that is not reached yields None.
         rows: Gradients of the outputs, (rows, *outputs).
-        retain_graph: Whether the graph is needed again.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # operations without a batching rule are slow, and say so
         try:
             found = torch.autograd.grad(
-                outputs, inputs, rows, retain_graph=retain_graph, allow_unused=True, is_grads_batched=True
+                outputs, inputs, rows, retain_graph=True, allow_unused=True, is_grads_batched=True
             )
             return [None if gradient is None else _dense(gradient) for gradient in found]
         except RuntimeError:  # a kernel, or a custom function, that cannot be batched
@@ -99,3 +59,63 @@ def squared_norms_by_backward(losses: Tensor, parameters: Sequence[Tensor], entr
             if gradient is not None:
                 squares[start:stop] += sum_squares(gradient).to(squares.dtype)
     return squares
+
+
+# Backward passes of single losses show where the samples lie.
+
+
+def probe_layouts(uses: Sequence[Use], tracer: Tracer, most: int) -> list[tuple[Layout | None, bool]]:
+    """Return the layout of each use, or None where none fits, and whether the gradients left no doubt.
+
+    Args:
+        uses: Those to find out about.
+        tracer: What saw them.
+        most: How many samples to ask at most. An undecided use gets its likeliest layout: if all gradients were zero, it
+            contributes nothing anyway.
+    """
+    samples = len(tracer.losses)
+    fitting = {id(use): candidates(use.shape, use.dims, samples) for use in uses}
+    told: set[int] = set()
+    for sample in _probed_samples(samples)[:most]:
+
+        def receive(use: Use, gradient: Tensor, sample: int = sample) -> None:
+            layouts = fitting.get(id(use))
+            if layouts and has_mass(gradient):
+                told.add(id(use))
+                fitting[id(use)] = [each for each in layouts if belongs_to(each, gradient, sample, samples)]
+
+        tracer.backward(tracer.losses[sample], receive)
+        if all(not layouts or (len(layouts) == 1 and use in told) for use, layouts in fitting.items()):
+            break
+    found = [fitting[id(use)] for use in uses]
+    return [
+        (next(iter(layouts), None), len(layouts) == 1 and id(use) in told)
+        for use, layouts in zip(uses, found, strict=True)
+    ]
+
+
+def _probed_samples(samples: int) -> list[int]:
+    """Return which samples to ask: one from the middle first, where B-major and T-major differ most."""
+    spread = [samples // 2, samples - 1, 0, samples // 4, 3 * samples // 4, 1, samples // 3, 2 * samples // 3]
+    return list(dict.fromkeys(min(sample, samples - 1) for sample in spread))
+
+
+def where_samples_meet(uses: Sequence[Use], tracer: Tracer) -> set[int]:
+    """Return the identities of those uses in which the losses of two samples depend on one entry of the output."""
+    touched: dict[int, Tensor] = {}
+    meeting: set[int] = set()
+    chosen = {id(use) for use in uses}
+
+    def receive(use: Use, gradient: Tensor) -> None:
+        if id(use) not in chosen:
+            return
+        before = touched.get(id(use), torch.zeros_like(gradient, dtype=torch.bool))
+        if bool((before & (gradient != 0)).any()):
+            meeting.add(id(use))
+        touched[id(use)] = before | (gradient != 0)
+
+    for loss in tracer.losses:
+        tracer.backward(loss, receive)
+        if meeting == chosen:
+            break
+    return meeting

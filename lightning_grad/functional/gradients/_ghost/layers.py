@@ -1,15 +1,31 @@
-"""Rules for products and normalization layers."""
+"""Rules for products, normalization layers and lookups in tables.
 
-from __future__ import annotations
+A rule of :data:`BY_NAME` takes the arguments of a call as attributes, by torch's own names, with torch's own defaults.
+"""
 
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_grad.functional.gradients._ghost.binding import Binding, Rows, all_but, first, flat, given, sum_of_rows
-from lightning_grad.functional.gradients._ghost.contributions import Contribution, Dense, Outer
+from lightning_grad.functional.gradients._ghost.contributions import (
+    Binding,
+    Contribution,
+    Dense,
+    Outer,
+    Rows,
+    Scattered,
+    all_but,
+    first,
+    flat,
+    given,
+    per_channel,
+    sum_of_rows,
+)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Binding | None:
@@ -30,8 +46,8 @@ def _folded_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return F.linear(input.reshape(-1, input.shape[-1]), weight, bias).view(*input.shape[:-1], len(weight))
 
 
-def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Binding | None:
-    if out is not None or other.dim() != 2 or input.dim() < 2:
+def matmul(input: Tensor, other: Tensor) -> Binding | None:
+    if other.dim() != 2 or input.dim() < 2:
         return None
     kept = input.detach()
 
@@ -41,10 +57,8 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Bindin
     return Binding([(other, term)], all_but(1), (input,))
 
 
-def addmm(
-    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None
-) -> Binding | None:
-    if input.dim() != 1 or beta != 1 or alpha != 1 or out is not None:
+def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Binding | None:
+    if input.dim() != 1 or beta != 1 or alpha != 1:
         return None
     product = matmul(mat1, mat2)
     return product and Binding([*product.terms, (input, sum_of_rows)], all_but(1), product.kept)
@@ -53,97 +67,141 @@ def addmm(
 # Normalization: the gradient of the scale is that of the output times the normalized input, summed over positions.
 
 
-def _per_channel(split: Tensor) -> Tensor:
-    """Sum (B, M, C, ...) to (B, C)."""
-    return split.flatten(3).sum((1, 3)) if split.dim() > 3 else split.sum(1)
-
-
-def _channel_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+def _normalization(
+    call: Any,
+    dims: Callable[[Sequence[int]], Sequence[int]],
+    total: Callable[[Tensor], Tensor],
     normalize: Callable[[Tensor], Tensor],
     scale: Tensor | float = 1.0,
 ) -> Binding:
-    kept = input.detach()
+    kept = call.input.detach()
 
     def term(gradient: Tensor, rows: Rows) -> Contribution:
-        return Dense(_per_channel(rows(gradient) * rows(normalize(kept))) * scale)
+        return Dense(total(rows(gradient) * rows(normalize(kept))) * scale)
 
     def shift(gradient: Tensor, rows: Rows) -> Contribution:
-        return Dense(_per_channel(rows(gradient)))
+        return Dense(total(rows(gradient)))
 
-    return Binding(given((weight, term), (bias, shift)), first, (input,))
+    return Binding(given((call.weight, term), (getattr(call, "bias", None), shift)), dims, (call.input,))
 
 
-def batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Binding | None:
-    if running_mean is None or running_var is None or training:
+def batch_norm(call: Any) -> Binding | None:
+    if call.running_mean is None or call.running_var is None or call.training:
         return None  # mixes samples; told before
-    mean = running_mean.detach().clone().view(-1, *(1,) * (input.dim() - 2))
-    scale = (running_var.detach() + eps).rsqrt()
-    return _channel_norm(input, weight, bias, lambda x: x - mean, scale)
+    mean = call.running_mean.detach().clone().view(-1, *(1,) * (call.input.dim() - 2))
+    scale = (call.running_var.detach() + call.eps).rsqrt()
+    return _normalization(call, first, per_channel, lambda x: x - mean, scale)
 
 
-def instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Binding | None:
-    if not use_input_stats:
-        return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    return _channel_norm(input, weight, bias, lambda x: F.instance_norm(x, eps=eps))
+def instance_norm(call: Any) -> Binding | None:
+    if not call.use_input_stats:
+        return batch_norm(SimpleNamespace(training=False, **vars(call)))
+    return _normalization(call, first, per_channel, lambda x: F.instance_norm(x, eps=call.eps))
 
 
-def group_norm(
-    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Binding | None:
-    return _channel_norm(input, weight, bias, lambda x: F.group_norm(x, num_groups, eps=eps))
+def group_norm(call: Any) -> Binding | None:
+    return _normalization(call, first, per_channel, lambda x: F.group_norm(x, call.num_groups, eps=call.eps))
 
 
-def _last_dims_norm(
-    input: Tensor, size: int, weight: Tensor | None, bias: Tensor | None, normalize: Callable[[Tensor], Tensor]
-) -> Binding:
-    kept = input.detach()
+def _over_last(call: Any, normalize: Callable[..., Tensor]) -> Binding:
+    shape = list(call.normalized_shape)
 
-    def total(split: Tensor) -> Contribution:
-        return Dense(split.reshape(split.shape[0], -1, math.prod(split.shape[-size:])).sum(1))
+    def total(split: Tensor) -> Tensor:
+        return split.reshape(len(split), -1, math.prod(shape)).sum(1)
+
+    return _normalization(call, all_but(len(shape)), total, lambda x: normalize(x, shape, eps=call.eps))
+
+
+def layer_norm(call: Any) -> Binding | None:
+    return _over_last(call, F.layer_norm)
+
+
+def rms_norm(call: Any) -> Binding | None:
+    return _over_last(call, F.rms_norm)
+
+
+# Lookups in tables.
+
+
+def embedding(call: Any) -> Binding | None:
+    if call.max_norm is not None or call.scale_grad_by_freq:  # a sparse gradient is the same gradient
+        return None
+    input, table, padding = call.input, len(call.weight), call.padding_idx
 
     def term(gradient: Tensor, rows: Rows) -> Contribution:
-        return total(rows(gradient) * rows(normalize(kept)))
+        index, added = rows(input).flatten(1), flat(gradient, rows)
+        if padding is not None:
+            added = added.masked_fill((index == padding % table).unsqueeze(2), 0)
+        return _scattered(index, added, table)
 
-    def shift(gradient: Tensor, rows: Rows) -> Contribution:
-        return total(rows(gradient))
-
-    return Binding(given((weight, term), (bias, shift)), all_but(size), (input,))
-
-
-def layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Binding | None:
-    shape = list(normalized_shape)
-    return _last_dims_norm(input, len(shape), weight, bias, lambda x: F.layer_norm(x, shape, eps=eps))
+    return Binding([(call.weight, term)], all_but(1), (input,))
 
 
-def rms_norm(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
-) -> Binding | None:
-    shape = list(normalized_shape)
-    return _last_dims_norm(input, len(shape), weight, None, lambda x: F.rms_norm(x, shape, eps=eps))
+def _scattered(index: Tensor, added: Tensor, table: int) -> Scattered:
+    """Return the contribution of rows (B, R, D) to the places (B, R)."""
+    sample = torch.arange(len(index), device=index.device).unsqueeze(1).expand_as(index)
+    return Scattered(sample.flatten(), index.flatten() % table, added.flatten(0, 1), len(index), table)
+
+
+def getitem(table: Tensor, index: Any) -> Binding | None:
+    """Cover ``table[index]`` for a tensor of row numbers; anything else is a view."""
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+        return None
+    features = table.dim() - 1
+
+    def term(gradient: Tensor, rows: Rows) -> Contribution:
+        places, added = rows(index).flatten(1), rows(gradient)
+        return _scattered(places, added.reshape(*places.shape, -1), len(table))
+
+    return Binding([(table, term)], all_but(features), (index,))
+
+
+def embedding_bag(call: Any) -> Binding | None:
+    if call.max_norm is not None or call.scale_grad_by_freq or call.mode == "max" or call.input.is_nested:
+        return None
+
+    def term(gradient: Tensor, rows: Rows) -> Contribution:
+        bags, table = gradient.shape[0], len(call.weight)
+        bag, index = _bag_of_each(call.input, call.offsets, bags), call.input.reshape(-1) % table
+        order = rows(torch.arange(bags, device=index.device)).flatten(1)
+        sample = torch.empty_like(order.flatten())
+        sample[order] = torch.arange(len(order), device=index.device).unsqueeze(1)
+        by_bag = torch.empty_like(flat(gradient, rows).flatten(0, 1))
+        by_bag[order] = flat(gradient, rows)
+        # Rounded as torch rounds: to the type of the gradient first.
+        share = _shares(call, index, bag, bags).to(gradient.dtype).to(by_bag.dtype)
+        return Scattered(sample[bag], index, by_bag[bag] * share.unsqueeze(1), len(order), table)
+
+    kept = [tensor for tensor in (call.input, call.offsets, call.per_sample_weights) if tensor is not None]
+    return Binding([(call.weight, term)], first, kept)
+
+
+def _bag_of_each(input: Tensor, offsets: Tensor | None, bags: int) -> Tensor:
+    if offsets is None:
+        return torch.arange(bags, device=input.device).repeat_interleave(input.shape[1])
+    positions = torch.arange(len(input), device=input.device)
+    return torch.searchsorted(offsets[:bags].to(positions.dtype), positions, right=True) - 1
+
+
+def _shares(call: Any, index: Tensor, bag: Tensor, bags: int) -> Tensor:
+    """Return by how much each entry of a bag counts."""
+    counted = torch.ones_like(index, dtype=torch.float64)
+    if call.padding_idx is not None:
+        counted = (index != call.padding_idx % len(call.weight)).to(torch.float64)
+    if call.per_sample_weights is not None:
+        counted *= call.per_sample_weights.detach().reshape(-1)
+        return counted
+    if call.mode == "sum":
+        return counted
+    return counted / counted.new_zeros(bags).index_add_(0, bag, counted)[bag].clamp(min=1)
+
+
+BY_NAME: dict[Callable[..., Any], Callable[[Any], Binding | None]] = {
+    F.batch_norm: batch_norm,
+    F.instance_norm: instance_norm,
+    F.group_norm: group_norm,
+    F.layer_norm: layer_norm,
+    F.rms_norm: rms_norm,
+    F.embedding: embedding,
+    F.embedding_bag: embedding_bag,
+}

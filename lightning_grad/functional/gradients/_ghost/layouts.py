@@ -1,7 +1,5 @@
 """Which entries of a tensor belong to which sample of a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -45,11 +43,6 @@ class Layout:
             return torch.unflatten(tensor, self.dim, (samples, each)).movedim(self.dim, 0)
         return torch.unflatten(tensor, self.dim, (each, samples)).movedim(self.dim + 1, 0)
 
-    def __str__(self) -> str:
-        if self.dim is None:
-            return "one sample"
-        return f"samples in dimension {self.dim}" + ("" if self.outer else ", interleaved")
-
 
 def candidates(shape: Sequence[int], dims: Iterable[int], samples: int) -> list[Layout]:
     """Return the layouts that a shape allows, the likeliest first: a dimension of B entries, then one of a multiple of B.
@@ -60,8 +53,8 @@ def candidates(shape: Sequence[int], dims: Iterable[int], samples: int) -> list[
         samples: B.
 
     Example:
-        >>> [str(layout) for layout in candidates((6, 3, 8), (0, 1), 3)]
-        ['samples in dimension 1', 'samples in dimension 0', 'samples in dimension 0, interleaved']
+        >>> candidates((6, 3, 8), (0, 1), 3)
+        [Layout(dim=1, outer=True), Layout(dim=0, outer=True), Layout(dim=0, outer=False)]
     """
     if samples == 1:
         return [Layout(None)]

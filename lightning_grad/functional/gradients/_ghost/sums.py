@@ -1,7 +1,5 @@
 """Adds up what the uses of parameters contribute: as gradients within a parameter, as squared norms between parameters."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

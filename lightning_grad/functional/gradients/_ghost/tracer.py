@@ -1,11 +1,9 @@
 """Sees every use of a parameter during a forward pass, and cuts those uses off the graph whose rule is known."""
 
-from __future__ import annotations
-
+import inspect
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_grad.functional.gradients._ghost.binding import Binding, Term
+from lightning_grad.functional.gradients._ghost.contributions import Binding, Term
 from lightning_grad.functional.gradients._ghost.layouts import Layout
 from lightning_grad.functional.gradients._ghost.rules import bind
+from lightning_grad.functional.plain_tensors import tensors_in
 
 Key = tuple[str, tuple[str, ...], int]  # operation, parameters, how many such calls came before
 
@@ -79,6 +78,43 @@ class Use:
 OnGradient = Callable[[Use, Tensor], None]
 
 
+_REENTRANT = "CheckpointFunctionBackward"  # hides what happens inside from the graph
+
+
+@dataclass
+class Leaf:
+    """A tensor at which the graph ends, and the names of the operations that use it."""
+
+    tensor: Tensor
+    users: set[str] = field(default_factory=set)
+
+
+def leaves(outputs: Tensor) -> dict[int, Leaf]:
+    """Return the leaf tensors that a gradient of the outputs would reach, by identity."""
+    found: dict[int, Leaf] = {}
+    start = outputs.grad_fn
+    if start is None:
+        return {id(outputs): Leaf(outputs)} if outputs.requires_grad else found
+    seen, waiting = {start}, [start]
+    while waiting:
+        node = waiting.pop()
+        if node.name() == _REENTRANT:
+            raise RuntimeError(
+                "Per-sample gradient norms cannot see into torch.utils.checkpoint.checkpoint(..., use_reentrant=True). "
+                "Turn activation checkpointing off while measuring."
+            )
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            variable = getattr(following, "variable", None)
+            if variable is not None:
+                found.setdefault(id(variable), Leaf(variable)).users.add(node.name())
+            elif following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
+
+
 class _Root(torch.autograd.Function):
     """Makes a tensor that requires no gradient one that does, so that its gradient is computed."""
 
@@ -104,6 +140,7 @@ def _transparent(function: Any) -> Any:
     return copy
 
 
+_BATCH_NORM = inspect.signature(F.batch_norm)
 _ATTENTION = _transparent(F.multi_head_attention_forward)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
@@ -111,14 +148,6 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, tor
 def _is_transformed() -> bool:
     """Whether the call stands inside ``torch.func.vmap`` or its like, where tensors are not what they seem."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
 
 
 @dataclass(eq=False)
@@ -129,6 +158,10 @@ class Tracer(TorchFunctionMode):
         parameters: The trainable parameters by name.
         excluded: Names of those that are left to autograd.
         batchless: Calls that take part in all samples alike, such as the lookup of learned positions.
+
+    Attributes:
+        losses: What the forward pass returned, (B,).
+        ends: The leaves of its graph, among them one for the uses without another input.
     """
 
     parameters: Mapping[str, Tensor]
@@ -136,7 +169,6 @@ class Tracer(TorchFunctionMode):
     batchless: set[Key]
     uses: list[Use] = field(default_factory=list)
     uncovered: dict[str, set[str]] = field(default_factory=dict)
-    on_gradient: OnGradient | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -144,6 +176,8 @@ class Tracer(TorchFunctionMode):
         self._calls: Counter[tuple[str, tuple[str, ...]]] = Counter()
         self._handles: list[Any] = []
         self._inside = False
+        self._on_gradient: OnGradient | None = None
+        self.ends: dict[int, Leaf] = {}
         device = next(iter(self.parameters.values())).device
         self.anchor = torch.zeros((), device=device, requires_grad=True)
 
@@ -162,7 +196,7 @@ class Tracer(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.multi_head_attention_forward and _ATTENTION is not None and not self._inside:
             return self._look_inside(_ATTENTION, args, kwargs)
-        given = list(_tensors([*args, *kwargs.values()]))
+        given = tensors_in((args, kwargs))
         found = [source for source in map(self.source, given) if source is not None]
         if not found:
             return func(*args, **kwargs)
@@ -192,7 +226,7 @@ class Tracer(TorchFunctionMode):
         result = func(*args, **kwargs)
         derived = knows_no_samples and self._derive(result, found)
         for name in frozenset().union(*(source.roots for source in found)) if not derived else ():
-            if any(tensor.requires_grad for tensor in _tensors([result])):
+            if any(tensor.requires_grad for tensor in tensors_in(result)):
                 self.uncovered.setdefault(name, set()).add(getattr(func, "__name__", str(func)))
         return result
 
@@ -232,26 +266,33 @@ class Tracer(TorchFunctionMode):
         return out
 
     def _receive(self, use: Use, gradient: Tensor) -> None:
-        if self.on_gradient is not None:
-            self.on_gradient(use, gradient)
+        if self._on_gradient is not None:
+            self._on_gradient(use, gradient)
 
     def _derive(self, result: Any, found: list[Source]) -> bool:
         """Note what was computed from parameters alone; say whether all of the result was."""
         roots = frozenset().union(*(source.roots for source in found))
-        tensors = list(_tensors([result]))
+        tensors = tensors_in(result)
         for tensor in tensors:
             if tensor.requires_grad and id(tensor) not in self._sources:
                 self._sources[id(tensor)] = Source(tensor, roots, tensor._version)
         return bool(tensors)
 
-    @contextmanager
-    def listening(self, on_gradient: OnGradient) -> Iterator[None]:
-        """Hand the gradients of all uses to a function."""
-        self.on_gradient = on_gradient
+    def finish(self, losses: Tensor) -> None:
+        """Take in what the forward pass returned."""
+        self.losses, self.ends = losses, leaves(losses)
+
+    def backward(self, outputs: Tensor, on_gradient: OnGradient, retain_graph: bool = True) -> None:
+        """Run a backward pass that hands the gradients of all uses to a function, and touches no ``.grad``."""
+        inputs = [leaf.tensor for leaf in self.ends.values()]
+        self._on_gradient = on_gradient
         try:
-            yield
+            with torch.autocast(outputs.device.type, enabled=False):
+                torch.autograd.grad(
+                    outputs, inputs, torch.ones_like(outputs), retain_graph=retain_graph, allow_unused=True
+                )
         finally:
-            self.on_gradient = None
+            self._on_gradient = None
 
     def close(self) -> None:
         """Remove the hooks and let go of all tensors."""
@@ -262,17 +303,8 @@ class Tracer(TorchFunctionMode):
         self._handles, self._sources = [], {}
 
 
-def _refuse_batch_statistics(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> None:
-    if training:
+def _refuse_batch_statistics(*args: Any, **kwargs: Any) -> None:
+    if _BATCH_NORM.bind(*args, **kwargs).arguments.get("training"):
         raise RuntimeError(
             "Per-sample gradient norms are undefined where batch_norm normalizes by the statistics of the batch, because each "
             "loss then depends on all samples. Call module.eval(), with BatchNorm layers that track running statistics."

@@ -1,0 +1,52 @@
+"""Find out when and where a run goes bad, in seconds.
+
+::
+
+    python examples/diagnostics.py
+    python examples/diagnostics.py --lr 0.003
+
+The learning rate of the default is far too high. One line in :func:`train` shows what the gradients do. The project that is
+trained, ``plain_project``, knows nothing of lightning-grad.
+"""
+
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from plain_project import Digits, VisionTransformer
+
+from lightning_grad.callbacks import GradientMonitor
+
+
+def train(lr: float, epochs: int, output: Path) -> dict[str, float]:
+    """Train a small transformer, watch its gradients, and return what was logged last."""
+    seed_everything(0, verbose=False)
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        log_every_n_steps=5,
+        callbacks=[GradientMonitor(depth=3)],
+        logger=CSVLogger(output, name=None, version=""),
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(VisionTransformer(lr=lr, optimizer="sgd", schedule="constant"), Digits())
+    return {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train once, as the command line says."""
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--lr", type=float, default=100.0, help="learning rate of SGD")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of the training")
+    parser.add_argument("--output", type=Path, default=Path("runs/diagnostics"), help="folder of the results")
+    given = parser.parse_args(arguments)
+    logged = train(given.lr, given.epochs, given.output)
+    print(f"The gradient norm ended at {logged['grad/norm']:.3g}, the loss at {logged['train_loss']:.3g}.")
+    print(f"Written to {given.output}/: gradient_monitor.csv, gradient_monitor.png, metrics.csv.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""A learning rate that is cut when the accuracy stops rising, in seconds.
+
+::
+
+    python examples/schedules.py
+    python examples/schedules.py --epochs 40 --threshold 0.002
+
+One line in :func:`train` does it. The project that is trained, ``plain_project``, knows nothing of lightning-grad.
+"""
+
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from plain_project import Digits, ResidualConvNet
+
+from lightning_grad.callbacks import AccuracyGradientLR
+
+
+def train(epochs: int, threshold: float, output: Path) -> AccuracyGradientLR:
+    """Train a small network at a constant rate that the accuracy cuts, and return what observed it."""
+    seed_everything(0, verbose=False)
+    rate = AccuracyGradientLR("val_acc", window=2, quiet=2, threshold=threshold, factor=0.5)
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        log_every_n_steps=5,
+        callbacks=[rate],
+        logger=CSVLogger(output, name=None, version=""),
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(ResidualConvNet(width=4, lr=0.02, schedule="constant"), Digits())
+    scale, accuracy = (float(trainer.callback_metrics[key]) for key in ("lr/scale", "val_acc"))
+    print(f"The rate ended at {scale:.3g} times its first value, at an accuracy of {100 * accuracy:.1f} %.")
+    return rate
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train once, as the command line says."""
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=15, help="epochs of the training")
+    parser.add_argument("--threshold", type=float, default=0.01, help="least rise of the mean accuracy in an epoch")
+    parser.add_argument("--output", type=Path, default=Path("runs/schedules"), help="folder of the results")
+    given = parser.parse_args(arguments)
+    train(given.epochs, given.threshold, given.output)
+    print(f"Written to {given.output}/: accuracy_gradient_lr.csv, accuracy_gradient_lr.png, metrics.csv.")
+
+
+if __name__ == "__main__":
+    main()

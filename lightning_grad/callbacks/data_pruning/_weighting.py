@@ -1,0 +1,98 @@
+"""What ``InfoBatch`` and ``LossReweighting`` share: the samples of a batch are weighted by their losses."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad.core.callback import GradCallback
+from lightning_grad.core.fit import during_fit, until_next_fit
+from lightning_grad.core.losses.given_functions import GivenFunction, LossRequest, SampleLoss
+from lightning_grad.core.losses.loss_tap import reweight_losses
+from lightning_grad.core.losses.rehearsal import Rehearsal
+from lightning_grad.core.losses.sample_losses import SampleLosses
+from lightning_grad.utilities.checks import check_count, check_only_one
+from lightning_grad.utilities.reporting import is_log_step
+
+
+class LossWeighting(GradCallback):
+    """Weights losses in the backward pass, and logs the mean loss of the batch without and with weights.
+
+    A technique defines ``way_out``, :meth:`weigh`, :meth:`needs_losses` and :meth:`samples_of`. Its constructor sets ``acts``
+    and calls :meth:`choose_loss`.
+    """
+
+    way_out: ClassVar[str]  # what to do about a loss that cannot be seen, as a clause that begins with a verb
+    loss: int | None
+    loss_fn: GivenFunction | None
+    acts: bool  # whether it ever weights a batch
+
+    _sample_loss = until_next_fit[SampleLoss](lambda _: None)  # until one batch has shown it, the shares count
+    _weighted = during_fit[tuple[SampleLosses, Tensor] | None](lambda _: None)
+
+    def weigh(self, losses: SampleLosses) -> Tensor | None:
+        """Return a weight for each sample of the batch, or ``None`` to leave the step as it is."""
+        raise NotImplementedError(f"{type(self).__name__} must define weigh(losses).")
+
+    def choose_loss(self, loss: int | None, loss_fn: GivenFunction | None) -> None:
+        """Check and store the arguments that say what is weighted."""
+        check_only_one({"loss": loss, "loss_fn": loss_fn}, "say what is weighted")
+        self.loss = check_count(loss, 0, "loss")
+        self.loss_fn = loss_fn
+
+    @property
+    def asked(self) -> LossRequest:
+        """What is asked of the losses of the step."""
+        return LossRequest(self.label, self.loss, self.way_out, self.loss_fn, kind=lambda: self._sample_loss)
+
+    def samples_of(self, batch: Any) -> int | None:
+        """Return the number of samples of a batch, ``None`` if it is not known."""
+        raise NotImplementedError(f"{type(self).__name__} must define samples_of(batch).")
+
+    def needs_losses(self) -> bool:
+        """Return whether it needs the losses of the present step."""
+        raise NotImplementedError(f"{type(self).__name__} must define needs_losses().")
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self.fitting:
+            own = (pl_module, self._weigh, self.asked, self.samples_of, self.acts, self.needs_losses)
+            self.undo.push(reweight_losses(*own))
+
+    def _weigh(self, losses: SampleLosses) -> Tensor | None:
+        weights = self.weigh(losses)
+        self._weighted = None if weights is None else (losses, weights)
+        return weights
+
+    def learn_sample_loss(self, rehearsal: Rehearsal) -> None:
+        """Remember what the loss of a sample is; what a checkpoint says was true of the losses that it holds."""
+        self._sample_loss = self._sample_loss or rehearsal.kind or "share"
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "sample_loss": self._sample_loss}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self.fitting and self.has_same_loss(state_dict):
+            self._sample_loss = state_dict["sample_loss"]
+
+    def has_same_loss(self, state_dict: dict[str, Any]) -> bool:
+        """Return whether the losses of a checkpoint are of the kind that is weighted now."""
+        return not self.changed_settings(state_dict, "loss", "loss_fn")
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._weighted is not None and is_log_step(trainer):
+            losses, weights = self._weighted
+            plain, weighted = losses.weighted(weights)
+            self.log_scalars(pl_module, {"loss": plain, "weighted_loss": weighted})
+        self._weighted = None

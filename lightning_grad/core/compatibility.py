@@ -1,0 +1,308 @@
+"""What a technique works with: declared once on its class, refused from there, shown from there, tested from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Any, Literal, get_type_hints
+
+import lightning.pytorch as pl
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_grad.utilities.checks import keeps
+from lightning_grad.utilities.forward_order import is_compiled
+from lightning_grad.utilities.precision import grad_scaler, gradients_are_scaled
+
+Found = tuple[str, str] | None
+"""What of a run matters: in words, and a part of it that the way out repeats."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Whether a technique works with one thing. Make one with :func:`yes`, :func:`stand_in`, :func:`no` or :func:`moot`.
+
+    Args:
+        works: ``"yes"``; ``"stand-in"``, if tests ran it only with a stand-in in one process; ``"no"``; or ``"-"``, if the
+            question does not arise.
+        note: One or more sentences. With ``"no"`` it is a clause that follows the name of the technique, where ``{}`` stands
+            for what was found in the run.
+        way_out: With ``"no"``, what to do instead: an imperative. ``{value}`` stands for a part of what was found.
+    """
+
+    works: Literal["yes", "stand-in", "no", "-"] = "yes"
+    note: str = ""
+    way_out: str = ""
+
+    def given(self, setting: str) -> Answer:
+        """Return the same refusal, said of one setting of the technique."""
+        return replace(self, note=f"with {setting} {self.note}")
+
+    @property
+    def is_no(self) -> bool:
+        """Whether the technique raises an error."""
+        return self.works == "no"
+
+    def error(self, label: str, words: str, value: str = "") -> ValueError:
+        """Return the error for what was found in a run.
+
+        Example:
+            >>> print(no("needs whole weights, and {} shards them", "Use DDP").error("Rounding", "FSDP1"))
+            Rounding needs whole weights, and FSDP1 shards them. Use DDP.
+        """
+        return ValueError(f"{label} {self.note.format(words)}. {self.way_out.format(value=value)}.")
+
+    def explained(self, title: str, value: str = "...") -> str:
+        """Return the note as whole sentences, for the documentation; empty if there is none.
+
+        Args:
+            title: Name of the thing, in place of what a run would show.
+            value: What stands for the part that the way out repeats.
+        """
+        return f"It{self.error('', title, value)}" if self.is_no else self.note
+
+
+YES = Answer()
+
+
+def yes(note: str = "") -> Answer:
+    """Return the answer that it works, and that a test runs it."""
+    return Answer("yes", note)
+
+
+def stand_in(note: str) -> Answer:
+    """Return the answer that it works in tests that have only a stand-in of the real thing."""
+    return Answer("stand-in", note)
+
+
+def no(reason: str, way_out: str) -> Answer:
+    """Return the answer that it does not work, so that ``setup`` raises.
+
+    Args:
+        reason: A clause that follows the name of the technique; ``{}`` stands for what was found.
+        way_out: What to do instead.
+    """
+    return Answer("no", reason, way_out)
+
+
+def moot(note: str) -> Answer:
+    """Return the answer that the question does not arise."""
+    return Answer("-", note)
+
+
+def manual(answer: Answer) -> dict[str, Answer]:
+    """Return an answer for manual optimization, and for several optimizers, which Lightning allows there only."""
+    return {"manual_optimization": answer, "several_optimizers": answer}
+
+
+_IN_A_LIST = yes(
+    "In a list: `Trainer(callbacks=[...])`. The command line of `pytorch_lightning` accepts only callbacks of its own "
+    "namespace."
+)
+_UNSHARDED = stand_in(
+    "Tests run it under stand-ins of FSDP2, FSDP1 and DeepSpeed in one process; none has run it on real shards."
+)
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """What a technique works with: one answer for each thing that a run may have.
+
+    A class attribute ``compatibility`` holds it. Derive it from that of the base, and name what differs:
+
+    Example:
+        >>> from lightning_grad.core import WHOLE_WEIGHTS, GradCallback
+        >>> class Rounding(GradCallback):
+        ...     compatibility = GradCallback.compatibility.but(
+        ...         **manual(no("rounds before backward, which {} hides", "Use automatic optimization")),
+        ...         **WHOLE_WEIGHTS,
+        ...     )
+        >>> Rounding.compatibility.fsdp1.works
+        'no'
+        >>> print(Rounding.compatibility.manual_optimization.explained("manual optimization"))
+        It rounds before backward, which manual optimization hides. Use automatic optimization.
+
+    Args:
+        accumulation: ``Trainer(accumulate_grad_batches=...)``.
+        bf16: ``Trainer(precision="bf16-mixed")`` and ``"bf16-true"``.
+        fp16: ``Trainer(precision="16-mixed")``, which has a GradScaler.
+        fused_fp16: A fused optimizer together with a GradScaler.
+        ddp: ``DDPStrategy``.
+        fsdp2: ``ModelParallelStrategy``.
+        fsdp1: ``FSDPStrategy``.
+        deepspeed: ``DeepSpeedStrategy``.
+        compiled: Compiled submodules.
+        several_optimizers: More than one optimizer, which Lightning allows under manual optimization only.
+        manual_optimization: A module that steps its optimizers itself.
+        weight_averaging: ``WeightAveraging`` and ``EMAWeightAveraging``.
+        pytorch_lightning: The Trainer of the other namespace.
+        gradient_clip_val: ``Trainer(gradient_clip_val=...)``.
+        late_gradients: A strategy whose gradients have accumulated over many steps.
+        no_second_moment: Optimizers that keep no ``exp_avg_sq``, such as SGD.
+        sparse_gradients: ``nn.Embedding(sparse=True)``.
+        complex_parameters: Parameters of a complex type.
+    """
+
+    accumulation: Annotated[Answer, "accumulation"] = YES
+    bf16: Annotated[Answer, "bf16"] = YES
+    fp16: Annotated[Answer, "fp16 with GradScaler"] = YES
+    fused_fp16: Annotated[Answer, "a fused optimizer with GradScaler"] = YES
+    ddp: Annotated[Answer, "DDP"] = YES
+    fsdp2: Annotated[Answer, "FSDP2"] = _UNSHARDED
+    fsdp1: Annotated[Answer, "FSDP1"] = _UNSHARDED
+    deepspeed: Annotated[Answer, "DeepSpeed"] = _UNSHARDED
+    compiled: Annotated[Answer, "`torch.compile`"] = YES
+    several_optimizers: Annotated[Answer, "several optimizers"] = YES
+    manual_optimization: Annotated[Answer, "manual optimization"] = YES
+    weight_averaging: Annotated[Answer, "EMA"] = YES
+    pytorch_lightning: Annotated[Answer, "`pytorch_lightning`"] = _IN_A_LIST
+    gradient_clip_val: Annotated[Answer, "`gradient_clip_val`"] = YES
+    late_gradients: Annotated[Answer, "a strategy that delays gradients"] = YES
+    no_second_moment: Annotated[Answer, "an optimizer without `exp_avg_sq`"] = YES
+    sparse_gradients: Annotated[Answer, "`Embedding(sparse=True)`"] = YES
+    complex_parameters: Annotated[Answer, "complex parameters"] = YES
+
+    def but(self, **answers: Answer) -> Compatibility:
+        """Return the same with other answers, by field."""
+        return replace(self, **answers)
+
+    @property
+    def answers(self) -> Mapping[str, Answer]:
+        """The answers by field."""
+        return {name: getattr(self, name) for name in TITLES}
+
+    def refuse(self, label: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise for what a run has and the technique does not work with, as far as ``setup`` can see it.
+
+        Raises:
+            ValueError: With what was found, why it does not work, and the way out.
+        """
+        self._refuse(label, _IN_A_RUN, trainer, pl_module)
+
+    def refuse_optimizer(self, label: str, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        """Raise for an optimizer that the technique does not work with.
+
+        Raises:
+            ValueError: As :meth:`refuse`.
+        """
+        self._refuse(label, _IN_AN_OPTIMIZER, trainer, optimizer)
+
+    def refuse_parameters(self, label: str, module: nn.Module, chosen: set[int] | None = None) -> None:
+        """Raise for parameters that the technique does not work with.
+
+        Args:
+            label: The technique.
+            module: Its modules and parameters are looked at.
+            chosen: Identities of the parameters that the technique acts on. Default: all.
+
+        Raises:
+            ValueError: As :meth:`refuse`.
+        """
+        wanted = {id(parameter) for parameter in module.parameters()} if chosen is None else chosen
+        self._refuse(label, _IN_PARAMETERS, module, wanted)
+
+    def _refuse(self, label: str, finders: _Finders, *run: Any) -> None:
+        for name, find in finders.items():
+            answer: Answer = getattr(self, name)
+            found = find(*run) if answer.is_no else None
+            if found is not None:
+                raise answer.error(label, *found)
+
+
+TITLES: Mapping[str, str] = {
+    name: kind.__metadata__[0] for name, kind in get_type_hints(Compatibility, include_extras=True).items()
+}
+"""The name of each field in tables and sentences."""
+
+WHOLE_WEIGHTS: Mapping[str, Answer] = dict.fromkeys(
+    ("fsdp2", "fsdp1", "deepspeed"),
+    no("needs whole weights, and {} shards them", "Train with strategy='ddp' or on one device"),
+)
+"""Answers of a technique that reads weights, or runs the module at a time of its own."""
+
+AVERAGED = "It sees the weights that validation uses, which is the average."
+SCALED = no(
+    "reads gradients, and {} leaves them multiplied by the fp16 loss scale",
+    "Use fused=False, or precision='bf16-mixed'",
+)
+"""The answer for a fused optimizer with a GradScaler of a technique that compares gradients with numbers."""
+NO_ENGINE = no(
+    "works on gradients, and under {} the engine owns them",
+    "Train with strategy='ddp' or ModelParallelStrategy, or clip in DeepSpeed's own config",
+)
+"""The answer for DeepSpeed of a technique that reads or changes gradients."""
+
+
+def _if(condition: bool, words: str, value: str = "") -> Found:
+    return (words, value) if condition else None
+
+
+def _names(thing: object) -> list[str]:
+    # Asked by name along the class hierarchy, so that both namespaces of Lightning and derived classes are met.
+    return [cls.__name__ for cls in type(thing).__mro__]
+
+
+def _strategy(base: str, words: str, trainer: pl.Trainer, _: pl.LightningModule) -> Found:
+    names = _names(trainer.strategy)
+    nearest = next((name for name in names if name in _STRATEGIES), None)  # Lightning's DeepSpeed derives from DDP
+    return _if(nearest == base, f"{words} ({names[0]})")
+
+
+def _clipping(trainer: pl.Trainer, _: pl.LightningModule) -> Found:
+    value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    by_norm = algorithm is None or str(getattr(algorithm, "value", algorithm)) == "norm"
+    return _if(bool(value), f"Trainer(gradient_clip_val={value})", str(value) if by_norm else "...")
+
+
+def _late(trainer: pl.Trainer, _: pl.LightningModule) -> Found:
+    name = type(trainer.strategy).__name__
+    return _if(getattr(trainer.strategy, "gradient_is_compressed", False), name, name)
+
+
+def _sparse(module: nn.Module, chosen: set[int]) -> Found:
+    for name, child in module.named_modules():
+        if getattr(child, "sparse", False) is True and not chosen.isdisjoint(map(id, child.parameters(recurse=False))):
+            return f"{type(child).__name__} {name!r}", repr(name)
+    return None
+
+
+def _complex(module: nn.Module, chosen: set[int]) -> Found:
+    named = module.named_parameters()
+    return next(((repr(name), repr(name)) for name, p in named if id(p) in chosen and p.is_complex()), None)
+
+
+_Finders = Mapping[str, Callable[[Any, Any], Found]]
+
+_STRATEGIES = {
+    "DDPStrategy": "ddp",
+    "ModelParallelStrategy": "fsdp2",
+    "FSDPStrategy": "fsdp1",
+    "DeepSpeedStrategy": "deepspeed",
+}
+# Several optimizers are in none of these tables: Lightning itself allows them under manual optimization only.
+_IN_A_RUN: _Finders = {
+    "accumulation": lambda trainer, _: _if(
+        trainer.accumulate_grad_batches > 1, f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches})"
+    ),
+    "bf16": lambda trainer, _: _if(str(trainer.precision).startswith("bf16"), f"precision={trainer.precision!r}"),
+    "fp16": lambda trainer, _: _if(grad_scaler(trainer) is not None, "an fp16 GradScaler"),
+    **{name: partial(_strategy, base, TITLES[name]) for base, name in _STRATEGIES.items()},
+    "compiled": lambda _, module: _if(any(map(is_compiled, module.modules())), "compiled modules"),
+    "manual_optimization": lambda _, module: _if(not module.automatic_optimization, "manual optimization"),
+    "weight_averaging": lambda trainer, _: _if(
+        any("WeightAveraging" in _names(callback) for callback in trainer.callbacks), "weight averaging"
+    ),
+    "pytorch_lightning": lambda trainer, _: _if(
+        type(trainer).__module__.startswith("pytorch_lightning"), "pytorch_lightning.Trainer"
+    ),
+    "gradient_clip_val": _clipping,
+    "late_gradients": _late,
+}
+_IN_AN_OPTIMIZER: _Finders = {
+    "fused_fp16": lambda trainer, optimizer: _if(
+        gradients_are_scaled(trainer, optimizer), f"the fused {type(optimizer).__name__}"
+    ),
+    "no_second_moment": lambda _, optimizer: _if(not keeps(optimizer, "exp_avg_sq"), type(optimizer).__name__),
+}
+_IN_PARAMETERS: _Finders = {"sparse_gradients": _sparse, "complex_parameters": _complex}

@@ -1,0 +1,200 @@
+"""One batch of a training set, and the means to see what the module's own ``training_step`` makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_grad.core.losses.given_functions import ANY_LOSS, LossRequest, call_of, checked_losses, with_graph
+from lightning_grad.core.losses.sample_losses import SampleLosses, only_loss, refuse_rest, terms_of, trace_of
+from lightning_grad.functional import LossCall, LossCapture, PerSampleGradientNorms
+from lightning_grad.functional.gradients import InseparableLossError, WholeLossCapture
+
+Measure = Callable[["Look"], Mapping[str, Tensor]]
+
+
+class SkippedBatchError(Exception):
+    """The step returned nothing for a batch, as it does for one that Lightning is to train nothing on."""
+
+
+@dataclass
+class Look:
+    """One batch, and the means to see what the module makes of it.
+
+    Args:
+        pl_module: The module, in eval mode.
+        batch: Its batch, on the device.
+        indices: The samples' indices in the data set.
+        total: Length of the data set.
+        run: Runs ``training_step`` on it.
+        asked: What is asked of the losses of the step.
+        memory: What a measure wants to keep from batch to batch.
+    """
+
+    pl_module: pl.LightningModule
+    batch: Any
+    indices: list[int]
+    total: int
+    run: Callable[[], object]
+    asked: LossRequest = ANY_LOSS
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    def losses(self, keep_graph: bool = False) -> SampleLosses:
+        """Run the step and return the loss of every sample, of whatever the step's loss consists.
+
+        Raises:
+            SkippedBatchError: If the step returns nothing.
+            InseparableLossError: If the loss is no sum of one term for each sample.
+            ValueError: If ``loss_fn`` does not return one loss for each sample.
+        """
+        if self.asked.loss_fn is not None:
+            with torch.set_grad_enabled(keep_graph):
+                losses = checked_losses(self.asked.loss_fn(self.pl_module, self.batch), len(self.indices))
+            return SampleLosses(with_graph(losses, self.asked.label) if keep_graph else losses)
+        if self._is_first:
+            capture, output = self._first_run()
+            try:
+                call = self._whole_call(capture, output)
+                return SampleLosses(call.losses if keep_graph else call.losses.detach(), call)
+            except (RuntimeError, ValueError) as error:  # there is more than one call, or none
+                self.memory["calls"] = [call.name for call in capture.calls]
+                try:
+                    return self._by_terms(keep_graph)
+                except InseparableLossError:
+                    if isinstance(error, ValueError):  # which knows more of why there are too few rows
+                        raise error from None
+                    raise
+        if "terms" in self.memory:
+            return self._by_terms(keep_graph)
+        call = self.loss(keep_graph)
+        return SampleLosses(call.losses, call)
+
+    def _by_terms(self, keep_graph: bool) -> SampleLosses:
+        """Return the losses by the graph of what the step returns."""
+        trace = trace_of(self.pl_module, len(self.indices), keep_graph)
+        with torch.enable_grad():
+            with trace:
+                output = self._run()
+            calls = self.memory.get("calls", [""])
+            terms = terms_of(trace, output, self.asked.needs_losses(*calls[:1]), self.memory.get("terms"))
+        if "terms" not in self.memory:
+            self.memory |= {"terms": terms, "kind": self.asked.kind()}
+        if not keep_graph:
+            terms.release()
+        return SampleLosses.of_terms(terms, self.memory["kind"])
+
+    @property
+    def _is_first(self) -> bool:
+        """Whether no batch has shown so far of what the step's loss consists, and it matters."""
+        return self.asked.which is None and not self.memory.keys() & {"whole", "terms"}
+
+    def loss(self, keep_graph: bool = False) -> LossCall:
+        """Run the step and return the call of its loss.
+
+        Raises:
+            SkippedBatchError: If the step returns nothing.
+            RuntimeError: If no loss is seen, or only a part of it.
+            ValueError: If ``outputs_fn`` does not return logits and labels.
+        """
+        if self.asked.outputs_fn is not None:
+            check = not self.memory.get("labels_checked")
+            self.memory["labels_checked"] = True
+            with torch.set_grad_enabled(keep_graph):
+                found = self.asked.outputs_fn(self.pl_module, self.batch)
+                return call_of(found, len(self.indices), keep_graph, check)
+        which = self.asked.which
+        if which is None and "whole" not in self.memory:
+            return self._whole_call(*self._first_run())
+        which = self.memory.get("which") if which is None else which
+        capture = self._captured(keep_graph)
+        several = len(capture.calls) + len(capture.unread) > 1
+        if which is None and several and not any(call.has_graph for call in capture.calls):
+            # Only with a graph the loss can be told from what a step computes for its log.
+            found = self._captured(with_graph=True)
+            which = self.memory["which"] = found.calls.index(only_loss(found, self.asked))
+        return only_loss(capture, self.asked, which)
+
+    def _first_run(self) -> tuple[WholeLossCapture, object]:
+        capture = WholeLossCapture(self.pl_module, len(self.indices), way_out=self.asked.way_out)
+        with torch.enable_grad(), capture:
+            return capture, self._run()
+
+    def _whole_call(self, capture: WholeLossCapture, output: object) -> LossCall:
+        call = only_loss(capture, self.asked)
+        refuse_rest(capture, call, output, self.asked)
+        self.memory["whole"] = True
+        if len(capture.calls) + len(capture.unread) > 1:
+            self.memory["which"] = capture.calls.index(call)
+        return call
+
+    def _run(self) -> object:
+        output = self.run()
+        if output is None:
+            raise SkippedBatchError
+        return output
+
+    def _captured(self, with_graph: bool) -> LossCapture:
+        with_graph = with_graph or bool(self.memory.get("needs_graph"))
+        capture = LossCapture(len(self.indices), keep_graph=with_graph, way_out=self.asked.way_out)
+        try:
+            with torch.set_grad_enabled(with_graph), capture:
+                self._run()
+            return capture
+        except RuntimeError:
+            if with_graph:
+                raise
+        # A step that differentiates something itself, as a gradient penalty does, needs a graph.
+        found = self._captured(with_graph=True)
+        self.memory["needs_graph"] = True
+        return found
+
+    def gradient_norms(self) -> tuple[Tensor, SampleLosses]:
+        """Return the norm of every sample's own gradient, and the losses."""
+        if self._is_first and self.asked.loss_fn is None:
+            self.losses()
+        if "norms" not in self.memory:
+            self.memory["norms"] = PerSampleGradientNorms(self.pl_module)
+        found: list[SampleLosses] = []
+
+        def losses() -> Tensor:
+            found[:] = [self.losses(keep_graph=True)]
+            return found[0].losses
+
+        try:
+            with torch.enable_grad():
+                return self.memory["norms"](losses), found[0]
+        except (RuntimeError, ValueError) as error:  # of the step, perhaps, so its words stay as they are
+            label, way_out = self.asked.label, self.asked.way_out
+            error.add_note(f"{label} measured the gradient of each sample. Use another score, or {way_out}.")
+            raise
+
+    def features(self) -> tuple[Tensor, LossCall, nn.Linear]:
+        """Return what the last linear layer takes in, the loss of what it gives out, and the layer.
+
+        Raises:
+            ValueError: If the logits are not the output of an ``nn.Linear``.
+        """
+        seen: list[tuple[nn.Linear, Tensor, Tensor]] = []
+        layers = [layer for layer in self.pl_module.modules() if isinstance(layer, nn.Linear)]
+
+        def see(layer: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.append((layer, args[0], output))
+
+        hooks = [layer.register_forward_hook(see) for layer in layers]
+        try:
+            call = self.loss()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for layer, taken_in, output in reversed(seen):
+            if isinstance(output, Tensor) and output.data_ptr() == call.input.data_ptr():
+                return taken_in.detach(), call, layer
+        raise ValueError(
+            f"{self.asked.label} needs the features of the last layer for this score, and the logits of "
+            f"{type(self.pl_module).__name__} are not the output of an nn.Linear. Use another score, or {self.asked.way_out}."
+        )

@@ -1,0 +1,349 @@
+"""What a technique that credits losses to samples shows once, on one batch: that rows follow their samples.
+
+Row b of a batch, of a loss or of scores is taken for the b-th sample that was drawn. A ``collate_fn`` that sorts, or a step
+that joins two views, breaks that without a sign. So the samples of one batch are run in other orders, in eval mode and
+without a trace, and what comes out must follow them. An order that is found for one batch says nothing of the next, as it
+depends on the data: where rows do not follow, the technique refuses.
+
+``row_order.py`` compares the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_grad.core.losses.given_functions import LossRequest, SampleLoss, checked_losses, refuse_other_means
+from lightning_grad.core.losses.look import Look, Measure, SkippedBatchError
+from lightning_grad.core.losses.row_order import (
+    RowComparison,
+    Seen,
+    is_close,
+    largest,
+    rows_of_batch,
+    rows_of_call,
+    rows_of_terms,
+    size_of_input,
+)
+from lightning_grad.core.losses.sample_losses import SampleLosses, loss_of_output, only_loss, refuse_rest
+from lightning_grad.core.losses.scoring import runner, scoring_loader, to_device
+from lightning_grad.core.quiet import eager, quiet
+from lightning_grad.core.ranks import sum_over_ranks
+from lightning_grad.core.samples.training_set import TrainingSet
+from lightning_grad.data.random_streams import generators_kept, numbers_kept, seed_generators, seed_streams
+from lightning_grad.functional.gradients import WholeLossCapture
+from lightning_grad.utilities.batch_copies import copy_of
+from lightning_grad.utilities.batches import reordered
+from lightning_grad.utilities.checks import is_sharded
+
+_ALONE = 16  # samples that are run in batches of one
+_DRAWS = 4  # of samples, until a batch of them has a loss
+_KINDS: tuple[SampleLoss, SampleLoss] = ("share", "own")
+
+
+@dataclass
+class Rehearsal:
+    """Runs one batch of a training set in several orders, and raises where rows do not follow their samples.
+
+    Args:
+        trainer: The trainer, in a fit.
+        pl_module: Its module.
+        asked: What is asked of the losses of the step.
+        training_set: The training set; without it only :meth:`check_batch` and :meth:`check_whole_loss` can be called.
+        dataset: Read the samples here instead, at the same indices.
+        measure: What is measured of a batch in place of its loss.
+        runs_the_step: Whether the step may be run at all; else only the tensors of the batch are compared.
+        by_terms: Whether the loss of each sample is all that has to be known, so that it may come from several terms.
+
+    Attributes:
+        kind: What the loss of a sample alone is, where it comes from several terms; ``None`` if neither fits.
+    """
+
+    trainer: pl.Trainer
+    pl_module: pl.LightningModule
+    asked: LossRequest
+    training_set: TrainingSet | None = None
+    dataset: Any = None
+    measure: Measure | None = None
+    runs_the_step: bool = True
+    by_terms: bool = False
+    kind: SampleLoss = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        given = {"score_fn": self.measure, "loss_fn": self.asked.loss_fn, "outputs_fn": self.asked.outputs_fn}
+        # What takes the place of the step; empty if nothing does.
+        self._function = next((name for name, function in given.items() if function is not None), "")
+        self._is_coarse = "16" in str(self.trainer.precision)
+        self._exactness = 5e-2 if self._is_coarse else 1e-3
+        self._rows = RowComparison(self.asked, self._exactness, self._function)
+
+    def check_loader(self, in_training: bool = False) -> None:
+        """Check the rows of batches that ``collate_fn`` makes of the training set's samples.
+
+        Args:
+            in_training: Whether losses are read in training, so that those in training mode are looked at too.
+
+        Raises:
+            RuntimeError: If rows do not follow the samples, or the loss is seen only in part.
+        """
+        training_set = self._samples
+        if training_set.loader.batch_sampler is None:
+            self._rows.maker = "the data set"  # which takes lists of indices
+        runs = self._function != "" or (self.runs_the_step and training_set.is_whole_batch)
+        size = min(training_set.sampler.batch_size, len(training_set.sampler.population) // self.trainer.world_size)
+        if not size:
+            return
+        mine, memory = self.mine, dict[str, Any]()
+        for draw in range(_DRAWS):
+            chosen = torch.randperm(len(mine), generator=torch.Generator().manual_seed(draw))[:size]
+            indices = mine[chosen].tolist()
+
+            def see(order: Tensor, seed: int, indices: list[int] = indices) -> Seen | None:
+                with self.loaded(indices, order, seed) as batch:
+                    if batch is None:
+                        return None
+                    seen = Seen(rows_of_batch(batch, size))
+                    return self._run(to_device(self.trainer, batch), size, memory, seen) if runs else seen
+
+            if self._rows.compare(see, size):
+                if "terms" in memory:
+                    alone = [self._alone(index) for index in indices[:_ALONE]]
+                    self.kind = self._kind_of(see(torch.arange(size), 0), alone)
+                elif in_training and runs:
+                    with self.loaded(indices) as batch:
+                        batch = None if batch is None else to_device(self.trainer, batch)
+                    if batch is not None:
+                        self.check_whole_loss(batch, size)
+                return
+        rank_zero_warn(
+            f"{self.asked.label} cannot see whether rows follow the samples: {_DRAWS} batches in a row had no loss. Let "
+            "collate_fn and training_step return something for more batches, to have it checked."
+        )
+
+    def _kind_of(self, whole: Seen | None, alone: list[Tensor | None]) -> SampleLoss:
+        """Return what the loss of a sample is: that which the step returns for it in a batch of its own.
+
+        Args:
+            whole: What a batch shows.
+            alone: What the step returns for its first samples alone.
+        """
+        if whole is None or whole.terms is None or None in alone:
+            fits = [False, False]
+        else:
+            terms, solo = whole.terms, torch.stack([loss for loss in alone if loss is not None])
+            own, shares = (values.detach()[: len(solo)] for values in (terms.own, terms.shares))
+            solo = solo.to(own) - terms.constant
+            known = own.isfinite() & solo.isfinite()
+            floor = self._exactness * largest(solo[known])
+            fits = [is_close(values[known], solo[known], self._exactness, floor) for values in (shares, own)]
+        flags = torch.tensor(fits, dtype=torch.float32, device=self.trainer.strategy.root_device)
+        ranks = sum_over_ranks(self.trainer, flags).tolist()  # all must take the same
+        return next((kind for kind, count in zip(_KINDS, ranks, strict=True) if count == self.trainer.world_size), None)
+
+    def check_means(
+        self, means: Callable[[list[int]], float], name: str, with_constant: bool = True, most: int | None = None
+    ) -> None:
+        """Raise unless the mean over single losses is the loss that the step returns, on two batches.
+
+        Args:
+            means: Returns the mean for the samples with these indices.
+            name: What the losses come from, for errors.
+            with_constant: Whether both may differ by a constant.
+            most: Number of samples of a batch at most.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        mine = self.mine
+        size = min(self._samples.sampler.batch_size, max(1, len(mine) // 2), most or len(mine))
+        pairs: list[tuple[float, float]] = []
+        for start in range(0, min(len(mine), 2 * _DRAWS * size), size):
+            indices = mine[start : start + size].tolist()
+            loss = self._loss_of(indices)
+            mean = float("nan") if loss is None else means(indices)
+            if loss is not None and bool(loss.isfinite()):
+                pairs.append((mean, float(loss)))
+            if len(pairs) == 2:
+                break
+        # Losses at the start of a run are all alike, and so are means over batches. GPUs round products coarsely (TF32).
+        is_fine = self.trainer.strategy.root_device.type == "cpu" and not self._is_coarse
+        exactness, advice = 1e-4 if is_fine else self._exactness, "" if self.asked.loss_fn else self.asked.advice
+        refuse_other_means(pairs, self.asked.label, name, exactness, with_constant, advice)
+
+    def check_function(self) -> None:
+        """Raise unless the mean of ``loss_fn`` is the loss of the step up to a constant.
+
+        Raises:
+            ValueError: If it is not.
+        """
+
+        def mean(indices: list[int]) -> float:
+            assert self.asked.loss_fn is not None
+            with self.loaded(indices) as batch:
+                found = self.asked.loss_fn(self.pl_module, to_device(self.trainer, batch))
+                return float(checked_losses(found, len(indices)).detach().mean())
+
+        self.check_means(mean, "loss_fn")
+
+    def check_alone(self, most: int | None = None) -> None:
+        """Raise unless batches of one sample have the losses of larger ones.
+
+        Args:
+            most: Number of samples that the larger ones have at most.
+
+        Raises:
+            ValueError: If they have not.
+            RuntimeError: If the step cannot be run on one sample.
+        """
+
+        def mean(indices: list[int]) -> float:
+            losses = [self._alone(index, strict=True) for index in indices]
+            known = [float(loss) for loss in losses if loss is not None and loss.isfinite()]
+            return sum(known) / len(known) if known else float("nan")
+
+        self.check_means(mean, "scores_by='sample'", with_constant=False, most=most)
+
+    def check_batch(self, batch: Any, samples: int) -> bool:
+        """Check that the rows of a loss that stand together are those of one sample; return whether there was a loss.
+
+        In which order the samples stand does not matter to who credits no index with anything.
+
+        Raises:
+            RuntimeError: If they are not.
+        """
+        memory: dict[str, Any] = {}
+
+        def see(order: Tensor, seed: int) -> Seen | None:
+            with self._quiet(seed):
+                return self._run(reordered(copy_of(batch), order), samples, memory, Seen())
+
+        if not self._rows.compare(see, samples, in_order=False):
+            return False
+        if "terms" in memory:
+            alone = [self._row_alone(batch, samples, row) for row in range(min(samples, _ALONE))]
+            self.kind = self._kind_of(see(torch.arange(samples), 0), alone)
+        return True
+
+    def check_whole_loss(self, batch: Any, samples: int | None) -> None:
+        """Run the step on a batch in training mode, and raise if its loss is seen only in part.
+
+        Raises:
+            RuntimeError: If it is, or if the step changes a parameter.
+        """
+        asked = self.asked
+        if asked.which is not None:
+            return
+        looking = quiet(self.trainer, self.pl_module, evaluate=False, advice=f", or {asked.way_out}", label=asked.label)
+        with looking, eager(), torch.enable_grad():
+            capture = WholeLossCapture(self.pl_module, samples, way_out=asked.way_out)
+            with capture:
+                output = runner(self.trainer, self.pl_module, batch)()
+            if output is not None:
+                try:
+                    call = only_loss(capture, asked)
+                    refuse_rest(capture, call, output, asked)
+                except (RuntimeError, ValueError):
+                    if self.by_terms and not is_sharded(self.trainer):
+                        return  # the step itself was looked at, and has several terms
+                    raise
+                self._rows.refuse_moved(self._rows.targets, rows_of_call(call).get("target"), "target")
+
+    # A batch is run.
+
+    @contextmanager
+    def _quiet(self, seed: int) -> Iterator[None]:
+        looking = quiet(self.trainer, self.pl_module, advice=f", or {self.asked.way_out}", label=self.asked.label)
+        with looking, torch.no_grad():
+            self._seed(seed)
+            yield
+
+    def _seed(self, seed: int) -> None:
+        seed_streams(seed)
+        for module in self.pl_module.modules():
+            seed_generators(module, seed, depth=1)  # no further: the module knows its Trainer
+
+    @contextmanager
+    def loaded(self, indices: list[int], order: Tensor | None = None, seed: int = 0) -> Iterator[Any]:
+        """Give the batch of some samples, as ``collate_fn`` makes it of them in an order, in a quiet module."""
+        loader, places = self._samples.loader, range(len(indices)) if order is None else order.tolist()
+        takes_lists = loader.batch_sampler is None  # the data set makes the batch of a list of indices
+        chosen = [indices[place] for place in places] if takes_lists else indices
+
+        def collate(items: Any) -> Any:
+            seed_streams(seed)  # the items are read with the same random numbers each time, in the same order
+            seed_generators(loader.collate_fn, seed)
+            return loader.collate_fn(items if takes_lists else [items[place] for place in places])
+
+        once = scoring_loader(self._samples, self.dataset, [chosen], 0, in_main_process=True, collate=collate)
+        own = [once.dataset, loader.collate_fn]
+        with generators_kept(own), numbers_kept(loader.collate_fn), self._quiet(0):
+            batch = next(iter(once))
+            self._seed(seed)
+            yield batch
+
+    @property
+    def _samples(self) -> TrainingSet:
+        assert self.training_set is not None
+        return self.training_set
+
+    @property
+    def mine(self) -> Tensor:
+        """The samples of this rank."""
+        return self._samples.sampler.population[self.trainer.global_rank :: self.trainer.world_size]
+
+    def _run(self, batch: Any, samples: int, memory: dict[str, Any], seen: Seen) -> Seen | None:
+        run = runner(self.trainer, self.pl_module, batch)
+        look = Look(self.pl_module, batch, list(range(samples)), samples, run, self.asked, memory)
+        try:
+            if self.measure is not None:
+                seen.values = dict(self.measure(look))
+                return seen
+            if self.asked.loss_fn is not None:
+                seen.values = {"loss": look.losses().losses.detach()}
+                return seen
+            found = look.losses() if self.by_terms else SampleLosses(Tensor(), look.loss())
+        except SkippedBatchError:
+            return None
+        if found.call is not None:
+            seen.values = rows_of_call(found.call)
+            floor = (1e-2 if self._is_coarse else 1e-4) * size_of_input(found.call)
+            seen.floors = {"value": floor, "input": floor}
+        else:
+            assert found.terms is not None
+            seen.terms, seen.values = found.terms, rows_of_terms(found.terms)
+            seen.floors = {name: self._exactness * largest(rows) for name, rows in seen.values.items()}
+        return seen
+
+    def _loss_of(self, indices: list[int]) -> Tensor | None:
+        with self.loaded(indices) as batch:
+            return None if batch is None else self._loss_alone(to_device(self.trainer, batch))
+
+    def _alone(self, index: int, strict: bool = False) -> Tensor | None:
+        try:
+            return self._loss_of([index])
+        except Exception as error:  # a batch of one may be impossible: a deviation over the batch, a squeeze
+            if not strict:
+                return None
+            raise RuntimeError(
+                f"{self.asked.label} would run training_step on one sample at a time, and it fails on the sample {index} "
+                f"alone: {type(error).__name__}: {error}. Let it run on batches of one, or {self.asked.way_out}."
+            ) from error
+
+    def _row_alone(self, batch: Any, samples: int, row: int) -> Tensor | None:
+        try:
+            with self._quiet(0):
+                return self._loss_alone(reordered(copy_of(batch), torch.tensor([row]), samples))
+        except Exception:  # as above, or rows that are not one a sample
+            return None
+
+    def _loss_alone(self, batch: Any) -> Tensor | None:
+        with torch.enable_grad():  # a step may differentiate
+            loss = loss_of_output(runner(self.trainer, self.pl_module, batch)())
+        return None if loss is None or loss.numel() != 1 else loss.detach().reshape(())

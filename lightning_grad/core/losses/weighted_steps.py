@@ -1,0 +1,283 @@
+"""The ways to weight the samples of a training step: by its one call of a loss, by its terms, or by a function.
+
+The weights act in the backward pass. What the step returns stays what it is without them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_grad.core.losses.given_functions import GivenFunction, LossRequest, checked_losses, refuse_other_means
+from lightning_grad.core.losses.sample_losses import (
+    SampleLosses,
+    loss_of_output,
+    only_loss,
+    terms_of,
+    trace_of,
+    with_loss,
+)
+from lightning_grad.core.quiet import aside
+from lightning_grad.functional import LossCapture
+from lightning_grad.functional.gradients import LossFunction, Terms, weight_call_, without_ignored
+from lightning_grad.functional.gradients.autograd import Node
+from lightning_grad.utilities.batch_copies import copy_of
+
+_OUTLINE = 16  # nodes that are compared
+Weigh = Callable[[SampleLosses], Tensor | None]
+
+
+class WeighingCapture(LossCapture):
+    """A capture that weights by hooks, so that the value of the loss stays, and the gradient at weight 1 bit for bit.
+
+    Args:
+        samples: As in :class:`LossCapture`.
+        weigh: Called with the losses of each call; returns weights (B,), or ``None`` to leave this one as it is.
+        way_out: As in :class:`LossCapture`.
+    """
+
+    def __init__(self, samples: int | None, weigh: Weigh | None, way_out: str) -> None:
+        super().__init__(samples, way_out=way_out)
+        self._weigh = weigh
+        self.nodes: list[Node] = []  # of what the calls returned
+
+    def _handle(self, func: Any, loss: LossFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._weigh is None:
+            return super()._handle(func, loss, args, kwargs)
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()  # hooks need the autograd graph, which does not exist while compiling
+        value = self._noted(func(*args, **kwargs))
+        read = self._read(func, loss, args, kwargs, value)
+        if read is None:
+            return value
+        call = read.call
+        weights = self._weigh(SampleLosses(call.losses, call, sums=read.sums))
+        if weights is None:
+            return value
+        if weights.shape != (call.samples,):
+            raise ValueError(f"The weights must have the shape ({call.samples},); got {tuple(weights.shape)}.")
+        weights = without_ignored(weights.detach(), call.losses)
+        if weight_call_(func, args, kwargs, value, weights):
+            return value
+        # The gradient of what has no rows, as learned class weights, is that of a loss that is computed with the weights.
+        with LossCapture(call.samples, lambda _: weights):
+            weighted = WithGradientOf.apply(value.detach(), func(*args, **kwargs))  # type: ignore[no-untyped-call]
+        return self._noted(weighted)
+
+    def _noted(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.grad_fn is not None:
+            self.nodes.append(value.grad_fn)
+        return value
+
+
+def outline_of(loss: Tensor, calls: Sequence[Node]) -> tuple[str, ...]:
+    """Return what stands between a loss and calls of losses, by the names of its first nodes.
+
+    It is equal in steps that compute their loss in the same way, and costs next to nothing where the loss is a call.
+    """
+    waiting, names, known = deque([loss.grad_fn]), list[str](), set(calls)
+    while waiting and len(names) < _OUTLINE:
+        node = waiting.popleft()
+        if node is not None:
+            names.append("call" if node in known else node.name())
+            waiting.extend(() if node in known else (below for below, _ in node.next_functions))
+    return tuple(names)
+
+
+class WithGradientOf(torch.autograd.Function):
+    """Returns the first tensor, with the gradient of the second."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, other: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return None, gradients[0]
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """What a technique that weights samples asks for; see :func:`~lightning_grad.core.losses.loss_tap.reweight_losses`."""
+
+    reweight: Weigh
+    asked: LossRequest
+    acts: bool
+    needs: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step that is about to run.
+
+    Args:
+        module: The module.
+        inner: Its step.
+        args: What that is called with.
+        kwargs: The same by name.
+        samples: The number of samples of the batch, if it is known.
+        is_read: Whether the losses are read.
+        may_skip: Whether it may return nothing, as for a batch that Lightning is to train nothing on.
+    """
+
+    module: pl.LightningModule
+    inner: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    samples: int | None
+    is_read: bool
+    may_skip: bool
+
+    @property
+    def batch(self) -> Any:
+        """The batch."""
+        return next(iter((*self.args, *self.kwargs.values())))
+
+    def run(self) -> Any:
+        """Run it."""
+        return self.inner(*self.args, **self.kwargs)
+
+    def run_on_copies(self) -> Any:
+        """Run it without a trace in the batch."""
+        args, kwargs = copy_of([list(self.args), self.kwargs], leaves_in_graph=True)
+        return self.inner(*args, **kwargs)
+
+    def is_skipped(self, output: Any) -> bool:
+        """Return whether the step returned nothing, and may."""
+        return output is None and self.may_skip
+
+
+Seen = tuple[Any, LossCapture | None]
+
+
+class Way(ABC):
+    """A way to run a step so that its samples are weighted in the backward pass."""
+
+    @abstractmethod
+    def run(self, step: Step) -> Seen:
+        """Return what the step returns, and the losses seen for readers; ``None`` in place of these if it was skipped."""
+
+
+class ByCall(Way):
+    """Weights the one call of a loss, or only watches for it.
+
+    Args:
+        asked: What is asked of the loss.
+        reweight: Returns the weights; ``None`` to watch.
+    """
+
+    def __init__(self, asked: LossRequest, reweight: Weigh | None = None) -> None:
+        self._asked, self._reweight = asked, reweight
+        self._seen = 0
+        self.outlines: set[tuple[str, ...]] = set()  # of the steps that were looked at, where any was
+        self.changed: tuple[str, ...] | None = None  # the outline of a step that was not
+
+    def run(self, step: Step) -> Seen:
+        """See :meth:`Way.run`."""
+        self._seen = 0
+        weigh = None if self._reweight is None else self._weights
+        with WeighingCapture(step.samples, weigh, self._asked.way_out) as capture:
+            output = step.run()
+        if step.is_skipped(output):
+            return None, None
+        if self._reweight is not None:
+            only_loss(capture, self._asked, self._asked.which)  # an unseen or ambiguous loss is no step without weights
+            loss = loss_of_output(output)
+            if self.outlines and loss is not None and loss.grad_fn is not None:
+                outline = outline_of(loss, capture.nodes)
+                self.changed = self.changed if outline in self.outlines else outline
+        return output, capture
+
+    def _weights(self, losses: SampleLosses) -> Tensor | None:
+        assert self._reweight is not None
+        assert losses.call is not None
+        self._seen += 1
+        which = self._asked.which
+        is_meant = losses.call.has_graph if which is None else self._seen - 1 == which
+        return self._reweight(losses) if is_meant else None
+
+
+class ByTerms(Way):
+    """Weights the terms in the graph of what the step returns.
+
+    Args:
+        weighing: Who weights.
+        like: Terms of the first step.
+    """
+
+    def __init__(self, weighing: Weighing, like: Terms) -> None:
+        self._weighing = weighing
+        self._like = like
+
+    def run(self, step: Step) -> Seen:
+        """See :meth:`Way.run`."""
+        assert step.samples is not None
+        trace = trace_of(step.module, step.samples)
+        with trace:
+            output = step.run()
+        if step.is_skipped(output):
+            return None, None
+        asked = self._weighing.asked
+        terms = terms_of(trace, output, asked.needs_losses(), self._like, check=False)
+        weights = self._weighing.reweight(SampleLosses.of_terms(terms, asked.kind()))
+        if weights is not None:
+            terms.weight_(weights)
+        terms.release()
+        capture = LossCapture(step.samples)
+        capture.calls = trace.calls
+        return output, capture
+
+
+class ByFunction(Way):
+    """Gives the loss of the step the gradient of the weighted losses of a function.
+
+    Args:
+        weighing: Who weights.
+        loss_fn: The function.
+    """
+
+    def __init__(self, weighing: Weighing, loss_fn: GivenFunction) -> None:
+        self._weighing, self._loss_fn = weighing, loss_fn
+        self._pairs: list[tuple[float, float]] = []  # of the mean of loss_fn and the step's loss, in the first batches
+
+    def run(self, step: Step) -> Seen:
+        """See :meth:`Way.run`."""
+        given = copy_of(step.batch)  # the step may write into its own
+        with aside(step.module):
+            found = self._loss_fn(step.module, given)  # with the random numbers that the step will draw
+        capture = LossCapture(step.samples)
+        with capture if step.is_read else nullcontext():
+            output = step.run()
+        if step.is_skipped(output):
+            return None, None
+        losses, loss = checked_losses(found, step.samples), loss_of_output(output)
+        if loss is None or loss.numel() != 1:
+            raise ValueError(
+                f"training_step must return one number as its loss, or None; {self._weighing.asked.label} found none."
+            )
+        self._compare(losses, loss)
+        rest = (loss.detach() - losses.detach().mean()).reshape(())
+        weights = self._weighing.reweight(SampleLosses(losses.detach(), rest=rest))
+        if weights is None:
+            return output, capture
+        # What the step adds that belongs to no sample, such as weight decay by hand, keeps its gradient.
+        change = ((weights.to(losses) - 1.0) * losses).mean().reshape(loss.shape)
+        weighted = loss + change.to(loss.dtype)
+        weighted = WithGradientOf.apply(loss.detach(), weighted)  # type: ignore[no-untyped-call]
+        return with_loss(output, weighted), capture
+
+    def _compare(self, losses: Tensor, loss: Tensor) -> None:
+        """Refuse a function whose mean is not the loss of the first two steps, up to a constant."""
+        if len(self._pairs) == 2:
+            return
+        self._pairs.append((float(losses.detach().mean()), float(loss.detach())))
+        coarse = losses.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(loss.device.type)
+        refuse_other_means(self._pairs, self._weighing.asked.label, "loss_fn", 5e-2 if coarse else 1e-3)

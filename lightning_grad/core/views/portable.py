@@ -1,0 +1,180 @@
+"""Checkpoints that load anywhere and still resume exactly.
+
+A checkpoint holds the *stored* weights (what inference uses) under the plain keys, and apart, in the technique's own
+state, what it takes to get the dense ones back, bit for bit. Both are done in the module's own ``on_save_checkpoint``
+and ``on_load_checkpoint``: Lightning calls the first after every callback, with ``save_weights_only`` too, and the
+second before anything is loaded, so that weight averaging, which replaces ``checkpoint["state_dict"]``, finds its dense
+average again wherever it stands in the list of callbacks. What the module itself does there, renaming keys perhaps,
+comes after ours on saving and before ours on loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.views.weight_view import WeightView
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_RESIDUALS = "residuals"
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(_BITS[tensor.element_size()])
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Return a mask as one bit an entry, in a flat uint8 tensor on the CPU.
+
+    Example:
+        >>> pack_bits(torch.tensor([1.0, 0.0, 1.0]))
+        tensor([160], dtype=torch.uint8)
+    """
+    return torch.from_numpy(np.packbits((mask != 0).cpu().numpy()))
+
+
+def unpack_bits(packed: Tensor, like: Tensor) -> Tensor:
+    """Return the bool mask that :func:`pack_bits` packed, in the shape and on the device of ``like``.
+
+    Example:
+        >>> unpack_bits(torch.tensor([160], dtype=torch.uint8), like=torch.zeros(3))
+        tensor([ True, False,  True])
+    """
+    bits = np.unpackbits(packed.cpu().numpy(), count=like.numel())
+    return torch.from_numpy(bits.astype(bool)).view(like.shape).to(like.device)
+
+
+def encode_residual(stored: Tensor, dense: Tensor) -> dict[str, Tensor] | None:
+    """Return what is missing in ``stored`` to get ``dense`` back: where they differ, and the values there.
+
+    Args:
+        stored: What the checkpoint holds.
+        dense: What training continues from, same shape and dtype.
+
+    Returns:
+        dict: ``where`` (packed bits) and ``values``; ``None`` if nothing is missing.
+
+    Example:
+        >>> encode_residual(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 5.0]))
+        {'where': tensor([64], dtype=torch.uint8), 'values': tensor([5.])}
+    """
+    different = _bits(stored) != _bits(dense)
+    if not bool(different.any()):
+        return None
+    return {"where": pack_bits(different), "values": dense[different].cpu()}
+
+
+def decode_residual(stored: Tensor, residual: Mapping[str, Tensor]) -> Tensor:
+    """Return the dense weight, bit for bit.
+
+    Args:
+        stored: What the checkpoint held.
+        residual: What :func:`encode_residual` returned.
+
+    Example:
+        >>> decode_residual(torch.tensor([1.0, 0.0]), {"where": torch.tensor([64]).byte(), "values": torch.tensor([5.0])})
+        tensor([1., 5.])
+    """
+    dense = stored.clone()
+    dense[unpack_bits(residual["where"], stored)] = residual["values"].to(stored.device, stored.dtype)
+    return dense
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bits(a), _bits(b.to(a.device)))
+
+
+def make_portable(checkpoint: dict[str, Any], state_key: str, views: Mapping[str, tuple[Tensor, WeightView]]) -> None:
+    """Put stored weights into a checkpoint's ``state_dict``, and the residuals into the technique's state.
+
+    What already holds the stored weights of the module stays; anything else in ``state_dict`` (an average that a
+    callback put there) is dense and is turned into what the validation of it used. Other copies of the module's stored
+    weights in the checkpoint get their residual too.
+
+    Args:
+        checkpoint: What Lightning is about to write, changed in place.
+        state_key: Key of the technique in ``checkpoint["callbacks"]``.
+        views: For each parameter's key in ``state_dict``: its dense weight now, and its view.
+
+    Raises:
+        RuntimeError: If residuals have no place, because the technique has no state in a checkpoint to resume from.
+    """
+    residuals: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for container, tensors in checkpoint.items():
+        if not isinstance(tensors, MutableMapping):
+            continue
+        for key in views:
+            if key not in tensors:
+                continue
+            dense, view = views[key]
+            stored = view.stored(dense.detach())
+            if not _same_bits(tensors[key], stored):
+                if container != "state_dict":
+                    continue
+                dense = tensors[key]
+                stored = tensors[key] = view.stored(dense)
+            residual = encode_residual(stored, dense.detach())
+            if residual is not None:
+                residuals.setdefault(container, {})[key] = residual
+    states = checkpoint.get("callbacks")
+    if states is None:
+        return  # of weights only, from which no run resumes
+    if state_key in states:
+        states[state_key][_RESIDUALS] = residuals
+    elif residuals:
+        first = next(key for kept in residuals.values() for key in kept)
+        raise RuntimeError(
+            f"{state_key} has no state in this checkpoint, so what {first!r} needs to be dense again has no place in it, and "
+            f"a run that resumes from it would continue from other weights. Let {state_key}.state_dict() extend "
+            "super().state_dict(), or save with save_weights_only=True."
+        )
+
+
+def make_dense(checkpoint: dict[str, Any], state_key: str) -> None:
+    """Undo :func:`make_portable` in a checkpoint that was read, before anything is loaded from it.
+
+    Args:
+        checkpoint: What Lightning read, changed in place.
+        state_key: Key of the technique in ``checkpoint["callbacks"]``.
+    """
+    state = checkpoint.get("callbacks", {}).get(state_key) or {}
+    for container, residuals in state.get(_RESIDUALS, {}).items():
+        for key, residual in residuals.items():
+            if key in checkpoint.get(container, {}):
+                checkpoint[container][key] = decode_residual(checkpoint[container][key], residual)
+
+
+def wrap_saving(
+    pl_module: pl.LightningModule, state_key: str, views: Callable[[], Mapping[str, tuple[Tensor, WeightView]]]
+) -> Callable[[], None]:
+    """Make every checkpoint of a module portable from now on.
+
+    Returns:
+        Callable: Takes it back.
+    """
+
+    def save(inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        make_portable(checkpoint, state_key, views())
+        inner(checkpoint)
+
+    return wrap_method(pl_module, "on_save_checkpoint", save)
+
+
+def wrap_loading(pl_module: pl.LightningModule, state_key: str) -> Callable[[], None]:
+    """Make every portable checkpoint dense before the module loads it, from now on.
+
+    Returns:
+        Callable: Takes it back.
+    """
+
+    def load(inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        inner(checkpoint)
+        make_dense(checkpoint, state_key)
+
+    return wrap_method(pl_module, "on_load_checkpoint", load)

@@ -1,0 +1,285 @@
+"""Which weights of a module may be chosen, which of them a technique takes, and why it leaves others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_grad.core.views.network_ends import Ends, Owner
+from lightning_grad.core.views.weight_chain import ViewedWeight
+from lightning_grad.core.views.weight_view import REPLACEMENTS, viewed_class
+from lightning_grad.utilities.parameters import all_names, clean_name, is_spelled, matches, named_owners, selects
+from lightning_grad.utilities.reporting import format_table
+from lightning_grad.utilities.weight_axes import is_foreign_matrix, output_dimension
+
+_SINGLE_WEIGHT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@dataclass(frozen=True)
+class FoundWeight:
+    """A parameter that may be chosen.
+
+    Args:
+        name: Full name, as in ``state_dict``.
+        module: The module that owns it.
+        attribute: Its name there.
+        names: All names under which it is known, without the prefix of compiled modules.
+        twins: Other owners of the same, tied parameter, each with its attribute.
+        is_known: Whether its module is a layer of torch that reads the attribute for every use.
+        is_spelled: Whether the user has spelled its name to the end.
+        label: Who asks, for errors.
+        effect: What it makes of a weight, an adjective.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    names: tuple[str, ...] = ()
+    twins: tuple[tuple[nn.Module, str], ...] = ()
+    is_known: bool = True
+    is_spelled: bool = False
+    label: str = "A technique"
+    effect: str = "different"
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter itself, which holds the dense weight.
+
+        Raises:
+            RuntimeError: If something has taken it out of its layer.
+        """
+        parameter = self.module._parameters.get(self.attribute)
+        if parameter is None:
+            raise RuntimeError(
+                f"{self.label} makes {clean_name(self.name)} {self.effect}, and something has taken it out of its layer "
+                "in mid-fit, as pruning, weight_norm, spectral_norm and parametrize do. Do that before the fit, or leave "
+                f"the layer out: exclude=[{clean_name(self.name)!r}]."
+            )
+        return parameter
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the module is shown the weight by writing it into the parameter."""
+        return bool(self.twins) or not self.is_known
+
+    def output_dimension(self) -> int | None:
+        """Return the dimension that counts the layer's outputs; ``None`` if the layer computes neither x W nor x W^T."""
+        return output_dimension(self.module, self.attribute)
+
+    def class_name(self) -> str:
+        """Return the name of the class that the user gave the module."""
+        return viewed_class(self.module).__name__
+
+
+def found_weights(module: nn.Module, owners: Sequence[Owner], technique: WeightCallback[Any]) -> Iterator[FoundWeight]:
+    """Yield the parameters of a module that a technique may choose, a tied one once for each owner.
+
+    Layers of torch are known by their type, other linear layers by a matrix named ``weight``, and parameters of other modules
+    only where a pattern spells their own name.
+
+    Args:
+        module: The LightningModule, complete.
+        owners: Name, module and attribute of its parameters.
+        technique: Who asks; ``include=None`` means all that are known.
+    """
+    known = all_names(module)
+    uses: dict[int, list[tuple[nn.Module, str]]] = {}
+    for _, owner, attribute in owners:
+        uses.setdefault(id(owner._parameters[attribute]), []).append((owner, attribute))
+    for name, owner, attribute in owners:
+        key = id(owner._parameters[attribute])
+        found = FoundWeight(
+            name,
+            owner,
+            attribute,
+            names=tuple(known[key]),
+            twins=tuple(use for use in uses[key] if use != (owner, attribute)),
+            is_known=_is_known(owner, attribute),
+            is_spelled=is_spelled(known[key], technique.include or []),
+            label=technique.label,
+            effect=technique.effect,
+        )
+        if found.is_spelled or (_is_layer(found) and selects(found.names, technique.include)):
+            yield found
+
+
+def _is_known(owner: nn.Module, attribute: str) -> bool:
+    if isinstance(owner, nn.MultiheadAttention):
+        return attribute in _ATTENTION_WEIGHTS
+    return isinstance(owner, _SINGLE_WEIGHT) and attribute == "weight"
+
+
+def _is_layer(found: FoundWeight) -> bool:
+    is_matrix = found.attribute == "weight" and is_foreign_matrix(found.module, found.attribute)
+    return found.is_known or is_matrix
+
+
+def replaced_weights(module: nn.Module) -> list[str]:
+    """Return the weights in whose place something else computes another."""
+    found = []
+    for name, layer in module.named_modules():
+        replaced = layer._parameters.keys() & {f"weight_{end}" for end in REPLACEMENTS}
+        if isinstance(layer, _SINGLE_WEIGHT) and (replaced or is_parametrized(layer, "weight")):
+            found.append(clean_name(f"{name}.weight"))
+    return found
+
+
+if TYPE_CHECKING:
+    from lightning_grad.core.weights import WeightCallback
+
+W = TypeVar("W", bound=ViewedWeight)
+
+_MOST_SHOWN = 24
+_FROZEN = "frozen"
+_REPLACED = "reparametrized (pruning, weight_norm, spectral_norm or parametrize), so that it is computed from others"
+
+
+@dataclass(frozen=True)
+class WeightChoice(Generic[W]):
+    """Which weights of a module are chosen, and why others are not."""
+
+    chosen: list[W] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def table(self, column: str) -> str:
+        """Return a row for each weight: what is made of it, or why it is skipped."""
+        rows = [[clean_name(w.name), "x".join(map(str, w.parameter.shape)), str(w)] for w in self.chosen]
+        rows += [[name, "dense", reason] for name, reason in self.skipped]
+        more = f"\n... and {len(rows) - _MOST_SHOWN} more" if len(rows) > _MOST_SHOWN else ""
+        return format_table(rows[:_MOST_SHOWN], ["weight", "shape", column]) + more
+
+    def why_none(self, effect: str, column: str) -> str:
+        """Return why nothing was chosen, and what to do."""
+        if not self.skipped:
+            return (
+                "It looks for Linear, Conv and attention layers, and for others that multiply by a matrix named weight. Name "
+                "parameters of other modules in full, such as include=['blocks.*.w1']."
+            )
+        reasons = [f"{name}: {reason}" for name, reason in self.skipped[:8]]
+        frozen = [name for name, reason in self.skipped if reason.startswith(_FROZEN)]
+        if frozen:
+            return (
+                f"{'; '.join(reasons)}. To choose frozen layers, name them, such as include={frozen[:1]!r}: they become "
+                f"{effect}, and stay so when a callback unfreezes them."
+            )
+        return f"{'; '.join(reasons)}. Choose other layers with include=, or another {column}."
+
+
+def choose_weights(module: nn.Module, technique: WeightCallback[W], ends: Ends) -> WeightChoice[W]:
+    """Find the weights that a technique takes.
+
+    Args:
+        module: The LightningModule, complete.
+        technique: The technique.
+        ends: Finds the first and the last layers.
+
+    Raises:
+        ValueError: What ``technique.view`` raises.
+    """
+    owners = list(named_owners(module))
+    candidates = list(found_weights(module, owners, technique))
+    dense = _find_ends(owners, candidates, technique, ends) if technique.include is None else set()
+    choice: WeightChoice[W] = WeightChoice()
+    for found in candidates:
+        if any(weight.parameter is found.parameter for weight in choice.chosen):
+            continue  # another name of a tied parameter
+        weight = _why_not(found, technique) or _view(found, technique)
+        if not isinstance(weight, str) and clean_name(found.name) in dense:
+            weight = "the first and the last layer stay dense unless include names them"
+        if isinstance(weight, str):
+            choice.skipped.append((clean_name(found.name), weight))
+        else:
+            choice.chosen.append(weight)
+    _explain_others(choice, module, technique, candidates)
+    return choice
+
+
+def _why_not(found: FoundWeight, technique: WeightCallback[W]) -> str:
+    """Return why a candidate is left out whatever the technique makes of it; empty if it is not."""
+    parameter, by_default = found.parameter, technique.include is None
+    if excluded := technique.why_excluded(found.names):
+        return excluded
+    if isinstance(parameter, UninitializedParameter):
+        return "it has no shape yet (a lazy module): run one batch through it before the fit"
+    if parameter.ndim < 2 or not parameter.is_floating_point():
+        return "only floating weights of two or more dimensions are chosen"
+    if by_default and not parameter.requires_grad:
+        return f"{_FROZEN}; include it by name to make it {technique.effect} all the same"
+    tied_to = [name for name in found.names if name != clean_name(found.name) and found.twins]
+    if by_default and tied_to:
+        return f"tied to {', '.join(tied_to)}; include it by name to make every use {technique.effect}"
+    return ""
+
+
+def _view(found: FoundWeight, technique: WeightCallback[W]) -> W | str:
+    weight = technique.view(found)
+    if not isinstance(weight, (ViewedWeight, str)):
+        raise TypeError(
+            f"{technique.label}.view must return a ViewedWeight, or the reason why {clean_name(found.name)} is left out; got "
+            f"{type(weight).__name__}."
+        )
+    return weight
+
+
+def _find_ends(
+    owners: Sequence[Owner], candidates: Sequence[FoundWeight], technique: WeightCallback[W], ends: Ends
+) -> set[str]:
+    able = [
+        found for found in candidates if found.parameter.requires_grad and selects(found.names, None, technique.exclude)
+    ]
+    able_names = {found.name for found in able}
+    left_out = {found.name for found in candidates} - able_names
+    layers = [
+        owner for owner in owners if owner[0] in able_names or (_is_single_layer(owner) and owner[0] not in left_out)
+    ]
+    return ends.find([(found.name, found.module, found.attribute) for found in able], layers)
+
+
+def _is_single_layer(owner: Owner) -> bool:
+    """Return whether a parameter is the weight of a single layer, and not a table of a whole network."""
+    parameter = owner[1]._parameters[owner[2]]
+    if parameter is None or isinstance(parameter, UninitializedParameter):
+        return False
+    return parameter.ndim >= 2 and next(owner[1].children(), None) is None
+
+
+def _explain_others(
+    choice: WeightChoice[W], module: nn.Module, technique: WeightCallback[W], candidates: Sequence[FoundWeight]
+) -> None:
+    """Name weights that something else has replaced, and what the user includes that is no weight."""
+    replaced = [name for name in replaced_weights(module) if selects(name, None, technique.exclude)]
+    choice.skipped.extend((name, _REPLACED) for name in replaced if matches(name, technique.include or ["*"]))
+    for asked in technique.include or []:
+        if not any(matches(names, [asked]) for names in (*(found.names for found in candidates), *replaced)):
+            choice.skipped.append((asked, "no Linear, Conv or attention layer; spell parameters of others to the end"))
+
+
+def refuse_pruners(callbacks: Iterable[object], weights: Sequence[ViewedWeight], technique: str, verb: str) -> None:
+    """Raise if another callback, such as Lightning's ``ModelPruning``, is to prune one of the weights.
+
+    Args:
+        callbacks: All of the trainer, set up.
+        weights: The weights that are chosen.
+        technique: Who chooses them.
+        verb: What it would do with them.
+
+    Raises:
+        ValueError: With the names of both and of the first weight.
+    """
+    chosen: Mapping[int, str] = {id(weight.parameter): clean_name(weight.name) for weight in weights}
+    for callback in callbacks:
+        for pair in getattr(callback, "_parameters_to_prune", None) or []:
+            module, attribute = pair
+            name = chosen.get(id(module._parameters.get(attribute)))
+            if name is not None:
+                kind = type(callback).__name__
+                raise ValueError(
+                    f"{technique} and {kind} would both {verb} {name}. Keep one of them, or separate them: "
+                    f"exclude=[{name!r}] for {technique}, or {kind}(parameters_to_prune=[...]) with other layers."
+                )

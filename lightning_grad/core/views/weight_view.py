@@ -1,0 +1,352 @@
+"""Showing the forward pass another weight than the one that is trained.
+
+A technique that derives weights (masks, noise, quantization) keeps the dense parameter where the optimizer, DDP and EMA
+expect it, and gives the module a *view* of it. Two ways in:
+
+- :func:`attach_view` swaps the module's class for a subclass in which the attribute is a property. Keys, order and
+  identity of the parameters stay, ``torch.compile`` traces through, and modules whose ``forward`` is never called
+  (the output projection of ``MultiheadAttention``) work too.
+- :class:`~lightning_grad.core.views.weight_view.InPlaceView` writes the derived weight into the parameter for the time of
+  forward and backward. It serves modules that get at their parameters in ways of their own, and parameters that several
+  modules share.
+
+With both, ``state_dict`` holds the weight that inference uses, and everyone else sees the dense one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+from weakref import WeakSet
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_grad.core.dispatch import wrap_method
+
+_VIEWS = "_lightning_grad_views"
+_DENSE = "_lightning_grad_dense"
+IN_PLACE = "_lightning_grad_in_place"
+REPLACEMENTS = ("orig", "g", "v")  # under which torch's prune, spectral_norm and weight_norm keep a weight
+
+
+class WeightView(Protocol):
+    """How one parameter is seen."""
+
+    def value(self, dense: Tensor) -> Tensor:
+        """Return what the forward pass uses, differentiable in ``dense``."""
+
+    def stored(self, dense: Tensor) -> Tensor:
+        """Return what a checkpoint holds and inference uses: a new tensor without gradient, or ``dense`` itself."""
+
+
+class _Parameters:
+    """The parameters of a viewed module, to put back what other code took out before it was refused."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._all = dict(module._parameters)
+
+    def put_back(self, module: nn.Module) -> None:
+        present = dict(module._parameters)
+        module._parameters.clear()  # in the old order, by which optimizers store their state
+        module._parameters.update({**self._all, **present})
+
+
+def own_parameter(module: nn.Module, attribute: str) -> nn.Parameter:
+    """Return the parameter itself, also where the attribute shows a view of it."""
+    parameter = module._parameters[attribute]
+    assert parameter is not None
+    return parameter
+
+
+def _refusals(base: type[nn.Module], attributes: frozenset[str]) -> dict[str, Any]:
+    """Return methods that refuse to let pruning and the like take the place of a viewed weight."""
+
+    def refuse(self: nn.Module, name: str) -> None:
+        """Raise in place of the foreign errors in which a second owner of the weight ends."""
+        self.__dict__[_DENSE].put_back(self)
+        known = getattr(self.__dict__[_VIEWS].get(name), "name", f"{base.__name__}.{name}")
+        raise RuntimeError(
+            f"{known} cannot be reparametrized while a technique shows it through a view: pruning, weight_norm, "
+            "spectral_norm and parametrize would take its place. Leave the layer out by the technique's exclude=, or do that "
+            "before the fit, and the technique leaves it out itself."
+        )
+
+    def delete(self: nn.Module, name: str) -> None:
+        if name in attributes:
+            refuse(self, name)
+        base.__delattr__(self, name)
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        owner = next((attribute for attribute in attributes if name.startswith(f"{attribute}_")), None)
+        # Only what takes the place of a weight: an adapter may be added to the layer.
+        if owner is not None and name.removeprefix(f"{owner}_") in REPLACEMENTS:
+            refuse(self, owner)
+        base.register_parameter(self, name, param)
+
+    return {"__delattr__": delete, "register_parameter": register}
+
+
+@functools.cache
+def _viewing_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn.Module]:
+    """Derive the class whose instances show ``attributes`` through their views."""
+
+    def save(self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        base._save_to_state_dict(self, destination, prefix, keep_vars)
+        for name, view in self.__dict__[_VIEWS].items():
+            destination[prefix + name] = view.stored(own_parameter(self, name).detach())
+
+    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        """Pickle and copy as a plain module that computes the same."""
+        state = {key: value for key, value in self.__dict__.items() if key not in (_VIEWS, _DENSE)}
+        state["_parameters"] = dict(self._parameters)
+        for name, view in self.__dict__[_VIEWS].items():
+            dense = own_parameter(self, name)
+            stored = view.stored(dense.detach()).clone()
+            state["_parameters"][name] = nn.Parameter(stored, requires_grad=dense.requires_grad)
+        # Not copyreg.__newobj__: pickle refuses it for another class than the object's own.
+        return object.__new__, (base,), state
+
+    def shown(name: str) -> property:
+        return property(lambda self: self.__dict__[_VIEWS][name].value(self._parameters[name]))
+
+    members: dict[str, Any] = {name: shown(name) for name in attributes}
+    members |= {"_save_to_state_dict": save, "__reduce_ex__": reduce, "_viewed_class": base}
+    members |= _refusals(base, attributes)
+    members |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), members)
+
+
+def viewed_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class the user gave the module, whether or not it is viewed now."""
+    return getattr(type(module), "_viewed_class", type(module))
+
+
+def has_view(module: nn.Module, attribute: str) -> bool:
+    """Return whether a technique already shows this parameter through a view."""
+    parameter = module._parameters[attribute]
+    # A pickled copy of a parameter carries the mark with it, but not the view; its identity is another.
+    return attribute in module.__dict__.get(_VIEWS, {}) or getattr(parameter, IN_PLACE, None) == id(parameter)
+
+
+def attach_view(module: nn.Module, attribute: str, view: WeightView) -> Callable[[], None]:
+    """Show a module's parameter through a view.
+
+    Args:
+        module: The module that owns the parameter.
+        attribute: Name of the parameter in it.
+        view: What to show.
+
+    Returns:
+        Callable: Gives the module its own class back; may be called more than once.
+
+    Example:
+        >>> import torch
+        >>> class Doubled:
+        ...     def value(self, dense):
+        ...         return 2 * dense
+        ...     stored = value
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.ones_(layer.weight)
+        >>> undo = attach_view(layer, "weight", Doubled())
+        >>> layer(torch.ones(1)).item(), next(layer.parameters()).item(), layer.state_dict()["weight"].item()
+        (2.0, 1.0, 2.0)
+        >>> undo()
+        >>> type(layer) is nn.Linear, layer(torch.ones(1)).item()
+        (True, 1.0)
+    """
+    views = module.__dict__.setdefault(_VIEWS, {})
+    views[attribute] = view
+    module.__dict__.setdefault(_DENSE, _Parameters(module))
+    base = viewed_class(module)
+    module.__class__ = _viewing_class(base, frozenset(views))  # type: ignore[arg-type]
+
+    def undo() -> None:
+        if views.pop(attribute, None) is not None:
+            module.__class__ = _viewing_class(base, frozenset(views)) if views else base  # type: ignore[arg-type]
+        if not views and module.__dict__.get(_VIEWS) is views:
+            del module.__dict__[_VIEWS], module.__dict__[_DENSE]
+
+    return undo
+
+
+_OPEN: WeakSet[InPlaceWindow] = WeakSet()
+
+
+class _StoredInStateDict:
+    """State-dict hook of an in-place view; a copy or pickle of the module gets one that does nothing."""
+
+    def __init__(self, attribute: str, view: InPlaceView | None) -> None:
+        self._attribute = attribute
+        self._view = view
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+        if self._view is not None:
+            state_dict[prefix + self._attribute] = self._view.stored()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _StoredInStateDict, (self._attribute, None)
+
+
+class InPlaceView:
+    """Writes the derived weight into the parameter while a step computes with it.
+
+    Between :meth:`expose` and :meth:`restore` the parameter holds the view's value; at all other times, and so for
+    optimizers, EMA and hooks, the dense weight. The gradient goes through the view's derivative by a tensor hook.
+
+    Args:
+        module: The module that owns the parameter.
+        attribute: Name of the parameter in it.
+        view: What to write.
+        others: Other owners of the same, tied parameter, each with its attribute.
+    """
+
+    def __init__(
+        self, module: nn.Module, attribute: str, view: WeightView, others: Sequence[tuple[nn.Module, str]] = ()
+    ) -> None:
+        self.parameter = own_parameter(module, attribute)
+        self._view = view
+        self._dense: Tensor | None = None
+        self._handles = [
+            owner.register_state_dict_post_hook(_StoredInStateDict(name, self))  # type: ignore[no-untyped-call]
+            for owner, name in [(module, attribute), *others]
+        ]
+        setattr(self.parameter, IN_PLACE, id(self.parameter))
+        self._sees_gradient = False
+
+    @property
+    def dense(self) -> Tensor:
+        """The dense weight, wherever it is now."""
+        return self.parameter.detach() if self._dense is None else self._dense
+
+    def stored(self) -> Tensor:
+        """Return what a checkpoint holds."""
+        return self._view.stored(self.dense)
+
+    def _through_view(self, gradient: Tensor) -> Tensor:
+        """Apply the chain rule of the view, at the dense weight: a view may compute its mask from the value."""
+        with torch.enable_grad():
+            dense = self.dense.detach().requires_grad_()
+            shown = self._view.value(dense)
+            return gradient if shown is dense else torch.autograd.grad(shown, dense, gradient)[0]
+
+    @torch.no_grad()
+    def expose(self) -> None:
+        """Write the view's value into the parameter, and keep the dense weight aside."""
+        if self.parameter.requires_grad and not self._sees_gradient:
+            self._sees_gradient = True
+            self._handles.append(self.parameter.register_hook(self._through_view))  # type: ignore[no-untyped-call]
+        if self._dense is None:
+            self._dense = self.parameter.detach().clone()
+            self._write(self._view.value(self._dense))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the dense weight back, if it is out."""
+        if self._dense is not None:
+            self._write(self._dense)
+            self._dense = None
+
+    def _write(self, value: Tensor) -> None:
+        # Through .data, which leaves the version counter alone: the dense weight itself has not changed.
+        self.parameter.data.copy_(value)
+
+    def detach(self) -> None:
+        """Put the dense weight back and remove the hooks."""
+        self.restore()
+        self.parameter.__dict__.pop(IN_PLACE, None)
+        for handle in self._handles:
+            handle.remove()
+
+
+def open_windows(pl_module: pl.LightningModule) -> list[InPlaceWindow]:
+    """Return the windows that are open now."""
+    return [window for window in _OPEN if window.pl_module is pl_module]
+
+
+def close_windows(pl_module: pl.LightningModule, but: Sequence[InPlaceWindow] = ()) -> None:
+    """Close what a ``training_step`` has opened that no backward follows, because it ran for inspection.
+
+    Args:
+        pl_module: The LightningModule.
+        but: Windows that stay open, because they were before.
+    """
+    for window in open_windows(pl_module):
+        if window not in but:
+            window.close()
+
+
+class InPlaceWindow:
+    """Opens in-place views when a LightningModule's step begins, and closes them before anyone looks at the weights.
+
+    The window opens around ``training_step`` and ``validation_step``. Under automatic optimization backward follows
+    after ``training_step`` has returned, so the owner calls :meth:`close` in ``on_after_backward`` and in
+    ``on_before_optimizer_step``; under manual optimization every optimizer step closes it, and the rest of
+    ``training_step`` runs in a new one.
+
+    Args:
+        pl_module: The LightningModule.
+        views: Its in-place views.
+    """
+
+    def __init__(self, pl_module: pl.LightningModule, views: Sequence[InPlaceView]) -> None:
+        self._views = list(views)
+        self._manual = not pl_module.automatic_optimization
+        self._in_training_step = False
+        self.pl_module = pl_module
+        self._undo = [
+            wrap_method(pl_module, "training_step", self._around_training),
+            wrap_method(pl_module, "validation_step", self._around_validation),
+        ]
+
+    def add(self, view: InPlaceView) -> None:
+        """Open and close one more view from now on."""
+        self._views.append(view)
+
+    def discard(self, view: InPlaceView) -> None:
+        """Detach a view, and no longer open it."""
+        view.detach()
+        self._views.remove(view)
+
+    def open(self) -> None:
+        """Write every view's value into its parameter."""
+        _OPEN.add(self)
+        for view in self._views:
+            view.expose()
+
+    def close(self) -> None:
+        """Put the dense weights back."""
+        _OPEN.discard(self)
+        for view in self._views:
+            view.restore()
+
+    def reopen(self) -> None:
+        """Go on with the rest of a manual ``training_step`` after one of its optimizers has stepped."""
+        if self._in_training_step and self._manual:
+            self.open()
+
+    def remove(self) -> None:
+        """Close the window for good."""
+        for undo in self._undo:
+            undo()
+        for view in self._views:
+            view.detach()
+
+    def _around_training(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.open()
+        self._in_training_step = True
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            self._in_training_step = False
+            if self._manual:
+                self.close()
+
+    def _around_validation(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.open()
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            self.close()

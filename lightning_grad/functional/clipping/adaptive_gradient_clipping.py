@@ -1,0 +1,96 @@
+"""Clip the gradient of each unit by the norm of its weights (AGC)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_grad.functional.clipping.norms import EPS
+from lightning_grad.functional.gradients.tensor_lists import by_device, is_sharded
+
+
+def unit_norms(tensor: Tensor, output_dim: int = 0) -> Tensor:
+    """Return the 2-norm of each unit of a weight: of all dimensions but one, or of a whole vector.
+
+    A unit is a row of a Linear, a filter of a Conv. For layers that lay out their weights otherwise (ConvTranspose, whose
+    outputs are in dimension 1; query, key and value packed in one weight) a unit is not one neuron, unless ``output_dim``
+    says where the outputs are.
+
+    Args:
+        tensor: Any shape.
+        output_dim: The dimension that counts the units.
+
+    Returns:
+        Tensor: (units, 1, ..., 1), or (1, units) with ``output_dim=1``; a scalar for a tensor of one dimension or none.
+
+    Example:
+        >>> unit_norms(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+        tensor([[5.],
+                [1.]])
+    """
+    dimensions = tuple(d for d in range(tensor.ndim) if d != output_dim) if tensor.ndim > 1 else None
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=dimensions, keepdim=dimensions is not None)
+    return norms
+
+
+def _adaptive_coefficients(gradient_norms: Tensor, weight_norms: Tensor, ratio: float, eps: float) -> Tensor:
+    limits = weight_norms.clamp(min=eps) * ratio
+    return torch.where(gradient_norms < limits, 1.0, limits / gradient_norms.clamp(min=EPS))
+
+
+@torch.no_grad()
+def clip_adaptively_(
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    ratio: float = 0.01,
+    eps: float = 1e-3,
+    output_dims: Sequence[int] | None = None,
+) -> list[Tensor]:
+    r"""Clip each unit's gradient by the norm of its weights (adaptive gradient clipping, AGC).
+
+    .. math::
+        G_i \leftarrow G_i \frac{m_i}{\lVert G_i \rVert} \text{ where } \lVert G_i \rVert > m_i, \quad
+        m_i = \lambda \max(\lVert W_i \rVert, \epsilon)
+
+    Args:
+        gradients: G, tensors of any shape; changed in place.
+        weights: W, of the same shapes. What a unit i is, says :func:`unit_norms`.
+        ratio: :math:`\lambda`, the largest ratio of the norms.
+        eps: :math:`\epsilon`, so that weights that are zero can leave zero.
+        output_dims: For each weight the dimension that counts its units; ``None`` is the first of all.
+
+    Returns:
+        list: For each gradient the coefficients of its units, at most 1.
+
+    Example:
+        >>> g, w = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [10.0, 0.0]])
+        >>> _ = clip_adaptively_([g], [w], ratio=0.1)
+        >>> g
+        tensor([[0.0600, 0.0800],
+                [0.0000, 1.0000]])
+
+    References:
+        Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", 2021, arXiv 2102.06171,
+        equation 3.
+    """
+    coefficients: list[Any] = [None] * len(gradients)
+    dims = output_dims or [0] * len(gradients)
+    plain = [i for i, gradient in enumerate(gradients) if not is_sharded(gradient)]
+    for positions in by_device([gradients[i] for i in plain]):
+        chosen = [plain[i] for i in positions]
+        # One vector of all units, so that the formula costs a handful of kernels rather than a handful a tensor.
+        norms = [unit_norms(gradients[i], dims[i]) for i in chosen]
+        gradient_norms = torch.cat([norm.flatten() for norm in norms])
+        weight_norms = torch.cat([unit_norms(weights[i], dims[i]).flatten() for i in chosen])
+        units = _adaptive_coefficients(gradient_norms, weight_norms, ratio, eps)
+        found = torch.split(units, [norm.numel() for norm in norms])
+        for i, norm, part in zip(chosen, norms, found, strict=True):
+            coefficients[i] = part.view(norm.shape)
+        torch._foreach_mul_([gradients[i] for i in chosen], [coefficients[i] for i in chosen])
+    for i, gradient in enumerate(gradients):
+        if is_sharded(gradient):
+            norm, size = unit_norms(gradient, dims[i]), unit_norms(weights[i], dims[i])
+            coefficients[i] = _adaptive_coefficients(norm, size, ratio, eps)
+            gradient.mul_(coefficients[i])
+    return coefficients

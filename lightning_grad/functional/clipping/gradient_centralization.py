@@ -1,0 +1,48 @@
+"""Remove the mean of each gradient."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_grad.functional.gradients.tensor_lists import is_sharded
+from lightning_grad.functional.torch_version import TORCH
+
+
+@torch.no_grad()
+def centralize_(gradients: Sequence[Tensor], conv_only: bool = False, output_dims: Sequence[int] | None = None) -> None:
+    r"""Take from each gradient the mean over all its dimensions but the one that counts the outputs.
+
+    .. math::
+        G_i \leftarrow G_i - \frac{1}{M} \sum_{j=1}^{M} G_{ij}
+
+    i counts the outputs of a layer (of a ConvTranspose the inputs), j all else. Vectors and scalars stay as they are.
+
+    Args:
+        gradients: G, tensors of any shape; changed in place.
+        conv_only: Leave matrices (Linear, Embedding) alone too.
+        output_dims: For each gradient the dimension i; ``None`` is the first of all.
+
+    Example:
+        >>> g = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
+        >>> centralize_([g])
+        >>> g
+        tensor([[-1.,  1.],
+                [ 0.,  0.]])
+
+    References:
+        Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks", 2020,
+        arXiv 2004.01461, equation 1.
+    """
+    for gradient, output_dim in zip(gradients, output_dims or [0] * len(gradients), strict=True):
+        if gradient.ndim > (2 if conv_only else 1):
+            others = tuple(d for d in range(gradient.ndim) if d != output_dim)
+            gradient.sub_(_mean(gradient, others))
+
+
+def _mean(gradient: Tensor, dims: tuple[int, ...]) -> Tensor:
+    # In torch 2.6 gloo cannot average over shards, in 2.13 it can.
+    if TORCH < (2, 13) and is_sharded(gradient):
+        return gradient.sum(dim=dims, keepdim=True) / math.prod(gradient.shape[d] for d in dims)
+    return gradient.mean(dim=dims, keepdim=True)

@@ -1,0 +1,76 @@
+"""Add annealed Gaussian noise to gradients."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_grad.functional.gradients.tensor_lists import is_sharded
+from lightning_grad.functional.torch_version import TORCH
+
+
+def noise_deviation(step: int, eta: float = 0.01, decay: float = 0.55) -> float:
+    r"""Return the standard deviation of annealed gradient noise.
+
+    .. math::
+        \sigma_t = \sqrt{\frac{\eta}{(1 + t)^\gamma}}
+
+    Args:
+        step: t, the number of optimizer steps before this one.
+        eta: :math:`\eta`, variance at the first step; the paper tries 0.01, 0.3 and 1.
+        decay: :math:`\gamma`.
+
+    Example:
+        >>> noise_deviation(0, eta=0.01)
+        0.1
+
+    References:
+        Neelakantan et al., "Adding Gradient Noise Improves Learning for Very Deep Networks", 2015, arXiv 1511.06807,
+        equation 1.
+    """
+    return math.sqrt(eta / (1.0 + step) ** decay)
+
+
+@torch.no_grad()
+def add_gradient_noise_(gradients: Sequence[Tensor], deviation: float, seed: int) -> None:
+    r"""Add Gaussian noise to gradients, the same for the same seed on every rank.
+
+    .. math::
+        g \leftarrow g + \mathcal N(0, \sigma^2)
+
+    Torch's global random state is not touched. Every rank draws the noise of whole gradients, also where it holds a shard.
+
+    Args:
+        gradients: Tensors of any shape; changed in place.
+        deviation: :math:`\sigma`.
+        seed: Of this draw; another one for each step.
+
+    Example:
+        >>> a, b = torch.zeros(3), torch.zeros(3)
+        >>> add_gradient_noise_([a], 0.1, seed=1), add_gradient_noise_([b], 0.1, seed=1)
+        (None, None)
+        >>> torch.equal(a, b), bool(a.abs().sum() > 0)
+        (True, True)
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+    for gradient in gradients:
+        device = gradient.device
+        if device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(seed + len(generators))
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        noise = torch.randn(gradient.shape, generator=generators[device], device=device, dtype=dtype)
+        gradient.add_(_shard_like(noise, gradient), alpha=deviation)
+
+
+def _shard_like(tensor: Tensor, like: Any) -> Tensor:
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    # Every rank takes its shard of what it has drawn itself; torch before 2.7 cannot be told to do so while distributing.
+    if TORCH < (2, 7):
+        whole = DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+        return whole.redistribute(placements=like.placements)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

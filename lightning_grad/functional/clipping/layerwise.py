@@ -1,0 +1,123 @@
+"""Clip or normalize the gradient of each layer by itself."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_grad.functional.clipping.norms import EPS
+from lightning_grad.functional.gradients.tensor_lists import shards, stack_norms
+
+
+def _layer_norms(tensors: Sequence[Tensor], layers: Tensor, count: int) -> Tensor:
+    squares = stack_norms(tensors).square()
+    return squares.new_zeros(count).index_add_(0, layers, squares).sqrt()
+
+
+def _multiply_layers_(gradients: Sequence[Tensor], coefficients: Tensor, layers: Tensor) -> None:
+    local = shards(gradients)
+    factors = coefficients[layers].unbind()
+    torch._foreach_mul_(local, [factor.to(g.device) for factor, g in zip(factors, local, strict=True)])
+
+
+@torch.no_grad()
+def clip_layers_(gradients: Sequence[Tensor], layers: Tensor, max_norms: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Clip the gradient of each layer to a norm of its own.
+
+    .. math::
+        g_h \leftarrow g_h \cdot \min\Bigl(1, \frac{C_h}{\lVert g_h \rVert + 10^{-6}}\Bigr)
+
+    :func:`layer_limits` shares out one C so that the total norm stays under it.
+
+    Args:
+        gradients: Tensors of any shape; changed in place.
+        layers: (gradients,) int64: number h of the layer of each gradient, on the device of the first.
+        max_norms: (layers,): C_h, on the same device.
+
+    Returns:
+        tuple: Norm of each layer before clipping, and coefficient of each, both (layers,).
+
+    Example:
+        >>> g = [torch.tensor([3.0]), torch.tensor([4.0]), torch.tensor([0.1])]
+        >>> norms, _ = clip_layers_(g, torch.tensor([0, 0, 1]), torch.tensor([1.0, 1.0]))
+        >>> norms
+        tensor([5.0000, 0.1000])
+        >>> g
+        [tensor([0.6000]), tensor([0.8000]), tensor([0.1000])]
+
+    References:
+        Pelikan et al., "Federated Learning with Differential Privacy for End-to-End Speech Recognition", 2023,
+        arXiv 2310.00098.
+    """
+    norms = _layer_norms(gradients, layers, len(max_norms))
+    coefficients = torch.clamp(max_norms / (norms + EPS), max=1.0)
+    _multiply_layers_(gradients, coefficients, layers)
+    return norms, coefficients
+
+
+def layer_limits(sizes: Tensor, max_norm: float, weighted: bool = False) -> Tensor:
+    r"""Share out one norm over layers.
+
+    .. math::
+        C_h = \frac{C}{\sqrt H} \quad\text{or, weighted,}\quad C_h = C \sqrt{\frac{d_h}{d}},
+        \qquad \sqrt{\textstyle\sum_h C_h^2} = C
+
+    Args:
+        sizes: (layers,): d_h, the number of entries of each layer.
+        max_norm: C.
+        weighted: Whether large layers get more.
+
+    Returns:
+        Tensor: C_h, (layers,).
+
+    Example:
+        >>> layer_limits(torch.tensor([1, 3]), 2.0, weighted=True)
+        tensor([1.0000, 1.7321])
+    """
+    shares = sizes / sizes.sum() if weighted else torch.full_like(sizes, 1 / len(sizes), dtype=torch.float32)
+    return max_norm * shares.sqrt()
+
+
+@torch.no_grad()
+def normalize_layers_(
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    layers: Tensor,
+    count: int,
+    coefficient: float = 1.0,
+    max_ratio: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Give each layer's gradient the norm of its weights, times a constant (the trust ratio of LARS).
+
+    .. math::
+        g_h \leftarrow g_h \cdot \min\Bigl(r, \eta \frac{\lVert W_h \rVert}{\lVert g_h \rVert}\Bigr)
+
+    A layer whose weights or gradient are all zero, or not finite, is left as it is.
+
+    Args:
+        gradients: g, tensors of any shape; changed in place.
+        weights: W, of the same shapes.
+        layers: (gradients,) int64: number h of the layer of each gradient, on the device of the first.
+        count: Number of layers.
+        coefficient: :math:`\eta`, the trust coefficient.
+        max_ratio: r, the largest factor; ``None`` sets no bound.
+
+    Returns:
+        tuple: Norm of each layer before, and factor of each, both (layers,).
+
+    Example:
+        >>> g, w = [torch.tensor([3.0, 4.0])], [torch.tensor([0.0, 2.0])]
+        >>> _ = normalize_layers_(g, w, torch.tensor([0]), 1)
+        >>> g
+        [tensor([1.2000, 1.6000])]
+
+    References:
+        You et al., "Large Batch Training of Convolutional Networks", 2017, arXiv 1708.03888, equation 6; Pelikan et al.,
+        2023, arXiv 2310.00098, use it on federated gradients.
+    """
+    norms, sizes = _layer_norms(gradients, layers, count), _layer_norms(weights, layers, count)
+    ratios = coefficient * sizes / norms
+    factors = ratios if max_ratio is None else ratios.clamp(max=max_ratio)
+    factors = torch.where((ratios > 0) & ratios.isfinite(), factors, 1.0)
+    _multiply_layers_(gradients, factors, layers)
+    return norms, factors

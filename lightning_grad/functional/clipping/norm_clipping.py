@@ -1,0 +1,43 @@
+"""Clip gradients to a constant norm."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_grad.functional.clipping.norms import EPS, total_norm
+from lightning_grad.functional.gradients.tensor_lists import multiply_
+
+
+@torch.no_grad()
+def clip_norm_(gradients: Sequence[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+    r"""Scale gradients together so that their norm is at most a constant.
+
+    .. math::
+        g \leftarrow g \cdot \min\Bigl(1, \frac{c}{\lVert g \rVert_p + 10^{-6}}\Bigr)
+
+    Bitwise ``torch.nn.utils.clip_grad_norm_``. A norm that is not finite makes every gradient nan or zero, there and here.
+
+    Args:
+        gradients: At least one tensor, each of any shape; changed in place.
+        max_norm: c, in the units of the norm.
+        norm_type: p, above 0.
+
+    Returns:
+        Tensor: The norm before clipping, a scalar.
+
+    Example:
+        >>> g = [torch.tensor([3.0]), torch.tensor([4.0])]
+        >>> clip_norm_(g, max_norm=1.0)
+        tensor(5.)
+        >>> g
+        [tensor([0.6000]), tensor([0.8000])]
+
+    References:
+        Pascanu et al., "On the difficulty of training recurrent neural networks", 2013, arXiv 1211.5063, algorithm 1.
+    """
+    norm = total_norm(gradients, norm_type)
+    if max_norm != math.inf:  # the quotient of two infinities would be no number
+        multiply_(gradients, torch.clamp(max_norm / (norm + EPS), max=1.0))
+    return norm

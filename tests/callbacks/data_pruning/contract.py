@@ -1,0 +1,65 @@
+"""The contract entries of this family."""
+
+from __future__ import annotations
+
+from tests.contract.entries import Technique
+
+_SHARES = (({"prune": 1.0}, "at least 0 and below 1"), ({"prune": -0.1}, "at least 0 and below 1"))
+ENTRIES = [
+    Technique(
+        "DataPruning",
+        together=True,
+        compile=True,
+        wrong=(
+            *_SHARES,
+            ({"score": "el2m"}, "Did you mean 'el2n'"),
+            ({"keep": "hardest"}, "is none of"),
+            ({"select": "css"}, "Did you mean 'ccs'"),
+            ({"select": "ccs", "keep": "easy"}, "keep='easy' means nothing"),
+            ({"budget": "epoch"}, "Did you mean 'epochs'"),
+            ({"balance": "classes"}, "Did you mean 'class'"),
+            ({"epoch": -1}, "epoch must be at least 0"),
+            ({"epoch": [3, 1], "prune": [0.1, 0.2]}, "epochs that rise"),
+            ({"epoch": [1, 3], "prune": [0.1]}, "one share for each epoch"),
+            ({"offset": 0.6}, "at most 0.5"),
+            ({"score": "aum", "epoch": 0}, "at least 1"),
+            ({"show": -1}, "show must be at least 0"),
+        ),
+    ),
+    Technique(
+        "DataPruning",
+        "grand-steps",
+        arguments={"prune": 0.3, "epoch": 1, "score": "grand", "budget": "steps", "balance": "class"},
+        neutral={"prune": 0.0},
+    ),
+    Technique(
+        "DataPruning",
+        "forgetting-rounds",
+        broad=False,
+        arguments={"prune": [0.2, 0.4], "epoch": [1, 3], "score": "forgetting", "loss": 0},
+        neutral={"prune": 0.0, "epoch": 1},
+    ),
+    Technique(
+        "InfoBatch",
+        compile=True,
+        wrong=_SHARES,
+    ),
+    Technique(
+        "RepeatedRandomSubset",
+        wrong=_SHARES,
+    ),
+    Technique(
+        "LossReweighting",
+        needs_end={},
+        wrong=(
+            ({"rule": "lin"}, "is none of"),
+            ({"temperature": 0.0}, "temperature must be above 0"),
+            ({"start_temperature": -1.0}, "start_temperature must be above 0"),
+            ({"warmup": 2.0}, "warmup must be from 0 to 1"),
+        ),
+    ),
+    Technique(
+        "UniformLearning",
+        wrong=(({"epoch": 0}, "epoch must be at least 1"), ({"repeats": -1}, "repeats must be at least 0")),
+    ),
+]

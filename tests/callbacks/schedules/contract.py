@@ -1,0 +1,39 @@
+"""The contract entries of this family."""
+
+from __future__ import annotations
+
+from lightning_grad.callbacks import AccuracyGradientLR
+from tests.contract.entries import Technique
+
+_INF = float("inf")
+_TRIAL = AccuracyGradientLR.trial
+
+ENTRIES = [
+    Technique(
+        "AccuracyGradientLR",
+        together=True,
+        second={**_TRIAL, "monitor": "val_loss", "mode": "min", "name": "second"},
+        wrong=(
+            ({"mode": "maximum"}, "Did you mean 'max'"),
+            ({"window": 0}, "window must be at least 1"),
+            ({"quiet": -1}, "quiet must be at least 0"),
+            ({"factor": 0.0}, "factor must be"),
+            ({"factor": 1.5}, "factor must be"),
+            ({"min_lr": -1.0}, "min_lr must be at least 0"),
+            ({"min_lr": _INF}, "min_lr must be finite"),
+            ({"threshold": -_INF}, "threshold must be finite"),
+            ({"reach": _INF}, "reach must be finite"),
+            ({"window": 10**12}, "window must be at most 1000000"),
+            ({"start_after": -1}, "start_after must be at least 0"),
+            ({"policy": "replaced"}, "Did you mean 'replace'"),
+            ({"interval": "epochs"}, "Did you mean 'epoch'"),
+        ),
+    ),
+    Technique(
+        "AccuracyGradientLR",
+        "replace-epoch",
+        arguments={**_TRIAL, "policy": "replace", "interval": "epoch"},
+        neutral="the module's own schedule is set aside",
+        broad=False,
+    ),
+]

@@ -1,0 +1,82 @@
+"""The short examples: what they promise is written and printed, and their YAML trains."""
+
+import sys
+from pathlib import Path
+
+import diagnostics
+import plain_project
+import pytest
+import schedules
+
+from lightning_grad.callbacks import AccuracyGradientLR, GradientMonitor
+
+EXAMPLES = Path(plain_project.__file__).parents[1]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+# What Lightning and torch say about themselves.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
+]
+
+
+def check_files(folder: Path, *names: str) -> None:
+    for name in ("metrics.csv", *names):
+        assert (folder / name).stat().st_size > 0
+        assert not name.endswith(".png") or (folder / name).read_bytes().startswith(PNG)
+
+
+def test_schedule_is_cut_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schedules.main(["--epochs", "4", "--threshold", "0.9", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "The rate ended at 0.5 times its first value" in printed
+    check_files(tmp_path, "accuracy_gradient_lr.csv", "accuracy_gradient_lr.png")
+    assert str(tmp_path) in printed
+
+
+def test_a_threshold_of_ones_own_cuts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schedules.main(["--epochs", "4", "--threshold", "-1", "--output", str(tmp_path)])
+    assert "The rate ended at 1 times its first value" in capsys.readouterr().out
+
+
+def test_diagnosis_names_the_bad_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(match="not finite|non-finite"):
+        diagnostics.main(["--epochs", "1", "--output", str(tmp_path)])
+    check_files(tmp_path, "gradient_monitor.csv", "gradient_monitor.png", "gradient_monitor_first_bad_step.json")
+    assert "the loss at nan" in capsys.readouterr().out
+
+
+def test_diagnosis_of_a_run_that_is_well_names_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    diagnostics.main(["--lr", "0.003", "--epochs", "1", "--output", str(tmp_path)])
+    assert not (tmp_path / "gradient_monitor_first_bad_step.json").exists()
+    assert "nan" not in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse
+@pytest.mark.parametrize(
+    ("family", "kind", "figure"),
+    [
+        ("schedules", AccuracyGradientLR, "accuracy_gradient_lr.png"),
+        ("diagnostics", GradientMonitor, "gradient_monitor.png"),
+    ],
+)
+def test_yaml_runs_on_the_command_line(
+    family: str, kind: type, figure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("jsonargparse")
+    from train import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    short = ["--trainer.max_epochs=1", "--trainer.log_every_n_steps=2"]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    cli = main(["fit", "--config", str(EXAMPLES / f"{family}.yaml"), *short, *quiet])
+    assert [type(callback) for callback in cli.trainer.callbacks if isinstance(callback, kind)] == [kind]
+    check_files(tmp_path / f"runs/{family}_yaml/version_0", figure)
+
+
+@pytest.mark.parametrize("name", ["schedules", "diagnostics"])
+def test_drop_in_is_short(name: str) -> None:
+    for ending in ("py", "yaml"):
+        assert len((EXAMPLES / f"{name}.{ending}").read_text(encoding="utf-8").splitlines()) <= 60

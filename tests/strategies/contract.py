@@ -1,0 +1,92 @@
+"""The contract entries of the strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from lightning_grad.strategies import DGCStrategy
+from tests.contract.entries import Scheme
+
+_SHARED_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
+    ({"min_numel": 0}, "min_numel must be at least 1"),
+    ({"residual_policy": "stric"}, "Did you mean 'strict'"),
+    ({"timeout": timedelta(0)}, "timeout must be longer than zero"),
+)
+_DGC_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
+    ({"ratio": 0.0}, "ratio must be a share of entries"),
+    ({"ratio": 1.5}, "ratio must be a share of entries"),
+    ({"ratio": float("nan")}, "ratio must be a number; got nan"),
+    ({"warmup": "papre"}, "Did you mean 'paper'"),
+    ({"warmup": [0.5, 2.0]}, r"warmup\[1\] must be a share"),
+    ({"warmup": []}, "warmup must have at least one share; got .*Use None for no warm-up"),
+    ({"warmup_steps": 0}, "warmup_steps must be at least 1"),
+    ({"correction": "momentun"}, "Did you mean 'momentum'"),
+    ({"selector": "sample"}, "Did you mean 'sampled'"),
+    ({"value_dtype": "float61"}, "Did you mean 'float16'"),
+    ({"local_clip": 0.0}, "local_clip must be above 0; got 0.0"),
+    ({"local_clip": float("inf")}, "local_clip must be finite; got inf"),
+    ({"layer_ratios": {"head": 2.0}}, r"layer_ratios\['head'\] must be a share"),
+    *_SHARED_WRONG,
+)
+_POWER_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
+    ({"rank": 0}, "rank must be at least 1"),
+    ({"start_step": -1}, "start_step must be at least 0"),
+    ({"min_gain": 0.0}, "min_gain must be above 0"),
+    ({"min_gain": float("inf")}, "min_gain must be finite; got inf"),
+    *_SHARED_WRONG,
+)
+_WARMUP = {key: value for key, value in DGCStrategy.trial.items() if key != "ratio"}
+
+ENTRIES = [
+    Scheme(
+        "DGCStrategy",
+        wrong=_DGC_WRONG,
+    ),
+    Scheme(
+        "DGCStrategy",
+        "sampled-fp16",
+        arguments={
+            "ratio": 0.1,
+            "selector": "sampled",
+            "value_dtype": "float16",
+            "warmup": "released",
+            "min_numel": 100,
+        },
+        neutral={"ratio": 1.0, "local_clip": 1.0},
+    ),
+    Scheme(
+        "DGCStrategy",
+        "chunk-clipped",
+        arguments={
+            "ratio": 0.05,
+            "warmup": None,
+            "selector": "chunk",
+            "local_clip": 0.5,
+            "momentum_masking": False,
+            "layer_ratios": {"hidden": 0.2, "head": 1.0},
+            "min_numel": 1,
+            "gradient_noise": True,
+        },
+        neutral={"layer_ratios": {"*": 1.0}, "local_clip": None, "gradient_noise": False},
+    ),
+    Scheme(
+        "DGCStrategy",
+        "error-feedback",
+        arguments={"ratio": 0.05, "correction": "error_feedback", "exclude": ["encoder.*"], **_WARMUP},
+        optimizer="adamw",
+        neutral={"ratio": 1.0},
+    ),
+    Scheme(
+        "PowerSGDStrategy",
+        wrong=_POWER_WRONG,
+    ),
+    Scheme(
+        "PowerSGDStrategy",
+        "dense-start",
+        arguments={"rank": 1, "start_step": 2, "exclude": ["mix.w"], "min_numel": 100, "gradient_noise": True},
+        optimizer="adamw",
+        neutral={"rank": 1000, "min_numel": 1, "gradient_noise": False},
+    ),
+]
