@@ -3,11 +3,11 @@
 import typing
 from typing import Any, Literal, get_args, get_origin
 
-import lightning.pytorch as pl
 import pytest
 import torch
 
 from lightning_grad.testing import fit
+from tests.contract.recorded import watched
 from tests.contract.settings import CANONICAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -42,28 +42,19 @@ def _changes(technique: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    made: dict[str, Any] = {}
-
-    def checkpoint_of(technique: Any) -> Any:
-        if technique.name not in made:
-            folder = tmp_path_factory.mktemp(technique.name)
-            fit([technique.build(), pl.callbacks.ModelCheckpoint(folder, filename="half")], max_epochs=2)
-            made[technique.name] = folder / "half.ckpt"
-        return made[technique.name]
-
-    return checkpoint_of
+def _checkpoint_of(technique: Any) -> Any:
+    """Return where the technique's run was saved after half of its epochs."""
+    return list(watched(technique).saved("epochs").values())[1]
 
 
 @pytest.mark.parametrize("technique", CANONICAL, ids=str)
-def test_each_changed_setting_is_followed_and_said_or_refused(technique, checkpoints, caplog):
+def test_each_changed_setting_is_followed_and_said_or_refused(technique, caplog):
     changes = _changes(technique)
     assert changes or not technique.build().settings.keys() - {"name", "include", "exclude"}
     for name, value in changes.items():
         caplog.clear()
         caplog.set_level("INFO")
-        refusal = _refusal([technique.build(**{name: value})], checkpoints(technique))
+        refusal = _refusal([technique.build(**{name: value})], _checkpoint_of(technique))
         assert name in refusal if refusal else f"changed settings: {name}={value!r} (was " in caplog.text
 
 
@@ -77,7 +68,7 @@ def _refusal(callbacks: list[Any], checkpoint: Any) -> str:
 
 
 @pytest.mark.parametrize("technique", CANONICAL, ids=str)
-def test_the_settings_are_in_the_checkpoint(technique, checkpoints):
-    saved = torch.load(checkpoints(technique), weights_only=True)["callbacks"]
+def test_the_settings_are_in_the_checkpoint(technique):
+    saved = torch.load(_checkpoint_of(technique), weights_only=True)["callbacks"]
     (state,) = (state for key, state in saved.items() if key == technique.build().state_key)
     assert state["settings"].keys() == technique.build().settings.keys()

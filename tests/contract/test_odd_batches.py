@@ -151,7 +151,7 @@ def run_labelled(kind: str, callbacks: list[Any]) -> tuple[Any, Any]:
 
     module = make_labelled(kind)
     trainer = make_trainer(callbacks=callbacks, max_epochs=EPOCHS)
-    trainer.fit(module, *(DataLoader(make_data(seed), BATCH, collate_fn=collate) for seed in (0, 1)))
+    trainer.fit(module, *(DataLoader(data, BATCH, collate_fn=collate) for data in (make_data(0), make_data(1, 2))))
     return trainer, module
 
 

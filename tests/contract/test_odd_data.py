@@ -71,7 +71,7 @@ def run(
     module = with_step(step)
     module.norm = torch.nn.Identity()  # BatchNorm would keep what it has seen of a batch that is skipped
     loader = DataLoader(make_data() if data is None else data, BATCH, **loading)
-    validation = DataLoader(make_data(1), BATCH)
+    validation = DataLoader(make_data(1, 2), BATCH)
     make_trainer(callbacks=[callback], max_epochs=4).fit(module, loader, validation)
     return callback, module
 

@@ -123,10 +123,6 @@ def _on_exception(folder: Path) -> Any:
     return lambda name: (folder / name, OnExceptionCheckpoint(folder / name))
 
 
-def _save_on_exception(folder: Path) -> Any:
-    return lambda name: (folder / name, ModelCheckpoint(folder / name, save_on_exception=True, every_n_epochs=100))
-
-
 def test_ddp_itself_resumes_bitwise_from_an_exception(tmp_path):
     on_ranks(2, _stop_and_resume, lambda: "ddp", "sgd", _HOOKS, [6], _on_exception(tmp_path))
 
@@ -136,8 +132,21 @@ def test_resume_from_an_exception_anywhere_in_a_step(scheme, tmp_path):
     on_ranks(2, _stop_and_resume, scheme.build, scheme.optimizer, _HOOKS, [6], _on_exception(tmp_path))
 
 
+def _stop_again_and_again(build: Any, optimizer: str, steps: Sequence[int], folder: Path) -> None:
+    """Break off between an exchange and its update, resume from what that saved, and break off again at the next step."""
+    expected = outcome(*_fit_on_one_batch(build(), optimizer, []))
+    path = None
+    for step in steps:
+        saving = ModelCheckpoint(folder, str(step), save_on_exception=True, every_n_epochs=100)
+        callbacks = [StopIn("on_before_optimizer_step", step), saving]
+        with pytest.raises(RuntimeError, match="on purpose"):
+            _fit_on_one_batch(build(), optimizer, callbacks, path)
+        dist.barrier()
+        path = folder / f"{step}.ckpt"
+    assert_identical(expected, outcome(*_fit_on_one_batch(build(), optimizer, [], path)))
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_resume_from_an_exception_between_an_exchange_and_its_update(scheme, tmp_path):
     """Early, where the warm-up turns, and in mid-run: the message that was in flight is used again."""
-    where, steps = ("on_before_optimizer_step",), (1, 2, 3, 7)
-    on_ranks(2, _stop_and_resume, scheme.build, scheme.optimizer, where, steps, _save_on_exception(tmp_path))
+    on_ranks(2, _stop_again_and_again, scheme.build, scheme.optimizer, (1, 2, 3, 7), tmp_path)

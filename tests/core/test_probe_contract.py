@@ -50,19 +50,21 @@ EVERY_STEP = ProbeEntry("ActivationNorm", arguments={"layer": "hidden", "every_n
 GUARANTEES: list[tuple[Callable[..., None], dict[str, Any]]] = [
     *((test_neutral.test_neutral_setting_is_bitwise_no_callback, {"accumulate": n}) for n in (1, 3)),
     *((test_no_trace.test_nothing_is_left, {"how": how}) for how in ("success", "exception", "interrupt")),
-    (test_no_trace.test_second_fit_with_the_same_objects_works, {}),
-    (test_no_trace.test_fit_after_an_exception_equals_a_fresh_fit, {}),
+    *(
+        (test_no_trace.test_another_fit_of_a_callback_equals_its_first, {"after": after})
+        for after in ("after_an_exception", "after_a_validation")
+    ),
     (test_no_trace.test_callback_pickles_and_copies_before_and_after_a_fit, {}),
-    (test_no_trace.test_callback_copied_in_mid_fit_leaves_the_run_behind, {}),
     (test_no_trace.test_module_copied_in_mid_fit_is_plain_and_computes_the_same, {}),
     *((test_resume.test_resume_at_any_saved_step, {"accumulate": n}) for n in (1, 2)),
     (test_resume.test_resume_at_an_epochs_end, {}),
-    *((test_resume.test_resume_from_an_exception, {"step": n, "how": "save_on_exception"}) for n in (3, 6, 14)),
+    *((test_resume.test_resume_from_an_exception, {"steps": steps}) for steps in ((3, 14), (6,))),
+    (test_resume.test_looking_and_saving_change_nothing, {}),
     *((test_resume.test_resume_beside_weight_averaging, {"ema_first": first}) for first in (False, True)),
     (test_resume.test_a_checkpoint_of_a_run_without_the_technique_is_accepted, {}),
     (test_resume.test_a_run_without_the_technique_accepts_its_checkpoint, {}),
     (test_resume.test_validating_a_checkpoint_leaves_the_next_fit_alone, {}),
-    *((test_checkpoints.test_beside_weight_averaging_in_either_order, {"ema_first": first}) for first in (False, True)),
+    (test_checkpoints.test_beside_weight_averaging_in_either_order, {}),
     (test_checkpoints.test_callback_state_is_made_of_plain_types, {}),
     *((test_composition.test_trainer_options, {"arguments": {"precision": p}}) for p in ("bf16-mixed", "bf16-true")),
     (test_composition.test_fp16_grad_scaler_with_overflow_at_the_start, {}),
@@ -86,7 +88,6 @@ def name_of(guarantee: tuple[Callable[..., None], dict[str, Any]]) -> str:
 def test_guarantee(guarantee: tuple[Callable[..., None], dict[str, Any]], request: pytest.FixtureRequest) -> None:
     test, arguments = guarantee
     fixtures = set(inspect.signature(test).parameters) - {"technique", *arguments}
-    test_resume._UNINTERRUPTED.clear()  # kept by name, and both entries have one
     test(ENTRY, **arguments, **{name: request.getfixturevalue(name) for name in fixtures})
 
 
@@ -95,8 +96,8 @@ def test_a_step_without_a_look_does_not_wait(monkeypatch: pytest.MonkeyPatch) ->
     test_no_sync.test_hooks_of_a_step_do_not_wait(quiet, monkeypatch)
 
 
-def test_looks_after_steps_resume_at_any_saved_step(tmp_path: Any) -> None:
-    test_resume.test_resume_at_any_saved_step(EVERY_STEP, 1, tmp_path)
+def test_looks_after_steps_resume_at_any_saved_step() -> None:
+    test_resume.test_resume_at_any_saved_step(EVERY_STEP, 1)
 
 
 def test_sparse_weights_are_seen_as_they_are_validated(tmp_path: Any) -> None:

@@ -23,6 +23,7 @@ from lightning_grad.functional import is_nm, nm_mask
 from lightning_grad.testing import assert_identical, fit, make_classifier, state_of
 from tests.callbacks.sparsity.test_nm_choice import Backwards, InOut
 from tests.callbacks.sparsity.test_nm_sparsity import Regression, data, trainer
+from tests.contract import recorded
 from tests.contract import test_checkpoints as checkpoints
 from tests.contract import test_composition as composition
 from tests.contract import test_neutral as neutral
@@ -87,14 +88,15 @@ def test_it_acts(technique: Any) -> None:
 
 @BOTH
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_resume_at_any_step(technique: Any, accumulate: int, tmp_path: Path) -> None:
-    resume.test_resume_at_any_saved_step(technique, accumulate, tmp_path)
+def test_resume_at_any_step(technique: Any, accumulate: int) -> None:
+    resume.test_resume_at_any_saved_step(technique, accumulate)
+    resume.test_looking_and_saving_change_nothing(technique)
 
 
 @BOTH
-@pytest.mark.parametrize(("step", "how"), [(3, "OnExceptionCheckpoint"), (14, "save_on_exception")])
-def test_resume_from_an_exception(technique: Any, step: int, how: str, tmp_path: Path) -> None:
-    resume.test_resume_from_an_exception(technique, step, how, tmp_path)
+def test_resume_from_an_exception(technique: Any, tmp_path: Path) -> None:
+    resume.test_resume_from_an_exception(technique, (3, 14), tmp_path)
+    resume.test_an_on_exception_checkpoint_holds_what_save_on_exception_does(technique)
 
 
 @BOTH
@@ -104,16 +106,15 @@ def test_resume_beside_weight_averaging(technique: Any, ema_first: bool, tmp_pat
 
 
 @BOTH
-@pytest.mark.parametrize("weights_only", [False, True])
-def test_checkpoints_compute_what_was_validated(technique: Any, weights_only: bool, tmp_path: Path) -> None:
-    checkpoints.test_every_checkpoint_computes_what_was_validated(technique, weights_only, tmp_path)
-    checkpoints.test_callback_state_is_made_of_plain_types(technique, tmp_path / "plain")
+@pytest.mark.parametrize("kind", ["epochs", "weights"])
+def test_checkpoints_compute_what_was_validated(technique: Any, kind: str) -> None:
+    checkpoints.test_every_checkpoint_computes_what_was_validated(technique, kind)
+    checkpoints.test_callback_state_is_made_of_plain_types(technique)
 
 
 @BOTH
-@pytest.mark.parametrize("ema_first", [False, True])
-def test_checkpoints_beside_weight_averaging(technique: Any, ema_first: bool, tmp_path: Path) -> None:
-    checkpoints.test_beside_weight_averaging_in_either_order(technique, ema_first, tmp_path)
+def test_checkpoints_beside_weight_averaging(technique: Any, tmp_path: Path) -> None:
+    checkpoints.test_beside_weight_averaging_in_either_order(technique, tmp_path)
 
 
 @BOTH
@@ -124,9 +125,8 @@ def test_nothing_is_left(technique: Any, how: str) -> None:
 
 @BOTH
 def test_copies_and_further_fits(technique: Any) -> None:
-    no_trace.test_second_fit_with_the_same_objects_works(technique)
-    no_trace.test_fit_after_an_exception_equals_a_fresh_fit(technique)
-    no_trace.test_callback_copied_in_mid_fit_leaves_the_run_behind(technique)
+    for after in ("after_an_exception", "after_a_validation"):
+        no_trace.test_another_fit_of_a_callback_equals_its_first(technique, after)
     no_trace.test_module_copied_in_mid_fit_is_plain_and_computes_the_same(technique)
 
 
@@ -303,7 +303,7 @@ def test_the_sanity_check_sees_the_whole_chain_in_either_order() -> None:
 @CHAINS
 @pytest.mark.parametrize("averaged", [False, True])
 def test_a_chains_checkpoint_computes_what_was_validated(make: Any, averaged: bool, tmp_path: Path) -> None:
-    remembered = checkpoints.RememberLogits()
+    remembered = recorded.Watch(None)
     others = [EMAWeightAveraging(decay=0.8)] if averaged else []
     fit([*make()[::-1], *others, remembered, ModelCheckpoint(tmp_path, save_top_k=-1)], max_epochs=3)
     paths = sorted(tmp_path.glob("*.ckpt"))
@@ -336,10 +336,10 @@ def test_neutral_noise_leaves_a_sparse_run_as_it_is() -> None:
 @CHAINS
 @pytest.mark.parametrize("how", ["success", "exception", "interrupt"])
 def test_nothing_is_left_of_a_chain(make: Any, how: str) -> None:
-    plain_trainer, plain = no_trace._fit_and_end([], how)
-    run, module = no_trace._fit_and_end(make()[::-1], how)
-    assert no_trace.traces(module) == no_trace.traces(plain)
-    assert no_trace.trainer_traces(run) == no_trace.trainer_traces(plain_trainer)
+    if how == "success":
+        recorded.run(make()[::-1]).assert_nothing_is_left(recorded.bare(None))
+    else:
+        recorded.end(make()[::-1], how).assert_nothing_is_left(recorded.ended_without(how))
 
 
 def test_two_of_one_stage_are_refused_by_name() -> None:

@@ -16,3 +16,11 @@ def _one_thread_and_lightnings_own_log_level() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     log.setLevel(level)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _blank_figures() -> Iterator[None]:
+    """Do not render what the scripts draw: that a figure is written is what their tests ask for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.draw", lambda *_: None)
+        yield

@@ -1,9 +1,8 @@
 """The plain project trains, reads its data and runs from the command line."""
 
 import io
-import os
 import pickle
-import subprocess
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -319,20 +318,12 @@ def test_text_too_short_raises(tmp_path: Path) -> None:
         Text(tmp_path / "short.txt").setup("fit")
 
 
-def test_command_line_takes_short_names(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(EXAMPLES / "train.py"),
-        "fit",
-        "--model",
-        "VisionTransformer",
-        "--data",
-        "Digits",
-    ]
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse
+def test_command_line_takes_short_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     options = ["--model.lr", "0.01", "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command + options, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--model", "VisionTransformer", "--data", "Digits", *options])
+    runpy.run_path(str(EXAMPLES / "train.py"), run_name="__main__")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse
