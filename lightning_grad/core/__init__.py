@@ -11,9 +11,9 @@ attributes that live for one fit are in ``fit.py``.
 - :class:`ProbeCallback`: looks at the module every so often, and only logs.
 
 All bases share ``undo.py`` (steps back), ``dispatch.py`` (methods wrapped in an order), ``quiet.py`` and ``module_state.py``
-(a module run without a trace), ``progress.py`` (how much of the run is done), ``compatibility.py`` (what a technique works
-with) and ``record.py`` (the rows that it leaves of a run). What the bases are built of is in four folders, whose own first
-lines list their files:
+(a module run without a trace), ``ranks.py`` (values of several ranks, summed or joined), ``progress.py`` (how much of the run
+is done), ``compatibility.py`` (what a technique works with) and ``record.py`` (the rows that it leaves of a run). What the
+bases are built of is in four folders, whose own first lines list their files:
 
 - ``losses/``: the losses of samples, read from the module's step, weighted in it, or measured over a training set;
 - ``views/``: weights that the module is shown in place of those that train;
@@ -46,10 +46,9 @@ from lightning_grad.core.steps.held_rates import HeldRates
 from lightning_grad.core.steps.step_window import StepClosure, is_repeated
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.core.undo import UndoList
-from lightning_grad.core.views.found_weight import FoundWeight
 from lightning_grad.core.views.portable import wrap_loading, wrap_saving
 from lightning_grad.core.views.weight_chain import Stage, ViewedWeight
-from lightning_grad.core.views.weight_choice import WeightChoice
+from lightning_grad.core.views.weight_choice import FoundWeight, WeightChoice
 from lightning_grad.core.views.weight_view import WeightView, attach_view
 from lightning_grad.core.weights import WeightCallback
 from lightning_grad.utilities.batches import find_input, input_at, with_input

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -95,8 +96,7 @@ class Held:
 
     def __init__(self, value: Any, known: set[int]) -> None:
         known.add(id(value))
-        self._value = value
-        self._was = _contents(value)
+        self._put_back = _way_back(value)
         self._parts: list[Held | Snapshot] = []
         if isinstance(value, nn.Module):  # one in a list, which no module knows as its child
             self._parts += [Snapshot(module, False, known) for module in value.modules()]
@@ -105,30 +105,24 @@ class Held:
 
     def restore(self) -> None:
         """Put its contents back, and those of what is in it."""
-        value, was = self._value, self._was
-        if isinstance(value, Tensor):
-            put_back([(value, was)])
-        elif isinstance(value, np.ndarray):
-            value[...] = was
-        elif isinstance(value, GENERATORS):
-            set_generator(value, was)
-        elif isinstance(value, CONTAINERS):
-            _refill(value, was)
-        elif was is not None:
-            _set_state(value, was)
+        self._put_back()
         for part in self._parts:
             part.restore()
 
 
-def _contents(value: Any) -> Any:
-    """Return a copy of what a value holds, but not of what that holds in turn; ``None`` for what cannot change itself."""
-    if isinstance(value, (Tensor, np.ndarray)):
-        return plain_tensor(value).detach().clone() if isinstance(value, Tensor) else value.copy()
+def _way_back(value: Any) -> Callable[[], object]:
+    """Copy what a value holds, but not what that holds in turn; return what puts the copy back."""
+    if isinstance(value, Tensor):
+        return partial(put_back, [(value, plain_tensor(value).detach().clone())])
+    if isinstance(value, np.ndarray):
+        return partial(np.copyto, value, value.copy())
     if isinstance(value, GENERATORS):
-        return state_of_generator(value)
+        return partial(set_generator, value, state_of_generator(value))
     if isinstance(value, CONTAINERS):
-        return dict(value) if isinstance(value, dict) else list(value)
-    return None if isinstance(value, (tuple, nn.Module)) else attributes_of(value)
+        return partial(_refill, value, dict(value) if isinstance(value, dict) else list(value))
+    if isinstance(value, (tuple, nn.Module)):  # which do not change themselves
+        return lambda: None
+    return partial(_set_state, value, attributes_of(value))
 
 
 def items_of(value: Any) -> Iterable[Any]:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_grad.core.losses.given_functions import LossRequest
 from lightning_grad.core.losses.look import Look
 from lightning_grad.core.losses.scoring import indexed_loader, runner, to_device
-from lightning_grad.core.samples.training_loaders import keys_of
+from lightning_grad.core.samples.training_loaders import keys_of, refuse_key
 from lightning_grad.core.undo import UndoList
 from lightning_grad.data.random_streams import (
     generators_kept,
@@ -190,10 +190,10 @@ class ProbeSamples:
     def _loader(self) -> DataLoader[Any]:
         loaders = self._loaders
         keys = list(keys_of(loaders))
-        key = None if self.loader_key is None else str(self.loader_key)
-        if (key or "") not in keys:
-            self._refuse_key(keys)
-        loader = CombinedLoader(loaders, "sequential").flattened[keys.index(key or "")]
+        refuse_key(self.loader_key, keys, NOUNS[self.split], self.asked.label)
+        loader = CombinedLoader(loaders, "sequential").flattened[
+            0 if self.loader_key is None else keys.index(str(self.loader_key))
+        ]
         self._refuse_without_indices(loader, getattr(loader, "dataset", loader))
         return loader  # type: ignore[no-any-return]
 
@@ -208,18 +208,6 @@ class ProbeSamples:
             loaders = self.trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
             self._early = getattr(loaders, "iterables", loaders)  # of a CombinedLoader, of either namespace
         return self._early
-
-    def _refuse_key(self, keys: Sequence[str]) -> None:
-        if keys == [""]:
-            raise ValueError(
-                f"{self.asked.label}: loader_key={self.loader_key!r} names no {NOUNS[self.split]} loader; there is a single "
-                "one, without a key. Leave loader_key out."
-            )
-        found = f"got loader_key={self.loader_key!r}"
-        raise ValueError(
-            f"{self.asked.label} must know which of the {NOUNS[self.split]} loaders it looks at; {found}. Set loader_key "
-            f"to one of {', '.join(map(repr, keys))}."
-        )
 
     def _refuse_without_indices(self, loader: Any, source: Any) -> None:
         is_indexed = hasattr(source, "__len__") and not isinstance(source, IterableDataset)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakSet
@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.module_state import Snapshot
-from lightning_grad.core.views.in_place_view import close_windows, open_windows
+from lightning_grad.core.views.weight_view import close_windows, open_windows
 from lightning_grad.data.random_streams import generators_kept, named_generators, random_streams_kept
 
 _QUIET: WeakSet[nn.Module] = WeakSet()
@@ -60,11 +60,13 @@ def quiet(
         RuntimeError: If the step has changed a parameter that is trained, or lazy layers have no parameters yet.
     """
     _refuse_lazy(pl_module, label)
+    parameters = list(pl_module.parameters())
+    frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+    # A teacher that the step moves is as large as its student; a large frozen base is not worth a copy.
+    copied = frozen <= sum(p.numel() for p in parameters if p.requires_grad)
     with ExitStack() as stack:
-        stack.enter_context(random_streams_kept())
-        stack.enter_context(generators_kept(named_generators(map(type, pl_module.modules()))))
-        stack.enter_context(silence(trainer, pl_module))
-        stack.enter_context(_modules_as_they_are(pl_module, check, advice, label))
+        stack.enter_context(_parameters_as_they_are(pl_module, check, copied, advice, label))
+        stack.enter_context(unseen(trainer, pl_module, copied))
         if evaluate:
             stack.enter_context(eager())
             stack.enter_context(_recurrent_layers_have_gradients(pl_module))
@@ -72,6 +74,26 @@ def quiet(
         if pl_module not in _QUIET:
             _QUIET.add(pl_module)
             stack.callback(_QUIET.discard, pl_module)
+        yield
+
+
+@contextmanager
+def unseen(trainer: pl.Trainer, pl_module: pl.LightningModule, copies_frozen: bool = False) -> Iterator[None]:
+    """Put back what a module's step changes besides parameters and gradients, and keep it from logging.
+
+    Args:
+        trainer: The trainer.
+        pl_module: Its module.
+        copies_frozen: Whether frozen parameters are put back too.
+    """
+    modules = list(pl_module.modules())
+    known = set(map(id, modules))
+    with ExitStack() as stack:
+        stack.enter_context(random_streams_kept())
+        stack.enter_context(generators_kept(named_generators(map(type, modules))))
+        stack.enter_context(silence(trainer, pl_module))
+        for module in modules:
+            stack.callback(Snapshot(module, copies_frozen, known).restore)
         stack.callback(close_windows, pl_module, open_windows(pl_module))
         yield
 
@@ -130,15 +152,10 @@ def loggers_muted(trainer: pl.Trainer) -> Iterator[None]:
         trainer.loggers = loggers
 
 
-@contextmanager
-def eager() -> Iterator[None]:
+def eager() -> AbstractContextManager[Any]:
     """Run compiled code as it was written."""
     # What is compiled may not trace what looks at it. Without dynamo nothing is, and importing it takes seconds.
-    if "torch._dynamo" in sys.modules:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
-        yield
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
@@ -185,14 +202,10 @@ class _Mute:
 
 
 @contextmanager
-def _modules_as_they_are(pl_module: pl.LightningModule, check: bool, advice: str, label: str) -> Iterator[None]:
+def _parameters_as_they_are(
+    pl_module: pl.LightningModule, check: bool, copied: bool, advice: str, label: str
+) -> Iterator[None]:
     parameters = dict(pl_module.named_parameters())
-    frozen = sum(p.numel() for p in parameters.values() if not p.requires_grad)
-    # A teacher that the step moves is as large as its student; a large frozen base is not worth a copy.
-    copied = frozen <= sum(p.numel() for p in parameters.values() if p.requires_grad)
-    modules = list(pl_module.modules())
-    known = set(map(id, modules))
-    snapshots = [Snapshot(module, copied, known) for module in modules]
     watched = {name: p for name, p in parameters.items() if p.requires_grad or not copied}
     before = {name: _checksum(p) for name, p in watched.items()} if check else {}
     gradients = {name: p.grad for name, p in parameters.items()}
@@ -201,8 +214,6 @@ def _modules_as_they_are(pl_module: pl.LightningModule, check: bool, advice: str
     try:
         yield
     finally:
-        for snapshot in snapshots:
-            snapshot.restore()
         for name, gradient in gradients.items():
             parameters[name].grad = gradient
     changed = [name for name, was in before.items() if not torch.equal(was, _checksum(watched[name]))]

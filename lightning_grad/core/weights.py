@@ -10,26 +10,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, Generic
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.core.callback import Chosen
-from lightning_grad.core.fit import until_next_fit
-from lightning_grad.core.views.found_weight import FoundWeight
-from lightning_grad.core.views.module_chains import chains_of, refuse_taken
+from lightning_grad.core.callback import Chosen, GradCallback
+from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility
+from lightning_grad.core.fit import during_fit, until_next_fit
+from lightning_grad.core.views.module_chains import ModuleChains, chains_of
 from lightning_grad.core.views.network_ends import Ends
-from lightning_grad.core.views.portable import wrap_saving
-from lightning_grad.core.views.shown_weights import ShownWeights
-from lightning_grad.core.views.weight_choice import Selection, W, Wanted, WeightChoice, refuse_pruners
+from lightning_grad.core.views.portable import make_portable, wrap_loading, wrap_saving
+from lightning_grad.core.views.weight_chain import Chain, Stage
+from lightning_grad.core.views.weight_choice import FoundWeight, W, WeightChoice, choose_weights, refuse_pruners
 from lightning_grad.utilities.checks import owned_ids
 from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches
 from lightning_grad.utilities.reporting import counted
 
 
-class WeightCallback(ShownWeights[W]):
+class ChosenWeights(list[W]):
+    """The weights that a technique has chosen in a fit. A copy belongs to no fit, and is empty."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, ()
+
+
+class WeightCallback(GradCallback, Generic[W]):
     """Shows a module what :meth:`view` makes of its weights.
 
     It chooses the weights, shows them, refreshes them when an optimizer, a load or weight averaging has changed them, and
@@ -56,11 +67,21 @@ class WeightCallback(ShownWeights[W]):
         name: Name of this instance.
     """
 
+    stage: ClassVar[Stage]
+    effect: ClassVar[str]
     verb: ClassVar[str] = "change"
     column: ClassVar[str] = "effect"
+    compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(**WHOLE_WEIGHTS)
 
+    weights = until_next_fit[list[W]](lambda _: ChosenWeights())
+    """The chosen weights, in the order of the module; kept after an exception, for the checkpoints that are saved then."""
     signatures = until_next_fit.of(dict[str, list[str | int]])  # of each chosen weight
+    restored = until_next_fit.of(dict[str, Any])
+    has_stepped = until_next_fit.of(bool)
+    _chains = during_fit[ModuleChains]()
+    _ends = during_fit[Ends | None](lambda _: None)
     _known_ends = until_next_fit[list[str] | None](lambda _: None)
+    _resumed = during_fit.of(dict[str, dict[str, Any]])  # states of weights, until the first batch
 
     def __init__(
         self, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None, name: str | None = None
@@ -88,7 +109,12 @@ class WeightCallback(ShownWeights[W]):
         if not choice.chosen:
             why = choice.why_none(self.effect, self.column)
             raise ValueError(f"{self.label} finds no weight to make {self.effect}. {why}")
-        refuse_taken(self._chains, self.stage, choice.chosen, self.label)
+        for weight in choice.chosen:
+            if self._chains.is_taken(weight.found, self.stage):
+                raise ValueError(
+                    f"{self.label} and another instance both choose {clean_name(weight.name)} "
+                    f"({weight.found.class_name()}). Separate them with include= or exclude=."
+                )
         for optimizer in trainer.optimizers:
             if not owned_ids(optimizer).isdisjoint(id(weight.parameter) for weight in choice.chosen):
                 self.works_with().refuse_optimizer(self.label, trainer, optimizer)
@@ -99,27 +125,90 @@ class WeightCallback(ShownWeights[W]):
         """What it will do in this fit, for the line that is printed when it begins."""
         return f"makes {counted(len(self.weights), 'weight')} {self.effect}"
 
+    def refresh(self, weight: W) -> None:
+        """Recompute what a weight shows, because it is new or was changed from outside."""
+        weight.refresh()
+
+    def step(self, weight: W) -> None:
+        """Follow an optimizer step that has moved a weight."""
+        weight.step()
+
+    def settle(self, trainer: pl.Trainer) -> Sequence[W]:
+        """Return the weights that keep what is stored of them when the fit has ended without an exception."""
+        return self.weights if trainer.global_step > 0 else []
+
+    # The weights that it has chosen.
+
+    def owned_by(self, optimizer: Optimizer) -> list[W]:
+        """Return the chosen weights that an optimizer moves."""
+        owned = owned_ids(optimizer)
+        return [weight for weight in self.weights if id(weight.parameter) in owned]
+
+    def views(self, pl_module: pl.LightningModule) -> dict[str, tuple[Tensor, Chain]]:
+        """Return dense weight and chain by every key of ``state_dict``, where this technique's stage is the chain's first.
+
+        Whichever techniques stand in a chain, one of them puts its residual into a checkpoint. A shared parameter has
+        several keys.
+        """
+        first = {id(w.parameter): w.chain for w in self.weights if w.chain.stages[0] is self.stage}
+        named = pl_module.named_parameters(remove_duplicate=False)
+        return {name: (first[id(p)].dense, first[id(p)]) for name, p in named if id(p) in first}
+
+    def renew(self, weight: W, stepped: bool = False) -> None:
+        """Bring a weight up to date, and let the stages after this one know."""
+        (self.step if stepped else self.refresh)(weight)
+        weight.is_renewed()
+
+    def renew_stale(self) -> None:
+        """Bring weights up to date that a load, weight averaging or an earlier stage has changed."""
+        for weight in self.weights:
+            if not weight.is_stale:
+                continue
+            is_dense_as_before = not weight.is_changed
+            self.renew(weight)
+            if is_dense_as_before:
+                self._load_state(weight)  # an earlier stage has started after this one
+
     # The fit begins.
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self.fitting:
+            self.undo.push(wrap_loading(pl_module, self.state_key))
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self.fitting:
+            self.restored = state_dict
+            if self.weights:
+                self.resume()
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.check_names(pl_module)
-        self._known_ends = self.restored.get("ends")
-        ends = Ends(trainer, pl_module, self._known_ends)
-        wanted = Wanted(self.include, self.exclude, self.label, self.effect, self.why_excluded, self.view)
-        chains = self._chains = chains_of(trainer, pl_module)
-        self.undo.push(chains.enter(self))
-        selection = Selection(pl_module, chains, self.stage, wanted, ends)
-        choice = selection.choose()
+        ends = self._ends = Ends(trainer, pl_module, self.restored.get("ends"))
+        self._chains = chains_of(trainer, pl_module)
+        self.undo.push(self._chains.enter(self))
+        choice = choose_weights(pl_module, self, ends)
         self.refuse(trainer, choice)
-        self._selection = selection
-        self.undo.push(selection.hide)
-        selection.show(choice)
+        self.undo.push(partial(self._hide, ends))
+        self.weights[:] = choice.chosen
+        for weight in self.weights:
+            self._chains.join(self.stage, weight)
         self.signatures = {weight.name: weight.signature for weight in self.weights}
-        self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, self.views))
+        self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, partial(self.views, pl_module)))
         self.resume()
         self.announce(self.plan, "parameters", self._names)
         rank_zero_info(choice.table(self.column))
+
+    def _hide(self, ends: Ends) -> None:
+        """Take all views and hooks away; the weights stay known."""
+        self._note_ends()
+        ends.stop()
+        for weight in self.weights:
+            weight.chain.hide(self.stage)
 
     @override
     def chosen(self) -> Chosen:
@@ -129,42 +218,146 @@ class WeightCallback(ShownWeights[W]):
     def _names(self) -> list[str]:
         return [clean_name(weight.name) for weight in self.weights]
 
+    def resume(self) -> None:
+        """Start from the restored state, or from the beginning: in ``on_fit_start``, and again in ``on_train_start``."""
+        for weight in self.weights:
+            self.renew(weight)
+        saved = self.restored.get("weights", {})
+        self._resumed = {w.name: saved.get(w.name, {}) for w in self.weights if self.is_as_before(w)}
+        for weight in self.weights:
+            self._load_state(weight)
+        self._chains.renew_after(self)
+
+    def _load_state(self, weight: W) -> None:
+        state = self._resumed.get(weight.name)
+        if state:
+            weight.load_state_dict(state)
+            weight.is_renewed()
+
+    def is_as_before(self, weight: W) -> bool:
+        """Return whether the restored state of a weight is that of such a one; settings may change on resume."""
+        return bool(self.restored.get("chosen", {}).get(weight.name) == weight.signature)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.resume()  # the length of the run and the step at which it resumes are known only now
+        self.restored = {}
+
     # One training step.
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._selection is not None and self.include is None:
-            self._selection.ends.watch()
+        self._leave_inference()
+        self._chains.begin_batch()
+        self._resumed = {}
+        if self._ends is not None and self.include is None:
+            self._ends.watch()
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.automatic_optimization:
+            self._chains.close_window()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._chains.close_window()
+
+    @torch.no_grad()
+    def after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        """Follow an optimizer that has moved its weights; techniques are called in the order of their stages."""
+        self.has_stepped = True
+        for weight in self.owned_by(optimizer):
+            self.renew(weight, stepped=True)
+        for weight in self.weights:
+            if weight.is_outdated:
+                self.renew(weight)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._learn_ends()
+        self._chains.close_window()
+        if self._ends is not None and self._ends.learn():
+            self._choose_again(pl_module, self._ends)
 
-    def _learn_ends(self) -> None:
-        if self._selection is None:
-            return
-        added, dense = self._selection.learn_ends()
-        ends = self._selection.ends
-        self._known_ends = ends.known
-        if added or dense:
-            for weight in added:
-                self.renew(weight)
-            self.signatures = {weight.name: weight.signature for weight in self.weights}
-            self.say(ends.explain([w.name for w in dense], [w.name for w in added], self.effect))
+    def _choose_again(self, pl_module: pl.LightningModule, ends: Ends) -> None:
+        """Take other weights, because the first batch has shown that other layers are the first and the last."""
+        before = {weight.name: weight for weight in self.weights}
+        found = [before.get(weight.name, weight) for weight in choose_weights(pl_module, self, ends).chosen]
+        chosen = [w for w in found if w.name in before or not self._chains.is_taken(w.found, self.stage)]
+        added = [weight for weight in chosen if weight.name not in before]
+        dense = [weight for weight in self.weights if weight not in chosen]
+        if not chosen or not (added or dense):
+            return  # nothing but ends: better the layers of the start than none
+        for weight in dense:
+            self._chains.drop(self.stage, weight)
+        self.weights[:] = chosen
+        for weight in added:
+            self._chains.join(self.stage, weight)
+            self.renew(weight)
+        self.signatures = {weight.name: weight.signature for weight in self.weights}
+        self.say(ends.explain([w.name for w in dense], [w.name for w in added], self.effect))
+
+    # Validation and checkpoints.
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        # Not before the first batch: weight averaging swaps its weights in only after on_validation_start.
+        if self.fitting:
+            for weight in self.weights:
+                weight.chain.enter_inference()
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._leave_inference()
+
+    def _leave_inference(self) -> None:
+        for weight in self.weights:
+            weight.chain.leave_inference()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        ends = self._known_ends
-        if ends is None and self.include is None and self._selection is not None and self.has_stepped:
-            ends = self._selection.ends.seen()  # an exception in the first batch, after its step
-        return {
-            **super().state_dict(),
-            "chosen": self.signatures,
-            **({} if ends is None else {"ends": ends}),
-        }
+        self._note_ends()
+        states = {weight.name: weight.state_dict() for weight in self.weights}
+        ends = {} if self._known_ends is None else {"ends": self._known_ends}
+        return {**super().state_dict(), "weights": states, "chosen": self.signatures, **ends}
+
+    def _note_ends(self) -> None:
+        """Keep what is known of the first and the last layers, also in the first batch, once it has stepped."""
+        ends, has_shown = self._ends, self.include is None and self.has_stepped
+        if ends is not None and (ends.known is not None or has_shown):
+            self._known_ends = ends.seen()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # During a fit the module's own hook does this, later than every callback; after an exception it is gone.
+        if self.weights and not len(self.undo_after_saving):
+            make_portable(checkpoint, self.state_key, self.views(pl_module))
+
+    # The fit ends.
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._leave_inference()
+        if self.fitting and any(weight.stores for weight in self.weights):
+            rank_zero_info(
+                f"{self.label}: the fit stopped by {type(exception).__name__}. The module in memory is left dense; "
+                f"checkpoints that callbacks have written hold the {self.effect} weights, and resume exactly."
+            )
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        chains = self._chains if self.fitting and self.weights else None
+        super().teardown(trainer, pl_module, stage)
+        if chains is not None:
+            chains.bake()
+        self.weights = ChosenWeights()

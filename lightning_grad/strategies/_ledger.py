@@ -1,7 +1,5 @@
 """What the strategies measure of themselves: bytes handed to collectives, and time spent between them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 Used by ``compressed_ddp.py``; the estimate is :func:`lightning_grad.functional.noise_scale_terms`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -3,8 +3,6 @@
 ``compressed_ddp.py`` calls the methods, and has the run around them; the files of ranks are those of ``_rank_files.py``.
 """
 
-from __future__ import annotations
-
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence

@@ -10,8 +10,6 @@ what got a gradient, ``_collectives.py`` talks to other ranks, ``_ledger.py`` co
 memory of each rank is saved, ``_refusals.py`` says what cannot work, ``_noise.py`` measures, ``_report.py`` draws.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -4,8 +4,6 @@ The maths is in ``functional``: ``topk_selection`` (which entries), ``error_feed
 in a buffer), ``communication`` (densities and costs). Read ``compressed_ddp.py`` first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar, Literal, cast

@@ -3,8 +3,6 @@
 Read ``compressed_ddp.py`` first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar

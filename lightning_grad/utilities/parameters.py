@@ -1,7 +1,5 @@
 """Choosing parameters by name, as users write names: with wildcards, and without torch.compile's prefix."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -102,6 +100,11 @@ def check_patterns(module: nn.Module, label: str, **patterns: Iterable[str] | No
 
     Raises:
         ValueError: If a pattern matches no name.
+
+    Example:
+        >>> check_patterns(nn.ModuleDict({"body": nn.Linear(1, 1)}), "ZClip", include=["bodi"])
+        Traceback (most recent call last):
+        ValueError: ZClip(include=...): no parameter is named 'bodi', and no module. Did you mean 'body' or 'body.bias'?
     """
     known = [name for names in all_names(module).values() for name in names]
     for argument, given in patterns.items():

@@ -1,5 +1,7 @@
 """Scaling rates: what is multiplied, once, and what is left; which groups are chosen."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -7,8 +9,8 @@ from torch.optim import SGD, Adam
 from torch.optim import lr_scheduler as lrs
 
 from lightning_grad.core.steps.chosen_rates import (
+    ChosenRates,
     base_rate,
-    choose_groups,
     restore_initial_rates_,
     scale_rates_,
     scale_schedules_,
@@ -18,6 +20,10 @@ from lightning_grad.core.steps.chosen_rates import (
 
 def two_groups(lr=0.5, other=0.25):
     return SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (lr, other)])
+
+
+def choose_groups(trainer_optimizers, optimizers, groups):
+    return ChosenRates(optimizers, groups, needed_by="X").groups(SimpleNamespace(optimizers=trainer_optimizers))
 
 
 def rates(optimizer, key="lr"):
@@ -161,8 +167,8 @@ def test_the_base_of_a_group_is_what_its_schedule_is_made_of():
 
 def test_all_groups_are_meant_unless_some_are_named():
     one, other = two_groups(), two_groups()
-    assert choose_groups([one, other], None, None, "X") == [(one, [0, 1]), (other, [0, 1])]
-    assert choose_groups([one, other], [1], [0], "X") == [(other, [0])]
+    assert choose_groups([one, other], None, None) == [(one, [0, 1]), (other, [0, 1])]
+    assert choose_groups([one, other], [1], [0]) == [(other, [0])]
 
 
 @pytest.mark.parametrize(
@@ -176,14 +182,14 @@ def test_all_groups_are_meant_unless_some_are_named():
 )
 def test_what_is_not_there_is_said(optimizers, groups, said):
     with pytest.raises(ValueError, match=said):
-        choose_groups([two_groups(), two_groups()], optimizers, groups, "X")
+        choose_groups([two_groups(), two_groups()], optimizers, groups)
 
 
 def test_what_has_no_rate_is_said():
     optimizer = two_groups()
     optimizer.param_groups[1]["lr"] = None
     with pytest.raises(ValueError, match=r"group 1 of optimizer 0 \(SGD\) has none: its lr is None"):
-        choose_groups([optimizer], None, None, "X")
-    assert choose_groups([optimizer], None, [0], "X") == [(optimizer, [0])]
+        choose_groups([optimizer], None, None)
+    assert choose_groups([optimizer], None, [0]) == [(optimizer, [0])]
     with pytest.raises(ValueError, match="configure_optimizers of the module returns no optimizer"):
-        choose_groups([], None, None, "X")
+        choose_groups([], None, None)

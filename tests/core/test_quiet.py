@@ -24,7 +24,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_grad.callbacks import NMSparsity
 from lightning_grad.core.quiet import is_quiet, loggers_muted, quiet
-from lightning_grad.core.views.in_place_view import InPlaceView, InPlaceWindow, open_windows
+from lightning_grad.core.views.weight_view import InPlaceView, InPlaceWindow, open_windows
 from lightning_grad.testing import assert_identical, fit, make_classifier, make_trainer, state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")

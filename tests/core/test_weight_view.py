@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_grad.core.views.in_place_view import InPlaceView, InPlaceWindow
-from lightning_grad.core.views.weight_view import attach_view, has_view, viewed_class
+from lightning_grad.core.views.weight_view import InPlaceView, InPlaceWindow, attach_view, has_view, viewed_class
 from lightning_grad.functional import nm_mask, prune, scale_weight
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lightning_grad.callbacks import NMSparsity
 from lightning_grad.core import FoundWeight, Stage, ViewedWeight, attach_view, quiet
-from lightning_grad.core.views.in_place_view import InPlaceWindow
 from lightning_grad.core.views.weight_chain import Chain
+from lightning_grad.core.views.weight_view import InPlaceWindow
 from lightning_grad.functional import is_nm, nm_mask
 from lightning_grad.testing import assert_identical, fit, make_classifier, state_of
 from tests.callbacks.sparsity.test_nm_choice import Backwards, InOut
@@ -50,7 +50,7 @@ NAMES = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Outside(Technique):
     """A technique that the package does not export."""
 

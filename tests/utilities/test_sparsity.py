@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_grad.core.views.in_place_view import InPlaceView
-from lightning_grad.core.views.weight_view import attach_view
+from lightning_grad.core.views.weight_view import InPlaceView, attach_view
 from lightning_grad.functional import nm_mask, prune
 from lightning_grad.utilities import ExportedLayer, LayerSparsity, export_semi_structured, sparsity, sparsity_report
 from lightning_grad.utilities.sparsity import sparsest_pattern

@@ -108,7 +108,8 @@ class Passes:
 
     def _rehearsal(self) -> Rehearsal:
         source, runs_the_step = self.callback.source, self.pl_module.automatic_optimization
-        own = (self.trainer, self.pl_module, self.asked, source.measure, runs_the_step)
+        dataset = None if isinstance(source, HistoryScores) else self.dataset
+        own = (self.trainer, self.pl_module, self.asked, self.training_set, dataset, source.measure, runs_the_step)
         return Rehearsal(*own, by_terms=source.by_terms)
 
     def _checked_kind(self) -> SampleLoss:
@@ -119,19 +120,20 @@ class Passes:
 
     def check_rows(self) -> None:
         """Raise if rows do not follow their samples into another order, or if a function gives another loss."""
-        callback, rehearsal = self.callback, self._rehearsal()
-        in_training = isinstance(callback.source, HistoryScores)
-        dataset = None if in_training else self.dataset
-        if self._runs_single_samples:
-            rehearsal.check_alone(self.training_set, dataset)
+        callback = self.callback
+        if not callback.source.pairs_rows:
             return
-        rehearsal.check_loader(self.training_set, dataset, in_training and callback.outputs_fn is None)
+        rehearsal = self._rehearsal()
+        if self._runs_single_samples:
+            rehearsal.check_alone()
+            return
+        rehearsal.check_loader(isinstance(callback.source, HistoryScores) and callback.outputs_fn is None)
         if callback.loss_fn is not None and rehearsal.runs_the_step and self.training_set.is_whole_batch:
-            rehearsal.check_function(self.training_set, dataset)
+            rehearsal.check_function()
         self._sample_loss, self._has_checked = rehearsal.kind, True
 
     def _offering_samples(self, look: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """Have a refusal also say what it would cost to score one sample at a time, where that is possible."""
+        """Look, and let a refusal also say what it would cost to score one sample at a time, where that is possible."""
         callback = self.callback
         try:
             return look()
@@ -139,8 +141,7 @@ class Passes:
             may_offer = callback.score in ONE_BY_ONE and callback.scores_by == "batch" and callback.loss_fn is None
             if not may_offer or self._by_sample is not None or not self.training_set.is_whole_batch:
                 raise
-        with_gradient = callback.source.name in GRADIENT_SCORES
-        found = cost_of_single_samples(self._rehearsal(), self.training_set, self.dataset, with_gradient)
+        found = cost_of_single_samples(self._rehearsal(), callback.source.name in GRADIENT_SCORES)
         self._by_sample = ""
         if found is not None:
             self._by_sample = (
@@ -155,5 +156,4 @@ class Passes:
         def mean(indices: list[int]) -> float:
             return float(losses[indices].nanmean())
 
-        own = (self.training_set, self.dataset, mean, "scores_by='sample'")
-        self._rehearsal().check_means(*own, with_constant=False)
+        self._rehearsal().check_means(mean, "scores_by='sample'", with_constant=False)

@@ -156,7 +156,7 @@ class UniformLearning(SubsetCallback):
         self.refuse_unreached_steps(trainer, self.epoch, "cluster")
         if self._repeated is None and self.repeats:
             self._look(trainer, pl_module, rehearsal=True)
-            Rehearsal(trainer, pl_module, self._asked).check_loader(self.training_set)
+            Rehearsal(trainer, pl_module, self._asked, self.training_set).check_loader()
 
     @property
     def _asked(self) -> LossRequest:

@@ -1,7 +1,5 @@
 """The first step whose gradient was not finite, as ``GradientMonitor`` tells of it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,13 +18,12 @@ class FirstBadStep:
         self._facts: dict[str, Any] = {}
         self._is_told = False
 
-    def note(self, facts: dict[str, Any], order: ForwardOrder | None) -> None:
+    def note(self, facts: dict[str, Any], order: ForwardOrder) -> None:
         """Take in the facts of a bad step of one optimizer, unless one is known already."""
         if not facts or self._facts:
             return
         names = facts.pop("parameters")
-        ordered = names if order is None else order.sort(names)
-        first = ordered[0] if ordered else "no single gradient: the sum of squares overflows"
+        first = order.sort(names)[0] if names else "no single gradient: the sum of squares overflows"
         self._facts = {**facts, "parameter": first, "bad_parameters": len(names)}
 
     def tell(self, trainer: pl.Trainer, label: str, key: Callable[[str], str], alert: bool) -> None:

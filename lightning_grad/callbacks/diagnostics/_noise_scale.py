@@ -3,8 +3,6 @@
 Used by ``gradient_monitor.py``; the estimate is :func:`lightning_grad.functional.noise_scale_terms`.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """What ``GradientMonitor`` sees of one optimizer within a step, as tensors, until a log step asks for numbers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

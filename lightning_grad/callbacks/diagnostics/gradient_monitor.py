@@ -6,8 +6,6 @@ step, ``_noise_scale.py`` measures the gradient noise scale, ``_logits.py`` read
 ``functional/diagnostics/gradient_statistics.py``.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping, Sequence
 from functools import partial

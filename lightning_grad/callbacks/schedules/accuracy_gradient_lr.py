@@ -1,7 +1,5 @@
 """Cutting the learning rate by the accuracy gradient: the callback. The rule is in ``functional/schedules``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal

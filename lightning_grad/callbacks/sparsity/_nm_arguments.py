@@ -3,11 +3,9 @@
 Used by :class:`lightning_grad.callbacks.NMSparsity` alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
-from lightning_grad.core.views.found_weight import FoundWeight
+from lightning_grad.core.views.weight_choice import FoundWeight
 from lightning_grad.functional import NMPattern, NMSchedule
 from lightning_grad.functional.sparsity.nm_schedule import Recipe
 from lightning_grad.utilities.parameters import first_match, matches

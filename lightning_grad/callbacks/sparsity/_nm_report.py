@@ -3,8 +3,6 @@
 Used by :class:`lightning_grad.callbacks.NMSparsity` alone.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -9,8 +9,6 @@ base's, ``core/weights.py``. In this folder:
 - ``_nm_meter.py`` measures, ``_nm_record.py`` records and draws, ``_nm_report.py`` sees to the end of the run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar

@@ -5,7 +5,7 @@
 - ``batch_sizes.py``: the number of samples of a batch;
 - ``look.py``: one batch in a quiet module, and all that can be measured of it;
 - ``scoring.py``: such a look at every sample of a training set;
-- ``loss_tap.py``, ``first_step.py``, ``weighted_steps.py``: reading and weighting losses in training;
+- ``loss_tap.py``, ``weighted_steps.py``: reading and weighting losses in training;
 - ``rehearsal.py``, ``row_order.py``: whether rows of a loss follow their samples, shown on one batch;
 - ``one_sample.py``: what it costs to run a step on one sample at a time.
 """

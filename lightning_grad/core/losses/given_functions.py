@@ -128,20 +128,17 @@ def call_of(found: Any, samples: int, keep_graph: bool = False, check: bool = Tr
         )
     labels = labels.long()
     if check or labels.device.type == "cpu":
-        _refuse_labels(labels, logits.shape[1])
+        classes = logits.shape[1]
+        wrong = labels[(labels != _IGNORED) & ((labels < 0) | (labels >= classes))]
+        if len(wrong):
+            raise ValueError(
+                f"outputs_fn must return the index of a class as each label, 0 to {classes - 1} for {classes} logits, or "
+                f"{_IGNORED} for a sample without one; got {int(wrong[0])}."
+            )
     capture = LossCapture(samples, keep_graph=keep_graph)
     with capture:
         F.cross_entropy(logits, labels)
     return capture.only()
-
-
-def _refuse_labels(labels: Tensor, classes: int) -> None:
-    wrong = labels[(labels != _IGNORED) & ((labels < 0) | (labels >= classes))]
-    if len(wrong):
-        raise ValueError(
-            f"outputs_fn must return the index of a class as each label, 0 to {classes - 1} for {classes} logits, or "
-            f"{_IGNORED} for a sample without one; got {int(wrong[0])}."
-        )
 
 
 def refuse_other_means(

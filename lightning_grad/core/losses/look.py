@@ -11,13 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grad.core.losses.given_functions import ANY_LOSS, LossRequest, call_of, checked_losses, with_graph
-from lightning_grad.core.losses.sample_losses import (
-    SampleLosses,
-    only_loss,
-    refuse_rest,
-    terms_of,
-    trace_of,
-)
+from lightning_grad.core.losses.sample_losses import SampleLosses, only_loss, refuse_rest, terms_of, trace_of
 from lightning_grad.functional import LossCall, LossCapture, PerSampleGradientNorms
 from lightning_grad.functional.gradients import InseparableLossError, WholeLossCapture
 

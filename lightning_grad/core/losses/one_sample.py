@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from lightning_grad.core.losses.rehearsal import Rehearsal
 from lightning_grad.core.losses.sample_losses import loss_of_output
 from lightning_grad.core.losses.scoring import runner, to_device
-from lightning_grad.core.samples.training_set import TrainingSet
 
 _TRIED = 16  # samples of a batch whose losses are compared
 _REPEATS = 3
 
 
-def cost_of_single_samples(
-    rehearsal: Rehearsal, training_set: TrainingSet, dataset: Any = None, with_gradient: bool = False
-) -> tuple[float, int] | None:
+def cost_of_single_samples(rehearsal: Rehearsal, with_gradient: bool = False) -> tuple[float, int] | None:
     """Measure how many times as long a pass takes that runs the step on one sample at a time.
 
     A factor from a machine of ours would say nothing: it is the batch size where a batch takes no longer than a sample, as
@@ -28,29 +24,24 @@ def cost_of_single_samples(
 
     Args:
         rehearsal: Runs the step.
-        training_set: The training set.
-        dataset: Read the samples here instead, at the same indices.
         with_gradient: Whether the pass needs the gradient of the loss.
 
     Returns:
         tuple: The factor and the size of the batches that it relates to; ``None`` if the step fails on one sample, or if
         the mean over single samples is not the loss of their batch.
     """
-    batch = rehearsal.mine(training_set)[: training_set.sampler.batch_size].tolist()
+    assert rehearsal.training_set is not None
+    batch = rehearsal.mine[: rehearsal.training_set.sampler.batch_size].tolist()
     try:
-        rehearsal.check_alone(training_set, dataset, most=_TRIED)
-        of_batch, of_one = (
-            _seconds(rehearsal, training_set, dataset, chosen, with_gradient) for chosen in (batch, batch[:1])
-        )
+        rehearsal.check_alone(most=_TRIED)
+        of_batch, of_one = (_seconds(rehearsal, chosen, with_gradient) for chosen in (batch, batch[:1]))
     except Exception:  # of the step, whatever it is; who asks has an error of its own to raise
         return None
     return len(batch) * of_one / of_batch, len(batch)
 
 
-def _seconds(
-    rehearsal: Rehearsal, training_set: TrainingSet, dataset: Any, indices: list[int], with_gradient: bool
-) -> float:
-    with rehearsal.loaded(training_set, dataset, indices, torch.arange(len(indices)), 0) as batch:
+def _seconds(rehearsal: Rehearsal, indices: list[int], with_gradient: bool) -> float:
+    with rehearsal.loaded(indices) as batch:
         run = runner(rehearsal.trainer, rehearsal.pl_module, to_device(rehearsal.trainer, batch))
         parameters = [p for p in rehearsal.pl_module.parameters() if p.requires_grad]
 

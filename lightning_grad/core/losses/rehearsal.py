@@ -20,12 +20,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_grad.core.losses.given_functions import (
-    LossRequest,
-    SampleLoss,
-    checked_losses,
-    refuse_other_means,
-)
+from lightning_grad.core.losses.given_functions import LossRequest, SampleLoss, checked_losses, refuse_other_means
 from lightning_grad.core.losses.look import Look, Measure, SkippedBatchError
 from lightning_grad.core.losses.row_order import (
     RowComparison,
@@ -61,6 +56,8 @@ class Rehearsal:
         trainer: The trainer, in a fit.
         pl_module: Its module.
         asked: What is asked of the losses of the step.
+        training_set: The training set; without it only :meth:`check_batch` and :meth:`check_whole_loss` can be called.
+        dataset: Read the samples here instead, at the same indices.
         measure: What is measured of a batch in place of its loss.
         runs_the_step: Whether the step may be run at all; else only the tensors of the batch are compared.
         by_terms: Whether the loss of each sample is all that has to be known, so that it may come from several terms.
@@ -72,6 +69,8 @@ class Rehearsal:
     trainer: pl.Trainer
     pl_module: pl.LightningModule
     asked: LossRequest
+    training_set: TrainingSet | None = None
+    dataset: Any = None
     measure: Measure | None = None
     runs_the_step: bool = True
     by_terms: bool = False
@@ -85,30 +84,29 @@ class Rehearsal:
         self._exactness = 5e-2 if self._is_coarse else 1e-3
         self._rows = RowComparison(self.asked, self._exactness, self._function)
 
-    def check_loader(self, training_set: TrainingSet, dataset: Any = None, in_training: bool = False) -> None:
+    def check_loader(self, in_training: bool = False) -> None:
         """Check the rows of batches that ``collate_fn`` makes of the training set's samples.
 
         Args:
-            training_set: The training set.
-            dataset: Read the samples here instead, at the same indices.
             in_training: Whether losses are read in training, so that those in training mode are looked at too.
 
         Raises:
             RuntimeError: If rows do not follow the samples, or the loss is seen only in part.
         """
+        training_set = self._samples
         if training_set.loader.batch_sampler is None:
             self._rows.maker = "the data set"  # which takes lists of indices
         runs = self._function != "" or (self.runs_the_step and training_set.is_whole_batch)
         size = min(training_set.sampler.batch_size, len(training_set.sampler.population) // self.trainer.world_size)
         if not size:
             return
-        mine, memory = self.mine(training_set), dict[str, Any]()
+        mine, memory = self.mine, dict[str, Any]()
         for draw in range(_DRAWS):
             chosen = torch.randperm(len(mine), generator=torch.Generator().manual_seed(draw))[:size]
             indices = mine[chosen].tolist()
 
             def see(order: Tensor, seed: int, indices: list[int] = indices) -> Seen | None:
-                with self.loaded(training_set, dataset, indices, order, seed) as batch:
+                with self.loaded(indices, order, seed) as batch:
                     if batch is None:
                         return None
                     seen = Seen(rows_of_batch(batch, size))
@@ -116,10 +114,10 @@ class Rehearsal:
 
             if self._rows.compare(see, size):
                 if "terms" in memory:
-                    alone = [self._alone(training_set, dataset, index) for index in indices[:_ALONE]]
+                    alone = [self._alone(index) for index in indices[:_ALONE]]
                     self.kind = self._kind_of(see(torch.arange(size), 0), alone)
                 elif in_training and runs:
-                    with self.loaded(training_set, dataset, indices, torch.arange(size), 0) as batch:
+                    with self.loaded(indices) as batch:
                         batch = None if batch is None else to_device(self.trainer, batch)
                     if batch is not None:
                         self.check_whole_loss(batch, size)
@@ -150,19 +148,11 @@ class Rehearsal:
         return next((kind for kind, count in zip(_KINDS, ranks, strict=True) if count == self.trainer.world_size), None)
 
     def check_means(
-        self,
-        training_set: TrainingSet,
-        dataset: Any,
-        means: Callable[[list[int]], float],
-        name: str,
-        with_constant: bool = True,
-        most: int | None = None,
+        self, means: Callable[[list[int]], float], name: str, with_constant: bool = True, most: int | None = None
     ) -> None:
         """Raise unless the mean over single losses is the loss that the step returns, on two batches.
 
         Args:
-            training_set: The training set.
-            dataset: Read the samples here instead, at the same indices.
             means: Returns the mean for the samples with these indices.
             name: What the losses come from, for errors.
             with_constant: Whether both may differ by a constant.
@@ -171,13 +161,12 @@ class Rehearsal:
         Raises:
             ValueError: If it is not.
         """
-        mine = self.mine(training_set)
-        size = min(training_set.sampler.batch_size, max(1, len(mine) // 2), most or len(mine))
+        mine = self.mine
+        size = min(self._samples.sampler.batch_size, max(1, len(mine) // 2), most or len(mine))
         pairs: list[tuple[float, float]] = []
         for start in range(0, min(len(mine), 2 * _DRAWS * size), size):
             indices = mine[start : start + size].tolist()
-            with self.loaded(training_set, dataset, indices, torch.arange(len(indices)), 0) as batch:
-                loss = None if batch is None else self._loss_alone(to_device(self.trainer, batch))
+            loss = self._loss_of(indices)
             mean = float("nan") if loss is None else means(indices)
             if loss is not None and bool(loss.isfinite()):
                 pairs.append((mean, float(loss)))
@@ -188,7 +177,7 @@ class Rehearsal:
         exactness, advice = 1e-4 if is_fine else self._exactness, "" if self.asked.loss_fn else self.asked.advice
         refuse_other_means(pairs, self.asked.label, name, exactness, with_constant, advice)
 
-    def check_function(self, training_set: TrainingSet, dataset: Any = None) -> None:
+    def check_function(self) -> None:
         """Raise unless the mean of ``loss_fn`` is the loss of the step up to a constant.
 
         Raises:
@@ -197,18 +186,16 @@ class Rehearsal:
 
         def mean(indices: list[int]) -> float:
             assert self.asked.loss_fn is not None
-            with self.loaded(training_set, dataset, indices, torch.arange(len(indices)), 0) as batch:
+            with self.loaded(indices) as batch:
                 found = self.asked.loss_fn(self.pl_module, to_device(self.trainer, batch))
                 return float(checked_losses(found, len(indices)).detach().mean())
 
-        self.check_means(training_set, dataset, mean, "loss_fn")
+        self.check_means(mean, "loss_fn")
 
-    def check_alone(self, training_set: TrainingSet, dataset: Any = None, most: int | None = None) -> None:
+    def check_alone(self, most: int | None = None) -> None:
         """Raise unless batches of one sample have the losses of larger ones.
 
         Args:
-            training_set: The training set.
-            dataset: Read the samples here instead, at the same indices.
             most: Number of samples that the larger ones have at most.
 
         Raises:
@@ -217,11 +204,11 @@ class Rehearsal:
         """
 
         def mean(indices: list[int]) -> float:
-            losses = [self._alone(training_set, dataset, index, strict=True) for index in indices]
+            losses = [self._alone(index, strict=True) for index in indices]
             known = [float(loss) for loss in losses if loss is not None and loss.isfinite()]
             return sum(known) / len(known) if known else float("nan")
 
-        self.check_means(training_set, dataset, mean, "scores_by='sample'", with_constant=False, most=most)
+        self.check_means(mean, "scores_by='sample'", with_constant=False, most=most)
 
     def check_batch(self, batch: Any, samples: int) -> bool:
         """Check that the rows of a loss that stand together are those of one sample; return whether there was a loss.
@@ -283,29 +270,33 @@ class Rehearsal:
             seed_generators(module, seed, depth=1)  # no further: the module knows its Trainer
 
     @contextmanager
-    def loaded(
-        self, training_set: TrainingSet, dataset: Any, indices: list[int], order: Tensor, seed: int
-    ) -> Iterator[Any]:
+    def loaded(self, indices: list[int], order: Tensor | None = None, seed: int = 0) -> Iterator[Any]:
         """Give the batch of some samples, as ``collate_fn`` makes it of them in an order, in a quiet module."""
-        loader = training_set.loader
+        loader, places = self._samples.loader, range(len(indices)) if order is None else order.tolist()
         takes_lists = loader.batch_sampler is None  # the data set makes the batch of a list of indices
-        chosen = [indices[place] for place in order.tolist()] if takes_lists else indices
+        chosen = [indices[place] for place in places] if takes_lists else indices
 
         def collate(items: Any) -> Any:
             seed_streams(seed)  # the items are read with the same random numbers each time, in the same order
             seed_generators(loader.collate_fn, seed)
-            return loader.collate_fn(items if takes_lists else [items[place] for place in order.tolist()])
+            return loader.collate_fn(items if takes_lists else [items[place] for place in places])
 
-        once = scoring_loader(training_set, dataset, [chosen], 0, in_main_process=True, collate=collate)
+        once = scoring_loader(self._samples, self.dataset, [chosen], 0, in_main_process=True, collate=collate)
         own = [once.dataset, loader.collate_fn]
         with generators_kept(own), numbers_kept(loader.collate_fn), self._quiet(0):
             batch = next(iter(once))
             self._seed(seed)
             yield batch
 
-    def mine(self, training_set: TrainingSet) -> Tensor:
-        """Return the samples of this rank."""
-        return training_set.sampler.population[self.trainer.global_rank :: self.trainer.world_size]
+    @property
+    def _samples(self) -> TrainingSet:
+        assert self.training_set is not None
+        return self.training_set
+
+    @property
+    def mine(self) -> Tensor:
+        """The samples of this rank."""
+        return self._samples.sampler.population[self.trainer.global_rank :: self.trainer.world_size]
 
     def _run(self, batch: Any, samples: int, memory: dict[str, Any], seen: Seen) -> Seen | None:
         run = runner(self.trainer, self.pl_module, batch)
@@ -330,10 +321,13 @@ class Rehearsal:
             seen.floors = {name: self._exactness * largest(rows) for name, rows in seen.values.items()}
         return seen
 
-    def _alone(self, training_set: TrainingSet, dataset: Any, index: int, strict: bool = False) -> Tensor | None:
+    def _loss_of(self, indices: list[int]) -> Tensor | None:
+        with self.loaded(indices) as batch:
+            return None if batch is None else self._loss_alone(to_device(self.trainer, batch))
+
+    def _alone(self, index: int, strict: bool = False) -> Tensor | None:
         try:
-            with self.loaded(training_set, dataset, [index], torch.arange(1), 0) as batch:
-                return self._loss_alone(to_device(self.trainer, batch))
+            return self._loss_of([index])
         except Exception as error:  # a batch of one may be impossible: a deviation over the batch, a squeeze
             if not strict:
                 return None

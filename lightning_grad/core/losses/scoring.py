@@ -203,12 +203,7 @@ def scoring_loader(
 
 
 def indexed_loader(
-    loader: DataLoader[Any],
-    dataset: Any,
-    chunks: list[list[int]],
-    seed: int,
-    collate: Any = None,
-    **workers: Any,
+    loader: DataLoader[Any], dataset: Any, chunks: list[list[int]], seed: int, collate: Any = None, **workers: Any
 ) -> DataLoader[Any]:
     """Return a loader of given samples, of its own data set unless another is given, that is otherwise as ``loader``."""
     # With batch_size=None the data set itself takes lists of indices.

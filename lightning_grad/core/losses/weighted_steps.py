@@ -16,12 +16,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.core.losses.given_functions import (
-    GivenFunction,
-    LossRequest,
-    checked_losses,
-    refuse_other_means,
-)
+from lightning_grad.core.losses.given_functions import GivenFunction, LossRequest, checked_losses, refuse_other_means
 from lightning_grad.core.losses.sample_losses import (
     SampleLosses,
     loss_of_output,

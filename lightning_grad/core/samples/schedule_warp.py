@@ -65,7 +65,8 @@ def warp_schedules(trainer: pl.Trainer, pl_module: pl.LightningModule, training_
         # Before it updates what steps with epochs, Lightning is done with what steps with batches.
         if interval == "epoch" and not update_plateau_schedulers and pl_module.automatic_optimization:
             for config in trainer.lr_scheduler_configs:
-                if _is_passed_over(trainer, training_set, config):
+                # Some step more rarely than once in so few batches.
+                if _is_warped(trainer, training_set, config) and not _steps_of_epochs(trainer, training_set, config)[0]:
                     pl_module.lr_scheduler_step(config.scheduler, None)
         inner(interval, update_plateau_schedulers=update_plateau_schedulers)
 
@@ -109,11 +110,6 @@ def _is_warped(trainer: pl.Trainer, training_set: TrainingSet, config: Any) -> b
     if not counts or batches == full_batches or float("inf") in (batches, full_batches):
         return False
     return _epochs_end_the_run(trainer, full_batches)
-
-
-def _is_passed_over(trainer: pl.Trainer, training_set: TrainingSet, config: Any) -> bool:
-    """Return whether a scheduler has no step in an epoch at all: it steps more rarely than once in so few batches."""
-    return _is_warped(trainer, training_set, config) and not _steps_of_epochs(trainer, training_set, config)[0]
 
 
 def _steps_of_epochs(trainer: pl.Trainer, training_set: TrainingSet, config: Any) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 A :class:`TrainingSet` puts a :class:`~lightning_grad.data.PrunableBatchSampler` into the training loader at the one place
 where it is complete and nothing has been drawn from it yet, ``strategy.process_dataloader``; keeps the Trainer's own
-counts right when the epoch's length changes (``epoch_length.py``); and takes everything back when the fit ends.
+counts right when the epoch's length changes; and takes everything back when the fit ends.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_grad.core.dispatch import wrap_method
-from lightning_grad.core.samples.epoch_length import EpochLength, length_of
 from lightning_grad.core.samples.training_loaders import (
+    EpochLength,
     items_of,
     keys_of,
+    length_of,
+    refuse_key,
     refuse_without_indices,
     replace_sampler,
     slot_of,
@@ -57,18 +59,10 @@ class TrainingSet:
     """
 
     def __init__(
-        self,
-        trainer: pl.Trainer,
-        needed_by: str,
-        undo: UndoList,
-        loader_key: str | None = None,
-        remembers: bool = True,
+        self, trainer: pl.Trainer, needed_by: str, undo: UndoList, loader_key: str | None = None, remembers: bool = True
     ) -> None:
-        self._trainer = trainer
-        self._needed_by = needed_by
-        self._undo = undo
-        self._loader_key = loader_key
-        self._remembers = remembers
+        self._trainer, self._needed_by, self._undo = trainer, needed_by, undo
+        self._loader_key, self._remembers = loader_key, remembers
         self._known: Fingerprint | None = None
         self._waiting: list[str] = []
         self._keys = [""]
@@ -132,23 +126,10 @@ class TrainingSet:
         self._waiting, self._keys = keys, list(keys)
         return loaders
 
-    def _check_key(self) -> None:
-        known = ", ".join(map(repr, self._keys)) if self._keys != [""] else "a single one, without a key"
-        if self._loader_key is None and len(self._keys) > 1:
-            raise ValueError(
-                f"{self._needed_by} must know which of the training loaders it shall act on. Set loader_key to one of "
-                f"{known}."
-            )
-        if self._loader_key is not None and self._loader_key not in self._keys:
-            choose = "Leave loader_key out" if self._keys == [""] else "Set it to one of these"
-            raise ValueError(
-                f"{self._needed_by}: loader_key={self._loader_key!r} names no training loader; there is {known}. {choose}."
-            )
-
     def _receive(self, inner: Callable[[Any], Any], loader: Any) -> Any:
         if not self._waiting:
             return inner(loader)
-        self._check_key()
+        refuse_key(self._loader_key, self._keys, "training", self._needed_by)
         if self._loader_key not in (None, self._waiting.pop(0)):
             return inner(loader)
         self._install(loader)
@@ -199,15 +180,13 @@ class TrainingSet:
     def _compare_data(self, loader: DataLoader[Any]) -> None:
         if not self._remembers or (self._loader is not None and loader.dataset is self._loader.dataset):
             return
+        items = items_of(loader, loader.dataset)
         if self._loader is not None:
-            refuse_other_data(self.mark, items_of(loader, loader.dataset), self._needed_by, reloaded=True)
+            refuse_other_data(self.mark, items, self._needed_by, reloaded=True)
         elif self._known is not None:
-            self._known = refuse_other_data(
-                self._known, items_of(loader, loader.dataset), self._needed_by, reloaded=False
-            )
+            self._known = refuse_other_data(self._known, items, self._needed_by, reloaded=False)
         elif getattr(self._trainer, "reload_dataloaders_every_n_epochs", 0):
-            # Now, as the same memory may hold other samples by then.
-            self._known = mark_of(items_of(loader, loader.dataset))
+            self._known = mark_of(items)  # now, as the same memory may hold other samples by then
 
     @property
     def mark(self) -> Fingerprint:

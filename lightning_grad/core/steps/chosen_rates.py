@@ -24,47 +24,6 @@ _BASES_OF_GROUPS = ("initial_lr", "max_lr", "min_lr", "swa_lr")
 _LISTS_OF_SCHEDULERS = ("base_lrs", "max_lrs", "_last_lr")
 
 
-def choose_groups(
-    optimizers: Sequence[Optimizer],
-    optimizer_indices: Sequence[int] | None,
-    group_indices: Sequence[int] | None,
-    needed_by: str,
-) -> list[tuple[Optimizer, list[int]]]:
-    """Return the optimizers meant, each with the positions of the parameter groups meant.
-
-    Args:
-        optimizers: Of the trainer.
-        optimizer_indices: Which of them; ``None`` is all.
-        group_indices: Which groups of each; ``None`` is all.
-        needed_by: Who asks, for the error.
-
-    Raises:
-        ValueError: If there is no such optimizer or group, or if one of the groups has no learning rate.
-    """
-    numbered = list(range(len(optimizers))) if optimizer_indices is None else list(optimizer_indices)
-    _check_range(numbered, len(optimizers), needed_by, "optimizers", "the module has")
-    chosen = []
-    for number in numbered:
-        groups = optimizers[number].param_groups
-        indices = list(range(len(groups))) if group_indices is None else list(group_indices)
-        _check_range(indices, len(groups), needed_by, "param_groups", f"optimizer {number} has")
-        for index in indices:
-            if not isinstance(groups[index].get("lr"), (int, float, Tensor)):
-                raise ValueError(
-                    f"{needed_by} scales learning rates, and group {index} of optimizer {number} "
-                    f"({type(optimizers[number]).__name__}) has none: its lr is {groups[index].get('lr')!r}. Choose others: "
-                    "optimizers=[...], param_groups=[...]."
-                )
-        if indices:  # Lightning's stand-in for no optimizer has no groups
-            chosen.append((optimizers[number], indices))
-    if not chosen:
-        raise ValueError(
-            f"{needed_by} scales learning rates, and configure_optimizers of the module returns no optimizer. Return one, or "
-            "drop the callback."
-        )
-    return chosen
-
-
 def _check_range(indices: Sequence[int], count: int, needed_by: str, parameter: str, who_has: str) -> None:
     outside = [index for index in indices if not 0 <= index < count]
     if outside:
@@ -229,9 +188,31 @@ class ChosenRates:
         """Return the optimizers, each with the positions of its groups.
 
         Raises:
-            ValueError: If there is none such, or it has no rate.
+            ValueError: If there is no such optimizer or group, or if one of the groups has no learning rate.
         """
-        return choose_groups(trainer.optimizers, self._optimizers, self._groups, self._needed_by)
+        optimizers = trainer.optimizers
+        numbers = list(range(len(optimizers))) if self._optimizers is None else self._optimizers
+        _check_range(numbers, len(optimizers), self._needed_by, "optimizers", "the module has")
+        chosen = []
+        for number in numbers:
+            groups = optimizers[number].param_groups
+            indices = list(range(len(groups)) if self._groups is None else self._groups)
+            _check_range(indices, len(groups), self._needed_by, "param_groups", f"optimizer {number} has")
+            for index in indices:
+                if not isinstance(groups[index].get("lr"), (int, float, Tensor)):
+                    raise ValueError(
+                        f"{self._needed_by} scales learning rates, and group {index} of optimizer {number} "
+                        f"({type(optimizers[number]).__name__}) has none: its lr is {groups[index].get('lr')!r}. Choose "
+                        "others: optimizers=[...], param_groups=[...]."
+                    )
+            if indices:  # Lightning's stand-in for no optimizer has no groups
+                chosen.append((optimizers[number], indices))
+        if not chosen:
+            raise ValueError(
+                f"{self._needed_by} scales learning rates, and configure_optimizers of the module returns no optimizer. "
+                "Return one, or drop the callback."
+            )
+        return chosen
 
     def names(self, trainer: pl.Trainer) -> list[str]:
         """Return where the rates stand, as one would write it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -14,16 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_grad.core.dispatch import wrap_method
-from lightning_grad.core.module_state import Snapshot
-from lightning_grad.core.quiet import silence
-from lightning_grad.core.views.in_place_view import close_windows, open_windows
-from lightning_grad.data.random_streams import (
-    generators_kept,
-    named_generators,
-    random_states,
-    random_streams_kept,
-    set_random_states,
-)
+from lightning_grad.core.quiet import unseen
+from lightning_grad.data.random_streams import random_states, set_random_states
 
 _REPEATED: WeakSet[nn.Module] = WeakSet()
 _NO_CLOSURE = "do_nothing_closure"  # by its name: each of Lightning's two namespaces has its own
@@ -130,6 +122,7 @@ def _tell(samples: list[tuple[Any, Any]]) -> None:
         callback.indices = indices
 
 
+@dataclass(eq=False)
 class StepClosure:
     """What computes the gradients of the optimizer step that is being made, handed to ``evaluate``.
 
@@ -137,17 +130,14 @@ class StepClosure:
     any number of times.
     """
 
-    def __init__(
-        self,
-        closure: Callable[[], Any],
-        optimizer: Optimizer,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        window: StepWindow | None,
-        label: str,
-    ) -> None:
-        self._closure, self._optimizer, self._window = closure, optimizer, window
-        self._trainer, self._pl_module, self._label = trainer, pl_module, label
+    _closure: Callable[[], Any]
+    _optimizer: Optimizer
+    _trainer: pl.Trainer
+    _pl_module: pl.LightningModule
+    _window: StepWindow | None
+    _label: str
+
+    def __post_init__(self) -> None:
         self._states = random_states()
 
     def __call__(self) -> Any:
@@ -166,7 +156,7 @@ class StepClosure:
         Returns:
             The loss at these weights, over all accumulated batches; under manual optimization what the closure returns.
         """
-        with _unseen(self._trainer, self._pl_module):
+        with unseen(self._trainer, self._pl_module), _repeating(self._pl_module):
             if self._window is not None:
                 return self._window.run_again(self._optimizer)
             set_random_states(self._states)
@@ -187,16 +177,9 @@ class StepClosure:
 
 
 @contextmanager
-def _unseen(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-    modules = list(pl_module.modules())
-    known = set(map(id, modules))
-    with ExitStack() as stack:
-        stack.enter_context(random_streams_kept())
-        stack.enter_context(generators_kept(named_generators(map(type, modules))))
-        stack.enter_context(silence(trainer, pl_module))
-        for module in modules:
-            stack.callback(Snapshot(module, False, known).restore)
-        stack.callback(close_windows, pl_module, open_windows(pl_module))
-        _REPEATED.add(pl_module)
-        stack.callback(_REPEATED.discard, pl_module)
+def _repeating(pl_module: pl.LightningModule) -> Iterator[None]:
+    _REPEATED.add(pl_module)
+    try:
         yield
+    finally:
+        _REPEATED.discard(pl_module)

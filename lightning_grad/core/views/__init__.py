@@ -1,10 +1,9 @@
 """Weights that a module is shown in place of those that train, and what a checkpoint holds of them.
 
-- ``weight_choice.py``, ``found_weight.py``, ``network_ends.py``: which weights a technique takes, by default all but the first
+- ``weight_choice.py``, ``network_ends.py``: which weights a technique takes, by default all but the first
   and the last layer;
 - ``weight_chain.py``: one weight, and what one technique after the other makes of it;
 - ``module_chains.py``: the weights of one module, and what happens once for all techniques;
-- ``shown_weights.py``: what happens to the chosen weights in each hook of a fit;
-- ``weight_view.py``, ``in_place_view.py``: how a module sees another weight than its own;
+- ``weight_view.py``: how a module sees another weight than its own;
 - ``portable.py``: checkpoints that load anywhere, and resume exactly.
 """

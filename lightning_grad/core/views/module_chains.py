@@ -7,36 +7,22 @@ of their stages; and at the end of the fit the chains are baked once, when every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 
 from lightning_grad.core.undo import UndoList
-from lightning_grad.core.views.found_weight import FoundWeight
-from lightning_grad.core.views.in_place_view import InPlaceWindow
 from lightning_grad.core.views.weight_chain import Chain, Stage, ViewedWeight
-from lightning_grad.core.views.weight_view import has_view
-from lightning_grad.utilities.parameters import clean_name
+from lightning_grad.core.views.weight_view import InPlaceWindow, has_view
+
+if TYPE_CHECKING:
+    from lightning_grad.core.views.weight_choice import FoundWeight
+    from lightning_grad.core.weights import WeightCallback
 
 _CHAINS: WeakKeyDictionary[pl.LightningModule, ModuleChains] = WeakKeyDictionary()
-
-
-class Technique(Protocol):
-    """What the chains ask of those who act on weights."""
-
-    stage: ClassVar[Stage]
-
-    def after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
-        """Follow an optimizer that has moved its weights."""
-
-    def renew_stale(self) -> None:
-        """Bring weights up to date that something other than the optimizer has changed."""
-
-    def settle(self, trainer: pl.Trainer) -> Sequence[ViewedWeight]:
-        """Return the weights that keep, after the fit, what this technique stores of them."""
 
 
 class ModuleChains:
@@ -50,7 +36,7 @@ class ModuleChains:
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.trainer = trainer
         self._pl_module = pl_module
-        self._techniques: list[Technique] = []
+        self._techniques: list[WeightCallback[Any]] = []
         self._chains: dict[int, Chain] = {}
         self._window: InPlaceWindow | None = None
         self._watched: WeakSet[Optimizer] = WeakSet()
@@ -58,7 +44,7 @@ class ModuleChains:
         self._inside = 0
         self._is_baked = False
 
-    def enter(self, technique: Technique) -> Callable[[], None]:
+    def enter(self, technique: WeightCallback[Any]) -> Callable[[], None]:
         """Make a technique follow the optimizers from now on.
 
         Returns:
@@ -127,7 +113,7 @@ class ModuleChains:
         for technique in self._techniques:
             technique.renew_stale()
 
-    def renew_after(self, technique: Technique) -> None:
+    def renew_after(self, technique: WeightCallback[Any]) -> None:
         """Bring later stages up to date, because this one starts after them."""
         for other in self._techniques:
             if other.stage > technique.stage:
@@ -150,17 +136,3 @@ def chains_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModuleChain
     if chains is None or chains.trainer is not trainer:
         chains = _CHAINS[pl_module] = ModuleChains(trainer, pl_module)
     return chains
-
-
-def refuse_taken(chains: ModuleChains, stage: Stage, weights: Sequence[ViewedWeight], technique: str) -> None:
-    """Raise if another technique of the same stage, or something that is in no chain, shows one of the weights.
-
-    Raises:
-        ValueError: With the name of the weight.
-    """
-    for weight in weights:
-        if chains.is_taken(weight.found, stage):
-            raise ValueError(
-                f"{technique} and another instance both choose {clean_name(weight.name)} "
-                f"({weight.found.class_name()}). Separate them with include= or exclude=."
-            )

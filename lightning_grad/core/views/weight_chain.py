@@ -11,14 +11,15 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from itertools import dropwhile, takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_grad.core.views.found_weight import FoundWeight
-from lightning_grad.core.views.in_place_view import InPlaceView, InPlaceWindow
-from lightning_grad.core.views.weight_view import attach_view
+from lightning_grad.core.views.weight_view import InPlaceView, InPlaceWindow, attach_view
+
+if TYPE_CHECKING:
+    from lightning_grad.core.views.weight_choice import FoundWeight
 
 
 class Stage(IntEnum):

@@ -1,55 +1,143 @@
-"""Which weights of a module a technique takes, why it leaves others, and how the choice changes after the first batch."""
+"""Which weights of a module may be chosen, which of them a technique takes, and why it leaves others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import lightning.pytorch as pl
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
-from torch.optim import Optimizer
+from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_grad.core.views.found_weight import FoundWeight, found_weights, replaced_weights
-from lightning_grad.core.views.module_chains import ModuleChains
 from lightning_grad.core.views.network_ends import Ends, Owner
-from lightning_grad.core.views.weight_chain import Chain, Stage, ViewedWeight
-from lightning_grad.utilities.checks import owned_ids
-from lightning_grad.utilities.parameters import clean_name, matches, named_owners
+from lightning_grad.core.views.weight_chain import ViewedWeight
+from lightning_grad.core.views.weight_view import REPLACEMENTS, viewed_class
+from lightning_grad.utilities.parameters import all_names, clean_name, is_spelled, matches, named_owners, selects
 from lightning_grad.utilities.reporting import format_table
+from lightning_grad.utilities.weight_axes import is_foreign_matrix, output_dimension
+
+_SINGLE_WEIGHT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@dataclass(frozen=True)
+class FoundWeight:
+    """A parameter that may be chosen.
+
+    Args:
+        name: Full name, as in ``state_dict``.
+        module: The module that owns it.
+        attribute: Its name there.
+        names: All names under which it is known, without the prefix of compiled modules.
+        twins: Other owners of the same, tied parameter, each with its attribute.
+        is_known: Whether its module is a layer of torch that reads the attribute for every use.
+        is_spelled: Whether the user has spelled its name to the end.
+        label: Who asks, for errors.
+        effect: What it makes of a weight, an adjective.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    names: tuple[str, ...] = ()
+    twins: tuple[tuple[nn.Module, str], ...] = ()
+    is_known: bool = True
+    is_spelled: bool = False
+    label: str = "A technique"
+    effect: str = "different"
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter itself, which holds the dense weight.
+
+        Raises:
+            RuntimeError: If something has taken it out of its layer.
+        """
+        parameter = self.module._parameters.get(self.attribute)
+        if parameter is None:
+            raise RuntimeError(
+                f"{self.label} makes {clean_name(self.name)} {self.effect}, and something has taken it out of its layer "
+                "in mid-fit, as pruning, weight_norm, spectral_norm and parametrize do. Do that before the fit, or leave "
+                f"the layer out: exclude=[{clean_name(self.name)!r}]."
+            )
+        return parameter
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the module is shown the weight by writing it into the parameter."""
+        return bool(self.twins) or not self.is_known
+
+    def output_dimension(self) -> int | None:
+        """Return the dimension that counts the layer's outputs; ``None`` if the layer computes neither x W nor x W^T."""
+        return output_dimension(self.module, self.attribute)
+
+    def class_name(self) -> str:
+        """Return the name of the class that the user gave the module."""
+        return viewed_class(self.module).__name__
+
+
+def found_weights(module: nn.Module, owners: Sequence[Owner], technique: WeightCallback[Any]) -> Iterator[FoundWeight]:
+    """Yield the parameters of a module that a technique may choose, a tied one once for each owner.
+
+    Layers of torch are known by their type, other linear layers by a matrix named ``weight``, and parameters of other modules
+    only where a pattern spells their own name.
+
+    Args:
+        module: The LightningModule, complete.
+        owners: Name, module and attribute of its parameters.
+        technique: Who asks; ``include=None`` means all that are known.
+    """
+    known = all_names(module)
+    uses: dict[int, list[tuple[nn.Module, str]]] = {}
+    for _, owner, attribute in owners:
+        uses.setdefault(id(owner._parameters[attribute]), []).append((owner, attribute))
+    for name, owner, attribute in owners:
+        key = id(owner._parameters[attribute])
+        found = FoundWeight(
+            name,
+            owner,
+            attribute,
+            names=tuple(known[key]),
+            twins=tuple(use for use in uses[key] if use != (owner, attribute)),
+            is_known=_is_known(owner, attribute),
+            is_spelled=is_spelled(known[key], technique.include or []),
+            label=technique.label,
+            effect=technique.effect,
+        )
+        if found.is_spelled or (_is_layer(found) and selects(found.names, technique.include)):
+            yield found
+
+
+def _is_known(owner: nn.Module, attribute: str) -> bool:
+    if isinstance(owner, nn.MultiheadAttention):
+        return attribute in _ATTENTION_WEIGHTS
+    return isinstance(owner, _SINGLE_WEIGHT) and attribute == "weight"
+
+
+def _is_layer(found: FoundWeight) -> bool:
+    is_matrix = found.attribute == "weight" and is_foreign_matrix(found.module, found.attribute)
+    return found.is_known or is_matrix
+
+
+def replaced_weights(module: nn.Module) -> list[str]:
+    """Return the weights in whose place something else computes another."""
+    found = []
+    for name, layer in module.named_modules():
+        replaced = layer._parameters.keys() & {f"weight_{end}" for end in REPLACEMENTS}
+        if isinstance(layer, _SINGLE_WEIGHT) and (replaced or is_parametrized(layer, "weight")):
+            found.append(clean_name(f"{name}.weight"))
+    return found
+
+
+if TYPE_CHECKING:
+    from lightning_grad.core.weights import WeightCallback
 
 W = TypeVar("W", bound=ViewedWeight)
 
 _MOST_SHOWN = 24
 _FROZEN = "frozen"
 _REPLACED = "reparametrized (pruning, weight_norm, spectral_norm or parametrize), so that it is computed from others"
-
-
-@dataclass(frozen=True)
-class Wanted(Generic[W]):
-    """What a technique looks for.
-
-    Args:
-        include: Name patterns; ``None`` means every Linear, Conv and attention weight, and other matrices that their layer
-            multiplies by, but the first and the last.
-        exclude: Name patterns of what stays as it is.
-        label: Who asks, for errors.
-        effect: What it makes of a weight, as an adjective.
-        why_excluded: Returns why a parameter of some names is left out, empty if it is not.
-        view: Makes of a weight what the technique makes of it, or returns why it is left out.
-    """
-
-    include: Sequence[str] | None
-    exclude: Sequence[str] | None
-    label: str
-    effect: str
-    why_excluded: Callable[[Sequence[str]], str]
-    view: Callable[[FoundWeight], W | str]
-
-    def excludes(self, names: Sequence[str]) -> bool:
-        """Return whether the user excludes a parameter of these names."""
-        return matches(names, self.exclude or [])
 
 
 @dataclass(frozen=True)
@@ -83,72 +171,77 @@ class WeightChoice(Generic[W]):
         return f"{'; '.join(reasons)}. Choose other layers with include=, or another {column}."
 
 
-def choose_weights(module: nn.Module, wanted: Wanted[W], ends: Ends) -> WeightChoice[W]:
+def choose_weights(module: nn.Module, technique: WeightCallback[W], ends: Ends) -> WeightChoice[W]:
     """Find the weights that a technique takes.
 
     Args:
         module: The LightningModule, complete.
-        wanted: What is looked for.
+        technique: The technique.
         ends: Finds the first and the last layers.
 
     Raises:
-        ValueError: What ``wanted.view`` raises.
+        ValueError: What ``technique.view`` raises.
     """
     owners = list(named_owners(module))
-    candidates = list(found_weights(module, owners, wanted.include, wanted.label, wanted.effect))
-    dense = _find_ends(owners, candidates, wanted, ends) if wanted.include is None else set()
+    candidates = list(found_weights(module, owners, technique))
+    dense = _find_ends(owners, candidates, technique, ends) if technique.include is None else set()
     choice: WeightChoice[W] = WeightChoice()
     for found in candidates:
         if any(weight.parameter is found.parameter for weight in choice.chosen):
             continue  # another name of a tied parameter
-        weight = _why_not(found, wanted) or _view(found, wanted)
+        weight = _why_not(found, technique) or _view(found, technique)
         if not isinstance(weight, str) and clean_name(found.name) in dense:
             weight = "the first and the last layer stay dense unless include names them"
         if isinstance(weight, str):
             choice.skipped.append((clean_name(found.name), weight))
         else:
             choice.chosen.append(weight)
-    _explain_others(choice, module, wanted, candidates)
+    _explain_others(choice, module, technique, candidates)
     return choice
 
 
-def _why_not(found: FoundWeight, wanted: Wanted[W]) -> str:
+def _why_not(found: FoundWeight, technique: WeightCallback[W]) -> str:
     """Return why a candidate is left out whatever the technique makes of it; empty if it is not."""
-    parameter, by_default = found.parameter, wanted.include is None
-    excluded = wanted.why_excluded(found.names)
-    if excluded:
+    parameter, by_default = found.parameter, technique.include is None
+    if excluded := technique.why_excluded(found.names):
         return excluded
     if isinstance(parameter, UninitializedParameter):
         return "it has no shape yet (a lazy module): run one batch through it before the fit"
     if parameter.ndim < 2 or not parameter.is_floating_point():
         return "only floating weights of two or more dimensions are chosen"
     if by_default and not parameter.requires_grad:
-        return f"{_FROZEN}; include it by name to make it {wanted.effect} all the same"
+        return f"{_FROZEN}; include it by name to make it {technique.effect} all the same"
     tied_to = [name for name in found.names if name != clean_name(found.name) and found.twins]
     if by_default and tied_to:
-        return f"tied to {', '.join(tied_to)}; include it by name to make every use {wanted.effect}"
+        return f"tied to {', '.join(tied_to)}; include it by name to make every use {technique.effect}"
     return ""
 
 
-def _view(found: FoundWeight, wanted: Wanted[W]) -> W | str:
-    weight: object = wanted.view(found)
+def _view(found: FoundWeight, technique: WeightCallback[W]) -> W | str:
+    weight = technique.view(found)
     if not isinstance(weight, (ViewedWeight, str)):
         raise TypeError(
-            f"{wanted.label}.view must return a ViewedWeight, or the reason why {clean_name(found.name)} is left out; got "
+            f"{technique.label}.view must return a ViewedWeight, or the reason why {clean_name(found.name)} is left out; got "
             f"{type(weight).__name__}."
         )
-    return weight  # type: ignore[return-value]
+    return weight
 
 
-def _find_ends(owners: Sequence[Owner], candidates: Sequence[FoundWeight], wanted: Wanted[W], ends: Ends) -> set[str]:
-    able = [found for found in candidates if found.parameter.requires_grad and not wanted.excludes(found.names)]
+def _find_ends(
+    owners: Sequence[Owner], candidates: Sequence[FoundWeight], technique: WeightCallback[W], ends: Ends
+) -> set[str]:
+    able = [
+        found for found in candidates if found.parameter.requires_grad and selects(found.names, None, technique.exclude)
+    ]
     able_names = {found.name for found in able}
     left_out = {found.name for found in candidates} - able_names
-    layers = [owner for owner in owners if owner[0] in able_names or (_is_layer(owner) and owner[0] not in left_out)]
+    layers = [
+        owner for owner in owners if owner[0] in able_names or (_is_single_layer(owner) and owner[0] not in left_out)
+    ]
     return ends.find([(found.name, found.module, found.attribute) for found in able], layers)
 
 
-def _is_layer(owner: Owner) -> bool:
+def _is_single_layer(owner: Owner) -> bool:
     """Return whether a parameter is the weight of a single layer, and not a table of a whole network."""
     parameter = owner[1]._parameters[owner[2]]
     if parameter is None or isinstance(parameter, UninitializedParameter):
@@ -157,12 +250,12 @@ def _is_layer(owner: Owner) -> bool:
 
 
 def _explain_others(
-    choice: WeightChoice[W], module: nn.Module, wanted: Wanted[W], candidates: Sequence[FoundWeight]
+    choice: WeightChoice[W], module: nn.Module, technique: WeightCallback[W], candidates: Sequence[FoundWeight]
 ) -> None:
     """Name weights that something else has replaced, and what the user includes that is no weight."""
-    replaced = [name for name in replaced_weights(module) if not wanted.excludes([name])]
-    choice.skipped.extend((name, _REPLACED) for name in replaced if matches(name, wanted.include or ["*"]))
-    for asked in wanted.include or []:
+    replaced = [name for name in replaced_weights(module) if selects(name, None, technique.exclude)]
+    choice.skipped.extend((name, _REPLACED) for name in replaced if matches(name, technique.include or ["*"]))
+    for asked in technique.include or []:
         if not any(matches(names, [asked]) for names in (*(found.names for found in candidates), *replaced)):
             choice.skipped.append((asked, "no Linear, Conv or attention layer; spell parameters of others to the end"))
 
@@ -190,90 +283,3 @@ def refuse_pruners(callbacks: Iterable[object], weights: Sequence[ViewedWeight],
                     f"{technique} and {kind} would both {verb} {name}. Keep one of them, or separate them: "
                     f"exclude=[{name!r}] for {technique}, or {kind}(parameters_to_prune=[...]) with other layers."
                 )
-
-
-class Selection(Generic[W]):
-    """Chooses weights, and lets them join the chains of the module.
-
-    It is kept after an exception, for the checkpoints that are saved then. A copy belongs to no fit, and is None.
-
-    Args:
-        pl_module: The module.
-        chains: Its chains.
-        stage: Where the technique stands in them.
-        wanted: What it looks for.
-        ends: Finds the layers that it leaves alone by default.
-    """
-
-    def __init__(
-        self, pl_module: pl.LightningModule, chains: ModuleChains, stage: Stage, wanted: Wanted[W], ends: Ends
-    ) -> None:
-        self._pl_module = pl_module
-        self._chains = chains
-        self._stage = stage
-        self._wanted = wanted
-        self.ends = ends
-        self.weights: list[W] = []
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
-
-    def choose(self) -> WeightChoice[W]:
-        """Choose weights, by the ends as they are known; nothing is shown yet."""
-        return choose_weights(self._pl_module, self._wanted, self.ends)
-
-    def show(self, choice: WeightChoice[W]) -> None:
-        """Show the module the chosen weights."""
-        self.weights = choice.chosen
-        for weight in self.weights:
-            self._chains.join(self._stage, weight)
-
-    def hide(self) -> None:
-        """Take all views and hooks away; the weights stay known."""
-        self.ends.stop()
-        for weight in self.weights:
-            weight.chain.hide(self._stage)
-
-    def learn_ends(self) -> tuple[list[W], list[W]]:
-        """Choose again once the first batch has shown which layers it reaches first and last.
-
-        Returns:
-            tuple: Weights that are shown from now on, and those that are dense from now on.
-        """
-        if not self.ends.learn():
-            return [], []
-        before = {weight.name: weight for weight in self.weights}
-        chosen = [before.get(w.name, w) for w in self.choose().chosen if w.name in before or self._is_free(w)]
-        if not chosen:
-            return [], []  # nothing but ends: better the layers of the start than none
-        kept = {weight.name for weight in chosen}
-        dense = [weight for weight in self.weights if weight.name not in kept]
-        added = [weight for weight in chosen if weight.name not in before]
-        for weight in dense:
-            self._chains.drop(self._stage, weight)
-        for weight in added:
-            self._chains.join(self._stage, weight)
-        self.weights = chosen
-        return added, dense
-
-    def _is_free(self, weight: W) -> bool:
-        return not self._chains.is_taken(weight.found, self._stage)
-
-    def owned_by(self, optimizer: Optimizer) -> list[W]:
-        """Return the weights that an optimizer moves."""
-        owned = owned_ids(optimizer)
-        return [weight for weight in self.weights if id(weight.parameter) in owned]
-
-    def views(self) -> dict[str, tuple[Tensor, Chain]]:
-        """Return dense weight and chain by every key of ``state_dict``, where this technique's stage is the first.
-
-        Whichever techniques stand in a chain, one of them puts its residual into a checkpoint. A shared parameter has
-        several keys.
-        """
-        first = {id(w.parameter): w.chain for w in self.weights if w.chain.stages[0] is self._stage}
-        named = self._pl_module.named_parameters(remove_duplicate=False)
-        return {name: (first[id(p)].dense, first[id(p)]) for name, p in named if id(p) in first}
-
-
-def _nothing() -> None:
-    return None

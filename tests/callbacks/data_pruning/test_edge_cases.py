@@ -467,7 +467,7 @@ class Likelihood(Classifier):
 
 @pytest.mark.parametrize("kind", [InfoBatch, LossReweighting])
 def test_who_cannot_see_a_loss_is_named(kind: Any) -> None:
-    with pytest.raises(RuntimeError, match=rf"{kind.__name__} weights the loss of each sample, and must see it"):
+    with pytest.raises(RuntimeError, match=rf"{kind.__name__} needs the loss of each sample"):
         train(kind(), Likelihood())
 
 
