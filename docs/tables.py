@@ -132,7 +132,11 @@ _IN_A_RUN = (
 )
 _CELLS = {"yes": "yes", "stand-in": "stand-in", "no": "raises", "-": "-"}
 # What a note calls the thing, so that the same reason is one note for several columns.
-_SAID = dict.fromkeys(("fsdp2", "fsdp1", "deepspeed"), "the strategy") | {"several_optimizers": "manual optimization"}
+_SAID = dict.fromkeys(("fsdp2", "fsdp1", "deepspeed"), "the strategy") | {
+    "several_optimizers": "manual optimization",
+    "complex_parameters": "a complex parameter",
+}
+_VALUES = {"late_gradients": "Strategy"}
 
 
 def compatibility() -> Iterator[str]:
@@ -154,7 +158,7 @@ def compatibility() -> Iterator[str]:
 
 def write_answer(name: str, answer: Answer, numbers: dict[str, int]) -> str:
     """Return the cell of one answer, with the number of its note."""
-    note = answer.explained(_SAID.get(name, TITLES[name]))
+    note = answer.explained(_SAID.get(name, TITLES[name]), _VALUES.get(name, "..."))
     return f"{_CELLS[answer.works]} ({numbers.setdefault(note, len(numbers) + 1)})" if note else _CELLS[answer.works]
 
 

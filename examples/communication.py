@@ -444,7 +444,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the study that the command line describes."""
     study = parse(arguments)
     print_table(run_study(study), study)
-    written = ["comparison.png", "results.csv", "a folder for each training, with comm.png if it is compressed"]
+    written = [
+        "comparison.png",
+        "results.csv",
+        "a folder for each training, with a figure if it is compressed",
+    ]
     print(f"\nWritten to {study.output}/:", *written, sep="\n  ")
 
 

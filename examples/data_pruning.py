@@ -715,7 +715,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_findings(find_label_errors(study))
         look_at_scores(study)
         written[1:1] = ["label_errors.png", "histogram.png", "scores.png"]
-        written += ["label_errors.csv", "scores/ with a page of the hardest samples"]
+        written += ["label_errors.csv", "scores/ with tables of the hardest samples"]
     print(f"\nWritten to {study.output}/:", *written, sep="\n  ")
 
 

@@ -19,14 +19,14 @@ Written to {folder}/
   data_pruning/comparison.png       pruned data: accuracy against samples seen
   data_pruning/results.csv          the numbers of the third table
   data_pruning/label_errors.png     the wrong labels among the hardest samples
-  data_pruning/scores/*/*.html      the hardest and easiest samples, as a page
+  data_pruning/scores/*/*.png       the hardest and easiest samples, the scores
   adversarial/digits.png            attacked inputs: the digits, and the answers
   adversarial/comparison.png        accuracy over epochs, attacked and not
   adversarial/rates.png             the learning rate and its cuts
   adversarial/results.csv           the numbers of the fourth table
   communication/comparison.png      compressed gradients: accuracy by megabytes
   communication/results.csv         the numbers of the fifth table
-  communication/dgc*_seed0/comm.png one training: bytes a step, by layer, unsent
+  communication/dgc*_seed0/dgc_strategy.png one training: bytes a step, by layer, unsent
 
 Show it in W&B:       wandb sync {folder}/wandb/offline-run-*
 Try other settings:   .venv/bin/python examples/sparsity.py --help

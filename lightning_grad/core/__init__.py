@@ -12,8 +12,8 @@ attributes that live for one fit are in ``fit.py``.
 
 All bases share ``undo.py`` (steps back), ``dispatch.py`` (methods wrapped in an order), ``quiet.py`` and ``module_state.py``
 (a module run without a trace), ``ranks.py`` (values of several ranks, summed or joined), ``progress.py`` (how much of the run
-is done) and ``compatibility.py`` (what a technique works with). What the bases are built of is in four folders, whose own
-first lines list their files:
+is done), ``compatibility.py`` (what a technique works with) and ``record.py`` (the rows that it leaves of a run). What the
+bases are built of is in four folders, whose own first lines list their files:
 
 - ``losses/``: the losses of samples, read from the module's step, weighted in it, or measured over a training set;
 - ``views/``: weights that the module is shown in place of those that train;
@@ -33,12 +33,12 @@ from lightning_grad.core.losses.scoring import look_at_all
 from lightning_grad.core.monitored import Interval, Mode, MonitoredCallback
 from lightning_grad.core.optimizers import OptimizerCallback
 from lightning_grad.core.probe import ProbeCallback
-from lightning_grad.core.probe_history import ProbeHistory
 from lightning_grad.core.probe_reading import Picture, Reading
 from lightning_grad.core.probe_samples import ProbeLook
 from lightning_grad.core.progress import run_progress, total_steps
 from lightning_grad.core.quiet import is_quiet, quiet
 from lightning_grad.core.ranks import mean_over_ranks, sum_over_ranks
+from lightning_grad.core.record import RunRecord
 from lightning_grad.core.samples.training_set import TrainingSet
 from lightning_grad.core.steps.chosen_rates import ChosenRates, as_indices
 from lightning_grad.core.steps.frozen_moments import FrozenMoments
@@ -76,9 +76,9 @@ __all__ = [
     "Phase",
     "Picture",
     "ProbeCallback",
-    "ProbeHistory",
     "ProbeLook",
     "Reading",
+    "RunRecord",
     "Stage",
     "StepClosure",
     "SubsetCallback",

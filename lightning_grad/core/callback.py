@@ -26,7 +26,7 @@ from lightning_grad.core.fit import FitScope, during_fit
 from lightning_grad.core.undo import UndoList
 from lightning_grad.utilities.arguments import CheckedArguments, changed_settings, follow_settings, plain
 from lightning_grad.utilities.checks import check_name
-from lightning_grad.utilities.reporting import log_settings
+from lightning_grad.utilities.reporting import log_settings, say_if_no_figures
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,7 @@ class GradCallback(FitScope, CheckedArguments, Callback):
             self._check_fixed_settings()
             self.works_with().refuse(self.label, trainer, pl_module)
             log_settings(trainer, self.label, self.settings)
+            say_if_no_figures(trainer, self)
 
     def works_with(self) -> Compatibility:
         """Return what this instance works with, where that depends on its settings."""

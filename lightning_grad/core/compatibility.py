@@ -53,13 +53,14 @@ class Answer:
         """
         return ValueError(f"{label} {self.note.format(words)}. {self.way_out.format(value=value)}.")
 
-    def explained(self, title: str) -> str:
+    def explained(self, title: str, value: str = "...") -> str:
         """Return the note as whole sentences, for the documentation; empty if there is none.
 
         Args:
             title: Name of the thing, in place of what a run would show.
+            value: What stands for the part that the way out repeats.
         """
-        return f"It{self.error('', title, '...')}" if self.is_no else self.note
+        return f"It{self.error('', title, value)}" if self.is_no else self.note
 
 
 YES = Answer()

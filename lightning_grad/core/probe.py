@@ -1,18 +1,16 @@
 """The base of the callbacks that look at the module every so often and change nothing.
 
 In the files next to this one: ``probe_samples.py`` reads the samples, ``probe_turn.py`` takes one look, ``probe_reading.py``
-sends what was found, ``probe_history.py`` keeps and draws it.
+sends what was found, ``record.py`` keeps and draws it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as pl
@@ -23,19 +21,12 @@ from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.losses.given_functions import LossRequest
 from lightning_grad.core.missed_validation import is_validation_due
-from lightning_grad.core.probe_history import ProbeHistory
 from lightning_grad.core.probe_reading import Reading, send_reading
 from lightning_grad.core.probe_samples import NOUNS, ProbeLook, ProbeSamples, Split, check_samples
 from lightning_grad.core.probe_turn import Outcome, averaged_weights, take_look
+from lightning_grad.core.record import RunRecord
 from lightning_grad.utilities.checks import check_count, is_sharded
-from lightning_grad.utilities.reporting import (
-    counted,
-    log_record,
-    logged_at,
-    output_folder,
-    say_if_no_figure,
-    stepped_batches,
-)
+from lightning_grad.utilities.reporting import counted, logged_at, output_file, stepped_batches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,7 +74,7 @@ class ProbeCallback(GradCallback):
     way_out: ClassVar[str] = "use a probe that needs no loss of each sample"
     looks_on_all_ranks: ClassVar[bool] = False
 
-    history = until_next_fit.of(ProbeHistory)
+    record = until_next_fit.of(RunRecord)
     _due = until_next_fit[dict[str, int] | None](lambda _: None)  # the epoch and the step of a look that is to come
     _is_rehearsed = during_fit.of(bool)
     _samples = during_fit[ProbeSamples]()
@@ -120,9 +111,9 @@ class ProbeCallback(GradCallback):
         """Return what is found in one look."""
         raise NotImplementedError(f"{type(self).__name__} must define probe(look).")
 
-    def draw(self, history: ProbeHistory) -> Figure:
+    def draw(self, record: RunRecord) -> Figure:
         """Return the figure of the whole run, by default one panel for each scalar; needs matplotlib."""
-        return history.draw(self.label)
+        return record.draw(self.label)
 
     # The fit begins.
 
@@ -130,13 +121,13 @@ class ProbeCallback(GradCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if self.fitting:
-            self.history.load_state_dict(state_dict["history"])
+            self.record.load_state_dict(state_dict["record"])
             self._due = state_dict["due"]
 
     @override
     def state_dict(self) -> dict[str, Any]:
         due = None if self._due is None else dict(self._due)
-        return {**super().state_dict(), "history": self.history.state_dict(), "due": due}
+        return {**super().state_dict(), "record": self.record.state_dict(), "due": due}
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -145,7 +136,6 @@ class ProbeCallback(GradCallback):
         often = f"every {unit}" if every == 1 else f"every {every} {unit}s"
         given = [] if isinstance(self.samples, int) else self.samples
         self.announce(f"looks at {counted(count, f'{NOUNS[self.split]} sample')} {often}", "samples", given)
-        say_if_no_figure(trainer, self.label, self.figure)
 
     @override
     def chosen(self) -> Chosen:
@@ -210,9 +200,10 @@ class ProbeCallback(GradCallback):
         self._due = None
         if outcome.numbers is None:
             return
-        self.history.add(due["epoch"], due["step"], outcome.numbers)
-        path = self._path(trainer)
-        stem = None if path is None else path / f"step_{due['step']:08d}"
+        self.record.add({"epoch": due["epoch"], "step": due["step"], **outcome.numbers})
+        self.record.save(trainer, self)
+        folder = output_file(trainer, self.label, "")
+        stem = None if folder is None else folder / f"step_{due['step']:08d}"
         with logged_at(trainer, due["step"]):
             send_reading(trainer, outcome.numbers, outcome.reading, self.log_key, stem)
 
@@ -252,17 +243,4 @@ class ProbeCallback(GradCallback):
             self._write(trainer)
 
     def _write(self, trainer: pl.Trainer) -> None:
-        path = self._path(trainer)
-        if path is None or not self.history.looks:
-            return
-        draw = partial(self.draw, self.history) if self.figure else None
-        try:
-            log_record(trainer, self.log_key, "looks", self.history.rows(), path, draw)
-        except Exception as error:  # of a figure of the author's: no reason to lose the end of the fit
-            rank_zero_warn(f"{self.label} could not write its record. {type(error).__name__}: {error}")
-
-    def _path(self, trainer: pl.Trainer) -> Path | None:
-        """Return where its files go, without an ending; ``None`` without a folder for logs."""
-        folder = output_folder(trainer)
-        word = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
-        return None if folder is None else folder / "_".join(part for part in (word, self.name) if part)
+        self.record.report(trainer, self, partial(self.draw, self.record), table="looks")

@@ -1,7 +1,5 @@
 """Score files on the command line: ``python -m lightning_grad.data compare a.npz b.npz``."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

@@ -5,8 +5,6 @@ Workers that are spawned take seconds to start, and each imports the program aga
 the data set that they hold, are put back afterwards, so that the next epoch is what it would have been.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """How far two scores agree: rank correlation, and overlap of the samples that they call hardest."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

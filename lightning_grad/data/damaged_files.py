@@ -1,7 +1,5 @@
 """Reading files that may be torn, damaged or hostile: whatever libraries raise becomes one error that names the file."""
 
-from __future__ import annotations
-
 import math
 import os
 import zipfile

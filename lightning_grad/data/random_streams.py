@@ -3,8 +3,6 @@
 A generator may be an attribute, a part of a closure or of a partial, or a name at the top of the user's file.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import random

@@ -3,8 +3,6 @@
 Samples are known by their index, from 0 to n - 1. What a key of another kind means is not guessed: it is refused.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Scores of samples in files: saved with a fingerprint of the data set, checked against it when they are loaded."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import os

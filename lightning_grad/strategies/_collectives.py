@@ -3,8 +3,6 @@
 Ctrl-C waits for the end of an exchange: it is made on all ranks or on none, and its memory is changed wholly or not at all.
 """
 
-from __future__ import annotations
-
 import re
 import signal
 import threading

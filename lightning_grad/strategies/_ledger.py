@@ -1,7 +1,5 @@
 """What the strategies measure of themselves: bytes handed to collectives, and time spent between them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MOST_ROWS = 2000  # of the history; beyond, every second one goes
+from lightning_grad.core.record import RunRecord
 
 _COUNTS = ("steps", "sent_bytes", "dense_bytes", "step_sent", "step_dense")
 
@@ -24,13 +22,13 @@ class ByteLedger:
         dense_bytes: Of the gradients of the run, in their own type.
         step_sent: Bytes of the last exchange.
         step_dense: Bytes of its gradients.
-        history: What was logged, one row a log step.
+        record: What was logged, one row a log step.
     """
 
     def __init__(self) -> None:
         self.steps = self.sent_bytes = self.dense_bytes = 0
         self.step_sent = self.step_dense = 0
-        self.history: list[dict[str, float]] = []
+        self.record = RunRecord()
 
     def open(self, dense: int) -> None:
         """Begin an exchange of gradients of so many bytes."""
@@ -56,21 +54,15 @@ class ByteLedger:
         """How many times less was sent in the run than its gradients have."""
         return self.dense_bytes / max(self.sent_bytes, 1)
 
-    def note(self, row: Mapping[str, float]) -> None:
-        """Keep what was logged."""
-        self.history.append(dict(row))
-        if len(self.history) > _MOST_ROWS:
-            self.history = self.history[::2]
-
     def state_dict(self) -> dict[str, Any]:
         """Return everything."""
-        return {**{name: getattr(self, name) for name in _COUNTS}, "history": [dict(row) for row in self.history]}
+        return {**{name: getattr(self, name) for name in _COUNTS}, "record": self.record.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with a saved ledger."""
         for name in _COUNTS:
             setattr(self, name, state[name])
-        self.history = [dict(row) for row in state["history"]]
+        self.record.load_state_dict(state["record"])
 
 
 class Stopwatch:

@@ -6,8 +6,6 @@ together are what the optimizer alone would have done. Its groups keep their val
 checkpoints see the user's momentum and decay.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 

@@ -8,8 +8,6 @@ be equal on all ranks (counts, a message in flight) is taken from rank 0 on resu
 through the Trainer's ``CheckpointIO``.
 """
 
-from __future__ import annotations
-
 import os
 import posixpath
 import time

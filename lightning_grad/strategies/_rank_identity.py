@@ -1,7 +1,5 @@
 """What a rank file says about itself, so that no other file is taken for it. Used by ``_rank_files.py``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

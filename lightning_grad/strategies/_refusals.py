@@ -1,7 +1,5 @@
 """What no scheme can compress: said before anything is built."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import lightning.pytorch as pl

@@ -1,15 +1,11 @@
-"""What a run's communication came to: bytes a step, residual norm and ratio by layer, as table and figure."""
+"""The figure of a run's communication: bytes a step, residual norm, and ratio by layer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-
 from lightning_grad.strategies._ledger import ByteLedger
-from lightning_grad.utilities.imports import is_installed
-from lightning_grad.utilities.reporting import log_figure, log_table, output_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,16 +13,6 @@ if TYPE_CHECKING:
 
 _SENT, _DENSE, _RESIDUAL = "#0072b2", "#9a9a9a", "#d55e00"
 _MOST_LAYERS = 24  # in the figure; the table has all
-
-
-def report(trainer: pl.Trainer, label: str, ledger: ByteLedger, layers: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``comm_layers.csv`` and ``comm.png`` into the run's folder, and send both to the loggers that show them."""
-    folder = output_folder(trainer)
-    if folder is None:
-        return
-    log_table(trainer, "comm/layers", layers, folder / "comm_layers.csv")
-    if trainer.is_global_zero and is_installed("matplotlib"):
-        log_figure(trainer, "comm/summary", draw(label, ledger, layers), folder / "comm.png")
 
 
 def draw(label: str, ledger: ByteLedger, layers: Sequence[Mapping[str, Any]]) -> Figure:
@@ -48,7 +34,7 @@ def draw(label: str, ledger: ByteLedger, layers: Sequence[Mapping[str, Any]]) ->
 
 
 def _draw_bytes(axes: Axes, ledger: ByteLedger) -> None:
-    steps, sent = _column(ledger, "step"), _column(ledger, "bytes_sent")
+    steps, sent = ledger.record.series("bytes_sent")
     dense = ledger.dense_bytes / ledger.steps
     axes.axhline(dense, color=_DENSE, linestyle="--", label="dense")
     axes.plot(steps, sent, color=_SENT, marker="o" if len(steps) < 30 else "", markersize=3, label="sent")
@@ -58,7 +44,7 @@ def _draw_bytes(axes: Axes, ledger: ByteLedger) -> None:
 
 
 def _draw_residual(axes: Axes, ledger: ByteLedger) -> None:
-    steps, norms = _column(ledger, "step"), _column(ledger, "residual_norm")
+    steps, norms = ledger.record.series("residual_norm")
     axes.plot(steps, norms, color=_RESIDUAL, marker="o" if len(steps) < 30 else "", markersize=3)
     axes.set(xlabel="step", ylabel="2-norm on rank 0", title="Not sent yet")
     axes.set_ylim(bottom=0)
@@ -72,7 +58,3 @@ def _draw_layers(axes: Axes, layers: Sequence[Mapping[str, Any]], total: int) ->
     axes.invert_yaxis()
     title = "By layer" if len(layers) == total else f"By layer, the largest {len(layers)} of {total}"
     axes.set(xscale="log", xlabel="dense bytes / sent bytes", title=title, xlim=(0.7, 3 * max(ratios)))
-
-
-def _column(ledger: ByteLedger, key: str) -> list[float]:
-    return [row[key] for row in ledger.history]

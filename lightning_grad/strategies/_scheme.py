@@ -3,8 +3,6 @@
 ``compressed_ddp.py`` calls the methods, and has the run around them; the files of ranks are those of ``_rank_files.py``.
 """
 
-from __future__ import annotations
-
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +24,6 @@ from lightning_grad.core.undo import UndoList
 from lightning_grad.functional import total_norm
 from lightning_grad.strategies._buckets import Gradient
 from lightning_grad.strategies._ledger import ByteLedger
-from lightning_grad.strategies._noise import GradientNoise
 from lightning_grad.strategies._rank_files import MANIFEST_KEY, Problem, RankFiles, State
 from lightning_grad.strategies._rank_identity import Layout, layout_of
 from lightning_grad.utilities.arguments import changed_settings, follow_settings, plain
@@ -60,7 +57,7 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
     memory = until_next_fit.of(dict[str, dict[str, Tensor]])
     ledger = until_next_fit.of(ByteLedger)
     step = until_next_fit.of(int)
-    _noise = until_next_fit.of(GradientNoise)
+    _noise = until_next_fit[Tensor | None](lambda _: None)  # averages
     _parameters = until_next_fit.of(dict[str, Tensor])
     _names = until_next_fit.of(dict[int, str])
     _tied = until_next_fit.of(dict[str, list[str]])
@@ -199,7 +196,7 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
         shared = {
             "in_flight": self._in_flight if is_under_way else None,
             "ledger": self.ledger.state_dict(),
-            "noise": self._noise.state_dict(),
+            "noise": self._noise,
         }
         return {"memory": memory, "is_accumulated": self._is_accumulated}, shared
 
@@ -219,7 +216,7 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
             message = None
         self._replayed = None if message is None else {key: value.to(to) for key, value in message.items()}
         self.ledger.load_state_dict(shared["ledger"])
-        self._noise.load_state_dict(shared["noise"])
+        self._noise = shared["noise"]
 
     # When it is saved.
 
@@ -237,9 +234,8 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         super().load_optimizer_state_dict(checkpoint)
         manifest = checkpoint.get(MANIFEST_KEY)
-        self.memory, self._replayed, self._is_accumulated = {}, None, False
+        self.memory, self._replayed, self._noise, self._is_accumulated = {}, None, None, False
         self.ledger.load_state_dict(ByteLedger().state_dict())
-        self._noise.load_state_dict(None)
         if not self.is_neutral:
             self._restore(manifest)
         elif manifest is not None:

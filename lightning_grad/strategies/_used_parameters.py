@@ -6,8 +6,6 @@ the optimizer, so it can wait. One whose gradient is zeros, which ``zero_grad(se
 momentum: it takes part in the exchange, and what arrives is written past DDP.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import torch

@@ -10,11 +10,11 @@ what got a gradient, ``_collectives.py`` talks to other ranks, ``_ledger.py`` co
 memory of each rank is saved, ``_refusals.py`` says what cannot work, ``_noise.py`` measures, ``_report.py`` draws.
 """
 
-from __future__ import annotations
-
 import inspect
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -28,7 +28,6 @@ from typing_extensions import override
 
 from lightning_grad.core import Chosen, check_count, during_fit, is_log_step
 from lightning_grad.core.compatibility import Compatibility, manual, moot, no
-from lightning_grad.strategies import _report
 from lightning_grad.strategies._buckets import (
     BucketCollector,
     Gradient,
@@ -39,13 +38,15 @@ from lightning_grad.strategies._buckets import (
 )
 from lightning_grad.strategies._collectives import Collectives, explain_lost_rank, interrupts_deferred
 from lightning_grad.strategies._ledger import Stopwatch
+from lightning_grad.strategies._noise import measure_noise
 from lightning_grad.strategies._refusals import explain_unused_parameters, refuse_optimizers
+from lightning_grad.strategies._report import draw
 from lightning_grad.strategies._scheme import Message, ResidualPolicy, SchemeDDP
 from lightning_grad.strategies._used_parameters import UsedParameters
 from lightning_grad.utilities.arguments import CheckedArguments
 from lightning_grad.utilities.checks import owned_ids
 from lightning_grad.utilities.parameters import as_names, check_patterns
-from lightning_grad.utilities.reporting import log_many, log_settings, log_summary, say_if_no_figure
+from lightning_grad.utilities.reporting import log_many, log_settings, log_table, output_file, say_if_no_figures
 
 __all__ = ["CompressedDDPStrategy", "Gradient", "Message", "ResidualPolicy"]
 
@@ -106,6 +107,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     """
 
     namespace: ClassVar[str] = "comm"
+    figure: ClassVar[bool] = True
     trial: ClassVar[Mapping[str, Any]]
     neutral: ClassVar[Mapping[str, Any] | str]
     compatibility: ClassVar[Compatibility] = Compatibility(
@@ -181,6 +183,10 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         names = dict.fromkeys(name for scheme in schemes for name in inspect.signature(scheme.__init__).parameters)
         return {name: getattr(self, name) for name in names if name in vars(self)}  # those of DDP are not kept
 
+    def log_key(self, quantity: str) -> str:
+        """Return the log key of a quantity."""
+        return f"{self.namespace}/{quantity}"
+
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -195,7 +201,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         self.begin_files()
         log_settings(trainer, self.label, self.settings)
         self._announce()
-        say_if_no_figure(trainer, self.label, wanted=not self.is_neutral)
+        say_if_no_figures(trainer, self)
 
     def refuse(self, trainer: pl.Trainer) -> None:
         """Raise for what cannot be compressed, before anything is built.
@@ -366,7 +372,9 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         if not self.gradient_noise or self.world_size < 2:
             return {}
         flat = [gradient.values for gradient in gradients]
-        return {"gradient_noise": self._noise.measure(flat, self.world_size, self.ranks.mean_)}
+        self._noise = measure_noise(self._noise, flat, self.world_size, self.ranks.mean_)
+        noise, signal = self._noise.tolist()
+        return {"gradient_noise": noise / signal if signal > 0 else math.inf}
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -383,9 +391,10 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
 
     def _log_step(self, trainer: pl.Trainer) -> None:
         if self._measured:
-            log_many(trainer, {f"{self.namespace}/{key}": value for key, value in self._measured.items()})
+            log_many(trainer, {self.log_key(key): value for key, value in self._measured.items()})
             kept = {key: self._measured[key] for key in ("bytes_sent", "ratio", "residual_norm")}
-            self.ledger.note({"step": float(trainer.global_step), **kept})
+            self.ledger.record.add({"step": float(trainer.global_step), **kept})
+            self.ledger.record.save(trainer, self)
 
     # The fit ends.
 
@@ -393,13 +402,11 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def on_train_end(self) -> None:
         if not self.ledger.steps:
             return
-        trainer = self._trainer
-        megabytes = self.ledger.sent_bytes / 1e6
-        log_summary(
-            trainer,
-            {f"{self.namespace}/final_ratio": self.ledger.ratio, f"{self.namespace}/total_megabytes": megabytes},
-        )
-        _report.report(trainer, self.label, self.ledger, self._layers())
+        trainer, layers = self._trainer, self._layers()
+        summary = {"final_ratio": self.ledger.ratio, "total_megabytes": self.ledger.sent_bytes / 1e6}
+        figure = partial(draw, self.label, self.ledger, layers)
+        self.ledger.record.report(trainer, self, figure, summary=summary, figure="summary")
+        log_table(trainer, self.log_key("layers"), layers, output_file(trainer, self.label, "_layers.csv"))
 
     def _layers(self) -> list[dict[str, Any]]:
         rows = []
@@ -412,6 +419,8 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
+        if self.ledger.record.count:
+            self.ledger.record.save(self._trainer, self, now=True)
         explain_lost_rank(exception, self.label)
         explain_unused_parameters(exception, self.label, self._parameters)
         self._end()

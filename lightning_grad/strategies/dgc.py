@@ -4,8 +4,6 @@ The maths is in ``functional``: ``topk_selection`` (which entries), ``error_feed
 in a buffer), ``communication`` (densities and costs). Read ``compressed_ddp.py`` first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar, Literal, cast
@@ -110,8 +108,9 @@ class DGCStrategy(CompressedDDPStrategy):
     post-hook of the optimizer's step, between which it updates without momentum.
 
     **Logs** at log steps, from rank 0: ``comm/bytes_sent``, ``comm/ratio``, ``comm/residual_norm``, ``comm/compress_ms``,
-    ``comm/density`` (share that is sent now), and ``comm/gradient_noise`` if asked for. At the end ``comm.png``,
-    ``comm_layers.csv``, and ``comm/final_ratio`` and ``comm/total_megabytes`` in the summary.
+    ``comm/density`` (share that is sent now), and ``comm/gradient_noise`` if asked for. At the end
+    ``dgc_strategy.png``, ``dgc_strategy.csv``, ``dgc_strategy_layers.csv``, and ``comm/final_ratio`` and
+    ``comm/total_megabytes`` in the summary.
 
     **State**: residual and velocity of each compressed gradient, of each rank, in ``<checkpoint>.ranks``. The
     checkpoint itself is DDP's, and loads under DDP or on one device.

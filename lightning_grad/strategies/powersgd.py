@@ -3,8 +3,6 @@
 Read ``compressed_ddp.py`` first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar
@@ -70,8 +68,8 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     left factors, then one of all right ones, beside that of the dense gradients.
 
     **Logs** at log steps, from rank 0: ``comm/bytes_sent``, ``comm/ratio``, ``comm/residual_norm``, ``comm/compress_ms``, and
-    ``comm/gradient_noise`` if asked for. At the end ``comm.png``, ``comm_layers.csv``, and ``comm/final_ratio`` and
-    ``comm/total_megabytes`` in the summary.
+    ``comm/gradient_noise`` if asked for. At the end ``power_sgd_strategy.png``, ``power_sgd_strategy.csv``,
+    ``power_sgd_strategy_layers.csv``, and ``comm/final_ratio`` and ``comm/total_megabytes`` in the summary.
 
     **State**: error and right factor of each compressed gradient, of each rank, in ``<checkpoint>.ranks``. The
     checkpoint itself is DDP's, and loads under DDP or on one device.

@@ -1,19 +1,19 @@
 """Names by which ``Trainer(strategy="...")`` knows the strategies."""
 
-from __future__ import annotations
+import inspect
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_grad.strategies.dgc import DGCStrategy
-from lightning_grad.strategies.powersgd import PowerSGDStrategy
+from lightning_grad import strategies
 
-_NAMES = {"ddp_dgc": DGCStrategy, "ddp_powersgd": PowerSGDStrategy}
 _STARTS = {"": "popen", "_spawn": "spawn", "_fork": "fork"}
 
 
 def register_strategies() -> None:
-    """Make every strategy known under its name, once for each way to start ranks."""
-    for name, strategy in _NAMES.items():
-        for suffix, start in _STARTS.items():
+    """Make every exported strategy known by its word, ``ddp_dgc`` say, once for each way to start ranks."""
+    exported = [getattr(strategies, name) for name in strategies.__all__]
+    for strategy in exported:
+        word = strategy.__module__.rpartition(".")[2]
+        for suffix, start in _STARTS.items() if not inspect.isabstract(strategy) else ():
             description = f"{strategy.__name__} with start_method '{start}'"
-            StrategyRegistry.register(name + suffix, strategy, description, override=True, start_method=start)
+            StrategyRegistry.register(f"ddp_{word}{suffix}", strategy, description, override=True, start_method=start)

@@ -1,7 +1,5 @@
 """A small project: an ordinary LightningModule, data, loaders and a Trainer. Nothing here imports lightning-grad."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

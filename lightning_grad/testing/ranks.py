@@ -1,7 +1,5 @@
 """Ranks on one machine: forked processes in a gloo group, whose results and errors come back, and fits on them."""
 
-from __future__ import annotations
-
 import copy
 import multiprocessing
 import os

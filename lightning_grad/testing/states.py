@@ -1,7 +1,5 @@
 """What a run leaves behind, and a comparison of two such states bit for bit."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Callbacks that break a fit off at a chosen step."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning.pytorch as pl

@@ -1,7 +1,5 @@
 """Guards that raise where code of a step makes the host wait for the device."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a technique could leave on a module, its optimizers or the trainer, described so that two runs can be compared."""
 
-from __future__ import annotations
-
 import pickle
 from typing import Any
 

@@ -4,8 +4,6 @@ An annotation says what kind of value an argument takes: ``seed: int`` refuses `
 checked in the constructor, by the functions of ``utilities.checks``.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import math

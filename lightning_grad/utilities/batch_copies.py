@@ -4,8 +4,6 @@ A step may normalise its input in place, pop its labels, sort a list, draw on an
 copied before a step gets it.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import deque
 from collections.abc import Iterator, Mapping, MutableMapping

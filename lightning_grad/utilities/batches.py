@@ -4,8 +4,6 @@ A batch may be a tensor, and any nesting of tuples, named tuples, lists, mapping
 as attributes. Where something is in it is told as a path of keys, positions and attribute names.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any

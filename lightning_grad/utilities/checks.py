@@ -3,8 +3,6 @@
 Checks of a number let ``None`` pass, which stands for an argument that is off.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Mapping

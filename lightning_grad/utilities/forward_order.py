@@ -1,7 +1,5 @@
 """In which order a module uses its parameters: what comes first in the forward pass is where trouble begins."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

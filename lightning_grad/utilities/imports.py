@@ -1,7 +1,5 @@
 """Optional packages: asked for where they are used, and never imported before."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 

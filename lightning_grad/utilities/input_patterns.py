@@ -4,8 +4,6 @@ Networks for detection, and others whose samples differ in size, get a list of t
 told by a pattern: a path with ``EVERY`` (printed as ``*``) in place of the positions of a list.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

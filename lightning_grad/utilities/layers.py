@@ -1,7 +1,5 @@
 """Which gradients make a layer, for rules that act on each layer and for what watches them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

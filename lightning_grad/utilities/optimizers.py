@@ -1,7 +1,5 @@
 """Which optimizer is this, and is it still what it was?"""
 
-from __future__ import annotations
-
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 

@@ -1,7 +1,5 @@
 """Choosing parameters by name, as users write names: with wildcards, and without torch.compile's prefix."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase

@@ -1,7 +1,5 @@
 """Losses and gradients under an fp16 GradScaler: what is multiplied by its scale, and when."""
 
-from __future__ import annotations
-
 import lightning.pytorch as pl
 import torch
 from torch import Tensor

@@ -8,6 +8,7 @@ All functions may be called on every rank; only rank zero writes.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_grad.utilities.imports import is_installed
-from lightning_grad.utilities.png import png_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,11 +65,45 @@ def output_folder(trainer: pl.Trainer) -> Path | None:
     return None
 
 
+def output_file(trainer: pl.Trainer, label: str, ending: str) -> Path | None:
+    """Return where a file of a technique goes: its class in snake case and its name, in the folder of the logs.
+
+    Args:
+        trainer: The trainer; without a logger that has a folder there is no such file.
+        label: Class and name, as in ``"NMSparsity[late]"``.
+        ending: What follows in the name of the file.
+
+    Example:
+        >>> from lightning.pytorch.loggers import CSVLogger
+        >>> trainer = pl.Trainer(logger=CSVLogger("logs", "", ""), accelerator="cpu", enable_checkpointing=False)
+        >>> output_file(trainer, "NMSparsity[late]", ".csv").as_posix()
+        'logs/nm_sparsity_late.csv'
+    """
+    folder = output_folder(trainer)
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", label.partition("[")[0]).lower()
+    name = label.partition("[")[2].removesuffix("]")
+    stem = re.sub(r"[^\w.-]+", "_", "_".join(filter(None, (words, name))))
+    return None if folder is None else folder / f"{stem}{ending}"
+
+
+@contextmanager
+def tolerated(label: str, what: str) -> Iterator[None]:
+    """Warn of an error inside instead of raising it: a file or a figure is no reason to lose the training.
+
+    Args:
+        label: Class and name of the technique.
+        what: What could not be made, as in ``"the figure of the run"``.
+    """
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(f"{label}: {what} could not be made: {type(error).__name__}: {error}")
+
+
 def log_settings(trainer: pl.Trainer, name: str, settings: Mapping[str, Any]) -> None:
     """Write a technique's settings into the config (W&B) or hyperparameters (CSV, TensorBoard) of the run."""
-    if trainer.is_global_zero:
-        for logger in trainer.loggers:
-            logger.log_hyperparams({name: dict(settings)})
+    for logger in _loggers(trainer):
+        logger.log_hyperparams({name: dict(settings)})
 
 
 def log_many(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
@@ -78,16 +112,13 @@ def log_many(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
     ``pl_module.log`` takes half a millisecond for each; use it for the few that people plot, and this for those of layers.
     """
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
-    if trainer.is_global_zero and values:
-        for logger in trainer.loggers:
-            logger.log_metrics(dict(values), step=stepped_batches(trainer))
+    for logger in _loggers(trainer) if values else []:
+        logger.log_metrics(dict(values), step=stepped_batches(trainer))
 
 
 def log_summary(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
     """Write final figures of merit into the run's summary, or as last scalars where a logger has none."""
-    if not trainer.is_global_zero:
-        return
-    for logger in trainer.loggers:
+    for logger in _loggers(trainer) if values else []:
         summary = getattr(_experiment(logger), "summary", None)
         if summary is not None and hasattr(summary, "update"):
             summary.update(dict(values))
@@ -96,78 +127,72 @@ def log_summary(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
             logger.save()
 
 
-def say_if_no_figure(trainer: pl.Trainer, label: str, wanted: bool = True) -> None:
-    """Print, when a fit begins, that its figure will be missing because matplotlib is not installed.
+def say_if_no_figures(trainer: pl.Trainer, asking: object) -> None:
+    """Print, once when a fit begins, that its figures will be missing because matplotlib is not installed.
 
     Args:
-        trainer: The trainer. Without a logger that has a folder there is no figure to miss.
-        label: Name of the technique or strategy that would draw it.
-        wanted: Whether a figure was asked for.
+        trainer: The trainer. Without a logger that has a folder there are no figures to miss.
+        asking: A callback or strategy. The first of those whose ``figure`` is true prints the line for all of them.
     """
-    if wanted and not is_installed("matplotlib") and output_folder(trainer) is not None:
+    drawing = [one for one in (*trainer.callbacks, trainer.strategy) if getattr(one, "figure", False)]  # type: ignore[attr-defined]
+    first = bool(drawing) and drawing[0] is asking
+    if first and not is_installed("matplotlib") and output_folder(trainer) is not None:
+        names = listed((getattr(one, "label", type(one).__name__) for one in drawing), most=len(drawing))
         rank_zero_info(
-            f"{label} draws no figure, because matplotlib is not installed. Run: pip install 'lightning-grad[plot]'."
+            f"Figures need matplotlib, which is not installed. Without figures: {names}. "
+            "Run: pip install 'lightning-grad[plot]'."
         )
 
 
-def log_figure(trainer: pl.Trainer, key: str, figure: Figure, path: Path) -> None:
-    """Save a figure as PNG, and send it to the loggers that show images."""
-    if not trainer.is_global_zero:
+def log_figure(trainer: pl.Trainer, key: str, drawn: Figure | Callable[[], Figure], path: Path | None) -> None:
+    """Save a figure as PNG, and send it to the loggers that show images; a function draws it if matplotlib is installed."""
+    if path is None or not trainer.is_global_zero or not is_installed("matplotlib"):
         return
+    figure = drawn() if callable(drawn) else drawn
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    for logger in trainer.loggers:
-        if hasattr(logger, "log_image"):
-            logger.log_image(key=key, images=[str(path)], step=stepped_batches(trainer))
-        elif hasattr(_experiment(logger), "add_figure"):
-            _experiment(logger).add_figure(key, figure, global_step=stepped_batches(trainer), close=False)
+    _send_image(trainer, key, path, "add_figure", figure, close=False)
 
 
-def log_picture(trainer: pl.Trainer, key: str, pixels: NDArray[np.uint8], path: Path, caption: str = "") -> None:
-    """Save a picture (H, W) or (H, W, 3) as PNG, and send it to the loggers that show images (with Pillow)."""
-    if not trainer.is_global_zero:
+def log_picture(trainer: pl.Trainer, key: str, pixels: NDArray[np.uint8], path: Path | None, caption: str = "") -> None:
+    """Save a picture (H, W) or (H, W, 3) as PNG, and send it to the loggers that show images; needs Pillow."""
+    if path is None or not trainer.is_global_zero or not is_installed("PIL"):
         return
+    from PIL import Image
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png_bytes(pixels))
-    if not is_installed("PIL"):
-        return
-    for logger in trainer.loggers:
-        step, experiment = stepped_batches(trainer), _experiment(logger)
-        if hasattr(logger, "log_image"):
-            captions = {"caption": [caption]} if caption else {}
-            logger.log_image(key=key, images=[str(path)], step=step, **captions)
-        elif hasattr(experiment, "add_image"):
-            experiment.add_image(key, pixels, global_step=step, dataformats="HW" if pixels.ndim == 2 else "HWC")
+    Image.fromarray(pixels).save(path)
+    _send_image(trainer, key, path, "add_image", pixels, caption, dataformats="HW" if pixels.ndim == 2 else "HWC")
 
 
-def log_record(
-    trainer: pl.Trainer,
-    key: Callable[[str], str],
-    table: str,
-    rows: Sequence[Mapping[str, Any]],
-    path: Path,
-    draw: Callable[[], Figure] | None,
+def _send_image(
+    trainer: pl.Trainer, key: str, path: Path, method: str, image: Any, caption: str = "", **options: Any
 ) -> None:
-    """Write the record of a run as ``path.csv`` and, if wanted and possible, as ``path.png``, and send both to the loggers.
+    """Send an image as a file (W&B), or as an object by a method of the logger's experiment (TensorBoard)."""
+    step = stepped_batches(trainer)
+    for logger in _loggers(trainer):
+        if hasattr(logger, "log_image"):
+            logger.log_image(key=key, images=[str(path)], step=step, **({"caption": [caption]} if caption else {}))
+        elif hasattr(_experiment(logger), method):
+            getattr(_experiment(logger), method)(key, image, global_step=step, **options)
 
-    Args:
-        trainer: Whose loggers get them.
-        key: Makes a log key.
-        table: Name of the table's key; that of the figure is ``figure``.
-        rows: Rows of the table.
-        path: Where the files go, without an ending.
-        draw: Draws the figure; ``None`` for none.
-    """
-    log_table(trainer, key(table), rows, path.with_name(f"{path.name}.csv"))
-    if draw is not None and trainer.is_global_zero and is_installed("matplotlib"):
-        log_figure(trainer, key("figure"), draw(), path.with_name(f"{path.name}.png"))
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of equal keys as a CSV file, which a kill leaves whole: the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(rows[0])
+        writer.writerows(row.values() for row in rows)
+    part.replace(path)
 
 
 def log_table(
     trainer: pl.Trainer,
     key: str,
     rows: Sequence[Mapping[str, Any]],
-    path: Path,
+    path: Path | None,
     pictures: Sequence[Any | None] | None = None,
 ) -> None:
     """Save rows of equal keys as CSV, and send them to the loggers that show tables.
@@ -176,40 +201,32 @@ def log_table(
         trainer: Whose loggers get the table.
         key: What it is called there.
         rows: Its rows.
-        path: Where the CSV goes.
+        path: Where the CSV goes; ``None``, without a folder for logs, writes nothing.
         pictures: Of each row an array of bytes, (H, W) or (H, W, 3), or ``None``; a column ``picture`` in tables that can
             hold images (W&B, with Pillow), and left out elsewhere.
     """
-    if not trainer.is_global_zero or not rows:
+    if path is None or not trainer.is_global_zero or not rows:
         return
-    columns = list(rows[0])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    data = [[row[column] for column in columns] for row in rows]
-    for logger in trainer.loggers:
+    write_csv(path, rows)
+    columns, data, step = list(rows[0]), [list(row.values()) for row in rows], stepped_batches(trainer)
+    for logger in _loggers(trainer):
         if hasattr(logger, "log_table"):
-            shown = _with_pictures(logger, columns, data, pictures)
-            logger.log_table(key=key, columns=shown[0], data=shown[1], step=stepped_batches(trainer))
+            images = _images(logger, pictures or [])
+            shown = [[image, *line] for image, line in zip(images, data, strict=True)] if images else data
+            logger.log_table(key=key, columns=[*(["picture"] if images else []), *columns], data=shown, step=step)
         elif hasattr(_experiment(logger), "add_text"):
             lines = [columns, ["---"] * len(columns), *data[:_MOST_TEXT_ROWS]]
             text = "\n".join("| " + " | ".join(map(_text_cell, line)) + " |" for line in lines)
-            _experiment(logger).add_text(key, text, global_step=stepped_batches(trainer))
+            _experiment(logger).add_text(key, text, global_step=step)
 
 
-def _with_pictures(
-    logger: Any, columns: list[str], data: list[list[Any]], pictures: Sequence[Any | None] | None
-) -> tuple[list[str], list[list[Any]]]:
-    if pictures is None or all(picture is None for picture in pictures) or not _is_wandb(logger):
-        return columns, data
-    if not is_installed("PIL"):
-        return columns, data
+def _images(logger: Any, pictures: Sequence[Any | None]) -> list[Any]:
+    """Return pictures as a logger shows them in a table; nothing if it cannot, or there is none."""
+    if all(picture is None for picture in pictures) or not _is_wandb(logger) or not is_installed("PIL"):
+        return []
     import wandb
 
-    images = [None if picture is None else wandb.Image(picture) for picture in pictures]
-    return ["picture", *columns], [[image, *line] for image, line in zip(images, data, strict=True)]
+    return [None if picture is None else wandb.Image(picture) for picture in pictures]
 
 
 def _text_cell(value: Any) -> str:
@@ -221,9 +238,9 @@ def log_histograms(trainer: pl.Trainer, tensors: Mapping[str, Tensor]) -> None:
     if not trainer.is_global_zero:
         return
     finite = {key: tensor.detach()[tensor.detach().isfinite()].float().cpu() for key, tensor in tensors.items()}
-    values = {key: tensor for key, tensor in finite.items() if len(tensor)}
-    for logger in trainer.loggers:
-        step, experiment = stepped_batches(trainer), _experiment(logger)
+    values, step = {key: tensor for key, tensor in finite.items() if len(tensor)}, stepped_batches(trainer)
+    for logger in _loggers(trainer):
+        experiment = _experiment(logger)
         if hasattr(experiment, "add_histogram"):
             for key, value in values.items():
                 experiment.add_histogram(key, value, global_step=step)
@@ -235,20 +252,21 @@ def log_histograms(trainer: pl.Trainer, tensors: Mapping[str, Tensor]) -> None:
 
 def log_file(trainer: pl.Trainer, path: Path, name: str, kind: str) -> None:
     """Send a file that was written as an artifact to the loggers that keep artifacts (W&B)."""
-    if not trainer.is_global_zero:
-        return
-    for logger in trainer.loggers:
-        experiment = _experiment(logger)
+    for experiment in map(_experiment, _loggers(trainer)):
         if hasattr(experiment, "log_artifact") and hasattr(experiment, "use_artifact"):
             experiment.log_artifact(str(path), name=name, type=kind)
 
 
 def send_alert(trainer: pl.Trainer, title: str, text: str) -> None:
     """Send a message to the loggers that pass them on to people (W&B)."""
-    if trainer.is_global_zero:
-        for logger in trainer.loggers:
-            if hasattr(_experiment(logger), "alert"):
-                _experiment(logger).alert(title=title, text=text)
+    for experiment in map(_experiment, _loggers(trainer)):
+        if hasattr(experiment, "alert"):
+            experiment.alert(title=title, text=text)
+
+
+def _loggers(trainer: pl.Trainer) -> Sequence[Any]:
+    """Return the loggers to write to: all on rank zero, and none elsewhere."""
+    return trainer.loggers if trainer.is_global_zero else []
 
 
 def _experiment(logger: Any) -> Any:

@@ -1,7 +1,5 @@
 """Looking at finished weights: which are N:M sparse, and what the hardware can make of it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Thresholds as users write them: one number, one for each name pattern, or a key in a param group of the optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

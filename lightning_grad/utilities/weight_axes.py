@@ -5,8 +5,6 @@ as the ``Conv1D`` of GPT-2 in transformers, and graph libraries have linear laye
 by its shape which of the two it is, so the product is computed once, with numbers of our own, and compared.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import io

@@ -19,9 +19,9 @@ from lightning_grad.core import Compatibility, MonitoredCallback, ProbeCallback
 from lightning_grad.testing import make_classifier
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
-    """How the suite builds one setting of a class.
+    """How the suite builds one setting of a class. Each is one of a kind, so that runs are kept by it.
 
     Args:
         name: The exported class.
@@ -85,7 +85,7 @@ class Entry:
         return "-".join(part for part in (self.name, self.variant) if part)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Technique(Entry):
     """How the suite builds one setting of a callback.
 
@@ -127,7 +127,7 @@ def conditioner(name: str, variant: str = "", arguments: Mapping[str, Any] | Non
     return Technique(name, variant, arguments={**given, "exclude": ["head"]}, second=second, **rest)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scheme(Entry):
     """How the suite builds one setting of a strategy.
 

@@ -99,7 +99,7 @@ def test_a_run_with_a_probe_is_bitwise_the_run_without(setting: str, way: str, t
     probe.meets = lambda look: look.run()
     plain, probed = compared(tmp_path, probe, **WAYS[way])
     assert_identical(plain, probed)
-    assert len(probe.history.rows()) > 0
+    assert len(probe.record.rows()) > 0
 
 
 @pytest.mark.parametrize("part", ["module", "random", "data"])
@@ -193,7 +193,7 @@ def test_direct_calls_are_in_the_precision_of_the_run() -> None:
 
 
 def looks_of(probe: Any) -> list[tuple[int, int]]:
-    return [(row["epoch"], row["step"]) for row in probe.history.rows()]
+    return [(row["epoch"], row["step"]) for row in probe.record.rows()]
 
 
 @pytest.mark.parametrize(
@@ -272,10 +272,10 @@ def test_an_epochs_look_sees_the_averaged_weights_that_are_validated(ema_first: 
     loaders = DataLoader(Augmented(noise=0.0), 4), DataLoader(data, SAMPLES)
     both = [average, probe] if ema_first else [probe, average]
     run(*both, Norm(), data=loaders)
-    assert [row["norm"] for row in probe.history.rows()] == pytest.approx(validated)
+    assert [row["norm"] for row in probe.record.rows()] == pytest.approx(validated)
     plain = ActivationNorm("body.0")
     run(plain, data=(DataLoader(Augmented(noise=0.0), 4), DataLoader(data, SAMPLES)))
-    assert plain.history.rows()[0]["norm"] != pytest.approx(validated[0], rel=1e-3)
+    assert plain.record.rows()[0]["norm"] != pytest.approx(validated[0], rel=1e-3)
 
 
 def test_an_averaging_callback_of_any_kind_is_looked_through() -> None:
@@ -363,7 +363,7 @@ def _on_a_rank(folder: str, on_all: bool, fails_at: int, rank: int | None = None
         states.append(state_of(trainer, module))
     assert_identical(states[0], states[1])
     metrics = {key: value.item() for key, value in trainer.callback_metrics.items() if "/" in key}
-    return {"looks": len(probe.seen), "rows": probe.history.rows(), "metrics": metrics}
+    return {"looks": len(probe.seen), "rows": probe.record.rows(), "metrics": metrics}
 
 
 @pytest.mark.parametrize("on_all", [False, True])
@@ -428,7 +428,7 @@ def test_what_fails_later_is_a_warning_and_the_run_is_the_same(error: str) -> No
     with pytest.warns(UserWarning, match=f"Failing failed in its look at step .*, .* {error}: no such") as warned:
         trainer, module = run(probe, max_epochs=1)
     assert len([w for w in warned if "Failing failed" in str(w.message)]) == 2
-    assert [row["seen"] for row in probe.history.rows()] == [0.0, 1.0, 4.0, 5.0]
+    assert [row["seen"] for row in probe.record.rows()] == [0.0, 1.0, 4.0, 5.0]
     plain_trainer, plain = run(max_epochs=1)
     assert_identical(state_of(plain_trainer, plain), state_of(trainer, module))
     assert not module.head._forward_hooks
@@ -549,7 +549,7 @@ def test_augmented_samples_are_the_same_in_every_look_and_differ_from_the_plain_
     run(probe)
     assert len(probe.seen) > 5
     assert all(torch.equal(seen["x"], probe.seen[0]["x"]) for seen in probe.seen)
-    rows = probe.history.rows()
+    rows = probe.record.rows()
     assert len({row["drawn"] for row in rows}) == 1
     own = Answers(4, split="train", dataset=plain_data)
     run(own, max_epochs=1)
@@ -666,9 +666,9 @@ def test_nothing_is_left(how: str) -> None:
 def test_a_second_fit_starts_a_new_record() -> None:
     probe = Answers(4)
     run(probe)
-    first = probe.history.rows()
+    first = probe.record.rows()
     run(probe)
-    assert probe.history.rows() == first
+    assert probe.record.rows() == first
 
 
 # The proof for authors.

@@ -32,8 +32,7 @@ pytestmark = [
 class ProbeEntry(Technique):
     """The entry of a class that is not exported."""
 
-    def build(self, **changes: Any) -> Any:
-        return ActivationNorm(**{**self.arguments, **changes})
+    kind = ActivationNorm
 
     def build_neutral(self) -> Any:
         return self.build()
@@ -92,7 +91,7 @@ def test_guarantee(guarantee: tuple[Callable[..., None], dict[str, Any]], reques
 
 
 def test_a_step_without_a_look_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    quiet = ProbeEntry("ActivationNorm", arguments={"layer": "hidden", "every_n_steps": 1000}, refuses=())
+    quiet = ProbeEntry("ActivationNorm", arguments={"layer": "hidden", "every_n_steps": 1000})
     test_no_sync.test_hooks_of_a_step_do_not_wait(quiet, monkeypatch)
 
 

@@ -1,17 +1,15 @@
 """What a probe finds reaches every logger and the disk, and its record is kept, thinned and drawn."""
 
 import csv
-import math
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
-import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
-from lightning_grad.core import Picture, ProbeHistory, ProbeLook, Reading
+from lightning_grad.core import Picture, ProbeLook, Reading, RunRecord
 from lightning_grad.testing import fit
 from lightning_grad.utilities import reporting
 from tests.core.activation_norm import ActivationNorm
@@ -50,7 +48,7 @@ def test_every_logger_gets_what_it_can_show(tmp_path: Path, monkeypatch: pytest.
     probe = Shows("hidden")
     fit([probe], logger=[table, board, cloud], max_epochs=2)
     wandb.finish()
-    expected = [row["norm"] for row in probe.history.rows()]
+    expected = [row["norm"] for row in probe.record.rows()]
 
     rows = list(csv.DictReader((tmp_path / "csv" / "metrics.csv").read_text().splitlines()))
     assert [float(row["activations/norm"]) for row in rows if row["activations/norm"]] == pytest.approx(expected)
@@ -101,17 +99,17 @@ def test_without_a_logger_nothing_is_written(tmp_path: Path, monkeypatch: pytest
     assert "activations/norm" in trainer.callback_metrics
 
 
-def test_without_matplotlib_and_pillow_all_but_the_figure_is_written(
+def test_without_matplotlib_and_pillow_all_but_figures_and_pictures_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(reporting, "is_installed", lambda package: False)
     monkeypatch.setattr(reporting, "rank_zero_info", said.append)
     fit([Shows("hidden")], logger=CSVLogger(tmp_path, name="", version=""), max_epochs=1)
-    assert len([text for text in said if "Shows draws no figure" in text]) == 1
+    assert len([text for text in said if "Without figures: Shows." in text]) == 1
     assert (tmp_path / "shows.csv").is_file()
-    assert (tmp_path / "shows" / "step_00000005_gray.png").is_file()
-    assert not (tmp_path / "shows.png").exists()
+    assert [path.name for path in (tmp_path / "shows").iterdir()] == ["step_00000005.npz"]
+    assert not list(tmp_path.rglob("*.png"))
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
@@ -120,7 +118,7 @@ def test_a_barebones_trainer_and_a_dry_run_only_look() -> None:
         probe = Answers(4)
         trainer = pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[probe], **arguments)  # type: ignore[arg-type]
         trainer.fit(make_noisy(), *noisy_loaders())
-        assert len(probe.history.rows()) == 1
+        assert len(probe.record.rows()) == 1
 
 
 def test_a_run_that_breaks_off_leaves_its_record(tmp_path: Path) -> None:
@@ -141,7 +139,7 @@ def test_a_figure_that_is_not_wanted_is_not_drawn_and_an_author_may_draw_another
     assert not list(tmp_path.rglob("*.png"))
 
     class Own(Answers):
-        def draw(self, history: ProbeHistory) -> Any:
+        def draw(self, record: RunRecord) -> Any:
             from matplotlib.figure import Figure
 
             return Figure(figsize=(1, 1), dpi=100)
@@ -155,7 +153,7 @@ def test_a_figure_that_is_not_wanted_is_not_drawn_and_an_author_may_draw_another
 
 def test_a_figure_that_fails_does_not_end_the_fit(tmp_path: Path) -> None:
     class Broken(Answers):
-        def draw(self, history: ProbeHistory) -> Any:
+        def draw(self, record: RunRecord) -> Any:
             raise KeyError("no axes")
 
     class After(pl.Callback):
@@ -165,7 +163,7 @@ def test_a_figure_that_fails_does_not_end_the_fit(tmp_path: Path) -> None:
             self.ended = True
 
     after = After()
-    with pytest.warns(UserWarning, match=r"Broken could not write its record\. KeyError: 'no axes'"):
+    with pytest.warns(UserWarning, match=r"Broken: the figure of the run could not be made: KeyError: 'no axes'"):
         run(Broken(4), after, logger=CSVLogger(tmp_path, name="", version=""), max_epochs=1)
     assert after.ended
     assert (tmp_path / "broken.csv").is_file()
@@ -180,58 +178,3 @@ def test_a_figure_that_fails_does_not_end_the_fit(tmp_path: Path) -> None:
 def test_what_is_no_picture_of_bytes_is_refused(pixels: Any) -> None:
     with pytest.raises(ValueError, match=r"pixels must be bytes of shape \(H, W\) or \(H, W, 3\); got"):
         Picture(pixels)
-
-
-# The record.
-
-
-def test_a_long_record_is_thinned_and_keeps_its_ends() -> None:
-    history = ProbeHistory()
-    for step in range(10_000):
-        history.add(step // 10, step, {"norm": float(step)})
-    rows = history.rows()
-    assert 1024 <= len(rows) <= 2048
-    assert rows[0]["step"] == 0
-    assert rows[-1]["step"] > 9_990
-    assert history.looks == 10_000
-
-
-def test_a_record_survives_a_round_trip_and_shares_nothing() -> None:
-    history, other = ProbeHistory(), ProbeHistory()
-    history.add(0, 5, {"a": 1.0})
-    state = history.state_dict()
-    other.load_state_dict(state)
-    history.add(1, 11, {"b": 2.0})
-    state["rows"][0]["a"] = 9.0
-    assert other.rows() == [{"epoch": 0, "step": 5, "a": 1.0}]
-
-
-def test_a_look_that_lacks_a_number_has_no_value_there() -> None:
-    history = ProbeHistory()
-    history.add(0, 5, {"a": 1.0})
-    history.add(1, 11, {"b": 2.0})
-    rows = history.rows()
-    assert [list(row) for row in rows] == [["epoch", "step", "a", "b"]] * 2
-    assert math.isnan(rows[0]["b"])
-    assert history.series("b") == ([11], [2.0])
-
-
-def test_records_of_all_kinds_are_drawn(tmp_path: Path) -> None:
-    history = ProbeHistory()
-    history.draw("none yet").savefig(tmp_path / "empty.png")
-    for step in range(9):
-        values = {
-            "$odd_name": math.nan if step == 3 else 1.0,
-            "wide/range": 10.0**step,
-            "zero": 0.0,
-            "infinite": math.inf,
-        }
-        history.add(0, step, values)
-    axes = history.draw("A title with $x").axes
-    assert [axis.get_yscale() for axis in axes] == ["linear", "log", "linear", "linear"]
-    assert axes[-1].get_xlabel() == "step"
-    for name in range(20):
-        history.add(1, 10, {f"n{name}": torch.ones(()).item()})
-    figure = history.draw("Probe")
-    assert figure.get_suptitle() == "Probe (first 8 of 24 values)"
-    figure.savefig(tmp_path / "many.png")

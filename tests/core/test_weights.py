@@ -50,7 +50,7 @@ NAMES = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Outside(Technique):
     """A technique that the package does not export."""
 

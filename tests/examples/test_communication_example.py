@@ -85,7 +85,7 @@ def test_half_precision_rounds_and_does_no_more(study: tuple[Study, list[Result]
 
 def test_figure_and_numbers_are_written(study: tuple[Study, list[Result]]) -> None:
     asked, results = study
-    for image in ("comparison.png", "dgc-99.9_seed0/comm.png"):
+    for image in ("comparison.png", "dgc-99.9_seed0/dgc_strategy.png"):
         assert (asked.output / image).read_bytes().startswith(PNG)
     with (asked.output / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -237,5 +237,5 @@ def test_yaml_runs_on_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert isinstance(strategy, DGCStrategy)
     assert (strategy.ratio, cli.trainer.num_devices) == (0.01, 2)
     assert cli.trainer.callback_metrics["comm/ratio"] > 1
-    (figure,) = tmp_path.glob("runs/communication_yaml/version_0/comm.png")
+    (figure,) = tmp_path.glob("runs/communication_yaml/version_0/dgc_strategy.png")
     assert figure.read_bytes().startswith(PNG)

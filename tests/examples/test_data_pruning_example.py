@@ -125,7 +125,7 @@ def test_wrong_labels_are_counted_among_the_hardest(study: tuple[Study, list[Res
     for row, size in zip(rows, (14, 70, 140), strict=True):
         assert (int(row["total"]), int(row["wrong"]), int(row["looked_at"])) == (1400, 140, size)
         assert int(row["found"]) == len(set(scores.topk(size).indices.tolist()) & set(data.flipped.tolist()))
-    assert list(asked.output.glob("scores/el2n_flip0.1_seed0/*_samples.html"))
+    assert list(asked.output.glob("scores/el2n_flip0.1_seed0/*_samples.csv"))
 
 
 def test_gradient_norms_are_taken_at_the_start_and_later(study: tuple[Study, list[Result]]) -> None:
@@ -236,4 +236,4 @@ def test_yaml_runs_on_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert (callback.prune, callback.offset, callback.epoch) == (0.5, 0.1, 3)
     assert cli.trainer.global_step == 3 * 22 + 11
     written = {path.name for path in tmp_path.glob("runs/data_pruning_yaml/version_0/*")}
-    assert {f"data_pruning_epoch3_{name}" for name in ("scores.png", "samples.png", "samples.html")} <= written
+    assert {f"data_pruning_epoch3_{name}" for name in ("scores.png", "samples.png", "samples.csv")} <= written

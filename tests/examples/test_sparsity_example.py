@@ -40,14 +40,14 @@ OTHER_PARTS = (
     "data_pruning/comparison.png",
     "data_pruning/results.csv",
     "data_pruning/label_errors.png",
-    "data_pruning/scores/el2n_flip0.1_seed0/data_pruning_epoch3_samples.html",
+    "data_pruning/scores/el2n_flip0.1_seed0/data_pruning_epoch3_samples.png",
     "adversarial/digits.png",
     "adversarial/comparison.png",
     "adversarial/rates.png",
     "adversarial/results.csv",
     "strategies/comparison.png",
     "strategies/results.csv",
-    "strategies/dgc-99.9_seed0/comm.png",
+    "strategies/dgc-99.9_seed0/dgc_strategy.png",
 )
 
 

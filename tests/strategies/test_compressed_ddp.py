@@ -241,7 +241,7 @@ def test_the_end_of_a_run_is_summed_up(kind: str, logged: Any) -> None:
         last = list(csv.DictReader(file))[-1]
     assert float(last["comm/total_megabytes"]) == pytest.approx(ledger["sent_bytes"] / 1e6)
     assert float(last["comm/final_ratio"]) == pytest.approx(ledger["dense_bytes"] / ledger["sent_bytes"])
-    with (folder / "comm_layers.csv").open() as file:
+    with (folder / "dgc_strategy_layers.csv").open() as file:
         layers = {row["layer"]: row for row in csv.DictReader(file)}
     assert {name: int(row["entries"]) for name, row in layers.items()} == {
         "net.0.weight": 2048,
@@ -250,7 +250,7 @@ def test_the_end_of_a_run_is_summed_up(kind: str, logged: Any) -> None:
         "net.2.bias": 4,
     }
     assert sum(int(row["bytes"]) for row in layers.values()) + 4 == BYTES[kind]
-    assert (folder / "comm.png").stat().st_size > 1000
+    assert (folder / "dgc_strategy.png").stat().st_size > 1000
     assert [row["step"] for row in ledger["history"]] == [1, 3, 5, 7, 9, 11], "as the loggers count"
 
 

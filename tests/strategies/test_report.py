@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from lightning_grad.strategies import DGCStrategy, _report
+from lightning_grad.strategies import DGCStrategy
 from lightning_grad.strategies._ledger import ByteLedger
 from lightning_grad.strategies._report import draw
 from lightning_grad.testing import on_ranks
@@ -49,31 +49,33 @@ def test_an_offline_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert summary["comm/final_ratio"] == pytest.approx(rows[-1]["comm/ratio"])
     assert summary["comm/total_megabytes"] == pytest.approx(sum(row["comm/bytes_sent"] for row in rows) / 1e6)
     shown = {"/".join(key.split("/")[:2]) for row in history for key in row}
-    assert {"comm/summary", "comm/layers"} <= shown, "the figure and the table"
+    assert {"comm/summary", "comm/record", "comm/layers"} <= shown, "the figure and the tables"
 
 
 def _train_without_matplotlib(folder: Path) -> list[str]:
     with pytest.MonkeyPatch.context() as patch, said() as lines:
-        for module in (_report, reporting):
-            patch.setattr(module, "is_installed", lambda name: name != "matplotlib")
+        patch.setattr(reporting, "is_installed", lambda name: name != "matplotlib")
         fit(DGCStrategy(ratio=0.1, warmup=None), logger=CSVLogger(folder, "", ""))
     return lines
 
 
 def test_a_figure_that_cannot_be_drawn_is_told_and_the_table_is_there(tmp_path: Path) -> None:
     first, second = on_ranks(2, _train_without_matplotlib, tmp_path)
-    words = "DGCStrategy draws no figure, because matplotlib is not installed. Run: pip install 'lightning-grad[plot]'."
+    words = (
+        "Figures need matplotlib, which is not installed. Without figures: DGCStrategy. "
+        "Run: pip install 'lightning-grad[plot]'."
+    )
     assert words in first
     assert words not in second
-    assert list(tmp_path.rglob("comm_layers.csv"))
-    assert not list(tmp_path.rglob("comm.png"))
+    assert list(tmp_path.rglob("dgc_strategy_layers.csv"))
+    assert not list(tmp_path.rglob("dgc_strategy.png"))
 
 
 def test_the_figure_shows_the_largest_layers_and_says_how_many_there_are() -> None:
     ledger = ByteLedger()
     ledger.open(4000)
     ledger.close()
-    ledger.note({"step": 1.0, "bytes_sent": 40.0, "residual_norm": 2.0})
+    ledger.record.add({"step": 1.0, "bytes_sent": 40.0, "residual_norm": 2.0})
     layers = [{"layer": f"layer{i}", "entries": i + 1, "bytes": 4, "ratio": float(i + 1)} for i in range(30)]
     _, _, by_layer = draw("DGCStrategy", ledger, layers).axes
     names = [label.get_text() for label in by_layer.get_yticklabels()]

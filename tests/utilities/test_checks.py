@@ -1,5 +1,7 @@
 """What cannot work is refused in words that say what to do."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,12 +11,51 @@ from lightning_grad.utilities.checks import (
     check_at_least,
     check_between,
     check_choice,
+    check_count,
+    check_count_between,
+    check_finite,
+    check_finite_above,
+    check_finite_at_least,
     check_name,
+    check_only_one,
+    check_position,
+    check_share,
     owned_ids,
 )
 from lightning_grad.utilities.imports import is_installed
 
 NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("check", "value", "bounds", "wrong"),
+    [
+        (check_at_least, 0.5, (0.5,), 0.4),
+        (check_count, 2, (2,), 1),
+        (check_position, 0, (), -1),
+        (check_above, 0.5, (0.4,), 0.4),
+        (check_finite, 0.5, (), float("inf")),
+        (check_finite_at_least, 0.5, (0.5,), float("inf")),
+        (check_finite_above, 0.5, (0.4,), float("inf")),
+        (check_count_between, 3, (2, 3), 4),
+        (check_between, 0.5, (0.0, 1.0), 1.1),
+        (check_share, 0.0, (), 1.0),
+    ],
+)
+def test_a_check_returns_the_value_that_it_lets_pass(check: Any, value: Any, bounds: Any, wrong: Any) -> None:
+    assert check(value, *bounds, "argument") is value
+    with pytest.raises(ValueError, match="argument must be"):
+        check(wrong, *bounds, "argument")
+
+
+def test_a_position_may_be_left_out() -> None:
+    assert check_position(None, "loss") is None
+
+
+def test_what_is_given_by_two_arguments_is_refused() -> None:
+    check_only_one({"loss": 0, "loss_fn": None, "scores_by='sample'": False, "score_files": []}, "say it")
+    with pytest.raises(ValueError, match=r"^loss and score_files would both say it\. Leave one of them out\.$"):
+        check_only_one({"loss": 0, "loss_fn": None, "score_files": ["a.npz"]}, "say it")
 
 
 def test_choice_that_is_known_passes() -> None:

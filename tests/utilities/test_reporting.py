@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
+from lightning_grad.callbacks import GradientMonitor
 from lightning_grad.utilities import reporting
 from lightning_grad.utilities.reporting import (
     format_table,
@@ -24,14 +25,15 @@ from lightning_grad.utilities.reporting import (
     log_file,
     log_histograms,
     log_picture,
-    log_record,
     log_settings,
     log_summary,
     log_table,
     logged_at,
+    output_file,
     output_folder,
-    say_if_no_figure,
+    say_if_no_figures,
     stepped_batches,
+    write_csv,
 )
 
 
@@ -216,7 +218,7 @@ def test_summary_falls_back_to_last_scalars(csv_logger: CSVLogger, tensorboard: 
 
 def test_figure_is_saved_as_png_without_any_logger(tmp_path: Path) -> None:
     path = tmp_path / "new" / "figure.png"
-    log_figure(trainer_with(), "sparsity/figure", figure(), path)
+    log_figure(trainer_with(), "sparsity/figure", figure, path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -328,7 +330,6 @@ def test_dry_run_takes_every_kind_of_fact(tmp_path: Path) -> None:
     log_summary(trainer, {"a": 1.0})
     log_figure(trainer, "figure", figure(), tmp_path / "figure.png")
     log_picture(trainer, "picture", PIXELS, tmp_path / "picture.png")
-    log_record(trainer, str, "table", ROWS, tmp_path / "record", figure)
     log_table(trainer, "table", ROWS, tmp_path / "table.csv")
     log_file(trainer, tmp_path / "table.csv", "table", "masks")
     assert (tmp_path / "figure.png").exists()
@@ -370,17 +371,40 @@ def test_the_step_is_put_back_after_an_error() -> None:
     assert stepped_batches(trainer) == 7
 
 
-@pytest.mark.parametrize(("wanted", "installed"), [(True, True), (True, False), (False, True)])
-def test_a_record_is_a_table_and_where_possible_a_figure(
-    wanted: bool, installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reporting, "is_installed", lambda package: installed)
+def test_a_figure_is_drawn_only_where_matplotlib_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporting, "is_installed", lambda package: False)
     trainer = recording_trainer()
-    log_record(trainer, lambda name: f"x/{name}", "rows", ROWS, tmp_path / "a.b", figure if wanted else None)
-    assert trainer.loggers[0].calls["table"]["key"] == "x/rows"
-    is_drawn = wanted and installed
-    assert ("image" in trainer.loggers[0].calls) == is_drawn
-    assert {path.name for path in tmp_path.iterdir()} == {"a.b.csv", *(["a.b.png"] if is_drawn else [])}
+    log_figure(trainer, "figure", lambda: pytest.fail("drawn"), tmp_path / "figure.png")
+    log_picture(trainer, "picture", PIXELS, tmp_path / "picture.png")
+    assert trainer.loggers[0].calls == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("label", "stem"),
+    [
+        ("NMSparsity", "nm_sparsity"),
+        ("AccuracyGradientLR", "accuracy_gradient_lr"),
+        ("DGCStrategy", "dgc_strategy"),
+        ("GradientMonitor[late one/2]", "gradient_monitor_late_one_2"),
+        ("ZClip[a.b-c_d]", "z_clip_a.b-c_d"),
+    ],
+)
+def test_files_are_named_by_one_rule(label: str, stem: str, csv_logger: CSVLogger) -> None:
+    path = output_file(trainer_with(csv_logger), label, "_epoch3.csv")
+    assert path == Path(csv_logger.log_dir, f"{stem}_epoch3.csv")
+    assert output_file(trainer_with(), label, ".csv") is None
+
+
+def test_a_table_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path) -> None:
+    class Unprintable:
+        def __str__(self) -> str:
+            raise MemoryError
+
+    write_csv(tmp_path / "a.b", ROWS)
+    with pytest.raises(MemoryError):
+        write_csv(tmp_path / "a.b", [*ROWS, {"step": 3, "decay": Unprintable(), "flips": None}])
+    assert len(rows_of(tmp_path / "a.b")) == 2
 
 
 def test_only_rank_zero_writes(tmp_path: Path) -> None:
@@ -389,7 +413,6 @@ def test_only_rank_zero_writes(tmp_path: Path) -> None:
     log_summary(trainer, {"a": 1.0})
     log_figure(trainer, "figure", figure(), tmp_path / "figure.png")
     log_picture(trainer, "picture", PIXELS, tmp_path / "picture.png")
-    log_record(trainer, str, "table", ROWS, tmp_path / "record", figure)
     log_table(trainer, "table", ROWS, tmp_path / "table.csv")
     log_histograms(trainer, WEIGHTS)
     log_file(trainer, tmp_path / "file", "file", "masks")
@@ -449,8 +472,13 @@ def test_a_figure_that_will_be_missing_is_told(
     said: list[str] = []
     monkeypatch.setattr(reporting, "rank_zero_info", said.append)
     monkeypatch.setattr(reporting, "is_installed", lambda package: installed)
-    say_if_no_figure(trainer_with(*([csv_logger] if logs else [])), "ZClip[b]", wanted)
+    callbacks = [GradientMonitor(figure=wanted), GradientMonitor(figure=wanted, name="b")]
+    trainer = trainer_with(*([csv_logger] if logs else []), callbacks=callbacks)
+    for callback in callbacks:
+        say_if_no_figures(trainer, callback)
     is_missed = wanted and logs and not installed
-    command = "pip install 'lightning-grad[plot]'"
-    expected = f"ZClip[b] draws no figure, because matplotlib is not installed. Run: {command}."
+    expected = (
+        "Figures need matplotlib, which is not installed. Without figures: GradientMonitor, GradientMonitor[b]. "
+        "Run: pip install 'lightning-grad[plot]'."
+    )
     assert said == ([expected] if is_missed else [])

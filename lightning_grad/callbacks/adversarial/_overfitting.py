@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_grad.callbacks.adversarial._attack import (
@@ -19,82 +19,101 @@ from lightning_grad.callbacks.adversarial._attack import (
     generator_for,
 )
 from lightning_grad.callbacks.adversarial._places import Place
+from lightning_grad.core.quiet import quiet
 from lightning_grad.core.ranks import mean_over_ranks
 from lightning_grad.functional import LossCapture
 from lightning_grad.functional.adversarial.attacks import IndependentLossError
 from lightning_grad.functional.data_pruning.scores import is_correct
 from lightning_grad.utilities.batch_copies import copy_of
 
+_STEPS = 10  # of the stronger attack
 _COLLAPSE = 0.5  # of the accuracy under the attack of the training
 _GAP = 0.3  # between the two; on small batches they differ by less
 
 
-class UnknownAccuracyError(RuntimeError):
+class _UnknownAccuracyError(RuntimeError):
     """A step does not show how it classifies its batch."""
 
 
-def accuracies_under(
-    attacks: Mapping[str, Attack],
-    place: Place,
-    batch: Any,
-    run: Callable[[Any], Any],
-    trainer: pl.Trainer,
-    purpose: str,
-) -> dict[str, Tensor]:
-    """Return the accuracy on one batch under each attack; inside of ``quiet``.
+@dataclass
+class OverfittingCheck:
+    """Classifies one batch of an epoch under the attack of the training, and under a stronger one.
 
     Args:
-        attacks: Attacks by name.
-        place: Where the input is.
-        batch: The batch.
-        run: Runs the step on a batch.
-        trainer: The trainer.
-        purpose: What the random numbers are for.
-
-    Returns:
-        dict: Accuracies by name.
-
-    Raises:
-        UnknownAccuracyError: If the step shows no loss of a classifier, or one that no attack moves.
+        attack: The attack of the training.
+        seed: Seed of the random starts.
+        label: Who asks, for messages.
     """
-    clean = place.inputs(batch, run)
-    loss_of = attack_losses(trainer, place, batch, run)
-    found = {}
-    for name, attack in attacks.items():
-        generator = generator_for(clean.device, trainer.global_rank, f"{purpose}/{name}")
-        try:
-            attacked = attack(loss_of, clean, generator, support=place.support(batch))
-        except (NoLossError, IndependentLossError) as error:
-            raise UnknownAccuracyError(str(error)) from None
-        # With gradients: a step may take some itself, as a gradient penalty does.
-        with place.shown(copy_of(batch), attacked) as shown, torch.enable_grad(), LossCapture() as capture:
-            run(shown)
-        try:
-            found[name] = is_correct(capture.only()).nanmean()
-        except (RuntimeError, ValueError) as error:
-            raise UnknownAccuracyError(f"{first_sentence(error)}.") from None
-    return found
 
+    attack: Attack
+    seed: int
+    label: str
+    _kept: tuple[Place, Any, Any, Any] | None = field(default=None, init=False)
+    _has_told: bool = field(default=False, init=False)
 
-def known_accuracies(trainer: pl.Trainer, found: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
-    """Return the means over the ranks that have an accuracy; to be called on every rank, also by one that has none."""
-    own = [float(found.get(name, math.nan)) for name in names]
-    means = zip(names, mean_over_ranks(trainer, torch.tensor(own)).tolist(), strict=True)
-    return {name: mean for name, mean in means if math.isfinite(mean)}
+    def keep(self, place: Place, batch: Any, args: Any, kwargs: Any) -> None:
+        """Keep the arguments of the first step of an epoch, and where its input is."""
+        if self._kept is None:
+            self._kept = (place, copy_of(batch), args, kwargs)
 
+    def forget(self) -> None:
+        """Let go of what is kept: another epoch begins."""
+        self._kept = None
 
-def warn_of_collapse(easy: float, robust: float, steps: int, label: str) -> None:
-    """Warn if a network withstands the attack that it trains on, but not a stronger one.
+    def run(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Return the accuracies by name, those that are known on some rank, and warn if the stronger one is much lower.
 
-    Args:
-        easy: The accuracy under the attack of the training.
-        robust: That under PGD.
-        steps: Steps of the latter.
-        label: Who warns.
-    """
-    if robust < _COLLAPSE * easy and easy - robust > _GAP:
-        rank_zero_warn(
-            f"{label}: the accuracy on one batch is {easy:.1%} under the attack of the training, but {robust:.1%} under PGD "
-            f"with {steps} steps: the network has overfitted to the attack. Train with attack='pgd', or a smaller step_size "
-            "or epsilon."
-        )
+        To be called on every rank, also by one that has kept nothing.
+        """
+        names, found = ("attack_accuracy", "pgd_accuracy"), [math.nan, math.nan]
+        if self._kept is not None:
+            attacks = (self.attack, replace(self.attack, steps=_STEPS, step_size=None))
+            purposes = [f"{self.seed}/{trainer.current_epoch}/{name}" for name in names]
+            try:
+                with quiet(trainer, trainer.lightning_module, check=False, label=self.label):
+                    found = self._accuracies(trainer, dict(zip(purposes, attacks, strict=True)), *self._kept)
+            except _UnknownAccuracyError as error:
+                self._tell_unknown(error)
+        easy, robust = mean_over_ranks(trainer, torch.tensor(found)).tolist()
+        if robust < _COLLAPSE * easy and easy - robust > _GAP:
+            rank_zero_warn(
+                f"{self.label}: the accuracy on one batch is {easy:.1%} under the attack of the training, but {robust:.1%} "
+                f"under PGD with {_STEPS} steps: the network has overfitted to the attack. Train with attack='pgd', or a "
+                "smaller step_size or epsilon."
+            )
+        return {name: mean for name, mean in zip(names, (easy, robust), strict=True) if math.isfinite(mean)}
+
+    def _accuracies(
+        self, trainer: pl.Trainer, attacks: dict[str, Attack], place: Place, batch: Any, args: Any, kwargs: Any
+    ) -> list[float]:
+        """Return the accuracy under each attack; their names are what the random numbers are for."""
+
+        def run(shown: Any) -> Any:
+            with trainer.precision_plugin.train_step_context():
+                return trainer.lightning_module.training_step(shown, *args, **kwargs)
+
+        clean = place.inputs(batch, run)
+        loss_of = attack_losses(trainer, place, batch, run)
+        found: list[Tensor] = []
+        for purpose, attack in attacks.items():
+            generator = generator_for(clean.device, trainer.global_rank, purpose)
+            try:
+                attacked = attack(loss_of, clean, generator, support=place.support(batch))
+            except (NoLossError, IndependentLossError) as error:
+                raise _UnknownAccuracyError(str(error)) from None
+            # With gradients: a step may take some itself, as a gradient penalty does.
+            with place.shown(copy_of(batch), attacked) as shown, torch.enable_grad(), LossCapture() as capture:
+                run(shown)
+            try:
+                found.append(is_correct(capture.only()).nanmean())
+            except (RuntimeError, ValueError) as error:
+                raise _UnknownAccuracyError(f"{first_sentence(error)}.") from None
+        return [float(accuracy) for accuracy in found]
+
+    def _tell_unknown(self, error: _UnknownAccuracyError) -> None:
+        if not self._has_told:
+            rank_zero_info(
+                f"{self.label} leaves out the accuracies of check_every: {error} AdversarialEvaluation measures what the "
+                "module itself logs; check_every=None turns the check off."
+            )
+        self._has_told = True

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -22,12 +21,7 @@ from lightning_grad.callbacks.adversarial._attack import (
     space_of,
     with_clean_samples,
 )
-from lightning_grad.callbacks.adversarial._overfitting import (
-    UnknownAccuracyError,
-    accuracies_under,
-    known_accuracies,
-    warn_of_collapse,
-)
+from lightning_grad.callbacks.adversarial._overfitting import OverfittingCheck
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility, manual, no
@@ -37,7 +31,6 @@ from lightning_grad.core.losses.sample_losses import loss_of_output
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.core.quiet import is_quiet, quiet
 from lightning_grad.functional.adversarial.attacks import IndependentLossError
-from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.batches import same_tensors
 from lightning_grad.utilities.checks import (
     check_between,
@@ -48,7 +41,6 @@ from lightning_grad.utilities.checks import (
 from lightning_grad.utilities.reporting import is_log_step, log_many
 
 _PGD_STEPS = 7
-_CHECK_STEPS = 10
 _NO_MANUAL = no(
     "does not work with {}: its training_step also steps, so an attack through it would train",
     "Train with automatic optimization, or measure by AdversarialEvaluation, which works with both",
@@ -139,11 +131,13 @@ class AdversarialTraining(GradCallback):
     neutral: ClassVar[Mapping[str, Any] | str] = {"epsilon": 0.0}
 
     _place = during_fit[Place | None](lambda _: None)
-    _batch = during_fit[tuple[Any, tuple[Any, ...], dict[str, Any]] | None](lambda _: None)  # the first of the epoch
     _start_loss = during_fit[Tensor | None](lambda _: None)
     _logged = during_fit.of(dict[str, Tensor | float])
     _attacked = during_fit[tuple[Any, Any, tuple[Place, Tensor]] | None](lambda _: None)
-    _has_told = during_fit.of(bool)
+
+    @during_fit
+    def _overfitting(self) -> OverfittingCheck:
+        return OverfittingCheck(self._attack, self.seed, self.label)
 
     def __init__(
         self,
@@ -169,7 +163,6 @@ class AdversarialTraining(GradCallback):
             raise ValueError(f"attack='fgsm' makes one step; got steps={steps}. Use attack='pgd'.")
         number = 1 if attack == "fgsm" else _PGD_STEPS if steps is None else steps
         self._attack = Attack(epsilon, number, step_size, norm, random_start, *space_of(bounds, mean, std))
-        self._checking_attack = replace(self._attack, steps=_CHECK_STEPS, step_size=None)
         self.epsilon = epsilon
         self.attack = attack
         self.steps = steps
@@ -229,8 +222,9 @@ class AdversarialTraining(GradCallback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.epsilon and self.check_every and (trainer.current_epoch + 1) % self.check_every == 0:
-            self._check(trainer, pl_module)
-        self._batch = None
+            found = self._overfitting.run(trainer)
+            log_many(trainer, {self.log_key(name): accuracy for name, accuracy in found.items()})
+        self._overfitting.forget()
 
     # Inside the step.
 
@@ -248,8 +242,8 @@ class AdversarialTraining(GradCallback):
             place, inputs = self._attacked_inputs(trainer, batch, run, share)
         except NoLossError:  # the module passes this batch over
             return run(batch)
-        if self._batch is None and self.check_every is not None:
-            self._batch = (copy_of(batch), args, kwargs)
+        if self.check_every is not None:
+            self._overfitting.keep(place, batch, args, kwargs)
         with place.shown(batch, inputs) as shown:
             output = run(shown)
         self._keep_for_log(trainer, output, share)
@@ -301,34 +295,3 @@ class AdversarialTraining(GradCallback):
         loss = loss_of_output(output)
         if loss is not None and self._start_loss is not None and is_log_step(trainer):
             self._logged = {"epsilon": share * self.epsilon, "loss_gain": loss.detach().mean() - self._start_loss}
-
-    def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tell how one batch of this epoch is classified under the attack of the training, and under a stronger one."""
-        attacks = {"attack_accuracy": self._attack, "pgd_accuracy": self._checking_attack}
-        found: dict[str, Tensor] = {}
-        if self._batch is not None and self._place is not None:
-            batch, args, kwargs = self._batch
-
-            def run(shown: Any) -> Any:
-                with trainer.precision_plugin.train_step_context():
-                    return pl_module.training_step(shown, *args, **kwargs)
-
-            with quiet(trainer, pl_module, check=False, label=self.label):
-                purpose = f"{self.seed}/{trainer.current_epoch}"
-                try:
-                    found = accuracies_under(attacks, self._place, batch, run, trainer, purpose)
-                except UnknownAccuracyError as error:
-                    self._tell_unknown(error)
-        accuracies = known_accuracies(trainer, found, attacks)
-        log_many(trainer, {self.log_key(name): accuracy for name, accuracy in accuracies.items()})
-        if len(accuracies) == len(attacks):
-            easy, robust = accuracies.values()
-            warn_of_collapse(easy, robust, _CHECK_STEPS, self.label)
-
-    def _tell_unknown(self, error: UnknownAccuracyError) -> None:
-        if not self._has_told:
-            rank_zero_info(
-                f"{self.label} leaves out the accuracies of check_every: {error} AdversarialEvaluation measures what the "
-                "module itself logs; check_every=None turns the check off."
-            )
-        self._has_told = True

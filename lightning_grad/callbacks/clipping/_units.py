@@ -3,8 +3,6 @@
 Used by ``adaptive_gradient_clipping.py`` and ``gradient_centralization.py``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import lightning.pytorch as pl

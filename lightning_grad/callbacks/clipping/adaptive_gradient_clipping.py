@@ -1,7 +1,5 @@
 """Adaptive gradient clipping (AGC): the callback. The rule is :func:`lightning_grad.functional.clip_adaptively_`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """AutoClip: the callback. The rule is :func:`lightning_grad.functional.autoclip_threshold_`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Gradient centralization: the callback. The rule is :func:`lightning_grad.functional.centralize_`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 

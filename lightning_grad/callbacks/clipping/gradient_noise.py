@@ -1,7 +1,5 @@
 """Gradient noise: the callback. The rule is :func:`lightning_grad.functional.add_gradient_noise_`."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Layer-wise clipping: the callback. The rule is :func:`lightning_grad.functional.clip_layers_`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar

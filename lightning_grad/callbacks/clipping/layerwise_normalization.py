@@ -1,7 +1,5 @@
 """Layer-wise normalization: the callback. The rule is :func:`lightning_grad.functional.normalize_layers_`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 

@@ -3,8 +3,6 @@
 The rules are :func:`lightning_grad.functional.reset_moments_` and :func:`lightning_grad.functional.reset_warmup`.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Norm clipping: the callback. The rule is :func:`lightning_grad.functional.clip_norm_`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Skipping steps whose gradients are not finite: the callback. The test is :func:`lightning_grad.functional.nonfinite`."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Spike-aware clipping (SPAM): the callback. The rule is :func:`lightning_grad.functional.clip_spikes_`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 

@@ -1,16 +1,12 @@
 """Value clipping: the callback. The rule is :func:`lightning_grad.functional.clip_value_`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core import GradientStep, Phase
-from lightning_grad.core.compatibility import Compatibility
-from lightning_grad.core.conditioner import ELEMENTWISE, GradientConditioner
+from lightning_grad.core import ELEMENTWISE, Compatibility, GradientConditioner, GradientStep, Phase
 from lightning_grad.functional import clip_value_
 from lightning_grad.functional.gradients.tensor_lists import share_of
 

@@ -120,7 +120,10 @@ class Passes:
 
     def check_rows(self) -> None:
         """Raise if rows do not follow their samples into another order, or if a function gives another loss."""
-        callback, rehearsal = self.callback, self._rehearsal()
+        callback = self.callback
+        if not callback.source.pairs_rows:
+            return
+        rehearsal = self._rehearsal()
         if self._runs_single_samples:
             rehearsal.check_alone()
             return
@@ -130,7 +133,7 @@ class Passes:
         self._sample_loss, self._has_checked = rehearsal.kind, True
 
     def _offering_samples(self, look: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """Have a refusal also say what it would cost to score one sample at a time, where that is possible."""
+        """Look, and let a refusal also say what it would cost to score one sample at a time, where that is possible."""
         callback = self.callback
         try:
             return look()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _KEPT, _PRUNED, _WRONG = "#0072b2", "#e69f00", "#b3261e"  # of Okabe and Ito, but the red, which a sign goes with
 _MOST_BARS = 30  # of classes; more are drawn as a sorted curve
-_MOST_DRAWN = 40  # samples of a group in the figure; page and table show all
+_MOST_DRAWN = 40  # samples of a group in the figure; the table shows all
 _COLUMNS = 8  # of samples in the figure
 _LONG_TAIL = 30.0  # times the median: scores up to there are drawn on a linear axis, longer tails on a logarithmic one
 _ABOVE: dict[str, Any] = {  # the place of a legend

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import ConcatDataset
 
 _LARGEST_SIDE, _SMALLEST_SIDE = 192, 5  # pixels of a picture: beyond, it is made smaller; below, it is none
 _MOST_CHARACTERS, _MOST_IDS = 600, 40
@@ -150,6 +151,27 @@ def _smaller(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     size = (max(1, round(height / factor)), max(1, round(width / factor)))
     small = F.interpolate(planes, size, mode="area")[0].movedim(0, -1).round().byte().numpy()
     return np.asarray(small[..., 0] if pixels.ndim == 2 else small)
+
+
+def class_names_of(dataset: Any) -> list[str] | None:
+    """Return the names of the classes of a data set, where it has them as ``classes``, as those of torchvision do.
+
+    It looks behind wrappers with an attribute ``dataset``, such as ``Subset``, and a ``ConcatDataset`` whose parts agree.
+
+    Example:
+        >>> letters = torch.utils.data.TensorDataset(torch.zeros(2))
+        >>> letters.classes = ["a", "b"]
+        >>> class_names_of(torch.utils.data.Subset(letters, [0])), class_names_of([1, 2])
+        (['a', 'b'], None)
+    """
+    classes = getattr(dataset, "classes", None)
+    if isinstance(classes, (list, tuple)):
+        return [", ".join(name) if isinstance(name, tuple) else str(name) for name in classes]
+    if isinstance(dataset, ConcatDataset):
+        first, *others = (class_names_of(part) for part in dataset.datasets)
+        return first if all(other == first for other in others) else None
+    inner = getattr(dataset, "dataset", None)
+    return None if inner is None else class_names_of(inner)
 
 
 def named(number: int | None, class_names: Sequence[str] | None) -> int | str | None:

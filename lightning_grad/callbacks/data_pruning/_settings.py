@@ -72,7 +72,7 @@ def _check_file(path: str | None) -> None:
 def _check_source(settings: DataPruning) -> None:
     score, by_function = settings.score, settings.score_fn is not None
     epochs = [epoch for epoch, _ in settings.rounds]
-    given = {"score_fn": settings.score_fn, "score_files": settings.score_files or None}
+    given = {"score_fn": settings.score_fn, "score_files": settings.score_files}
     check_only_one({**given, f"score={score!r}": by_function and score != "el2n"}, "give the scores")
     if settings.score_files and settings.keep == "random":
         raise ValueError("keep='random' looks at no score, so that score_files mean nothing. Leave one of them out.")
@@ -92,7 +92,7 @@ def _check_functions(settings: DataPruning) -> None:
     by_sample = settings.scores_by == "sample"
     functions = {"loss_fn": settings.loss_fn, "outputs_fn": settings.outputs_fn, "scores_by='sample'": by_sample}
     given = [name for name, value in functions.items() if value]
-    others = {"loss": settings.loss, "score_fn": settings.score_fn, "score_files": settings.score_files or None}
+    others = {"loss": settings.loss, "score_fn": settings.score_fn, "score_files": settings.score_files}
     others["keep='random'"] = settings.keep == "random"
     if given:
         check_only_one({**functions, **others}, "say what a sample is scored by")

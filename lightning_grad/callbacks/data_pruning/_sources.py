@@ -24,6 +24,7 @@ from lightning_grad.callbacks.data_pruning._measures import (
     MEASURES_ALONE,
     ONE_BY_ONE,
     ScoreFunction,
+    errors_of,
     gradient_by_input,
     measure_by,
 )
@@ -287,9 +288,11 @@ class HistoryScores(ScoreSource):
         self._history: dict[str, Tensor] = {}
         self._is_aum = name == "aum"
 
-    def read(self, call: LossCall, indices: list[int], total: int) -> None:
+    def read(self, callback: DataPruning, call: LossCall) -> None:
         """Take in the loss of a batch."""
-        self._values.put(indices, rules.margin(call) if self._is_aum else is_correct(call), total)
+        indices, total = callback.indices, callback.training_set.sampler.total
+        with errors_of(callback.label):
+            self._values.put(indices, rules.margin(call) if self._is_aum else is_correct(call), total)
         if call.labels is not None:
             self._labels.put(indices, call.labels, total)
 

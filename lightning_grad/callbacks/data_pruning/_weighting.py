@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -22,12 +21,14 @@ from lightning_grad.utilities.reporting import is_log_step
 class LossWeighting(GradCallback):
     """Weights losses in the backward pass, and logs the mean loss of the batch without and with weights.
 
-    A technique defines :meth:`weigh` and ``way_out``, and calls :meth:`begin_weighing` in ``setup``.
+    A technique defines ``way_out``, :meth:`weigh`, :meth:`needs_losses` and :meth:`samples_of`. Its constructor sets ``acts``
+    and calls :meth:`choose_loss`.
     """
 
     way_out: ClassVar[str]  # what to do about a loss that cannot be seen, as a clause that begins with a verb
     loss: int | None
     loss_fn: GivenFunction | None
+    acts: bool  # whether it ever weights a batch
 
     _sample_loss = until_next_fit[SampleLoss](lambda _: None)  # until one batch has shown it, the shares count
     _weighted = during_fit[tuple[SampleLosses, Tensor] | None](lambda _: None)
@@ -47,15 +48,20 @@ class LossWeighting(GradCallback):
         """What is asked of the losses of the step."""
         return LossRequest(self.label, self.loss, self.way_out, self.loss_fn, kind=lambda: self._sample_loss)
 
-    def begin_weighing(
-        self,
-        pl_module: pl.LightningModule,
-        samples: Callable[[Any], int | None],
-        acts: bool,
-        needs: Callable[[], bool],
-    ) -> None:
-        """Weight the samples of every step; the arguments are those of :func:`reweight_losses`."""
-        self.undo.push(reweight_losses(pl_module, self._weigh, self.asked, samples, acts, needs))
+    def samples_of(self, batch: Any) -> int | None:
+        """Return the number of samples of a batch, ``None`` if it is not known."""
+        raise NotImplementedError(f"{type(self).__name__} must define samples_of(batch).")
+
+    def needs_losses(self) -> bool:
+        """Return whether it needs the losses of the present step."""
+        raise NotImplementedError(f"{type(self).__name__} must define needs_losses().")
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self.fitting:
+            own = (pl_module, self._weigh, self.asked, self.samples_of, self.acts, self.needs_losses)
+            self.undo.push(reweight_losses(*own))
 
     def _weigh(self, losses: SampleLosses) -> Tensor | None:
         weights = self.weigh(losses)

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score, errors_of
+from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score
 from lightning_grad.callbacks.data_pruning._passes import Passes
 from lightning_grad.callbacks.data_pruning._report import report
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet, check_score_file, write_score_file
@@ -38,7 +38,7 @@ from lightning_grad.core.losses.scoring import say_what_is_skipped
 from lightning_grad.core.subset import OWN_SCHEDULES, SubsetCallback
 from lightning_grad.data import fingerprint
 from lightning_grad.data.random_streams import generators_kept
-from lightning_grad.functional import LossCall, count_kept, select_samples
+from lightning_grad.functional import count_kept, select_samples
 from lightning_grad.utilities.checks import check_between, check_count
 from lightning_grad.utilities.parameters import as_names
 
@@ -118,7 +118,7 @@ class DataPruning(SubsetCallback):
             its only call, and the others the only one that classifies.
         checkpoints: Number of passes of vog, at least 2, spread evenly over the epochs before.
         strict: Whether score files of another data set are refused.
-        show: Number of the hardest and of the easiest samples that are shown, in a table and a page; 0 for none.
+        show: Number of the hardest and of the easiest samples that are shown, in a table and a figure; 0 for none.
         figure: Draw histogram and samples (needs matplotlib, and a logger whose folder takes the file).
         seed: Seed of ties, of random choices and of random streams while scoring.
         loader_key: Which of several training loaders to prune: its key, or its position in a list.
@@ -141,7 +141,7 @@ class DataPruning(SubsetCallback):
     ``lr_scheduler_step``, so that they end where they should.
 
     **Logs** under ``data/``, at each epoch: ``kept_share``, ``samples_seen``. On scoring: a figure of the scores with the
-    cut and the kept share of each class, a table and a page of the hardest and easiest samples, and the score file (W&B: an
+    cut and the kept share of each class, a table and a figure of the hardest and easiest samples, and the score file (W&B: an
     artifact).
     In the summary ``samples_share``, samples seen against those that training on all would have seen.
 
@@ -299,7 +299,7 @@ class DataPruning(SubsetCallback):
         warn_of_risks(self, trainer)
         self._passes = Passes(self, trainer, pl_module)
         if isinstance(self.source, HistoryScores):
-            read = partial(self._read, self.source)
+            read = partial(self.source.read, self)
             self.undo.push(read_losses(pl_module, read, self._passes.asked, lambda _: len(self.indices)))
 
     @override
@@ -345,16 +345,12 @@ class DataPruning(SubsetCallback):
             return
         runs_single_samples = self.scores_by == "sample"
         if runs_single_samples:
-            self._check_rows()  # says what a step that fails on one sample is
+            self._passes.check_rows()  # says what a step that fails on one sample is
         found = self.source.rehearse(self._passes)
         if not runs_single_samples:
-            self._check_rows()
+            self._passes.check_rows()
         if found:
             self._refuse_balance(found.get("label"))
-
-    def _check_rows(self) -> None:
-        if self.source.pairs_rows:
-            self._passes.check_rows()
 
     @override
     def end_epoch(self, trainer: pl.Trainer) -> None:
@@ -382,7 +378,7 @@ class DataPruning(SubsetCallback):
         if scored.name != CHANCE:
             with generators_kept(self._passes.dataset):
                 self._save(trainer, scored)
-                report(trainer, scored, self._passes.items, self.label, self.show, self.figure)
+                report(trainer, scored, self._passes.items, self, self.show, self.figure)
         return scored.kept
 
     def _keep(self, scored: ScoredSet, share: float) -> ScoredSet:
@@ -434,9 +430,3 @@ class DataPruning(SubsetCallback):
             )
         if self._writes_scores:
             write_score_file(self, trainer, scored, mark)
-
-    # A batch is trained on.
-
-    def _read(self, source: HistoryScores, call: LossCall) -> None:
-        with errors_of(self.label):
-            source.read(call, self.indices, self.training_set.sampler.total)

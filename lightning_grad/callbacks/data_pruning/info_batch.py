@@ -112,6 +112,7 @@ class InfoBatch(LossWeighting, SubsetCallback):
     ) -> None:
         super().__init__(loader_key, name)
         self.prune = check_share(prune, "prune")
+        self.acts = prune > 0.0
         self.stop = check_between(stop, 0.0, 1.0, "stop")
         self.choose_loss(loss, loss_fn)
         self.seed = check_count(seed, 0, "seed")
@@ -130,7 +131,7 @@ class InfoBatch(LossWeighting, SubsetCallback):
     @property
     @override
     def remembers_samples(self) -> bool:
-        return self.prune > 0.0
+        return self.acts
 
     @property
     @override
@@ -138,15 +139,12 @@ class InfoBatch(LossWeighting, SubsetCallback):
         return super().holds_samples or self._losses is not None or self._record.values is not None
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if self.fitting:
-            self.begin_weighing(
-                pl_module,
-                samples=lambda _: len(self.indices),
-                acts=self.prune > 0.0,
-                needs=lambda: self.prune > 0.0 or self._weights is not None,
-            )
+    def needs_losses(self) -> bool:
+        return self.acts or self._weights is not None
+
+    @override
+    def samples_of(self, batch: Any) -> int:
+        return len(self.indices)
 
     @override
     def state_dict(self) -> dict[str, Any]:

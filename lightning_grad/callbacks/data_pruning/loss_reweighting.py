@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -115,7 +114,7 @@ class LossReweighting(LossWeighting):
     _rehearsals_left = during_fit[int](lambda _: _REHEARSALS)
     _now = during_fit[float](lambda _: math.inf)
     _batch_idx = during_fit.of(int)
-    _size = during_fit[int | None](lambda _: None)  # of the batch, as the sampler tells it
+    _samples = during_fit[int | None](lambda _: None)  # of the batch
 
     def __init__(
         self,
@@ -133,26 +132,30 @@ class LossReweighting(LossWeighting):
             raise ValueError("start_temperature must be finite; temperature=inf turns the weighting off.")
         self.rule = rule
         self.temperature = check_above(temperature, 0.0, "temperature")
+        self.acts = math.isfinite(temperature)
         self.start_temperature = check_above(start_temperature, 0.0, "start_temperature")
         self.warmup = check_between(warmup, 0.0, 1.0, "warmup")
         self.choose_loss(loss, loss_fn)
         self.total_steps = check_total_steps(total_steps)
 
-    @property
-    def _acts(self) -> bool:
-        return math.isfinite(self.temperature)
+    @override
+    def needs_losses(self) -> bool:
+        return math.isfinite(self._now)
+
+    @override
+    def samples_of(self, batch: Any) -> int | None:
+        self._samples = batch_size_of(batch, lambda: size_by_sampler(self._trainer, self._batch_idx))
+        return self._samples
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self.fitting:
             self._trainer = trainer
-            samples = partial(batch_size_of, told=self._told)
-            self.begin_weighing(pl_module, samples, self._acts, needs=lambda: math.isfinite(self._now))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._acts:
+        if self.acts:
             words = f"weights the samples of each batch by their losses (rule={self.rule!r})"
             self.announce(words, "losses", ["training_step"])
         else:
@@ -161,15 +164,15 @@ class LossReweighting(LossWeighting):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Without a known end, which raises, the temperature would never fall.
-        if self._acts and total_steps(trainer, self.label, self.total_steps) is None:
+        if self.acts and total_steps(trainer, self.label, self.total_steps) is None:
             self.say(IN_FIRST_EPOCH)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._batch_idx, self._size = batch_idx, None
-        if self._acts:
+        self._batch_idx, self._samples = batch_idx, None
+        if self.acts:
             progress = run_progress(trainer, stated=self.total_steps)
             self._now = annealed_temperature(progress, self.start_temperature, self.temperature, self.warmup)
             if self._rehearsals_left:
@@ -189,7 +192,8 @@ class LossReweighting(LossWeighting):
 
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> bool:
         rehearsal = Rehearsal(trainer, pl_module, self.asked, by_terms=True)
-        samples = batch_size_of(batch, self._told)
+        # Who chooses the samples may have forgotten those of this batch since the step.
+        samples = self._samples or self.samples_of(batch)
         if is_sharded(trainer) and self.loss_fn is None:  # else the first step was looked at
             rehearsal.check_whole_loss(batch, samples)
         if samples is None:
@@ -203,11 +207,6 @@ class LossReweighting(LossWeighting):
         if is_done:
             self.learn_sample_loss(rehearsal)
         return is_done
-
-    def _told(self) -> int | None:
-        # Who chooses the samples may have forgotten those of this batch when the rehearsal comes.
-        self._size = self._size or size_by_sampler(self._trainer, self._batch_idx)
-        return self._size
 
     @override
     def weigh(self, losses: SampleLosses) -> Tensor | None:

@@ -5,8 +5,6 @@ Attention is a chain: two activations are multiplied (queries and keys), the pro
 result is multiplied by something again (values). A linear layer breaks the chain, because one of its factors is a weight.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

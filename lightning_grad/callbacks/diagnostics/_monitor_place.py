@@ -1,7 +1,5 @@
 """What ``GradientMonitor`` watches, and where: before the first and behind the last of those that change gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,18 +1,14 @@
-"""What ``GradientMonitor`` leaves behind: facts of the first bad step, summary, table and figure."""
-
-from __future__ import annotations
+"""The first step whose gradient was not finite, as ``GradientMonitor`` tells of it."""
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_grad.callbacks.diagnostics._monitor_record import MonitorRecord
 from lightning_grad.utilities.forward_order import ForwardOrder
-from lightning_grad.utilities.reporting import log_file, log_record, log_summary, output_folder, send_alert
+from lightning_grad.utilities.reporting import log_file, log_summary, output_file, send_alert
 
 
 class FirstBadStep:
@@ -30,7 +26,7 @@ class FirstBadStep:
         first = order.sort(names)[0] if names else "no single gradient: the sum of squares overflows"
         self._facts = {**facts, "parameter": first, "bad_parameters": len(names)}
 
-    def tell(self, trainer: pl.Trainer, label: str, key: Callable[[str], str], stem: str, alert: bool) -> None:
+    def tell(self, trainer: pl.Trainer, label: str, key: Callable[[str], str], alert: bool) -> None:
         """Say once which step it was, and leave its facts in a file."""
         if not self._facts or self._is_told:
             return
@@ -41,9 +37,8 @@ class FirstBadStep:
         )
         rank_zero_warn(f"{label}: {text}")
         log_summary(trainer, {key(f"first_bad_{fact}"): float(facts[fact]) for fact in ("step", "batch_idx")})
-        folder = output_folder(trainer)
-        if folder is not None and trainer.is_global_zero:
-            path = folder / f"{stem}_first_bad_step.json"
+        path = output_file(trainer, label, "_first_bad_step.json")
+        if path is not None and trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({**facts, "loss": str(facts["loss"]), "norm": str(facts["norm"])}, indent=2))
             log_file(trainer, path, name=path.stem, kind="facts")
@@ -57,43 +52,3 @@ class FirstBadStep:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what is known."""
         self._facts, self._is_told = dict(state["first_bad"]), bool(state["told"])
-
-
-def write_records(
-    trainer: pl.Trainer,
-    records: Mapping[int, MonitorRecord],
-    key: Callable[[str], str],
-    stem: str,
-    label: str,
-    draw: bool,
-) -> None:
-    """Send the figures of merit of each optimizer, and write its record as table and, if wanted and possible, as figure.
-
-    Args:
-        trainer: The trainer.
-        records: The record of each optimizer by its index.
-        key: Makes a log key.
-        stem: How the names of the files begin.
-        label: Whose records they are, for the titles.
-        draw: Whether figures are wanted.
-    """
-    for index, record in records.items():
-        prefix, suffix = (f"optimizer{index}/", f"_optimizer{index}") if len(records) > 1 else ("", "")
-        if record.counts["steps"]:
-            title = f"{label}{suffix.replace('_', ' ')}"
-            _write_record(trainer, record, partial(_prefixed, key, prefix), f"{stem}{suffix}", title, draw)
-
-
-def _prefixed(key: Callable[[str], str], prefix: str, quantity: str) -> str:
-    return key(f"{prefix}{quantity}")
-
-
-def _write_record(
-    trainer: pl.Trainer, record: MonitorRecord, key: Callable[[str], str], name: str, title: str, draw: bool
-) -> None:
-    counts, folder = record.counts, output_folder(trainer)
-    merit = {"clipped_share": counts["clipped"] / counts["steps"], "skipped_steps": float(counts["skipped"])}
-    log_summary(trainer, {key(f"final_{quantity}"): value for quantity, value in merit.items()})
-    if folder is not None:
-        drawn = partial(record.draw, title) if draw else None
-        log_record(trainer, key, "record", record.rows(), folder / name, drawn)

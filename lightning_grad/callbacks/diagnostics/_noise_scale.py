@@ -3,8 +3,6 @@
 Used by ``gradient_monitor.py``; the estimate is :func:`lightning_grad.functional.noise_scale_terms`.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +14,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
 from lightning_grad.functional import noise_scale_terms
+from lightning_grad.functional.diagnostics.gradient_statistics import average_noise_terms
 from lightning_grad.functional.gradients.tensor_lists import joined_norm
 from lightning_grad.functional.plain_tensors import on_plain_tensors, plain_tensor
 from lightning_grad.utilities.precision import grad_scaler
@@ -32,8 +31,7 @@ class NoiseScale:
 
     def add(self, terms: Tensor) -> None:
         """Take in noise and signal of one step, unless they are not finite."""
-        before = terms if self._averages is None else self._averages.to(terms.device)
-        self._averages = torch.where(terms.isfinite().all(), _DECAY * before + (1 - _DECAY) * terms, before)
+        self._averages = average_noise_terms(self._averages, terms, _DECAY)
 
     def read(self) -> dict[str, Tensor]:
         """Return the noise scale in samples, and the averages it is made of."""

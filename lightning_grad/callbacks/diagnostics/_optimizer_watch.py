@@ -1,7 +1,5 @@
 """What ``GradientMonitor`` sees of one optimizer within a step, as tensors, until a log step asks for numbers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -205,7 +203,7 @@ class OptimizerWatch:
         numbers = torch.stack([row[1] for row in self._rows]).tolist()
         for (place, _, skipped), (before, unclipped, after, loss) in zip(self._rows, numbers, strict=True):
             finite = math.isfinite(before)
-            self.record.add(place.step, before, after, skipped or (self._scaled and not finite), unclipped)
+            self.record.add_step(place.step, before, after, skipped or (self._scaled and not finite), unclipped)
             expected = self._scaled and math.isfinite(loss)
             if not finite and not expected and not self.first_bad:
                 self.first_bad = {**vars(place), "loss": loss, "norm": before, "parameters": self._bad_names()}

@@ -1,12 +1,10 @@
 """Watching gradients: the callback.
 
 Beside this file: ``_optimizer_watch.py`` looks at the gradients of one optimizer, ``_monitor_place.py`` finds what to watch
-and where to look, ``_monitor_record.py`` keeps and draws what was seen, ``_monitor_report.py`` sends it, ``_noise_scale.py``
-measures the gradient noise scale, ``_logits.py`` reads logits off the operators. The formulas are in
+and where to look, ``_monitor_record.py`` keeps and draws what was seen, ``_monitor_report.py`` names the first bad
+step, ``_noise_scale.py`` measures the gradient noise scale, ``_logits.py`` reads logits off the operators. The formulas are in
 ``functional/diagnostics/gradient_statistics.py``.
 """
-
-from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -22,7 +20,7 @@ from typing_extensions import override
 from lightning_grad.callbacks.diagnostics._logits import LogitWatch, has_compiled
 from lightning_grad.callbacks.diagnostics._monitor_place import Vantage, named_parameters, why_none
 from lightning_grad.callbacks.diagnostics._monitor_record import MonitorRecord
-from lightning_grad.callbacks.diagnostics._monitor_report import FirstBadStep, write_records
+from lightning_grad.callbacks.diagnostics._monitor_report import FirstBadStep
 from lightning_grad.callbacks.diagnostics._noise_scale import NoiseScale, NoiseScaleMeter
 from lightning_grad.callbacks.diagnostics._optimizer_watch import OptimizerWatch, Place
 from lightning_grad.core import GradCallback, Phase, check_count, during_fit, is_log_step, until_next_fit, wrap_method
@@ -34,7 +32,7 @@ from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.optimizers import optimizer_index, optimizer_shape
 from lightning_grad.utilities.parameters import as_names, check_patterns
 from lightning_grad.utilities.precision import grad_scaler, true_loss
-from lightning_grad.utilities.reporting import counted, log_histograms, log_many, say_if_no_figure, stepped_batches
+from lightning_grad.utilities.reporting import counted, log_histograms, log_many, stepped_batches
 
 
 class GradientMonitor(GradCallback):
@@ -214,7 +212,6 @@ class GradientMonitor(GradCallback):
             self.say(f"logs no gradient noise scale: {why_not}")
         if self.logits and self._logits is None:
             self.say("logs no logits: watching them would run compiled modules uncompiled")
-        say_if_no_figure(trainer, self.label, self.figure)
 
     # One training step.
 
@@ -287,11 +284,13 @@ class GradientMonitor(GradCallback):
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._drain()
         for index, watch in enumerate(self._watches):
-            prefix = f"optimizer{index}/" if len(self._watches) > 1 else ""
+            part = self._part(index)
+            prefix = f"{part}/" if part else ""
             scalars, layers = watch.take_details()
             values = {**watch.record.summary(), **scalars}
             if "norm" in layers:
                 watch.record.add_layers(self._place.step, layers["norm"])
+            watch.record.save(trainer, self, part)
             self.log_scalars(pl_module, {f"{prefix}{key}": value for key, value in values.items()})
             shown = {
                 self.log_key(f"{prefix}{quantity}/{layer}"): value
@@ -309,11 +308,10 @@ class GradientMonitor(GradCallback):
             self._first_bad.note(watch.first_bad, self._order)
 
     def _tell_first_bad(self, trainer: pl.Trainer) -> None:
-        self._first_bad.tell(trainer, self.label, self.log_key, self._stem, self.alert)
+        self._first_bad.tell(trainer, self.label, self.log_key, self.alert)
 
-    @property
-    def _stem(self) -> str:
-        return "gradient_monitor" if self.name is None else f"gradient_monitor_{self.name}"
+    def _part(self, index: int) -> str:
+        return f"optimizer{index}" if len(self._watches) > 1 else ""
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -334,12 +332,18 @@ class GradientMonitor(GradCallback):
         with contextlib.suppress(Exception):
             self._drain()
             self._tell_first_bad(trainer)
+            for index, watch in enumerate(self._watches):
+                watch.record.save(trainer, self, self._part(index), now=True)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.fitting and self._watches:
             self._drain()
             self._tell_first_bad(trainer)
-            write_records(trainer, self._records, self.log_key, self._stem, self.label, self.figure)
+            for index, watch in enumerate(self._watches):
+                record, part = watch.record, self._part(index)
+                summary = {f"final_{key}": value for key, value in record.totals().items() if record.count}
+                draw = partial(record.draw, f"{self.label} {part}".rstrip())
+                record.report(trainer, self, draw, summary=summary, part=part)
             self._noise.write(trainer, self.log_key)
         super().teardown(trainer, pl_module, stage)

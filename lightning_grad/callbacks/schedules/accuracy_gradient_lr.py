@@ -1,8 +1,7 @@
 """Cutting the learning rate by the accuracy gradient: the callback. The rule is in ``functional/schedules``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -10,9 +9,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.callbacks.schedules._rate_report import RateRecord, write_record
+from lightning_grad.callbacks.schedules._rate_figure import draw_rates
 from lightning_grad.core import ChosenRates, Interval, Mode, MonitoredCallback, as_indices, until_next_fit, wrap_method
 from lightning_grad.core.compatibility import Compatibility, yes
+from lightning_grad.core.record import Row, RunRecord
 from lightning_grad.core.steps.chosen_rates import unknown_schedulers
 from lightning_grad.functional.schedules.accuracy_gradient_lr import accuracy_gradient, accuracy_gradient_cuts
 from lightning_grad.utilities.checks import (
@@ -23,7 +23,7 @@ from lightning_grad.utilities.checks import (
     check_finite,
     check_finite_at_least,
 )
-from lightning_grad.utilities.reporting import log_many, log_summary, output_folder, say_if_no_figure, stepped_batches
+from lightning_grad.utilities.reporting import log_many, stepped_batches
 
 _MOST_OBSERVATIONS = 1_000_000
 
@@ -116,8 +116,10 @@ class AccuracyGradientLR(MonitoredCallback):
     }
     nothing_done: ClassVar[str] = "no learning rate was cut"
 
+    record = until_next_fit[RunRecord](lambda _: RunRecord(weight=_is_cut))
     _since_cut = until_next_fit[int](lambda self: self.quiet)
-    _record = until_next_fit[RateRecord](lambda self: RateRecord(self.monitor, self.window, self.mode == "max"))
+    _cuts = until_next_fit.of(int)
+    _values = until_next_fit.of(list[float])  # all of them: the window may grow on resume
     _rates = until_next_fit[ChosenRates](
         lambda self: ChosenRates(self.optimizers, self.param_groups, self.policy, self.min_lr, self.label)
     )
@@ -157,20 +159,23 @@ class AccuracyGradientLR(MonitoredCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        own = {"since_cut": self._since_cut, "scale": self._rates.scale, "base": self._rates.base}
-        return {**super().state_dict(), **own, **self._record.state_dict()}
+        rule = {"values": list(self._values), "since_cut": self._since_cut, "cuts": self._cuts}
+        rates = {"scale": self._rates.scale, "base": self._rates.base}
+        return {**super().state_dict(), **rule, **rates, "record": self.record.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if self.fitting:
-            self._record.load_state_dict(state_dict)
+            self.record.load_state_dict(state_dict["record"])
             self._rates.scale, self._rates.base = state_dict["scale"], state_dict["base"]
-            self._since_cut = state_dict["since_cut"]
+            self._since_cut, self._cuts = state_dict["since_cut"], state_dict["cuts"]
+            self._values = list(state_dict["values"])
 
     @override
     def restart(self) -> str:
-        self._record.restart()
+        self.record.clear()
+        self._values = []
         return "the cuts so far stay"
 
     @override
@@ -193,7 +198,6 @@ class AccuracyGradientLR(MonitoredCallback):
             "learning rates",
             self._rates.names(trainer),
         )
-        say_if_no_figure(trainer, self.label, self.figure)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -202,55 +206,65 @@ class AccuracyGradientLR(MonitoredCallback):
 
     # One observation.
 
+    @property
+    def _gains(self) -> list[float]:
+        """The values so far, larger being better."""
+        return self._values if self.mode == "max" else [-value for value in self._values]
+
     @override
     def observe(self, trainer: pl.Trainer, value: float) -> None:
-        record = self._record
-        record.observe(value, self.epochs_done(trainer), stepped_batches(trainer))
+        self._values.append(value)
         self._since_cut += 1
-        settings = (self.window, self.quiet, self.threshold, self.start_after)
-        is_cut = False
-        if accuracy_gradient_cuts(record.gains, self._since_cut, *settings):
+        epoch, settings = self.epochs_done(trainer), (self.window, self.quiet, self.threshold, self.start_after)
+        gradient = accuracy_gradient(self._gains, self.window)
+        is_cut = accuracy_gradient_cuts(self._gains, self._since_cut, *settings)
+        if is_cut:
             self._since_cut = 1
-            is_cut = self._cut(trainer)
-        record.conclude(self._rates.scale, self._rates.first(trainer), is_cut)
-        self._log_observation(trainer)
+            is_cut = self._cut(trainer, gradient, epoch)
+            self._cuts += is_cut
+        recent = self._values[-self.window :]
+        row: dict[str, Any] = {"observation": len(self._values), "epoch": epoch, "step": stepped_batches(trainer)}
+        row |= {self.monitor: value, "mean": sum(recent) / len(recent), "accuracy_gradient": gradient}
+        row |= {"scale": self._rates.scale, "learning_rate": self._rates.first(trainer), "cut": is_cut}
+        self.record.add(row)
+        self.record.save(trainer, self)
+        shown = {"scale": self._rates.scale, "cuts": float(self._cuts)}
+        shown |= {} if gradient is None else {"accuracy_gradient": gradient}
+        log_many(trainer, {self.log_key(key): number for key, number in shown.items()})
         if self.reach is not None and self.is_reached(value, self.reach):
             trainer.should_stop = True
             self.tell_once("reach", rank_zero_info, f"{self.monitor} has reached {value:g}: training stops.")
 
-    def _cut(self, trainer: pl.Trainer) -> bool:
+    def _cut(self, trainer: pl.Trainer, gradient: float | None, epoch: float) -> bool:
         before = self._rates.first(trainer)
         if not self._rates.multiply(trainer, self.factor):
             if self.factor < 1.0:
                 self.tell_once("floor", rank_zero_info, f"the learning rate is at its floor, min_lr={self.min_lr:g}.")
             return False
-        gradient = accuracy_gradient(self._record.gains, self.window)
-        epoch = round(self._record.epochs[-1], 2)
         rank_zero_info(
             f"{self.label} cuts the learning rate from {before:g} to {self._rates.first(trainer):g} after observation "
-            f"{len(self._record)} (epoch {epoch:g}): the mean of {self.monitor} gained {gradient:.4g}, less than "
+            f"{len(self._values)} (epoch {round(epoch, 2):g}): the mean of {self.monitor} gained {gradient:.4g}, less than "
             f"{self.threshold:g}."
         )
         return True
 
-    def _log_observation(self, trainer: pl.Trainer) -> None:
-        values = {"scale": self._rates.scale, "cuts": float(self._record.cut_count)}
-        gradient = accuracy_gradient(self._record.gains, self.window)
-        if gradient is not None:
-            values["accuracy_gradient"] = gradient
-        log_many(trainer, {self.log_key(key): value for key, value in values.items()})
-
     # The end.
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self.record.save(trainer, self, now=True)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        cuts = float(self._record.cut_count)
-        log_summary(trainer, {self.log_key("final_scale"): self._rates.scale, self.log_key("final_cuts"): cuts})
-        stem = "accuracy_gradient_lr" if self.name is None else f"accuracy_gradient_lr_{self.name}"
-        folder = output_folder(trainer)
-        if folder is not None and len(self._record):
-            write_record(trainer, self._record, self.log_key, folder / stem, self.label, self.threshold, self.figure)
+        own = (self.record, self.label, self.monitor, self.window, self.threshold)
+        summary = {"final_scale": self._rates.scale, "final_cuts": float(self._cuts)}
+        self.record.report(trainer, self, partial(draw_rates, *own), summary=summary, table="observations")
+
+
+def _is_cut(row: Row) -> float:
+    return float(row["cut"])
 
 
 def _mute_schedulers(pl_module: pl.LightningModule, optimizers: Sequence[Optimizer], label: str) -> Callable[[], None]:

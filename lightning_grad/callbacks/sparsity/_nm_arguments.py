@@ -3,8 +3,6 @@
 Used by :class:`lightning_grad.callbacks.NMSparsity` alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from lightning_grad.core.views.weight_choice import FoundWeight

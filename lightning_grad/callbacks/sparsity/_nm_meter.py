@@ -3,8 +3,6 @@
 Used by :class:`lightning_grad.callbacks.NMSparsity` alone. Everything stays a tensor until a log step asks for numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Used by :class:`lightning_grad.callbacks.NMSparsity` alone. Callbacks are found 
 of Lightning, and others that keep the same books, are met.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -6,11 +6,14 @@ Used by :class:`lightning_grad.callbacks.NMSparsity` alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_grad.core.record import Row, RunRecord, panels
 from lightning_grad.core.views.portable import pack_bits
 
 if TYPE_CHECKING:
@@ -18,23 +21,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_ENTRIES = 2**14  # of a weight's mask that are kept for the divergence: the share's error is below 0.4 %
-_MOST_SAMPLES = 64  # of one phase; beyond, every second one is dropped
+_MOST_SAMPLES = 64  # of masks in the phase that runs; beyond, every second one is dropped
 
 
-class SparsityRecord:
+class SparsityRecord(RunRecord):
     """Rows of a run, one a log step, and the divergence of each row's masks from the last masks of its phase.
 
     The sparse architecture divergence (SAD) needs the mask with which a phase ended, so it is known only then: a bounded
-    sample of mask entries is kept with the rows of the phase that runs.
+    sample of mask entries is kept in the rows of the phase that runs.
     """
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.validations: list[dict[str, Any]] = []
-        self._samples: list[tuple[int, Tensor]] = []
-        self._phase = ""
+        super().__init__(weight=_has_masks)
+        self.validations = RunRecord()
 
-    def add(self, row: Mapping[str, Any], phase: str, masks: Mapping[str, Tensor | None]) -> None:
+    def add_step(self, row: Row, phase: str, masks: Mapping[str, Tensor | None]) -> None:
         """Append a row.
 
         Args:
@@ -42,90 +43,78 @@ class SparsityRecord:
             phase: Name of the phase; when it changes, the divergence of the phase before is settled.
             masks: Mask of each weight by name; ``None`` where there is none yet.
         """
-        if phase != self._phase:
+        if self.count and self.last["phase"] != phase:
             self.close_phase()
-        self._phase = phase
-        self.rows.append({**row, "phase": phase, "divergence": None})
         present = [mask for mask in masks.values() if mask is not None]
+        sample = {}
         if len(present) == len(masks):
-            sample = torch.cat([mask.flatten()[:: mask.numel() // _MOST_ENTRIES | 1] for mask in present])
-            packed = pack_bits(sample)
-            # A resumed run may have chosen other weights.
-            self._samples = [(index, other) for index, other in self._samples if other.shape == packed.shape]
-            self._samples.append((len(self.rows) - 1, packed))
-        if len(self._samples) > _MOST_SAMPLES:
-            self._samples = self._samples[::2]
+            entries = torch.cat([mask.flatten()[:: mask.numel() // _MOST_ENTRIES | 1] for mask in present])
+            sample = {"masks": pack_bits(entries)}
+        self.add({**row, "phase": phase, "divergence": None, **sample})
+        sampled = [row for row in self.kept if "masks" in row]
+        if len(sampled) > _MOST_SAMPLES:
+            for row in sampled[1::2]:
+                del row["masks"]
 
     def close_phase(self) -> None:
         """Compare the masks of the phase with its last one."""
-        if self._samples:
-            last = _unpack(self._samples[-1][1])
-            for index, sample in self._samples:
-                self.rows[index]["divergence"] = (_unpack(sample) != last).float().mean().item()
-        self._samples = []
-
-    def add_validation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Remember a validation's metrics, for the figure."""
-        self.validations.append({"step": step, **metrics})
+        sampled = [row for row in self.kept if "masks" in row]
+        last = _unpack(sampled[-1]["masks"]) if sampled else None
+        for row in sampled:
+            masks = _unpack(row.pop("masks"))
+            if last is not None and masks.shape == last.shape:  # a resumed run may have chosen other weights
+                row["divergence"] = (masks != last).float().mean().item()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything, in types that a checkpoint may hold."""
-        samples = [[index, sample] for index, sample in self._samples]
-        rows, validations = [dict(row) for row in self.rows], [dict(row) for row in self.validations]
-        return {"rows": rows, "validations": validations, "samples": samples, "phase": self._phase}
+        return {**super().state_dict(), "validations": self.validations.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with a saved record."""
-        self.rows, self.validations = list(state["rows"]), list(state["validations"])
-        self._samples = [(int(index), sample) for index, sample in state["samples"]]
-        self._phase = state["phase"]
+        """Continue a saved record."""
+        super().load_state_dict(state)
+        self.validations.load_state_dict(state["validations"])
 
-    def draw(self, title: str, metric: str | None) -> Figure:
+    def draw_run(self, title: str, metric: str | None) -> Figure:
         """Draw density and decay, flips and divergence, and the validation metric, over steps.
 
         Args:
             title: Heading of the figure.
             metric: Validation metric to show; ``None`` takes the first that is an accuracy, if there is one.
         """
-        from matplotlib.figure import Figure
-
-        metric = metric or next((key for row in self.validations for key in row if "acc" in key), None)
-        figure = Figure(figsize=(8, 7 if metric else 5), layout="constrained")
-        axes = figure.subplots(3 if metric else 2, 1, sharex=True)
-        figure.suptitle(title)
+        metric = metric or next((key for key in self.validations.columns if "acc" in key), None)
+        figure, axes = panels(title, [7 / 3] * 3 if metric else [2.5] * 2)
         shares = {"density": "density (share not zero)"}
-        if any(0.0 < row["decay"] < 1.0 for row in self.rows):
+        if any(0.0 < row["decay"] < 1.0 for row in self.kept):
             shares["decay"] = "decay value D"
-        _curve(axes[0], self.rows, shares, drawstyle="steps-post")
-        axes[0].set_ylabel("share")
-        axes[0].set_ylim(-0.03, 1.03)
+        _curves(axes[0], self, shares, drawstyle="steps-post")
+        axes[0].set(ylabel="share", ylim=(-0.03, 1.03))
         names = {"flips": "flips since the last log", "divergence": "divergence from the phase's last mask"}
-        _curve(axes[1], self.rows, names)
+        _curves(axes[1], self, names)
         axes[1].set_ylabel("share of mask entries")
         axes[1].set_ylim(bottom=0.0)
         if metric:
-            _curve(axes[2], self.validations, {metric: metric}, marker="o")
+            _curves(axes[2], self.validations, {metric: metric}, marker="o")
             axes[2].set_ylabel(metric)
-        for axis in axes:
-            self._mark_phases(axis)
+        for before, row in pairwise(self.kept):
+            if row["phase"] != before["phase"]:
+                for axis in axes:
+                    axis.axvline((before["step"] + row["step"]) / 2, color="0.8", linewidth=0.8, zorder=0)
         axes[-1].set_xlabel("optimizer step")
         return figure
 
-    def _mark_phases(self, axis: Axes) -> None:
-        for before, row in zip(self.rows, self.rows[1:], strict=False):
-            if row["phase"] != before["phase"]:
-                axis.axvline((before["step"] + row["step"]) / 2, color="0.8", linewidth=0.8, zorder=0)
+
+def _has_masks(row: Row) -> float:
+    return float("masks" in row or row["divergence"] is not None)
 
 
 def _unpack(sample: Tensor) -> Tensor:
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8)
-    return (sample.unsqueeze(1) >> shifts & 1).flatten()
+    return torch.from_numpy(np.unpackbits(sample.numpy()))
 
 
-def _curve(axis: Axes, rows: list[dict[str, Any]], names: Mapping[str, str], **style: Any) -> None:
+def _curves(axis: Axes, record: RunRecord, names: Mapping[str, str], **style: Any) -> None:
     for key, label in names.items():
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        if points:
-            axis.plot(*zip(*points, strict=True), label=label, markersize=3, **style)
+        steps, values = record.series(key)
+        if steps:
+            axis.plot(steps, values, label=label, markersize=3, **style)
     if axis.lines:
         axis.legend(frameon=False, fontsize="small")

@@ -1,52 +1,25 @@
-"""What a sparse run leaves behind at its end: summary, table, figure, histograms, masks, and a look at the best file.
+"""How a sparse run ends: its masks as a file, a schedule that did not come to its end, and a look at the best checkpoint.
 
 Used by :class:`lightning_grad.callbacks.NMSparsity` alone.
 """
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_grad.callbacks.sparsity._nm_meter import state_of
-from lightning_grad.callbacks.sparsity._nm_record import SparsityRecord
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight
 from lightning_grad.functional import NMPhase, is_nm
-from lightning_grad.utilities.imports import is_installed
 from lightning_grad.utilities.parameters import clean_name
-from lightning_grad.utilities.reporting import log_figure, log_file, log_histograms, log_summary, log_table
+from lightning_grad.utilities.reporting import log_file
 
 
-def send_summary(trainer: pl.Trainer, weights: Sequence[SparseWeight], key: Callable[[str], str], top: int) -> None:
-    """Send the figures of merit and the histograms of up to ``top`` weights to the loggers."""
-    last = state_of(weights)
-    log_summary(trainer, {key("final_density"): last["density"], key("final_exact"): last["exact"]})
-    log_histograms(trainer, {key(f"weights/{clean_name(w.name)}"): w.parameter for w in weights[:top]})
-
-
-def write_record(
-    trainer: pl.Trainer,
-    record: SparsityRecord,
-    key: Callable[[str], str],
-    path: Path,
-    title: str,
-    metric: str | None,
-    draw: bool,
-) -> None:
-    """Write the record as ``path.csv`` and, if wanted and possible, its figure as ``path.png``."""
-    log_table(trainer, key("record"), record.rows, path.with_name(f"{path.name}.csv"))
-    if draw and record.rows and trainer.is_global_zero and is_installed("matplotlib"):
-        log_figure(trainer, key("figure"), record.draw(title, metric), path.with_name(f"{path.name}.png"))
-
-
-def write_masks(trainer: pl.Trainer, weights: Sequence[SparseWeight], path: Path) -> None:
+def write_masks(trainer: pl.Trainer, weights: Sequence[SparseWeight], path: Path | None) -> None:
     """Save the final masks as bool tensors by name, and send the file as an artifact."""
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({clean_name(w.name): (w.parameter != 0).cpu() for w in weights}, path)
         log_file(trainer, path, name=path.stem, kind="masks")

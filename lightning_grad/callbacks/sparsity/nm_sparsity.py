@@ -6,12 +6,11 @@ base's, ``core/weights.py``. In this folder:
 - ``_nm_arguments.py`` reads the arguments;
 - ``_nm_weight.py`` is one sparse weight;
 - ``_nm_monitors.py`` restarts checkpoints and early stopping;
-- ``_nm_meter.py`` measures, ``_nm_record.py`` records and draws, ``_nm_report.py`` writes what is left behind at the end.
+- ``_nm_meter.py`` measures, ``_nm_record.py`` records and draws, ``_nm_report.py`` sees to the end of the run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -24,13 +23,7 @@ from lightning_grad.callbacks.sparsity import _nm_arguments as arguments
 from lightning_grad.callbacks.sparsity._nm_meter import SparsityMeter, patterns_in_force, phase_name, state_of
 from lightning_grad.callbacks.sparsity._nm_monitors import MonitorRestart
 from lightning_grad.callbacks.sparsity._nm_record import SparsityRecord
-from lightning_grad.callbacks.sparsity._nm_report import (
-    send_summary,
-    settle_unfinished,
-    warn_of_inexact_best,
-    write_masks,
-    write_record,
-)
+from lightning_grad.callbacks.sparsity._nm_report import settle_unfinished, warn_of_inexact_best, write_masks
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups, lacking
 from lightning_grad.core import FoundWeight, FrozenMoments, Stage, WeightCallback, WeightChoice
 from lightning_grad.core.compatibility import SCALED, Compatibility, no, yes
@@ -52,8 +45,8 @@ from lightning_grad.utilities.reporting import (
     is_log_step,
     limit_layers,
     listed,
-    output_folder,
-    say_if_no_figure,
+    log_histograms,
+    output_file,
     stepped_batches,
 )
 
@@ -321,11 +314,6 @@ class NMSparsity(WeightCallback[SparseWeight]):
             self.signatures = self.signatures or dict(state_dict.get("chosen", {}))
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        say_if_no_figure(trainer, self.label, self.figure)
-
-    @override
     def resume(self) -> None:
         state = self.restored
         self._progress = float(state.get("progress", 0.0))
@@ -447,7 +435,8 @@ class NMSparsity(WeightCallback[SparseWeight]):
         row |= dict.fromkeys(("flips", "gradient_noise_pruned", "gradient_noise_kept"))
         row |= dict(zip(measured, numbers, strict=True))
         self._warn_of_nan()
-        self._record.add(row, phase_name(self.weights), {weight.name: weight.mask for weight in self.weights})
+        self._record.add_step(row, phase_name(self.weights), {weight.name: weight.mask for weight in self.weights})
+        self._record.save(trainer, self)
 
     def _warn_of_nan(self) -> None:
         """Name the weights that hold NaN, once; masks count it as the smallest."""
@@ -493,7 +482,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "acc" in key}
             if self.figure_metric in trainer.callback_metrics:
                 metrics[self.figure_metric] = float(trainer.callback_metrics[self.figure_metric])
-            self._record.add_validation(stepped_batches(trainer), metrics)
+            self._record.validations.add({"step": stepped_batches(trainer), **metrics})
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -511,6 +500,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
+        self._record.save(trainer, self, now=True)
         self._monitors.release(trainer)
 
     @override
@@ -534,12 +524,12 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     def _report(self, trainer: pl.Trainer, weights: Sequence[SparseWeight]) -> None:
         self._record.close_phase()
-        send_summary(trainer, weights, self.log_key, self.top)
-        folder = output_folder(trainer)
-        if folder is not None:
-            stem = "nm_sparsity" if self.name is None else f"nm_sparsity_{self.name}"
-            title = f"{self.label}: {self.pattern}, {self._recipe_name}"
-            write_record(trainer, self._record, self.log_key, folder / stem, title, self.figure_metric, self.figure)
-            if self.save_masks:
-                write_masks(trainer, weights, folder / f"{stem}_masks.pt")
+        last, title = state_of(weights), f"{self.label}: {self.pattern}, {self._recipe_name}"
+        summary = {"final_density": last["density"], "final_exact": last["exact"]}
+        draw = partial(self._record.draw_run, title, self.figure_metric)
+        self._record.report(trainer, self, draw, summary=summary)
+        shown = {self.log_key(f"weights/{clean_name(w.name)}"): w.parameter for w in weights[: self.top]}
+        log_histograms(trainer, shown)
+        if self.save_masks:
+            write_masks(trainer, weights, output_file(trainer, self.label, "_masks.pt"))
         warn_of_inexact_best(trainer, weights, self.label)

@@ -3,6 +3,7 @@
 The callback that watches them is :class:`lightning_grad.callbacks.GradientMonitor`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,25 @@ def noise_scale_terms(small_squared: Tensor, big_squared: Tensor, small: float, 
     noise = (small_squared - big_squared) / (1 / small - 1 / big)
     signal = (big * big_squared - small * small_squared) / (big - small)
     return noise, signal
+
+
+def average_noise_terms(before: Tensor | None, terms: Tensor, decay: float) -> Tensor:
+    """Return moving averages of the terms of the noise scale, which ignore terms that are not finite.
+
+    Args:
+        before: Averages so far, noise and signal (2,); ``None`` before the first terms.
+        terms: Those of :func:`noise_scale_terms`, (2,).
+        decay: Weight of the averages so far.
+
+    Example:
+        >>> averages = average_noise_terms(None, torch.tensor([float("nan"), 1.0]), decay=0.5)
+        >>> averages = average_noise_terms(averages, torch.tensor([2.0, 1.0]), decay=0.5)
+        >>> average_noise_terms(averages, torch.tensor([4.0, 3.0]), decay=0.5)
+        tensor([3., 2.])
+    """
+    before = torch.full_like(terms, math.nan) if before is None else before.to(terms.device)
+    mixed = torch.where(before.isfinite().all(), decay * before + (1 - decay) * terms, terms)
+    return torch.where(terms.isfinite().all(), mixed, before)
 
 
 def _components(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from torch.nn import functional as F
 
 from lightning_grad.callbacks import AdversarialEvaluation
 from lightning_grad.callbacks.adversarial import adversarial_evaluation
@@ -274,3 +275,16 @@ def test_a_later_batch_without_a_loss() -> None:
         RuntimeError, match=r"AdversarialEvaluation: the step that showed a loss .* none for a later one"
     ):
         validate([evaluator()], Skips())
+
+
+def test_a_later_batch_whose_samples_have_no_loss_of_their_own() -> None:
+    class Sums(Net):
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            logits = self.net(batch[0])
+            return F.cross_entropy(logits, batch[1]) if batch_idx == 0 else logits.square().mean()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0]).square().mean()
+
+    with pytest.raises(RuntimeError, match=r"AdversarialEvaluation: the step .* none for a later one"):
+        validate([evaluator(restarts=2)], Sums())

@@ -1,14 +1,11 @@
 """What a scoring leaves behind shows the right samples, says what was pruned, and cannot stop a training."""
 
-import base64
 import csv
 import io
 import json
 import math
 import random
-import re
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,15 +19,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
+from lightning_grad.callbacks import DataPruning
 from lightning_grad.callbacks.data_pruning import _report
-from lightning_grad.callbacks.data_pruning._page import page_of
 from lightning_grad.callbacks.data_pruning._pictures import draw_samples, draw_scores
-from lightning_grad.callbacks.data_pruning._report import report
-from lightning_grad.callbacks.data_pruning._samples import Sample, view_of
+from lightning_grad.callbacks.data_pruning._samples import Sample, class_names_of, view_of
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
-from lightning_grad.utilities.png import png_bytes
+from lightning_grad.utilities import reporting
 from tests.wandb_offline import parsed, read_history
 
 nan, inf = math.nan, math.inf
@@ -71,6 +67,29 @@ def scored(values: Any, kept: Any = None, labels: Any = None, predictions: Any =
     return ScoredSet(name, 5, torch.as_tensor(values, dtype=torch.float64), *given)
 
 
+def report(
+    trainer: Any, found: ScoredSet, dataset: Any, label: str, show: int, figure: bool, names: Any = None
+) -> None:
+    """Report as the callback of that class and name does, on a data set that may have names of classes."""
+    owner = DataPruning(name=label.partition("[")[2].removesuffix("]") or None)
+    if names is not None:
+        dataset = Named(dataset, names)
+    _report.report(trainer, found, dataset, owner, show, figure)
+
+
+class Named(Dataset[Any]):
+    """A data set with names of its classes."""
+
+    def __init__(self, items: Any, classes: Any) -> None:
+        self.items, self.classes = items, classes
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -90,9 +109,9 @@ def pages(count: int) -> list[tuple[Tensor, int]]:
 def test_files_of_digits(trainer: pl.Trainer, folder: Path, digits: tuple[TensorDataset, ScoredSet]) -> None:
     dataset, found = digits
     report(trainer, found, dataset, "DataPruning", show=8, figure=True)
-    endings = ["samples.csv", "samples.html", "samples.png", "scores.png"]
+    endings = ["samples.csv", "samples.png", "scores.png"]
     assert sorted(path.name for path in folder.glob(f"{STEM}*")) == [f"{STEM}_{ending}" for ending in endings]
-    for ending in endings[2:]:
+    for ending in endings[1:]:
         with Image.open(folder / f"{STEM}_{ending}") as image:
             assert min(image.size) > 500
 
@@ -119,8 +138,8 @@ def test_table_of_digits_says_what_is_so(
 
 
 def test_name_of_the_callback_is_in_the_names_of_its_files(trainer: pl.Trainer, folder: Path) -> None:
-    report(trainer, scored([1.0, 2.0]), pages(2), "DataPruning[the last/one]", show=1, figure=False)
-    assert (folder / "data_pruning_the_last_one_epoch5_samples.html").exists()
+    report(trainer, scored([1.0, 2.0]), pages(2), "DataPruning[the last one]", show=1, figure=False)
+    assert (folder / "data_pruning_the_last_one_epoch5_samples.csv").exists()
 
 
 def test_nothing_is_shown_by_show_0(trainer: pl.Trainer, folder: Path) -> None:
@@ -140,17 +159,12 @@ def test_only_rank_zero_writes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_matplotlib_page_and_table_are_written(
+def test_without_matplotlib_the_table_is_written(
     trainer: pl.Trainer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(_report, "is_installed", lambda package: package != "matplotlib")
-    monkeypatch.setattr(_report, "rank_zero_info", said.append)
-    _report._tell_once.cache_clear()
-    for _ in range(2):
-        report(trainer, scored([1.0, 2.0]), pages(2), "DataPruning", show=1, figure=True)
-    assert said == ["DataPruning: no figures without matplotlib; pip install 'lightning-grad[plot]'."]
-    assert sorted(path.suffix for path in folder.glob(f"{STEM}*")) == [".csv", ".html"]
+    monkeypatch.setattr(reporting, "is_installed", lambda package: package != "matplotlib")
+    report(trainer, scored([1.0, 2.0]), pages(2), "DataPruning", show=1, figure=True)
+    assert [path.name for path in folder.glob(f"{STEM}*")] == [f"{STEM}_samples.csv"]
 
 
 # Which samples.
@@ -185,7 +199,9 @@ def test_equal_scores_stay_in_order(trainer: pl.Trainer, folder: Path) -> None:
 
 def test_few_samples_are_shared_between_the_hardest_and_the_easiest(trainer: pl.Trainer, folder: Path) -> None:
     report(trainer, scored([1.0, 3.0, 2.0]), pages(3), "DataPruning", show=9, figure=False)
-    headings = re.findall("<h2>(.*)</h2>", (folder / f"{STEM}_samples.html").read_text())
+    assert column(folder / f"{STEM}_samples.csv", "index") == ["1", "2", "0"]
+    groups = _report._samples(scored([1.0, 3.0, 2.0]), pages(3), "DataPruning", 9, None)
+    headings = [text.get_text() for text in draw_samples(groups, "Title").texts[2:]]
     assert headings == ["The hardest samples (2), hardest first", "The easiest samples (1), easiest last"]
 
 
@@ -197,9 +213,44 @@ def test_no_sample_has_a_score(trainer: pl.Trainer, folder: Path) -> None:
 
 def test_classes_are_named_where_names_are_known(trainer: pl.Trainer, folder: Path) -> None:
     found = scored([4.0, 3.0, 2.0, 1.0], labels=[0, 1, -1, 2], predictions=[-1, 1, 0, 0])
-    report(trainer, found, pages(4), "DataPruning", 2, False, class_names=["cat", "dog"])
+    report(trainer, found, pages(4), "DataPruning", 2, False, names=["cat", "dog"])
     assert column(folder / f"{STEM}_samples.csv", "label") == ["cat", "dog", "", "2"]
     assert column(folder / f"{STEM}_samples.csv", "prediction") == ["", "dog", "cat", "cat"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "names"),
+    [
+        (Named(pages(2), ["cat", "dog"]), ["cat", "dog"]),
+        (Named(pages(2), [("tench", "Tinca tinca"), ("goldfish",)]), ["tench, Tinca tinca", "goldfish"]),
+        (Subset(Subset(Named(pages(2), ("cat", "dog")), [0, 1]), [1]), ["cat", "dog"]),
+        (
+            ConcatDataset([Named(pages(2), ["cat", "dog"]), Subset(Named(pages(2), ["cat", "dog"]), [0])]),
+            ["cat", "dog"],
+        ),
+        (ConcatDataset([Named(pages(2), ["cat", "dog"]), Named(pages(2), ["dog", "cat"])]), None),
+        (ConcatDataset([Named(pages(2), ["cat", "dog"]), pages(2)]), None),
+        (Named(pages(2), 2), None),
+        (pages(2), None),
+        (None, None),
+    ],
+)
+def test_names_of_classes_are_those_of_the_data_set(dataset: Any, names: list[str] | None) -> None:
+    assert class_names_of(dataset) == names
+
+
+def test_names_that_cannot_be_read_do_not_stop_the_rest(trainer: pl.Trainer, folder: Path) -> None:
+    class Lazy(Dataset[Any]):
+        @property
+        def classes(self) -> Any:
+            raise OSError("no file classes.txt")
+
+        def __getitem__(self, index: int) -> Any:
+            return pages(2)[index]
+
+    with pytest.warns(UserWarning, match="the list of class names could not be made: OSError: no file classes.txt"):
+        report(trainer, scored([4.0, 3.0], labels=[0, 1]), Lazy(), "DataPruning", show=1, figure=False)
+    assert column(folder / f"{STEM}_samples.csv", "label") == ["0", "1"]
 
 
 def test_of_a_million_samples_only_those_shown_are_read(trainer: pl.Trainer, folder: Path) -> None:
@@ -234,7 +285,6 @@ def test_unreadable_samples_are_warned_of_once_and_still_named(trainer: pl.Train
     assert len(warned) == 1
     assert str(warned[0].message).endswith("cannot be shown. The first is sample 0: OSError: no file 0.jpg")
     assert column(folder / f"{STEM}_samples.csv", "input")[::2] == ["not readable (OSError)"] * 2
-    assert (folder / f"{STEM}_samples.html").read_text().count("<img") == 2
     assert (folder / f"{STEM}_samples.png").exists()
 
 
@@ -244,11 +294,11 @@ def test_what_cannot_be_drawn_does_not_stop_the_rest(
     def broken(*args: Any) -> None:
         raise MemoryError("too large")
 
-    for name in ("draw_scores", "draw_samples", "page_of"):
+    for name in ("draw_scores", "draw_samples"):
         monkeypatch.setattr(_report, name, broken)
     with pytest.warns(UserWarning, match="could not be made: MemoryError: too large") as warned:
         report(trainer, scored([4.0, 3.0]), pages(2), "DataPruning", show=1, figure=True)
-    assert len(warned) == 3
+    assert len(warned) == 2
     assert [path.name for path in folder.glob(f"{STEM}*")] == [f"{STEM}_samples.csv"]
 
 
@@ -369,117 +419,6 @@ def test_large_pictures_are_made_smaller_by_means() -> None:
 )
 def test_other_inputs_are_words(item: Any, text: str) -> None:
     assert view_of(item) == (None, text)
-
-
-# The page.
-
-
-class Reader(HTMLParser):
-    """Gathers tags with attributes, and the text of each list item."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, Any]]] = []
-        self.open: list[str] = []
-        self.cards: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-        if tag == "li":
-            self.cards.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "li" in self.open:
-            self.cards[-1] += " " + data
-
-    def facts(self) -> list[str]:
-        return [" ".join(card.split()) for card in self.cards]
-
-
-def sample(index: int = 0, **changes: Any) -> Sample:
-    given = {"rank": 0, "score": 0.5, "label": 1, "prediction": 2, "wrong": True, "kept": True}
-    return Sample(index=index, **{**given, "picture": GREY, "text": "in words", **changes})
-
-
-def test_page_shows_each_sample_with_its_facts() -> None:
-    groups = [sample(7, score=2.25)], [sample(3, rank=9, prediction=1, wrong=False, kept=False, picture=None)]
-    read = Reader(page_of(scored([1.0, nan], kept=[1]), groups, "Title"))
-    assert read.facts() == [
-        "label 1 ✗ predicted 2 score 2.25, rank 0 index 7, kept",
-        "in words label 1 ✓ predicted 1 score 0.5, rank 9 index 3, pruned",
-    ]
-    wrong = [attributes for tag, attributes in read.tags if attributes.get("class") == "wrong"]
-    assert len(wrong) == 1
-
-
-def test_page_says_how_many_samples_there_are() -> None:
-    page = page_of(scored([1.0, nan, 2.0, 3.0], kept=[1]), ([sample()], []), "Title")
-    assert "4 samples, 1 kept (25.0%). Without a score, and not shown: 1." in page
-    assert "The hardest samples (1)" in page
-    assert "easiest" not in page
-
-
-def test_page_leaves_out_what_is_unknown() -> None:
-    groups = [sample(label=None, prediction=None, wrong=False)], [sample(label=None, wrong=False)]
-    facts = Reader(page_of(scored([1.0, 2.0]), groups, "Title")).facts()
-    assert facts == ["score 0.5, rank 0 index 0, kept", "→ predicted 2 score 0.5, rank 0 index 0, kept"]
-
-
-PLAIN_TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "ul", "li", "p", "b", "br", "img"}
-
-
-def test_page_needs_nothing_else_and_runs_nothing() -> None:
-    evil = "</p><script>alert(1)</script><img src=x onerror='alert(2)'>&amp;"
-    shown = sample(picture=None, text=evil, label=evil, prediction=evil + "!")
-    page = page_of(scored([1.0, 2.0]), ([shown], [sample(1)]), evil)
-    read = Reader(page)
-    assert {tag for tag, _ in read.tags} <= PLAIN_TAGS
-    sources = [attributes["src"] for tag, attributes in read.tags if tag == "img"]
-    assert len(sources) == 1
-    assert sources[0].startswith("data:image/png;base64,")
-    assert not re.search(r"https?:|url\(|@import", page)
-    assert read.facts()[0].count(evil) == 3
-
-
-def test_page_can_be_read_on_a_phone_and_in_the_dark() -> None:
-    page = page_of(scored([1.0]), ([sample()], []), "Title")
-    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
-    assert "color-scheme: light dark" in page
-    assert "prefers-color-scheme: dark" in page
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (5, 6), (7, 3, 3), (192, 101, 3)])
-def test_png_holds_the_very_picture(shape: tuple[int, ...]) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    with Image.open(io.BytesIO(png_bytes(pixels))) as image:
-        image.load()
-        assert image.mode == ("L" if len(shape) == 2 else "RGB")
-        assert np.array_equal(np.asarray(image), pixels)
-
-
-def test_page_of_digits_shows_the_digits(
-    trainer: pl.Trainer, folder: Path, digits: tuple[TensorDataset, ScoredSet]
-) -> None:
-    dataset, found = digits
-    report(trainer, found, dataset, "DataPruning", show=3, figure=False)
-    read = Reader((folder / f"{STEM}_samples.html").read_text(encoding="utf-8"))
-    images = [attributes for tag, attributes in read.tags if tag == "img"]
-    indices = [int(index) for index in column(folder / f"{STEM}_samples.csv", "index")]
-    assert [image["alt"] for image in images] == [f"input of sample {index}" for index in indices]
-    for image, index in zip(images, indices, strict=True):
-        data = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
-        with Image.open(io.BytesIO(data)) as shown:
-            expected = dataset[index][0][0].numpy()
-            expected = (expected - expected.min()) / (expected.max() - expected.min()) * 255
-            assert np.abs(np.asarray(shown) - expected).max() <= 0.5
 
 
 # The figure of the scores.
@@ -603,6 +542,11 @@ def test_classes_are_drawn_only_if_known_and_pruned(found: ScoredSet) -> None:
 # The figure of the samples.
 
 
+def sample(index: int = 0, **changes: Any) -> Sample:
+    given = {"rank": 0, "score": 0.5, "label": 1, "prediction": 2, "wrong": True, "kept": True}
+    return Sample(index=index, **{**given, "picture": GREY, "text": "in words", **changes})
+
+
 def test_captions_mark_wrong_predictions_by_sign_and_color() -> None:
     right = sample(8, prediction=1, wrong=False, score=12.3456)
     figure = rendered(draw_samples(([sample(7, label="$\\frac")], [right]), "Title $"))
@@ -634,12 +578,11 @@ def test_figure_has_no_more_samples_than_can_be_drawn() -> None:
     assert shown == [*range(40), *range(60, 100)]
 
 
-def test_texts_have_a_page_and_a_table_but_no_figure(trainer: pl.Trainer, folder: Path) -> None:
+def test_texts_have_a_table_but_no_figure(trainer: pl.Trainer, folder: Path) -> None:
     dataset = [{"text": f"<review> {index}", "label": 1} for index in range(4)]
     report(trainer, scored([4.0, 3.0, 2.0, 1.0]), dataset, "DataPruning", show=1, figure=True)
     assert not (folder / f"{STEM}_samples.png").exists()
     assert column(folder / f"{STEM}_samples.csv", "input") == ["<review> 0", "<review> 3"]
-    assert "&lt;review&gt; 3" in (folder / f"{STEM}_samples.html").read_text()
 
 
 # Loggers.
@@ -681,7 +624,7 @@ def test_wandb_has_figures_and_tables_with_pictures(
 
     (dataset, found), trainer = digits, trainer_with(offline)
     names = [f"digit {number}" for number in range(10)]
-    report(trainer, found, dataset, "DataPruning", show=2, figure=True, class_names=names)
+    report(trainer, found, dataset, "DataPruning", show=2, figure=True, names=names)
     mixed = [torch.rand(8, 8), "a text", torch.rand(3, 8, 8), torch.rand(7)]
     report(trainer, scored([4.0, 3.0, 2.0, 1.0], labels=[-1, 0, 1, 2]), mixed, "DataPruning[mixed]", 2, figure=False)
     wandb.finish()

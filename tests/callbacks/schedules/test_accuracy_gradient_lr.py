@@ -17,7 +17,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_grad.callbacks import AdversarialEvaluation
-from lightning_grad.callbacks.schedules import _rate_report, accuracy_gradient_lr
+from lightning_grad.callbacks.schedules import accuracy_gradient_lr
+from lightning_grad.callbacks.schedules._rate_figure import draw_rates
 from lightning_grad.callbacks.schedules.accuracy_gradient_lr import AccuracyGradientLR
 from lightning_grad.functional.schedules.accuracy_gradient_lr import accuracy_gradient, accuracy_gradient_scales
 from lightning_grad.testing import assert_identical, fit, loaders, make_classifier, make_trainer, state_of
@@ -99,7 +100,7 @@ def test_each_of_several_validations_of_an_epoch_is_one() -> None:
     _, rates = train([callback], Dictated(NOISY, every=2), val_check_interval=2, max_epochs=5)
     assert callback.state_dict()["values"] == pytest.approx(NOISY)
     assert rates.first()[::2] == pytest.approx(expected_epochs(NOISY, **QUICK))
-    assert callback.state_dict()["epochs"] == [0.5 * number for number in range(1, 11)]
+    assert [row["epoch"] for row in callback.record.rows()] == [0.5 * number for number in range(1, 11)]
 
 
 def test_validating_every_second_epoch_gives_the_same_cuts_by_validations() -> None:
@@ -484,9 +485,9 @@ def test_the_table_has_a_row_for_each_observation(tmp_path: Path) -> None:
 def test_the_figure_has_three_panels_with_the_cuts() -> None:
     callback = AccuracyGradientLR(**QUICK)
     train([callback], Dictated(NOISY))
-    figure = callback._record.draw("title", callback.threshold)
+    figure = draw_rates(callback.record, "title", "val_acc", callback.window, callback.threshold)
     values, gradient, rate = figure.axes
-    cuts = callback.state_dict()["cuts"]
+    cuts = [row["observation"] for row in callback.record.rows() if row["cut"]]
     assert cuts == [4, 9]
     for axis in figure.axes:
         vertical = [line.get_xdata()[0] for line in axis.lines if len(set(line.get_xdata())) == 1]
@@ -508,8 +509,7 @@ def test_no_figure_is_drawn_where_none_is_wanted_or_matplotlib_is_missing(
 ) -> None:
     train([AccuracyGradientLR(figure=False)], max_epochs=2, logger=CSVLogger(tmp_path))
     said: list[str] = []
-    for user in (_rate_report, reporting):
-        monkeypatch.setattr(user, "is_installed", lambda package: False)
+    monkeypatch.setattr(reporting, "is_installed", lambda package: False)
     monkeypatch.setattr(reporting, "rank_zero_info", said.append)
     train([AccuracyGradientLR()], max_epochs=2, logger=CSVLogger(tmp_path))
     assert len(said) == 1
@@ -529,9 +529,9 @@ def test_epochs_without_a_length_have_steps_on_the_axis() -> None:
     callback = AccuracyGradientLR(**QUICK)
     trainer = make_trainer(callbacks=[callback], max_epochs=2, val_check_interval=2)
     trainer.fit(Dictated(every=2), DataLoader(Endless(), None), DataLoader(data(1), 1))
-    assert callback.state_dict()["epochs"] == [1.0] * 4 + [2.0] * 4
-    assert callback.state_dict()["steps"] == [1, 3, 5, 7, 9, 11, 13, 15]
-    axis = callback._record.draw("title", 0.005).axes[-1]
+    assert [row["epoch"] for row in callback.record.rows()] == [1.0] * 4 + [2.0] * 4
+    assert [row["step"] for row in callback.record.rows()] == [1, 3, 5, 7, 9, 11, 13, 15]
+    axis = draw_rates(callback.record, "title", "val_acc", 2, 0.005).axes[-1]
     assert axis.get_xlabel() == "optimizer step"
 
 

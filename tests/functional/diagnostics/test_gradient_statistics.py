@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.functional import gradient_cosine, moment_signal_to_noise, noise_scale_terms, zero_share
+from lightning_grad.functional.diagnostics.gradient_statistics import average_noise_terms
 from tests.functional.ranks import on_two_ranks
 
 SHAPES = [(), (7,), (3, 5), (2, 3, 4)]
@@ -138,3 +139,14 @@ def test_zero_share_counts_entries_of_all_gradients_together(dtype: torch.dtype)
     assert 0.2 < expected < 0.8
     assert zero_share(gradients).item() == pytest.approx(expected)
     assert zero_share([torch.tensor([-0.0, 1e-30])]).item() == 0.5
+
+
+def test_averages_of_noise_terms_ignore_what_is_not_finite() -> None:
+    """The first steps in fp16 overflow, and an average that began with them would stay NaN."""
+    bad, terms = torch.tensor([math.inf, 1.0]), [torch.tensor([4.0, 2.0]), torch.tensor([2.0, 1.0])]
+    averages = None
+    for step in (bad, terms[0], bad, terms[1]):
+        averages = average_noise_terms(averages, step, decay=0.75)
+    assert averages is not None
+    assert averages.tolist() == [0.75 * 4.0 + 0.25 * 2.0, 0.75 * 2.0 + 0.25 * 1.0]
+    assert average_noise_terms(None, bad, decay=0.75).isnan().all()

@@ -1,0 +1,234 @@
+"""The rows that a technique records over a run: thinned, in the checkpoint, on disk while the run lasts, drawn at its end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from lightning_grad.utilities.reporting import log_figure, log_summary, log_table, output_file, tolerated, write_csv
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+_LAG = 10  # the file on disk lacks at most one in so many of the rows
+_MOST_DRAWN = 8  # columns, each in a panel of its own
+_MANY_MARKS = 100  # rows: a line shows more of them better than dots do
+_LONG_RANGE = 30.0  # from the least to the largest value: beyond, the axis is logarithmic
+
+
+class Recorder(Protocol):
+    """Who keeps a record: any callback or strategy of this package."""
+
+    @property
+    def label(self) -> str:
+        """Class and name, for titles, files and messages."""
+
+    def log_key(self, quantity: str) -> str:
+        """Return the log key of a quantity."""
+
+
+class RunRecord:
+    """Rows of a run by step, of which a bounded number is kept.
+
+    Up to ``most`` rows, all are kept. Beyond, one row stands for 2, 4, 8 ... neighbors, so the kept rows stay evenly spread
+    over the run. The first and the last row are always kept.
+
+    - In :meth:`state_dict` the rows are part of a checkpoint: a resumed run has the rows of an uninterrupted one.
+    - :meth:`save` keeps a CSV file on disk up to date while the run lasts, so a run that is killed keeps its rows.
+    - :meth:`report` writes everything at the end: summary, table and figure.
+
+    Args:
+        most: Largest number of rows, an even number; the last row is kept in addition.
+        weight: Function of a row. Of neighbors, the row with the largest weight is kept; by default the first.
+
+    Attributes:
+        count: How many rows were added.
+        last: The last of them; empty before the first.
+
+    Example:
+        >>> record = RunRecord(most=4)
+        >>> for step in range(100):
+        ...     record.add({"step": step, "loss": 1 / (1 + step)})
+        >>> record.series("step")[0], record.count
+        ([0, 1, 65, 99], 100)
+    """
+
+    def __init__(self, most: int = 2048, weight: Callable[[Row], float] | None = None) -> None:
+        self._most = most
+        self._weight = weight or _equal
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all rows."""
+        self._rows: list[dict[str, Any]] = []
+        self.last: dict[str, Any] = {}
+        self._every = 1
+        self.count = self._saved = 0
+
+    def add(self, row: Row) -> None:
+        """Append a row: numbers, words or tensors by column. Tensors are kept in checkpoints, and left out of tables."""
+        self.last = dict(row)
+        if self.count == 0 or (self.count - 1) % self._every == 0:  # the first row stands for itself alone
+            self._rows.append(self.last)
+        elif self._weight(self.last) > self._weight(self._rows[-1]):
+            self._rows[-1] = self.last
+        self.count += 1
+        if len(self._rows) > self._most:
+            first, *others = self._rows
+            pairs = zip(others[::2], others[1::2], strict=True)
+            self._rows = [first, *(max(pair, key=self._weight) for pair in pairs)]
+            self._every *= 2
+
+    @property
+    def kept(self) -> list[dict[str, Any]]:
+        """The rows themselves, in order; what is changed in them is changed in the record."""
+        has_last = not self.count or self._rows[-1] is self.last
+        return [*self._rows, *([] if has_last else [self.last])]
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns of the table, in the order in which they first came."""
+        return list(dict.fromkeys(key for row in self.kept for key in row if not isinstance(row[key], Tensor)))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of the table, all with the same columns; ``None`` where a row lacks one."""
+        columns = self.columns
+        return [{column: row.get(column) for column in columns} for row in self.kept]
+
+    def series(self, column: str) -> tuple[list[Any], list[Any]]:
+        """Return the steps at which a column has a value, and the values."""
+        known = [row for row in self.kept if row.get(column) is not None]
+        return [row["step"] for row in known], [row[column] for row in known]
+
+    # The state of the run.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything, in types that a checkpoint may hold."""
+        rows = [dict(row) for row in self.kept]
+        return {"rows": rows, "has_last": len(rows) > len(self._rows), "every": self._every, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a saved record."""
+        self._rows = [dict(row) for row in state["rows"]]
+        self.last = self._rows[-1] if self._rows else {}
+        if state["has_last"]:
+            self._rows.pop()
+        self._every, self.count, self._saved = state["every"], state["count"], 0
+
+    # What is written.
+
+    def save(self, trainer: pl.Trainer, owner: Recorder, part: str = "", *, now: bool = False) -> None:
+        """Write the rows so far as a CSV file in the folder of the logs, if enough of them are new.
+
+        Call it when a row was added. The file is written anew each time, so a resumed run has no row twice in it; it is
+        replaced in one step, so a kill leaves the old file or the new one. It lacks at most a tenth of the rows.
+
+        Args:
+            trainer: The trainer. Only rank zero writes, and only with a logger that has a folder.
+            owner: Who keeps the record; the file has its name.
+            part: Which of several records of the owner it is.
+            now: Write every row, for the case that the run ends here.
+        """
+        if self.count - self._saved > (0 if now else self.count // _LAG):
+            self._saved, path = self.count, _file(trainer, owner, part, ".csv")
+            if path is not None and trainer.is_global_zero:
+                with tolerated(owner.label, "the table of the run"):
+                    write_csv(path, self.rows())
+
+    def report(
+        self,
+        trainer: pl.Trainer,
+        owner: Recorder,
+        draw: Callable[[], Figure] | None = None,
+        *,
+        summary: Mapping[str, float] | None = None,
+        part: str = "",
+        table: str = "record",
+        figure: str = "figure",
+    ) -> None:
+        """Write what a run leaves: summary, CSV file and PNG file, and send all to the loggers that show them.
+
+        Args:
+            trainer: The trainer. Only rank zero writes.
+            owner: Who keeps the record; keys and files have its name.
+            draw: Draws the figure, unless the owner's ``figure`` is false or matplotlib is missing; by default :meth:`draw`.
+            summary: Final figures of merit by quantity.
+            part: Which of several records of the owner it is.
+            table: Last part of the table's log key.
+            figure: Last part of the figure's log key.
+        """
+        self._saved, before = self.count, f"{part}/" if part else ""
+        log_summary(trainer, {owner.log_key(f"{before}{key}"): value for key, value in (summary or {}).items()})
+        with tolerated(owner.label, "the table of the run"):
+            log_table(trainer, owner.log_key(f"{before}{table}"), self.rows(), _file(trainer, owner, part, ".csv"))
+        if self.count and getattr(owner, "figure", True):
+            with tolerated(owner.label, "the figure of the run"):
+                drawn = draw or partial(self.draw, owner.label)
+                log_figure(trainer, owner.log_key(f"{before}{figure}"), drawn, _file(trainer, owner, part, ".png"))
+
+    def draw(self, title: str) -> Figure:
+        """Draw each column of numbers over the steps, in a panel of its own; needs matplotlib."""
+        from matplotlib.ticker import MaxNLocator
+
+        names = [name for name in self.columns if name not in ("epoch", "step") and _is_number(self.series(name)[1])]
+        shown = names[:_MOST_DRAWN]
+        more = f" (first {len(shown)} of {len(names)} values)" if len(names) > len(shown) else ""
+        figure, axes = panels(f"{title}{more}", [1.9] * max(len(shown), 1), rest=1.2)
+        for axis, name in zip(axes, shown, strict=False):
+            steps, values = self.series(name)
+            size = 3.5 if len(steps) <= _MANY_MARKS else 0.0
+            axis.plot(steps, values, "o-", color="#0072b2", markersize=size, linewidth=1.4)
+            finite = [value for value in values if math.isfinite(value)]
+            if finite and min(finite) > 0 and max(finite) > _LONG_RANGE * min(finite):
+                axis.set_yscale("log")
+            axis.set_ylabel(name.replace("/", "\n"), parse_math=False)
+            style_axis(axis)
+        axes[-1].set_xlabel("step")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.align_ylabels(axes)
+        return figure
+
+
+def panels(title: str, heights: Sequence[float], width: float = 8.0, rest: float = 0.0) -> tuple[Figure, list[Axes]]:
+    """Return a figure of panels one above the other, which share their x axis; needs matplotlib.
+
+    Args:
+        title: Its heading, in plain text.
+        heights: Of the panels, in inches.
+        width: In inches.
+        rest: Height of what is not a panel.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, sum(heights) + rest), layout="constrained")
+    figure.suptitle(title, parse_math=False)
+    axes = figure.subplots(len(heights), 1, squeeze=False, sharex=True, height_ratios=list(heights))
+    return figure, list(axes[:, 0])
+
+
+def style_axis(axis: Axes) -> None:
+    """Give a panel horizontal lines, and neither a top nor a right edge."""
+    axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _equal(row: Row) -> float:
+    return 0.0
+
+
+def _file(trainer: pl.Trainer, owner: Recorder, part: str, ending: str) -> Path | None:
+    return output_file(trainer, owner.label, f"_{part}{ending}" if part else ending)
+
+
+def _is_number(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
