@@ -295,7 +295,7 @@ def test_examples_and_documentation_use_public_names(name: str) -> None:
 def test_code_of_a_page_is_read() -> None:
     source = shown_code(SHOWN["docs/adding_a_technique.md"])
     assert any(is_within(name, ("lightning_grad.core",)) for name in imported(parsed(source), "page"))
-    assert foreign_parts("from lightning_grad.core._memory import Memory", "a_user.of_it") != []
+    assert foreign_parts("from lightning_grad.core.fit import _Attribute", "a_user.of_it") != []
 
 
 def test_importing_brings_no_optional_package_and_registers_the_strategies() -> None:

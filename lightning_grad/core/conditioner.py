@@ -9,8 +9,7 @@ what cannot work. The rules are in the folder ``clipping``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
 import lightning.pytorch as pl
@@ -20,12 +19,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.core._memory import Memory
 from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.compatibility import NO_ENGINE, SCALED, Compatibility, no, stand_in, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
+from lightning_grad.core.gradient_step import GradientStep, Memory, gather
 from lightning_grad.core.phases import ANSWERS, Phase, refuse_order, warn_of_other_clippers
-from lightning_grad.functional.plain_tensors import on_plain_tensors, plain_tensor
+from lightning_grad.functional.plain_tensors import on_plain_tensors
 from lightning_grad.utilities.arguments import plain
 from lightning_grad.utilities.checks import check_above, warn_of_missing_momentum
 from lightning_grad.utilities.optimizers import Shape, optimizer_index, optimizer_shape
@@ -40,48 +39,6 @@ from lightning_grad.utilities.reporting import counted, is_log_step, listed, log
 from lightning_grad.utilities.thresholds import Bucket, Threshold, as_threshold, choose_buckets
 
 __all__ = ["ELEMENTWISE", "GradientConditioner", "GradientStep", "Phase"]
-
-
-@dataclass
-class GradientStep:
-    """What a rule is handed: gradients that one optimizer is about to use, and the rule's memory.
-
-    Args:
-        parameters: Those of the bucket that have a gradient.
-        gradients: Theirs, accumulated, unscaled and reduced; to be changed in place.
-        names: Their names.
-        threshold: The number that holds for them; ``None`` if the technique has no threshold, or it is off.
-        state: The rule's tensors for this bucket; empty at first.
-        step: Optimizer steps that the technique has seen before this one.
-        measured: Whether what the rule returns is logged.
-        optimizer: Who will use them.
-        index: Its number.
-    """
-
-    parameters: list[Tensor]
-    gradients: list[Tensor]
-    names: list[str]
-    threshold: Any
-    state: dict[str, Tensor]
-    step: int
-    measured: bool
-    optimizer: Optimizer
-    index: int
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """The parameters as plain tensors, to compute with."""
-        return [plain_tensor(parameter) for parameter in self.parameters]
-
-    def only(self, wanted: Callable[[Tensor], bool]) -> GradientStep:
-        """Return the step with those gradients alone of which ``wanted`` is true."""
-        chosen = [i for i, gradient in enumerate(self.gradients) if wanted(gradient)]
-        return replace(
-            self,
-            parameters=[self.parameters[i] for i in chosen],
-            gradients=[self.gradients[i] for i in chosen],
-            names=[self.names[i] for i in chosen],
-        )
 
 
 class GradientConditioner(GradCallback):
@@ -318,7 +275,7 @@ class GradientConditioner(GradCallback):
             self._choose(index, optimizer, pl_module)
         memory, measured = self._memory.setdefault(index, Memory()), is_log_step(trainer)
         for bucket in self._chosen[index][1]:
-            step = _gather(bucket, memory, measured, optimizer, index)
+            step = gather(bucket, memory, measured, optimizer, index)
             off = step.threshold is None and self.threshold_name is not None and not self.acts_without_threshold
             if step.gradients and not off:
                 seen = memory.steps + 1 - memory.since.get(bucket.name, 0)
@@ -373,18 +330,3 @@ ELEMENTWISE: Compatibility = GradientConditioner.compatibility.but(
     complex_parameters=no("compares entries, and those of {} are complex", "Leave it out: exclude=[{value}]"),
 )
 """Answers of a rule that acts on each entry alone, so that a shard of a gradient is enough."""
-
-
-def _gather(bucket: Bucket, memory: Memory, measured: bool, optimizer: Optimizer, index: int) -> GradientStep:
-    parameters, names = bucket.parameters, bucket.names
-    found: list[Any] = [parameter.grad for parameter in parameters]
-    gradients: list[Any] = [g if g is None or type(g) is Tensor else plain_tensor(g) for g in found]
-    if any(gradient is None for gradient in gradients):
-        present = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        parameters, names = [parameters[i] for i in present], [names[i] for i in present]
-        gradients = [gradients[i] for i in present]
-    state = memory.states.setdefault(bucket.name, {})
-    for key, value in state.items():
-        if gradients and value.device != gradients[0].device:  # restored from a checkpoint
-            state[key] = value.to(gradients[0].device)
-    return GradientStep(parameters, gradients, names, bucket.threshold, state, memory.steps, measured, optimizer, index)

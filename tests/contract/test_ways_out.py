@@ -600,13 +600,13 @@ LOSSES = [
     Row(
         "a loss that mixes samples",
         lambda _: fit(lg.InfoBatch(), module=odd.RootMean()),
-        r"^sqrt \(odd_projects.py:\d+\) mixes .*InfoBatch weights .*use RepeatedRandomSubset, which needs no loss",
+        r"^sqrt \(odd_projects.py:\d+\) mixes .*InfoBatch needs the loss.*use RepeatedRandomSubset, which needs no loss",
         lambda _: fit(lg.RepeatedRandomSubset(0.3), module=odd.RootMean()),
     ),
     Row(
         "a part of a loss",
         lambda _: fit(lg.LossReweighting(), module=odd.Spread()),
-        r"^std \(odd_projects.py:\d+\) mixes .*LossReweighting weights .*set loss=0 if cross_entropy alone",
+        r"^std \(odd_projects.py:\d+\) mixes .*LossReweighting needs the loss.*Set loss=0 if cross_entropy alone",
         lambda _: fit(lg.LossReweighting(loss=0), module=odd.Spread()),
     ),
     Row(

@@ -266,21 +266,21 @@ def ids(module: nn.Module) -> set[int]:
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
 def test_sparse_embedding_is_refused_by_its_name(kind: type) -> None:
     net = nn.ModuleDict({"words": kind(4, 2, sparse=True), "head": nn.Linear(2, 2)})
-    said = rf"ZClip needs dense gradients, and {kind.__name__} 'words' makes sparse ones.*exclude=\['words'\]"
+    said = rf"Rule needs dense gradients, and {kind.__name__} 'words' makes sparse ones.*exclude=\['words'\]"
     for chosen in (ids(net), None):
         with pytest.raises(ValueError, match=said):
-            RULE.refuse_parameters("ZClip", net, chosen)
+            RULE.refuse_parameters("Rule", net, chosen)
 
 
 def test_sparse_embedding_that_is_not_chosen_passes() -> None:
     net = nn.ModuleDict({"words": nn.Embedding(4, 2, sparse=True), "head": nn.Linear(2, 2)})
-    RULE.refuse_parameters("ZClip", net, ids(net["head"]))
+    RULE.refuse_parameters("Rule", net, ids(net["head"]))
 
 
 def test_dense_embedding_and_other_modules_called_sparse_pass() -> None:
     net = nn.ModuleDict({"words": nn.Embedding(4, 2), "own": nn.Linear(2, 2)})
     net["own"].sparse = "by 2:4"  # somebody's own attribute, which says nothing of gradients
-    RULE.refuse_parameters("ZClip", net, ids(net))
+    RULE.refuse_parameters("Rule", net, ids(net))
 
 
 def test_complex_parameters_are_refused_by_what_compares_entries() -> None:

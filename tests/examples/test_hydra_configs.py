@@ -1,5 +1,6 @@
 """The snippets for lightning-hydra-template compose, become callbacks and strategies with plain settings, and train."""
 
+import inspect
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,9 @@ import pytest
 from lightning.pytorch import Trainer, seed_everything
 from plain_project import Digits, ResidualConvNet, VisionTransformer
 
-from lightning_grad import callbacks
+from lightning_grad import callbacks, strategies
 from lightning_grad.callbacks import NMSparsity
 from lightning_grad.core import GradientConditioner, OptimizerCallback
-from lightning_grad.strategies import DGCStrategy, PowerSGDStrategy
 
 hydra = pytest.importorskip("hydra")
 OmegaConf = pytest.importorskip("omegaconf").OmegaConf
@@ -141,7 +141,8 @@ def test_snippet_of_what_validates_becomes_its_callback_and_logs(word: str, logg
     assert logged in trainer.callback_metrics
 
 
-STRATEGIES = {"dgc": DGCStrategy, "powersgd": PowerSGDStrategy}
+EXPORTED = [getattr(strategies, name) for name in strategies.__all__]
+STRATEGIES = {cls.__module__.rpartition(".")[2]: cls for cls in EXPORTED if not inspect.isabstract(cls)}
 
 
 def test_every_snippet_of_a_strategy_is_tested() -> None:

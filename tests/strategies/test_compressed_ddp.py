@@ -241,7 +241,8 @@ def test_the_end_of_a_run_is_summed_up(kind: str, logged: Any) -> None:
         last = list(csv.DictReader(file))[-1]
     assert float(last["comm/total_megabytes"]) == pytest.approx(ledger["sent_bytes"] / 1e6)
     assert float(last["comm/final_ratio"]) == pytest.approx(ledger["dense_bytes"] / ledger["sent_bytes"])
-    with (folder / "dgc_strategy_layers.csv").open() as file:
+    stem = {"DGC": "dgc_strategy", "PowerSGD": "power_sgd_strategy"}[kind]
+    with (folder / f"{stem}_layers.csv").open() as file:
         layers = {row["layer"]: row for row in csv.DictReader(file)}
     assert {name: int(row["entries"]) for name, row in layers.items()} == {
         "net.0.weight": 2048,
@@ -250,8 +251,11 @@ def test_the_end_of_a_run_is_summed_up(kind: str, logged: Any) -> None:
         "net.2.bias": 4,
     }
     assert sum(int(row["bytes"]) for row in layers.values()) + 4 == BYTES[kind]
-    assert (folder / "dgc_strategy.png").stat().st_size > 1000
-    assert [row["step"] for row in ledger["history"]] == [1, 3, 5, 7, 9, 11], "as the loggers count"
+    assert (folder / f"{stem}.png").stat().st_size > 1000
+    assert [row["step"] for row in ledger["record"]["rows"]] == [1, 3, 5, 7, 9, 11], "as the loggers count"
+    with (folder / f"{stem}.csv").open() as file:
+        sent = [row["bytes_sent"] for row in csv.DictReader(file)]
+    assert sent == [row["comm/bytes_sent"] for row in rows(logged[1], kind)]
 
 
 # Modules of all sorts.

@@ -8,7 +8,8 @@ import pytorch_lightning
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 
-from lightning_grad.strategies import DGCStrategy, PowerSGDStrategy, register_strategies
+from lightning_grad.strategies import DGCStrategy, PowerSGDStrategy
+from lightning_grad.strategies.registry import register_strategies
 from lightning_grad.testing import fit, make_classifier, make_trainer
 
 NAMES = {"ddp_dgc": DGCStrategy, "ddp_powersgd": PowerSGDStrategy}

@@ -18,7 +18,6 @@ from lightning_grad.utilities.checks import (
     check_finite_at_least,
     check_name,
     check_only_one,
-    check_position,
     check_share,
     owned_ids,
 )
@@ -32,7 +31,6 @@ NAN, INF = float("nan"), float("inf")
     [
         (check_at_least, 0.5, (0.5,), 0.4),
         (check_count, 2, (2,), 1),
-        (check_position, 0, (), -1),
         (check_above, 0.5, (0.4,), 0.4),
         (check_finite, 0.5, (), float("inf")),
         (check_finite_at_least, 0.5, (0.5,), float("inf")),
@@ -49,7 +47,7 @@ def test_a_check_returns_the_value_that_it_lets_pass(check: Any, value: Any, bou
 
 
 def test_a_position_may_be_left_out() -> None:
-    assert check_position(None, "loss") is None
+    assert check_count(None, 0, "loss") is None
 
 
 def test_what_is_given_by_two_arguments_is_refused() -> None:

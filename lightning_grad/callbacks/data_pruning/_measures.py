@@ -37,12 +37,8 @@ def errors_of(label: str) -> Iterator[None]:
         raise ValueError(f"{label}: {error}") from None
 
 
-def measure_by(score_fn: ScoreFunction) -> Measure:
-    """Return what a pass measures for a function that gives the scores."""
-    return lambda look: {"score": _of_function(look, score_fn)}
-
-
-def _of_function(look: Look, score_fn: ScoreFunction) -> Tensor:
+def scores_of(score_fn: ScoreFunction, look: Look) -> Mapping[str, Tensor]:
+    """Return the scores that a function of the user gives."""
     found = score_fn(look.pl_module, look.batch)
     must = (
         f"{look.asked.label}: score_fn must return one score for each of the {len(look.indices)} samples of a batch, "
@@ -56,7 +52,7 @@ def _of_function(look: Look, score_fn: ScoreFunction) -> Tensor:
         raise ValueError(f"{must} {scores.dtype}. Return a tensor of real numbers.")
     if scores.shape != (len(look.indices),):
         raise ValueError(f"{must} {tuple(scores.shape)}. Flatten, or average over all dimensions but the first.")
-    return scores
+    return {"score": scores}
 
 
 def _loss_alone(look: Look) -> Mapping[str, Tensor]:

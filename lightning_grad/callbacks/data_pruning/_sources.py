@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -26,7 +27,7 @@ from lightning_grad.callbacks.data_pruning._measures import (
     ScoreFunction,
     errors_of,
     gradient_by_input,
-    measure_by,
+    scores_of,
 )
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
 from lightning_grad.core.losses.look import Look, Measure
@@ -173,10 +174,14 @@ class PassScores(ScoreSource):
     def __init__(self, name: str, score_fn: ScoreFunction | None = None, one_by_one: bool = False) -> None:
         super().__init__(name)
         self.runs_the_step = score_fn is None
-        self.measure = None if score_fn is None else measure_by(score_fn)
+        self.measure = None if score_fn is None else partial(scores_of, score_fn)
         self.by_terms = score_fn is None and name in ONE_BY_ONE
         self.by_classes = score_fn is None and name in BY_CLASSES
-        self._measure = self.measure or (MEASURES_ALONE if one_by_one else MEASURES)[name]
+        self._one_by_one = one_by_one
+
+    @property
+    def _measure(self) -> Measure:  # looked up, because a function of the table cannot be pickled
+        return self.measure or (MEASURES_ALONE if self._one_by_one else MEASURES)[self.name]
 
     def rehearse(self, passes: Passes) -> Mapping[str, Tensor] | None:
         return passes.rehearse(self._measure)

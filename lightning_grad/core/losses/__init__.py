@@ -1,7 +1,8 @@
 """The losses of samples: read from a module's own step, weighted in it, checked, and measured over a training set.
 
 - ``sample_losses.py``: what a step returns as its loss, and the loss of each sample in it;
-- ``given_functions.py``: functions of users in place of the step, ``loss_fn=`` and ``outputs_fn=``;
+- ``given_functions.py``: what a technique asks of the losses of a step, and functions of users in the step's place,
+  ``loss_fn=`` and ``outputs_fn=``;
 - ``batch_sizes.py``: the number of samples of a batch;
 - ``look.py``: one batch in a quiet module, and all that can be measured of it;
 - ``scoring.py``: such a look at every sample of a training set;

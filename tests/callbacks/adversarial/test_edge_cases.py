@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_grad.callbacks import AccuracyGradientLR, AdversarialEvaluation
-from lightning_grad.callbacks.adversarial import _places, adversarial_training
+from lightning_grad.callbacks.adversarial import _overfitting, _places
 from lightning_grad.testing import make_trainer
 from tests.callbacks.adversarial.attacked import Linear, as_batches, attacker, points, train
 from tests.callbacks.schedules.dictated import Dictated
@@ -25,7 +25,7 @@ IMAGES = torch.ones(4, 3, 2, 2, dtype=torch.uint8)
 def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return what is told by rank_zero_info."""
     messages: list[str] = []
-    for module in (_places, adversarial_training):
+    for module in (_overfitting, _places):
         monkeypatch.setattr(module, "rank_zero_info", messages.append)
     return messages
 

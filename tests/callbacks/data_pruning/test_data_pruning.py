@@ -7,6 +7,7 @@ import copy
 import csv
 import json
 import math
+import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -876,3 +877,11 @@ def test_an_offline_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert config["DataPruning"]["score"] == "el2n"
     assert summary["data/samples_share"] == 0.75
     assert ("scores_epoch1", "scores") in artifacts
+
+
+def test_a_callback_with_a_function_for_scores_pickles_after_its_fit() -> None:
+    callback = DataPruning(0.5, epoch=1, score_fn=losses_of, show=0)
+    train(callback)
+    twin = pickle.loads(pickle.dumps(callback))
+    assert twin.scored.name == "losses_of"
+    assert torch.equal(twin.scored.values, callback.scored.values)
