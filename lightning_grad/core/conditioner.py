@@ -169,8 +169,7 @@ class GradientConditioner(GradCallback):
         for index, optimizer in enumerate(trainer.optimizers):
             self._watch_for_bypass(optimizer)
             self._choose(index, optimizer, pl_module, restarted)
-            if self._chosen[index][1]:
-                self.works_with().refuse_optimizer(self.label, trainer, optimizer)
+            self._refuse_optimizer(trainer, index, optimizer)
         self.check_choice(pl_module)
         self.works_with().refuse_parameters(self.label, pl_module, set(map(id, self.parameters())))
         self._announce(trainer, pl_module)
@@ -214,6 +213,10 @@ class GradientConditioner(GradCallback):
         if restarted is not None and self._choice_changed:
             restarted += memory.assign(buckets)
         memory.note(buckets)
+
+    def _refuse_optimizer(self, trainer: pl.Trainer, index: int, optimizer: Optimizer) -> None:
+        if self._chosen[index][1]:
+            self.works_with().refuse_optimizer(self.label, trainer, optimizer)
 
     def choose_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the parameters again, because :meth:`excluded` returns others than when the fit began."""
@@ -273,6 +276,7 @@ class GradientConditioner(GradCallback):
         index = optimizer_index(trainer, optimizer, self.label)
         if self._chosen.get(index, ((), []))[0] != optimizer_shape(optimizer):
             self._choose(index, optimizer, pl_module)
+            self._refuse_optimizer(trainer, index, optimizer)  # its first parameters may have come in mid-fit
         memory, measured = self._memory.setdefault(index, Memory()), is_log_step(trainer)
         for bucket in self._chosen[index][1]:
             step = gather(bucket, memory, measured, optimizer, index)
