@@ -16,12 +16,7 @@ from lightning_grad.core.compatibility import AVERAGED, Compatibility, yes
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.missed_validation import is_validation_due, run_missed_validation
-from lightning_grad.core.monitored_value import (
-    MonitoredValue,
-    describe_unknown,
-    refuse_unknown_monitor,
-    validated_keys,
-)
+from lightning_grad.core.monitored_value import MonitoredValue, describe_unknown, refuse_unknown_monitor, validated_keys
 
 Mode = Literal["max", "min"]
 Interval = Literal["validation", "epoch"]
@@ -52,8 +47,7 @@ class MonitoredCallback(GradCallback):
     """
 
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
-        ddp=yes("All ranks act together, on the mean of their values."),
-        weight_averaging=yes(AVERAGED),
+        ddp=yes("All ranks act together, on the mean of their values."), weight_averaging=yes(AVERAGED)
     )
     nothing_done: ClassVar[str] = "it did nothing"
 

@@ -1,7 +1,5 @@
 """Reading the metric that a callback monitors: only where it was logged again, and one value for all ranks."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -57,11 +55,8 @@ def validated_keys(trainer: pl.Trainer) -> list[str]:
     keys = dict.fromkeys(trainer.callback_metrics)
     for metric in (trainer._results or {}).values():
         meta = metric.meta
-        suffix = (
-            f"/dataloader_idx_{meta.dataloader_idx}"
-            if meta.add_dataloader_idx and meta.dataloader_idx is not None
-            else ""
-        )
+        is_numbered = meta.add_dataloader_idx and meta.dataloader_idx is not None
+        suffix = f"/dataloader_idx_{meta.dataloader_idx}" if is_numbered else ""
         if meta.on_epoch:
             keys |= dict.fromkeys((f"{meta.name}{suffix}", f"{meta.forked_name(on_step=False)}{suffix}"))
     return list(keys)

@@ -147,20 +147,9 @@ class ProbeSamples:
         seed_streams(_SEED)
         for module in pl_module.modules():
             seed_generators(module, _SEED, depth=1)  # no further: the module knows its Trainer
-        return ProbeLook(
-            pl_module,
-            batch,
-            indices,
-            total,
-            run,
-            self.asked,
-            trainer=self.trainer,
-            epoch=epoch,
-            step=step,
-            undo=undo,
-            read=read,
-            batch_size=_batch_size(loader),
-        )
+        look = (pl_module, batch, indices, total, run, self.asked)
+        size = _batch_size(loader)
+        return ProbeLook(*look, trainer=self.trainer, epoch=epoch, step=step, undo=undo, read=read, batch_size=size)
 
     @contextmanager
     def kept(self) -> Iterator[None]:

@@ -6,8 +6,6 @@ technique derives from :class:`WeightCallback` and writes ``view``, which return
 in the folder ``views``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,12 +186,10 @@ class Look:
         def see(layer: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
             seen.append((layer, args[0], output))
 
-        hooks = [layer.register_forward_hook(see) for layer in layers]
-        try:
+        with ExitStack() as hooks:
+            for layer in layers:
+                hooks.enter_context(layer.register_forward_hook(see))
             call = self.loss()
-        finally:
-            for hook in hooks:
-                hook.remove()
         for layer, taken_in, output in reversed(seen):
             if isinstance(output, Tensor) and output.data_ptr() == call.input.data_ptr():
                 return taken_in.detach(), call, layer

@@ -3,9 +3,6 @@
 The weights act in the backward pass. What the step returns stays what it is without them.
 """
 
-from __future__ import annotations
-
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -158,15 +155,7 @@ class Step:
 Seen = tuple[Any, LossCapture | None]
 
 
-class Way(ABC):
-    """A way to run a step so that its samples are weighted in the backward pass."""
-
-    @abstractmethod
-    def run(self, step: Step) -> Seen:
-        """Return what the step returns, and the losses seen for readers; ``None`` in place of these if it was skipped."""
-
-
-class ByCall(Way):
+class ByCall:
     """Weights the one call of a loss, or only watches for it.
 
     Args:
@@ -181,7 +170,7 @@ class ByCall(Way):
         self.changed: tuple[str, ...] | None = None  # the outline of a step that was not
 
     def run(self, step: Step) -> Seen:
-        """See :meth:`Way.run`."""
+        """Run a step; return what it returns, and the losses seen for readers; ``None`` for these if it was skipped."""
         self._seen = 0
         weigh = None if self._reweight is None else self._weights
         with WeighingCapture(step.samples, weigh, self._asked.way_out) as capture:
@@ -205,7 +194,7 @@ class ByCall(Way):
         return self._reweight(losses) if is_meant else None
 
 
-class ByTerms(Way):
+class ByTerms:
     """Weights the terms in the graph of what the step returns.
 
     Args:
@@ -218,7 +207,7 @@ class ByTerms(Way):
         self._like = like
 
     def run(self, step: Step) -> Seen:
-        """See :meth:`Way.run`."""
+        """Run a step; return what it returns, and the losses seen for readers; ``None`` for these if it was skipped."""
         assert step.samples is not None
         trace = trace_of(step.module, step.samples)
         with trace:
@@ -236,7 +225,7 @@ class ByTerms(Way):
         return output, capture
 
 
-class ByFunction(Way):
+class ByFunction:
     """Gives the loss of the step the gradient of the weighted losses of a function.
 
     Args:
@@ -249,7 +238,7 @@ class ByFunction(Way):
         self._pairs: list[tuple[float, float]] = []  # of the mean of loss_fn and the step's loss, in the first batches
 
     def run(self, step: Step) -> Seen:
-        """See :meth:`Way.run`."""
+        """Run a step; return what it returns, and the losses seen for readers; ``None`` for these if it was skipped."""
         given = copy_of(step.batch)  # the step may write into its own
         with aside(step.module):
             found = self._loss_fn(step.module, given)  # with the random numbers that the step will draw
@@ -281,3 +270,7 @@ class ByFunction(Way):
         self._pairs.append((float(losses.detach().mean()), float(loss.detach())))
         coarse = losses.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(loss.device.type)
         refuse_other_means(self._pairs, self._weighing.asked.label, "loss_fn", 5e-2 if coarse else 1e-3)
+
+
+Way = ByCall | ByTerms | ByFunction
+"""A way to run a step so that its samples are weighted in the backward pass."""

@@ -15,7 +15,7 @@ From a step to shares, and from shares to weights::
    loss otherwise (``errors.py``).
 3. **Add up.** ``values.py`` multiplies the rows at each cut by their coefficients; ``terms.py`` makes :class:`Terms` of that:
    the share of each sample, its own mean, and the constant that belongs to no sample.
-4. **Weight.** :meth:`Terms.weight_` hooks a weight for each sample onto the cuts (``weights.py``). Backward then gives the
+4. **Weight.** :meth:`Terms.weight_` hooks a weight for each sample onto the cuts. Backward then gives the
    gradient of the weighted loss, and nothing is computed twice.
 
 What no graph can show is whether the shares follow the samples. ``core/losses/rehearsal.py`` finds out by running a
@@ -29,9 +29,8 @@ parts of autograd are in ``autograd.py``, and nowhere else.
 from lightning_grad.functional.gradients.errors import InseparableLossError
 from lightning_grad.functional.gradients.loss_capture import LossCapture
 from lightning_grad.functional.gradients.loss_functions import LossCall, LossFunction, SampleSums
-from lightning_grad.functional.gradients.terms import Terms
+from lightning_grad.functional.gradients.terms import Terms, weight_call_, without_ignored
 from lightning_grad.functional.gradients.trace import LossTrace
-from lightning_grad.functional.gradients.weights import weight_call_, without_ignored
 from lightning_grad.functional.gradients.whole_loss import WholeLossCapture
 
 __all__ = [

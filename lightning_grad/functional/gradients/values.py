@@ -111,13 +111,8 @@ class Values:
 
     def _of_whole_reduction(self, node: Node, gradient: Tensor | None, walk: Walk) -> Tensor | None:
         """Return the one coefficient of a mean or sum of a whole tensor, spread without memory: the common case."""
-        kind = kind_of(node)
-        if (
-            kind not in ("Mean", "Sum")
-            or walk.inputs[node] != [Input.ROWS]
-            or gradient is None
-            or gradient.numel() != 1
-        ):
+        kind, is_last = kind_of(node), walk.inputs[node] == [Input.ROWS]
+        if kind not in ("Mean", "Sum") or not is_last or gradient is None or gradient.numel() != 1:
             return None
         edge = node.next_functions[0]
         tensor = self._record.tensor_at(edge)

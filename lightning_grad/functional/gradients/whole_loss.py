@@ -96,9 +96,8 @@ class WholeLossCapture(LossCapture):
             # Without a graph only the values can be compared: a metric, or a loss inside a reentrant checkpoint.
             if value.dim() == 0 and bool(torch.isclose(loss.detach().to(value), value, rtol=1e-3, equal_nan=True)):
                 return None
-            return "its value " + (
-                "is another" if loss.grad_fn is None else f"comes from {self._record.word_for(loss.grad_fn)}"
-            )
+            how = "is another" if loss.grad_fn is None else f"comes from {self._record.word_for(loss.grad_fn)}"
+            return f"its value {how}"
         rest = CallWalk(loss.grad_fn, edge.node, self._record).rest
         if rest is not None or value.dim() == 0:
             return rest
