@@ -6,8 +6,6 @@ step and each set of parameters with a threshold of its own, keeps its state, sa
 what cannot work. The rules are in the folder ``clipping``.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, get_args

@@ -1,7 +1,5 @@
 """The fixed samples that a probe looks at: which they are, and how a batch is made of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """One batch of a training set, and the means to see what the module's own ``training_step`` makes of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_grad.core.losses.given_functions import ANY_LOSS, LossRequest, call_of, checked_losses, with_graph
 from lightning_grad.core.losses.sample_losses import SampleLosses, only_loss, refuse_rest, terms_of, trace_of
-from lightning_grad.functional import LossCall, LossCapture, PerSampleGradientNorms
-from lightning_grad.functional.gradients import InseparableLossError, WholeLossCapture
+from lightning_grad.functional import InseparableLossError, LossCall, LossCapture, PerSampleGradientNorms
+from lightning_grad.functional.gradients.whole_loss import WholeLossCapture
 
 Measure = Callable[["Look"], Mapping[str, Tensor]]
 

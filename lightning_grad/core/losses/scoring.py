@@ -3,8 +3,6 @@
 :func:`look_at_all` runs the pass; what is measured of a batch is a function of a :class:`~.look.Look`.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence

@@ -23,9 +23,10 @@ from lightning_grad.core.losses.sample_losses import (
     with_loss,
 )
 from lightning_grad.core.quiet import aside
-from lightning_grad.functional import LossCapture
-from lightning_grad.functional.gradients import LossFunction, Terms, weight_call_, without_ignored
+from lightning_grad.functional import LossCapture, Terms
 from lightning_grad.functional.gradients.autograd import Node
+from lightning_grad.functional.gradients.loss_functions import LossFunction
+from lightning_grad.functional.gradients.terms import weight_call_, without_ignored
 from lightning_grad.utilities.batch_copies import copy_of
 
 _OUTLINE = 16  # nodes that are compared
@@ -37,13 +38,14 @@ class WeighingCapture(LossCapture):
 
     Args:
         samples: As in :class:`LossCapture`.
-        weigh: Called with the losses of each call; returns weights (B,), or ``None`` to leave this one as it is.
+        weigh: Called with the losses of the call that counts; returns weights (B,), or ``None`` to leave it as it is.
         way_out: As in :class:`LossCapture`.
+        which: Which call counts; by default each that has a graph.
     """
 
-    def __init__(self, samples: int | None, weigh: Weigh | None, way_out: str) -> None:
+    def __init__(self, samples: int | None, weigh: Weigh | None, way_out: str, which: int | None = None) -> None:
         super().__init__(samples, way_out=way_out)
-        self._weigh = weigh
+        self._weigh, self._which = weigh, which
         self.nodes: list[Node] = []  # of what the calls returned
 
     def _handle(self, func: Any, loss: LossFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -56,7 +58,8 @@ class WeighingCapture(LossCapture):
         if read is None:
             return value
         call = read.call
-        weights = self._weigh(SampleLosses(call.losses, call, sums=read.sums))
+        counts = call.has_graph if self._which is None else len(self.calls) - 1 == self._which
+        weights = self._weigh(SampleLosses(call.losses, call, sums=read.sums)) if counts else None
         if weights is None:
             return value
         if weights.shape != (call.samples,):
@@ -165,15 +168,12 @@ class ByCall:
 
     def __init__(self, asked: LossRequest, reweight: Weigh | None = None) -> None:
         self._asked, self._reweight = asked, reweight
-        self._seen = 0
         self.outlines: set[tuple[str, ...]] = set()  # of the steps that were looked at, where any was
         self.changed: tuple[str, ...] | None = None  # the outline of a step that was not
 
     def run(self, step: Step) -> Seen:
         """Run a step; return what it returns, and the losses seen for readers; ``None`` for these if it was skipped."""
-        self._seen = 0
-        weigh = None if self._reweight is None else self._weights
-        with WeighingCapture(step.samples, weigh, self._asked.way_out) as capture:
+        with WeighingCapture(step.samples, self._reweight, self._asked.way_out, self._asked.which) as capture:
             output = step.run()
         if step.is_skipped(output):
             return None, None
@@ -184,14 +184,6 @@ class ByCall:
                 outline = outline_of(loss, capture.nodes)
                 self.changed = self.changed if outline in self.outlines else outline
         return output, capture
-
-    def _weights(self, losses: SampleLosses) -> Tensor | None:
-        assert self._reweight is not None
-        assert losses.call is not None
-        self._seen += 1
-        which = self._asked.which
-        is_meant = losses.call.has_graph if which is None else self._seen - 1 == which
-        return self._reweight(losses) if is_meant else None
 
 
 class ByTerms:

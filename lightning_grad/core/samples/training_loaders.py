@@ -115,11 +115,6 @@ class EpochLength:
         self._trainer = trainer
         self._warned_of_interval = False
 
-    @property
-    def batches(self) -> float:
-        """Batches of an epoch as it is now."""
-        return float(self._trainer.fit_loop.max_batches)
-
     def batches_if(self, length_of: Callable[[Any], float]) -> float:
         """Return how many batches an epoch would have if its loaders had the lengths that ``length_of`` gives."""
         loaders = self._trainer.fit_loop._combined_loader

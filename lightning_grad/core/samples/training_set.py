@@ -294,7 +294,7 @@ class TrainingSet:
     @property
     def batches(self) -> float:
         """Batches of an epoch as it is now."""
-        return self._length.batches
+        return float(self._trainer.fit_loop.max_batches)
 
     @property
     def full_batches(self) -> float:

@@ -1,7 +1,5 @@
 """Evaluating one optimizer step a second time: all batches that its gradients come from, at other weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass

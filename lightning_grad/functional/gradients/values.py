@@ -7,10 +7,9 @@ from torch import Tensor
 
 from lightning_grad.functional.gradients.autograd import Edge, Node, apply_backward, kind_of, output_count
 from lightning_grad.functional.gradients.errors import InseparableLossError
-from lightning_grad.functional.gradients.nodes import HOMOGENEOUS, LINEAR
 from lightning_grad.functional.gradients.record import Place, Record
 from lightning_grad.functional.gradients.rows import Rows
-from lightning_grad.functional.gradients.walk import Cut, Input, Walk
+from lightning_grad.functional.gradients.walk import HOMOGENEOUS, LINEAR, Cut, Input, Walk
 from lightning_grad.functional.plain_tensors import plain_tensor
 
 

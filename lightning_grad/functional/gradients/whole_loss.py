@@ -11,9 +11,8 @@ from torch.autograd.graph import GradientEdge
 from lightning_grad.functional.gradients.autograd import Node, kind_of, leaf_of
 from lightning_grad.functional.gradients.loss_capture import LossCapture
 from lightning_grad.functional.gradients.loss_functions import LossCall
-from lightning_grad.functional.gradients.nodes import GUARDING, LINEAR, is_linear
 from lightning_grad.functional.gradients.record import Place, Record, place_of
-from lightning_grad.functional.gradients.walk import Descent
+from lightning_grad.functional.gradients.walk import GUARDING, LINEAR, Descent, is_linear
 from lightning_grad.functional.plain_tensors import plain_tensor, tensors_in
 
 _FROM_OUTSIDE = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.frombuffer, torch.asarray)
