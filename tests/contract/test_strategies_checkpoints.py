@@ -2,17 +2,28 @@
 
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_grad.testing import assert_identical, finish, fit, make_classifier, on_ranks, train_on_ranks
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
-from tests.contract.test_checkpoints import RememberLogits, assert_computes_what_was_validated
+from tests.contract.test_checkpoints import assert_computes_what_was_validated
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
 MANIFEST = "lightning_grad_ranks"
+
+
+class RememberLogits(pl.Callback):
+    """Keeps the logits of every validation by the step at which it ran."""
+
+    def __init__(self) -> None:
+        self.by_step: dict[int, list[torch.Tensor]] = {}
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self.by_step[trainer.global_step] = list(pl_module.validated)
 
 
 def _every_epoch(folder: Any, **arguments: Any) -> ModelCheckpoint:
@@ -32,12 +43,11 @@ def test_checkpoint_loads_strictly_into_the_plain_module_and_computes_what_was_v
     scheme, weights_only, tmp_path
 ):
     on_ranks(1, _save, scheme, tmp_path, weights_only)
-    remembered = RememberLogits()
-    remembered.by_step = torch.load(tmp_path / "validated.pt")
+    validated = torch.load(tmp_path / "validated.pt")
     paths = sorted(tmp_path.glob("*.ckpt"))
     assert len(paths) == 3
     for path in paths:
-        assert_computes_what_was_validated(path, remembered)
+        assert_computes_what_was_validated(path, validated)
         assert (MANIFEST in torch.load(path, weights_only=True)) != weights_only
         assert path.with_name(path.name + ".ranks").exists() != weights_only
 
