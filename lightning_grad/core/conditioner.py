@@ -53,7 +53,7 @@ class GradientConditioner(GradCallback):
     threshold_name: ClassVar[str | None] = None
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
         fp16=yes(
-            "Rules see unscaled gradients; a step that overflows is the GradScaler's to skip, and its norm enters no "
+            "It sees unscaled gradients. The GradScaler skips a step that overflows, and the norm of that step enters no "
             "statistics."
         ),
         fused_fp16=SCALED,
@@ -68,8 +68,8 @@ class GradientConditioner(GradCallback):
         ),
         deepspeed=NO_ENGINE,
         manual_optimization=yes(
-            "`optimizer.step()` on what `self.optimizers()` returns. An optimizer stepped past Lightning keeps its gradients "
-            "as they are, and a warning says so."
+            "Call `step()` on what `self.optimizers()` returns. If you call it on the raw torch optimizer, gradients stay as "
+            "they are, and a warning says so."
         ),
         sparse_gradients=no(
             "needs dense gradients, and {} makes sparse ones",
