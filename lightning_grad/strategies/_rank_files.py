@@ -181,9 +181,7 @@ class RankFiles:
         return _mean(first[OWN], (load(rank)[OWN] for rank in range(1, len(files))), len(files)), first[SHARED]
 
 
-def _load(
-    io: CheckpointIO, file: str, rank: int, manifest: Mapping[str, Any], parameters: Parameters
-) -> dict[str, Any]:
+def _load(io: CheckpointIO, file: str, rank: int, manifest: Mapping[str, Any], layouts: Parameters) -> dict[str, Any]:
     try:
         content = io.load_checkpoint(file, weights_only=True)
     except Exception as error:  # torn, empty or of another kind: each reader has errors of its own for them
@@ -191,7 +189,7 @@ def _load(
         raise UnusableFileError(
             f"the rank file {file} cannot be read ({type(error).__name__}{f': {reason}' if reason else ''})"
         ) from error
-    wrong = misfit(content, manifest, rank, parameters)
+    wrong = misfit(content, manifest, rank, layouts)
     if wrong:
         raise UnusableFileError(f"the rank file {file} {wrong}")
     return dict(content)

@@ -203,9 +203,7 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
     def load_rank_state(self, own: Mapping[str, Any], shared: Mapping[str, Any], changed: set[str]) -> None:
         """Continue with what :meth:`rank_state` returned, although some settings may have changed."""
         to, saved = self.root_device, own["memory"]
-        self.memory = {
-            name: {key: v.to(to) for key, v in saved[name].items()} for name in saved if name in self._chosen
-        }
+        self.memory = {n: {key: v.to(to) for key, v in kept.items()} for n, kept in saved.items() if n in self._chosen}
         if len(self.memory) < len(saved):
             lost = ", ".join(sorted(saved.keys() - self._chosen))
             rank_zero_warn(f"{self.label} no longer compresses {lost}: what was not sent of them is lost.")
@@ -253,10 +251,8 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
             return
         saved = manifest.get("settings", {})
         follow_settings(self.label, saved, self.message_settings, {})
-        policy, parameters = self.residual_policy, self.parameters
-        state, why = self._files.read(
-            self.checkpoint_io, self._loaded_from, manifest, policy, parameters, _first_problem
-        )
+        io, policy, parameters = self.checkpoint_io, self.residual_policy, self.parameters
+        state, why = self._files.read(io, self._loaded_from, manifest, policy, parameters, _first_problem)
         if state is None:
             lost = "begins with nothing unsent: what the saved run had not sent is lost"
             rank_zero_warn(f"{self.label} {lost}, because {why}.")

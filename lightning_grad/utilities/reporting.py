@@ -305,6 +305,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+def first_sentence(error: Exception) -> str:
+    """Return what is wrong; what to do about it, in the words of the function that raised, may not apply elsewhere."""
+    return str(error).partition(". ")[0].removesuffix(".")
+
+
 def listed(names: Iterable[object], most: int = 5) -> str:
     """Return the first names of a list, for a sentence.
 

@@ -12,12 +12,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_grad.callbacks.adversarial._pieces import joined, parted, support_of
+from lightning_grad.core.compatibility import yes
 from lightning_grad.functional.plain_tensors import dressed, is_opaque, plain_tensor
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.batches import EVERY, Path, first_numbers, input_at, text_of, with_input
 from lightning_grad.utilities.forward_order import is_compiled
 from lightning_grad.utilities.input_patterns import are_samples, expanded, find_inputs, has_inputs, neighbours
 
+COMPILED = yes("Attacks run compiled modules. Where the output of an embedding is attacked, compiled modules raise.")
 Run = Callable[[Any], Any]
 
 

@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_grad.callbacks.adversarial._attack import COMPILED, Attack, space_of
+from lightning_grad.callbacks.adversarial._attack import Attack
+from lightning_grad.callbacks.adversarial._places import COMPILED
 from lightning_grad.callbacks.adversarial._second_state import SecondState
 from lightning_grad.callbacks.adversarial._worst_inputs import WorstInputs
 from lightning_grad.core.callback import Chosen, GradCallback
@@ -149,11 +150,9 @@ class AdversarialEvaluation(GradCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self._attack = Attack(epsilon, steps, step_size, norm, random_start, *space_of(bounds, mean, std))
+        self._attack = Attack(epsilon, steps, step_size, norm, random_start, bounds, mean, std)
         if restarts > 1 and not random_start:
-            raise ValueError(
-                f"restarts={restarts} without random_start would repeat one attack. Keep random_start=True."
-            )
+            raise ValueError(f"restarts={restarts} without random_start would repeat one attack. Keep it at True.")
         self.epsilon = epsilon
         self.steps = steps
         self.restarts = check_count(restarts, 1, "restarts")

@@ -17,18 +17,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_grad.callbacks.data_pruning import _measures as measures
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
-from lightning_grad.callbacks.data_pruning._measures import (
-    BY_CLASSES,
-    HISTORIES,
-    MEASURES,
-    MEASURES_ALONE,
-    ONE_BY_ONE,
-    ScoreFunction,
-    errors_of,
-    gradient_by_input,
-    scores_of,
-)
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
 from lightning_grad.core.losses.look import Look, Measure
 from lightning_grad.core.ranks import first_of_ranks, sum_over_ranks
@@ -106,7 +96,7 @@ def source_of(settings: DataPruning) -> ScoreSource:
         source = PassScores(getattr(settings.score_fn, "__name__", "score_fn"), settings.score_fn)
     elif settings.keep == "random":
         source = PassScores(CHANCE) if settings.balances_classes else Chance(CHANCE)
-    elif settings.score in HISTORIES:
+    elif settings.score in measures.HISTORIES:
         source = HistoryScores(settings.score)
     elif settings.score == "vog":
         source = VarianceScores("vog")
@@ -171,17 +161,17 @@ class PassScores(ScoreSource):
         one_by_one: Whether batches of one sample are measured.
     """
 
-    def __init__(self, name: str, score_fn: ScoreFunction | None = None, one_by_one: bool = False) -> None:
+    def __init__(self, name: str, score_fn: measures.ScoreFunction | None = None, one_by_one: bool = False) -> None:
         super().__init__(name)
         self.runs_the_step = score_fn is None
-        self.measure = None if score_fn is None else partial(scores_of, score_fn)
-        self.by_terms = score_fn is None and name in ONE_BY_ONE
-        self.by_classes = score_fn is None and name in BY_CLASSES
+        self.measure = None if score_fn is None else partial(measures.scores_of, score_fn)
+        self.by_terms = score_fn is None and name in measures.ONE_BY_ONE
+        self.by_classes = score_fn is None and name in measures.BY_CLASSES
         self._one_by_one = one_by_one
 
     @property
     def _measure(self) -> Measure:  # looked up, because a function of the table cannot be pickled
-        return self.measure or (MEASURES_ALONE if self._one_by_one else MEASURES)[self.name]
+        return self.measure or (measures.MEASURES_ALONE if self._one_by_one else measures.MEASURES)[self.name]
 
     def rehearse(self, passes: Passes) -> Mapping[str, Tensor] | None:
         return passes.rehearse(self._measure)
@@ -221,7 +211,7 @@ class VarianceScores(ScoreSource):
         return passes.rehearse(VarianceScores(self.name)._take_in)
 
     def _take_in(self, look: Look) -> Mapping[str, Tensor]:
-        gradients, classes = gradient_by_input(look)
+        gradients, classes = measures.gradient_by_input(look)
         self._gradients = self._gradients or rules.vog_state(look.total, gradients.shape[1:])
         rules.update_vog_(self._gradients, torch.tensor(look.indices), gradients)
         self._measured += look.indices
@@ -296,7 +286,7 @@ class HistoryScores(ScoreSource):
     def read(self, callback: DataPruning, call: LossCall) -> None:
         """Take in the loss of a batch."""
         indices, total = callback.indices, callback.training_set.sampler.total
-        with errors_of(callback.label):
+        with measures.errors_of(callback.label):
             self._values.put(indices, rules.margin(call) if self._is_aum else is_correct(call), total)
         if call.labels is not None:
             self._labels.put(indices, call.labels, total)

@@ -43,9 +43,8 @@ class MonitorRecord(RunRecord):
         self.skipped += skipped
         known = math.nan if self._largest is None else self._largest
         self._largest = before if math.isfinite(before) and not before <= known else known
-        self.add(
-            {"step": step, "norm": before, "norm_after": after, "clipped": float(clipped), "skipped": float(skipped)}
-        )
+        events = {"clipped": float(clipped), "skipped": float(skipped)}
+        self.add({"step": step, "norm": before, "norm_after": after, **events})
 
     def add_layers(self, step: int, norms: Mapping[str, float]) -> None:
         """Take in the norms of the layers at a log step."""

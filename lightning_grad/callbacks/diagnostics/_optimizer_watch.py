@@ -121,9 +121,7 @@ class OptimizerWatch:
         present = [(n, p, g) for n, p, g in zip(self.names, self.parameters, gradients, strict=True) if g is not None]
         weights = [plain_tensor(parameter).detach() for parameter in self.parameters]
         self._details = {"norm": self._join(norms), "weight_norm": self._join(stack_norms(weights))}
-        self._snapshot = [
-            (parameter, weight.clone()) for parameter, weight in zip(self.parameters, weights, strict=True)
-        ]
+        self._snapshot = [(p, weight.clone()) for p, weight in zip(self.parameters, weights, strict=True)]
         self._measure_vanishing(gradients, norms)
         pairs = [(g, self._previous[n]) for n, _, g in present if n in self._previous]
         if pairs:

@@ -44,9 +44,7 @@ def draw_rates(record: RunRecord, title: str, monitor: str, window: int, thresho
     if cuts:
         axes[0].plot([], [], label=f"{len(cuts)} {'cut' if len(cuts) == 1 else 'cuts'}", **_DASHED)
     axes[0].set_ylabel(monitor)
-    axes[0].legend(
-        frameon=False, fontsize="small", ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0.0
-    )
+    axes[0].legend(frameon=False, fontsize="small", ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0)
     known = [(row[x], row["accuracy_gradient"]) for row in rows if row["accuracy_gradient"] is not None]
     _draw_gradient(axes[1], known, threshold, size)
     _draw_rate(axes[2], xs, [row["learning_rate"] for row in rows])
