@@ -4,7 +4,8 @@ import csv
 import dataclasses
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,17 +125,19 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: If the folder cannot be made or written to.
     """
-    path = score_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = _part_of(path)
-    try:
+    with _part_of(score_path(path)) as part:
         part.touch()
+
+
+@contextmanager
+def _part_of(path: Path) -> Iterator[Path]:
+    """Yield where a file is written before it takes its place; nothing stays there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
     finally:
         part.unlink(missing_ok=True)
-
-
-def _part_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def save_scores(scores: SampleScores, path: str | os.PathLike[str]) -> Path:
@@ -154,14 +157,10 @@ def save_scores(scores: SampleScores, path: str | os.PathLike[str]) -> Path:
         ValueError: If the path names no file.
     """
     path = score_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = _part_of(path)
-    try:
+    with _part_of(path) as part:
         with part.open("wb") as file:
             np.savez(file, **_entries(scores))
         part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 
@@ -301,8 +300,7 @@ def _check_alike(first: SampleScores, other: SampleScores) -> None:
     differences = found.differences(there) if found and there else []
     if differences:
         raise ValueError(
-            f"Only scores of one data set have a mean; {' and '.join(differences)} differ. Name files of the same data "
-            "set only."
+            f"Only scores of one data set have a mean; {' and '.join(differences)} differ. Name files of one only."
         )
     labels = [scores.labels for scores in (first, other) if scores.labels is not None]
     same = {"indices": torch.equal(first.items, other.items), "labels": len(labels) < 2 or torch.equal(*labels)}

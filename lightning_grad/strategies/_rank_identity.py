@@ -28,12 +28,9 @@ def layout_of(parameter: Tensor) -> Layout:
 
 def identity_of(manifest: Mapping[str, Any], rank: int, memory: Memory, parameters: Parameters) -> dict[str, Any]:
     """Return the identity of a rank file: its save, its rank, and the names, shapes and layouts of its parameters."""
-    return {
-        **{key: manifest[key] for key in ("strategy", "save", "ranks")},
-        "rank": rank,
-        "parameters": {name: parameters[name] for name in memory},
-        "memory": _shapes(memory),
-    }
+    save = {key: manifest[key] for key in ("strategy", "save", "ranks")}
+    known = {name: parameters[name] for name in memory}
+    return {**save, "rank": rank, "parameters": known, "memory": _shapes(memory)}
 
 
 def misfit(content: Any, manifest: Mapping[str, Any], rank: int, parameters: Parameters) -> str:

@@ -11,6 +11,7 @@ import csv
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_grad.utilities.imports import is_installed
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 _MOST_TEXT_ROWS = 200  # of a table that TensorBoard shows as text
+
+
+def is_installed(package: str) -> bool:
+    """Say whether an optional package can be imported, without importing it."""
+    return find_spec(package) is not None
 
 
 def stepped_batches(trainer: pl.Trainer) -> int:
@@ -189,11 +193,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def log_table(
-    trainer: pl.Trainer,
-    key: str,
-    rows: Sequence[Mapping[str, Any]],
-    path: Path | None,
-    pictures: Sequence[Any | None] | None = None,
+    trainer: pl.Trainer, key: str, rows: Sequence[Mapping[str, Any]], path: Path | None, pictures: Sequence[Any] = ()
 ) -> None:
     """Save rows of equal keys as CSV, and send them to the loggers that show tables.
 
@@ -211,7 +211,7 @@ def log_table(
     columns, data, step = list(rows[0]), [list(row.values()) for row in rows], stepped_batches(trainer)
     for logger in _loggers(trainer):
         if hasattr(logger, "log_table"):
-            images = _images(logger, pictures or [])
+            images = _images(logger, pictures)
             shown = [[image, *line] for image, line in zip(images, data, strict=True)] if images else data
             logger.log_table(key=key, columns=[*(["picture"] if images else []), *columns], data=shown, step=step)
         elif hasattr(_experiment(logger), "add_text"):
@@ -220,7 +220,7 @@ def log_table(
             _experiment(logger).add_text(key, text, global_step=step)
 
 
-def _images(logger: Any, pictures: Sequence[Any | None]) -> list[Any]:
+def _images(logger: Any, pictures: Sequence[Any]) -> list[Any]:
     """Return pictures as a logger shows them in a table; nothing if it cannot, or there is none."""
     if all(picture is None for picture in pictures) or not _is_wandb(logger) or not is_installed("PIL"):
         return []

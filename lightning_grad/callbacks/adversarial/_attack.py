@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.callbacks.adversarial._places import Place
+from lightning_grad.callbacks.adversarial._places import Place, Run
 from lightning_grad.core.losses.sample_losses import loss_of_output
 from lightning_grad.functional.adversarial.attacks import IndependentLossError, Norm, fgsm, pgd
 from lightning_grad.functional.shuffling import hashed_seed
@@ -21,6 +21,8 @@ from lightning_grad.utilities.reporting import counted
 
 _LARGEST = 1e30  # what is computed from it still fits into float32
 _ROUNDING = 1e-3  # of the bounds' distance: half precision, and means that were rounded
+
+Loss = Callable[[Tensor], Tensor]  # of the inputs
 
 
 @dataclass
@@ -65,12 +67,7 @@ class Attack:
         return f"{counted(self.steps, 'step')}, epsilon {self.epsilon:g} in {self.norm}"
 
     def __call__(
-        self,
-        loss_of: Callable[[Tensor], Tensor],
-        inputs: Tensor,
-        generator: torch.Generator | None = None,
-        share: float = 1.0,
-        support: Tensor | None = None,
+        self, loss_of: Loss, inputs: Tensor, generator: torch.Generator, support: Tensor | None, share: float = 1.0
     ) -> Tensor:
         """Attack inputs, with this share of epsilon and step size, where the support is 1."""
         settings = {**vars(self), "epsilon": share * self.epsilon, "generator": generator, "support": support}
@@ -122,12 +119,8 @@ def generator_for(device: torch.device, seed: int, purpose: str) -> torch.Genera
 
 
 def attack_losses(
-    trainer: pl.Trainer,
-    place: Place,
-    batch: Any,
-    run: Callable[[Any], Any],
-    note: Callable[[Tensor], None] | None = None,
-) -> Callable[[Tensor], Tensor]:
+    trainer: pl.Trainer, place: Place, batch: Any, run: Run, note: Callable[[Tensor], None] | None = None
+) -> Loss:
     """Return the loss that an attack raises, as a function of the inputs.
 
     Under a GradScaler it is multiplied by the scale: small gradients with respect to inputs would vanish in half precision.

@@ -93,7 +93,7 @@ class OverfittingCheck:
         for purpose, attack in attacks.items():
             generator = generator_for(clean.device, trainer.global_rank, purpose)
             try:
-                attacked = attack(loss_of, clean, generator, support=place.support(batch))
+                attacked = attack(loss_of, clean, generator, place.support(batch))
             except (NoLossError, IndependentLossError) as error:
                 raise _UnknownAccuracyError(str(error)) from None
             # With gradients: a step may take some itself, as a gradient penalty does.

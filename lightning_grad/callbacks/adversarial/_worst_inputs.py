@@ -128,7 +128,7 @@ class WorstInputs:
         for restart in range(self.restarts):
             generator = generator_for(clean.device, self.seed, f"{purpose}/{restart}")
             try:
-                inputs = self.attack(loss_of, clean, generator, support=place.support(batch))
+                inputs = self.attack(loss_of, clean, generator, place.support(batch))
             except NoLossError:
                 raise self._without_loss() from None
             except IndependentLossError as error:

@@ -184,8 +184,7 @@ class AdversarialEvaluation(GradCallback):
             self._warn_of_no_validation()
         if getattr(trainer, "barebones", False):
             rank_zero_warn(
-                f"{self.label} logs once more what the module logs, and Trainer(barebones=True) logs nothing. Drop one of "
-                "the two."
+                f"{self.label} logs once more what the module logs, and Trainer(barebones=True) logs nothing. Drop one."
             )
         for hook in (template.format(_STAGES[stage]) for template in _HOOKS):
             around = partial(self._twice, trainer, hook)
@@ -278,13 +277,7 @@ class AdversarialEvaluation(GradCallback):
         return output
 
     def _step(
-        self,
-        trainer: pl.Trainer,
-        evaluation: Evaluation,
-        inner: Callable[..., Any],
-        batch: Any,
-        *args: Any,
-        **kwargs: Any,
+        self, trainer: pl.Trainer, now: Evaluation, inner: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """Attack the batch, run the step on it, and return what it returns and what it got."""
 
@@ -292,12 +285,12 @@ class AdversarialEvaluation(GradCallback):
             return inner(shown, *args, **kwargs)
 
         if batch is None:  # which a collate function may give for samples that it rejects
-            with self._as_second(trainer, evaluation.second):
+            with self._as_second(trainer, now.second):
                 return run(None), None
         batch_idx, loader = (*args, 0, 0)[:2]
-        with self._looking(trainer, evaluation):
+        with self._looking(trainer, now):
             place, inputs = self._search.run(trainer, run, batch, batch_idx, loader)
-        with place.shown(batch, inputs) as shown, self._as_second(trainer, evaluation.second):
+        with place.shown(batch, inputs) as shown, self._as_second(trainer, now.second):
             return run(shown), shown
 
     @contextmanager

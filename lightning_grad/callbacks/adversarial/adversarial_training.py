@@ -257,7 +257,7 @@ class AdversarialTraining(GradCallback):
             generator = generator_for(clean.device, self.seed, "/".join(map(str, (*position, trainer.global_rank))))
             loss_of = attack_losses(trainer, place, batch, run, self._note_start)
             try:
-                attacked = self._attack(loss_of, clean, generator, share, place.support(batch))
+                attacked = self._attack(loss_of, clean, generator, place.support(batch), share)
             except IndependentLossError as error:
                 raise refused(error, self.label) from None
             except Exception as error:

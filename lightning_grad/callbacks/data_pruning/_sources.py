@@ -77,7 +77,9 @@ class ScoreSource:
 
     def _scored(self, passes: Passes, values: Tensor, found: Mapping[str, Tensor]) -> ScoredSet:
         labels, predictions = _classes(found.get("label")), _classes(found.get("prediction"))
-        return ScoredSet(self.name, passes.epoch, values.double(), labels=labels, predictions=predictions)
+        return ScoredSet(
+            self.name, passes.trainer.current_epoch, values.double(), labels=labels, predictions=predictions
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs."""
@@ -113,7 +115,7 @@ class Chance(ScoreSource):
     pairs_rows = False
 
     def take(self, passes: Passes) -> ScoredSet:
-        return self._scored(passes, torch.zeros(passes.total), {})
+        return self._scored(passes, torch.zeros(passes.training_set.sampler.total), {})
 
 
 class FileScores(ScoreSource):
@@ -139,17 +141,18 @@ class FileScores(ScoreSource):
             ValueError: If they belong to another data set.
         """
         paths, strict = passes.callback.score_files or [], passes.callback.strict
+        total = passes.training_set.sampler.total
         scores = average_scores([load_scores(path, passes.items, strict) for path in paths])
         labels = None
         if scores.labels is not None:
-            labels = _classes(SampleScores(scores.labels.double(), "labels", index=scores.index).dense(passes.total))
+            labels = _classes(SampleScores(scores.labels.double(), "labels", index=scores.index).dense(total))
         epoch = -1 if scores.epoch is None else int(scores.epoch)
-        self._found = ScoredSet(scores.name, epoch, scores.dense(passes.total), labels=labels)
+        self._found = ScoredSet(scores.name, epoch, scores.dense(total), labels=labels)
         return self._found
 
     def take(self, passes: Passes) -> ScoredSet:
         found = self._found or self.look(passes)
-        return replace(found, epoch=passes.epoch) if found.epoch < 0 else found
+        return replace(found, epoch=passes.trainer.current_epoch) if found.epoch < 0 else found
 
 
 class PassScores(ScoreSource):
@@ -219,12 +222,12 @@ class VarianceScores(ScoreSource):
 
     def epoch_begins(self, passes: Passes) -> None:
         rounds, count = [epoch for epoch, _ in passes.callback.rounds], passes.callback.checkpoints
-        later = [epoch for epoch in rounds if epoch >= passes.epoch]
+        later = [epoch for epoch in rounds if epoch >= passes.trainer.current_epoch]
         if not later:
             return
-        first = max([self._begun_in, *(epoch for epoch in rounds if epoch < passes.epoch)])
+        first = max([self._begun_in, *(epoch for epoch in rounds if epoch < passes.trainer.current_epoch)])
         spacing = (min(later) - first) / count
-        if passes.epoch in {first + math.ceil(spacing * (number + 1)) for number in range(count)}:
+        if passes.trainer.current_epoch in {first + math.ceil(spacing * (number + 1)) for number in range(count)}:
             self._found = passes.run(self._take_in, "Collecting gradients for vog")
             self._share(passes.trainer)
 
@@ -245,8 +248,8 @@ class VarianceScores(ScoreSource):
         if count is None or not (count > 1).any():
             raise ValueError(
                 "score='vog' is the variance over at least two passes, which come at different epochs; before epoch "
-                f"{passes.epoch} there was {'none' if count is None else 'one'}. Set checkpoints to at least 2, and "
-                "epoch so that this fit trains for at least 2 epochs before each round."
+                f"{passes.trainer.current_epoch} there was {'none' if count is None else 'one'}. Set checkpoints to at least 2, "
+                "and epoch so that this fit trains for at least 2 epochs before each round."
             )
         values, labels = rules.vog(self._gradients).double(), _classes(self._found.get("label"))
         self._gradients = {}

@@ -55,13 +55,9 @@ class MonitorRecord(RunRecord):
         last, largest, self._largest = self.last, self._largest, None
         if largest is None:
             return {}
-        return {
-            "norm": last["norm"],
-            "norm_after": last["norm_after"],
-            "coefficient": last["norm_after"] / last["norm"] if last["norm"] > 0 else 1.0,
-            "norm_max": largest,
-            **self.totals(),
-        }
+        norms = {"norm": last["norm"], "norm_after": last["norm_after"], "norm_max": largest}
+        coefficient = last["norm_after"] / last["norm"] if last["norm"] > 0 else 1.0
+        return {**norms, "coefficient": coefficient, **self.totals()}
 
     def totals(self) -> dict[str, float]:
         """Return the share of steps that were clipped so far, and the number of those that were skipped."""

@@ -18,6 +18,8 @@ from lightning_grad.utilities.optimizers import Shape, optimizer_shape
 
 _MOST_ROWS = 4096  # that wait for a log step; a run that never logs waits for the device once in so many steps
 
+Named = Sequence[tuple[str, Tensor]]
+
 
 @dataclass(frozen=True)
 class Place:
@@ -43,12 +45,7 @@ class OptimizerWatch:
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        named: Sequence[tuple[str, Tensor]],
-        depth: int | None,
-        record: MonitorRecord,
-        scaled: bool,
+        self, optimizer: Optimizer, named: Named, depth: int | None, record: MonitorRecord, scaled: bool
     ) -> None:
         self.record = record
         self.first_bad: dict[str, Any] = {}
@@ -62,7 +59,7 @@ class OptimizerWatch:
         self._snapshot: list[tuple[Tensor, Tensor]] = []
         self.follow(optimizer, named)
 
-    def follow(self, optimizer: Optimizer, named: Sequence[tuple[str, Tensor]]) -> None:
+    def follow(self, optimizer: Optimizer, named: Named) -> None:
         """Watch an optimizer from now on, with the parameters that it has now."""
         self.drain()
         self.optimizer = optimizer

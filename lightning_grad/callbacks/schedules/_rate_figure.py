@@ -61,16 +61,13 @@ def _draw_gradient(axis: Axes, known: list[tuple[float, float]], threshold: floa
         axis.fill_between(xs, gradients, threshold, where=below, interpolate=True, color=_CUT, alpha=0.15)
         axis.plot(xs, gradients, "o-", color=_MEAN, markersize=size, linewidth=1.2)
     axis.axhline(threshold, color=_THRESHOLD, linewidth=1.0)
-    axis.annotate(
-        f"threshold {threshold:g}",
-        (0.0, threshold),  # on the left, where there is no gradient yet
-        xycoords=("axes fraction", "data"),
-        xytext=(3, 3),
-        textcoords="offset points",
-        ha="left",
-        fontsize="small",
-        color=_THRESHOLD,
-    )
+    place = (
+        (0.0, threshold),
+        (3, 3),
+        ("axes fraction", "data"),
+        "offset points",
+    )  # on the left: there is no gradient yet
+    axis.annotate(f"threshold {threshold:g}", *place, ha="left", fontsize="small", color=_THRESHOLD)
     axis.set_ylabel("gain of the mean")
 
 

@@ -45,8 +45,7 @@ def settle_unfinished(weights: Sequence[SparseWeight], progress: float, bake: bo
         else "The weights are left as validated; bake_on_early_stop=True would prune them to the final pattern."
     )
     rank_zero_warn(
-        f"{technique}: the run stopped at {100 * progress:.0f} % of its schedule, before the final pattern was reached. "
-        f"{outcome}"
+        f"{technique}: the run stopped at {100 * progress:.0f} % of its schedule, before the final pattern. {outcome}"
     )
 
 
