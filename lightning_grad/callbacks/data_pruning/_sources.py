@@ -248,8 +248,8 @@ class VarianceScores(ScoreSource):
         if count is None or not (count > 1).any():
             raise ValueError(
                 "score='vog' is the variance over at least two passes, which come at different epochs; before epoch "
-                f"{passes.trainer.current_epoch} there was {'none' if count is None else 'one'}. Set checkpoints to at least 2, "
-                "and epoch so that this fit trains for at least 2 epochs before each round."
+                f"{passes.trainer.current_epoch} there was {'none' if count is None else 'one'}. Set "
+                "checkpoints to at least 2, and epoch so that this fit trains for at least 2 epochs before each round."
             )
         values, labels = rules.vog(self._gradients).double(), _classes(self._found.get("label"))
         self._gradients = {}
