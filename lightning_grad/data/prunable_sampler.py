@@ -148,10 +148,9 @@ class PrunableBatchSampler(data.Sampler[list[int]]):
         kept = torch.as_tensor(indices, dtype=torch.int64)
         if not len(kept):
             raise ValueError("At least one sample must be kept; got none.")
-        if int(kept.min()) < 0 or int(kept.max()) >= self.total:
-            raise ValueError(
-                f"Indices must lie in a data set of {self.total}; got {int(kept.min())} to {int(kept.max())}."
-            )
+        low, high = int(kept.min()), int(kept.max())
+        if low < 0 or high >= self.total:
+            raise ValueError(f"Indices must lie in a data set of {self.total}; got {low} to {high}.")
         self._kept, self._samples = kept, samples
 
     def __len__(self) -> int:

@@ -106,19 +106,17 @@ class Stopwatch:
         return time.perf_counter()
 
 
-def measure_noise(
-    before: Tensor | None, gradients: Sequence[Tensor], ranks: int, mean: Callable[[Tensor], Tensor]
-) -> Tensor:
+def measure_noise(past: Tensor | None, flat: Sequence[Tensor], ranks: int, mean: Callable[[Tensor], Tensor]) -> Tensor:
     """Return averages of noise and signal over log steps, (2,), in units of one rank's batch.
 
     Args:
-        before: Averages so far; ``None`` at first.
-        gradients: Of this rank, flat.
+        past: Averages so far; ``None`` at first.
+        flat: Gradients of this rank, flat.
         ranks: How many ranks there are, at least 2.
         mean: Averages a tensor over ranks.
     """
-    stride = max(1, sum(gradient.numel() for gradient in gradients) // _MOST_ENTRIES)
-    sample = torch.cat([gradient[::stride].float() for gradient in gradients])
+    stride = max(1, sum(gradient.numel() for gradient in flat) // _MOST_ENTRIES)
+    sample = torch.cat([gradient[::stride].float() for gradient in flat])
     averaged = mean(torch.cat([sample, sample.square().sum().view(1)]))
     terms = noise_scale_terms(averaged[-1], averaged[:-1].square().sum(), 1, ranks)
-    return average_noise_terms(before, torch.stack(terms).double().cpu(), _DECAY)
+    return average_noise_terms(past, torch.stack(terms).double().cpu(), _DECAY)

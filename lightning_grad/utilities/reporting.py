@@ -155,7 +155,7 @@ def log_figure(trainer: pl.Trainer, key: str, drawn: Figure | Callable[[], Figur
     figure = drawn() if callable(drawn) else drawn
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    _send_image(trainer, key, path, "add_figure", figure, close=False)
+    _send_image(trainer, key, path, "add_figure", figure, "", close=False)
 
 
 def log_picture(trainer: pl.Trainer, key: str, pixels: NDArray[np.uint8], path: Path | None, caption: str = "") -> None:
@@ -169,16 +169,14 @@ def log_picture(trainer: pl.Trainer, key: str, pixels: NDArray[np.uint8], path: 
     _send_image(trainer, key, path, "add_image", pixels, caption, dataformats="HW" if pixels.ndim == 2 else "HWC")
 
 
-def _send_image(
-    trainer: pl.Trainer, key: str, path: Path, method: str, image: Any, caption: str = "", **options: Any
-) -> None:
+def _send_image(trainer: pl.Trainer, key: str, path: Path, method: str, image: Any, caption: str, **more: Any) -> None:
     """Send an image as a file (W&B), or as an object by a method of the logger's experiment (TensorBoard)."""
     step = stepped_batches(trainer)
     for logger in _loggers(trainer):
         if hasattr(logger, "log_image"):
             logger.log_image(key=key, images=[str(path)], step=step, **({"caption": [caption]} if caption else {}))
         elif hasattr(_experiment(logger), method):
-            getattr(_experiment(logger), method)(key, image, global_step=step, **options)
+            getattr(_experiment(logger), method)(key, image, global_step=step, **more)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

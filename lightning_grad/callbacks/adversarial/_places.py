@@ -89,18 +89,16 @@ class BatchTensor(Place):
         """Return where the input is, and whether each is a sample: in a batch of another form it is looked for again."""
         if has_inputs(batch, self._pattern):
             return self._pattern, self._samples
-        pattern = find_inputs(batch, self._input_key, self._needed_by)
-        if pattern is None:
+        found = find_inputs(batch, self._input_key, self._needed_by)
+        if found is None:
             raise TypeError(
                 f"{self._needed_by} perturbs {text_of(self._pattern)}, and a later batch has no floating tensor there, and "
                 "no other input that is clear. Name by input_key one that every batch has."
             )
-        if pattern not in self._told:
-            self._told.append(pattern)
-            rank_zero_info(
-                f"{self._needed_by} perturbs {text_of(pattern)} in batches without {text_of(self._pattern)}."
-            )
-        return pattern, are_samples(batch, pattern)
+        if found not in self._told:
+            self._told.append(found)
+            rank_zero_info(f"{self._needed_by} perturbs {text_of(found)} in batches without {text_of(self._pattern)}.")
+        return found, are_samples(batch, found)
 
 
 def _in_place_of(old: Tensor, new: Tensor) -> Tensor:

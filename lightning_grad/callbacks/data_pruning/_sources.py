@@ -77,9 +77,8 @@ class ScoreSource:
 
     def _scored(self, passes: Passes, values: Tensor, found: Mapping[str, Tensor]) -> ScoredSet:
         labels, predictions = _classes(found.get("label")), _classes(found.get("prediction"))
-        return ScoredSet(
-            self.name, passes.trainer.current_epoch, values.double(), labels=labels, predictions=predictions
-        )
+        epoch = passes.trainer.current_epoch
+        return ScoredSet(self.name, epoch, values.double(), labels=labels, predictions=predictions)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs."""
