@@ -193,11 +193,8 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
         memory = {name: {key: value.clone() for key, value in kept.items()} for name, kept in self.memory.items()}
         batches: Any = self._trainer.fit_loop.epoch_loop.batch_progress.current
         is_under_way = self._trainer.interrupted and batches.started > batches.processed  # so that the batch runs again
-        shared = {
-            "in_flight": self._in_flight if is_under_way else None,
-            "ledger": self.ledger.state_dict(),
-            "noise": self._noise,
-        }
+        in_flight = self._in_flight if is_under_way else None
+        shared = {"in_flight": in_flight, "ledger": self.ledger.state_dict(), "noise": self._noise}
         return {"memory": memory, "is_accumulated": self._is_accumulated}, shared
 
     def load_rank_state(self, own: Mapping[str, Any], shared: Mapping[str, Any], changed: set[str]) -> None:

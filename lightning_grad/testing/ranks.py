@@ -31,10 +31,8 @@ def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
     """
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")
-        processes = [
-            context.Process(target=_be_rank, args=(rank, ranks, folder, work, arguments), daemon=True)
-            for rank in range(ranks)
-        ]
+        given = (ranks, folder, work, arguments)
+        processes = [context.Process(target=_be_rank, args=(rank, *given), daemon=True) for rank in range(ranks)]
         for process in processes:
             process.start()
         _join(processes)

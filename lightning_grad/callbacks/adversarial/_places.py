@@ -242,11 +242,9 @@ def _refuse_unclear(batch: Any, has_embedding: bool, needed_by: str) -> None:
     is_image = value is not None and value.dtype == torch.uint8 and value.dim() > 2
     if has_embedding and not is_image:
         return
-    why = (
-        f"the first tensor of the batch with two or more dimensions, {text_of(path)}, is one of {value.dtype}"
-        if path is not None and value is not None
-        else "the batch holds no floating tensor with two or more dimensions (targets, masks and weights aside)"
-    )
+    why = "the batch holds no floating tensor with two or more dimensions (targets, masks and weights aside)"
+    if path is not None and value is not None:
+        why = f"the first tensor of the batch with two or more dimensions, {text_of(path)}, is one of {value.dtype}"
     but = "no nn.Embedding would take it" if has_embedding else "the module has no nn.Embedding"
     raise TypeError(
         f"{needed_by} needs an input with a gradient: {why}, and {but}. Convert integer images to floats in the data set or "

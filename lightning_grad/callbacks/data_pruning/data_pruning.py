@@ -407,11 +407,9 @@ class DataPruning(SubsetCallback):
         if share == 0.0:
             rank_zero_info(f"{self.label} has scored {total} samples by {name}, and keeps them all.")
             return
-        what = (
-            "Epochs keep their number of steps, and pass through these samples more than once."
-            if self.passes_more_than_once
-            else "Epochs get shorter, and schedules that step with batches advance faster, to end where they would have."
-        )
+        what = "Epochs get shorter, and schedules that step with batches advance faster, to end where they would have."
+        if self.passes_more_than_once:
+            what = "Epochs keep their number of steps, and pass through these samples more than once."
         rank_zero_info(f"{self.label} goes on with {count} of {total} samples (by {name}). {what}")
 
     def _save(self, trainer: pl.Trainer, scored: ScoredSet) -> None:

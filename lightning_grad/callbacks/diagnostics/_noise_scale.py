@@ -88,11 +88,8 @@ class NoiseScaleMeter:
         """Get ready for one part of the batch of a measured step."""
         if not self._handles:
             self._squares, self._parts = [], 0
-            self._handles = [
-                p.register_hook(self._see)  # type: ignore[no-untyped-call]
-                for p in parameters
-                if p.requires_grad
-            ]
+            trained = [parameter for parameter in parameters if parameter.requires_grad]
+            self._handles = [p.register_hook(self._see) for p in trained]  # type: ignore[no-untyped-call]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about batches of which the size can be read in two ways
             try:

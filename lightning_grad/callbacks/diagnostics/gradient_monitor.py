@@ -315,12 +315,9 @@ class GradientMonitor(GradCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         self._drain()
-        return {
-            **super().state_dict(),
-            "records": {str(index): record.state_dict() for index, record in self._records.items()},
-            "noise": self._noise.state_dict(),
-            **self._first_bad.state_dict(),
-        }
+        records = {str(index): record.state_dict() for index, record in self._records.items()}
+        own = {"records": records, "noise": self._noise.state_dict(), **self._first_bad.state_dict()}
+        return {**super().state_dict(), **own}
 
     # The fit ends.
 

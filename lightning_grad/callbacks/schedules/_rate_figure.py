@@ -61,12 +61,8 @@ def _draw_gradient(axis: Axes, known: list[tuple[float, float]], threshold: floa
         axis.fill_between(xs, gradients, threshold, where=below, interpolate=True, color=_CUT, alpha=0.15)
         axis.plot(xs, gradients, "o-", color=_MEAN, markersize=size, linewidth=1.2)
     axis.axhline(threshold, color=_THRESHOLD, linewidth=1.0)
-    place = (
-        (0.0, threshold),
-        (3, 3),
-        ("axes fraction", "data"),
-        "offset points",
-    )  # on the left: there is no gradient yet
+    # On the left, where there is no gradient yet.
+    place = (0.0, threshold), (3, 3), ("axes fraction", "data"), "offset points"
     axis.annotate(f"threshold {threshold:g}", *place, ha="left", fontsize="small", color=_THRESHOLD)
     axis.set_ylabel("gain of the mean")
 

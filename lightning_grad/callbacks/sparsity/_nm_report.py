@@ -36,14 +36,11 @@ def settle_unfinished(weights: Sequence[SparseWeight], progress: float, bake: bo
     """
     if all(weight.phase.final for weight in weights):
         return
+    outcome = "The weights are left as validated; bake_on_early_stop=True would prune them to the final pattern."
     if bake:
+        outcome = "The weights are pruned to the final pattern, untrained for it."
         for weight in weights:
             weight.phase = NMPhase(weight.pattern, 0.0, True)
-    outcome = (
-        "The weights are pruned to the final pattern, untrained for it."
-        if bake
-        else "The weights are left as validated; bake_on_early_stop=True would prune them to the final pattern."
-    )
     rank_zero_warn(
         f"{technique}: the run stopped at {100 * progress:.0f} % of its schedule, before the final pattern. {outcome}"
     )

@@ -472,14 +472,11 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {
-            **super().state_dict(),
-            "progress": self._progress,
-            "record": self._record.state_dict(),
-            "logged_masks": self._meter.state_dict(),
-            "frozen": self.recipe == "step" and self._progress >= self.dense_fraction,
-            "restarted": self._monitors.is_done or bool(self.restored.get("restarted")),
-        }
+        seen = {"record": self._record.state_dict(), "logged_masks": self._meter.state_dict()}
+        frozen = self.recipe == "step" and self._progress >= self.dense_fraction
+        restarted = self._monitors.is_done or bool(self.restored.get("restarted"))
+        own = {"progress": self._progress, **seen, "frozen": frozen, "restarted": restarted}
+        return {**super().state_dict(), **own}
 
     # The fit ends.
 
