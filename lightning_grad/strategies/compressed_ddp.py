@@ -144,17 +144,12 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     ) -> None:
         if timeout is not None and timeout <= timedelta(0):
             raise ValueError(f"timeout must be longer than zero; got {timeout!r}.")
-        ddp: dict[str, Any] = {} if broadcast_buffers else {"broadcast_buffers": False}  # torch 2.13 deprecates it
+        ddp: dict[str, Any] = {"static_graph": static_graph, "gradient_as_bucket_view": gradient_as_bucket_view}
+        if not broadcast_buffers:
+            ddp["broadcast_buffers"] = False  # torch 2.13 deprecates it
         if find_unused_parameters and not static_graph:  # which finds them by itself, and warns of both
             ddp["find_unused_parameters"] = True
-        super().__init__(
-            start_method=start_method,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            static_graph=static_graph,
-            gradient_as_bucket_view=gradient_as_bucket_view,
-            **ddp,
-        )
+        super().__init__(start_method=start_method, process_group_backend=process_group_backend, timeout=timeout, **ddp)
         self.exclude = as_names(exclude)
         self.min_numel = check_count(min_numel, 1, "min_numel")
         self.residual_policy = residual_policy

@@ -110,11 +110,8 @@ def _edges(finite: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _end_bins(edges: NDArray[np.float64], values: NDArray[np.float64]) -> dict[float, tuple[float, float]]:
     """Return the bins of infinite scores, set apart from the others, where there are any."""
-    unit = (edges[-1] - edges[0]) / 40
-    bins = {
-        -math.inf: (edges[0] - 4 * unit, edges[0] - 2 * unit),
-        math.inf: (edges[-1] + 2 * unit, edges[-1] + 4 * unit),
-    }
+    low, high, unit = edges[0], edges[-1], (edges[-1] - edges[0]) / 40
+    bins = {-math.inf: (low - 4 * unit, low - 2 * unit), math.inf: (high + 2 * unit, high + 4 * unit)}
     return {end: place for end, place in bins.items() if (values == end).any()}
 
 
