@@ -64,7 +64,7 @@ class RunRecord:
 
     def __init__(self, most: int = 2048, weight: Callable[[Row], float] | None = None) -> None:
         self._most = most
-        self._weight = weight or _equal
+        self._weight = weight or (lambda _: 0.0)
         self.clear()
 
     def clear(self) -> None:
@@ -222,10 +222,6 @@ def style_axis(axis: Axes) -> None:
     axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def _equal(row: Row) -> float:
-    return 0.0
 
 
 def _file(trainer: pl.Trainer, owner: Recorder, part: str, ending: str) -> Path | None:

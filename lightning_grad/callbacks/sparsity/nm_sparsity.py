@@ -162,13 +162,10 @@ class NMSparsity(WeightCallback[SparseWeight]):
     compatibility: ClassVar[Compatibility] = WeightCallback.compatibility.but(
         fused_fp16=yes("All recipes but `sr-ste` and `step`, which raise."),
         no_second_moment=yes("All recipes but `step`, which raises."),
-        compiled=yes(
-            "A change of D or of the pattern does not compile again; the beginning of pruning does. A compiled "
-            "LightningModule whose steps call `self.log` fails in Lightning itself, with or without callbacks."
-        ),
+        compiled=yes("Modules recompile when pruning begins, and not when D or the pattern changes."),
         manual_optimization=yes(
-            "`optimizer.step()` on what `self.optimizers()` returns. An optimizer stepped past Lightning gets its masks but "
-            "no SR-STE term, and a warning says so."
+            "Call `step()` on what `self.optimizers()` returns. If you call it on the raw torch optimizer, masks are kept, "
+            "but the SR-STE term is missing, and a warning says so."
         ),
         weight_averaging=yes(
             "`WeightAveraging` and `EMAWeightAveraging`, before or after it in the list. With `save_weights_only=True` "
