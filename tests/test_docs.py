@@ -282,6 +282,14 @@ def test_technique_is_described_in_one_line(name: str) -> None:
     assert not re.search(r":\w+:|\||\n", description)
 
 
+def test_functions_that_the_changelog_lists_can_be_imported() -> None:
+    entries = [entry for entry in read("CHANGELOG.md").split("\n- ") if entry.startswith("`functional`: ")]
+    sentences = [entry.partition(". ")[0] for entry in entries]  # the first of each is the list
+    listed = {name for sentence in sentences for name in re.findall(r"`(\w+)`", sentence)} - {"functional"}
+    assert len(listed) > 50
+    assert not [name for name in sorted(listed) if not hasattr(functional, name)]
+
+
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_technique_has_a_line_in_the_changelog(name: str) -> None:
     assert re.search(rf"\b{name}\b", read("CHANGELOG.md"))
