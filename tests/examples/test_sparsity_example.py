@@ -45,9 +45,9 @@ OTHER_PARTS = (
     "adversarial/comparison.png",
     "adversarial/rates.png",
     "adversarial/results.csv",
-    "strategies/comparison.png",
-    "strategies/results.csv",
-    "strategies/dgc-99.9_seed0/dgc_strategy.png",
+    "communication/comparison.png",
+    "communication/results.csv",
+    "communication/dgc-99.9_seed0/dgc_strategy.png",
 )
 
 
