@@ -5,11 +5,11 @@ import gc
 import importlib
 import logging
 import signal
+import sys
+from typing import Any
 
 import pytest
-import torch
 
-torch.set_num_threads(1)
 for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -22,24 +22,34 @@ def _keep_interrupts():
     signal.signal(signal.SIGINT, handler)
 
 
-def pytest_collection_finish():
-    """Take modules and collected tests out of garbage collection, which forked ranks would copy page by page."""
+def pytest_configure(config: Any) -> None:
+    """Use one thread, where tests run: the process that starts the workers needs no torch."""
+    if hasattr(config, "workerinput") or config.getoption("dist", "no") == "no":
+        importlib.import_module("torch").set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Make fits cheap, and leave what is imported by now to no garbage collection: forked ranks would copy its pages."""
+    for fabric, pytorch in (("lightning.fabric", "lightning.pytorch"), ("lightning_fabric", "pytorch_lightning")):
+        if pytorch in sys.modules:
+            _search_packages_once(importlib.import_module(f"{fabric}.utilities.registry"))
+            _move_no_value_that_is_there(
+                importlib.import_module(f"{pytorch}.trainer.connectors.logger_connector.result")
+            )
     gc.collect()
     gc.freeze()
 
 
-# Two things take Lightning a third of a small fit, and the same each time. Their results are the same without.
-
-for fabric, pytorch in (("lightning.fabric", "lightning.pytorch"), ("lightning_fabric", "pytorch_lightning")):
-    # Every Trainer reads the files of all installed packages to find callbacks that they bring.
-    registry = importlib.import_module(f"{fabric}.utilities.registry")
+def _search_packages_once(registry: Any) -> None:
+    """Every Trainer reads the files of all installed packages for callbacks that they bring."""
     registry.entry_points = functools.cache(registry.entry_points)
 
-    # Every logged value looks through its metric for tensors to move, also if all are where they should be.
-    result = importlib.import_module(f"{pytorch}.trainer.connectors.logger_connector.result")
 
-    def to(metric, device, move=result._ResultMetric.to):
-        stays = metric.is_tensor and metric.value.device == torch.device(device)
-        return metric if stays else move(metric, device)
+def _move_no_value_that_is_there(result: Any) -> None:
+    """Every logged value looks through its metric for tensors to move, also if all are on their device."""
+    move = result._ResultMetric.to
+
+    def to(metric: Any, device: Any) -> Any:
+        return metric if metric.is_tensor and metric.value.device == device else move(metric, device)
 
     result._ResultMetric.to = to

@@ -78,26 +78,21 @@ def built(technique: Technique | None) -> list[Any]:
     return [] if technique is None else [technique.build()]
 
 
-def _new_folder(owner: Any) -> Path:
-    """Make a folder that goes with its owner."""
-    folder = tempfile.mkdtemp()
-    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
-
-
-@dataclass(eq=False)
 class Run:
-    """What a fit left behind."""
+    """What a fit left behind; to be made when the fit has ended, before random numbers are drawn.
 
-    trainer: Any
-    module: Any
-    callbacks: list[Any]  # the technique; none of the run without
+    Args:
+        trainer: Of the fit.
+        module: Of the fit.
+        callbacks: The technique; nothing for the run without.
+    """
 
-    @functools.cached_property
-    def left(self) -> dict[str, Any]:
-        """All that must be bitwise the same if the run is resumed; see ``state_of``."""
-        state = {**state_of(self.trainer, self.module), "steps": self.trainer.global_step}
-        return copy.deepcopy({**state, "callbacks": [callback.state_dict() for callback in self.callbacks]})
+    def __init__(self, trainer: Any, module: Any, callbacks: list[Any]) -> None:
+        self.trainer, self.module, self.callbacks = trainer, module, callbacks
+        state = {**state_of(trainer, module), "steps": trainer.global_step}
+        self.left: dict[str, Any] = copy.deepcopy({**state, "callbacks": [c.state_dict() for c in callbacks]})
+        """All that must be bitwise the same if the run is resumed."""
+        self.traces = [traces(module), trainer_traces(trainer)]  # before a later fit of the callback tidies up
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -110,8 +105,7 @@ class Run:
 
     def assert_nothing_is_left(self, plain: Run) -> None:
         """Raise unless module and trainer look like those of the run without a technique, and the module pickles."""
-        assert traces(self.module) == traces(plain.module)
-        assert trainer_traces(self.trainer) == trainer_traces(plain.trainer)
+        assert self.traces == plain.traces
         pickle.loads(pickle.dumps(self.module.encoder))
         pickle.loads(pickle.dumps(self.module.mix))
 
@@ -152,12 +146,21 @@ class Watch(pl.Callback):
         self.logits[trainer.global_step] = list(pl_module.validated)
 
 
-@dataclass(eq=False)
 class Watched(Run):
-    """What a fit left behind that was looked at and saved all along."""
+    """What a fit left behind that was looked at and saved all along.
 
-    watch: Watch
-    folder: Path
+    Args:
+        trainer: Of the fit.
+        module: Of the fit.
+        callbacks: The technique; nothing for the run without.
+        watch: What looked.
+        folder: Where everything was saved; it goes with this object.
+    """
+
+    def __init__(self, trainer: Any, module: Any, callbacks: list[Any], watch: Watch, folder: Path) -> None:
+        super().__init__(trainer, module, callbacks)
+        self.watch, self.folder = watch, folder
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
     def saved(self, kind: str) -> dict[int, Path]:
         """Return the checkpoints of one kind by their step.
@@ -182,9 +185,7 @@ def watched(technique: Technique | None, accumulate: int = 1) -> Watched:
         _Saver(folder / "weights", save_top_k=-1, monitor="val_loss", save_weights_only=True),
     ]
     trainer, module = fit([*callbacks, watch, *saving], resumable=True, accumulate_grad_batches=accumulate)
-    record = Watched(trainer, module, callbacks, watch, folder)
-    weakref.finalize(record, shutil.rmtree, folder, ignore_errors=True)
-    return record
+    return Watched(trainer, module, callbacks, watch, folder)
 
 
 STEP = 14  # at which a run breaks off, in mid-epoch
@@ -241,7 +242,6 @@ def reused(technique: Technique | None) -> Reused:
         broken.trainer.save_checkpoint(folder / "by_hand.ckpt")
         saved = {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.ckpt")}
     first = run(callbacks)
-    first.left  # noqa: B018  before the callback goes on
     path = list(watched(technique).saved("epochs").values())[-1]
     first.trainer.validate(first.module, loaders()[1], ckpt_path=path, verbose=False)
     return Reused(broken, saved, first, run(callbacks))

@@ -82,7 +82,7 @@ def test_manual_optimization_with_two_optimizers(technique, optimizer):
         return
     module = make_classifier(optimizer=optimizer, manual=True)
     start = start_of(module)
-    fit([technique.build()], module, max_epochs=2)
+    fit([technique.build()], module)
     assert_trained(module, start)
 
 

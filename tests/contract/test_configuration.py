@@ -31,7 +31,7 @@ def test_hydra_containers(technique):
     config = OmegaConf.create({"arguments": dict(technique.arguments)}).arguments
     built = type(technique.build())(**{key: config[key] for key in config})
     assert built.settings == technique.build().settings
-    fit([built], max_epochs=2)
+    fit([built], max_epochs=4)
 
 
 @pytest.mark.parametrize("technique", CANONICAL, ids=str)

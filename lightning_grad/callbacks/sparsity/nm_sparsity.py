@@ -25,7 +25,7 @@ from lightning_grad.callbacks.sparsity._nm_monitors import MonitorRestart
 from lightning_grad.callbacks.sparsity._nm_record import SparsityRecord
 from lightning_grad.callbacks.sparsity._nm_report import settle_unfinished, warn_of_inexact_best, write_masks
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups, lacking
-from lightning_grad.core import FoundWeight, FrozenMoments, Stage, WeightCallback, WeightChoice
+from lightning_grad.core import FoundWeight, FrozenMoments, GradCallback, Stage, WeightCallback, WeightChoice
 from lightning_grad.core.compatibility import SCALED, Compatibility, no, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
@@ -476,10 +476,12 @@ class NMSparsity(WeightCallback[SparseWeight]):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
         if self.fitting and self.weights and not trainer.sanity_checking:
-            metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "acc" in key}
-            if self.figure_metric in trainer.callback_metrics:
-                metrics[self.figure_metric] = float(trainer.callback_metrics[self.figure_metric])
-            self._record.validations.add({"step": stepped_batches(trainer), **metrics})
+            known, techniques = trainer.callback_metrics, _namespaces(trainer)
+            shown = [key for key in known if "acc" in key and not key.startswith(techniques)]
+            shown += [self.figure_metric] if self.figure_metric in known else []
+            self._record.validations.add(
+                {"step": stepped_batches(trainer), **{key: float(known[key]) for key in shown}}
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -530,3 +532,11 @@ class NMSparsity(WeightCallback[SparseWeight]):
         if self.save_masks:
             write_masks(trainer, weights, output_file(trainer, self.label, "_masks.pt"))
         warn_of_inexact_best(trainer, weights, self.label)
+
+
+def _namespaces(trainer: pl.Trainer) -> tuple[str, ...]:
+    """Return how the log keys of techniques begin: lr/accuracy_gradient, say, is no accuracy of the module."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return tuple(
+        f"{one.namespace}/" for one in callbacks if isinstance(one, GradCallback) and hasattr(one, "namespace")
+    )
