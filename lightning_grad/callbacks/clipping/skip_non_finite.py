@@ -96,8 +96,7 @@ class SkipNonFinite(GradientConditioner):
         super().load_state_dict(state_dict)
         if self.fitting:
             self._skipped, self._in_row = (
-                Counter({int(index): count for index, count in state_dict[key].items()})
-                for key in ("skipped", "in_row")
+                Counter({int(i): count for i, count in state_dict[key].items()}) for key in ("skipped", "in_row")
             )
 
     @override

@@ -415,7 +415,6 @@ def test_prune_0_scores_all_and_keeps_all() -> None:
     callback = DataPruning(0.0, epoch=1)
     run = train(callback)
     assert callback.scored.kept is None
-    assert callback.scored.kept_share == 1.0
     assert callback.scored.values.isfinite().all()
     assert sorted(run.watch.epochs[1]) == list(range(SAMPLES))
 
