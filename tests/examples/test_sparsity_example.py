@@ -300,7 +300,6 @@ def test_demo_runs_all_studies(
     printed = capsys.readouterr().out
     assert str(tmp_path) in printed
     assert max(map(len, printed.splitlines())) <= 82 + len(str(tmp_path))
-    assert max(map(len, demo.INTRODUCTION.splitlines())) <= 82
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse
