@@ -53,7 +53,7 @@ class GradientConditioner(GradCallback):
     threshold_name: ClassVar[str | None] = None
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
         fp16=yes(
-            "Rules see unscaled gradients; a step that overflows is the GradScaler's to skip, and its norm enters no "
+            "It sees unscaled gradients. The GradScaler skips a step that overflows, and the norm of that step enters no "
             "statistics."
         ),
         fused_fp16=SCALED,
@@ -68,8 +68,8 @@ class GradientConditioner(GradCallback):
         ),
         deepspeed=NO_ENGINE,
         manual_optimization=yes(
-            "`optimizer.step()` on what `self.optimizers()` returns. An optimizer stepped past Lightning keeps its gradients "
-            "as they are, and a warning says so."
+            "Call `step()` on what `self.optimizers()` returns. If you call it on the raw torch optimizer, gradients stay as "
+            "they are, and a warning says so."
         ),
         sparse_gradients=no(
             "needs dense gradients, and {} makes sparse ones",
@@ -160,8 +160,7 @@ class GradientConditioner(GradCallback):
         for index, optimizer in enumerate(trainer.optimizers):
             self._watch_for_bypass(optimizer)
             self._choose(index, optimizer, pl_module, restarted)
-            if self._chosen[index][1]:
-                self.works_with().refuse_optimizer(self.label, trainer, optimizer)
+            self._refuse_optimizer(trainer, index, optimizer)
         self.check_choice(pl_module)
         self.works_with().refuse_parameters(self.label, pl_module, set(map(id, self.parameters())))
         self._announce(trainer, pl_module)
@@ -205,6 +204,10 @@ class GradientConditioner(GradCallback):
         if restarted is not None and self._choice_changed:
             restarted += memory.assign(buckets)
         memory.note(buckets)
+
+    def _refuse_optimizer(self, trainer: pl.Trainer, index: int, optimizer: Optimizer) -> None:
+        if self._chosen[index][1]:
+            self.works_with().refuse_optimizer(self.label, trainer, optimizer)
 
     def choose_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the parameters again, because :meth:`excluded` returns others than when the fit began."""
@@ -264,6 +267,7 @@ class GradientConditioner(GradCallback):
         index = optimizer_index(trainer, optimizer, self.label)
         if self._chosen.get(index, ((), []))[0] != optimizer_shape(optimizer):
             self._choose(index, optimizer, pl_module)
+            self._refuse_optimizer(trainer, index, optimizer)  # its first parameters may have come in mid-fit
         memory, measured = self._memory.setdefault(index, Memory()), is_log_step(trainer)
         for bucket in self._chosen[index][1]:
             step = gather(bucket, memory, measured, optimizer, index)

@@ -139,10 +139,12 @@ class RunRecord:
             now: Write every row, for the case that the run ends here.
         """
         if self.count - self._saved > (0 if now else self.count // _LAG):
-            self._saved, path = self.count, _file(trainer, owner, part, ".csv")
-            if path is not None and trainer.is_global_zero:
+            self._saved = self.count
+            if trainer.is_global_zero:
                 with tolerated(owner.label, "the table of the run"):
-                    write_csv(path, self.rows())
+                    path = _file(trainer, owner, part, ".csv")
+                    if path is not None:
+                        write_csv(path, self.rows())
 
     def report(
         self,

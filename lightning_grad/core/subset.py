@@ -39,8 +39,8 @@ class SubsetCallback(GradCallback):
     namespace: ClassVar[str] = "data"
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
         ddp=yes(
-            "Every sampler of `torch.utils.data`. Another one raises with several ranks, because nobody knows which rank "
-            "draws what."
+            "With every sampler of `torch.utils.data`. Another one raises with several ranks, because it does not tell which "
+            "rank draws which samples."
         ),
         manual_optimization=yes(OWN_SCHEDULES),
     )

@@ -43,16 +43,6 @@ class Passes:
     _by_sample: str | None = field(default=None, init=False)
 
     @property
-    def epoch(self) -> int:
-        """Number of whole epochs so far."""
-        return self.trainer.current_epoch
-
-    @property
-    def total(self) -> int:
-        """Number of samples of the data set."""
-        return self.training_set.sampler.total
-
-    @property
     def training_set(self) -> TrainingSet:
         """The samples that training may see."""
         return self.callback.training_set

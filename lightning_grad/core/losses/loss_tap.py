@@ -195,7 +195,7 @@ def reweight_losses(
         pl_module: The module.
         reweight: Gets the losses, and returns a weight for each sample, or ``None`` to leave them alone.
         asked: What is asked of the losses of the step. ``loss_fn`` costs a second forward and backward pass.
-        samples: Returns the number of samples of a batch, ``None`` if it is not known. Default: the length of its tensors.
+        samples: As in :func:`read_losses`, whose count holds where there are both: a reader credits samples by their index.
         acts: Whether it will ever need a loss. The first step then shows whether the loss can be seen.
         needs: Tells whether it needs the losses of the present step; one that does not runs as if there were no tap.
 
@@ -212,7 +212,8 @@ def reweight_losses(
             "list of callbacks."
         )
     tap.weighing = Weighing(reweight, asked, acts, needs)
-    tap.samples = samples or tap.samples
+    if tap.samples is batch_size_of:
+        tap.samples = samples or tap.samples
     return lambda: tap.remove(None)
 
 
