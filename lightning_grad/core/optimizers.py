@@ -231,14 +231,11 @@ class OptimizerCallback(GradCallback):
         try:
             return inner(optimizer, closure, *args, **kwargs)
         finally:
-            self._end_step(index)
-
-    def _end_step(self, index: int | None) -> None:
-        if index in self._inside:
-            self._inside.discard(index)
-            self._rates[index].give_back()  # a step that raises or that the GradScaler skips has no after_step
-        if self._window is not None:
-            self._window.end_step()
+            if index in self._inside:
+                self._inside.discard(index)
+                self._rates[index].give_back()  # a step that raises or that the GradScaler skips has no after_step
+            if self._window is not None:
+                self._window.end_step()
 
     @torch.no_grad()
     @on_plain_tensors

@@ -240,15 +240,7 @@ def read(
     valid = valid_positions(name, detached, positions)
     sums = SampleSums.of(positions, denominator_shares(name, detached, valid, positions), samples)
     losses = sums.numerators / sums.denominators
-    call = LossCall(
-        name=name,
-        input=detached["input"],
-        target=detached["target"],
-        samples=samples,
-        losses=losses if keep_graph else losses.detach(),
-        valid=valid,
-        options={key: value for key, value in detached.items() if key not in ("input", "target")},
-        has_graph=has_graph,
-        output=given["input"] if keep_graph else None,
-    )
-    return call, sums
+    losses, output = (losses, given["input"]) if keep_graph else (losses.detach(), None)
+    options = {key: value for key, value in detached.items() if key not in ("input", "target")}
+    inputs = (detached["input"], detached["target"])
+    return LossCall(name, *inputs, samples, losses, valid, options, has_graph, output), sums
