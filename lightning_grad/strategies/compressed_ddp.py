@@ -50,6 +50,7 @@ _NO_SCALER = no(
     "adds up gradients over steps, and {} changes their scale between steps",
     "Use precision='bf16-mixed', or strategy='ddp'",
 )
+_ONE_STRATEGY = moot("A Trainer has one strategy, and this one trains as DDP does.")
 
 
 class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
@@ -104,7 +105,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     compatibility: ClassVar[Compatibility] = Compatibility(
         fp16=_NO_SCALER,
         fused_fp16=_NO_SCALER,
-        **dict.fromkeys(("ddp", "fsdp2", "fsdp1", "deepspeed"), moot("A Trainer has one strategy. This one is DDP.")),
+        **dict.fromkeys(("ddp", "fsdp2", "fsdp1", "deepspeed"), _ONE_STRATEGY),
         **manual(
             no(
                 "does not work with {}: a backward pass must end in one optimizer step",
@@ -115,7 +116,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             "does not work with {}, which takes only strategies of its own namespace and says invalid strategy name",
             "Use lightning.pytorch.Trainer",
         ),
-        late_gradients=moot("A Trainer has one strategy."),
+        late_gradients=_ONE_STRATEGY,
         sparse_gradients=no(
             "needs dense gradients, and {} makes sparse ones", "Build it with sparse=False, or use strategy='ddp'"
         ),

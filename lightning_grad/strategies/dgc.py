@@ -138,7 +138,7 @@ class DGCStrategy(CompressedDDPStrategy):
             "gradient of each rank before it is accumulated. If a library builds the Trainer, set trainer.gradient_clip_val "
             "= None before fit(), or in the setup() of a callback",
         ),
-        no_second_moment=yes("By error feedback for all but SGD with momentum, which is printed."),
+        no_second_moment=yes("Optimizers other than SGD with momentum get error feedback, and a line says so."),
     )
     trial: ClassVar[Mapping[str, Any]] = {"ratio": 0.05, "warmup": [0.5, 0.2], "warmup_steps": 3, "min_numel": 100}
     neutral: ClassVar[Mapping[str, Any] | str] = {"ratio": 1.0}

@@ -138,10 +138,12 @@ def say_if_no_figures(trainer: pl.Trainer, asking: object) -> None:
         trainer: The trainer. Without a logger that has a folder there are no figures to miss.
         asking: A callback or strategy. The first of those whose ``figure`` is true prints the line for all of them.
     """
-    drawing = [one for one in (*trainer.callbacks, trainer.strategy) if getattr(one, "figure", False)]  # type: ignore[attr-defined]
+    everybody = (*trainer.callbacks, trainer.strategy)  # type: ignore[attr-defined]
+    # Callbacks of others may have a figure of another kind.
+    drawing = [one for one in everybody if hasattr(one, "log_key") and getattr(one, "figure", False)]
     first = bool(drawing) and drawing[0] is asking
     if first and not is_installed("matplotlib") and output_folder(trainer) is not None:
-        names = listed((getattr(one, "label", type(one).__name__) for one in drawing), most=len(drawing))
+        names = listed((one.label for one in drawing), most=len(drawing))
         rank_zero_info(
             f"Figures need matplotlib, which is not installed. Without figures: {names}. "
             "Run: pip install 'lightning-grad[plot]'."

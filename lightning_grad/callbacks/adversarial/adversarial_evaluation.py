@@ -31,8 +31,7 @@ from lightning_grad.utilities.checks import check_count, refuse_dataloader_iter
 _STAGES = {"fit": "validation", "validate": "validation", "test": "test"}
 _HOOKS = ("on_{}_start", "on_{}_epoch_start", "on_{}_batch_start", "{}_step", "on_{}_batch_end", "on_{}_epoch_end")
 _BY_HAND = yes(
-    "If `validation_step` returns a loss, or computes one of `torch.nn.functional`; that of `training_step` cannot be had "
-    "there."
+    "`validation_step` must return a loss, or call one of `torch.nn.functional`. The loss of `training_step` is not available."
 )
 _SECOND: WeakSet[pl.LightningModule] = WeakSet()  # modules that run on attacked inputs just now
 

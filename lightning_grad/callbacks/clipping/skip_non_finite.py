@@ -140,7 +140,10 @@ class SkipNonFinite(GradientConditioner):
             self._in_row[step.index] += 1
             self._tell(step, bad)
         self._skipped[step.index] += 1
-        step.optimizer.zero_grad(set_to_none=True)
+        # Not by zero_grad: an optimizer may have one of its own, which leaves zeros, or takes no argument.
+        for group in step.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def _tell(self, step: GradientStep, bad: Tensor) -> None:
         in_row = self._in_row[step.index]

@@ -17,7 +17,7 @@ from lightning_grad.core.losses.one_sample import cost_of_single_samples, in_wor
 from lightning_grad.core.losses.rehearsal import Rehearsal
 from lightning_grad.core.losses.scoring import look_at_all
 from lightning_grad.core.samples.training_set import TrainingSet
-from lightning_grad.functional.gradients import InseparableLossError
+from lightning_grad.functional import InseparableLossError
 
 if TYPE_CHECKING:
     from lightning_grad.callbacks.data_pruning.data_pruning import DataPruning

@@ -180,7 +180,8 @@ class PassScores(ScoreSource):
 
     def take(self, passes: Passes) -> ScoredSet:
         found = passes.run(self._measure, f"Scoring by {self.name}")
-        values = _distances(found, passes.callback.seed) if self.name == "prototypes" else found["score"]
+        # By what was found: a function of the user's may have any name.
+        values = found["score"] if "score" in found else _distances(found, passes.callback.seed)
         return self._scored(passes, values, found)
 
 

@@ -26,6 +26,7 @@ from lightning_grad.callbacks.sparsity._nm_record import SparsityRecord
 from lightning_grad.callbacks.sparsity._nm_report import settle_unfinished, warn_of_inexact_best, write_masks
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups, lacking
 from lightning_grad.core import FoundWeight, FrozenMoments, Stage, WeightCallback, WeightChoice, is_log_step
+from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.compatibility import SCALED, Compatibility, no, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
@@ -150,13 +151,10 @@ class NMSparsity(WeightCallback[SparseWeight]):
     compatibility: ClassVar[Compatibility] = WeightCallback.compatibility.but(
         fused_fp16=yes("All recipes but `sr-ste` and `step`, which raise."),
         no_second_moment=yes("All recipes but `step`, which raises."),
-        compiled=yes(
-            "A change of D or of the pattern does not compile again; the beginning of pruning does. A compiled "
-            "LightningModule whose steps call `self.log` fails in Lightning itself, with or without callbacks."
-        ),
+        compiled=yes("Modules recompile when pruning begins, and not when D or the pattern changes."),
         manual_optimization=yes(
-            "`optimizer.step()` on what `self.optimizers()` returns. An optimizer stepped past Lightning gets its masks but "
-            "no SR-STE term, and a warning says so."
+            "Call `step()` on what `self.optimizers()` returns. If you call it on the raw torch optimizer, masks are kept, "
+            "but the SR-STE term is missing, and a warning says so."
         ),
         weight_averaging=yes(
             "`WeightAveraging` and `EMAWeightAveraging`, before or after it in the list. With `save_weights_only=True` "
@@ -465,10 +463,12 @@ class NMSparsity(WeightCallback[SparseWeight]):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
         if self.fitting and self.weights and not trainer.sanity_checking:
-            metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "acc" in key}
-            if self.figure_metric in trainer.callback_metrics:
-                metrics[self.figure_metric] = float(trainer.callback_metrics[self.figure_metric])
-            self._record.validations.add({"step": stepped_batches(trainer), **metrics})
+            known, techniques = trainer.callback_metrics, _namespaces(trainer)
+            shown = [key for key in known if "acc" in key and not key.startswith(techniques)]
+            shown += [self.figure_metric] if self.figure_metric in known else []
+            self._record.validations.add(
+                {"step": stepped_batches(trainer), **{key: float(known[key]) for key in shown}}
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -516,3 +516,11 @@ class NMSparsity(WeightCallback[SparseWeight]):
         if self.save_masks:
             write_masks(trainer, weights, self.label)
         warn_of_inexact_best(trainer, weights, self.label)
+
+
+def _namespaces(trainer: pl.Trainer) -> tuple[str, ...]:
+    """Return how the log keys of techniques begin: lr/accuracy_gradient, say, is no accuracy of the module."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return tuple(
+        f"{one.namespace}/" for one in callbacks if isinstance(one, GradCallback) and hasattr(one, "namespace")
+    )

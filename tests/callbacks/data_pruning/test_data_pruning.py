@@ -884,3 +884,11 @@ def test_a_callback_with_a_function_for_scores_pickles_after_its_fit() -> None:
     twin = pickle.loads(pickle.dumps(callback))
     assert twin.scored.name == "losses_of"
     assert torch.equal(twin.scored.values, callback.scored.values)
+
+
+def test_a_function_may_have_the_name_of_a_score() -> None:
+    def prototypes(pl_module: Any, batch: Any) -> Tensor:
+        return losses_of(pl_module, batch)
+
+    found = [scores_of(DataPruning(0.5, epoch=1, score_fn=f, show=0))[0] for f in (losses_of, prototypes)]
+    assert torch.equal(*found)
