@@ -466,9 +466,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             known, techniques = trainer.callback_metrics, _namespaces(trainer)
             shown = [key for key in known if "acc" in key and not key.startswith(techniques)]
             shown += [self.figure_metric] if self.figure_metric in known else []
-            self._record.validations.add(
-                {"step": stepped_batches(trainer), **{key: float(known[key]) for key in shown}}
-            )
+            self._record.validations.add({"step": stepped_batches(trainer), **{k: float(known[k]) for k in shown}})
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -521,6 +519,4 @@ class NMSparsity(WeightCallback[SparseWeight]):
 def _namespaces(trainer: pl.Trainer) -> tuple[str, ...]:
     """Return how the log keys of techniques begin: lr/accuracy_gradient, say, is no accuracy of the module."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return tuple(
-        f"{one.namespace}/" for one in callbacks if isinstance(one, GradCallback) and hasattr(one, "namespace")
-    )
+    return tuple(f"{c.namespace}/" for c in callbacks if isinstance(c, GradCallback) and hasattr(c, "namespace"))
