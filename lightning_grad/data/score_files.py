@@ -55,7 +55,7 @@ class SampleScores:
     def __post_init__(self) -> None:
         values = torch.as_tensor(self.values).detach().to("cpu", torch.float64)
         if values.ndim != 1:
-            raise ValueError(f"SampleScores needs one value for each sample, (n,); got shape {tuple(values.shape)}.")
+            raise ValueError(f"SampleScores needs a value for each sample, (n,); got the shape {tuple(values.shape)}.")
         object.__setattr__(self, "values", values)
         for key in ("labels", "index"):
             given = getattr(self, key)

@@ -25,15 +25,8 @@ from lightning_grad.callbacks.sparsity._nm_monitors import MonitorRestart
 from lightning_grad.callbacks.sparsity._nm_record import SparsityRecord
 from lightning_grad.callbacks.sparsity._nm_report import settle_unfinished, warn_of_inexact_best, write_masks
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups, lacking
-from lightning_grad.core import (
-    FoundWeight,
-    FrozenMoments,
-    GradCallback,
-    Stage,
-    WeightCallback,
-    WeightChoice,
-    is_log_step,
-)
+from lightning_grad.core import FoundWeight, FrozenMoments, Stage, WeightCallback, WeightChoice, is_log_step
+from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.compatibility import SCALED, Compatibility, no, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
@@ -473,9 +466,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             known, techniques = trainer.callback_metrics, _namespaces(trainer)
             shown = [key for key in known if "acc" in key and not key.startswith(techniques)]
             shown += [self.figure_metric] if self.figure_metric in known else []
-            self._record.validations.add(
-                {"step": stepped_batches(trainer), **{key: float(known[key]) for key in shown}}
-            )
+            self._record.validations.add({"step": stepped_batches(trainer), **{k: float(known[k]) for k in shown}})
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -528,6 +519,4 @@ class NMSparsity(WeightCallback[SparseWeight]):
 def _namespaces(trainer: pl.Trainer) -> tuple[str, ...]:
     """Return how the log keys of techniques begin: lr/accuracy_gradient, say, is no accuracy of the module."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return tuple(
-        f"{one.namespace}/" for one in callbacks if isinstance(one, GradCallback) and hasattr(one, "namespace")
-    )
+    return tuple(f"{c.namespace}/" for c in callbacks if isinstance(c, GradCallback) and hasattr(c, "namespace"))
