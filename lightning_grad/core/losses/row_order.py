@@ -3,8 +3,6 @@
 The questions to rows are pure functions of tensors; :class:`RowComparison` asks them of runs of one batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_grad.core.losses.given_functions import LossRequest
-from lightning_grad.functional import LossCall
-from lightning_grad.functional.gradients import Terms
+from lightning_grad.functional import LossCall, Terms
 from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.utilities.batches import map_tensors
 

@@ -11,9 +11,8 @@ from torch.autograd.graph import GradientEdge
 from lightning_grad.functional.gradients.autograd import Node, kind_of, leaf_of
 from lightning_grad.functional.gradients.loss_capture import LossCapture
 from lightning_grad.functional.gradients.loss_functions import LossCall
-from lightning_grad.functional.gradients.nodes import GUARDING, LINEAR, is_linear
 from lightning_grad.functional.gradients.record import Place, Record, place_of
-from lightning_grad.functional.gradients.walk import Descent
+from lightning_grad.functional.gradients.walk import GUARDING, LINEAR, Descent, is_linear
 from lightning_grad.functional.plain_tensors import plain_tensor, tensors_in
 
 _FROM_OUTSIDE = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.frombuffer, torch.asarray)
@@ -96,9 +95,8 @@ class WholeLossCapture(LossCapture):
             # Without a graph only the values can be compared: a metric, or a loss inside a reentrant checkpoint.
             if value.dim() == 0 and bool(torch.isclose(loss.detach().to(value), value, rtol=1e-3, equal_nan=True)):
                 return None
-            return "its value " + (
-                "is another" if loss.grad_fn is None else f"comes from {self._record.word_for(loss.grad_fn)}"
-            )
+            how = "is another" if loss.grad_fn is None else f"comes from {self._record.word_for(loss.grad_fn)}"
+            return f"its value {how}"
         rest = CallWalk(loss.grad_fn, edge.node, self._record).rest
         if rest is not None or value.dim() == 0:
             return rest
