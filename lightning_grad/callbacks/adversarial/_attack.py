@@ -1,7 +1,5 @@
 """How inputs are attacked: the settings that training and evaluation share, their checks, and the run of an attack."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """How a module classifies one batch under several attacks: shows when training has overfitted to the attack it uses."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any

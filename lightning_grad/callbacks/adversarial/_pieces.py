@@ -1,7 +1,5 @@
 """Several tensors as one, (B, ...), so that they can be attacked together, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Where a perturbation goes in: a tensor of the batch or, where a batch holds only integers, the output of an embedding."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol

@@ -4,8 +4,6 @@ Metrics, buffers and plain attributes (numbers, tensors, lists of outputs) are e
 same. Unlike in ``quiet``, what has happened in the second state stays there until it is used again.
 """
 
-from __future__ import annotations
-
 import copy
 import random
 from collections.abc import Iterator

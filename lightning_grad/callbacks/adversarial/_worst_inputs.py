@@ -3,8 +3,6 @@
 An evaluation step need not return a loss: what it returns counts or, if nothing, what it computes.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress

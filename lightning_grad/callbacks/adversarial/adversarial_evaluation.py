@@ -1,7 +1,5 @@
 """Measuring how a module does on attacked inputs, beside its own validation and by the same code."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace

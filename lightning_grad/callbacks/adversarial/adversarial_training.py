@@ -1,7 +1,5 @@
 """Training on inputs attacked anew in each step. The attacks are functions, in ``functional/adversarial``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial

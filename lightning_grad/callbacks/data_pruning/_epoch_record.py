@@ -1,7 +1,5 @@
 """One value of each sample, as the batches of an epoch bring them."""
 
-from __future__ import annotations
-
 import lightning.pytorch as pl
 import torch
 from torch import Tensor

@@ -3,8 +3,6 @@
 Scores of a pass look at the module as it is now; those of a history (``HISTORIES``) were recorded while it trained.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal

@@ -3,8 +3,6 @@
 ``_samples.py`` looks at items, ``_pictures.py`` draws; here is decided which samples are shown, and where everything goes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """A sample of a training set as it is shown: what an item of a data set looks like, as a picture or in words."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

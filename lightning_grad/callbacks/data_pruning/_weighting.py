@@ -1,7 +1,5 @@
 """What ``InfoBatch`` and ``LossReweighting`` share: the samples of a batch are weighted by their losses."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl

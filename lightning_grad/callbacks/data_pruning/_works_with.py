@@ -1,7 +1,5 @@
 """What several techniques of this family answer to what they work with."""
 
-from __future__ import annotations
-
 from lightning_grad.core.compatibility import Answer, no, yes
 
 COMPILED = yes(

@@ -5,8 +5,6 @@ Scores, selection and score files are functions, in ``functional/data_pruning/``
 come from, ``_measures.py`` what a pass measures, ``_passes.py`` runs it, and ``_report.py`` shows what was found.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial

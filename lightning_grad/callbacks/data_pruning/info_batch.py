@@ -1,7 +1,5 @@
 """InfoBatch: unbiased dynamic data pruning. Subset and weights come from ``functional/data_pruning/info_batch.py``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 

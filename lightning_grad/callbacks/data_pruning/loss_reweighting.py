@@ -1,7 +1,5 @@
 """Weighing the samples of a batch by their losses. The weights are a function, in ``functional/data_pruning``."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal

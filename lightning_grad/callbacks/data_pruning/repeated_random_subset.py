@@ -1,7 +1,5 @@
 """Repeated random subsets (RS2). The subset is a function, in ``functional/data_pruning/repeated_random_subset.py``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """USEFUL: repeating samples whose features are learnt late (``functional/data_pruning/uniform_learning.py`` finds them)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
