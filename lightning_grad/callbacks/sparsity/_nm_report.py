@@ -42,7 +42,8 @@ def settle_unfinished(weights: Sequence[SparseWeight], progress: float, bake: bo
         for weight in weights:
             weight.phase = NMPhase(weight.pattern, 0.0, True)
     rank_zero_warn(
-        f"{technique}: the run stopped at {100 * progress:.0f} % of its schedule, before the final pattern. {outcome}"
+        f"{technique}: the run stopped at {100 * progress:.0f} % of its schedule, before the final pattern was reached. "
+        f"{outcome}"
     )
 
 
