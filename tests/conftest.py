@@ -28,7 +28,7 @@ def pytest_configure(config: Any) -> None:
         importlib.import_module("torch").set_num_threads(1)
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: Any) -> None:
     """Make fits cheap, and leave what is imported by now to no garbage collection: forked ranks would copy its pages."""
     for fabric, pytorch in (("lightning.fabric", "lightning.pytorch"), ("lightning_fabric", "pytorch_lightning")):
         if pytorch in sys.modules:
@@ -36,8 +36,17 @@ def pytest_collection_finish() -> None:
             _move_no_value_that_is_there(
                 importlib.import_module(f"{pytorch}.trainer.connectors.logger_connector.result")
             )
+    if any(hasattr(getattr(item, "module", None), "on_ranks") for item in session.items):
+        _fit_before_ranks_are_forked()
     gc.collect()
     gc.freeze()
+
+
+def _fit_before_ranks_are_forked() -> None:
+    """The first fit of a process imports and caches much, which every pair of forked ranks would do again."""
+    importlib.import_module("torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook")
+    testing = importlib.import_module("lightning_grad.testing")
+    testing.fit([], testing.make_classifier(optimizer="sgd"), max_epochs=1)
 
 
 def _search_packages_once(registry: Any) -> None:
