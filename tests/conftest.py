@@ -6,6 +6,8 @@ import importlib
 import logging
 import signal
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,34 @@ def _keep_interrupts():
     handler = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[list[Any], Path]]:
+    """Run ``work(*case, folder)`` for all cases of a test on the same forked ranks, once; the tests look at one case each.
+
+    What is returned takes ``work``, all cases, the one that is asked for and the number of ranks. It returns what each
+    rank had of that case, and the folder.
+    """
+    done: dict[Any, dict[Any, tuple[list[Any], Path]]] = {}
+
+    def run(work: Callable[..., Any], cases: Sequence[Any], case: Any, ranks: int = 2) -> tuple[list[Any], Path]:
+        if (work, ranks) not in done:
+            folders = {each: tmp_path_factory.mktemp("case") for each in cases}
+            on_ranks = importlib.import_module("lightning_grad.testing").on_ranks
+            # By position: what is in a case may be another object when it comes back.
+            found = zip(*on_ranks(ranks, lambda: [work(*each, folders[each]) for each in cases]), strict=True)
+            done[work, ranks] = {each: (list(those), folders[each]) for each, those in zip(cases, found, strict=True)}
+        return done[work, ranks][case]
+
+    return run
+
+
+def pytest_make_parametrize_id(config: Any, val: Any) -> str | None:
+    """Name a case by what is in it; the address of a function would differ between workers."""
+    if isinstance(val, tuple):
+        return "-".join(getattr(part, "__name__", str(part)) for part in val)
+    return None
 
 
 def pytest_configure(config: Any) -> None:
