@@ -136,7 +136,7 @@ _SAID = dict.fromkeys(("fsdp2", "fsdp1", "deepspeed"), "the strategy") | {
     "several_optimizers": "manual optimization",
     "complex_parameters": "a complex parameter",
 }
-_VALUES = {"late_gradients": "Strategy"}
+_VALUES = {"late_gradients": "DGCStrategy"}
 
 
 def compatibility() -> Iterator[str]:

@@ -357,7 +357,7 @@ def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
         axis.set_title(title, fontsize=10, loc="left")
         tidy(axis)
     seeds = f"mean of {study.seeds} seeds" if study.seeds > 1 else "one seed"
-    figure.suptitle(f"Digits learnt on {study.ranks} ranks that send less of their gradients: {seeds}", fontsize=12)
+    figure.suptitle(f"Digits learned on {study.ranks} ranks that send less of their gradients: {seeds}", fontsize=12)
     handles = by_epoch.get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=len(study.gradients), frameon=False, fontsize=8.5)
     return figure

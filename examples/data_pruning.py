@@ -420,7 +420,7 @@ def print_table(results: Sequence[Result], study: Study) -> None:
     anew = [variant for variant in study.variants if variant in ("rs2", "rs2-equal", "infobatch")]
     once = [variant for variant in study.variants if variant in ("random", "hard", "easy", "offset", "ccs")]
     if anew:
-        print(f"{', '.join(anew)}: choose anew in each epoch")
+        print(f"{', '.join(anew)}: choose again in each epoch")
     if once:
         print(f"{', '.join(once)}: choose once, after {study.score_epoch} of {study.epochs} epochs")
     if "rs2-equal" in anew:
@@ -479,7 +479,7 @@ MARKERS = "osD^v"
 SIDE_BY_SIDE = ("random", "rs2-equal", "hard", "easy", "offset", "ccs")  # these see equally many samples
 RIGHT, WRONG, EDGE = "#0072B2", "#D55E00", "0.25"
 FEWEST = 0.002  # errors: none at all has no place on a logarithmic axis
-ERRORS = (FEWEST, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.9)
+ERRORS = (FEWEST, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 0.9)
 
 
 def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
@@ -492,7 +492,7 @@ def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
     for axis, flip in zip(axes, study.flips, strict=True):
         draw_accuracies(axis, study, [result for result in results if result.flip == flip])
         axis.set_title(kind_of_labels(flip), fontsize=10, loc="left")
-        axis.set_xlabel(f"samples seen, in % of {whole}", fontsize=9)
+        axis.set_xlabel(f"samples seen, in % of {whole}; equal ones side by side", fontsize=9)
         tidy(axis)
     errors = [1 - result.test_accuracy for result in results]
     axes[0].set_yscale("log")

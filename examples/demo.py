@@ -1,5 +1,6 @@
 """What lightning-grad does, in three minutes: sparse, clipped, pruned, attacked and compressed (``make demo``)."""
 
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ Written to {folder}/
   adversarial/results.csv           the numbers of the fourth table
   communication/comparison.png      compressed gradients: accuracy by megabytes
   communication/results.csv         the numbers of the fifth table
-  communication/dgc*_seed0/dgc_strategy.png one training: bytes a step, by layer, unsent
+  communication/dgc*_seed0/*.png    one training: bytes a step, by layer, unsent
 
 Show it in W&B:       wandb sync {folder}/wandb/offline-run-*
 Try other settings:   .venv/bin/python examples/sparsity.py --help
@@ -100,4 +101,6 @@ def compress_gradients(output: Path, epochs: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = ArgumentParser(description=TITLE, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the results")
+    main(parser.parse_args().output)

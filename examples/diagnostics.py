@@ -26,7 +26,7 @@ def train(lr: float, epochs: int, output: Path) -> dict[str, float]:
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        log_every_n_steps=5,
+        log_every_n_steps=1,  # for layers in the figure before the run goes bad
         callbacks=[GradientMonitor(depth=3)],
         logger=CSVLogger(output, name=None, version=""),
         enable_model_summary=False,
@@ -39,13 +39,14 @@ def train(lr: float, epochs: int, output: Path) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train once, as the command line says."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--lr", type=float, default=100.0, help="learning rate of SGD")
-    parser.add_argument("--epochs", type=int, default=2, help="epochs of the training")
+    parser.add_argument("--lr", type=float, default=5.0, help="learning rate of SGD")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs of the training")
     parser.add_argument("--output", type=Path, default=Path("runs/diagnostics"), help="folder of the results")
     given = parser.parse_args(arguments)
     logged = train(given.lr, given.epochs, given.output)
     print(f"The gradient norm ended at {logged['grad/norm']:.3g}, the loss at {logged['train_loss']:.3g}.")
-    print(f"Written to {given.output}/: gradient_monitor.csv, gradient_monitor.png, metrics.csv.")
+    print(f"Written to {given.output}/: gradient_monitor.csv, gradient_monitor.png, metrics.csv, and")
+    print("gradient_monitor_first_bad_step.json if a gradient was not finite.")
 
 
 if __name__ == "__main__":

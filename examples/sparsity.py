@@ -291,6 +291,7 @@ def style_axes(axes: dict[str, Axes]) -> None:
         "flips": "Mask changes between two logs (log scale)",
     }
     axes["flips"].set_yscale("log", nonpositive="mask")
+    axes["flips"].yaxis.set_minor_formatter("")
     for name, axis in axes.items():
         axis.set_title(titles[name], fontsize=10, loc="left")
         axis.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import plain_project
 import pytest
 import yaml
 from lightning.pytorch.strategies import StrategyRegistry
@@ -96,17 +97,34 @@ def run_block(block: Block, namespace: dict[str, Any]) -> str:
     return printed.getvalue()
 
 
+@pytest.fixture
+def _short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Trainers be quiet, which pages leave to the reader, and figures be blank, which have tests of their own."""
+    monkeypatch.setenv("PL_TRAINER_ENABLE_PROGRESS_BAR", "False")
+    monkeypatch.setenv("PL_TRAINER_ENABLE_MODEL_SUMMARY", "False")
+    monkeypatch.setattr("matplotlib.figure.Figure.draw", lambda *_: None)
+
+
+@contextlib.contextmanager
+def data_for(block: Block) -> Iterator[None]:
+    """Serve a fifth of the digits, but all of them to a block that shows what comes of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not block.prints:
+            split = plain_project.Digits.split
+            patch.setattr(plain_project.Digits, "split", lambda *args: [part[::5] for part in split(*args)])
+        yield
+
+
+@pytest.mark.usefixtures("_short_runs")
 @pytest.mark.parametrize("page", dict.fromkeys(block.page for block in PYTHON))
 def test_python_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    monkeypatch.setattr(
-        "matplotlib.figure.Figure.draw", lambda *_: None
-    )  # files of blank figures; they have tests of their own
     namespace = namespace_of(page)
     for block in PYTHON:
         if block.page == page:
-            assert block.prints in run_block(block, namespace), str(block)
+            with data_for(block):
+                assert block.prints in run_block(block, namespace), str(block)
 
 
 def find_classes(node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -280,6 +298,14 @@ def test_technique_is_described_in_one_line(name: str) -> None:
     description = tables.description_of(class_of(name))
     assert 20 <= len(description) <= 115
     assert not re.search(r":\w+:|\||\n", description)
+
+
+def test_functions_that_the_changelog_lists_can_be_imported() -> None:
+    entries = [entry for entry in read("CHANGELOG.md").split("\n- ") if entry.startswith("`functional`: ")]
+    sentences = [entry.partition(". ")[0] for entry in entries]  # the first of each is the list
+    listed = {name for sentence in sentences for name in re.findall(r"`(\w+)`", sentence)} - {"functional"}
+    assert len(listed) > 50
+    assert not [name for name in sorted(listed) if not hasattr(functional, name)]
 
 
 @pytest.mark.parametrize("name", TECHNIQUES)

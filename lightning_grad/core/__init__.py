@@ -46,10 +46,9 @@ from lightning_grad.core.steps.held_rates import HeldRates
 from lightning_grad.core.steps.step_window import StepClosure, is_repeated
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.core.undo import UndoList
-from lightning_grad.core.views.portable import wrap_loading, wrap_saving
 from lightning_grad.core.views.weight_chain import Stage, ViewedWeight
 from lightning_grad.core.views.weight_choice import FoundWeight, WeightChoice
-from lightning_grad.core.views.weight_view import WeightView, attach_view
+from lightning_grad.core.views.weight_view import attach_view
 from lightning_grad.core.weights import WeightCallback
 from lightning_grad.utilities.batches import find_input, input_at, with_input
 from lightning_grad.utilities.checks import check_above, check_at_least, check_between, check_count
@@ -87,7 +86,6 @@ __all__ = [
     "ViewedWeight",
     "WeightCallback",
     "WeightChoice",
-    "WeightView",
     "WrapOrder",
     "as_indices",
     "attach_view",
@@ -114,8 +112,6 @@ __all__ = [
     "total_steps",
     "until_next_fit",
     "with_input",
-    "wrap_loading",
     "wrap_method",
-    "wrap_saving",
     "yes",
 ]

@@ -7,8 +7,6 @@ called where a technique needs them: choosing parameters (``utilities.parameters
 (``progress.py``), figures, tables and files (``utilities.reporting``).
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -221,7 +221,7 @@ WHOLE_WEIGHTS: Mapping[str, Answer] = dict.fromkeys(
 )
 """Answers of a technique that reads weights, or runs the module at a time of its own."""
 
-AVERAGED = "It sees the weights that validation uses, which is the average."
+AVERAGED = "It sees the averaged weights, as validation does."
 SCALED = no(
     "reads gradients, and {} leaves them multiplied by the fp16 loss scale",
     "Use fused=False, or precision='bf16-mixed'",

@@ -6,8 +6,6 @@ step and each set of parameters with a threshold of its own, keeps its state, sa
 what cannot work. The rules are in the folder ``clipping``.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, get_args
@@ -28,13 +26,7 @@ from lightning_grad.functional.plain_tensors import on_plain_tensors
 from lightning_grad.utilities.arguments import plain
 from lightning_grad.utilities.checks import check_above, warn_of_missing_momentum
 from lightning_grad.utilities.optimizers import Shape, optimizer_index, optimizer_shape
-from lightning_grad.utilities.parameters import (
-    all_names,
-    as_names,
-    check_patterns,
-    selects,
-    why_none_left,
-)
+from lightning_grad.utilities.parameters import all_names, as_names, check_patterns, selects, why_none_left
 from lightning_grad.utilities.reporting import counted, is_log_step, listed, log_summary
 from lightning_grad.utilities.thresholds import Bucket, Threshold, as_threshold, choose_buckets
 
@@ -61,7 +53,7 @@ class GradientConditioner(GradCallback):
     threshold_name: ClassVar[str | None] = None
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
         fp16=yes(
-            "Rules see unscaled gradients; a step that overflows is the GradScaler's to skip, and its norm enters no "
+            "It sees unscaled gradients. The GradScaler skips a step that overflows, and the norm of that step enters no "
             "statistics."
         ),
         fused_fp16=SCALED,
@@ -76,8 +68,8 @@ class GradientConditioner(GradCallback):
         ),
         deepspeed=NO_ENGINE,
         manual_optimization=yes(
-            "`optimizer.step()` on what `self.optimizers()` returns. An optimizer stepped past Lightning keeps its gradients "
-            "as they are, and a warning says so."
+            "Call `step()` on what `self.optimizers()` returns. If you call it on the raw torch optimizer, gradients stay as "
+            "they are, and a warning says so."
         ),
         sparse_gradients=no(
             "needs dense gradients, and {} makes sparse ones",
@@ -141,9 +133,8 @@ class GradientConditioner(GradCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not self.fitting:
-            return
-        refuse_order(trainer)
+        if self.fitting:
+            refuse_order(trainer)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -169,8 +160,7 @@ class GradientConditioner(GradCallback):
         for index, optimizer in enumerate(trainer.optimizers):
             self._watch_for_bypass(optimizer)
             self._choose(index, optimizer, pl_module, restarted)
-            if self._chosen[index][1]:
-                self.works_with().refuse_optimizer(self.label, trainer, optimizer)
+            self._refuse_optimizer(trainer, index, optimizer)
         self.check_choice(pl_module)
         self.works_with().refuse_parameters(self.label, pl_module, set(map(id, self.parameters())))
         self._announce(trainer, pl_module)
@@ -214,6 +204,10 @@ class GradientConditioner(GradCallback):
         if restarted is not None and self._choice_changed:
             restarted += memory.assign(buckets)
         memory.note(buckets)
+
+    def _refuse_optimizer(self, trainer: pl.Trainer, index: int, optimizer: Optimizer) -> None:
+        if self._chosen[index][1]:
+            self.works_with().refuse_optimizer(self.label, trainer, optimizer)
 
     def choose_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the parameters again, because :meth:`excluded` returns others than when the fit began."""
@@ -273,6 +267,7 @@ class GradientConditioner(GradCallback):
         index = optimizer_index(trainer, optimizer, self.label)
         if self._chosen.get(index, ((), []))[0] != optimizer_shape(optimizer):
             self._choose(index, optimizer, pl_module)
+            self._refuse_optimizer(trainer, index, optimizer)  # its first parameters may have come in mid-fit
         memory, measured = self._memory.setdefault(index, Memory()), is_log_step(trainer)
         for bucket in self._chosen[index][1]:
             step = gather(bucket, memory, measured, optimizer, index)
@@ -281,10 +276,9 @@ class GradientConditioner(GradCallback):
                 seen = memory.steps + 1 - memory.since.get(bucket.name, 0)
                 values = self._count(step, self.condition(step), seen)
                 if measured and values:
-                    several = len(trainer.optimizers) > 1
-                    self.log_scalars(
-                        pl_module, {self._quantity(key, step, bucket, several): values[key] for key in values}
-                    )
+                    owner = f"optimizer{index}" if len(trainer.optimizers) > 1 else ""
+                    names = {key: "/".join(filter(None, (owner, key, bucket.name))) for key in values}
+                    self.log_scalars(pl_module, {names[key]: value for key, value in values.items()})
         memory.steps += 1
 
     def _count(self, step: GradientStep, values: Mapping[str, Tensor | float], seen: int) -> dict[str, Tensor | float]:
@@ -300,15 +294,10 @@ class GradientConditioner(GradCallback):
                 shown["clipped_share"] = step.state["clipped"] / seen
         return shown
 
-    def _quantity(self, key: str, step: GradientStep, bucket: Bucket, several: bool) -> str:
-        return "/".join(part for part in (f"optimizer{step.index}" if several else "", key, bucket.name) if part)
-
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {
-            **super().state_dict(),
-            "optimizers": {str(index): memory.save() for index, memory in self._memory.items()},
-        }
+        memories = {str(index): memory.save() for index, memory in self._memory.items()}
+        return {**super().state_dict(), "optimizers": memories}
 
     # The fit ends.
 

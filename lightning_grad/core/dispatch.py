@@ -1,7 +1,5 @@
 """Wrapping a method of a foreign object, so that several techniques can, and nothing is left behind."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from enum import IntEnum

@@ -8,8 +8,6 @@ A technique declares them in its class, so that nothing need be set to ``None`` 
   the next fit begins.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Generic, Self, TypeVar, overload
 

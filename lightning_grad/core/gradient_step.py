@@ -51,12 +51,9 @@ class GradientStep:
     def only(self, wanted: Callable[[Tensor], bool]) -> GradientStep:
         """Return the step with those gradients alone of which ``wanted`` is true."""
         chosen = [i for i, gradient in enumerate(self.gradients) if wanted(gradient)]
-        return replace(
-            self,
-            parameters=[self.parameters[i] for i in chosen],
-            gradients=[self.gradients[i] for i in chosen],
-            names=[self.names[i] for i in chosen],
-        )
+        lists = ("parameters", "gradients", "names")
+        kept: dict[str, Any] = {name: [getattr(self, name)[i] for i in chosen] for name in lists}
+        return replace(self, **kept)
 
 
 @dataclass

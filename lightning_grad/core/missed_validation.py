@@ -5,8 +5,6 @@ written before that validation. The run that resumes from it takes the validatio
 a callback that acts on validation metrics must run it first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from lightning_grad.core.dispatch import MethodDispatcher
 from lightning_grad.data.random_streams import GENERATORS, set_generator, state_of_generator
-from lightning_grad.functional.attributes import attributes_of
-from lightning_grad.functional.plain_tensors import plain_tensor
+from lightning_grad.functional.plain_tensors import attributes_of, plain_tensor
 from lightning_grad.utilities.batch_copies import FIXED
 
 CONTAINERS = (list, dict, set, deque)

@@ -1,8 +1,6 @@
 """The base of the callbacks that work on the optimizers: around their steps, on their rates, moments and closures."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -160,7 +158,7 @@ class OptimizerCallback(GradCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.undo.push(self._leave_all)
+        self.undo.push(lambda: self._leave(list(self._ends)))
         self._follow(trainer)
         self.undo.push(wrap_method(trainer.strategy, "optimizer_step", partial(self._step, trainer, pl_module)))
         if _overrides(self, "run_backward"):
@@ -178,7 +176,7 @@ class OptimizerCallback(GradCallback):
             return
         for index in [index for index, optimizer in self._seen.items() if now.get(index) is not optimizer]:
             del self._seen[index]
-            self._leave(index)
+            self._leave([index])
         for index, optimizer in now.items():
             if index not in self._seen:
                 self._seen[index] = optimizer
@@ -200,13 +198,10 @@ class OptimizerCallback(GradCallback):
         ends.push(optimizer.register_step_post_hook(lambda o, *_: self._after_step(index, rates)).remove)
         ends.push(rates.give_back)
 
-    def _leave(self, index: int) -> None:
-        if index in self._ends:
-            self._ends.pop(index).run()
-
-    def _leave_all(self) -> None:
-        for index in list(self._ends):
-            self._leave(index)
+    def _leave(self, indices: Iterable[int]) -> None:
+        for index in indices:
+            if index in self._ends:
+                self._ends.pop(index).run()
 
     @override
     def on_train_batch_start(
@@ -236,14 +231,11 @@ class OptimizerCallback(GradCallback):
         try:
             return inner(optimizer, closure, *args, **kwargs)
         finally:
-            self._end_step(index)
-
-    def _end_step(self, index: int | None) -> None:
-        if index in self._inside:
-            self._inside.discard(index)
-            self._rates[index].give_back()  # a step that raises or that the GradScaler skips has no after_step
-        if self._window is not None:
-            self._window.end_step()
+            if index in self._inside:
+                self._inside.discard(index)
+                self._rates[index].give_back()  # a step that raises or that the GradScaler skips has no after_step
+            if self._window is not None:
+                self._window.end_step()
 
     @torch.no_grad()
     @on_plain_tensors

@@ -3,8 +3,6 @@
 Used by ``conditioner.py`` and by ``GradientMonitor``. Techniques know of each other only by what they carry: a ``phase``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 

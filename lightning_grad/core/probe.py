@@ -1,7 +1,7 @@
 """The base of the callbacks that look at the module every so often and change nothing.
 
-In the files next to this one: ``probe_samples.py`` reads the samples, ``probe_turn.py`` takes one look, ``probe_reading.py``
-sends what was found, ``record.py`` keeps and draws it.
+In the files next to this one: ``probe_samples.py`` reads the samples, ``probe_reading.py`` takes one look and sends what was
+found, ``record.py`` keeps and draws it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.losses.given_functions import LossRequest
 from lightning_grad.core.missed_validation import is_validation_due
-from lightning_grad.core.probe_reading import Reading, send_reading
+from lightning_grad.core.probe_reading import Outcome, Reading, averaged_weights, send_reading, take_look
 from lightning_grad.core.probe_samples import NOUNS, ProbeLook, ProbeSamples, Split, check_samples
-from lightning_grad.core.probe_turn import Outcome, averaged_weights, take_look
 from lightning_grad.core.record import RunRecord
 from lightning_grad.utilities.checks import check_count, is_sharded
 from lightning_grad.utilities.reporting import counted, logged_at, output_file, stepped_batches

@@ -1,7 +1,5 @@
 """The fixed samples that a probe looks at: which they are, and how a batch is made of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -147,20 +145,9 @@ class ProbeSamples:
         seed_streams(_SEED)
         for module in pl_module.modules():
             seed_generators(module, _SEED, depth=1)  # no further: the module knows its Trainer
-        return ProbeLook(
-            pl_module,
-            batch,
-            indices,
-            total,
-            run,
-            self.asked,
-            trainer=self.trainer,
-            epoch=epoch,
-            step=step,
-            undo=undo,
-            read=read,
-            batch_size=_batch_size(loader),
-        )
+        look = (pl_module, batch, indices, total, run, self.asked)
+        size = _batch_size(loader)
+        return ProbeLook(*look, trainer=self.trainer, epoch=epoch, step=step, undo=undo, read=read, batch_size=size)
 
     @contextmanager
     def kept(self) -> Iterator[None]:

@@ -10,8 +10,6 @@ end that can be known (``max_epochs=-1``, ``max_time``, one epoch of data withou
 ``total_steps=`` of the technique.
 """
 
-from __future__ import annotations
-
 import math
 
 import lightning.pytorch as pl

@@ -6,6 +6,7 @@ and random streams are bitwise what they were. Techniques that act on training o
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -69,7 +70,10 @@ def quiet(
         stack.enter_context(unseen(trainer, pl_module, copied))
         if evaluate:
             stack.enter_context(eager())
-            stack.enter_context(_recurrent_layers_have_gradients(pl_module))
+            if torch.backends.cudnn.enabled and any(isinstance(module, nn.RNNBase) for module in pl_module.modules()):
+                # It has no backward pass of an RNN in eval mode.
+                stack.callback(setattr, torch.backends.cudnn, "enabled", True)
+                torch.backends.cudnn.enabled = False
             pl_module.eval()
         if pl_module not in _QUIET:
             _QUIET.add(pl_module)
@@ -128,17 +132,10 @@ def silence(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None
         return None
 
     loud = [module for module in pl_module.modules() if hasattr(module, "log_dict")]
-    undo = [
-        wrap_method(module, name, nothing, order=WrapOrder.LOOK)
-        for module in loud
-        for name in ("log", "log_dict", "print")
-    ]
-    try:
-        with loggers_muted(trainer):
-            yield
-    finally:
-        for step in undo:
-            step()
+    with loggers_muted(trainer), ExitStack() as stack:
+        for module, name in itertools.product(loud, ("log", "log_dict", "print")):
+            stack.callback(wrap_method(module, name, nothing, order=WrapOrder.LOOK))
+        yield
 
 
 @contextmanager
@@ -156,20 +153,6 @@ def eager() -> AbstractContextManager[Any]:
     """Run compiled code as it was written."""
     # What is compiled may not trace what looks at it. Without dynamo nothing is, and importing it takes seconds.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-@contextmanager
-def _recurrent_layers_have_gradients(pl_module: nn.Module) -> Iterator[None]:
-    # cuDNN has no backward pass of an RNN in eval mode.
-    cudnn = torch.backends.cudnn
-    if not any(isinstance(module, nn.RNNBase) for module in pl_module.modules()) or not cudnn.enabled:
-        yield
-        return
-    cudnn.enabled = False
-    try:
-        yield
-    finally:
-        cudnn.enabled = True
 
 
 class _Mute:

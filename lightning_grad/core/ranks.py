@@ -1,7 +1,5 @@
 """Values that each rank has of its own, brought together. Every rank must call these functions, in the same order."""
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 import lightning.pytorch as pl

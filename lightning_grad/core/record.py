@@ -64,7 +64,7 @@ class RunRecord:
 
     def __init__(self, most: int = 2048, weight: Callable[[Row], float] | None = None) -> None:
         self._most = most
-        self._weight = weight or _equal
+        self._weight = weight or (lambda _: 0.0)
         self.clear()
 
     def clear(self) -> None:
@@ -139,10 +139,12 @@ class RunRecord:
             now: Write every row, for the case that the run ends here.
         """
         if self.count - self._saved > (0 if now else self.count // _LAG):
-            self._saved, path = self.count, _file(trainer, owner, part, ".csv")
-            if path is not None and trainer.is_global_zero:
+            self._saved = self.count
+            if trainer.is_global_zero:
                 with tolerated(owner.label, "the table of the run"):
-                    write_csv(path, self.rows())
+                    path = _file(trainer, owner, part, ".csv")
+                    if path is not None:
+                        write_csv(path, self.rows())
 
     def report(
         self,
@@ -220,10 +222,6 @@ def style_axis(axis: Axes) -> None:
     axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def _equal(row: Row) -> float:
-    return 0.0
 
 
 def _file(trainer: pl.Trainer, owner: Recorder, part: str, ending: str) -> Path | None:

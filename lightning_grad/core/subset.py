@@ -1,7 +1,5 @@
 """The base of the callbacks that choose which samples an epoch trains on."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any, ClassVar
@@ -41,8 +39,8 @@ class SubsetCallback(GradCallback):
     namespace: ClassVar[str] = "data"
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
         ddp=yes(
-            "Every sampler of `torch.utils.data`. Another one raises with several ranks, because nobody knows which rank "
-            "draws what."
+            "With every sampler of `torch.utils.data`. Another one raises with several ranks, because it does not tell which "
+            "rank draws which samples."
         ),
         manual_optimization=yes(OWN_SCHEDULES),
     )
@@ -101,7 +99,8 @@ class SubsetCallback(GradCallback):
                     f"{self.label} must know the samples of each batch, and training_step(dataloader_iter) draws batches "
                     "itself. Let training_step take a batch."
                 )
-            own = (trainer, self.label, self.undo, _as_text(self.loader_key), self.remembers_samples)
+            key = None if self.loader_key is None else str(self.loader_key)
+            own = (trainer, self.label, self.undo, key, self.remembers_samples)
             self.training_set = TrainingSet(*own)
 
     @override
@@ -153,9 +152,8 @@ class SubsetCallback(GradCallback):
         self.training_set.keep(self.kept, self._fixed_steps)
         self._has_warned = self._has_warned or warn_of_two_ends(trainer, self.training_set, self.label)
         total = len(self.training_set.sampler.population)
-        self.log_scalars(
-            pl_module, {"kept_share": 1.0 if self.kept is None else len(self.kept) / total}, sync_dist=True
-        )
+        share = 1.0 if self.kept is None else len(self.kept) / total
+        self.log_scalars(pl_module, {"kept_share": share}, sync_dist=True)
 
     @override
     def on_train_batch_start(
@@ -185,10 +183,8 @@ class SubsetCallback(GradCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         all_samples = self.training_set.full_samples_until_now
         if all_samples:
-            share = self._samples_seen / all_samples
-            log_summary(
-                trainer, {self.log_key("samples_seen"): self._samples_seen, self.log_key("samples_share"): share}
-            )
+            totals = {"samples_seen": self._samples_seen, "samples_share": self._samples_seen / all_samples}
+            log_summary(trainer, {self.log_key(name): value for name, value in totals.items()})
 
     def device_indices(self, device: torch.device) -> Tensor:
         return torch.tensor(self.indices, device=device)
@@ -223,10 +219,6 @@ class SubsetCallback(GradCallback):
                 f"{self.label} keeps schedules in step with shorter epochs where Lightning steps them. This module steps its "
                 "own: one that counts batches will not come to its end. Make it for the batches that are trained on."
             )
-
-
-def _as_text(key: str | int | None) -> str | None:
-    return None if key is None else str(key)
 
 
 def _is_smoke_test(trainer: pl.Trainer) -> bool:

@@ -1,7 +1,5 @@
 """What a technique adds to other people's objects, it takes away through one list."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from lightning.pytorch.utilities import rank_zero_warn

@@ -6,8 +6,6 @@ technique derives from :class:`WeightCallback` and writes ``view``, which return
 in the folder ``views``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,10 +21,9 @@ from typing_extensions import override
 from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.views.module_chains import ModuleChains, chains_of
 from lightning_grad.core.views.network_ends import Ends
 from lightning_grad.core.views.portable import make_portable, wrap_loading, wrap_saving
-from lightning_grad.core.views.weight_chain import Chain, Stage
+from lightning_grad.core.views.weight_chain import Chain, ModuleChains, Stage, chains_of
 from lightning_grad.core.views.weight_choice import FoundWeight, W, WeightChoice, choose_weights, refuse_pruners
 from lightning_grad.utilities.checks import owned_ids
 from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches
@@ -150,7 +147,7 @@ class WeightCallback(GradCallback, Generic[W]):
         Whichever techniques stand in a chain, one of them puts its residual into a checkpoint. A shared parameter has
         several keys.
         """
-        first = {id(w.parameter): w.chain for w in self.weights if w.chain.stages[0] is self.stage}
+        first = {id(w.parameter): w.chain for w in self.weights if next(iter(w.chain.stages)) is self.stage}
         named = pl_module.named_parameters(remove_duplicate=False)
         return {name: (first[id(p)].dense, first[id(p)]) for name, p in named if id(p) in first}
 

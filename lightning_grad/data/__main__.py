@@ -8,9 +8,8 @@ from lightning_grad.data.score_files import SampleScores, average_scores, load_s
 
 
 def _title(scores: SampleScores) -> str:
-    details = [
-        f"{key} {value:g}" for key, value in (("epoch", scores.epoch), ("seed", scores.seed)) if value is not None
-    ]
+    known = {"epoch": scores.epoch, "seed": scores.seed}
+    details = [f"{key} {value:g}" for key, value in known.items() if value is not None]
     return f"{scores.name} ({', '.join(details)})" if details else scores.name
 
 
@@ -74,14 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="how far two scores agree")
     compare.add_argument("a", help="score file")
     compare.add_argument("b", help="score file of the same data set")
-    compare.add_argument(
-        "--at",
-        type=_share,
-        nargs="+",
-        default=[0.1, 0.2, 0.5],
-        metavar="SHARE",
-        help="compare the hardest samples, this share of all (default: 0.1 0.2 0.5)",
-    )
+    at = "compare the hardest samples, this share of all (default: 0.1 0.2 0.5)"
+    compare.add_argument("--at", type=_share, nargs="+", default=[0.1, 0.2, 0.5], metavar="SHARE", help=at)
     compare.add_argument("--force", action="store_true", help="compare scores of what seem to be two data sets")
     compare.set_defaults(run=_compare)
 

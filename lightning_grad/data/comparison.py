@@ -9,6 +9,8 @@ from torch import Tensor
 from lightning_grad.data.score_files import SampleScores
 from lightning_grad.functional.data_pruning.selection import select_samples
 
+Scores = SampleScores | Tensor
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -37,7 +39,7 @@ def _spearman(a: Tensor, b: Tensor) -> float:
     return float(torch.dot(*centered) / (centered[0].norm() * centered[1].norm()))
 
 
-def _aligned(a: SampleScores | Tensor, b: SampleScores | Tensor) -> tuple[Tensor, Tensor]:
+def _aligned(a: Scores, b: Scores) -> tuple[Tensor, Tensor]:
     scores = [item if isinstance(item, SampleScores) else SampleScores(item, "scores") for item in (a, b)]
     if all(item.index is None for item in scores) and len(scores[0].values) != len(scores[1].values):
         raise ValueError(
@@ -56,9 +58,7 @@ def _sorted(scores: SampleScores) -> tuple[Tensor, Tensor]:
     return index, scores.values[order]
 
 
-def compare_scores(
-    a: SampleScores | Tensor, b: SampleScores | Tensor, shares: Sequence[float] = (0.1, 0.2, 0.5)
-) -> Comparison:
+def compare_scores(a: Scores, b: Scores, shares: Sequence[float] = (0.1, 0.2, 0.5)) -> Comparison:
     r"""Compare two scores of the same samples.
 
     .. math::

@@ -13,10 +13,6 @@ import numpy as np
 _LONGEST_REASON = 200  # characters
 
 
-class ScoreFileError(ValueError):
-    """An error that already names the file."""
-
-
 @contextmanager
 def errors_that_name(path: Path) -> Iterator[None]:
     """Turn whatever a damaged file makes libraries raise into one error that names the file."""
@@ -26,8 +22,6 @@ def errors_that_name(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}. Name a file that can.") from error
-    except ScoreFileError:
-        raise
     except Exception as error:  # zipfile, zlib, numpy and csv have dozens of their own
         reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
         raise ValueError(

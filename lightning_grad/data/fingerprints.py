@@ -22,10 +22,6 @@ from lightning_grad.data.random_streams import generators_kept, random_streams_k
 from lightning_grad.functional.plain_tensors import plain_tensor
 
 _FEW = 16  # items of the training data, which may be slow to read; score files, which travel further, have more
-_WORDS = (
-    "{who} knows samples by their index, and the training set {name}, {when}, holds other samples than {before}. "
-    "Not the same: {what}. {advice}"
-)
 _RELOADED = (
     "Make the samples once, in setup or with a fixed seed, so that they stay the same, or set "
     "reload_dataloaders_every_n_epochs=0, which loads them once."
@@ -289,14 +285,11 @@ def refuse_other_data(known: Fingerprint, dataset: Any, needed_by: str, reloaded
     differences = known.differences(found)
     if differences:
         name = type(dataset.dataset if isinstance(dataset, ListItems) else dataset).__name__
+        when, before, advice = "in this run", "in the run of the checkpoint", resume_advice(needed_by)
+        if reloaded:
+            when, before, advice = "loaded again", "at the start of the fit", _RELOADED
         raise ValueError(
-            _WORDS.format(
-                who=needed_by,
-                name=name,
-                when="loaded again" if reloaded else "in this run",
-                before="at the start of the fit" if reloaded else "in the run of the checkpoint",
-                what=" and ".join(differences),
-                advice=_RELOADED if reloaded else resume_advice(needed_by),
-            )
+            f"{needed_by} knows samples by their index, and the training set {name}, {when}, holds other samples than "
+            f"{before}. Not the same: {' and '.join(differences)}. {advice}"
         )
     return found

@@ -9,19 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DistributedSampler,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils import data
 
-from lightning_grad.data.sampler_keys import KeyReader
+from lightning_grad.data.sampler_keys import KNOWN, KeyReader
 
-_KNOWN = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 _NEXT_PASS = 1_000_003  # far from any number of epochs, so that a second pass is shuffled like no epoch
 
 
@@ -46,7 +37,7 @@ class RecordedBatches(Iterator[list[int]]):
         return batch
 
 
-class PrunableBatchSampler(Sampler[list[int]]):
+class PrunableBatchSampler(data.Sampler[list[int]]):
     r"""Draw batches from those samples of a data set that are kept, as the batch sampler it stands for would.
 
     Until :meth:`keep` is called it is bitwise the batch sampler it stands for. Then the kept samples are shuffled,
@@ -107,24 +98,24 @@ class PrunableBatchSampler(Sampler[list[int]]):
     @property
     def shares_are_known(self) -> bool:
         """Whether what each of several ranks draws is known, and equally long on all."""
-        return type(self.original) is BatchSampler and type(self.sampler) in _KNOWN
+        return type(self.original) is data.BatchSampler and type(self.sampler) in KNOWN
 
     @property
     def population(self) -> Tensor:
         """Indices of the samples that training may see at all, in ascending order: a subset, for a sampler of one."""
-        if isinstance(self.sampler, SubsetRandomSampler):
+        if isinstance(self.sampler, data.SubsetRandomSampler):
             return torch.as_tensor(list(self.sampler.indices)).sort().values
         return torch.arange(self.total)
 
     @property
     def ranks(self) -> int:
         """Number of processes that share the samples."""
-        return int(self.sampler.num_replicas) if isinstance(self.sampler, DistributedSampler) else 1
+        return int(self.sampler.num_replicas) if isinstance(self.sampler, data.DistributedSampler) else 1
 
     @property
     def full_samples(self) -> int:
         """Samples of an epoch of this process when nothing is pruned."""
-        if type(self.original) is BatchSampler:
+        if type(self.original) is data.BatchSampler:
             return len(self.sampler)  # type: ignore[arg-type]
         most = len(self.original) * self.batch_size
         return self.total if abs(most - self.total) < self.batch_size else most  # one pass, up to the last batch
@@ -157,10 +148,9 @@ class PrunableBatchSampler(Sampler[list[int]]):
         kept = torch.as_tensor(indices, dtype=torch.int64)
         if not len(kept):
             raise ValueError("At least one sample must be kept; got none.")
-        if int(kept.min()) < 0 or int(kept.max()) >= self.total:
-            raise ValueError(
-                f"Indices must lie in a data set of {self.total}; got {int(kept.min())} to {int(kept.max())}."
-            )
+        low, high = int(kept.min()), int(kept.max())
+        if low < 0 or high >= self.total:
+            raise ValueError(f"Indices must lie in a data set of {self.total}; got {low} to {high}.")
         self._kept, self._samples = kept, samples
 
     def __len__(self) -> int:
@@ -200,24 +190,24 @@ class PrunableBatchSampler(Sampler[list[int]]):
     def _pruned_sampler(self, number: int) -> _Subset | _Filtered:
         """Return what yields the kept samples once, for the pass of this number in the epoch."""
         assert self._kept is not None
-        kept, sampler = self._kept, self.sampler if type(self.original) is BatchSampler else None
+        kept, sampler = self._kept, self.sampler if type(self.original) is data.BatchSampler else None
         positions: Any = range(len(kept))
-        if type(sampler) is SequentialSampler:
+        if type(sampler) is data.SequentialSampler:
             return _Subset(kept, positions)
-        if type(sampler) is RandomSampler:
+        if type(sampler) is data.RandomSampler:
             drawn = _scaled(sampler.num_samples, len(kept), self.total)
-            return _Subset(kept, RandomSampler(positions, sampler.replacement, drawn, sampler.generator))
-        if type(sampler) is SubsetRandomSampler:
+            return _Subset(kept, data.RandomSampler(positions, sampler.replacement, drawn, sampler.generator))
+        if type(sampler) is data.SubsetRandomSampler:
             kept = kept[torch.isin(kept, self.population)]
-            return _Subset(kept, SubsetRandomSampler(range(len(kept)), sampler.generator))
-        if type(sampler) is WeightedRandomSampler:
+            return _Subset(kept, data.SubsetRandomSampler(range(len(kept)), sampler.generator))
+        if type(sampler) is data.WeightedRandomSampler:
             weights = sampler.weights[kept]
             drawn = _scaled(sampler.num_samples, len(kept), self.total)
             if not sampler.replacement:
                 drawn = min(drawn, int((weights > 0).sum()))  # more cannot be drawn
-            drawing = WeightedRandomSampler(weights.tolist(), drawn, sampler.replacement, sampler.generator)
+            drawing = data.WeightedRandomSampler(weights.tolist(), drawn, sampler.replacement, sampler.generator)
             return _Subset(kept, drawing)
-        if type(sampler) is DistributedSampler:
+        if type(sampler) is data.DistributedSampler:
             return _Subset(kept, _redistributed(sampler, positions, number))
         counts = torch.bincount(kept, minlength=self.total)
         length = _scaled(self.full_samples, len(kept), self.total)
@@ -260,8 +250,8 @@ class _Filtered:
                 yield from (index for index in self._read(found) if counts[index] > repeat)
 
 
-def _redistributed(sampler: DistributedSampler[Any], positions: Any, number: int) -> DistributedSampler[Any]:
-    other: DistributedSampler[Any] = DistributedSampler(
+def _redistributed(sampler: data.DistributedSampler[Any], positions: Any, number: int) -> data.DistributedSampler[Any]:
+    other: data.DistributedSampler[Any] = data.DistributedSampler(
         positions, sampler.num_replicas, sampler.rank, sampler.shuffle, sampler.seed, sampler.drop_last
     )
     other.set_epoch(sampler.epoch + number * _NEXT_PASS)
@@ -285,8 +275,8 @@ def _refuse(original: Any, needed_by: str) -> None:
             "that number."
         )
     sampler = getattr(original, "sampler", None)
-    known = type(sampler) is DistributedSampler
-    if isinstance(sampler, DistributedSampler) and not known and sampler.num_replicas > 1:
+    known = type(sampler) is data.DistributedSampler
+    if isinstance(sampler, data.DistributedSampler) and not known and sampler.num_replicas > 1:
         raise TypeError(
             f"{needed_by} cannot prune what {type(sampler).__name__} yields, because it shares samples among ranks in a "
             "way of its own, so their epochs could differ in length. Use a sampler of torch.utils.data, or one process."

@@ -8,17 +8,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DistributedSampler,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils import data
 
 from lightning_grad.data.random_streams import random_streams_kept
 
+# Samplers of torch, and where each of them has what it draws from.
+KNOWN: dict[type, str] = {
+    data.SequentialSampler: "data_source",
+    data.RandomSampler: "data_source",
+    data.WeightedRandomSampler: "weights",
+    data.DistributedSampler: "dataset",
+    data.SubsetRandomSampler: "indices",
+}
 _LONGEST = 60  # characters of a key that are shown
 _MOST_READ = 10_000_000  # keys of one epoch, for the time that it takes
 
@@ -108,7 +109,7 @@ def refuse_other_keys(original: Any, dataset: Any, needed_by: str, shared: Seque
     """
     sampler = getattr(original, "sampler", None)
     reader = KeyReader(len(dataset), original if sampler is None else sampler, needed_by)
-    known = _known_keys(sampler) if type(original) is BatchSampler else None
+    known = _known_keys(sampler) if type(original) is data.BatchSampler else None
     if known is not None:
         reader.batch(known)
         return
@@ -118,17 +119,11 @@ def refuse_other_keys(original: Any, dataset: Any, needed_by: str, shared: Seque
 
 def _known_keys(sampler: Any) -> Sequence[int] | None:
     """Return the keys that a sampler of torch may yield, at least the largest; ``None`` for another sampler."""
-    if type(sampler) is SubsetRandomSampler:
-        return list(sampler.indices)
-    lengths = {
-        SequentialSampler: "data_source",
-        RandomSampler: "data_source",
-        WeightedRandomSampler: "weights",
-        DistributedSampler: "dataset",
-    }
-    if type(sampler) not in lengths:
+    if type(sampler) not in KNOWN:
         return None
-    length = len(getattr(sampler, lengths[type(sampler)]))
+    if type(sampler) is data.SubsetRandomSampler:
+        return list(sampler.indices)
+    length = len(getattr(sampler, KNOWN[type(sampler)]))
     return [length - 1] if length else []
 
 

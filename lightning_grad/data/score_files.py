@@ -4,7 +4,8 @@ import csv
 import dataclasses
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_grad.data.damaged_files import ScoreFileError, errors_that_name, read_entries
+from lightning_grad.data.damaged_files import errors_that_name, read_entries
 from lightning_grad.data.fingerprints import Fingerprint, fingerprint
 
 _FORMAT = 1
@@ -54,9 +55,7 @@ class SampleScores:
     def __post_init__(self) -> None:
         values = torch.as_tensor(self.values).detach().to("cpu", torch.float64)
         if values.ndim != 1:
-            raise ValueError(
-                f"SampleScores needs one value for each sample, (n,); got the shape {tuple(values.shape)}."
-            )
+            raise ValueError(f"SampleScores needs a value for each sample, (n,); got the shape {tuple(values.shape)}.")
         object.__setattr__(self, "values", values)
         for key in ("labels", "index"):
             given = getattr(self, key)
@@ -126,17 +125,19 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: If the folder cannot be made or written to.
     """
-    path = score_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = _part_of(path)
-    try:
+    with _part_of(score_path(path)) as part:
         part.touch()
+
+
+@contextmanager
+def _part_of(path: Path) -> Iterator[Path]:
+    """Yield where a file is written before it takes its place; nothing stays there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
     finally:
         part.unlink(missing_ok=True)
-
-
-def _part_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def save_scores(scores: SampleScores, path: str | os.PathLike[str]) -> Path:
@@ -156,14 +157,10 @@ def save_scores(scores: SampleScores, path: str | os.PathLike[str]) -> Path:
         ValueError: If the path names no file.
     """
     path = score_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = _part_of(path)
-    try:
+    with _part_of(path) as part:
         with part.open("wb") as file:
             np.savez(file, **_entries(scores))
         part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 
@@ -195,15 +192,13 @@ def _numbers(entries: Mapping[str, Any], key: str, kinds: str) -> Tensor:
 def _load_npz(path: Path) -> SampleScores:
     with errors_that_name(path):
         entries = read_entries(path)
-        missing = {"format", "scores", "index", "name"} - set(entries)
-        if missing:
-            raise ScoreFileError(
-                f"{path} is no score file: it has no {', '.join(sorted(missing))}. Name a file that save_scores wrote."
-            )
-        if int(entries["format"]) > _FORMAT:
-            raise ScoreFileError(
-                f"{path} was written by a later version of lightning-grad. Update lightning-grad to read it."
-            )
+        version = int(entries.get("format", 0))
+    missing = {"format", "scores", "index", "name"} - set(entries)
+    if missing:
+        raise ValueError(f"{path} is no score file: it lacks {', '.join(sorted(missing))}. Name a file of save_scores.")
+    if version > _FORMAT:
+        raise ValueError(f"{path} was written by a later version of lightning-grad. Update lightning-grad to read it.")
+    with errors_that_name(path):
         return _from_entries(entries)
 
 
@@ -305,15 +300,12 @@ def _check_alike(first: SampleScores, other: SampleScores) -> None:
     differences = found.differences(there) if found and there else []
     if differences:
         raise ValueError(
-            f"Only scores of one data set have a mean; {' and '.join(differences)} differ. Name files of the same data "
-            "set only."
+            f"Only scores of one data set have a mean; {' and '.join(differences)} differ. Name files of one only."
         )
     labels = [scores.labels for scores in (first, other) if scores.labels is not None]
     same = {"indices": torch.equal(first.items, other.items), "labels": len(labels) < 2 or torch.equal(*labels)}
     for key in (key for key, agrees in same.items() if not agrees):
-        raise ValueError(
-            f"Only scores of the same samples have a mean; their {key} differ. Name files of the same samples only."
-        )
+        raise ValueError(f"Only scores of the same samples have a mean; their {key} differ. Name files of those only.")
 
 
 def average_scores(scores: Sequence[SampleScores | str | os.PathLike[str]]) -> SampleScores:

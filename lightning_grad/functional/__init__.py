@@ -18,8 +18,12 @@ from lightning_grad.functional.clipping import *
 from lightning_grad.functional.communication import *
 from lightning_grad.functional.data_pruning import *
 from lightning_grad.functional.diagnostics import *
-from lightning_grad.functional.gradients import InseparableLossError, LossCall, LossCapture, LossTrace, Terms
+from lightning_grad.functional.gradients.errors import InseparableLossError
+from lightning_grad.functional.gradients.loss_capture import LossCapture
+from lightning_grad.functional.gradients.loss_functions import LossCall
 from lightning_grad.functional.gradients.per_sample_gradients import PerSampleGradientNorms, per_sample_gradient_norms
+from lightning_grad.functional.gradients.terms import Terms
+from lightning_grad.functional.gradients.trace import LossTrace
 from lightning_grad.functional.schedules import *
 from lightning_grad.functional.sparsity import *
 

@@ -7,7 +7,7 @@ number that says whether all gradients were finite.
 
 # No "from __future__ import annotations": torch reads the annotation of the hook's argument, and wants the class itself.
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,10 +98,3 @@ def write_dense(gradients: Sequence[Gradient], flat: Tensor) -> None:
         end = start + gradient.values.numel()
         torch.add(flat[start:end], flat[-1], out=gradient.values)
         start = end
-
-
-def write_past_ddp(gradients: Iterable[Gradient]) -> None:
-    """Write gradients from their buckets to their parameters, where DDP does not do so."""
-    for gradient in gradients:
-        if gradient.parameter.grad is not None:
-            gradient.parameter.grad.copy_(gradient.shaped)

@@ -1,7 +1,7 @@
-"""What the strategies measure of themselves: bytes handed to collectives, and time spent between them."""
+"""What the strategies measure of themselves: bytes handed to collectives, time spent between them, gradient noise."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_grad.core.record import RunRecord
+from lightning_grad.functional import noise_scale_terms
+from lightning_grad.functional.diagnostics.gradient_statistics import average_noise_terms
 
 _COUNTS = ("steps", "sent_bytes", "dense_bytes", "step_sent", "step_dense")
+_MOST_ENTRIES = 65_536  # of a sample of the gradients, for their noise
+_DECAY = 0.9  # of the averages, a log step; each estimate alone is very noisy
 
 
 class ByteLedger:
@@ -100,3 +104,19 @@ class Stopwatch:
         if self._on and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
+
+
+def measure_noise(past: Tensor | None, flat: Sequence[Tensor], ranks: int, mean: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return averages of noise and signal over log steps, (2,), in units of one rank's batch.
+
+    Args:
+        past: Averages so far; ``None`` at first.
+        flat: Gradients of this rank, flat.
+        ranks: How many ranks there are, at least 2.
+        mean: Averages a tensor over ranks.
+    """
+    stride = max(1, sum(gradient.numel() for gradient in flat) // _MOST_ENTRIES)
+    sample = torch.cat([gradient[::stride].float() for gradient in flat])
+    averaged = mean(torch.cat([sample, sample.square().sum().view(1)]))
+    terms = noise_scale_terms(averaged[-1], averaged[:-1].square().sum(), 1, ranks)
+    return average_noise_terms(past, torch.stack(terms).double().cpu(), _DECAY)

@@ -117,13 +117,7 @@ class RankFiles:
         return min(found, key=lambda pair: len(pair[1]))
 
     def read(
-        self,
-        io: CheckpointIO,
-        path: str,
-        manifest: Mapping[str, Any],
-        policy: str,
-        parameters: Parameters,
-        agree: Agree,
+        self, io: CheckpointIO, path: str, manifest: Mapping[str, Any], policy: str, layouts: Parameters, agree: Agree
     ) -> tuple[State | None, str]:
         """Return the state with which this rank continues, or ``None`` to begin empty, and why it is ``None``.
 
@@ -132,7 +126,7 @@ class RankFiles:
             path: From where the checkpoint was loaded.
             manifest: From the checkpoint.
             policy: 'strict', 'mean' or 'reset'.
-            parameters: Of the module.
+            layouts: Of the parameters of the module.
             agree: Returns the first problem of any rank, so that all raise the same or begin empty together.
 
         Raises:
@@ -147,7 +141,7 @@ class RankFiles:
             problem = _OTHER_RANKS, f"it would continue on {self._ranks} rank(s) what was saved on {before}"
         if problem is None:
             try:
-                state = self._load(io, files, manifest, parameters)
+                state = self._load(io, files, manifest, layouts)
             except UnusableFileError as error:
                 problem = (_UNUSABLE, str(error))
         problem = agree(problem)
@@ -181,9 +175,7 @@ class RankFiles:
         return _mean(first[OWN], (load(rank)[OWN] for rank in range(1, len(files))), len(files)), first[SHARED]
 
 
-def _load(
-    io: CheckpointIO, file: str, rank: int, manifest: Mapping[str, Any], parameters: Parameters
-) -> dict[str, Any]:
+def _load(io: CheckpointIO, file: str, rank: int, manifest: Mapping[str, Any], layouts: Parameters) -> dict[str, Any]:
     try:
         content = io.load_checkpoint(file, weights_only=True)
     except Exception as error:  # torn, empty or of another kind: each reader has errors of its own for them
@@ -191,7 +183,7 @@ def _load(
         raise UnusableFileError(
             f"the rank file {file} cannot be read ({type(error).__name__}{f': {reason}' if reason else ''})"
         ) from error
-    wrong = misfit(content, manifest, rank, parameters)
+    wrong = misfit(content, manifest, rank, layouts)
     if wrong:
         raise UnusableFileError(f"the rank file {file} {wrong}")
     return dict(content)

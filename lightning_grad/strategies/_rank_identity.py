@@ -9,6 +9,7 @@ IDENTITY, OWN, SHARED = "identity", "own", "shared"
 
 Layout = list[list[int]]  # sizes and strides
 Parameters = Mapping[str, Layout]
+Memory = Mapping[str, Mapping[str, Tensor]]
 
 
 def layout_of(parameter: Tensor) -> Layout:
@@ -25,16 +26,11 @@ def layout_of(parameter: Tensor) -> Layout:
     return [list(parameter.shape), [stride if size > 1 else 0 for size, stride in steps]]
 
 
-def identity_of(
-    manifest: Mapping[str, Any], rank: int, memory: Mapping[str, Mapping[str, Tensor]], parameters: Parameters
-) -> dict[str, Any]:
+def identity_of(manifest: Mapping[str, Any], rank: int, memory: Memory, parameters: Parameters) -> dict[str, Any]:
     """Return the identity of a rank file: its save, its rank, and the names, shapes and layouts of its parameters."""
-    return {
-        **{key: manifest[key] for key in ("strategy", "save", "ranks")},
-        "rank": rank,
-        "parameters": {name: parameters[name] for name in memory},
-        "memory": _shapes(memory),
-    }
+    save = {key: manifest[key] for key in ("strategy", "save", "ranks")}
+    known = {name: parameters[name] for name in memory}
+    return {**save, "rank": rank, "parameters": known, "memory": _shapes(memory)}
 
 
 def misfit(content: Any, manifest: Mapping[str, Any], rank: int, parameters: Parameters) -> str:
@@ -59,9 +55,7 @@ def misfit(content: Any, manifest: Mapping[str, Any], rank: int, parameters: Par
     return _misfit_of_memory(content[OWN]["memory"], identity, parameters)
 
 
-def _misfit_of_memory(
-    memory: Mapping[str, Mapping[str, Tensor]], identity: Mapping[str, Any], parameters: Parameters
-) -> str:
+def _misfit_of_memory(memory: Memory, identity: Mapping[str, Any], parameters: Parameters) -> str:
     strangers = sorted(memory.keys() - parameters.keys())
     if strangers:
         return f"is of another model: it holds {strangers[0]!r}, which this module does not have"
@@ -79,5 +73,5 @@ def _misfit_of_memory(
     return ""
 
 
-def _shapes(memory: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, list[int]]]:
+def _shapes(memory: Memory) -> dict[str, dict[str, list[int]]]:
     return {name: {key: list(value.shape) for key, value in kept.items()} for name, kept in memory.items()}

@@ -27,9 +27,8 @@ def draw(label: str, ledger: ByteLedger, layers: Sequence[Mapping[str, Any]]) ->
     _draw_bytes(left, ledger)
     _draw_residual(middle, ledger)
     _draw_layers(right, shown, len(layers))
-    figure.suptitle(
-        f"{label}: {ledger.ratio:,.0f} times less than dense gradients over {ledger.steps:,} steps", fontsize=11
-    )
+    title = f"{label}: {ledger.ratio:,.0f} times less than dense gradients over {ledger.steps:,} steps"
+    figure.suptitle(title, fontsize=11)
     return figure
 
 

@@ -193,19 +193,14 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
         memory = {name: {key: value.clone() for key, value in kept.items()} for name, kept in self.memory.items()}
         batches: Any = self._trainer.fit_loop.epoch_loop.batch_progress.current
         is_under_way = self._trainer.interrupted and batches.started > batches.processed  # so that the batch runs again
-        shared = {
-            "in_flight": self._in_flight if is_under_way else None,
-            "ledger": self.ledger.state_dict(),
-            "noise": self._noise,
-        }
+        in_flight = self._in_flight if is_under_way else None
+        shared = {"in_flight": in_flight, "ledger": self.ledger.state_dict(), "noise": self._noise}
         return {"memory": memory, "is_accumulated": self._is_accumulated}, shared
 
     def load_rank_state(self, own: Mapping[str, Any], shared: Mapping[str, Any], changed: set[str]) -> None:
         """Continue with what :meth:`rank_state` returned, although some settings may have changed."""
         to, saved = self.root_device, own["memory"]
-        self.memory = {
-            name: {key: v.to(to) for key, v in saved[name].items()} for name in saved if name in self._chosen
-        }
+        self.memory = {n: {key: v.to(to) for key, v in kept.items()} for n, kept in saved.items() if n in self._chosen}
         if len(self.memory) < len(saved):
             lost = ", ".join(sorted(saved.keys() - self._chosen))
             rank_zero_warn(f"{self.label} no longer compresses {lost}: what was not sent of them is lost.")
@@ -253,10 +248,8 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
             return
         saved = manifest.get("settings", {})
         follow_settings(self.label, saved, self.message_settings, {})
-        policy, parameters = self.residual_policy, self.parameters
-        state, why = self._files.read(
-            self.checkpoint_io, self._loaded_from, manifest, policy, parameters, _first_problem
-        )
+        io, policy, parameters = self.checkpoint_io, self.residual_policy, self.parameters
+        state, why = self._files.read(io, self._loaded_from, manifest, policy, parameters, _first_problem)
         if state is None:
             lost = "begins with nothing unsent: what the saved run had not sent is lost"
             rank_zero_warn(f"{self.label} {lost}, because {why}.")

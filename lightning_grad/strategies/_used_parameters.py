@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_grad.core.undo import UndoList
 from lightning_grad.strategies._collectives import Collectives
+from lightning_grad.utilities.reporting import listed
 
 _ABSENT, _ZERO, _USED = 0, 1, 2  # no gradient, one that nothing was added to, one that this step has made
 
@@ -53,10 +54,8 @@ class UsedParameters:
             device: Of the mask.
             owned: Identities of the parameters that an optimizer moves. Other gradients are never zeroed.
         """
-        parameters = zip(self._parameters.values(), self._marks, strict=True)
-        marks = [
-            _USED if used else _ZERO if p.grad is not None and id(p) in owned else _ABSENT for p, used in parameters
-        ]
+        given = zip(self._parameters.values(), self._marks, strict=True)
+        marks = [_USED if used else _ZERO if p.grad is not None and id(p) in owned else _ABSENT for p, used in given]
         self.forget()
         if self._agreed is None or not self._static:
             # In a static graph ranks agree in the first step only, and once more after a resume. If that was counted, a
@@ -75,3 +74,22 @@ class UsedParameters:
             present = {name for name, mark in marks.items() if mark != _ABSENT}
             self._read = (mask, (present, {name for name in present if marks[name] == _ZERO}))
         return self._read[1]
+
+
+def explain_unused_parameters(error: BaseException, label: str, parameters: Mapping[str, Tensor]) -> None:
+    """Replace what Lightning says of parameters that got no gradient, which would lead away from the strategy.
+
+    Args:
+        error: Its message is changed, if it is that one.
+        label: Whose run it is.
+        parameters: Of the module, by name, with the gradients of the step that was broken off.
+    """
+    if not any("parameters that were not used in producing the loss" in str(part) for part in error.args):
+        return
+    unused = [name for name, parameter in parameters.items() if parameter.requires_grad and parameter.grad is None]
+    named = f" ({listed(unused)})" if unused else ""
+    text = (
+        f"{label}: some parameters{named} got no gradient in a step. If that is intended, set "
+        f"{label}(find_unused_parameters=True). If they are never used, freeze them with requires_grad_(False)."
+    )
+    error.args = (text,)

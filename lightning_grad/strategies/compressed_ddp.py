@@ -6,8 +6,8 @@ and one number that says whether a gradient was not finite) and whatever the sch
 scheme is four methods on named, flat gradients; it sees no buckets, futures or streams, its collectives come in the
 same order on all ranks, and its memory is keyed by parameter name. The other files: ``_scheme.py`` says what a scheme is and
 what of it is saved, ``dgc.py`` and ``powersgd.py`` are the schemes, ``_buckets.py`` is the hook, ``_used_parameters.py`` knows
-what got a gradient, ``_collectives.py`` talks to other ranks, ``_ledger.py`` counts bytes, ``_rank_files.py`` knows where the
-memory of each rank is saved, ``_refusals.py`` says what cannot work, ``_noise.py`` measures, ``_report.py`` draws.
+what got a gradient, ``_collectives.py`` talks to other ranks, ``_ledger.py`` measures, ``_rank_files.py`` knows where the
+memory of each rank is saved, ``_report.py`` draws.
 """
 
 import inspect
@@ -23,26 +23,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
 from lightning_grad.core import Chosen, check_count, during_fit, is_log_step
 from lightning_grad.core.compatibility import Compatibility, manual, moot, no
-from lightning_grad.strategies._buckets import (
-    BucketCollector,
-    Gradient,
-    all_finite,
-    concatenated,
-    write_dense,
-    write_past_ddp,
-)
+from lightning_grad.strategies._buckets import BucketCollector, Gradient, all_finite, concatenated, write_dense
 from lightning_grad.strategies._collectives import Collectives, explain_lost_rank, interrupts_deferred
-from lightning_grad.strategies._ledger import Stopwatch
-from lightning_grad.strategies._noise import measure_noise
-from lightning_grad.strategies._refusals import explain_unused_parameters, refuse_optimizers
+from lightning_grad.strategies._ledger import Stopwatch, measure_noise
 from lightning_grad.strategies._report import draw
 from lightning_grad.strategies._scheme import Message, ResidualPolicy, SchemeDDP
-from lightning_grad.strategies._used_parameters import UsedParameters
+from lightning_grad.strategies._used_parameters import UsedParameters, explain_unused_parameters
 from lightning_grad.utilities.arguments import CheckedArguments
 from lightning_grad.utilities.checks import owned_ids
 from lightning_grad.utilities.parameters import as_names, check_patterns
@@ -59,6 +50,7 @@ _NO_SCALER = no(
     "adds up gradients over steps, and {} changes their scale between steps",
     "Use precision='bf16-mixed', or strategy='ddp'",
 )
+_ONE_STRATEGY = moot("A Trainer has one strategy, and this one trains as DDP does.")
 
 
 class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
@@ -113,7 +105,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     compatibility: ClassVar[Compatibility] = Compatibility(
         fp16=_NO_SCALER,
         fused_fp16=_NO_SCALER,
-        **dict.fromkeys(("ddp", "fsdp2", "fsdp1", "deepspeed"), moot("A Trainer has one strategy. This one is DDP.")),
+        **dict.fromkeys(("ddp", "fsdp2", "fsdp1", "deepspeed"), _ONE_STRATEGY),
         **manual(
             no(
                 "does not work with {}: a backward pass must end in one optimizer step",
@@ -124,7 +116,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             "does not work with {}, which takes only strategies of its own namespace and says invalid strategy name",
             "Use lightning.pytorch.Trainer",
         ),
-        late_gradients=moot("A Trainer has one strategy."),
+        late_gradients=_ONE_STRATEGY,
         sparse_gradients=no(
             "needs dense gradients, and {} makes sparse ones", "Build it with sparse=False, or use strategy='ddp'"
         ),
@@ -153,22 +145,22 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     ) -> None:
         if timeout is not None and timeout <= timedelta(0):
             raise ValueError(f"timeout must be longer than zero; got {timeout!r}.")
-        ddp: dict[str, Any] = {} if broadcast_buffers else {"broadcast_buffers": False}  # torch 2.13 deprecates it
+        ddp: dict[str, Any] = {"static_graph": static_graph, "gradient_as_bucket_view": gradient_as_bucket_view}
+        if not broadcast_buffers:
+            ddp["broadcast_buffers"] = False  # torch 2.13 deprecates it
         if find_unused_parameters and not static_graph:  # which finds them by itself, and warns of both
             ddp["find_unused_parameters"] = True
-        super().__init__(
-            start_method=start_method,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            static_graph=static_graph,
-            gradient_as_bucket_view=gradient_as_bucket_view,
-            **ddp,
-        )
+        super().__init__(start_method=start_method, process_group_backend=process_group_backend, timeout=timeout, **ddp)
         self.exclude = as_names(exclude)
         self.min_numel = check_count(min_numel, 1, "min_numel")
         self.residual_policy = residual_policy
         self.gradient_noise = gradient_noise
         self._finds_unused, self._is_static = find_unused_parameters or static_graph, static_graph
+
+    def arguments_of_all(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments that all schemes have, of the ``locals()`` of a scheme's constructor that hands them on."""
+        names = list(inspect.signature(CompressedDDPStrategy.__init__).parameters)[1:]
+        return {name: given[name] for name in names}
 
     # The fit begins.
 
@@ -216,7 +208,15 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
-        refuse_optimizers(self.optimizers, trainer.lightning_module, self.label)
+        if len(self.optimizers) != 1:
+            raise ValueError(
+                f"{self.label} works with one optimizer, and {type(trainer.lightning_module).__name__}.configure_optimizers "
+                f"returned {len(self.optimizers)}. Put their parameters into groups of one optimizer, or use strategy='ddp'."
+            )
+        if isinstance(self.optimizers[0], LBFGS):
+            raise ValueError(
+                f"{self.label} needs one backward pass a step, and LBFGS makes several. Use another, or strategy='ddp'."
+            )
         self.connect_optimizer(self.optimizers[0])
 
     def connect_optimizer(self, optimizer: Optimizer) -> None:
@@ -317,7 +317,9 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         write_dense(dense, message[_DENSE])
         if _USED in message:
             _, past_ddp = self._used.names(message[_USED])
-            write_past_ddp(gradient for gradient in (*compressed, *dense) if gradient.name in past_ddp)
+            for gradient in (*compressed, *dense):
+                if gradient.name in past_ddp and gradient.parameter.grad is not None:
+                    gradient.parameter.grad.copy_(gradient.shaped)
         self._in_flight = message
         self._watch.stop()
         self._measured = self._measure(noise) if measured else {}
@@ -435,9 +437,3 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def _end(self) -> None:
         self.undo.run()
         self.end_fit()
-
-
-def arguments_of_all(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that all schemes have, of the ``locals()`` of a scheme's constructor that hands them on."""
-    names = list(inspect.signature(CompressedDDPStrategy.__init__).parameters)[1:]
-    return {name: given[name] for name in names}

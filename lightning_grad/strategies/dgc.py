@@ -18,28 +18,15 @@ from typing_extensions import override
 from lightning_grad.core.compatibility import YES, Compatibility, no, yes
 from lightning_grad.core.dispatch import overrides
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.functional import (
-    accumulate_residual_,
-    add_pairs_,
-    clip_norm_,
-    pack_pairs,
-    remove_sent_,
-    select_largest,
-    unpack_pairs,
-)
+from lightning_grad.functional import clip_norm_
+from lightning_grad.functional import communication as rules
 from lightning_grad.functional.communication.error_feedback import as_sent
 from lightning_grad.functional.communication.wire import PAPER_WARMUP, RELEASED_WARMUP, kept_count, warmup_density
 from lightning_grad.functional.shuffling import hashed_seed
+from lightning_grad.strategies._buckets import Gradient
 from lightning_grad.strategies._local_momentum import LocalMomentum, why_not_moved
-from lightning_grad.strategies.compressed_ddp import (
-    DEFAULT_TIMEOUT,
-    CompressedDDPStrategy,
-    Gradient,
-    Message,
-    ResidualPolicy,
-    StartMethod,
-    arguments_of_all,
-)
+from lightning_grad.strategies._scheme import Message, ResidualPolicy
+from lightning_grad.strategies.compressed_ddp import DEFAULT_TIMEOUT, CompressedDDPStrategy, StartMethod
 from lightning_grad.utilities.checks import check_count, check_finite_above
 from lightning_grad.utilities.parameters import check_patterns, first_match
 
@@ -151,7 +138,7 @@ class DGCStrategy(CompressedDDPStrategy):
             "gradient of each rank before it is accumulated. If a library builds the Trainer, set trainer.gradient_clip_val "
             "= None before fit(), or in the setup() of a callback",
         ),
-        no_second_moment=yes("By error feedback for all but SGD with momentum, which is printed."),
+        no_second_moment=yes("Optimizers other than SGD with momentum get error feedback, and a line says so."),
     )
     trial: ClassVar[Mapping[str, Any]] = {"ratio": 0.05, "warmup": [0.5, 0.2], "warmup_steps": 3, "min_numel": 100}
     neutral: ClassVar[Mapping[str, Any] | str] = {"ratio": 1.0}
@@ -185,11 +172,9 @@ class DGCStrategy(CompressedDDPStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
     ) -> None:
-        super().__init__(**arguments_of_all(locals()))
+        super().__init__(**self.arguments_of_all(locals()))
         self.ratio = _as_ratio(ratio, "ratio")
-        self.layer_ratios = {
-            name: _as_ratio(share, f"layer_ratios[{name!r}]") for name, share in (layer_ratios or {}).items()
-        }
+        self.layer_ratios = {n: _as_ratio(share, f"layer_ratios[{n!r}]") for n, share in (layer_ratios or {}).items()}
         if warmup is not None and not warmup:
             raise ValueError("warmup must have at least one share; got []. Use None for no warm-up.")
         shares = _WARMUPS[warmup] if isinstance(warmup, str) else warmup or ()
@@ -327,19 +312,19 @@ class DGCStrategy(CompressedDDPStrategy):
             momentum, nesterov = (0.0, False) if local is None else local.of(gradient.parameter)
             if momentum and _VELOCITY not in memory:
                 memory[_VELOCITY] = torch.zeros_like(values, dtype=kind)
-            accumulate_residual_(memory[_RESIDUAL], values, memory.get(_VELOCITY), momentum, nesterov)
+            rules.accumulate_residual_(memory[_RESIDUAL], values, memory.get(_VELOCITY), momentum, nesterov)
 
     @override
     def send(self, gradients: Sequence[Gradient]) -> Message:
         counts = self._counts(gradients)
         self._sent = [self._select(gradient.name, count) for gradient, count in zip(gradients, counts, strict=True)]
         indices, values = zip(*self._sent, strict=True)
-        return {_PAIRS: self.ranks.gather(pack_pairs(indices, values, counts, self._value_type))}
+        return {_PAIRS: self.ranks.gather(rules.pack_pairs(indices, values, counts, self._value_type))}
 
     def _select(self, name: str, count: int) -> tuple[Tensor, Tensor]:
         kept = self.memory[name][_RESIDUAL]
         start = hashed_seed(self.global_rank, f"{name}/{self.step}")
-        index = select_largest(kept, count, self.selector, start)
+        index = rules.select_largest(kept, count, self.selector, start)
         return index, as_sent(kept[index], self._value_type)
 
     def _counts(self, gradients: Sequence[Gradient]) -> list[int]:
@@ -350,7 +335,7 @@ class DGCStrategy(CompressedDDPStrategy):
         for gradient, (indices, values) in zip(gradients, self._sent, strict=True):
             memory = self.memory[gradient.name]
             velocity = memory.get(_VELOCITY) if self.momentum_masking else None
-            remove_sent_(memory[_RESIDUAL], indices, values, velocity, arrived)
+            rules.remove_sent_(memory[_RESIDUAL], indices, values, velocity, arrived)
         self._sent = []
 
     @override
@@ -359,9 +344,9 @@ class DGCStrategy(CompressedDDPStrategy):
         for gradient in gradients:
             gradient.values.zero_()
         for pairs in everyone:  # rank by rank, so that all ranks add in the same order and get the same bits
-            unpacked = unpack_pairs(pairs, counts, self._value_type)
+            unpacked = rules.unpack_pairs(pairs, counts, self._value_type)
             for gradient, (indices, values) in zip(gradients, unpacked, strict=True):
-                add_pairs_(gradient.values, indices, values + failure.to(values.dtype), 1.0 / len(everyone))
+                rules.add_pairs_(gradient.values, indices, values + failure.to(values.dtype), 1.0 / len(everyone))
 
     @override
     def unsent(self) -> Iterator[Tensor]:

@@ -14,15 +14,9 @@ from typing_extensions import override
 
 from lightning_grad.functional import initial_factor, orthonormalize
 from lightning_grad.functional.communication.powersgd import low_rank_numel, matrix_shape
-from lightning_grad.strategies.compressed_ddp import (
-    DEFAULT_TIMEOUT,
-    CompressedDDPStrategy,
-    Gradient,
-    Message,
-    ResidualPolicy,
-    StartMethod,
-    arguments_of_all,
-)
+from lightning_grad.strategies._buckets import Gradient
+from lightning_grad.strategies._scheme import Message, ResidualPolicy
+from lightning_grad.strategies.compressed_ddp import DEFAULT_TIMEOUT, CompressedDDPStrategy, StartMethod
 from lightning_grad.utilities.checks import check_count, check_finite_above
 
 _ERROR, _RIGHT = "error", "right"
@@ -120,7 +114,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
     ) -> None:
-        super().__init__(**arguments_of_all(locals()))
+        super().__init__(**self.arguments_of_all(locals()))
         self.rank = check_count(rank, 1, "rank")
         self.start_step = check_count(start_step, 0, "start_step")
         self.min_gain = check_finite_above(min_gain, 0.0, "min_gain")
@@ -154,9 +148,8 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     def accumulate(self, gradients: Sequence[Gradient]) -> None:
         for gradient in gradients:
             memory = self.memory.setdefault(gradient.name, {})
-            kind = torch.promote_types(
-                gradient.values.dtype, torch.float32
-            )  # half types lose what is small beside an error
+            # Half types lose what is small beside an error.
+            kind = torch.promote_types(gradient.values.dtype, torch.float32)
             rank, columns = self._rank_of(gradient), matrix_shape(gradient.parameter.shape)[1]
             if _ERROR not in memory:
                 memory[_ERROR] = torch.zeros_like(gradient.values, dtype=kind)

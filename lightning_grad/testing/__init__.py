@@ -11,8 +11,8 @@ everything below, and nothing of the package imports them.
 - What a technique left: :func:`traces` of a module, :func:`trainer_traces`, :func:`optimizer_traces`, and
   :class:`PicklerOfNoRun`, which raises for a copy that drags the run along.
 - Waiting for the device in a step: :class:`NoSync`, :func:`guarded`, :class:`GuardStep`.
-- Several processes: :func:`on_ranks` and :func:`free_port`; :func:`train_on_ranks`, :func:`outcome` and :func:`finish` fit
-  the small project with a strategy on each of them.
+- Several processes: :func:`on_ranks`; :func:`train_on_ranks`, :func:`outcome` and :func:`finish` fit the small project with
+  a strategy on each of them.
 """
 
 from lightning_grad.testing.projects import (
@@ -29,7 +29,7 @@ from lightning_grad.testing.projects import (
     make_data,
     make_trainer,
 )
-from lightning_grad.testing.ranks import finish, free_port, on_ranks, outcome, train_on_ranks
+from lightning_grad.testing.ranks import finish, on_ranks, outcome, train_on_ranks
 from lightning_grad.testing.states import assert_identical, state_of
 from lightning_grad.testing.stopping import StopAfter, StopAt, StopIn, StopInTrainingStep
 from lightning_grad.testing.syncs import GuardStep, NoSync, guarded
@@ -53,7 +53,6 @@ __all__ = [
     "assert_identical",
     "finish",
     "fit",
-    "free_port",
     "guarded",
     "loaders",
     "make_classifier",

@@ -127,16 +127,8 @@ def loaders(resumable: bool = False) -> tuple[DataLoader[Any], DataLoader[Any]]:
 
 def make_trainer(trainer_class: type = pl.Trainer, **arguments: Any) -> Any:
     """Build a quiet CPU trainer."""
-    defaults = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 4,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 2,
-    }
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": 4, "log_every_n_steps": 2, **quiet}
     return trainer_class(**{**defaults, **arguments})
 
 

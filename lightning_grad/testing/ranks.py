@@ -3,7 +3,6 @@
 import copy
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
 import traceback
@@ -32,10 +31,8 @@ def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
     """
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")
-        processes = [
-            context.Process(target=_be_rank, args=(rank, ranks, folder, work, arguments), daemon=True)
-            for rank in range(ranks)
-        ]
+        given = (ranks, folder, work, arguments)
+        processes = [context.Process(target=_be_rank, args=(rank, *given), daemon=True) for rank in range(ranks)]
         for process in processes:
             process.start()
         _join(processes)
@@ -46,13 +43,6 @@ def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
     if errors:
         raise AssertionError("\n".join(errors))
     return [result["value"] for result in results]
-
-
-def free_port() -> int:
-    """Return a port on which nothing listens now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def train_on_ranks(strategy: Any, callbacks: Any = (), module: Any = None, **arguments: Any) -> Any:

@@ -8,11 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-_SYNCING = {
-    torch.ops.aten._local_scalar_dense.default,
-    torch.ops.aten.nonzero.default,
-    torch.ops.aten.masked_select.default,
-}
+_ATEN = torch.ops.aten
+_SYNCING = {_ATEN._local_scalar_dense.default, _ATEN.nonzero.default, _ATEN.masked_select.default}
 
 
 class NoSync(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -31,7 +28,7 @@ class NoSync(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func in _SYNCING:
             raise AssertionError(f"{func} waits for the device")
-        if func is torch.ops.aten._to_copy.default and "device" in kwargs:
+        if func is _ATEN._to_copy.default and "device" in kwargs:
             raise AssertionError(f"copies to {kwargs['device']}")
         return func(*args, **kwargs)
 

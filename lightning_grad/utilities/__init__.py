@@ -5,11 +5,6 @@ are built of: the undo list, method dispatch, choosing parameters, views of weig
 checks and reporting.
 """
 
-from lightning_grad.utilities.sparsity import (
-    ExportedLayer,
-    LayerSparsity,
-    export_semi_structured,
-    sparsity_report,
-)
+from lightning_grad.utilities.sparsity import ExportedLayer, LayerSparsity, export_semi_structured, sparsity_report
 
 __all__ = ["ExportedLayer", "LayerSparsity", "export_semi_structured", "sparsity_report"]

@@ -177,7 +177,7 @@ def _hint(value: Any, kind: Any) -> str:
         wanted = [get_args(member)[-1] for member in members if get_origin(member) in (Mapping, Sequence)]
         items = list(value.values()) if isinstance(value, Mapping) else value
         return next((_hint(item, part) for part in wanted for item in items if not _fits(item, part)), "")
-    if isinstance(value, str) and any(_is_number(member) for member in members):
+    if isinstance(value, str) and any(member in (int, float, bool) for member in members):
         return _hint_for_text(value)
     if isinstance(value, str) and lists:
         return f" Write [{value!r}]."
@@ -199,10 +199,6 @@ def _hint_for_text(value: str) -> str:
     mantissa, mark, exponent = repr(int(value) if value.strip().isdecimal() else number).partition("e")
     point = ".0" if mark and "." not in mantissa else ""
     return f" In YAML, write {mantissa}{point}{mark}{exponent} without quotes."
-
-
-def _is_number(kind: Any) -> bool:
-    return kind in (int, float, bool)
 
 
 def plain(value: Any) -> Any:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_grad.functional.attributes import attributes_of
-from lightning_grad.functional.plain_tensors import clone_of
+from lightning_grad.functional.plain_tensors import attributes_of, clone_of
 
 DEEPEST = 8  # an object of a batch may know its owner
 FIXED = frozenset({bool, int, float, complex, str, bytes, type(None)})

@@ -94,19 +94,6 @@ def text_of(path: Path) -> str:
     return "batch" + "".join(f"[{key!r}]" for key in path)
 
 
-def has_input(batch: Any, path: Path) -> bool:
-    """Return whether there is a floating tensor at a path.
-
-    Example:
-        >>> has_input([None], (0,)), has_input([torch.ones(1)], (0,))
-        (False, True)
-    """
-    try:
-        return input_at(batch, path).is_floating_point()
-    except ValueError:
-        return False
-
-
 def input_at(batch: Any, path: Path) -> Tensor:
     """Return the tensor at a path.
 

@@ -23,15 +23,19 @@ Number = TypeVar("Number", bound=float | None)
 _LONGEST_NAME = 100  # bytes; file systems end at 255, and an epoch, a layer and an ending are added
 
 
+def _checked(value: Number, parameter: str, wanted: str, holds: Callable[[float], bool]) -> Number:
+    if value is not None and not holds(value):
+        raise ValueError(f"{parameter} must be {wanted}; got {value}.")
+    return value
+
+
 def check_at_least(value: Number, least: float, parameter: str) -> Number:
     """Return a number that must be at least ``least``.
 
     Raises:
         ValueError: If it is smaller, or no number.
     """
-    if value is not None and not value >= least:
-        raise ValueError(f"{parameter} must be at least {least}; got {value}.")
-    return value
+    return _checked(value, parameter, f"at least {least}", lambda number: number >= least)
 
 
 def check_count(value: Number, least: int, parameter: str) -> Number:
@@ -43,9 +47,7 @@ def check_count(value: Number, least: int, parameter: str) -> Number:
     Example:
         >>> window = check_count(5, 1, "window")
     """
-    if value is not None and value < least:
-        raise ValueError(f"{parameter} must be at least {least}, and whole; got {value}.")
-    return value
+    return _checked(value, parameter, f"at least {least}, and whole", lambda number: number >= least)
 
 
 def check_only_one(given: Mapping[str, Any], what: str) -> None:
@@ -74,9 +76,7 @@ def check_above(value: Number, bound: float, parameter: str) -> Number:
     Raises:
         ValueError: If it is not, or no number.
     """
-    if value is not None and not value > bound:
-        raise ValueError(f"{parameter} must be above {bound:g}; got {value}.")
-    return value
+    return _checked(value, parameter, f"above {bound:g}", lambda number: number > bound)
 
 
 def check_finite(value: Number, parameter: str) -> Number:
@@ -90,9 +90,7 @@ def check_finite(value: Number, parameter: str) -> Number:
         Traceback (most recent call last):
         ValueError: eta must be finite; got inf.
     """
-    if value is not None and not math.isfinite(value):
-        raise ValueError(f"{parameter} must be finite; got {value}.")
-    return value
+    return _checked(value, parameter, "finite", math.isfinite)
 
 
 def check_finite_at_least(value: Number, least: float, parameter: str) -> Number:
@@ -119,10 +117,7 @@ def check_count_between(value: Number, least: int, most: int, parameter: str) ->
     Raises:
         ValueError: If it is not.
     """
-    check_count(value, least, parameter)
-    if value is not None and value > most:
-        raise ValueError(f"{parameter} must be at most {most}; got {value}.")
-    return value
+    return _checked(check_count(value, least, parameter), parameter, f"at most {most}", lambda number: number <= most)
 
 
 def check_between(value: Number, least: float, most: float, parameter: str) -> Number:
@@ -131,9 +126,7 @@ def check_between(value: Number, least: float, most: float, parameter: str) -> N
     Raises:
         ValueError: If it is outside, or no number.
     """
-    if value is not None and not least <= value <= most:
-        raise ValueError(f"{parameter} must be from {least:g} to {most:g}; got {value}.")
-    return value
+    return _checked(value, parameter, f"from {least:g} to {most:g}", lambda number: least <= number <= most)
 
 
 def check_share(value: float, parameter: str) -> float:
@@ -142,9 +135,7 @@ def check_share(value: float, parameter: str) -> float:
     Raises:
         ValueError: If it is not.
     """
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{parameter} must be at least 0 and below 1; got {value}.")
-    return value
+    return _checked(value, parameter, "at least 0 and below 1", lambda number: 0.0 <= number < 1.0)
 
 
 def check_name(name: str | None) -> None:

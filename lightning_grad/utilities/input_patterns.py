@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_grad.utilities.batch_copies import children, has_parts
-from lightning_grad.utilities.batches import EVERY, Path, find_input, follow, has_input, input_at, part_at, text_of
+from lightning_grad.utilities.batches import EVERY, Path, find_input, follow, input_at, part_at, text_of
 
 
 def find_inputs(batch: Any, key: str | int | None, needed_by: str) -> Path | None:
@@ -83,10 +83,11 @@ def has_inputs(batch: Any, pattern: Path) -> bool:
         (True, False, False)
     """
     try:
-        paths = expanded(batch, pattern)
+        found = [input_at(batch, path) for path in expanded(batch, pattern)]
     except ValueError:
         return False
-    return bool(paths) and all(has_input(batch, path) for path in paths) and _are_alike(batch, paths)
+    kinds = {(each.dim(), each.dtype, each.device) for each in found}
+    return len(kinds) == 1 and found[0].is_floating_point()
 
 
 def are_samples(batch: Any, pattern: Path) -> bool:
@@ -115,9 +116,8 @@ def neighbours(batch: Any, pattern: Path) -> Path | None:
     """
     for where in range(len(pattern)):
         wider = (*pattern[:where], EVERY, *pattern[where + 1 :])
-        several = (
-            isinstance(part_at(batch, pattern[:where]), (list, tuple)) and len(part_at(batch, pattern[:where])) > 1
-        )
+        holder = part_at(batch, pattern[:where])
+        several = isinstance(holder, (list, tuple)) and len(holder) > 1
         # Of two tensors that are the whole batch the second is the target.
         least = 1 if where or len(pattern) > 1 else 2
         if several and EVERY not in pattern and has_inputs(batch, wider) and len(expanded(batch, wider)) > least:
@@ -147,7 +147,7 @@ def _is_list_of_samples(batch: Any, path: Path, where: int) -> bool:
     except ValueError:
         return False
     if rest:
-        others = [list(_leaves_beside(item, rest)) for item in holder]
+        others = [[leaf for each in _beside(item, rest) for leaf in _leaves(each)] for item in holder]
         if all(any(_length(leaf) == own for leaf in each) for own, each in zip(lengths, others, strict=True)):
             return False
         foreign = (_length(leaf) != own for own, each in zip(lengths, others, strict=True) for leaf in each)
@@ -164,11 +164,6 @@ def _beside(batch: Any, path: Path) -> Iterator[Any]:
     """Return what stands beside a path, at each of its levels."""
     for depth in range(len(path)):
         yield from (child for key, child in children(part_at(batch, path[:depth])) if key != path[depth])
-
-
-def _leaves_beside(item: Any, path: Path) -> Iterator[Any]:
-    for each in _beside(item, path):
-        yield from _leaves(each)
 
 
 def _leaves(value: Any, depth: int = 4) -> Iterator[Any]:
@@ -190,8 +185,3 @@ def _size(value: Any) -> int | None:
 def _is_batch_of(value: Any, lengths: list[int | None]) -> bool:
     found = [length for length in map(_length, _leaves(value)) if length is not None]
     return bool(found) and set(found) == set(lengths)
-
-
-def _are_alike(batch: Any, paths: list[Path]) -> bool:
-    found = [input_at(batch, path) for path in paths]
-    return len({(each.dim(), each.dtype, each.device) for each in found}) == 1

@@ -14,16 +14,20 @@ def grad_scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
     return scaler if scaler is not None and scaler.is_enabled() else None
 
 
+def loss_scale(trainer: pl.Trainer, device: torch.device) -> Tensor | float:
+    """Return what losses are multiplied by, on a device."""
+    scaler = grad_scaler(trainer)
+    return 1.0 if scaler is None or scaler._scale is None else scaler._scale.to(device)
+
+
 @on_plain_tensors
 def true_loss(trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> Tensor:
     """Return the loss that ``training_step`` gave, from the one that ``on_before_backward`` sees.
 
     That one is divided by the number of accumulated batches, and multiplied by the loss scale.
     """
-    scaler = grad_scaler(trainer)
-    scale = 1.0 if scaler is None or scaler._scale is None else scaler._scale.to(loss.device)
     batches = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-    return plain_tensor(loss).detach() * batches / scale
+    return plain_tensor(loss).detach() * batches / loss_scale(trainer, loss.device)
 
 
 def gradients_are_scaled(trainer: pl.Trainer, optimizer: Optimizer) -> bool:

@@ -11,6 +11,7 @@ import csv
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_grad.utilities.imports import is_installed
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 _MOST_TEXT_ROWS = 200  # of a table that TensorBoard shows as text
+
+
+def is_installed(package: str) -> bool:
+    """Say whether an optional package can be imported, without importing it."""
+    return find_spec(package) is not None
 
 
 def stepped_batches(trainer: pl.Trainer) -> int:
@@ -134,10 +138,12 @@ def say_if_no_figures(trainer: pl.Trainer, asking: object) -> None:
         trainer: The trainer. Without a logger that has a folder there are no figures to miss.
         asking: A callback or strategy. The first of those whose ``figure`` is true prints the line for all of them.
     """
-    drawing = [one for one in (*trainer.callbacks, trainer.strategy) if getattr(one, "figure", False)]  # type: ignore[attr-defined]
+    everybody = (*trainer.callbacks, trainer.strategy)  # type: ignore[attr-defined]
+    # Callbacks of others may have a figure of another kind.
+    drawing = [one for one in everybody if hasattr(one, "log_key") and getattr(one, "figure", False)]
     first = bool(drawing) and drawing[0] is asking
     if first and not is_installed("matplotlib") and output_folder(trainer) is not None:
-        names = listed((getattr(one, "label", type(one).__name__) for one in drawing), most=len(drawing))
+        names = listed((one.label for one in drawing), most=len(drawing))
         rank_zero_info(
             f"Figures need matplotlib, which is not installed. Without figures: {names}. "
             "Run: pip install 'lightning-grad[plot]'."
@@ -151,7 +157,7 @@ def log_figure(trainer: pl.Trainer, key: str, drawn: Figure | Callable[[], Figur
     figure = drawn() if callable(drawn) else drawn
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    _send_image(trainer, key, path, "add_figure", figure, close=False)
+    _send_image(trainer, key, path, "add_figure", figure, "", close=False)
 
 
 def log_picture(trainer: pl.Trainer, key: str, pixels: NDArray[np.uint8], path: Path | None, caption: str = "") -> None:
@@ -165,16 +171,14 @@ def log_picture(trainer: pl.Trainer, key: str, pixels: NDArray[np.uint8], path: 
     _send_image(trainer, key, path, "add_image", pixels, caption, dataformats="HW" if pixels.ndim == 2 else "HWC")
 
 
-def _send_image(
-    trainer: pl.Trainer, key: str, path: Path, method: str, image: Any, caption: str = "", **options: Any
-) -> None:
+def _send_image(trainer: pl.Trainer, key: str, path: Path, method: str, image: Any, caption: str, **more: Any) -> None:
     """Send an image as a file (W&B), or as an object by a method of the logger's experiment (TensorBoard)."""
     step = stepped_batches(trainer)
     for logger in _loggers(trainer):
         if hasattr(logger, "log_image"):
             logger.log_image(key=key, images=[str(path)], step=step, **({"caption": [caption]} if caption else {}))
         elif hasattr(_experiment(logger), method):
-            getattr(_experiment(logger), method)(key, image, global_step=step, **options)
+            getattr(_experiment(logger), method)(key, image, global_step=step, **more)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -189,11 +193,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def log_table(
-    trainer: pl.Trainer,
-    key: str,
-    rows: Sequence[Mapping[str, Any]],
-    path: Path | None,
-    pictures: Sequence[Any | None] | None = None,
+    trainer: pl.Trainer, key: str, rows: Sequence[Mapping[str, Any]], path: Path | None, pictures: Sequence[Any] = ()
 ) -> None:
     """Save rows of equal keys as CSV, and send them to the loggers that show tables.
 
@@ -211,7 +211,7 @@ def log_table(
     columns, data, step = list(rows[0]), [list(row.values()) for row in rows], stepped_batches(trainer)
     for logger in _loggers(trainer):
         if hasattr(logger, "log_table"):
-            images = _images(logger, pictures or [])
+            images = _images(logger, pictures)
             shown = [[image, *line] for image, line in zip(images, data, strict=True)] if images else data
             logger.log_table(key=key, columns=[*(["picture"] if images else []), *columns], data=shown, step=step)
         elif hasattr(_experiment(logger), "add_text"):
@@ -220,7 +220,7 @@ def log_table(
             _experiment(logger).add_text(key, text, global_step=step)
 
 
-def _images(logger: Any, pictures: Sequence[Any | None]) -> list[Any]:
+def _images(logger: Any, pictures: Sequence[Any]) -> list[Any]:
     """Return pictures as a logger shows them in a table; nothing if it cannot, or there is none."""
     if all(picture is None for picture in pictures) or not _is_wandb(logger) or not is_installed("PIL"):
         return []
@@ -303,6 +303,11 @@ def counted(count: int, noun: str) -> str:
         ('1 parameter', '2 parameters')
     """
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def first_sentence(error: Exception) -> str:
+    """Return what is wrong; what to do about it, in the words of the function that raised, may not apply elsewhere."""
+    return str(error).partition(". ")[0].removesuffix(".")
 
 
 def listed(names: Iterable[object], most: int = 5) -> str:

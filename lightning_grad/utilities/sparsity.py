@@ -154,9 +154,7 @@ def export_semi_structured(module: nn.Module, include: Sequence[str] | None = No
             reason = _convert(owner, weight)
         rows.append(ExportedLayer(clean_name(name), not reason, reason))
     if not any_2_4:
-        raise ValueError(
-            "No Linear weight of this module is 2:4 sparse. Train it with NMSparsity(pattern='2:4') first."
-        )
+        raise ValueError("No Linear weight of this module is 2:4 sparse. Train it by NMSparsity(pattern='2:4') first.")
     for row in rows:
         if row.reason:
             rank_zero_info(f"export_semi_structured left {row.name} as it is: {row.reason}.")

@@ -50,8 +50,7 @@ def output_dimension(owner: nn.Module, attribute: str) -> int | None:
         >>> output_dimension(nn.Linear(2, 2), "weight"), output_dimension(Transposed(), "weight")
         (0, 1)
     """
-    parameter = owner._parameters[attribute]
-    if not _is_matrix(parameter) or has_torch_forward(owner):
+    if not is_foreign_matrix(owner, attribute):
         return 0
     found = _product_dimension(owner, attribute)
     return 0 if found is None and isinstance(owner, nn.Linear) else found
@@ -61,8 +60,7 @@ def multiplies_by(owner: nn.Module, attribute: str) -> bool:
     """Return whether a module is a linear layer that multiplies its input by this matrix: ``nn.Linear`` or one like it."""
     if isinstance(owner, nn.Linear):
         return attribute == "weight"
-    matrix = _is_matrix(owner._parameters[attribute])
-    return matrix and not has_torch_forward(owner) and _product_dimension(owner, attribute) is not None
+    return is_foreign_matrix(owner, attribute) and _product_dimension(owner, attribute) is not None
 
 
 def is_foreign_matrix(owner: nn.Module, attribute: str) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_grad.testing import fit
-from lightning_grad.utilities import imports
+from lightning_grad.utilities import reporting
 from tests.contract.settings import CANONICAL
 
 COMMAND = "pip install 'lightning-grad[plot]'"
@@ -21,7 +21,7 @@ def test_it_is_said_once_at_the_start(technique, figure, tmp_path, monkeypatch, 
     def find_spec(name: str, *arguments: Any) -> Any:
         return None if name == "matplotlib" else importlib.util.find_spec(name, *arguments)
 
-    monkeypatch.setattr(imports, "find_spec", find_spec)
+    monkeypatch.setattr(reporting, "find_spec", find_spec)
     caplog.set_level(logging.INFO)
     at_start: list[str] = []
     callback = technique.build(figure=figure)

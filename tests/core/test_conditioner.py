@@ -506,6 +506,17 @@ def test_a_fused_optimizer_is_refused_only_where_its_gradients_are_changed() -> 
         train([NormClipping(0.5, include=["generator"])], FusedGenerator(), loader, plugins=plugins)
 
 
+@pytest.mark.filterwarnings("ignore:NormClipping has nothing to act on yet")
+def test_a_fused_optimizer_is_refused_when_it_gets_its_first_parameters_in_mid_fit() -> None:
+    class FusedGrows(Grows):
+        def configure_optimizers(self) -> Any:
+            return fused(self.net[0].parameters())
+
+    plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))]
+    with pytest.raises(ValueError, match="the fused AdamW leaves them multiplied"):
+        train([NormClipping(0.5, include=["net.2"])], FusedGrows(small_net()), pairs(), plugins=plugins)
+
+
 # Logs.
 
 

@@ -323,3 +323,17 @@ def test_a_manual_step_returns_nothing_and_is_still_read() -> None:
 )
 def test_size_of_a_batch(batch: Any, size: int | None) -> None:
     assert batch_size_of(batch) == size
+
+
+@pytest.mark.parametrize("reads_first", [True, False])
+def test_samples_are_counted_as_their_reader_does(reads_first: bool) -> None:
+    """Whoever reads by index knows of how many samples a batch is, in whichever order techniques are listed."""
+    module, seen = Linear(), []
+    register = [
+        lambda: read_losses(module, seen.append, samples=lambda _: 1),
+        lambda: reweight_losses(module, lambda _: None, LossRequest("Weighting"), samples=lambda _: 3),
+    ]
+    for begin in register if reads_first else reversed(register):
+        begin()
+    module.training_step(BATCH, 0)
+    assert [call.samples for call in seen] == [1]

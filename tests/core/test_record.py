@@ -150,6 +150,21 @@ def test_a_full_disk_does_not_end_the_training(trainer: pl.Trainer, tmp_path: Pa
         filled(1).save(trainer, Owner())
 
 
+def test_a_logger_without_a_folder_to_tell_does_not_end_the_training(trainer: pl.Trainer) -> None:
+    """Callbacks save in on_exception too, where an error would keep others from saving."""
+
+    class Lost(CSVLogger):
+        @property
+        def log_dir(self) -> str:
+            raise OSError("the server is gone")
+
+    trainer.loggers = [Lost("", "", "")]
+    with pytest.warns(
+        UserWarning, match=r"Technique\[a\]: the table of the run could not be made: OSError: the server"
+    ):
+        filled(1).save(trainer, Owner(), now=True)
+
+
 def test_only_rank_zero_writes(trainer: pl.Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(trainer), "is_global_zero", False)
     record = filled(3)
@@ -238,7 +253,10 @@ def test_what_is_missing_without_matplotlib_is_said_once_for_all(
     said: list[str] = []
     monkeypatch.setattr(reporting, "is_installed", lambda package: package != "matplotlib")
     monkeypatch.setattr(reporting, "rank_zero_info", said.append)
-    callbacks = [NormClipping(0.5), GradientMonitor(figure=False), DataPruning(epoch=1), GradientMonitor(name="b")]
+    foreign = pl.Callback()
+    foreign.figure = object()  # of another kind
+    ours = [NormClipping(0.5), GradientMonitor(figure=False), DataPruning(epoch=1), GradientMonitor(name="b")]
+    callbacks = [foreign, *ours]
     fit(callbacks, logger=CSVLogger(tmp_path, "", ""), max_epochs=2)
     assert said == [
         "Figures need matplotlib, which is not installed. Without figures: DataPruning, GradientMonitor[b]. "

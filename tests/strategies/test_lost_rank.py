@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import time
 import traceback
 from datetime import timedelta
@@ -16,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
 from lightning_grad.strategies import _rank_files
-from lightning_grad.testing import assert_identical, finish, fit, free_port, on_ranks
+from lightning_grad.testing import assert_identical, finish, fit, on_ranks
 from tests.contract.strategy_settings import CANONICAL, Scheme
 
 pytestmark = [
@@ -69,7 +70,7 @@ def _every_other_step(folder: Path, **arguments: Any) -> ModelCheckpoint:
 
 def _run_until_lost(folder: Path, scheme: Scheme, module: Any, callbacks: list[Any]) -> tuple[float, int, str]:
     """Return how long rank 0 outlived rank 1, with which code it ended, and its last words."""
-    context, port = multiprocessing.get_context("fork"), free_port()
+    context, port = multiprocessing.get_context("fork"), _free_port()
     processes = [
         context.Process(target=_be_rank, args=(rank, port, folder, scheme, module, callbacks), daemon=True)
         for rank in (0, 1)
@@ -212,3 +213,9 @@ def test_a_rank_that_is_killed_in_a_save_leaves_the_checkpoint_before(scheme, to
         checkpoint = torch.load(folder.with_name(folder.name.removesuffix(".ranks")), weights_only=True)
         assert checkpoint["lightning_grad_ranks"]["save"] == save.name
         assert sorted(file.name for file in save.iterdir()) == ["0.pt", "1.pt"]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lightning_grad.utilities.batches import find_input, has_input, input_at, map_tensors, same_tensors, with_input
+from lightning_grad.utilities.batches import find_input, input_at, map_tensors, same_tensors, with_input
+from lightning_grad.utilities.input_patterns import has_inputs
 
 X, IDS, Y = torch.arange(6.0).view(2, 3), torch.arange(2), torch.tensor([0.5, 1.5])
 NEW = torch.full((2, 3), 9.0)
@@ -192,7 +193,7 @@ def test_integers_before_the_first_floating_tensor_make_it_unclear() -> None:
     ],
 )
 def test_a_path_that_leads_nowhere(batch: Any, path: Any, said: str) -> None:
-    assert not has_input(batch, path)
+    assert not has_inputs(batch, path)
     with pytest.raises(ValueError, match=said):
         input_at(batch, path)
     with pytest.raises(ValueError, match=said):
@@ -200,8 +201,8 @@ def test_a_path_that_leads_nowhere(batch: Any, path: Any, said: str) -> None:
 
 
 def test_a_path_to_something_else() -> None:
-    assert not has_input({"x": [X]}, ("x",))
-    assert not has_input({"x": IDS}, ("x",))
+    assert not has_inputs({"x": [X]}, ("x",))
+    assert not has_inputs({"x": IDS}, ("x",))
     with pytest.raises(ValueError, match=r"There is no tensor at batch\['x'\]: it is a list\."):
         input_at({"x": [X]}, ("x",))
 

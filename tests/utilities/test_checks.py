@@ -21,7 +21,7 @@ from lightning_grad.utilities.checks import (
     check_share,
     owned_ids,
 )
-from lightning_grad.utilities.imports import is_installed
+from lightning_grad.utilities.reporting import is_installed
 
 NAN, INF = float("nan"), float("inf")
 

@@ -10,8 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.callbacks.adversarial._places import Place
-from lightning_grad.core.compatibility import yes
+from lightning_grad.callbacks.adversarial._places import Place, Run
 from lightning_grad.core.losses.sample_losses import loss_of_output
 from lightning_grad.functional.adversarial.attacks import IndependentLossError, Norm, fgsm, pgd
 from lightning_grad.functional.shuffling import hashed_seed
@@ -20,12 +19,13 @@ from lightning_grad.utilities.checks import check_above, check_at_least, check_c
 from lightning_grad.utilities.precision import grad_scaler
 from lightning_grad.utilities.reporting import counted
 
-COMPILED = yes("Attacks run compiled modules. Where the output of an embedding is attacked, compiled modules raise.")
 _LARGEST = 1e30  # what is computed from it still fits into float32
 _ROUNDING = 1e-3  # of the bounds' distance: half precision, and means that were rounded
 
+Loss = Callable[[Tensor], Tensor]  # of the inputs
 
-@dataclass(frozen=True)
+
+@dataclass
 class Attack:
     """An attack with all its settings; a callable, so that it can be handed on.
 
@@ -40,7 +40,7 @@ class Attack:
         std: Standard deviation by which they were divided.
 
     Raises:
-        ValueError: If epsilon, steps or step_size are out of their range.
+        ValueError: If one of them is out of its range.
     """
 
     epsilon: float
@@ -48,11 +48,12 @@ class Attack:
     step_size: float | None
     norm: Norm
     random_start: bool
-    bounds: tuple[float, float] | None
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
+    bounds: Any  # a sequence, or None
+    mean: Any  # a number or a sequence, or None
+    std: Any
 
     def __post_init__(self) -> None:
+        self.bounds, self.mean, self.std = _space_of(self.bounds, self.mean, self.std)
         check_at_least(self.epsilon, 0.0, "epsilon")
         _check_magnitude(self.epsilon, "epsilon", "Choose the largest change that must not matter")
         check_count(self.steps, 1, "steps")
@@ -66,12 +67,7 @@ class Attack:
         return f"{counted(self.steps, 'step')}, epsilon {self.epsilon:g} in {self.norm}"
 
     def __call__(
-        self,
-        loss_of: Callable[[Tensor], Tensor],
-        inputs: Tensor,
-        generator: torch.Generator | None = None,
-        share: float = 1.0,
-        support: Tensor | None = None,
+        self, loss_of: Loss, inputs: Tensor, generator: torch.Generator, support: Tensor | None, share: float = 1.0
     ) -> Tensor:
         """Attack inputs, with this share of epsilon and step size, where the support is 1."""
         settings = {**vars(self), "epsilon": share * self.epsilon, "generator": generator, "support": support}
@@ -122,22 +118,9 @@ def generator_for(device: torch.device, seed: int, purpose: str) -> torch.Genera
     return torch.Generator(device).manual_seed(hashed_seed(seed, purpose))
 
 
-def with_clean_samples(attacked: Tensor, clean: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
-    """Return attacked inputs of which a share of the samples, chosen at random and rounded down, is clean."""
-    count = int(fraction * len(clean) * (1 + 1e-12))  # 0.29 * 100 is 28.999999999999996
-    if count == 0:
-        return attacked
-    rows = torch.rand(len(clean), generator=generator, device=clean.device).argsort()[:count]
-    return attacked.index_copy(0, rows, clean.index_select(0, rows))
-
-
 def attack_losses(
-    trainer: pl.Trainer,
-    place: Place,
-    batch: Any,
-    run: Callable[[Any], Any],
-    note: Callable[[Tensor], None] | None = None,
-) -> Callable[[Tensor], Tensor]:
+    trainer: pl.Trainer, place: Place, batch: Any, run: Run, note: Callable[[Tensor], None] | None = None
+) -> Loss:
     """Return the loss that an attack raises, as a function of the inputs.
 
     Under a GradScaler it is multiplied by the scale: small gradients with respect to inputs would vanish in half precision.
@@ -175,38 +158,20 @@ def refused(error: IndependentLossError, needed_by: str) -> RuntimeError:
     )
 
 
-def first_sentence(error: Exception) -> str:
-    """Return what is wrong; what to do about it, in the words of the function that raised, does not apply here."""
-    return str(error).partition(". ")[0].removesuffix(".")
-
-
-Space = tuple[tuple[float, float] | None, tuple[float, ...] | None, tuple[float, ...] | None]
-
-
-def space_of(
-    bounds: Sequence[float] | None, mean: Sequence[float] | float | None, std: Sequence[float] | float | None
-) -> Space:
-    """Check the settings of the space in which inputs lie, and return them as tuples.
-
-    Raises:
-        ValueError: For the first that is wrong.
-    """
+def _space_of(bounds: Any, mean: Any, std: Any) -> tuple[Any, Any, Any]:
+    """Check the settings of the space in which inputs lie, and return them as tuples."""
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std belong together; got mean={mean} and std={std}.")
     means, stds = _numbers(mean, "mean"), _numbers(std, "std")
     for value in stds or ():
         check_above(value, 0.0, "std")
     if means and stds and len(means) != len(stds) and 1 not in (len(means), len(stds)):
-        raise ValueError(
-            f"mean and std must have a number for each channel, or one for all; got {len(means)} and {len(stds)}."
-        )
+        raise ValueError(f"mean and std need a number a channel, or one for all; got {len(means)} and {len(stds)}.")
     if bounds is None:
         return None, means, stds
     pair = tuple(float(bound) for bound in bounds)
     if len(pair) != 2 or not pair[0] < pair[1]:
-        raise ValueError(
-            f"bounds must be the least and the largest value of an input, such as [0, 1]; got {list(pair)}."
-        )
+        raise ValueError(f"bounds must be the least and the largest value of an input, as [0, 1]; got {list(pair)}.")
     for bound in pair:
         _check_magnitude(bound, "bounds", "Where inputs have a limit on one side only, give a number that none reaches")
     return pair, means, stds

@@ -11,13 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_grad.callbacks.adversarial._attack import (
-    Attack,
-    NoLossError,
-    attack_losses,
-    first_sentence,
-    generator_for,
-)
+from lightning_grad.callbacks.adversarial._attack import Attack, NoLossError, attack_losses, generator_for
 from lightning_grad.callbacks.adversarial._places import Place
 from lightning_grad.core.quiet import quiet
 from lightning_grad.core.ranks import mean_over_ranks
@@ -25,6 +19,7 @@ from lightning_grad.functional import LossCapture
 from lightning_grad.functional.adversarial.attacks import IndependentLossError
 from lightning_grad.functional.data_pruning.scores import is_correct
 from lightning_grad.utilities.batch_copies import copy_of
+from lightning_grad.utilities.reporting import first_sentence
 
 _STEPS = 10  # of the stronger attack
 _COLLAPSE = 0.5  # of the accuracy under the attack of the training
@@ -98,7 +93,7 @@ class OverfittingCheck:
         for purpose, attack in attacks.items():
             generator = generator_for(clean.device, trainer.global_rank, purpose)
             try:
-                attacked = attack(loss_of, clean, generator, support=place.support(batch))
+                attacked = attack(loss_of, clean, generator, place.support(batch))
             except (NoLossError, IndependentLossError) as error:
                 raise _UnknownAccuracyError(str(error)) from None
             # With gradients: a step may take some itself, as a gradient penalty does.

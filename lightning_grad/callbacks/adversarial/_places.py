@@ -12,12 +12,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_grad.callbacks.adversarial._pieces import joined, parted, support_of
+from lightning_grad.core.compatibility import yes
 from lightning_grad.functional.plain_tensors import dressed, is_opaque, plain_tensor
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.batches import EVERY, Path, first_numbers, input_at, text_of, with_input
 from lightning_grad.utilities.forward_order import is_compiled
 from lightning_grad.utilities.input_patterns import are_samples, expanded, find_inputs, has_inputs, neighbours
 
+COMPILED = yes("Attacks run compiled modules. Where the output of an embedding is attacked, compiled modules raise.")
 Run = Callable[[Any], Any]
 
 
@@ -87,18 +89,16 @@ class BatchTensor(Place):
         """Return where the input is, and whether each is a sample: in a batch of another form it is looked for again."""
         if has_inputs(batch, self._pattern):
             return self._pattern, self._samples
-        pattern = find_inputs(batch, self._input_key, self._needed_by)
-        if pattern is None:
+        found = find_inputs(batch, self._input_key, self._needed_by)
+        if found is None:
             raise TypeError(
                 f"{self._needed_by} perturbs {text_of(self._pattern)}, and a later batch has no floating tensor there, and "
                 "no other input that is clear. Name by input_key one that every batch has."
             )
-        if pattern not in self._told:
-            self._told.append(pattern)
-            rank_zero_info(
-                f"{self._needed_by} perturbs {text_of(pattern)} in batches without {text_of(self._pattern)}."
-            )
-        return pattern, are_samples(batch, pattern)
+        if found not in self._told:
+            self._told.append(found)
+            rank_zero_info(f"{self._needed_by} perturbs {text_of(found)} in batches without {text_of(self._pattern)}.")
+        return found, are_samples(batch, found)
 
 
 def _in_place_of(old: Tensor, new: Tensor) -> Tensor:
@@ -242,11 +242,9 @@ def _refuse_unclear(batch: Any, has_embedding: bool, needed_by: str) -> None:
     is_image = value is not None and value.dtype == torch.uint8 and value.dim() > 2
     if has_embedding and not is_image:
         return
-    why = (
-        f"the first tensor of the batch with two or more dimensions, {text_of(path)}, is one of {value.dtype}"
-        if path is not None and value is not None
-        else "the batch holds no floating tensor with two or more dimensions (targets, masks and weights aside)"
-    )
+    why = "the batch holds no floating tensor with two or more dimensions (targets, masks and weights aside)"
+    if path is not None and value is not None:
+        why = f"the first tensor of the batch with two or more dimensions, {text_of(path)}, is one of {value.dtype}"
     but = "no nn.Embedding would take it" if has_embedding else "the module has no nn.Embedding"
     raise TypeError(
         f"{needed_by} needs an input with a gradient: {why}, and {but}. Convert integer images to floats in the data set or "

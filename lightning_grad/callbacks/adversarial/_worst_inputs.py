@@ -15,14 +15,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_grad.callbacks.adversarial._attack import (
-    Attack,
-    NoLossError,
-    attack_losses,
-    first_sentence,
-    generator_for,
-    refused,
-)
+from lightning_grad.callbacks.adversarial._attack import Attack, NoLossError, attack_losses, generator_for, refused
 from lightning_grad.callbacks.adversarial._places import Place, find_place
 from lightning_grad.core.dispatch import overrides
 from lightning_grad.core.losses.sample_losses import loss_of_output
@@ -31,6 +24,7 @@ from lightning_grad.functional.adversarial.attacks import IndependentLossError
 from lightning_grad.functional.plain_tensors import clone_of, plain_tensor
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.batches import map_tensors
+from lightning_grad.utilities.reporting import first_sentence
 
 Step = Callable[[Any], Any]
 
@@ -134,7 +128,7 @@ class WorstInputs:
         for restart in range(self.restarts):
             generator = generator_for(clean.device, self.seed, f"{purpose}/{restart}")
             try:
-                inputs = self.attack(loss_of, clean, generator, support=place.support(batch))
+                inputs = self.attack(loss_of, clean, generator, place.support(batch))
             except NoLossError:
                 raise self._without_loss() from None
             except IndependentLossError as error:

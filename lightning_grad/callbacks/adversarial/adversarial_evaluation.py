@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_grad.callbacks.adversarial._attack import COMPILED, Attack, space_of
+from lightning_grad.callbacks.adversarial._attack import Attack
+from lightning_grad.callbacks.adversarial._places import COMPILED
 from lightning_grad.callbacks.adversarial._second_state import SecondState
 from lightning_grad.callbacks.adversarial._worst_inputs import WorstInputs
 from lightning_grad.core.callback import Chosen, GradCallback
@@ -30,8 +31,7 @@ from lightning_grad.utilities.checks import check_count, refuse_dataloader_iter
 _STAGES = {"fit": "validation", "validate": "validation", "test": "test"}
 _HOOKS = ("on_{}_start", "on_{}_epoch_start", "on_{}_batch_start", "{}_step", "on_{}_batch_end", "on_{}_epoch_end")
 _BY_HAND = yes(
-    "If `validation_step` returns a loss, or computes one of `torch.nn.functional`; that of `training_step` cannot be had "
-    "there."
+    "`validation_step` must return a loss, or call one of `torch.nn.functional`. The loss of `training_step` is not available."
 )
 _SECOND: WeakSet[pl.LightningModule] = WeakSet()  # modules that run on attacked inputs just now
 
@@ -149,11 +149,9 @@ class AdversarialEvaluation(GradCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self._attack = Attack(epsilon, steps, step_size, norm, random_start, *space_of(bounds, mean, std))
+        self._attack = Attack(epsilon, steps, step_size, norm, random_start, bounds, mean, std)
         if restarts > 1 and not random_start:
-            raise ValueError(
-                f"restarts={restarts} without random_start would repeat one attack. Keep random_start=True."
-            )
+            raise ValueError(f"restarts={restarts} without random_start would repeat one attack. Keep it at True.")
         self.epsilon = epsilon
         self.steps = steps
         self.restarts = check_count(restarts, 1, "restarts")
@@ -185,8 +183,7 @@ class AdversarialEvaluation(GradCallback):
             self._warn_of_no_validation()
         if getattr(trainer, "barebones", False):
             rank_zero_warn(
-                f"{self.label} logs once more what the module logs, and Trainer(barebones=True) logs nothing. Drop one of "
-                "the two."
+                f"{self.label} logs once more what the module logs, and Trainer(barebones=True) logs nothing. Drop one."
             )
         for hook in (template.format(_STAGES[stage]) for template in _HOOKS):
             around = partial(self._twice, trainer, hook)
@@ -279,13 +276,7 @@ class AdversarialEvaluation(GradCallback):
         return output
 
     def _step(
-        self,
-        trainer: pl.Trainer,
-        evaluation: Evaluation,
-        inner: Callable[..., Any],
-        batch: Any,
-        *args: Any,
-        **kwargs: Any,
+        self, trainer: pl.Trainer, now: Evaluation, inner: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """Attack the batch, run the step on it, and return what it returns and what it got."""
 
@@ -293,12 +284,12 @@ class AdversarialEvaluation(GradCallback):
             return inner(shown, *args, **kwargs)
 
         if batch is None:  # which a collate function may give for samples that it rejects
-            with self._as_second(trainer, evaluation.second):
+            with self._as_second(trainer, now.second):
                 return run(None), None
         batch_idx, loader = (*args, 0, 0)[:2]
-        with self._looking(trainer, evaluation):
+        with self._looking(trainer, now):
             place, inputs = self._search.run(trainer, run, batch, batch_idx, loader)
-        with place.shown(batch, inputs) as shown, self._as_second(trainer, evaluation.second):
+        with place.shown(batch, inputs) as shown, self._as_second(trainer, now.second):
             return run(shown), shown
 
     @contextmanager

@@ -8,21 +8,13 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks.adversarial._attack import (
-    COMPILED,
-    Attack,
-    NoLossError,
-    attack_losses,
-    generator_for,
-    refused,
-    space_of,
-    with_clean_samples,
-)
+from lightning_grad.callbacks.adversarial._attack import Attack, NoLossError, attack_losses, generator_for, refused
 from lightning_grad.callbacks.adversarial._overfitting import OverfittingCheck
-from lightning_grad.callbacks.adversarial._places import Place, find_place
+from lightning_grad.callbacks.adversarial._places import COMPILED, Place, Run, find_place
 from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility, manual, no
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
@@ -32,12 +24,7 @@ from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_
 from lightning_grad.core.quiet import is_quiet, quiet
 from lightning_grad.functional.adversarial.attacks import IndependentLossError
 from lightning_grad.utilities.batches import same_tensors
-from lightning_grad.utilities.checks import (
-    check_between,
-    check_count,
-    check_share,
-    refuse_dataloader_iter,
-)
+from lightning_grad.utilities.checks import check_between, check_count, check_share, refuse_dataloader_iter
 from lightning_grad.utilities.reporting import is_log_step, log_many
 
 _PGD_STEPS = 7
@@ -162,7 +149,7 @@ class AdversarialTraining(GradCallback):
         if attack == "fgsm" and steps not in (None, 1):
             raise ValueError(f"attack='fgsm' makes one step; got steps={steps}. Use attack='pgd'.")
         number = 1 if attack == "fgsm" else _PGD_STEPS if steps is None else steps
-        self._attack = Attack(epsilon, number, step_size, norm, random_start, *space_of(bounds, mean, std))
+        self._attack = Attack(epsilon, number, step_size, norm, random_start, bounds, mean, std)
         self.epsilon = epsilon
         self.attack = attack
         self.steps = steps
@@ -186,7 +173,7 @@ class AdversarialTraining(GradCallback):
             return
         refuse_dataloader_iter(pl_module.training_step, self.label)
         self._refuse_another(trainer)
-        around = partial(self._around_step, trainer)
+        around = partial(self._around, trainer)
         self.undo.push(wrap_method(pl_module, "training_step", around, order=WrapOrder.INPUTS))
 
     def _refuse_another(self, trainer: pl.Trainer) -> None:
@@ -228,9 +215,7 @@ class AdversarialTraining(GradCallback):
 
     # Inside the step.
 
-    def _around_step(
-        self, trainer: pl.Trainer, inner: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _around(self, trainer: pl.Trainer, inner: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
         def run(shown: Any) -> Any:
             return inner(shown, *args, **kwargs)
 
@@ -255,9 +240,7 @@ class AdversarialTraining(GradCallback):
             return float(self.epsilon > 0.0)
         return min(1.0, run_progress(trainer, stated=self.total_steps) / self.warmup_fraction)
 
-    def _attacked_inputs(
-        self, trainer: pl.Trainer, batch: Any, run: Callable[[Any], Any], share: float
-    ) -> tuple[Place, Tensor]:
+    def _attacked_inputs(self, trainer: pl.Trainer, batch: Any, run: Run, share: float) -> tuple[Place, Tensor]:
         """Return where the inputs go, and the attacked ones; the same again when the step is evaluated again."""
         position = (trainer.current_epoch, trainer.fit_loop.batch_idx)
         # DDP on a GPU gives the tensors in new containers.
@@ -274,14 +257,14 @@ class AdversarialTraining(GradCallback):
             generator = generator_for(clean.device, self.seed, "/".join(map(str, (*position, trainer.global_rank))))
             loss_of = attack_losses(trainer, place, batch, run, self._note_start)
             try:
-                attacked = self._attack(loss_of, clean, generator, share, place.support(batch))
+                attacked = self._attack(loss_of, clean, generator, place.support(batch), share)
             except IndependentLossError as error:
                 raise refused(error, self.label) from None
             except Exception as error:
                 if not isinstance(error, NoLossError):
                     error.add_note(f"{self.label} ran training_step on an input that has a gradient, to attack it.")
                 raise
-            inputs = with_clean_samples(attacked, clean, self.clean_fraction, generator)
+            inputs = _with_clean_samples(attacked, clean, self.clean_fraction, generator)
         self._attacked = (position, batch, (place, inputs))
         return place, inputs
 
@@ -295,3 +278,12 @@ class AdversarialTraining(GradCallback):
         loss = loss_of_output(output)
         if loss is not None and self._start_loss is not None and is_log_step(trainer):
             self._logged = {"epsilon": share * self.epsilon, "loss_gain": loss.detach().mean() - self._start_loss}
+
+
+def _with_clean_samples(attacked: Tensor, clean: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
+    """Return attacked inputs of which a share of the samples, chosen at random and rounded down, is clean."""
+    count = int(fraction * len(clean) * (1 + 1e-12))  # 0.29 * 100 is 28.999999999999996
+    if count == 0:
+        return attacked
+    rows = torch.rand(len(clean), generator=generator, device=clean.device).argsort()[:count]
+    return attacked.index_copy(0, rows, clean.index_select(0, rows))

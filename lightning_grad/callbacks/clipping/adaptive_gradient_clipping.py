@@ -104,9 +104,7 @@ class AdaptiveGradientClipping(UnitConditioner):
         super().on_fit_start(trainer, pl_module)
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if self._heads is not None:
             self._heads.order.watch()
 
@@ -118,9 +116,7 @@ class AdaptiveGradientClipping(UnitConditioner):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         self._learn_heads(trainer, pl_module)
         if self._heads is not None:
             self._heads.order.stop()

@@ -61,9 +61,7 @@ class LayerwiseNormalization(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/layerwise_normalization"
     trial: ClassVar[Mapping[str, Any]] = {"coefficient": 0.01, "max_ratio": 10.0}
-    neutral: ClassVar[Mapping[str, Any] | str] = (
-        "every layer gets the norm of its weights; no coefficient gives it its own"
-    )
+    neutral: ClassVar[Mapping[str, Any] | str] = "no coefficient gives every layer the norm that it had"
     phase: ClassVar[Phase] = "center"
     threshold_name: ClassVar[str | None] = "coefficient"
 

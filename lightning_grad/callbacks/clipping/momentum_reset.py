@@ -162,9 +162,7 @@ class MomentumReset(OptimizerCallback):
             self._resets[index] += 1
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if is_log_step(trainer):
             for index, steps in self._steps.items():
                 last = self._last[index]

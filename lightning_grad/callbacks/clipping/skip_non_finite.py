@@ -96,8 +96,7 @@ class SkipNonFinite(GradientConditioner):
         super().load_state_dict(state_dict)
         if self.fitting:
             self._skipped, self._in_row = (
-                Counter({int(index): count for index, count in state_dict[key].items()})
-                for key in ("skipped", "in_row")
+                Counter({int(i): count for i, count in state_dict[key].items()}) for key in ("skipped", "in_row")
             )
 
     @override
@@ -141,7 +140,10 @@ class SkipNonFinite(GradientConditioner):
             self._in_row[step.index] += 1
             self._tell(step, bad)
         self._skipped[step.index] += 1
-        step.optimizer.zero_grad(set_to_none=True)
+        # Not by zero_grad: an optimizer may have one of its own, which leaves zeros, or takes no argument.
+        for group in step.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def _tell(self, step: GradientStep, bad: Tensor) -> None:
         in_row = self._in_row[step.index]

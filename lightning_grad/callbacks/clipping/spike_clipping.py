@@ -98,9 +98,7 @@ class SpikeClipping(GradientConditioner):
         if self._pauses(step):
             return {}
         states = [step.optimizer.state.get(parameter, {}) for parameter in step.parameters]
-        known = [
-            (g, state["exp_avg_sq"]) for g, state in zip(step.gradients, states, strict=True) if "exp_avg_sq" in state
-        ]
+        known = [(g, s["exp_avg_sq"]) for g, s in zip(step.gradients, states, strict=True) if "exp_avg_sq" in s]
         if not known:
             return {}
         gradients, moments = [g for g, _ in known], [moment for _, moment in known]

@@ -31,11 +31,9 @@ class EpochRecord:
                 f"The loss has {len(values)} rows, and the batch {len(indices)} samples: which row belongs to which sample "
                 "cannot be told."
             )
-        if self.values is None or self.values.device != values.device:
-            before = self.values
+        if self.values is None:
             self.values = torch.full((total,), float("nan"), device=values.device)
-            if before is not None:
-                self.values.copy_(before)
+        self.values = self.values.to(values.device)  # which a resumed run may have elsewhere
         self.values[torch.tensor(indices, device=values.device)] = values.detach().to(self.values.dtype)
 
     def take(self, trainer: pl.Trainer) -> Tensor | None:

@@ -17,7 +17,7 @@ from lightning_grad.core.losses.one_sample import cost_of_single_samples, in_wor
 from lightning_grad.core.losses.rehearsal import Rehearsal
 from lightning_grad.core.losses.scoring import look_at_all
 from lightning_grad.core.samples.training_set import TrainingSet
-from lightning_grad.functional.gradients import InseparableLossError
+from lightning_grad.functional import InseparableLossError
 
 if TYPE_CHECKING:
     from lightning_grad.callbacks.data_pruning.data_pruning import DataPruning
@@ -41,16 +41,6 @@ class Passes:
     _has_checked: bool = field(default=False, init=False)
     # What a refusal says of scores_by="sample", once that is measured.
     _by_sample: str | None = field(default=None, init=False)
-
-    @property
-    def epoch(self) -> int:
-        """Number of whole epochs so far."""
-        return self.trainer.current_epoch
-
-    @property
-    def total(self) -> int:
-        """Number of samples of the data set."""
-        return self.training_set.sampler.total
 
     @property
     def training_set(self) -> TrainingSet:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _KEPT, _PRUNED, _WRONG = "#0072b2", "#e69f00", "#b3261e"  # of Okabe and Ito, but the red, which a sign goes with
 _MOST_BARS = 30  # of classes; more are drawn as a sorted curve
 _MOST_DRAWN = 40  # samples of a group in the figure; the table shows all
+_COARSE = 100  # pixels of the longer side of a picture; those of a smaller one are to be seen
 _COLUMNS = 8  # of samples in the figure
 _LONG_TAIL = 30.0  # times the median: scores up to there are drawn on a linear axis, longer tails on a logarithmic one
 _ABOVE: dict[str, Any] = {  # the place of a legend
@@ -109,11 +110,8 @@ def _edges(finite: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _end_bins(edges: NDArray[np.float64], values: NDArray[np.float64]) -> dict[float, tuple[float, float]]:
     """Return the bins of infinite scores, set apart from the others, where there are any."""
-    unit = (edges[-1] - edges[0]) / 40
-    bins = {
-        -math.inf: (edges[0] - 4 * unit, edges[0] - 2 * unit),
-        math.inf: (edges[-1] + 2 * unit, edges[-1] + 4 * unit),
-    }
+    low, high, unit = edges[0], edges[-1], (edges[-1] - edges[0]) / 40
+    bins = {-math.inf: (low - 4 * unit, low - 2 * unit), math.inf: (high + 2 * unit, high + 4 * unit)}
     return {end: place for end, place in bins.items() if (values == end).any()}
 
 
@@ -206,7 +204,7 @@ def _draw_sample(axis: Axes, sample: Sample) -> None:
         words = "\n".join(textwrap.wrap(sample.text, 18)[:6])
         axis.text(0.5, 0.5, words, size=7, ha="center", va="center", parse_math=False)
     else:
-        smooth = "nearest" if sample.is_coarse else "antialiased"
+        smooth = "nearest" if max(sample.picture.shape) < _COARSE else "antialiased"
         axis.imshow(sample.picture, "gray", vmin=0, vmax=255, interpolation=smooth)
     lines: list[tuple[str, dict[str, Any]]] = [(f"{sample.score:.3g} #{sample.index}", {"color": "0.35"})]
     if sample.prediction is not None:
@@ -215,7 +213,5 @@ def _draw_sample(axis: Axes, sample: Sample) -> None:
     if sample.label is not None:
         lines.insert(0, (shortened(str(sample.label), 15), {"weight": "bold"}))
     for place, (text, style) in enumerate(lines):
-        offset = (0, -2 - 11 * place)
-        axis.annotate(
-            text, (0, 0), offset, "axes fraction", "offset points", size=8, va="top", parse_math=False, **style
-        )
+        style |= {"size": 8, "va": "top", "parse_math": False}
+        axis.annotate(text, (0, 0), (0, -2 - 11 * place), "axes fraction", "offset points", **style)

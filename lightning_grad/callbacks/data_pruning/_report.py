@@ -62,9 +62,8 @@ def report(trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder
             rows = [{column: getattr(sample, column) for column in columns} for sample in samples]
             if any(picture is None for picture in pictures):
                 rows = [{**row, "input": sample.text} for row, sample in zip(rows, samples, strict=True)]
-            log_table(
-                trainer, owner.log_key("samples"), rows, output_file(trainer, label, f"{ending}samples.csv"), pictures
-            )
+            path = output_file(trainer, label, f"{ending}samples.csv")
+            log_table(trainer, owner.log_key("samples"), rows, path, pictures)
         if figure and any(picture is not None for picture in pictures):
             with tolerated(label, "the figure of samples"):
                 path = output_file(trainer, label, f"{ending}samples.png")
@@ -85,10 +84,8 @@ def _samples(
     ranks = [*range(hard), *range(len(ordered) - easy, len(ordered))]
     chosen = ordered[ranks]
     kept = torch.ones(len(ranks)) if scored.kept is None else torch.isin(chosen, scored.kept.cpu())
-    samples = []
-    for rank, index, keeps, view in zip(
-        ranks, chosen.tolist(), kept, _views(dataset, chosen.tolist(), label), strict=True
-    ):
+    samples, indices = [], chosen.tolist()
+    for rank, index, keeps, view in zip(ranks, indices, kept, _views(dataset, indices, label), strict=True):
         truth, answer = _class_of(scored.labels, index), _class_of(scored.predictions, index)
         wrong = None not in (truth, answer) and truth != answer
         shown = named(truth, class_names), named(answer, class_names), wrong, bool(keeps), *view

@@ -50,11 +50,6 @@ class Sample:
             return "\N{RIGHTWARDS ARROW}"
         return "\N{BALLOT X}" if self.wrong else "\N{CHECK MARK}"
 
-    @property
-    def is_coarse(self) -> bool:
-        """Whether its picture is so small that its pixels are to be seen."""
-        return self.picture is not None and max(self.picture.shape) < 100
-
 
 Groups = tuple[Sequence[Sample], Sequence[Sample]]  # the hardest and the easiest
 ORDERS = ("The hardest samples ({}), hardest first", "The easiest samples ({}), easiest last")

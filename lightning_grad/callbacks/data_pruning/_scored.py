@@ -39,11 +39,6 @@ class ScoredSet:
     labels: Tensor | None = None
     predictions: Tensor | None = None
 
-    @property
-    def kept_share(self) -> float:
-        """Share of the samples that are kept."""
-        return 1.0 if self.kept is None else len(self.kept) / len(self.values)
-
 
 def check_score_file(callback: DataPruning, trainer: pl.Trainer) -> None:
     """Raise on every rank if the file that ``save_scores`` names cannot be written.

@@ -17,18 +17,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_grad.callbacks.data_pruning import _measures as measures
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
-from lightning_grad.callbacks.data_pruning._measures import (
-    BY_CLASSES,
-    HISTORIES,
-    MEASURES,
-    MEASURES_ALONE,
-    ONE_BY_ONE,
-    ScoreFunction,
-    errors_of,
-    gradient_by_input,
-    scores_of,
-)
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
 from lightning_grad.core.losses.look import Look, Measure
 from lightning_grad.core.ranks import first_of_ranks, sum_over_ranks
@@ -87,7 +77,8 @@ class ScoreSource:
 
     def _scored(self, passes: Passes, values: Tensor, found: Mapping[str, Tensor]) -> ScoredSet:
         labels, predictions = _classes(found.get("label")), _classes(found.get("prediction"))
-        return ScoredSet(self.name, passes.epoch, values.double(), labels=labels, predictions=predictions)
+        epoch = passes.trainer.current_epoch
+        return ScoredSet(self.name, epoch, values.double(), labels=labels, predictions=predictions)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs."""
@@ -106,7 +97,7 @@ def source_of(settings: DataPruning) -> ScoreSource:
         source = PassScores(getattr(settings.score_fn, "__name__", "score_fn"), settings.score_fn)
     elif settings.keep == "random":
         source = PassScores(CHANCE) if settings.balances_classes else Chance(CHANCE)
-    elif settings.score in HISTORIES:
+    elif settings.score in measures.HISTORIES:
         source = HistoryScores(settings.score)
     elif settings.score == "vog":
         source = VarianceScores("vog")
@@ -123,7 +114,7 @@ class Chance(ScoreSource):
     pairs_rows = False
 
     def take(self, passes: Passes) -> ScoredSet:
-        return self._scored(passes, torch.zeros(passes.total), {})
+        return self._scored(passes, torch.zeros(passes.training_set.sampler.total), {})
 
 
 class FileScores(ScoreSource):
@@ -149,17 +140,18 @@ class FileScores(ScoreSource):
             ValueError: If they belong to another data set.
         """
         paths, strict = passes.callback.score_files or [], passes.callback.strict
+        total = passes.training_set.sampler.total
         scores = average_scores([load_scores(path, passes.items, strict) for path in paths])
         labels = None
         if scores.labels is not None:
-            labels = _classes(SampleScores(scores.labels.double(), "labels", index=scores.index).dense(passes.total))
+            labels = _classes(SampleScores(scores.labels.double(), "labels", index=scores.index).dense(total))
         epoch = -1 if scores.epoch is None else int(scores.epoch)
-        self._found = ScoredSet(scores.name, epoch, scores.dense(passes.total), labels=labels)
+        self._found = ScoredSet(scores.name, epoch, scores.dense(total), labels=labels)
         return self._found
 
     def take(self, passes: Passes) -> ScoredSet:
         found = self._found or self.look(passes)
-        return replace(found, epoch=passes.epoch) if found.epoch < 0 else found
+        return replace(found, epoch=passes.trainer.current_epoch) if found.epoch < 0 else found
 
 
 class PassScores(ScoreSource):
@@ -171,24 +163,25 @@ class PassScores(ScoreSource):
         one_by_one: Whether batches of one sample are measured.
     """
 
-    def __init__(self, name: str, score_fn: ScoreFunction | None = None, one_by_one: bool = False) -> None:
+    def __init__(self, name: str, score_fn: measures.ScoreFunction | None = None, one_by_one: bool = False) -> None:
         super().__init__(name)
         self.runs_the_step = score_fn is None
-        self.measure = None if score_fn is None else partial(scores_of, score_fn)
-        self.by_terms = score_fn is None and name in ONE_BY_ONE
-        self.by_classes = score_fn is None and name in BY_CLASSES
+        self.measure = None if score_fn is None else partial(measures.scores_of, score_fn)
+        self.by_terms = score_fn is None and name in measures.ONE_BY_ONE
+        self.by_classes = score_fn is None and name in measures.BY_CLASSES
         self._one_by_one = one_by_one
 
     @property
     def _measure(self) -> Measure:  # looked up, because a function of the table cannot be pickled
-        return self.measure or (MEASURES_ALONE if self._one_by_one else MEASURES)[self.name]
+        return self.measure or (measures.MEASURES_ALONE if self._one_by_one else measures.MEASURES)[self.name]
 
     def rehearse(self, passes: Passes) -> Mapping[str, Tensor] | None:
         return passes.rehearse(self._measure)
 
     def take(self, passes: Passes) -> ScoredSet:
         found = passes.run(self._measure, f"Scoring by {self.name}")
-        values = _distances(found, passes.callback.seed) if self.name == "prototypes" else found["score"]
+        # By what was found: a function of the user's may have any name.
+        values = found["score"] if "score" in found else _distances(found, passes.callback.seed)
         return self._scored(passes, values, found)
 
 
@@ -221,7 +214,7 @@ class VarianceScores(ScoreSource):
         return passes.rehearse(VarianceScores(self.name)._take_in)
 
     def _take_in(self, look: Look) -> Mapping[str, Tensor]:
-        gradients, classes = gradient_by_input(look)
+        gradients, classes = measures.gradient_by_input(look)
         self._gradients = self._gradients or rules.vog_state(look.total, gradients.shape[1:])
         rules.update_vog_(self._gradients, torch.tensor(look.indices), gradients)
         self._measured += look.indices
@@ -229,12 +222,12 @@ class VarianceScores(ScoreSource):
 
     def epoch_begins(self, passes: Passes) -> None:
         rounds, count = [epoch for epoch, _ in passes.callback.rounds], passes.callback.checkpoints
-        later = [epoch for epoch in rounds if epoch >= passes.epoch]
+        later = [epoch for epoch in rounds if epoch >= passes.trainer.current_epoch]
         if not later:
             return
-        first = max([self._begun_in, *(epoch for epoch in rounds if epoch < passes.epoch)])
+        first = max([self._begun_in, *(epoch for epoch in rounds if epoch < passes.trainer.current_epoch)])
         spacing = (min(later) - first) / count
-        if passes.epoch in {first + math.ceil(spacing * (number + 1)) for number in range(count)}:
+        if passes.trainer.current_epoch in {first + math.ceil(spacing * (number + 1)) for number in range(count)}:
             self._found = passes.run(self._take_in, "Collecting gradients for vog")
             self._share(passes.trainer)
 
@@ -255,8 +248,8 @@ class VarianceScores(ScoreSource):
         if count is None or not (count > 1).any():
             raise ValueError(
                 "score='vog' is the variance over at least two passes, which come at different epochs; before epoch "
-                f"{passes.epoch} there was {'none' if count is None else 'one'}. Set checkpoints to at least 2, and "
-                "epoch so that this fit trains for at least 2 epochs before each round."
+                f"{passes.trainer.current_epoch} there was {'none' if count is None else 'one'}. Set "
+                "checkpoints to at least 2, and epoch so that this fit trains for at least 2 epochs before each round."
             )
         values, labels = rules.vog(self._gradients).double(), _classes(self._found.get("label"))
         self._gradients = {}
@@ -296,7 +289,7 @@ class HistoryScores(ScoreSource):
     def read(self, callback: DataPruning, call: LossCall) -> None:
         """Take in the loss of a batch."""
         indices, total = callback.indices, callback.training_set.sampler.total
-        with errors_of(callback.label):
+        with measures.errors_of(callback.label):
             self._values.put(indices, rules.margin(call) if self._is_aum else is_correct(call), total)
         if call.labels is not None:
             self._labels.put(indices, call.labels, total)

@@ -87,10 +87,8 @@ class LossWeighting(GradCallback):
         return not self.changed_settings(state_dict, "loss", "loss_fn")
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *args)
         if self._weighted is not None and is_log_step(trainer):
             losses, weights = self._weighted
             plain, weighted = losses.weighted(weights)

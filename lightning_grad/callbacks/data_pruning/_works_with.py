@@ -6,7 +6,7 @@ from lightning_grad.core.compatibility import Answer, no, yes
 
 COMPILED = yes(
     "Scoring runs compiled modules eagerly. Losses are read, and weighted, inside compiled submodules; weighting breaks the "
-    "graph, so that `fullgraph=True` fails."
+    "graph, so `fullgraph=True` fails."
 )
 CURRENT_WEIGHTS = yes("Samples are looked at with the current weights, not the average.")
 

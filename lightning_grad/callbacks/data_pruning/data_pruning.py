@@ -17,18 +17,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grad.callbacks.data_pruning import _settings as rules
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score
 from lightning_grad.callbacks.data_pruning._passes import Passes
 from lightning_grad.callbacks.data_pruning._report import report
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet, check_score_file, write_score_file
-from lightning_grad.callbacks.data_pruning._settings import (
-    CHOICE,
-    check_settings,
-    read_rounds,
-    refuse_unrecorded,
-    score_settings,
-    warn_of_risks,
-)
 from lightning_grad.callbacks.data_pruning._sources import CHANCE, FileScores, HistoryScores, ScoreSource, source_of
 from lightning_grad.callbacks.data_pruning._works_with import COMPILED, CURRENT_WEIGHTS
 from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility, manual, no, stand_in, yes
@@ -52,7 +45,7 @@ _NO_GRADIENTS = no(
     "Train with strategy='ddp' or on one device, or use a score other than grand, grand-last and vog",
 )
 _NO_PASS = no(
-    "does not work with {}: its training_step also steps, so that it cannot be run just to score samples",
+    "does not work with {}: its training_step also steps, so it cannot be run just to score samples",
     "Use score='aum' or 'forgetting', keep='random', score_files, or score_fn=, which takes the module and a batch and "
     "returns the scores",
 )
@@ -234,8 +227,8 @@ class DataPruning(SubsetCallback):
         self.show = check_count(show, 0, "show")
         self.figure = figure
         self.seed = check_count(seed, 0, "seed")
-        self.rounds = read_rounds(self.prune, self.epoch, default=0 if self._needs_no_training else _EPOCH)
-        check_settings(self)
+        self.rounds = rules.read_rounds(self.prune, self.epoch, default=0 if self._needs_no_training else _EPOCH)
+        rules.check_settings(self)
 
     @property
     def balances_classes(self) -> bool:
@@ -296,7 +289,7 @@ class DataPruning(SubsetCallback):
         if self._writes_scores:
             check_score_file(self, trainer)
         self.refuse_unreached(trainer, self.rounds[0][0], "prune")
-        warn_of_risks(self, trainer)
+        rules.warn_of_risks(self, trainer)
         self._passes = Passes(self, trainer, pl_module)
         if isinstance(self.source, HistoryScores):
             read = partial(self.source.read, self)
@@ -315,10 +308,10 @@ class DataPruning(SubsetCallback):
             return
         self._saved_settings = state_dict["settings"]
         is_foreign = state_dict["source_kind"] != self.source.kind
-        if is_foreign or self.changed_settings(state_dict, *score_settings(self)):
+        if is_foreign or self.changed_settings(state_dict, *rules.score_settings(self)):
             return
         self._goes_on = True
-        self._choice_changed = bool(self.changed_settings(state_dict, "prune", "epoch", *CHOICE))
+        self._choice_changed = bool(self.changed_settings(state_dict, "prune", "epoch", *rules.CHOICE))
         self._last_round = state_dict["last_round"]
         self.source.load_state_dict(state_dict["source"])
         if state_dict["scored"] is not None:
@@ -328,7 +321,7 @@ class DataPruning(SubsetCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._goes_on:
             next_epoch = trainer.current_epoch + trainer.fit_loop.restarted_mid_epoch
-            refuse_unrecorded(self, self._saved_settings, next_epoch)
+            rules.refuse_unrecorded(self, self._saved_settings, next_epoch)
             self.source.begin(next_epoch)
         if isinstance(self.source, FileScores) and self._has_rounds_left:
             self._refuse_balance(self.source.look(self._passes).labels)
@@ -400,7 +393,7 @@ class DataPruning(SubsetCallback):
         if labels is not None:
             labels = labels[population]
             labels = labels.where(labels >= 0, labels.max() + 1)  # those of unknown class are one of their own
-        choice = {name: getattr(self, name) for name in CHOICE}
+        choice = {name: getattr(self, name) for name in rules.CHOICE}
         return select_samples(scored.values[population], count, rule=choice.pop("select"), labels=labels, **choice)
 
     def _refuse_balance(self, labels: Tensor | None) -> None:
@@ -414,11 +407,9 @@ class DataPruning(SubsetCallback):
         if share == 0.0:
             rank_zero_info(f"{self.label} has scored {total} samples by {name}, and keeps them all.")
             return
-        what = (
-            "Epochs keep their number of steps, and pass through these samples more than once."
-            if self.passes_more_than_once
-            else "Epochs get shorter, and schedules that step with batches advance faster, to end where they would have."
-        )
+        what = "Epochs get shorter, and schedules that step with batches advance faster, to end where they would have."
+        if self.passes_more_than_once:
+            what = "Epochs keep their number of steps, and pass through these samples more than once."
         rank_zero_info(f"{self.label} goes on with {count} of {total} samples (by {name}). {what}")
 
     def _save(self, trainer: pl.Trainer, scored: ScoredSet) -> None:

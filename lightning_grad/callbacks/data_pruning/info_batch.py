@@ -20,10 +20,9 @@ from lightning_grad.core.losses.rehearsal import Rehearsal
 from lightning_grad.core.losses.sample_losses import SampleLosses
 from lightning_grad.core.progress import check_total_steps
 from lightning_grad.core.subset import SubsetCallback
-from lightning_grad.functional import infobatch_subset
+from lightning_grad.functional import Terms, infobatch_subset
 from lightning_grad.functional.data_pruning.info_batch import infobatch_count
 from lightning_grad.functional.data_pruning.selection import round_up_count
-from lightning_grad.functional.gradients import Terms
 from lightning_grad.utilities.checks import check_between, check_count, check_share
 
 _NEXT_SEED = 1_000_003  # more than any run has epochs

@@ -28,9 +28,7 @@ from lightning_grad.utilities.checks import check_above, check_between, is_shard
 from lightning_grad.utilities.reporting import is_log_step
 
 _BY_HAND = "weight the losses in training_step, by lightning_grad.functional.loss_weights"
-_ONE_SIZE = yes(
-    "Each batch is weighted by itself. Ranks need batches of one size, as Lightning's own sampler makes them."
-)
+_ONE_SIZE = yes("Each batch is weighted by itself. Ranks need batches of one size, as Lightning's sampler makes them.")
 _REHEARSALS = 4  # batches, until one has a loss
 
 Rule = Literal["linupper", "quadratic", "extremes"]
@@ -179,16 +177,14 @@ class LossReweighting(LossWeighting):
                 self._first = copy_of(batch)  # the step may change it
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if self._first is not None:
             first, self._first = self._first, None
             is_done = self._rehearse(trainer, pl_module, first)
             self._rehearsals_left = 0 if is_done else self._rehearsals_left - 1
         if self._effective is not None and is_log_step(trainer):
             self.log_scalars(pl_module, {"temperature": self._now, "effective_samples": self._effective})
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        super().on_train_batch_end(trainer, pl_module, *args)
 
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> bool:
         rehearsal = Rehearsal(trainer, pl_module, self.asked, by_terms=True)

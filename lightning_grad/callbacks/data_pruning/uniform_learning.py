@@ -81,7 +81,7 @@ class UniformLearning(SubsetCallback):
         weight_averaging=CURRENT_WEIGHTS,
         **manual(
             no(
-                "does not work with {}: its training_step also steps, so that it cannot be run just to look at the outputs",
+                "does not work with {}: its training_step also steps, so it cannot be run just to look at the outputs",
                 "Use DataPruning(score='aum') or 'forgetting', which read the outputs in training, or RepeatedRandomSubset, "
                 "or give outputs_fn",
             )

@@ -23,14 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_grad.callbacks.diagnostics._attention_tracks import AttentionTracks
 from lightning_grad.functional.plain_tensors import PlainTensors, plain_tensor
 from lightning_grad.functional.torch_version import TORCH
-from lightning_grad.utilities.forward_order import is_compiled
 from lightning_grad.utilities.reporting import is_log_step
 
 _MOST_SCORES = 2**22  # of one attention that are computed; beyond, a part of the batch must do
 _FUSED_ATTENTION = "_scaled_dot_product"
-_NOT_CONSTRUCTED = (
-    "Creating a new Tensor subclass"  # so begins torch's error for a class without a constructor of its own
-)
+_NOT_CONSTRUCTED = "Creating a new Tensor subclass"  # so begins torch's error for a class without a constructor
 
 
 class LogitProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -61,9 +58,7 @@ class LogitProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if self._tracks is not None and not isinstance(func, HigherOrderOperator):
@@ -75,13 +70,7 @@ class LogitProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _see(
-        self,
-        tracks: AttentionTracks,
-        name: str,
-        func: Any,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        result: Any,
+        self, tracks: AttentionTracks, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
     ) -> None:
         if name in ("_softmax", "_safe_softmax") and args[0].numel() and tracks.are_scores(args[0]):
             self._softmaxes.append(_largest(plain_tensor(args[0])))
@@ -173,11 +162,6 @@ def _largest_score(given: Mapping[str, Any]) -> Tensor:
         later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
         logits = logits.masked_fill(later, -torch.inf)
     return _largest(logits)
-
-
-def has_compiled(module: nn.Module) -> bool:
-    """Say whether some part of a module is compiled; under the probe it would run uncompiled, with other roundings."""
-    return any(is_compiled(child) for child in module.modules())
 
 
 def _compiled_graphs() -> int:

@@ -43,9 +43,8 @@ class MonitorRecord(RunRecord):
         self.skipped += skipped
         known = math.nan if self._largest is None else self._largest
         self._largest = before if math.isfinite(before) and not before <= known else known
-        self.add(
-            {"step": step, "norm": before, "norm_after": after, "clipped": float(clipped), "skipped": float(skipped)}
-        )
+        events = {"clipped": float(clipped), "skipped": float(skipped)}
+        self.add({"step": step, "norm": before, "norm_after": after, **events})
 
     def add_layers(self, step: int, norms: Mapping[str, float]) -> None:
         """Take in the norms of the layers at a log step."""
@@ -56,13 +55,9 @@ class MonitorRecord(RunRecord):
         last, largest, self._largest = self.last, self._largest, None
         if largest is None:
             return {}
-        return {
-            "norm": last["norm"],
-            "norm_after": last["norm_after"],
-            "coefficient": last["norm_after"] / last["norm"] if last["norm"] > 0 else 1.0,
-            "norm_max": largest,
-            **self.totals(),
-        }
+        norms = {"norm": last["norm"], "norm_after": last["norm_after"], "norm_max": largest}
+        coefficient = last["norm_after"] / last["norm"] if last["norm"] > 0 else 1.0
+        return {**norms, "coefficient": coefficient, **self.totals()}
 
     def totals(self) -> dict[str, float]:
         """Return the share of steps that were clipped so far, and the number of those that were skipped."""

@@ -17,7 +17,7 @@ from lightning_grad.functional import noise_scale_terms
 from lightning_grad.functional.diagnostics.gradient_statistics import average_noise_terms
 from lightning_grad.functional.gradients.tensor_lists import joined_norm
 from lightning_grad.functional.plain_tensors import on_plain_tensors, plain_tensor
-from lightning_grad.utilities.precision import grad_scaler
+from lightning_grad.utilities.precision import loss_scale
 from lightning_grad.utilities.reporting import log_summary
 
 _DECAY = 0.95  # of the averages of noise and signal, for each measurement
@@ -88,11 +88,8 @@ class NoiseScaleMeter:
         """Get ready for one part of the batch of a measured step."""
         if not self._handles:
             self._squares, self._parts = [], 0
-            self._handles = [
-                p.register_hook(self._see)  # type: ignore[no-untyped-call]
-                for p in parameters
-                if p.requires_grad
-            ]
+            trained = [parameter for parameter in parameters if parameter.requires_grad]
+            self._handles = [p.register_hook(self._see) for p in trained]  # type: ignore[no-untyped-call]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about batches of which the size can be read in two ways
             try:
@@ -119,10 +116,8 @@ class NoiseScaleMeter:
         self.stop()
         if not squares or parts * ranks < 2:
             return
-        scaler = grad_scaler(trainer)
-        scale = 1.0 if scaler is None or scaler._scale is None else scaler._scale.to(norm.device)
         # The loss of each part was divided by the number of parts of a full batch, and multiplied by the loss scale.
-        small = torch.stack(squares).sum() / parts * (accumulated / scale) ** 2
+        small = torch.stack(squares).sum() / parts * (accumulated / loss_scale(trainer, norm.device)) ** 2
         small = trainer.strategy.reduce(small, reduce_op="mean")
         big = (norm * accumulated / parts).square()
         self._scale.add(torch.stack(noise_scale_terms(small, big, self._batch_size, self._batch_size * parts * ranks)))

@@ -18,6 +18,8 @@ from lightning_grad.utilities.optimizers import Shape, optimizer_shape
 
 _MOST_ROWS = 4096  # that wait for a log step; a run that never logs waits for the device once in so many steps
 
+Named = Sequence[tuple[str, Tensor]]
+
 
 @dataclass(frozen=True)
 class Place:
@@ -43,12 +45,7 @@ class OptimizerWatch:
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        named: Sequence[tuple[str, Tensor]],
-        depth: int | None,
-        record: MonitorRecord,
-        scaled: bool,
+        self, optimizer: Optimizer, named: Named, depth: int | None, record: MonitorRecord, scaled: bool
     ) -> None:
         self.record = record
         self.first_bad: dict[str, Any] = {}
@@ -62,7 +59,7 @@ class OptimizerWatch:
         self._snapshot: list[tuple[Tensor, Tensor]] = []
         self.follow(optimizer, named)
 
-    def follow(self, optimizer: Optimizer, named: Sequence[tuple[str, Tensor]]) -> None:
+    def follow(self, optimizer: Optimizer, named: Named) -> None:
         """Watch an optimizer from now on, with the parameters that it has now."""
         self.drain()
         self.optimizer = optimizer
@@ -121,9 +118,7 @@ class OptimizerWatch:
         present = [(n, p, g) for n, p, g in zip(self.names, self.parameters, gradients, strict=True) if g is not None]
         weights = [plain_tensor(parameter).detach() for parameter in self.parameters]
         self._details = {"norm": self._join(norms), "weight_norm": self._join(stack_norms(weights))}
-        self._snapshot = [
-            (parameter, weight.clone()) for parameter, weight in zip(self.parameters, weights, strict=True)
-        ]
+        self._snapshot = [(p, weight.clone()) for p, weight in zip(self.parameters, weights, strict=True)]
         self._measure_vanishing(gradients, norms)
         pairs = [(g, self._previous[n]) for n, _, g in present if n in self._previous]
         if pairs:

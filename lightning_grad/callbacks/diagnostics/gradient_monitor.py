@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.callbacks.diagnostics._logits import LogitWatch, has_compiled
+from lightning_grad.callbacks.diagnostics._logits import LogitWatch
 from lightning_grad.callbacks.diagnostics._monitor_place import Vantage, named_parameters, why_none
 from lightning_grad.callbacks.diagnostics._monitor_record import MonitorRecord
 from lightning_grad.callbacks.diagnostics._monitor_report import FirstBadStep
@@ -28,7 +28,7 @@ from lightning_grad.core.compatibility import Compatibility, manual, yes
 from lightning_grad.core.conditioner import GradientConditioner
 from lightning_grad.core.phases import refuse_order
 from lightning_grad.functional.plain_tensors import on_plain_tensors
-from lightning_grad.utilities.forward_order import ForwardOrder
+from lightning_grad.utilities.forward_order import ForwardOrder, is_compiled
 from lightning_grad.utilities.optimizers import optimizer_index, optimizer_shape
 from lightning_grad.utilities.parameters import as_names, check_patterns
 from lightning_grad.utilities.precision import grad_scaler, true_loss
@@ -192,7 +192,8 @@ class GradientMonitor(GradCallback):
             behind=partial(self._look_behind, trainer),
         )
         vantage.take(trainer, pl_module, self.undo)
-        if self.logits and not has_compiled(pl_module):
+        # Under the probe what is compiled would run uncompiled, with other roundings.
+        if self.logits and not any(map(is_compiled, pl_module.modules())):
             advice = f"{self.label} watches logits in this step. Set {type(self).__name__}(logits=False)."
             self._logits = LogitWatch(trainer, pl_module, advice)
             self.undo.push(wrap_method(pl_module, "training_step", self._logits.around))
@@ -272,9 +273,7 @@ class GradientMonitor(GradCallback):
         return (stepped_batches(trainer) + 1) // every % self.rarely == 0
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if self._stepped and is_log_step(trainer):
             self._log_step(trainer, pl_module)
         self._stepped, self._loss = False, None
@@ -316,12 +315,9 @@ class GradientMonitor(GradCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         self._drain()
-        return {
-            **super().state_dict(),
-            "records": {str(index): record.state_dict() for index, record in self._records.items()},
-            "noise": self._noise.state_dict(),
-            **self._first_bad.state_dict(),
-        }
+        records = {str(index): record.state_dict() for index, record in self._records.items()}
+        own = {"records": records, "noise": self._noise.state_dict(), **self._first_bad.state_dict()}
+        return {**super().state_dict(), **own}
 
     # The fit ends.
 

@@ -44,9 +44,7 @@ def draw_rates(record: RunRecord, title: str, monitor: str, window: int, thresho
     if cuts:
         axes[0].plot([], [], label=f"{len(cuts)} {'cut' if len(cuts) == 1 else 'cuts'}", **_DASHED)
     axes[0].set_ylabel(monitor)
-    axes[0].legend(
-        frameon=False, fontsize="small", ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0.0
-    )
+    axes[0].legend(frameon=False, fontsize="small", ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0)
     known = [(row[x], row["accuracy_gradient"]) for row in rows if row["accuracy_gradient"] is not None]
     _draw_gradient(axes[1], known, threshold, size)
     _draw_rate(axes[2], xs, [row["learning_rate"] for row in rows])
@@ -63,16 +61,9 @@ def _draw_gradient(axis: Axes, known: list[tuple[float, float]], threshold: floa
         axis.fill_between(xs, gradients, threshold, where=below, interpolate=True, color=_CUT, alpha=0.15)
         axis.plot(xs, gradients, "o-", color=_MEAN, markersize=size, linewidth=1.2)
     axis.axhline(threshold, color=_THRESHOLD, linewidth=1.0)
-    axis.annotate(
-        f"threshold {threshold:g}",
-        (0.0, threshold),  # on the left, where there is no gradient yet
-        xycoords=("axes fraction", "data"),
-        xytext=(3, 3),
-        textcoords="offset points",
-        ha="left",
-        fontsize="small",
-        color=_THRESHOLD,
-    )
+    # On the left, where there is no gradient yet.
+    place = (0.0, threshold), (3, 3), ("axes fraction", "data"), "offset points"
+    axis.annotate(f"threshold {threshold:g}", *place, ha="left", fontsize="small", color=_THRESHOLD)
     axis.set_ylabel("gain of the mean")
 
 

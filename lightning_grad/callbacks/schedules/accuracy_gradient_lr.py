@@ -15,14 +15,7 @@ from lightning_grad.core.compatibility import Compatibility, yes
 from lightning_grad.core.record import Row, RunRecord
 from lightning_grad.core.steps.chosen_rates import unknown_schedulers
 from lightning_grad.functional.schedules.accuracy_gradient_lr import accuracy_gradient, accuracy_gradient_cuts
-from lightning_grad.utilities.checks import (
-    check_above,
-    check_between,
-    check_count,
-    check_count_between,
-    check_finite,
-    check_finite_at_least,
-)
+from lightning_grad.utilities import checks
 from lightning_grad.utilities.reporting import log_many, stepped_batches
 
 _MOST_OBSERVATIONS = 1_000_000
@@ -143,14 +136,14 @@ class AccuracyGradientLR(MonitoredCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(monitor, mode, interval, name)
-        self.window = check_count_between(window, 1, _MOST_OBSERVATIONS, "window")
-        self.quiet = check_count(quiet, 0, "quiet")
-        self.threshold = check_finite(threshold, "threshold")
-        self.factor = check_between(check_above(factor, 0.0, "factor"), 0.0, 1.0, "factor")
-        self.min_lr = check_finite_at_least(min_lr, 0.0, "min_lr")
-        self.start_after = check_count(start_after, 0, "start_after")
+        self.window = checks.check_count_between(window, 1, _MOST_OBSERVATIONS, "window")
+        self.quiet = checks.check_count(quiet, 0, "quiet")
+        self.threshold = checks.check_finite(threshold, "threshold")
+        self.factor = checks.check_between(checks.check_above(factor, 0.0, "factor"), 0.0, 1.0, "factor")
+        self.min_lr = checks.check_finite_at_least(min_lr, 0.0, "min_lr")
+        self.start_after = checks.check_count(start_after, 0, "start_after")
         self.policy = policy
-        self.reach = check_finite(reach, "reach")
+        self.reach = checks.check_finite(reach, "reach")
         self.optimizers = as_indices(optimizers, "optimizers")
         self.param_groups = as_indices(param_groups, "param_groups")
         self.figure = figure

@@ -36,9 +36,7 @@ class MonitorRestart:
         """Say what is held, if something is."""
         held = ", ".join(type(callback).__name__ for callback in _stoppers(trainer)) if self.is_due else ""
         if held:
-            say(
-                f"holds {held} until the final pattern has begun; with restart_monitors=False it may end the run before"
-            )
+            say(f"holds {held} until the final pattern has begun; with restart_monitors=False it may end the run first")
 
     def hold(self, trainer: pl.Trainer) -> None:
         """Keep callbacks that stop a run for want of improvement from doing so at their next check."""

@@ -5,7 +5,6 @@ Used by :class:`lightning_grad.callbacks.NMSparsity` alone.
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
@@ -14,11 +13,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight
 from lightning_grad.functional import NMPhase, is_nm
 from lightning_grad.utilities.parameters import clean_name
-from lightning_grad.utilities.reporting import log_file
+from lightning_grad.utilities.reporting import log_file, output_file
 
 
-def write_masks(trainer: pl.Trainer, weights: Sequence[SparseWeight], path: Path | None) -> None:
+def write_masks(trainer: pl.Trainer, weights: Sequence[SparseWeight], technique: str) -> None:
     """Save the final masks as bool tensors by name, and send the file as an artifact."""
+    path = output_file(trainer, technique, "_masks.pt")
     if trainer.is_global_zero and path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({clean_name(w.name): (w.parameter != 0).cpu() for w in weights}, path)
@@ -36,17 +36,13 @@ def settle_unfinished(weights: Sequence[SparseWeight], progress: float, bake: bo
     """
     if all(weight.phase.final for weight in weights):
         return
+    outcome = "The weights are left as validated; bake_on_early_stop=True would prune them to the final pattern."
     if bake:
+        outcome = "The weights are pruned to the final pattern, untrained for it."
         for weight in weights:
             weight.phase = NMPhase(weight.pattern, 0.0, True)
-    outcome = (
-        "The weights are pruned to the final pattern, untrained for it."
-        if bake
-        else "The weights are left as validated; bake_on_early_stop=True would prune them to the final pattern."
-    )
     rank_zero_warn(
-        f"{technique}: the run stopped at {100 * progress:.0f} % of its schedule, before the final pattern was reached. "
-        f"{outcome}"
+        f"{technique}: the run stopped at {100 * progress:.0f} % of its schedule, before the final pattern. {outcome}"
     )
 
 

@@ -25,7 +25,8 @@ from lightning_grad.callbacks.sparsity._nm_monitors import MonitorRestart
 from lightning_grad.callbacks.sparsity._nm_record import SparsityRecord
 from lightning_grad.callbacks.sparsity._nm_report import settle_unfinished, warn_of_inexact_best, write_masks
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups, lacking
-from lightning_grad.core import FoundWeight, FrozenMoments, Stage, WeightCallback, WeightChoice
+from lightning_grad.core import FoundWeight, FrozenMoments, Stage, WeightCallback, WeightChoice, is_log_step
+from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.compatibility import SCALED, Compatibility, no, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
@@ -33,22 +34,10 @@ from lightning_grad.functional import NMPhase, add_sr_ste_
 from lightning_grad.functional.sparsity.nm_schedule import Recipe
 from lightning_grad.functional.sparsity.nm_sparsity import Axis, Gradient
 from lightning_grad.utilities.arguments import plain
-from lightning_grad.utilities.checks import (
-    check_at_least,
-    check_finite_at_least,
-    warn_of_missing_momentum,
-)
+from lightning_grad.utilities.checks import check_at_least, check_finite_at_least, warn_of_missing_momentum
 from lightning_grad.utilities.parameters import check_patterns, clean_name, matches
 from lightning_grad.utilities.precision import gradients_are_scaled
-from lightning_grad.utilities.reporting import (
-    counted,
-    is_log_step,
-    limit_layers,
-    listed,
-    log_histograms,
-    output_file,
-    stepped_batches,
-)
+from lightning_grad.utilities.reporting import counted, limit_layers, listed, log_histograms, stepped_batches
 
 _NO_VARIANCE = no(
     "freezes the variance (exp_avg_sq) of an Adam-like optimizer, and {} keeps none",
@@ -162,13 +151,10 @@ class NMSparsity(WeightCallback[SparseWeight]):
     compatibility: ClassVar[Compatibility] = WeightCallback.compatibility.but(
         fused_fp16=yes("All recipes but `sr-ste` and `step`, which raise."),
         no_second_moment=yes("All recipes but `step`, which raises."),
-        compiled=yes(
-            "A change of D or of the pattern does not compile again; the beginning of pruning does. A compiled "
-            "LightningModule whose steps call `self.log` fails in Lightning itself, with or without callbacks."
-        ),
+        compiled=yes("Modules recompile when pruning begins, and not when D or the pattern changes."),
         manual_optimization=yes(
-            "`optimizer.step()` on what `self.optimizers()` returns. An optimizer stepped past Lightning gets its masks but "
-            "no SR-STE term, and a warning says so."
+            "Call `step()` on what `self.optimizers()` returns. If you call it on the raw torch optimizer, masks are kept, "
+            "but the SR-STE term is missing, and a warning says so."
         ),
         weight_averaging=yes(
             "`WeightAveraging` and `EMAWeightAveraging`, before or after it in the list. With `save_weights_only=True` "
@@ -412,10 +398,8 @@ class NMSparsity(WeightCallback[SparseWeight]):
             raise _NO_VARIANCE.error(self.label, type(optimizer).__name__)
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *args)
         if self._stepped and is_log_step(trainer):
             self._log_step(trainer, pl_module)
         self._stepped = False
@@ -479,21 +463,18 @@ class NMSparsity(WeightCallback[SparseWeight]):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
         if self.fitting and self.weights and not trainer.sanity_checking:
-            metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "acc" in key}
-            if self.figure_metric in trainer.callback_metrics:
-                metrics[self.figure_metric] = float(trainer.callback_metrics[self.figure_metric])
-            self._record.validations.add({"step": stepped_batches(trainer), **metrics})
+            known, techniques = trainer.callback_metrics, _namespaces(trainer)
+            shown = [key for key in known if "acc" in key and not key.startswith(techniques)]
+            shown += [self.figure_metric] if self.figure_metric in known else []
+            self._record.validations.add({"step": stepped_batches(trainer), **{k: float(known[k]) for k in shown}})
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {
-            **super().state_dict(),
-            "progress": self._progress,
-            "record": self._record.state_dict(),
-            "logged_masks": self._meter.state_dict(),
-            "frozen": self.recipe == "step" and self._progress >= self.dense_fraction,
-            "restarted": self._monitors.is_done or bool(self.restored.get("restarted")),
-        }
+        seen = {"record": self._record.state_dict(), "logged_masks": self._meter.state_dict()}
+        frozen = self.recipe == "step" and self._progress >= self.dense_fraction
+        restarted = self._monitors.is_done or bool(self.restored.get("restarted"))
+        own = {"progress": self._progress, **seen, "frozen": frozen, "restarted": restarted}
+        return {**super().state_dict(), **own}
 
     # The fit ends.
 
@@ -531,5 +512,11 @@ class NMSparsity(WeightCallback[SparseWeight]):
         shown = {self.log_key(f"weights/{clean_name(w.name)}"): w.parameter for w in weights[: self.top]}
         log_histograms(trainer, shown)
         if self.save_masks:
-            write_masks(trainer, weights, output_file(trainer, self.label, "_masks.pt"))
+            write_masks(trainer, weights, self.label)
         warn_of_inexact_best(trainer, weights, self.label)
+
+
+def _namespaces(trainer: pl.Trainer) -> tuple[str, ...]:
+    """Return how the log keys of techniques begin: lr/accuracy_gradient, say, is no accuracy of the module."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return tuple(f"{c.namespace}/" for c in callbacks if isinstance(c, GradCallback) and hasattr(c, "namespace"))

@@ -1,7 +1,5 @@
 """How many samples a training batch holds: by its tensors, or by the sampler where a list stands for each of its samples."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a technique asks of the losses of a step, and functions of users that give losses or outputs in the step's place."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,12 +65,7 @@ def checked_losses(found: Any, samples: int | None) -> Tensor:
     Raises:
         ValueError: If that is not one loss for each sample.
     """
-    if (
-        not isinstance(found, Tensor)
-        or found.dim() != 1
-        or samples not in (None, len(found))
-        or not found.is_floating_point()
-    ):
+    if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape != (samples or found.numel(),):
         raise ValueError(
             "loss_fn must return a tensor of real numbers with one loss for each sample of a batch, "
             f"({samples or 'B'},); got {_kind(found)}."
@@ -98,6 +91,11 @@ def _kind(found: Any) -> str:
     return f"{tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
 
 
+def _fit(logits: Tensor, labels: Tensor, samples: int) -> bool:
+    are_classes = not labels.is_floating_point() and not labels.is_complex() and labels.shape == (samples,)
+    return are_classes and logits.is_floating_point() and logits.dim() == 2 and len(logits) == samples
+
+
 def call_of(found: Any, samples: int, keep_graph: bool = False, check: bool = True) -> LossCall:
     """Return the cross-entropy of what ``outputs_fn`` has returned for a batch.
 
@@ -111,16 +109,7 @@ def call_of(found: Any, samples: int, keep_graph: bool = False, check: bool = Tr
         ValueError: If that is not logits (B, C) and labels (B,).
     """
     logits, labels = found if isinstance(found, (tuple, list)) and len(found) == 2 else (None, None)
-    if (
-        not isinstance(logits, Tensor)
-        or not isinstance(labels, Tensor)
-        or logits.dim() != 2
-        or len(logits) != samples
-        or not logits.is_floating_point()
-        or labels.shape != (samples,)
-        or labels.is_floating_point()
-        or labels.is_complex()
-    ):
+    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or not _fit(logits, labels, samples):
         kinds = [_kind(each) for each in (found if isinstance(found, (tuple, list)) else [found])]
         raise ValueError(
             f"outputs_fn must return logits ({samples}, classes) and the labels as integers, ({samples},); got "

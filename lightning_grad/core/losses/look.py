@@ -1,8 +1,7 @@
 """One batch of a training set, and the means to see what the module's own ``training_step`` makes of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_grad.core.losses.given_functions import ANY_LOSS, LossRequest, call_of, checked_losses, with_graph
 from lightning_grad.core.losses.sample_losses import SampleLosses, only_loss, refuse_rest, terms_of, trace_of
-from lightning_grad.functional import LossCall, LossCapture, PerSampleGradientNorms
-from lightning_grad.functional.gradients import InseparableLossError, WholeLossCapture
+from lightning_grad.functional import InseparableLossError, LossCall, LossCapture, PerSampleGradientNorms
+from lightning_grad.functional.gradients.whole_loss import WholeLossCapture
 
 Measure = Callable[["Look"], Mapping[str, Tensor]]
 
@@ -185,12 +184,10 @@ class Look:
         def see(layer: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
             seen.append((layer, args[0], output))
 
-        hooks = [layer.register_forward_hook(see) for layer in layers]
-        try:
+        with ExitStack() as hooks:
+            for layer in layers:
+                hooks.enter_context(layer.register_forward_hook(see))
             call = self.loss()
-        finally:
-            for hook in hooks:
-                hook.remove()
         for layer, taken_in, output in reversed(seen):
             if isinstance(output, Tensor) and output.data_ptr() == call.input.data_ptr():
                 return taken_in.detach(), call, layer

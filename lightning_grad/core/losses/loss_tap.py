@@ -4,7 +4,7 @@ Several techniques may read the losses of one module; at most one may reweight. 
 step returns and logs as its loss stays the plain loss. Where one call of a loss of ``torch.nn.functional`` is the whole
 loss, only that call is watched (:class:`~lightning_grad.core.losses.weighted_steps.WeighingCapture`); else the whole step is
 traced, and the graph of what it returns tells what each sample contributes
-(:class:`~lightning_grad.functional.gradients.LossTrace`). Which of both is decided once, by a quiet run of the first step
+(:class:`~lightning_grad.functional.LossTrace`). Which of both is decided once, by a quiet run of the first step
 (:func:`choose_way`); how each of them weights stands in ``weighted_steps.py``.
 """
 
@@ -48,8 +48,8 @@ from lightning_grad.core.losses.weighted_steps import (
     outline_of,
 )
 from lightning_grad.core.quiet import aside, eager, is_quiet, quiet
-from lightning_grad.functional import LossCall, LossCapture
-from lightning_grad.functional.gradients import InseparableLossError, Terms, WholeLossCapture
+from lightning_grad.functional import InseparableLossError, LossCall, LossCapture, Terms
+from lightning_grad.functional.gradients.whole_loss import WholeLossCapture
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import is_sharded
 
@@ -195,7 +195,7 @@ def reweight_losses(
         pl_module: The module.
         reweight: Gets the losses, and returns a weight for each sample, or ``None`` to leave them alone.
         asked: What is asked of the losses of the step. ``loss_fn`` costs a second forward and backward pass.
-        samples: Returns the number of samples of a batch, ``None`` if it is not known. Default: the length of its tensors.
+        samples: As in :func:`read_losses`, whose count holds where there are both: a reader credits samples by their index.
         acts: Whether it will ever need a loss. The first step then shows whether the loss can be seen.
         needs: Tells whether it needs the losses of the present step; one that does not runs as if there were no tap.
 
@@ -212,7 +212,8 @@ def reweight_losses(
             "list of callbacks."
         )
     tap.weighing = Weighing(reweight, asked, acts, needs)
-    tap.samples = samples or tap.samples
+    if tap.samples is batch_size_of:
+        tap.samples = samples or tap.samples
     return lambda: tap.remove(None)
 
 

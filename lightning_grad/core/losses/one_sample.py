@@ -1,7 +1,5 @@
 """What it costs to run a step on one sample at a time, and whether that gives the losses of a batch at all."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

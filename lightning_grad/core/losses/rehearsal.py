@@ -8,8 +8,6 @@ depends on the data: where rows do not follow, the technique refuses.
 ``row_order.py`` compares the rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,7 +36,7 @@ from lightning_grad.core.quiet import eager, quiet
 from lightning_grad.core.ranks import sum_over_ranks
 from lightning_grad.core.samples.training_set import TrainingSet
 from lightning_grad.data.random_streams import generators_kept, numbers_kept, seed_generators, seed_streams
-from lightning_grad.functional.gradients import WholeLossCapture
+from lightning_grad.functional.gradients.whole_loss import WholeLossCapture
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.batches import reordered
 from lightning_grad.utilities.checks import is_sharded

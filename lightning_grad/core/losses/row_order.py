@@ -3,8 +3,6 @@
 The questions to rows are pure functions of tensors; :class:`RowComparison` asks them of runs of one batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_grad.core.losses.given_functions import LossRequest
-from lightning_grad.functional import LossCall
-from lightning_grad.functional.gradients import Terms
+from lightning_grad.functional import LossCall, Terms
 from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.utilities.batches import map_tensors
 
@@ -125,8 +122,10 @@ def rows_of_call(call: LossCall) -> dict[str, Tensor]:
     options = {**call.options, "reduction": "none"}
     positions = getattr(F, call.name)(input=call.input, target=call.target, **options)
     found = {"value": call.rows(positions)}
+    # Each row's target may be its own place in the batch.
+    is_order = call.has_class_indices and torch.equal(call.target, torch.arange(call.target.numel()).to(call.target))
     for name, value in (("input", call.input), ("target", call.target)):
-        if name == "target" and are_positions(call):
+        if name == "target" and is_order:
             continue
         if value.dim() and len(value) and len(value) % call.samples == 0:
             found[name] = _one_number(value).reshape(call.samples, -1)
@@ -142,12 +141,6 @@ def rows_of_terms(terms: Terms) -> dict[str, Tensor]:
     for term in terms.terms:
         found.setdefault(str(term), []).append(term.shares.detach())
     return {place: torch.stack(shares, 1) for place, shares in found.items()}
-
-
-def are_positions(call: LossCall) -> bool:
-    """Return whether each row's target is its own place in the batch."""
-    target = call.target
-    return call.has_class_indices and torch.equal(target, torch.arange(target.numel()).to(target))
 
 
 def are_all_positions(call: LossCall) -> bool:

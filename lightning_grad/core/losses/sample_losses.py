@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lightning_grad.core.losses.given_functions import LossRequest, SampleLoss
 from lightning_grad.core.losses.row_order import are_all_positions
-from lightning_grad.functional import LossCall, LossCapture
-from lightning_grad.functional.gradients import InseparableLossError, LossTrace, SampleSums, Terms, WholeLossCapture
-from lightning_grad.functional.gradients.loss_functions import OF_CLASS_INDICES
+from lightning_grad.functional import InseparableLossError, LossCall, LossCapture, LossTrace, Terms
+from lightning_grad.functional.gradients.loss_functions import OF_CLASS_INDICES, SampleSums
+from lightning_grad.functional.gradients.whole_loss import WholeLossCapture
 from lightning_grad.functional.plain_tensors import plain_tensor
 
 

@@ -3,8 +3,6 @@
 :func:`look_at_all` runs the pass; what is measured of a batch is a function of a :class:`~.look.Look`.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -192,13 +190,8 @@ def scoring_loader(
         return BorrowedWorkers(loader, chunks, seed)
     workers: dict[str, Any] = {}
     if not in_main_process:
-        workers = {
-            "num_workers": loader.num_workers,
-            "timeout": loader.timeout,
-            "worker_init_fn": loader.worker_init_fn,
-            "multiprocessing_context": loader.multiprocessing_context,
-            "prefetch_factor": loader.prefetch_factor,
-        }
+        names = ("num_workers", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
+        workers = {name: getattr(loader, name) for name in names}
     return indexed_loader(loader, dataset, chunks, seed, collate, **workers)
 
 

@@ -3,9 +3,6 @@
 The weights act in the backward pass. What the step returns stays what it is without them.
 """
 
-from __future__ import annotations
-
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -26,9 +23,10 @@ from lightning_grad.core.losses.sample_losses import (
     with_loss,
 )
 from lightning_grad.core.quiet import aside
-from lightning_grad.functional import LossCapture
-from lightning_grad.functional.gradients import LossFunction, Terms, weight_call_, without_ignored
+from lightning_grad.functional import LossCapture, Terms
 from lightning_grad.functional.gradients.autograd import Node
+from lightning_grad.functional.gradients.loss_functions import LossFunction
+from lightning_grad.functional.gradients.terms import weight_call_, without_ignored
 from lightning_grad.utilities.batch_copies import copy_of
 
 _OUTLINE = 16  # nodes that are compared
@@ -40,13 +38,14 @@ class WeighingCapture(LossCapture):
 
     Args:
         samples: As in :class:`LossCapture`.
-        weigh: Called with the losses of each call; returns weights (B,), or ``None`` to leave this one as it is.
+        weigh: Called with the losses of the call that counts; returns weights (B,), or ``None`` to leave it as it is.
         way_out: As in :class:`LossCapture`.
+        which: Which call counts; by default each that has a graph.
     """
 
-    def __init__(self, samples: int | None, weigh: Weigh | None, way_out: str) -> None:
+    def __init__(self, samples: int | None, weigh: Weigh | None, way_out: str, which: int | None = None) -> None:
         super().__init__(samples, way_out=way_out)
-        self._weigh = weigh
+        self._weigh, self._which = weigh, which
         self.nodes: list[Node] = []  # of what the calls returned
 
     def _handle(self, func: Any, loss: LossFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -59,7 +58,8 @@ class WeighingCapture(LossCapture):
         if read is None:
             return value
         call = read.call
-        weights = self._weigh(SampleLosses(call.losses, call, sums=read.sums))
+        counts = call.has_graph if self._which is None else len(self.calls) - 1 == self._which
+        weights = self._weigh(SampleLosses(call.losses, call, sums=read.sums)) if counts else None
         if weights is None:
             return value
         if weights.shape != (call.samples,):
@@ -158,15 +158,7 @@ class Step:
 Seen = tuple[Any, LossCapture | None]
 
 
-class Way(ABC):
-    """A way to run a step so that its samples are weighted in the backward pass."""
-
-    @abstractmethod
-    def run(self, step: Step) -> Seen:
-        """Return what the step returns, and the losses seen for readers; ``None`` in place of these if it was skipped."""
-
-
-class ByCall(Way):
+class ByCall:
     """Weights the one call of a loss, or only watches for it.
 
     Args:
@@ -176,15 +168,12 @@ class ByCall(Way):
 
     def __init__(self, asked: LossRequest, reweight: Weigh | None = None) -> None:
         self._asked, self._reweight = asked, reweight
-        self._seen = 0
         self.outlines: set[tuple[str, ...]] = set()  # of the steps that were looked at, where any was
         self.changed: tuple[str, ...] | None = None  # the outline of a step that was not
 
     def run(self, step: Step) -> Seen:
-        """See :meth:`Way.run`."""
-        self._seen = 0
-        weigh = None if self._reweight is None else self._weights
-        with WeighingCapture(step.samples, weigh, self._asked.way_out) as capture:
+        """Run a step; return what it returns, and the losses seen for readers; ``None`` for these if it was skipped."""
+        with WeighingCapture(step.samples, self._reweight, self._asked.way_out, self._asked.which) as capture:
             output = step.run()
         if step.is_skipped(output):
             return None, None
@@ -196,16 +185,8 @@ class ByCall(Way):
                 self.changed = self.changed if outline in self.outlines else outline
         return output, capture
 
-    def _weights(self, losses: SampleLosses) -> Tensor | None:
-        assert self._reweight is not None
-        assert losses.call is not None
-        self._seen += 1
-        which = self._asked.which
-        is_meant = losses.call.has_graph if which is None else self._seen - 1 == which
-        return self._reweight(losses) if is_meant else None
 
-
-class ByTerms(Way):
+class ByTerms:
     """Weights the terms in the graph of what the step returns.
 
     Args:
@@ -218,7 +199,7 @@ class ByTerms(Way):
         self._like = like
 
     def run(self, step: Step) -> Seen:
-        """See :meth:`Way.run`."""
+        """Run a step; return what it returns, and the losses seen for readers; ``None`` for these if it was skipped."""
         assert step.samples is not None
         trace = trace_of(step.module, step.samples)
         with trace:
@@ -236,7 +217,7 @@ class ByTerms(Way):
         return output, capture
 
 
-class ByFunction(Way):
+class ByFunction:
     """Gives the loss of the step the gradient of the weighted losses of a function.
 
     Args:
@@ -249,7 +230,7 @@ class ByFunction(Way):
         self._pairs: list[tuple[float, float]] = []  # of the mean of loss_fn and the step's loss, in the first batches
 
     def run(self, step: Step) -> Seen:
-        """See :meth:`Way.run`."""
+        """Run a step; return what it returns, and the losses seen for readers; ``None`` for these if it was skipped."""
         given = copy_of(step.batch)  # the step may write into its own
         with aside(step.module):
             found = self._loss_fn(step.module, given)  # with the random numbers that the step will draw
@@ -281,3 +262,7 @@ class ByFunction(Way):
         self._pairs.append((float(losses.detach().mean()), float(loss.detach())))
         coarse = losses.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(loss.device.type)
         refuse_other_means(self._pairs, self._weighing.asked.label, "loss_fn", 5e-2 if coarse else 1e-3)
+
+
+Way = ByCall | ByTerms | ByFunction
+"""A way to run a step so that its samples are weighted in the backward pass."""

@@ -4,8 +4,6 @@ A scheduler that steps with every batch counts steps. When an epoch has half its
 that a cosine or a one-cycle schedule ends where it should. Where ``max_steps`` ends the run, schedules are left alone.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Training loaders: which there are, where one of them keeps its batches of indices, and how long an epoch of them is."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,16 +24,12 @@ _BY_RANK = (
 
 def keys_of(loaders: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
     """Yield the key of every loader of a collection, in the order in which Lightning processes them."""
-    children: Sequence[tuple[str, Any]] | None = None
-    if isinstance(loaders, Mapping):
-        children = [(str(key), child) for key, child in loaders.items()]
-    elif isinstance(loaders, (list, tuple)):
-        children = [(str(position), child) for position, child in enumerate(loaders)]
-    if children is None:
+    children = dict(enumerate(loaders)) if isinstance(loaders, (list, tuple)) else loaders
+    if not isinstance(children, Mapping):
         yield ".".join(path)
         return
-    for key, child in children:
-        yield from keys_of(child, (*path, key))
+    for key, child in children.items():
+        yield from keys_of(child, (*path, str(key)))
 
 
 def refuse_key(key: str | int | None, keys: Sequence[str], kind: str, needed_by: str) -> None:
@@ -121,11 +115,6 @@ class EpochLength:
         self._trainer = trainer
         self._warned_of_interval = False
 
-    @property
-    def batches(self) -> float:
-        """Batches of an epoch as it is now."""
-        return float(self._trainer.fit_loop.max_batches)
-
     def batches_if(self, length_of: Callable[[Any], float]) -> float:
         """Return how many batches an epoch would have if its loaders had the lengths that ``length_of`` gives."""
         loaders = self._trainer.fit_loop._combined_loader
@@ -167,7 +156,7 @@ class EpochLength:
         if isinstance(limit, float) and 0 < limit < 1 and 0 < length < _INFINITE:
             return max(
                 1, int(length * limit)
-            )  # a share of the whole epoch's batches may be less than one of a pruned one's
+            )  # a share of whole epochs' batches may be less than one of a pruned one's
         return _parse_num_batches(RunningStage.TRAINING, length, limit)
 
 

@@ -5,8 +5,6 @@ where it is complete and nothing has been drawn from it yet, ``strategy.process_
 counts right when the epoch's length changes; and takes everything back when the fit ends.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -296,7 +294,7 @@ class TrainingSet:
     @property
     def batches(self) -> float:
         """Batches of an epoch as it is now."""
-        return self._length.batches
+        return float(self._trainer.fit_loop.max_batches)
 
     @property
     def full_batches(self) -> float:
@@ -372,9 +370,8 @@ class TrainingSet:
     def _source_now(self) -> RecordedBatches:
         loaders = self._trainer.fit_loop._combined_loader
         iterator = None if loaders is None else loaders._iterator
-        for loader, live in zip(
-            [] if loaders is None else loaders.flattened, getattr(iterator, "iterators", None) or [], strict=False
-        ):
+        known = [] if loaders is None else loaders.flattened
+        for loader, live in zip(known, getattr(iterator, "iterators", None) or [], strict=False):
             drawing = getattr(live, "_sampler_iter", None)
             if loader is self._loader and isinstance(drawing, RecordedBatches):
                 return drawing

@@ -6,8 +6,6 @@ it, unless the base is scaled too. Base rates stand in the parameter groups (``i
 (``eta_min``, ``ReduceLROnPlateau(min_lr=...)``) stay what they are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -239,15 +237,11 @@ class ChosenRates:
         keys = ("lr",) if self._policy == "replace" else ("max_lr", "initial_lr", "lr")
         self.base = base_rate(optimizer.param_groups[groups[0]], keys)
 
-    @property
-    def _floor(self) -> float:
-        """Least scale."""
-        return min(1.0, self._min_lr / self.base) if self.base else 0.0
-
     def multiply(self, trainer: pl.Trainer, factor: float) -> bool:
         """Multiply the rates, below 1 as far as the floor allows, and say whether that changed them."""
         target = self.scale * factor
-        scale = target if factor > 1.0 else max(target, self._floor)
+        floor = min(1.0, self._min_lr / self.base) if self.base else 0.0
+        scale = target if factor > 1.0 else max(target, floor)
         if scale == self.scale or (factor < 1.0 and scale > self.scale):
             return False
         factor = factor if scale == target else scale / self.scale

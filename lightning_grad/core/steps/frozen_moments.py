@@ -1,7 +1,5 @@
 """Holding still what an Adam-like optimizer remembers, while its weights go on."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -75,7 +75,7 @@ class HeldRates:
     def follow(self) -> None:
         """Hold rates that were set since, too."""
         ledger, groups = self._ledger, self._optimizer.param_groups
-        if ledger is not None and ledger.is_behind(groups):
+        if ledger is not None and any(g["lr"] is not held for g, (_, held) in zip(groups, ledger.rates, strict=False)):
             ledger.settle(groups)
 
     def give_back(self) -> None:
@@ -92,14 +92,11 @@ class _Ledger:
 
     def __init__(self) -> None:
         self.factors: dict[int, list[Factor]] = {}
-        self._rates: list[tuple[Any, Any]] = []
-
-    def is_behind(self, groups: Sequence[dict[str, Any]]) -> bool:
-        return any(group["lr"] is not held for group, (_, held) in zip(groups, self._rates, strict=False))
+        self.rates: list[tuple[Any, Any]] = []
 
     def settle(self, groups: Sequence[dict[str, Any]]) -> None:
-        known = self._rates or [(group["lr"], group["lr"]) for group in groups]
-        self._rates = []
+        known = self.rates or [(group["lr"], group["lr"]) for group in groups]
+        self.rates = []
         for number, (group, (before, held)) in enumerate(zip(groups, known, strict=False)):
             # Another object than the one put there is a rate that was set since.
             rate = before if group["lr"] is held else group["lr"]
@@ -107,4 +104,4 @@ class _Ledger:
             for factors in self.factors.values():
                 product = product * factors[number] if number < len(factors) else product
             group["lr"] = product
-            self._rates.append((rate, product))
+            self.rates.append((rate, product))

@@ -1,9 +1,7 @@
 """Evaluating one optimizer step a second time: all batches that its gradients come from, at other weights."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -156,7 +154,9 @@ class StepClosure:
         Returns:
             The loss at these weights, over all accumulated batches; under manual optimization what the closure returns.
         """
-        with unseen(self._trainer, self._pl_module), _repeating(self._pl_module):
+        with unseen(self._trainer, self._pl_module), ExitStack() as stack:
+            _REPEATED.add(self._pl_module)
+            stack.callback(_REPEATED.discard, self._pl_module)
             if self._window is not None:
                 return self._window.run_again(self._optimizer)
             set_random_states(self._states)
@@ -174,12 +174,3 @@ class StepClosure:
             "optimizer.step(closure) with a function that sets gradients to zero, computes the loss, and calls "
             "manual_backward; or use automatic optimization."
         )
-
-
-@contextmanager
-def _repeating(pl_module: pl.LightningModule) -> Iterator[None]:
-    _REPEATED.add(pl_module)
-    try:
-        yield
-    finally:
-        _REPEATED.discard(pl_module)

@@ -1,7 +1,5 @@
 """Which layers are the first and the last of a network: by default techniques leave their weights as they are."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import lightning.pytorch as pl

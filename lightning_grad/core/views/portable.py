@@ -8,8 +8,6 @@ average again wherever it stands in the list of callbacks. What the module itsel
 comes after ours on saving and before ours on loading.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 

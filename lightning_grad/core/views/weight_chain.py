@@ -12,14 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from itertools import dropwhile, takewhile
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from lightning_grad.core.views.weight_view import InPlaceView, InPlaceWindow, attach_view
+from lightning_grad.core.undo import UndoList
+from lightning_grad.core.views.weight_view import InPlaceView, InPlaceWindow, attach_view, has_view
 
 if TYPE_CHECKING:
     from lightning_grad.core.views.weight_choice import FoundWeight
+    from lightning_grad.core.weights import WeightCallback
 
 
 class Stage(IntEnum):
@@ -40,7 +45,7 @@ class Chain:
     def __init__(self, found: FoundWeight) -> None:
         self.found = found
         self.name = found.name
-        self._stages: dict[Stage, ViewedWeight] = {}
+        self.stages: dict[Stage, ViewedWeight] = {}
         self._shown: set[Stage] = set()
         self._in_place: InPlaceView | None = None
         self._detach: Callable[[], None] = lambda: None
@@ -48,14 +53,9 @@ class Chain:
         self._inference: Tensor | None = None
 
     @property
-    def stages(self) -> list[Stage]:
-        """The stages that techniques have claimed, in order."""
-        return list(self._stages)
-
-    @property
     def weights(self) -> list[ViewedWeight]:
         """What the techniques make of the weight, in the order of their stages."""
-        return list(self._stages.values())
+        return list(self.stages.values())
 
     @property
     def dense(self) -> Tensor:
@@ -79,13 +79,13 @@ class Chain:
         """Return what the forward pass uses."""
         if self._infers:
             return dense if self._inference is None else self._inference
-        for weight in self._stages.values():
+        for weight in self.stages.values():
             dense = weight.value(dense)
         return dense
 
     def stored(self, dense: Tensor) -> Tensor:
         """Return what inference and checkpoints use."""
-        for weight in self._stages.values():
+        for weight in self.stages.values():
             dense = weight.stored(dense)
         return dense
 
@@ -112,7 +112,7 @@ class Chain:
 
     def join(self, stage: Stage, weight: ViewedWeight, window: Callable[[], InPlaceWindow]) -> None:
         """Add a stage, and show the module what comes out."""
-        self._stages = dict(sorted({**self._stages, stage: weight}.items()))
+        self.stages = dict(sorted({**self.stages, stage: weight}.items()))
         weight.chain = self
         found = self.found
         if not self._shown and found.in_place:
@@ -133,7 +133,7 @@ class Chain:
     def drop(self, stage: Stage) -> None:
         """Remove a stage."""
         self.hide(stage)
-        self._stages.pop(stage, None)
+        self.stages.pop(stage, None)
         for weight in self.weights:
             weight.is_outdated = True
 
@@ -227,3 +227,123 @@ class ViewedWeight:
     def stores(self) -> bool:
         """Whether validation and checkpoints use another weight than the dense one."""
         return type(self).stored is not ViewedWeight.stored
+
+
+_CHAINS: WeakKeyDictionary[pl.LightningModule, ModuleChains] = WeakKeyDictionary()
+
+
+class ModuleChains:
+    """The chains of one module in one fit by weight, and the techniques that stand in them, whichever ask for them.
+
+    What must happen once and in order, however many techniques act on a module's weights, happens here: in-place weights are
+    uncovered before an optimizer moves them and covered again when all techniques have followed it; techniques follow in the
+    order of their stages; and at the end of the fit the chains are baked once, when every technique has said what it leaves.
+
+    Args:
+        trainer: The trainer, with its optimizers.
+        pl_module: Its module.
+    """
+
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.trainer = trainer
+        self._pl_module = pl_module
+        self._techniques: list[WeightCallback[Any]] = []
+        self._chains: dict[int, Chain] = {}
+        self._window: InPlaceWindow | None = None
+        self._watched: WeakSet[Optimizer] = WeakSet()
+        self._undo = UndoList()
+        self._inside = 0
+        self._is_baked = False
+
+    def enter(self, technique: WeightCallback[Any]) -> Callable[[], None]:
+        """Make a technique follow the optimizers from now on.
+
+        Returns:
+            Callable: Ends that; the last one to leave takes everything away.
+        """
+        self._watch_optimizers()
+        self._techniques = sorted([*self._techniques, technique], key=lambda other: other.stage)
+        self._inside += 1
+        return self._leave
+
+    def _watch_optimizers(self) -> None:
+        """Follow the trainer's optimizers, also one that has taken another's place."""
+        for optimizer in self.trainer.optimizers:
+            if optimizer not in self._watched:
+                self._watched.add(optimizer)
+                self._undo.push(optimizer.register_step_pre_hook(self._before_step).remove)
+                self._undo.push(optimizer.register_step_post_hook(self._after_step).remove)
+
+    def _leave(self) -> None:
+        self._inside -= 1
+        if not self._inside:
+            self._undo.run()
+            _CHAINS.pop(self._pl_module, None)
+
+    def is_taken(self, found: FoundWeight, stage: Stage) -> bool:
+        """Return whether a weight is shown through a view already that leaves no place for a stage."""
+        chain = self._chains.get(id(found.parameter))
+        return has_view(found.module, found.attribute) if chain is None else stage in chain.stages
+
+    def join(self, stage: Stage, weight: ViewedWeight) -> None:
+        """Add a stage to the chain of a weight."""
+        chain = self._chains.setdefault(id(weight.parameter), Chain(weight.found))
+        chain.join(stage, weight, self._opened)
+
+    def drop(self, stage: Stage, weight: ViewedWeight) -> None:
+        """Remove a stage from the chain of a weight."""
+        weight.chain.drop(stage)
+        if not weight.chain.stages:
+            del self._chains[id(weight.parameter)]
+
+    def _opened(self) -> InPlaceWindow:
+        if self._window is None:
+            self._window = InPlaceWindow(self._pl_module, [])
+            self._undo.push(self._window.remove)
+        return self._window
+
+    def close_window(self) -> None:
+        """Put dense weights back where a step computes with others in their place."""
+        if self._window is not None:
+            self._window.close()
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Uncover the dense weights for a step that runs no closure; one that does calls on_before_optimizer_step."""
+        if not any(callable(value) for value in (*args, kwargs.get("closure"))):
+            self.close_window()
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        for technique in self._techniques:
+            technique.after_step(self.trainer, optimizer)
+        if self._window is not None:
+            self._window.reopen()
+
+    def begin_batch(self) -> None:
+        """Bring weights up to date that something other than the optimizers has changed, and follow new optimizers."""
+        self._watch_optimizers()
+        for technique in self._techniques:
+            technique.renew_stale()
+
+    def renew_after(self, technique: WeightCallback[Any]) -> None:
+        """Bring later stages up to date, because this one starts after them."""
+        for other in self._techniques:
+            if other.stage > technique.stage:
+                other.renew_stale()
+
+    def bake(self) -> None:
+        """Make what the techniques leave behind the parameters' own, once for all of them."""
+        if self._is_baked:
+            return
+        self._is_baked = True
+        self.close_window()
+        lasting = [weight for technique in self._techniques for weight in technique.settle(self.trainer)]
+        for chain in self._chains.values():
+            chain.bake(lasting)
+
+
+def chains_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModuleChains:
+    """Return the chains of a module in the present fit, the same for every technique."""
+    chains = _CHAINS.get(pl_module)
+    if chains is None or chains.trainer is not trainer:
+        chains = _CHAINS[pl_module] = ModuleChains(trainer, pl_module)
+    return chains

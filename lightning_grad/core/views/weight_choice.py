@@ -94,17 +94,9 @@ def found_weights(module: nn.Module, owners: Sequence[Owner], technique: WeightC
         uses.setdefault(id(owner._parameters[attribute]), []).append((owner, attribute))
     for name, owner, attribute in owners:
         key = id(owner._parameters[attribute])
-        found = FoundWeight(
-            name,
-            owner,
-            attribute,
-            names=tuple(known[key]),
-            twins=tuple(use for use in uses[key] if use != (owner, attribute)),
-            is_known=_is_known(owner, attribute),
-            is_spelled=is_spelled(known[key], technique.include or []),
-            label=technique.label,
-            effect=technique.effect,
-        )
+        names, twins = tuple(known[key]), tuple(use for use in uses[key] if use != (owner, attribute))
+        kinds = (_is_known(owner, attribute), is_spelled(names, technique.include or []))
+        found = FoundWeight(name, owner, attribute, names, twins, *kinds, technique.label, technique.effect)
         if found.is_spelled or (_is_layer(found) and selects(found.names, technique.include)):
             yield found
 
@@ -230,14 +222,10 @@ def _view(found: FoundWeight, technique: WeightCallback[W]) -> W | str:
 def _find_ends(
     owners: Sequence[Owner], candidates: Sequence[FoundWeight], technique: WeightCallback[W], ends: Ends
 ) -> set[str]:
-    able = [
-        found for found in candidates if found.parameter.requires_grad and selects(found.names, None, technique.exclude)
-    ]
-    able_names = {found.name for found in able}
-    left_out = {found.name for found in candidates} - able_names
-    layers = [
-        owner for owner in owners if owner[0] in able_names or (_is_single_layer(owner) and owner[0] not in left_out)
-    ]
+    able = [c for c in candidates if c.parameter.requires_grad and selects(c.names, None, technique.exclude)]
+    names = {found.name for found in able}
+    left_out = {found.name for found in candidates} - names
+    layers = [own for own in owners if own[0] in names or (_is_single_layer(own) and own[0] not in left_out)]
     return ends.find([(found.name, found.module, found.attribute) for found in able], layers)
 
 

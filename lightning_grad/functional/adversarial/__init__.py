@@ -2,8 +2,4 @@
 
 from lightning_grad.functional.adversarial.attacks import IndependentLossError, fgsm, pgd
 
-__all__ = [
-    "IndependentLossError",
-    "fgsm",
-    "pgd",
-]
+__all__ = ["IndependentLossError", "fgsm", "pgd"]

@@ -3,10 +3,7 @@
 from lightning_grad.functional.communication.error_feedback import accumulate_residual_, remove_sent_
 from lightning_grad.functional.communication.powersgd import initial_factor, orthonormalize
 from lightning_grad.functional.communication.sparse_messages import add_pairs_, pack_pairs, unpack_pairs
-from lightning_grad.functional.communication.topk_selection import (
-    SELECTORS,
-    select_largest,
-)
+from lightning_grad.functional.communication.topk_selection import SELECTORS, select_largest
 from lightning_grad.functional.communication.wire import all_gather_bytes, all_reduce_bytes, sparse_wire_gain
 
 __all__ = [

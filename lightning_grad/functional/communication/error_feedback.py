@@ -5,11 +5,7 @@ from torch import Tensor
 
 
 def accumulate_residual_(
-    residual: Tensor,
-    gradient: Tensor,
-    velocity: Tensor | None = None,
-    momentum: float = 0.0,
-    nesterov: bool = False,
+    residual: Tensor, gradient: Tensor, velocity: Tensor | None = None, momentum: float = 0.0, nesterov: bool = False
 ) -> Tensor:
     r"""Add a gradient to what has not been sent, through its momentum if it has one, in place.
 
@@ -70,11 +66,7 @@ def as_sent(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def remove_sent_(
-    residual: Tensor,
-    indices: Tensor,
-    sent: Tensor,
-    velocity: Tensor | None = None,
-    arrived: Tensor | None = None,
+    residual: Tensor, indices: Tensor, sent: Tensor, velocity: Tensor | None = None, arrived: Tensor | None = None
 ) -> Tensor:
     r"""Take what was sent out of the residual, and its momentum out of the velocity, in place.
 

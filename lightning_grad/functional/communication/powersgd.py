@@ -1,5 +1,7 @@
 """A matrix as the product of two thin ones, by one step of the power method: the maths of PowerSGD."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,11 +15,7 @@ def matrix_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
         >>> matrix_shape((64, 3, 5, 5))
         (64, 75)
     """
-    rows = shape[0]
-    columns = 1
-    for size in shape[1:]:
-        columns *= size
-    return rows, columns
+    return shape[0], math.prod(shape[1:])
 
 
 def low_rank_numel(shape: torch.Size | tuple[int, ...], rank: int) -> int:

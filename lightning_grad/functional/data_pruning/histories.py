@@ -23,11 +23,8 @@ def vog_state(n: int, shape: Sequence[int], device: torch.device | str = "cpu") 
     Returns:
         dict: ``count`` (n,), ``mean`` and ``m2`` (n, \*shape), float32.
     """
-    return {
-        "count": torch.zeros(n, device=device),
-        "mean": torch.zeros(n, *shape, device=device),
-        "m2": torch.zeros(n, *shape, device=device),
-    }
+    moments = {key: torch.zeros(n, *shape, device=device) for key in ("mean", "m2")}
+    return {"count": torch.zeros(n, device=device), **moments}
 
 
 @torch.no_grad()

@@ -11,11 +11,11 @@ From a step to shares, and from shares to weights::
    do to rows, ``follow.py`` which tensors that has happened to), and the calls of losses of ``torch.nn.functional``
    (``calls.py`` reads a :class:`LossCall` of each; ``loss_functions.py`` has their arguments and denominators).
 2. **Walk.** ``walk.py`` goes from the returned loss through the autograd graph to the *cuts*, the edges at which rows begin.
-   It proves on the way that each node is linear in what depends on samples (``nodes.py`` lists the kinds), and refuses the
-   loss otherwise (``errors.py``).
+   It proves on the way that each node is linear in what depends on samples, and refuses the loss otherwise
+   (``errors.py``).
 3. **Add up.** ``values.py`` multiplies the rows at each cut by their coefficients; ``terms.py`` makes :class:`Terms` of that:
    the share of each sample, its own mean, and the constant that belongs to no sample.
-4. **Weight.** :meth:`Terms.weight_` hooks a weight for each sample onto the cuts (``weights.py``). Backward then gives the
+4. **Weight.** :meth:`Terms.weight_` hooks a weight for each sample onto the cuts. Backward then gives the
    gradient of the weighted loss, and nothing is computed twice.
 
 What no graph can show is whether the shares follow the samples. ``core/losses/rehearsal.py`` finds out by running a
@@ -25,24 +25,3 @@ Most steps return one call of a loss. For these :class:`LossCapture` (``loss_cap
 else; :class:`WholeLossCapture` (``whole_loss.py``) finds out once whether that call is the whole loss. The undocumented
 parts of autograd are in ``autograd.py``, and nowhere else.
 """
-
-from lightning_grad.functional.gradients.errors import InseparableLossError
-from lightning_grad.functional.gradients.loss_capture import LossCapture
-from lightning_grad.functional.gradients.loss_functions import LossCall, LossFunction, SampleSums
-from lightning_grad.functional.gradients.terms import Terms
-from lightning_grad.functional.gradients.trace import LossTrace
-from lightning_grad.functional.gradients.weights import weight_call_, without_ignored
-from lightning_grad.functional.gradients.whole_loss import WholeLossCapture
-
-__all__ = [
-    "InseparableLossError",
-    "LossCall",
-    "LossCapture",
-    "LossFunction",
-    "LossTrace",
-    "SampleSums",
-    "Terms",
-    "WholeLossCapture",
-    "weight_call_",
-    "without_ignored",
-]

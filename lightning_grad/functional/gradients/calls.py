@@ -41,10 +41,6 @@ class Call:
     loss_call: LossCall | None = None
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def read_call(
     func: Callable[..., Any],
     args: tuple[Any, ...],
@@ -89,7 +85,7 @@ def read_call(
     if not values:
         return call
     # Checkpointing counts what its function saves, and counts again in backward, where no trace is. Ours must not count.
-    with saved_tensors_hooks(_as_it_is, _as_it_is) if keep_graph else nullcontext():
+    with saved_tensors_hooks(lambda saved: saved, lambda saved: saved) if keep_graph else nullcontext():
         given = {key: plain_tensor(v) if isinstance(v, Tensor) else v for key, v in given.items()}
         return _with_sums(func, call, given, plain_tensor(value), samples, rows, keep_graph)
 

@@ -199,9 +199,8 @@ class LossCapture(TorchFunctionMode):
         if loss.defaults is None or not loss.is_readable:
             raise TypeError("it does not have one input and one target per sample")
         # Of a class of its own a tensor may demand what only it knows of itself.
-        given = {
-            k: plain_tensor(v) if isinstance(v, Tensor) else v for k, v in bind(loss.defaults, args, kwargs).items()
-        }
+        bound = bind(loss.defaults, args, kwargs)
+        given = {name: plain_tensor(v) if isinstance(v, Tensor) else v for name, v in bound.items()}
         value = plain_tensor(value) if isinstance(value, Tensor) else value
         if _transformed(given.values()):
             raise TypeError("it was called inside a transform of torch.func")

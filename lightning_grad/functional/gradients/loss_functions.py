@@ -14,37 +14,22 @@ from torch.nn import _reduction
 
 from lightning_grad.functional.torch_version import TORCH
 
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 # With reduction="none" these return one value a position, and every position belongs to one sample.
-_READABLE = (
-    "cross_entropy",
-    "nll_loss",
-    "linear_cross_entropy",  # from torch 2.13
-    "binary_cross_entropy",
-    "binary_cross_entropy_with_logits",
-    "mse_loss",
-    "l1_loss",
-    "smooth_l1_loss",
-    "huber_loss",
-    "kl_div",
-    "poisson_nll_loss",
-    "gaussian_nll_loss",
-    "soft_margin_loss",
-    "multi_margin_loss",
-    "multilabel_margin_loss",
-    "multilabel_soft_margin_loss",
-    "hinge_embedding_loss",
+_READABLE = _names(
+    "cross_entropy nll_loss linear_cross_entropy binary_cross_entropy binary_cross_entropy_with_logits mse_loss l1_loss "
+    "smooth_l1_loss huber_loss kl_div poisson_nll_loss gaussian_nll_loss soft_margin_loss multi_margin_loss "
+    "multilabel_margin_loss multilabel_soft_margin_loss hinge_embedding_loss"  # linear_cross_entropy from torch 2.13 on
 )
 # Several inputs, or lengths beside them: which is the sample is for the user to say. Unreduced they give one value a sample.
 _OF_SEVERAL = ("cosine_embedding_loss", "ctc_loss", "margin_ranking_loss", "triplet_margin_loss")
 # Functions that the ones above end in. A call of them from outside is a loss too, with arguments of its own.
-_INNER = (
-    "cross_entropy_loss",
-    "nll_loss_nd",
-    "nll_loss2d",
-    *_READABLE,
-    *_OF_SEVERAL,
-    "triplet_margin_with_distance_loss",
-)
+_OF_OWN_NAMES = ("cross_entropy_loss", "nll_loss_nd", "nll_loss2d", "triplet_margin_with_distance_loss")
+_INNER = (*_OF_OWN_NAMES, *_READABLE, *_OF_SEVERAL)
 
 OF_CLASS_INDICES = ("cross_entropy", "nll_loss", "linear_cross_entropy", "multi_margin_loss")
 _THAT_IGNORE = ("cross_entropy", "nll_loss", "linear_cross_entropy")
@@ -255,15 +240,7 @@ def read(
     valid = valid_positions(name, detached, positions)
     sums = SampleSums.of(positions, denominator_shares(name, detached, valid, positions), samples)
     losses = sums.numerators / sums.denominators
-    call = LossCall(
-        name=name,
-        input=detached["input"],
-        target=detached["target"],
-        samples=samples,
-        losses=losses if keep_graph else losses.detach(),
-        valid=valid,
-        options={key: value for key, value in detached.items() if key not in ("input", "target")},
-        has_graph=has_graph,
-        output=given["input"] if keep_graph else None,
-    )
-    return call, sums
+    losses, output = (losses, given["input"]) if keep_graph else (losses.detach(), None)
+    options = {key: value for key, value in detached.items() if key not in ("input", "target")}
+    inputs = (detached["input"], detached["target"])
+    return LossCall(name, *inputs, samples, losses, valid, options, has_graph, output), sums

@@ -129,6 +129,6 @@ class Record:
         if tensor._version != version:
             raise NOWHERE.refusal(
                 f"A tensor {tuple(tensor.shape)} was changed in place after it went into the loss, so its values are lost. "
-                "Change a clone of it instead.",
+                "Change a clone of it instead."
             )
         return tensor

@@ -73,8 +73,7 @@ def _functions(names: str) -> Iterator[Any]:
 _STACKS = frozenset(_functions("stack vstack hstack dstack row_stack column_stack"))
 # Where a function has the dimension that it works on, and what that is by default.
 _DIMENSIONS = {
-    **dict.fromkeys(_functions("cat concat concatenate stack"), (1, 0)),
-    **dict.fromkeys(_functions("unbind select narrow index_select"), (1, 0)),
+    **dict.fromkeys(_functions("cat concat concatenate stack unbind select narrow index_select"), (1, 0)),
     **dict.fromkeys(_functions("split chunk tensor_split split_with_sizes"), (2, 0)),
     **dict.fromkeys(_functions("repeat_interleave roll"), (2, None)),
 }
@@ -86,21 +85,11 @@ SORTS = {
 }
 _ALL_DIMENSIONS = {**_DIMENSIONS, **SORTS}
 # Those that move, repeat, join or drop rows.
-MOVES = frozenset(
-    [
-        *_DIMENSIONS,
-        *_functions("__getitem__ masked_select take repeat tile flip"),
-        *_functions("vstack hstack dstack row_stack column_stack"),
-    ]
-)
+MOVES = frozenset([*_DIMENSIONS, *_STACKS, *_functions("__getitem__ masked_select take repeat tile flip")])
 # A tensor by the shape rule stays so through these; other rows are followed.
 RESHAPES = frozenset(_functions("reshape view flatten unflatten view_as reshape_as"))
-TRANSPOSES = frozenset(
-    [
-        *_functions("transpose swapaxes swapdims permute movedim moveaxis t adjoint"),
-        *(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH")),
-    ]
-)
+_GETTERS = frozenset(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH"))
+TRANSPOSES = _GETTERS.union(_functions("transpose swapaxes swapdims permute movedim moveaxis t adjoint"))
 REDUCTIONS = frozenset(_functions("mean sum nanmean nansum var std amax amin max min prod logsumexp median mode"))
 # Rows of the first factor are rows of the product; those of the second are its columns.
 PRODUCTS = frozenset(_functions("matmul mm __matmul__ bmm"))

@@ -48,10 +48,8 @@ def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, accurate: bo
     if not any(sharded):
         return _plain_norms(tensors, norm_type, accurate)
     if norm_type == torch.inf:
-        return [
-            _largest_of_shards(t) if own else _plain_norms([t], norm_type)[0]
-            for t, own in zip(tensors, sharded, strict=True)
-        ]
+        pairs = zip(tensors, sharded, strict=True)
+        return [_largest_of_shards(t) if own else _plain_norms([t], norm_type)[0] for t, own in pairs]
     norms: list[Tensor | None] = [None] * len(tensors)
     for kind in set(sharded):  # torch takes a list of one kind only
         positions = [i for i, own in enumerate(sharded) if own == kind]

@@ -109,11 +109,9 @@ class LossTrace(TorchFunctionMode):
             ValueError: If the loss is not one number that requires a gradient.
         """
         if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.grad_fn is None:
-            found = (
-                f"a tensor {tuple(loss.shape)}{'' if loss.requires_grad else ' that requires no gradient'}"
-                if isinstance(loss, Tensor)
-                else type(loss).__name__
-            )
+            found = type(loss).__name__
+            if isinstance(loss, Tensor):
+                found = f"a tensor {tuple(loss.shape)}{'' if loss.requires_grad else ' that requires no gradient'}"
             raise ValueError(f"The loss of a step must be one number, computed from what is trained; got {found}.")
         return Terms(loss, self._record, self.values, self.keep_graph, like, check)
 

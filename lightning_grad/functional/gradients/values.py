@@ -7,10 +7,9 @@ from torch import Tensor
 
 from lightning_grad.functional.gradients.autograd import Edge, Node, apply_backward, kind_of, output_count
 from lightning_grad.functional.gradients.errors import InseparableLossError
-from lightning_grad.functional.gradients.nodes import HOMOGENEOUS, LINEAR
 from lightning_grad.functional.gradients.record import Place, Record
 from lightning_grad.functional.gradients.rows import Rows
-from lightning_grad.functional.gradients.walk import Cut, Input, Walk
+from lightning_grad.functional.gradients.walk import HOMOGENEOUS, LINEAR, Cut, Input, Walk
 from lightning_grad.functional.plain_tensors import plain_tensor
 
 
@@ -111,13 +110,8 @@ class Values:
 
     def _of_whole_reduction(self, node: Node, gradient: Tensor | None, walk: Walk) -> Tensor | None:
         """Return the one coefficient of a mean or sum of a whole tensor, spread without memory: the common case."""
-        kind = kind_of(node)
-        if (
-            kind not in ("Mean", "Sum")
-            or walk.inputs[node] != [Input.ROWS]
-            or gradient is None
-            or gradient.numel() != 1
-        ):
+        kind, is_last = kind_of(node), walk.inputs[node] == [Input.ROWS]
+        if kind not in ("Mean", "Sum") or not is_last or gradient is None or gradient.numel() != 1:
             return None
         edge = node.next_functions[0]
         tensor = self._record.tensor_at(edge)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +11,11 @@ from torch.autograd.graph import GradientEdge
 from lightning_grad.functional.gradients.autograd import Node, kind_of, leaf_of
 from lightning_grad.functional.gradients.loss_capture import LossCapture
 from lightning_grad.functional.gradients.loss_functions import LossCall
-from lightning_grad.functional.gradients.nodes import GUARDING, LINEAR, is_linear
 from lightning_grad.functional.gradients.record import Place, Record, place_of
-from lightning_grad.functional.gradients.walk import Descent
+from lightning_grad.functional.gradients.walk import GUARDING, LINEAR, Descent, is_linear
 from lightning_grad.functional.plain_tensors import plain_tensor, tensors_in
 
 _FROM_OUTSIDE = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.frombuffer, torch.asarray)
-
-
-class _Seen(NamedTuple):
-    edge: GradientEdge | None
-    value: Tensor
 
 
 class WholeLossCapture(LossCapture):
@@ -51,7 +45,7 @@ class WholeLossCapture(LossCapture):
         super().__init__(samples, keep_graph=True, **arguments)
         # Unlike those of a trace, its constants are all tensors that know no samples, also those without a graph.
         self._record = Record(samples or 1, {id(t): t for t in itertools.chain(module.parameters(), module.buffers())})
-        self._seen: list[_Seen] = []
+        self._seen: list[tuple[GradientEdge | None, Tensor]] = []
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -60,7 +54,7 @@ class WholeLossCapture(LossCapture):
         if len(self.calls) > len(self._seen):
             # As it is now: a step may add to it in place.
             edge = None if result.grad_fn is None else GradientEdge(result.grad_fn, result.output_nr)
-            self._seen.append(_Seen(edge, plain_tensor(result).detach().clone()))
+            self._seen.append((edge, plain_tensor(result).detach().clone()))
         self._follow(func, args, kwargs or {}, result)
         return result
 
@@ -96,9 +90,8 @@ class WholeLossCapture(LossCapture):
             # Without a graph only the values can be compared: a metric, or a loss inside a reentrant checkpoint.
             if value.dim() == 0 and bool(torch.isclose(loss.detach().to(value), value, rtol=1e-3, equal_nan=True)):
                 return None
-            return "its value " + (
-                "is another" if loss.grad_fn is None else f"comes from {self._record.word_for(loss.grad_fn)}"
-            )
+            how = "is another" if loss.grad_fn is None else f"comes from {self._record.word_for(loss.grad_fn)}"
+            return f"its value {how}"
         rest = CallWalk(loss.grad_fn, edge.node, self._record).rest
         if rest is not None or value.dim() == 0:
             return rest

@@ -53,6 +53,20 @@ def test_a_skipped_step_moves_no_bit(step: int, optimizer: str, bad: float) -> N
     assert all(parameter.isfinite().all() for parameter in module.parameters())
 
 
+class OfItsOwn(torch.optim.SGD):
+    """Leaves zeros, as some optimizers do."""
+
+    def zero_grad(self) -> None:  # type: ignore[override]
+        super().zero_grad(set_to_none=False)
+
+
+def test_an_optimizer_that_clears_gradients_in_its_own_way() -> None:
+    module, states = Regression(small_net(), lambda p: OfItsOwn(p, 0.1, 0.9, weight_decay=0.1), {3: NAN}), States()
+    with pytest.warns(UserWarning, match="skips a step"):
+        train([SkipNonFinite(), states], module, pairs())
+    assert_identical(states.seen[2], states.seen[3])
+
+
 def test_one_bad_entry_of_one_gradient_is_enough() -> None:
     data = torch.ones(3, 8)
     data[1, 7] = NAN

@@ -415,7 +415,6 @@ def test_prune_0_scores_all_and_keeps_all() -> None:
     callback = DataPruning(0.0, epoch=1)
     run = train(callback)
     assert callback.scored.kept is None
-    assert callback.scored.kept_share == 1.0
     assert callback.scored.values.isfinite().all()
     assert sorted(run.watch.epochs[1]) == list(range(SAMPLES))
 
@@ -885,3 +884,11 @@ def test_a_callback_with_a_function_for_scores_pickles_after_its_fit() -> None:
     twin = pickle.loads(pickle.dumps(callback))
     assert twin.scored.name == "losses_of"
     assert torch.equal(twin.scored.values, callback.scored.values)
+
+
+def test_a_function_may_have_the_name_of_a_score() -> None:
+    def prototypes(pl_module: Any, batch: Any) -> Tensor:
+        return losses_of(pl_module, batch)
+
+    found = [scores_of(DataPruning(0.5, epoch=1, score_fn=f, show=0))[0] for f in (losses_of, prototypes)]
+    assert torch.equal(*found)

@@ -11,8 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from torch.utils.data import DataLoader
 
 from lightning_grad.callbacks import InfoBatch, LossReweighting, UniformLearning
-from lightning_grad.functional import loss_weights
-from lightning_grad.functional.gradients import InseparableLossError
+from lightning_grad.functional import InseparableLossError, loss_weights
 from tests.callbacks.data_pruning.test_data_pruning import scores_of, train
 from tests.callbacks.data_pruning.test_rows import pruning
 

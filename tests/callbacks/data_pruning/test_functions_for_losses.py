@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from lightning_grad.callbacks import InfoBatch, LossReweighting, UniformLearning
 from lightning_grad.core.losses import one_sample
-from lightning_grad.functional import loss_weights
-from lightning_grad.functional.gradients import InseparableLossError
+from lightning_grad.functional import InseparableLossError, loss_weights
 from lightning_grad.testing import assert_identical
 from tests.callbacks.data_pruning.test_data_pruning import (
     BY_HAND,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_grad.callbacks import InfoBatch, LossReweighting
-from lightning_grad.functional.gradients import InseparableLossError
+from lightning_grad.functional import InseparableLossError
 from tests.callbacks.data_pruning.test_data_pruning import (
     BATCH,
     SAMPLES,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grad.callbacks import InfoBatch, LossReweighting
-from lightning_grad.functional.gradients import InseparableLossError
+from lightning_grad.functional import InseparableLossError
 from tests.callbacks.data_pruning.test_any_loss import Foreign, loader_of
 from tests.callbacks.data_pruning.test_data_pruning import train
 from tests.callbacks.data_pruning.test_rows import pruning

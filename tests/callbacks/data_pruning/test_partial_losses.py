@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_grad.callbacks import DataPruning, InfoBatch, LossReweighting, RepeatedRandomSubset, UniformLearning
-from lightning_grad.functional import loss_weights
-from lightning_grad.functional.gradients import InseparableLossError
+from lightning_grad.functional import InseparableLossError, loss_weights
 from tests.callbacks.data_pruning.test_data_pruning import (
     BY_HAND,
     CLASSES,

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_grad.callbacks import InfoBatch, LossReweighting
-from lightning_grad.functional.gradients import InseparableLossError
+from lightning_grad.functional import InseparableLossError
 from tests.callbacks.data_pruning.test_data_pruning import CLASSES, Classifier, train
 
 

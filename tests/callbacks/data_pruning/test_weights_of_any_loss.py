@@ -19,8 +19,7 @@ from lightning_grad.callbacks import InfoBatch, LossReweighting
 from lightning_grad.core.losses.given_functions import LossRequest
 from lightning_grad.core.losses.loss_tap import reweight_losses
 from lightning_grad.core.losses.weighted_steps import WeighingCapture
-from lightning_grad.functional import LossCapture, loss_weights
-from lightning_grad.functional.gradients import InseparableLossError
+from lightning_grad.functional import InseparableLossError, LossCapture, loss_weights
 from lightning_grad.testing import assert_identical, state_of
 from tests.callbacks.data_pruning.test_any_loss import BATCH, Foreign, each_alone, loader_of
 from tests.callbacks.data_pruning.test_data_pruning import Classifier, train

@@ -475,7 +475,7 @@ def test_settings_that_change_on_resume_are_followed_and_said(
     def run(arguments: Any, **more: Any) -> tuple[Any, NMSparsity]:
         module = layers(nn.Linear, nn.Linear, nn.Linear)
         module.make_optimizer = lambda p: torch.optim.AdamW(p, lr=1e-2)
-        saving = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+        saving = pl.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1)
         callback = NMSparsity(**{"pattern": "1:4", "include": ["net.1"], "figure": False, **arguments})
         trainer(callback, saving, max_epochs=2, enable_checkpointing=True).fit(module, data(), **more)
         return module, callback

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_grad.callbacks import NMSparsity
+from lightning_grad.callbacks import AccuracyGradientLR, NMSparsity
 from lightning_grad.functional import RECIPES, is_nm, nm_mask
+from lightning_grad.testing import fit as fit_classifier
 from lightning_grad.utilities import sparsity_report
 
 STEPS, BATCH = 20, 8
@@ -763,6 +764,14 @@ def test_scalars_table_and_figure_with_the_csv_logger_alone(tmp_path):
     assert (folder / "nm_sparsity.png").stat().st_size > 10_000
     masks = torch.load(folder / "nm_sparsity_masks.pt")
     assert masks["net.0.weight"].float().mean() == 0.25
+
+
+def test_what_other_techniques_log_is_no_accuracy_to_draw():
+    callback = NMSparsity(**NMSparsity.trial)
+    run, _ = fit_classifier([AccuracyGradientLR(**AccuracyGradientLR.trial), callback])
+    assert "lr/accuracy_gradient" in run.callback_metrics
+    rows = callback.state_dict()["record"]["validations"]["rows"]
+    assert [set(row) for row in rows] == [{"step", "val_acc"}] * 4
 
 
 def test_figure_and_histograms_reach_tensorboard(tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy as imported_by_name
 from torch.utils.checkpoint import checkpoint
 
-from lightning_grad.functional.gradients import LossCapture
+from lightning_grad.functional import LossCapture
 
 B, C, T = 6, 5, 3
 SEED = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_grad.functional.gradients import LossCall, LossCapture
+from lightning_grad.functional import LossCall, LossCapture
 from tests.functional.gradients.spellings import (
     BITS,
     CHOICES,

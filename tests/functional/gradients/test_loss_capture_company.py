@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from lightning_grad.functional.gradients import LossCapture
+from lightning_grad.functional import LossCapture
 from tests.functional.gradients.spellings import (
     CHOICES,
     REWEIGHTABLE,

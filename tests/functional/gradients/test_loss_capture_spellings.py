@@ -2,7 +2,7 @@
 
 import torch
 
-from lightning_grad.functional.gradients import LossCapture
+from lightning_grad.functional import LossCapture
 from tests.functional.gradients.spellings import (
     SPELLINGS,
     Spelling,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_grad.functional.gradients import LossCapture
+from lightning_grad.functional import LossCapture
 from tests.functional.gradients.spellings import (
     BITS,
     CHOICES,

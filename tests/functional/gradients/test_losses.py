@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms
+from lightning_grad.functional import InseparableLossError, LossTrace, Terms
 from tests.functional.gradients.catalogue import B, Batch, Net, Step, make_batch
 from tests.functional.gradients.losses import CASES, REFUSED
 from tests.functional.gradients.proofs import prove_terms

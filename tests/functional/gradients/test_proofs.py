@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_grad.functional.gradients import InseparableLossError, LossTrace
+from lightning_grad.functional import InseparableLossError, LossTrace
 from lightning_grad.functional.gradients.follow import RowTracker
 from tests.functional.gradients.catalogue import B, Batch, Net, absolute, errors, make_batch
 from tests.functional.gradients.coincidences import COINCIDENCES, FISHER, FOLLOWED, OLD, QUEUE

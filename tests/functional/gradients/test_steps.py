@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_grad.functional.gradients import LossTrace
+from lightning_grad.functional import LossTrace
 from tests.functional.gradients.proofs import prove_terms
 from tests.functional.gradients.steps import PROJECTS, Project
 from tests.functional.gradients.test_losses import assert_close, gradients

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_grad.functional import LossCapture, per_sample_gradient_norms
-from lightning_grad.functional.gradients import InseparableLossError, LossTrace, Terms
+from lightning_grad.functional import InseparableLossError, LossCapture, LossTrace, Terms, per_sample_gradient_norms
 from lightning_grad.functional.gradients.follow import RowTracker
 from lightning_grad.functional.gradients.record import Record
 from lightning_grad.functional.gradients.rows import Rows

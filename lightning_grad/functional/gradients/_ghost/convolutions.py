@@ -61,6 +61,15 @@ class Convolution:
     gradients: Tensor
     settings: ConvolutionSettings
 
+    def __post_init__(self) -> None:
+        s = self.settings
+        # What the kernel goes over, and what each of its positions is multiplied with.
+        self._scanned, self._met = (self.gradients, self.inputs) if s.transposed else (self.inputs, self.gradients)
+        self._positions = self._met.shape[1] * math.prod(self._met.shape[3:])
+        rows, columns = s.weight[0] // s.groups, math.prod(s.weight[1:])
+        # Whether there are so few positions that Gram matrices are cheaper than the gradient.
+        self._is_short = self._positions * (rows + columns) <= rows * columns
+
     def squared(self) -> Tensor:
         samples = self.inputs.shape[0]
         if self._is_odd:
@@ -88,37 +97,16 @@ class Convolution:
         return any(padding >= stride for padding, stride in pairs)
 
     @property
-    def _scanned(self) -> Tensor:
-        """What the kernel goes over; a transposed convolution has the roles of input and output exchanged."""
-        return self.gradients if self.settings.transposed else self.inputs
-
-    @property
-    def _met(self) -> Tensor:
-        """What each position of the kernel is multiplied with."""
-        return self.inputs if self.settings.transposed else self.gradients
-
-    @property
     def _entries(self) -> int:
         """Entries of a sample's temporaries."""
         s, few = self.settings, self._is_short
         unfolded = self._scanned[0].numel() * (math.prod(s.kernel) if few else s.kernel[-1]) // s.stride[-1]
         return max(unfolded, math.prod(s.weight), 2 * s.groups * self._positions**2 if few else 0)
 
-    @property
-    def _positions(self) -> int:
-        return self._met.shape[1] * math.prod(self._met.shape[3:])
-
-    @property
-    def _is_short(self) -> bool:
-        """Whether there are so few positions that Gram matrices are cheaper than the gradient."""
-        rows, columns = self.settings.weight[0] // self.settings.groups, math.prod(self.settings.weight[1:])
-        return self._positions * (rows + columns) <= rows * columns
-
     def _products(self, start: int, stop: int) -> Tensor:
         s, positions = self.settings, self._positions
-        met = (
-            torch.unflatten(self._met[start:stop], 2, (s.groups, -1)).movedim(2, 1).flatten(0, 1)
-        )  # (b G, M, rows, ...)
+        # (b G, M, rows, ...)
+        met = torch.unflatten(self._met[start:stop], 2, (s.groups, -1)).movedim(2, 1).flatten(0, 1)
         left = met.flatten(3).transpose(2, 3).reshape(len(met), positions, -1)
         columns = _columns(self._scanned[start:stop], s, tuple(self._met.shape[3:]))
         if self._is_short:

@@ -87,11 +87,8 @@ def probe_layouts(uses: Sequence[Use], tracer: Tracer, most: int) -> list[tuple[
         tracer.backward(tracer.losses[sample], receive)
         if all(not layouts or (len(layouts) == 1 and use in told) for use, layouts in fitting.items()):
             break
-    found = [fitting[id(use)] for use in uses]
-    return [
-        (next(iter(layouts), None), len(layouts) == 1 and id(use) in told)
-        for use, layouts in zip(uses, found, strict=True)
-    ]
+    found = [(id(use), fitting[id(use)]) for use in uses]
+    return [(next(iter(layouts), None), len(layouts) == 1 and use in told) for use, layouts in found]
 
 
 def _probed_samples(samples: int) -> list[int]:

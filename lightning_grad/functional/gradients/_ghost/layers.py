@@ -196,12 +196,4 @@ def _shares(call: Any, index: Tensor, bag: Tensor, bags: int) -> Tensor:
     return counted / counted.new_zeros(bags).index_add_(0, bag, counted)[bag].clamp(min=1)
 
 
-BY_NAME: dict[Callable[..., Any], Callable[[Any], Binding | None]] = {
-    F.batch_norm: batch_norm,
-    F.instance_norm: instance_norm,
-    F.group_norm: group_norm,
-    F.layer_norm: layer_norm,
-    F.rms_norm: rms_norm,
-    F.embedding: embedding,
-    F.embedding_bag: embedding_bag,
-}
+BY_NAME = (batch_norm, instance_norm, group_norm, layer_norm, rms_norm, embedding, embedding_bag)

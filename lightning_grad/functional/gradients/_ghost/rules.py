@@ -123,9 +123,9 @@ def repeat(input: Tensor, *repeats: Any) -> Binding | None:
     return _elementwise(input, (), lambda gradient: gradient)
 
 
-def _by_name(function: Callable[..., Any], rule: Callable[[Any], Binding | None]) -> Rule:
-    """Return a rule that is called like a function of torch, for one that takes its arguments by name."""
-    signature = inspect.signature(function)
+def _by_name(rule: Callable[[Any], Binding | None]) -> Rule:
+    """Return a rule that is called like torch's function of its name, for one that takes the arguments by name."""
+    signature = inspect.signature(getattr(F, rule.__name__))
 
     def called(*args: Any, **kwargs: Any) -> Binding | None:
         given = signature.bind(*args, **kwargs)
@@ -141,15 +141,14 @@ def _transposed_convolution(*args: Any, **kwargs: Any) -> Binding | None:
 
 
 RULES: dict[Any, Rule] = {
-    **{function: _by_name(function, rule) for function, rule in BY_NAME.items()},
+    **{getattr(F, rule.__name__): _by_name(rule) for rule in BY_NAME},
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), convolution),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _transposed_convolution),
     **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), matmul),
     **dict.fromkeys((Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to), expand),
+    **dict.fromkeys((torch.prelu, F.prelu), prelu),
     F.linear: linear,
     torch.addmm: addmm,
-    torch.prelu: prelu,
-    F.prelu: prelu,
     Tensor.__getitem__: getitem,
     Tensor.repeat: repeat,
 }

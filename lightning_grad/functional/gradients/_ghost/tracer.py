@@ -253,10 +253,8 @@ class Tracer(TorchFunctionMode):
             return func(*args, **kwargs)
         constants = {id(source.tensor): source.tensor.detach() for source, _ in terms}
         kept = [(tensor, tensor._version) for tensor in binding.kept]
-        out = (binding.call or func)(
-            *(constants.get(id(value), value) for value in args),
-            **{name: constants.get(id(value), value) for name, value in kwargs.items()},
-        )
+        named = {name: constants.get(id(value), value) for name, value in kwargs.items()}
+        out = (binding.call or func)(*(constants.get(id(value), value) for value in args), **named)
         if not out.requires_grad:
             out = _Root.apply(out.detach(), self.anchor, binding.aliases)  # type: ignore[no-untyped-call]
         batchless = not any(tensor.requires_grad for tensor in others)
