@@ -6,6 +6,8 @@ import importlib
 import logging
 import signal
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,13 +24,41 @@ def _keep_interrupts():
     signal.signal(signal.SIGINT, handler)
 
 
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[list[Any], Path]]:
+    """Run ``work(*case, folder)`` for all cases of a test on the same forked ranks, once; the tests look at one case each.
+
+    What is returned takes ``work``, all cases, the one that is asked for and the number of ranks. It returns what each
+    rank had of that case, and the folder.
+    """
+    done: dict[Any, dict[Any, tuple[list[Any], Path]]] = {}
+
+    def run(work: Callable[..., Any], cases: Sequence[Any], case: Any, ranks: int = 2) -> tuple[list[Any], Path]:
+        if (work, ranks) not in done:
+            folders = {each: tmp_path_factory.mktemp("case") for each in cases}
+            on_ranks = importlib.import_module("lightning_grad.testing").on_ranks
+            # By position: what is in a case may be another object when it comes back.
+            found = zip(*on_ranks(ranks, lambda: [work(*each, folders[each]) for each in cases]), strict=True)
+            done[work, ranks] = {each: (list(those), folders[each]) for each, those in zip(cases, found, strict=True)}
+        return done[work, ranks][case]
+
+    return run
+
+
+def pytest_make_parametrize_id(config: Any, val: Any) -> str | None:
+    """Name a case by what is in it; the address of a function would differ between workers."""
+    if isinstance(val, tuple):
+        return "-".join(getattr(part, "__name__", str(part)) for part in val)
+    return None
+
+
 def pytest_configure(config: Any) -> None:
     """Use one thread, where tests run: the process that starts the workers needs no torch."""
     if hasattr(config, "workerinput") or config.getoption("dist", "no") == "no":
         importlib.import_module("torch").set_num_threads(1)
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: Any) -> None:
     """Make fits cheap, and leave what is imported by now to no garbage collection: forked ranks would copy its pages."""
     for fabric, pytorch in (("lightning.fabric", "lightning.pytorch"), ("lightning_fabric", "pytorch_lightning")):
         if pytorch in sys.modules:
@@ -36,8 +66,17 @@ def pytest_collection_finish() -> None:
             _move_no_value_that_is_there(
                 importlib.import_module(f"{pytorch}.trainer.connectors.logger_connector.result")
             )
+    if any(hasattr(getattr(item, "module", None), "on_ranks") for item in session.items):
+        _fit_before_ranks_are_forked()
     gc.collect()
     gc.freeze()
+
+
+def _fit_before_ranks_are_forked() -> None:
+    """The first fit of a process imports and caches much, which every pair of forked ranks would do again."""
+    importlib.import_module("torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook")
+    testing = importlib.import_module("lightning_grad.testing")
+    testing.fit([], testing.make_classifier(optimizer="sgd"), max_epochs=1)
 
 
 def _search_packages_once(registry: Any) -> None:

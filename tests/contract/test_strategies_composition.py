@@ -1,7 +1,10 @@
 """G6 of strategies: they compose with what Lightning and the callbacks here offer."""
 
+import functools
+import itertools
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,6 +31,9 @@ from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
+EACH = [(scheme,) for scheme in CANONICAL]
+
+
 def _fit_with(scheme: Scheme, arguments: dict[str, Any], make_callbacks: Any = list) -> dict[str, Any]:
     module = scheme.module()
     start = {name: value.clone() for name, value in module.state_dict().items()}
@@ -45,24 +51,27 @@ def assert_ranks_agree(results: list[dict[str, Any]], scheme: Scheme) -> None:
             assert torch.equal(results[0]["module"][name], other["module"][name]), name
 
 
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"accumulate_grad_batches": 3},
-        {"precision": "bf16-mixed"},
-        {"max_steps": 7, "max_epochs": -1},
-        {"val_check_interval": 2},
-        {"fast_dev_run": 5},
-        {"sync_batchnorm": False, "detect_anomaly": True},
-    ],
-    ids=lambda arguments: next(iter(arguments)),
-)
-def test_trainer_options(scheme, arguments):
-    assert_ranks_agree(on_ranks(2, _fit_with, scheme, arguments), scheme)
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "accumulate_grad_batches": {"accumulate_grad_batches": 3},
+    "precision": {"precision": "bf16-mixed"},
+    "max_steps": {"max_steps": 7, "max_epochs": -1},
+    "val_check_interval": {"val_check_interval": 2},
+    "fast_dev_run": {"fast_dev_run": 5},
+    "detect_anomaly": {"sync_batchnorm": False, "detect_anomaly": True},
+}
+OPTIONS = list(itertools.product(CANONICAL, _OPTIONS))
 
 
-def _bf16_true(scheme: Scheme) -> dict[str, Any]:
+def _fit_with_options(scheme: Scheme, name: str, folder: Path) -> dict[str, Any]:
+    return _fit_with(scheme, _OPTIONS[name])
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_trainer_options(case, together):
+    assert_ranks_agree(together(_fit_with_options, OPTIONS, case)[0], case[0])
+
+
+def _bf16_true(scheme: Scheme, folder: Path) -> dict[str, Any]:
     module = scheme.module()
     inputs, targets = make_data().tensors
     half = DataLoader(TensorDataset(inputs.bfloat16(), targets), BATCH)
@@ -73,14 +82,14 @@ def _bf16_true(scheme: Scheme) -> dict[str, Any]:
     return outcome(trainer, module)
 
 
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-def test_half_precision_keeps_what_is_unsent_in_float32(scheme):
-    results = on_ranks(2, _bf16_true, scheme)
-    assert_ranks_agree(results, scheme)
+@pytest.mark.parametrize("case", EACH)
+def test_half_precision_keeps_what_is_unsent_in_float32(case, together):
+    results, _ = together(_bf16_true, EACH, case)
+    assert_ranks_agree(results, case[0])
     assert all(value.isfinite().all() for value in results[0]["module"].values())
 
 
-def _micro_batches(scheme: Scheme) -> None:
+def _micro_batches(scheme: Scheme, folder: Path) -> None:
     """Three micro-batches that are the same are one batch: accumulation exchanges once a step."""
     strategy = scheme.build()
     trainer, _ = train_on_ranks(strategy, (), scheme.module(), accumulate_grad_batches=3)
@@ -88,13 +97,18 @@ def _micro_batches(scheme: Scheme) -> None:
     assert strategy.ledger.steps == 3
 
 
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-def test_accumulation_exchanges_once_a_step(scheme):
-    on_ranks(2, _micro_batches, scheme)
+@pytest.mark.parametrize("case", EACH)
+def test_accumulation_exchanges_once_a_step(case, together):
+    together(_micro_batches, EACH, case)
 
 
-def _compiled(scheme: Scheme, how: str) -> None:
-    expected = finish(scheme.build(), module=scheme.module())
+@functools.cache  # on a rank, for the cases that it runs
+def _bare(scheme: Scheme) -> dict[str, Any]:
+    return finish(scheme.build(), module=scheme.module())
+
+
+def _compiled(scheme: Scheme, how: str, folder: Path) -> None:
+    expected = _bare(scheme)
     module = scheme.module()
     torch._dynamo.reset()
     if how == "module.compile()":
@@ -109,11 +123,13 @@ def _compiled(scheme: Scheme, how: str) -> None:
     assert strategy.memory.keys() == expected["memory"].keys()
 
 
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-@pytest.mark.parametrize("how", ["module.compile()", "torch.compile(module)"])
+COMPILED = list(itertools.product(CANONICAL, ["module.compile()", "torch.compile(module)"]))
+
+
+@pytest.mark.parametrize("case", COMPILED)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_compiled_submodules_give_the_same_weights(scheme, how):
-    on_ranks(2, _compiled, scheme, how)
+def test_compiled_submodules_give_the_same_weights(case, together):
+    together(_compiled, COMPILED, case)
 
 
 _SPARSE = {"pattern": "1:4", "include": ["encoder.*", "hidden", "mix.w"], "recipe": "sr-ste"}
@@ -132,25 +148,25 @@ _BESIDE: dict[str, Any] = {
 _NO_MOMENTUM = "it gets none and acts 1 / .1 - momentum. times weaker"
 
 
-@pytest.mark.filterwarnings(f"ignore:.*{_NO_MOMENTUM}")
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-@pytest.mark.parametrize("name", _BESIDE)
-def test_beside_callbacks(scheme, name):
-    assert_ranks_agree(on_ranks(2, _fit_with, scheme, {}, lambda: [_BESIDE[name]()]), scheme)
+_SEVERAL = (
+    "NMSparsity",
+    "SkipNonFinite",
+    "GradientNoise",
+    "GradientMonitor",
+    "AdversarialTraining",
+    "AccuracyGradientLR",
+)
+COMPANY = list(itertools.product(CANONICAL, [*((name,) for name in _BESIDE), _SEVERAL]))
+
+
+def _fit_beside(scheme: Scheme, names: tuple[str, ...], folder: Path) -> dict[str, Any]:
+    return _fit_with(scheme, {}, lambda: [_BESIDE[name]() for name in names])
 
 
 @pytest.mark.filterwarnings(f"ignore:.*{_NO_MOMENTUM}")
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-def test_beside_several_callbacks(scheme):
-    names = (
-        "NMSparsity",
-        "SkipNonFinite",
-        "GradientNoise",
-        "GradientMonitor",
-        "AdversarialTraining",
-        "AccuracyGradientLR",
-    )
-    assert_ranks_agree(on_ranks(2, _fit_with, scheme, {}, lambda: [_BESIDE[name]() for name in names]), scheme)
+@pytest.mark.parametrize("case", COMPANY)
+def test_beside_callbacks(case, together):
+    assert_ranks_agree(together(_fit_beside, COMPANY, case)[0], case[0])
 
 
 def _warned(name: str, **changes: Any) -> list[str]:
@@ -160,12 +176,17 @@ def _warned(name: str, **changes: Any) -> list[str]:
     return [str(warning.message) for warning in caught if re.search(_NO_MOMENTUM, str(warning.message))]
 
 
-@pytest.mark.parametrize("name", ["NMSparsity", "GradientNoise"])
-def test_what_is_added_behind_the_momentum_is_said(name):
-    ((said,),) = on_ranks(1, _warned, name)
-    assert said.startswith(f"{name} adds ")
-    assert on_ranks(1, lambda: _warned(name, correction="error_feedback")) == [[]]
-    assert on_ranks(1, _warned, "GradientMonitor") == [[]]
+def test_what_is_added_behind_the_momentum_is_said():
+    names = ("NMSparsity", "GradientNoise")
+
+    def work() -> list[list[str]]:
+        silent = [_warned("GradientMonitor"), *(_warned(name, correction="error_feedback") for name in names)]
+        return [*map(_warned, names), *silent]
+
+    (((sparse,), (noisy,), *silent),) = on_ranks(1, work)
+    assert sparse.startswith("NMSparsity adds ")
+    assert noisy.startswith("GradientNoise adds ")
+    assert silent == [[]] * 3
 
 
 class _BreakOneRank(pl.Callback):
@@ -182,16 +203,20 @@ class _BreakOneRank(pl.Callback):
         pl_module.training_step = breaking
 
 
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+def _break_and_skip(scheme: Scheme, folder: Path) -> dict[str, Any]:
+    return _fit_with(scheme, {}, lambda: [_BreakOneRank(), callbacks.SkipNonFinite()])
+
+
+@pytest.mark.parametrize("case", EACH)
 @pytest.mark.filterwarnings("ignore:.*SkipNonFinite")
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(scheme):
-    both = on_ranks(2, _fit_with, scheme, {}, lambda: [_BreakOneRank(), callbacks.SkipNonFinite()])
-    assert_ranks_agree(both, scheme)
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(case, together):
+    both, _ = together(_break_and_skip, EACH, case)
+    assert_ranks_agree(both, case[0])
     for left in both:
         assert all(value.isfinite().all() for kept in left["memory"].values() for value in kept.values())
 
 
-def _clipped_by_the_trainer(scheme: Scheme) -> None:
+def _clipped_by_the_trainer(scheme: Scheme, folder: Path) -> None:
     seen: list[float] = []
 
     class Norm(pl.Callback):
@@ -204,14 +229,15 @@ def _clipped_by_the_trainer(scheme: Scheme) -> None:
     assert max(seen) <= 0.01 * (1 + 1e-4)
 
 
-@pytest.mark.parametrize(
-    "scheme", [scheme for scheme in SCHEMES if not scheme.works_with.gradient_clip_val.is_no], ids=str
-)
-def test_clipping_of_the_trainer_sees_the_mean_gradient(scheme):
-    on_ranks(2, _clipped_by_the_trainer, scheme)
+CLIPPED = [(scheme,) for scheme in SCHEMES if not scheme.works_with.gradient_clip_val.is_no]
 
 
-def _frozen(scheme: Scheme) -> None:
+@pytest.mark.parametrize("case", CLIPPED)
+def test_clipping_of_the_trainer_sees_the_mean_gradient(case, together):
+    together(_clipped_by_the_trainer, CLIPPED, case)
+
+
+def _frozen(scheme: Scheme, folder: Path) -> None:
     module = scheme.module()
     module.encoder.requires_grad_(False)
     start = {name: value.clone() for name, value in module.encoder.state_dict().items()}
@@ -221,21 +247,21 @@ def _frozen(scheme: Scheme) -> None:
     assert not any(name.startswith("encoder") for name in strategy.memory)
 
 
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-def test_frozen_parameters_stay_what_they_are(scheme):
-    on_ranks(2, _frozen, scheme)
+@pytest.mark.parametrize("case", EACH)
+def test_frozen_parameters_stay_what_they_are(case, together):
+    together(_frozen, EACH, case)
 
 
-def _ddp_options(scheme: Scheme) -> None:
-    expected = finish(scheme.build(), module=scheme.module())
+def _ddp_options(scheme: Scheme, folder: Path) -> None:
+    expected = _bare(scheme)
     for arguments in ({"static_graph": True}, {"gradient_as_bucket_view": True}):
         found = finish(scheme.build(**arguments), module=scheme.module())
         assert_identical(expected, found, str(arguments))
 
 
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-def test_options_of_ddp_change_nothing(scheme):
-    on_ranks(2, _ddp_options, scheme)
+@pytest.mark.parametrize("case", EACH)
+def test_options_of_ddp_change_nothing(case, together):
+    together(_ddp_options, EACH, case)
 
 
 def _without_broadcast(scheme: Scheme) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -255,7 +281,7 @@ def test_buffers_stay_apart_where_that_is_asked_for():
         assert not torch.equal(ours["norm.running_mean"], theirs["norm.running_mean"])
 
 
-def _validate_after_a_fit(scheme: Scheme) -> None:
+def _validate_after_a_fit(scheme: Scheme, folder: Path) -> None:
     trainer, module = train_on_ranks(scheme.build(), (), scheme.module())
     before = outcome(trainer, module)
     (metrics,) = trainer.validate(module, loaders()[1], verbose=False)
@@ -264,7 +290,7 @@ def _validate_after_a_fit(scheme: Scheme) -> None:
     assert trainer.strategy.ledger.steps == before["sent"][0]
 
 
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+@pytest.mark.parametrize("case", EACH)
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
-def test_validation_after_a_fit_leaves_the_memory_alone(scheme):
-    on_ranks(2, _validate_after_a_fit, scheme)
+def test_validation_after_a_fit_leaves_the_memory_alone(case, together):
+    together(_validate_after_a_fit, EACH, case)

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
+from lightning_grad.strategies import _rank_files
 from lightning_grad.testing import assert_identical, finish, fit, on_ranks
 from tests.contract.strategy_settings import CANONICAL, Scheme
 
@@ -52,9 +53,10 @@ def _be_rank(rank: int, port: int, folder: Path, scheme: Scheme, module: Any, ca
     """Train as a launcher like torchrun would have it: Lightning sets up the process group."""
     torch.set_num_threads(1)
     os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    _rank_files._GRACE_SECONDS = 0.5
     code = 0
     try:
-        strategy = scheme.build(timeout=timedelta(seconds=4))
+        strategy = scheme.build(timeout=timedelta(seconds=2))
         fit(callbacks, module, resumable=True, strategy=strategy, devices=2, max_epochs=3)
     except BaseException:
         (folder / f"{rank}.txt").write_text(traceback.format_exc())

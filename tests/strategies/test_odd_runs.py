@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import csv
+import functools
 import importlib
+import itertools
 import shutil
 import signal
 import time
@@ -44,6 +46,7 @@ def power(**changes: Any) -> PowerSGDStrategy:
 
 
 _both = pytest.mark.parametrize("build", [dgc, power])
+BOTH = [(dgc,), (power,)]
 
 
 def fit(
@@ -70,6 +73,11 @@ def fit(
 
 def finish(*arguments: Any, **more: Any) -> dict[str, Any]:
     return outcome(*fit(*arguments, **more))
+
+
+@functools.cache  # on a rank, for the cases that it runs
+def uninterrupted(build: Build) -> dict[str, Any]:
+    return finish(build())
 
 
 def stop(match: str | None, *arguments: Any, kind: Any = RuntimeError, **more: Any) -> None:
@@ -138,12 +146,13 @@ def _save_by_loss(build: Build, folder: Path) -> tuple[Any, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
-@_both
-def test_all_files_lie_where_rank_0_says_when_the_name_holds_a_metric_of_the_rank(build, tmp_path):
-    assert_resumed(on_ranks(2, _save_by_loss, build, tmp_path))
-    (path,) = tmp_path.glob("*.ckpt")
-    assert sorted(tmp_path.iterdir()) == [path, tmp_path / f"{path.name}.ranks"]
-    assert sorted(file.name for file in tmp_path.rglob("*.pt")) == ["0.pt", "1.pt"]
+@pytest.mark.parametrize("case", BOTH)
+def test_all_files_lie_where_rank_0_says_when_the_name_holds_a_metric_of_the_rank(case, together):
+    pairs, folder = together(_save_by_loss, BOTH, case)
+    assert_resumed(pairs)
+    (path,) = folder.glob("*.ckpt")
+    assert sorted(folder.iterdir()) == [path, folder / f"{path.name}.ranks"]
+    assert sorted(file.name for file in folder.rglob("*.pt")) == ["0.pt", "1.pt"]
 
 
 # Exceptions at bad moments.
@@ -192,30 +201,33 @@ class Patches(pl.Callback):
 
 def _fail_to_exchange(build: Build, collective: str, at: int, folder: Path) -> tuple[Any, Any]:
     stop("on purpose", build(), [Patches(collective, at), OnExceptionCheckpoint(folder)])
-    return finish(build()), finish(build(), ckpt=folder / "on_exception.ckpt")
+    return uninterrupted(build), finish(build(), ckpt=folder / "on_exception.ckpt")
 
 
-@pytest.mark.parametrize(
-    ("build", "collective", "at"), [(dgc, "gather", 1), (dgc, "gather", 4), (power, "mean_", 7), (power, "mean_", 8)]
-)
-def test_what_was_taken_in_but_not_exchanged_is_not_taken_in_again(build, collective, at, tmp_path):
-    assert_resumed(on_ranks(2, _fail_to_exchange, build, collective, at, tmp_path))
+EXCHANGES = [(dgc, "gather", 1), (dgc, "gather", 4), (power, "mean_", 7), (power, "mean_", 8)]
+
+
+@pytest.mark.parametrize("case", EXCHANGES)
+def test_what_was_taken_in_but_not_exchanged_is_not_taken_in_again(case, together):
+    assert_resumed(together(_fail_to_exchange, EXCHANGES, case)[0])
 
 
 def _stop_on_either_side(build: Build, hooks: tuple[str, str], folder: Path) -> tuple[Any, Any]:
     hook = hooks[dist.get_rank()]
     step = 4 if hook == "on_train_batch_end" else 3  # the fourth update is made, or is next
     stop("on purpose", build(), [StopIn(hook, step), OnExceptionCheckpoint(folder)], log_every_n_steps=1)
-    return finish(build()), finish(build(), ckpt=folder / "on_exception.ckpt")
+    return uninterrupted(build), finish(build(), ckpt=folder / "on_exception.ckpt")
 
 
 _AFTER_AND_BEFORE = ("on_train_batch_end", "on_before_optimizer_step")
 
 
-@_both
-@pytest.mark.parametrize("hooks", [_AFTER_AND_BEFORE, _AFTER_AND_BEFORE[::-1]])
-def test_ranks_that_stop_on_either_side_of_an_update_go_on_together(build, hooks, tmp_path):
-    assert_resumed(on_ranks(2, _stop_on_either_side, build, hooks, tmp_path))
+SIDES = list(itertools.product([dgc, power], [_AFTER_AND_BEFORE, _AFTER_AND_BEFORE[::-1]]))
+
+
+@pytest.mark.parametrize("case", SIDES)
+def test_ranks_that_stop_on_either_side_of_an_update_go_on_together(case, together):
+    assert_resumed(together(_stop_on_either_side, SIDES, case)[0])
 
 
 class StopsOneRank(pl.Callback):
@@ -285,14 +297,17 @@ def _interrupt_send(build: Build, after: bool, folder: Path) -> tuple[Any, Any]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     callbacks = [InterruptsSend(4, after), OnExceptionCheckpoint(folder)]
     stop(None, build(), callbacks, kind=SystemExit)  # as which Lightning hands on a KeyboardInterrupt
-    return finish(build()), finish(build(), ckpt=folder / "on_exception.ckpt")
+    return uninterrupted(build), finish(build(), ckpt=folder / "on_exception.ckpt")
 
 
-@_both
-@pytest.mark.parametrize("after", [False, True])
-def test_an_interrupt_within_an_exchange_waits_for_its_end(build, after, tmp_path):
-    assert_resumed(on_ranks(2, _interrupt_send, build, after, tmp_path))
-    assert torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["global_step"] == 3
+INTERRUPTS = list(itertools.product([dgc, power], [False, True]))
+
+
+@pytest.mark.parametrize("case", INTERRUPTS)
+def test_an_interrupt_within_an_exchange_waits_for_its_end(case, together):
+    pairs, folder = together(_interrupt_send, INTERRUPTS, case)
+    assert_resumed(pairs)
+    assert torch.load(folder / "on_exception.ckpt", weights_only=True)["global_step"] == 3
 
 
 # What is saved and read.
@@ -319,10 +334,13 @@ def _power_that_turns() -> PowerSGDStrategy:
     return power(start_step=7)
 
 
-@pytest.mark.parametrize("build", [_dgc_that_turns, _power_that_turns])
-def test_the_count_of_rank_0_is_that_of_all(build, tmp_path):
+TURNS = [(_dgc_that_turns,), (_power_that_turns,)]
+
+
+@pytest.mark.parametrize("case", TURNS)
+def test_the_count_of_rank_0_is_that_of_all(case, together):
     """On one count too much, a rank would turn to another density or to compression a step before the others."""
-    assert_resumed(on_ranks(2, _resume_after_rank_1_counted_otherwise, build, tmp_path))
+    assert_resumed(together(_resume_after_rank_1_counted_otherwise, TURNS, case)[0])
 
 
 class SkipsOddBatches(Task):
@@ -338,9 +356,9 @@ def _resume_after_a_batch_that_was_skipped(build: Build, folder: Path) -> tuple[
     return expected, finish(build(), (), SkipsOddBatches(momentum=0.9), ckpt=folder / "0.ckpt")
 
 
-@_both
-def test_a_step_that_the_module_leaves_out_leaves_no_message_behind(build, tmp_path):
-    assert_resumed(on_ranks(2, _resume_after_a_batch_that_was_skipped, build, tmp_path))
+@pytest.mark.parametrize("case", BOTH)
+def test_a_step_that_the_module_leaves_out_leaves_no_message_behind(case, together):
+    assert_resumed(together(_resume_after_a_batch_that_was_skipped, BOTH, case)[0])
 
 
 def _stop_after_a_batch_that_was_skipped(build: Build, hook: str, step: int, folder: Path) -> list[Any]:
@@ -349,11 +367,15 @@ def _stop_after_a_batch_that_was_skipped(build: Build, hook: str, step: int, fol
     return [finish(build(), (), SkipsOddBatches(momentum=0.9), path) for path in (None, folder / "on_exception.ckpt")]
 
 
-@_both
-@pytest.mark.parametrize(("hook", "step"), [("on_train_batch_start", 4), ("on_train_epoch_end", BATCHES)])
-def test_nor_does_one_that_is_followed_by_an_exception(build, hook, step, tmp_path):
+SKIPS = [
+    (build, *at) for build in (dgc, power) for at in (("on_train_batch_start", 4), ("on_train_epoch_end", BATCHES))
+]
+
+
+@pytest.mark.parametrize("case", SKIPS)
+def test_nor_does_one_that_is_followed_by_an_exception(case, together):
     """The message is of a batch that is over; the next one must not take it for its own."""
-    assert_resumed(on_ranks(2, _stop_after_a_batch_that_was_skipped, build, hook, step, tmp_path))
+    assert_resumed(together(_stop_after_a_batch_that_was_skipped, SKIPS, case)[0])
 
 
 def _resume_with_another_rank(before: int, after: int, folder: Path) -> tuple[Any, Any, Any]:
@@ -363,26 +385,32 @@ def _resume_with_another_rank(before: int, after: int, folder: Path) -> tuple[An
     return copy.deepcopy(trainer.strategy.memory), look, finish(power(rank=after), [look], ckpt=folder / "saved.ckpt")
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_powersgd_keeps_its_error_when_it_goes_on_with_another_rank(before, after, tmp_path):
-    found = on_ranks(2, _resume_with_another_rank, before, after, tmp_path)
+OTHER_RANK = [(2, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("case", OTHER_RANK)
+def test_powersgd_keeps_its_error_when_it_goes_on_with_another_rank(case, together):
+    found, _ = together(_resume_with_another_rank, OTHER_RANK, case)
     for saved, look, left in found:
         for name, kept in saved.items():
             assert kept["error"].norm() > 0
             assert_same(look.memory[name]["error"], kept["error"])
-            assert left["memory"][name]["right"].shape[1] == after
+            assert left["memory"][name]["right"].shape[1] == case[1]
         assert all(value.isfinite().all() for value in left["module"].values())
     assert_equal_on_ranks([left for *_, left in found])
 
 
-def _resume_in_flight(changes: dict[str, Any], folder: Path) -> tuple[Any, str]:
+def _resume_in_flight(name: str, value: Any, folder: Path) -> tuple[Any, str]:
     stop("on purpose", dgc(), [StopIn("on_before_optimizer_step", 3), OnExceptionCheckpoint(folder)])
-    return said(lambda: finish(dgc(**changes), ckpt=folder / "on_exception.ckpt"))
+    return said(lambda: finish(dgc(**{name: value}), ckpt=folder / "on_exception.ckpt"))
 
 
-@pytest.mark.parametrize("changes", [{"value_dtype": "float16"}, {"ratio": 0.2}, {"ratio": 0.01}], ids=str)
-def test_a_message_that_other_settings_cannot_read_is_dropped(changes, tmp_path):
-    found = on_ranks(2, _resume_in_flight, changes, tmp_path)
+UNREADABLE = [("value_dtype", "float16"), ("ratio", 0.2), ("ratio", 0.01)]
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_a_message_that_other_settings_cannot_read_is_dropped(case, together):
+    found, _ = together(_resume_in_flight, UNREADABLE, case)
     assert "DGCStrategy has new settings: the gradient that was exchanged but not used yet is lost" in found[0][1]
     for left, _ in found:
         assert all(value.isfinite().all() and value.abs().max() < 10 for value in left["module"].values())
@@ -416,16 +444,19 @@ def _resume_with_reset(build: Build, with_files: bool, folder: Path) -> tuple[An
     return expected, left, look, words
 
 
-@_both
-def test_reset_drops_nothing_while_all_files_are_there(build, tmp_path):
-    found = on_ranks(2, _resume_with_reset, build, True, tmp_path)
+RESETS = list(itertools.product([dgc, power], [True, False]))
+
+
+@pytest.mark.parametrize("case", RESETS[::2])
+def test_reset_drops_nothing_while_all_files_are_there(case, together):
+    found, _ = together(_resume_with_reset, RESETS, case)
     assert_resumed([(expected, left) for expected, left, *_ in found])
     assert "is lost" not in found[0][3]
 
 
-@_both
-def test_reset_begins_empty_without_the_files_and_says_so(build, tmp_path):
-    found = on_ranks(2, _resume_with_reset, build, False, tmp_path)
+@pytest.mark.parametrize("case", RESETS[1::2])
+def test_reset_begins_empty_without_the_files_and_says_so(case, together):
+    found, _ = together(_resume_with_reset, RESETS, case)
     assert "begins with nothing unsent: what the saved run had not sent is lost" in found[0][3]
     for _, left, look, _ in found:
         assert (look.memory, look.steps) == ({}, 0)
@@ -498,25 +529,30 @@ class Joins(pl.Callback):
             trainer.optimizers[0].add_param_group({"params": list(pl_module.net[0].parameters())})
 
 
-@pytest.mark.parametrize("arguments", [{"ratio": 0.5, "local_clip": 0.05}, {"ratio": 0.5}], ids=str)
-def test_what_no_optimizer_moves_changes_nothing(arguments):
-    def work() -> list[dict[str, Any]]:
-        return [finish(dgc(**arguments), (), HeadOnly(frozen, momentum=0.9), epochs=4) for frozen in (False, True)]
+def _beside_and_alone(clip: float | None, folder: Path) -> list[dict[str, Any]]:
+    modules = [HeadOnly(frozen, momentum=0.9) for frozen in (False, True)]
+    return [finish(dgc(ratio=0.5, local_clip=clip), (), module, epochs=4) for module in modules]
 
-    for beside, alone in on_ranks(2, work):
+
+@pytest.mark.parametrize("case", CLIPS := [(0.05,), (None,)])
+def test_what_no_optimizer_moves_changes_nothing(case, together):
+    for beside, alone in together(_beside_and_alone, CLIPS, case)[0]:
         assert set(beside["memory"]) == {"net.2.weight"}
         assert_same(beside["memory"], alone["memory"])
         assert_same(beside["module"], alone["module"])
 
 
-def _join(ratio: float) -> tuple[Any, Any, Any]:
+JOIN = [(0.05,), (0.9999999,)]
+
+
+def _join(ratio: float, folder: Path) -> tuple[Any, Any, Any]:
     joins, options = Joins(), {"momentum": 0.9, "weight_decay": 0.01}
     left = finish(dgc(ratio=ratio, momentum_masking=False), [joins], HeadOnly(**options))
     return joins.before, left, finish("ddp", [Joins()], HeadOnly(**options))
 
 
-def test_what_joins_the_optimizer_later_is_compressed_from_then_on():
-    found = on_ranks(2, _join, 0.05)
+def test_what_joins_the_optimizer_later_is_compressed_from_then_on(together):
+    found, _ = together(_join, JOIN, JOIN[0])
     for before, left, _ in found:
         assert set(before) <= {"net.2.weight"}
         assert set(left["memory"]) == {"net.0.weight", "net.2.weight"}
@@ -524,8 +560,8 @@ def test_what_joins_the_optimizer_later_is_compressed_from_then_on():
     assert_equal_on_ranks([left for _, left, _ in found])
 
 
-def test_what_joins_the_optimizer_later_moves_as_in_plain_ddp():
-    for _, left, plain in on_ranks(2, _join, 0.9999999):
+def test_what_joins_the_optimizer_later_moves_as_in_plain_ddp(together):
+    for _, left, plain in together(_join, JOIN, JOIN[1])[0]:
         assert set(left["memory"]) == {"net.0.weight", "net.2.weight"}
         assert_close(left["module"], plain["module"])
 
@@ -539,17 +575,19 @@ class WithAnEmptyParameter(Task):
         return super().loss(batch, rank, ranks) + self.empty.sum()
 
 
-@_both
-def test_a_parameter_without_entries(build, tmp_path):
-    def work() -> Any:
-        return finish(build(), (), WithAnEmptyParameter(momentum=0.9), logger=CSVLogger(tmp_path, "", ""))["steps"]
+def _train_an_empty_parameter(build: Build, folder: Path) -> int:
+    return finish(build(), (), WithAnEmptyParameter(momentum=0.9), logger=CSVLogger(folder, "", ""))["steps"]
 
-    assert on_ranks(2, work) == [2 * BATCHES] * 2
-    (table,) = tmp_path.rglob("*_strategy_layers.csv")
+
+@pytest.mark.parametrize("case", BOTH)
+def test_a_parameter_without_entries(case, together):
+    steps, folder = together(_train_an_empty_parameter, BOTH, case)
+    assert steps == [2 * BATCHES] * 2
+    (table,) = folder.rglob("*_strategy_layers.csv")
     rows = {row["layer"]: row for row in csv.DictReader(table.read_text().splitlines())}
     assert rows["empty"]["entries"] == "0"
     assert float(rows["net.0.weight"]["ratio"]) > 1
-    assert list(tmp_path.rglob("*_strategy.png"))
+    assert list(folder.rglob("*_strategy.png"))
 
 
 class WithMore(DGCStrategy):
@@ -615,12 +653,16 @@ class TrainsTwice(Task):
         return Twice(self.parameters(), lr=0.1)
 
 
-@pytest.mark.parametrize(("build", "arguments"), [(dgc, {"correction": "error_feedback"}), (power, {})])
-def test_two_backward_passes_in_a_step_are_refused(build, arguments):
-    on_ranks(2, stop, "needs one backward pass a step", build(**arguments), (), TrainsTwice())
+def _train_twice() -> None:
+    for strategy in (dgc(correction="error_feedback"), power()):
+        stop("needs one backward pass a step", strategy, (), TrainsTwice())
 
 
-def _metrics(build: Build) -> dict[str, float]:
+def test_two_backward_passes_in_a_step_are_refused():
+    on_ranks(2, _train_twice)
+
+
+def _metrics(build: Build, folder: Path) -> dict[str, float]:
     trainer, _ = fit(build(gradient_noise=True))
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("comm/")}
     norms: list[Any] = [None, None]
@@ -629,8 +671,8 @@ def _metrics(build: Build) -> dict[str, float]:
     return metrics
 
 
-@_both
-def test_a_callback_that_monitors_the_communication_sees_the_same_on_all_ranks(build):
-    first, second = on_ranks(2, _metrics, build)
+@pytest.mark.parametrize("case", BOTH)
+def test_a_callback_that_monitors_the_communication_sees_the_same_on_all_ranks(case, together):
+    (first, second), _ = together(_metrics, BOTH, case)
     assert {"comm/residual_norm", "comm/compress_ms", "comm/ratio"} <= set(first)
     assert first == second

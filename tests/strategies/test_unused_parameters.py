@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,11 +237,11 @@ class ZeroesInPlace(Branching):
         optimizer.zero_grad(set_to_none=False)
 
 
-def _zeroes_in_place(pattern: str, **options: Any) -> dict[str, Result]:
+def _zeroes_in_place(pattern: str, views: bool) -> dict[str, Result]:
     def run(strategy: Any) -> Result:
         return fit(strategy, ZeroesInPlace(PATTERNS[pattern]), precision="64-true")
 
-    options["find_unused_parameters"] = True
+    options = {"find_unused_parameters": True, "gradient_as_bucket_view": views}
     return {
         "ddp": run(DDPStrategy(**options)),
         "all sent": run(dgc(ratio=0.9999999, momentum_masking=False, **options)),
@@ -251,10 +251,20 @@ def _zeroes_in_place(pattern: str, **options: Any) -> dict[str, Result]:
     }
 
 
-@pytest.mark.parametrize("views", [False, True])
-@pytest.mark.parametrize("pattern", ["in every second step", "on one rank or none", "on no rank after a while"])
-def test_a_gradient_of_zeros_moves_a_parameter_as_under_ddp(pattern: str, views: bool) -> None:
-    first, second = on_ranks(2, partial(_zeroes_in_place, pattern, gradient_as_bucket_view=views))
+ZEROES = list(
+    itertools.product(["in every second step", "on one rank or none", "on no rank after a while"], [False, True])
+)
+
+
+@pytest.fixture(scope="module")
+def zeroes() -> list[dict[Any, Any]]:
+    """Return what each rank has of each pattern, with and without views."""
+    return on_ranks(2, lambda: {place: _zeroes_in_place(*place) for place in ZEROES})
+
+
+@pytest.mark.parametrize("place", ZEROES, ids=str)
+def test_a_gradient_of_zeros_moves_a_parameter_as_under_ddp(place: Any, zeroes: list[dict[Any, Any]]) -> None:
+    first, second = (found[place] for found in zeroes)
     for name in ("all sent", "full rank"):
         assert_close(first[name]["weights"], first["ddp"]["weights"])
     for name in first:
@@ -270,21 +280,35 @@ def _beside_ddp(pattern: str, option: str) -> dict[str, Result]:
     uses = PATTERNS[pattern]
     strategies = {
         "ddp": DDPStrategy(**{option: True}),
-        "neutral dgc": dgc(ratio=1.0, **{option: True}),
-        "neutral power": power(exclude=["*"], **{option: True}),
         "all sent": dgc(ratio=0.9999999, momentum_masking=False, **{option: True}),
         "dense so far": power(start_step=1000, **{option: True}),
     }
+    if pattern in WITHOUT_A_HOOK:
+        strategies["neutral dgc"] = dgc(ratio=1.0, **{option: True})
+        strategies["neutral power"] = power(exclude=["*"], **{option: True})
     return {name: train(strategy, uses) for name, strategy in strategies.items()}
 
 
-@pytest.mark.parametrize(("pattern", "option"), PLACES)
-def test_neutral_is_ddp_bit_by_bit_and_all_sent_is_ddp(pattern: str, option: str) -> None:
-    for found in on_ranks(2, partial(_beside_ddp, pattern, option)):
-        for neutral in ("neutral dgc", "neutral power", "dense so far"):
-            assert_same(found[neutral]["weights"], found["ddp"]["weights"])
-            assert_same(found[neutral]["optimizer"], found["ddp"]["optimizer"])
-        assert_close(found["all sent"]["weights"], found["ddp"]["weights"])
+# Where neutral strategies are tried: they register no hook, so that DDP is on its own under any pattern.
+WITHOUT_A_HOOK = ("on one rank", "on one rank or none")
+
+
+@pytest.fixture(scope="module")
+def beside_ddp() -> list[dict[Any, Any]]:
+    """Return what each rank has of each pattern and option."""
+    return on_ranks(2, lambda: {place: _beside_ddp(*place) for place in PLACES})
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_neutral_is_ddp_bit_by_bit_and_all_sent_is_ddp(place: Any, beside_ddp: list[dict[Any, Any]]) -> None:
+    for ran in beside_ddp:
+        found = dict(ran[place])
+        expected, all_sent = found.pop("ddp"), found.pop("all sent")
+        assert len(found) == (3 if place[0] in WITHOUT_A_HOOK else 1)
+        for neutral in found.values():
+            assert_same(neutral["weights"], expected["weights"])
+            assert_same(neutral["optimizer"], expected["optimizer"])
+        assert_close(all_sent["weights"], expected["weights"])
 
 
 class _Counts(Branching):
@@ -295,27 +319,39 @@ class _Counts(Branching):
         return F.cross_entropy(self.net(x, self.uses(self.trainer.global_step, self.global_rank)), y)
 
 
-def _stop_and_resume(build: Any, step: int, folder: Path) -> tuple[Any, Any]:
+STEPS = [3, 4, 5]  # which use the branch on rank 0, on rank 1, on neither
+
+
+def _stop_and_resume(build: Any, folder: Path) -> dict[Any, Any]:
+    """Return what an uninterrupted run leaves, by ``None``, and one that stopped, by its step."""
+
     def made() -> tuple[Any, Any]:
         return build(find_unused_parameters=True), _Counts(PATTERNS["on one rank or none"])
 
-    strategy, module = made()
-    stop("on purpose", strategy, [StopIn("on_before_optimizer_step", step), OnExceptionCheckpoint(folder)], module)
-    expected, resumed = (
-        finish_on_one_batch(strategy, (), module, ckpt)
-        for ckpt in (None, folder / "on_exception.ckpt")
-        for strategy, module in [made()]
-    )
-    return expected, resumed
+    def finished(ckpt: Path | None) -> Any:
+        strategy, module = made()
+        return finish_on_one_batch(strategy, (), module, ckpt)
+
+    left = {None: finished(None)}
+    for step in STEPS:
+        strategy, module = made()
+        callbacks = [StopIn("on_before_optimizer_step", step), OnExceptionCheckpoint(folder, str(step))]
+        stop("on purpose", strategy, callbacks, module)
+        left[step] = finished(folder / f"{step}.ckpt")
+    return left
 
 
-@pytest.mark.parametrize("step", [3, 4, 5])  # which use the branch on rank 0, on rank 1, on neither
-@pytest.mark.parametrize("build", [dgc, power])
+@pytest.fixture(scope="module", params=BUILDS)
+def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    return on_ranks(2, _stop_and_resume, BUILDS[request.param], tmp_path_factory.mktemp("stopped"))
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_a_run_that_stops_between_an_exchange_and_its_update_goes_on_exactly(
-    build: Any, step: int, tmp_path: Path
+    step: int, stopped: list[dict[Any, Any]]
 ) -> None:
-    for expected, resumed in on_ranks(2, _stop_and_resume, build, step, tmp_path):
-        assert_same(resumed, expected)
+    for left in stopped:
+        assert_same(left[step], left[None])
 
 
 def _without_the_option(build: Any) -> str:
