@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 
 PGD_STEPS, VALIDATION_STEPS, TEST_STEPS = 5, 10, 20
 IN_THE_DEMO = """\
-Attacked inputs (a quarter of a minute). A small network learns handwritten digits as
-they are, then as an attack changes them in each step, so that it errs. Its learning
-rate is cut when the accuracy under attack stops rising:
+Attacked inputs (a quarter of a minute). A small network learns handwritten
+digits as they are, then with inputs that an attack changes in each step. Its
+learning rate is cut when the accuracy under attack stops rising:
 
     Trainer(callbacks=[AdversarialTraining(0.15), AdversarialEvaluation(0.15),
                        AccuracyGradientLR("adversarial/val_acc")])

@@ -52,8 +52,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 IN_THE_DEMO = """\
-Clipped gradients (half a minute). A small language model learns sums, so fast that
-its loss spikes, in seven trainings, first without clipping, then with one line added:
+Clipped gradients (half a minute). A small language model learns sums, so fast
+that its loss spikes, in seven trainings, first without clipping, then with one
+line added:
 
     Trainer(callbacks=[ZClip()])
 """

@@ -47,12 +47,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 IN_THE_DEMO = """\
-Pruned data (half a minute). A small residual network learns handwritten digits from
-all samples, then from half of them, with one line added:
+Pruned data (half a minute). A small residual network learns handwritten digits
+from all samples, then from half of them, with one line added:
 
     Trainer(callbacks=[DataPruning(prune=0.5, epoch=3)])
 
-The same line with prune=0 leaves none out, and finds wrong labels in a short training.
+The same line with prune=0 drops none, and finds wrong labels in a short training.
 """
 
 CLASSES = 10

@@ -49,9 +49,9 @@ if TYPE_CHECKING:
 
 
 IN_THE_DEMO = """\
-Sparse weights (a minute). A small vision transformer learns handwritten digits in
-four trainings, first dense, then with one line added, so that of every 8 weights
-of its encoder only 1 is left:
+Sparse weights (a minute). A small vision transformer learns handwritten digits
+in four trainings, first dense, then with one line added, which leaves 1 of every
+8 weights of its encoder:
 
     Trainer(callbacks=[NMSparsity(pattern="1:8", recipe="mdgf-exponential")])
 """

@@ -64,7 +64,7 @@ class RunRecord:
 
     def __init__(self, most: int = 2048, weight: Callable[[Row], float] | None = None) -> None:
         self._most = most
-        self._weight = weight or (lambda _: 0.0)
+        self._weight = weight or _no_weight
         self.clear()
 
     def clear(self) -> None:
@@ -198,6 +198,10 @@ class RunRecord:
         axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.align_ylabels(axes)
         return figure
+
+
+def _no_weight(row: Row) -> float:  # a function of the module, so that a record pickles
+    return 0.0
 
 
 def panels(title: str, heights: Sequence[float], width: float = 8.0, rest: float = 0.0) -> tuple[Figure, list[Axes]]:

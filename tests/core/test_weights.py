@@ -309,7 +309,7 @@ def test_a_chains_checkpoint_computes_what_was_validated(make: Any, averaged: bo
     paths = sorted(tmp_path.glob("*.ckpt"))
     assert len(paths) == 3
     for path in paths:
-        checkpoints.assert_computes_what_was_validated(path, remembered)
+        checkpoints.assert_computes_what_was_validated(path, remembered.logits)
 
 
 @pytest.mark.parametrize("turned", [False, True])

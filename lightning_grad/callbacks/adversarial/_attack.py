@@ -164,12 +164,16 @@ def _space_of(bounds: Any, mean: Any, std: Any) -> tuple[Any, Any, Any]:
     for value in stds or ():
         check_above(value, 0.0, "std")
     if means and stds and len(means) != len(stds) and 1 not in (len(means), len(stds)):
-        raise ValueError(f"mean and std need a number a channel, or one for all; got {len(means)} and {len(stds)}.")
+        raise ValueError(
+            f"mean and std must have a number for each channel, or one for all; got {len(means)} and {len(stds)}."
+        )
     if bounds is None:
         return None, means, stds
     pair = tuple(float(bound) for bound in bounds)
     if len(pair) != 2 or not pair[0] < pair[1]:
-        raise ValueError(f"bounds must be the least and the largest value of an input, as [0, 1]; got {list(pair)}.")
+        raise ValueError(
+            f"bounds must be the least and the largest value of an input, such as [0, 1]; got {list(pair)}."
+        )
     for bound in pair:
         _check_magnitude(bound, "bounds", "Where inputs have a limit on one side only, give a number that none reaches")
     return pair, means, stds

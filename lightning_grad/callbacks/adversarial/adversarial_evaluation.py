@@ -149,7 +149,9 @@ class AdversarialEvaluation(GradCallback):
         super().__init__(name)
         self._attack = Attack(epsilon, steps, step_size, norm, random_start, bounds, mean, std)
         if restarts > 1 and not random_start:
-            raise ValueError(f"restarts={restarts} without random_start would repeat one attack. Keep it at True.")
+            raise ValueError(
+                f"restarts={restarts} without random_start would repeat one attack. Keep random_start=True."
+            )
         self.epsilon = epsilon
         self.steps = steps
         self.restarts = check_count(restarts, 1, "restarts")

@@ -108,7 +108,9 @@ def _check_selection(settings: DataPruning) -> None:
     least = min((share for _, share in settings.rounds if share), default=1.0)
     most = max(share for _, share in settings.rounds)
     if settings.select == "ccs" and settings.keep != "hard":
-        raise ValueError(f"select='ccs' draws from all scores. Leave keep at 'hard'; got keep={settings.keep!r}.")
+        raise ValueError(
+            f"select='ccs' draws from all scores, so keep={settings.keep!r} means nothing. Leave keep at 'hard'."
+        )
     if settings.class_floor and (settings.select != "top" or settings.balance is not None):
         raise ValueError(
             "class_floor goes with select='top' and without balance, which has a rule of its own. Leave class_floor out, or "
