@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
-from lightning_grad.functional.torch_version import TORCH
-
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split())
@@ -71,10 +69,10 @@ LOSSES = _table()
 def dropped_weight(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the ``weight`` of a call of ``l1_loss``, which torch does not hand on to a mode (pull request 193003).
 
-    It has a weight from torch 2.13 on, and no release hands it on yet. Without it the loss would change by being looked at.
-    It is still in the frame of the function that was called.
+    No release hands it on yet, from torch 2.6 to 2.13. Without it the loss would change by being looked at. It is still in
+    the frame of the function that was called.
     """
-    if func is not F.l1_loss or "weight" in kwargs or TORCH < (2, 13):
+    if func is not F.l1_loss or "weight" in kwargs:
         return {}
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break()  # what is traced has no frames
