@@ -131,7 +131,7 @@ _IN_A_RUN = (
     "pytorch_lightning",
 )
 _CELLS = {"yes": "yes", "stand-in": "stand-in", "no": "raises", "-": "-"}
-# What a note calls the thing, so that the same reason is one note for several columns.
+# What a note calls the thing: the same words, so the same reason is one note for several columns.
 _SAID = dict.fromkeys(("fsdp2", "fsdp1", "deepspeed"), "the strategy") | {
     "several_optimizers": "manual optimization",
     "complex_parameters": "a complex parameter",
@@ -214,7 +214,7 @@ def parts() -> dict[tuple[str, str], Callable[[], Iterable[str]]]:
 
 
 def rewrite(file: str, text: str) -> str:
-    """Return the text of a file with all its parts written anew; raise ``KeyError`` for a part that nothing writes."""
+    """Return the text of a file with all its parts rewritten; raise ``KeyError`` for a part that nothing writes."""
     written = parts()
     found = {(file, name) for name, _ in PART.findall(text)}
     missing = {name for place, name in written if place == file and (place, name) not in found}
@@ -238,7 +238,7 @@ def main() -> None:
     """Write the files that are stale, and name them."""
     for file, text in stale().items():
         (ROOT / file).write_text(text, encoding="utf-8")
-        print(f"{file}: written anew")
+        print(f"{file}: rewritten")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ class RunRecord:
     def save(self, trainer: pl.Trainer, owner: Recorder, part: str = "", *, now: bool = False) -> None:
         """Write the rows so far as a CSV file in the folder of the logs, if enough of them are new.
 
-        Call it when a row was added. The file is written anew each time, so a resumed run has no row twice in it; it is
+        Call it when a row was added. The file is rewritten each time, so a resumed run has no row twice in it; it is
         replaced in one step, so a kill leaves the old file or the new one. It lacks at most a tenth of the rows.
 
         Args:

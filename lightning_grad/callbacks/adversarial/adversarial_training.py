@@ -1,4 +1,4 @@
-"""Training on inputs attacked anew in each step. The attacks are functions, in ``functional/adversarial``."""
+"""Training on inputs that are attacked again in each step. The attacks are functions, in ``functional/adversarial``."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

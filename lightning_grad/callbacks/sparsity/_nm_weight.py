@@ -73,7 +73,7 @@ class SparseWeight(ViewedWeight):
         return mask.clamp_(min=self.phase.decay) if self.phase.decay > 0.0 else mask
 
     def follow(self, phase: NMPhase, mask_every: int = 1) -> None:
-        """Take the mask anew from the weight, or only the decay value while the mask is young enough."""
+        """Recompute the mask from the weight, or only the decay value while the mask is young enough."""
         mask = self.mask if phase.pattern == self.phase.pattern and self._mask_age + 1 < mask_every else None
         self.phase = phase
         self._mask_age = 0 if mask is None else self._mask_age + 1

@@ -53,7 +53,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     W is the dense weight that the optimizer moves, :math:`m(W) \in \{0, 1\}` marks the N largest :math:`|W|` in each
     group of M (:func:`~lightning_grad.functional.nm_mask`), and :math:`D \in [0, 1]` is the decay value. The forward pass
-    uses :math:`\tilde W`. The mask is taken anew after every optimizer step, so pruned weights may return. The recipe says
+    uses :math:`\tilde W`. The mask is recomputed after every optimizer step, so pruned weights may return. The recipe says
     which N:M and which D hold when:
 
     ================== ============================================== =========================================
@@ -88,7 +88,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             the first batch reaches. Parameters of other modules must be spelled to the end ("blocks.*.w1"); they and tied
             ones are masked in place, in every use.
         exclude: Names or wildcards of what stays dense.
-        mask_every: Take masks anew every so many optimizer steps; above 1 is an approximation that saves time.
+        mask_every: Recompute masks every so many optimizer steps; above 1 is an approximation that saves time.
         geometric_start: Factor of the first, widest groups of sdgf-geometric, a power of two (8 in the released code).
         zero_pruned_state: Once the pattern is final, clear the optimizer's state of pruned weights after every step, so
             that momentum does not move them.

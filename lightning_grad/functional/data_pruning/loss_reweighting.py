@@ -1,4 +1,4 @@
-"""Weights of the samples of a batch that follow their losses, computed anew at each step.
+"""Weights of the samples of a batch that follow their losses, computed again at each step.
 
 The rules are those of "Dynamic Loss-Based Sample Reweighting" (Sow et al., 2025, arXiv 2502.06733) and of its released code,
 github.com/sowmaster/Sample-Level-Loss-Reweighting-ICLR-2025.
