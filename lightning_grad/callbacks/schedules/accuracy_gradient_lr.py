@@ -41,7 +41,7 @@ class AccuracyGradientLR(MonitoredCallback):
         monitor: Metric that is observed, as the module logs it.
         mode: max if larger is better, min if smaller is.
         window: Observations w in a mean (5 in the released code).
-        quiet: Observations q from one cut to the next, at least (5 in the released code).
+        cooldown: Observations q from one cut to the next, at least (5 in the released code).
         threshold: Cut if the mean rose by less than this (0.005 in the released code, of an accuracy from 0 to 1).
         factor: What a cut multiplies rates by, above 0 (0.8 in the released code); 1 cuts nothing.
         min_lr: Floor of the first group's rate (1e-6 in the released code); other groups keep their ratio to it.
@@ -100,7 +100,7 @@ class AccuracyGradientLR(MonitoredCallback):
     compatibility: ClassVar[Compatibility] = MonitoredCallback.compatibility.but(
         manual_optimization=yes('`policy="replace"` raises where the module steps schedulers itself.')
     )
-    trial: ClassVar[Mapping[str, Any]] = {"window": 1, "quiet": 1, "threshold": 10.0, "factor": 0.5}
+    trial: ClassVar[Mapping[str, Any]] = {"window": 1, "cooldown": 1, "threshold": 10.0, "factor": 0.5}
     neutral: ClassVar[Mapping[str, Any] | str] = {"factor": 1.0}
     fixed_settings: ClassVar[Mapping[str, str]] = {
         "policy": "what the schedulers have done until now depends on it",
@@ -110,7 +110,7 @@ class AccuracyGradientLR(MonitoredCallback):
     nothing_done: ClassVar[str] = "no learning rate was cut"
 
     record = until_next_fit[RunRecord](lambda _: RunRecord(weight=_is_cut))
-    _since_cut = until_next_fit[int](lambda self: self.quiet)
+    _since_cut = until_next_fit[int](lambda self: self.cooldown)
     _cuts = until_next_fit.of(int)
     _values = until_next_fit.of(list[float])  # all of them: the window may grow on resume
     _rates = until_next_fit[ChosenRates](
@@ -122,7 +122,7 @@ class AccuracyGradientLR(MonitoredCallback):
         monitor: str = "val_acc",
         mode: Mode = "max",
         window: int = 5,
-        quiet: int = 5,
+        cooldown: int = 5,
         threshold: float = 0.005,
         factor: float = 0.8,
         min_lr: float = 1e-6,
@@ -137,7 +137,7 @@ class AccuracyGradientLR(MonitoredCallback):
     ) -> None:
         super().__init__(monitor, mode, interval, name)
         self.window = checks.check_count_between(window, 1, _MOST_OBSERVATIONS, "window")
-        self.quiet = checks.check_count(quiet, 0, "quiet")
+        self.cooldown = checks.check_count(cooldown, 0, "cooldown")
         self.threshold = checks.check_finite(threshold, "threshold")
         self.factor = checks.check_between(checks.check_above(factor, 0.0, "factor"), 0.0, 1.0, "factor")
         self.min_lr = checks.check_finite_at_least(min_lr, 0.0, "min_lr")
@@ -208,7 +208,7 @@ class AccuracyGradientLR(MonitoredCallback):
     def observe(self, trainer: pl.Trainer, value: float) -> None:
         self._values.append(value)
         self._since_cut += 1
-        epoch, settings = self.epochs_done(trainer), (self.window, self.quiet, self.threshold, self.start_after)
+        epoch, settings = self.epochs_done(trainer), (self.window, self.cooldown, self.threshold, self.start_after)
         gradient = accuracy_gradient(self._gains, self.window)
         is_cut = accuracy_gradient_cuts(self._gains, self._since_cut, *settings)
         if is_cut:

@@ -270,7 +270,7 @@ def test_a_cut_is_told_with_its_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     told: list[str] = []
     monkeypatch.setattr(accuracy_gradient_lr, "rank_zero_info", told.append)
-    callback = AccuracyGradientLR(window=1, quiet=9, factor=0.5)
+    callback = AccuracyGradientLR(window=1, cooldown=9, factor=0.5)
     train_dictated([callback], max_epochs=8, check_val_every_n_epoch=2)
     assert [each.partition(":")[0] for each in told] == [
         "AccuracyGradientLR cuts the learning rate from 0.1 to 0.05 after observation 3 (epoch 6)"

@@ -16,7 +16,7 @@ ENTRIES = [
         wrong=(
             ({"mode": "maximum"}, "Did you mean 'max'"),
             ({"window": 0}, "window must be at least 1"),
-            ({"quiet": -1}, "quiet must be at least 0"),
+            ({"cooldown": -1}, "cooldown must be at least 0"),
             ({"factor": 0.0}, "factor must be"),
             ({"factor": 1.5}, "factor must be"),
             ({"min_lr": -1.0}, "min_lr must be at least 0"),

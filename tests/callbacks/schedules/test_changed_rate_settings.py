@@ -52,7 +52,7 @@ def scales(cuts_after: list[int], factor: float = 0.5) -> list[float]:
     [
         ({}, scales([8, 10, 12])),
         ({"factor": 0.1}, scales([8, 10, 12], 0.1)),
-        ({"quiet": 4}, scales([10])),
+        ({"cooldown": 4}, scales([10])),
         ({"window": 5}, scales([8, 10, 12])),
         ({"window": 9}, scales([11])),
         ({"start_after": 9}, scales([10, 12])),
