@@ -77,13 +77,13 @@ class OptimizerWatch:
 
     # Within a step.
 
-    def look_before(self, loss: Tensor | None, measured: bool, rare: bool, keep: bool) -> Tensor | None:
+    def look_before(self, loss: Tensor | None, measured: bool, slow: bool, keep: bool) -> Tensor | None:
         """Look at gradients that nothing has changed yet.
 
         Args:
             loss: Of the step, as ``training_step`` gave it.
             measured: Whether the step is logged, and layers are looked at.
-            rare: Whether the costly things are measured too.
+            slow: Whether to compute the slow statistics too.
             keep: Whether the next step is logged and will be compared with this one.
 
         Returns:
@@ -97,7 +97,7 @@ class OptimizerWatch:
         self._before = torch.linalg.vector_norm(norms)
         self._remember_first_bad(norms, loss)
         if measured:
-            self._measure(gradients, norms, rare)
+            self._measure(gradients, norms, slow)
         present = zip(self.names, gradients, strict=True) if keep else ()
         self._previous = {name: gradient.clone() for name, gradient in present if gradient is not None}
         return self._before
@@ -111,7 +111,7 @@ class OptimizerWatch:
             bad = bad & ~loss.isfinite().all().to(norms.device)
         self._bad_norms = torch.where(bad & self._bad_norms.isfinite().all(), norms, self._bad_norms)
 
-    def _measure(self, gradients: list[Tensor | None], norms: Tensor, rare: bool) -> None:
+    def _measure(self, gradients: list[Tensor | None], norms: Tensor, slow: bool) -> None:
         if self._layers is None or self._roots is None:
             self._layers = LayerFinder(depth=self._depth).find(self.names, self.parameters)
             self._roots = torch.tensor([parameter.numel() ** 0.5 for parameter in self.parameters]).to(norms.device)
@@ -123,7 +123,7 @@ class OptimizerWatch:
         pairs = [(g, self._previous[n]) for n, _, g in present if n in self._previous]
         if pairs:
             self._details["cosine"] = gradient_cosine([g for g, _ in pairs], [other for _, other in pairs])
-        if rare:
+        if slow:
             self._measure_rarely([g for _, _, g in present], [p for _, p, _ in present])
 
     def _measure_vanishing(self, gradients: list[Tensor | None], norms: Tensor) -> None:

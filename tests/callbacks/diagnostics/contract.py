@@ -10,7 +10,7 @@ ENTRIES = [
         compile=True,
         together=True,
         wrong=(
-            ({"rarely": 0}, "rarely must be at least 1"),
+            ({"slow_stats_every": 0}, "slow_stats_every must be at least 1"),
             ({"depth": 0}, "depth must be at least 1"),
             ({"top": -1}, "top must be at least 0"),
         ),
