@@ -48,7 +48,7 @@ class AccuracyGradientLR(MonitoredCallback):
         start_after: Observations of which none cuts; they still enter the means.
         policy: multiply scales what the module's schedulers do; replace lets none of them act.
         interval: Observe at each validation, or once at the end of each training epoch.
-        reach: Stop training when an observation is as good as this; None never stops.
+        stop_at: Stop training once the metric is as good as this; None never stops.
         optimizers: Which optimizers' rates are cut, from 0; None is all.
         param_groups: Which parameter groups of them, from 0; None is all.
         figure: Draw values, gradients and rates at the end; needs matplotlib and a logger.
@@ -92,8 +92,8 @@ class AccuracyGradientLR(MonitoredCallback):
     References:
         Nikfam et al., "AccelAT: A Framework for Accelerating the Adversarial Training of Deep Neural Networks through
         Accuracy Gradient", 2022, arXiv 2210.06888, and its released code. There it observes epochs, of one optimizer without a
-        scheduler; mode, start_after, interval, policy and the choice of groups are ours, and reach is the code's, which looks
-        at the training accuracy.
+        scheduler; mode, start_after, interval, policy and the choice of groups are ours, and stop_at is the code's, where it
+        looks at the training accuracy.
     """
 
     namespace: ClassVar[str] = "lr"
@@ -129,7 +129,7 @@ class AccuracyGradientLR(MonitoredCallback):
         start_after: int = 0,
         policy: Literal["multiply", "replace"] = "multiply",
         interval: Interval = "validation",
-        reach: float | None = None,
+        stop_at: float | None = None,
         optimizers: Sequence[int] | None = None,
         param_groups: Sequence[int] | None = None,
         figure: bool = True,
@@ -143,7 +143,7 @@ class AccuracyGradientLR(MonitoredCallback):
         self.min_lr = checks.check_finite_at_least(min_lr, 0.0, "min_lr")
         self.start_after = checks.check_count(start_after, 0, "start_after")
         self.policy = policy
-        self.reach = checks.check_finite(reach, "reach")
+        self.stop_at = checks.check_finite(stop_at, "stop_at")
         self.optimizers = as_indices(optimizers, "optimizers")
         self.param_groups = as_indices(param_groups, "param_groups")
         self.figure = figure
@@ -224,9 +224,9 @@ class AccuracyGradientLR(MonitoredCallback):
         shown = {"scale": self._rates.scale, "cuts": float(self._cuts)}
         shown |= {} if gradient is None else {"accuracy_gradient": gradient}
         log_many(trainer, {self.log_key(key): number for key, number in shown.items()})
-        if self.reach is not None and self.is_reached(value, self.reach):
+        if self.stop_at is not None and self.is_reached(value, self.stop_at):
             trainer.should_stop = True
-            self.tell_once("reach", rank_zero_info, f"{self.monitor} has reached {value:g}: training stops.")
+            self.tell_once("stop_at", rank_zero_info, f"{self.monitor} has reached {value:g}: training stops.")
 
     def _cut(self, trainer: pl.Trainer, gradient: float | None, epoch: float) -> bool:
         before = self._rates.first(trainer)

@@ -22,7 +22,7 @@ ENTRIES = [
             ({"min_lr": -1.0}, "min_lr must be at least 0"),
             ({"min_lr": _INF}, "min_lr must be finite"),
             ({"threshold": -_INF}, "threshold must be finite"),
-            ({"reach": _INF}, "reach must be finite"),
+            ({"stop_at": _INF}, "stop_at must be finite"),
             ({"window": 10**12}, "window must be at most 1000000"),
             ({"start_after": -1}, "start_after must be at least 0"),
             ({"policy": "replaced"}, "Did you mean 'replace'"),

@@ -376,7 +376,7 @@ def test_without_validation_nothing_starts() -> None:
         ({"start_after": -1}, "start_after must be at least 0"),
         ({"policy": "replaces"}, "Did you mean 'replace'"),
         ({"interval": "epochs"}, "Did you mean 'epoch'"),
-        ({"reach": math.nan}, "reach must be"),
+        ({"stop_at": math.nan}, "stop_at must be"),
         ({"optimizers": []}, "optimizers must name at least one"),
         ({"optimizers": [-1]}, "optimizers must be at least 0"),
         ({"param_groups": [0, 0]}, "param_groups must name each once"),
@@ -418,14 +418,14 @@ def test_each_cut_is_told(told: list[str]) -> None:
     ]
 
 
-@pytest.mark.parametrize(("mode", "reach"), [("max", 0.4), ("min", 0.6)])
-def test_training_stops_when_it_has_reached(mode: Any, reach: float, told: list[str]) -> None:
+@pytest.mark.parametrize(("mode", "stop_at"), [("max", 0.4), ("min", 0.6)])
+def test_training_stops_when_it_has_reached(mode: Any, stop_at: float, told: list[str]) -> None:
     values = RISES_THEN_STAYS if mode == "max" else [1.0 - value for value in RISES_THEN_STAYS]
-    callback = AccuracyGradientLR(mode=mode, reach=reach - (1e-6 if mode == "max" else -1e-6), **QUICK)
+    callback = AccuracyGradientLR(mode=mode, stop_at=stop_at - (1e-6 if mode == "max" else -1e-6), **QUICK)
     trainer, _ = train([callback], Dictated(values), min_epochs=6)
     assert trainer.current_epoch == 6
     assert [text for text in told if "reached" in text] == [
-        f"AccuracyGradientLR: val_acc has reached {reach:g}: training stops."
+        f"AccuracyGradientLR: val_acc has reached {stop_at:g}: training stops."
     ]
     assert train([callback], Dictated(values))[0].current_epoch == 4
 

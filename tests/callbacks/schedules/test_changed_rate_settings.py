@@ -69,7 +69,7 @@ def test_settings_of_the_rule_hold_from_then_on(after, expected, tmp_path, said)
 
 
 def test_reaching_what_is_enough_is_asked_from_then_on(tmp_path):
-    callback, rates = resumed(tmp_path, {}, {"reach": 0.4})
+    callback, rates = resumed(tmp_path, {}, {"stop_at": 0.4})
     assert len(rates) == 1
     assert len(callback.state_dict()["values"]) == EPOCHS + 1
 
