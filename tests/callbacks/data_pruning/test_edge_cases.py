@@ -86,7 +86,7 @@ class Tunable(Classifier):
         self.learning_rate = 0.2
 
 
-WATCHING: list[Callable[[], Any]] = [lambda: InfoBatch(0.5, stop=1.0), lambda: pruning(0.5, "aum", epoch=1)]
+WATCHING: list[Callable[[], Any]] = [lambda: InfoBatch(0.5, prune_until=1.0), lambda: pruning(0.5, "aum", epoch=1)]
 
 
 @pytest.mark.parametrize("make", WATCHING, ids=["info", "aum"])
@@ -354,7 +354,7 @@ class Growing(Classifier):
     [
         lambda: pruning(0.5, epoch=1),
         lambda: UniformLearning(epoch=1),
-        lambda: InfoBatch(0.5, stop=1.0),
+        lambda: InfoBatch(0.5, prune_until=1.0),
         lambda: pruning(0.5, "aum", epoch=2),
     ],
     ids=["el2n", "uniform", "info", "aum"],

@@ -410,7 +410,11 @@ class Dropping(Classifier):
 
 REHEARSING = [*READERS, lambda: UniformLearning(epoch=1)]
 NAMES = ["el2n", "aum", "info", "reweighting", "uniform"]
-SAME_EPOCHS = [lambda: InfoBatch(0.5, stop=0.0), lambda: LossReweighting(warmup=0.0), lambda: pruning("aum", 0.0)]
+SAME_EPOCHS = [
+    lambda: InfoBatch(0.5, prune_until=0.0),
+    lambda: LossReweighting(warmup=0.0),
+    lambda: pruning("aum", 0.0),
+]
 
 
 @pytest.mark.filterwarnings("ignore:DataPruning scores samples that differ")
