@@ -316,7 +316,7 @@ class Still(pruned.Classifier):
 def test_scores_are_those_of_clean_samples() -> None:
     found = []
     for more in ([], [attacker(3.0, random_start=True)]):
-        callback = DataPruning(0.5, "el2n", epoch=1, show=0, figure=False)
+        callback = DataPruning(0.5, "el2n", epoch=1, num_shown=0, figure=False)
         run = pruned.train(callback, Still(), more=more)
         found.append([callback.scored.values, run.watch.epochs])
     assert_identical(found[0], found[1])

@@ -53,7 +53,7 @@ def run(technique: Any, ckpt: Any = None, epochs: int = 4, module: Any = None, s
 
 
 def pruning(**arguments: Any) -> DataPruning:
-    return DataPruning(**{"prune": 0.3, "epoch": 1, "figure": False, "show": 0, **arguments})
+    return DataPruning(**{"prune": 0.3, "epoch": 1, "figure": False, "num_shown": 0, **arguments})
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from tests.callbacks.data_pruning.test_schedules import half_from_two, run, sche
 
 def pruning(*args: Any, **arguments: Any) -> DataPruning:
     """Build one that leaves no files."""
-    return DataPruning(*args, **{"show": 0, "figure": False, **arguments})
+    return DataPruning(*args, **{"num_shown": 0, "figure": False, **arguments})
 
 
 def state_after(callback: Any, *args: Any, **arguments: Any) -> Any:
@@ -243,7 +243,7 @@ DATASETS: dict[str, Callable[[str], Any]] = {
 def test_scoring_does_not_move_the_streams_of_a_data_set(kind: str, place: str) -> None:
     make = DATASETS[place]
     assert not torch.equal(make(kind)[0][0], make_data()[0][0])
-    scored = state_after(DataPruning(0.0, epoch=1, show=2, figure=False), dataset=make(kind), epochs=3)
+    scored = state_after(DataPruning(0.0, epoch=1, num_shown=2, figure=False), dataset=make(kind), epochs=3)
     assert_identical(scored, state_after(pl.Callback(), dataset=make(kind), epochs=3))
 
 

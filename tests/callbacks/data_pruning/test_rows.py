@@ -30,7 +30,7 @@ STEP = r"training_step arranges them otherwise.*torch\.stack"
 
 
 def pruning(score: Any = "el2n", prune: float = 0.5, **arguments: Any) -> DataPruning:
-    return DataPruning(prune, score, **{"epoch": 1, "show": 0, "figure": False, **arguments})
+    return DataPruning(prune, score, **{"epoch": 1, "num_shown": 0, "figure": False, **arguments})
 
 
 def length(item: Any) -> float:
