@@ -39,17 +39,17 @@ class OptimizerWatch:
     Args:
         optimizer: Whose gradients they are.
         named: Names and parameters that are watched.
-        depth: Join layers whose names agree in so many leading parts.
+        layer_depth: Join layers whose names agree in so many leading parts.
         record: Where numbers go.
         scaled: Whether a GradScaler skips steps that overflow, which then is nothing bad.
     """
 
     def __init__(
-        self, optimizer: Optimizer, named: Named, depth: int | None, record: MonitorRecord, scaled: bool
+        self, optimizer: Optimizer, named: Named, layer_depth: int | None, record: MonitorRecord, scaled: bool
     ) -> None:
         self.record = record
         self.first_bad: dict[str, Any] = {}
-        self._depth = depth
+        self._layer_depth = layer_depth
         self._scaled = scaled
         # Place, numbers (norm before, norm before clipping, norm after, loss), and whether the step was skipped.
         self._rows: list[tuple[Place, Tensor, bool]] = []
@@ -113,7 +113,7 @@ class OptimizerWatch:
 
     def _measure(self, gradients: list[Tensor | None], norms: Tensor, slow: bool) -> None:
         if self._layers is None or self._roots is None:
-            self._layers = LayerFinder(depth=self._depth).find(self.names, self.parameters)
+            self._layers = LayerFinder(layer_depth=self._layer_depth).find(self.names, self.parameters)
             self._roots = torch.tensor([parameter.numel() ** 0.5 for parameter in self.parameters]).to(norms.device)
         present = [(n, p, g) for n, p, g in zip(self.names, self.parameters, gradients, strict=True) if g is not None]
         weights = [plain_tensor(parameter).detach() for parameter in self.parameters]
@@ -224,7 +224,7 @@ class OptimizerWatch:
                 scalars[key] = own[0]
         return scalars, by_layer
 
-    def gradients_for_histograms(self, top: int) -> Mapping[str, Tensor]:
-        """Return up to ``top`` gradients of weights by name; whole ones, so every rank must ask."""
+    def gradients_for_histograms(self, max_layers: int) -> Mapping[str, Tensor]:
+        """Return up to ``max_layers`` gradients of weights by name; whole ones, so every rank must ask."""
         weights = [(n, p.grad) for n, p in zip(self.names, self.parameters, strict=True) if p.ndim > 1]
-        return {name: whole(gradient) for name, gradient in weights[:top] if gradient is not None}
+        return {name: whole(gradient) for name, gradient in weights[:max_layers] if gradient is not None}

@@ -47,8 +47,8 @@ class GradientMonitor(GradCallback):
         logits: Look at the size of attention and output logits at log steps; not in compiled modules. Growing logits
             announce two instabilities (arXiv 2309.14322).
         histograms: Send histograms of gradients to the loggers that show them, together with the slow statistics.
-        depth: Join layers in logs by this many leading parts of their names; default: do not join.
-        top: Log at most this many layers apart; the heat map has all.
+        layer_depth: Join layers in logs by this many leading parts of their names; default: do not join.
+        max_layers: Log at most this many layers apart; the heat map has all.
         figure: Draw the run at its end (needs matplotlib, and a logger whose folder takes the file).
         alert: Send a W&B alert when a gradient is not finite for the first time.
         include: Names or wildcards of the parameters or modules that are watched; default all.
@@ -118,8 +118,8 @@ class GradientMonitor(GradCallback):
         slow_stats_every: int | None = 10,
         logits: bool = True,
         histograms: bool = True,
-        depth: int | None = None,
-        top: int = 16,
+        layer_depth: int | None = None,
+        max_layers: int = 16,
         figure: bool = True,
         alert: bool = False,
         include: Sequence[str] | None = None,
@@ -130,8 +130,8 @@ class GradientMonitor(GradCallback):
         self.slow_stats_every = check_count(slow_stats_every, 1, "slow_stats_every")
         self.logits = logits
         self.histograms = histograms
-        self.depth = check_count(depth, 1, "depth")
-        self.top = check_count(top, 0, "top")
+        self.layer_depth = check_count(layer_depth, 1, "layer_depth")
+        self.max_layers = check_count(max_layers, 0, "max_layers")
         self.figure = figure
         self.alert = alert
         self.include = as_names(include)
@@ -177,7 +177,7 @@ class GradientMonitor(GradCallback):
     def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, optimizer: Optimizer) -> None:
         record = self._records.setdefault(index, MonitorRecord())
         named = named_parameters(pl_module, optimizer, self.include, self.exclude)
-        watch = OptimizerWatch(optimizer, named, self.depth, record, scaled=grad_scaler(trainer) is not None)
+        watch = OptimizerWatch(optimizer, named, self.layer_depth, record, scaled=grad_scaler(trainer) is not None)
         self._watches.append(watch)
         self._watch_updates(watch)
 
@@ -257,7 +257,7 @@ class GradientMonitor(GradCallback):
         if norm is not None and measured:
             self._meter.measure(trainer, norm)
         if slow and self.histograms:
-            tensors = watch.gradients_for_histograms(self.top)
+            tensors = watch.gradients_for_histograms(self.max_layers)
             log_histograms(trainer, {self.log_key(f"histogram/{name}"): tensor for name, tensor in tensors.items()})
 
     def _look_behind(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
@@ -295,7 +295,7 @@ class GradientMonitor(GradCallback):
             shown = {
                 self.log_key(f"{prefix}{quantity}/{layer}"): value
                 for quantity, by_layer in layers.items()
-                for layer, value in list(by_layer.items())[: self.top]
+                for layer, value in list(by_layer.items())[: self.max_layers]
             }
             log_many(trainer, shown)
         seen = {} if self._logits is None else self._logits.read()

@@ -95,8 +95,8 @@ class NMSparsity(WeightCallback[SparseWeight]):
         restart_monitors: When the final pattern begins, make callbacks that keep a best value start over: monitored
             checkpoints and early stopping. Until then early stopping is held.
         bake_on_early_stop: Prune to the final pattern also when the run stops before its schedule has reached it.
-        depth: Join layers in logs by this many leading parts of their names; default: do not join.
-        top: Log at most this many layers apart.
+        layer_depth: Join layers in logs by this many leading parts of their names; default: do not join.
+        max_layers: Log at most this many layers apart.
         figure: Draw the run at its end (needs matplotlib, and a logger whose folder takes the file).
         figure_metric: Validation metric in the figure; default the first whose name holds "acc".
         save_masks: Write the final masks to a file beside the logs (W&B: an artifact).
@@ -194,8 +194,8 @@ class NMSparsity(WeightCallback[SparseWeight]):
         zero_pruned_state: bool = False,
         restart_monitors: bool = True,
         bake_on_early_stop: bool = False,
-        depth: int | None = None,
-        top: int = 16,
+        layer_depth: int | None = None,
+        max_layers: int = 16,
         figure: bool = True,
         figure_metric: str | None = None,
         save_masks: bool = False,
@@ -217,8 +217,8 @@ class NMSparsity(WeightCallback[SparseWeight]):
         self.zero_pruned_state = zero_pruned_state
         self.restart_monitors = restart_monitors
         self.bake_on_early_stop = bake_on_early_stop
-        self.depth = check_at_least(depth, 1, "depth")
-        self.top = check_at_least(top, 0, "top")
+        self.layer_depth = check_at_least(layer_depth, 1, "layer_depth")
+        self.max_layers = check_at_least(max_layers, 0, "max_layers")
         self.figure = figure
         self.figure_metric = figure_metric
         self.save_masks = save_masks
@@ -411,7 +411,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         known, measured = state_of(self.weights), self._meter.read(self.weights)
-        layers = limit_layers({clean_name(w.name): w.density for w in self.weights}, self.depth, self.top)
+        layers = limit_layers({clean_name(w.name): w.density for w in self.weights}, self.layer_depth, self.max_layers)
         shown = {f"density/{name}": value for name, value in layers.items()}
         self.log_scalars(pl_module, {**known, **patterns_in_force(self.weights), **shown, **measured})
         numbers = torch.stack(list(measured.values())).tolist() if measured else []
@@ -509,7 +509,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         summary = {"final_density": last["density"], "final_exact": last["exact"]}
         draw = partial(self._record.draw_run, title, self.figure_metric)
         self._record.report(trainer, self, draw, summary=summary)
-        shown = {self.log_key(f"weights/{clean_name(w.name)}"): w.parameter for w in weights[: self.top]}
+        shown = {self.log_key(f"weights/{clean_name(w.name)}"): w.parameter for w in weights[: self.max_layers]}
         log_histograms(trainer, shown)
         if self.save_masks:
             write_masks(trainer, weights, self.label)

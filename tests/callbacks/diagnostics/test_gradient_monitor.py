@@ -174,7 +174,7 @@ def test_update_ratio_and_cosine_equal_hand_computation(tmp_path):
 
 
 def test_depth_joins_and_top_limits_the_layers_that_are_logged(tmp_path):
-    (row, *_) = monitored(tmp_path, GradientMonitor(depth=1, top=2, histograms=False))
+    (row, *_) = monitored(tmp_path, GradientMonitor(layer_depth=1, max_layers=2, histograms=False))
     layers = [key for key in row if key.startswith("grad/norm/")]
     assert layers == ["grad/norm/encoder", "grad/norm/mix"]
     joined = math.hypot(*(row[key] for key in layers))
