@@ -61,7 +61,7 @@ ENTRIES = [
             ({"steps": 0}, "steps must be at least 1"),
             ({"restarts": 0}, "restarts must be at least 1"),
             ({"restarts": 2, "random_start": False}, "would repeat one attack"),
-            ({"every": 0}, "every must be at least 1"),
+            ({"every_n_validations": 0}, "every_n_validations must be at least 1"),
             ({"loss": -1}, "loss must be at least 0"),
         ),
     ),

@@ -269,7 +269,7 @@ class LossOfItsData(pl.LightningModule):
 def test_the_accuracy_under_attack_is_observed_beside_that_callback(sanity: int) -> None:
     for every, observed in ((1, 4), (2, 2)):
         callback = AccuracyGradientLR("adversarial/val_loss", mode="min", **QUICK)
-        evaluation = AdversarialEvaluation(0.1, steps=1, every=every)
+        evaluation = AdversarialEvaluation(0.1, steps=1, every_n_validations=every)
         train([evaluation, callback], LossOfItsData(), max_epochs=4, num_sanity_val_steps=sanity)
         assert len(callback.state_dict()["values"]) == observed
 
