@@ -88,7 +88,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             the first batch reaches. Parameters of other modules must be spelled to the end ("blocks.*.w1"); they and tied
             ones are masked in place, in every use.
         exclude: Names or wildcards of what stays dense.
-        mask_every: Recompute masks every so many optimizer steps; above 1 is an approximation that saves time.
+        mask_every_n_steps: Recompute masks every this many optimizer steps; above 1 is an approximation that saves time.
         geometric_start: Factor of the first, widest groups of sdgf-geometric, a power of two (8 in the released code).
         zero_pruned_state: Once the pattern is final, clear the optimizer's state of pruned weights after every step, so
             that momentum does not move them.
@@ -189,7 +189,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         axis: Axis = "input",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
-        mask_every: int = 1,
+        mask_every_n_steps: int = 1,
         geometric_start: int = 8,
         zero_pruned_state: bool = False,
         restart_monitors: bool = True,
@@ -212,7 +212,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         self.decay = decay
         self.sr_ste_lambda = check_finite_at_least(sr_ste_lambda, 0.0, "sr_ste_lambda")
         self.axis = axis
-        self.mask_every = check_at_least(mask_every, 1, "mask_every")
+        self.mask_every_n_steps = check_at_least(mask_every_n_steps, 1, "mask_every_n_steps")
         self.geometric_start = geometric_start
         self.zero_pruned_state = zero_pruned_state
         self.restart_monitors = restart_monitors
@@ -282,7 +282,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     @override
     def step(self, weight: SparseWeight) -> None:
-        weight.follow(self._phase(weight), self.mask_every)
+        weight.follow(self._phase(weight), self.mask_every_n_steps)
 
     def _phase(self, weight: SparseWeight) -> NMPhase:
         return self._schedule.phase(self._progress, weight.pattern, self._total_steps or 1, weight.size)

@@ -301,7 +301,7 @@ def test_adversarial_training_beside_it() -> None:
     keys: Any = None
     for more in ([], [evaluator()]):
         module = Shares()
-        trainer = fit([AdversarialTraining(0.2, check_every=1), *more], module)
+        trainer = fit([AdversarialTraining(0.2, check_every_n_epochs=1), *more], module)
         metrics = dict(trainer.callback_metrics)
         keys = keys or metrics.keys()
         left.append([state_of(trainer, module), {key: metrics[key] for key in keys}])

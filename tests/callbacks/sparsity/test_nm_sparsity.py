@@ -518,7 +518,7 @@ def test_a_load_in_mid_fit_refreshes_the_masks():
 
 
 def test_mask_every_takes_masks_only_so_often():
-    callback = NMSparsity("1:4", "ste", include=["*"], mask_every=5)
+    callback = NMSparsity("1:4", "ste", include=["*"], mask_every_n_steps=5)
     spy = Spy(lambda _: callback.weights[0].mask.clone())
     trainer(spy, callback).fit(Regression(linear_net(), lambda p: torch.optim.SGD(p, 1.0)), data())
     changes = [i for i, (a, b) in enumerate(zip(spy.seen, spy.seen[1:], strict=False)) if not torch.equal(a, b)]
