@@ -33,7 +33,7 @@ Message = dict[str, Tensor]
 ResidualPolicy = Literal["strict", "mean", "reset"]
 
 _MOST_ENTRIES = 2**31  # of a compressed tensor: an index has four bytes
-_OF_THE_LAUNCH = ("residual_policy", "gradient_noise")  # may differ at each start, and change no message
+_OF_THE_LAUNCH = ("residual_policy", "log_noise_scale")  # may differ at each start, and change no message
 
 
 class SchemeDDP(FitScope, DDPStrategy, ABC):

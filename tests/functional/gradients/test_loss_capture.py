@@ -227,7 +227,9 @@ def test_two_losses_are_ambiguous_until_one_is_chosen() -> None:
         assert words in str(error.value)
     assert capture.only(1).name == "mse_loss"
     for which in (2, -1):
-        with pytest.raises(RuntimeError, match=f"loss_index={which} was asked for, but the step has 2: 0: cross_entropy"):
+        with pytest.raises(
+            RuntimeError, match=f"loss_index={which} was asked for, but the step has 2: 0: cross_entropy"
+        ):
             capture.only(which)
 
 
