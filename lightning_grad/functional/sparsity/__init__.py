@@ -8,7 +8,7 @@ from lightning_grad.functional.sparsity.nm_sparsity import (
     mask_distance,
     masked_gradient_variance,
     nm_mask,
-    prune,
+    prune_weight,
     scale_weight,
 )
 
@@ -22,6 +22,6 @@ __all__ = [
     "mask_distance",
     "masked_gradient_variance",
     "nm_mask",
-    "prune",
+    "prune_weight",
     "scale_weight",
 ]

@@ -223,7 +223,7 @@ def scale_weight(weight: Tensor, factor: Tensor, straight_through: bool = False)
     return _StraightThrough.apply(weight, factor) if straight_through else weight * factor  # type: ignore[no-untyped-call]
 
 
-def prune(weight: Tensor, factor: Tensor) -> Tensor:
+def prune_weight(weight: Tensor, factor: Tensor) -> Tensor:
     """Return ``weight * factor`` without gradient and with exact zeros: NaN and infinity are pruned as well.
 
     Args:
@@ -231,7 +231,7 @@ def prune(weight: Tensor, factor: Tensor) -> Tensor:
         factor: As in :func:`scale_weight`.
 
     Example:
-        >>> prune(torch.tensor([2.0, float("nan")]), torch.tensor([1.0, 0.0]))
+        >>> prune_weight(torch.tensor([2.0, float("nan")]), torch.tensor([1.0, 0.0]))
         tensor([2., 0.])
     """
     return (weight.detach() * factor).masked_fill_(factor == 0, 0.0)

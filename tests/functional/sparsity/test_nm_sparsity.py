@@ -15,7 +15,7 @@ from lightning_grad.functional import (
     mask_distance,
     masked_gradient_variance,
     nm_mask,
-    prune,
+    prune_weight,
     scale_weight,
 )
 from lightning_grad.functional.sparsity._group_top import (
@@ -241,7 +241,7 @@ def test_is_nm_counts_what_is_not_zero(row: list[float], n: int, m: int, exact: 
 @pytest.mark.parametrize("axis", ["input", "output", 2])
 def test_is_nm_holds_along_the_axis_that_was_masked_alone(axis: int | str) -> None:
     weight = draw((8, 8, 8))
-    masked = prune(weight, nm_mask(weight, 2, 4, axis))
+    masked = prune_weight(weight, nm_mask(weight, 2, 4, axis))
     assert is_nm(masked, 2, 4, axis)
     assert [is_nm(masked, 2, 4, other) for other in ("input", "output", 2)].count(True) == 1
     assert not is_nm(masked, 1, 4, axis)
@@ -249,7 +249,7 @@ def test_is_nm_holds_along_the_axis_that_was_masked_alone(axis: int | str) -> No
 
 def test_one_entry_too_many_is_found() -> None:
     weight = draw((6, 16))
-    masked = prune(weight, nm_mask(weight, 2, 4))
+    masked = prune_weight(weight, nm_mask(weight, 2, 4))
     masked[5, int((masked[5] == 0).nonzero()[0])] = 1e-6
     assert not is_nm(masked, 2, 4)
 
@@ -295,14 +295,14 @@ def test_factor_gets_no_gradient_under_straight_through() -> None:
 
 
 def test_prune_gives_exact_zeros_for_nan_infinity_and_negative_weights() -> None:
-    pruned = prune(torch.tensor([NAN, INF, -INF, -5.0, 7.0]), torch.zeros(5))
+    pruned = prune_weight(torch.tensor([NAN, INF, -INF, -5.0, 7.0]), torch.zeros(5))
     assert torch.equal(pruned, torch.zeros(5))
     assert not torch.signbit(pruned).any()
 
 
 def test_prune_keeps_what_is_kept_and_scales_what_decays() -> None:
     weight = torch.tensor([NAN, INF, -2.0, 4.0], requires_grad=True)
-    pruned = prune(weight, torch.tensor([1.0, 1.0, 0.5, 0.25]))
+    pruned = prune_weight(weight, torch.tensor([1.0, 1.0, 0.5, 0.25]))
     assert pruned[0].isnan()
     assert pruned[1:].tolist() == [INF, -1.0, 1.0]
     assert not pruned.requires_grad
@@ -312,7 +312,7 @@ def test_prune_keeps_what_is_kept_and_scales_what_decays() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pruned_weight_satisfies_its_pattern(dtype: torch.dtype) -> None:
     weight = draw((4, 32), dtype, "special")
-    pruned = prune(weight, nm_mask(weight, 2, 8))
+    pruned = prune_weight(weight, nm_mask(weight, 2, 8))
     assert pruned.dtype == dtype
     assert is_nm(pruned, 2, 8)
 
@@ -431,7 +431,7 @@ def every_step_function(device: str, n: int, m: int) -> None:
     add_sr_ste_(weight.grad, weight, mask)
     mask_distance(mask, 1 - mask)
     masked_gradient_variance(weight.grad, weight.grad, mask)
-    prune(weight, mask)
+    prune_weight(weight, mask)
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 8), (4, 8), (15, 16), (31, 32), (32, 64), (4, 4)])
@@ -464,7 +464,7 @@ def rows_sharded_equal_unsharded(rank: int, mesh) -> None:
         assert mask.placements == sharded.placements
         assert mask.shape == sharded.shape
         assert torch.equal(mask.full_tensor(), nm_mask(weight, 2, 4))
-        assert torch.equal(prune(sharded, mask).full_tensor(), prune(weight, nm_mask(weight, 2, 4)))
+        assert torch.equal(prune_weight(sharded, mask).full_tensor(), prune_weight(weight, nm_mask(weight, 2, 4)))
     columns = distribute_tensor(draw((4, 8)), mesh, [Shard(1)])
     assert torch.equal(nm_mask(columns, 2, 4, "output").full_tensor(), nm_mask(draw((4, 8)), 2, 4, "output"))
     whole = distribute_tensor(draw((4, 8)), mesh, [Replicate()])
