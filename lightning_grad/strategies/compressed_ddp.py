@@ -28,6 +28,7 @@ from typing_extensions import override
 
 from lightning_grad.core import Chosen, check_count, during_fit, is_log_step
 from lightning_grad.core.compatibility import Compatibility, manual, moot, no
+from lightning_grad.core.switch import is_switched_off
 from lightning_grad.strategies._buckets import BucketCollector, Gradient, all_finite, concatenated, write_dense
 from lightning_grad.strategies._collectives import Collectives, explain_lost_rank, interrupts_deferred
 from lightning_grad.strategies._ledger import Stopwatch, measure_noise
@@ -181,6 +182,9 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
+        if is_switched_off(self, trainer):
+            trainer.strategy.setup(trainer)  # by now DDP
+            return
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return
