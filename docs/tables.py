@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning_grad import callbacks, strategies
-from lightning_grad.core import Phase
+from lightning_grad.core import Role
 from lightning_grad.core.compatibility import TITLES, Answer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,12 +101,12 @@ def family_techniques(family: str) -> Iterator[str]:
     yield write_descriptions(techniques()[family])
 
 
-def clipping_phases() -> Iterator[str]:
-    """Yield the table of phases and of the techniques that stand in them."""
+def clipping_roles() -> Iterator[str]:
+    """Yield the table of roles and of the techniques that stand in them."""
     classes = [cls for members in techniques().values() for cls in members]
-    of_phase = {phase: [cls for cls in classes if getattr(cls, "phase", None) == phase] for phase in get_args(Phase)}
-    rows = [(phase, ", ".join(f"`{cls.__name__}`" for cls in members)) for phase, members in of_phase.items()]
-    yield write_table(("Phase", "Rules"), rows)
+    of_role = {role: [cls for cls in classes if getattr(cls, "role", None) == role] for role in get_args(Role)}
+    rows = [(role, ", ".join(f"`{cls.__name__}`" for cls in members)) for role, members in of_role.items()]
+    yield write_table(("Role", "Rules"), rows)
 
 
 def clipping_thresholds() -> Iterator[str]:
@@ -201,7 +201,7 @@ def parts() -> dict[tuple[str, str], Callable[[], Iterable[str]]]:
         ("docs/index.md", "contents"): index_contents,
         ("docs/api.md", "techniques"): api_techniques,
         ("docs/compatibility.md", "compatibility"): compatibility,
-        ("docs/clipping.md", "phases"): clipping_phases,
+        ("docs/clipping.md", "roles"): clipping_roles,
         ("docs/clipping.md", "thresholds"): clipping_thresholds,
     }
     for family, members in techniques().items():
