@@ -168,7 +168,8 @@ def card_works_with(technique: type[Any]) -> Iterator[str]:
     """Yield what a technique works with, for its card."""
     for line in works_with(technique):
         yield textwrap.fill(line, 120, initial_indent="- ", subsequent_indent="  ")
-    yield f"\nReasons, and ways out: [compatibility](../compatibility.md). All arguments: [API](../api/{family_of(technique)}.md).\n"
+    arguments = f"[API](../api/{family_of(technique)}.md)"
+    yield f"\nReasons, and ways out: [compatibility](../compatibility.md). All arguments: {arguments}.\n"
 
 
 def api_contents() -> Iterator[str]:
