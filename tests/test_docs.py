@@ -346,7 +346,7 @@ def test_list_for_language_models_leads_to_every_page() -> None:
 
 
 def test_refusals_are_read_from_the_code() -> None:
-    call = ast.parse('ValueError(f"{self.label} has {n} rows. Drop {how}, or {more}.")', mode="eval").body
+    call = ast.parse('ValueError(f"{self.display_name} has {n} rows. Drop {how}, or {more}.")', mode="eval").body
     assert isinstance(call, ast.Call)
     text = refusals.template_of(call.args[0])
     assert text == "... has ... rows. Drop ..., or ...."
