@@ -102,12 +102,11 @@ class MomentumReset(OptimizerCallback):
             raise ValueError("Use only one MomentumReset per Trainer: two would overwrite each other's learning rates.")
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting:
-            self._steps, self._last, self._resets = (
-                Counter({int(index): count for index, count in state_dict.get(key, {}).items()}) for key in _COUNTS
-            )
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._steps, self._last, self._resets = (
+            Counter({int(index): count for index, count in state.get(key, {}).items()}) for key in _COUNTS
+        )
 
     @override
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:

@@ -92,12 +92,11 @@ class SkipNonFinite(GradientConditioner):
     # The fit begins.
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting:
-            self._skipped, self._in_row = (
-                Counter({int(i): count for i, count in state_dict[key].items()}) for key in ("skipped", "in_row")
-            )
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._skipped, self._in_row = (
+            Counter({int(i): count for i, count in state[key].items()}) for key in ("skipped", "in_row")
+        )
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

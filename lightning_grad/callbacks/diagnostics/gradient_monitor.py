@@ -145,15 +145,13 @@ class GradientMonitor(GradCallback):
             refuse_order(trainer)
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if not self.fitting:
-            return
-        for index, saved in state_dict["records"].items():
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        for index, saved in state["records"].items():
             self._records.setdefault(int(index), MonitorRecord()).load_state_dict(saved)
-        if not self.changed_settings(state_dict, "include", "exclude"):
-            self._noise.load_state_dict(state_dict["noise"])  # else its averages are of other parameters
-        self._first_bad.load_state_dict(state_dict)
+        if not self.changed_settings(state, "include", "exclude"):
+            self._noise.load_state_dict(state["noise"])  # else its averages are of other parameters
+        self._first_bad.load_state_dict(state)
 
     @override
     @on_plain_tensors
