@@ -14,8 +14,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from lightning_grad.testing import StopIn, assert_identical, finish, on_ranks, outcome, train_on_ranks
+from lightning_grad.testing import StopIn, assert_identical, on_ranks
 from tests.contract.strategy_settings import CANONICAL
+from tests.strategies.fits import finish, outcome, train_on_ranks
 from tests.strategies.ranks import said
 
 DGC, POWER = CANONICAL
