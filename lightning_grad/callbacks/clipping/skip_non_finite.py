@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core import GradientConditioner, GradientStep, Phase, check_count, during_fit, until_next_fit
+from lightning_grad.core import GradientConditioner, GradientStep, Role, check_count, during_fit, until_next_fit
 from lightning_grad.functional import nonfinite
 from lightning_grad.functional.gradients.tensor_lists import stack_norms
 from lightning_grad.utilities.forward_order import ForwardOrder
@@ -66,7 +66,7 @@ class SkipNonFinite(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/skip_non_finite"
     trial: ClassVar[Mapping[str, Any]] = {"max_in_row": 3}
-    phase: ClassVar[Phase] = "guard"
+    role: ClassVar[Role] = "guard"
     syncs_per_step: ClassVar[str] = "whether a step is made must be known on the host: one wait a step"
 
     _skipped = until_next_fit.of(OptimizerCounts).saved()
@@ -142,14 +142,14 @@ class SkipNonFinite(GradientConditioner):
         where = self._where(step, bad)
         if self.max_in_row is not None and in_row >= self.max_in_row:
             raise RuntimeError(
-                f"{self.label}: {in_row} steps in a row had gradients that are not finite, the last in {where}. The "
+                f"{self.display_name}: {in_row} steps in a row had gradients that are not finite, the last in {where}. The "
                 "weights, and not a batch, are the likely cause: lower the learning rate, or resume from an earlier "
                 "checkpoint. To go on all the same, set max_in_row=None."
             )
         self._told += 1
         if self._told <= self.warnings:
             last = " Further ones are only counted." if self._told == self.warnings else ""
-            rank_zero_warn(f"{self.label} skips a step: not finite in {where}.{last}")
+            rank_zero_warn(f"{self.display_name} skips a step: not finite in {where}.{last}")
 
     def _where(self, step: GradientStep, bad: Tensor) -> str:
         names = [name for name, is_bad in zip(step.names, bad.tolist(), strict=True) if is_bad]

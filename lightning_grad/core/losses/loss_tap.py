@@ -41,7 +41,7 @@ def choose_way(step: ways.Step, weighing: ways.Weighing) -> ways.Way | None:
     """
     asked = weighing.asked
     if asked.loss_fn is not None:
-        _try_function(step, asked.loss_fn, asked.label)
+        _try_function(step, asked.loss_fn, asked.display_name)
         return ways.ByFunction(weighing, asked.loss_fn)
     by_call = ways.ByCall(asked, weighing.reweight)
     trainer = step.module._trainer
@@ -80,14 +80,15 @@ def choose_again(step: ways.Step, weighing: ways.Weighing, way: ways.ByCall) -> 
         return way  # a later step tells
     if not isinstance(found, ways.ByCall):
         rank_zero_warn(
-            f"{weighing.asked.label}: {more}. In the step before only that call was weighted; from this one on the whole "
-            "loss is."
+            f"{weighing.asked.display_name}: {more}. In the step before only that call was weighted; from this one on "
+            "the whole loss is."
         )
         return found
     if way.changed is not None and way.changed not in found.outlines:
         rank_zero_warn(
-            f"{weighing.asked.label}: in some steps {more}, and only that call is weighted in these. Ignore it if what they "
-            "add is the same for all samples. Otherwise let each step add it, with a factor of 0 where it does not count."
+            f"{weighing.asked.display_name}: in some steps {more}, and only that call is weighted in these. Ignore it if "
+            "what they add is the same for all samples. Otherwise let each step add it, with a factor of 0 where it does "
+            "not count."
         )
         found.outlines.add(way.changed)
     found.outlines |= way.outlines
@@ -95,14 +96,16 @@ def choose_again(step: ways.Step, weighing: ways.Weighing, way: ways.ByCall) -> 
     return found
 
 
-def _try_function(step: ways.Step, loss_fn: given.GivenFunction, label: str) -> None:
+def _try_function(step: ways.Step, loss_fn: given.GivenFunction, display_name: str) -> None:
     """Ask the function once, also where the first steps are not weighted."""
     with aside(step.module), torch.enable_grad():
-        losses = given.with_graph(given.checked_losses(loss_fn(step.module, copy_of(step.batch)), step.samples), label)
+        losses = given.with_graph(
+            given.checked_losses(loss_fn(step.module, copy_of(step.batch)), step.samples), display_name
+        )
     if len(losses) and not bool(losses.isfinite().any()):
         raise ValueError(
-            f"{label} weights the losses that loss_fn returns, and in the first batch none of them is finite. Let loss_fn "
-            "return the losses whose mean training_step returns."
+            f"{display_name} weights the losses that loss_fn returns, and in the first batch none of them is finite. Let "
+            "loss_fn return the losses whose mean training_step returns."
         )
 
 
@@ -125,7 +128,7 @@ def _terms_after(error: Exception, step: ways.Step, asked: given.LossRequest, ca
             raise InseparableLossError(found.function, found.location, f"{found.reason} {ways_out}") from None
     except InseparableLossError:
         if isinstance(error, ValueError):  # which knows more of why there are too few rows
-            raise ValueError(f"{asked.label} weights the loss of each sample. {error}") from None
+            raise ValueError(f"{asked.display_name} weights the loss of each sample. {error}") from None
         raise
     terms.release()
     return terms
@@ -185,8 +188,8 @@ def reweight_losses(
     tap = _tap_of(pl_module)
     if tap.weighing is not None:
         raise ValueError(
-            f"{tap.weighing.asked.label} and {asked.label} would both weight the samples of a batch. Keep one of them in the "
-            "list of callbacks."
+            f"{tap.weighing.asked.display_name} and {asked.display_name} would both weight the samples of a batch. Keep "
+            "one of them in the list of callbacks."
         )
     tap.weighing = ways.Weighing(reweight, asked, acts, needs)
     if tap.samples is batch_size_of:
