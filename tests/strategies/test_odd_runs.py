@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.strategies import DGCStrategy, PowerSGDStrategy, _rank_files
-from lightning_grad.testing import StopIn, on_ranks, outcome
+from lightning_grad.testing import StopIn, on_ranks
+from tests.strategies.fits import outcome
 from tests.strategies.ranks import BATCH, BATCHES, Task, assert_close, assert_same, dgc, samples
 
 pytestmark = [

@@ -15,9 +15,10 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from lightning_grad.testing import StopIn, assert_identical, on_ranks, outcome
-from lightning_grad.testing import train_on_ranks as train_and_validate
+from lightning_grad.testing import StopIn, assert_identical, on_ranks
 from tests.contract.strategy_settings import CANONICAL
+from tests.strategies.fits import outcome
+from tests.strategies.fits import train_on_ranks as train_and_validate
 from tests.strategies.ranks import said
 
 DGC, POWER = CANONICAL
