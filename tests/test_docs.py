@@ -21,6 +21,7 @@ import plain_project
 import pytest
 import yaml
 from lightning.pytorch.strategies import StrategyRegistry
+from matplotlib.figure import Figure
 from nbclient import NotebookClient
 
 import lightning_grad
@@ -105,10 +106,11 @@ def run_block(block: Block, namespace: dict[str, Any]) -> str:
 
 @pytest.fixture
 def _short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let Trainers be quiet, which pages leave to the reader, and figures be blank, which have tests of their own."""
+    """Mute Trainers, which pages leave to the reader, and leave figures blank, which have tests of their own."""
     monkeypatch.setenv("PL_TRAINER_ENABLE_PROGRESS_BAR", "False")
     monkeypatch.setenv("PL_TRAINER_ENABLE_MODEL_SUMMARY", "False")
     monkeypatch.setattr("matplotlib.figure.Figure.draw", lambda *_: None)
+    monkeypatch.setattr("lightning_grad.callbacks.data_pruning._report.draw_samples", lambda *_: Figure())
 
 
 @contextlib.contextmanager
