@@ -37,8 +37,8 @@ def report(
     """Write the figure of the scores, the hardest and easiest samples, and the samples whose label may be wrong.
 
     To be called on every rank; rank zero writes, into the folder of the logs, and nobody does if there is none. The files
-    begin with the label and the epoch, as in ``data_pruning_epoch5_samples.csv``. What cannot be read or drawn is warned
-    of, and training goes on. The random streams of Python, numpy and torch stay where they are.
+    begin with the display name and the epoch, as in ``data_pruning_epoch5_samples.csv``. What cannot be read or drawn is
+    warned of, and training goes on. The random streams of Python, numpy and torch stay where they are.
 
     Args:
         trainer: Whose loggers get the figures and the table.
@@ -52,37 +52,37 @@ def report(
     """
     if not trainer.is_global_zero or output_folder(trainer) is None:
         return
-    label, names, ending = owner.label, None, f"_epoch{scored.epoch}_"
-    with tolerated(label, "the list of class names"):
+    display_name, names, ending = owner.display_name, None, f"_epoch{scored.epoch}_"
+    with tolerated(display_name, "the list of class names"):
         names = class_names_of(dataset)
-    title = f"{label}: {scored.name} after {counted(scored.epoch, 'epoch')}"
+    title = f"{display_name}: {scored.name} after {counted(scored.epoch, 'epoch')}"
     if figure:
-        with tolerated(label, "the figure of the scores"):
-            path = output_file(trainer, label, f"{ending}scores.png")
+        with tolerated(display_name, "the figure of the scores"):
+            path = output_file(trainer, display_name, f"{ending}scores.png")
             log_figure(trainer, owner.log_key("scores_figure"), partial(draw_scores, scored, title, names), path)
-    with tolerated(label, "the report of samples"):
+    with tolerated(display_name, "the report of samples"):
         ranks, indices = _most_telling(scored, num_shown)
         errors = scored.label_errors.tolist()
-        views = _views(dataset, [*dict.fromkeys([*indices, *errors[:num_shown]])], label, decode)
+        views = _views(dataset, [*dict.fromkeys([*indices, *errors[:num_shown]])], display_name, decode)
         _report_label_errors(trainer, scored, errors, owner, names, views)
         if num_shown == 0:
             return
         groups = _samples(scored, ranks, indices, names, views)
         samples = [sample for group in groups for sample in group]
         if not samples:
-            rank_zero_warn(f"{label}: no sample is shown, for none of {len(scored.values)} has a score.")
+            rank_zero_warn(f"{display_name}: no sample is shown, for none of {len(scored.values)} has a score.")
             return
         pictures = [sample.picture for sample in samples]
-        with tolerated(label, "the table of samples"):
+        with tolerated(display_name, "the table of samples"):
             columns = ["index", "score", "rank", "label", "prediction", "kept"]
             rows = [{column: getattr(sample, column) for column in columns} for sample in samples]
             if any(picture is None for picture in pictures):
                 rows = [{**row, "input": sample.text} for row, sample in zip(rows, samples, strict=True)]
-            path = output_file(trainer, label, f"{ending}samples.csv")
+            path = output_file(trainer, display_name, f"{ending}samples.csv")
             log_table(trainer, owner.log_key("samples"), rows, path, pictures)
         if figure and any(picture is not None for picture in pictures):
-            with tolerated(label, "the figure of samples"):
-                path = output_file(trainer, label, f"{ending}samples.png")
+            with tolerated(display_name, "the figure of samples"):
+                path = output_file(trainer, display_name, f"{ending}samples.png")
                 log_figure(trainer, owner.log_key("samples_figure"), partial(draw_samples, groups, title), path)
 
 
@@ -114,7 +114,7 @@ def _report_label_errors(
 def _write(
     trainer: pl.Trainer, scored: ScoredSet, owner: Recorder, what: str, rows: Any, pictures: Sequence[Any] = ()
 ) -> None:
-    path = output_file(trainer, owner.label, f"_epoch{scored.epoch}_{what}.csv")
+    path = output_file(trainer, owner.display_name, f"_epoch{scored.epoch}_{what}.csv")
     log_table(trainer, owner.log_key(what), rows, path, pictures)
 
 
@@ -150,7 +150,9 @@ def _samples(
     return samples[:hard], samples[hard:]
 
 
-def _views(dataset: Any, indices: Sequence[int], label: str, decode: Callable[[Any], Any] | None) -> dict[int, View]:
+def _views(
+    dataset: Any, indices: Sequence[int], display_name: str, decode: Callable[[Any], Any] | None
+) -> dict[int, View]:
     views, faults = {}, []
     cuda = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
     with isolate_rng(include_cuda=cuda):
@@ -162,7 +164,9 @@ def _views(dataset: Any, indices: Sequence[int], label: str, decode: Callable[[A
                 faults.append(f"sample {index}: {type(error).__name__}: {error}")
                 views[index] = None, f"not readable ({type(error).__name__})"
     if faults:
-        rank_zero_warn(f"{label}: {len(faults)} of {len(indices)} samples cannot be shown. The first is {faults[0]}")
+        rank_zero_warn(
+            f"{display_name}: {len(faults)} of {len(indices)} samples cannot be shown. The first is {faults[0]}"
+        )
     return views
 
 
