@@ -25,7 +25,7 @@ from lightning_grad.utilities.reporting import counted, log_figure, log_table, o
 View = tuple[NDArray[np.uint8] | None, str]
 
 
-def report(
+def report_scores(
     trainer: pl.Trainer,
     scored: ScoredSet,
     dataset: Any,

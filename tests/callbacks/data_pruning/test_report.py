@@ -74,7 +74,7 @@ def report(
     owner = DataPruning(name=display_name.partition("[")[2].removesuffix("]") or None)
     if names is not None:
         dataset = Named(dataset, names)
-    _report.report(trainer, found, dataset, owner, num_shown, figure)
+    _report.report_scores(trainer, found, dataset, owner, num_shown, figure)
 
 
 class Named(Dataset[Any]):
@@ -217,7 +217,7 @@ def test_label_errors_are_listed_and_counted(trainer: pl.Trainer, folder: Path) 
     found = scored([0.1, 0.5, 0.9, 0.2, 0.8, 0.7, nan], labels=labels, predictions=answers)
     tokens = [([7, index], label) for index, label in enumerate(labels)]
     named = Named(tokens, ["cat", "dog", "owl"])
-    _report.report(trainer, found, named, DataPruning(), 1, False, lambda item: f"text {item[0][1]}")
+    _report.report_scores(trainer, found, named, DataPruning(), 1, False, lambda item: f"text {item[0][1]}")
     rows = rows_of(folder / f"{STEM}_label_errors.csv")
     assert [row["index"] for row in rows] == ["2", "1", "3"] == [str(index) for index in found.label_errors.tolist()]
     assert [(row["label"], row["suggested"]) for row in rows] == [("dog", "cat"), ("dog", "owl"), ("dog", "owl")]
