@@ -5,8 +5,9 @@ import sys
 import torch
 import torch.distributed as dist
 
-from lightning_grad.testing import assert_identical, outcome, train_on_ranks
+from lightning_grad.testing import assert_identical
 from tests.contract.strategy_settings import CANONICAL
+from tests.strategies.fits import outcome, train_on_ranks
 
 
 def check(name: str, device: str) -> None:
