@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	@$(BIN)/python examples/demo.py
+	@$(BIN)/python studies/demo.py
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest

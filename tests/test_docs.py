@@ -37,7 +37,7 @@ SECTIONS = (
     "Limits",
     "Attribution",
 )
-OUR_FOLDERS = ("lightning_grad/", "tests/", "examples/", "benchmarks/", "docs/", ".ci/")
+OUR_FOLDERS = ("lightning_grad/", "tests/", "examples/", "studies/", "benchmarks/", "docs/", ".ci/")
 
 FENCE = re.compile(r"^```([^`\n]*)\n(.*?)^```$(?:\s*^```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
 

@@ -6,15 +6,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import communication
-import demo
 import plain_project
 import pytest
 import torch
-from communication import STRATEGIES, Recorder, Result, Study, parse, print_table, run_study
-from study import Follow, read_curve
 
 from lightning_grad.strategies import DGCStrategy
+from studies import communication, demo
+from studies.common import Follow, read_curve
+from studies.communication import STRATEGIES, Recorder, Result, Study, parse, print_table, run_study
 
 EXAMPLES = Path(plain_project.__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"

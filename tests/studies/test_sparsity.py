@@ -6,17 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import clipping
-import demo
 import plain_project
 import pytest
-import sparsity
 import torch
-from sparsity import Result, Study, draw_comparison, parse, print_table, run_study
-from study import read_curve
 
 from lightning_grad.callbacks import NMSparsity
 from lightning_grad.functional import is_nm
+from studies import clipping, demo, sparsity
+from studies.common import read_curve
+from studies.sparsity import Result, Study, draw_comparison, parse, print_table, run_study
 from tests.wandb_offline import items, parsed
 
 EXAMPLES = Path(plain_project.__file__).parents[1]

@@ -7,13 +7,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import adversarial
-import demo
 import numpy as np
 import plain_project
 import pytest
 import torch
-from adversarial import (
+from plain_project.schedules import with_schedule
+from torch import nn
+
+from lightning_grad.callbacks import AccuracyGradientLR, AdversarialEvaluation, AdversarialTraining
+from studies import adversarial, demo
+from studies.adversarial import (
     CLEAN,
     OURS,
     RIGHT,
@@ -39,10 +42,6 @@ from adversarial import (
     train,
     tune,
 )
-from plain_project.schedules import with_schedule
-from torch import nn
-
-from lightning_grad.callbacks import AccuracyGradientLR, AdversarialEvaluation, AdversarialTraining
 
 EXAMPLES = Path(plain_project.__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"

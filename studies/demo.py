@@ -1,8 +1,12 @@
 """What lightning-grad does, in three minutes: sparse, clipped, pruned, attacked and compressed (``make demo``)."""
 
+import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from dataclasses import replace
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 TITLE = "lightning-grad: gradient techniques in Lightning projects that know nothing of it"
 
@@ -30,11 +34,11 @@ Written to {folder}/
   communication/dgc*_seed0/*.png    one training: bytes a step, by layer, unsent
 
 Show it in W&B:       wandb sync {folder}/wandb/offline-run-*
-Try other settings:   .venv/bin/python examples/sparsity.py --help
-                      .venv/bin/python examples/clipping.py --help
-                      .venv/bin/python examples/data_pruning.py --help
-                      .venv/bin/python examples/adversarial.py --help
-                      .venv/bin/python examples/communication.py --help"""
+Try other settings:   .venv/bin/python studies/sparsity.py --help
+                      .venv/bin/python studies/clipping.py --help
+                      .venv/bin/python studies/data_pruning.py --help
+                      .venv/bin/python studies/adversarial.py --help
+                      .venv/bin/python studies/communication.py --help"""
 
 
 def main(
@@ -47,7 +51,7 @@ def main(
 ) -> None:
     """Train, and tell what came of it."""
     print(TITLE, flush=True)
-    import sparsity  # takes seconds, so after the first words
+    from studies import sparsity  # takes seconds, so after the first words
 
     print(f"\n1. {sparsity.IN_THE_DEMO}", flush=True)
     progressive = sparsity.Study(epochs=epochs, output=output, wandb="offline", accelerator="cpu")
@@ -55,7 +59,7 @@ def main(
     print()
     sparsity.print_table(results, progressive.pattern)
 
-    import clipping
+    from studies import clipping
 
     print(f"\n2. {clipping.IN_THE_DEMO}", flush=True)
     spikes = clipping.Study(steps=steps, output=output / "clipping", accelerator="cpu")
@@ -71,7 +75,7 @@ def main(
 
 def prune_data(output: Path, epochs: int) -> None:
     """Run the third part."""
-    import data_pruning
+    from studies import data_pruning
 
     print(f"\n3. {data_pruning.IN_THE_DEMO}", flush=True)
     variants = ("full", "random", "hard", "infobatch")
@@ -83,7 +87,7 @@ def prune_data(output: Path, epochs: int) -> None:
 
 def attack_inputs(output: Path, epochs: int) -> None:
     """Run the fourth part."""
-    import adversarial
+    from studies import adversarial
 
     print(f"\n4. {adversarial.IN_THE_DEMO}", flush=True)
     schedule, rate = "accuracy-gradient", 0.1
@@ -93,7 +97,7 @@ def attack_inputs(output: Path, epochs: int) -> None:
 
 def compress_gradients(output: Path, epochs: int) -> None:
     """Run the fifth part."""
-    import communication
+    from studies import communication
 
     print(f"\n5. {communication.IN_THE_DEMO}", flush=True)
     study = communication.Study(("dense", "powersgd-4", "dgc-99.9"), epochs=epochs, output=output)
