@@ -111,7 +111,7 @@ def label(variant: str, prune: float) -> str:
 def scored(prune: float | list[float], study: Study, seed: int, **settings: Any) -> list[Callback]:
     """Return DataPruning as this study uses it: no page, table or figure, which are not part of what is timed."""
     plain = unaugmented if study.cifar10 else None
-    settings = {"epoch": study.score_epoch, "budget": study.budget, "show": 0, "figure": False} | settings
+    settings = {"epoch": study.score_epoch, "budget": study.budget, "num_shown": 0, "figure": False} | settings
     return [DataPruning(prune, seed=seed, score_dataset=plain, **settings)]
 
 
@@ -375,7 +375,7 @@ def find_label_errors(study: Study) -> list[Finding]:
     prepare(study)
     flip, findings = max(study.flips), []
     for seed in range(study.seeds):
-        shown: dict[str, Any] = {"show": 24, "figure": True} if seed == 0 else {}
+        shown: dict[str, Any] = {"num_shown": 24, "figure": True} if seed == 0 else {}
         folder = score(study, "el2n", flip, seed, [study.score_epoch], **shown)
         wrong = hardest_wrong(study, folder, flip, seed)
         for size in (len(wrong) // 100, len(wrong) // 20, wrong.sum()):
@@ -400,7 +400,7 @@ def look_at_scores(study: Study) -> None:
     flip, epochs = max(study.flips), [0, study.score_epoch]
     score(study, "grand", flip, 0, epochs, score="grand")
     score(study, "el2n", flip, 0, [study.score_epoch])
-    cut = score(study, "cut", flip, 0, [study.score_epoch], prune=0.5, offset=OFFSET, show=16, figure=True)
+    cut = score(study, "cut", flip, 0, [study.score_epoch], prune=0.5, offset=OFFSET, num_shown=16, figure=True)
     shutil.copy(cut / f"data_pruning_epoch{study.score_epoch}_scores.png", study.output / "histogram.png")
     draw_scores(study, flip).savefig(study.output / "scores.png", dpi=140)
 

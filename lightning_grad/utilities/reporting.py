@@ -277,22 +277,22 @@ def _is_wandb(logger: Any) -> bool:
     return hasattr(logger, "log_image") and hasattr(_experiment(logger), "log_artifact")
 
 
-def limit_layers(values: Mapping[str, float], depth: int | None, top: int) -> dict[str, float]:
+def limit_layers(values: Mapping[str, float], layer_depth: int | None, max_layers: int) -> dict[str, float]:
     """Reduce per-layer values to a number of keys that a dashboard can carry.
 
     Args:
         values: Value of each layer by its name.
-        depth: Join layers whose first ``depth`` name parts agree, by their mean; ``None`` joins none.
-        top: Keep this many, in the order of the module.
+        layer_depth: Join layers whose first ``layer_depth`` name parts agree, by their mean; ``None`` joins none.
+        max_layers: Keep this many, in the order of the module.
 
     Example:
-        >>> limit_layers({"a.0.x": 1.0, "a.0.y": 3.0, "b": 5.0}, depth=2, top=8)
+        >>> limit_layers({"a.0.x": 1.0, "a.0.y": 3.0, "b": 5.0}, layer_depth=2, max_layers=8)
         {'a.0': 2.0, 'b': 5.0}
     """
     joined: dict[str, list[float]] = {}
     for name, value in values.items():
-        joined.setdefault(name if depth is None else ".".join(name.split(".")[:depth]), []).append(value)
-    return {name: sum(found) / len(found) for name, found in list(joined.items())[:top]}
+        joined.setdefault(name if layer_depth is None else ".".join(name.split(".")[:layer_depth]), []).append(value)
+    return {name: sum(found) / len(found) for name, found in list(joined.items())[:max_layers]}
 
 
 def counted(count: int, noun: str) -> str:

@@ -104,7 +104,7 @@ def lr(**changes: Any) -> Any:
 
 
 def attack(**changes: Any) -> Any:
-    return lg.AdversarialTraining(**{"epsilon": 0.1, "check_every": None, **changes})
+    return lg.AdversarialTraining(**{"epsilon": 0.1, "check_every_n_epochs": None, **changes})
 
 
 def evaluation(**changes: Any) -> Any:

@@ -78,8 +78,8 @@ def test_number_that_is_large_enough_passes(value: float, least: float) -> None:
 
 @pytest.mark.parametrize("value", [0, -1, 0.999, float("nan")])
 def test_number_that_is_too_small_or_none_raises(value: float) -> None:
-    with pytest.raises(ValueError, match=f"mask_every must be at least 1; got {value}"):
-        check_at_least(value, 1, "mask_every")
+    with pytest.raises(ValueError, match=f"mask_every_n_steps must be at least 1; got {value}"):
+        check_at_least(value, 1, "mask_every_n_steps")
 
 
 def test_owned_parameters_come_from_every_group() -> None:

@@ -425,7 +425,7 @@ def test_only_rank_zero_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("depth", "top", "expected"),
+    ("layer_depth", "max_layers", "expected"),
     [
         (None, 8, {"a.0.x": 1.0, "a.0.y": 3.0, "a.1.x": 8.0, "b": 5.0}),
         (None, 2, {"a.0.x": 1.0, "a.0.y": 3.0}),
@@ -437,10 +437,10 @@ def test_only_rank_zero_writes(tmp_path: Path) -> None:
     ],
 )
 def test_layers_are_joined_by_their_mean_and_cut_in_order(
-    depth: int | None, top: int, expected: dict[str, float]
+    layer_depth: int | None, max_layers: int, expected: dict[str, float]
 ) -> None:
     values = {"a.0.x": 1.0, "a.0.y": 3.0, "a.1.x": 8.0, "b": 5.0}
-    found = limit_layers(values, depth, top)
+    found = limit_layers(values, layer_depth, max_layers)
     assert found == expected
     assert list(found) == list(expected)
 

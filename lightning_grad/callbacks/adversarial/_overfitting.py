@@ -106,7 +106,7 @@ class OverfittingCheck:
     def _tell_unknown(self, error: _UnknownAccuracyError) -> None:
         if not self._has_told:
             rank_zero_info(
-                f"{self.label} leaves out the accuracies of check_every: {error} AdversarialEvaluation measures what the "
-                "module itself logs; check_every=None turns the check off."
+                f"{self.label} leaves out the accuracies of check_every_n_epochs: {error} AdversarialEvaluation measures "
+                "what the module itself logs; check_every_n_epochs=None turns the check off."
             )
         self._has_told = True

@@ -66,7 +66,8 @@ class AdversarialEvaluation(GradCallback):
         steps: Steps of PGD (20 in arXiv 1706.06083, section 5).
         restarts: Attacks on each batch; of each sample the one with the highest loss counts. Above 1, the loss of each
             sample must be seen.
-        every: Attack every so many validations of a fit, beginning with the first; validate and test always attack.
+        every_n_validations: Attack every this many validations of a fit, beginning with the first.
+            Trainer.validate and Trainer.test always attack.
         step_size: Step size; by default 2.5 epsilon / steps, as in the released code of arXiv 1706.06083.
         norm: Norm of the ball, "linf" or "l2".
         random_start: Begin at a random point of the ball.
@@ -134,7 +135,7 @@ class AdversarialEvaluation(GradCallback):
         epsilon: float = 8 / 255,
         steps: int = 20,
         restarts: int = 1,
-        every: int = 1,
+        every_n_validations: int = 1,
         step_size: float | None = None,
         norm: Literal["linf", "l2"] = "linf",
         random_start: bool = True,
@@ -155,7 +156,7 @@ class AdversarialEvaluation(GradCallback):
         self.epsilon = epsilon
         self.steps = steps
         self.restarts = check_count(restarts, 1, "restarts")
-        self.every = check_count(every, 1, "every")
+        self.every_n_validations = check_count(every_n_validations, 1, "every_n_validations")
         self.step_size = step_size
         self.norm = norm
         self.random_start = random_start
@@ -210,7 +211,11 @@ class AdversarialEvaluation(GradCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        often = "each validation" if self.every == 1 else f"one of every {self.every} validations"
+        often = (
+            "each validation"
+            if self.every_n_validations == 1
+            else f"one of every {self.every_n_validations} validations"
+        )
         self.announce(f"runs {often} once more on inputs attacked by PGD ({self._attack.described})", "inputs")
 
     @override
@@ -234,7 +239,7 @@ class AdversarialEvaluation(GradCallback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        due = trainer.sanity_checking or not self.fitting or self._validations % self.every == 0
+        due = trainer.sanity_checking or not self.fitting or self._validations % self.every_n_validations == 0
         self._evaluation = Evaluation(SecondState(pl_module)) if due else None
 
     @override

@@ -59,8 +59,9 @@ class AdversarialTraining(GradCallback):
             mask or weight, with those of the other samples where a batch is a list of them; without one, or with integers
             before it, the output of the first nn.Embedding.
         warmup_fraction: Share of the run in which epsilon grows from 0, linearly.
-        check_every: After every so many epochs, tell the accuracy of one batch under PGD with 10 steps, beside that under
-            the attack of the training; None never does. FGSM may lose all robustness within an epoch, and only this shows it.
+        check_every_n_epochs: Check for overfitting to the attack every this many epochs; None never does.
+            It logs the accuracy of one batch under PGD with 10 steps, and under the attack of the training. FGSM may lose
+            all robustness within an epoch, and only this shows it.
         seed: Seed of random starts and of the choice of clean samples.
         total_steps: Length of the run in optimizer steps, where it has no known end; for warmup_fraction. Default: the
             Trainer's.
@@ -80,8 +81,8 @@ class AdversarialTraining(GradCallback):
     samples, so that these see clean inputs.
 
     **Logs** under ``adversarial/``: at log steps ``epsilon`` and ``loss_gain`` (loss of the step less that at the start of
-    the attack); after every check_every epochs ``attack_accuracy`` and ``pgd_accuracy`` of one batch, in eval mode. What the
-    module logs in its step is measured under attack.
+    the attack); every check_every_n_epochs epochs ``attack_accuracy`` and ``pgd_accuracy`` of one batch, in eval mode. What
+    the module logs in its step is measured under attack.
 
     **State.** None but its settings. Random numbers are those of seed, epoch, batch and rank, so resuming is bit-exact.
 
@@ -105,7 +106,7 @@ class AdversarialTraining(GradCallback):
         Goodfellow et al., "Explaining and Harnessing Adversarial Examples", 2015, arXiv 1412.6572 (FGSM, clean_fraction).
         Wong et al., "Fast is better than free: Revisiting adversarial training", 2020, arXiv 2001.03994 (random start).
         Embeddings: Miyato et al., "Adversarial Training Methods for Semi-Supervised Text Classification", 2017, arXiv
-        1605.07725. The ramp of epsilon and check_every are ours.
+        1605.07725. The ramp of epsilon and check_every_n_epochs are ours.
     """
 
     namespace: ClassVar[str] = "adversarial"
@@ -138,7 +139,7 @@ class AdversarialTraining(GradCallback):
         clean_fraction: float = 0.0,
         input_key: str | int | None = None,
         warmup_fraction: float = 0.0,
-        check_every: int | None = 1,
+        check_every_n_epochs: int | None = 1,
         seed: int = 0,
         total_steps: int | None = None,
         name: str | None = None,
@@ -160,7 +161,7 @@ class AdversarialTraining(GradCallback):
         self.clean_fraction = check_share(clean_fraction, "clean_fraction")
         self.input_key = input_key
         self.warmup_fraction = check_between(warmup_fraction, 0.0, 1.0, "warmup_fraction")
-        self.check_every = None if check_every is None else check_count(check_every, 1, "check_every")
+        self.check_every_n_epochs = check_count(check_every_n_epochs, 1, "check_every_n_epochs")
         self.seed = check_count(seed, 0, "seed")
         self.total_steps = check_total_steps(total_steps)
 
@@ -206,7 +207,7 @@ class AdversarialTraining(GradCallback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.epsilon and self.check_every and (trainer.current_epoch + 1) % self.check_every == 0:
+        if self.epsilon and self.check_every_n_epochs and (trainer.current_epoch + 1) % self.check_every_n_epochs == 0:
             found = self._overfitting.run(trainer)
             log_many(trainer, {self.log_key(name): accuracy for name, accuracy in found.items()})
         self._overfitting.forget()
@@ -225,7 +226,7 @@ class AdversarialTraining(GradCallback):
             place, inputs = self._attacked_inputs(trainer, batch, run, share)
         except NoLossError:  # the module passes this batch over
             return run(batch)
-        if self.check_every is not None:
+        if self.check_every_n_epochs is not None:
             self._overfitting.keep(place, batch, args, kwargs)
         with place.shown(batch, inputs) as shown:
             output = run(shown)

@@ -20,7 +20,7 @@ from lightning_grad.core.record import Recorder
 from lightning_grad.utilities.reporting import counted, log_figure, log_table, output_file, output_folder, tolerated
 
 
-def report(trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder, show: int, figure: bool) -> None:
+def report(trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder, num_shown: int, figure: bool) -> None:
     """Write the figure of the scores, and the hardest and easiest samples as table and figure.
 
     To be called on every rank; rank zero writes, into the folder of the logs, and nobody does if there is none. The files
@@ -33,7 +33,7 @@ def report(trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder
         dataset: Whose items are shown; the first tensor, array, PIL image or text of an item is taken for its input. Its
             ``classes``, if it has them, name the classes.
         owner: The callback, whose name is in log keys and files.
-        show: Number of hardest and of easiest samples to show; 0 shows none, and reads none.
+        num_shown: Number of hardest and of easiest samples to show; 0 shows none, and reads none.
         figure: Whether to draw figures, which takes matplotlib; the table is written without it.
     """
     if not trainer.is_global_zero or output_folder(trainer) is None:
@@ -46,10 +46,10 @@ def report(trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder
         with tolerated(label, "the figure of the scores"):
             path = output_file(trainer, label, f"{ending}scores.png")
             log_figure(trainer, owner.log_key("scores_figure"), partial(draw_scores, scored, title, names), path)
-    if show == 0:
+    if num_shown == 0:
         return
     with tolerated(label, "the report of samples"):
-        groups = _samples(scored, dataset, label, show, names)
+        groups = _samples(scored, dataset, label, num_shown, names)
         samples = [sample for group in groups for sample in group]
         if not samples:
             rank_zero_warn(f"{label}: no sample is shown, for none of {len(scored.values)} has a score.")
@@ -72,13 +72,13 @@ def report(trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder
 
 
 def _samples(
-    scored: ScoredSet, dataset: Any, label: str, show: int, class_names: Sequence[str] | None
+    scored: ScoredSet, dataset: Any, label: str, num_shown: int, class_names: Sequence[str] | None
 ) -> tuple[list[Sample], list[Sample]]:
     """Return the hardest and the easiest samples, hardest first, none of them in both."""
     order = torch.argsort(scored.values, descending=True, stable=True)
     ordered = order[~scored.values[order].isnan()]
-    hard = min(show, (len(ordered) + 1) // 2)
-    easy = min(show, len(ordered) - hard)
+    hard = min(num_shown, (len(ordered) + 1) // 2)
+    easy = min(num_shown, len(ordered) - hard)
     ranks = [*range(hard), *range(len(ordered) - easy, len(ordered))]
     chosen = ordered[ranks]
     kept = torch.ones(len(ranks)) if scored.kept is None else torch.isin(chosen, scored.kept.cpu())

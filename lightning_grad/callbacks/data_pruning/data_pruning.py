@@ -109,7 +109,7 @@ class DataPruning(SubsetCallback):
             its only call, and the others the only one that classifies.
         checkpoints: Number of passes of vog, at least 2, spread evenly over the epochs before.
         strict: Whether score files of another data set are refused.
-        show: Number of the hardest and of the easiest samples that are shown, in a table and a figure; 0 for none.
+        num_shown: Number of the hardest and of the easiest samples that are shown, in a table and a figure; 0 for none.
         figure: Draw histogram and samples (needs matplotlib, and a logger whose folder takes the file).
         seed: Seed of ties, of random choices and of random streams while scoring.
         loader_key: Which of several training loaders to prune: its key, or its position in a list.
@@ -195,7 +195,7 @@ class DataPruning(SubsetCallback):
         scores_by: Literal["batch", "sample"] = "batch",
         checkpoints: int = 3,
         strict: bool = True,
-        show: int = 16,
+        num_shown: int = 16,
         figure: bool = True,
         seed: int = 0,
         loader_key: str | int | None = None,
@@ -222,7 +222,7 @@ class DataPruning(SubsetCallback):
         self.scores_by = scores_by
         self.checkpoints = check_count(checkpoints, 2, "checkpoints")
         self.strict = strict
-        self.show = check_count(show, 0, "show")
+        self.num_shown = check_count(num_shown, 0, "num_shown")
         self.figure = figure
         self.seed = check_count(seed, 0, "seed")
         self.rounds = rules.read_rounds(self.prune, self.epoch, default=0 if self._needs_no_training else _EPOCH)
@@ -369,7 +369,7 @@ class DataPruning(SubsetCallback):
         if scored.name != CHANCE:
             with generators_kept(self._passes.dataset):
                 self._save(trainer, scored)
-                report(trainer, scored, self._passes.items, self, self.show, self.figure)
+                report(trainer, scored, self._passes.items, self, self.num_shown, self.figure)
         return scored.kept
 
     def _keep(self, scored: ScoredSet, share: float) -> ScoredSet:

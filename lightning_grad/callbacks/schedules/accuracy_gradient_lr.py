@@ -41,14 +41,14 @@ class AccuracyGradientLR(MonitoredCallback):
         monitor: Metric that is observed, as the module logs it.
         mode: max if larger is better, min if smaller is.
         window: Observations w in a mean (5 in the released code).
-        quiet: Observations q from one cut to the next, at least (5 in the released code).
+        cooldown: Observations q from one cut to the next, at least (5 in the released code).
         threshold: Cut if the mean rose by less than this (0.005 in the released code, of an accuracy from 0 to 1).
         factor: What a cut multiplies rates by, above 0 (0.8 in the released code); 1 cuts nothing.
         min_lr: Floor of the first group's rate (1e-6 in the released code); other groups keep their ratio to it.
         start_after: Observations of which none cuts; they still enter the means.
         policy: multiply scales what the module's schedulers do; replace lets none of them act.
         interval: Observe at each validation, or once at the end of each training epoch.
-        reach: Stop training when an observation is as good as this; None never stops.
+        stop_at: Stop training once the metric is as good as this; None never stops.
         optimizers: Which optimizers' rates are cut, from 0; None is all.
         param_groups: Which parameter groups of them, from 0; None is all.
         figure: Draw values, gradients and rates at the end; needs matplotlib and a logger.
@@ -92,15 +92,15 @@ class AccuracyGradientLR(MonitoredCallback):
     References:
         Nikfam et al., "AccelAT: A Framework for Accelerating the Adversarial Training of Deep Neural Networks through
         Accuracy Gradient", 2022, arXiv 2210.06888, and its released code. There it observes epochs, of one optimizer without a
-        scheduler; mode, start_after, interval, policy and the choice of groups are ours, and reach is the code's, which looks
-        at the training accuracy.
+        scheduler; mode, start_after, interval, policy and the choice of groups are ours, and stop_at is the code's, where it
+        looks at the training accuracy.
     """
 
     namespace: ClassVar[str] = "lr"
     compatibility: ClassVar[Compatibility] = MonitoredCallback.compatibility.but(
         manual_optimization=yes('`policy="replace"` raises where the module steps schedulers itself.')
     )
-    trial: ClassVar[Mapping[str, Any]] = {"window": 1, "quiet": 1, "threshold": 10.0, "factor": 0.5}
+    trial: ClassVar[Mapping[str, Any]] = {"window": 1, "cooldown": 1, "threshold": 10.0, "factor": 0.5}
     neutral: ClassVar[Mapping[str, Any] | str] = {"factor": 1.0}
     fixed_settings: ClassVar[Mapping[str, str]] = {
         "policy": "what the schedulers have done until now depends on it",
@@ -110,7 +110,7 @@ class AccuracyGradientLR(MonitoredCallback):
     nothing_done: ClassVar[str] = "no learning rate was cut"
 
     record = until_next_fit[RunRecord](lambda _: RunRecord(weight=_is_cut))
-    _since_cut = until_next_fit[int](lambda self: self.quiet)
+    _since_cut = until_next_fit[int](lambda self: self.cooldown)
     _cuts = until_next_fit.of(int)
     _values = until_next_fit.of(list[float])  # all of them: the window may grow on resume
     _rates = until_next_fit[ChosenRates](
@@ -122,14 +122,14 @@ class AccuracyGradientLR(MonitoredCallback):
         monitor: str = "val_acc",
         mode: Mode = "max",
         window: int = 5,
-        quiet: int = 5,
+        cooldown: int = 5,
         threshold: float = 0.005,
         factor: float = 0.8,
         min_lr: float = 1e-6,
         start_after: int = 0,
         policy: Literal["multiply", "replace"] = "multiply",
         interval: Interval = "validation",
-        reach: float | None = None,
+        stop_at: float | None = None,
         optimizers: Sequence[int] | None = None,
         param_groups: Sequence[int] | None = None,
         figure: bool = True,
@@ -137,13 +137,13 @@ class AccuracyGradientLR(MonitoredCallback):
     ) -> None:
         super().__init__(monitor, mode, interval, name)
         self.window = checks.check_count_between(window, 1, _MOST_OBSERVATIONS, "window")
-        self.quiet = checks.check_count(quiet, 0, "quiet")
+        self.cooldown = checks.check_count(cooldown, 0, "cooldown")
         self.threshold = checks.check_finite(threshold, "threshold")
         self.factor = checks.check_between(checks.check_above(factor, 0.0, "factor"), 0.0, 1.0, "factor")
         self.min_lr = checks.check_finite_at_least(min_lr, 0.0, "min_lr")
         self.start_after = checks.check_count(start_after, 0, "start_after")
         self.policy = policy
-        self.reach = checks.check_finite(reach, "reach")
+        self.stop_at = checks.check_finite(stop_at, "stop_at")
         self.optimizers = as_indices(optimizers, "optimizers")
         self.param_groups = as_indices(param_groups, "param_groups")
         self.figure = figure
@@ -208,7 +208,7 @@ class AccuracyGradientLR(MonitoredCallback):
     def observe(self, trainer: pl.Trainer, value: float) -> None:
         self._values.append(value)
         self._since_cut += 1
-        epoch, settings = self.epochs_done(trainer), (self.window, self.quiet, self.threshold, self.start_after)
+        epoch, settings = self.epochs_done(trainer), (self.window, self.cooldown, self.threshold, self.start_after)
         gradient = accuracy_gradient(self._gains, self.window)
         is_cut = accuracy_gradient_cuts(self._gains, self._since_cut, *settings)
         if is_cut:
@@ -224,9 +224,9 @@ class AccuracyGradientLR(MonitoredCallback):
         shown = {"scale": self._rates.scale, "cuts": float(self._cuts)}
         shown |= {} if gradient is None else {"accuracy_gradient": gradient}
         log_many(trainer, {self.log_key(key): number for key, number in shown.items()})
-        if self.reach is not None and self.is_reached(value, self.reach):
+        if self.stop_at is not None and self.is_reached(value, self.stop_at):
             trainer.should_stop = True
-            self.tell_once("reach", rank_zero_info, f"{self.monitor} has reached {value:g}: training stops.")
+            self.tell_once("stop_at", rank_zero_info, f"{self.monitor} has reached {value:g}: training stops.")
 
     def _cut(self, trainer: pl.Trainer, gradient: float | None, epoch: float) -> bool:
         before = self._rates.first(trainer)

@@ -88,15 +88,15 @@ class NMSparsity(WeightCallback[SparseWeight]):
             the first batch reaches. Parameters of other modules must be spelled to the end ("blocks.*.w1"); they and tied
             ones are masked in place, in every use.
         exclude: Names or wildcards of what stays dense.
-        mask_every: Recompute masks every so many optimizer steps; above 1 is an approximation that saves time.
+        mask_every_n_steps: Recompute masks every this many optimizer steps; above 1 is an approximation that saves time.
         geometric_start: Factor of the first, widest groups of sdgf-geometric, a power of two (8 in the released code).
         zero_pruned_state: Once the pattern is final, clear the optimizer's state of pruned weights after every step, so
             that momentum does not move them.
         restart_monitors: When the final pattern begins, make callbacks that keep a best value start over: monitored
             checkpoints and early stopping. Until then early stopping is held.
         bake_on_early_stop: Prune to the final pattern also when the run stops before its schedule has reached it.
-        depth: Join layers in logs by this many leading parts of their names; default: do not join.
-        top: Log at most this many layers apart.
+        layer_depth: Join layers in logs by this many leading parts of their names; default: do not join.
+        max_layers: Log at most this many layers apart.
         figure: Draw the run at its end (needs matplotlib, and a logger whose folder takes the file).
         figure_metric: Validation metric in the figure; default the first whose name holds "acc".
         save_masks: Write the final masks to a file beside the logs (W&B: an artifact).
@@ -189,13 +189,13 @@ class NMSparsity(WeightCallback[SparseWeight]):
         axis: Axis = "input",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
-        mask_every: int = 1,
+        mask_every_n_steps: int = 1,
         geometric_start: int = 8,
         zero_pruned_state: bool = False,
         restart_monitors: bool = True,
         bake_on_early_stop: bool = False,
-        depth: int | None = None,
-        top: int = 16,
+        layer_depth: int | None = None,
+        max_layers: int = 16,
         figure: bool = True,
         figure_metric: str | None = None,
         save_masks: bool = False,
@@ -212,13 +212,13 @@ class NMSparsity(WeightCallback[SparseWeight]):
         self.decay = decay
         self.sr_ste_lambda = check_finite_at_least(sr_ste_lambda, 0.0, "sr_ste_lambda")
         self.axis = axis
-        self.mask_every = check_at_least(mask_every, 1, "mask_every")
+        self.mask_every_n_steps = check_at_least(mask_every_n_steps, 1, "mask_every_n_steps")
         self.geometric_start = geometric_start
         self.zero_pruned_state = zero_pruned_state
         self.restart_monitors = restart_monitors
         self.bake_on_early_stop = bake_on_early_stop
-        self.depth = check_at_least(depth, 1, "depth")
-        self.top = check_at_least(top, 0, "top")
+        self.layer_depth = check_at_least(layer_depth, 1, "layer_depth")
+        self.max_layers = check_at_least(max_layers, 0, "max_layers")
         self.figure = figure
         self.figure_metric = figure_metric
         self.save_masks = save_masks
@@ -282,7 +282,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     @override
     def step(self, weight: SparseWeight) -> None:
-        weight.follow(self._phase(weight), self.mask_every)
+        weight.follow(self._phase(weight), self.mask_every_n_steps)
 
     def _phase(self, weight: SparseWeight) -> NMPhase:
         return self._schedule.phase(self._progress, weight.pattern, self._total_steps or 1, weight.size)
@@ -411,7 +411,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         known, measured = state_of(self.weights), self._meter.read(self.weights)
-        layers = limit_layers({clean_name(w.name): w.density for w in self.weights}, self.depth, self.top)
+        layers = limit_layers({clean_name(w.name): w.density for w in self.weights}, self.layer_depth, self.max_layers)
         shown = {f"density/{name}": value for name, value in layers.items()}
         self.log_scalars(pl_module, {**known, **patterns_in_force(self.weights), **shown, **measured})
         numbers = torch.stack(list(measured.values())).tolist() if measured else []
@@ -509,7 +509,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         summary = {"final_density": last["density"], "final_exact": last["exact"]}
         draw = partial(self._record.draw_run, title, self.figure_metric)
         self._record.report(trainer, self, draw, summary=summary)
-        shown = {self.log_key(f"weights/{clean_name(w.name)}"): w.parameter for w in weights[: self.top]}
+        shown = {self.log_key(f"weights/{clean_name(w.name)}"): w.parameter for w in weights[: self.max_layers]}
         log_histograms(trainer, shown)
         if self.save_masks:
             write_masks(trainer, weights, self.label)

@@ -53,7 +53,7 @@ def run(technique: Any, ckpt: Any = None, epochs: int = 4, module: Any = None, s
 
 
 def pruning(**arguments: Any) -> DataPruning:
-    return DataPruning(**{"prune": 0.3, "epoch": 1, "figure": False, "show": 0, **arguments})
+    return DataPruning(**{"prune": 0.3, "epoch": 1, "figure": False, "num_shown": 0, **arguments})
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +290,7 @@ def test_infobatch_follows_from_the_next_epoch_on(checkpoint: Any) -> None:
     for share in (0.25, 0.5, 0.9):
         dropped = TOTAL - len(kept[share][2])  # type: ignore[arg-type]
         assert abs(dropped - share * low) <= 2
-    assert run(InfoBatch(stop=0.1), half, epochs=12).kept[2] is None
+    assert run(InfoBatch(prune_until=0.1), half, epochs=12).kept[2] is None
     with pytest.raises(AssertionError):
         assert_identical(run(InfoBatch(seed=9), half, epochs=12).kept[2], kept[0.5][2])
 

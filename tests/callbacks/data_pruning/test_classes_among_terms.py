@@ -91,7 +91,7 @@ def test_uniform_learning_clusters_the_outputs_of_the_classification(kind: Any) 
 
 
 def test_classes_are_balanced() -> None:
-    callback = DataPruning(0.5, keep="random", balance="class", epoch=1, show=0, figure=False)
+    callback = DataPruning(0.5, keep="random", balance="class", epoch=1, num_shown=0, figure=False)
     train(callback, Rebuilding())
     assert callback.scored.labels.tolist() == make_data().tensors[1].tolist()
 

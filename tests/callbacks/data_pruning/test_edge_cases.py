@@ -28,7 +28,7 @@ from tests.callbacks.data_pruning.test_schedules import half_from_two, run, sche
 
 def pruning(*args: Any, **arguments: Any) -> DataPruning:
     """Build one that leaves no files."""
-    return DataPruning(*args, **{"show": 0, "figure": False, **arguments})
+    return DataPruning(*args, **{"num_shown": 0, "figure": False, **arguments})
 
 
 def state_after(callback: Any, *args: Any, **arguments: Any) -> Any:
@@ -86,7 +86,7 @@ class Tunable(Classifier):
         self.learning_rate = 0.2
 
 
-WATCHING: list[Callable[[], Any]] = [lambda: InfoBatch(0.5, stop=1.0), lambda: pruning(0.5, "aum", epoch=1)]
+WATCHING: list[Callable[[], Any]] = [lambda: InfoBatch(0.5, prune_until=1.0), lambda: pruning(0.5, "aum", epoch=1)]
 
 
 @pytest.mark.parametrize("make", WATCHING, ids=["info", "aum"])
@@ -243,7 +243,7 @@ DATASETS: dict[str, Callable[[str], Any]] = {
 def test_scoring_does_not_move_the_streams_of_a_data_set(kind: str, place: str) -> None:
     make = DATASETS[place]
     assert not torch.equal(make(kind)[0][0], make_data()[0][0])
-    scored = state_after(DataPruning(0.0, epoch=1, show=2, figure=False), dataset=make(kind), epochs=3)
+    scored = state_after(DataPruning(0.0, epoch=1, num_shown=2, figure=False), dataset=make(kind), epochs=3)
     assert_identical(scored, state_after(pl.Callback(), dataset=make(kind), epochs=3))
 
 
@@ -354,7 +354,7 @@ class Growing(Classifier):
     [
         lambda: pruning(0.5, epoch=1),
         lambda: UniformLearning(epoch=1),
-        lambda: InfoBatch(0.5, stop=1.0),
+        lambda: InfoBatch(0.5, prune_until=1.0),
         lambda: pruning(0.5, "aum", epoch=2),
     ],
     ids=["el2n", "uniform", "info", "aum"],

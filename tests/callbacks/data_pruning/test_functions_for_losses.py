@@ -163,11 +163,11 @@ def test_weights_by_a_function_are_those_by_hand(kind: Any, by_hand: Any) -> Non
 
 
 def test_infobatch_by_a_function() -> None:
-    callback = InfoBatch(0.5, stop=1.0, loss_fn=overlaps)
+    callback = InfoBatch(0.5, prune_until=1.0, loss_fn=overlaps)
     module = train(callback, DicePerSample(normalizes=False), epochs=3).module
     assert len(callback.kept) < 22
     fixed = InfoBatch(
-        0.5, stop=1.0, loss_fn=lambda module, batch: F.cross_entropy(*outputs(module, batch), reduction="none")
+        0.5, prune_until=1.0, loss_fn=lambda module, batch: F.cross_entropy(*outputs(module, batch), reduction="none")
     )
     module = train(fixed, Fixed()).module
     expected = BY_HAND["loss"](module, *make_data().tensors[:2]).detach()

@@ -303,7 +303,7 @@ class Regression(Classifier):
 def test_regression_has_no_classes_to_cluster() -> None:
     with pytest.raises(ValueError, match=r"use DataPruning\(score='loss'\), or RepeatedRandomSubset"):
         train(UniformLearning(epoch=1), Regression())
-    train(DataPruning(0.5, score="loss", epoch=1, show=0), Regression())
+    train(DataPruning(0.5, score="loss", epoch=1, num_shown=0), Regression())
     train(RepeatedRandomSubset(0.5), Regression())
 
 

@@ -24,8 +24,8 @@ MAKE: dict[str, Callable[..., Any]] = {
     "losses by a function": lambda **more: pruning("loss", loss_fn=one_for_all, **more),
     "outputs by a function": lambda **more: pruning(outputs_fn=one_for_all, **more),
     "uniform": lambda **more: UniformLearning(epoch=1, **more),
-    "info": lambda **more: InfoBatch(0.5, stop=1.0, **more),
-    "info by a function": lambda **more: InfoBatch(0.5, stop=1.0, loss_fn=one_for_all, **more),
+    "info": lambda **more: InfoBatch(0.5, prune_until=1.0, **more),
+    "info by a function": lambda **more: InfoBatch(0.5, prune_until=1.0, loss_fn=one_for_all, **more),
     "reweighting": lambda **more: LossReweighting(warmup=0.0, **more),
 }
 

@@ -30,7 +30,7 @@ STEP = r"training_step arranges them otherwise.*torch\.stack"
 
 
 def pruning(score: Any = "el2n", prune: float = 0.5, **arguments: Any) -> DataPruning:
-    return DataPruning(prune, score, **{"epoch": 1, "show": 0, "figure": False, **arguments})
+    return DataPruning(prune, score, **{"epoch": 1, "num_shown": 0, "figure": False, **arguments})
 
 
 def length(item: Any) -> float:
@@ -410,7 +410,11 @@ class Dropping(Classifier):
 
 REHEARSING = [*READERS, lambda: UniformLearning(epoch=1)]
 NAMES = ["el2n", "aum", "info", "reweighting", "uniform"]
-SAME_EPOCHS = [lambda: InfoBatch(0.5, stop=0.0), lambda: LossReweighting(warmup=0.0), lambda: pruning("aum", 0.0)]
+SAME_EPOCHS = [
+    lambda: InfoBatch(0.5, prune_until=0.0),
+    lambda: LossReweighting(warmup=0.0),
+    lambda: pruning("aum", 0.0),
+]
 
 
 @pytest.mark.filterwarnings("ignore:DataPruning scores samples that differ")
