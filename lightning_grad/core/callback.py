@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_grad.core.compatibility import Compatibility
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.fit import FitScope, during_fit
+from lightning_grad.core.switch import Switchable, SwitchedOff, replace, unless_switched_off
 from lightning_grad.core.undo import UndoList
 from lightning_grad.utilities.arguments import CheckedArguments, changed_settings, follow_settings, plain
 from lightning_grad.utilities.checks import check_name
@@ -59,7 +60,7 @@ class Chosen:
 _SHOWN = 5
 
 
-class GradCallback(FitScope, CheckedArguments, Callback):
+class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
     """What every technique shares.
 
     The rules a technique keeps:
@@ -107,6 +108,18 @@ class GradCallback(FitScope, CheckedArguments, Callback):
         check_name(name)
         self.name = name
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "setup" in vars(cls):
+            cls.setup = unless_switched_off(cls.setup)  # type: ignore[method-assign]
+
+    @override
+    def switch_off(self, trainer: pl.Trainer) -> None:
+        self._end()
+        if trainer.state.fn == "fit":
+            self.begin_fit()
+        replace(trainer, self, SwitchedOff(self))
+
     @override
     def __getstate__(self) -> dict[str, Any]:
         # Lightning leaves the module's log methods on every callback it has run; a copy must not drag the module along.
@@ -123,6 +136,7 @@ class GradCallback(FitScope, CheckedArguments, Callback):
         return self.label
 
     @property
+    @override
     def label(self) -> str:
         """The class and the name of this instance, for messages, configs and checkpoints."""
         return type(self).__name__ if self.name is None else f"{type(self).__name__}[{self.name}]"
@@ -140,6 +154,7 @@ class GradCallback(FitScope, CheckedArguments, Callback):
         return {name: getattr(self, name) for name in names}
 
     @override
+    @unless_switched_off
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._end()
         if stage == "fit":

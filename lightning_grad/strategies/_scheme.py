@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_grad.core.fit import FitScope, during_fit, until_next_fit
+from lightning_grad.core.switch import Switchable
 from lightning_grad.core.undo import UndoList
 from lightning_grad.functional import total_norm
 from lightning_grad.strategies._buckets import Gradient
@@ -33,10 +34,10 @@ Message = dict[str, Tensor]
 ResidualPolicy = Literal["strict", "mean", "reset"]
 
 _MOST_ENTRIES = 2**31  # of a compressed tensor: an index has four bytes
-_OF_THE_LAUNCH = ("residual_policy", "gradient_noise")  # may differ at each start, and change no message
+_OF_THE_LAUNCH = ("residual_policy", "log_noise_scale")  # may differ at each start, and change no message
 
 
-class SchemeDDP(FitScope, DDPStrategy, ABC):
+class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
     """What a scheme may ask for, what it writes, and what of it is saved: a file for each rank with every full checkpoint.
 
     Attributes:
@@ -70,9 +71,16 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
     _files = until_next_fit[RankFiles]()
     _loaded_from = ""
 
+    @override
+    def switch_off(self, trainer: pl.Trainer) -> None:
+        if trainer.state.fn == "fit":
+            self.begin_fit()
+        trainer._accelerator_connector.strategy = PlainDDP(self)
+
     # What a scheme says and writes.
 
     @property
+    @override
     def label(self) -> str:
         """The class, for messages, configs and checkpoints."""
         return type(self).__name__
@@ -292,6 +300,24 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
         super().remove_checkpoint(filepath)
         if self.is_global_zero and hasattr(self, "_files"):
             self._files.remove(str(filepath))
+
+
+class PlainDDP(DDPStrategy):
+    """Stand in a Trainer for a scheme that is turned off, until the run ends.
+
+    Args:
+        scheme: The strategy whose place this takes, and whose attributes it shares.
+    """
+
+    def __init__(self, scheme: SchemeDDP) -> None:
+        self.__dict__ = scheme.__dict__
+        self._scheme = scheme
+
+    @override
+    def teardown(self) -> None:
+        super().teardown()
+        assert self.lightning_module is not None
+        self.lightning_module.trainer._accelerator_connector.strategy = self.__dict__.pop("_scheme")
 
 
 def _first_problem(problem: Problem | None) -> Problem | None:

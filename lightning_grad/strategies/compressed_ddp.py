@@ -29,6 +29,7 @@ from typing_extensions import override
 from lightning_grad.core import Chosen, check_count, during_fit, is_log_step
 from lightning_grad.core.compatibility import Compatibility, manual, moot, no
 from lightning_grad.core.record import RunRecord
+from lightning_grad.core.switch import is_switched_off
 from lightning_grad.strategies._buckets import BucketCollector, Gradient, all_finite, concatenated, write_dense
 from lightning_grad.strategies._collectives import Collectives, explain_lost_rank, interrupts_deferred
 from lightning_grad.strategies._ledger import Stopwatch, measure_noise
@@ -79,7 +80,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         min_numel: Entries below which a gradient is sent dense.
         residual_policy: On resuming with other ranks or without all rank files: 'strict' raises, 'mean' gives every rank
             the mean over the old ranks, 'reset' begins empty.
-        gradient_noise: Log comm/gradient_noise at log steps, for one small all-reduce more in each.
+        log_noise_scale: Log comm/noise_scale at log steps, for one small all-reduce more in each.
         start_method: How Lightning starts the ranks of a node: 'popen', 'spawn', 'fork' or 'forkserver'.
         static_graph: DDP's option of that name.
         gradient_as_bucket_view: DDP's option of that name, which saves the memory of one copy of the gradients.
@@ -94,7 +95,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
 
     **Logs** at log steps, from rank 0: ``comm/bytes_sent`` (bytes that this rank hands to collectives in the step),
     ``comm/ratio`` (bytes of the gradients to that), ``comm/residual_norm`` (2-norm of what this rank has not sent),
-    ``comm/compress_ms`` (milliseconds of the exchange that are not waiting), and ``comm/gradient_noise`` (in batches
+    ``comm/compress_ms`` (milliseconds of the exchange that are not waiting), and ``comm/noise_scale`` (in batches
     of one rank) if asked for. At the end a figure, a table of layers, and ``comm/final_ratio`` and
     ``comm/total_megabytes`` in the summary.
     """
@@ -135,7 +136,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         exclude: Sequence[str] | None = None,
         min_numel: int = 1024,
         residual_policy: ResidualPolicy = "strict",
-        gradient_noise: bool = False,
+        log_noise_scale: bool = False,
         start_method: StartMethod = "popen",
         static_graph: bool = False,
         gradient_as_bucket_view: bool = False,
@@ -155,7 +156,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         self.exclude = as_names(exclude)
         self.min_numel = check_count(min_numel, 1, "min_numel")
         self.residual_policy = residual_policy
-        self.gradient_noise = gradient_noise
+        self.log_noise_scale = log_noise_scale
         self._finds_unused, self._is_static = find_unused_parameters or static_graph, static_graph
 
     def arguments_of_all(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,6 +183,9 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
+        if is_switched_off(self, trainer):
+            trainer.strategy.setup(trainer)  # by now DDP
+            return
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return
@@ -372,12 +376,12 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         return finite
 
     def _measure_noise(self, gradients: Sequence[Gradient]) -> dict[str, float]:
-        if not self.gradient_noise or self.world_size < 2:
+        if not self.log_noise_scale or self.world_size < 2:
             return {}
         flat = [gradient.values for gradient in gradients]
         self._noise = measure_noise(self._noise, flat, self.world_size, self.ranks.mean_)
         noise, signal = self._noise.tolist()
-        return {"gradient_noise": noise / signal if signal > 0 else math.inf}
+        return {"noise_scale": noise / signal if signal > 0 else math.inf}
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:

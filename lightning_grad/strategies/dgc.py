@@ -75,7 +75,7 @@ class DGCStrategy(CompressedDDPStrategy):
         min_numel: Entries below which a gradient is sent dense.
         residual_policy: On resuming with other ranks or without all rank files: 'strict' raises, 'mean' gives every rank
             the mean over the old ranks, 'reset' begins empty.
-        gradient_noise: Log comm/gradient_noise at log steps, for one small all-reduce more in each.
+        log_noise_scale: Log comm/noise_scale at log steps, for one small all-reduce more in each.
         start_method: How Lightning starts the ranks of a node: 'popen', 'spawn', 'fork' or 'forkserver'.
         static_graph: DDP's option of that name.
         gradient_as_bucket_view: DDP's option of that name, which saves the memory of one copy of the gradients.
@@ -95,7 +95,7 @@ class DGCStrategy(CompressedDDPStrategy):
     post-hook of the optimizer's step, between which it updates without momentum.
 
     **Logs** at log steps, from rank 0: ``comm/bytes_sent``, ``comm/ratio``, ``comm/residual_norm``, ``comm/compress_ms``,
-    ``comm/density`` (share that is sent now), and ``comm/gradient_noise`` if asked for. At the end
+    ``comm/density`` (share that is sent now), and ``comm/noise_scale`` if asked for. At the end
     ``dgc_strategy.png``, ``dgc_strategy.csv``, ``dgc_strategy_layers.csv``, and ``comm/final_ratio`` and
     ``comm/total_megabytes`` in the summary.
 
@@ -163,7 +163,7 @@ class DGCStrategy(CompressedDDPStrategy):
         exclude: Sequence[str] | None = None,
         min_numel: int = 1024,
         residual_policy: ResidualPolicy = "strict",
-        gradient_noise: bool = False,
+        log_noise_scale: bool = False,
         start_method: StartMethod = "popen",
         static_graph: bool = False,
         gradient_as_bucket_view: bool = False,

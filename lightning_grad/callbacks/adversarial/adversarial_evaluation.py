@@ -78,7 +78,7 @@ class AdversarialEvaluation(GradCallback):
             or "embedding". By default the first floating tensor with two dimensions or more that is not named as a target,
             mask or weight, with those of the other samples where a batch is a list of them; without one, or with integers
             before it, the output of the first nn.Embedding.
-        loss: Which of the losses that the step computes is raised, from 0; by default what it returns, or the only one.
+        loss_index: Index, from 0, of the loss call to raise; by default what the step returns, or the only one.
         seed: Seed of random starts, which are the same in every validation.
         name: Name of this instance, part of its keys: ``adversarial/<name>/val_acc``.
 
@@ -128,7 +128,7 @@ class AdversarialEvaluation(GradCallback):
 
     @during_fit
     def _search(self) -> WorstInputs:
-        return WorstInputs(self._attack, self.restarts, self.input_key, self.loss, self.seed, self.label)
+        return WorstInputs(self._attack, self.restarts, self.input_key, self.loss_index, self.seed, self.label)
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class AdversarialEvaluation(GradCallback):
         mean: Sequence[float] | float | None = None,
         std: Sequence[float] | float | None = None,
         input_key: str | int | None = None,
-        loss: int | None = None,
+        loss_index: int | None = None,
         seed: int = 0,
         name: str | None = None,
     ) -> None:
@@ -164,7 +164,7 @@ class AdversarialEvaluation(GradCallback):
         self.mean = mean
         self.std = std
         self.input_key = input_key
-        self.loss = check_count(loss, 0, "loss")
+        self.loss_index = check_count(loss_index, 0, "loss_index")
         self.seed = check_count(seed, 0, "seed")
 
     @override

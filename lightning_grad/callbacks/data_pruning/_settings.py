@@ -92,7 +92,7 @@ def _check_functions(settings: DataPruning) -> None:
     by_sample = settings.scores_by == "sample"
     functions = {"loss_fn": settings.loss_fn, "outputs_fn": settings.outputs_fn, "scores_by='sample'": by_sample}
     given = [name for name, value in functions.items() if value]
-    others = {"loss": settings.loss, "score_fn": settings.score_fn, "score_files": settings.score_files}
+    others = {"loss_index": settings.loss_index, "score_fn": settings.score_fn, "score_files": settings.score_files}
     others["keep='random'"] = settings.keep == "random"
     if given:
         check_only_one({**functions, **others}, "say what a sample is scored by")
@@ -153,7 +153,7 @@ def score_settings(callback: DataPruning) -> list[str]:
     """Return the names of the settings on which the scores depend."""
     if isinstance(callback.source, (Chance, FileScores)):
         return ["score_files"]
-    names = ["score", "score_fn", "score_dataset", "loss", "loss_fn", "outputs_fn", "scores_by"]
+    names = ["score", "score_fn", "score_dataset", "loss_index", "loss_fn", "outputs_fn", "scores_by"]
     return [*names, "seed"] if callback.source.name == "prototypes" else names
 
 

@@ -105,8 +105,9 @@ class DataPruning(SubsetCallback):
         scores_by: "sample" runs the step on one sample at a time, up to a batch size times as long; for loss and grand.
             It is for a loss that cannot be separated. The mean over the samples of a batch must be the batch's loss.
         score_dataset: Function of the trainer that returns the training set without augmentation, to score that.
-        loss: Which call of a loss alone counts, from 0. By default loss and grand take all that the step returns, grand-last
-            its only call, and the others the only one that classifies.
+        loss_index: Index, from 0, of the only loss call that counts.
+            By default loss and grand take all that the step returns, grand-last its only call, and the others the only one
+            that classifies.
         checkpoints: Number of passes of vog, at least 2, spread evenly over the epochs before.
         strict: Whether score files of another data set are refused.
         num_shown: Number of the hardest and of the easiest samples that are shown, in a table and a figure; 0 for none.
@@ -121,7 +122,7 @@ class DataPruning(SubsetCallback):
             epoch that never comes, another technique that chooses samples. After the first batch, if the loss cannot be
             seen or does not suit the score: one batch is scored to find out.
         RuntimeError: After the first batch, if rows do not follow their samples into another order, or if only a part of the
-            loss is seen where the whole counts, or two calls classify, and ``loss`` does not say which counts alone.
+            loss is seen where the whole counts, or two calls classify, and ``loss_index`` does not say which counts alone.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
         FileNotFoundError: In setup, if a score file is missing. One that is damaged, or belongs to another data set, raises a
             ValueError before the first batch, and so does a ``save_scores`` that cannot be written.
@@ -189,7 +190,7 @@ class DataPruning(SubsetCallback):
         save_scores: str | None = None,
         score_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         score_dataset: Callable[[pl.Trainer], Any] | None = None,
-        loss: int | None = None,
+        loss_index: int | None = None,
         loss_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         outputs_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         scores_by: Literal["batch", "sample"] = "batch",
@@ -216,7 +217,7 @@ class DataPruning(SubsetCallback):
         self.save_scores = save_scores
         self.score_fn = score_fn
         self.score_dataset = score_dataset
-        self.loss = check_count(loss, 0, "loss")
+        self.loss_index = check_count(loss_index, 0, "loss_index")
         self.loss_fn = loss_fn
         self.outputs_fn = outputs_fn
         self.scores_by = scores_by

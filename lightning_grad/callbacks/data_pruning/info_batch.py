@@ -42,7 +42,7 @@ class InfoBatch(LossWeighting, SubsetCallback):
     Args:
         prune: Share r of the samples of low loss that is left out, at least 0 and below 1 (0.5 in the paper).
         prune_until: Share of the run after which it trains on all samples (0.875 in the paper).
-        loss: Which call of a loss alone counts, from 0; by default all that the step returns.
+        loss_index: Index, from 0, of the only loss call that counts; by default all that the step returns.
         loss_fn: Function of the module and a batch that returns the losses (B,), in place of the step's own loss. The step
             runs as it is; its mean must be the step's loss, up to a constant. It costs a second forward and backward pass.
         seed: Seed of the choices.
@@ -100,7 +100,7 @@ class InfoBatch(LossWeighting, SubsetCallback):
         self,
         prune: float = 0.5,
         prune_until: float = 0.875,
-        loss: int | None = None,
+        loss_index: int | None = None,
         loss_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         seed: int = 0,
         loader_key: str | int | None = None,
@@ -111,7 +111,7 @@ class InfoBatch(LossWeighting, SubsetCallback):
         self.prune = check_share(prune, "prune")
         self.acts = prune > 0.0
         self.prune_until = check_between(prune_until, 0.0, 1.0, "prune_until")
-        self.choose_loss(loss, loss_fn)
+        self.choose_loss(loss_index, loss_fn)
         self.seed = check_count(seed, 0, "seed")
         self.total_steps = check_total_steps(total_steps)
 

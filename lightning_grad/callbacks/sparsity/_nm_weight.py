@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_grad.core import FoundWeight, ViewedWeight
 from lightning_grad.core.views.portable import pack_bits, unpack_bits
-from lightning_grad.functional import NMPattern, NMPhase, is_nm, nm_mask, prune, scale_weight
+from lightning_grad.functional import NMPattern, NMPhase, is_nm, nm_mask, prune_weight, scale_weight
 from lightning_grad.functional.sparsity.nm_schedule import DENSE
 from lightning_grad.functional.sparsity.nm_sparsity import Axis, group_dim
 from lightning_grad.utilities.parameters import clean_name
@@ -66,7 +66,9 @@ class SparseWeight(ViewedWeight):
     def stored(self, weight: Tensor) -> Tensor:
         # Always under the mask of these very values: the mask that trains may be some steps old (mask_every_n_steps), and
         # weight averaging brings other weights.
-        return weight if self.phase.pattern is None else prune(weight, self._factor_of(weight, self.phase.pattern))
+        return (
+            weight if self.phase.pattern is None else prune_weight(weight, self._factor_of(weight, self.phase.pattern))
+        )
 
     def _factor_of(self, weight: Tensor, pattern: NMPattern) -> Tensor:
         mask = nm_mask(weight, pattern.n, pattern.m, self.dim)

@@ -119,9 +119,9 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     **Logs** under ``sparsity/``, at log steps: ``n`` and ``m`` of the pattern in force (of each name pattern, where there
     are several), ``decay`` (D), ``density`` (share of chosen weights that is not zero; also for each layer),
-    ``flips`` (share of mask entries changed since the last log), ``gradient_noise_pruned`` and ``gradient_noise_kept``
-    (:func:`~lightning_grad.functional.gradient_noise`), ``exact`` (1 when the final pattern holds with D = 0; also in
-    every validation, so that checkpoints can be told apart). At the end: a figure, a table with the divergence of the
+    ``flips`` (share of mask entries changed since the last log), ``gradient_variance_pruned`` and ``gradient_variance_kept``
+    (:func:`~lightning_grad.functional.masked_gradient_variance`), ``exact`` (1 when the final pattern holds with D = 0;
+    also in every validation, so that checkpoints can be told apart). At the end: a figure, a table with the divergence of the
     masks from each phase's last, and histograms of the weights.
 
     **State.** Progress, the record, which weights were chosen, masks that are older than their weights, and what a
@@ -369,7 +369,11 @@ class NMSparsity(WeightCallback[SparseWeight]):
             for weight in owned:
                 weight.clear_pruned(optimizer.state[weight.parameter])
         if not self._hook_fired:
-            lost = "the SR-STE term and the logged gradient noise are" if self._adds_sr_ste else "the gradient noise is"
+            lost = (
+                "the SR-STE term and the logged gradient variance are"
+                if self._adds_sr_ste
+                else "the gradient variance is"
+            )
             advice = "Call step() on what self.optimizers() returns."
             without = f"an optimizer stepped without Lightning's hooks, so {lost} left out. {advice}"
             self.tell_once("bypass", rank_zero_warn, without)
@@ -416,7 +420,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         self.log_scalars(pl_module, {**known, **patterns_in_force(self.weights), **shown, **measured})
         numbers = torch.stack(list(measured.values())).tolist() if measured else []
         row: dict[str, Any] = {"step": stepped_batches(trainer), "progress": self._progress, **known}
-        row |= dict.fromkeys(("flips", "gradient_noise_pruned", "gradient_noise_kept"))
+        row |= dict.fromkeys(("flips", "gradient_variance_pruned", "gradient_variance_kept"))
         row |= dict(zip(measured, numbers, strict=True))
         self._warn_of_nan()
         self._record.add_step(row, phase_name(self.weights), {weight.name: weight.mask for weight in self.weights})

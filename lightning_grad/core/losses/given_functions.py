@@ -25,7 +25,7 @@ class LossRequest:
 
     Args:
         label: Who asks, for errors.
-        which: Which loss of the step counts, whatever else it computes. By default the one whose mean the step returns.
+        loss_index: Index of the only loss call that counts; by default the one whose mean the step returns.
         way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
         loss_fn: Gives the losses of the samples in place of the step.
         outputs_fn: Gives logits and labels in place of the step.
@@ -34,7 +34,7 @@ class LossRequest:
     """
 
     label: str = "The score"
-    which: int | None = None
+    loss_index: int | None = None
     way_out: str = SCORE_FN
     loss_fn: GivenFunction | None = None
     outputs_fn: GivenFunction | None = None
@@ -52,7 +52,7 @@ class LossRequest:
         Args:
             call: A loss that could count alone, if there is one.
         """
-        advice = f"Set loss=0 if {call} alone shall count, or {self.way_out}." if call else self.advice
+        advice = f"Set loss_index=0 if {call} alone shall count, or {self.way_out}." if call else self.advice
         return f"{self.label} needs the loss of each sample. {advice}"
 
 

@@ -90,7 +90,7 @@ class Look:
     @property
     def _is_first(self) -> bool:
         """Whether no batch has shown so far of what the step's loss consists, and it matters."""
-        return self.asked.which is None and not self.memory.keys() & {"whole", "terms"}
+        return self.asked.loss_index is None and not self.memory.keys() & {"whole", "terms"}
 
     def loss(self, keep_graph: bool = False) -> LossCall:
         """Run the step and return the call of its loss.
@@ -106,17 +106,17 @@ class Look:
             with torch.set_grad_enabled(keep_graph):
                 found = self.asked.outputs_fn(self.pl_module, self.batch)
                 return call_of(found, len(self.indices), keep_graph, check)
-        which = self.asked.which
-        if which is None and "whole" not in self.memory:
+        loss_index = self.asked.loss_index
+        if loss_index is None and "whole" not in self.memory:
             return self._whole_call(*self._first_run())
-        which = self.memory.get("which") if which is None else which
+        loss_index = self.memory.get("loss_index") if loss_index is None else loss_index
         capture = self._captured(keep_graph)
         several = len(capture.calls) + len(capture.unread) > 1
-        if which is None and several and not any(call.has_graph for call in capture.calls):
+        if loss_index is None and several and not any(call.has_graph for call in capture.calls):
             # Only with a graph the loss can be told from what a step computes for its log.
             found = self._captured(with_graph=True)
-            which = self.memory["which"] = found.calls.index(only_loss(found, self.asked))
-        return only_loss(capture, self.asked, which)
+            loss_index = self.memory["loss_index"] = found.calls.index(only_loss(found, self.asked))
+        return only_loss(capture, self.asked, loss_index)
 
     def _first_run(self) -> tuple[WholeLossCapture, object]:
         capture = WholeLossCapture(self.pl_module, len(self.indices), way_out=self.asked.way_out)
@@ -128,7 +128,7 @@ class Look:
         refuse_rest(capture, call, output, self.asked)
         self.memory["whole"] = True
         if len(capture.calls) + len(capture.unread) > 1:
-            self.memory["which"] = capture.calls.index(call)
+            self.memory["loss_index"] = capture.calls.index(call)
         return call
 
     def _run(self) -> object:

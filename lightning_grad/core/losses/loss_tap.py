@@ -69,7 +69,7 @@ def choose_way(step: Step, weighing: Weighing) -> Way | None:
     by_call = ByCall(asked, weighing.reweight)
     trainer = step.module._trainer
     # The parts of a sharded module have no parameters of their own to look at, and a manual step also trains.
-    if asked.which is not None or trainer is None or is_sharded(trainer) or not step.may_skip:
+    if asked.loss_index is not None or trainer is None or is_sharded(trainer) or not step.may_skip:
         return by_call
     with quiet(trainer, step.module, evaluate=False, advice=f", or {asked.way_out}"), eager(), torch.enable_grad():
         capture = WholeLossCapture(step.module, step.samples, way_out=asked.way_out)
@@ -241,13 +241,13 @@ class _Reader:
             check, self.has_checked = not self.has_checked, True
             with aside(step.module), torch.no_grad():
                 return call_of(self.asked.outputs_fn(step.module, step.batch), step.samples, check=check)
-        which, capture.way_out = self.asked.which, self.asked.way_out
-        if which is None and self.by_classes:
+        loss_index, capture.way_out = self.asked.loss_index, self.asked.way_out
+        if loss_index is None and self.by_classes:
             calls = tuple((call.name, call.has_graph, call.has_class_indices) for call in capture.calls)
             if calls not in self.known:
                 self.known[calls] = classifying(capture)
-            which = self.known[calls]
-        return only_loss(capture, self.asked, which)
+            loss_index = self.known[calls]
+        return only_loss(capture, self.asked, loss_index)
 
 
 class _LossTap:

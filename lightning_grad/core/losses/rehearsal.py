@@ -236,7 +236,7 @@ class Rehearsal:
             RuntimeError: If it is, or if the step changes a parameter.
         """
         asked = self.asked
-        if asked.which is not None:
+        if asked.loss_index is not None:
             return
         looking = quiet(self.trainer, self.pl_module, evaluate=False, advice=f", or {asked.way_out}", label=asked.label)
         with looking, eager(), torch.enable_grad():

@@ -62,7 +62,7 @@ ENTRIES = [
             ({"restarts": 0}, "restarts must be at least 1"),
             ({"restarts": 2, "random_start": False}, "would repeat one attack"),
             ({"every_n_validations": 0}, "every_n_validations must be at least 1"),
-            ({"loss": -1}, "loss must be at least 0"),
+            ({"loss_index": -1}, "loss_index must be at least 0"),
         ),
     ),
 ]

@@ -247,7 +247,7 @@ def test_sharded_weights_are_refused(kind: str, stage: str) -> None:
         ({"restarts": 0}, "restarts"),
         ({"every_n_validations": 0}, "every_n_validations"),
         ({"epsilon": -1.0}, "epsilon"),
-        ({"loss": -1}, "loss"),
+        ({"loss_index": -1}, "loss_index"),
         ({"seed": -1}, "seed"),
         ({"steps": 0}, "steps"),
         ({"mean": 0.5}, "mean and std"),

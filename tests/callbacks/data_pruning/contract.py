@@ -36,7 +36,7 @@ ENTRIES = [
         "DataPruning",
         "forgetting-rounds",
         broad=False,
-        arguments={"prune": [0.2, 0.4], "epoch": [1, 3], "score": "forgetting", "loss": 0},
+        arguments={"prune": [0.2, 0.4], "epoch": [1, 3], "score": "forgetting", "loss_index": 0},
         neutral={"prune": 0.0, "epoch": 1},
     ),
     Technique(

@@ -74,7 +74,9 @@ def test_they_are_those_of_a_function_that_gives_the_classes(score: str, kind: A
     found = pruning(score, epoch=2, checkpoints=2, prune=0.0)
     train(found, kind(), epochs=3)
     if score == "vog":  # takes no such function
-        expected = pruning(score, epoch=2, checkpoints=2, prune=0.0, loss=1 if kind in (Rebuilding, Contrastive) else 0)
+        expected = pruning(
+            score, epoch=2, checkpoints=2, prune=0.0, loss_index=1 if kind in (Rebuilding, Contrastive) else 0
+        )
     else:
         expected = pruning(score, epoch=2, prune=0.0, outputs_fn=lambda module, batch: (module(batch[0]), batch[1]))
     train(expected, kind(), epochs=3)

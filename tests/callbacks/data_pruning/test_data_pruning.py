@@ -700,13 +700,13 @@ def test_of_two_losses_the_sum_counts() -> None:
 
 
 def test_of_two_losses_one_must_be_named_where_the_sum_is_of_no_use() -> None:
-    with pytest.raises(RuntimeError, match=r"0: cross_entropy, 1: mse_loss.*loss=0"):
+    with pytest.raises(RuntimeError, match=r"0: cross_entropy, 1: mse_loss.*loss_index=0"):
         train(DataPruning(0.5, "grand-last", epoch=1), TwoLosses())
 
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_the_loss_that_is_named_counts(which: int) -> None:
-    callback = DataPruning(0.5, "loss", epoch=1, loss=which)
+    callback = DataPruning(0.5, "loss", epoch=1, loss_index=which)
     values, module = scores_of(callback, TwoLosses())
     x, y, _ = make_data().tensors
     residual = (module(x) - x[:, :CLASSES]).square().mean(1)
@@ -741,7 +741,7 @@ class WithPenalty(Classifier):
 
 @pytest.mark.parametrize("score", ["el2n", "loss", "grand", "grand-last"])
 def test_a_step_that_differentiates(score: str) -> None:
-    values, module = scores_of(DataPruning(0.5, score, epoch=1, loss=0), WithPenalty())
+    values, module = scores_of(DataPruning(0.5, score, epoch=1, loss_index=0), WithPenalty())
     expected = BY_HAND[score](module, *make_data().tensors[:2]).detach().double()
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6)
 

@@ -420,7 +420,7 @@ def scores_nothing(pl_module: Any, batch: Any) -> Tensor:
         ({"balance": "class", "class_floor": 0.2}, "class_floor goes with .* without balance"),
         ({"prune": 0.5, "class_floor": 0.6}, r"class_floor=0\.6 of each class leaves no choice with prune=0\.5"),
         ({"prune": [0.2, 0.5], "epoch": [1, 2], "class_floor": 0.6}, r"leaves no choice with prune=0\.5"),
-        ({"loss": -1}, "loss .*-1"),
+        ({"loss_index": -1}, "loss_index .*-1"),
         ({"seed": -1}, r"seed .*-1"),
         ({"score_fn": scores_nothing, "score_files": ["scores.npz"]}, "score_fn and score_files would both"),
         ({"score_fn": scores_nothing, "score": "aum"}, "score_fn and score='aum' would both"),
@@ -441,11 +441,11 @@ def test_a_floor_that_is_all_that_is_left_is_refused(prune: float) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "value"),
     [
-        (InfoBatch, "loss", -1),
+        (InfoBatch, "loss_index", -1),
         (InfoBatch, "seed", -1),
         (UniformLearning, "seed", -1),
-        (UniformLearning, "loss", -1),
-        (LossReweighting, "loss", -1),
+        (UniformLearning, "loss_index", -1),
+        (LossReweighting, "loss_index", -1),
     ],
 )
 def test_counts_of_the_others(kind: Any, name: str, value: Any) -> None:

@@ -52,7 +52,7 @@ def callback_of(kind: str, **more: Any) -> Any:
     ("module", "more"),
     [
         (OneCall, {}),
-        (OneCall, {"loss": 0}),
+        (OneCall, {"loss_index": 0}),
         (Terms, {}),
         (OneCall, {"loss_fn": losses_of}),
         (Terms, {"loss_fn": losses_of}),

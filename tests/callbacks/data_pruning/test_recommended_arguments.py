@@ -91,7 +91,7 @@ def said_by(callback: Any, module: Any, **arguments: Any) -> str:
     return ""
 
 
-VALUES: dict[str, Any] = {"loss": 0, "loss_fn": one_for_all, "outputs_fn": one_for_all, "scores_by": "sample"}
+VALUES: dict[str, Any] = {"loss_index": 0, "loss_fn": one_for_all, "outputs_fn": one_for_all, "scores_by": "sample"}
 # Of functions of torch, and what other classes have that are named with it.
 OF_TORCH = {"dim", "enforce_sorted", "requires_grad", "reduction", "collate_fn"}
 

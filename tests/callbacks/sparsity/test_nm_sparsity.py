@@ -744,7 +744,7 @@ def test_a_fit_of_no_epochs_changes_nothing():
 
 # What is logged.
 
-KEYS = {"n", "m", "decay", "density", "exact", "flips", "gradient_noise_pruned", "gradient_noise_kept"}
+KEYS = {"n", "m", "decay", "density", "exact", "flips", "gradient_variance_pruned", "gradient_variance_kept"}
 
 
 def test_scalars_table_and_figure_with_the_csv_logger_alone(tmp_path):
@@ -799,7 +799,7 @@ def test_logged_values_are_what_they_say():
     assert seen["sparsity/density"] == [n / 4 for n in seen["sparsity/n"]]
     assert seen["sparsity/exact"] == [float(n == 1.0) for n in seen["sparsity/n"]]
     assert all(0.0 <= flips <= 1.0 for flips in seen["sparsity/flips"])
-    assert seen["sparsity/gradient_noise_kept"][-1] > 0.0
+    assert seen["sparsity/gradient_variance_kept"][-1] > 0.0
 
 
 def test_layer_keys_are_limited():
