@@ -55,9 +55,9 @@ if TYPE_CHECKING:
 PGD_STEPS, VALIDATION_STEPS, TEST_STEPS = 5, 10, 20
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0)  # of attacks on the test images, times the epsilon of the training
 IN_THE_DEMO = """\
-Attacked inputs (half a minute). A small network learns handwritten digits as they
-are, then with inputs that an attack (FGSM, PGD) changes in each step, three seeds
-each. The learning rate is cut when the accuracy under attack stops rising:
+Attacked inputs (half a minute). A small network learns handwritten digits as
+they are, then with inputs that an attack (FGSM, PGD) changes in each step, three
+seeds each. The learning rate is cut when the accuracy under attack stops rising:
 
     Trainer(callbacks=[AdversarialTraining(0.15), AdversarialEvaluation(0.15),
                        AccuracyGradientLR("adversarial/val_acc")])

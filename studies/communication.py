@@ -52,9 +52,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 IN_THE_DEMO = """\
-Compressed gradients (half a minute). Two processes train one network, each on its
-half of every batch, three times with each of three ways to exchange gradients: all
-of them, an approximation, or only the largest entries, with one line changed:
+Compressed gradients (half a minute). Two processes train one network, each on
+its half of every batch, and exchange gradients in three ways, three seeds each:
+all entries, an approximation, or the largest entries, with one line changed:
 
     Trainer(devices=2, strategy=DGCStrategy(ratio=0.001))
 """
