@@ -406,7 +406,7 @@ def check_no_wait(shapes: Sequence[tuple[int, ...]], clock: Clock) -> list[str]:
             call(callback)  # what is made once may wait
             with waiting_raises(clock):
                 call(callback)
-            passed.append(callback.label)
+            passed.append(callback.display_name)
 
     fit_with(conditioners, act, shapes, clock)
     return passed

@@ -133,11 +133,11 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self.label
+        return self.display_name
 
     @property
     @override
-    def label(self) -> str:
+    def display_name(self) -> str:
         """The class and the name of this instance, for messages, configs and checkpoints."""
         return type(self).__name__ if self.name is None else f"{type(self).__name__}[{self.name}]"
 
@@ -162,8 +162,8 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
         self._stage = stage
         if self.fitting:
             self._check_fixed_settings()
-            self.works_with().refuse(self.label, trainer, pl_module)
-            log_settings(trainer, self.label, self.settings)
+            self.works_with().refuse(self.display_name, trainer, pl_module)
+            log_settings(trainer, self.display_name, self.settings)
             say_if_no_figures(trainer, self)
 
     def works_with(self) -> Compatibility:
@@ -185,7 +185,7 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.fitting:
-            follow_settings(self.label, state_dict.get("settings", {}), self.settings, self.fixed_settings)
+            follow_settings(self.display_name, state_dict.get("settings", {}), self.settings, self.fixed_settings)
 
     def changed_settings(self, state_dict: Mapping[str, Any], *names: str) -> list[str]:
         """Return which of some settings differ from those of a checkpoint."""
@@ -214,7 +214,7 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
 
     def say(self, what: str) -> None:
         """Print one line about this instance."""
-        rank_zero_info(f"{self.label} {what}.")
+        rank_zero_info(f"{self.display_name} {what}.")
 
     def tell_once(self, what: str, tell: Callable[[str], Any], text: str) -> None:
         """Print or warn of something once in a fit.
@@ -226,7 +226,7 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
         """
         if what not in self._said:
             self._said.add(what)
-            tell(f"{self.label}: {text}")
+            tell(f"{self.display_name}: {text}")
 
     def announce(self, words: str, kind: str, names: Sequence[str | int] = ()) -> None:
         """Print what this instance acts on in this fit, and keep it for :meth:`chosen`; called in ``on_fit_start``.
@@ -249,8 +249,8 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
         """
         if self._announced is None:
             raise RuntimeError(
-                f"{self.label} chooses what it acts on when a fit begins, and none is on. Call chosen() during fit(), in "
-                "on_fit_start or a later hook of a callback that is listed after it."
+                f"{self.display_name} chooses what it acts on when a fit begins, and none is on. Call chosen() during "
+                "fit(), in on_fit_start or a later hook of a callback that is listed after it."
             )
         return self._announced
 

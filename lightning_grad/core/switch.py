@@ -30,7 +30,7 @@ class Switchable:
         _known.add(cls.__name__)
 
     @property
-    def label(self) -> str:
+    def display_name(self) -> str:
         """The class and the name of this instance."""
         raise NotImplementedError
 
@@ -57,7 +57,7 @@ def is_switched_off(technique: Switchable, trainer: pl.Trainer) -> bool:
     off = [one for one in everybody if isinstance(one, Switchable) and _is_named(one, names)]
     if off:
         rank_zero_warn(
-            f"{VARIABLE}={value} turns off {', '.join(one.label for one in off)}. Unset it to use them again."
+            f"{VARIABLE}={value} turns off {', '.join(one.display_name for one in off)}. Unset it to use them again."
         )
     for one in off:
         one.switch_off(trainer)

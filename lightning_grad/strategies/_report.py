@@ -18,11 +18,11 @@ _MOST_LAYERS = 24  # in the figure; the table has all
 _MANY_MARKS = 30  # log steps: a line shows more of them better than dots do
 
 
-def draw(label: str, ledger: ByteLedger, record: RunRecord, layers: Sequence[Mapping[str, Any]]) -> Figure:
+def draw(display_name: str, ledger: ByteLedger, record: RunRecord, layers: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw bytes a step and residual norm over the run, and the ratio of each layer.
 
     Args:
-        label: Of the strategy.
+        display_name: Of the strategy.
         ledger: Counts of the run.
         record: One row a log step.
         layers: One row a parameter, as in the table of layers.
@@ -44,7 +44,7 @@ def draw(label: str, ledger: ByteLedger, record: RunRecord, layers: Sequence[Map
         axis.spines[["top", "right"]].set_visible(False)
     sent, dense = (f"{count / 1e6:,.3g}" for count in (ledger.sent_bytes, ledger.dense_bytes))
     less = f"{ledger.ratio:,.3g} times less than dense gradients"
-    figure.suptitle(f"{label}: {less} ({sent} of {dense} MB in {counted(ledger.steps, 'step')})", fontsize=11)
+    figure.suptitle(f"{display_name}: {less} ({sent} of {dense} MB in {counted(ledger.steps, 'step')})", fontsize=11)
     return figure
 
 

@@ -81,7 +81,7 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
 
     @property
     @override
-    def label(self) -> str:
+    def display_name(self) -> str:
         """The class, for messages, configs and checkpoints."""
         return type(self).__name__
 
@@ -211,11 +211,13 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
         self.memory = {n: {key: v.to(to) for key, v in kept.items()} for n, kept in saved.items() if n in self._chosen}
         if len(self.memory) < len(saved):
             lost = ", ".join(sorted(saved.keys() - self._chosen))
-            rank_zero_warn(f"{self.label} no longer compresses {lost}: what was not sent of them is lost.")
+            rank_zero_warn(f"{self.display_name} no longer compresses {lost}: what was not sent of them is lost.")
         self._is_accumulated = own["is_accumulated"]
         message = shared["in_flight"]
         if message is not None and changed:
-            rank_zero_warn(f"{self.label} has new settings: the gradient that was exchanged but not used yet is lost.")
+            rank_zero_warn(
+                f"{self.display_name} has new settings: the gradient that was exchanged but not used yet is lost."
+            )
             message = None
         self._replayed = None if message is None else {key: value.to(to) for key, value in message.items()}
         self.ledger.load_state_dict(shared["ledger"])
@@ -226,7 +228,7 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
     def begin_files(self) -> None:
         """Get ready for the saves of a fit."""
         run = str(self.broadcast(uuid.uuid4().hex[:8]))
-        self._files = RankFiles(self.label, run, self.global_rank, self.world_size)
+        self._files = RankFiles(self.display_name, run, self.global_rank, self.world_size)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
@@ -242,25 +244,27 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
         if not self.is_neutral:
             self._restore(manifest)
         elif manifest is not None:
-            rank_zero_warn(f"{self.label} sends everything now; what {manifest['strategy']} had not sent is lost.")
+            rank_zero_warn(
+                f"{self.display_name} sends everything now; what {manifest['strategy']} had not sent is lost."
+            )
 
     def _restore(self, manifest: Mapping[str, Any] | None) -> None:
         if manifest is None:
-            rank_zero_info(f"{self.label} begins with nothing unsent.")
+            rank_zero_info(f"{self.display_name} begins with nothing unsent.")
             return
-        if manifest["strategy"] != self.label:
+        if manifest["strategy"] != self.display_name:
             rank_zero_warn(
-                f"{self.label} begins with nothing unsent: the checkpoint is of {manifest['strategy']}, whose residuals mean "
-                "something else, and are lost."
+                f"{self.display_name} begins with nothing unsent: the checkpoint is of {manifest['strategy']}, whose "
+                "residuals mean something else, and are lost."
             )
             return
         saved = manifest.get("settings", {})
-        follow_settings(self.label, saved, self.message_settings, {})
+        follow_settings(self.display_name, saved, self.message_settings, {})
         io, policy, parameters = self.checkpoint_io, self.residual_policy, self.parameters
         state, why = self._files.read(io, self._loaded_from, manifest, policy, parameters, _first_problem)
         if state is None:
             lost = "begins with nothing unsent: what the saved run had not sent is lost"
-            rank_zero_warn(f"{self.label} {lost}, because {why}.")
+            rank_zero_warn(f"{self.display_name} {lost}, because {why}.")
         else:
             self.load_rank_state(*state, set(changed_settings(saved, self.message_settings)))
 
@@ -291,7 +295,7 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
         if self.is_global_zero:
             if not self._files.are_complete(path, manifest) and get_filesystem(path).exists(path):
                 # One that lacks files of other ranks must not take the place of one that can be resumed.
-                rank_zero_warn(f"{self.label} keeps the former {path}: other ranks have not written theirs.")
+                rank_zero_warn(f"{self.display_name} keeps the former {path}: other ranks have not written theirs.")
                 return
             super().save_checkpoint(checkpoint, path, storage_options)
 

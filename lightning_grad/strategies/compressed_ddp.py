@@ -193,10 +193,10 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         self.begin_fit()
         self.refuse(trainer)
         self._watch = Stopwatch(self.root_device)
-        self.ranks = Collectives(self.label, self.global_rank, self.world_size, self.ledger, self._watch)
+        self.ranks = Collectives(self.display_name, self.global_rank, self.world_size, self.ledger, self._watch)
         super().setup(trainer)
         self.begin_files()
-        log_settings(trainer, self.label, self.settings)
+        log_settings(trainer, self.display_name, self.settings)
         self._announce()
         say_if_no_figures(trainer, self)
 
@@ -206,21 +206,22 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         Raises:
             ValueError: With what to do instead.
         """
-        self.works_with().refuse(self.label, trainer, trainer.lightning_module)
-        self.works_with().refuse_parameters(self.label, trainer.lightning_module)
-        check_patterns(trainer.lightning_module, self.label, exclude=self.exclude)
+        self.works_with().refuse(self.display_name, trainer, trainer.lightning_module)
+        self.works_with().refuse_parameters(self.display_name, trainer.lightning_module)
+        check_patterns(trainer.lightning_module, self.display_name, exclude=self.exclude)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
         if len(self.optimizers) != 1:
             raise ValueError(
-                f"{self.label} works with one optimizer, and {type(trainer.lightning_module).__name__}.configure_optimizers "
-                f"returned {len(self.optimizers)}. Put their parameters into groups of one optimizer, or use strategy='ddp'."
+                f"{self.display_name} works with one optimizer, and "
+                f"{type(trainer.lightning_module).__name__}.configure_optimizers returned {len(self.optimizers)}. Put "
+                "their parameters into groups of one optimizer, or use strategy='ddp'."
             )
         if isinstance(self.optimizers[0], LBFGS):
             raise ValueError(
-                f"{self.label} needs one backward pass a step, and LBFGS makes several. Use another, or strategy='ddp'."
+                f"{self.display_name} needs one backward pass a step, and LBFGS makes several. Use another, or strategy='ddp'."
             )
         self.connect_optimizer(self.optimizers[0])
 
@@ -253,8 +254,8 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         """
         if not self._shapes:
             raise RuntimeError(
-                f"{self.label} chooses what it compresses when a fit begins, and none has. Call chosen() during fit(), in "
-                "on_fit_start or a later hook of a callback."
+                f"{self.display_name} chooses what it compresses when a fit begins, and none has. Call chosen() during "
+                "fit(), in on_fit_start or a later hook of a callback."
             )
         names = [name for name in self._shapes if name in self._chosen]
         return Chosen(self._words, "parameters", names)
@@ -275,11 +276,11 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def _announce(self) -> None:
         if self.wants_to_compress and self.is_neutral:
             rank_zero_warn(
-                f"{self.label} {self._words}: no parameter of two or more dimensions has min_numel="
+                f"{self.display_name} {self._words}: no parameter of two or more dimensions has min_numel="
                 f"{self.min_numel} entries and is not excluded. Lower min_numel, or exclude less."
             )
         else:
-            rank_zero_info(f"{self.label} {self._words}.{self.remark if self.wants_to_compress else ''}")
+            rank_zero_info(f"{self.display_name} {self._words}.{self.remark if self.wants_to_compress else ''}")
 
     # One step.
 
@@ -292,8 +293,8 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def _exchange(self, gradients: list[Gradient]) -> None:
         if self._in_flight is not None:
             raise RuntimeError(
-                f"{self.label} needs one backward pass a step, and this step has made a second. Use an optimizer that makes "
-                "one, or strategy='ddp'."
+                f"{self.display_name} needs one backward pass a step, and this step has made a second. Use an optimizer "
+                "that makes one, or strategy='ddp'."
             )
         with interrupts_deferred():
             order = self._order
@@ -415,9 +416,9 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             own = {"bytes_sent": float(self.ledger.step_sent), "ratio": self.ledger.step_ratio}
             record.add({"step": trainer.global_step, **own, "residual_norm": self.residual_norm()})
         summary = {"final_ratio": self.ledger.ratio, "total_megabytes": self.ledger.sent_bytes / 1e6}
-        figure = partial(draw, self.label, self.ledger, record, layers)
+        figure = partial(draw, self.display_name, self.ledger, record, layers)
         record.report(trainer, self, figure, summary=summary, figure="summary")
-        log_table(trainer, self.log_key("layers"), layers, output_file(trainer, self.label, "_layers.csv"))
+        log_table(trainer, self.log_key("layers"), layers, output_file(trainer, self.display_name, "_layers.csv"))
 
     def _layers(self) -> list[dict[str, Any]]:
         rows = []
@@ -432,8 +433,8 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         super().on_exception(exception)
         if self.ledger.record.count:
             self.ledger.record.save(self._trainer, self, now=True)
-        explain_lost_rank(exception, self.label)
-        explain_unused_parameters(exception, self.label, self._parameters)
+        explain_lost_rank(exception, self.display_name)
+        explain_unused_parameters(exception, self.display_name, self._parameters)
         self._end()
 
     @override

@@ -230,11 +230,11 @@ class DGCStrategy(CompressedDDPStrategy):
     def refuse(self, trainer: pl.Trainer) -> None:
         super().refuse(trainer)
         module = trainer.lightning_module
-        check_patterns(module, self.label, layer_ratios=self.layer_ratios)
+        check_patterns(module, self.display_name, layer_ratios=self.layer_ratios)
         if self.wants_to_compress and overrides(module, "configure_gradient_clipping"):
             rank_zero_warn(
-                f"{type(module).__name__}.configure_gradient_clipping is the module's own, and gets what {self.label} has "
-                "accumulated over many steps. If it clips, use local_clip instead."
+                f"{type(module).__name__}.configure_gradient_clipping is the module's own, and gets what "
+                f"{self.display_name} has accumulated over many steps. If it clips, use local_clip instead."
             )
 
     @override
@@ -245,7 +245,7 @@ class DGCStrategy(CompressedDDPStrategy):
         why = why_not_moved(optimizer)
         if why and self.correction == "momentum":
             raise ValueError(
-                f"{self.label}(correction='momentum') moves the momentum of torch.optim.SGD, and {why}. Set "
+                f"{self.display_name}(correction='momentum') moves the momentum of torch.optim.SGD, and {why}. Set "
                 "correction='error_feedback', which leaves the optimizer as it is and gives it the sparse mean gradient, or "
                 "train with torch.optim.SGD without dampening."
             )
@@ -276,8 +276,8 @@ class DGCStrategy(CompressedDDPStrategy):
             return
         if [name for name, kept in self.memory.items() if kept.pop(_VELOCITY, None) is not None]:
             rank_zero_warn(
-                f"{self.label} no longer moves the momentum into the compressor: the momentum of compressed gradients begins "
-                "at zero, in the optimizer."
+                f"{self.display_name} no longer moves the momentum into the compressor: the momentum of compressed "
+                "gradients begins at zero, in the optimizer."
             )
 
     # One step.

@@ -132,11 +132,11 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         super().load_rank_state(own, shared, changed)
         if "seed" in changed and self.memory:
             rank_zero_info(
-                f"{self.label} keeps its factors: the new seed is only for gradients that have no factors yet."
+                f"{self.display_name} keeps its factors: the new seed is only for gradients that have no factors yet."
             )
         if "start_step" in changed and self.ledger.steps < self.start_step:
             rank_zero_info(
-                f"{self.label} sends everything dense until step {self.start_step}; what was not sent waits until then."
+                f"{self.display_name} sends everything dense until step {self.start_step}; what was not sent waits until then."
             )
 
     @property

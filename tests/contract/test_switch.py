@@ -62,7 +62,7 @@ def off(tmp_path_factory: pytest.TempPathFactory) -> _Off:
         left = run([*callbacks, saving], resumable=True, logger=CSVLogger(folder, "logs", ""))
     assert left.trainer.callbacks[: len(callbacks)] == callbacks, "each is back in its place"
     warned = [str(one.message) for one in given if VARIABLE in str(one.message)]
-    return _Off(left, folder, warned, [callback.label for callback in callbacks])
+    return _Off(left, folder, warned, [callback.display_name for callback in callbacks])
 
 
 def _assert_plain(left: Run) -> None:

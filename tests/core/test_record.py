@@ -113,7 +113,7 @@ def test_a_state_is_not_the_live_record() -> None:
 
 
 class Owner:
-    label = "Technique[a]"
+    display_name = "Technique[a]"
     figure = True
 
     def log_key(self, quantity: str) -> str:

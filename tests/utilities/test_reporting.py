@@ -381,7 +381,7 @@ def test_a_figure_is_drawn_only_where_matplotlib_is(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("label", "stem"),
+    ("display_name", "stem"),
     [
         ("NMSparsity", "nm_sparsity"),
         ("AccuracyGradientLR", "accuracy_gradient_lr"),
@@ -390,10 +390,10 @@ def test_a_figure_is_drawn_only_where_matplotlib_is(tmp_path: Path, monkeypatch:
         ("ZClip[a.b-c_d]", "z_clip_a.b-c_d"),
     ],
 )
-def test_files_are_named_by_one_rule(label: str, stem: str, csv_logger: CSVLogger) -> None:
-    path = output_file(trainer_with(csv_logger), label, "_epoch3.csv")
+def test_files_are_named_by_one_rule(display_name: str, stem: str, csv_logger: CSVLogger) -> None:
+    path = output_file(trainer_with(csv_logger), display_name, "_epoch3.csv")
     assert path == Path(csv_logger.log_dir, f"{stem}_epoch3.csv")
-    assert output_file(trainer_with(), label, ".csv") is None
+    assert output_file(trainer_with(), display_name, ".csv") is None
 
 
 def test_a_table_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ class AdversarialEvaluation(GradCallback):
 
     @during_fit
     def _search(self) -> WorstInputs:
-        return WorstInputs(self._attack, self.restarts, self.input_key, self.loss_index, self.seed, self.label)
+        return WorstInputs(self._attack, self.restarts, self.input_key, self.loss_index, self.seed, self.display_name)
 
     def __init__(
         self,
@@ -173,18 +173,18 @@ class AdversarialEvaluation(GradCallback):
         if stage not in _STAGES:
             return
         step = f"{_STAGES[stage]}_step"
-        self.works_with().refuse(self.label, trainer, pl_module)
+        self.works_with().refuse(self.display_name, trainer, pl_module)
         if not overrides(pl_module, step):
             raise ValueError(
-                f"{self.label} runs {step} on attacked inputs, and {type(pl_module).__name__} has none. Write a {step} that "
-                "returns or logs a metric, or drop the callback."
+                f"{self.display_name} runs {step} on attacked inputs, and {type(pl_module).__name__} has none. Write a "
+                f"{step} that returns or logs a metric, or drop the callback."
             )
-        refuse_dataloader_iter(getattr(pl_module, step), self.label)
+        refuse_dataloader_iter(getattr(pl_module, step), self.display_name)
         if self.fitting and not trainer.enable_validation:
             self._warn_of_no_validation()
         if getattr(trainer, "barebones", False):
             rank_zero_warn(
-                f"{self.label} logs once more what the module logs, and Trainer(barebones=True) logs nothing. Drop one."
+                f"{self.display_name} logs once more what the module logs, and Trainer(barebones=True) logs nothing. Drop one."
             )
         for hook in (template.format(_STAGES[stage]) for template in _HOOKS):
             around = partial(self._twice, trainer, hook)
@@ -193,9 +193,9 @@ class AdversarialEvaluation(GradCallback):
     def _warn_of_no_validation(self) -> None:
         if not self._has_warned:
             rank_zero_warn(
-                f"{self.label} attacks the batches of validations, and this fit has no validation. Give fit() a validation "
-                "loader, limit_val_batches above 0, and check_val_every_n_epoch of at most max_epochs; or measure after the "
-                "fit, by trainer.validate() or trainer.test()."
+                f"{self.display_name} attacks the batches of validations, and this fit has no validation. Give fit() a "
+                "validation loader, limit_val_batches above 0, and check_val_every_n_epoch of at most max_epochs; or "
+                "measure after the fit, by trainer.validate() or trainer.test()."
             )
         self._has_warned = True
 
@@ -309,7 +309,7 @@ class AdversarialEvaluation(GradCallback):
         with torch.inference_mode(False), torch.enable_grad():
             with state.used():
                 scratch = SecondState(pl_module)
-            with scratch.used(), quiet(trainer, pl_module, check=False, label=self.label):
+            with scratch.used(), quiet(trainer, pl_module, check=False, display_name=self.display_name):
                 yield
 
     @contextmanager

@@ -123,7 +123,7 @@ class AdversarialTraining(GradCallback):
 
     @during_fit
     def _overfitting(self) -> OverfittingCheck:
-        return OverfittingCheck(self._attack, self.seed, self.label)
+        return OverfittingCheck(self._attack, self.seed, self.display_name)
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class AdversarialTraining(GradCallback):
         super().setup(trainer, pl_module, stage)
         if not self.fitting:
             return
-        refuse_dataloader_iter(pl_module.training_step, self.label)
+        refuse_dataloader_iter(pl_module.training_step, self.display_name)
         self._refuse_another(trainer)
         around = partial(self._around, trainer)
         self.undo.push(wrap_method(pl_module, "training_step", around, order=WrapOrder.INPUTS))
@@ -179,8 +179,8 @@ class AdversarialTraining(GradCallback):
         others = [callback for callback in trainer.callbacks if isinstance(callback, AdversarialTraining)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise ValueError(
-                f"{' and '.join(other.label for other in others)} would attack each other's inputs. Keep one of them in the "
-                "list of callbacks."
+                f"{' and '.join(other.display_name for other in others)} would attack each other's inputs. Keep one of "
+                "them in the list of callbacks."
             )
 
     @override
@@ -195,7 +195,7 @@ class AdversarialTraining(GradCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.warmup_fraction and total_steps(trainer, self.label, self.total_steps) is None:
+        if self.warmup_fraction and total_steps(trainer, self.display_name, self.total_steps) is None:
             self.say(IN_FIRST_EPOCH)
 
     @override
@@ -246,22 +246,24 @@ class AdversarialTraining(GradCallback):
         if self._attacked is not None and self._attacked[0] == position and same_tensors(self._attacked[1], batch):
             return self._attacked[2]  # an optimizer evaluates its closure again: the problem must stay the same
         pl_module, is_first = trainer.lightning_module, self._place is None
-        place = self._place = self._place or find_place(pl_module, batch, self.input_key, self.label)
-        way_out = f", or train without {self.label}"
-        with quiet(trainer, pl_module, evaluate=False, check=is_first, advice=way_out, label=self.label):
+        place = self._place = self._place or find_place(pl_module, batch, self.input_key, self.display_name)
+        way_out = f", or train without {self.display_name}"
+        with quiet(trainer, pl_module, evaluate=False, check=is_first, advice=way_out, display_name=self.display_name):
             clean = place.inputs(batch, run)
             if is_first:
-                self._attack.refuse_inputs(clean, self.label)
+                self._attack.refuse_inputs(clean, self.display_name)
             self._start_loss = None
             generator = generator_for(clean.device, self.seed, "/".join(map(str, (*position, trainer.global_rank))))
             loss_of = attack_losses(trainer, place, batch, run, self._note_start)
             try:
                 attacked = self._attack(loss_of, clean, generator, place.support(batch), share)
             except IndependentLossError as error:
-                raise refused(error, self.label) from None
+                raise refused(error, self.display_name) from None
             except Exception as error:
                 if not isinstance(error, NoLossError):
-                    error.add_note(f"{self.label} ran training_step on an input that has a gradient, to attack it.")
+                    error.add_note(
+                        f"{self.display_name} ran training_step on an input that has a gradient, to attack it."
+                    )
                 raise
             inputs = _with_clean_samples(attacked, clean, self.clean_fraction, generator)
         self._attacked = (position, batch, (place, inputs))

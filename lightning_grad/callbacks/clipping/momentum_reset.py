@@ -112,7 +112,7 @@ class MomentumReset(OptimizerCallback):
     @override
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
         if not keeps(optimizer, "exp_avg_sq"):
-            self._without.append(self.compatibility.no_second_moment.error(self.label, type(optimizer).__name__))
+            self._without.append(self.compatibility.no_second_moment.error(self.display_name, type(optimizer).__name__))
             return False
         return True
 

@@ -44,7 +44,9 @@ class LossWeighting(GradCallback):
     @property
     def asked(self) -> LossRequest:
         """What is asked of the losses of the step."""
-        return LossRequest(self.label, self.loss_index, self.way_out, self.loss_fn, kind=lambda: self._sample_loss)
+        return LossRequest(
+            self.display_name, self.loss_index, self.way_out, self.loss_fn, kind=lambda: self._sample_loss
+        )
 
     def samples_of(self, batch: Any) -> int | None:
         """Return the number of samples of a batch, ``None`` if it is not known."""

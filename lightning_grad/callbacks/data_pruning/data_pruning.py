@@ -377,7 +377,7 @@ class DataPruning(SubsetCallback):
         """Choose the samples that a share leaves of those scored, and print how many they are."""
         sampler = self.training_set.sampler
         population = sampler.population
-        say_what_is_skipped(self.label, population, ~scored.values[population].isnan())
+        say_what_is_skipped(self.display_name, population, ~scored.values[population].isnan())
         count = count_kept(len(population), share, sampler.batch_size, sampler.ranks, sampler.drop_last)
         if share:
             self.warn_of_too_few(count, len(population))
@@ -398,24 +398,24 @@ class DataPruning(SubsetCallback):
     def _refuse_balance(self, labels: Tensor | None) -> None:
         if self.balances_classes and labels is None:
             raise ValueError(
-                f"{self.label} balances classes, and nothing tells which class a sample has. Leave balance at None and "
+                f"{self.display_name} balances classes, and nothing tells which class a sample has. Leave balance at None and "
                 "class_floor at 0."
             )
 
     def _say_kept(self, name: str, count: int, total: int, share: float) -> None:
         if share == 0.0:
-            rank_zero_info(f"{self.label} has scored {total} samples by {name}, and keeps them all.")
+            rank_zero_info(f"{self.display_name} has scored {total} samples by {name}, and keeps them all.")
             return
         what = "Epochs get shorter, and schedules that step with batches advance faster, to end where they would have."
         if self.passes_more_than_once:
             what = "Epochs keep their number of steps, and pass through these samples more than once."
-        rank_zero_info(f"{self.label} goes on with {count} of {total} samples (by {name}). {what}")
+        rank_zero_info(f"{self.display_name} goes on with {count} of {total} samples (by {name}). {what}")
 
     def _save(self, trainer: pl.Trainer, scored: ScoredSet) -> None:
         mark = fingerprint(self._passes.items)
         if mark.items is None and self.score_dataset is None and self.source.runs_the_step:
             rank_zero_warn(
-                f"{self.label} scores samples that differ each time they are read, as augmentation makes them. Give "
+                f"{self.display_name} scores samples that differ each time they are read, as augmentation makes them. Give "
                 "score_dataset=, a function of the trainer that returns the training set without it."
             )
         if self._writes_scores:

@@ -160,7 +160,7 @@ class LossReweighting(LossWeighting):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Without a known end, which raises, the temperature would never fall.
-        if self.acts and total_steps(trainer, self.label, self.total_steps) is None:
+        if self.acts and total_steps(trainer, self.display_name, self.total_steps) is None:
             self.say(IN_FIRST_EPOCH)
 
     @override
@@ -194,8 +194,8 @@ class LossReweighting(LossWeighting):
             return True  # each row of the loss is a sample
         if samples * trainer.world_size == 1:
             rank_zero_warn(
-                f"{self.label} weights the samples of a batch against each other, and a batch has one: every weight is 1. Use "
-                "larger batches."
+                f"{self.display_name} weights the samples of a batch against each other, and a batch has one: every "
+                "weight is 1. Use larger batches."
             )
         is_done = rehearsal.check_batch(batch, samples)
         if is_done:

@@ -158,7 +158,7 @@ class UniformLearning(SubsetCallback):
 
     @property
     def _asked(self) -> LossRequest:
-        return LossRequest(self.label, self.loss_index, _WAY_OUT, outputs_fn=self.outputs_fn, by_classes=True)
+        return LossRequest(self.display_name, self.loss_index, _WAY_OUT, outputs_fn=self.outputs_fn, by_classes=True)
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rehearsal: bool = False) -> dict[str, Tensor]:
         own = (trainer, pl_module, self.training_set, _outputs, "Clustering outputs", self._asked)
@@ -182,10 +182,10 @@ class UniformLearning(SubsetCallback):
         population = self.training_set.sampler.population
         outputs, losses, labels = (found[key][population] for key in ("outputs", "losses", "labels"))
         known = outputs.isfinite().all(1) & losses.isfinite() & labels.isfinite()
-        say_what_is_skipped(self.label, population, known)
+        say_what_is_skipped(self.display_name, population, known)
         own = (outputs[known], losses[known], labels[known].long())
         repeated = population[known][uniform_learning_repeats(*own, self.seed)]
-        rank_zero_info(f"{self.label} repeats {len(repeated)} of {len(population)} samples.")
+        rank_zero_info(f"{self.display_name} repeats {len(repeated)} of {len(population)} samples.")
         return repeated
 
 
@@ -193,7 +193,7 @@ def _outputs(look: Look) -> Mapping[str, Tensor]:
     call = look.loss()
     if call.labels is None or call.input.dim() != 2:
         raise ValueError(
-            f"{look.asked.label} clusters the outputs of each class, and {call.name} got {tuple(call.input.shape)} for "
+            f"{look.asked.display_name} clusters the outputs of each class, and {call.name} got {tuple(call.input.shape)} for "
             f"targets of {tuple(call.target.shape)}. It needs logits (B, C) and one class a sample. For other targets use "
             "DataPruning(score='loss'), or RepeatedRandomSubset, which needs no loss."
         )

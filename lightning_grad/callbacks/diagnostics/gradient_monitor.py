@@ -159,17 +159,17 @@ class GradientMonitor(GradCallback):
     @override
     @on_plain_tensors
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        check_patterns(pl_module, self.label, include=self.include, exclude=self.exclude)
+        check_patterns(pl_module, self.display_name, include=self.include, exclude=self.exclude)
         self._order = ForwardOrder(pl_module)
         self.undo.push(self._order.stop)
         for index, optimizer in enumerate(trainer.optimizers):
-            self.works_with().refuse_optimizer(self.label, trainer, optimizer)
+            self.works_with().refuse_optimizer(self.display_name, trainer, optimizer)
             self._watch(trainer, pl_module, index, optimizer)
         watched = [parameter for watch in self._watches for parameter in watch.parameters]
         if not watched:
             why = why_none(trainer, pl_module, self.include, self.exclude)
-            raise ValueError(f"{self.label} has no parameter to watch. {why}")
-        self.works_with().refuse_parameters(self.label, pl_module, set(map(id, watched)))
+            raise ValueError(f"{self.display_name} has no parameter to watch. {why}")
+        self.works_with().refuse_parameters(self.display_name, pl_module, set(map(id, watched)))
         self.undo.push(self._meter.stop)
         self._vantage = self._take_places(trainer, pl_module)
         self._announce(trainer, pl_module)
@@ -195,7 +195,7 @@ class GradientMonitor(GradCallback):
         vantage.take(trainer, pl_module, self.undo)
         # Under the probe what is compiled would run uncompiled, with other roundings.
         if self.logits and not any(map(is_compiled, pl_module.modules())):
-            advice = f"{self.label} watches logits in this step. Set {type(self).__name__}(logits=False)."
+            advice = f"{self.display_name} watches logits in this step. Set {type(self).__name__}(logits=False)."
             self._logits = LogitWatch(trainer, pl_module, advice)
             self.undo.push(wrap_method(pl_module, "training_step", self._logits.around))
         return vantage
@@ -265,7 +265,7 @@ class GradientMonitor(GradCallback):
         self._watch_of(trainer, optimizer).look_after(self._loss, self._place, self._vantage.may_change)
 
     def _watch_of(self, trainer: pl.Trainer, optimizer: Optimizer) -> OptimizerWatch:
-        return self._watches[optimizer_index(trainer, optimizer, self.label)]
+        return self._watches[optimizer_index(trainer, optimizer, self.display_name)]
 
     def _slow_stats_are_due(self, trainer: pl.Trainer) -> bool:
         if self.slow_stats_every is None:
@@ -308,7 +308,7 @@ class GradientMonitor(GradCallback):
             self._first_bad.note(watch.first_bad, self._order)
 
     def _tell_first_bad(self, trainer: pl.Trainer) -> None:
-        self._first_bad.tell(trainer, self.label, self.log_key, self.alert)
+        self._first_bad.tell(trainer, self.display_name, self.log_key, self.alert)
 
     def _part(self, index: int) -> str:
         return f"optimizer{index}" if len(self._watches) > 1 else ""
@@ -340,7 +340,7 @@ class GradientMonitor(GradCallback):
             for index, watch in enumerate(self._watches):
                 record, part = watch.record, self._part(index)
                 summary = {f"final_{key}": value for key, value in record.totals().items() if record.count}
-                draw = partial(record.draw, f"{self.label} {part}".rstrip())
+                draw = partial(record.draw, f"{self.display_name} {part}".rstrip())
                 record.report(trainer, self, draw, summary=summary, part=part)
             self._noise.write(trainer, self.log_key)
         super().teardown(trainer, pl_module, stage)

@@ -114,7 +114,7 @@ class AccuracyGradientLR(MonitoredCallback):
     _cuts = until_next_fit.of(int)
     _values = until_next_fit.of(list[float])  # all of them: the window may grow on resume
     _rates = until_next_fit[ChosenRates](
-        lambda self: ChosenRates(self.optimizers, self.param_groups, self.policy, self.min_lr, self.label)
+        lambda self: ChosenRates(self.optimizers, self.param_groups, self.policy, self.min_lr, self.display_name)
     )
 
     def __init__(
@@ -176,9 +176,9 @@ class AccuracyGradientLR(MonitoredCallback):
         super().on_fit_start(trainer, pl_module)
         optimizers = [optimizer for optimizer, _ in self._rates.groups(trainer)]
         if self.policy == "multiply":
-            _warn_of_schedulers(trainer, optimizers, self.monitor, self.label)
+            _warn_of_schedulers(trainer, optimizers, self.monitor, self.display_name)
         elif trainer.lr_scheduler_configs:
-            self.undo.push(_mute_schedulers(pl_module, optimizers, self.label))
+            self.undo.push(_mute_schedulers(pl_module, optimizers, self.display_name))
         self._announce(trainer)
 
     def _announce(self, trainer: pl.Trainer) -> None:
@@ -235,7 +235,7 @@ class AccuracyGradientLR(MonitoredCallback):
                 self.tell_once("floor", rank_zero_info, f"the learning rate is at its floor, min_lr={self.min_lr:g}.")
             return False
         rank_zero_info(
-            f"{self.label} cuts the learning rate from {before:g} to {self._rates.first(trainer):g} after observation "
+            f"{self.display_name} cuts the learning rate from {before:g} to {self._rates.first(trainer):g} after observation "
             f"{len(self._values)} (epoch {round(epoch, 2):g}): the mean of {self.monitor} gained {gradient:.4g}, less than "
             f"{self.threshold:g}."
         )
@@ -251,7 +251,7 @@ class AccuracyGradientLR(MonitoredCallback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        own = (self.record, self.label, self.monitor, self.window, self.threshold)
+        own = (self.record, self.display_name, self.monitor, self.window, self.threshold)
         summary = {"final_scale": self._rates.scale, "final_cuts": float(self._cuts)}
         self.record.report(trainer, self, partial(draw_rates, *own), summary=summary, table="observations")
 
@@ -260,12 +260,14 @@ def _is_cut(row: Row) -> float:
     return float(row["cut"])
 
 
-def _mute_schedulers(pl_module: pl.LightningModule, optimizers: Sequence[Optimizer], label: str) -> Callable[[], None]:
+def _mute_schedulers(
+    pl_module: pl.LightningModule, optimizers: Sequence[Optimizer], display_name: str
+) -> Callable[[], None]:
     """Let no scheduler of some optimizers act; what is returned ends it."""
     if not pl_module.automatic_optimization:
         raise ValueError(
-            f"{label}: policy='replace' keeps schedulers from acting, and under manual optimization the module steps them "
-            "itself. Use policy='multiply', or leave the schedulers out of configure_optimizers."
+            f"{display_name}: policy='replace' keeps schedulers from acting, and under manual optimization the module "
+            "steps them itself. Use policy='multiply', or leave the schedulers out of configure_optimizers."
         )
 
     def step(inner: Callable[..., Any], scheduler: Any, *args: Any) -> None:
@@ -275,19 +277,19 @@ def _mute_schedulers(pl_module: pl.LightningModule, optimizers: Sequence[Optimiz
     return wrap_method(pl_module, "lr_scheduler_step", step)
 
 
-def _warn_of_schedulers(trainer: pl.Trainer, optimizers: Sequence[Optimizer], monitor: str, label: str) -> None:
+def _warn_of_schedulers(trainer: pl.Trainer, optimizers: Sequence[Optimizer], monitor: str, display_name: str) -> None:
     """Warn of those that may undo a cut, and of one that cuts by the same metric."""
     configs = [config for config in trainer.lr_scheduler_configs if _concerns(config.scheduler, optimizers)]
     unknown = unknown_schedulers(config.scheduler for config in configs)
     if unknown:
         rank_zero_warn(
-            f"{label}: {', '.join(unknown)} is no scheduler of torch, and may undo the cuts if it sets rates from base rates "
-            "of its own. policy='replace' keeps schedulers from acting."
+            f"{display_name}: {', '.join(unknown)} is no scheduler of torch, and may undo the cuts if it sets rates from "
+            "base rates of its own. policy='replace' keeps schedulers from acting."
         )
     if any(config.reduce_on_plateau and config.monitor == monitor for config in configs):
         rank_zero_warn(
-            f"{label} and ReduceLROnPlateau both cut the learning rate by {monitor!r}. Keep one: drop the scheduler, or set "
-            "policy='replace', which keeps it from acting."
+            f"{display_name} and ReduceLROnPlateau both cut the learning rate by {monitor!r}. Keep one: drop the "
+            "scheduler, or set policy='replace', which keeps it from acting."
         )
 
 

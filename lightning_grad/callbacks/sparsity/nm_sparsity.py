@@ -238,7 +238,10 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     @override
     def view(self, found: FoundWeight) -> SparseWeight | str:
-        pattern, dim = arguments.pattern_of(found, self._patterns, self.label), dimension_of_groups(found, self.axis)
+        pattern, dim = (
+            arguments.pattern_of(found, self._patterns, self.display_name),
+            dimension_of_groups(found, self.axis),
+        )
         if dim is None:
             return "its layer computes neither x W nor x W^T; spell its name in include= to take dimension 1 for the inputs"
         size = found.parameter.shape[dim]
@@ -253,7 +256,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     @override
     def check_names(self, pl_module: pl.LightningModule) -> None:
         super().check_names(pl_module)
-        check_patterns(pl_module, self.label, pattern=[name for name in self._patterns if name != "*"])
+        check_patterns(pl_module, self.display_name, pattern=[name for name in self._patterns if name != "*"])
 
     @override
     def works_with(self) -> Compatibility:
@@ -266,7 +269,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     def refuse(self, trainer: pl.Trainer, choice: WeightChoice[SparseWeight]) -> None:
         super().refuse(trainer, choice)
         if self._adds_sr_ste:
-            warn_of_missing_momentum(trainer, self.label, "its SR-STE term")
+            warn_of_missing_momentum(trainer, self.display_name, "its SR-STE term")
 
     @property
     @override
@@ -312,7 +315,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._total_steps = total_steps(trainer, self.label, self.total_steps)
+        self._total_steps = total_steps(trainer, self.display_name, self.total_steps)
         if self._total_steps is None:
             self.say(IN_FIRST_EPOCH)
         restored = self.restored
@@ -357,7 +360,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     def after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         self._progress = run_progress(trainer, steps_ahead=1, stated=self.total_steps)
         if self._total_steps is None:  # the first epoch measures it
-            self._total_steps = total_steps(trainer, self.label)
+            self._total_steps = total_steps(trainer, self.display_name)
         self._stepped = True
         super().after_step(trainer, optimizer)
         self._follow_schedule()
@@ -399,7 +402,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         # So that masked gradients cannot pile up in it: Lu et al., 2023, algorithm 1.
         self._variances[id(optimizer)] = FrozenMoments(optimizer, resumed)
         if not len(self._variances[id(optimizer)]):
-            raise _NO_VARIANCE.error(self.label, type(optimizer).__name__)
+            raise _NO_VARIANCE.error(self.display_name, type(optimizer).__name__)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
@@ -452,7 +455,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         if names:
             whose = f"the checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "the module"
             rank_zero_warn(
-                f"{self.label}: {len(names)} of its {len(self.signatures)} weights are not sparse in {whose} "
+                f"{self.display_name}: {len(names)} of its {len(self.signatures)} weights are not sparse in {whose} "
                 f"({listed(names, 3)}), so this result is not that of the final pattern. Use a checkpoint from after the "
                 "final pattern began, or the module as the fit left it."
             )
@@ -494,7 +497,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             return []
         # Lightning skips a validation that was due behind the last step of a checkpoint, and with it the restart.
         self._monitors.is_done |= all(weight.phase.final for weight in self.weights)
-        settle_unfinished(self.weights, self._progress, self.bake_on_early_stop, self.label)
+        settle_unfinished(self.weights, self._progress, self.bake_on_early_stop, self.display_name)
         return self.weights
 
     @override
@@ -509,15 +512,15 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     def _report(self, trainer: pl.Trainer, weights: Sequence[SparseWeight]) -> None:
         self._record.close_phase()
-        last, title = state_of(weights), f"{self.label}: {self.pattern}, {self._recipe_name}"
+        last, title = state_of(weights), f"{self.display_name}: {self.pattern}, {self._recipe_name}"
         summary = {"final_density": last["density"], "final_exact": last["exact"]}
         draw = partial(self._record.draw_run, title, self.figure_metric)
         self._record.report(trainer, self, draw, summary=summary)
         shown = {self.log_key(f"weights/{clean_name(w.name)}"): w.parameter for w in weights[: self.max_layers]}
         log_histograms(trainer, shown)
         if self.save_masks:
-            write_masks(trainer, weights, self.label)
-        warn_of_inexact_best(trainer, weights, self.label)
+            write_masks(trainer, weights, self.display_name)
+        warn_of_inexact_best(trainer, weights, self.display_name)
 
 
 def _namespaces(trainer: pl.Trainer) -> tuple[str, ...]:

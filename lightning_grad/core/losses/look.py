@@ -54,7 +54,7 @@ class Look:
         if self.asked.loss_fn is not None:
             with torch.set_grad_enabled(keep_graph):
                 losses = checked_losses(self.asked.loss_fn(self.pl_module, self.batch), len(self.indices))
-            return SampleLosses(with_graph(losses, self.asked.label) if keep_graph else losses)
+            return SampleLosses(with_graph(losses, self.asked.display_name) if keep_graph else losses)
         if self._is_first:
             capture, output = self._first_run()
             try:
@@ -168,8 +168,8 @@ class Look:
             with torch.enable_grad():
                 return self.memory["norms"](losses), found[0]
         except (RuntimeError, ValueError) as error:  # of the step, perhaps, so its words stay as they are
-            label, way_out = self.asked.label, self.asked.way_out
-            error.add_note(f"{label} measured the gradient of each sample. Use another score, or {way_out}.")
+            display_name, way_out = self.asked.display_name, self.asked.way_out
+            error.add_note(f"{display_name} measured the gradient of each sample. Use another score, or {way_out}.")
             raise
 
     def features(self) -> tuple[Tensor, LossCall, nn.Linear]:
@@ -192,6 +192,6 @@ class Look:
             if isinstance(output, Tensor) and output.data_ptr() == call.input.data_ptr():
                 return taken_in.detach(), call, layer
         raise ValueError(
-            f"{self.asked.label} needs the features of the last layer for this score, and the logits of "
+            f"{self.asked.display_name} needs the features of the last layer for this score, and the logits of "
             f"{type(self.pl_module).__name__} are not the output of an nn.Linear. Use another score, or {self.asked.way_out}."
         )

@@ -64,7 +64,7 @@ def choose_way(step: Step, weighing: Weighing) -> Way | None:
     """
     asked = weighing.asked
     if asked.loss_fn is not None:
-        _try_function(step, asked.loss_fn, asked.label)
+        _try_function(step, asked.loss_fn, asked.display_name)
         return ByFunction(weighing, asked.loss_fn)
     by_call = ByCall(asked, weighing.reweight)
     trainer = step.module._trainer
@@ -103,14 +103,15 @@ def choose_again(step: Step, weighing: Weighing, way: ByCall) -> Way:
         return way  # a later step tells
     if not isinstance(found, ByCall):
         rank_zero_warn(
-            f"{weighing.asked.label}: {more}. In the step before only that call was weighted; from this one on the whole "
-            "loss is."
+            f"{weighing.asked.display_name}: {more}. In the step before only that call was weighted; from this one on "
+            "the whole loss is."
         )
         return found
     if way.changed is not None and way.changed not in found.outlines:
         rank_zero_warn(
-            f"{weighing.asked.label}: in some steps {more}, and only that call is weighted in these. Ignore it if what they "
-            "add is the same for all samples. Otherwise let each step add it, with a factor of 0 where it does not count."
+            f"{weighing.asked.display_name}: in some steps {more}, and only that call is weighted in these. Ignore it if "
+            "what they add is the same for all samples. Otherwise let each step add it, with a factor of 0 where it does "
+            "not count."
         )
         found.outlines.add(way.changed)
     found.outlines |= way.outlines
@@ -118,14 +119,14 @@ def choose_again(step: Step, weighing: Weighing, way: ByCall) -> Way:
     return found
 
 
-def _try_function(step: Step, loss_fn: GivenFunction, label: str) -> None:
+def _try_function(step: Step, loss_fn: GivenFunction, display_name: str) -> None:
     """Ask the function once, also where the first steps are not weighted."""
     with aside(step.module), torch.enable_grad():
-        losses = with_graph(checked_losses(loss_fn(step.module, copy_of(step.batch)), step.samples), label)
+        losses = with_graph(checked_losses(loss_fn(step.module, copy_of(step.batch)), step.samples), display_name)
     if len(losses) and not bool(losses.isfinite().any()):
         raise ValueError(
-            f"{label} weights the losses that loss_fn returns, and in the first batch none of them is finite. Let loss_fn "
-            "return the losses whose mean training_step returns."
+            f"{display_name} weights the losses that loss_fn returns, and in the first batch none of them is finite. Let "
+            "loss_fn return the losses whose mean training_step returns."
         )
 
 
@@ -148,7 +149,7 @@ def _terms_after(error: Exception, step: Step, asked: LossRequest, capture: Whol
             raise InseparableLossError(found.function, found.location, f"{found.reason} {ways_out}") from None
     except InseparableLossError:
         if isinstance(error, ValueError):  # which knows more of why there are too few rows
-            raise ValueError(f"{asked.label} weights the loss of each sample. {error}") from None
+            raise ValueError(f"{asked.display_name} weights the loss of each sample. {error}") from None
         raise
     terms.release()
     return terms
@@ -208,8 +209,8 @@ def reweight_losses(
     tap = _tap_of(pl_module)
     if tap.weighing is not None:
         raise ValueError(
-            f"{tap.weighing.asked.label} and {asked.label} would both weight the samples of a batch. Keep one of them in the "
-            "list of callbacks."
+            f"{tap.weighing.asked.display_name} and {asked.display_name} would both weight the samples of a batch. Keep "
+            "one of them in the list of callbacks."
         )
     tap.weighing = Weighing(reweight, asked, acts, needs)
     if tap.samples is batch_size_of:

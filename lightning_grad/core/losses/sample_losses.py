@@ -42,11 +42,11 @@ def refuse_rest(capture: WholeLossCapture, call: LossCall, output: object, asked
     index = capture.calls.index(call)
     if by_classes:
         raise RuntimeError(
-            f"{asked.label} takes logits and classes from {call.name}, and training_step does not train on all of them: "
-            f"{rest}. Set loss_index={index} to use them all the same, or {asked.way_out}."
+            f"{asked.display_name} takes logits and classes from {call.name}, and training_step does not train on all of "
+            f"them: {rest}. Set loss_index={index} to use them all the same, or {asked.way_out}."
         )
     raise RuntimeError(
-        f"{asked.label} sees {call.name}, which is not all that training_step returns: {rest}. It would take a part "
+        f"{asked.display_name} sees {call.name}, which is not all that training_step returns: {rest}. It would take a part "
         f"of the loss for the whole. Set loss_index={index} if {call.name} alone shall count, or {asked.way_out}."
     )
 
@@ -66,7 +66,7 @@ def only_loss(capture: LossCapture, asked: LossRequest, loss_index: int | None =
     try:
         return capture.only(classifying(capture) if asked.by_classes and loss_index is None else loss_index)
     except (RuntimeError, ValueError) as error:
-        raise type(error)(f"{asked.label} must see the loss of each sample. {error}") from None
+        raise type(error)(f"{asked.display_name} must see the loss of each sample. {error}") from None
 
 
 def classifying(capture: LossCapture) -> int | None:

@@ -244,7 +244,7 @@ class ByFunction:
         losses, loss = checked_losses(found, step.samples), loss_of_output(output)
         if loss is None or loss.numel() != 1:
             raise ValueError(
-                f"training_step must return one number as its loss, or None; {self._weighing.asked.label} found none."
+                f"training_step must return one number as its loss, or None; {self._weighing.asked.display_name} found none."
             )
         self._compare(losses, loss)
         rest = (loss.detach() - losses.detach().mean()).reshape(())
@@ -263,7 +263,7 @@ class ByFunction:
             return
         self._pairs.append((float(losses.detach().mean()), float(loss.detach())))
         coarse = losses.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(loss.device.type)
-        refuse_other_means(self._pairs, self._weighing.asked.label, "loss_fn", 5e-2 if coarse else 1e-3)
+        refuse_other_means(self._pairs, self._weighing.asked.display_name, "loss_fn", 5e-2 if coarse else 1e-3)
 
 
 Way = ByCall | ByTerms | ByFunction

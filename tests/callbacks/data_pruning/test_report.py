@@ -68,10 +68,10 @@ def scored(values: Any, kept: Any = None, labels: Any = None, predictions: Any =
 
 
 def report(
-    trainer: Any, found: ScoredSet, dataset: Any, label: str, num_shown: int, figure: bool, names: Any = None
+    trainer: Any, found: ScoredSet, dataset: Any, display_name: str, num_shown: int, figure: bool, names: Any = None
 ) -> None:
     """Report as the callback of that class and name does, on a data set that may have names of classes."""
-    owner = DataPruning(name=label.partition("[")[2].removesuffix("]") or None)
+    owner = DataPruning(name=display_name.partition("[")[2].removesuffix("]") or None)
     if names is not None:
         dataset = Named(dataset, names)
     _report.report(trainer, found, dataset, owner, num_shown, figure)
