@@ -6,7 +6,6 @@
     python examples/adversarial.py --epsilon 0.1 --epochs 30
 
 The callbacks in :func:`main` do it. The project that is trained, ``plain_project``, knows nothing of lightning-grad.
-``studies/adversarial.py`` compares attacks, learning-rate schedules and seeds.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
