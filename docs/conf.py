@@ -22,6 +22,7 @@ extensions = [
     "sphinx.ext.napoleon",
 ]
 exclude_patterns = ["_build"]
+smartquotes = False  # messages are shown as they are printed
 html_theme = "furo"
 html_math_renderer = "mathml"
 html_static_path = ["_static"]

@@ -29,7 +29,7 @@ from quickstart_notebook import write_notebook
 from refusals import declared, raised
 
 from lightning_grad import functional
-from lightning_grad.core import Phase
+from lightning_grad.core import Role
 from lightning_grad.core.compatibility import TITLES, Answer
 
 PART = re.compile(r"<!-- begin: (\w+) -->\n(.*?)<!-- end: \1 -->", re.DOTALL)
@@ -96,12 +96,12 @@ def family_techniques(family: str) -> Iterator[str]:
     yield write_descriptions(techniques()[family])
 
 
-def clipping_phases() -> Iterator[str]:
-    """Yield the table of phases and of the techniques that stand in them."""
+def clipping_roles() -> Iterator[str]:
+    """Yield the table of roles and of the techniques that stand in them."""
     classes = [cls for members in techniques().values() for cls in members]
-    of_phase = {phase: [cls for cls in classes if getattr(cls, "phase", None) == phase] for phase in get_args(Phase)}
-    rows = [(phase, ", ".join(f"`{cls.__name__}`" for cls in members)) for phase, members in of_phase.items()]
-    yield write_table(("Phase", "Rules"), rows)
+    of_role = {role: [cls for cls in classes if getattr(cls, "role", None) == role] for role in get_args(Role)}
+    rows = [(role, ", ".join(f"`{cls.__name__}`" for cls in members)) for role, members in of_role.items()]
+    yield write_table(("Role", "Rules"), rows)
 
 
 def clipping_thresholds() -> Iterator[str]:
@@ -223,7 +223,7 @@ def parts() -> dict[tuple[str, str], Callable[[], Iterable[str]]]:
         ("docs/troubleshooting.md", "declared"): declared,
         ("docs/troubleshooting.md", "raised"): raised,
         ("docs/compatibility.md", "compatibility"): compatibility,
-        ("docs/clipping.md", "phases"): clipping_phases,
+        ("docs/clipping.md", "roles"): clipping_roles,
         ("docs/clipping.md", "thresholds"): clipping_thresholds,
     }
     for family, members in techniques().items():

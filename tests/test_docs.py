@@ -417,6 +417,11 @@ def test_every_page_of_a_family_is_in_its_folder() -> None:
     assert folders == {*FAMILIES, "api"}
 
 
+def test_every_technique_is_named_where_problems_are() -> None:
+    page = read("docs/which_technique.md")
+    assert not [name for name in TECHNIQUES if f"[`{name}`]({tables.card_of(class_of(name))})" not in page]
+
+
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_card_is_complete(name: str) -> None:
     card = read_card(name)

@@ -1,6 +1,6 @@
 """G6: a technique composes with what Lightning offers, or refuses."""
 
-import json
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.testing import BATCH, assert_identical, fit, loaders, make_classifier, make_data, make_trainer
 from tests.contract.recorded import bare
-from tests.contract.settings import BROAD, CANONICAL, DIFFERENT, TECHNIQUES
+from tests.contract.settings import BROAD, CANONICAL, DIFFERENT, TECHNIQUES, Technique
 
 PLAIN_TYPES = {type(child) for child in list(make_classifier().modules())[1:]}
 
@@ -138,27 +138,21 @@ def test_two_instances(technique):
     assert any(technique.second["name"] in key.split("/") for key in trainer.callback_metrics)
 
 
-class _WriteWeights(pl.Callback):
-    """Every rank writes what it ended with."""
-
-    def __init__(self, folder: Any) -> None:
-        self.folder = str(folder)
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        weights = {name: value.tolist() for name, value in pl_module.state_dict().items()}
-        with open(f"{self.folder}/{trainer.global_rank}.json", "w") as file:
-            json.dump(weights, file)
-
-
-@pytest.mark.parametrize("technique", BROAD, ids=str)
-def test_two_ranks_agree(technique, tmp_path):
+def _train_on_a_rank(technique: Technique, folder: Path) -> dict[str, torch.Tensor]:
     module = make_classifier()
     start = start_of(module)
-    fit([technique.build(), _WriteWeights(tmp_path)], module, strategy="ddp_fork", devices=2, max_epochs=2)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    for name in dict(make_classifier().named_parameters()):
-        assert first[name] == second[name], name
+    fit([technique.build()], module, strategy="ddp", devices=2, max_epochs=2)
     assert_trained(module, start)
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+ON_TWO_RANKS = [(technique,) for technique in BROAD]
+
+
+@pytest.mark.parametrize("case", ON_TWO_RANKS)
+def test_two_ranks_agree(case, together):
+    (first, second), _ = together(_train_on_a_rank, ON_TWO_RANKS, case)
+    assert_identical(first, second)
 
 
 _SHARDING = {"FSDPStrategy": "fsdp1", "DeepSpeedStrategy": "deepspeed", "ModelParallelStrategy": "fsdp2"}

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core import GradientConditioner, GradientStep, Phase, check_count, during_fit, until_next_fit
+from lightning_grad.core import GradientConditioner, GradientStep, Role, check_count, during_fit, until_next_fit
 from lightning_grad.functional import nonfinite
 from lightning_grad.functional.gradients.tensor_lists import stack_norms
 from lightning_grad.utilities.forward_order import ForwardOrder
@@ -66,7 +66,7 @@ class SkipNonFinite(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/skip_non_finite"
     trial: ClassVar[Mapping[str, Any]] = {"max_in_row": 3}
-    phase: ClassVar[Phase] = "guard"
+    role: ClassVar[Role] = "guard"
     syncs_per_step: ClassVar[str] = "whether a step is made must be known on the host: one wait a step"
 
     _skipped = until_next_fit.of(Counter[int])

@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_grad.callbacks.data_pruning import _settings as rules
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score
 from lightning_grad.callbacks.data_pruning._passes import Passes
-from lightning_grad.callbacks.data_pruning._report import report
+from lightning_grad.callbacks.data_pruning._report import report_scores
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet, check_score_file, write_score_file
 from lightning_grad.callbacks.data_pruning._sources import CHANCE, FileScores, HistoryScores, ScoreSource, source_of
 from lightning_grad.callbacks.data_pruning._works_with import COMPILED, CURRENT_WEIGHTS
@@ -370,7 +370,7 @@ class DataPruning(SubsetCallback):
         if scored.name != CHANCE:
             with generators_kept(self._passes.dataset):
                 self._save(trainer, scored)
-                report(trainer, scored, self._passes.items, self, self.num_shown, self.figure)
+                report_scores(trainer, scored, self._passes.items, self, self.num_shown, self.figure)
         return scored.kept
 
     def _keep(self, scored: ScoredSet, share: float) -> ScoredSet:

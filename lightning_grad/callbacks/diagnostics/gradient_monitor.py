@@ -23,10 +23,10 @@ from lightning_grad.callbacks.diagnostics._monitor_record import MonitorRecord
 from lightning_grad.callbacks.diagnostics._monitor_report import FirstBadStep
 from lightning_grad.callbacks.diagnostics._noise_scale import NoiseScale, NoiseScaleMeter
 from lightning_grad.callbacks.diagnostics._optimizer_watch import OptimizerWatch, Place
-from lightning_grad.core import GradCallback, Phase, check_count, during_fit, is_log_step, until_next_fit, wrap_method
+from lightning_grad.core import GradCallback, Role, check_count, during_fit, is_log_step, until_next_fit, wrap_method
 from lightning_grad.core.compatibility import Compatibility, manual, yes
 from lightning_grad.core.conditioner import GradientConditioner
-from lightning_grad.core.phases import refuse_order
+from lightning_grad.core.roles import refuse_order
 from lightning_grad.functional.plain_tensors import on_plain_tensors
 from lightning_grad.utilities.forward_order import ForwardOrder, is_compiled
 from lightning_grad.utilities.optimizers import optimizer_index, optimizer_shape
@@ -99,7 +99,7 @@ class GradientMonitor(GradCallback):
         **manual(yes("It measures no noise scale under manual optimization.")),
     )
     trial: ClassVar[Mapping[str, Any]] = {"slow_stats_every": 2}
-    phase: ClassVar[Phase] = "observe"
+    role: ClassVar[Role] = "observe"
 
     _records = until_next_fit.of(dict[int, MonitorRecord])
     _noise = until_next_fit.of(NoiseScale)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.callbacks.sparsity import _nm_arguments as arguments
-from lightning_grad.callbacks.sparsity._nm_meter import SparsityMeter, patterns_in_force, phase_name, state_of
+from lightning_grad.callbacks.sparsity._nm_meter import SparsityMeter, patterns_in_force, phase_name, sparsity_totals
 from lightning_grad.callbacks.sparsity._nm_monitors import MonitorRestart
 from lightning_grad.callbacks.sparsity._nm_record import SparsityRecord
 from lightning_grad.callbacks.sparsity._nm_report import settle_unfinished, warn_of_inexact_best, write_masks
@@ -417,7 +417,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             self._restart_monitors(trainer, at_validation=False)
 
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        known, measured = state_of(self.weights), self._meter.read(self.weights)
+        known, measured = sparsity_totals(self.weights), self._meter.read(self.weights)
         layers = limit_layers({clean_name(w.name): w.density for w in self.weights}, self.layer_depth, self.max_layers)
         shown = {f"density/{name}": value for name, value in layers.items()}
         self.log_scalars(pl_module, {**known, **patterns_in_force(self.weights), **shown, **measured})
@@ -463,7 +463,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.fitting and self.weights:
-            now = state_of(self.weights)
+            now = sparsity_totals(self.weights)
             self.log_scalars(pl_module, {"density": now["density"], "exact": now["exact"]}, sync_dist=True)
 
     @override
@@ -512,7 +512,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     def _report(self, trainer: pl.Trainer, weights: Sequence[SparseWeight]) -> None:
         self._record.close_phase()
-        last, title = state_of(weights), f"{self.display_name}: {self.pattern}, {self._recipe_name}"
+        last, title = sparsity_totals(weights), f"{self.display_name}: {self.pattern}, {self._recipe_name}"
         summary = {"final_density": last["density"], "final_exact": last["exact"]}
         draw = partial(self._record.draw_run, title, self.figure_metric)
         self._record.report(trainer, self, draw, summary=summary)
