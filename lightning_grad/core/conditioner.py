@@ -137,13 +137,12 @@ class GradientConditioner(GradCallback):
             refuse_order(trainer)
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting:
-            self._memory = {int(index): Memory.load(saved) for index, saved in state_dict["optimizers"].items()}
-            saved = state_dict.get("settings", {})
-            now, before = self._choice(self.settings), self._choice(saved)
-            self._choice_changed = bool(saved) and any(now[name] != before[name] for name in before)
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._memory = {int(index): Memory.load(saved) for index, saved in state["optimizers"].items()}
+        saved = state.get("settings", {})
+        now, before = self._choice(self.settings), self._choice(saved)
+        self._choice_changed = bool(saved) and any(now[name] != before[name] for name in before)
 
     def _choice(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return what of the settings says which parameters have a state together."""

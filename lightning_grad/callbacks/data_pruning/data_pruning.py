@@ -301,20 +301,18 @@ class DataPruning(SubsetCallback):
         return {**super().state_dict(), **own, "source_kind": self.source.kind, "source": self.source.state_dict()}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if not self.fitting:
-            return
-        self._saved_settings = state_dict["settings"]
-        is_foreign = state_dict["source_kind"] != self.source.kind
-        if is_foreign or self.changed_settings(state_dict, *rules.score_settings(self)):
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._saved_settings = state["settings"]
+        is_foreign = state["source_kind"] != self.source.kind
+        if is_foreign or self.changed_settings(state, *rules.score_settings(self)):
             return
         self._goes_on = True
-        self._choice_changed = bool(self.changed_settings(state_dict, "prune", "epoch", *rules.CHOICE))
-        self._last_round = state_dict["last_round"]
-        self.source.load_state_dict(state_dict["source"])
-        if state_dict["scored"] is not None:
-            self.scored = ScoredSet(**state_dict["scored"])
+        self._choice_changed = bool(self.changed_settings(state, "prune", "epoch", *rules.CHOICE))
+        self._last_round = state["last_round"]
+        self.source.load_state_dict(state["source"])
+        if state["scored"] is not None:
+            self.scored = ScoredSet(**state["scored"])
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

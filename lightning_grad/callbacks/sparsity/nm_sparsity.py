@@ -6,7 +6,7 @@ base's, ``core/weights.py``. In this folder:
 - ``_nm_arguments.py`` reads the arguments;
 - ``_nm_weight.py`` is one sparse weight;
 - ``_nm_monitors.py`` restarts checkpoints and early stopping;
-- ``_nm_meter.py`` measures, ``_nm_record.py`` records and draws, ``_nm_report.py`` sees to the end of the run.
+- ``_nm_meter.py`` measures, ``_nm_record.py`` records, draws, and sees to the end of the run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.callbacks.sparsity import _nm_arguments as arguments
+from lightning_grad.callbacks.sparsity import _nm_record
 from lightning_grad.callbacks.sparsity._nm_meter import SparsityMeter, patterns_in_force, phase_name, sparsity_totals
 from lightning_grad.callbacks.sparsity._nm_monitors import MonitorRestart
-from lightning_grad.callbacks.sparsity._nm_record import SparsityRecord
-from lightning_grad.callbacks.sparsity._nm_report import settle_unfinished, warn_of_inexact_best, write_masks
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups, lacking
 from lightning_grad.core import FoundWeight, FrozenMoments, Stage, WeightCallback, WeightChoice, is_log_step
 from lightning_grad.core.callback import GradCallback
@@ -169,7 +168,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     column: ClassVar[str] = "pattern"
 
     _progress = until_next_fit.of(float)
-    _record = until_next_fit.of(SparsityRecord)
+    _record = until_next_fit.of(_nm_record.SparsityRecord)
     _meter = until_next_fit.of(SparsityMeter)
     _monitors = until_next_fit.of(MonitorRestart)
     _total_steps = during_fit[int | None](lambda _: None)
@@ -497,7 +496,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             return []
         # Lightning skips a validation that was due behind the last step of a checkpoint, and with it the restart.
         self._monitors.is_done |= all(weight.phase.final for weight in self.weights)
-        settle_unfinished(self.weights, self._progress, self.bake_on_early_stop, self.display_name)
+        _nm_record.settle_unfinished(self.weights, self._progress, self.bake_on_early_stop, self.display_name)
         return self.weights
 
     @override
@@ -519,8 +518,8 @@ class NMSparsity(WeightCallback[SparseWeight]):
         shown = {self.log_key(f"weights/{clean_name(w.name)}"): w.parameter for w in weights[: self.max_layers]}
         log_histograms(trainer, shown)
         if self.save_masks:
-            write_masks(trainer, weights, self.display_name)
-        warn_of_inexact_best(trainer, weights, self.display_name)
+            _nm_record.write_masks(trainer, weights, self.display_name)
+        _nm_record.warn_of_inexact_best(trainer, weights, self.display_name)
 
 
 def _namespaces(trainer: pl.Trainer) -> tuple[str, ...]:
