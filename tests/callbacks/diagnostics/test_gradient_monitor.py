@@ -523,6 +523,19 @@ def test_a_record_with_bad_steps_is_drawn(tmp_path):
     assert (record.count, record.clipped, record.skipped) == (6, 2, 2)
 
 
+@pytest.mark.parametrize("limit", [9.0, 1.5])
+def test_norms_that_nothing_changed_are_drawn_once(limit):
+    record = MonitorRecord()
+    for step, norm in enumerate([1.0, 2.0, math.nan]):
+        record.add_step(step, norm, min(norm, limit), skipped=False)
+    (axis,) = record.draw("title").axes
+    legend = [text.get_text() for text in axis.get_legend().get_texts()]
+    changed = ["before clipping or other changes", "as the optimizer used it", "clipped"]
+    assert legend == [*(changed if limit < 2 else []), "not finite"]
+    assert len(axis.lines) == (3 if limit < 2 else 1)
+    assert "first non-finite gradient at step 2" in axis.figure.get_suptitle()
+
+
 def test_an_empty_record_is_drawn(tmp_path):
     MonitorRecord().draw("title").savefig(tmp_path / "figure.png")
 
