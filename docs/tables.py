@@ -19,6 +19,7 @@ from exported import (
     all_techniques,
     card_of,
     description_of,
+    family_of,
     package_of,
     techniques,
     title_of,
@@ -167,7 +168,8 @@ def card_works_with(technique: type[Any]) -> Iterator[str]:
     """Yield what a technique works with, for its card."""
     for line in works_with(technique):
         yield textwrap.fill(line, 120, initial_indent="- ", subsequent_indent="  ")
-    yield "\nReasons, and ways out: [compatibility](../compatibility.md).\n"
+    arguments = f"[API](../api/{family_of(technique)}.md)"
+    yield f"\nReasons, and ways out: [compatibility](../compatibility.md). All arguments: {arguments}.\n"
 
 
 def api_contents() -> Iterator[str]:
@@ -192,7 +194,9 @@ def api_page(family: str) -> str:
     classes = [f".. autoclass:: {cls.__name__}" for cls in members]
     functions = [_entry(name) for name in getattr(functional, family).__all__]
     return (
-        f"# API: {title_of(family)}\n\nThe [page of the family](../{family}.md) helps to choose, and each class has a card.\n"
+        f"# API: {title_of(family)}\n\n"
+        f"All arguments and functions. To choose a technique, read the [page of the family](../{family}.md) or a card:\n\n"
+        f"{write_descriptions(members, '../')}"
         f"\n## Classes\n\n{_reference(package_of(members[0]), classes)}"
         f"\n## Functions\n\n{_reference('lightning_grad.functional', functions)}"
     )

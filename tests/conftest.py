@@ -36,14 +36,15 @@ def together(
     """Run ``work(*case, folder)`` for all cases of a test on the same forked ranks, once; the tests look at one case each.
 
     What is returned takes ``work``, all cases, the one that is asked for and the number of ranks. It returns what each
-    rank had of that case, and the folder. A module may list works with their cases in ``TOGETHER``, which then share ranks.
+    rank had of that case, and the folder. A module may list groups of works with their cases in ``TOGETHER``; those of
+    a group share ranks.
     """
     done: dict[Any, tuple[list[Any], Path]] = {}
 
     def run(work: Callable[..., Any], cases: Sequence[Any], case: Any, ranks: int = 2) -> tuple[list[Any], Path]:
         if (work, ranks, case) not in done:
-            shared = getattr(request.module, "TOGETHER", {}) if ranks == 2 else {}
-            works = shared if work in shared else {work: cases}
+            groups = getattr(request.module, "TOGETHER", ()) if ranks == 2 else ()
+            works = next((group for group in groups if work in group), {work: cases})
             todo = [(each, one, tmp_path_factory.mktemp("case")) for each, of in works.items() for one in of]
             on_ranks = importlib.import_module("lightning_grad.testing").on_ranks
             # By position: what is in a case may be another object when it comes back.

@@ -137,13 +137,12 @@ class GradientConditioner(GradCallback):
             refuse_order(trainer)
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting:
-            self._memory = {int(index): Memory.load(saved) for index, saved in state_dict["optimizers"].items()}
-            saved = state_dict.get("settings", {})
-            now, before = self._choice(self.settings), self._choice(saved)
-            self._choice_changed = bool(saved) and any(now[name] != before[name] for name in before)
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._memory = {int(index): Memory.load(saved) for index, saved in state["optimizers"].items()}
+        saved = state.get("settings", {})
+        now, before = self._choice(self.settings), self._choice(saved)
+        self._choice_changed = bool(saved) and any(now[name] != before[name] for name in before)
 
     def _choice(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return what of the settings says which parameters have a state together."""
@@ -278,7 +277,8 @@ class GradientConditioner(GradCallback):
                 if measured and values:
                     owner = f"optimizer{index}" if len(trainer.optimizers) > 1 else ""
                     names = {key: "/".join(filter(None, (owner, key, bucket.name))) for key in values}
-                    self.log_scalars(pl_module, {names[key]: value for key, value in values.items()})
+                    shown = {names[key]: value for key, value in values.items()}
+                    self.log_scalars(pl_module, shown, layers=bool(bucket.name))
         memory.steps += 1
 
     def _count(self, step: GradientStep, values: Mapping[str, Tensor | float], seen: int) -> dict[str, Tensor | float]:
@@ -313,7 +313,7 @@ class GradientConditioner(GradCallback):
         ]
         if clipped:
             share = sum(count for count, _ in clipped) / max(sum(steps for _, steps in clipped), 1)
-            log_summary(trainer, {self.log_key("final_clipped_share"): share})
+            log_summary(trainer, {self.log_key("clipped_share"): share})
 
 
 ELEMENTWISE: Compatibility = GradientConditioner.compatibility.but(

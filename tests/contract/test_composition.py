@@ -1,6 +1,5 @@
 """G6: a technique composes with what Lightning offers, or refuses."""
 
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,9 +10,18 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_grad.testing import BATCH, assert_identical, fit, loaders, make_classifier, make_data, make_trainer
+from lightning_grad.testing import (
+    BATCH,
+    assert_identical,
+    fit,
+    loaders,
+    make_classifier,
+    make_data,
+    make_trainer,
+    on_ranks,
+)
 from tests.contract.recorded import bare
-from tests.contract.settings import BROAD, CANONICAL, DIFFERENT, TECHNIQUES, Technique
+from tests.contract.settings import BROAD, CANONICAL, DIFFERENT, TECHNIQUES
 
 PLAIN_TYPES = {type(child) for child in list(make_classifier().modules())[1:]}
 
@@ -33,7 +41,7 @@ def start_of(module: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5},
+        {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5, "max_epochs": 2},
         {"precision": "bf16-mixed", "max_steps": 10, "max_epochs": -1, "val_check_interval": 2},
         {"precision": "bf16-true", "max_epochs": 2},
         {"fast_dev_run": True},
@@ -138,21 +146,28 @@ def test_two_instances(technique):
     assert any(technique.second["name"] in key.split("/") for key in trainer.callback_metrics)
 
 
-def _train_on_a_rank(technique: Technique, folder: Path) -> dict[str, torch.Tensor]:
+def _on_a_rank(technique: Any, strategy: str = "ddp") -> dict[str, torch.Tensor]:
+    """Train on two ranks, and return the parameters on this one."""
     module = make_classifier()
     start = start_of(module)
-    fit([technique.build()], module, strategy="ddp", devices=2, max_epochs=2)
-    assert_trained(module, start)
-    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+    try:
+        fit([technique.build()], module, strategy=strategy, devices=2, max_epochs=2)
+        assert_trained(module, start)
+    except Exception as error:
+        error.add_note(f"Technique: {technique}")
+        raise
+    return {name: value.detach() for name, value in module.named_parameters()}
 
 
-ON_TWO_RANKS = [(technique,) for technique in BROAD]
-
-
-@pytest.mark.parametrize("case", ON_TWO_RANKS)
-def test_two_ranks_agree(case, together):
-    (first, second), _ = together(_train_on_a_rank, ON_TWO_RANKS, case)
+def test_two_ranks_agree():
+    first, second = on_ranks(2, lambda: {str(technique): _on_a_rank(technique) for technique in BROAD})
+    assert first.keys() == {str(technique) for technique in BROAD}
     assert_identical(first, second)
+
+
+@pytest.mark.parametrize("technique", {one.family: one for one in reversed(CANONICAL)}.values(), ids=str)
+def test_ranks_that_lightning_forks_give_their_weights_back(technique):
+    _on_a_rank(technique, "ddp_fork")
 
 
 _SHARDING = {"FSDPStrategy": "fsdp1", "DeepSpeedStrategy": "deepspeed", "ModelParallelStrategy": "fsdp2"}

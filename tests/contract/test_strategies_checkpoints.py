@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_grad.testing import assert_identical, finish, fit, make_classifier, on_ranks, train_on_ranks
+from lightning_grad.testing import assert_identical, fit, make_classifier, on_ranks
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
 from tests.contract.test_checkpoints import assert_computes_what_was_validated
+from tests.strategies.fits import finish, train_on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 

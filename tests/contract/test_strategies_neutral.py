@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_grad import strategies
-from lightning_grad.testing import assert_identical, on_ranks, outcome, state_of, train_on_ranks
+from lightning_grad.testing import assert_identical, on_ranks, state_of
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+from tests.strategies.fits import outcome, train_on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has nothing to compress, and is DDP")
 

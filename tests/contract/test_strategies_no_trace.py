@@ -20,12 +20,11 @@ from lightning_grad.testing import (
     make_trainer,
     on_ranks,
     optimizer_traces,
-    outcome,
     traces,
-    train_on_ranks,
     trainer_traces,
 )
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+from tests.strategies.fits import outcome, train_on_ranks
 
 _ENDS = ("success", "exception", "interrupt", "before the update", "in the update")
 

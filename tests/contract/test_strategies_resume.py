@@ -18,14 +18,13 @@ from lightning_grad.testing import (
     StopIn,
     StopInTrainingStep,
     assert_identical,
-    finish,
     make_classifier,
     make_data,
     make_trainer,
     on_ranks,
-    outcome,
 )
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+from tests.strategies.fits import finish, outcome
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),

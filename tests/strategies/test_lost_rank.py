@@ -20,8 +20,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
 from lightning_grad.strategies import _rank_files
-from lightning_grad.testing import assert_identical, finish, fit, on_ranks
+from lightning_grad.testing import assert_identical, fit, on_ranks
 from tests.contract.strategy_settings import CANONICAL, Scheme
+from tests.strategies.fits import finish
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),

@@ -15,9 +15,10 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from lightning_grad.testing import StopIn, assert_identical, on_ranks, outcome
-from lightning_grad.testing import train_on_ranks as train_and_validate
+from lightning_grad.testing import StopIn, assert_identical, on_ranks
 from tests.contract.strategy_settings import CANONICAL
+from tests.strategies.fits import outcome
+from tests.strategies.fits import train_on_ranks as train_and_validate
 from tests.strategies.ranks import said
 
 DGC, POWER = CANONICAL
@@ -107,6 +108,7 @@ def test_they_go_with_a_checkpoint_that_is_removed(done):
 def _save_and_go_on(folder: Path) -> list[str]:
     arguments = {"save_top_k": 2, "every_n_train_steps": 1, "filename": "{step}"}
     _save(folder, arguments, {"max_epochs": 1})
+    dist.barrier()  # rank 0 has removed what it does not keep
     before = sorted(path.name for path in folder.glob("*"))
     dist.barrier()  # nobody looks later than the other saves
     _save(folder, arguments, {"ckpt": folder / "step=3.ckpt"})

@@ -12,9 +12,10 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
-from lightning_grad.testing import assert_identical, make_classifier, on_ranks, outcome, train_on_ranks
+from lightning_grad.testing import assert_identical, make_classifier, on_ranks
 from tests.contract import settings
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+from tests.strategies.fits import outcome, train_on_ranks
 from tests.strategies.ranks import said
 
 DGC, POWER = CANONICAL

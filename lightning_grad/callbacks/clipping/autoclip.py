@@ -85,11 +85,11 @@ class AutoClip(GradientConditioner):
         check_between(number, 0.0, 100.0, "percentile")
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        for state in self.states():
-            if "norms" in state and len(state["norms"]) != self.window:
-                state.update(_resized(state, self.window))
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        for own in self.states():
+            if "norms" in own and len(own["norms"]) != self.window:
+                own.update(_resized(own, self.window))
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

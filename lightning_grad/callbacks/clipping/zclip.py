@@ -100,11 +100,11 @@ class ZClip(GradientConditioner):
         self.eps = check_finite_at_least(eps, 0.0, "eps")
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting and self.changed_settings(state_dict, "max_norm"):
-            for state in self.states():
-                state.pop("bounded", None)  # counts of another bound
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        if self.changed_settings(state, "max_norm"):
+            for own in self.states():
+                own.pop("bounded", None)  # counts of another bound
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

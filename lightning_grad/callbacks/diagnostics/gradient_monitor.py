@@ -1,8 +1,8 @@
 """Watching gradients: the callback.
 
 Beside this file: ``_optimizer_watch.py`` looks at the gradients of one optimizer, ``_monitor_place.py`` finds what to watch
-and where to look, ``_monitor_record.py`` keeps and draws what was seen, ``_monitor_report.py`` names the first bad
-step, ``_noise_scale.py`` measures the gradient noise scale, ``_logits.py`` reads logits off the operators. The formulas are in
+and where to look, ``_monitor_record.py`` keeps and draws what was seen and names the first bad step, ``_noise_scale.py``
+measures the gradient noise scale, ``_logits.py`` reads logits off the operators. The formulas are in
 ``functional/diagnostics/gradient_statistics.py``.
 """
 
@@ -19,8 +19,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.diagnostics._logits import LogitWatch
 from lightning_grad.callbacks.diagnostics._monitor_place import Vantage, named_parameters, why_none
-from lightning_grad.callbacks.diagnostics._monitor_record import MonitorRecord
-from lightning_grad.callbacks.diagnostics._monitor_report import FirstBadStep
+from lightning_grad.callbacks.diagnostics._monitor_record import FirstBadStep, MonitorRecord
 from lightning_grad.callbacks.diagnostics._noise_scale import NoiseScale, NoiseScaleMeter
 from lightning_grad.callbacks.diagnostics._optimizer_watch import OptimizerWatch, Place
 from lightning_grad.core import GradCallback, Role, check_count, during_fit, is_log_step, until_next_fit, wrap_method
@@ -65,15 +64,16 @@ class GradientMonitor(GradCallback):
 
     **Logs** under ``grad/``, at log steps: ``norm`` and ``norm_after`` (before anything changed the gradient, and as the
     optimizer used it), ``coefficient`` (their ratio), ``norm_max`` (largest since the last log), ``clipped_share`` and
-    ``skipped_steps`` (of all steps so far); for each layer ``norm/...``, ``weight_norm/...`` and ``update_ratio/...`` (norm
-    of the update over norm of the weights); ``cosine`` (to the gradient of the step before), ``rms_min`` (least root mean
+    ``skipped_steps`` (of all steps so far); ``cosine`` (to the gradient of the step before), ``rms_min`` (least root mean
     square of a parameter's gradient) and ``below_epsilon`` (share of parameters where it is below the optimizer's eps, so
     that updates vanish); ``attention_logit_max`` and ``output_logit_max``; under accumulation or with several ranks
     ``noise_scale`` (in samples), ``noise_trace`` and ``signal_squared``
     (:func:`~lightning_grad.functional.noise_scale_terms`). With the slow statistics: ``zero_share``, ``signal_to_noise``
-    (:func:`~lightning_grad.functional.moment_signal_to_noise`) and histograms. With several optimizers keys begin with
-    ``grad/optimizer<i>/``. At the end: a figure and a table. When a gradient is not finite for the first time: a warning
-    that names the parameter, the loss and the batch, a file with these facts, and an alert.
+    (:func:`~lightning_grad.functional.moment_signal_to_noise`). With several optimizers keys begin with
+    ``grad/optimizer<i>/``. Under ``grad_layers/`` for each layer: ``norm/...``, ``weight_norm/...`` and ``update_ratio/...``
+    (norm of the update over norm of the weights), and histograms with the slow statistics. At the end: a figure and a
+    table. When a gradient is not finite for the first time: a warning that names the parameter, the loss and the batch, a
+    file with these facts, and an alert.
 
     **State.** The record, and the averages of the noise scale. The cosine of the first log step after a resume is missing.
 
@@ -146,15 +146,13 @@ class GradientMonitor(GradCallback):
             refuse_order(trainer)
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if not self.fitting:
-            return
-        for index, saved in state_dict["records"].items():
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        for index, saved in state["records"].items():
             self._records.setdefault(int(index), MonitorRecord()).load_state_dict(saved)
-        if not self.changed_settings(state_dict, "include", "exclude"):
-            self._noise.load_state_dict(state_dict["noise"])  # else its averages are of other parameters
-        self._first_bad.load_state_dict(state_dict)
+        if not self.changed_settings(state, "include", "exclude"):
+            self._noise.load_state_dict(state["noise"])  # else its averages are of other parameters
+        self._first_bad.load_state_dict(state)
 
     @override
     @on_plain_tensors
@@ -258,7 +256,8 @@ class GradientMonitor(GradCallback):
             self._meter.measure(trainer, norm)
         if slow and self.histograms:
             tensors = watch.gradients_for_histograms(self.max_layers)
-            log_histograms(trainer, {self.log_key(f"histogram/{name}"): tensor for name, tensor in tensors.items()})
+            named = {self.log_key(f"histogram/{name}", layers=True): tensor for name, tensor in tensors.items()}
+            log_histograms(trainer, named)
 
     def _look_behind(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         self._stepped = True
@@ -293,7 +292,7 @@ class GradientMonitor(GradCallback):
             watch.record.save(trainer, self, part)
             self.log_scalars(pl_module, {f"{prefix}{key}": value for key, value in values.items()})
             shown = {
-                self.log_key(f"{prefix}{quantity}/{layer}"): value
+                self.log_key(f"{prefix}{quantity}/{layer}", layers=True): value
                 for quantity, by_layer in layers.items()
                 for layer, value in list(by_layer.items())[: self.max_layers]
             }
@@ -339,7 +338,7 @@ class GradientMonitor(GradCallback):
             self._tell_first_bad(trainer)
             for index, watch in enumerate(self._watches):
                 record, part = watch.record, self._part(index)
-                summary = {f"final_{key}": value for key, value in record.totals().items() if record.count}
+                summary = record.totals() if record.count else {}
                 draw = partial(record.draw, f"{self.display_name} {part}".rstrip())
                 record.report(trainer, self, draw, summary=summary, part=part)
             self._noise.write(trainer, self.log_key)
