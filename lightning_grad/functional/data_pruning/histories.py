@@ -1,6 +1,6 @@
 r"""Scores over the history of each sample: forgetting, area under the margin, variance of gradients.
 
-A state is a dict of tensors with one row per sample of the dataset, created by one function and updated in place by
+A state is a dict of tensors with one row per sample of the data set, created by one function and updated in place by
 another. It can be saved in a checkpoint unchanged, and updates need no host sync; keep it on the device that computes
 the scores. The indices of one call must be distinct. Scores of a single batch are in ``scores.py``.
 """
@@ -16,7 +16,7 @@ def vog_state(n: int, shape: Sequence[int], device: torch.device | str = "cpu") 
     r"""Return the initial state of the variance of gradients.
 
     Args:
-        n: Number of samples in the dataset.
+        n: Number of samples in the data set.
         shape: Shape of one input, such as (3, 32, 32). The state has two tensors of shape (n, \*shape).
         device: Device of the gradients.
 
@@ -36,7 +36,7 @@ def update_vog_(state: dict[str, Tensor], indices: Tensor, gradients: Tensor) ->
 
     Args:
         state: From :func:`vog_state`; changed in place.
-        indices: (B,): distinct dataset indices of the samples.
+        indices: (B,): distinct indices of the samples in the data set.
         gradients: g, (B, \*shape): gradients of the true class's logit (before softmax) by the input.
     """
     mean, m2 = state["mean"], state["m2"]
@@ -110,7 +110,7 @@ def forgetting_state(n: int, device: torch.device | str = "cpu") -> dict[str, Te
     """Return the initial state of forgetting events.
 
     Args:
-        n: Number of samples in the dataset.
+        n: Number of samples in the data set.
         device: Device of the predictions.
 
     Returns:
@@ -127,7 +127,7 @@ def update_forgetting_(state: dict[str, Tensor], indices: Tensor, correct: Tenso
 
     Args:
         state: From :func:`forgetting_state`; changed in place.
-        indices: (B,): distinct dataset indices of the samples.
+        indices: (B,): distinct indices of the samples in the data set.
         correct: (B,), bool, or a fraction from :func:`is_correct`, correct above 0.5; nan is ignored.
     """
     indices, correct = indices.to(state["correct"].device), correct.to(state["correct"].device)
@@ -167,7 +167,7 @@ def aum_state(n: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Return the initial state of the area under the margin.
 
     Args:
-        n: Number of samples in the dataset.
+        n: Number of samples in the data set.
         device: Device of the margins.
 
     Returns:
@@ -182,7 +182,7 @@ def update_aum_(state: dict[str, Tensor], indices: Tensor, margins: Tensor) -> N
 
     Args:
         state: From :func:`aum_state`; changed in place.
-        indices: (B,): dataset indices of the samples.
+        indices: (B,): indices of the samples in the data set.
         margins: (B,), from :func:`margin`; nan is ignored.
     """
     indices, margins = indices.to(state["sum"].device), margins.to(state["sum"])

@@ -47,7 +47,7 @@ def infobatch_count(losses: Tensor, prune: float) -> int:
 
 
 def infobatch_weights(is_low: Tensor, kept: Tensor) -> Tensor:
-    r"""Return weights with which a subset has the gradient of the full dataset in expectation.
+    r"""Return weights with which a subset has the gradient of the full data set in expectation.
 
     .. math::
         w_i = \begin{cases} n_\text{low} / m_\text{low} & i \text{ low} \\ 1 & \text{else} \end{cases}
@@ -85,7 +85,7 @@ def infobatch_subset(losses: Tensor, prune: float, generator: torch.Generator, e
     sample of L is kept.
 
     Divide the loss of a batch by the number of its samples, not by the sum of its weights. The mean over a batch of kept
-    samples then estimates the gradient of the full dataset times n over the number kept. This is the published method.
+    samples then estimates the gradient of the full data set times n over the number kept. This is the published method.
 
     Args:
         losses: :math:`\ell`, (n,): the last loss of each sample.
