@@ -1,338 +1,55 @@
-"""N:M sparsity by several recipes, against dense training of the same network.
+"""Train a network whose encoder keeps 1 of every 8 weights, in seconds.
 
 ::
 
     python examples/sparsity.py
-    python examples/sparsity.py --pattern 2:4 --recipes sr-ste mdgf-exponential --seeds 3
-    python examples/sparsity.py --model ResidualConvNet --data-folder path/to/cifar10 --epochs 30 --wandb
+    python examples/sparsity.py --pattern 2:4 --recipe sr-ste
 
-The project that is trained, ``plain_project``, knows nothing of lightning-grad. What makes its weights sparse is one
-line in :func:`train`; all else here measures, checks and draws.
+One line in :func:`train` does it. The project that is trained, ``plain_project``, knows nothing of lightning-grad.
+``studies/sparsity.py`` compares recipes with dense training.
 """
 
-from __future__ import annotations
-
-import statistics
-import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-from plain_project import CIFAR10, Digits, ResidualConvNet, VisionTransformer
-from study import (
-    Follow,
-    Show,
-    build_loggers,
-    finish_loggers,
-    hush,
-    print_rows,
-    progress,
-    read_curve,
-    write_results,
-)
-from typing_extensions import override
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from plain_project import Digits, VisionTransformer
 
 from lightning_grad.callbacks import NMSparsity
-from lightning_grad.functional import RECIPES
 from lightning_grad.utilities import sparsity_report
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-
-IN_THE_DEMO = """\
-Sparse weights (a minute). A small vision transformer learns handwritten digits
-in four trainings, first dense, then with one line added, which leaves 1 of every
-8 weights of its encoder:
-
-    Trainer(callbacks=[NMSparsity(pattern="1:8", recipe="mdgf-exponential")])
-"""
-
-
-@dataclass(frozen=True)
-class Study:
-    """What is trained and where the results go; :func:`parse` says what each field means."""
-
-    pattern: str = "1:8"
-    recipes: Sequence[Any] = ("sr-ste", "mdgf-exponential", "sdgf-stepwise")
-    model: str = "VisionTransformer"
-    data_folder: Path | None = None
-    seeds: int = 1
-    epochs: int = 16
-    output: Path = Path("runs/sparsity")
-    wandb: str | None = None
-    accelerator: str = "auto"
-    threads: int = 1
-    limit_batches: int | None = None
-
-    def folder(self, recipe: str, seed: int) -> Path:
-        """Return the folder of one training."""
-        return self.output / f"{recipe}_seed{seed}"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one training came to.
-
-    Args:
-        recipe: Its recipe, or "dense".
-        seed: Its seed.
-        test_accuracy: Accuracy on the test images, 0 to 1.
-        exact_weights: How many weights of those chosen are exactly N:M.
-        chosen_weights: How many weights the callback chose.
-        step_ms: Median time of a training step, in milliseconds.
-        step_quotient: Median of its quotient with a fixed piece of work, see :class:`StepTimer`.
-        loads_strictly: Whether a plain module with the last checkpoint gives the very same logits.
-    """
-
-    recipe: str
-    seed: int
-    test_accuracy: float
-    exact_weights: int
-    chosen_weights: int
-    step_ms: float
-    step_quotient: float
-    loads_strictly: bool
-
-
-# Training.
-
-
-def run_study(study: Study) -> list[Result]:
-    """Train everything, and write ``results.csv`` and ``comparison.png``."""
-    hush()
-    torch.set_num_threads(study.threads)
-    recipes, results = ["dense", *study.recipes], []
-    data = CIFAR10(study.data_folder) if study.data_folder else Digits()
-    with progress(recipes, study.seeds) as show:
-        for seed in range(study.seeds):
-            results += [train(study, data, recipe, seed, show) for recipe in recipes]
-    write_results(results, study.output / "results.csv")
-    draw_comparison(study).savefig(study.output / "comparison.png", dpi=140)
-    return results
-
-
-def train(study: Study, data: CIFAR10 | Digits, recipe: Any, seed: int, show: Show) -> Result:
-    """Train once, then test the module, its weights and its last checkpoint."""
-    seed_everything(seed, verbose=False)
-    module, folder = build_module(study), study.folder(recipe, seed)
-    last = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
-    timer = StepTimer()
-    callbacks: list[Callback] = [timer, Follow(show, recipe, seed), last]
-    if recipe != "dense":
-        callbacks.append(NMSparsity(study.pattern, recipe, save_masks=True))
+def train(pattern: str, recipe: Any, epochs: int, output: Path) -> VisionTransformer:
+    """Train a small vision transformer sparse, and return it."""
+    seed_everything(0, verbose=False)
     trainer = Trainer(
-        callbacks=callbacks,
-        logger=build_loggers(study.output, folder.name, f"{study.model} {study.pattern}", study.wandb),
-        max_epochs=study.epochs,
-        accelerator=study.accelerator,
-        devices=1,
-        limit_train_batches=study.limit_batches,
-        limit_val_batches=study.limit_batches,
-        log_every_n_steps=1 if study.limit_batches else 10,
-        enable_progress_bar=False,
+        max_epochs=epochs,
+        accelerator="cpu",
+        log_every_n_steps=10,
+        callbacks=[NMSparsity(pattern, recipe)],
+        logger=CSVLogger(output, name=None, version=""),
         enable_model_summary=False,
+        enable_progress_bar=False,
     )
-    trainer.fit(module, data)
-    accuracy = trainer.test(module, data, verbose=False)[0]["test_acc"]
-    finish_loggers(trainer)
-    exact, chosen = (0, 0) if recipe == "dense" else count_exact(module, study.pattern, folder)
-    loads = loads_strictly(study, module, folder / "last.ckpt", next(iter(data.test_dataloader()))[0])
-    step_ms, quotient = 1000 * statistics.median(timer.seconds), statistics.median(timer.quotients)
-    return Result(recipe, seed, accuracy, exact, chosen, step_ms, quotient, loads)
-
-
-def build_module(study: Study) -> LightningModule:
-    """Return a new module of the plain project."""
-    if study.model == "ResidualConvNet":
-        return ResidualConvNet(channels=3 if study.data_folder else 1)
-    if study.data_folder:
-        return VisionTransformer(image_size=32, patch_size=4, channels=3, width=128, depth=4)
-    return VisionTransformer()
-
-
-def count_exact(module: LightningModule, pattern: str, folder: Path) -> tuple[int, int]:
-    """Return how many of the weights that the callback chose are exactly N:M, and how many it chose."""
-    chosen = torch.load(folder / "nm_sparsity_masks.pt")
-    report = sparsity_report(module, pattern, include=list(chosen), verbose=False)
-    return sum(row.exact for row in report), len(chosen)
-
-
-@torch.no_grad()
-def loads_strictly(study: Study, module: LightningModule, checkpoint: Path, images: torch.Tensor) -> bool:
-    """Load a checkpoint into a plain module as anyone would, and compare its logits with the trained module's."""
-    plain = build_module(study)
-    plain.load_state_dict(torch.load(checkpoint, map_location="cpu")["state_dict"], strict=True)
-    return torch.equal(plain.eval()(images), module.cpu().eval()(images))
-
-
-class StepTimer(Callback):
-    """Time each training step; first in the list, it includes what the callbacks after it do within the step.
-
-    Every fourth step it also times a fixed piece of work. A busy machine slows both, so their quotient can be compared
-    between trainings that ran one after the other.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.quotients: list[float] = []
-        self._start = self._work = 0.0
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._start = now(pl_module.device)
-        if batch_idx % 4 == 0:
-            do_fixed_work(pl_module.device)
-            end = now(pl_module.device)
-            self._work, self._start = end - self._start, end
-
-    @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self.seconds.append(now(pl_module.device) - self._start)
-        self.quotients.append(self.seconds[-1] / self._work)
-
-
-def now(device: torch.device) -> float:
-    """Return this thread's processor time on the CPU, or the clock once an accelerator has done its work."""
-    if device.type == "cpu":
-        return time.thread_time()
-    torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
-def do_fixed_work(device: torch.device) -> None:
-    """Run a few layers forward and backward."""
-    start = x = torch.ones(1024, 64, device=device, requires_grad=True)
-    weight = torch.full((64, 64), 1 / 64, device=device)
-    for _ in range(8):
-        x = F.gelu(x @ weight)
-    torch.autograd.grad(x.sum(), start)
-
-
-# What is printed at the end.
-
-
-def print_table(results: Sequence[Result], pattern: str) -> None:
-    """Print a row for each recipe, over its seeds, and what the columns mean."""
-    header = ("recipe", "test accuracy", f"exactly {pattern}", "step time", "plain strict load")
-    rows = [summarise(recipe, results) for recipe in dict.fromkeys(result.recipe for result in results)]
-    print_rows(header, rows)
-    print(f"\nexactly {pattern}: weights chosen by the callback that hold the pattern in every group")
-    print("step time: against the dense training of the same seed, roughly")
-    print("plain strict load: the checkpoint, in a new module and without lightning-grad")
-
-
-def summarise(recipe: str, results: Sequence[Result]) -> tuple[str, ...]:
-    """Return the row of one recipe."""
-    own = [result for result in results if result.recipe == recipe]
-    accuracies = [100 * result.test_accuracy for result in own]
-    spread = f" ± {statistics.stdev(accuracies):.1f}" if len(own) > 1 else ""
-    exact, chosen = (sum(counts) for counts in zip(*((r.exact_weights, r.chosen_weights) for r in own), strict=True))
-    dense = {result.seed: result.step_quotient for result in results if result.recipe == "dense"}
-    ratio = statistics.mean(result.step_quotient / dense[result.seed] for result in own)
-    loads = "same logits" if all(result.loads_strictly for result in own) else "OTHER LOGITS"
-    weights = f"{exact} of {chosen}" if chosen else "-"
-    return recipe, f"{statistics.mean(accuracies):.1f}{spread} %", weights, f"{ratio:.2f} x", loads
-
-
-# The figure.
-
-PALETTE = ("#CC79A7", "#D55E00", "#8C510A", "#56B4E9", "#0072B2", "#009E73", "#E69F00")
-COLOURS = {"dense": "0.5", **dict(zip(RECIPES, PALETTE, strict=True))}
-
-
-def draw_comparison(study: Study) -> Figure:
-    """Draw validation accuracy, density with decay, and mask changes over steps, a colour for each recipe."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.8, 4.6), layout="constrained")
-    panels = [["accuracy", "density"], ["accuracy", "flips"]]
-    axes: dict[str, Axes] = figure.subplot_mosaic(panels, width_ratios=[1.3, 1], sharex=True)
-    data = "CIFAR-10" if study.data_folder else "handwritten digits"
-    seeds = f"mean of {study.seeds} seeds" if study.seeds > 1 else "one seed"
-    figure.suptitle(f"Training towards {study.pattern} sparsity: {study.model} on {data}, {seeds}", fontsize=12)
-    for recipe in ("dense", *study.recipes):
-        draw_curve(axes["accuracy"], study, recipe, "val_acc", label=recipe)
-        if recipe == "dense":
-            continue
-        draw_curve(axes["density"], study, recipe, "sparsity/density", drawstyle="steps-post")
-        if recipe.startswith("mdgf"):
-            draw_curve(axes["density"], study, recipe, "sparsity/decay", linestyle=":")
-        draw_curve(axes["flips"], study, recipe, "sparsity/flips")
-    style_axes(axes)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    return figure
-
-
-def draw_curve(axis: Axes, study: Study, recipe: str, key: str, label: str = "", **style: Any) -> None:
-    """Draw the mean over the seeds; where there are several, a labelled curve has a band of one standard deviation."""
-    curves = [read_curve(study.folder(recipe, seed) / "metrics.csv", key) for seed in range(study.seeds)]
-    values = np.array([list(curve.values()) for curve in curves])
-    steps, mean, colour = list(curves[0]), values.mean(0), COLOURS[recipe]
-    axis.plot(steps, mean, color=colour, linewidth=1.6, label=label, **style)
-    if label and study.seeds > 1:
-        spread = values.std(0, ddof=1)
-        axis.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
-
-
-def style_axes(axes: dict[str, Axes]) -> None:
-    """Name the panels and their axes, and set limits that show what matters."""
-    titles = {
-        "accuracy": "Validation accuracy",
-        "density": "Non-zero weights (dotted: decay value D)",
-        "flips": "Mask changes between two logs (log scale)",
-    }
-    axes["flips"].set_yscale("log", nonpositive="mask")
-    axes["flips"].yaxis.set_minor_formatter("")
-    for name, axis in axes.items():
-        axis.set_title(titles[name], fontsize=10, loc="left")
-        axis.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
-        axis.grid(axis="y", color="0.92")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=9)
-        if name != "density":
-            axis.set_xlabel("optimizer step", fontsize=9)
-    last = [float(np.asarray(line.get_ydata())[-1]) for line in axes["accuracy"].lines]
-    axes["accuracy"].set_ylim(max(0.0, min(last) - 0.12), min(1.005, max(last) + 0.05))
-    axes["density"].set_ylim(-0.03, 1.03)
-
-
-# The command line.
-
-
-def parse(arguments: Sequence[str] | None = None) -> Study:
-    """Read the command line."""
-    default, models = Study(), ("VisionTransformer", "ResidualConvNet")
-    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--pattern", default=default.pattern, help="N:M pattern with which every sparse training ends")
-    add("--recipes", nargs="+", choices=RECIPES, default=default.recipes, help="recipes to compare with dense")
-    add("--model", choices=models, default=default.model, help="module of plain_project to train")
-    add("--data-folder", type=Path, help="folder with CIFAR-10; without it, the digits of scikit-learn")
-    add("--seeds", type=int, default=default.seeds, help="number of seeds; each trains every recipe once")
-    add("--epochs", type=int, default=default.epochs, help="epochs of each training")
-    add("--output", type=Path, default=default.output, help="folder of the results")
-    add("--wandb", nargs="?", const="offline", choices=("offline", "online"), help="log each training to W&B too")
-    add("--accelerator", default=default.accelerator, help="device, as the Trainer calls it")
-    add("--threads", type=int, default=default.threads, help="CPU threads; so small a network gains nothing by more")
-    add("--limit-batches", type=int, help="stop every epoch after so many batches, for a quick look")
-    return Study(**vars(parser.parse_args(arguments)))
+    module = VisionTransformer()
+    trainer.fit(module, Digits())
+    print(f"Validation accuracy: {100 * float(trainer.callback_metrics['val_acc']):.1f} %")
+    return module
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the study that the command line describes."""
-    study = parse(arguments)
-    results = run_study(study)
-    print_table(results, study.pattern)
-    print(f"\nWritten to {study.output}/: comparison.png, results.csv, and a folder for each training.")
+    """Train once, and print the density of each weight."""
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--pattern", default="1:8", help="N:M, at most N nonzero weights in each group of M")
+    parser.add_argument("--recipe", default="mdgf-exponential", help="how the weights become sparse")
+    parser.add_argument("--epochs", type=int, default=16, help="epochs of the training")
+    parser.add_argument("--output", type=Path, default=Path("runs/sparsity"), help="folder of the results")
+    given = parser.parse_args(arguments)
+    sparsity_report(train(given.pattern, given.recipe, given.epochs, given.output))
+    print(f"Written to {given.output}/: nm_sparsity.png, nm_sparsity.csv, metrics.csv and checkpoints/.")
 
 
 if __name__ == "__main__":

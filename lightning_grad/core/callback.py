@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_grad.core.compatibility import Compatibility
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.fit import FitScope, during_fit
+from lightning_grad.core.switch import Switchable, SwitchedOff, replace, unless_switched_off
 from lightning_grad.core.undo import UndoList
 from lightning_grad.utilities.arguments import CheckedArguments, changed_settings, follow_settings, plain
 from lightning_grad.utilities.checks import check_name
@@ -59,7 +60,7 @@ class Chosen:
 _SHOWN = 5
 
 
-class GradCallback(FitScope, CheckedArguments, Callback):
+class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
     """What every technique shares.
 
     The rules a technique keeps:
@@ -68,9 +69,9 @@ class GradCallback(FitScope, CheckedArguments, Callback):
       runs; the constructor checks ranges, and stores each argument under its own name; ``setup`` and ``on_fit_start`` check
       the trainer and the module;
     - whatever is added to the module, its optimizers or the trainer goes with a step back to ``self.undo``;
-    - ``state_dict`` extends that of the base, and holds tensors, numbers, strings, lists and dicts only;
-      ``load_state_dict`` calls the base first, and acts only when ``self.fitting`` (Lightning calls it for ``validate`` and
-      ``test`` too);
+    - what a checkpoint must hold are attributes with ``.saved()``, or ``state_dict`` extends that of the base; it holds
+      tensors, numbers, strings, lists and dicts only;
+    - ``restore`` extends that of the base, and continues from such a state when a fit resumes;
     - a setting that changes on resume is followed, unless ``fixed_settings`` names it;
     - ``on_fit_start`` calls ``self.announce`` once the technique knows what it acts on.
 
@@ -82,6 +83,8 @@ class GradCallback(FitScope, CheckedArguments, Callback):
       ends the sentence "it cannot change because ...".
     - ``trial``: constructor arguments with which a few epochs on a small module show what the technique does; they name no
       layer, so that they fit every module. Tests and tools use them.
+    - ``progress_bar``: which of the quantities in Logs the progress bar shows. Users set it on an instance:
+      ``pruner.progress_bar = ["density"]`` or ``clipper.progress_bar = ["clipped_share"]``.
     - ``neutral``: what of ``trial`` to change so that it changes nothing in a run, or the reason why nothing does that.
 
     Args:
@@ -96,6 +99,7 @@ class GradCallback(FitScope, CheckedArguments, Callback):
     fixed_settings: ClassVar[Mapping[str, str]] = {}
     trial: ClassVar[Mapping[str, Any]] = {}
     neutral: ClassVar[Mapping[str, Any] | str] = {}
+    progress_bar: Sequence[str] = ()
 
     undo = during_fit.of(UndoList)
     undo_after_saving = during_fit.of(UndoList)
@@ -106,6 +110,18 @@ class GradCallback(FitScope, CheckedArguments, Callback):
     def __init__(self, name: str | None = None) -> None:
         check_name(name)
         self.name = name
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "setup" in vars(cls):
+            cls.setup = unless_switched_off(cls.setup)  # type: ignore[method-assign]
+
+    @override
+    def switch_off(self, trainer: pl.Trainer) -> None:
+        self._end()
+        if trainer.state.fn == "fit":
+            self.begin_fit()
+        replace(trainer, self, SwitchedOff(self))
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -120,10 +136,11 @@ class GradCallback(FitScope, CheckedArguments, Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self.label
+        return self.display_name
 
     @property
-    def label(self) -> str:
+    @override
+    def display_name(self) -> str:
         """The class and the name of this instance, for messages, configs and checkpoints."""
         return type(self).__name__ if self.name is None else f"{type(self).__name__}[{self.name}]"
 
@@ -140,6 +157,7 @@ class GradCallback(FitScope, CheckedArguments, Callback):
         return {name: getattr(self, name) for name in names}
 
     @override
+    @unless_switched_off
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._end()
         if stage == "fit":
@@ -147,8 +165,8 @@ class GradCallback(FitScope, CheckedArguments, Callback):
         self._stage = stage
         if self.fitting:
             self._check_fixed_settings()
-            self.works_with().refuse(self.label, trainer, pl_module)
-            log_settings(trainer, self.label, self.settings)
+            self.works_with().refuse(self.display_name, trainer, pl_module)
+            log_settings(trainer, self.display_name, self.settings)
             say_if_no_figures(trainer, self)
 
     def works_with(self) -> Compatibility:
@@ -165,12 +183,21 @@ class GradCallback(FitScope, CheckedArguments, Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"settings": {name: plain(value) for name, value in self.settings.items()}}
+        return {"settings": {name: plain(value) for name, value in self.settings.items()}, **self.saved_state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.fitting:
-            follow_settings(self.label, state_dict.get("settings", {}), self.settings, self.fixed_settings)
+        if self.fitting:  # Lightning calls this for validate and test too
+            follow_settings(self.display_name, state_dict.get("settings", {}), self.settings, self.fixed_settings)
+            self.restore(state_dict)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's state in a fit that resumes.
+
+        Args:
+            state: What ``state_dict`` returned. Settings that changed were compared and told.
+        """
+        self.load_saved(state)
 
     def changed_settings(self, state_dict: Mapping[str, Any], *names: str) -> list[str]:
         """Return which of some settings differ from those of a checkpoint."""
@@ -199,7 +226,7 @@ class GradCallback(FitScope, CheckedArguments, Callback):
 
     def say(self, what: str) -> None:
         """Print one line about this instance."""
-        rank_zero_info(f"{self.label} {what}.")
+        rank_zero_info(f"{self.display_name} {what}.")
 
     def tell_once(self, what: str, tell: Callable[[str], Any], text: str) -> None:
         """Print or warn of something once in a fit.
@@ -211,7 +238,7 @@ class GradCallback(FitScope, CheckedArguments, Callback):
         """
         if what not in self._said:
             self._said.add(what)
-            tell(f"{self.label}: {text}")
+            tell(f"{self.display_name}: {text}")
 
     def announce(self, words: str, kind: str, names: Sequence[str | int] = ()) -> None:
         """Print what this instance acts on in this fit, and keep it for :meth:`chosen`; called in ``on_fit_start``.
@@ -234,18 +261,35 @@ class GradCallback(FitScope, CheckedArguments, Callback):
         """
         if self._announced is None:
             raise RuntimeError(
-                f"{self.label} chooses what it acts on when a fit begins, and none is on. Call chosen() during fit(), in "
-                "on_fit_start or a later hook of a callback that is listed after it."
+                f"{self.display_name} chooses what it acts on when a fit begins, and none is on. Call chosen() during "
+                "fit(), in on_fit_start or a later hook of a callback that is listed after it."
             )
         return self._announced
 
     def log_scalars(
-        self, pl_module: pl.LightningModule, values: Mapping[str, float | Tensor], sync_dist: bool = False
+        self,
+        pl_module: pl.LightningModule,
+        values: Mapping[str, float | Tensor],
+        sync_dist: bool = False,
+        layers: bool = False,
     ) -> None:
-        """Log scalars as ``namespace[/name]/quantity``; ``sync_dist`` where Lightning asks for it, in validation."""
+        """Log scalars under their log keys; ``sync_dist`` where Lightning asks for it, in validation."""
         if getattr(pl_module.trainer, "barebones", False):  # Lightning would warn of every value
             return
-        pl_module.log_dict({self.log_key(key): value for key, value in values.items()}, sync_dist=sync_dist)
+        for shown in (False, True):
+            chosen = {key: value for key, value in values.items() if (key in self.progress_bar) == shown}
+            named = {self.log_key(key, layers): value for key, value in chosen.items()}
+            pl_module.log_dict(named, prog_bar=shown, sync_dist=sync_dist)
 
-    def log_key(self, quantity: str) -> str:
-        return "/".join(part for part in (self.namespace, self.name, quantity) if part)
+    def log_key(self, quantity: str, layers: bool = False) -> str:
+        """Return the log key of a quantity, ``namespace[/name]/quantity``.
+
+        Args:
+            quantity: Its name, with that of the layer where it has one: ``"norm/encoder"``.
+            layers: Whether there is one for each layer. The first part of these keys is ``grad_layers`` in place of ``grad``,
+                which W&B and TensorBoard show in a section of their own.
+        """
+        section, *rest = self.namespace.split("/")
+        return "/".join(
+            part for part in (f"{section}_layers" if layers else section, *rest, self.name, quantity) if part
+        )

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, NoReturn
 
@@ -86,12 +86,12 @@ class MonitoredCallback(GradCallback):
     )
     nothing_done: ClassVar[str] = "it did nothing"
 
-    observed = until_next_fit.of(int)
+    observed = until_next_fit.of(int).saved()
     """Values so far, since the last :meth:`restart`."""
     _in_validation = during_fit[MonitoredValue](lambda self: MonitoredValue(self.monitor))
     _in_epoch = during_fit[MonitoredValue](lambda self: MonitoredValue(self.monitor))
-    _validated = until_next_fit[float | None](lambda _: None)  # what waits for the end of the epoch
-    _due = until_next_fit[float | None](lambda _: None)  # epochs done, if a validation follows here
+    _validated = until_next_fit[float | None](lambda _: None).saved()  # what waits for the end of the epoch
+    _due = until_next_fit[float | None](lambda _: None).saved()  # epochs done, if a validation follows here
     _changed = during_fit.of(list[str])
     _has_validated = during_fit.of(bool)  # in the present epoch
     _has_whole_epoch = during_fit.of(bool)
@@ -135,7 +135,7 @@ class MonitoredCallback(GradCallback):
             return
         if trainer.barebones:
             raise ValueError(
-                f"{self.label} observes {self.monitor!r}, and Trainer(barebones=True) turns logging off, so no metric "
+                f"{self.display_name} observes {self.monitor!r}, and Trainer(barebones=True) turns logging off, so no metric "
                 "reaches it. Set barebones=False."
             )
         if self.interval == "validation" and not trainer.enable_validation:
@@ -143,21 +143,15 @@ class MonitoredCallback(GradCallback):
 
     def _refuse_without_validation(self) -> NoReturn:
         raise ValueError(
-            f"{self.label} observes {self.monitor!r} at validations, and this fit has none. Give fit() a validation loader, "
-            "the module a validation_step, and limit_val_batches above 0; or observe a metric of training: interval='epoch'."
+            f"{self.display_name} observes {self.monitor!r} at validations, and this fit has none. Give fit() a "
+            "validation loader, the module a validation_step, and limit_val_batches above 0; or observe a metric of "
+            "training: interval='epoch'."
         )
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        own = {"observed": self.observed, "validated": self._validated, "due": self._due}
-        return {**super().state_dict(), **own}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting:
-            self.observed, self._validated, self._due = (state_dict[key] for key in ("observed", "validated", "due"))
-            self._changed = self.changed_settings(state_dict, "monitor", "interval")
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._changed = self.changed_settings(state, "monitor", "interval")
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -180,7 +174,9 @@ class MonitoredCallback(GradCallback):
         if self.interval == "validation" and trainer.val_dataloaders is not None and not sum(trainer.num_val_batches):
             self._refuse_without_validation()
         if not self.observed:
-            refuse_unknown_monitor(trainer, self.monitor, self._sanity_keys, self.interval == "validation", self.label)
+            refuse_unknown_monitor(
+                trainer, self.monitor, self._sanity_keys, self.interval == "validation", self.display_name
+            )
         if self._due is not None:
             end = partial(self._end_missed_epoch, trainer, self._due)
             self.undo.push(run_missed_validation(trainer, end))
@@ -201,9 +197,7 @@ class MonitoredCallback(GradCallback):
         self._has_validated, self._has_whole_epoch = False, True
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._due = _epochs_done(trainer) if is_validation_due(trainer) else None
 
     @override
@@ -251,9 +245,10 @@ class MonitoredCallback(GradCallback):
     def _refuse_unlogged(self, trainer: pl.Trainer, is_known: bool) -> NoReturn:
         if is_known:
             raise RuntimeError(
-                f"{self.label}: monitor={self.monitor!r} is logged in training and not in validation. Use interval='epoch'."
+                f"{self.display_name}: monitor={self.monitor!r} is logged in training and not in validation. Use "
+                "interval='epoch'."
             )
-        raise RuntimeError(f"{self.label}: {describe_unknown(self.monitor, trainer.callback_metrics)}")
+        raise RuntimeError(f"{self.display_name}: {describe_unknown(self.monitor, trainer.callback_metrics)}")
 
     # The end.
 
@@ -267,7 +262,7 @@ class MonitoredCallback(GradCallback):
             why = "no validation came; see check_val_every_n_epoch and val_check_interval of the Trainer"
         else:
             why = f"{self.monitor!r} was never logged; log it, or set monitor to a metric that is"
-        rank_zero_warn(f"{self.label} has observed nothing, so that {self.nothing_done}: {why}.")
+        rank_zero_warn(f"{self.display_name} has observed nothing, so that {self.nothing_done}: {why}.")
 
 
 def _epochs_done(trainer: pl.Trainer) -> float:

@@ -73,8 +73,8 @@ class ProbeCallback(GradCallback):
     way_out: ClassVar[str] = "use a probe that needs no loss of each sample"
     looks_on_all_ranks: ClassVar[bool] = False
 
-    record = until_next_fit.of(RunRecord)
-    _due = until_next_fit[dict[str, int] | None](lambda _: None)  # the epoch and the step of a look that is to come
+    record = until_next_fit.of(RunRecord).saved()
+    _due = until_next_fit[dict[str, int] | None](lambda _: None).saved()  # the epoch and the step of a look to come
     _is_rehearsed = during_fit.of(bool)
     _samples = during_fit[ProbeSamples]()
     _indices = during_fit.of(list[int])
@@ -112,21 +112,9 @@ class ProbeCallback(GradCallback):
 
     def draw(self, record: RunRecord) -> Figure:
         """Return the figure of the whole run, by default one panel for each scalar; needs matplotlib."""
-        return record.draw(self.label)
+        return record.draw(self.display_name)
 
     # The fit begins.
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting:
-            self.record.load_state_dict(state_dict["record"])
-            self._due = state_dict["due"]
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        due = None if self._due is None else dict(self._due)
-        return {**super().state_dict(), "record": self.record.state_dict(), "due": due}
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -146,24 +134,20 @@ class ProbeCallback(GradCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.split == "val" and not trainer.enable_validation:
             raise ValueError(
-                f"{self.label} looks at validation samples, and this fit has no validation. Give fit() a validation loader "
-                "and the module a validation_step, or set split='train'."
+                f"{self.display_name} looks at validation samples, and this fit has no validation. Give fit() a "
+                "validation loader and the module a validation_step, or set split='train'."
             )
-        asked = LossRequest(self.label, way_out=self.way_out)
+        asked = LossRequest(self.display_name, way_out=self.way_out)
         self._samples = ProbeSamples(trainer, self.samples, self.split, self.loader_key, self.dataset, asked)
 
     # When to look.
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._look_if_due(trainer, pl_module)  # in a run that resumes from between the step and its look
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         place = {"epoch": trainer.current_epoch, "step": stepped_batches(trainer)}
         if self.every_n_steps is not None:
             steps = not trainer.fit_loop.epoch_loop._should_accumulate()
@@ -176,9 +160,7 @@ class ProbeCallback(GradCallback):
             self._take(trainer, pl_module, place)
 
     @override
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         # Averaged weights come in on_validation_epoch_start, of a callback that may be later in the list.
         if self.fitting and not trainer.sanity_checking:
             self._look_if_due(trainer, pl_module, is_validating=True)
@@ -201,7 +183,7 @@ class ProbeCallback(GradCallback):
             return
         self.record.add({"epoch": due["epoch"], "step": due["step"], **outcome.numbers})
         self.record.save(trainer, self)
-        folder = output_file(trainer, self.label, "")
+        folder = output_file(trainer, self.display_name, "")
         stem = None if folder is None else folder / f"step_{due['step']:08d}"
         with logged_at(trainer, due["step"]):
             send_reading(trainer, outcome.numbers, outcome.reading, self.log_key, stem)
@@ -217,16 +199,16 @@ class ProbeCallback(GradCallback):
             self._raise(outcome)
         if outcome.fault:
             rank_zero_warn(
-                f"{self.label} failed in its look at step {due['step']}, and the training continues. {outcome.fault}"
+                f"{self.display_name} failed in its look at step {due['step']}, and the training continues. {outcome.fault}"
             )
         self._is_rehearsed = True
         return outcome
 
     def _raise(self, outcome: Outcome) -> None:
-        error = outcome.error or RuntimeError(f"{self.label} failed on another rank. {outcome.fault}")
-        if self.label not in str(error):
+        error = outcome.error or RuntimeError(f"{self.display_name} failed on another rank. {outcome.fault}")
+        if self.display_name not in str(error):
             which = "a" if self._is_rehearsed else "its first"
-            error.add_note(f"{self.label} raised this in {which} look. Correct it, or drop the callback.")
+            error.add_note(f"{self.display_name} raised this in {which} look. Correct it, or drop the callback.")
         raise error
 
     # The fit ends.

@@ -15,13 +15,7 @@ from lightning_grad.core.losses.look import Look
 from lightning_grad.core.losses.scoring import indexed_loader, runner, to_device
 from lightning_grad.core.samples.training_loaders import keys_of, refuse_key
 from lightning_grad.core.undo import UndoList
-from lightning_grad.data.random_streams import (
-    generators_kept,
-    numbers_kept,
-    random_streams_kept,
-    seed_generators,
-    seed_streams,
-)
+from lightning_grad.data import random_streams
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import check_count, refuse_dataloader_iter
 from lightning_grad.utilities.reporting import counted
@@ -81,7 +75,7 @@ def check_samples(samples: int | Sequence[int]) -> None:
         )
 
 
-def chosen_samples(samples: int | Sequence[int], total: int, split: Split, label: str) -> list[int]:
+def chosen_samples(samples: int | Sequence[int], total: int, split: Split, display_name: str) -> list[int]:
     """Return the indices that are meant: a count is spread over the whole set.
 
     Raises:
@@ -97,11 +91,13 @@ def chosen_samples(samples: int | Sequence[int], total: int, split: Split, label
     has = f"the {NOUNS[split]} set has {total}"
     if not isinstance(samples, int):
         if max(samples) >= total:
-            raise ValueError(f"{label} would look at the sample {max(samples)}, and {has}. Use indices below {total}.")
+            raise ValueError(
+                f"{display_name} would look at the sample {max(samples)}, and {has}. Use indices below {total}."
+            )
         return [int(index) for index in samples]
     if samples > total:
         raise ValueError(
-            f"{label} would look at {counted(samples, 'sample')}, and {has}. Set samples to at most {total}."
+            f"{display_name} would look at {counted(samples, 'sample')}, and {has}. Set samples to at most {total}."
         )
     return [place * total // samples for place in range(samples)]
 
@@ -137,14 +133,14 @@ class ProbeSamples:
         loader, dataset = self._loader, self._source
         self._refuse_without_indices(loader, dataset)
         total = len(dataset)
-        indices = self.indices = chosen_samples(self.samples, total, self.split, self.asked.label)
+        indices = self.indices = chosen_samples(self.samples, total, self.split, self.asked.display_name)
         read = partial(self._read, loader, dataset)
         batch = read(indices)
         is_part = self.split == "train" and self.loader_key is not None
         run = _runner(self.trainer, pl_module, batch, self.asked, is_part)
-        seed_streams(_SEED)
+        random_streams.seed_streams(_SEED)
         for module in pl_module.modules():
-            seed_generators(module, _SEED, depth=1)  # no further: the module knows its Trainer
+            random_streams.seed_generators(module, _SEED, depth=1)  # no further: the module knows its Trainer
         look = (pl_module, batch, indices, total, run, self.asked)
         size = _batch_size(loader)
         return ProbeLook(*look, trainer=self.trainer, epoch=epoch, step=step, undo=undo, read=read, batch_size=size)
@@ -153,7 +149,7 @@ class ProbeSamples:
     def kept(self) -> Iterator[None]:
         """Put back what reading changes in the data set and in the function that makes a batch."""
         collate = self._loader.collate_fn
-        with generators_kept([self._source, collate]), numbers_kept(collate):
+        with random_streams.generators_kept([self._source, collate]), random_streams.numbers_kept(collate):
             yield
 
     @property
@@ -166,10 +162,10 @@ class ProbeSamples:
         return self._own
 
     def _read(self, loader: DataLoader[Any], dataset: Any, indices: list[int]) -> Any:
-        with random_streams_kept():  # a probe that reads parts draws on where it was
-            seed_streams(_SEED)
+        with random_streams.random_streams_kept():  # a probe that reads parts draws on where it was
+            random_streams.seed_streams(_SEED)
             for holder in (dataset, loader.collate_fn):
-                seed_generators(holder, _SEED)
+                random_streams.seed_generators(holder, _SEED)
             batch = next(iter(indexed_loader(loader, dataset, [indices], _SEED)))
             return to_device(self.trainer, copy_of(batch))  # a collate function may hand on what the data set holds
 
@@ -177,7 +173,7 @@ class ProbeSamples:
     def _loader(self) -> DataLoader[Any]:
         loaders = self._loaders
         keys = list(keys_of(loaders))
-        refuse_key(self.loader_key, keys, NOUNS[self.split], self.asked.label)
+        refuse_key(self.loader_key, keys, NOUNS[self.split], self.asked.display_name)
         loader = CombinedLoader(loaders, "sequential").flattened[
             0 if self.loader_key is None else keys.index(str(self.loader_key))
         ]
@@ -200,14 +196,14 @@ class ProbeSamples:
         is_indexed = hasattr(source, "__len__") and not isinstance(source, IterableDataset)
         if not isinstance(loader, DataLoader) or not is_indexed:
             raise TypeError(
-                f"{self.asked.label} looks at samples by their index, and the {NOUNS[self.split]} data has none; got "
+                f"{self.asked.display_name} looks at samples by their index, and the {NOUNS[self.split]} data has none; got "
                 f"{type(source).__name__}. "
                 "Return a DataLoader of a data set with __len__ and __getitem__."
             )
         if loader.batch_sampler is None and not isinstance(getattr(loader.sampler, "batch_size", None), int):
             raise TypeError(
-                f"{self.asked.label} makes a batch of single samples, and DataLoader(batch_size=None) gets whole batches from "
-                "its data set. Give the DataLoader a batch_size, or a BatchSampler as its sampler."
+                f"{self.asked.display_name} makes a batch of single samples, and DataLoader(batch_size=None) gets whole "
+                "batches from its data set. Give the DataLoader a batch_size, or a BatchSampler as its sampler."
             )
 
 
@@ -222,10 +218,10 @@ def _runner(
     def run() -> object:
         if not pl_module.automatic_optimization:
             raise ValueError(
-                f"{asked.label} does not work with manual optimization: its training_step steps the optimizers. Use a probe "
-                "that calls the network itself."
+                f"{asked.display_name} does not work with manual optimization: its training_step steps the optimizers. "
+                "Use a probe that calls the network itself."
             )
-        refuse_dataloader_iter(pl_module.training_step, asked.label)
+        refuse_dataloader_iter(pl_module.training_step, asked.display_name)
         return runner(trainer, pl_module, batch, partly=asked if is_part else None)()
 
     return run

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -47,10 +48,10 @@ class SubsetCallback(GradCallback):
 
     training_set = during_fit[TrainingSet]()
     indices = during_fit.of(list[int])
-    kept = until_next_fit[Tensor | None](lambda _: None)
-    _fixed_steps = until_next_fit.of(bool)  # in the present epoch
+    kept = until_next_fit[Tensor | None](lambda _: None).saved()
+    _fixed_steps = until_next_fit.of(bool).saved()  # in the present epoch
     _mark = until_next_fit[Fingerprint | None](lambda _: None)
-    _samples_seen = until_next_fit.of(int)
+    _samples_seen = until_next_fit.of(int).saved()
     _is_rehearsed = during_fit.of(bool)
     _has_warned = during_fit.of(bool)
     _has_told_of_too_few = during_fit.of(bool)
@@ -96,28 +97,23 @@ class SubsetCallback(GradCallback):
             self._fixed_steps = self.passes_more_than_once
             if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
                 raise TypeError(
-                    f"{self.label} must know the samples of each batch, and training_step(dataloader_iter) draws batches "
-                    "itself. Let training_step take a batch."
+                    f"{self.display_name} must know the samples of each batch, and training_step(dataloader_iter) draws "
+                    "batches itself. Let training_step take a batch."
                 )
             key = None if self.loader_key is None else str(self.loader_key)
-            own = (trainer, self.label, self.undo, key, self.remembers_samples)
+            own = (trainer, self.display_name, self.undo, key, self.remembers_samples)
             self.training_set = TrainingSet(*own)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         data = dataclasses.asdict(self._mark) if self._mark is not None and self.holds_samples else None
-        own = {"kept": self.kept, "fixed_steps": self._fixed_steps, "samples_seen": self._samples_seen, "data": data}
-        return {**super().state_dict(), **own}
+        return {**super().state_dict(), "data": data}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if not self.fitting:
-            return
-        self.kept, self._samples_seen = state_dict["kept"], state_dict["samples_seen"]
-        self._fixed_steps = state_dict["fixed_steps"]
-        if state_dict["data"] is not None and self.remembers_samples:
-            self._mark = Fingerprint(**state_dict["data"])
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        if state["data"] is not None and self.remembers_samples:
+            self._mark = Fingerprint(**state["data"])
             self.training_set.expect(self._mark)
 
     @override
@@ -146,11 +142,11 @@ class SubsetCallback(GradCallback):
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         kept = self.choose_samples(trainer, pl_module)
-        _check_indices(kept, self.label)
+        _check_indices(kept, self.display_name)
         self.kept = kept
         self._fixed_steps = self.passes_more_than_once
         self.training_set.keep(self.kept, self._fixed_steps)
-        self._has_warned = self._has_warned or warn_of_two_ends(trainer, self.training_set, self.label)
+        self._has_warned = self._has_warned or warn_of_two_ends(trainer, self.training_set, self.display_name)
         total = len(self.training_set.sampler.population)
         share = 1.0 if self.kept is None else len(self.kept) / total
         self.log_scalars(pl_module, {"kept_share": share}, sync_dist=True)
@@ -163,9 +159,7 @@ class SubsetCallback(GradCallback):
         self._samples_seen += len(self.indices) * trainer.world_size
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self.indices = []
         if not self._is_rehearsed:
             self._is_rehearsed = True
@@ -193,15 +187,15 @@ class SubsetCallback(GradCallback):
         if count == total and not self._has_told_of_too_few:
             self._has_told_of_too_few = True
             rank_zero_warn(
-                f"{self.label} keeps all {total} samples: its share of them is less than one sample, or would leave a last "
-                "batch of one. Prune more, or train on more samples."
+                f"{self.display_name} keeps all {total} samples: its share of them is less than one sample, or would "
+                "leave a last batch of one. Prune more, or train on more samples."
             )
 
     def refuse_unreached(self, trainer: pl.Trainer, epoch: int, would: str) -> None:
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch and not _is_smoke_test(trainer):
             raise ValueError(
-                f"{self.label} would {would} after {epoch} epochs, and Trainer(max_epochs={trainer.max_epochs}) ends before. "
-                "Set epoch to a smaller number."
+                f"{self.display_name} would {would} after {epoch} epochs, and Trainer(max_epochs={trainer.max_epochs}) "
+                "ends before. Set epoch to a smaller number."
             )
 
     def refuse_unreached_steps(self, trainer: pl.Trainer, epoch: int, would: str) -> None:
@@ -209,15 +203,16 @@ class SubsetCallback(GradCallback):
         is_new = trainer.current_epoch == 0 and not _is_smoke_test(trainer)
         if is_new and epoch > 0 and math.isfinite(steps) and 0 <= trainer.max_steps <= steps:
             raise ValueError(
-                f"{self.label} would {would} after {epoch} epochs of {self.training_set.full_batches:.0f} batches, and "
+                f"{self.display_name} would {would} after {epoch} epochs of {self.training_set.full_batches:.0f} batches, and "
                 f"Trainer(max_steps={trainer.max_steps}) ends before. Set epoch to a smaller number."
             )
 
     def _warn_of_own_schedules(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not pl_module.automatic_optimization and trainer.lr_scheduler_configs:
             rank_zero_warn(
-                f"{self.label} keeps schedules in step with shorter epochs where Lightning steps them. This module steps its "
-                "own: one that counts batches will not come to its end. Make it for the batches that are trained on."
+                f"{self.display_name} keeps schedules in step with shorter epochs where Lightning steps them. This "
+                "module steps its own: one that counts batches will not come to its end. Make it for the batches that "
+                "are trained on."
             )
 
 
@@ -225,13 +220,13 @@ def _is_smoke_test(trainer: pl.Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
-def _check_indices(kept: Any, label: str) -> None:
+def _check_indices(kept: Any, display_name: str) -> None:
     # A mask would pass for the indices 0 and 1, each many times.
     if kept is None:
         return
     if not isinstance(kept, Tensor) or kept.dim() != 1 or kept.dtype in (torch.bool, torch.uint8) or not kept.numel():
         what = f"{kept.dtype} of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
         raise TypeError(
-            f"{label}.choose_samples must return a tensor (n,) of at least one index, or None for all samples; got {what}. "
-            "Turn a mask into indices by mask.nonzero().flatten()."
+            f"{display_name}.choose_samples must return a tensor (n,) of at least one index, or None for all samples; "
+            f"got {what}. Turn a mask into indices by mask.nonzero().flatten()."
         )

@@ -6,7 +6,7 @@ technique derives from :class:`WeightCallback` and writes ``view``, which return
 in the folder ``views``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Generic
@@ -73,7 +73,7 @@ class WeightCallback(GradCallback, Generic[W]):
     weights = until_next_fit[list[W]](lambda _: ChosenWeights())
     """The chosen weights, in the order of the module; kept after an exception, for the checkpoints that are saved then."""
     signatures = until_next_fit.of(dict[str, list[str | int]])  # of each chosen weight
-    restored = until_next_fit.of(dict[str, Any])
+    restored = until_next_fit[Mapping[str, Any]](lambda _: {})
     has_stepped = until_next_fit.of(bool)
     _chains = during_fit[ModuleChains]()
     _ends = during_fit[Ends | None](lambda _: None)
@@ -99,23 +99,23 @@ class WeightCallback(GradCallback, Generic[W]):
 
     def check_names(self, pl_module: pl.LightningModule) -> None:
         """Raise if a name pattern of the user matches nothing."""
-        check_patterns(pl_module, self.label, include=self.include, exclude=self.exclude)
+        check_patterns(pl_module, self.display_name, include=self.include, exclude=self.exclude)
 
     def refuse(self, trainer: pl.Trainer, choice: WeightChoice[W]) -> None:
         """Raise if the chosen weights cannot be shown, before any is."""
         if not choice.chosen:
             why = choice.why_none(self.effect, self.column)
-            raise ValueError(f"{self.label} finds no weight to make {self.effect}. {why}")
+            raise ValueError(f"{self.display_name} finds no weight to make {self.effect}. {why}")
         for weight in choice.chosen:
             if self._chains.is_taken(weight.found, self.stage):
                 raise ValueError(
-                    f"{self.label} and another instance both choose {clean_name(weight.name)} "
+                    f"{self.display_name} and another instance both choose {clean_name(weight.name)} "
                     f"({weight.found.class_name()}). Separate them with include= or exclude=."
                 )
         for optimizer in trainer.optimizers:
             if not owned_ids(optimizer).isdisjoint(id(weight.parameter) for weight in choice.chosen):
-                self.works_with().refuse_optimizer(self.label, trainer, optimizer)
-        refuse_pruners(trainer.callbacks, choice.chosen, self.label, self.verb)  # type: ignore[attr-defined]
+                self.works_with().refuse_optimizer(self.display_name, trainer, optimizer)
+        refuse_pruners(trainer.callbacks, choice.chosen, self.display_name, self.verb)  # type: ignore[attr-defined]
 
     @property
     def plan(self) -> str:
@@ -175,12 +175,11 @@ class WeightCallback(GradCallback, Generic[W]):
             self.undo.push(wrap_loading(pl_module, self.state_key))
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting:
-            self.restored = state_dict
-            if self.weights:
-                self.resume()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self.restored = state
+        if self.weights:
+            self.resume()
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -243,9 +242,7 @@ class WeightCallback(GradCallback, Generic[W]):
     # One training step.
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._leave_inference()
         self._chains.begin_batch()
         self._resumed = {}
@@ -258,9 +255,7 @@ class WeightCallback(GradCallback, Generic[W]):
             self._chains.close_window()
 
     @override
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._chains.close_window()
 
     @torch.no_grad()
@@ -274,9 +269,7 @@ class WeightCallback(GradCallback, Generic[W]):
                 self.renew(weight)
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._chains.close_window()
         if self._ends is not None and self._ends.learn():
             self._choose_again(pl_module, self._ends)
@@ -302,9 +295,7 @@ class WeightCallback(GradCallback, Generic[W]):
     # Validation and checkpoints.
 
     @override
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         # Not before the first batch: weight averaging swaps its weights in only after on_validation_start.
         if self.fitting:
             for weight in self.weights:
@@ -347,7 +338,7 @@ class WeightCallback(GradCallback, Generic[W]):
         self._leave_inference()
         if self.fitting and any(weight.stores for weight in self.weights):
             rank_zero_info(
-                f"{self.label}: the fit stopped by {type(exception).__name__}. The module in memory is left dense; "
+                f"{self.display_name}: the fit stopped by {type(exception).__name__}. The module in memory is left dense; "
                 f"checkpoints that callbacks have written hold the {self.effect} weights, and resume exactly."
             )
 

@@ -14,8 +14,9 @@ from lightning_utilities.core import rank_zero
 
 from lightning_grad import callbacks, strategies
 from lightning_grad.core import Chosen
-from lightning_grad.testing import StopAt, fit, make_classifier, make_data, on_ranks, train_on_ranks
+from lightning_grad.testing import StopAt, fit, make_classifier, make_data, on_ranks
 from tests.contract import settings, strategy_settings
+from tests.strategies.fits import train_on_ranks
 
 MADE = [
     (package, name)
@@ -83,7 +84,7 @@ def test_a_callback_says_what_it_acts_on(name: str, lines: list[str]) -> None:
     asks = Asks(technique)
     fit([technique, asks], max_epochs=2)
     assert_answers(asks)
-    assert f"{technique.label} {asks.answers[0].words}." in lines
+    assert f"{technique.display_name} {asks.answers[0].words}." in lines
     assert " " in asks.answers[0].words
     assert not asks.answers[0].words.endswith(".")
     with pytest.raises(RuntimeError, match="none is on"):

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_grad.callbacks.clipping._units import UnitConditioner
-from lightning_grad.core import GradientStep, Phase
+from lightning_grad.core import GradientStep, Role
 from lightning_grad.functional import centralize_
 from lightning_grad.functional.gradients.tensor_lists import joined_norm
 
@@ -60,7 +60,7 @@ class GradientCentralization(UnitConditioner):
     namespace: ClassVar[str] = "grad/centralization"
     trial: ClassVar[Mapping[str, Any]] = {}
     neutral: ClassVar[Mapping[str, Any] | str] = "the mean is taken away whole or not at all"
-    phase: ClassVar[Phase] = "center"
+    role: ClassVar[Role] = "center"
 
     def __init__(
         self,
@@ -80,10 +80,12 @@ class GradientCentralization(UnitConditioner):
     def _refuse_vectors(self, pl_module: pl.LightningModule) -> None:
         most = max((p.ndim for p in pl_module.parameters() if not is_lazy(p)), default=3)
         if most < 2:
-            raise ValueError(f"{self.label} centralizes weights, and this module has vectors only. Drop the callback.")
+            raise ValueError(
+                f"{self.display_name} centralizes weights, and this module has vectors only. Drop the callback."
+            )
         if most < 3 and self.conv_only:
             raise ValueError(
-                f"{self.label}(conv_only=True) centralizes convolutions, and this module has none. Set conv_only=False."
+                f"{self.display_name}(conv_only=True) centralizes convolutions, and this module has none. Set conv_only=False."
             )
 
     @override

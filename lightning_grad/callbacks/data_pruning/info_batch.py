@@ -41,8 +41,8 @@ class InfoBatch(LossWeighting, SubsetCallback):
 
     Args:
         prune: Share r of the samples of low loss that is left out, at least 0 and below 1 (0.5 in the paper).
-        stop: Share of the run after which all samples are trained on (0.875 in the paper).
-        loss: Which call of a loss alone counts, from 0; by default all that the step returns.
+        prune_until: Share of the run after which it trains on all samples (0.875 in the paper).
+        loss_index: Index, from 0, of the only loss call that counts; by default all that the step returns.
         loss_fn: Function of the module and a batch that returns the losses (B,), in place of the step's own loss. The step
             runs as it is; its mean must be the step's loss, up to a constant. It costs a second forward and backward pass.
         seed: Seed of the choices.
@@ -91,16 +91,18 @@ class InfoBatch(LossWeighting, SubsetCallback):
     neutral: ClassVar[Mapping[str, Any] | str] = {"prune": 0.0}
     way_out: ClassVar[str] = f"use RepeatedRandomSubset, which needs no loss, or {LOSS_FN}"
 
-    _losses = until_next_fit[Tensor | None](lambda _: None)
-    _weights = until_next_fit[Tensor | None](lambda _: None)
+    _losses = until_next_fit[Tensor | None](lambda _: None).saved()
+    _weights = until_next_fit[Tensor | None](
+        lambda _: None
+    ).saved()  # of the present epoch, also where settings changed
     _record = until_next_fit.of(EpochRecord)
     _first = during_fit[tuple[list[int], Terms] | None](lambda _: None)
 
     def __init__(
         self,
         prune: float = 0.5,
-        stop: float = 0.875,
-        loss: int | None = None,
+        prune_until: float = 0.875,
+        loss_index: int | None = None,
         loss_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         seed: int = 0,
         loader_key: str | int | None = None,
@@ -110,8 +112,8 @@ class InfoBatch(LossWeighting, SubsetCallback):
         super().__init__(loader_key, name)
         self.prune = check_share(prune, "prune")
         self.acts = prune > 0.0
-        self.stop = check_between(stop, 0.0, 1.0, "stop")
-        self.choose_loss(loss, loss_fn)
+        self.prune_until = check_between(prune_until, 0.0, 1.0, "prune_until")
+        self.choose_loss(loss_index, loss_fn)
         self.seed = check_count(seed, 0, "seed")
         self.total_steps = check_total_steps(total_steps)
 
@@ -122,7 +124,7 @@ class InfoBatch(LossWeighting, SubsetCallback):
             return "trains on all samples (prune=0)"
         return (
             f"drops {100 * self.prune:g} % of the samples of low loss in each epoch but the first, until "
-            f"{100 * self.stop:g} % of the run"
+            f"{100 * self.prune_until:g} % of the run"
         )
 
     @property
@@ -145,25 +147,22 @@ class InfoBatch(LossWeighting, SubsetCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        own = {"losses": self._losses, "weights": self._weights, "epoch_values": self._record.values}
-        return {**super().state_dict(), **own}
+        return {**super().state_dict(), "epoch_values": self._record.values}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if not self.fitting:
-            return
-        self._weights = state_dict["weights"]  # of an epoch that goes on, also where settings changed
-        if self.has_same_loss(state_dict):
-            self._losses, self._record.values = state_dict["losses"], state_dict["epoch_values"]
-        elif state_dict["losses"] is not None:
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        if self.has_same_loss(state):
+            self._record.values = state["epoch_values"]
+        elif self._losses is not None:
+            self._losses = None
             self.say("has no losses of this kind yet, and trains on all samples until each has one")
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         ends = (trainer.max_epochs or -1, trainer.max_steps, self.total_steps or -1)
-        if self.prune > 0.0 and self.stop < 1.0 and max(ends) == -1:
+        if self.prune > 0.0 and self.prune_until < 1.0 and max(ends) == -1:
             self.say("prunes to the end of the run, because that is not known. Set total_steps=... to stop before it")
 
     @override
@@ -210,7 +209,7 @@ class InfoBatch(LossWeighting, SubsetCallback):
         ends = [(trainer.max_epochs, trainer.current_epoch), (trainer.max_steps, trainer.global_step)]
         if self.total_steps is not None:
             ends = [(self.total_steps, trainer.global_step)]
-        return any(end not in (None, -1) and done >= self.stop * end for end, done in ends)
+        return any(end not in (None, -1) and done >= self.prune_until * end for end, done in ends)
 
     @override
     def weigh(self, losses: SampleLosses) -> Tensor | None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import lightning.pytorch as pl
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_grad.core.record import Row, RunRecord, panels
+from lightning_grad.core.record import Row, RunRecord, panels, style_axis
+from lightning_grad.utilities.forward_order import ForwardOrder
+from lightning_grad.utilities.reporting import log_file, log_summary, output_file, send_alert
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +22,7 @@ if TYPE_CHECKING:
 _MOST_COLUMNS = 256  # of the heat map
 _MOST_NAMES = 40  # of layers, next to the heat map
 _CLIPPED = 1.0 - 1e-5  # a coefficient below it is no rounding
+_BAD = "#f7d4c0"  # light orange, behind the lines
 
 
 class MonitorRecord(RunRecord):
@@ -75,41 +81,112 @@ class MonitorRecord(RunRecord):
         self.layers.load_state_dict(state["layers"])
 
     def draw(self, title: str) -> Figure:
-        """Draw norms before and after clipping over steps, with clip events, above a heat map of layers over steps."""
+        """Draw the norms of all steps, what was done to them, and a heat map of the layers."""
+        from matplotlib.ticker import MaxNLocator
+
         names = list(dict.fromkeys(name for row in self.layers.kept for name in row["norms"]))  # some come in mid-fit
         shown = self.layers.count > 1
-        figure, axes = panels(title, [3.2, 1.2 + 0.16 * min(len(names), _MOST_NAMES)] if shown else [3.2], width=9)
+        heights = [3.2, 1.2 + 0.16 * min(len(names), _MOST_NAMES)] if shown else [3.2]
+        figure, axes = panels(f"{title}: {self._outcome()}", heights, width=9)
+        bad = [row["step"] for row in self.kept if not math.isfinite(row["norm"])]
+        for axis in axes if bad else ():
+            whole = axis.get_xaxis_transform()  # from the lower edge of the panel to the upper one
+            axis.bar(bad, 1.0, width=self._every, color=_BAD, transform=whole, zorder=0, label="not finite")
         self._draw_norms(axes[0])
         if shown:
             self._draw_layers(figure, axes[1], names)
         axes[-1].set_xlabel("optimizer step")
+        axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         return figure
 
+    def _outcome(self) -> str:
+        """Return what came of the run, for the title."""
+        bad = next((row["step"] for row in self.kept if not math.isfinite(row["norm"])), None)
+        clipped, skipped = self.totals().values()
+        found = [f"{100 * clipped:.1f} % clipped"] * bool(clipped) + [f"{skipped:.0f} skipped"] * bool(skipped)
+        found += [] if bad is None else [f"first non-finite gradient at step {bad}"]
+        return ", ".join([f"{self.count:,} steps", *found])
+
     def _draw_norms(self, axis: Axes) -> None:
-        axis.plot(*self.series("norm"), color="#9a9a9a", linewidth=1.0, label="before")
-        axis.plot(*self.series("norm_after"), color="#0072b2", linewidth=1.2, label="after")
         clipped, skipped = ([row for row in self.kept if row[event]] for event in ("clipped", "skipped"))
+        finite = [row for row in self.kept if math.isfinite(row["norm_after"])]
+        changed = any(row["norm"] != row["norm_after"] for row in finite)
+        if changed or not finite:
+            axis.plot(*self.series("norm"), color="#9a9a9a", linewidth=1.0, label="before clipping or other changes")
+        if finite:
+            label = "as the optimizer used it" if changed else None
+            axis.plot(*self.series("norm_after"), color="#0072b2", linewidth=1.2, label=label)
         if clipped:
             points = [row["step"] for row in clipped], [row["norm"] for row in clipped]
-            label = f"clipped ({100 * self.totals()['clipped_share']:.1f} % of steps)"
-            axis.plot(*points, ".", color="#d55e00", markersize=4, label=label)
+            axis.plot(*points, ".", color="#d55e00", markersize=4, label="clipped")
         for row in skipped:
             axis.axvline(row["step"], color="#cc79a7", linewidth=0.8, label="skipped" if row is skipped[0] else None)
         if any(row["norm"] > 0 for row in self.kept):
             axis.set_yscale("log")
         axis.set_ylabel("gradient norm")
-        axis.legend(frameon=False, fontsize="small", ncols=4, loc="upper right")
+        style_axis(axis)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(
+                frameon=False, fontsize="small", ncols=5, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0
+            )
 
     def _draw_layers(self, figure: Figure, axis: Axes, names: list[str]) -> None:
+        from matplotlib.colors import LogNorm
+
         steps, columns = self.layers.series("norms")
         norms = np.array([[column.get(name, np.nan) for column in columns] for name in names])
-        image = np.log10(np.where(norms > 0, norms, np.nan))
-        mesh = axis.pcolormesh(steps, np.arange(len(names)), image, shading="nearest", cmap="viridis")
+        norms[~((norms > 0) & np.isfinite(norms))] = np.nan  # is not drawn
+        scale = None if np.isnan(norms).all() else LogNorm()
+        mesh = axis.pcolormesh(steps, np.arange(len(names)), norms, shading="nearest", cmap="viridis", norm=scale)
         every = max(1, math.ceil(len(names) / _MOST_NAMES))
-        axis.set_yticks(range(0, len(names), every), names[::every], fontsize=6)
-        axis.invert_yaxis()
-        figure.colorbar(mesh, ax=axis, label="log10 norm", pad=0.01)
+        axis.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.spines[["top", "right"]].set_visible(False)
+        figure.colorbar(mesh, ax=axis, label="norm by layer", pad=0.01)
 
 
 def _norm(row: Row) -> float:
     return float(row["norm"]) if math.isfinite(row["norm"]) else math.inf
+
+
+class FirstBadStep:
+    """The first step whose gradient was not finite: its facts, and whether the user has been told."""
+
+    def __init__(self) -> None:
+        self._facts: dict[str, Any] = {}
+        self._is_told = False
+
+    def note(self, facts: dict[str, Any], order: ForwardOrder) -> None:
+        """Take in the facts of a bad step of one optimizer, unless one is known already."""
+        if not facts or self._facts:
+            return
+        names = facts.pop("parameters")
+        first = order.sort(names)[0] if names else "no single gradient: the sum of squares overflows"
+        self._facts = {**facts, "parameter": first, "bad_parameters": len(names)}
+
+    def tell(self, trainer: pl.Trainer, display_name: str, key: Callable[[str], str], alert: bool) -> None:
+        """Say once which step it was, and leave its facts in a file."""
+        if not self._facts or self._is_told:
+            return
+        self._is_told, facts = True, self._facts
+        text = (
+            f"the gradient was not finite for the first time at step {facts['step']}, epoch {facts['epoch']}, batch "
+            f"{facts['batch_idx']}, loss {facts['loss']:g}: {facts['parameter']}, first of {facts['bad_parameters']}."
+        )
+        rank_zero_warn(f"{display_name}: {text}")
+        log_summary(trainer, {key(f"first_bad_{fact}"): float(facts[fact]) for fact in ("step", "batch_idx")})
+        path = output_file(trainer, display_name, "_first_bad_step.json")
+        if path is not None and trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({**facts, "loss": str(facts["loss"]), "norm": str(facts["norm"])}, indent=2))
+            log_file(trainer, path, name=path.stem, kind="facts")
+        if alert:
+            send_alert(trainer, f"{display_name}: gradient not finite", text)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything."""
+        return {"first_bad": dict(self._facts), "told": self._is_told}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what is known."""
+        self._facts, self._is_told = dict(state["first_bad"]), bool(state["told"])

@@ -1,14 +1,14 @@
-"""N:M sparsity: masks, patterns, and the schedules that narrow them during a run."""
+"""N:M sparsity: masks, patterns, and schedules that raise the sparsity during a run."""
 
 from lightning_grad.functional.sparsity.nm_schedule import RECIPES, NMPhase, NMSchedule
 from lightning_grad.functional.sparsity.nm_sparsity import (
     NMPattern,
     add_sr_ste_,
-    gradient_noise,
     is_nm,
     mask_distance,
+    masked_gradient_variance,
     nm_mask,
-    prune,
+    prune_weight,
     scale_weight,
 )
 
@@ -18,10 +18,10 @@ __all__ = [
     "NMPhase",
     "NMSchedule",
     "add_sr_ste_",
-    "gradient_noise",
     "is_nm",
     "mask_distance",
+    "masked_gradient_variance",
     "nm_mask",
-    "prune",
+    "prune_weight",
     "scale_weight",
 ]

@@ -243,14 +243,14 @@ def test_a_pause_of_another_length_counts_from_the_start_of_the_run(tmp_path):
 
 
 def test_a_monitor_goes_on_with_other_settings(tmp_path):
-    before = GradientMonitor(include=["a"], depth=1, rarely=1)
-    after = GradientMonitor(include=["b"], depth=None, rarely=2, figure=False, top=3)
+    before = GradientMonitor(include=["a"], layer_depth=1, slow_stats_every=1)
+    after = GradientMonitor(include=["b"], layer_depth=None, slow_stats_every=2, figure=False, max_layers=3)
     trainer = resumed(tmp_path, before, after, accumulate_grad_batches=2)
     record = after.state_dict()["records"]["0"]
     assert record["count"] == EPOCH
     names = [name for row in record["layers"]["rows"] for name in row["norms"]]
     assert list(dict.fromkeys(names)) == ["a", "b"]
-    assert "grad/norm/b" in trainer.callback_metrics
+    assert "grad_layers/norm/b" in trainer.callback_metrics
 
 
 def test_the_noise_scale_of_other_parameters_is_not_taken_over(tmp_path):

@@ -13,7 +13,7 @@ ENTRIES = [
         wrong=(
             *_SHARES,
             ({"score": "el2m"}, "Did you mean 'el2n'"),
-            ({"keep": "hardest"}, "is none of"),
+            ({"keep": "hardest"}, "keep must be"),
             ({"select": "css"}, "Did you mean 'ccs'"),
             ({"select": "ccs", "keep": "easy"}, "keep='easy' means nothing"),
             ({"budget": "epoch"}, "Did you mean 'epochs'"),
@@ -23,7 +23,7 @@ ENTRIES = [
             ({"epoch": [1, 3], "prune": [0.1]}, "one share for each epoch"),
             ({"offset": 0.6}, "at most 0.5"),
             ({"score": "aum", "epoch": 0}, "at least 1"),
-            ({"show": -1}, "show must be at least 0"),
+            ({"num_shown": -1}, "num_shown must be at least 0"),
         ),
     ),
     Technique(
@@ -36,7 +36,7 @@ ENTRIES = [
         "DataPruning",
         "forgetting-rounds",
         broad=False,
-        arguments={"prune": [0.2, 0.4], "epoch": [1, 3], "score": "forgetting", "loss": 0},
+        arguments={"prune": [0.2, 0.4], "epoch": [1, 3], "score": "forgetting", "loss_index": 0},
         neutral={"prune": 0.0, "epoch": 1},
     ),
     Technique(
@@ -52,7 +52,7 @@ ENTRIES = [
         "LossReweighting",
         needs_end={},
         wrong=(
-            ({"rule": "lin"}, "is none of"),
+            ({"rule": "lin"}, "rule must be"),
             ({"temperature": 0.0}, "temperature must be above 0"),
             ({"start_temperature": -1.0}, "start_temperature must be above 0"),
             ({"warmup": 2.0}, "warmup must be from 0 to 1"),

@@ -518,7 +518,7 @@ def test_a_load_in_mid_fit_refreshes_the_masks():
 
 
 def test_mask_every_takes_masks_only_so_often():
-    callback = NMSparsity("1:4", "ste", include=["*"], mask_every=5)
+    callback = NMSparsity("1:4", "ste", include=["*"], mask_every_n_steps=5)
     spy = Spy(lambda _: callback.weights[0].mask.clone())
     trainer(spy, callback).fit(Regression(linear_net(), lambda p: torch.optim.SGD(p, 1.0)), data())
     changes = [i for i, (a, b) in enumerate(zip(spy.seen, spy.seen[1:], strict=False)) if not torch.equal(a, b)]
@@ -696,7 +696,7 @@ def test_a_single_name_is_not_taken_for_a_list(words):
     ("words", "message"),
     [
         ({"axis": "rows"}, "axis"),
-        ({"depth": 0}, "depth"),
+        ({"layer_depth": 0}, "layer_depth"),
         ({"pattern": {}}, "names no"),
         ({"decay": float("nan")}, "decay must be a number"),
     ],
@@ -744,7 +744,7 @@ def test_a_fit_of_no_epochs_changes_nothing():
 
 # What is logged.
 
-KEYS = {"n", "m", "decay", "density", "exact", "flips", "gradient_noise_pruned", "gradient_noise_kept"}
+KEYS = {"n", "m", "decay", "density", "exact", "flips", "gradient_variance_pruned", "gradient_variance_kept"}
 
 
 def test_scalars_table_and_figure_with_the_csv_logger_alone(tmp_path):
@@ -755,7 +755,7 @@ def test_scalars_table_and_figure_with_the_csv_logger_alone(tmp_path):
     with (folder / "metrics.csv").open() as file:
         columns = set(csv.DictReader(file).fieldnames or [])
     assert {f"sparsity/{key}" for key in KEYS} <= columns
-    assert {"sparsity/density/net.0.weight", "sparsity/final_density", "sparsity/final_exact"} <= columns
+    assert {"sparsity_layers/density/net.0.weight", "sparsity/density", "sparsity/exact"} <= columns
     with (folder / "nm_sparsity.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == STEPS
@@ -780,7 +780,7 @@ def test_figure_and_histograms_reach_tensorboard(tmp_path):
     logger = TensorBoardLogger(tmp_path)
     trainer(NMSparsity("1:4", include=["*"]), logger=logger, log_every_n_steps=2).fit(Regression(linear_net()), data())
     events = EventAccumulator(logger.log_dir).Reload()
-    assert "sparsity/weights/net.0.weight" in events.Tags()["histograms"]
+    assert "sparsity_layers/weights/net.0.weight" in events.Tags()["histograms"]
     assert "sparsity/figure" in events.Tags()["images"]
     assert "sparsity/decay" in events.Tags()["scalars"]
 
@@ -799,13 +799,13 @@ def test_logged_values_are_what_they_say():
     assert seen["sparsity/density"] == [n / 4 for n in seen["sparsity/n"]]
     assert seen["sparsity/exact"] == [float(n == 1.0) for n in seen["sparsity/n"]]
     assert all(0.0 <= flips <= 1.0 for flips in seen["sparsity/flips"])
-    assert seen["sparsity/gradient_noise_kept"][-1] > 0.0
+    assert seen["sparsity/gradient_variance_kept"][-1] > 0.0
 
 
 def test_layer_keys_are_limited():
-    callback = NMSparsity("1:4", include=["*"], top=1)
+    callback = NMSparsity("1:4", include=["*"], max_layers=1)
     run = trainer(callback, log_every_n_steps=1)
     run.fit(Regression(linear_net()), data())
-    assert [key for key in run.callback_metrics if key.startswith("sparsity/density/")] == [
-        "sparsity/density/net.0.weight"
+    assert [key for key in run.callback_metrics if key.startswith("sparsity_layers/density/")] == [
+        "sparsity_layers/density/net.0.weight"
     ]

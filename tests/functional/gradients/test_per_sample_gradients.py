@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_grad.functional.gradients._ghost.layouts import Layout, belongs_to, candidates
 from lightning_grad.functional.gradients.per_sample_gradients import PerSampleGradientNorms, per_sample_gradient_norms
+from tests.cases import cases
 
 Draw = Callable[[int], tuple[Tensor, ...]]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -177,7 +178,7 @@ class Bag(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.parametrize("name", COVERED)
+@cases("name", COVERED)
 def test_rules_give_what_backward_gives(name: str) -> None:
     build, draw = COVERED[name]
     coverage = assert_exact(build(), draw)
@@ -851,7 +852,7 @@ def test_losses_must_be_one_for_each_sample(wrong: Callable[[Tensor], Any]) -> N
 
 
 def test_constructor_refuses() -> None:
-    with pytest.raises(ValueError, match="fallback='none' is none of 'auto', 'raise'"):
+    with pytest.raises(ValueError, match="fallback must be 'auto' or 'raise'; got 'none'"):
         PerSampleGradientNorms(nn.Linear(2, 2), fallback="none")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ReLU has none"):
         PerSampleGradientNorms(nn.ReLU())

@@ -6,17 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import clipping
-import demo
 import plain_project
 import pytest
-import sparsity
 import torch
-from sparsity import Result, Study, draw_comparison, parse, print_table, run_study
-from study import read_curve
 
 from lightning_grad.callbacks import NMSparsity
 from lightning_grad.functional import is_nm
+from studies import clipping, demo, sparsity
+from studies.common import read_curve
+from studies.sparsity import Result, Study, draw_comparison, parse, print_table, run_study
 from tests.wandb_offline import items, parsed
 
 EXAMPLES = Path(plain_project.__file__).parents[1]
@@ -191,7 +189,7 @@ def test_offline_run_holds_histograms_of_the_weights(offline: dict[str, Offline]
     flat = {key: value for row in offline["mdgf-exponential_seed0"].history for key, value in row.items()}
     kinds = {key for key, value in flat.items() if key.endswith("/_type") and value == "histogram"}
     assert len(kinds) == 12
-    counts = flat["sparsity/weights/net.encoder.layers.0.linear1.weight/values"]
+    counts = flat["sparsity_layers/weights/net.encoder.layers.0.linear1.weight/values"]
     assert sum(counts) == 64 * 128
     assert max(counts) >= 7 / 8 * 64 * 128  # the zeros
 
@@ -211,8 +209,8 @@ def test_offline_run_holds_settings_and_figures_of_merit(offline: dict[str, Offl
     kept = offline["mdgf-exponential_seed0"]
     assert kept.config["NMSparsity"]["pattern"] == "1:8"
     assert kept.config["width"] == 64
-    assert kept.summary["sparsity/final_density"] == 0.125
-    assert kept.summary["sparsity/final_exact"] == 1
+    assert kept.summary["sparsity/density"] == 0.125
+    assert kept.summary["sparsity/exact"] == 1
 
 
 # The table, the progress, the command line.

@@ -1,4 +1,4 @@
-"""What the example studies share: the progress display, loggers, tables and curves."""
+"""What the studies share: the progress display, loggers, tables and curves."""
 
 from __future__ import annotations
 

@@ -1,8 +1,12 @@
 """What lightning-grad does, in three minutes: sparse, clipped, pruned, attacked and compressed (``make demo``)."""
 
+import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from dataclasses import replace
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 TITLE = "lightning-grad: gradient techniques in Lightning projects that know nothing of it"
 
@@ -21,20 +25,20 @@ Written to {folder}/
   data_pruning/results.csv          the numbers of the third table
   data_pruning/label_errors.png     the wrong labels among the hardest samples
   data_pruning/scores/*/*.png       the hardest and easiest samples, the scores
-  adversarial/digits.png            attacked inputs: the digits, and the answers
-  adversarial/comparison.png        accuracy over epochs, attacked and not
-  adversarial/rates.png             the learning rate and its cuts
+  adversarial/robustness.png        attacked inputs: accuracy by strength, and cost
+  adversarial/digits.png            the digits, the changes and the answers
+  adversarial/rates.png             the accuracy, and where it cut the learning rate
   adversarial/results.csv           the numbers of the fourth table
-  communication/comparison.png      compressed gradients: accuracy by megabytes
+  communication/comparison.png      compressed gradients: accuracy, megabytes sent
   communication/results.csv         the numbers of the fifth table
   communication/dgc*_seed0/*.png    one training: bytes a step, by layer, unsent
 
 Show it in W&B:       wandb sync {folder}/wandb/offline-run-*
-Try other settings:   .venv/bin/python examples/sparsity.py --help
-                      .venv/bin/python examples/clipping.py --help
-                      .venv/bin/python examples/data_pruning.py --help
-                      .venv/bin/python examples/adversarial.py --help
-                      .venv/bin/python examples/communication.py --help"""
+Try other settings:   .venv/bin/python studies/sparsity.py --help
+                      .venv/bin/python studies/clipping.py --help
+                      .venv/bin/python studies/data_pruning.py --help
+                      .venv/bin/python studies/adversarial.py --help
+                      .venv/bin/python studies/communication.py --help"""
 
 
 def main(
@@ -42,12 +46,12 @@ def main(
     epochs: int = 16,
     steps: int = 350,
     pruned_epochs: int = 20,
-    attacked_epochs: int = 24,
-    compressed_epochs: int = 24,
+    attacked_epochs: int = 20,
+    compressed_epochs: int = 20,
 ) -> None:
     """Train, and tell what came of it."""
     print(TITLE, flush=True)
-    import sparsity  # takes seconds, so after the first words
+    from studies import sparsity  # takes seconds, so after the first words
 
     print(f"\n1. {sparsity.IN_THE_DEMO}", flush=True)
     progressive = sparsity.Study(epochs=epochs, output=output, wandb="offline", accelerator="cpu")
@@ -55,7 +59,7 @@ def main(
     print()
     sparsity.print_table(results, progressive.pattern)
 
-    import clipping
+    from studies import clipping
 
     print(f"\n2. {clipping.IN_THE_DEMO}", flush=True)
     spikes = clipping.Study(steps=steps, output=output / "clipping", accelerator="cpu")
@@ -71,7 +75,7 @@ def main(
 
 def prune_data(output: Path, epochs: int) -> None:
     """Run the third part."""
-    import data_pruning
+    from studies import data_pruning
 
     print(f"\n3. {data_pruning.IN_THE_DEMO}", flush=True)
     variants = ("full", "random", "hard", "infobatch")
@@ -83,20 +87,22 @@ def prune_data(output: Path, epochs: int) -> None:
 
 def attack_inputs(output: Path, epochs: int) -> None:
     """Run the fourth part."""
-    import adversarial
+    from studies import adversarial
 
     print(f"\n4. {adversarial.IN_THE_DEMO}", flush=True)
     schedule, rate = "accuracy-gradient", 0.1
-    study = adversarial.Study(schedules=(schedule,), rates=(rate,), epochs=epochs, output=output, accelerator="cpu")
+    study = adversarial.Study(
+        schedules=(schedule,), rates=(rate,), seeds=3, epochs=epochs, output=output, accelerator="cpu"
+    )
     adversarial.print_tables(adversarial.run_study(study), study)
 
 
 def compress_gradients(output: Path, epochs: int) -> None:
     """Run the fifth part."""
-    import communication
+    from studies import communication
 
     print(f"\n5. {communication.IN_THE_DEMO}", flush=True)
-    study = communication.Study(("dense", "powersgd-4", "dgc-99.9"), epochs=epochs, output=output)
+    study = communication.Study(("dense", "powersgd-4", "dgc-99.9"), seeds=3, epochs=epochs, output=output)
     communication.print_table(communication.run_study(study), study)
 
 

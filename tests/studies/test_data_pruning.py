@@ -5,13 +5,15 @@ import pickle
 import sys
 from pathlib import Path
 
-import data_pruning
-import demo
 import numpy as np
 import plain_project
 import pytest
 import torch
-from data_pruning import (
+
+from lightning_grad.callbacks import DataPruning
+from lightning_grad.data import load_scores
+from studies import data_pruning, demo
+from studies.data_pruning import (
     RULES,
     Finding,
     Result,
@@ -28,9 +30,6 @@ from data_pruning import (
     read_column,
     run_study,
 )
-
-from lightning_grad.callbacks import DataPruning
-from lightning_grad.data import load_scores
 
 EXAMPLES = Path(plain_project.__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"

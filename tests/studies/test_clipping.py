@@ -4,12 +4,12 @@ import csv
 import sys
 from pathlib import Path
 
-import clipping
 import plain_project
 import pytest
-from clipping import RULES, Result, Study, find_spikes, parse, print_table, run_study
 
 from lightning_grad.callbacks import GradientMonitor, SkipNonFinite, ZClip
+from studies import clipping
+from studies.clipping import RULES, Result, Study, find_spikes, parse, print_table, run_study
 
 EXAMPLES = Path(plain_project.__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -1,0 +1,728 @@
+"""Training on a part of the samples, chosen in several ways, against training on all: with right labels and with wrong ones.
+
+::
+
+    python studies/data_pruning.py --seeds 5
+    python studies/data_pruning.py --variants full random hard --prunes 0.5 --budget steps
+    python studies/data_pruning.py --cifar10 path/to/folder --epochs 200 --score-epoch 20 --prunes 0.5
+
+A small residual network of the plain project learns handwritten digits, once as they are and once with a tenth of the
+training labels replaced by another class. What chooses the samples is one line in :data:`RULES`; all else here measures and
+draws.
+
+What is fair to compare: all train for the same epochs, and an epoch of fewer samples has fewer steps (``--budget steps``
+keeps the steps instead). DataPruning trains on everything until it scores, RepeatedRandomSubset (RS2) and InfoBatch leave
+samples out from the first and the second epoch on. So the table says how many samples each has seen, and ``rs2-equal`` is RS2
+with as many as the scored variants.
+"""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import statistics
+import sys
+import time
+import warnings
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import Tensor
+from typing_extensions import override
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from plain_project import CIFAR10, Digits, ResidualConvNet
+from plain_project.cifar10 import Images
+from plain_project.data import flip_labels
+
+from lightning_grad.callbacks import DataPruning, InfoBatch, RepeatedRandomSubset
+from lightning_grad.data import SampleScores, compare_scores, load_scores
+from studies.common import Follow, Show, build_loggers, finish_loggers, hush, print_rows, progress, write_results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+IN_THE_DEMO = """\
+Pruned data (half a minute). A small residual network learns handwritten digits
+from all samples, then from half of them, with one line added:
+
+    Trainer(callbacks=[DataPruning(prune=0.5, epoch=3)])
+
+The same line with prune=0 drops none, and finds wrong labels in a short training.
+"""
+
+CLASSES = 10
+OFFSET = 0.1  # share of the hardest that "offset" and "ccs" leave out, against wrong labels
+VALIDATIONS = 4
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is trained and where the results go; :func:`parse` says what each field means."""
+
+    variants: Sequence[str] = ("full", "random", "rs2", "rs2-equal", "hard", "easy", "offset", "ccs", "infobatch")
+    prunes: Sequence[float] = (0.5, 0.8)
+    flips: Sequence[float] = (0.0, 0.1)
+    seeds: int = 1
+    epochs: int = 40
+    score_epoch: int = 4
+    budget: Literal["epochs", "steps"] = "epochs"
+    width: int | None = None
+    cifar10: Path | None = None
+    limit: int | None = None
+    output: Path = Path("runs/data_pruning")
+    wandb: str | None = None
+    accelerator: str = "auto"
+    threads: int = 1
+
+    def trainings(self) -> Iterator[tuple[str, float]]:
+        """Yield each variant with the share that it leaves out; training on all leaves out none, and comes once."""
+        yield from ((variant, 0.0) for variant in self.variants if variant == "full")
+        yield from ((variant, prune) for prune in self.prunes for variant in self.variants if variant != "full")
+
+    def name(self, variant: str, prune: float, flip: float, seed: int) -> str:
+        """Return the name of one training, which is its folder in the output."""
+        return f"flip{flip:g}/{label(variant, prune).replace(' ', '')}_seed{seed}"
+
+    def folder(self, variant: str, prune: float, flip: float, seed: int) -> Path:
+        """Return the folder of one training."""
+        return self.output / self.name(variant, prune, flip, seed)
+
+
+def label(variant: str, prune: float) -> str:
+    """Name a variant with what it leaves out.
+
+    Example:
+        >>> label("hard", 0.5), label("full", 0.0)
+        ('hard 50%', 'full')
+    """
+    return f"{variant} {100 * prune:g}%" if prune else variant
+
+
+def scored(prune: float | list[float], study: Study, seed: int, **settings: Any) -> list[Callback]:
+    """Return DataPruning as this study uses it: no page, table or figure, which are not part of what is timed."""
+    plain = unaugmented if study.cifar10 else None
+    settings = {"epoch": study.score_epoch, "budget": study.budget, "num_shown": 0, "figure": False} | settings
+    return [DataPruning(prune, seed=seed, score_dataset=plain, **settings)]
+
+
+def equal(prune: float, study: Study) -> float:
+    """Return the share that RS2 leaves out of every epoch to see as many samples as what prunes after the scoring epoch."""
+    return prune * (1 - study.score_epoch / study.epochs)
+
+
+# The line in Trainer(callbacks=[...]) of each variant, for the share it leaves out.
+RULES: dict[str, Callable[[float, Study, int], list[Callback]]] = {
+    "full": lambda prune, study, seed: [],
+    "random": lambda prune, study, seed: scored(prune, study, seed, keep="random"),
+    "rs2": lambda prune, study, seed: [RepeatedRandomSubset(prune, seed=seed)],
+    "rs2-equal": lambda prune, study, seed: [RepeatedRandomSubset(equal(prune, study), seed=seed)],
+    "hard": lambda prune, study, seed: scored(prune, study, seed),
+    "easy": lambda prune, study, seed: scored(prune, study, seed, keep="easy"),
+    "offset": lambda prune, study, seed: scored(prune, study, seed, offset=OFFSET),
+    "ccs": lambda prune, study, seed: scored(prune, study, seed, offset=OFFSET, select="ccs"),
+    "infobatch": lambda prune, study, seed: [InfoBatch(prune, seed=seed)],
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one training came to.
+
+    Args:
+        variant: Its rule, see :data:`RULES`.
+        prune: Share that it leaves out.
+        flip: Share of the training labels that are wrong.
+        seed: Its seed, also of the split of the digits and of the wrong labels.
+        test_accuracy: On the test images, whose labels are right.
+        samples: Samples trained on, each as often as it came.
+        cpu_seconds: Time of the process in training, with validation and scoring, whatever else the machine did.
+    """
+
+    variant: str
+    prune: float
+    flip: float
+    seed: int
+    test_accuracy: float
+    samples: int
+    cpu_seconds: float
+
+
+# Training.
+
+
+def run_study(study: Study) -> list[Result]:
+    """Train everything, and write ``results.csv`` and ``comparison.png``."""
+    prepare(study)
+    names = [label(variant, prune) for variant, prune in study.trainings()]
+    results = []
+    for flip in study.flips:
+        if len(study.flips) > 1:
+            print(f"{kind_of_labels(flip)}:", flush=True)
+        with progress(names, study.seeds) as show:
+            for seed in range(study.seeds):
+                results += [train(study, *training, flip, seed, show) for training in study.trainings()]
+    write_results(results, study.output / "results.csv")
+    draw_comparison(study, results).savefig(study.output / "comparison.png", dpi=140)
+    return results
+
+
+def prepare(study: Study) -> None:
+    """Set what holds for the process, and silence two warnings about what this study does to show why they are there."""
+    hush()
+    warnings.filterwarnings("ignore", ".*(keeps only the hardest|scores at initialisation)")
+    torch.set_num_threads(study.threads)
+    study.output.mkdir(parents=True, exist_ok=True)
+
+
+def train(study: Study, variant: str, prune: float, flip: float, seed: int, show: Show) -> Result:
+    """Train once, and test."""
+    recorder, follow = Recorder(), Follow(show, label(variant, prune), seed)
+    callbacks = [recorder, follow, *RULES[variant](prune, study, seed)]
+    trainer, module = build(
+        study, study.name(variant, prune, flip, seed), seed, callbacks, epochs_of(study, variant, prune)
+    )
+    data = build_data(study, flip, seed)
+    start = time.process_time()
+    trainer.fit(module, data)
+    seconds = time.process_time() - start
+    accuracy = trainer.test(module, data, verbose=False)[0]["test_acc"]
+    finish_loggers(trainer)
+    recorder.write(study.folder(variant, prune, flip, seed))
+    return Result(variant, prune, flip, seed, accuracy, sum(recorder.samples), seconds)
+
+
+def epochs_of(study: Study, variant: str, prune: float) -> int:
+    """Return how many epochs a variant trains for: RS2 has no budget of its own, so for equal steps it trains for more."""
+    if study.budget == "steps" and variant in ("rs2", "rs2-equal"):
+        return round(study.epochs / (1 - (prune if variant == "rs2" else equal(prune, study))))
+    return study.epochs
+
+
+def build(
+    study: Study, name: str, seed: int, callbacks: list[Callback], epochs: int
+) -> tuple[Trainer, LightningModule]:
+    """Return a new trainer and a new module of the plain project."""
+    seed_everything(seed, verbose=False)
+    trainer = Trainer(
+        callbacks=callbacks,
+        logger=build_loggers(study.output, name, f"data pruning, budget {study.budget}", study.wandb),
+        max_epochs=epochs,
+        accelerator=study.accelerator,
+        devices=1,
+        check_val_every_n_epoch=max(1, epochs // VALIDATIONS),
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return trainer, build_module(study)
+
+
+def build_module(study: Study) -> LightningModule:
+    """Return a new module: a small residual network for the digits, one like ResNet-18 for CIFAR-10."""
+    if study.cifar10 is None:
+        return ResidualConvNet(width=study.width or 8)
+    width, stages = study.width or 64, (2, 2, 2, 2)
+    return ResidualConvNet(3, width, stages, optimizer="sgd", lr=0.1, weight_decay=5e-4)
+
+
+def build_data(study: Study, flip: float, seed: int) -> Digits | FlippedCIFAR10:
+    """Return new data; every seed has its own wrong labels, and of the digits its own split."""
+    if study.cifar10 is None:
+        return Digits(seed=seed, flip=flip)
+    return FlippedCIFAR10(study.cifar10, flip, seed, study.limit)
+
+
+class FlippedCIFAR10(CIFAR10):
+    """CIFAR-10 with a share of the training labels replaced by another class.
+
+    Args:
+        folder: Folder with the files.
+        flip: Share of the training labels that are replaced.
+        seed: Seed of the choice.
+        limit: Read only so many images of each file, ``None`` for all.
+    """
+
+    train_set: Images
+
+    def __init__(self, folder: Path, flip: float, seed: int, limit: int | None = None) -> None:
+        super().__init__(folder, limit=limit)
+        self.flip = flip
+        self.seed = seed
+
+    @override
+    def setup(self, stage: str) -> None:
+        is_new = stage != "test" and not hasattr(self, "train_set")
+        super().setup(stage)
+        if is_new:
+            labels, self.flipped = flip_labels(self.train_set.labels, self.flip, CLASSES, self.seed)
+            self.train_set = Images(self.train_set.images, labels, self.augment)
+
+
+def unaugmented(trainer: Trainer) -> Images:
+    """Return the training images of CIFAR-10 as they are, to be scored."""
+    train_set = trainer.datamodule.train_set  # type: ignore[attr-defined]
+    return Images(train_set.images, train_set.labels)
+
+
+class Recorder(Callback):
+    """Keep the number of samples and the learning rate of every step, and the classes of the samples of the last epoch."""
+
+    def __init__(self) -> None:
+        self.samples: list[int] = []
+        self.rates: list[float] = []
+        self.classes = np.zeros(CLASSES, dtype=int)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.classes = np.zeros(CLASSES, dtype=int)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        labels = batch[1]
+        self.samples.append(len(labels))
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.classes += np.bincount(labels.cpu(), minlength=CLASSES)
+
+    def write(self, folder: Path) -> None:
+        """Write a row for each step, and one for each class."""
+        write_rows(folder / "steps.csv", ("step", "samples", "lr"), zip(self.samples, self.rates, strict=True))
+        write_rows(folder / "classes.csv", ("class", "samples"), ((count,) for count in self.classes))
+
+
+def write_rows(path: Path, header: Sequence[str], rows: Any) -> None:
+    """Write numbered rows."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows([number, *row] for number, row in enumerate(rows))
+
+
+def read_column(path: Path, key: str) -> np.ndarray:
+    """Read one column of a table of numbers."""
+    with path.open(newline="") as file:
+        return np.array([float(row[key]) for row in csv.DictReader(file)])
+
+
+# Scores, and the wrong labels among the hardest samples.
+
+
+class StopAfterScoring(Callback):
+    """End a training when its samples are scored; its learning rate until then is that of the whole training."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = trainer.current_epoch >= self.epoch
+
+
+def score(
+    study: Study, name: str, flip: float, seed: int, epochs: Sequence[int], prune: float = 0.0, **settings: Any
+) -> Path:
+    """Score all samples after each of these epochs, and return the folder of what is written; the training ends there."""
+    name = f"scores/{name}_flip{flip:g}_seed{seed}"
+    rule = scored([prune] * len(epochs), study, seed, epoch=list(epochs), **settings)
+    trainer, module = build(study, name, seed, [*rule, StopAfterScoring(max(epochs))], study.epochs)
+    trainer.fit(module, build_data(study, flip, seed))
+    finish_loggers(trainer)
+    return study.output / name
+
+
+def read_scores(folder: Path, epoch: int) -> SampleScores:
+    """Read the score file of one scoring."""
+    return load_scores(folder / f"scores_epoch{epoch}.npz")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How many of the hardest samples have wrong labels.
+
+    Args:
+        seed: Of the training that scored.
+        total: Number of all samples.
+        wrong: Number of those with wrong labels.
+        looked_at: Number of the hardest samples that are looked at.
+        found: How many of these are wrong.
+    """
+
+    seed: int
+    total: int
+    wrong: int
+    looked_at: int
+    found: int
+
+    @property
+    def precision(self) -> float:
+        """Share of the wrong ones among those looked at."""
+        return self.found / self.looked_at
+
+
+def find_label_errors(study: Study) -> list[Finding]:
+    """Score by EL2N, count the wrong labels among the hardest, and write ``label_errors.csv`` and ``label_errors.png``."""
+    prepare(study)
+    flip, findings = max(study.flips), []
+    for seed in range(study.seeds):
+        shown: dict[str, Any] = {"num_shown": 24, "figure": True} if seed == 0 else {}
+        folder = score(study, "el2n", flip, seed, [study.score_epoch], **shown)
+        wrong = hardest_wrong(study, folder, flip, seed)
+        for size in (len(wrong) // 100, len(wrong) // 20, wrong.sum()):
+            looked_at = wrong[: max(1, size)]
+            findings.append(Finding(seed, len(wrong), int(wrong.sum()), len(looked_at), int(looked_at.sum())))
+    write_results(findings, study.output / "label_errors.csv")
+    draw_label_errors(study, flip).savefig(study.output / "label_errors.png", dpi=140)
+    return findings
+
+
+def hardest_wrong(study: Study, folder: Path, flip: float, seed: int) -> np.ndarray:
+    """Return whether the labels of the samples are wrong, from the hardest sample to the easiest."""
+    data = build_data(study, flip, seed)
+    data.setup("fit")
+    order = read_scores(folder, study.score_epoch).values.argsort(descending=True, stable=True)
+    return np.isin(order.numpy(), data.flipped.numpy())
+
+
+def look_at_scores(study: Study) -> None:
+    """Score with both gradient norms and errors, and write ``scores.png`` and ``histogram.png``, for the first seed."""
+    prepare(study)
+    flip, epochs = max(study.flips), [0, study.score_epoch]
+    score(study, "grand", flip, 0, epochs, score="grand")
+    score(study, "el2n", flip, 0, [study.score_epoch])
+    cut = score(study, "cut", flip, 0, [study.score_epoch], prune=0.5, offset=OFFSET, num_shown=16, figure=True)
+    shutil.copy(cut / f"data_pruning_epoch{study.score_epoch}_scores.png", study.output / "histogram.png")
+    draw_scores(study, flip).savefig(study.output / "scores.png", dpi=140)
+
+
+# What is printed at the end.
+
+
+def print_table(results: Sequence[Result], study: Study) -> None:
+    """Print a row for each variant, over its seeds, and what the columns mean."""
+    for flip in study.flips:
+        own = [result for result in results if result.flip == flip]
+        full = statistics.mean(r.samples for r in own if r.variant == "full") if "full" in study.variants else None
+        print(f"\n{kind_of_labels(flip)}")
+        header = ("variant", "left out", "test accuracy", "samples seen", "of all", "CPU time")
+        print_rows(header, [summarise(variant, prune, own, full) for variant, prune in study.trainings()])
+    exception = " (infobatch: epochs)" if study.budget == "steps" and "infobatch" in study.variants else ""
+    print(f"\nbudget: all train for the same {study.budget}{exception}")
+    if study.cifar10 is None:
+        print("test accuracy: on 200 images, so that one image is 0.5 %")
+    if study.seeds > 1:
+        print(f"numbers: mean ± standard deviation over {study.seeds} seeds")
+    anew = [variant for variant in study.variants if variant in ("rs2", "rs2-equal", "infobatch")]
+    once = [variant for variant in study.variants if variant in ("random", "hard", "easy", "offset", "ccs")]
+    if anew:
+        print(f"{', '.join(anew)}: choose again in each epoch")
+    if once:
+        print(f"{', '.join(once)}: choose once, after {study.score_epoch} of {study.epochs} epochs")
+    if "rs2-equal" in anew:
+        print("rs2-equal: leaves out less than rs2, to see as many samples as those")
+
+
+def summarise(variant: str, prune: float, results: Sequence[Result], full: float | None) -> tuple[str, ...]:
+    """Return the row of one variant."""
+    own = [result for result in results if (result.variant, result.prune) == (variant, prune)]
+    samples = statistics.mean(result.samples for result in own)
+    return (
+        variant,
+        f"{100 * prune:g} %",
+        mean_and_spread([100 * result.test_accuracy for result in own]) + " %",
+        f"{samples:,.0f}",
+        f"{100 * samples / full:.0f} %" if full else "",
+        f"{statistics.mean(result.cpu_seconds for result in own):.1f} s",
+    )
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Write a mean, and the standard deviation where there are several values."""
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Print how many of the hardest samples are wrong, over the seeds."""
+    wrong, total = findings[0].wrong, findings[0].total
+    print(f"\nDataPruning(prune=0) looks for wrong labels: {wrong} of {total} are, {100 * wrong / total:.0f} %")
+    rows = []
+    for size in dict.fromkeys(finding.looked_at for finding in findings):
+        own = [finding.precision for finding in findings if finding.looked_at == size]
+        rows.append((f"the {size} hardest", mean_and_spread([100 * share for share in own]) + " %"))
+    print_rows(("looked at", "of them wrong"), rows)
+
+
+def kind_of_labels(flip: float) -> str:
+    """Name a training set by its wrong labels."""
+    return f"{100 * flip:g} % of the training labels wrong" if flip else "all labels right"
+
+
+# The figures.
+
+COLOURS = {
+    "full": "0.45",
+    "random": "black",
+    "rs2": "#56B4E9",
+    "rs2-equal": "#0072B2",
+    "hard": "#D55E00",
+    "easy": "#F0E442",
+    "offset": "#E69F00",
+    "ccs": "#009E73",
+    "infobatch": "#CC79A7",
+}
+MARKERS = "osD^v"
+SIDE_BY_SIDE = ("random", "rs2-equal", "hard", "easy", "offset", "ccs")  # these see equally many samples
+RIGHT, WRONG, EDGE = "#0072B2", "#D55E00", "0.25"
+FEWEST = 0.002  # errors: none at all has no place on a logarithmic axis
+ERRORS = (FEWEST, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 0.9)
+
+
+def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
+    """Draw test accuracy against samples seen, a panel for each training set."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(7.0, 0.6 + 4.4 * len(study.flips)), 5), layout="constrained")
+    axes = figure.subplots(1, len(study.flips), squeeze=False, sharey=True)[0]
+    whole = "training on all" if "full" in study.variants else "the variant that sees most"
+    for axis, flip in zip(axes, study.flips, strict=True):
+        draw_accuracies(axis, study, [result for result in results if result.flip == flip])
+        axis.set_title(kind_of_labels(flip), fontsize=10, loc="left")
+        axis.set_xlabel(f"samples seen, in % of {whole}; equal ones side by side", fontsize=9)
+        tidy(axis)
+    errors = [1 - result.test_accuracy for result in results]
+    axes[0].set_yscale("log")
+    ticks = [f"{'≥ ' if error == FEWEST else ''}{100 * (1 - error):g} %" for error in ERRORS]
+    axes[0].set_yticks(ERRORS, ticks)
+    axes[0].minorticks_off()
+    axes[0].set_ylim(1.2 * max(*errors, 0.01), max(0.7 * min(errors), 0.9 * FEWEST))
+    axes[0].set_ylabel("test accuracy (logarithm of the error)", fontsize=9)
+    seeds = f"mean, worst and best of {study.seeds} seeds" if study.seeds > 1 else "one seed"
+    figure.suptitle(f"Training on a part of the samples, for the same {study.budget}: {seeds}", fontsize=12)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    return figure
+
+
+def draw_accuracies(axis: Axes, study: Study, results: Sequence[Result]) -> None:
+    """Draw the means of all variants; those that see equally many samples stand side by side."""
+    most = max(result.samples for result in results)
+    crowd = SIDE_BY_SIDE if study.budget == "epochs" else tuple(study.variants)
+    for variant in study.variants:
+        beside = 1.5 * (crowd.index(variant) - (len(crowd) - 1) / 2) if variant in crowd else 0.0
+        for prune, marker in zip((0.0, *study.prunes), "*" + MARKERS, strict=False):
+            own = [result for result in results if (result.variant, result.prune) == (variant, prune)]
+            if not own:
+                continue
+            errors = np.array([1 - result.test_accuracy for result in own])
+            seen = 100 * statistics.mean(result.samples for result in own) / most + beside
+            error, best, worst = (max(value, FEWEST) for value in (errors.mean(), errors.min(), errors.max()))
+            look: dict[str, Any] = {"color": COLOURS[variant], "markersize": 12 if variant == "full" else 8}
+            bars: dict[str, Any] = {"capsize": 2, "elinewidth": 1.2, "markeredgecolor": EDGE}
+            axis.errorbar(seen, error, [[error - best], [worst - error]], fmt=marker, **bars, **look)
+            if variant == "full":
+                axis.axhline(error, color=COLOURS[variant], linewidth=1, linestyle=":", zorder=0)
+        shape = "*" if variant == "full" else "o"
+        axis.plot([], [], shape, color=COLOURS[variant], markeredgecolor=EDGE, label=variant)
+    for prune, marker in zip(study.prunes, MARKERS, strict=False):
+        axis.plot([], [], marker, color="none", markeredgecolor=EDGE, label=f"{100 * prune:g} % left out")
+    axis.set_xlim(0, 108)
+
+
+def draw_label_errors(study: Study, flip: float) -> Figure:
+    """Draw the hardest and the easiest samples, those with wrong labels framed, beside the precision over all seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.4, 5.2), layout="constrained")
+    halves: Any = figure.subfigures(1, 2, width_ratios=[1.55, 1])
+    draw_samples(halves[0], study, flip)
+    axis = halves[1].subplots()
+    for seed in range(study.seeds):
+        wrong = hardest_wrong(study, study.output / f"scores/el2n_flip{flip:g}_seed{seed}", flip, seed)
+        sizes = np.arange(1, len(wrong) + 1)
+        axis.plot(sizes / len(wrong), wrong.cumsum() / sizes, color=WRONG, linewidth=1, alpha=0.7)
+    axis.axvline(flip, color="0.5", linewidth=1, linestyle="--")
+    axis.axhline(flip, color="0.5", linewidth=1, linestyle=":")
+    axis.text(flip + 0.01, 0.03, "as many as are wrong", fontsize=8, color="0.35", rotation=90, va="bottom")
+    axis.text(0.5, flip + 0.015, "by chance", fontsize=8, color="0.35", ha="right")
+    axis.set(xlim=(0, 0.5), ylim=(0, 1.03))
+    axis.set_xlabel("hardest samples by EL2N, as a share of all", fontsize=9)
+    axis.set_title("Share of them whose labels are wrong, each seed", fontsize=10, loc="left")
+    tidy(axis)
+    return figure
+
+
+def draw_samples(figure: Any, study: Study, flip: float, columns: int = 9) -> None:
+    """Draw images with their labels; where the label is wrong, framed, with the right one behind it."""
+    data, right = build_data(study, flip, 0), build_data(study, 0.0, 0)
+    data.setup("fit")
+    right.setup("fit")
+    images, truths, wrong = inputs(data.train_set), inputs(right.train_set), set(data.flipped.tolist())
+    values = read_scores(study.output / f"scores/el2n_flip{flip:g}_seed0", study.score_epoch).values
+    order = values.argsort(descending=True, stable=True).tolist()
+    honest = [index for index in order if index not in wrong]
+    rows = [order[:columns], order[columns : 2 * columns], honest[:columns], honest[columns : 2 * columns]]
+    figure.suptitle("Hardest samples; hardest with right labels; easiest. Framed: label wrong → right", fontsize=10)
+    axes = figure.subplots(5, columns)
+    for axis, index in zip(axes.flat, [index for row in [*rows, order[-columns:]] for index in row], strict=True):
+        image, given = images[index]
+        pixels = image.movedim(0, -1).numpy()
+        axis.imshow((pixels - pixels.min()) / (np.ptp(pixels) or 1.0), cmap="gray_r")
+        is_wrong = index in wrong
+        caption = f"{given} → {truths[index][1]}" if is_wrong else f"{given}"
+        axis.set_title(caption, fontsize=8, color=WRONG if is_wrong else "0.2", pad=2)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set(color=WRONG if is_wrong else "0.8", linewidth=2.5 if is_wrong else 0.6)
+
+
+def draw_scores(study: Study, flip: float) -> Figure:
+    """Draw scores against each other, what is kept of each class, and the learning rate in shorter epochs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.6), layout="constrained")
+    axes = figure.subplots(2, 3)
+    data, k = build_data(study, flip, 0), study.score_epoch
+    data.setup("fit")
+    lengths = torch.stack([image.norm() for image, _ in inputs(data.train_set)])
+    wrong = np.isin(np.arange(len(lengths)), data.flipped.numpy())
+    grand = study.output / f"scores/grand_flip{flip:g}_seed0"
+    start, later = (read_scores(grand, epoch).values for epoch in (0, k))
+    errors = read_scores(study.output / f"scores/el2n_flip{flip:g}_seed0", k).values
+    norm, names = "norm of the input", ("GraNd at initialisation", f"GraNd after {k} epochs")
+    draw_scatter(axes[0, 0], (lengths, norm), (start, names[0]), wrong)
+    draw_scatter(axes[0, 1], (lengths, norm), (later, names[1]), wrong)
+    draw_scatter(axes[0, 2], (start, names[0]), (later, names[1]), wrong)
+    draw_scatter(axes[1, 0], (errors, f"EL2N after {k} epochs"), (later, names[1]), wrong)
+    axes[0, 0].legend(fontsize=8, frameon=False, markerscale=2)
+    draw_classes(axes[1, 1], study)
+    draw_rates(axes[1, 2], study)
+    for axis in axes.flat:
+        tidy(axis)
+    return figure
+
+
+def inputs(train_set: Any) -> Any:
+    """Return the training set without augmentation."""
+    return Images(train_set.images, train_set.labels) if isinstance(train_set, Images) else train_set
+
+
+def draw_scatter(axis: Axes, x: tuple[Tensor, str], y: tuple[Tensor, str], wrong: np.ndarray) -> None:
+    """Draw one score against another, samples with wrong labels in another colour, with the rank correlation."""
+    for chosen, colour, name in ((~wrong, RIGHT, "label right"), (wrong, WRONG, "label wrong")):
+        axis.plot(x[0].numpy()[chosen], y[0].numpy()[chosen], ".", color=colour, markersize=2.5, alpha=0.6, label=name)
+    agreement = compare_scores(x[0], y[0], shares=()).spearman
+    axis.set_title(f"Spearman {agreement:.2f}", fontsize=10, loc="left")
+    axis.set_xlabel(x[1], fontsize=9)
+    axis.set_ylabel(y[1], fontsize=9)
+
+
+def draw_classes(axis: Axes, study: Study) -> None:
+    """Draw which share of each class a rule keeps, over the seeds."""
+    flip, prune = study.flips[0], study.prunes[-1]
+    shown = [variant for variant in study.variants if variant in ("random", "hard", "easy", "ccs")]
+    total = sum(class_counts(study, flip, seed) for seed in range(study.seeds))
+    for place, variant in enumerate(shown):
+        folders = [study.folder(variant, prune, flip, seed) for seed in range(study.seeds)]
+        kept = sum(read_column(folder / "classes.csv", "samples") for folder in folders)
+        width = 0.8 / len(shown)
+        places = np.arange(CLASSES) + width * (place - (len(shown) - 1) / 2)
+        axis.bar(places, kept / np.maximum(total, 1), width, color=COLOURS[variant], label=variant)
+    axis.axhline(1 - prune, color="0.5", linewidth=1, linestyle="--")
+    axis.set_xticks(range(CLASSES))
+    axis.set_xlabel("class", fontsize=9)
+    axis.set_title(f"Kept of each class, {100 * prune:g} % left out", fontsize=10, loc="left")
+    if shown:
+        axis.legend(fontsize=8, frameon=False, ncols=len(shown), columnspacing=1, handlelength=1)
+
+
+def class_counts(study: Study, flip: float, seed: int) -> np.ndarray:
+    """Return how many training samples each class has."""
+    data = build_data(study, flip, seed)
+    data.setup("fit")
+    return np.bincount([int(target) for _, target in inputs(data.train_set)], minlength=CLASSES)
+
+
+def draw_rates(axis: Axes, study: Study) -> None:
+    """Draw the learning rate of each step, of the first seed."""
+    for variant, prune in (("full", 0.0), *(("hard", prune) for prune in study.prunes)):
+        if (variant, prune) in study.trainings():
+            rates = read_column(study.folder(variant, prune, study.flips[0], 0) / "steps.csv", "lr")
+            dashes = "-" if prune in (0.0, study.prunes[0]) else "--"
+            axis.plot(rates, dashes, color=COLOURS[variant], label=label(variant, prune))
+    axis.set_title("Learning rate: the cosine ends at zero", fontsize=10, loc="left")
+    axis.set_xlabel("optimizer step", fontsize=9)
+    if axis.lines:
+        axis.legend(fontsize=8, frameon=False)
+
+
+def tidy(axis: Axes) -> None:
+    """Take away from a panel what says nothing."""
+    axis.grid(color="0.93")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+
+
+# The command line.
+
+
+def parse(arguments: Sequence[str] | None = None) -> Study:
+    """Read the command line."""
+    default = Study()
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    rules = (
+        "what to compare: full, that is all samples; random, hard, easy: DataPruning with this keep; offset and ccs: hard "
+        "without the hardest tenth; rs2 and rs2-equal: RepeatedRandomSubset; infobatch"
+    )
+    add("--variants", nargs="+", choices=RULES, default=default.variants, metavar="VARIANT", help=rules)
+    add(
+        "--prunes",
+        nargs="+",
+        type=float,
+        default=default.prunes,
+        metavar="SHARE",
+        help="shares of the samples left out",
+    )
+    add(
+        "--flips", nargs="+", type=float, default=default.flips, metavar="SHARE", help="shares of wrong training labels"
+    )
+    add("--seeds", type=int, default=default.seeds, help="number of seeds; each trains every variant once")
+    add("--epochs", type=int, default=default.epochs, help="epochs of each training")
+    add("--score-epoch", type=int, default=default.score_epoch, help="epochs after which samples are scored")
+    budget = "what all variants share: epochs, which are shorter with fewer samples, or steps"
+    add("--budget", choices=("epochs", "steps"), default=default.budget, help=budget)
+    add("--width", type=int, help="channels of the network's first stage (default: 8, of CIFAR-10 64)")
+    add("--cifar10", type=Path, metavar="FOLDER", help="learn CIFAR-10 from the files in this folder, not the digits")
+    add("--limit", type=int, help="read only so many images of CIFAR-10, for a quick try")
+    add("--output", type=Path, default=default.output, help="folder of the results")
+    add("--wandb", nargs="?", const="offline", choices=("offline", "online"), help="log each training to W&B too")
+    add("--accelerator", default=default.accelerator, help="device, as the Trainer calls it")
+    add("--threads", type=int, default=default.threads, help="CPU threads; so small a network gains nothing by more")
+    return Study(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the study that the command line describes."""
+    study = parse(arguments)
+    results = run_study(study)
+    print_table(results, study)
+    written = ["comparison.png", "results.csv", "a folder for each training"]
+    if max(study.flips) > 0:
+        print_findings(find_label_errors(study))
+        look_at_scores(study)
+        written[1:1] = ["label_errors.png", "histogram.png", "scores.png"]
+        written += ["label_errors.csv", "scores/ with tables of the hardest samples"]
+    print(f"\nWritten to {study.output}/:", *written, sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()
