@@ -111,7 +111,8 @@ def draw_comparison(study: Study, chosen: Chosen) -> Figure:
         draw_accuracies(upper, study, chosen, attack)
         upper.set_title(NAMES[attack], fontsize=10, loc="left")
         draw_epochs(lower, study, [each for each in reached if each.attack == attack])
-        lower.set_title(f"Epochs to the target, {100 * ENOUGH:g} % of {study.reference}", fontsize=10, loc="left")
+        title = f"Epochs to the target (dotted): {100 * ENOUGH:g} % of {study.reference}"
+        lower.set_title(title, fontsize=10, loc="left")
     axes[0, 0].set_ylabel("validation accuracy in %", fontsize=9)
     for label, schedule in zip(axes[1, 0].get_yticklabels(), study.schedules, strict=True):
         label.set_color(COLOURS[schedule])
@@ -131,7 +132,6 @@ def draw_accuracies(axis: Axes, study: Study, chosen: Chosen, attack: str) -> No
         lows[key] = 100 * min(mean[-1] for mean in means.values())
     target = 100 * ENOUGH * statistics.mean(result.validation for result in chosen[attack, study.reference])
     axis.axhline(target, color="0.5", linewidth=1, linestyle=":")
-    axis.text(0.2, target + 1, "target", fontsize=7, color="0.35")  # left of the curves, which begin later
     place: dict[str, Any] = {"fontsize": 8, "color": "0.35", "va": "top", "ha": "right"}
     for key, name in ((ROBUST, "under attack"), (CLEAN, "without attack")):
         axis.text(study.epochs, lows[key] - (8 if key == judged(attack) else 3), name, **place)  # below the target
