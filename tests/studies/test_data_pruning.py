@@ -2,7 +2,6 @@
 
 import csv
 import pickle
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import plain_project
 import pytest
 import torch
 
-from lightning_grad.callbacks import DataPruning
 from lightning_grad.data import load_scores
 from studies import data_pruning, demo
 from studies.data_pruning import (
@@ -219,20 +217,3 @@ def test_part_of_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "the 140 hardest" in printed
     for name in ("comparison.png", "results.csv", "label_errors.png"):
         assert (tmp_path / name).is_file()
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse
-def test_yaml_runs_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("jsonargparse")
-    from train import main
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    quick = ["--trainer.max_epochs=4", "--model.init_args.width=2"]
-    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-    cli = main(["fit", "--config", str(EXAMPLES / "data_pruning.yaml"), *quick, *quiet])
-    (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, DataPruning)]
-    assert (callback.prune, callback.offset, callback.epoch) == (0.5, 0.1, 3)
-    assert cli.trainer.global_step == 3 * 22 + 11
-    written = {path.name for path in tmp_path.glob("runs/data_pruning_yaml/version_0/*")}
-    assert {f"data_pruning_epoch3_{name}" for name in ("scores.png", "samples.png", "samples.csv")} <= written

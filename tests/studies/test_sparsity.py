@@ -10,7 +10,6 @@ import plain_project
 import pytest
 import torch
 
-from lightning_grad.callbacks import NMSparsity
 from lightning_grad.functional import is_nm
 from studies import clipping, demo, sparsity
 from studies.common import read_curve
@@ -298,34 +297,3 @@ def test_demo_runs_all_studies(
     printed = capsys.readouterr().out
     assert str(tmp_path) in printed
     assert max(map(len, printed.splitlines())) <= 82 + len(str(tmp_path))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse
-def test_yaml_runs_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("jsonargparse")
-    from train import main
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-    config = ["fit", "--config", str(EXAMPLES / "sparsity.yaml")]
-    cli = main([*config, "--trainer.fast_dev_run=true", *quiet])
-    [callback] = [callback for callback in cli.trainer.callbacks if isinstance(callback, NMSparsity)]
-    assert (callback.pattern, callback.recipe) == ("1:8", "mdgf-exponential")
-    assert is_nm(cli.model.net.encoder.layers[0].linear1.weight.detach(), 1, 8)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse
-def test_yaml_writes_figure_and_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("jsonargparse")
-    from train import main
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.log_every_n_steps=1"]
-    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-    main(["fit", "--config", str(EXAMPLES / "sparsity.yaml"), *short, *quiet])
-    assert {path.name for path in tmp_path.glob("runs/nm_sparsity_yaml/version_0/nm_sparsity.*")} == {
-        "nm_sparsity.csv",
-        "nm_sparsity.png",
-    }
