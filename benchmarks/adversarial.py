@@ -107,7 +107,9 @@ def step_rows(build: Callable[[], tuple[LightningModule, Any]], steps: int, roun
         for name in rotated(list(used), i):
             seed_everything(0, verbose=False)
             settings = used[name]
-            callbacks = [] if settings is None else [AdversarialTraining(EPSILON, check_every=None, **settings)]
+            callbacks = (
+                [] if settings is None else [AdversarialTraining(EPSILON, check_every_n_epochs=None, **settings)]
+            )
             found[name] += timed_fit(*build(), steps, callbacks, clock)
     typical = {name: median(seconds) for name, seconds in found.items()}
     return [against(name, typical, PLAIN, budgets.get(name)) for name in used]

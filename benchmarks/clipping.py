@@ -406,7 +406,7 @@ def check_no_wait(shapes: Sequence[tuple[int, ...]], clock: Clock) -> list[str]:
             call(callback)  # what is made once may wait
             with waiting_raises(clock):
                 call(callback)
-            passed.append(callback.label)
+            passed.append(callback.display_name)
 
     fit_with(conditioners, act, shapes, clock)
     return passed
@@ -449,7 +449,7 @@ def monitor_rows(
     seed_everything(0, verbose=False)
     used: dict[str, Callable[[], list[Callback]]] = {"without": list, "GradientMonitor": lambda: [monitor()]}
     if more:
-        used |= {"GradientMonitor, a rare log step": lambda: [monitor(rarely=1)], "without, again": list}
+        used |= {"GradientMonitor, slow statistics": lambda: [monitor(slow_stats_every=1)], "without, again": list}
     fits = {name: partial(logged_fit, *build(), callbacks_of=new, clock=clock) for name, new in used.items()}
     found = [in_turns(list(fits.values())) for _ in range(rounds)]
     typical = [mean(median(step) for step in zip(*blocks, strict=True)) for blocks in zip(*found, strict=True)]

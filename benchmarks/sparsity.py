@@ -2,7 +2,7 @@
 
 Steps are those of a real ``Trainer.fit`` with all its hooks, optimizer step included. Every variant is trained in turn
 for a few steps, over many rounds in rotating order. A step's time runs from one batch's start to the next one's; its
-median is taken over the rounds, and the steps of a block are averaged, so that with ``mask_every=10`` the one
+median is taken over the rounds, and the steps of a block are averaged, so that with ``mask_every_n_steps=10`` the one
 step in ten that takes new masks counts as one in ten.
 
 With one thread, time is processor time: on an idle machine it is the wall clock's, and on a busy one it leaves out the
@@ -48,7 +48,7 @@ from lightning_grad.functional import is_nm, nm_mask
 from lightning_grad.functional.sparsity.nm_schedule import Recipe
 from lightning_grad.functional.sparsity.nm_sparsity import Gradient
 
-TIMED_STEPS = 10  # a multiple of mask_every
+TIMED_STEPS = 10  # a multiple of mask_every_n_steps
 EXACT_BUDGET, SPACED_BUDGET, MASK_BUDGET = 1.20, 1.08, 0.5
 MASK_SHAPE = (768, 3072)
 MASKS = {(2, 4): True, (4, 8): True, (1, 8): True, (1, 16): True, (2, 16): False, (8, 16): False, (4, 32): False}
@@ -66,12 +66,12 @@ class Variant:
     pattern: str | None = None
     recipe: Recipe = "sr-ste"
     gradient: Gradient = "ste"
-    mask_every: int = 1
+    mask_every_n_steps: int = 1
     log_every: int = 10**6
 
     def __str__(self) -> str:
         name = "dense" if self.pattern is None else f"{self.pattern} {self.recipe} {self.gradient}"
-        name += f", mask_every={self.mask_every}" if self.mask_every > 1 else ""
+        name += f", mask_every_n_steps={self.mask_every_n_steps}" if self.mask_every_n_steps > 1 else ""
         return name + (", every step a log step" if self.log_every == 1 else "")
 
     @property
@@ -79,7 +79,7 @@ class Variant:
         """Largest allowed ratio to the dense step."""
         if self.pattern is None or self.log_every == 1:
             return None
-        return EXACT_BUDGET if self.mask_every == 1 else SPACED_BUDGET
+        return EXACT_BUDGET if self.mask_every_n_steps == 1 else SPACED_BUDGET
 
     def callback(self) -> NMSparsity | None:
         """Build the callback, with the recipe's own phase over the whole run."""
@@ -91,7 +91,7 @@ class Variant:
             gradient=self.gradient,
             dense_fraction=0.0,
             finetune_fraction=0.0,
-            mask_every=self.mask_every,
+            mask_every_n_steps=self.mask_every_n_steps,
             include=["*"],
         )
 
@@ -161,8 +161,8 @@ def transformer_variants() -> list[Variant]:
     The second dense variant does what the first does: its ratio shows the noise.
     """
     found = [
-        Variant(pattern, recipe, gradient, mask_every)
-        for mask_every in (1, 10)
+        Variant(pattern, recipe, gradient, mask_every_n_steps)
+        for mask_every_n_steps in (1, 10)
         for pattern in ("2:4", "1:16")
         for recipe, gradient in METHODS
     ]
@@ -171,7 +171,7 @@ def transformer_variants() -> list[Variant]:
 
 def convnet_variants() -> list[Variant]:
     """Return the dense baseline and two of 2:4."""
-    return [Variant(), Variant("2:4"), Variant("2:4", mask_every=10)]
+    return [Variant(), Variant("2:4"), Variant("2:4", mask_every_n_steps=10)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tables import techniques, works_with
+from exported import all_techniques, works_with
 
 from lightning_grad import __version__
 
@@ -18,11 +18,15 @@ version = release = __version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
+    "mathml",
     "sphinx.ext.napoleon",
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_extra_path = ["llms.txt", "techniques.json"]
 html_title = f"lightning-grad {__version__}"
 
 myst_enable_extensions = ["dollarmath", "tasklist"]
@@ -37,7 +41,7 @@ napoleon_numpy_docstring = False
 
 def add_works_with(app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
     """Add to the docstring of a technique what it declares to work with."""
-    if any(found in members for members in techniques().values()):
+    if found in all_techniques():
         lines += ["", "**Works with**", ""]
         lines += [f"- {line.replace('`', '``')}" for line in works_with(found)]
         lines.append("")

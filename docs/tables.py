@@ -1,71 +1,41 @@
-"""Write the parts of the documentation that follow from the exported classes: ``python docs/tables.py``.
+"""Write the parts of the documentation that follow from the code: ``python docs/tables.py``.
 
-Such a part stands between ``<!-- begin: name -->`` and ``<!-- end: name -->``; do not edit it by hand. The description of a
-technique is the first line of its docstring, its family is the folder of its module, and the title of a family is the
-heading of its page. ``make docs`` runs this script before it builds, and a test fails if a part is stale.
+A part stands between ``<!-- begin: name -->`` and ``<!-- end: name -->`` in a page; do not edit it by hand. Whole files are
+the API pages of the families, the catalog for programs, and the notebook, which has the text and code of
+``docs/quickstart.md``. ``make docs`` runs this script before it builds, and a test fails if anything is stale.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, get_args
 
-from lightning_grad import callbacks, strategies
+from catalog import write_catalog, write_llms
+from exported import (
+    ROOT,
+    all_techniques,
+    card_of,
+    description_of,
+    package_of,
+    techniques,
+    title_of,
+    works_with,
+    write_table,
+)
+from quickstart_notebook import write_notebook
+from refusals import declared, raised
+
+from lightning_grad import functional
 from lightning_grad.core import Phase
 from lightning_grad.core.compatibility import TITLES, Answer
 
-ROOT = Path(__file__).resolve().parents[1]
 PART = re.compile(r"<!-- begin: (\w+) -->\n(.*?)<!-- end: \1 -->", re.DOTALL)
 
 
-# What there is.
-
-
-def techniques() -> dict[str, list[type[Any]]]:
-    """Return the exported techniques of each family, families by name, members in the order of their ``__all__``."""
-    exported = [getattr(package, name) for package in (callbacks, strategies) for name in package.__all__]
-    families: dict[str, list[type[Any]]] = {}
-    for technique in exported:
-        if not inspect.isabstract(technique):
-            families.setdefault(family_of(technique), []).append(technique)
-    return dict(sorted(families.items()))
-
-
-def family_of(technique: type[Any]) -> str:
-    """Return the family's word, which names the folder of docs, examples and functions."""
-    parts = technique.__module__.split(".")
-    return parts[2] if parts[1] == "callbacks" else "communication"
-
-
-def card_of(technique: type[Any]) -> str:
-    """Return the path of a technique's card in ``docs``."""
-    return f"{family_of(technique)}/{technique.__module__.rpartition('.')[2]}.md"
-
-
-def description_of(technique: type[Any]) -> str:
-    """Return the first line of the docstring as Markdown, without its full stop."""
-    first = (inspect.getdoc(technique) or "").partition("\n\n")[0]
-    text = " ".join(first.split()).removesuffix(".").replace("``", "`")
-    return re.sub(r":\w+:`[~.\w]*?(\w+)`", r"`\1`", text)
-
-
-def title_of(family: str) -> str:
-    """Return the heading of a family's page."""
-    return (ROOT / f"docs/{family}.md").read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
-
-
 # The parts.
-
-
-def write_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [f"| {' | '.join(line)} |\n" for line in (header, *rows)]
-    return "".join([lines[0], "|---" * len(header) + "|\n", *lines[1:]])
 
 
 def write_descriptions(members: Sequence[type[Any]], folder: str = "") -> str:
@@ -75,10 +45,31 @@ def write_descriptions(members: Sequence[type[Any]], folder: str = "") -> str:
 
 
 def readme_techniques() -> Iterator[str]:
-    """Yield a heading and a table for each family, as README has them."""
+    """Yield one table of all techniques, with a row before each family, as README has it."""
+    rows = []
     for family, members in techniques().items():
-        files = f"[script](examples/{family}.py), [YAML](examples/{family}.yaml)"
-        yield f"### [{title_of(family)}](docs/{family}.md)\n\n{write_descriptions(members, 'docs/')}\nExample: {files}\n"
+        files = f"Example: [script](examples/{family}.py), [YAML](examples/{family}.yaml)"
+        rows.append((f"**[{title_of(family)}](docs/{family}.md)**", files))
+        rows += [(f"[`{cls.__name__}`](docs/{card_of(cls)})", description_of(cls)) for cls in members]
+    yield write_table(("Technique", "What it does"), rows)
+
+
+def readme_works() -> Iterator[str]:
+    """Yield the table of which techniques work with what a run has; equal rows are joined."""
+    rows: dict[str, list[str]] = {}
+    for name in _IN_A_RUN:
+        rows.setdefault(_who_works(name), []).append(TITLES[name])
+    yield write_table(("Your run has", "Techniques that work"), [(", ".join(has), who) for who, has in rows.items()])
+
+
+def _who_works(name: str) -> str:
+    """Return which techniques work with one thing: all, all but some, or only some."""
+    asked = [cls for cls in all_techniques() if cls.compatibility.answers[name].works != "-"]
+    raising = [f"`{cls.__name__}`" for cls in asked if cls.compatibility.answers[name].is_no]
+    others = [f"`{cls.__name__}`" for cls in asked if not cls.compatibility.answers[name].is_no]
+    if not raising:
+        return "all"
+    return f"all but {', '.join(raising)}" if len(raising) <= len(others) else f"only {', '.join(others)}"
 
 
 def index_techniques() -> Iterator[str]:
@@ -93,7 +84,11 @@ def index_contents() -> Iterator[str]:
         cards = [card_of(cls).removesuffix(".md") for cls in members]
         others = [f"{family}/{path.stem}" for path in sorted((ROOT / "docs" / family).glob("*.md"))]
         pages = "\n".join(dict.fromkeys([family, *cards, *others]))
-        yield f"```{{toctree}}\n:caption: {title_of(family)}\n:maxdepth: 1\n\n{pages}\n```\n"
+        yield _toctree(pages, f":caption: {title_of(family)}\n")
+
+
+def _toctree(pages: str, options: str = "") -> str:
+    return f"```{{toctree}}\n{options}:maxdepth: 1\n:hidden:\n\n{pages}\n```\n"
 
 
 def family_techniques(family: str) -> Iterator[str]:
@@ -175,22 +170,45 @@ def card_works_with(technique: type[Any]) -> Iterator[str]:
     yield "\nReasons, and ways out: [compatibility](../compatibility.md).\n"
 
 
-def works_with(technique: type[Any]) -> Iterator[str]:
-    """Yield a line for each kind of answer that a technique gives."""
-    answers = technique.compatibility.answers
-    for works, words in {"yes": "Yes", "stand-in": "Tested with a stand-in only", "no": "Raises"}.items():
-        names = [TITLES[name] for name, answer in answers.items() if answer.works == works]
-        if names:
-            yield f"{words}: {', '.join(names)}."
+def api_contents() -> Iterator[str]:
+    """Yield the table of contents of the API: families first."""
+    families = [*techniques()]
+    others = [path.stem for path in sorted((ROOT / "docs/api").glob("*.md")) if path.stem not in families]
+    yield _toctree("\n".join(f"api/{page}" for page in (*families, *others)))
 
 
-def api_techniques() -> Iterator[str]:
-    """Yield the reference of each family."""
-    for family, members in techniques().items():
-        package = ".".join(members[0].__module__.split(".")[:2])
-        classes = "\n\n".join(f".. autoclass:: {cls.__name__}" for cls in members)
-        module = f".. currentmodule:: {package}"
-        yield f"### {title_of(family)}\n\n```{{eval-rst}}\n{module}\n\n{classes}\n```\n"
+def api_families() -> Iterator[str]:
+    """Yield the list of the families' API pages."""
+    rows = [
+        (f"[{title_of(family)}](api/{family}.md)", ", ".join(f"`{cls.__name__}`" for cls in members))
+        for family, members in techniques().items()
+    ]
+    yield write_table(("Family", "Classes"), rows)
+
+
+def api_page(family: str) -> str:
+    """Return the API page of a family: its classes and its functions."""
+    members = techniques()[family]
+    classes = [f".. autoclass:: {cls.__name__}" for cls in members]
+    functions = [_entry(name) for name in getattr(functional, family).__all__]
+    return (
+        f"# API: {title_of(family)}\n\nThe [page of the family](../{family}.md) helps to choose, and each class has a card.\n"
+        f"\n## Classes\n\n{_reference(package_of(members[0]), classes)}"
+        f"\n## Functions\n\n{_reference('lightning_grad.functional', functions)}"
+    )
+
+
+def _entry(name: str) -> str:
+    """Return what documents one name of ``functional``."""
+    found = getattr(functional, name)
+    if isinstance(found, type):
+        return f".. autoclass:: {name}\n   :members:"
+    return f".. {'autofunction' if callable(found) else 'autodata'}:: {name}"
+
+
+def _reference(package: str, entries: Sequence[str]) -> str:
+    """Return the block that documents names of a package."""
+    return "```{eval-rst}\n" + "\n\n".join([f".. currentmodule:: {package}", *entries]) + "\n```\n"
 
 
 def parts() -> dict[tuple[str, str], Callable[[], Iterable[str]]]:
@@ -199,7 +217,11 @@ def parts() -> dict[tuple[str, str], Callable[[], Iterable[str]]]:
         ("README.md", "techniques"): readme_techniques,
         ("docs/index.md", "techniques"): index_techniques,
         ("docs/index.md", "contents"): index_contents,
-        ("docs/api.md", "techniques"): api_techniques,
+        ("README.md", "works"): readme_works,
+        ("docs/api.md", "families"): api_families,
+        ("docs/api.md", "contents"): api_contents,
+        ("docs/troubleshooting.md", "declared"): declared,
+        ("docs/troubleshooting.md", "raised"): raised,
         ("docs/compatibility.md", "compatibility"): compatibility,
         ("docs/clipping.md", "phases"): clipping_phases,
         ("docs/clipping.md", "thresholds"): clipping_thresholds,
@@ -208,6 +230,16 @@ def parts() -> dict[tuple[str, str], Callable[[], Iterable[str]]]:
         written[f"docs/{family}.md", "techniques"] = partial(family_techniques, family)
         written |= {(f"docs/{card_of(cls)}", "works_with"): partial(card_works_with, cls) for cls in members}
     return written
+
+
+def files() -> dict[str, Callable[[], str]]:
+    """Return what writes each whole file."""
+    pages = {f"docs/api/{family}.md": partial(api_page, family) for family in techniques()}
+    return pages | {
+        "docs/techniques.json": write_catalog,
+        "docs/llms.txt": write_llms,
+        "examples/quickstart.ipynb": write_notebook,
+    }
 
 
 # Reading and writing.
@@ -230,8 +262,15 @@ def rewrite(file: str, text: str) -> str:
 
 def stale() -> dict[str, str]:
     """Return the new text of each file that is not up to date."""
-    texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in dict.fromkeys(file for file, _ in parts())}
-    return {file: new for file, text in texts.items() if (new := rewrite(file, text)) != text}
+    texts = {file: _read(file) for file in dict.fromkeys(file for file, _ in parts())}
+    written = {file: rewrite(file, text) for file, text in texts.items()}
+    written |= {file: write() for file, write in files().items()}
+    return {file: new for file, new in written.items() if new != _read(file)}
+
+
+def _read(file: str) -> str:
+    path = ROOT / file
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def main() -> None:

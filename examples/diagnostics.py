@@ -27,7 +27,7 @@ def train(lr: float, epochs: int, output: Path) -> dict[str, float]:
         max_epochs=epochs,
         accelerator="cpu",
         log_every_n_steps=1,  # for layers in the figure before the run goes bad
-        callbacks=[GradientMonitor(depth=3)],
+        callbacks=[GradientMonitor(layer_depth=3)],
         logger=CSVLogger(output, name=None, version=""),
         enable_model_summary=False,
         enable_progress_bar=False,

@@ -22,7 +22,7 @@ from lightning_grad.callbacks import AccuracyGradientLR
 def train(epochs: int, threshold: float, output: Path) -> AccuracyGradientLR:
     """Train a small network at a constant rate that the accuracy cuts, and return what observed it."""
     seed_everything(0, verbose=False)
-    rate = AccuracyGradientLR("val_acc", window=2, quiet=2, threshold=threshold, factor=0.5)
+    rate = AccuracyGradientLR("val_acc", window=2, cooldown=2, threshold=threshold, factor=0.5)
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",

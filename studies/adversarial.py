@@ -72,8 +72,10 @@ SCHEDULES = ("constant", "piecewise", "linear", "one-cycle", OURS)
 # The line in Trainer(callbacks=[...]) of each attack, for an epsilon and what says where pixels are.
 ATTACKS: dict[str, Callable[[float, dict[str, Any]], list[Callback]]] = {
     "plain": lambda epsilon, space: [],
-    "fgsm": lambda epsilon, space: [AdversarialTraining(epsilon, "fgsm", check_every=None, **space)],
-    "pgd": lambda epsilon, space: [AdversarialTraining(epsilon, "pgd", steps=PGD_STEPS, check_every=None, **space)],
+    "fgsm": lambda epsilon, space: [AdversarialTraining(epsilon, "fgsm", check_every_n_epochs=None, **space)],
+    "pgd": lambda epsilon, space: [
+        AdversarialTraining(epsilon, "pgd", steps=PGD_STEPS, check_every_n_epochs=None, **space)
+    ],
 }
 
 

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 IN_THE_DEMO = """\
-Clipped gradients (a quarter of a minute). A small network learns handwritten digits.
+Clipped gradients (half a minute). A small network learns handwritten digits.
 In the middle of the training comes one bad batch: one of its images is multiplied by
 1000. Each rule is one line, and some of them do not help:
 

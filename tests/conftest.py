@@ -3,9 +3,13 @@
 import functools
 import gc
 import importlib
+import inspect
 import logging
+import os
 import signal
 import sys
+import types
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +70,8 @@ def pytest_collection_finish(session: Any) -> None:
             _move_no_value_that_is_there(
                 importlib.import_module(f"{pytorch}.trainer.connectors.logger_connector.result")
             )
+            _read_a_signature_once(importlib.import_module(f"{pytorch}.utilities.signature_utils"))
+            _look_for_no_default_that_is_not_set(importlib.import_module(f"{pytorch}.utilities.argparse"))
     if any(hasattr(getattr(item, "module", None), "on_ranks") for item in session.items):
         _fit_before_ranks_are_forked()
     gc.collect()
@@ -92,3 +98,29 @@ def _move_no_value_that_is_there(result: Any) -> None:
         return metric if metric.is_tensor and metric.value.device == device else move(metric, device)
 
     result._ResultMetric.to = to
+
+
+def _read_a_signature_once(signatures: Any) -> None:
+    """Read the signature of a hook once, not at every call of the hook and of ``self.log``."""
+    known: weakref.WeakKeyDictionary[types.FunctionType, inspect.FullArgSpec] = weakref.WeakKeyDictionary()
+
+    def getfullargspec(hook: Any) -> inspect.FullArgSpec:
+        function = getattr(hook, "__func__", hook)
+        if type(function) is not types.FunctionType or "__wrapped__" in vars(function):
+            return inspect.getfullargspec(hook)
+        if function not in known:
+            known[function] = inspect.getfullargspec(hook)
+        return known[function]
+
+    signatures.inspect = types.SimpleNamespace(getfullargspec=getfullargspec)
+
+
+def _look_for_no_default_that_is_not_set(argparse: Any) -> None:
+    """Read the arguments of a Trainer only where a variable of the environment sets one."""
+    parse = argparse._parse_env_variables
+
+    def parse_env_variables(cls: type) -> Any:
+        is_set = any(name.startswith(f"PL_{cls.__name__.upper()}_") for name in os.environ)
+        return parse(cls) if is_set else argparse.Namespace()
+
+    argparse._parse_env_variables = parse_env_variables

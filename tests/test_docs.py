@@ -2,10 +2,12 @@
 
 import ast
 import contextlib
+import doctest
 import importlib
 import importlib.util
 import inspect
 import io
+import json
 import re
 import sys
 import types
@@ -14,14 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import plain_project
 import pytest
 import yaml
 from lightning.pytorch.strategies import StrategyRegistry
+from nbclient import NotebookClient
 
 import lightning_grad
 from lightning_grad import callbacks, functional, strategies, utilities
-from lightning_grad.core.compatibility import YES, no
+from lightning_grad.core.compatibility import TITLES, YES, no
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
@@ -78,7 +82,9 @@ def where(path: Path) -> str:
 
 
 BLOCKS = [block for page in PAGES for block in read_blocks(page)]
-PYTHON = [block for block in BLOCKS if block.language == "python"]
+NOTEBOOK, NOTEBOOK_PAGE = ROOT / "examples/quickstart.ipynb", "docs/quickstart.md"
+# What the page of the notebook shows runs there.
+PYTHON = [block for block in BLOCKS if block.language == "python" and block.page != NOTEBOOK_PAGE]
 YAML = [block for block in BLOCKS if block.language == "yaml"]
 
 
@@ -125,6 +131,20 @@ def test_python_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pyt
         if block.page == page:
             with data_for(block):
                 assert block.prints in run_block(block, namespace), str(block)
+
+
+def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PYTHONPATH": ROOT, "IPYTHONDIR": tmp_path, "JUPYTER_PLATFORM_DIRS": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    blocks = [block for block in BLOCKS if block.page == NOTEBOOK_PAGE and block.language == "python"]
+    for cell, block in zip(cells, blocks, strict=True):
+        printed = "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+        assert block.prints in printed, str(block)
+    shown = [output.data for cell in cells for output in cell.outputs if "data" in output]
+    assert any("image/png" in data for data in shown)
 
 
 def find_classes(node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -226,7 +246,7 @@ def load_script(name: str) -> types.ModuleType:
     return module
 
 
-tables, drawings = load_script("tables"), load_script("drawings")
+tables, drawings, refusals, mathml, catalog = map(load_script, ("tables", "drawings", "refusals", "mathml", "catalog"))
 FAMILIES: dict[str, list[type[Any]]] = tables.techniques()
 SCHEMES = [cls.__name__ for cls in FAMILIES["communication"]]
 BASES = sorted({*strategies.__all__} - {*SCHEMES})
@@ -258,18 +278,23 @@ def test_generated_parts_are_up_to_date() -> None:
 
 
 def test_another_docstring_makes_the_tables_stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(callbacks.ZClip, "__doc__", "Clip norms in another way.\n\nAnd more.")
+    rest = (callbacks.ZClip.__doc__ or "").partition("\n\n")[2]
+    monkeypatch.setattr(callbacks.ZClip, "__doc__", f"Clip norms in another way.\n\n{rest}")
     new = tables.stale()
-    assert {*new} == {"README.md", "docs/index.md", "docs/clipping.md"}
-    for text in new.values():
-        assert "| Clip norms in another way |" in text
+    catalogs = {"docs/techniques.json", "docs/llms.txt"}
+    assert {*new} == {"README.md", "docs/index.md", "docs/clipping.md"} | catalogs
+    for file, text in new.items():
+        assert "Clip norms in another way" in text, file
 
 
 def test_another_answer_makes_table_and_card_stale(monkeypatch: pytest.MonkeyPatch) -> None:
     other = callbacks.ZClip.compatibility.but(bf16=no("rounds, and {} does too", "Use float32"))
     monkeypatch.setattr(callbacks.ZClip, "compatibility", other)
     new = tables.stale()
-    assert {*new} == {"docs/compatibility.md", "docs/clipping/zclip.md"}
+    tables_of_answers = {"README.md", "docs/compatibility.md", "docs/troubleshooting.md", "docs/techniques.json"}
+    assert {*new} == tables_of_answers | {"docs/clipping/zclip.md"}
+    assert "| bf16 | all but `ZClip` |" in new["README.md"]
+    assert "| bf16 | `ZClip` | ... rounds, and ... does too. Use float32. |" in new["docs/troubleshooting.md"]
     number = re.search(r"(\d+)\. It rounds, and bf16 does too\. Use float32\.", new["docs/compatibility.md"])
     assert number is not None
     assert f"| [`ZClip`](clipping/zclip.md) | yes | raises ({number[1]}) |" in new["docs/compatibility.md"]
@@ -291,6 +316,71 @@ def test_a_page_without_its_markers_is_refused() -> None:
         tables.rewrite("docs/index.md", read("docs/index.md").replace("begin: contents", "begin: nothing"))
     with pytest.raises(KeyError, match="unknown"):
         tables.rewrite("docs/clipping.md", read("docs/clipping.md") + "<!-- begin: unknown -->\n<!-- end: unknown -->")
+
+
+def test_catalog_has_every_technique_with_its_arguments() -> None:
+    entries = {entry["name"]: entry for entry in json.loads(read("docs/techniques.json"))["techniques"]}
+    assert {*entries} == {*TECHNIQUES}
+    for name, entry in entries.items():
+        assert exists(entry["import"])
+        assert [argument["name"] for argument in entry["arguments"]] == list(
+            inspect.signature(class_of(name)).parameters
+        )
+        assert all(argument["help"].endswith(".") for argument in entry["arguments"]), name
+        assert {*entry["works_with"]} == {*TITLES}
+        assert (ROOT / "docs" / entry["card"]).with_suffix(".md").exists()
+
+
+def test_list_for_language_models_leads_to_every_page() -> None:
+    targets = {Path(target) for target in re.findall(r"\]\(([\w/]+)\.html\)", read("docs/llms.txt"))}
+    pages = {page.relative_to(ROOT / "docs").with_suffix("") for page in DOCS}
+    assert targets <= pages
+    assert {str(page) for page in pages - targets if page.parent.name != "api"} <= {
+        "index",
+        "changelog",
+        "contributing",
+        "data_pruning/per_sample_gradients",
+    }
+
+
+def test_refusals_are_read_from_the_code() -> None:
+    call = ast.parse('ValueError(f"{self.label} has {n} rows. Drop {how}, or {more}.")', mode="eval").body
+    assert isinstance(call, ast.Call)
+    text = refusals.template_of(call.args[0])
+    assert text == "... has ... rows. Drop ..., or ...."
+    assert refusals.split_message(text) == ("... has ... rows", "Drop ..., or ....")
+    assert refusals.template_of(ast.parse("f'n must be {n}'", mode="eval").body) == ""
+    rows = re.findall(r"^\| \.\.\..* \| .*\. \|$", read("docs/troubleshooting.md"), re.MULTILINE)
+    assert len(rows) > 40
+
+
+def test_examples_of_the_scripts_hold() -> None:
+    for script in (refusals, catalog, mathml):
+        assert doctest.testmod(script).failed == 0
+
+
+def formulas() -> Iterator[str]:
+    """Yield every formula of the documentation and of the docstrings."""
+    for page in DOCS:
+        text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        yield from re.findall(r"\$\$(.+?)\$\$", text, re.DOTALL)
+        yield from re.findall(
+            r"(?<![\\$])\$([^$\n]+(?:\n[^$\n]+)?)\$", re.sub(r"\$\$.+?\$\$", "", text, flags=re.DOTALL)
+        )
+    for file in (ROOT / "lightning_grad").rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        yield from re.findall(r":math:`([^`]+)`", text)
+        yield from re.findall(r"^ *\.\. math::\n((?:\n| {4,}.*\n)+?)(?=\n {0,7}\S)", text, re.MULTILINE)
+
+
+def test_formulas_can_be_written_as_mathml() -> None:
+    found = [*formulas()]
+    assert len(found) > 200
+    for formula in found:
+        assert mathml.as_mathml(formula.strip(), "block").startswith('<math display="block">')
+    for unknown in (r"\unknown x", r"\mathcal{+}"):
+        with pytest.raises(mathml.UnknownFormulaError):
+            mathml.as_mathml(unknown)
 
 
 @pytest.mark.parametrize("name", TECHNIQUES)
@@ -324,7 +414,7 @@ def test_family_has_its_files(family: str) -> None:
 
 def test_every_page_of_a_family_is_in_its_folder() -> None:
     folders = {page.parent.name for page in DOCS if page.parent != ROOT / "docs"}
-    assert folders == {*FAMILIES}
+    assert folders == {*FAMILIES, "api"}
 
 
 @pytest.mark.parametrize("name", TECHNIQUES)
@@ -371,7 +461,7 @@ def test_drawing_and_page_name_what_the_code_has() -> None:
 
 @pytest.mark.parametrize("name", BASES)
 def test_base_of_strategies_is_told_to_authors(name: str) -> None:
-    for file in ("CHANGELOG.md", "docs/communication.md", "docs/api.md", "docs/adding_a_technique.md"):
+    for file in ("CHANGELOG.md", "docs/communication.md", "docs/api/core.md", "docs/adding_a_technique.md"):
         assert re.search(rf"\b{name}\b", read(file)), f"{file} does not name {name}"
 
 

@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_grad.core.compatibility import Compatibility
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.fit import FitScope, during_fit
+from lightning_grad.core.switch import Switchable, SwitchedOff, replace, unless_switched_off
 from lightning_grad.core.undo import UndoList
 from lightning_grad.utilities.arguments import CheckedArguments, changed_settings, follow_settings, plain
 from lightning_grad.utilities.checks import check_name
@@ -59,7 +60,7 @@ class Chosen:
 _SHOWN = 5
 
 
-class GradCallback(FitScope, CheckedArguments, Callback):
+class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
     """What every technique shares.
 
     The rules a technique keeps:
@@ -107,6 +108,18 @@ class GradCallback(FitScope, CheckedArguments, Callback):
         check_name(name)
         self.name = name
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "setup" in vars(cls):
+            cls.setup = unless_switched_off(cls.setup)  # type: ignore[method-assign]
+
+    @override
+    def switch_off(self, trainer: pl.Trainer) -> None:
+        self._end()
+        if trainer.state.fn == "fit":
+            self.begin_fit()
+        replace(trainer, self, SwitchedOff(self))
+
     @override
     def __getstate__(self) -> dict[str, Any]:
         # Lightning leaves the module's log methods on every callback it has run; a copy must not drag the module along.
@@ -120,10 +133,11 @@ class GradCallback(FitScope, CheckedArguments, Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self.label
+        return self.display_name
 
     @property
-    def label(self) -> str:
+    @override
+    def display_name(self) -> str:
         """The class and the name of this instance, for messages, configs and checkpoints."""
         return type(self).__name__ if self.name is None else f"{type(self).__name__}[{self.name}]"
 
@@ -140,6 +154,7 @@ class GradCallback(FitScope, CheckedArguments, Callback):
         return {name: getattr(self, name) for name in names}
 
     @override
+    @unless_switched_off
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._end()
         if stage == "fit":
@@ -147,8 +162,8 @@ class GradCallback(FitScope, CheckedArguments, Callback):
         self._stage = stage
         if self.fitting:
             self._check_fixed_settings()
-            self.works_with().refuse(self.label, trainer, pl_module)
-            log_settings(trainer, self.label, self.settings)
+            self.works_with().refuse(self.display_name, trainer, pl_module)
+            log_settings(trainer, self.display_name, self.settings)
             say_if_no_figures(trainer, self)
 
     def works_with(self) -> Compatibility:
@@ -170,7 +185,7 @@ class GradCallback(FitScope, CheckedArguments, Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.fitting:
-            follow_settings(self.label, state_dict.get("settings", {}), self.settings, self.fixed_settings)
+            follow_settings(self.display_name, state_dict.get("settings", {}), self.settings, self.fixed_settings)
 
     def changed_settings(self, state_dict: Mapping[str, Any], *names: str) -> list[str]:
         """Return which of some settings differ from those of a checkpoint."""
@@ -199,7 +214,7 @@ class GradCallback(FitScope, CheckedArguments, Callback):
 
     def say(self, what: str) -> None:
         """Print one line about this instance."""
-        rank_zero_info(f"{self.label} {what}.")
+        rank_zero_info(f"{self.display_name} {what}.")
 
     def tell_once(self, what: str, tell: Callable[[str], Any], text: str) -> None:
         """Print or warn of something once in a fit.
@@ -211,7 +226,7 @@ class GradCallback(FitScope, CheckedArguments, Callback):
         """
         if what not in self._said:
             self._said.add(what)
-            tell(f"{self.label}: {text}")
+            tell(f"{self.display_name}: {text}")
 
     def announce(self, words: str, kind: str, names: Sequence[str | int] = ()) -> None:
         """Print what this instance acts on in this fit, and keep it for :meth:`chosen`; called in ``on_fit_start``.
@@ -234,8 +249,8 @@ class GradCallback(FitScope, CheckedArguments, Callback):
         """
         if self._announced is None:
             raise RuntimeError(
-                f"{self.label} chooses what it acts on when a fit begins, and none is on. Call chosen() during fit(), in "
-                "on_fit_start or a later hook of a callback that is listed after it."
+                f"{self.display_name} chooses what it acts on when a fit begins, and none is on. Call chosen() during "
+                "fit(), in on_fit_start or a later hook of a callback that is listed after it."
             )
         return self._announced
 

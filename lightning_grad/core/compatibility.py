@@ -44,14 +44,14 @@ class Answer:
         """Whether the technique raises an error."""
         return self.works == "no"
 
-    def error(self, label: str, words: str, value: str = "") -> ValueError:
+    def error(self, display_name: str, words: str, value: str = "") -> ValueError:
         """Return the error for what was found in a run.
 
         Example:
             >>> print(no("needs whole weights, and {} shards them", "Use DDP").error("Rounding", "FSDP1"))
             Rounding needs whole weights, and FSDP1 shards them. Use DDP.
         """
-        return ValueError(f"{label} {self.note.format(words)}. {self.way_out.format(value=value)}.")
+        return ValueError(f"{display_name} {self.note.format(words)}. {self.way_out.format(value=value)}.")
 
     def explained(self, title: str, value: str = "...") -> str:
         """Return the note as whole sentences, for the documentation; empty if there is none.
@@ -172,27 +172,27 @@ class Compatibility:
         """The answers by field."""
         return {name: getattr(self, name) for name in TITLES}
 
-    def refuse(self, label: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def refuse(self, display_name: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise for what a run has and the technique does not work with, as far as ``setup`` can see it.
 
         Raises:
             ValueError: With what was found, why it does not work, and the way out.
         """
-        self._refuse(label, _IN_A_RUN, trainer, pl_module)
+        self._refuse(display_name, _IN_A_RUN, trainer, pl_module)
 
-    def refuse_optimizer(self, label: str, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+    def refuse_optimizer(self, display_name: str, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         """Raise for an optimizer that the technique does not work with.
 
         Raises:
             ValueError: As :meth:`refuse`.
         """
-        self._refuse(label, _IN_AN_OPTIMIZER, trainer, optimizer)
+        self._refuse(display_name, _IN_AN_OPTIMIZER, trainer, optimizer)
 
-    def refuse_parameters(self, label: str, module: nn.Module, chosen: set[int] | None = None) -> None:
+    def refuse_parameters(self, display_name: str, module: nn.Module, chosen: set[int] | None = None) -> None:
         """Raise for parameters that the technique does not work with.
 
         Args:
-            label: The technique.
+            display_name: The technique.
             module: Its modules and parameters are looked at.
             chosen: Identities of the parameters that the technique acts on. Default: all.
 
@@ -200,14 +200,14 @@ class Compatibility:
             ValueError: As :meth:`refuse`.
         """
         wanted = {id(parameter) for parameter in module.parameters()} if chosen is None else chosen
-        self._refuse(label, _IN_PARAMETERS, module, wanted)
+        self._refuse(display_name, _IN_PARAMETERS, module, wanted)
 
-    def _refuse(self, label: str, finders: _Finders, *run: Any) -> None:
+    def _refuse(self, display_name: str, finders: _Finders, *run: Any) -> None:
         for name, find in finders.items():
             answer: Answer = getattr(self, name)
             found = find(*run) if answer.is_no else None
             if found is not None:
-                raise answer.error(label, *found)
+                raise answer.error(display_name, *found)
 
 
 TITLES: Mapping[str, str] = {

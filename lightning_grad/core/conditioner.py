@@ -155,14 +155,14 @@ class GradientConditioner(GradCallback):
     @on_plain_tensors
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         named = {str(self.threshold_name): self._threshold} if isinstance(self._threshold, Mapping) else {}
-        check_patterns(pl_module, self.label, include=self.include, exclude=self.exclude, **named)
+        check_patterns(pl_module, self.display_name, include=self.include, exclude=self.exclude, **named)
         restarted: list[str] = []
         for index, optimizer in enumerate(trainer.optimizers):
             self._watch_for_bypass(optimizer)
             self._choose(index, optimizer, pl_module, restarted)
             self._refuse_optimizer(trainer, index, optimizer)
         self.check_choice(pl_module)
-        self.works_with().refuse_parameters(self.label, pl_module, set(map(id, self.parameters())))
+        self.works_with().refuse_parameters(self.display_name, pl_module, set(map(id, self.parameters())))
         self._announce(trainer, pl_module)
         if restarted:
             self._say_what_restarts(restarted)
@@ -183,11 +183,11 @@ class GradientConditioner(GradCallback):
         excluded = self.excluded(pl_module)
         if not any(selects(names, self.include, excluded) for names in all_names(pl_module).values()):
             raise ValueError(
-                f"{self.label} has no parameter to act on. {why_none_left(pl_module, self.include, excluded)}"
+                f"{self.display_name} has no parameter to act on. {why_none_left(pl_module, self.include, excluded)}"
             )
         rank_zero_warn(
-            f"{self.label} has nothing to act on yet: no optimizer moves the parameters that it is to act on. Give them "
-            "to the optimizer that configure_optimizers returns, or let a callback add them later."
+            f"{self.display_name} has nothing to act on yet: no optimizer moves the parameters that it is to act on. "
+            "Give them to the optimizer that configure_optimizers returns, or let a callback add them later."
         )
 
     def _choose(
@@ -207,7 +207,7 @@ class GradientConditioner(GradCallback):
 
     def _refuse_optimizer(self, trainer: pl.Trainer, index: int, optimizer: Optimizer) -> None:
         if self._chosen[index][1]:
-            self.works_with().refuse_optimizer(self.label, trainer, optimizer)
+            self.works_with().refuse_optimizer(self.display_name, trainer, optimizer)
 
     def choose_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the parameters again, because :meth:`excluded` returns others than when the fit began."""
@@ -241,7 +241,7 @@ class GradientConditioner(GradCallback):
         chosen = self._describe()
         self.announce(chosen.words, chosen.kind, chosen.names)
         if self.phase == "noise":
-            warn_of_missing_momentum(trainer, self.label, "noise")
+            warn_of_missing_momentum(trainer, self.display_name, "noise")
         if self.phase == "clip":
             warn_of_other_clippers(trainer, pl_module, self, {id(parameter) for parameter in self.parameters()})
 
@@ -264,7 +264,7 @@ class GradientConditioner(GradCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         self._hook_fired.add(id(optimizer))
-        index = optimizer_index(trainer, optimizer, self.label)
+        index = optimizer_index(trainer, optimizer, self.display_name)
         if self._chosen.get(index, ((), []))[0] != optimizer_shape(optimizer):
             self._choose(index, optimizer, pl_module)
             self._refuse_optimizer(trainer, index, optimizer)  # its first parameters may have come in mid-fit
@@ -283,7 +283,9 @@ class GradientConditioner(GradCallback):
 
     def _count(self, step: GradientStep, values: Mapping[str, Tensor | float], seen: int) -> dict[str, Tensor | float]:
         if values is None:
-            raise TypeError(f"{self.label}.condition must return what is to be logged, by name; got None. Return {{}}.")
+            raise TypeError(
+                f"{self.display_name}.condition must return what is to be logged, by name; got None. Return {{}}."
+            )
         shown = dict(values)
         clipped = shown.pop("clipped", None)
         if isinstance(clipped, Tensor):

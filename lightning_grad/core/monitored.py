@@ -135,7 +135,7 @@ class MonitoredCallback(GradCallback):
             return
         if trainer.barebones:
             raise ValueError(
-                f"{self.label} observes {self.monitor!r}, and Trainer(barebones=True) turns logging off, so no metric "
+                f"{self.display_name} observes {self.monitor!r}, and Trainer(barebones=True) turns logging off, so no metric "
                 "reaches it. Set barebones=False."
             )
         if self.interval == "validation" and not trainer.enable_validation:
@@ -143,8 +143,9 @@ class MonitoredCallback(GradCallback):
 
     def _refuse_without_validation(self) -> NoReturn:
         raise ValueError(
-            f"{self.label} observes {self.monitor!r} at validations, and this fit has none. Give fit() a validation loader, "
-            "the module a validation_step, and limit_val_batches above 0; or observe a metric of training: interval='epoch'."
+            f"{self.display_name} observes {self.monitor!r} at validations, and this fit has none. Give fit() a "
+            "validation loader, the module a validation_step, and limit_val_batches above 0; or observe a metric of "
+            "training: interval='epoch'."
         )
 
     @override
@@ -180,7 +181,9 @@ class MonitoredCallback(GradCallback):
         if self.interval == "validation" and trainer.val_dataloaders is not None and not sum(trainer.num_val_batches):
             self._refuse_without_validation()
         if not self.observed:
-            refuse_unknown_monitor(trainer, self.monitor, self._sanity_keys, self.interval == "validation", self.label)
+            refuse_unknown_monitor(
+                trainer, self.monitor, self._sanity_keys, self.interval == "validation", self.display_name
+            )
         if self._due is not None:
             end = partial(self._end_missed_epoch, trainer, self._due)
             self.undo.push(run_missed_validation(trainer, end))
@@ -251,9 +254,10 @@ class MonitoredCallback(GradCallback):
     def _refuse_unlogged(self, trainer: pl.Trainer, is_known: bool) -> NoReturn:
         if is_known:
             raise RuntimeError(
-                f"{self.label}: monitor={self.monitor!r} is logged in training and not in validation. Use interval='epoch'."
+                f"{self.display_name}: monitor={self.monitor!r} is logged in training and not in validation. Use "
+                "interval='epoch'."
             )
-        raise RuntimeError(f"{self.label}: {describe_unknown(self.monitor, trainer.callback_metrics)}")
+        raise RuntimeError(f"{self.display_name}: {describe_unknown(self.monitor, trainer.callback_metrics)}")
 
     # The end.
 
@@ -267,7 +271,7 @@ class MonitoredCallback(GradCallback):
             why = "no validation came; see check_val_every_n_epoch and val_check_interval of the Trainer"
         else:
             why = f"{self.monitor!r} was never logged; log it, or set monitor to a metric that is"
-        rank_zero_warn(f"{self.label} has observed nothing, so that {self.nothing_done}: {why}.")
+        rank_zero_warn(f"{self.display_name} has observed nothing, so that {self.nothing_done}: {why}.")
 
 
 def _epochs_done(trainer: pl.Trainer) -> float:

@@ -136,13 +136,13 @@ class OptimizerCallback(GradCallback):
 
     def _refuse_a_second(self, trainer: pl.Trainer) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        others = [c.label for c in callbacks if isinstance(c, OptimizerCallback) and _overrides(c, "evaluate")]
+        others = [c.display_name for c in callbacks if isinstance(c, OptimizerCallback) and _overrides(c, "evaluate")]
         if len(others) > 1:
             raise ValueError(f"{' and '.join(others)} would each evaluate every step again. Keep one of them.")
         if getattr(trainer.strategy, "wants_to_compress", False):
             raise ValueError(
-                f"{self.label} evaluates each step again, and {type(trainer.strategy).__name__} would send both gradients and "
-                "carry what is left of one into the other. Train with strategy='ddp'."
+                f"{self.display_name} evaluates each step again, and {type(trainer.strategy).__name__} would send both "
+                "gradients and carry what is left of one into the other. Train with strategy='ddp'."
             )
 
     @override
@@ -187,7 +187,7 @@ class OptimizerCallback(GradCallback):
         return next((index for index, seen in self._seen.items() if seen is optimizer), None)
 
     def _attach(self, trainer: pl.Trainer, index: int, optimizer: Optimizer) -> None:
-        self.works_with().refuse_optimizer(self.label, trainer, optimizer)
+        self.works_with().refuse_optimizer(self.display_name, trainer, optimizer)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if index in self._memory and parameters:
             device = parameters[0].device
@@ -226,7 +226,7 @@ class OptimizerCallback(GradCallback):
         if index is not None and index in self._ends:
             self._inside.add(index)
             if _overrides(self, "evaluate"):
-                whole = StepClosure(closure, optimizer, trainer, pl_module, self._window, self.label)
+                whole = StepClosure(closure, optimizer, trainer, pl_module, self._window, self.display_name)
                 closure = partial(self.evaluate, index, optimizer, whole)
         try:
             return inner(optimizer, closure, *args, **kwargs)
@@ -252,7 +252,7 @@ class OptimizerCallback(GradCallback):
     ) -> None:
         index = self._number_of(optimizer)  # also of one that was replaced within its step
         if index is None:
-            index = optimizer_index(trainer, optimizer, self.label)
+            index = optimizer_index(trainer, optimizer, self.display_name)
         if index in self._ends:
             self._rates[index].follow()  # a rate that was set inside the closure has replaced ours
             self.before_update(index, optimizer)

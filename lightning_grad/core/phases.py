@@ -40,7 +40,7 @@ ANSWERS: Mapping[Phase, Mapping[str, Answer]] = {
 def conditioners(trainer: pl.Trainer) -> list[Any]:
     """Return the techniques of this package that stand in some phase, in the order of the list."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return [c for c in callbacks if getattr(c, "phase", None) in PHASES and hasattr(c, "label")]
+    return [c for c in callbacks if getattr(c, "phase", None) in PHASES and hasattr(c, "display_name")]
 
 
 def refuse_order(trainer: pl.Trainer) -> None:
@@ -54,7 +54,7 @@ def refuse_order(trainer: pl.Trainer) -> None:
     if found != right:
 
         def written(callbacks: Sequence[Any]) -> str:
-            return ", ".join(f"{callback.label} ({callback.phase})" for callback in callbacks)
+            return ", ".join(f"{callback.display_name} ({callback.phase})" for callback in callbacks)
 
         raise ValueError(
             f"What changes gradients acts in the order {', '.join(PHASES)}. Got callbacks=[{written(found)}]; write "
@@ -76,11 +76,11 @@ def warn_of_other_clippers(trainer: pl.Trainer, pl_module: pl.LightningModule, c
             break
         if other.phase == "clip" and not mine.isdisjoint(map(id, other.parameters())):
             rank_zero_warn(
-                f"{other.label} and {clipper.label} both clip the same gradients, one after the other. If that is not "
-                "meant, keep one, or separate them by include=."
+                f"{other.display_name} and {clipper.display_name} both clip the same gradients, one after the other. If "
+                "that is not meant, keep one, or separate them by include=."
             )
     if overrides(pl_module, "configure_gradient_clipping"):
         rank_zero_warn(
-            f"{type(pl_module).__name__}.configure_gradient_clipping is the module's own and runs after {clipper.label}. "
-            "If it clips too, drop one of them."
+            f"{type(pl_module).__name__}.configure_gradient_clipping is the module's own and runs after "
+            f"{clipper.display_name}. If it clips too, drop one of them."
         )

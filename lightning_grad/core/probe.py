@@ -112,7 +112,7 @@ class ProbeCallback(GradCallback):
 
     def draw(self, record: RunRecord) -> Figure:
         """Return the figure of the whole run, by default one panel for each scalar; needs matplotlib."""
-        return record.draw(self.label)
+        return record.draw(self.display_name)
 
     # The fit begins.
 
@@ -146,10 +146,10 @@ class ProbeCallback(GradCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.split == "val" and not trainer.enable_validation:
             raise ValueError(
-                f"{self.label} looks at validation samples, and this fit has no validation. Give fit() a validation loader "
-                "and the module a validation_step, or set split='train'."
+                f"{self.display_name} looks at validation samples, and this fit has no validation. Give fit() a "
+                "validation loader and the module a validation_step, or set split='train'."
             )
-        asked = LossRequest(self.label, way_out=self.way_out)
+        asked = LossRequest(self.display_name, way_out=self.way_out)
         self._samples = ProbeSamples(trainer, self.samples, self.split, self.loader_key, self.dataset, asked)
 
     # When to look.
@@ -201,7 +201,7 @@ class ProbeCallback(GradCallback):
             return
         self.record.add({"epoch": due["epoch"], "step": due["step"], **outcome.numbers})
         self.record.save(trainer, self)
-        folder = output_file(trainer, self.label, "")
+        folder = output_file(trainer, self.display_name, "")
         stem = None if folder is None else folder / f"step_{due['step']:08d}"
         with logged_at(trainer, due["step"]):
             send_reading(trainer, outcome.numbers, outcome.reading, self.log_key, stem)
@@ -217,16 +217,16 @@ class ProbeCallback(GradCallback):
             self._raise(outcome)
         if outcome.fault:
             rank_zero_warn(
-                f"{self.label} failed in its look at step {due['step']}, and the training continues. {outcome.fault}"
+                f"{self.display_name} failed in its look at step {due['step']}, and the training continues. {outcome.fault}"
             )
         self._is_rehearsed = True
         return outcome
 
     def _raise(self, outcome: Outcome) -> None:
-        error = outcome.error or RuntimeError(f"{self.label} failed on another rank. {outcome.fault}")
-        if self.label not in str(error):
+        error = outcome.error or RuntimeError(f"{self.display_name} failed on another rank. {outcome.fault}")
+        if self.display_name not in str(error):
             which = "a" if self._is_rehearsed else "its first"
-            error.add_note(f"{self.label} raised this in {which} look. Correct it, or drop the callback.")
+            error.add_note(f"{self.display_name} raised this in {which} look. Correct it, or drop the callback.")
         raise error
 
     # The fit ends.

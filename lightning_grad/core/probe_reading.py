@@ -73,7 +73,7 @@ class Reading:
     pictures: Mapping[str, Picture | Figure] = field(default_factory=dict)
 
 
-def numbers_of(reading: Any, label: str) -> dict[str, float]:
+def numbers_of(reading: Any, display_name: str) -> dict[str, float]:
     """Return the scalars of a reading as numbers.
 
     Raises:
@@ -81,27 +81,31 @@ def numbers_of(reading: Any, label: str) -> dict[str, float]:
     """
     if not isinstance(reading, Reading):
         raise TypeError(
-            f"{label}.probe must return a Reading; got {type(reading).__name__}. Return Reading(scalars={{...}})."
+            f"{display_name}.probe must return a Reading; got {type(reading).__name__}. Return Reading(scalars={{...}})."
         )
     for name, array in reading.arrays.items():
         if not isinstance(array, (Tensor, np.ndarray)):
-            raise TypeError(f"{label}: the array {name!r} must be a tensor or an array; got {type(array).__name__}.")
+            raise TypeError(
+                f"{display_name}: the array {name!r} must be a tensor or an array; got {type(array).__name__}."
+            )
     for name, picture in reading.pictures.items():
         if not isinstance(picture, Picture) and not hasattr(picture, "savefig"):
             raise TypeError(
-                f"{label}: the picture {name!r} must be a Picture or a matplotlib Figure; got {type(picture).__name__}."
+                f"{display_name}: the picture {name!r} must be a Picture or a matplotlib Figure; got {type(picture).__name__}."
             )
     for name in ("epoch", "step"):
         if name in reading.scalars:
-            raise TypeError(f"{label}: the record has a column {name!r} of its own. Give the scalar another name.")
-    return {name: _number(name, value, label) for name, value in reading.scalars.items()}
+            raise TypeError(
+                f"{display_name}: the record has a column {name!r} of its own. Give the scalar another name."
+            )
+    return {name: _number(name, value, display_name) for name, value in reading.scalars.items()}
 
 
-def _number(name: str, value: Any, label: str) -> float:
+def _number(name: str, value: Any, display_name: str) -> float:
     size = value.numel() if isinstance(value, Tensor) else np.size(value)
     if size != 1:
         raise TypeError(
-            f"{label}: the scalar {name!r} must be one number; got {size} of them. Reduce it, or return it in arrays."
+            f"{display_name}: the scalar {name!r} must be one number; got {size} of them. Reduce it, or return it in arrays."
         )
     return float(plain_tensor(value).detach()) if isinstance(value, Tensor) else float(value)
 
@@ -194,7 +198,7 @@ def take_look(
                 with samples.kept():
                     look = samples.look(pl_module, due["epoch"], due["step"], undo)
                     outcome.reading = probe(look)
-                    outcome.numbers = numbers_of(outcome.reading, samples.asked.label)
+                    outcome.numbers = numbers_of(outcome.reading, samples.asked.display_name)
             except Exception as error:
                 outcome.error = error
             finally:
@@ -210,7 +214,7 @@ def take_look(
 def _prepared(trainer: pl.Trainer, pl_module: pl.LightningModule, samples: ProbeSamples) -> Iterator[None]:
     """Make the module quiet, in the precision of the run, and in the stage that the samples belong to."""
     stage = trainer.state.stage
-    with quiet(trainer, pl_module, label=samples.asked.label), trainer.precision_plugin.forward_context():
+    with quiet(trainer, pl_module, display_name=samples.asked.display_name), trainer.precision_plugin.forward_context():
         if samples.split == "train":  # hooks of the module may ask which stage a batch is of
             trainer.training = True
         else:

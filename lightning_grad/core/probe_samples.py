@@ -81,7 +81,7 @@ def check_samples(samples: int | Sequence[int]) -> None:
         )
 
 
-def chosen_samples(samples: int | Sequence[int], total: int, split: Split, label: str) -> list[int]:
+def chosen_samples(samples: int | Sequence[int], total: int, split: Split, display_name: str) -> list[int]:
     """Return the indices that are meant: a count is spread over the whole set.
 
     Raises:
@@ -97,11 +97,13 @@ def chosen_samples(samples: int | Sequence[int], total: int, split: Split, label
     has = f"the {NOUNS[split]} set has {total}"
     if not isinstance(samples, int):
         if max(samples) >= total:
-            raise ValueError(f"{label} would look at the sample {max(samples)}, and {has}. Use indices below {total}.")
+            raise ValueError(
+                f"{display_name} would look at the sample {max(samples)}, and {has}. Use indices below {total}."
+            )
         return [int(index) for index in samples]
     if samples > total:
         raise ValueError(
-            f"{label} would look at {counted(samples, 'sample')}, and {has}. Set samples to at most {total}."
+            f"{display_name} would look at {counted(samples, 'sample')}, and {has}. Set samples to at most {total}."
         )
     return [place * total // samples for place in range(samples)]
 
@@ -137,7 +139,7 @@ class ProbeSamples:
         loader, dataset = self._loader, self._source
         self._refuse_without_indices(loader, dataset)
         total = len(dataset)
-        indices = self.indices = chosen_samples(self.samples, total, self.split, self.asked.label)
+        indices = self.indices = chosen_samples(self.samples, total, self.split, self.asked.display_name)
         read = partial(self._read, loader, dataset)
         batch = read(indices)
         is_part = self.split == "train" and self.loader_key is not None
@@ -177,7 +179,7 @@ class ProbeSamples:
     def _loader(self) -> DataLoader[Any]:
         loaders = self._loaders
         keys = list(keys_of(loaders))
-        refuse_key(self.loader_key, keys, NOUNS[self.split], self.asked.label)
+        refuse_key(self.loader_key, keys, NOUNS[self.split], self.asked.display_name)
         loader = CombinedLoader(loaders, "sequential").flattened[
             0 if self.loader_key is None else keys.index(str(self.loader_key))
         ]
@@ -200,14 +202,14 @@ class ProbeSamples:
         is_indexed = hasattr(source, "__len__") and not isinstance(source, IterableDataset)
         if not isinstance(loader, DataLoader) or not is_indexed:
             raise TypeError(
-                f"{self.asked.label} looks at samples by their index, and the {NOUNS[self.split]} data has none; got "
+                f"{self.asked.display_name} looks at samples by their index, and the {NOUNS[self.split]} data has none; got "
                 f"{type(source).__name__}. "
                 "Return a DataLoader of a data set with __len__ and __getitem__."
             )
         if loader.batch_sampler is None and not isinstance(getattr(loader.sampler, "batch_size", None), int):
             raise TypeError(
-                f"{self.asked.label} makes a batch of single samples, and DataLoader(batch_size=None) gets whole batches from "
-                "its data set. Give the DataLoader a batch_size, or a BatchSampler as its sampler."
+                f"{self.asked.display_name} makes a batch of single samples, and DataLoader(batch_size=None) gets whole "
+                "batches from its data set. Give the DataLoader a batch_size, or a BatchSampler as its sampler."
             )
 
 
@@ -222,10 +224,10 @@ def _runner(
     def run() -> object:
         if not pl_module.automatic_optimization:
             raise ValueError(
-                f"{asked.label} does not work with manual optimization: its training_step steps the optimizers. Use a probe "
-                "that calls the network itself."
+                f"{asked.display_name} does not work with manual optimization: its training_step steps the optimizers. "
+                "Use a probe that calls the network itself."
             )
-        refuse_dataloader_iter(pl_module.training_step, asked.label)
+        refuse_dataloader_iter(pl_module.training_step, asked.display_name)
         return runner(trainer, pl_module, batch, partly=asked if is_part else None)()
 
     return run

@@ -40,7 +40,7 @@ def quiet(
     evaluate: bool = True,
     check: bool = True,
     advice: str = "",
-    label: str = "A technique",
+    display_name: str = "A technique",
 ) -> Iterator[None]:
     """Run the module and leave no trace of it.
 
@@ -55,18 +55,18 @@ def quiet(
         evaluate: Run it in eval mode, and compiled code eagerly; else in the modes in which it is, and as it is compiled.
         check: Read every parameter before and after, to see whether the step changes one. It costs a pass over the weights.
         advice: What to do about a step that does, for the error.
-        label: Who looks, for the error.
+        display_name: Who looks, for the error.
 
     Raises:
         RuntimeError: If the step has changed a parameter that is trained, or lazy layers have no parameters yet.
     """
-    _refuse_lazy(pl_module, label)
+    _refuse_lazy(pl_module, display_name)
     parameters = list(pl_module.parameters())
     frozen = sum(p.numel() for p in parameters if not p.requires_grad)
     # A teacher that the step moves is as large as its student; a large frozen base is not worth a copy.
     copied = frozen <= sum(p.numel() for p in parameters if p.requires_grad)
     with ExitStack() as stack:
-        stack.enter_context(_parameters_as_they_are(pl_module, check, copied, advice, label))
+        stack.enter_context(_parameters_as_they_are(pl_module, check, copied, advice, display_name))
         stack.enter_context(unseen(trainer, pl_module, copied))
         if evaluate:
             stack.enter_context(eager())
@@ -102,13 +102,13 @@ def unseen(trainer: pl.Trainer, pl_module: pl.LightningModule, copies_frozen: bo
         yield
 
 
-def _refuse_lazy(pl_module: pl.LightningModule, label: str) -> None:
+def _refuse_lazy(pl_module: pl.LightningModule, display_name: str) -> None:
     lazy = next((name for name, p in pl_module.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise RuntimeError(
-            f"{label} cannot run {type(pl_module).__name__} just to look at what it returns while it has lazy layers without "
-            f"parameters: {lazy!r} has no size yet. Run the network once on a batch, under torch.no_grad(), in the "
-            "module's constructor or before the fit."
+            f"{display_name} cannot run {type(pl_module).__name__} just to look at what it returns while it has lazy "
+            f"layers without parameters: {lazy!r} has no size yet. Run the network once on a batch, under "
+            "torch.no_grad(), in the module's constructor or before the fit."
         )
 
 
@@ -186,7 +186,7 @@ class _Mute:
 
 @contextmanager
 def _parameters_as_they_are(
-    pl_module: pl.LightningModule, check: bool, copied: bool, advice: str, label: str
+    pl_module: pl.LightningModule, check: bool, copied: bool, advice: str, display_name: str
 ) -> Iterator[None]:
     parameters = dict(pl_module.named_parameters())
     watched = {name: p for name, p in parameters.items() if p.requires_grad or not copied}
@@ -202,8 +202,8 @@ def _parameters_as_they_are(
     changed = [name for name, was in before.items() if not torch.equal(was, _checksum(watched[name]))]
     if changed:
         raise RuntimeError(
-            f"{label} runs training_step just to look at what it returns, and the step changes the parameter {changed[0]!r}. "
-            f"Change it in on_train_batch_end{advice}."
+            f"{display_name} runs training_step just to look at what it returns, and the step changes the parameter "
+            f"{changed[0]!r}. Change it in on_train_batch_end{advice}."
         )
 
 

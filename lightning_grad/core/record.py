@@ -29,7 +29,7 @@ class Recorder(Protocol):
     """Who keeps a record: any callback or strategy of this package."""
 
     @property
-    def label(self) -> str:
+    def display_name(self) -> str:
         """Class and name, for titles, files and messages."""
 
     def log_key(self, quantity: str) -> str:
@@ -141,7 +141,7 @@ class RunRecord:
         if self.count - self._saved > (0 if now else self.count // _LAG):
             self._saved = self.count
             if trainer.is_global_zero:
-                with tolerated(owner.label, "the table of the run"):
+                with tolerated(owner.display_name, "the table of the run"):
                     path = _file(trainer, owner, part, ".csv")
                     if path is not None:
                         write_csv(path, self.rows())
@@ -170,11 +170,11 @@ class RunRecord:
         """
         self._saved, before = self.count, f"{part}/" if part else ""
         log_summary(trainer, {owner.log_key(f"{before}{key}"): value for key, value in (summary or {}).items()})
-        with tolerated(owner.label, "the table of the run"):
+        with tolerated(owner.display_name, "the table of the run"):
             log_table(trainer, owner.log_key(f"{before}{table}"), self.rows(), _file(trainer, owner, part, ".csv"))
         if self.count and getattr(owner, "figure", True):
-            with tolerated(owner.label, "the figure of the run"):
-                drawn = draw or partial(self.draw, owner.label)
+            with tolerated(owner.display_name, "the figure of the run"):
+                drawn = draw or partial(self.draw, owner.display_name)
                 log_figure(trainer, owner.log_key(f"{before}{figure}"), drawn, _file(trainer, owner, part, ".png"))
 
     def draw(self, title: str) -> Figure:
@@ -229,7 +229,7 @@ def style_axis(axis: Axes) -> None:
 
 
 def _file(trainer: pl.Trainer, owner: Recorder, part: str, ending: str) -> Path | None:
-    return output_file(trainer, owner.label, f"_{part}{ending}" if part else ending)
+    return output_file(trainer, owner.display_name, f"_{part}{ending}" if part else ending)
 
 
 def _is_number(values: Sequence[Any]) -> bool:

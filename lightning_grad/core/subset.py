@@ -96,11 +96,11 @@ class SubsetCallback(GradCallback):
             self._fixed_steps = self.passes_more_than_once
             if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
                 raise TypeError(
-                    f"{self.label} must know the samples of each batch, and training_step(dataloader_iter) draws batches "
-                    "itself. Let training_step take a batch."
+                    f"{self.display_name} must know the samples of each batch, and training_step(dataloader_iter) draws "
+                    "batches itself. Let training_step take a batch."
                 )
             key = None if self.loader_key is None else str(self.loader_key)
-            own = (trainer, self.label, self.undo, key, self.remembers_samples)
+            own = (trainer, self.display_name, self.undo, key, self.remembers_samples)
             self.training_set = TrainingSet(*own)
 
     @override
@@ -146,11 +146,11 @@ class SubsetCallback(GradCallback):
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         kept = self.choose_samples(trainer, pl_module)
-        _check_indices(kept, self.label)
+        _check_indices(kept, self.display_name)
         self.kept = kept
         self._fixed_steps = self.passes_more_than_once
         self.training_set.keep(self.kept, self._fixed_steps)
-        self._has_warned = self._has_warned or warn_of_two_ends(trainer, self.training_set, self.label)
+        self._has_warned = self._has_warned or warn_of_two_ends(trainer, self.training_set, self.display_name)
         total = len(self.training_set.sampler.population)
         share = 1.0 if self.kept is None else len(self.kept) / total
         self.log_scalars(pl_module, {"kept_share": share}, sync_dist=True)
@@ -193,15 +193,15 @@ class SubsetCallback(GradCallback):
         if count == total and not self._has_told_of_too_few:
             self._has_told_of_too_few = True
             rank_zero_warn(
-                f"{self.label} keeps all {total} samples: its share of them is less than one sample, or would leave a last "
-                "batch of one. Prune more, or train on more samples."
+                f"{self.display_name} keeps all {total} samples: its share of them is less than one sample, or would "
+                "leave a last batch of one. Prune more, or train on more samples."
             )
 
     def refuse_unreached(self, trainer: pl.Trainer, epoch: int, would: str) -> None:
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch and not _is_smoke_test(trainer):
             raise ValueError(
-                f"{self.label} would {would} after {epoch} epochs, and Trainer(max_epochs={trainer.max_epochs}) ends before. "
-                "Set epoch to a smaller number."
+                f"{self.display_name} would {would} after {epoch} epochs, and Trainer(max_epochs={trainer.max_epochs}) "
+                "ends before. Set epoch to a smaller number."
             )
 
     def refuse_unreached_steps(self, trainer: pl.Trainer, epoch: int, would: str) -> None:
@@ -209,15 +209,16 @@ class SubsetCallback(GradCallback):
         is_new = trainer.current_epoch == 0 and not _is_smoke_test(trainer)
         if is_new and epoch > 0 and math.isfinite(steps) and 0 <= trainer.max_steps <= steps:
             raise ValueError(
-                f"{self.label} would {would} after {epoch} epochs of {self.training_set.full_batches:.0f} batches, and "
+                f"{self.display_name} would {would} after {epoch} epochs of {self.training_set.full_batches:.0f} batches, and "
                 f"Trainer(max_steps={trainer.max_steps}) ends before. Set epoch to a smaller number."
             )
 
     def _warn_of_own_schedules(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not pl_module.automatic_optimization and trainer.lr_scheduler_configs:
             rank_zero_warn(
-                f"{self.label} keeps schedules in step with shorter epochs where Lightning steps them. This module steps its "
-                "own: one that counts batches will not come to its end. Make it for the batches that are trained on."
+                f"{self.display_name} keeps schedules in step with shorter epochs where Lightning steps them. This "
+                "module steps its own: one that counts batches will not come to its end. Make it for the batches that "
+                "are trained on."
             )
 
 
@@ -225,13 +226,13 @@ def _is_smoke_test(trainer: pl.Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
-def _check_indices(kept: Any, label: str) -> None:
+def _check_indices(kept: Any, display_name: str) -> None:
     # A mask would pass for the indices 0 and 1, each many times.
     if kept is None:
         return
     if not isinstance(kept, Tensor) or kept.dim() != 1 or kept.dtype in (torch.bool, torch.uint8) or not kept.numel():
         what = f"{kept.dtype} of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
         raise TypeError(
-            f"{label}.choose_samples must return a tensor (n,) of at least one index, or None for all samples; got {what}. "
-            "Turn a mask into indices by mask.nonzero().flatten()."
+            f"{display_name}.choose_samples must return a tensor (n,) of at least one index, or None for all samples; "
+            f"got {what}. Turn a mask into indices by mask.nonzero().flatten()."
         )

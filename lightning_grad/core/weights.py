@@ -99,23 +99,23 @@ class WeightCallback(GradCallback, Generic[W]):
 
     def check_names(self, pl_module: pl.LightningModule) -> None:
         """Raise if a name pattern of the user matches nothing."""
-        check_patterns(pl_module, self.label, include=self.include, exclude=self.exclude)
+        check_patterns(pl_module, self.display_name, include=self.include, exclude=self.exclude)
 
     def refuse(self, trainer: pl.Trainer, choice: WeightChoice[W]) -> None:
         """Raise if the chosen weights cannot be shown, before any is."""
         if not choice.chosen:
             why = choice.why_none(self.effect, self.column)
-            raise ValueError(f"{self.label} finds no weight to make {self.effect}. {why}")
+            raise ValueError(f"{self.display_name} finds no weight to make {self.effect}. {why}")
         for weight in choice.chosen:
             if self._chains.is_taken(weight.found, self.stage):
                 raise ValueError(
-                    f"{self.label} and another instance both choose {clean_name(weight.name)} "
+                    f"{self.display_name} and another instance both choose {clean_name(weight.name)} "
                     f"({weight.found.class_name()}). Separate them with include= or exclude=."
                 )
         for optimizer in trainer.optimizers:
             if not owned_ids(optimizer).isdisjoint(id(weight.parameter) for weight in choice.chosen):
-                self.works_with().refuse_optimizer(self.label, trainer, optimizer)
-        refuse_pruners(trainer.callbacks, choice.chosen, self.label, self.verb)  # type: ignore[attr-defined]
+                self.works_with().refuse_optimizer(self.display_name, trainer, optimizer)
+        refuse_pruners(trainer.callbacks, choice.chosen, self.display_name, self.verb)  # type: ignore[attr-defined]
 
     @property
     def plan(self) -> str:
@@ -347,7 +347,7 @@ class WeightCallback(GradCallback, Generic[W]):
         self._leave_inference()
         if self.fitting and any(weight.stores for weight in self.weights):
             rank_zero_info(
-                f"{self.label}: the fit stopped by {type(exception).__name__}. The module in memory is left dense; "
+                f"{self.display_name}: the fit stopped by {type(exception).__name__}. The module in memory is left dense; "
                 f"checkpoints that callbacks have written hold the {self.effect} weights, and resume exactly."
             )
 

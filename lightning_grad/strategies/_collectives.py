@@ -25,16 +25,16 @@ class Collectives:
     """Talks to all ranks.
 
     Args:
-        label: Who talks, for errors.
+        display_name: Who talks, for errors.
         rank: This rank.
         ranks: How many there are.
         ledger: Counts bytes.
         watch: Stands still while ranks wait for each other.
     """
 
-    def __init__(self, label: str, rank: int, ranks: int, ledger: ByteLedger, watch: Stopwatch) -> None:
+    def __init__(self, display_name: str, rank: int, ranks: int, ledger: ByteLedger, watch: Stopwatch) -> None:
         self.rank, self.ranks = rank, ranks
-        self._label, self._ledger, self._watch = label, ledger, watch
+        self._display_name, self._ledger, self._watch = display_name, ledger, watch
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Return the tensors of all ranks, of equal shape, in the order of ranks: (ranks, ...)."""
@@ -77,19 +77,19 @@ class Collectives:
                 yield
         except RuntimeError as error:
             step = f"could not exchange the gradients of step {self._ledger.steps + 1}, because"
-            raise RuntimeError(f"{self._label}: rank {self.rank} {step} {_LOST} ({error})") from error
+            raise RuntimeError(f"{self._display_name}: rank {self.rank} {step} {_LOST} ({error})") from error
 
 
-def explain_lost_rank(error: BaseException, label: str) -> None:
+def explain_lost_rank(error: BaseException, display_name: str) -> None:
     """Add to an error of torch.distributed, from whatever else DDP or Lightning send, what it means.
 
     Args:
         error: Its message is changed, if it tells of a lost connection.
-        label: Whose run it is.
+        display_name: Whose run it is.
     """
     text = str(error)
     if isinstance(error, RuntimeError) and _LOST not in text and re.search(_SIGNS, text, re.IGNORECASE):
-        error.args = (f"{text}\n{label}: {_LOST}", *error.args[1:])
+        error.args = (f"{text}\n{display_name}: {_LOST}", *error.args[1:])
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What the strategies measure of themselves: bytes handed to collectives, time spent between them, gradient noise."""
+"""What the strategies measure of themselves: bytes handed to collectives, time spent between them, noise scale."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

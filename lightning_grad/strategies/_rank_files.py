@@ -45,14 +45,14 @@ class RankFiles:
     """Writes and reads the state of one rank of a run.
 
     Args:
-        label: Class whose state it is.
+        display_name: Class whose state it is.
         run: Name of the run, the same on all ranks.
         rank: This rank.
         ranks: How many there are.
     """
 
-    def __init__(self, label: str, run: str, rank: int, ranks: int) -> None:
-        self._label, self._run, self._rank, self._ranks = label, run, rank, ranks
+    def __init__(self, display_name: str, run: str, rank: int, ranks: int) -> None:
+        self._display_name, self._run, self._rank, self._ranks = display_name, run, rank, ranks
         self._saves = 0
         self._written: dict[str, str] = {}
 
@@ -69,7 +69,7 @@ class RankFiles:
         self._saves += 1
         save = f"{self._run}-{self._saves}"
         folder = posixpath.basename(_folder(path))
-        manifest = {"strategy": self._label, "ranks": self._ranks, "save": save, "folder": folder}
+        manifest = {"strategy": self._display_name, "ranks": self._ranks, "save": save, "folder": folder}
         identity = identity_of(manifest, self._rank, state[0]["memory"], parameters)
         content = {IDENTITY: identity, OWN: dict(state[0]), SHARED: dict(state[1])}
         at_once = io.checkpoint_io if isinstance(io, AsyncCheckpointIO) else io
@@ -152,7 +152,7 @@ class RankFiles:
             return None, text
         error_class = FileNotFoundError if kind == _MISSING else ValueError
         way_out = _WAYS_OUT[kind].format(folder=manifest["folder"])
-        raise error_class(f"{self._label} cannot resume from {path}: {text}. {way_out}")
+        raise error_class(f"{self._display_name} cannot resume from {path}: {text}. {way_out}")
 
     def _problem_of_missing(self, path: str, manifest: Mapping[str, Any], missing: list[str]) -> Problem | None:
         if not missing:

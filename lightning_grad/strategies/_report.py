@@ -15,7 +15,7 @@ _SENT, _DENSE, _RESIDUAL = "#0072b2", "#9a9a9a", "#d55e00"
 _MOST_LAYERS = 24  # in the figure; the table has all
 
 
-def draw(label: str, ledger: ByteLedger, layers: Sequence[Mapping[str, Any]]) -> Figure:
+def draw(display_name: str, ledger: ByteLedger, layers: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw bytes a step and residual norm over the run, and the ratio of each layer."""
     from matplotlib.figure import Figure
 
@@ -27,7 +27,7 @@ def draw(label: str, ledger: ByteLedger, layers: Sequence[Mapping[str, Any]]) ->
     _draw_bytes(left, ledger)
     _draw_residual(middle, ledger)
     _draw_layers(right, shown, len(layers))
-    title = f"{label}: {ledger.ratio:,.0f} times less than dense gradients over {ledger.steps:,} steps"
+    title = f"{display_name}: {ledger.ratio:,.0f} times less than dense gradients over {ledger.steps:,} steps"
     figure.suptitle(title, fontsize=11)
     return figure
 

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_grad.core.fit import FitScope, during_fit, until_next_fit
+from lightning_grad.core.switch import Switchable
 from lightning_grad.core.undo import UndoList
 from lightning_grad.functional import total_norm
 from lightning_grad.strategies._buckets import Gradient
@@ -33,10 +34,10 @@ Message = dict[str, Tensor]
 ResidualPolicy = Literal["strict", "mean", "reset"]
 
 _MOST_ENTRIES = 2**31  # of a compressed tensor: an index has four bytes
-_OF_THE_LAUNCH = ("residual_policy", "gradient_noise")  # may differ at each start, and change no message
+_OF_THE_LAUNCH = ("residual_policy", "log_noise_scale")  # may differ at each start, and change no message
 
 
-class SchemeDDP(FitScope, DDPStrategy, ABC):
+class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
     """What a scheme may ask for, what it writes, and what of it is saved: a file for each rank with every full checkpoint.
 
     Attributes:
@@ -70,10 +71,17 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
     _files = until_next_fit[RankFiles]()
     _loaded_from = ""
 
+    @override
+    def switch_off(self, trainer: pl.Trainer) -> None:
+        if trainer.state.fn == "fit":
+            self.begin_fit()
+        trainer._accelerator_connector.strategy = PlainDDP(self)
+
     # What a scheme says and writes.
 
     @property
-    def label(self) -> str:
+    @override
+    def display_name(self) -> str:
         """The class, for messages, configs and checkpoints."""
         return type(self).__name__
 
@@ -203,11 +211,13 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
         self.memory = {n: {key: v.to(to) for key, v in kept.items()} for n, kept in saved.items() if n in self._chosen}
         if len(self.memory) < len(saved):
             lost = ", ".join(sorted(saved.keys() - self._chosen))
-            rank_zero_warn(f"{self.label} no longer compresses {lost}: what was not sent of them is lost.")
+            rank_zero_warn(f"{self.display_name} no longer compresses {lost}: what was not sent of them is lost.")
         self._is_accumulated = own["is_accumulated"]
         message = shared["in_flight"]
         if message is not None and changed:
-            rank_zero_warn(f"{self.label} has new settings: the gradient that was exchanged but not used yet is lost.")
+            rank_zero_warn(
+                f"{self.display_name} has new settings: the gradient that was exchanged but not used yet is lost."
+            )
             message = None
         self._replayed = None if message is None else {key: value.to(to) for key, value in message.items()}
         self.ledger.load_state_dict(shared["ledger"])
@@ -218,7 +228,7 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
     def begin_files(self) -> None:
         """Get ready for the saves of a fit."""
         run = str(self.broadcast(uuid.uuid4().hex[:8]))
-        self._files = RankFiles(self.label, run, self.global_rank, self.world_size)
+        self._files = RankFiles(self.display_name, run, self.global_rank, self.world_size)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
@@ -234,25 +244,27 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
         if not self.is_neutral:
             self._restore(manifest)
         elif manifest is not None:
-            rank_zero_warn(f"{self.label} sends everything now; what {manifest['strategy']} had not sent is lost.")
+            rank_zero_warn(
+                f"{self.display_name} sends everything now; what {manifest['strategy']} had not sent is lost."
+            )
 
     def _restore(self, manifest: Mapping[str, Any] | None) -> None:
         if manifest is None:
-            rank_zero_info(f"{self.label} begins with nothing unsent.")
+            rank_zero_info(f"{self.display_name} begins with nothing unsent.")
             return
-        if manifest["strategy"] != self.label:
+        if manifest["strategy"] != self.display_name:
             rank_zero_warn(
-                f"{self.label} begins with nothing unsent: the checkpoint is of {manifest['strategy']}, whose residuals mean "
-                "something else, and are lost."
+                f"{self.display_name} begins with nothing unsent: the checkpoint is of {manifest['strategy']}, whose "
+                "residuals mean something else, and are lost."
             )
             return
         saved = manifest.get("settings", {})
-        follow_settings(self.label, saved, self.message_settings, {})
+        follow_settings(self.display_name, saved, self.message_settings, {})
         io, policy, parameters = self.checkpoint_io, self.residual_policy, self.parameters
         state, why = self._files.read(io, self._loaded_from, manifest, policy, parameters, _first_problem)
         if state is None:
             lost = "begins with nothing unsent: what the saved run had not sent is lost"
-            rank_zero_warn(f"{self.label} {lost}, because {why}.")
+            rank_zero_warn(f"{self.display_name} {lost}, because {why}.")
         else:
             self.load_rank_state(*state, set(changed_settings(saved, self.message_settings)))
 
@@ -283,7 +295,7 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
         if self.is_global_zero:
             if not self._files.are_complete(path, manifest) and get_filesystem(path).exists(path):
                 # One that lacks files of other ranks must not take the place of one that can be resumed.
-                rank_zero_warn(f"{self.label} keeps the former {path}: other ranks have not written theirs.")
+                rank_zero_warn(f"{self.display_name} keeps the former {path}: other ranks have not written theirs.")
                 return
             super().save_checkpoint(checkpoint, path, storage_options)
 
@@ -292,6 +304,24 @@ class SchemeDDP(FitScope, DDPStrategy, ABC):
         super().remove_checkpoint(filepath)
         if self.is_global_zero and hasattr(self, "_files"):
             self._files.remove(str(filepath))
+
+
+class PlainDDP(DDPStrategy):
+    """Stand in a Trainer for a scheme that is turned off, until the run ends.
+
+    Args:
+        scheme: The strategy whose place this takes, and whose attributes it shares.
+    """
+
+    def __init__(self, scheme: SchemeDDP) -> None:
+        self.__dict__ = scheme.__dict__
+        self._scheme = scheme
+
+    @override
+    def teardown(self) -> None:
+        super().teardown()
+        assert self.lightning_module is not None
+        self.lightning_module.trainer._accelerator_connector.strategy = self.__dict__.pop("_scheme")
 
 
 def _first_problem(problem: Problem | None) -> Problem | None:

@@ -76,12 +76,12 @@ class UsedParameters:
         return self._read[1]
 
 
-def explain_unused_parameters(error: BaseException, label: str, parameters: Mapping[str, Tensor]) -> None:
+def explain_unused_parameters(error: BaseException, display_name: str, parameters: Mapping[str, Tensor]) -> None:
     """Replace what Lightning says of parameters that got no gradient, which would lead away from the strategy.
 
     Args:
         error: Its message is changed, if it is that one.
-        label: Whose run it is.
+        display_name: Whose run it is.
         parameters: Of the module, by name, with the gradients of the step that was broken off.
     """
     if not any("parameters that were not used in producing the loss" in str(part) for part in error.args):
@@ -89,7 +89,7 @@ def explain_unused_parameters(error: BaseException, label: str, parameters: Mapp
     unused = [name for name, parameter in parameters.items() if parameter.requires_grad and parameter.grad is None]
     named = f" ({listed(unused)})" if unused else ""
     text = (
-        f"{label}: some parameters{named} got no gradient in a step. If that is intended, set "
-        f"{label}(find_unused_parameters=True). If they are never used, freeze them with requires_grad_(False)."
+        f"{display_name}: some parameters{named} got no gradient in a step. If that is intended, set "
+        f"{display_name}(find_unused_parameters=True). If they are never used, freeze them with requires_grad_(False)."
     )
     error.args = (text,)

@@ -28,6 +28,7 @@ from typing_extensions import override
 
 from lightning_grad.core import Chosen, check_count, during_fit, is_log_step
 from lightning_grad.core.compatibility import Compatibility, manual, moot, no
+from lightning_grad.core.switch import is_switched_off
 from lightning_grad.strategies._buckets import BucketCollector, Gradient, all_finite, concatenated, write_dense
 from lightning_grad.strategies._collectives import Collectives, explain_lost_rank, interrupts_deferred
 from lightning_grad.strategies._ledger import Stopwatch, measure_noise
@@ -78,7 +79,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         min_numel: Entries below which a gradient is sent dense.
         residual_policy: On resuming with other ranks or without all rank files: 'strict' raises, 'mean' gives every rank
             the mean over the old ranks, 'reset' begins empty.
-        gradient_noise: Log comm/gradient_noise at log steps, for one small all-reduce more in each.
+        log_noise_scale: Log comm/noise_scale at log steps, for one small all-reduce more in each.
         start_method: How Lightning starts the ranks of a node: 'popen', 'spawn', 'fork' or 'forkserver'.
         static_graph: DDP's option of that name.
         gradient_as_bucket_view: DDP's option of that name, which saves the memory of one copy of the gradients.
@@ -93,7 +94,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
 
     **Logs** at log steps, from rank 0: ``comm/bytes_sent`` (bytes that this rank hands to collectives in the step),
     ``comm/ratio`` (bytes of the gradients to that), ``comm/residual_norm`` (2-norm of what this rank has not sent),
-    ``comm/compress_ms`` (milliseconds of the exchange that are not waiting), and ``comm/gradient_noise`` (in batches
+    ``comm/compress_ms`` (milliseconds of the exchange that are not waiting), and ``comm/noise_scale`` (in batches
     of one rank) if asked for. At the end a figure, a table of layers, and ``comm/final_ratio`` and
     ``comm/total_megabytes`` in the summary.
     """
@@ -134,7 +135,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         exclude: Sequence[str] | None = None,
         min_numel: int = 1024,
         residual_policy: ResidualPolicy = "strict",
-        gradient_noise: bool = False,
+        log_noise_scale: bool = False,
         start_method: StartMethod = "popen",
         static_graph: bool = False,
         gradient_as_bucket_view: bool = False,
@@ -154,7 +155,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         self.exclude = as_names(exclude)
         self.min_numel = check_count(min_numel, 1, "min_numel")
         self.residual_policy = residual_policy
-        self.gradient_noise = gradient_noise
+        self.log_noise_scale = log_noise_scale
         self._finds_unused, self._is_static = find_unused_parameters or static_graph, static_graph
 
     def arguments_of_all(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,6 +182,9 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
+        if is_switched_off(self, trainer):
+            trainer.strategy.setup(trainer)  # by now DDP
+            return
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return
@@ -188,10 +192,10 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         self.begin_fit()
         self.refuse(trainer)
         self._watch = Stopwatch(self.root_device)
-        self.ranks = Collectives(self.label, self.global_rank, self.world_size, self.ledger, self._watch)
+        self.ranks = Collectives(self.display_name, self.global_rank, self.world_size, self.ledger, self._watch)
         super().setup(trainer)
         self.begin_files()
-        log_settings(trainer, self.label, self.settings)
+        log_settings(trainer, self.display_name, self.settings)
         self._announce()
         say_if_no_figures(trainer, self)
 
@@ -201,21 +205,22 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         Raises:
             ValueError: With what to do instead.
         """
-        self.works_with().refuse(self.label, trainer, trainer.lightning_module)
-        self.works_with().refuse_parameters(self.label, trainer.lightning_module)
-        check_patterns(trainer.lightning_module, self.label, exclude=self.exclude)
+        self.works_with().refuse(self.display_name, trainer, trainer.lightning_module)
+        self.works_with().refuse_parameters(self.display_name, trainer.lightning_module)
+        check_patterns(trainer.lightning_module, self.display_name, exclude=self.exclude)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
         if len(self.optimizers) != 1:
             raise ValueError(
-                f"{self.label} works with one optimizer, and {type(trainer.lightning_module).__name__}.configure_optimizers "
-                f"returned {len(self.optimizers)}. Put their parameters into groups of one optimizer, or use strategy='ddp'."
+                f"{self.display_name} works with one optimizer, and "
+                f"{type(trainer.lightning_module).__name__}.configure_optimizers returned {len(self.optimizers)}. Put "
+                "their parameters into groups of one optimizer, or use strategy='ddp'."
             )
         if isinstance(self.optimizers[0], LBFGS):
             raise ValueError(
-                f"{self.label} needs one backward pass a step, and LBFGS makes several. Use another, or strategy='ddp'."
+                f"{self.display_name} needs one backward pass a step, and LBFGS makes several. Use another, or strategy='ddp'."
             )
         self.connect_optimizer(self.optimizers[0])
 
@@ -248,8 +253,8 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         """
         if not self._shapes:
             raise RuntimeError(
-                f"{self.label} chooses what it compresses when a fit begins, and none has. Call chosen() during fit(), in "
-                "on_fit_start or a later hook of a callback."
+                f"{self.display_name} chooses what it compresses when a fit begins, and none has. Call chosen() during "
+                "fit(), in on_fit_start or a later hook of a callback."
             )
         names = [name for name in self._shapes if name in self._chosen]
         return Chosen(self._words, "parameters", names)
@@ -270,11 +275,11 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def _announce(self) -> None:
         if self.wants_to_compress and self.is_neutral:
             rank_zero_warn(
-                f"{self.label} {self._words}: no parameter of two or more dimensions has min_numel="
+                f"{self.display_name} {self._words}: no parameter of two or more dimensions has min_numel="
                 f"{self.min_numel} entries and is not excluded. Lower min_numel, or exclude less."
             )
         else:
-            rank_zero_info(f"{self.label} {self._words}.{self.remark if self.wants_to_compress else ''}")
+            rank_zero_info(f"{self.display_name} {self._words}.{self.remark if self.wants_to_compress else ''}")
 
     # One step.
 
@@ -287,8 +292,8 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def _exchange(self, gradients: list[Gradient]) -> None:
         if self._in_flight is not None:
             raise RuntimeError(
-                f"{self.label} needs one backward pass a step, and this step has made a second. Use an optimizer that makes "
-                "one, or strategy='ddp'."
+                f"{self.display_name} needs one backward pass a step, and this step has made a second. Use an optimizer "
+                "that makes one, or strategy='ddp'."
             )
         with interrupts_deferred():
             order = self._order
@@ -371,12 +376,12 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         return finite
 
     def _measure_noise(self, gradients: Sequence[Gradient]) -> dict[str, float]:
-        if not self.gradient_noise or self.world_size < 2:
+        if not self.log_noise_scale or self.world_size < 2:
             return {}
         flat = [gradient.values for gradient in gradients]
         self._noise = measure_noise(self._noise, flat, self.world_size, self.ranks.mean_)
         noise, signal = self._noise.tolist()
-        return {"gradient_noise": noise / signal if signal > 0 else math.inf}
+        return {"noise_scale": noise / signal if signal > 0 else math.inf}
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -406,9 +411,9 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             return
         trainer, layers = self._trainer, self._layers()
         summary = {"final_ratio": self.ledger.ratio, "total_megabytes": self.ledger.sent_bytes / 1e6}
-        figure = partial(draw, self.label, self.ledger, layers)
+        figure = partial(draw, self.display_name, self.ledger, layers)
         self.ledger.record.report(trainer, self, figure, summary=summary, figure="summary")
-        log_table(trainer, self.log_key("layers"), layers, output_file(trainer, self.label, "_layers.csv"))
+        log_table(trainer, self.log_key("layers"), layers, output_file(trainer, self.display_name, "_layers.csv"))
 
     def _layers(self) -> list[dict[str, Any]]:
         rows = []
@@ -423,8 +428,8 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         super().on_exception(exception)
         if self.ledger.record.count:
             self.ledger.record.save(self._trainer, self, now=True)
-        explain_lost_rank(exception, self.label)
-        explain_unused_parameters(exception, self.label, self._parameters)
+        explain_lost_rank(exception, self.display_name)
+        explain_unused_parameters(exception, self.display_name, self._parameters)
         self._end()
 
     @override

@@ -75,7 +75,7 @@ class DGCStrategy(CompressedDDPStrategy):
         min_numel: Entries below which a gradient is sent dense.
         residual_policy: On resuming with other ranks or without all rank files: 'strict' raises, 'mean' gives every rank
             the mean over the old ranks, 'reset' begins empty.
-        gradient_noise: Log comm/gradient_noise at log steps, for one small all-reduce more in each.
+        log_noise_scale: Log comm/noise_scale at log steps, for one small all-reduce more in each.
         start_method: How Lightning starts the ranks of a node: 'popen', 'spawn', 'fork' or 'forkserver'.
         static_graph: DDP's option of that name.
         gradient_as_bucket_view: DDP's option of that name, which saves the memory of one copy of the gradients.
@@ -95,7 +95,7 @@ class DGCStrategy(CompressedDDPStrategy):
     post-hook of the optimizer's step, between which it updates without momentum.
 
     **Logs** at log steps, from rank 0: ``comm/bytes_sent``, ``comm/ratio``, ``comm/residual_norm``, ``comm/compress_ms``,
-    ``comm/density`` (share that is sent now), and ``comm/gradient_noise`` if asked for. At the end
+    ``comm/density`` (share that is sent now), and ``comm/noise_scale`` if asked for. At the end
     ``dgc_strategy.png``, ``dgc_strategy.csv``, ``dgc_strategy_layers.csv``, and ``comm/final_ratio`` and
     ``comm/total_megabytes`` in the summary.
 
@@ -163,7 +163,7 @@ class DGCStrategy(CompressedDDPStrategy):
         exclude: Sequence[str] | None = None,
         min_numel: int = 1024,
         residual_policy: ResidualPolicy = "strict",
-        gradient_noise: bool = False,
+        log_noise_scale: bool = False,
         start_method: StartMethod = "popen",
         static_graph: bool = False,
         gradient_as_bucket_view: bool = False,
@@ -230,11 +230,11 @@ class DGCStrategy(CompressedDDPStrategy):
     def refuse(self, trainer: pl.Trainer) -> None:
         super().refuse(trainer)
         module = trainer.lightning_module
-        check_patterns(module, self.label, layer_ratios=self.layer_ratios)
+        check_patterns(module, self.display_name, layer_ratios=self.layer_ratios)
         if self.wants_to_compress and overrides(module, "configure_gradient_clipping"):
             rank_zero_warn(
-                f"{type(module).__name__}.configure_gradient_clipping is the module's own, and gets what {self.label} has "
-                "accumulated over many steps. If it clips, use local_clip instead."
+                f"{type(module).__name__}.configure_gradient_clipping is the module's own, and gets what "
+                f"{self.display_name} has accumulated over many steps. If it clips, use local_clip instead."
             )
 
     @override
@@ -245,7 +245,7 @@ class DGCStrategy(CompressedDDPStrategy):
         why = why_not_moved(optimizer)
         if why and self.correction == "momentum":
             raise ValueError(
-                f"{self.label}(correction='momentum') moves the momentum of torch.optim.SGD, and {why}. Set "
+                f"{self.display_name}(correction='momentum') moves the momentum of torch.optim.SGD, and {why}. Set "
                 "correction='error_feedback', which leaves the optimizer as it is and gives it the sparse mean gradient, or "
                 "train with torch.optim.SGD without dampening."
             )
@@ -276,8 +276,8 @@ class DGCStrategy(CompressedDDPStrategy):
             return
         if [name for name, kept in self.memory.items() if kept.pop(_VELOCITY, None) is not None]:
             rank_zero_warn(
-                f"{self.label} no longer moves the momentum into the compressor: the momentum of compressed gradients begins "
-                "at zero, in the optimizer."
+                f"{self.display_name} no longer moves the momentum into the compressor: the momentum of compressed "
+                "gradients begins at zero, in the optimizer."
             )
 
     # One step.

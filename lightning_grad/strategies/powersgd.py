@@ -42,7 +42,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         min_numel: Entries below which a gradient is sent dense.
         residual_policy: On resuming with other ranks or without all rank files: 'strict' raises, 'mean' gives every rank
             the mean over the old ranks, 'reset' begins empty.
-        gradient_noise: Log comm/gradient_noise at log steps, for one small all-reduce more in each.
+        log_noise_scale: Log comm/noise_scale at log steps, for one small all-reduce more in each.
         seed: Seed of the initial factors, identical on all ranks.
         start_method: How Lightning starts the ranks of a node: 'popen', 'spawn', 'fork' or 'forkserver'.
         static_graph: DDP's option of that name.
@@ -62,7 +62,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     left factors, then one of all right ones, beside that of the dense gradients.
 
     **Logs** at log steps, from rank 0: ``comm/bytes_sent``, ``comm/ratio``, ``comm/residual_norm``, ``comm/compress_ms``, and
-    ``comm/gradient_noise`` if asked for. At the end ``power_sgd_strategy.png``, ``power_sgd_strategy.csv``,
+    ``comm/noise_scale`` if asked for. At the end ``power_sgd_strategy.png``, ``power_sgd_strategy.csv``,
     ``power_sgd_strategy_layers.csv``, and ``comm/final_ratio`` and ``comm/total_megabytes`` in the summary.
 
     **State**: error and right factor of each compressed gradient, of each rank, in ``<checkpoint>.ranks``. The
@@ -104,7 +104,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         exclude: Sequence[str] | None = None,
         min_numel: int = 1024,
         residual_policy: ResidualPolicy = "strict",
-        gradient_noise: bool = False,
+        log_noise_scale: bool = False,
         seed: int = 0,
         start_method: StartMethod = "popen",
         static_graph: bool = False,
@@ -132,11 +132,11 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         super().load_rank_state(own, shared, changed)
         if "seed" in changed and self.memory:
             rank_zero_info(
-                f"{self.label} keeps its factors: the new seed is only for gradients that have no factors yet."
+                f"{self.display_name} keeps its factors: the new seed is only for gradients that have no factors yet."
             )
         if "start_step" in changed and self.ledger.steps < self.start_step:
             rank_zero_info(
-                f"{self.label} sends everything dense until step {self.start_step}; what was not sent waits until then."
+                f"{self.display_name} sends everything dense until step {self.start_step}; what was not sent waits until then."
             )
 
     @property

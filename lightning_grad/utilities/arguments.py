@@ -238,12 +238,12 @@ def changed_settings(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> l
 
 
 def follow_settings(
-    label: str, saved: Mapping[str, Any], settings: Mapping[str, Any], fixed: Mapping[str, str]
+    display_name: str, saved: Mapping[str, Any], settings: Mapping[str, Any], fixed: Mapping[str, str]
 ) -> None:
     """Compare settings with those of a checkpoint that a run resumes from, and say what changed.
 
     Args:
-        label: Who has the settings.
+        display_name: Who has the settings.
         saved: Those of the checkpoint, as :func:`plain` made them. A setting that it lacks is not compared.
         settings: The present ones.
         fixed: For each setting that cannot change within a run the reason, which ends the sentence "... because".
@@ -262,10 +262,10 @@ because its history has that length. Set window=9, or start a new fit without ck
     for name in changed:
         if name in fixed:
             raise ValueError(
-                f"{label} cannot resume with {name}={now[name]!r}: the checkpoint was written with {name}={saved[name]!r}, "
-                f"and it cannot change because {fixed[name]}. Set {name}={saved[name]!r}, or start a new fit without "
-                "ckpt_path."
+                f"{display_name} cannot resume with {name}={now[name]!r}: the checkpoint was written with "
+                f"{name}={saved[name]!r}, and it cannot change because {fixed[name]}. Set {name}={saved[name]!r}, or "
+                "start a new fit without ckpt_path."
             )
     if changed:
         said = ", ".join(f"{name}={now[name]!r} (was {saved[name]!r})" for name in changed)
-        rank_zero_info(f"{label} resumes with changed settings: {said}.")
+        rank_zero_info(f"{display_name} resumes with changed settings: {said}.")

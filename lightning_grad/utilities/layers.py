@@ -31,12 +31,12 @@ class LayerFinder:
 
     Args:
         per: A layer is a module's own parameters together, or each parameter for itself.
-        depth: Join layers whose names agree in so many leading parts; ``None`` joins none.
+        layer_depth: Join layers whose names agree in so many leading parts; ``None`` joins none.
     """
 
-    def __init__(self, per: Per = "module", depth: int | None = None) -> None:
+    def __init__(self, per: Per = "module", layer_depth: int | None = None) -> None:
         self._per = per
-        self._depth = depth
+        self._layer_depth = layer_depth
         self._known: dict[tuple[str, ...], Layers] = {}
 
     def find(self, names: Sequence[str], gradients: Sequence[Tensor]) -> Layers:
@@ -50,7 +50,7 @@ class LayerFinder:
 
     def _owner(self, name: str) -> str:
         owner = name.rpartition(".")[0] or name if self._per == "module" else name
-        return owner if self._depth is None else ".".join(owner.split(".")[: self._depth])
+        return owner if self._layer_depth is None else ".".join(owner.split(".")[: self._layer_depth])
 
     def _sort(self, names: Sequence[str], gradients: Sequence[Tensor]) -> Layers:
         owners = [self._owner(name) for name in names]

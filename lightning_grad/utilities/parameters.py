@@ -90,12 +90,12 @@ def first_match(names: Iterable[str], patterns: Iterable[str]) -> str | None:
     return next((pattern for pattern in patterns if matches(known, [pattern])), None)
 
 
-def check_patterns(module: nn.Module, label: str, **patterns: Iterable[str] | None) -> None:
+def check_patterns(module: nn.Module, display_name: str, **patterns: Iterable[str] | None) -> None:
     """Raise for a name pattern that matches no parameter of a module, with the nearest names that exist.
 
     Args:
         module: The module.
-        label: Who has the patterns, for the error.
+        display_name: Who has the patterns, for the error.
         patterns: What the user wrote, by argument.
 
     Raises:
@@ -111,7 +111,8 @@ def check_patterns(module: nn.Module, label: str, **patterns: Iterable[str] | No
         for pattern in given or ():
             if not any(matches(name, [pattern]) for name in known):
                 raise ValueError(
-                    f"{label}({argument}=...): no parameter is named {pattern!r}, and no module. {_suggest(pattern, known)}"
+                    f"{display_name}({argument}=...): no parameter is named {pattern!r}, and no module. "
+                    f"{_suggest(pattern, known)}"
                 )
 
 

@@ -69,12 +69,12 @@ def output_folder(trainer: pl.Trainer) -> Path | None:
     return None
 
 
-def output_file(trainer: pl.Trainer, label: str, ending: str) -> Path | None:
+def output_file(trainer: pl.Trainer, display_name: str, ending: str) -> Path | None:
     """Return where a file of a technique goes: its class in snake case and its name, in the folder of the logs.
 
     Args:
         trainer: The trainer; without a logger that has a folder there is no such file.
-        label: Class and name, as in ``"NMSparsity[late]"``.
+        display_name: Class and name, as in ``"NMSparsity[late]"``.
         ending: What follows in the name of the file.
 
     Example:
@@ -84,24 +84,24 @@ def output_file(trainer: pl.Trainer, label: str, ending: str) -> Path | None:
         'logs/nm_sparsity_late.csv'
     """
     folder = output_folder(trainer)
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", label.partition("[")[0]).lower()
-    name = label.partition("[")[2].removesuffix("]")
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", display_name.partition("[")[0]).lower()
+    name = display_name.partition("[")[2].removesuffix("]")
     stem = re.sub(r"[^\w.-]+", "_", "_".join(filter(None, (words, name))))
     return None if folder is None else folder / f"{stem}{ending}"
 
 
 @contextmanager
-def tolerated(label: str, what: str) -> Iterator[None]:
+def tolerated(display_name: str, what: str) -> Iterator[None]:
     """Warn of an error inside instead of raising it: a file or a figure is no reason to lose the training.
 
     Args:
-        label: Class and name of the technique.
+        display_name: Class and name of the technique.
         what: What could not be made, as in ``"the figure of the run"``.
     """
     try:
         yield
     except Exception as error:
-        rank_zero_warn(f"{label}: {what} could not be made: {type(error).__name__}: {error}")
+        rank_zero_warn(f"{display_name}: {what} could not be made: {type(error).__name__}: {error}")
 
 
 def log_settings(trainer: pl.Trainer, name: str, settings: Mapping[str, Any]) -> None:
@@ -143,7 +143,7 @@ def say_if_no_figures(trainer: pl.Trainer, asking: object) -> None:
     drawing = [one for one in everybody if hasattr(one, "log_key") and getattr(one, "figure", False)]
     first = bool(drawing) and drawing[0] is asking
     if first and not is_installed("matplotlib") and output_folder(trainer) is not None:
-        names = listed((one.label for one in drawing), most=len(drawing))
+        names = listed((one.display_name for one in drawing), most=len(drawing))
         rank_zero_info(
             f"Figures need matplotlib, which is not installed. Without figures: {names}. "
             "Run: pip install 'lightning-grad[plot]'."
@@ -277,22 +277,22 @@ def _is_wandb(logger: Any) -> bool:
     return hasattr(logger, "log_image") and hasattr(_experiment(logger), "log_artifact")
 
 
-def limit_layers(values: Mapping[str, float], depth: int | None, top: int) -> dict[str, float]:
+def limit_layers(values: Mapping[str, float], layer_depth: int | None, max_layers: int) -> dict[str, float]:
     """Reduce per-layer values to a number of keys that a dashboard can carry.
 
     Args:
         values: Value of each layer by its name.
-        depth: Join layers whose first ``depth`` name parts agree, by their mean; ``None`` joins none.
-        top: Keep this many, in the order of the module.
+        layer_depth: Join layers whose first ``layer_depth`` name parts agree, by their mean; ``None`` joins none.
+        max_layers: Keep this many, in the order of the module.
 
     Example:
-        >>> limit_layers({"a.0.x": 1.0, "a.0.y": 3.0, "b": 5.0}, depth=2, top=8)
+        >>> limit_layers({"a.0.x": 1.0, "a.0.y": 3.0, "b": 5.0}, layer_depth=2, max_layers=8)
         {'a.0': 2.0, 'b': 5.0}
     """
     joined: dict[str, list[float]] = {}
     for name, value in values.items():
-        joined.setdefault(name if depth is None else ".".join(name.split(".")[:depth]), []).append(value)
-    return {name: sum(found) / len(found) for name, found in list(joined.items())[:top]}
+        joined.setdefault(name if layer_depth is None else ".".join(name.split(".")[:layer_depth]), []).append(value)
+    return {name: sum(found) / len(found) for name, found in list(joined.items())[:max_layers]}
 
 
 def counted(count: int, noun: str) -> str:

@@ -65,7 +65,7 @@ def test_infobatch_trains_on_all_samples_at_the_end_that_is_stated(total, whole,
     said: list[str] = []
     monkeypatch.setattr("lightning_grad.core.callback.rank_zero_info", said.append)
     samples = Samples(5)
-    callback = InfoBatch(0.5, stop=0.75, total_steps=total)
+    callback = InfoBatch(0.5, prune_until=0.75, total_steps=total)
     make_trainer(callbacks=[callback, samples], max_epochs=-1).fit(make_classifier(), loaders()[0])
     full = [epoch for epoch, batches in enumerate(samples.batches) if batches == BATCHES]
     assert full == [0, *whole]

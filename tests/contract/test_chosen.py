@@ -83,7 +83,7 @@ def test_a_callback_says_what_it_acts_on(name: str, lines: list[str]) -> None:
     asks = Asks(technique)
     fit([technique, asks], max_epochs=2)
     assert_answers(asks)
-    assert f"{technique.label} {asks.answers[0].words}." in lines
+    assert f"{technique.display_name} {asks.answers[0].words}." in lines
     assert " " in asks.answers[0].words
     assert not asks.answers[0].words.endswith(".")
     with pytest.raises(RuntimeError, match="none is on"):

@@ -133,7 +133,7 @@ def test_two_instances(technique):
     start = start_of(module)
     trainer, _ = fit([technique.build(), second.build()], module, max_epochs=2)
     assert_trained(module, start)
-    names = {callback.label for callback in trainer.callbacks if hasattr(callback, "settings")}
+    names = {callback.display_name for callback in trainer.callbacks if hasattr(callback, "settings")}
     assert len(names) == 2
     assert any(technique.second["name"] in key.split("/") for key in trainer.callback_metrics)
 

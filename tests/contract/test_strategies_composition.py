@@ -138,7 +138,7 @@ _BESIDE: dict[str, Any] = {
     "SkipNonFinite": callbacks.SkipNonFinite,
     "GradientMonitor": callbacks.GradientMonitor,
     "InfoBatch": lambda: callbacks.InfoBatch(prune=0.5),
-    "AccuracyGradientLR": lambda: callbacks.AccuracyGradientLR(window=1, quiet=1, threshold=10.0, factor=0.5),
+    "AccuracyGradientLR": lambda: callbacks.AccuracyGradientLR(window=1, cooldown=1, threshold=10.0, factor=0.5),
     "AdversarialTraining": lambda: callbacks.AdversarialTraining(epsilon=0.1),
     "GradientNoise": lambda: callbacks.GradientNoise(eta=0.01),
     "EMAWeightAveraging": lambda: EMAWeightAveraging(decay=0.8),

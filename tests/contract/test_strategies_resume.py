@@ -78,8 +78,8 @@ def _fit_on_one_batch(strategy: Any, optimizer: str, callbacks: list[Any], ckpt:
     So that a step which is run again is, for DDP itself, the step that it was. The steps that are logged are not: Lightning
     counts the one that was broken off twice.
     """
-    if hasattr(strategy, "gradient_noise"):
-        strategy.gradient_noise = False
+    if hasattr(strategy, "log_noise_scale"):
+        strategy.log_noise_scale = False
     module = make_classifier(optimizer=optimizer)
     module.norm = nn.Identity()
     x, y = make_data(seed=dist.get_rank()).tensors

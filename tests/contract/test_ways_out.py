@@ -104,7 +104,7 @@ def lr(**changes: Any) -> Any:
 
 
 def attack(**changes: Any) -> Any:
-    return lg.AdversarialTraining(**{"epsilon": 0.1, "check_every": None, **changes})
+    return lg.AdversarialTraining(**{"epsilon": 0.1, "check_every_n_epochs": None, **changes})
 
 
 def evaluation(**changes: Any) -> Any:
@@ -606,14 +606,14 @@ LOSSES = [
     Row(
         "a part of a loss",
         lambda _: fit(lg.LossReweighting(), module=odd.Spread()),
-        r"^std \(odd_projects.py:\d+\) mixes .*LossReweighting needs the loss.*Set loss=0 if cross_entropy alone",
-        lambda _: fit(lg.LossReweighting(loss=0), module=odd.Spread()),
+        r"^std \(odd_projects.py:\d+\) mixes .*LossReweighting needs the loss.*Set loss_index=0 if cross_entropy alone",
+        lambda _: fit(lg.LossReweighting(loss_index=0), module=odd.Spread()),
     ),
     Row(
         "two classifications for a score",
         lambda _: fit(pruning(), module=odd.Sharpened()),
-        r"^DataPruning .*loss=0",
-        lambda _: fit(pruning(loss=0), module=odd.Sharpened()),
+        r"^DataPruning .*loss_index=0",
+        lambda _: fit(pruning(loss_index=0), module=odd.Sharpened()),
     ),
     Row(
         "chunks",

@@ -333,7 +333,7 @@ class HalfUsed(Regression):
         GradientCentralization(),
         SkipNonFinite(),
     ],
-    ids=lambda callback: callback.label,
+    ids=lambda callback: callback.display_name,
 )
 def test_parameters_without_a_gradient_are_passed_over(callback) -> None:
     before, after, module = Gradients(), Gradients(), HalfUsed()
@@ -342,7 +342,7 @@ def test_parameters_without_a_gradient_are_passed_over(callback) -> None:
     train(around, module, pairs())
     for name, value in module.state_dict().items():
         assert torch.equal(value, start[name]) == (not name.startswith("net.2")), name
-    if len(around) == 3 and callback.label not in ("AutoClip",):
+    if len(around) == 3 and callback.display_name not in ("AutoClip",):
         assert any(not torch.equal(a[n], b[n]) for a, b in zip(before.seen, after.seen, strict=True) for n in a)
 
 
@@ -639,7 +639,7 @@ def everything() -> nn.Sequential:
         (LayerwiseNormalization(), "LayerwiseNormalization acts on 2 parameters; 4 left alone"),
         (LayerwiseNormalization(vectors=True), "LayerwiseNormalization acts on 6 parameters."),
     ],
-    ids=lambda value: getattr(value, "label", ""),
+    ids=lambda value: getattr(value, "display_name", ""),
 )
 def test_it_says_how_many_gradients_it_changes(callback, said, monkeypatch) -> None:
     lines: list[str] = []

@@ -89,8 +89,8 @@ class Reader:
         self.calls.append(call)
 
 
-def reweigh(module: Any, weights: Tensor, which: int | None = None) -> Callable[[], None]:
-    return reweight_losses(module, lambda call: weights, LossRequest("InfoBatch", which))
+def reweigh(module: Any, weights: Tensor, loss_index: int | None = None) -> Callable[[], None]:
+    return reweight_losses(module, lambda call: weights, LossRequest("InfoBatch", loss_index))
 
 
 def test_several_readers_read_what_one_reweights() -> None:
@@ -180,7 +180,7 @@ def test_what_is_undone_early_leaves_the_others() -> None:
 def test_of_two_losses_one_must_be_named() -> None:
     module = TwoLosses()
     undo = read_losses(module, Reader())
-    with pytest.raises(RuntimeError, match=r"2 losses.*0: cross_entropy, 1: mse_loss.*loss=0"):
+    with pytest.raises(RuntimeError, match=r"2 losses.*0: cross_entropy, 1: mse_loss.*loss_index=0"):
         module.training_step(BATCH, 0)
     undo()
     reweigh(module, torch.ones(3))
@@ -190,8 +190,8 @@ def test_of_two_losses_one_must_be_named() -> None:
 
 def test_each_reads_the_loss_that_it_names() -> None:
     module, classes, residuals = TwoLosses(), Reader(), Reader()
-    read_losses(module, classes, LossRequest(which=0))
-    read_losses(module, residuals, LossRequest(which=1))
+    read_losses(module, classes, LossRequest(loss_index=0))
+    read_losses(module, residuals, LossRequest(loss_index=1))
     module.training_step(BATCH, 0)
     assert [reader.calls[0].name for reader in (classes, residuals)] == ["cross_entropy", "mse_loss"]
 
@@ -201,7 +201,7 @@ def test_only_the_loss_that_is_named_is_weighted(which: int) -> None:
     module = TwoLosses()
     module.layer.weight.data.mul_(1.5)
     weights = torch.tensor([0.5, 0.0, 3.0])
-    reweigh(module, weights, which=which)
+    reweigh(module, weights, loss_index=which)
     for number in range(2):
         logits = module(BATCH[0])
         both = [losses_of(module), (logits - BATCH[0]).square().mean(1)]
@@ -211,8 +211,8 @@ def test_only_the_loss_that_is_named_is_weighted(which: int) -> None:
 
 def test_a_loss_that_the_step_does_not_have() -> None:
     module = Linear()
-    read_losses(module, Reader(), LossRequest(which=1))
-    with pytest.raises(RuntimeError, match=r"loss=1 was asked for, but the step has 1"):
+    read_losses(module, Reader(), LossRequest(loss_index=1))
+    with pytest.raises(RuntimeError, match=r"loss_index=1 was asked for, but the step has 1"):
         module.training_step(BATCH, 0)
 
 

@@ -19,7 +19,7 @@ from lightning_grad.core.views.portable import (
     wrap_loading,
     wrap_saving,
 )
-from lightning_grad.functional import nm_mask, prune
+from lightning_grad.functional import nm_mask, prune_weight
 
 KEY = "Technique"
 FLOATS = {
@@ -42,7 +42,7 @@ class Pruned:
         return dense * nm_mask(dense, 2, 4)
 
     def stored(self, dense: Tensor) -> Tensor:
-        return prune(dense, nm_mask(dense, 2, 4))
+        return prune_weight(dense, nm_mask(dense, 2, 4))
 
 
 class Everything:
@@ -101,7 +101,7 @@ def test_packed_mask_keeps_shape_and_order_whatever_its_layout(dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_residual_gives_the_dense_weight_back_bit_for_bit(dtype: torch.dtype) -> None:
     dense = awkward(dtype)
-    stored = prune(dense, nm_mask(dense, 2, 4))
+    stored = prune_weight(dense, nm_mask(dense, 2, 4))
     residual = encode_residual(stored, dense)
     restored = decode_residual(stored, residual)
     assert same_bits(restored, dense)
@@ -130,7 +130,7 @@ def test_residual_holds_no_more_than_what_differs() -> None:
 
 def test_residual_of_strided_weights_is_that_of_contiguous_ones() -> None:
     dense = torch.randn(4, 8, 3, 3).to(memory_format=torch.channels_last)
-    stored = prune(dense, nm_mask(dense, 2, 4))
+    stored = prune_weight(dense, nm_mask(dense, 2, 4))
     assert same_bits(decode_residual(stored.contiguous(), encode_residual(stored, dense)), dense)
     assert same_bits(decode_residual(stored, encode_residual(stored.contiguous(), dense.contiguous())), dense)
 

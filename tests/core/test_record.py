@@ -23,7 +23,7 @@ from tests.core.activation_norm import ActivationNorm
 
 TECHNIQUES = {  # NMSparsity looks at metrics, so what AccuracyGradientLR logs comes first
     "accuracy_gradient_lr": lambda: AccuracyGradientLR(
-        "val_loss", "min", window=1, quiet=1, threshold=9.0, figure=False
+        "val_loss", "min", window=1, cooldown=1, threshold=9.0, figure=False
     ),
     "nm_sparsity": lambda: NMSparsity(pattern="1:4", recipe="sdgf-stepwise", figure=False),
     "gradient_monitor": lambda: GradientMonitor(figure=False),
@@ -113,7 +113,7 @@ def test_a_state_is_not_the_live_record() -> None:
 
 
 class Owner:
-    label = "Technique[a]"
+    display_name = "Technique[a]"
     figure = True
 
     def log_key(self, quantity: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grad.core.views.weight_view import InPlaceView, InPlaceWindow, attach_view, has_view, viewed_class
-from lightning_grad.functional import nm_mask, prune, scale_weight
+from lightning_grad.functional import nm_mask, prune_weight, scale_weight
 
 
 class Scaled:
@@ -26,7 +26,7 @@ class Scaled:
         return scale_weight(dense, self.factor, self.straight_through)
 
     def stored(self, dense: Tensor) -> Tensor:
-        return prune(dense, self.factor)
+        return prune_weight(dense, self.factor)
 
 
 class Own(nn.Linear):

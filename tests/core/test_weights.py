@@ -168,7 +168,7 @@ PAIRS: dict[str, Any] = {
     "sparse and noisy": lambda: [sparse(), WeightNoise(include=LAYERS)],
     "sparse and round": lambda: [sparse("sdgf-stepwise", gradient="masked"), Rounding(include=LAYERS)],
     # An explicit decay is known only when the length of the run is, after the round weights have been made.
-    "mask every 4": lambda: [sparse(mask_every=4, decay=0.3), Rounding(include=LAYERS)],
+    "mask every 4": lambda: [sparse(mask_every_n_steps=4, decay=0.3), Rounding(include=LAYERS)],
     "all three": lambda: [sparse("sr-ste"), Rounding(include=LAYERS), WeightNoise(include=["hidden", "head", "mix.w"])],
 }
 CHAINS = pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)

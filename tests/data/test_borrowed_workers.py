@@ -89,7 +89,7 @@ def borrowed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def scoring(prune: Any = 0.0, epoch: Any = 1, **arguments: Any) -> DataPruning:
-    return DataPruning(prune, epoch=epoch, show=0, figure=False, **arguments)
+    return DataPruning(prune, epoch=epoch, num_shown=0, figure=False, **arguments)
 
 
 @pytest.mark.parametrize("limit", [1.0, 3])

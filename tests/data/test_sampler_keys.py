@@ -275,7 +275,7 @@ class ByIndex(torch.utils.data.Dataset[Any]):
 @pytest.mark.parametrize("crops", [True, False])
 def test_keys_are_refused_before_the_first_batch_and_the_way_out_works(technique: str, crops: bool) -> None:
     makers: dict[str, Any] = {
-        "data pruning": lambda: DataPruning(0.5, epoch=1, show=0, figure=False),
+        "data pruning": lambda: DataPruning(0.5, epoch=1, num_shown=0, figure=False),
         "random pruning": lambda: DataPruning(0.5, keep="random", epoch=0),
         "random subsets": RepeatedRandomSubset,
         "infobatch": InfoBatch,

@@ -168,6 +168,9 @@ def test_a_subset_names_what_it_is_a_subset_of() -> None:
 def test_a_fingerprint_is_that_of_another_process() -> None:
     """Hashes of strings and orders of sets differ from process to process."""
     script = (
+        "import sys, types\n"
+        "package = sys.modules['lightning_grad'] = types.ModuleType('lightning_grad')\n"
+        "package.__path__ = ['lightning_grad']\n"  # without Lightning, which takes seconds to import
         "from lightning_grad.data import fingerprint\n"
         "print(fingerprint([({'text': 'ab', 'tags': {'x', 'y', 'z'}}, i) for i in range(9)]).items)"
     )

@@ -184,7 +184,7 @@ def instantiate_trainer(word: str, *overrides: str) -> tuple[Any, Trainer]:
         ("callbacks.nm_sparsity.recipe=sr-ste", "recipe", "sr-ste"),
         ("callbacks.nm_sparsity.pattern='2:4'", "pattern", "2:4"),
         ("+callbacks.nm_sparsity.include=['*.linear1','*.linear2']", "include", ["*.linear1", "*.linear2"]),
-        ("+callbacks.nm_sparsity.mask_every=5", "mask_every", 5),
+        ("+callbacks.nm_sparsity.mask_every_n_steps=5", "mask_every_n_steps", 5),
     ],
 )
 def test_settings_change_on_the_command_line(override: str, name: str, expected: object) -> None:

@@ -67,9 +67,9 @@ ENTRIES = [
             "momentum_masking": False,
             "layer_ratios": {"hidden": 0.2, "head": 1.0},
             "min_numel": 1,
-            "gradient_noise": True,
+            "log_noise_scale": True,
         },
-        neutral={"layer_ratios": {"*": 1.0}, "local_clip": None, "gradient_noise": False},
+        neutral={"layer_ratios": {"*": 1.0}, "local_clip": None, "log_noise_scale": False},
     ),
     Scheme(
         "DGCStrategy",
@@ -85,8 +85,8 @@ ENTRIES = [
     Scheme(
         "PowerSGDStrategy",
         "dense-start",
-        arguments={"rank": 1, "start_step": 2, "exclude": ["mix.w"], "min_numel": 100, "gradient_noise": True},
+        arguments={"rank": 1, "start_step": 2, "exclude": ["mix.w"], "min_numel": 100, "log_noise_scale": True},
         optimizer="adamw",
-        neutral={"rank": 1000, "min_numel": 1, "gradient_noise": False},
+        neutral={"rank": 1000, "min_numel": 1, "log_noise_scale": False},
     ),
 ]

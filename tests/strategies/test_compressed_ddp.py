@@ -101,7 +101,7 @@ def broken() -> dict[str, list[tuple[Result, Remember]]]:
         for kind, make in KINDS.items():
             remember = Remember()
             module = Broken(momentum=0.9) if kind == "DGC" else Broken()
-            found[kind] = fit(make(gradient_noise=True), module, [SkipNonFinite(warnings=0), remember]), remember
+            found[kind] = fit(make(log_noise_scale=True), module, [SkipNonFinite(warnings=0), remember]), remember
         return found
 
     everyone = on_ranks(2, work)
@@ -164,7 +164,7 @@ def test_bad_steps_are_left_out_of_the_noise(kind: str, broken: dict[str, list[t
     steps = [step for step in range(2 * BATCHES) if step not in (1, 3)]
     expected = noise_after(results, steps)[-1]
     assert expected < 1e3
-    assert results[0]["metrics"][-1]["comm/gradient_noise"] == pytest.approx(expected, rel=1e-3)
+    assert results[0]["metrics"][-1]["comm/noise_scale"] == pytest.approx(expected, rel=1e-3)
 
 
 # What is logged.
@@ -180,7 +180,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[Res
         for kind, make in KINDS.items():
             logger = CSVLogger(folder, name=None, version=kind)
             changes = {"warmup": [0.5], "ratio": 0.05} if kind == "DGC" else {}
-            strategy = make(gradient_noise=True, **changes)
+            strategy = make(log_noise_scale=True, **changes)
             found[kind] = fit(strategy, Clear(), logger=logger, log_every_n_steps=2)
         return found
 
@@ -195,7 +195,7 @@ def rows(folder: Any, kind: str) -> list[dict[str, str]]:
 
 @kinds
 def test_keys_and_steps_of_the_log(kind: str, logged: Any) -> None:
-    keys = {"bytes_sent", "ratio", "residual_norm", "compress_ms", "gradient_noise"}
+    keys = {"bytes_sent", "ratio", "residual_norm", "compress_ms", "noise_scale"}
     keys |= {"density"} if kind == "DGC" else set()
     found = rows(logged[1], kind)
     assert [int(row["step"]) for row in found] == [1, 3, 5, 7, 9, 11]
@@ -226,10 +226,10 @@ def test_the_logged_density_is_that_of_the_warm_up(logged: Any) -> None:
 
 
 @kinds
-def test_gradient_noise_is_that_of_the_recorded_gradients(kind: str, logged: Any) -> None:
+def test_the_noise_scale_is_that_of_the_recorded_gradients(kind: str, logged: Any) -> None:
     expected = noise_after(logged[0][kind], range(1, 2 * BATCHES, 2))
     assert all(0 < value < 1e3 for value in expected)
-    found = [float(row["comm/gradient_noise"]) for row in rows(logged[1], kind)]
+    found = [float(row["comm/noise_scale"]) for row in rows(logged[1], kind)]
     assert found == pytest.approx(expected, rel=1e-3)
 
 

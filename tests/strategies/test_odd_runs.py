@@ -663,7 +663,7 @@ def test_two_backward_passes_in_a_step_are_refused():
 
 
 def _metrics(build: Build, folder: Path) -> dict[str, float]:
-    trainer, _ = fit(build(gradient_noise=True))
+    trainer, _ = fit(build(log_noise_scale=True))
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("comm/")}
     norms: list[Any] = [None, None]
     dist.all_gather_object(norms, trainer.strategy.residual_norm())

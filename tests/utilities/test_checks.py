@@ -51,9 +51,9 @@ def test_a_position_may_be_left_out() -> None:
 
 
 def test_what_is_given_by_two_arguments_is_refused() -> None:
-    check_only_one({"loss": 0, "loss_fn": None, "scores_by='sample'": False, "score_files": []}, "say it")
-    with pytest.raises(ValueError, match=r"^loss and score_files would both say it\. Leave one of them out\.$"):
-        check_only_one({"loss": 0, "loss_fn": None, "score_files": ["a.npz"]}, "say it")
+    check_only_one({"loss_index": 0, "loss_fn": None, "scores_by='sample'": False, "score_files": []}, "say it")
+    with pytest.raises(ValueError, match=r"^loss_index and score_files would both say it\. Leave one of them out\.$"):
+        check_only_one({"loss_index": 0, "loss_fn": None, "score_files": ["a.npz"]}, "say it")
 
 
 def test_choice_that_is_known_passes() -> None:
@@ -78,8 +78,8 @@ def test_number_that_is_large_enough_passes(value: float, least: float) -> None:
 
 @pytest.mark.parametrize("value", [0, -1, 0.999, float("nan")])
 def test_number_that_is_too_small_or_none_raises(value: float) -> None:
-    with pytest.raises(ValueError, match=f"mask_every must be at least 1; got {value}"):
-        check_at_least(value, 1, "mask_every")
+    with pytest.raises(ValueError, match=f"mask_every_n_steps must be at least 1; got {value}"):
+        check_at_least(value, 1, "mask_every_n_steps")
 
 
 def test_owned_parameters_come_from_every_group() -> None:

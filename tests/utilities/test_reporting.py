@@ -381,7 +381,7 @@ def test_a_figure_is_drawn_only_where_matplotlib_is(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("label", "stem"),
+    ("display_name", "stem"),
     [
         ("NMSparsity", "nm_sparsity"),
         ("AccuracyGradientLR", "accuracy_gradient_lr"),
@@ -390,10 +390,10 @@ def test_a_figure_is_drawn_only_where_matplotlib_is(tmp_path: Path, monkeypatch:
         ("ZClip[a.b-c_d]", "z_clip_a.b-c_d"),
     ],
 )
-def test_files_are_named_by_one_rule(label: str, stem: str, csv_logger: CSVLogger) -> None:
-    path = output_file(trainer_with(csv_logger), label, "_epoch3.csv")
+def test_files_are_named_by_one_rule(display_name: str, stem: str, csv_logger: CSVLogger) -> None:
+    path = output_file(trainer_with(csv_logger), display_name, "_epoch3.csv")
     assert path == Path(csv_logger.log_dir, f"{stem}_epoch3.csv")
-    assert output_file(trainer_with(), label, ".csv") is None
+    assert output_file(trainer_with(), display_name, ".csv") is None
 
 
 def test_a_table_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path) -> None:
@@ -425,7 +425,7 @@ def test_only_rank_zero_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("depth", "top", "expected"),
+    ("layer_depth", "max_layers", "expected"),
     [
         (None, 8, {"a.0.x": 1.0, "a.0.y": 3.0, "a.1.x": 8.0, "b": 5.0}),
         (None, 2, {"a.0.x": 1.0, "a.0.y": 3.0}),
@@ -437,10 +437,10 @@ def test_only_rank_zero_writes(tmp_path: Path) -> None:
     ],
 )
 def test_layers_are_joined_by_their_mean_and_cut_in_order(
-    depth: int | None, top: int, expected: dict[str, float]
+    layer_depth: int | None, max_layers: int, expected: dict[str, float]
 ) -> None:
     values = {"a.0.x": 1.0, "a.0.y": 3.0, "a.1.x": 8.0, "b": 5.0}
-    found = limit_layers(values, depth, top)
+    found = limit_layers(values, layer_depth, max_layers)
     assert found == expected
     assert list(found) == list(expected)
 

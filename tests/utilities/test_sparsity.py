@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grad.core.views.weight_view import InPlaceView, attach_view
-from lightning_grad.functional import nm_mask, prune
+from lightning_grad.functional import nm_mask, prune_weight
 from lightning_grad.utilities import ExportedLayer, LayerSparsity, export_semi_structured, sparsity, sparsity_report
 from lightning_grad.utilities.sparsity import sparsest_pattern
 
@@ -22,7 +22,7 @@ class Masked:
         return dense * nm_mask(dense, self.n, self.m)
 
     def stored(self, dense: Tensor) -> Tensor:
-        return prune(dense, nm_mask(dense, self.n, self.m))
+        return prune_weight(dense, nm_mask(dense, self.n, self.m))
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def network() -> nn.Sequential:
 def test_sparsest_pattern_is_the_one_pruned_to(pattern: str, shape: tuple[int, ...]) -> None:
     n, m = map(int, pattern.split(":"))
     weight = torch.randn(shape)
-    assert str(sparsest_pattern(prune(weight, nm_mask(weight, n, m)))) == pattern
+    assert str(sparsest_pattern(prune_weight(weight, nm_mask(weight, n, m)))) == pattern
     assert sparsest_pattern(weight) is None
 
 

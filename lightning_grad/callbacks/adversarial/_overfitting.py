@@ -35,12 +35,12 @@ class OverfittingCheck:
     Args:
         attack: The attack of the training.
         seed: Seed of the random starts.
-        label: Who asks, for messages.
+        display_name: Who asks, for messages.
     """
 
     attack: Attack
     seed: int
-    label: str
+    display_name: str
     _kept: tuple[Place, Any, Any, Any] | None = field(default=None, init=False)
     _has_told: bool = field(default=False, init=False)
 
@@ -63,16 +63,16 @@ class OverfittingCheck:
             attacks = (self.attack, replace(self.attack, steps=_STEPS, step_size=None))
             purposes = [f"{self.seed}/{trainer.current_epoch}/{name}" for name in names]
             try:
-                with quiet(trainer, trainer.lightning_module, check=False, label=self.label):
+                with quiet(trainer, trainer.lightning_module, check=False, display_name=self.display_name):
                     found = self._accuracies(trainer, dict(zip(purposes, attacks, strict=True)), *self._kept)
             except _UnknownAccuracyError as error:
                 self._tell_unknown(error)
         easy, robust = mean_over_ranks(trainer, torch.tensor(found)).tolist()
         if robust < _COLLAPSE * easy and easy - robust > _GAP:
             rank_zero_warn(
-                f"{self.label}: the accuracy on one batch is {easy:.1%} under the attack of the training, but {robust:.1%} "
-                f"under PGD with {_STEPS} steps: the network has overfitted to the attack. Train with attack='pgd', or a "
-                "smaller step_size or epsilon."
+                f"{self.display_name}: the accuracy on one batch is {easy:.1%} under the attack of the training, but "
+                f"{robust:.1%} under PGD with {_STEPS} steps: the network has overfitted to the attack. Train with "
+                "attack='pgd', or a smaller step_size or epsilon."
             )
         return {name: mean for name, mean in zip(names, (easy, robust), strict=True) if math.isfinite(mean)}
 
@@ -106,7 +106,7 @@ class OverfittingCheck:
     def _tell_unknown(self, error: _UnknownAccuracyError) -> None:
         if not self._has_told:
             rank_zero_info(
-                f"{self.label} leaves out the accuracies of check_every: {error} AdversarialEvaluation measures what the "
-                "module itself logs; check_every=None turns the check off."
+                f"{self.display_name} leaves out the accuracies of check_every_n_epochs: {error} AdversarialEvaluation "
+                "measures what the module itself logs; check_every_n_epochs=None turns the check off."
             )
         self._has_told = True

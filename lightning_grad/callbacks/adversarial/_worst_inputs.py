@@ -35,7 +35,7 @@ class WorstInputs:
         attack: The attack.
         restarts: How often each batch is attacked; of each sample the input with the highest loss counts.
         input_key: Where the input is.
-        loss: Which of the losses that a step computes is raised.
+        loss_index: Index of the loss call to raise.
         seed: Seed of the random starts.
         needed_by: Who asks, for errors.
     """
@@ -43,7 +43,7 @@ class WorstInputs:
     attack: Attack
     restarts: int
     input_key: str | int | None
-    loss: int | None
+    loss_index: int | None
     seed: int
     needed_by: str
     _places: dict[Any, tuple[Place, str]] = field(default_factory=dict, init=False)
@@ -102,7 +102,9 @@ class WorstInputs:
         reasons, several = [], self.restarts > 1
         for name, step in steps.items():
             try:
-                total, each, reason = run_for_loss(step, copy_of(batch), samples, self.loss)  # it may write into it
+                total, each, reason = run_for_loss(
+                    step, copy_of(batch), samples, self.loss_index
+                )  # it may write into it
             except Exception as error:  # a training_step need not know what a validation loader yields
                 reasons.append(f"{name} fails on its batch ({type(error).__name__}: {error})")
                 continue
@@ -112,14 +114,14 @@ class WorstInputs:
         kind = "the loss of each sample, for several restarts" if several else "a loss to raise"
         raise RuntimeError(
             f"{self.needed_by} needs {kind}: {'; '.join(reasons)}. Compute it in {next(iter(steps))} by a loss of "
-            f"torch.nn.functional{'' if several else ', or return it'}; of several, set loss=0 for the first."
+            f"torch.nn.functional{'' if several else ', or return it'}; of several, set loss_index=0 for the first."
         )
 
     def _worst(self, trainer: pl.Trainer, place: Place, batch: Any, step: Step, purpose: str) -> Tensor:
         clean = place.inputs(batch, step)
 
         def losses(shown: Any) -> tuple[Tensor | None, Tensor | None, str]:
-            return run_for_loss(step, shown, len(clean), self.loss)
+            return run_for_loss(step, shown, len(clean), self.loss_index)
 
         loss_of = attack_losses(trainer, place, batch, lambda shown: losses(shown)[0])
         worst, highest = clean, torch.full((len(clean),), -torch.inf, device=clean.device)
@@ -162,14 +164,16 @@ def _steps(trainer: pl.Trainer, step: Step, batch_idx: int) -> dict[str, Step]:
     return {**own, "training_step": train} if trains else own
 
 
-def run_for_loss(step: Step, batch: Any, samples: int, which: int | None) -> tuple[Tensor | None, Tensor | None, str]:
+def run_for_loss(
+    step: Step, batch: Any, samples: int, loss_index: int | None
+) -> tuple[Tensor | None, Tensor | None, str]:
     """Run a step on a batch and return its loss, with its graph.
 
     Args:
         step: The step.
         batch: The batch.
         samples: Number of samples in it.
-        which: Which of the losses that it computes; ``None`` for what it returns, or for the only one.
+        loss_index: Index of the loss call to return; ``None`` for what it returns, or for the only one.
 
     Returns:
         tuple: The loss of the batch, a scalar, and that of each sample, (B,), each ``None`` if there is none; and why the
@@ -177,17 +181,17 @@ def run_for_loss(step: Step, batch: Any, samples: int, which: int | None) -> tup
     """
     with LossCapture(samples, keep_graph=True) as capture:
         returned = loss_of_output(step(batch))
-    each, reason = _each(capture, which)
+    each, reason = _each(capture, loss_index)
     # Logits that are returned are no loss.
     returned = returned if returned is not None and returned.requires_grad and returned.numel() == 1 else None
-    if (which is not None or returned is None) and each is not None:
+    if (loss_index is not None or returned is None) and each is not None:
         return each.sum(), each, ""
-    return returned if which is None else None, each, reason
+    return returned if loss_index is None else None, each, reason
 
 
-def _each(capture: LossCapture, which: int | None) -> tuple[Tensor | None, str]:
+def _each(capture: LossCapture, loss_index: int | None) -> tuple[Tensor | None, str]:
     try:
-        each = plain_tensor(capture.only(which).losses).nan_to_num()
+        each = plain_tensor(capture.only(loss_index).losses).nan_to_num()
     except (RuntimeError, ValueError) as error:
         return None, first_sentence(error) if capture.calls or capture.unread else ""
     return (each, "") if each.requires_grad else (None, "its loss has no gradient")

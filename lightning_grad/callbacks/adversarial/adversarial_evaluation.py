@@ -66,7 +66,8 @@ class AdversarialEvaluation(GradCallback):
         steps: Steps of PGD (20 in arXiv 1706.06083, section 5).
         restarts: Attacks on each batch; of each sample the one with the highest loss counts. Above 1, the loss of each
             sample must be seen.
-        every: Attack every so many validations of a fit, beginning with the first; validate and test always attack.
+        every_n_validations: Attack every this many validations of a fit, beginning with the first.
+            Trainer.validate and Trainer.test always attack.
         step_size: Step size; by default 2.5 epsilon / steps, as in the released code of arXiv 1706.06083.
         norm: Norm of the ball, "linf" or "l2".
         random_start: Begin at a random point of the ball.
@@ -77,7 +78,7 @@ class AdversarialEvaluation(GradCallback):
             or "embedding". By default the first floating tensor with two dimensions or more that is not named as a target,
             mask or weight, with those of the other samples where a batch is a list of them; without one, or with integers
             before it, the output of the first nn.Embedding.
-        loss: Which of the losses that the step computes is raised, from 0; by default what it returns, or the only one.
+        loss_index: Index, from 0, of the loss call to raise; by default what the step returns, or the only one.
         seed: Seed of random starts, which are the same in every validation.
         name: Name of this instance, part of its keys: ``adversarial/<name>/val_acc``.
 
@@ -127,14 +128,14 @@ class AdversarialEvaluation(GradCallback):
 
     @during_fit
     def _search(self) -> WorstInputs:
-        return WorstInputs(self._attack, self.restarts, self.input_key, self.loss, self.seed, self.label)
+        return WorstInputs(self._attack, self.restarts, self.input_key, self.loss_index, self.seed, self.display_name)
 
     def __init__(
         self,
         epsilon: float = 8 / 255,
         steps: int = 20,
         restarts: int = 1,
-        every: int = 1,
+        every_n_validations: int = 1,
         step_size: float | None = None,
         norm: Literal["linf", "l2"] = "linf",
         random_start: bool = True,
@@ -142,7 +143,7 @@ class AdversarialEvaluation(GradCallback):
         mean: Sequence[float] | float | None = None,
         std: Sequence[float] | float | None = None,
         input_key: str | int | None = None,
-        loss: int | None = None,
+        loss_index: int | None = None,
         seed: int = 0,
         name: str | None = None,
     ) -> None:
@@ -155,7 +156,7 @@ class AdversarialEvaluation(GradCallback):
         self.epsilon = epsilon
         self.steps = steps
         self.restarts = check_count(restarts, 1, "restarts")
-        self.every = check_count(every, 1, "every")
+        self.every_n_validations = check_count(every_n_validations, 1, "every_n_validations")
         self.step_size = step_size
         self.norm = norm
         self.random_start = random_start
@@ -163,7 +164,7 @@ class AdversarialEvaluation(GradCallback):
         self.mean = mean
         self.std = std
         self.input_key = input_key
-        self.loss = check_count(loss, 0, "loss")
+        self.loss_index = check_count(loss_index, 0, "loss_index")
         self.seed = check_count(seed, 0, "seed")
 
     @override
@@ -172,18 +173,18 @@ class AdversarialEvaluation(GradCallback):
         if stage not in _STAGES:
             return
         step = f"{_STAGES[stage]}_step"
-        self.works_with().refuse(self.label, trainer, pl_module)
+        self.works_with().refuse(self.display_name, trainer, pl_module)
         if not overrides(pl_module, step):
             raise ValueError(
-                f"{self.label} runs {step} on attacked inputs, and {type(pl_module).__name__} has none. Write a {step} that "
-                "returns or logs a metric, or drop the callback."
+                f"{self.display_name} runs {step} on attacked inputs, and {type(pl_module).__name__} has none. Write a "
+                f"{step} that returns or logs a metric, or drop the callback."
             )
-        refuse_dataloader_iter(getattr(pl_module, step), self.label)
+        refuse_dataloader_iter(getattr(pl_module, step), self.display_name)
         if self.fitting and not trainer.enable_validation:
             self._warn_of_no_validation()
         if getattr(trainer, "barebones", False):
             rank_zero_warn(
-                f"{self.label} logs once more what the module logs, and Trainer(barebones=True) logs nothing. Drop one."
+                f"{self.display_name} logs once more what the module logs, and Trainer(barebones=True) logs nothing. Drop one."
             )
         for hook in (template.format(_STAGES[stage]) for template in _HOOKS):
             around = partial(self._twice, trainer, hook)
@@ -192,9 +193,9 @@ class AdversarialEvaluation(GradCallback):
     def _warn_of_no_validation(self) -> None:
         if not self._has_warned:
             rank_zero_warn(
-                f"{self.label} attacks the batches of validations, and this fit has no validation. Give fit() a validation "
-                "loader, limit_val_batches above 0, and check_val_every_n_epoch of at most max_epochs; or measure after the "
-                "fit, by trainer.validate() or trainer.test()."
+                f"{self.display_name} attacks the batches of validations, and this fit has no validation. Give fit() a "
+                "validation loader, limit_val_batches above 0, and check_val_every_n_epoch of at most max_epochs; or "
+                "measure after the fit, by trainer.validate() or trainer.test()."
             )
         self._has_warned = True
 
@@ -210,7 +211,11 @@ class AdversarialEvaluation(GradCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        often = "each validation" if self.every == 1 else f"one of every {self.every} validations"
+        often = (
+            "each validation"
+            if self.every_n_validations == 1
+            else f"one of every {self.every_n_validations} validations"
+        )
         self.announce(f"runs {often} once more on inputs attacked by PGD ({self._attack.described})", "inputs")
 
     @override
@@ -234,7 +239,7 @@ class AdversarialEvaluation(GradCallback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        due = trainer.sanity_checking or not self.fitting or self._validations % self.every == 0
+        due = trainer.sanity_checking or not self.fitting or self._validations % self.every_n_validations == 0
         self._evaluation = Evaluation(SecondState(pl_module)) if due else None
 
     @override
@@ -304,7 +309,7 @@ class AdversarialEvaluation(GradCallback):
         with torch.inference_mode(False), torch.enable_grad():
             with state.used():
                 scratch = SecondState(pl_module)
-            with scratch.used(), quiet(trainer, pl_module, check=False, label=self.label):
+            with scratch.used(), quiet(trainer, pl_module, check=False, display_name=self.display_name):
                 yield
 
     @contextmanager

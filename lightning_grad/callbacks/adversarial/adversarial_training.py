@@ -59,8 +59,9 @@ class AdversarialTraining(GradCallback):
             mask or weight, with those of the other samples where a batch is a list of them; without one, or with integers
             before it, the output of the first nn.Embedding.
         warmup_fraction: Share of the run in which epsilon grows from 0, linearly.
-        check_every: After every so many epochs, tell the accuracy of one batch under PGD with 10 steps, beside that under
-            the attack of the training; None never does. FGSM may lose all robustness within an epoch, and only this shows it.
+        check_every_n_epochs: Check for overfitting to the attack every this many epochs; None never does.
+            It logs the accuracy of one batch under PGD with 10 steps, and under the attack of the training. FGSM may lose
+            all robustness within an epoch, and only this shows it.
         seed: Seed of random starts and of the choice of clean samples.
         total_steps: Length of the run in optimizer steps, where it has no known end; for warmup_fraction. Default: the
             Trainer's.
@@ -80,8 +81,8 @@ class AdversarialTraining(GradCallback):
     samples, so that these see clean inputs.
 
     **Logs** under ``adversarial/``: at log steps ``epsilon`` and ``loss_gain`` (loss of the step less that at the start of
-    the attack); after every check_every epochs ``attack_accuracy`` and ``pgd_accuracy`` of one batch, in eval mode. What the
-    module logs in its step is measured under attack.
+    the attack); every check_every_n_epochs epochs ``attack_accuracy`` and ``pgd_accuracy`` of one batch, in eval mode. What
+    the module logs in its step is measured under attack.
 
     **State.** None but its settings. Random numbers are those of seed, epoch, batch and rank, so resuming is bit-exact.
 
@@ -105,7 +106,7 @@ class AdversarialTraining(GradCallback):
         Goodfellow et al., "Explaining and Harnessing Adversarial Examples", 2015, arXiv 1412.6572 (FGSM, clean_fraction).
         Wong et al., "Fast is better than free: Revisiting adversarial training", 2020, arXiv 2001.03994 (random start).
         Embeddings: Miyato et al., "Adversarial Training Methods for Semi-Supervised Text Classification", 2017, arXiv
-        1605.07725. The ramp of epsilon and check_every are ours.
+        1605.07725. The ramp of epsilon and check_every_n_epochs are ours.
     """
 
     namespace: ClassVar[str] = "adversarial"
@@ -122,7 +123,7 @@ class AdversarialTraining(GradCallback):
 
     @during_fit
     def _overfitting(self) -> OverfittingCheck:
-        return OverfittingCheck(self._attack, self.seed, self.label)
+        return OverfittingCheck(self._attack, self.seed, self.display_name)
 
     def __init__(
         self,
@@ -138,7 +139,7 @@ class AdversarialTraining(GradCallback):
         clean_fraction: float = 0.0,
         input_key: str | int | None = None,
         warmup_fraction: float = 0.0,
-        check_every: int | None = 1,
+        check_every_n_epochs: int | None = 1,
         seed: int = 0,
         total_steps: int | None = None,
         name: str | None = None,
@@ -160,7 +161,7 @@ class AdversarialTraining(GradCallback):
         self.clean_fraction = check_share(clean_fraction, "clean_fraction")
         self.input_key = input_key
         self.warmup_fraction = check_between(warmup_fraction, 0.0, 1.0, "warmup_fraction")
-        self.check_every = None if check_every is None else check_count(check_every, 1, "check_every")
+        self.check_every_n_epochs = check_count(check_every_n_epochs, 1, "check_every_n_epochs")
         self.seed = check_count(seed, 0, "seed")
         self.total_steps = check_total_steps(total_steps)
 
@@ -169,7 +170,7 @@ class AdversarialTraining(GradCallback):
         super().setup(trainer, pl_module, stage)
         if not self.fitting:
             return
-        refuse_dataloader_iter(pl_module.training_step, self.label)
+        refuse_dataloader_iter(pl_module.training_step, self.display_name)
         self._refuse_another(trainer)
         around = partial(self._around, trainer)
         self.undo.push(wrap_method(pl_module, "training_step", around, order=WrapOrder.INPUTS))
@@ -178,8 +179,8 @@ class AdversarialTraining(GradCallback):
         others = [callback for callback in trainer.callbacks if isinstance(callback, AdversarialTraining)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise ValueError(
-                f"{' and '.join(other.label for other in others)} would attack each other's inputs. Keep one of them in the "
-                "list of callbacks."
+                f"{' and '.join(other.display_name for other in others)} would attack each other's inputs. Keep one of "
+                "them in the list of callbacks."
             )
 
     @override
@@ -194,7 +195,7 @@ class AdversarialTraining(GradCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.warmup_fraction and total_steps(trainer, self.label, self.total_steps) is None:
+        if self.warmup_fraction and total_steps(trainer, self.display_name, self.total_steps) is None:
             self.say(IN_FIRST_EPOCH)
 
     @override
@@ -206,7 +207,7 @@ class AdversarialTraining(GradCallback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.epsilon and self.check_every and (trainer.current_epoch + 1) % self.check_every == 0:
+        if self.epsilon and self.check_every_n_epochs and (trainer.current_epoch + 1) % self.check_every_n_epochs == 0:
             found = self._overfitting.run(trainer)
             log_many(trainer, {self.log_key(name): accuracy for name, accuracy in found.items()})
         self._overfitting.forget()
@@ -225,7 +226,7 @@ class AdversarialTraining(GradCallback):
             place, inputs = self._attacked_inputs(trainer, batch, run, share)
         except NoLossError:  # the module passes this batch over
             return run(batch)
-        if self.check_every is not None:
+        if self.check_every_n_epochs is not None:
             self._overfitting.keep(place, batch, args, kwargs)
         with place.shown(batch, inputs) as shown:
             output = run(shown)
@@ -245,22 +246,24 @@ class AdversarialTraining(GradCallback):
         if self._attacked is not None and self._attacked[0] == position and same_tensors(self._attacked[1], batch):
             return self._attacked[2]  # an optimizer evaluates its closure again: the problem must stay the same
         pl_module, is_first = trainer.lightning_module, self._place is None
-        place = self._place = self._place or find_place(pl_module, batch, self.input_key, self.label)
-        way_out = f", or train without {self.label}"
-        with quiet(trainer, pl_module, evaluate=False, check=is_first, advice=way_out, label=self.label):
+        place = self._place = self._place or find_place(pl_module, batch, self.input_key, self.display_name)
+        way_out = f", or train without {self.display_name}"
+        with quiet(trainer, pl_module, evaluate=False, check=is_first, advice=way_out, display_name=self.display_name):
             clean = place.inputs(batch, run)
             if is_first:
-                self._attack.refuse_inputs(clean, self.label)
+                self._attack.refuse_inputs(clean, self.display_name)
             self._start_loss = None
             generator = generator_for(clean.device, self.seed, "/".join(map(str, (*position, trainer.global_rank))))
             loss_of = attack_losses(trainer, place, batch, run, self._note_start)
             try:
                 attacked = self._attack(loss_of, clean, generator, place.support(batch), share)
             except IndependentLossError as error:
-                raise refused(error, self.label) from None
+                raise refused(error, self.display_name) from None
             except Exception as error:
                 if not isinstance(error, NoLossError):
-                    error.add_note(f"{self.label} ran training_step on an input that has a gradient, to attack it.")
+                    error.add_note(
+                        f"{self.display_name} ran training_step on an input that has a gradient, to attack it."
+                    )
                 raise
             inputs = _with_clean_samples(attacked, clean, self.clean_fraction, generator)
         self._attacked = (position, batch, (place, inputs))

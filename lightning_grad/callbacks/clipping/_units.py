@@ -49,7 +49,7 @@ class UnitConditioner(GradientConditioner):
     @override
     def check_choice(self, pl_module: pl.LightningModule) -> None:
         if self._unknown and not self.parameters():
-            raise ValueError(f"{self.label} has no parameter to act on: it {self._explain()}.")
+            raise ValueError(f"{self.display_name} has no parameter to act on: it {self._explain()}.")
         super().check_choice(pl_module)
 
     def _explain(self) -> str:

@@ -99,7 +99,8 @@ class AdaptiveGradientClipping(UnitConditioner):
             self.undo.push(self._heads.order.stop)
             if not self._heads.names:
                 raise ValueError(
-                    f"{self.label} leaves the classifier alone, and finds no Linear. Name it by head='...', or set head=None."
+                    f"{self.display_name} leaves the classifier alone, and finds no Linear. Name it by head='...', or "
+                    "set head=None."
                 )
         super().on_fit_start(trainer, pl_module)
 
@@ -138,8 +139,8 @@ class AdaptiveGradientClipping(UnitConditioner):
         others = [names for names in all_names(pl_module).values() if selects(names, self.include, own)]
         if others and all(matches(names, heads) for names in others):
             raise ValueError(
-                f"{self.label} has nothing to act on besides {', '.join(heads)}, which it leaves alone as the classifier. Set "
-                "head=None to clip that too."
+                f"{self.display_name} has nothing to act on besides {', '.join(heads)}, which it leaves alone as the "
+                "classifier. Set head=None to clip that too."
             )
         super().check_choice(pl_module)
 
@@ -147,7 +148,7 @@ class AdaptiveGradientClipping(UnitConditioner):
         if self._heads is not None:
             return self._heads.names
         if self.head is not None:
-            check_patterns(pl_module, self.label, head=[self.head])
+            check_patterns(pl_module, self.display_name, head=[self.head])
             return [self.head]
         return []
 

@@ -80,10 +80,12 @@ class GradientCentralization(UnitConditioner):
     def _refuse_vectors(self, pl_module: pl.LightningModule) -> None:
         most = max((p.ndim for p in pl_module.parameters() if not is_lazy(p)), default=3)
         if most < 2:
-            raise ValueError(f"{self.label} centralizes weights, and this module has vectors only. Drop the callback.")
+            raise ValueError(
+                f"{self.display_name} centralizes weights, and this module has vectors only. Drop the callback."
+            )
         if most < 3 and self.conv_only:
             raise ValueError(
-                f"{self.label}(conv_only=True) centralizes convolutions, and this module has none. Set conv_only=False."
+                f"{self.display_name}(conv_only=True) centralizes convolutions, and this module has none. Set conv_only=False."
             )
 
     @override

@@ -31,13 +31,13 @@ class MomentumReset(OptimizerCallback):
     it, which pauses after each reset.
 
     Args:
-        every: Optimizer steps from one reset to the next (500 in the paper).
+        every_n_steps: Optimizer steps from one reset to the next (500 in the paper).
         warmup: Steps after a reset in which the learning rate is reduced; 0 for none. Default: 150, as in
-            the released code, or half of every if that is less.
+            the released code, or half of every_n_steps if that is less.
         name: Name of this instance, in its log keys and its state.
 
     Raises:
-        ValueError: In the constructor unless every is at least 1 and warmup from 0 to below every. Before the first batch
+        ValueError: In the constructor unless every_n_steps is at least 1 and warmup from 0 to below it. Before the first batch
             for a fused optimizer in fp16, if no optimizer keeps ``exp_avg_sq``, for a second instance, and under DeepSpeed.
 
     **Hooks.** Those of :class:`~lightning_grad.core.OptimizerCallback` before and after a step, which are called for exactly
@@ -48,7 +48,7 @@ class MomentumReset(OptimizerCallback):
     **Logs** under ``grad/momentum_reset/``, at log steps: ``lr_factor`` and ``resets``.
 
     **State.** Of each optimizer its steps, its resets and the step of the last one. A run that resumes with another
-    ``every`` is reset so many steps after its last reset, or at once.
+    ``every_n_steps`` is reset so many steps after its last reset, or at once.
 
     **Cost.** None worth measuring: two Python calls a step, one pass over the moments at a reset.
 
@@ -59,11 +59,11 @@ class MomentumReset(OptimizerCallback):
               callbacks:
                 - class_path: lightning_grad.callbacks.MomentumReset
                   init_args:
-                    every: 500
+                    every_n_steps: 500
 
     References:
         Huang et al., "SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training", 2025, arXiv 2501.06842,
-        algorithm 1; the warm-up's length and shape are those of its released code. Half of every is ours.
+        algorithm 1; the warm-up's length and shape are those of its released code. Half of every_n_steps is ours.
     """
 
     namespace: ClassVar[str] = "grad/momentum_reset"
@@ -74,23 +74,23 @@ class MomentumReset(OptimizerCallback):
             "Train with Adam or AdamW, or drop the callback",
         ),
     )
-    trial: ClassVar[Mapping[str, Any]] = {"every": 5, "warmup": 3}
-    neutral: ClassVar[Mapping[str, Any] | str] = {"every": 10**6}
+    trial: ClassVar[Mapping[str, Any]] = {"every_n_steps": 5, "warmup": 3}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"every_n_steps": 10**6}
 
     _steps = until_next_fit.of(Counter[int])
     _last = until_next_fit.of(Counter[int])  # the step of the last reset, from 1
     _resets = until_next_fit.of(Counter[int])
     _without = during_fit.of(list[ValueError])  # why it skips an optimizer
 
-    def __init__(self, every: int = 500, warmup: int | None = None, name: str | None = None) -> None:
+    def __init__(self, every_n_steps: int = 500, warmup: int | None = None, name: str | None = None) -> None:
         super().__init__(name)
-        self.every = check_count(every, 1, "every")
-        self.warmup = min(_LONGEST_DEFAULT, every // 2) if warmup is None else warmup
+        self.every_n_steps = check_count(every_n_steps, 1, "every_n_steps")
+        self.warmup = min(_LONGEST_DEFAULT, every_n_steps // 2) if warmup is None else warmup
         check_count(self.warmup, 0, "warmup")
-        if self.warmup >= every:
+        if self.warmup >= every_n_steps:
             raise ValueError(
-                f"warmup must be below every, or the learning rate never comes back; got warmup={warmup} and every={every}. "
-                "Leave warmup out for half of every."
+                "warmup must be below every_n_steps, or the learning rate never comes back; got "
+                f"warmup={warmup} and every_n_steps={every_n_steps}. Leave warmup out for half of every_n_steps."
             )
 
     # The fit begins.
@@ -112,7 +112,7 @@ class MomentumReset(OptimizerCallback):
     @override
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
         if not keeps(optimizer, "exp_avg_sq"):
-            self._without.append(self.compatibility.no_second_moment.error(self.label, type(optimizer).__name__))
+            self._without.append(self.compatibility.no_second_moment.error(self.display_name, type(optimizer).__name__))
             return False
         return True
 
@@ -125,7 +125,7 @@ class MomentumReset(OptimizerCallback):
             self.say(f"skips an optimizer: {str(self._without[0]).rstrip('.')}")
         names = ", ".join(type(optimizer).__name__ for optimizer in self.watched.values())
         slow = f", and reduces the learning rate for {self.warmup} steps after each reset" if self.warmup else ""
-        words = f"resets the moments of {names} every {self.every} steps{slow}"
+        words = f"resets the moments of {names} every {self.every_n_steps} steps{slow}"
         self.announce(words, "optimizers", [f"optimizers[{index}]" for index in self.watched])
 
     # One optimizer step.
@@ -141,7 +141,7 @@ class MomentumReset(OptimizerCallback):
         """
         last = self._last[index]
         since = self._steps[index] + 1 - last
-        if since >= self.every:
+        if since >= self.every_n_steps:
             return 0
         return since if last else None
 

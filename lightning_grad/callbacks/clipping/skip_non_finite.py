@@ -150,14 +150,14 @@ class SkipNonFinite(GradientConditioner):
         where = self._where(step, bad)
         if self.max_in_row is not None and in_row >= self.max_in_row:
             raise RuntimeError(
-                f"{self.label}: {in_row} steps in a row had gradients that are not finite, the last in {where}. The "
+                f"{self.display_name}: {in_row} steps in a row had gradients that are not finite, the last in {where}. The "
                 "weights, and not a batch, are the likely cause: lower the learning rate, or resume from an earlier "
                 "checkpoint. To go on all the same, set max_in_row=None."
             )
         self._told += 1
         if self._told <= self.warnings:
             last = " Further ones are only counted." if self._told == self.warnings else ""
-            rank_zero_warn(f"{self.label} skips a step: not finite in {where}.{last}")
+            rank_zero_warn(f"{self.display_name} skips a step: not finite in {where}.{last}")
 
     def _where(self, step: GradientStep, bad: Tensor) -> str:
         names = [name for name, is_bad in zip(step.names, bad.tolist(), strict=True) if is_bad]

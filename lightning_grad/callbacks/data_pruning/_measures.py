@@ -27,19 +27,19 @@ ScoreFunction = Callable[[pl.LightningModule, Any], Tensor]
 
 
 @contextmanager
-def errors_of(label: str) -> Iterator[None]:
+def errors_of(display_name: str) -> Iterator[None]:
     """Raise what a score refuses in the name of who asks."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{label}: {error}") from None
+        raise ValueError(f"{display_name}: {error}") from None
 
 
 def scores_of(score_fn: ScoreFunction, look: Look) -> Mapping[str, Tensor]:
     """Return the scores that a function of the user gives."""
     found = score_fn(look.pl_module, look.batch)
     must = (
-        f"{look.asked.label}: score_fn must return one score for each of the {len(look.indices)} samples of a batch, "
+        f"{look.asked.display_name}: score_fn must return one score for each of the {len(look.indices)} samples of a batch, "
         f"({len(look.indices)},); got"
     )
     try:
@@ -74,7 +74,7 @@ def _alone(look: Look) -> Tensor:
         raise SkippedBatchError
     loss = loss_of_output(output)
     if loss is None or loss.numel() != 1:
-        refuse_loss(loss, f"{look.asked.label} runs it on one sample at a time. {look.asked.advice}")
+        refuse_loss(loss, f"{look.asked.display_name} runs it on one sample at a time. {look.asked.advice}")
     return loss
 
 
@@ -87,7 +87,7 @@ def _classes_of(call: LossCall) -> dict[str, Tensor]:
 
 def _of_call(look: Look, score: Callable[[LossCall], Tensor]) -> dict[str, Tensor]:
     call = look.loss()
-    with errors_of(look.asked.label):
+    with errors_of(look.asked.display_name):
         return {"score": score(call), **_classes_of(call)}
 
 
@@ -108,7 +108,7 @@ def _classes_of_losses(found: SampleLosses) -> dict[str, Tensor]:
 
 def _grand_last(look: Look) -> Mapping[str, Tensor]:
     features, call, layer = look.features()
-    with errors_of(look.asked.label):
+    with errors_of(look.asked.display_name):
         norms = last_layer_gradient_norm(call, features, bias=layer.bias is not None)
     return {"score": norms, **_classes_of(call)}
 
@@ -121,7 +121,7 @@ def _embedding(look: Look) -> Mapping[str, Tensor]:
 
 def gradient_by_input(look: Look) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the gradient of each sample's true logit by its input, and the classes; with ``loss_fn`` that of the loss."""
-    inputs = _inputs_of(look.batch, len(look.indices), look.asked.label)
+    inputs = _inputs_of(look.batch, len(look.indices), look.asked.display_name)
     inputs.requires_grad_(True)
     try:
         if look.asked.loss_fn is not None:
@@ -131,7 +131,7 @@ def gradient_by_input(look: Look) -> tuple[Tensor, dict[str, Tensor]]:
         call = look.loss(keep_graph=True)
         if call.labels is None or call.name != "cross_entropy" or call.output is None:
             raise ValueError(
-                f"{look.asked.label}(score='vog') needs cross_entropy with one true class a sample, and the loss is "
+                f"{look.asked.display_name}(score='vog') needs cross_entropy with one true class a sample, and the loss is "
                 f"{call.name} with targets {tuple(call.target.shape)} of {call.target.dtype}. Use another score, or "
                 "give score_fn=, which takes the module and a batch and returns the scores."
             )
@@ -145,12 +145,12 @@ def gradient_by_input(look: Look) -> tuple[Tensor, dict[str, Tensor]]:
         inputs.requires_grad_(False)
 
 
-def _inputs_of(batch: Any, samples: int, label: str) -> Tensor:
+def _inputs_of(batch: Any, samples: int, display_name: str) -> Tensor:
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1 and len(leaf) == samples:
             return leaf
     raise ValueError(
-        f"{label}(score='vog') needs a gradient by the input, and the batch holds no tensor of real numbers with a row "
+        f"{display_name}(score='vog') needs a gradient by the input, and the batch holds no tensor of real numbers with a row "
         "for each sample. Use another score, or give score_fn=, which takes the module and a batch and returns the scores."
     )
 

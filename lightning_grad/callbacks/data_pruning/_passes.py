@@ -93,7 +93,7 @@ class Passes:
     def asked(self) -> LossRequest:
         """What is asked of the losses of the step."""
         callback = self.callback
-        own = (callback.label, callback.loss, self.way_out, callback.loss_fn, callback.outputs_fn)
+        own = (callback.display_name, callback.loss_index, self.way_out, callback.loss_fn, callback.outputs_fn)
         return LossRequest(*own, by_classes=callback.source.by_classes)
 
     def _rehearsal(self) -> Rehearsal:

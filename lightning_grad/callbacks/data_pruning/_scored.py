@@ -51,7 +51,7 @@ def check_score_file(callback: DataPruning, trainer: pl.Trainer) -> None:
         try:
             check_writable(path)
         except (OSError, ValueError) as error:
-            fault = f"{callback.label} cannot write save_scores={callback.save_scores!r}: {error}. "
+            fault = f"{callback.display_name} cannot write save_scores={callback.save_scores!r}: {error}. "
             fault += "Name a file that it can write."
     fault = trainer.strategy.broadcast(fault)  # else the other ranks would wait for the first
     if fault is not None:

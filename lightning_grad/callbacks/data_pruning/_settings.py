@@ -92,7 +92,7 @@ def _check_functions(settings: DataPruning) -> None:
     by_sample = settings.scores_by == "sample"
     functions = {"loss_fn": settings.loss_fn, "outputs_fn": settings.outputs_fn, "scores_by='sample'": by_sample}
     given = [name for name, value in functions.items() if value]
-    others = {"loss": settings.loss, "score_fn": settings.score_fn, "score_files": settings.score_files}
+    others = {"loss_index": settings.loss_index, "score_fn": settings.score_fn, "score_files": settings.score_files}
     others["keep='random'"] = settings.keep == "random"
     if given:
         check_only_one({**functions, **others}, "say what a sample is scored by")
@@ -132,20 +132,20 @@ def warn_of_risks(callback: DataPruning, trainer: pl.Trainer) -> None:
     epochs = [epoch for epoch, _ in callback.rounds]
     if trainer.max_epochs is not None and epochs[0] < trainer.max_epochs <= epochs[-1]:
         rank_zero_warn(
-            f"{callback.label} has rounds that never come: max_epochs={trainer.max_epochs}, epoch={callback.epoch}. Leave "
-            "them out, or set max_epochs higher."
+            f"{callback.display_name} has rounds that never come: max_epochs={trainer.max_epochs}, "
+            f"epoch={callback.epoch}. Leave them out, or set max_epochs higher."
         )
     if epochs[0] == 0 and callback.source.runs_the_step and callback.keep != "random":
         rank_zero_warn(
-            f"{callback.label}(score={callback.score!r}) scores at initialisation, before the module has learnt anything. "
-            "Scores taken there hardly agree with later ones; GraNd follows the norm of the input (arXiv 2303.14753). Set "
-            "epoch to some epochs of training."
+            f"{callback.display_name}(score={callback.score!r}) scores at initialisation, before the module has learnt "
+            "anything. Scores taken there hardly agree with later ones; GraNd follows the norm of the input (arXiv "
+            "2303.14753). Set epoch to some epochs of training."
         )
     most = max(share for _, share in callback.rounds)
     if most > _TOO_MUCH and callback.keep == "hard" and callback.select == "top":
         rank_zero_warn(
-            f"{callback.label} keeps only the hardest {100 * (1 - most):.0f} % of the samples. At such rates the hardest "
-            "alone do worse than a random choice (arXiv 2210.15809): use select='ccs', or RepeatedRandomSubset."
+            f"{callback.display_name} keeps only the hardest {100 * (1 - most):.0f} % of the samples. At such rates the "
+            "hardest alone do worse than a random choice (arXiv 2210.15809): use select='ccs', or RepeatedRandomSubset."
         )
 
 
@@ -153,7 +153,7 @@ def score_settings(callback: DataPruning) -> list[str]:
     """Return the names of the settings on which the scores depend."""
     if isinstance(callback.source, (Chance, FileScores)):
         return ["score_files"]
-    names = ["score", "score_fn", "score_dataset", "loss", "loss_fn", "outputs_fn", "scores_by"]
+    names = ["score", "score_fn", "score_dataset", "loss_index", "loss_fn", "outputs_fn", "scores_by"]
     return [*names, "seed"] if callback.source.name == "prototypes" else names
 
 
@@ -176,7 +176,7 @@ def refuse_unrecorded(callback: DataPruning, saved: Mapping[str, Any], next_epoc
     was = f" (was {saved[named]!r})" if saved else ""
     keep = "Keep the settings of the checkpoint, or set" if saved else "Set"
     raise ValueError(
-        f"{callback.label} resumes with {named}={plain(callback.settings[named])!r}{was}, and the checkpoint has no record "
-        f"for this score, which takes at least {counted(needed, 'whole epoch')} of training before a round. {keep} epoch to "
-        f"{next_epoch + needed} or later; until then all samples are trained on."
+        f"{callback.display_name} resumes with {named}={plain(callback.settings[named])!r}{was}, and the checkpoint has "
+        f"no record for this score, which takes at least {counted(needed, 'whole epoch')} of training before a round. "
+        f"{keep} epoch to {next_epoch + needed} or later; until then all samples are trained on."
     )

@@ -128,8 +128,8 @@ class FileScores(ScoreSource):
         for path in settings.score_files or []:
             if not os.path.exists(path):
                 raise FileNotFoundError(
-                    f"{settings.label} finds no score file {path!r}. Correct the path in score_files, or write the file "
-                    "first with save_scores."
+                    f"{settings.display_name} finds no score file {path!r}. Correct the path in score_files, or write "
+                    "the file first with save_scores."
                 )
         average_scores(settings.score_files or [])
 
@@ -289,7 +289,7 @@ class HistoryScores(ScoreSource):
     def read(self, callback: DataPruning, call: LossCall) -> None:
         """Take in the loss of a batch."""
         indices, total = callback.indices, callback.training_set.sampler.total
-        with measures.errors_of(callback.label):
+        with measures.errors_of(callback.display_name):
             self._values.put(indices, rules.margin(call) if self._is_aum else is_correct(call), total)
         if call.labels is not None:
             self._labels.put(indices, call.labels, total)

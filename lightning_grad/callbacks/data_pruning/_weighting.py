@@ -24,7 +24,7 @@ class LossWeighting(GradCallback):
     """
 
     way_out: ClassVar[str]  # what to do about a loss that cannot be seen, as a clause that begins with a verb
-    loss: int | None
+    loss_index: int | None
     loss_fn: GivenFunction | None
     acts: bool  # whether it ever weights a batch
 
@@ -35,16 +35,18 @@ class LossWeighting(GradCallback):
         """Return a weight for each sample of the batch, or ``None`` to leave the step as it is."""
         raise NotImplementedError(f"{type(self).__name__} must define weigh(losses).")
 
-    def choose_loss(self, loss: int | None, loss_fn: GivenFunction | None) -> None:
+    def choose_loss(self, loss_index: int | None, loss_fn: GivenFunction | None) -> None:
         """Check and store the arguments that say what is weighted."""
-        check_only_one({"loss": loss, "loss_fn": loss_fn}, "say what is weighted")
-        self.loss = check_count(loss, 0, "loss")
+        check_only_one({"loss_index": loss_index, "loss_fn": loss_fn}, "say what is weighted")
+        self.loss_index = check_count(loss_index, 0, "loss_index")
         self.loss_fn = loss_fn
 
     @property
     def asked(self) -> LossRequest:
         """What is asked of the losses of the step."""
-        return LossRequest(self.label, self.loss, self.way_out, self.loss_fn, kind=lambda: self._sample_loss)
+        return LossRequest(
+            self.display_name, self.loss_index, self.way_out, self.loss_fn, kind=lambda: self._sample_loss
+        )
 
     def samples_of(self, batch: Any) -> int | None:
         """Return the number of samples of a batch, ``None`` if it is not known."""
@@ -82,7 +84,7 @@ class LossWeighting(GradCallback):
 
     def has_same_loss(self, state_dict: dict[str, Any]) -> bool:
         """Return whether the losses of a checkpoint are of the kind that is weighted now."""
-        return not self.changed_settings(state_dict, "loss", "loss_fn")
+        return not self.changed_settings(state_dict, "loss_index", "loss_fn")
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:

@@ -105,11 +105,12 @@ class DataPruning(SubsetCallback):
         scores_by: "sample" runs the step on one sample at a time, up to a batch size times as long; for loss and grand.
             It is for a loss that cannot be separated. The mean over the samples of a batch must be the batch's loss.
         score_dataset: Function of the trainer that returns the training set without augmentation, to score that.
-        loss: Which call of a loss alone counts, from 0. By default loss and grand take all that the step returns, grand-last
-            its only call, and the others the only one that classifies.
+        loss_index: Index, from 0, of the only loss call that counts.
+            By default loss and grand take all that the step returns, grand-last its only call, and the others the only one
+            that classifies.
         checkpoints: Number of passes of vog, at least 2, spread evenly over the epochs before.
         strict: Whether score files of another data set are refused.
-        show: Number of the hardest and of the easiest samples that are shown, in a table and a figure; 0 for none.
+        num_shown: Number of the hardest and of the easiest samples that are shown, in a table and a figure; 0 for none.
         figure: Draw histogram and samples (needs matplotlib, and a logger whose folder takes the file).
         seed: Seed of ties, of random choices and of random streams while scoring.
         loader_key: Which of several training loaders to prune: its key, or its position in a list.
@@ -121,7 +122,7 @@ class DataPruning(SubsetCallback):
             epoch that never comes, another technique that chooses samples. After the first batch, if the loss cannot be
             seen or does not suit the score: one batch is scored to find out.
         RuntimeError: After the first batch, if rows do not follow their samples into another order, or if only a part of the
-            loss is seen where the whole counts, or two calls classify, and ``loss`` does not say which counts alone.
+            loss is seen where the whole counts, or two calls classify, and ``loss_index`` does not say which counts alone.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
         FileNotFoundError: In setup, if a score file is missing. One that is damaged, or belongs to another data set, raises a
             ValueError before the first batch, and so does a ``save_scores`` that cannot be written.
@@ -189,13 +190,13 @@ class DataPruning(SubsetCallback):
         save_scores: str | None = None,
         score_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         score_dataset: Callable[[pl.Trainer], Any] | None = None,
-        loss: int | None = None,
+        loss_index: int | None = None,
         loss_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         outputs_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         scores_by: Literal["batch", "sample"] = "batch",
         checkpoints: int = 3,
         strict: bool = True,
-        show: int = 16,
+        num_shown: int = 16,
         figure: bool = True,
         seed: int = 0,
         loader_key: str | int | None = None,
@@ -216,13 +217,13 @@ class DataPruning(SubsetCallback):
         self.save_scores = save_scores
         self.score_fn = score_fn
         self.score_dataset = score_dataset
-        self.loss = check_count(loss, 0, "loss")
+        self.loss_index = check_count(loss_index, 0, "loss_index")
         self.loss_fn = loss_fn
         self.outputs_fn = outputs_fn
         self.scores_by = scores_by
         self.checkpoints = check_count(checkpoints, 2, "checkpoints")
         self.strict = strict
-        self.show = check_count(show, 0, "show")
+        self.num_shown = check_count(num_shown, 0, "num_shown")
         self.figure = figure
         self.seed = check_count(seed, 0, "seed")
         self.rounds = rules.read_rounds(self.prune, self.epoch, default=0 if self._needs_no_training else _EPOCH)
@@ -369,14 +370,14 @@ class DataPruning(SubsetCallback):
         if scored.name != CHANCE:
             with generators_kept(self._passes.dataset):
                 self._save(trainer, scored)
-                report(trainer, scored, self._passes.items, self, self.show, self.figure)
+                report(trainer, scored, self._passes.items, self, self.num_shown, self.figure)
         return scored.kept
 
     def _keep(self, scored: ScoredSet, share: float) -> ScoredSet:
         """Choose the samples that a share leaves of those scored, and print how many they are."""
         sampler = self.training_set.sampler
         population = sampler.population
-        say_what_is_skipped(self.label, population, ~scored.values[population].isnan())
+        say_what_is_skipped(self.display_name, population, ~scored.values[population].isnan())
         count = count_kept(len(population), share, sampler.batch_size, sampler.ranks, sampler.drop_last)
         if share:
             self.warn_of_too_few(count, len(population))
@@ -397,24 +398,24 @@ class DataPruning(SubsetCallback):
     def _refuse_balance(self, labels: Tensor | None) -> None:
         if self.balances_classes and labels is None:
             raise ValueError(
-                f"{self.label} balances classes, and nothing tells which class a sample has. Leave balance at None and "
+                f"{self.display_name} balances classes, and nothing tells which class a sample has. Leave balance at None and "
                 "class_floor at 0."
             )
 
     def _say_kept(self, name: str, count: int, total: int, share: float) -> None:
         if share == 0.0:
-            rank_zero_info(f"{self.label} has scored {total} samples by {name}, and keeps them all.")
+            rank_zero_info(f"{self.display_name} has scored {total} samples by {name}, and keeps them all.")
             return
         what = "Epochs get shorter, and schedules that step with batches advance faster, to end where they would have."
         if self.passes_more_than_once:
             what = "Epochs keep their number of steps, and pass through these samples more than once."
-        rank_zero_info(f"{self.label} goes on with {count} of {total} samples (by {name}). {what}")
+        rank_zero_info(f"{self.display_name} goes on with {count} of {total} samples (by {name}). {what}")
 
     def _save(self, trainer: pl.Trainer, scored: ScoredSet) -> None:
         mark = fingerprint(self._passes.items)
         if mark.items is None and self.score_dataset is None and self.source.runs_the_step:
             rank_zero_warn(
-                f"{self.label} scores samples that differ each time they are read, as augmentation makes them. Give "
+                f"{self.display_name} scores samples that differ each time they are read, as augmentation makes them. Give "
                 "score_dataset=, a function of the trainer that returns the training set without it."
             )
         if self._writes_scores:

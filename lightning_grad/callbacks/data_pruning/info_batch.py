@@ -41,8 +41,8 @@ class InfoBatch(LossWeighting, SubsetCallback):
 
     Args:
         prune: Share r of the samples of low loss that is left out, at least 0 and below 1 (0.5 in the paper).
-        stop: Share of the run after which all samples are trained on (0.875 in the paper).
-        loss: Which call of a loss alone counts, from 0; by default all that the step returns.
+        prune_until: Share of the run after which it trains on all samples (0.875 in the paper).
+        loss_index: Index, from 0, of the only loss call that counts; by default all that the step returns.
         loss_fn: Function of the module and a batch that returns the losses (B,), in place of the step's own loss. The step
             runs as it is; its mean must be the step's loss, up to a constant. It costs a second forward and backward pass.
         seed: Seed of the choices.
@@ -99,8 +99,8 @@ class InfoBatch(LossWeighting, SubsetCallback):
     def __init__(
         self,
         prune: float = 0.5,
-        stop: float = 0.875,
-        loss: int | None = None,
+        prune_until: float = 0.875,
+        loss_index: int | None = None,
         loss_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         seed: int = 0,
         loader_key: str | int | None = None,
@@ -110,8 +110,8 @@ class InfoBatch(LossWeighting, SubsetCallback):
         super().__init__(loader_key, name)
         self.prune = check_share(prune, "prune")
         self.acts = prune > 0.0
-        self.stop = check_between(stop, 0.0, 1.0, "stop")
-        self.choose_loss(loss, loss_fn)
+        self.prune_until = check_between(prune_until, 0.0, 1.0, "prune_until")
+        self.choose_loss(loss_index, loss_fn)
         self.seed = check_count(seed, 0, "seed")
         self.total_steps = check_total_steps(total_steps)
 
@@ -122,7 +122,7 @@ class InfoBatch(LossWeighting, SubsetCallback):
             return "trains on all samples (prune=0)"
         return (
             f"drops {100 * self.prune:g} % of the samples of low loss in each epoch but the first, until "
-            f"{100 * self.stop:g} % of the run"
+            f"{100 * self.prune_until:g} % of the run"
         )
 
     @property
@@ -163,7 +163,7 @@ class InfoBatch(LossWeighting, SubsetCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         ends = (trainer.max_epochs or -1, trainer.max_steps, self.total_steps or -1)
-        if self.prune > 0.0 and self.stop < 1.0 and max(ends) == -1:
+        if self.prune > 0.0 and self.prune_until < 1.0 and max(ends) == -1:
             self.say("prunes to the end of the run, because that is not known. Set total_steps=... to stop before it")
 
     @override
@@ -210,7 +210,7 @@ class InfoBatch(LossWeighting, SubsetCallback):
         ends = [(trainer.max_epochs, trainer.current_epoch), (trainer.max_steps, trainer.global_step)]
         if self.total_steps is not None:
             ends = [(self.total_steps, trainer.global_step)]
-        return any(end not in (None, -1) and done >= self.stop * end for end, done in ends)
+        return any(end not in (None, -1) and done >= self.prune_until * end for end, done in ends)
 
     @override
     def weigh(self, losses: SampleLosses) -> Tensor | None:

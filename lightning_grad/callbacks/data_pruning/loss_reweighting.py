@@ -52,7 +52,7 @@ class LossReweighting(LossWeighting):
         start_temperature: r after the warm-up. The released code asks for a schedule from high to low and does not
             say which; 10 is ours.
         warmup: Share of the run in which all samples weigh the same (0.05 in the released code).
-        loss: Which call of a loss alone is weighted, from 0; by default all that the step returns.
+        loss_index: Index, from 0, of the only loss call that is weighted; by default all that the step returns.
         loss_fn: Function of the module and a batch that returns the losses (B,), in place of the step's own loss. The step
             runs as it is; its mean must be the step's loss, up to a constant. It costs a second forward and backward pass.
         total_steps: Length of the run in optimizer steps, where it has no known end. Default: the Trainer's.
@@ -118,7 +118,7 @@ class LossReweighting(LossWeighting):
         temperature: float = 1.0,
         start_temperature: float = 10.0,
         warmup: float = 0.05,
-        loss: int | None = None,
+        loss_index: int | None = None,
         loss_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         total_steps: int | None = None,
         name: str | None = None,
@@ -131,7 +131,7 @@ class LossReweighting(LossWeighting):
         self.acts = math.isfinite(temperature)
         self.start_temperature = check_above(start_temperature, 0.0, "start_temperature")
         self.warmup = check_between(warmup, 0.0, 1.0, "warmup")
-        self.choose_loss(loss, loss_fn)
+        self.choose_loss(loss_index, loss_fn)
         self.total_steps = check_total_steps(total_steps)
 
     @override
@@ -160,7 +160,7 @@ class LossReweighting(LossWeighting):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Without a known end, which raises, the temperature would never fall.
-        if self.acts and total_steps(trainer, self.label, self.total_steps) is None:
+        if self.acts and total_steps(trainer, self.display_name, self.total_steps) is None:
             self.say(IN_FIRST_EPOCH)
 
     @override
@@ -194,8 +194,8 @@ class LossReweighting(LossWeighting):
             return True  # each row of the loss is a sample
         if samples * trainer.world_size == 1:
             rank_zero_warn(
-                f"{self.label} weights the samples of a batch against each other, and a batch has one: every weight is 1. Use "
-                "larger batches."
+                f"{self.display_name} weights the samples of a batch against each other, and a batch has one: every "
+                "weight is 1. Use larger batches."
             )
         is_done = rehearsal.check_batch(batch, samples)
         if is_done:

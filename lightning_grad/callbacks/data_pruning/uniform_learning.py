@@ -36,7 +36,7 @@ class UniformLearning(SubsetCallback):
     Args:
         epoch: Number of whole epochs after which samples are clustered (8 of 200 in the paper's CIFAR-10 runs).
         repeats: How often they are repeated (1 in the paper); 0 repeats nothing.
-        loss: Which call of a loss counts, from 0; by default the only one that classifies, whatever is added to it.
+        loss_index: Index, from 0, of the loss call that counts; by default the only one that classifies.
         outputs_fn: Function of the module and a batch that returns logits (B, C) and labels (B,), in place of the step.
         seed: Seed of the clusters.
         loader_key: Which of several training loaders: its key, or its position in a list.
@@ -47,7 +47,7 @@ class UniformLearning(SubsetCallback):
             comes, or another technique that chooses samples. After the first batch, if the loss is none of one class a
             sample: one batch is looked at to find out.
         RuntimeError: After the first batch, if rows do not follow their samples into another order, or if two calls classify
-            and ``loss`` does not say which one counts.
+            and ``loss_index`` does not say which one counts.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
     **Hooks.** As :class:`DataPruning`. Epochs become longer; schedules that step with batches are held back so that they
@@ -95,17 +95,17 @@ class UniformLearning(SubsetCallback):
         self,
         epoch: int = 8,
         repeats: int = 1,
-        loss: int | None = None,
+        loss_index: int | None = None,
         outputs_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         seed: int = 0,
         loader_key: str | int | None = None,
         name: str | None = None,
     ) -> None:
-        check_only_one({"loss": loss, "outputs_fn": outputs_fn}, "say what is clustered")
+        check_only_one({"loss_index": loss_index, "outputs_fn": outputs_fn}, "say what is clustered")
         super().__init__(loader_key, name)
         self.epoch = check_count(epoch, 1, "epoch")
         self.repeats = check_count(repeats, 0, "repeats")
-        self.loss = check_count(loss, 0, "loss")
+        self.loss_index = check_count(loss_index, 0, "loss_index")
         self.outputs_fn = outputs_fn
         self.seed = check_count(seed, 0, "seed")
 
@@ -145,7 +145,7 @@ class UniformLearning(SubsetCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         found_in = state_dict["found_in"]
-        found_alike = not self.changed_settings(state_dict, "loss", "outputs_fn", "seed")
+        found_alike = not self.changed_settings(state_dict, "loss_index", "outputs_fn", "seed")
         if self.fitting and found_alike and found_in is not None and found_in >= self.epoch:
             self._repeated, self._found_in = state_dict["repeated"], found_in
 
@@ -158,7 +158,7 @@ class UniformLearning(SubsetCallback):
 
     @property
     def _asked(self) -> LossRequest:
-        return LossRequest(self.label, self.loss, _WAY_OUT, outputs_fn=self.outputs_fn, by_classes=True)
+        return LossRequest(self.display_name, self.loss_index, _WAY_OUT, outputs_fn=self.outputs_fn, by_classes=True)
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rehearsal: bool = False) -> dict[str, Tensor]:
         own = (trainer, pl_module, self.training_set, _outputs, "Clustering outputs", self._asked)
@@ -182,10 +182,10 @@ class UniformLearning(SubsetCallback):
         population = self.training_set.sampler.population
         outputs, losses, labels = (found[key][population] for key in ("outputs", "losses", "labels"))
         known = outputs.isfinite().all(1) & losses.isfinite() & labels.isfinite()
-        say_what_is_skipped(self.label, population, known)
+        say_what_is_skipped(self.display_name, population, known)
         own = (outputs[known], losses[known], labels[known].long())
         repeated = population[known][uniform_learning_repeats(*own, self.seed)]
-        rank_zero_info(f"{self.label} repeats {len(repeated)} of {len(population)} samples.")
+        rank_zero_info(f"{self.display_name} repeats {len(repeated)} of {len(population)} samples.")
         return repeated
 
 
@@ -193,7 +193,7 @@ def _outputs(look: Look) -> Mapping[str, Tensor]:
     call = look.loss()
     if call.labels is None or call.input.dim() != 2:
         raise ValueError(
-            f"{look.asked.label} clusters the outputs of each class, and {call.name} got {tuple(call.input.shape)} for "
+            f"{look.asked.display_name} clusters the outputs of each class, and {call.name} got {tuple(call.input.shape)} for "
             f"targets of {tuple(call.target.shape)}. It needs logits (B, C) and one class a sample. For other targets use "
             "DataPruning(score='loss'), or RepeatedRandomSubset, which needs no loss."
         )

@@ -26,7 +26,7 @@ class FirstBadStep:
         first = order.sort(names)[0] if names else "no single gradient: the sum of squares overflows"
         self._facts = {**facts, "parameter": first, "bad_parameters": len(names)}
 
-    def tell(self, trainer: pl.Trainer, label: str, key: Callable[[str], str], alert: bool) -> None:
+    def tell(self, trainer: pl.Trainer, display_name: str, key: Callable[[str], str], alert: bool) -> None:
         """Say once which step it was, and leave its facts in a file."""
         if not self._facts or self._is_told:
             return
@@ -35,15 +35,15 @@ class FirstBadStep:
             f"the gradient was not finite for the first time at step {facts['step']}, epoch {facts['epoch']}, batch "
             f"{facts['batch_idx']}, loss {facts['loss']:g}: {facts['parameter']}, first of {facts['bad_parameters']}."
         )
-        rank_zero_warn(f"{label}: {text}")
+        rank_zero_warn(f"{display_name}: {text}")
         log_summary(trainer, {key(f"first_bad_{fact}"): float(facts[fact]) for fact in ("step", "batch_idx")})
-        path = output_file(trainer, label, "_first_bad_step.json")
+        path = output_file(trainer, display_name, "_first_bad_step.json")
         if path is not None and trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({**facts, "loss": str(facts["loss"]), "norm": str(facts["norm"])}, indent=2))
             log_file(trainer, path, name=path.stem, kind="facts")
         if alert:
-            send_alert(trainer, f"{label}: gradient not finite", text)
+            send_alert(trainer, f"{display_name}: gradient not finite", text)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything."""

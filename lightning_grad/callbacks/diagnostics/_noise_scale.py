@@ -79,7 +79,7 @@ class NoiseScaleMeter:
         if any(hasattr(parameter, "full_tensor") for parameter in pl_module.parameters()):
             return "gradients of sharded parameters are reduced before they can be seen"
         if getattr(trainer.strategy, "gradient_is_compressed", False):
-            return "the gradient after the exchange is no mean: its entries come late (gradient_noise=True logs it instead)"
+            return "the gradient after the exchange is no mean: its entries come late (log_noise_scale=True logs it instead)"
         if trainer.world_size == 1 and trainer.accumulate_grad_batches == 1:
             return "it compares parts of a batch, and needs accumulate_grad_batches or several ranks"
         return None

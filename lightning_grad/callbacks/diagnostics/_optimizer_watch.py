@@ -39,17 +39,17 @@ class OptimizerWatch:
     Args:
         optimizer: Whose gradients they are.
         named: Names and parameters that are watched.
-        depth: Join layers whose names agree in so many leading parts.
+        layer_depth: Join layers whose names agree in so many leading parts.
         record: Where numbers go.
         scaled: Whether a GradScaler skips steps that overflow, which then is nothing bad.
     """
 
     def __init__(
-        self, optimizer: Optimizer, named: Named, depth: int | None, record: MonitorRecord, scaled: bool
+        self, optimizer: Optimizer, named: Named, layer_depth: int | None, record: MonitorRecord, scaled: bool
     ) -> None:
         self.record = record
         self.first_bad: dict[str, Any] = {}
-        self._depth = depth
+        self._layer_depth = layer_depth
         self._scaled = scaled
         # Place, numbers (norm before, norm before clipping, norm after, loss), and whether the step was skipped.
         self._rows: list[tuple[Place, Tensor, bool]] = []
@@ -77,13 +77,13 @@ class OptimizerWatch:
 
     # Within a step.
 
-    def look_before(self, loss: Tensor | None, measured: bool, rare: bool, keep: bool) -> Tensor | None:
+    def look_before(self, loss: Tensor | None, measured: bool, slow: bool, keep: bool) -> Tensor | None:
         """Look at gradients that nothing has changed yet.
 
         Args:
             loss: Of the step, as ``training_step`` gave it.
             measured: Whether the step is logged, and layers are looked at.
-            rare: Whether the costly things are measured too.
+            slow: Whether to compute the slow statistics too.
             keep: Whether the next step is logged and will be compared with this one.
 
         Returns:
@@ -97,7 +97,7 @@ class OptimizerWatch:
         self._before = torch.linalg.vector_norm(norms)
         self._remember_first_bad(norms, loss)
         if measured:
-            self._measure(gradients, norms, rare)
+            self._measure(gradients, norms, slow)
         present = zip(self.names, gradients, strict=True) if keep else ()
         self._previous = {name: gradient.clone() for name, gradient in present if gradient is not None}
         return self._before
@@ -111,9 +111,9 @@ class OptimizerWatch:
             bad = bad & ~loss.isfinite().all().to(norms.device)
         self._bad_norms = torch.where(bad & self._bad_norms.isfinite().all(), norms, self._bad_norms)
 
-    def _measure(self, gradients: list[Tensor | None], norms: Tensor, rare: bool) -> None:
+    def _measure(self, gradients: list[Tensor | None], norms: Tensor, slow: bool) -> None:
         if self._layers is None or self._roots is None:
-            self._layers = LayerFinder(depth=self._depth).find(self.names, self.parameters)
+            self._layers = LayerFinder(layer_depth=self._layer_depth).find(self.names, self.parameters)
             self._roots = torch.tensor([parameter.numel() ** 0.5 for parameter in self.parameters]).to(norms.device)
         present = [(n, p, g) for n, p, g in zip(self.names, self.parameters, gradients, strict=True) if g is not None]
         weights = [plain_tensor(parameter).detach() for parameter in self.parameters]
@@ -123,7 +123,7 @@ class OptimizerWatch:
         pairs = [(g, self._previous[n]) for n, _, g in present if n in self._previous]
         if pairs:
             self._details["cosine"] = gradient_cosine([g for g, _ in pairs], [other for _, other in pairs])
-        if rare:
+        if slow:
             self._measure_rarely([g for _, _, g in present], [p for _, p, _ in present])
 
     def _measure_vanishing(self, gradients: list[Tensor | None], norms: Tensor) -> None:
@@ -224,7 +224,7 @@ class OptimizerWatch:
                 scalars[key] = own[0]
         return scalars, by_layer
 
-    def gradients_for_histograms(self, top: int) -> Mapping[str, Tensor]:
-        """Return up to ``top`` gradients of weights by name; whole ones, so every rank must ask."""
+    def gradients_for_histograms(self, max_layers: int) -> Mapping[str, Tensor]:
+        """Return up to ``max_layers`` gradients of weights by name; whole ones, so every rank must ask."""
         weights = [(n, p.grad) for n, p in zip(self.names, self.parameters, strict=True) if p.ndim > 1]
-        return {name: whole(gradient) for name, gradient in weights[:top] if gradient is not None}
+        return {name: whole(gradient) for name, gradient in weights[:max_layers] if gradient is not None}

@@ -42,12 +42,13 @@ class GradientMonitor(GradCallback):
     At every few log steps it does what costs more.
 
     Args:
-        rarely: Every how many log steps zero entries, signal to noise and histograms are looked at; None never.
+        slow_stats_every: Compute the slow statistics every this many log steps; None disables them.
+            They are zero entries, signal to noise and histograms.
         logits: Look at the size of attention and output logits at log steps; not in compiled modules. Growing logits
             announce two instabilities (arXiv 2309.14322).
-        histograms: Send histograms of gradients to the loggers that show them, rarely.
-        depth: Join layers in logs by this many leading parts of their names; default: do not join.
-        top: Log at most this many layers apart; the heat map has all.
+        histograms: Send histograms of gradients to the loggers that show them, together with the slow statistics.
+        layer_depth: Join layers in logs by this many leading parts of their names; default: do not join.
+        max_layers: Log at most this many layers apart; the heat map has all.
         figure: Draw the run at its end (needs matplotlib, and a logger whose folder takes the file).
         alert: Send a W&B alert when a gradient is not finite for the first time.
         include: Names or wildcards of the parameters or modules that are watched; default all.
@@ -69,7 +70,7 @@ class GradientMonitor(GradCallback):
     square of a parameter's gradient) and ``below_epsilon`` (share of parameters where it is below the optimizer's eps, so
     that updates vanish); ``attention_logit_max`` and ``output_logit_max``; under accumulation or with several ranks
     ``noise_scale`` (in samples), ``noise_trace`` and ``signal_squared``
-    (:func:`~lightning_grad.functional.noise_scale_terms`). Rarely: ``zero_share``, ``signal_to_noise``
+    (:func:`~lightning_grad.functional.noise_scale_terms`). With the slow statistics: ``zero_share``, ``signal_to_noise``
     (:func:`~lightning_grad.functional.moment_signal_to_noise`) and histograms. With several optimizers keys begin with
     ``grad/optimizer<i>/``. At the end: a figure and a table. When a gradient is not finite for the first time: a warning
     that names the parameter, the loss and the batch, a file with these facts, and an alert.
@@ -97,7 +98,7 @@ class GradientMonitor(GradCallback):
         late_gradients=yes("It measures no noise scale, because the gradient after the exchange is no mean."),
         **manual(yes("It measures no noise scale under manual optimization.")),
     )
-    trial: ClassVar[Mapping[str, Any]] = {"rarely": 2}
+    trial: ClassVar[Mapping[str, Any]] = {"slow_stats_every": 2}
     phase: ClassVar[Phase] = "observe"
 
     _records = until_next_fit.of(dict[int, MonitorRecord])
@@ -114,11 +115,11 @@ class GradientMonitor(GradCallback):
 
     def __init__(
         self,
-        rarely: int | None = 10,
+        slow_stats_every: int | None = 10,
         logits: bool = True,
         histograms: bool = True,
-        depth: int | None = None,
-        top: int = 16,
+        layer_depth: int | None = None,
+        max_layers: int = 16,
         figure: bool = True,
         alert: bool = False,
         include: Sequence[str] | None = None,
@@ -126,11 +127,11 @@ class GradientMonitor(GradCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self.rarely = check_count(rarely, 1, "rarely")
+        self.slow_stats_every = check_count(slow_stats_every, 1, "slow_stats_every")
         self.logits = logits
         self.histograms = histograms
-        self.depth = check_count(depth, 1, "depth")
-        self.top = check_count(top, 0, "top")
+        self.layer_depth = check_count(layer_depth, 1, "layer_depth")
+        self.max_layers = check_count(max_layers, 0, "max_layers")
         self.figure = figure
         self.alert = alert
         self.include = as_names(include)
@@ -158,17 +159,17 @@ class GradientMonitor(GradCallback):
     @override
     @on_plain_tensors
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        check_patterns(pl_module, self.label, include=self.include, exclude=self.exclude)
+        check_patterns(pl_module, self.display_name, include=self.include, exclude=self.exclude)
         self._order = ForwardOrder(pl_module)
         self.undo.push(self._order.stop)
         for index, optimizer in enumerate(trainer.optimizers):
-            self.works_with().refuse_optimizer(self.label, trainer, optimizer)
+            self.works_with().refuse_optimizer(self.display_name, trainer, optimizer)
             self._watch(trainer, pl_module, index, optimizer)
         watched = [parameter for watch in self._watches for parameter in watch.parameters]
         if not watched:
             why = why_none(trainer, pl_module, self.include, self.exclude)
-            raise ValueError(f"{self.label} has no parameter to watch. {why}")
-        self.works_with().refuse_parameters(self.label, pl_module, set(map(id, watched)))
+            raise ValueError(f"{self.display_name} has no parameter to watch. {why}")
+        self.works_with().refuse_parameters(self.display_name, pl_module, set(map(id, watched)))
         self.undo.push(self._meter.stop)
         self._vantage = self._take_places(trainer, pl_module)
         self._announce(trainer, pl_module)
@@ -176,7 +177,7 @@ class GradientMonitor(GradCallback):
     def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, optimizer: Optimizer) -> None:
         record = self._records.setdefault(index, MonitorRecord())
         named = named_parameters(pl_module, optimizer, self.include, self.exclude)
-        watch = OptimizerWatch(optimizer, named, self.depth, record, scaled=grad_scaler(trainer) is not None)
+        watch = OptimizerWatch(optimizer, named, self.layer_depth, record, scaled=grad_scaler(trainer) is not None)
         self._watches.append(watch)
         self._watch_updates(watch)
 
@@ -194,7 +195,7 @@ class GradientMonitor(GradCallback):
         vantage.take(trainer, pl_module, self.undo)
         # Under the probe what is compiled would run uncompiled, with other roundings.
         if self.logits and not any(map(is_compiled, pl_module.modules())):
-            advice = f"{self.label} watches logits in this step. Set {type(self).__name__}(logits=False)."
+            advice = f"{self.display_name} watches logits in this step. Set {type(self).__name__}(logits=False)."
             self._logits = LogitWatch(trainer, pl_module, advice)
             self.undo.push(wrap_method(pl_module, "training_step", self._logits.around))
         return vantage
@@ -245,18 +246,18 @@ class GradientMonitor(GradCallback):
     @on_plain_tensors
     def _look_before(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         measured = is_log_step(trainer)
-        rare = measured and self._is_rare(trainer)
+        slow = measured and self._slow_stats_are_due(trainer)
         watch = self._watch_of(trainer, optimizer)
         if watch.shape != optimizer_shape(optimizer):
             fresh = watch.optimizer is not optimizer
             watch.follow(optimizer, named_parameters(pl_module, optimizer, self.include, self.exclude))
             if fresh:
                 self._watch_updates(watch)
-        norm = watch.look_before(self._loss, measured, rare, keep=is_log_step(trainer, ahead=1))
+        norm = watch.look_before(self._loss, measured, slow, keep=is_log_step(trainer, ahead=1))
         if norm is not None and measured:
             self._meter.measure(trainer, norm)
-        if rare and self.histograms:
-            tensors = watch.gradients_for_histograms(self.top)
+        if slow and self.histograms:
+            tensors = watch.gradients_for_histograms(self.max_layers)
             log_histograms(trainer, {self.log_key(f"histogram/{name}"): tensor for name, tensor in tensors.items()})
 
     def _look_behind(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
@@ -264,13 +265,13 @@ class GradientMonitor(GradCallback):
         self._watch_of(trainer, optimizer).look_after(self._loss, self._place, self._vantage.may_change)
 
     def _watch_of(self, trainer: pl.Trainer, optimizer: Optimizer) -> OptimizerWatch:
-        return self._watches[optimizer_index(trainer, optimizer, self.label)]
+        return self._watches[optimizer_index(trainer, optimizer, self.display_name)]
 
-    def _is_rare(self, trainer: pl.Trainer) -> bool:
-        if self.rarely is None:
+    def _slow_stats_are_due(self, trainer: pl.Trainer) -> bool:
+        if self.slow_stats_every is None:
             return False
         every: int = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
-        return (stepped_batches(trainer) + 1) // every % self.rarely == 0
+        return (stepped_batches(trainer) + 1) // every % self.slow_stats_every == 0
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -294,7 +295,7 @@ class GradientMonitor(GradCallback):
             shown = {
                 self.log_key(f"{prefix}{quantity}/{layer}"): value
                 for quantity, by_layer in layers.items()
-                for layer, value in list(by_layer.items())[: self.top]
+                for layer, value in list(by_layer.items())[: self.max_layers]
             }
             log_many(trainer, shown)
         seen = {} if self._logits is None else self._logits.read()
@@ -307,7 +308,7 @@ class GradientMonitor(GradCallback):
             self._first_bad.note(watch.first_bad, self._order)
 
     def _tell_first_bad(self, trainer: pl.Trainer) -> None:
-        self._first_bad.tell(trainer, self.label, self.log_key, self.alert)
+        self._first_bad.tell(trainer, self.display_name, self.log_key, self.alert)
 
     def _part(self, index: int) -> str:
         return f"optimizer{index}" if len(self._watches) > 1 else ""
@@ -339,7 +340,7 @@ class GradientMonitor(GradCallback):
             for index, watch in enumerate(self._watches):
                 record, part = watch.record, self._part(index)
                 summary = {f"final_{key}": value for key, value in record.totals().items() if record.count}
-                draw = partial(record.draw, f"{self.label} {part}".rstrip())
+                draw = partial(record.draw, f"{self.display_name} {part}".rstrip())
                 record.report(trainer, self, draw, summary=summary, part=part)
             self._noise.write(trainer, self.log_key)
         super().teardown(trainer, pl_module, stage)

@@ -41,14 +41,14 @@ class AccuracyGradientLR(MonitoredCallback):
         monitor: Metric that is observed, as the module logs it.
         mode: max if larger is better, min if smaller is.
         window: Observations w in a mean (5 in the released code).
-        quiet: Observations q from one cut to the next, at least (5 in the released code).
+        cooldown: Observations q from one cut to the next, at least (5 in the released code).
         threshold: Cut if the mean rose by less than this (0.005 in the released code, of an accuracy from 0 to 1).
         factor: What a cut multiplies rates by, above 0 (0.8 in the released code); 1 cuts nothing.
         min_lr: Floor of the first group's rate (1e-6 in the released code); other groups keep their ratio to it.
         start_after: Observations of which none cuts; they still enter the means.
         policy: multiply scales what the module's schedulers do; replace lets none of them act.
         interval: Observe at each validation, or once at the end of each training epoch.
-        reach: Stop training when an observation is as good as this; None never stops.
+        stop_at: Stop training once the metric is as good as this; None never stops.
         optimizers: Which optimizers' rates are cut, from 0; None is all.
         param_groups: Which parameter groups of them, from 0; None is all.
         figure: Draw values, gradients and rates at the end; needs matplotlib and a logger.
@@ -92,15 +92,15 @@ class AccuracyGradientLR(MonitoredCallback):
     References:
         Nikfam et al., "AccelAT: A Framework for Accelerating the Adversarial Training of Deep Neural Networks through
         Accuracy Gradient", 2022, arXiv 2210.06888, and its released code. There it observes epochs, of one optimizer without a
-        scheduler; mode, start_after, interval, policy and the choice of groups are ours, and reach is the code's, which looks
-        at the training accuracy.
+        scheduler; mode, start_after, interval, policy and the choice of groups are ours, and stop_at is the code's, where it
+        looks at the training accuracy.
     """
 
     namespace: ClassVar[str] = "lr"
     compatibility: ClassVar[Compatibility] = MonitoredCallback.compatibility.but(
         manual_optimization=yes('`policy="replace"` raises where the module steps schedulers itself.')
     )
-    trial: ClassVar[Mapping[str, Any]] = {"window": 1, "quiet": 1, "threshold": 10.0, "factor": 0.5}
+    trial: ClassVar[Mapping[str, Any]] = {"window": 1, "cooldown": 1, "threshold": 10.0, "factor": 0.5}
     neutral: ClassVar[Mapping[str, Any] | str] = {"factor": 1.0}
     fixed_settings: ClassVar[Mapping[str, str]] = {
         "policy": "what the schedulers have done until now depends on it",
@@ -110,11 +110,11 @@ class AccuracyGradientLR(MonitoredCallback):
     nothing_done: ClassVar[str] = "no learning rate was cut"
 
     record = until_next_fit[RunRecord](lambda _: RunRecord(weight=_is_cut))
-    _since_cut = until_next_fit[int](lambda self: self.quiet)
+    _since_cut = until_next_fit[int](lambda self: self.cooldown)
     _cuts = until_next_fit.of(int)
     _values = until_next_fit.of(list[float])  # all of them: the window may grow on resume
     _rates = until_next_fit[ChosenRates](
-        lambda self: ChosenRates(self.optimizers, self.param_groups, self.policy, self.min_lr, self.label)
+        lambda self: ChosenRates(self.optimizers, self.param_groups, self.policy, self.min_lr, self.display_name)
     )
 
     def __init__(
@@ -122,14 +122,14 @@ class AccuracyGradientLR(MonitoredCallback):
         monitor: str = "val_acc",
         mode: Mode = "max",
         window: int = 5,
-        quiet: int = 5,
+        cooldown: int = 5,
         threshold: float = 0.005,
         factor: float = 0.8,
         min_lr: float = 1e-6,
         start_after: int = 0,
         policy: Literal["multiply", "replace"] = "multiply",
         interval: Interval = "validation",
-        reach: float | None = None,
+        stop_at: float | None = None,
         optimizers: Sequence[int] | None = None,
         param_groups: Sequence[int] | None = None,
         figure: bool = True,
@@ -137,13 +137,13 @@ class AccuracyGradientLR(MonitoredCallback):
     ) -> None:
         super().__init__(monitor, mode, interval, name)
         self.window = checks.check_count_between(window, 1, _MOST_OBSERVATIONS, "window")
-        self.quiet = checks.check_count(quiet, 0, "quiet")
+        self.cooldown = checks.check_count(cooldown, 0, "cooldown")
         self.threshold = checks.check_finite(threshold, "threshold")
         self.factor = checks.check_between(checks.check_above(factor, 0.0, "factor"), 0.0, 1.0, "factor")
         self.min_lr = checks.check_finite_at_least(min_lr, 0.0, "min_lr")
         self.start_after = checks.check_count(start_after, 0, "start_after")
         self.policy = policy
-        self.reach = checks.check_finite(reach, "reach")
+        self.stop_at = checks.check_finite(stop_at, "stop_at")
         self.optimizers = as_indices(optimizers, "optimizers")
         self.param_groups = as_indices(param_groups, "param_groups")
         self.figure = figure
@@ -176,9 +176,9 @@ class AccuracyGradientLR(MonitoredCallback):
         super().on_fit_start(trainer, pl_module)
         optimizers = [optimizer for optimizer, _ in self._rates.groups(trainer)]
         if self.policy == "multiply":
-            _warn_of_schedulers(trainer, optimizers, self.monitor, self.label)
+            _warn_of_schedulers(trainer, optimizers, self.monitor, self.display_name)
         elif trainer.lr_scheduler_configs:
-            self.undo.push(_mute_schedulers(pl_module, optimizers, self.label))
+            self.undo.push(_mute_schedulers(pl_module, optimizers, self.display_name))
         self._announce(trainer)
 
     def _announce(self, trainer: pl.Trainer) -> None:
@@ -208,7 +208,7 @@ class AccuracyGradientLR(MonitoredCallback):
     def observe(self, trainer: pl.Trainer, value: float) -> None:
         self._values.append(value)
         self._since_cut += 1
-        epoch, settings = self.epochs_done(trainer), (self.window, self.quiet, self.threshold, self.start_after)
+        epoch, settings = self.epochs_done(trainer), (self.window, self.cooldown, self.threshold, self.start_after)
         gradient = accuracy_gradient(self._gains, self.window)
         is_cut = accuracy_gradient_cuts(self._gains, self._since_cut, *settings)
         if is_cut:
@@ -224,9 +224,9 @@ class AccuracyGradientLR(MonitoredCallback):
         shown = {"scale": self._rates.scale, "cuts": float(self._cuts)}
         shown |= {} if gradient is None else {"accuracy_gradient": gradient}
         log_many(trainer, {self.log_key(key): number for key, number in shown.items()})
-        if self.reach is not None and self.is_reached(value, self.reach):
+        if self.stop_at is not None and self.is_reached(value, self.stop_at):
             trainer.should_stop = True
-            self.tell_once("reach", rank_zero_info, f"{self.monitor} has reached {value:g}: training stops.")
+            self.tell_once("stop_at", rank_zero_info, f"{self.monitor} has reached {value:g}: training stops.")
 
     def _cut(self, trainer: pl.Trainer, gradient: float | None, epoch: float) -> bool:
         before = self._rates.first(trainer)
@@ -235,7 +235,7 @@ class AccuracyGradientLR(MonitoredCallback):
                 self.tell_once("floor", rank_zero_info, f"the learning rate is at its floor, min_lr={self.min_lr:g}.")
             return False
         rank_zero_info(
-            f"{self.label} cuts the learning rate from {before:g} to {self._rates.first(trainer):g} after observation "
+            f"{self.display_name} cuts the learning rate from {before:g} to {self._rates.first(trainer):g} after observation "
             f"{len(self._values)} (epoch {round(epoch, 2):g}): the mean of {self.monitor} gained {gradient:.4g}, less than "
             f"{self.threshold:g}."
         )
@@ -251,7 +251,7 @@ class AccuracyGradientLR(MonitoredCallback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        own = (self.record, self.label, self.monitor, self.window, self.threshold)
+        own = (self.record, self.display_name, self.monitor, self.window, self.threshold)
         summary = {"final_scale": self._rates.scale, "final_cuts": float(self._cuts)}
         self.record.report(trainer, self, partial(draw_rates, *own), summary=summary, table="observations")
 
@@ -260,12 +260,14 @@ def _is_cut(row: Row) -> float:
     return float(row["cut"])
 
 
-def _mute_schedulers(pl_module: pl.LightningModule, optimizers: Sequence[Optimizer], label: str) -> Callable[[], None]:
+def _mute_schedulers(
+    pl_module: pl.LightningModule, optimizers: Sequence[Optimizer], display_name: str
+) -> Callable[[], None]:
     """Let no scheduler of some optimizers act; what is returned ends it."""
     if not pl_module.automatic_optimization:
         raise ValueError(
-            f"{label}: policy='replace' keeps schedulers from acting, and under manual optimization the module steps them "
-            "itself. Use policy='multiply', or leave the schedulers out of configure_optimizers."
+            f"{display_name}: policy='replace' keeps schedulers from acting, and under manual optimization the module "
+            "steps them itself. Use policy='multiply', or leave the schedulers out of configure_optimizers."
         )
 
     def step(inner: Callable[..., Any], scheduler: Any, *args: Any) -> None:
@@ -275,19 +277,19 @@ def _mute_schedulers(pl_module: pl.LightningModule, optimizers: Sequence[Optimiz
     return wrap_method(pl_module, "lr_scheduler_step", step)
 
 
-def _warn_of_schedulers(trainer: pl.Trainer, optimizers: Sequence[Optimizer], monitor: str, label: str) -> None:
+def _warn_of_schedulers(trainer: pl.Trainer, optimizers: Sequence[Optimizer], monitor: str, display_name: str) -> None:
     """Warn of those that may undo a cut, and of one that cuts by the same metric."""
     configs = [config for config in trainer.lr_scheduler_configs if _concerns(config.scheduler, optimizers)]
     unknown = unknown_schedulers(config.scheduler for config in configs)
     if unknown:
         rank_zero_warn(
-            f"{label}: {', '.join(unknown)} is no scheduler of torch, and may undo the cuts if it sets rates from base rates "
-            "of its own. policy='replace' keeps schedulers from acting."
+            f"{display_name}: {', '.join(unknown)} is no scheduler of torch, and may undo the cuts if it sets rates from "
+            "base rates of its own. policy='replace' keeps schedulers from acting."
         )
     if any(config.reduce_on_plateau and config.monitor == monitor for config in configs):
         rank_zero_warn(
-            f"{label} and ReduceLROnPlateau both cut the learning rate by {monitor!r}. Keep one: drop the scheduler, or set "
-            "policy='replace', which keeps it from acting."
+            f"{display_name} and ReduceLROnPlateau both cut the learning rate by {monitor!r}. Keep one: drop the "
+            "scheduler, or set policy='replace', which keeps it from acting."
         )
 
 

@@ -38,13 +38,13 @@ def read_patterns(pattern: str | Mapping[str, str]) -> dict[str, NMPattern]:
     return {name: NMPattern.parse(text) for name, text in by_name.items()}
 
 
-def pattern_of(found: FoundWeight, patterns: Mapping[str, NMPattern], label: str) -> NMPattern:
+def pattern_of(found: FoundWeight, patterns: Mapping[str, NMPattern], display_name: str) -> NMPattern:
     """Return the pattern of a weight: that of the first name pattern that matches one of its names.
 
     Args:
         found: The weight; some pattern matches it.
         patterns: N:M pattern by name pattern.
-        label: Who asks, for the error.
+        display_name: Who asks, for the error.
 
     Raises:
         ValueError: If two name patterns name a tied parameter, each under another of its names, and want different ones.
@@ -55,7 +55,7 @@ def pattern_of(found: FoundWeight, patterns: Mapping[str, NMPattern], label: str
         own = [name for name in names if matches(name, [other])]
         if own and not set(own) & set(covered) and patterns[other] != patterns[key]:
             raise ValueError(
-                f"{label}: {covered[0]} and {own[0]} are one tied parameter, and pattern gives them "
+                f"{display_name}: {covered[0]} and {own[0]} are one tied parameter, and pattern gives them "
                 f"{patterns[key]} and {patterns[other]}. Give both the same pattern."
             )
     return patterns[key]

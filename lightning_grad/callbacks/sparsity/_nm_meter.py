@@ -1,4 +1,4 @@
-"""What is measured of sparse weights while they train: density, flips of the masks, gradient noise.
+"""What is measured of sparse weights while they train: density, flips of the masks, gradient variance.
 
 Used by :class:`lightning_grad.callbacks.NMSparsity` alone. Everything stays a tensor until a log step asks for numbers.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight
 from lightning_grad.core.views.portable import pack_bits, unpack_bits
-from lightning_grad.functional import gradient_noise, mask_distance
+from lightning_grad.functional import mask_distance, masked_gradient_variance
 
 
 def state_of(weights: Sequence[SparseWeight]) -> dict[str, float]:
@@ -48,7 +48,7 @@ class SparsityMeter:
     def __init__(self) -> None:
         self._logged_masks: dict[str, Tensor] = {}
         self._previous: dict[str, Tensor] = {}
-        self._noise: list[tuple[Tensor, Tensor, SparseWeight]] = []
+        self._variances: list[tuple[Tensor, Tensor, SparseWeight]] = []
 
     def see_gradient(self, weight: SparseWeight, gradient: Tensor, measure: bool, keep: bool) -> None:
         """Take notice of a gradient.
@@ -61,17 +61,17 @@ class SparsityMeter:
         """
         previous, mask = self._previous.pop(weight.name, None), weight.mask
         if measure and previous is not None and mask is not None:
-            self._noise.append((*gradient_noise(gradient, previous, mask), weight))
+            self._variances.append((*masked_gradient_variance(gradient, previous, mask), weight))
         if keep:
             self._previous[weight.name] = gradient.clone()
 
     def forget_step(self) -> None:
         """Drop what was measured in a step that is over."""
-        self._noise = []
+        self._variances = []
 
     def read(self, weights: Sequence[SparseWeight]) -> dict[str, Tensor]:
         """Return what can be told at this log step, as scalars on the device."""
-        return {**self._flips(weights), **self._mean_noise()}
+        return {**self._flips(weights), **self._mean_variance()}
 
     def _flips(self, weights: Sequence[SparseWeight]) -> dict[str, Tensor]:
         flips, entries = [], 0
@@ -85,10 +85,10 @@ class SparsityMeter:
                 entries += mask.numel()
         return {"flips": torch.stack(flips).sum() / entries} if flips else {}
 
-    def _mean_noise(self) -> dict[str, Tensor]:
-        pruned = [(noise, w.parameter.numel() * (1 - w.share_in_mask)) for noise, _, w in self._noise]
-        kept = [(noise, w.parameter.numel() * w.share_in_mask) for _, noise, w in self._noise]
-        return {**_mean("gradient_noise_pruned", pruned), **_mean("gradient_noise_kept", kept)}
+    def _mean_variance(self) -> dict[str, Tensor]:
+        pruned = [(variance, w.parameter.numel() * (1 - w.share_in_mask)) for variance, _, w in self._variances]
+        kept = [(variance, w.parameter.numel() * w.share_in_mask) for _, variance, w in self._variances]
+        return {**_mean("gradient_variance_pruned", pruned), **_mean("gradient_variance_kept", kept)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the masks of the last log, packed."""

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_grad.core import FoundWeight, ViewedWeight
 from lightning_grad.core.views.portable import pack_bits, unpack_bits
-from lightning_grad.functional import NMPattern, NMPhase, is_nm, nm_mask, prune, scale_weight
+from lightning_grad.functional import NMPattern, NMPhase, is_nm, nm_mask, prune_weight, scale_weight
 from lightning_grad.functional.sparsity.nm_schedule import DENSE
 from lightning_grad.functional.sparsity.nm_sparsity import Axis, group_dim
 from lightning_grad.utilities.parameters import clean_name
@@ -64,17 +64,19 @@ class SparseWeight(ViewedWeight):
 
     @override
     def stored(self, weight: Tensor) -> Tensor:
-        # Always under the mask of these very values: the mask that trains may be some steps old (mask_every), and weight
-        # averaging brings other weights.
-        return weight if self.phase.pattern is None else prune(weight, self._factor_of(weight, self.phase.pattern))
+        # Always under the mask of these very values: the mask that trains may be some steps old (mask_every_n_steps), and
+        # weight averaging brings other weights.
+        return (
+            weight if self.phase.pattern is None else prune_weight(weight, self._factor_of(weight, self.phase.pattern))
+        )
 
     def _factor_of(self, weight: Tensor, pattern: NMPattern) -> Tensor:
         mask = nm_mask(weight, pattern.n, pattern.m, self.dim)
         return mask.clamp_(min=self.phase.decay) if self.phase.decay > 0.0 else mask
 
-    def follow(self, phase: NMPhase, mask_every: int = 1) -> None:
+    def follow(self, phase: NMPhase, mask_every_n_steps: int = 1) -> None:
         """Recompute the mask from the weight, or only the decay value while the mask is young enough."""
-        mask = self.mask if phase.pattern == self.phase.pattern and self._mask_age + 1 < mask_every else None
+        mask = self.mask if phase.pattern == self.phase.pattern and self._mask_age + 1 < mask_every_n_steps else None
         self.phase = phase
         self._mask_age = 0 if mask is None else self._mask_age + 1
         if phase.pattern is None:

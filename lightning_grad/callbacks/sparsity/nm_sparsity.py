@@ -88,15 +88,15 @@ class NMSparsity(WeightCallback[SparseWeight]):
             the first batch reaches. Parameters of other modules must be spelled to the end ("blocks.*.w1"); they and tied
             ones are masked in place, in every use.
         exclude: Names or wildcards of what stays dense.
-        mask_every: Recompute masks every so many optimizer steps; above 1 is an approximation that saves time.
+        mask_every_n_steps: Recompute masks every this many optimizer steps; above 1 is an approximation that saves time.
         geometric_start: Factor of the first, widest groups of sdgf-geometric, a power of two (8 in the released code).
         zero_pruned_state: Once the pattern is final, clear the optimizer's state of pruned weights after every step, so
             that momentum does not move them.
         restart_monitors: When the final pattern begins, make callbacks that keep a best value start over: monitored
             checkpoints and early stopping. Until then early stopping is held.
         bake_on_early_stop: Prune to the final pattern also when the run stops before its schedule has reached it.
-        depth: Join layers in logs by this many leading parts of their names; default: do not join.
-        top: Log at most this many layers apart.
+        layer_depth: Join layers in logs by this many leading parts of their names; default: do not join.
+        max_layers: Log at most this many layers apart.
         figure: Draw the run at its end (needs matplotlib, and a logger whose folder takes the file).
         figure_metric: Validation metric in the figure; default the first whose name holds "acc".
         save_masks: Write the final masks to a file beside the logs (W&B: an artifact).
@@ -119,9 +119,9 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     **Logs** under ``sparsity/``, at log steps: ``n`` and ``m`` of the pattern in force (of each name pattern, where there
     are several), ``decay`` (D), ``density`` (share of chosen weights that is not zero; also for each layer),
-    ``flips`` (share of mask entries changed since the last log), ``gradient_noise_pruned`` and ``gradient_noise_kept``
-    (:func:`~lightning_grad.functional.gradient_noise`), ``exact`` (1 when the final pattern holds with D = 0; also in
-    every validation, so that checkpoints can be told apart). At the end: a figure, a table with the divergence of the
+    ``flips`` (share of mask entries changed since the last log), ``gradient_variance_pruned`` and ``gradient_variance_kept``
+    (:func:`~lightning_grad.functional.masked_gradient_variance`), ``exact`` (1 when the final pattern holds with D = 0;
+    also in every validation, so that checkpoints can be told apart). At the end: a figure, a table with the divergence of the
     masks from each phase's last, and histograms of the weights.
 
     **State.** Progress, the record, which weights were chosen, masks that are older than their weights, and what a
@@ -189,13 +189,13 @@ class NMSparsity(WeightCallback[SparseWeight]):
         axis: Axis = "input",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
-        mask_every: int = 1,
+        mask_every_n_steps: int = 1,
         geometric_start: int = 8,
         zero_pruned_state: bool = False,
         restart_monitors: bool = True,
         bake_on_early_stop: bool = False,
-        depth: int | None = None,
-        top: int = 16,
+        layer_depth: int | None = None,
+        max_layers: int = 16,
         figure: bool = True,
         figure_metric: str | None = None,
         save_masks: bool = False,
@@ -212,13 +212,13 @@ class NMSparsity(WeightCallback[SparseWeight]):
         self.decay = decay
         self.sr_ste_lambda = check_finite_at_least(sr_ste_lambda, 0.0, "sr_ste_lambda")
         self.axis = axis
-        self.mask_every = check_at_least(mask_every, 1, "mask_every")
+        self.mask_every_n_steps = check_at_least(mask_every_n_steps, 1, "mask_every_n_steps")
         self.geometric_start = geometric_start
         self.zero_pruned_state = zero_pruned_state
         self.restart_monitors = restart_monitors
         self.bake_on_early_stop = bake_on_early_stop
-        self.depth = check_at_least(depth, 1, "depth")
-        self.top = check_at_least(top, 0, "top")
+        self.layer_depth = check_at_least(layer_depth, 1, "layer_depth")
+        self.max_layers = check_at_least(max_layers, 0, "max_layers")
         self.figure = figure
         self.figure_metric = figure_metric
         self.save_masks = save_masks
@@ -238,7 +238,10 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     @override
     def view(self, found: FoundWeight) -> SparseWeight | str:
-        pattern, dim = arguments.pattern_of(found, self._patterns, self.label), dimension_of_groups(found, self.axis)
+        pattern, dim = (
+            arguments.pattern_of(found, self._patterns, self.display_name),
+            dimension_of_groups(found, self.axis),
+        )
         if dim is None:
             return "its layer computes neither x W nor x W^T; spell its name in include= to take dimension 1 for the inputs"
         size = found.parameter.shape[dim]
@@ -253,7 +256,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     @override
     def check_names(self, pl_module: pl.LightningModule) -> None:
         super().check_names(pl_module)
-        check_patterns(pl_module, self.label, pattern=[name for name in self._patterns if name != "*"])
+        check_patterns(pl_module, self.display_name, pattern=[name for name in self._patterns if name != "*"])
 
     @override
     def works_with(self) -> Compatibility:
@@ -266,7 +269,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     def refuse(self, trainer: pl.Trainer, choice: WeightChoice[SparseWeight]) -> None:
         super().refuse(trainer, choice)
         if self._adds_sr_ste:
-            warn_of_missing_momentum(trainer, self.label, "its SR-STE term")
+            warn_of_missing_momentum(trainer, self.display_name, "its SR-STE term")
 
     @property
     @override
@@ -282,7 +285,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     @override
     def step(self, weight: SparseWeight) -> None:
-        weight.follow(self._phase(weight), self.mask_every)
+        weight.follow(self._phase(weight), self.mask_every_n_steps)
 
     def _phase(self, weight: SparseWeight) -> NMPhase:
         return self._schedule.phase(self._progress, weight.pattern, self._total_steps or 1, weight.size)
@@ -312,7 +315,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._total_steps = total_steps(trainer, self.label, self.total_steps)
+        self._total_steps = total_steps(trainer, self.display_name, self.total_steps)
         if self._total_steps is None:
             self.say(IN_FIRST_EPOCH)
         restored = self.restored
@@ -357,7 +360,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     def after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         self._progress = run_progress(trainer, steps_ahead=1, stated=self.total_steps)
         if self._total_steps is None:  # the first epoch measures it
-            self._total_steps = total_steps(trainer, self.label)
+            self._total_steps = total_steps(trainer, self.display_name)
         self._stepped = True
         super().after_step(trainer, optimizer)
         self._follow_schedule()
@@ -369,7 +372,11 @@ class NMSparsity(WeightCallback[SparseWeight]):
             for weight in owned:
                 weight.clear_pruned(optimizer.state[weight.parameter])
         if not self._hook_fired:
-            lost = "the SR-STE term and the logged gradient noise are" if self._adds_sr_ste else "the gradient noise is"
+            lost = (
+                "the SR-STE term and the logged gradient variance are"
+                if self._adds_sr_ste
+                else "the gradient variance is"
+            )
             advice = "Call step() on what self.optimizers() returns."
             without = f"an optimizer stepped without Lightning's hooks, so {lost} left out. {advice}"
             self.tell_once("bypass", rank_zero_warn, without)
@@ -395,7 +402,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         # So that masked gradients cannot pile up in it: Lu et al., 2023, algorithm 1.
         self._variances[id(optimizer)] = FrozenMoments(optimizer, resumed)
         if not len(self._variances[id(optimizer)]):
-            raise _NO_VARIANCE.error(self.label, type(optimizer).__name__)
+            raise _NO_VARIANCE.error(self.display_name, type(optimizer).__name__)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
@@ -411,12 +418,12 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         known, measured = state_of(self.weights), self._meter.read(self.weights)
-        layers = limit_layers({clean_name(w.name): w.density for w in self.weights}, self.depth, self.top)
+        layers = limit_layers({clean_name(w.name): w.density for w in self.weights}, self.layer_depth, self.max_layers)
         shown = {f"density/{name}": value for name, value in layers.items()}
         self.log_scalars(pl_module, {**known, **patterns_in_force(self.weights), **shown, **measured})
         numbers = torch.stack(list(measured.values())).tolist() if measured else []
         row: dict[str, Any] = {"step": stepped_batches(trainer), "progress": self._progress, **known}
-        row |= dict.fromkeys(("flips", "gradient_noise_pruned", "gradient_noise_kept"))
+        row |= dict.fromkeys(("flips", "gradient_variance_pruned", "gradient_variance_kept"))
         row |= dict(zip(measured, numbers, strict=True))
         self._warn_of_nan()
         self._record.add_step(row, phase_name(self.weights), {weight.name: weight.mask for weight in self.weights})
@@ -448,7 +455,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         if names:
             whose = f"the checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "the module"
             rank_zero_warn(
-                f"{self.label}: {len(names)} of its {len(self.signatures)} weights are not sparse in {whose} "
+                f"{self.display_name}: {len(names)} of its {len(self.signatures)} weights are not sparse in {whose} "
                 f"({listed(names, 3)}), so this result is not that of the final pattern. Use a checkpoint from after the "
                 "final pattern began, or the module as the fit left it."
             )
@@ -490,7 +497,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             return []
         # Lightning skips a validation that was due behind the last step of a checkpoint, and with it the restart.
         self._monitors.is_done |= all(weight.phase.final for weight in self.weights)
-        settle_unfinished(self.weights, self._progress, self.bake_on_early_stop, self.label)
+        settle_unfinished(self.weights, self._progress, self.bake_on_early_stop, self.display_name)
         return self.weights
 
     @override
@@ -505,15 +512,15 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     def _report(self, trainer: pl.Trainer, weights: Sequence[SparseWeight]) -> None:
         self._record.close_phase()
-        last, title = state_of(weights), f"{self.label}: {self.pattern}, {self._recipe_name}"
+        last, title = state_of(weights), f"{self.display_name}: {self.pattern}, {self._recipe_name}"
         summary = {"final_density": last["density"], "final_exact": last["exact"]}
         draw = partial(self._record.draw_run, title, self.figure_metric)
         self._record.report(trainer, self, draw, summary=summary)
-        shown = {self.log_key(f"weights/{clean_name(w.name)}"): w.parameter for w in weights[: self.top]}
+        shown = {self.log_key(f"weights/{clean_name(w.name)}"): w.parameter for w in weights[: self.max_layers]}
         log_histograms(trainer, shown)
         if self.save_masks:
-            write_masks(trainer, weights, self.label)
-        warn_of_inexact_best(trainer, weights, self.label)
+            write_masks(trainer, weights, self.display_name)
+        warn_of_inexact_best(trainer, weights, self.display_name)
 
 
 def _namespaces(trainer: pl.Trainer) -> tuple[str, ...]:

@@ -24,8 +24,8 @@ class LossRequest:
     """What a technique asks of the losses of a step: which, from where, and how errors name it.
 
     Args:
-        label: Who asks, for errors.
-        which: Which loss of the step counts, whatever else it computes. By default the one whose mean the step returns.
+        display_name: Who asks, for errors.
+        loss_index: Index of the only loss call that counts; by default the one whose mean the step returns.
         way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
         loss_fn: Gives the losses of the samples in place of the step.
         outputs_fn: Gives logits and labels in place of the step.
@@ -33,8 +33,8 @@ class LossRequest:
         kind: Returns what the loss of a sample is where it comes from several terms.
     """
 
-    label: str = "The score"
-    which: int | None = None
+    display_name: str = "The score"
+    loss_index: int | None = None
     way_out: str = SCORE_FN
     loss_fn: GivenFunction | None = None
     outputs_fn: GivenFunction | None = None
@@ -52,8 +52,8 @@ class LossRequest:
         Args:
             call: A loss that could count alone, if there is one.
         """
-        advice = f"Set loss=0 if {call} alone shall count, or {self.way_out}." if call else self.advice
-        return f"{self.label} needs the loss of each sample. {advice}"
+        advice = f"Set loss_index=0 if {call} alone shall count, or {self.way_out}." if call else self.advice
+        return f"{self.display_name} needs the loss of each sample. {advice}"
 
 
 ANY_LOSS = LossRequest()
@@ -73,7 +73,7 @@ def checked_losses(found: Any, samples: int | None) -> Tensor:
     return found
 
 
-def with_graph(losses: Tensor, label: str) -> Tensor:
+def with_graph(losses: Tensor, display_name: str) -> Tensor:
     """Return losses of ``loss_fn``.
 
     Raises:
@@ -81,7 +81,7 @@ def with_graph(losses: Tensor, label: str) -> Tensor:
     """
     if not losses.requires_grad:
         raise ValueError(
-            f"{label} differentiates what loss_fn returns, and that requires no gradient. Compute it from the module's "
+            f"{display_name} differentiates what loss_fn returns, and that requires no gradient. Compute it from the module's "
             "outputs, without detach() or torch.no_grad()."
         )
     return losses
@@ -132,7 +132,7 @@ def call_of(found: Any, samples: int, keep_graph: bool = False, check: bool = Tr
 
 def refuse_other_means(
     pairs: list[tuple[float, float]],
-    label: str,
+    display_name: str,
     name: str,
     exactness: float,
     with_constant: bool = True,
@@ -142,7 +142,7 @@ def refuse_other_means(
 
     Args:
         pairs: The mean and the step's loss, for some batches.
-        label: Who asks.
+        display_name: Who asks.
         name: What the means come from.
         exactness: Of the comparison, relative to the largest of them.
         with_constant: Whether a constant is allowed.
@@ -170,6 +170,6 @@ def refuse_other_means(
         if any(math.isfinite(loss) and not math.isfinite(mean) for mean, loss in pairs):
             rule = f"Some of what {name} gives is not finite."
         raise ValueError(
-            f"{label} takes {name} for the loss of each sample, and its mean over a batch is {means}, where training_step "
-            f"returns {losses}. {rule} {advice}"
+            f"{display_name} takes {name} for the loss of each sample, and its mean over a batch is {means}, where "
+            f"training_step returns {losses}. {rule} {advice}"
         )

@@ -54,7 +54,7 @@ class Look:
         if self.asked.loss_fn is not None:
             with torch.set_grad_enabled(keep_graph):
                 losses = checked_losses(self.asked.loss_fn(self.pl_module, self.batch), len(self.indices))
-            return SampleLosses(with_graph(losses, self.asked.label) if keep_graph else losses)
+            return SampleLosses(with_graph(losses, self.asked.display_name) if keep_graph else losses)
         if self._is_first:
             capture, output = self._first_run()
             try:
@@ -90,7 +90,7 @@ class Look:
     @property
     def _is_first(self) -> bool:
         """Whether no batch has shown so far of what the step's loss consists, and it matters."""
-        return self.asked.which is None and not self.memory.keys() & {"whole", "terms"}
+        return self.asked.loss_index is None and not self.memory.keys() & {"whole", "terms"}
 
     def loss(self, keep_graph: bool = False) -> LossCall:
         """Run the step and return the call of its loss.
@@ -106,17 +106,17 @@ class Look:
             with torch.set_grad_enabled(keep_graph):
                 found = self.asked.outputs_fn(self.pl_module, self.batch)
                 return call_of(found, len(self.indices), keep_graph, check)
-        which = self.asked.which
-        if which is None and "whole" not in self.memory:
+        loss_index = self.asked.loss_index
+        if loss_index is None and "whole" not in self.memory:
             return self._whole_call(*self._first_run())
-        which = self.memory.get("which") if which is None else which
+        loss_index = self.memory.get("loss_index") if loss_index is None else loss_index
         capture = self._captured(keep_graph)
         several = len(capture.calls) + len(capture.unread) > 1
-        if which is None and several and not any(call.has_graph for call in capture.calls):
+        if loss_index is None and several and not any(call.has_graph for call in capture.calls):
             # Only with a graph the loss can be told from what a step computes for its log.
             found = self._captured(with_graph=True)
-            which = self.memory["which"] = found.calls.index(only_loss(found, self.asked))
-        return only_loss(capture, self.asked, which)
+            loss_index = self.memory["loss_index"] = found.calls.index(only_loss(found, self.asked))
+        return only_loss(capture, self.asked, loss_index)
 
     def _first_run(self) -> tuple[WholeLossCapture, object]:
         capture = WholeLossCapture(self.pl_module, len(self.indices), way_out=self.asked.way_out)
@@ -128,7 +128,7 @@ class Look:
         refuse_rest(capture, call, output, self.asked)
         self.memory["whole"] = True
         if len(capture.calls) + len(capture.unread) > 1:
-            self.memory["which"] = capture.calls.index(call)
+            self.memory["loss_index"] = capture.calls.index(call)
         return call
 
     def _run(self) -> object:
@@ -168,8 +168,8 @@ class Look:
             with torch.enable_grad():
                 return self.memory["norms"](losses), found[0]
         except (RuntimeError, ValueError) as error:  # of the step, perhaps, so its words stay as they are
-            label, way_out = self.asked.label, self.asked.way_out
-            error.add_note(f"{label} measured the gradient of each sample. Use another score, or {way_out}.")
+            display_name, way_out = self.asked.display_name, self.asked.way_out
+            error.add_note(f"{display_name} measured the gradient of each sample. Use another score, or {way_out}.")
             raise
 
     def features(self) -> tuple[Tensor, LossCall, nn.Linear]:
@@ -192,6 +192,6 @@ class Look:
             if isinstance(output, Tensor) and output.data_ptr() == call.input.data_ptr():
                 return taken_in.detach(), call, layer
         raise ValueError(
-            f"{self.asked.label} needs the features of the last layer for this score, and the logits of "
+            f"{self.asked.display_name} needs the features of the last layer for this score, and the logits of "
             f"{type(self.pl_module).__name__} are not the output of an nn.Linear. Use another score, or {self.asked.way_out}."
         )

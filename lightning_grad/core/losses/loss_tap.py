@@ -64,12 +64,12 @@ def choose_way(step: Step, weighing: Weighing) -> Way | None:
     """
     asked = weighing.asked
     if asked.loss_fn is not None:
-        _try_function(step, asked.loss_fn, asked.label)
+        _try_function(step, asked.loss_fn, asked.display_name)
         return ByFunction(weighing, asked.loss_fn)
     by_call = ByCall(asked, weighing.reweight)
     trainer = step.module._trainer
     # The parts of a sharded module have no parameters of their own to look at, and a manual step also trains.
-    if asked.which is not None or trainer is None or is_sharded(trainer) or not step.may_skip:
+    if asked.loss_index is not None or trainer is None or is_sharded(trainer) or not step.may_skip:
         return by_call
     with quiet(trainer, step.module, evaluate=False, advice=f", or {asked.way_out}"), eager(), torch.enable_grad():
         capture = WholeLossCapture(step.module, step.samples, way_out=asked.way_out)
@@ -103,14 +103,15 @@ def choose_again(step: Step, weighing: Weighing, way: ByCall) -> Way:
         return way  # a later step tells
     if not isinstance(found, ByCall):
         rank_zero_warn(
-            f"{weighing.asked.label}: {more}. In the step before only that call was weighted; from this one on the whole "
-            "loss is."
+            f"{weighing.asked.display_name}: {more}. In the step before only that call was weighted; from this one on "
+            "the whole loss is."
         )
         return found
     if way.changed is not None and way.changed not in found.outlines:
         rank_zero_warn(
-            f"{weighing.asked.label}: in some steps {more}, and only that call is weighted in these. Ignore it if what they "
-            "add is the same for all samples. Otherwise let each step add it, with a factor of 0 where it does not count."
+            f"{weighing.asked.display_name}: in some steps {more}, and only that call is weighted in these. Ignore it if "
+            "what they add is the same for all samples. Otherwise let each step add it, with a factor of 0 where it does "
+            "not count."
         )
         found.outlines.add(way.changed)
     found.outlines |= way.outlines
@@ -118,14 +119,14 @@ def choose_again(step: Step, weighing: Weighing, way: ByCall) -> Way:
     return found
 
 
-def _try_function(step: Step, loss_fn: GivenFunction, label: str) -> None:
+def _try_function(step: Step, loss_fn: GivenFunction, display_name: str) -> None:
     """Ask the function once, also where the first steps are not weighted."""
     with aside(step.module), torch.enable_grad():
-        losses = with_graph(checked_losses(loss_fn(step.module, copy_of(step.batch)), step.samples), label)
+        losses = with_graph(checked_losses(loss_fn(step.module, copy_of(step.batch)), step.samples), display_name)
     if len(losses) and not bool(losses.isfinite().any()):
         raise ValueError(
-            f"{label} weights the losses that loss_fn returns, and in the first batch none of them is finite. Let loss_fn "
-            "return the losses whose mean training_step returns."
+            f"{display_name} weights the losses that loss_fn returns, and in the first batch none of them is finite. Let "
+            "loss_fn return the losses whose mean training_step returns."
         )
 
 
@@ -148,7 +149,7 @@ def _terms_after(error: Exception, step: Step, asked: LossRequest, capture: Whol
             raise InseparableLossError(found.function, found.location, f"{found.reason} {ways_out}") from None
     except InseparableLossError:
         if isinstance(error, ValueError):  # which knows more of why there are too few rows
-            raise ValueError(f"{asked.label} weights the loss of each sample. {error}") from None
+            raise ValueError(f"{asked.display_name} weights the loss of each sample. {error}") from None
         raise
     terms.release()
     return terms
@@ -208,8 +209,8 @@ def reweight_losses(
     tap = _tap_of(pl_module)
     if tap.weighing is not None:
         raise ValueError(
-            f"{tap.weighing.asked.label} and {asked.label} would both weight the samples of a batch. Keep one of them in the "
-            "list of callbacks."
+            f"{tap.weighing.asked.display_name} and {asked.display_name} would both weight the samples of a batch. Keep "
+            "one of them in the list of callbacks."
         )
     tap.weighing = Weighing(reweight, asked, acts, needs)
     if tap.samples is batch_size_of:
@@ -241,13 +242,13 @@ class _Reader:
             check, self.has_checked = not self.has_checked, True
             with aside(step.module), torch.no_grad():
                 return call_of(self.asked.outputs_fn(step.module, step.batch), step.samples, check=check)
-        which, capture.way_out = self.asked.which, self.asked.way_out
-        if which is None and self.by_classes:
+        loss_index, capture.way_out = self.asked.loss_index, self.asked.way_out
+        if loss_index is None and self.by_classes:
             calls = tuple((call.name, call.has_graph, call.has_class_indices) for call in capture.calls)
             if calls not in self.known:
                 self.known[calls] = classifying(capture)
-            which = self.known[calls]
-        return only_loss(capture, self.asked, which)
+            loss_index = self.known[calls]
+        return only_loss(capture, self.asked, loss_index)
 
 
 class _LossTap:

@@ -121,8 +121,8 @@ class Rehearsal:
                         self.check_whole_loss(batch, size)
                 return
         rank_zero_warn(
-            f"{self.asked.label} cannot see whether rows follow the samples: {_DRAWS} batches in a row had no loss. Let "
-            "collate_fn and training_step return something for more batches, to have it checked."
+            f"{self.asked.display_name} cannot see whether rows follow the samples: {_DRAWS} batches in a row had no "
+            "loss. Let collate_fn and training_step return something for more batches, to have it checked."
         )
 
     def _kind_of(self, whole: Seen | None, alone: list[Tensor | None]) -> SampleLoss:
@@ -173,7 +173,7 @@ class Rehearsal:
         # Losses at the start of a run are all alike, and so are means over batches. GPUs round products coarsely (TF32).
         is_fine = self.trainer.strategy.root_device.type == "cpu" and not self._is_coarse
         exactness, advice = 1e-4 if is_fine else self._exactness, "" if self.asked.loss_fn else self.asked.advice
-        refuse_other_means(pairs, self.asked.label, name, exactness, with_constant, advice)
+        refuse_other_means(pairs, self.asked.display_name, name, exactness, with_constant, advice)
 
     def check_function(self) -> None:
         """Raise unless the mean of ``loss_fn`` is the loss of the step up to a constant.
@@ -236,9 +236,15 @@ class Rehearsal:
             RuntimeError: If it is, or if the step changes a parameter.
         """
         asked = self.asked
-        if asked.which is not None:
+        if asked.loss_index is not None:
             return
-        looking = quiet(self.trainer, self.pl_module, evaluate=False, advice=f", or {asked.way_out}", label=asked.label)
+        looking = quiet(
+            self.trainer,
+            self.pl_module,
+            evaluate=False,
+            advice=f", or {asked.way_out}",
+            display_name=asked.display_name,
+        )
         with looking, eager(), torch.enable_grad():
             capture = WholeLossCapture(self.pl_module, samples, way_out=asked.way_out)
             with capture:
@@ -257,7 +263,9 @@ class Rehearsal:
 
     @contextmanager
     def _quiet(self, seed: int) -> Iterator[None]:
-        looking = quiet(self.trainer, self.pl_module, advice=f", or {self.asked.way_out}", label=self.asked.label)
+        looking = quiet(
+            self.trainer, self.pl_module, advice=f", or {self.asked.way_out}", display_name=self.asked.display_name
+        )
         with looking, torch.no_grad():
             self._seed(seed)
             yield
@@ -330,8 +338,8 @@ class Rehearsal:
             if not strict:
                 return None
             raise RuntimeError(
-                f"{self.asked.label} would run training_step on one sample at a time, and it fails on the sample {index} "
-                f"alone: {type(error).__name__}: {error}. Let it run on batches of one, or {self.asked.way_out}."
+                f"{self.asked.display_name} would run training_step on one sample at a time, and it fails on the sample "
+                f"{index} alone: {type(error).__name__}: {error}. Let it run on batches of one, or {self.asked.way_out}."
             ) from error
 
     def _row_alone(self, batch: Any, samples: int, row: int) -> Tensor | None:

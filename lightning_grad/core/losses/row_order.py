@@ -279,7 +279,7 @@ class RowComparison:
         taken = "the rows of a loss for the samples of the batch, in their order"
         taken = taken if in_order else "rows of a loss that stand together for one sample"
         raise RuntimeError(
-            f"{self.asked.label} takes {taken}, and training_step arranges them otherwise: {when}, the "
+            f"{self.asked.display_name} takes {taken}, and training_step arranges them otherwise: {when}, the "
             f"{_NAMES.get(name, name)} did not follow. The step may sort, shuffle, join views by torch.cat, or leave out or "
             f"repeat rows. {_PUT_BACK}. Or {self.asked.way_out}."
         )
@@ -290,17 +290,17 @@ class RowComparison:
         moved = False in tensors and True not in tensors
         if moved and (wrong or True not in values.values()):
             raise RuntimeError(
-                f"{self.asked.label} takes row b of a batch for the b-th sample that was drawn, and {self.maker} does not "
-                f"keep that order: with the same samples in another order, the rows of its batch did not follow. Let "
-                f"{self.maker} {_KEEP}."
+                f"{self.asked.display_name} takes row b of a batch for the b-th sample that was drawn, and {self.maker} "
+                "does not keep that order: with the same samples in another order, the rows of its batch did not "
+                f"follow. Let {self.maker} {_KEEP}."
             )
         if wrong and self.function:
             what = {"score_fn": "score", "loss_fn": "loss", "outputs_fn": "row"}[self.function]
             several = {"score": "scores", "loss": "losses", "row": "rows"}[what]
             raise RuntimeError(
-                f"{self.asked.label} takes {what} b for the b-th sample that was drawn, and when the same samples came in "
-                f"another order, the {several} of {self.function} did not follow. Return one {what} for each sample, in the "
-                "order of the batch."
+                f"{self.asked.display_name} takes {what} b for the b-th sample that was drawn, and when the same samples "
+                f"came in another order, the {several} of {self.function} did not follow. Return one {what} for each "
+                "sample, in the order of the batch."
             )
         if wrong:
             self._refuse_step(wrong[0], "when the same samples came in another order", in_order)
@@ -308,8 +308,9 @@ class RowComparison:
     def _warn_of_noise(self, tensors_follow: bool) -> None:
         rest = "relies on the tensors of the batch, which do" if tensors_follow else "takes it for granted"
         rank_zero_warn(
-            f"{self.asked.label} cannot see whether the rows of the loss follow the samples, because training_step draws "
-            f"random numbers in eval mode too; it {rest}. Draw them in training mode only, to have it checked."
+            f"{self.asked.display_name} cannot see whether the rows of the loss follow the samples, because "
+            f"training_step draws random numbers in eval mode too; it {rest}. Draw them in training mode only, to have "
+            "it checked."
         )
 
 

@@ -42,31 +42,31 @@ def refuse_rest(capture: WholeLossCapture, call: LossCall, output: object, asked
     index = capture.calls.index(call)
     if by_classes:
         raise RuntimeError(
-            f"{asked.label} takes logits and classes from {call.name}, and training_step does not train on all of them: "
-            f"{rest}. Set loss={index} to use them all the same, or {asked.way_out}."
+            f"{asked.display_name} takes logits and classes from {call.name}, and training_step does not train on all of "
+            f"them: {rest}. Set loss_index={index} to use them all the same, or {asked.way_out}."
         )
     raise RuntimeError(
-        f"{asked.label} sees {call.name}, which is not all that training_step returns: {rest}. It would take a part "
-        f"of the loss for the whole. Set loss={index} if {call.name} alone shall count, or {asked.way_out}."
+        f"{asked.display_name} sees {call.name}, which is not all that training_step returns: {rest}. It would take a part "
+        f"of the loss for the whole. Set loss_index={index} if {call.name} alone shall count, or {asked.way_out}."
     )
 
 
-def only_loss(capture: LossCapture, asked: LossRequest, which: int | None = None) -> LossCall:
+def only_loss(capture: LossCapture, asked: LossRequest, loss_index: int | None = None) -> LossCall:
     """Return the loss of a step that was run.
 
     Args:
         capture: What was seen of it.
         asked: What is asked of it.
-        which: Which of several losses counts; by default the only one, or the only one that classifies.
+        loss_index: Index of the loss call that counts; by default the only one, or the only one that classifies.
 
     Raises:
         RuntimeError: If no loss can be read, or it is not clear which of several is meant.
         ValueError: If the rows of the only one do not divide by the number of samples.
     """
     try:
-        return capture.only(classifying(capture) if asked.by_classes and which is None else which)
+        return capture.only(classifying(capture) if asked.by_classes and loss_index is None else loss_index)
     except (RuntimeError, ValueError) as error:
-        raise type(error)(f"{asked.label} must see the loss of each sample. {error}") from None
+        raise type(error)(f"{asked.display_name} must see the loss of each sample. {error}") from None
 
 
 def classifying(capture: LossCapture) -> int | None:

@@ -63,12 +63,12 @@ def look_at_all(
         dict: For each name the values of the whole data set, (n, ...), float64, on the CPU; nan where not looked at or not
         finite.
     """
-    _refuse_data(trainer, training_set, dataset, asked.label)
+    _refuse_data(trainer, training_set, dataset, asked.display_name)
     chunks, batches = _share_of_rank(trainer, training_set, rehearsal, one_by_one)
     loader = scoring_loader(training_set, dataset, batches, seed, in_main_process=rehearsal)
     total, memory, collate = training_set.sampler.total, dict[str, Any](), training_set.loader.collate_fn
     found = _Found(total, trainer.strategy.root_device, asked)
-    looking = quiet(trainer, pl_module, advice=f", or {asked.way_out}", label=asked.label)
+    looking = quiet(trainer, pl_module, advice=f", or {asked.way_out}", display_name=asked.display_name)
     with looking, generators_kept([loader.dataset, collate]), numbers_kept(collate):
         seed_streams(seed)
         for number, batch in enumerate(loader if rehearsal else _with_progress(loader, title, trainer)):
@@ -86,21 +86,26 @@ def look_at_all(
     may_have_some = bool(values) or len(batches) < len(chunks)
     if not trainer.strategy.reduce_boolean_decision(may_have_some, all=False):  # a single rank's share may have none
         raise ValueError(
-            f"{asked.label} found nothing to look at: each batch was None, or training_step returned None for it. Let "
+            f"{asked.display_name} found nothing to look at: each batch was None, or training_step returned None for it. Let "
             "collate_fn and training_step return something for some batches in eval mode."
         )
     return values
 
 
-def _refuse_data(trainer: pl.Trainer, training_set: TrainingSet, dataset: Dataset[Any] | None, label: str) -> None:
+def _refuse_data(
+    trainer: pl.Trainer, training_set: TrainingSet, dataset: Dataset[Any] | None, display_name: str
+) -> None:
     if dataset is not None and len(dataset) != training_set.sampler.total:  # type: ignore[arg-type]
         raise ValueError(
-            f"{label}(score_dataset=...) must return the training set's own {training_set.sampler.total} samples, without "
-            f"augmentation; got {len(dataset)}. Return the same samples in the same order."  # type: ignore[arg-type]
+            f"{display_name}(score_dataset=...) must return the training set's own {training_set.sampler.total} samples, "
+            f"without augmentation; got {len(dataset)}. "  # type: ignore[arg-type]
+            "Return the same samples in the same order."
         )
     samples = len(training_set.sampler.population)
     if samples < trainer.world_size:
-        raise ValueError(f"{label} cannot share {samples} samples among {trainer.world_size} ranks. Use fewer devices.")
+        raise ValueError(
+            f"{display_name} cannot share {samples} samples among {trainer.world_size} ranks. Use fewer devices."
+        )
 
 
 def _share_of_rank(
@@ -131,7 +136,7 @@ class _Found:
         for name, value in values.items():
             if len(value) != len(look.indices):
                 raise ValueError(
-                    f"{self._asked.label}: {name} must have a row for each of {len(look.indices)} samples; got "
+                    f"{self._asked.display_name}: {name} must have a row for each of {len(look.indices)} samples; got "
                     f"{tuple(value.shape)}. Let collate_fn keep one row a sample, or {self._asked.way_out}."
                 )
             own = self._table(name, value.shape[1:])
@@ -154,11 +159,11 @@ class _Found:
         }
 
 
-def say_what_is_skipped(label: str, population: Tensor, has_value: Tensor) -> None:
+def say_what_is_skipped(display_name: str, population: Tensor, has_value: Tensor) -> None:
     """Print how many samples have no value, and which.
 
     Args:
-        label: Who looked.
+        display_name: Who looked.
         population: Indices of the samples that training may see.
         has_value: Whether each has one, in the same order.
     """
@@ -166,8 +171,9 @@ def say_what_is_skipped(label: str, population: Tensor, has_value: Tensor) -> No
     if missing:
         shown = listed(missing, _SHOWN)
         rank_zero_info(
-            f"{label} skips {len(missing)} of {len(population)} samples that have no finite value: {shown}. Their batch was "
-            "None, or training_step returned None for it, or none of their positions counts, or their loss is not finite."
+            f"{display_name} skips {len(missing)} of {len(population)} samples that have no finite value: {shown}. Their "
+            "batch was None, or training_step returned None for it, or none of their positions counts, or their loss is "
+            "not finite."
         )
 
 
@@ -245,8 +251,8 @@ def runner(
     def run() -> object:
         if partly is not None:
             raise ValueError(
-                f"{partly.label} cannot run training_step on the samples of one loader, because it takes a batch of each of "
-                f"several training loaders. To act on one of them, {partly.way_out}."
+                f"{partly.display_name} cannot run training_step on the samples of one loader, because it takes a batch "
+                f"of each of several training loaders. To act on one of them, {partly.way_out}."
             )
         # A step may write into what it gets. The gradient by an input must reach the batch's own.
         shown = copy_of(arguments, leaves_in_graph=True)

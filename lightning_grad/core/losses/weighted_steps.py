@@ -40,12 +40,12 @@ class WeighingCapture(LossCapture):
         samples: As in :class:`LossCapture`.
         weigh: Called with the losses of the call that counts; returns weights (B,), or ``None`` to leave it as it is.
         way_out: As in :class:`LossCapture`.
-        which: Which call counts; by default each that has a graph.
+        loss_index: Index of the call that counts; by default each that has a graph.
     """
 
-    def __init__(self, samples: int | None, weigh: Weigh | None, way_out: str, which: int | None = None) -> None:
+    def __init__(self, samples: int | None, weigh: Weigh | None, way_out: str, loss_index: int | None = None) -> None:
         super().__init__(samples, way_out=way_out)
-        self._weigh, self._which = weigh, which
+        self._weigh, self._loss_index = weigh, loss_index
         self.nodes: list[Node] = []  # of what the calls returned
 
     def _handle(self, func: Any, loss: LossFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -58,7 +58,7 @@ class WeighingCapture(LossCapture):
         if read is None:
             return value
         call = read.call
-        counts = call.has_graph if self._which is None else len(self.calls) - 1 == self._which
+        counts = call.has_graph if self._loss_index is None else len(self.calls) - 1 == self._loss_index
         weights = self._weigh(SampleLosses(call.losses, call, sums=read.sums)) if counts else None
         if weights is None:
             return value
@@ -173,12 +173,14 @@ class ByCall:
 
     def run(self, step: Step) -> Seen:
         """Run a step; return what it returns, and the losses seen for readers; ``None`` for these if it was skipped."""
-        with WeighingCapture(step.samples, self._reweight, self._asked.way_out, self._asked.which) as capture:
+        with WeighingCapture(step.samples, self._reweight, self._asked.way_out, self._asked.loss_index) as capture:
             output = step.run()
         if step.is_skipped(output):
             return None, None
         if self._reweight is not None:
-            only_loss(capture, self._asked, self._asked.which)  # an unseen or ambiguous loss is no step without weights
+            only_loss(
+                capture, self._asked, self._asked.loss_index
+            )  # an unseen or ambiguous loss is no step without weights
             loss = loss_of_output(output)
             if self.outlines and loss is not None and loss.grad_fn is not None:
                 outline = outline_of(loss, capture.nodes)
@@ -242,7 +244,7 @@ class ByFunction:
         losses, loss = checked_losses(found, step.samples), loss_of_output(output)
         if loss is None or loss.numel() != 1:
             raise ValueError(
-                f"training_step must return one number as its loss, or None; {self._weighing.asked.label} found none."
+                f"training_step must return one number as its loss, or None; {self._weighing.asked.display_name} found none."
             )
         self._compare(losses, loss)
         rest = (loss.detach() - losses.detach().mean()).reshape(())
@@ -261,7 +263,7 @@ class ByFunction:
             return
         self._pairs.append((float(losses.detach().mean()), float(loss.detach())))
         coarse = losses.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(loss.device.type)
-        refuse_other_means(self._pairs, self._weighing.asked.label, "loss_fn", 5e-2 if coarse else 1e-3)
+        refuse_other_means(self._pairs, self._weighing.asked.display_name, "loss_fn", 5e-2 if coarse else 1e-3)
 
 
 Way = ByCall | ByTerms | ByFunction

@@ -74,7 +74,7 @@ def warp_schedules(trainer: pl.Trainer, pl_module: pl.LightningModule, training_
     return undo.run
 
 
-def warn_of_two_ends(trainer: pl.Trainer, training_set: TrainingSet, label: str) -> bool:
+def warn_of_two_ends(trainer: pl.Trainer, training_set: TrainingSet, display_name: str) -> bool:
     """Warn if schedules are left alone for the sake of ``max_steps``, but epochs will end the run before; say whether."""
     configs = [config for config in trainer.lr_scheduler_configs if config.interval == "step"]
     batches, full_batches = training_set.batches, training_set.full_batches
@@ -84,8 +84,9 @@ def warn_of_two_ends(trainer: pl.Trainer, training_set: TrainingSet, label: str)
     if _epochs_end_the_run(trainer, full_batches) or trainer.global_step + left >= trainer.max_steps:
         return False
     rank_zero_warn(
-        f"With {label} the run will end after max_epochs={trainer.max_epochs}, and before max_steps={trainer.max_steps}, for "
-        "which schedules that step with batches are made: they will not come to their end. Set only one of both."
+        f"With {display_name} the run will end after max_epochs={trainer.max_epochs}, and before "
+        f"max_steps={trainer.max_steps}, for which schedules that step with batches are made: they will not come to "
+        "their end. Set only one of both."
     )
     return True
 

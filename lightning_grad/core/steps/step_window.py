@@ -133,7 +133,7 @@ class StepClosure:
     _trainer: pl.Trainer
     _pl_module: pl.LightningModule
     _window: StepWindow | None
-    _label: str
+    _display_name: str
 
     def __post_init__(self) -> None:
         self._states = random_states()
@@ -166,11 +166,12 @@ class StepClosure:
     def _refuse(self) -> None:
         if self._pl_module.automatic_optimization:
             raise RuntimeError(
-                f"{self._label} evaluates each step itself, and optimizer_step of {type(self._pl_module).__name__} has done "
-                "so before. Call optimizer.step(closure=optimizer_closure) there."
+                f"{self._display_name} evaluates each step itself, and optimizer_step of "
+                f"{type(self._pl_module).__name__} has done so before. Call optimizer.step(closure=optimizer_closure) "
+                "there."
             )
         raise RuntimeError(
-            f"{self._label} evaluates each step itself, and optimizer.step() was called without a closure. Call "
+            f"{self._display_name} evaluates each step itself, and optimizer.step() was called without a closure. Call "
             "optimizer.step(closure) with a function that sets gradients to zero, computes the loss, and calls "
             "manual_backward; or use automatic optimization."
         )

@@ -33,7 +33,7 @@ class FoundWeight:
         twins: Other owners of the same, tied parameter, each with its attribute.
         is_known: Whether its module is a layer of torch that reads the attribute for every use.
         is_spelled: Whether the user has spelled its name to the end.
-        label: Who asks, for errors.
+        display_name: Who asks, for errors.
         effect: What it makes of a weight, an adjective.
     """
 
@@ -44,7 +44,7 @@ class FoundWeight:
     twins: tuple[tuple[nn.Module, str], ...] = ()
     is_known: bool = True
     is_spelled: bool = False
-    label: str = "A technique"
+    display_name: str = "A technique"
     effect: str = "different"
 
     @property
@@ -57,9 +57,9 @@ class FoundWeight:
         parameter = self.module._parameters.get(self.attribute)
         if parameter is None:
             raise RuntimeError(
-                f"{self.label} makes {clean_name(self.name)} {self.effect}, and something has taken it out of its layer "
-                "in mid-fit, as pruning, weight_norm, spectral_norm and parametrize do. Do that before the fit, or leave "
-                f"the layer out: exclude=[{clean_name(self.name)!r}]."
+                f"{self.display_name} makes {clean_name(self.name)} {self.effect}, and something has taken it out of its "
+                "layer in mid-fit, as pruning, weight_norm, spectral_norm and parametrize do. Do that before the fit, or "
+                f"leave the layer out: exclude=[{clean_name(self.name)!r}]."
             )
         return parameter
 
@@ -96,7 +96,7 @@ def found_weights(module: nn.Module, owners: Sequence[Owner], technique: WeightC
         key = id(owner._parameters[attribute])
         names, twins = tuple(known[key]), tuple(use for use in uses[key] if use != (owner, attribute))
         kinds = (_is_known(owner, attribute), is_spelled(names, technique.include or []))
-        found = FoundWeight(name, owner, attribute, names, twins, *kinds, technique.label, technique.effect)
+        found = FoundWeight(name, owner, attribute, names, twins, *kinds, technique.display_name, technique.effect)
         if found.is_spelled or (_is_layer(found) and selects(found.names, technique.include)):
             yield found
 
@@ -213,8 +213,8 @@ def _view(found: FoundWeight, technique: WeightCallback[W]) -> W | str:
     weight = technique.view(found)
     if not isinstance(weight, (ViewedWeight, str)):
         raise TypeError(
-            f"{technique.label}.view must return a ViewedWeight, or the reason why {clean_name(found.name)} is left out; got "
-            f"{type(weight).__name__}."
+            f"{technique.display_name}.view must return a ViewedWeight, or the reason why {clean_name(found.name)} is "
+            f"left out; got {type(weight).__name__}."
         )
     return weight
 

@@ -104,29 +104,29 @@ class LossCapture(TorchFunctionMode):
         self.calls: list[LossCall] = []
         self.unread: list[UnreadLoss] = []
 
-    def only(self, which: int | None = None) -> LossCall:
+    def only(self, loss_index: int | None = None) -> LossCall:
         """Return the call that is the loss of the step.
 
         Args:
-            which: Which of :attr:`calls`, from 0. By default the only one, not counting those without a graph when others
+            loss_index: Index into :attr:`calls`. By default the only one, not counting those without a graph when others
                 have one.
 
         Returns:
             LossCall: The call.
 
         Raises:
-            RuntimeError: If no loss was seen, if several were and ``which`` is not given, or if there is none such.
+            RuntimeError: If no loss was seen, if several were and ``loss_index`` is not given, or if there is none such.
             ValueError: If the rows of the only loss seen do not divide by ``samples``.
         """
         if not self.calls:
             self._refuse_without_calls()
-        if which is not None:
-            if not 0 <= which < len(self.calls):
+        if loss_index is not None:
+            if not 0 <= loss_index < len(self.calls):
                 raise RuntimeError(
-                    f"loss={which} was asked for, but the step has {len(self.calls)}: {_listed(self.calls)}. "
+                    f"loss_index={loss_index} was asked for, but the step has {len(self.calls)}: {_listed(self.calls)}. "
                     f"Choose one of these, or {self.way_out}."
                 )
-            return self.calls[which]
+            return self.calls[loss_index]
         seen: list[LossCall | UnreadLoss] = [*self.calls, *self.unread]
         counted = [c for c in seen if c.has_graph] or seen
         if len(counted) == 1 and isinstance(counted[0], LossCall):
@@ -136,7 +136,7 @@ class LossCapture(TorchFunctionMode):
         advice = "If they are chunks of one loss, compute it in one call. " if chunks else ""
         raise RuntimeError(
             f"The step has {len(counted)} losses, so that which one is meant is not clear: "
-            f"{_listed(self.calls)}{unread}. {advice}Set loss=0 for the first, loss=1 for the next, or {self.way_out}."
+            f"{_listed(self.calls)}{unread}. {advice}Set loss_index=0 for the first, 1 for the next, or {self.way_out}."
         )
 
     def _refuse_without_calls(self) -> NoReturn:

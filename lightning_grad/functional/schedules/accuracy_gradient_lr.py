@@ -43,7 +43,7 @@ def accuracy_gradient_cuts(
     values: Observations,
     since_cut: int,
     window: int = 5,
-    quiet: int = 5,
+    cooldown: int = 5,
     threshold: float = 0.005,
     start_after: int = 0,
 ) -> bool:
@@ -60,7 +60,7 @@ def accuracy_gradient_cuts(
         values: :math:`a_1, \dots, a_t`, the observations so far, (t,).
         since_cut: :math:`c_t`, the present observation counted.
         window: w, observations in a mean, at least 1.
-        quiet: q, observations from one cut to the next, at least; 0 is as 1.
+        cooldown: q, observations from one cut to the next, at least; 0 is as 1.
         threshold: :math:`\theta`, in the unit of the observations.
         start_after: :math:`t_0`, observations of which none cuts; they still enter the means.
 
@@ -74,13 +74,13 @@ def accuracy_gradient_cuts(
     gradient = accuracy_gradient(values, window)
     if gradient is None or len(values) <= max(window + 1, start_after):
         return False
-    return since_cut > quiet and gradient < threshold
+    return since_cut > cooldown and gradient < threshold
 
 
 def accuracy_gradient_scales(
     values: Observations,
     window: int = 5,
-    quiet: int = 5,
+    cooldown: int = 5,
     threshold: float = 0.005,
     factor: float = 0.8,
     floor: float = 0.0,
@@ -97,7 +97,7 @@ def accuracy_gradient_scales(
     Args:
         values: :math:`a_1, \dots, a_T`, all observations, (T,).
         window: w, observations in a mean, at least 1.
-        quiet: q, observations from one cut to the next, at least; 0 is as 1.
+        cooldown: q, observations from one cut to the next, at least; 0 is as 1.
         threshold: :math:`\theta`, in the unit of the observations.
         factor: f, what a cut multiplies by.
         floor: :math:`s_\text{min}`, below which no cut goes; 1 at most.
@@ -113,10 +113,10 @@ def accuracy_gradient_scales(
     References:
         Nikfam et al., arXiv 2210.06888.
     """
-    scale, since_cut, scales = 1.0, quiet, []
+    scale, since_cut, scales = 1.0, cooldown, []
     for count in range(1, len(values) + 1):
         since_cut += 1
-        if accuracy_gradient_cuts(values[:count], since_cut, window, quiet, threshold, start_after):
+        if accuracy_gradient_cuts(values[:count], since_cut, window, cooldown, threshold, start_after):
             scale, since_cut = max(scale * factor, floor), 1
         scales.append(scale)
     return scales

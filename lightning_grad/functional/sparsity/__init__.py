@@ -4,11 +4,11 @@ from lightning_grad.functional.sparsity.nm_schedule import RECIPES, NMPhase, NMS
 from lightning_grad.functional.sparsity.nm_sparsity import (
     NMPattern,
     add_sr_ste_,
-    gradient_noise,
     is_nm,
     mask_distance,
+    masked_gradient_variance,
     nm_mask,
-    prune,
+    prune_weight,
     scale_weight,
 )
 
@@ -18,10 +18,10 @@ __all__ = [
     "NMPhase",
     "NMSchedule",
     "add_sr_ste_",
-    "gradient_noise",
     "is_nm",
     "mask_distance",
+    "masked_gradient_variance",
     "nm_mask",
-    "prune",
+    "prune_weight",
     "scale_weight",
 ]

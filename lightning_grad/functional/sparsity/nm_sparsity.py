@@ -223,7 +223,7 @@ def scale_weight(weight: Tensor, factor: Tensor, straight_through: bool = False)
     return _StraightThrough.apply(weight, factor) if straight_through else weight * factor  # type: ignore[no-untyped-call]
 
 
-def prune(weight: Tensor, factor: Tensor) -> Tensor:
+def prune_weight(weight: Tensor, factor: Tensor) -> Tensor:
     """Return ``weight * factor`` without gradient and with exact zeros: NaN and infinity are pruned as well.
 
     Args:
@@ -231,7 +231,7 @@ def prune(weight: Tensor, factor: Tensor) -> Tensor:
         factor: As in :func:`scale_weight`.
 
     Example:
-        >>> prune(torch.tensor([2.0, float("nan")]), torch.tensor([1.0, 0.0]))
+        >>> prune_weight(torch.tensor([2.0, float("nan")]), torch.tensor([1.0, 0.0]))
         tensor([2., 0.])
     """
     return (weight.detach() * factor).masked_fill_(factor == 0, 0.0)
@@ -287,8 +287,8 @@ def mask_distance(mask: Tensor, other: Tensor) -> Tensor:
     return (mask != other).float().mean()
 
 
-def gradient_noise(gradient: Tensor, previous: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Estimate the gradient noise of pruned and of kept weights from two consecutive gradients.
+def masked_gradient_variance(gradient: Tensor, previous: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Estimate the gradient variance of pruned and of kept weights from two consecutive gradients.
 
     .. math::
         \hat\sigma^2 = \operatorname{mean}_i \tfrac12 (g_{t,i} - g_{t-1,i})^2
@@ -306,7 +306,7 @@ def gradient_noise(gradient: Tensor, previous: Tensor, mask: Tensor) -> tuple[Te
         are none.
 
     Example:
-        >>> gradient_noise(torch.tensor([2.0, 1.0]), torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0]))
+        >>> masked_gradient_variance(torch.tensor([2.0, 1.0]), torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0]))
         (tensor(0.5000), tensor(2.))
     """
     squared = (gradient.float() - previous.float()).square_().mul_(0.5)

@@ -130,7 +130,7 @@ def half_precision(scale: float) -> list[Any]:
 
 def attacker(epsilon: float = 0.25, **arguments: Any) -> AdversarialTraining:
     """Build one that does not check itself, and begins at the inputs."""
-    return AdversarialTraining(epsilon, **{"check_every": None, "random_start": False, **arguments})
+    return AdversarialTraining(epsilon, **{"check_every_n_epochs": None, "random_start": False, **arguments})
 
 
 def train(callbacks: Any, module: Any, loader: Any = None, ckpt: Any = None, **arguments: Any) -> pl.Trainer:

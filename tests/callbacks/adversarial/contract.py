@@ -32,7 +32,7 @@ ENTRIES = [
             ({"attack": "pgd", "steps": 0}, "steps must be at least 1"),
             ({"clean_fraction": 1.0}, "at least 0 and below 1"),
             ({"warmup_fraction": 1.5}, "warmup_fraction must be from 0 to 1"),
-            ({"check_every": 0}, "check_every must be at least 1"),
+            ({"check_every_n_epochs": 0}, "check_every_n_epochs must be at least 1"),
         ),
     ),
     Technique(
@@ -46,7 +46,7 @@ ENTRIES = [
             "bounds": [-9.0, 9.0],
             "clean_fraction": 0.25,
             "warmup_fraction": 0.2,
-            "check_every": None,
+            "check_every_n_epochs": None,
         },
         neutral={"epsilon": 0.0},
         broad=False,
@@ -61,8 +61,8 @@ ENTRIES = [
             ({"steps": 0}, "steps must be at least 1"),
             ({"restarts": 0}, "restarts must be at least 1"),
             ({"restarts": 2, "random_start": False}, "would repeat one attack"),
-            ({"every": 0}, "every must be at least 1"),
-            ({"loss": -1}, "loss must be at least 0"),
+            ({"every_n_validations": 0}, "every_n_validations must be at least 1"),
+            ({"loss_index": -1}, "loss_index must be at least 0"),
         ),
     ),
 ]

@@ -86,7 +86,9 @@ def test_weights_behind_an_embedding_have_gradients_under_autocast() -> None:
     found: list[Tensor] = []
     keep = At(on_after_backward=lambda trainer, module: found.append(module.weight.grad.clone()))
     module = Tokens()
-    train([attacker(check_every=1), keep], module, as_batches(sentences()), precision="bf16-mixed", max_epochs=2)
+    train(
+        [attacker(check_every_n_epochs=1), keep], module, as_batches(sentences()), precision="bf16-mixed", max_epochs=2
+    )
     for gradient, seen in zip(found, module.inputs, strict=True):
         torch.testing.assert_close(gradient, seen.mean((0, 1)), rtol=0.02, atol=0.02)
         assert gradient.abs().min() > 0.05
@@ -224,7 +226,7 @@ class Write(pl.Callback):
 def test_two_ranks_are_one_process(attack: Any, tmp_path: Path) -> None:
     ranks: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False}
     for arguments in ({}, ranks):
-        callbacks = [attacker(0.1, attack=attack, check_every=1), Write(tmp_path)]
+        callbacks = [attacker(0.1, attack=attack, check_every_n_epochs=1), Write(tmp_path)]
         train(callbacks, Halves(), points(4, 8), max_epochs=2, **arguments)
     one, first, second = (torch.load(tmp_path / f"{run}.pt") for run in ("1-0", "2-0", "2-1"))
     assert_identical(first, second)
@@ -316,7 +318,7 @@ class Still(pruned.Classifier):
 def test_scores_are_those_of_clean_samples() -> None:
     found = []
     for more in ([], [attacker(3.0, random_start=True)]):
-        callback = DataPruning(0.5, "el2n", epoch=1, show=0, figure=False)
+        callback = DataPruning(0.5, "el2n", epoch=1, num_shown=0, figure=False)
         run = pruned.train(callback, Still(), more=more)
         found.append([callback.scored.values, run.watch.epochs])
     assert_identical(found[0], found[1])
@@ -329,7 +331,7 @@ def test_recorded_losses_are_those_of_the_real_step(is_first: bool) -> None:
     def note(trainer: Any, pl_module: Any) -> None:
         recorded.append(info._losses.clone())
 
-    info, attack, module = InfoBatch(0.5, stop=1.0), attacker(0.3), Still()
+    info, attack, module = InfoBatch(0.5, prune_until=1.0), attacker(0.3), Still()
     callbacks = [attack, info] if is_first else [info, attack]
     pruned.train(At(on_train_epoch_end=note), module, epochs=1, more=callbacks)
     x, y, _ = pruned.make_data().tensors

@@ -424,14 +424,14 @@ class Losses(Net):
 def test_losses_are_found(way: str, which: Any) -> None:
     found = []
     for each in (Losses(way), Losses("one")):
-        callback = evaluator(loss=which if each.way == way else None)
+        callback = evaluator(loss_index=which if each.way == way else None)
         found.append(parted(validate([callback], each, inference_mode=way != "one"))[1]["val_acc"])
     clean = validate([], Losses(way))["val_acc"]
     assert found[0] == found[1] < clean
 
 
 def test_another_loss_is_another_attack() -> None:
-    found = [parted(validate([evaluator(loss=which)], Losses("two")))[1]["val_acc"] for which in (0, 1)]
+    found = [parted(validate([evaluator(loss_index=which)], Losses("two")))[1]["val_acc"] for which in (0, 1)]
     assert found[0] > found[1]
 
 
@@ -449,8 +449,8 @@ class Untrained(Hand):
             r"needs a loss to raise: validation_step shows none; training_step fails.*KeyError",
         ),
         (Untrained(), {}, r"needs a loss to raise: validation_step shows none\. Compute it in validation_step"),
-        (Losses("hand-written"), {"restarts": 2, "loss": 3}, r"loss of each sample, for several restarts"),
-        (Losses("one"), {"loss": 3}, r"needs a loss to raise: validation_step shows none"),
+        (Losses("hand-written"), {"restarts": 2, "loss_index": 3}, r"loss of each sample, for several restarts"),
+        (Losses("one"), {"loss_index": 3}, r"needs a loss to raise: validation_step shows none"),
     ],
 )
 def test_without_a_loss(module: Any, arguments: Any, said: str) -> None:

@@ -283,7 +283,7 @@ def test_monitors_see_it(tmp_path: Path) -> None:
     best = ModelCheckpoint(
         tmp_path, "{adversarial/val_acc:.6f}", monitor="adversarial/val_acc", mode="max", auto_insert_metric_name=False
     )
-    rate = AccuracyGradientLR("adversarial/val_acc", window=1, quiet=1, threshold=2.0, figure=False)
+    rate = AccuracyGradientLR("adversarial/val_acc", window=1, cooldown=1, threshold=2.0, figure=False)
     trainer = fit([rate, evaluator(), stop, best], Net(), max_epochs=9)
     assert trainer.current_epoch == 2, "stopped"
     assert rate.state_dict()["values"][-1] == pytest.approx(trainer.callback_metrics["adversarial/val_acc"].item())
@@ -301,7 +301,7 @@ def test_adversarial_training_beside_it() -> None:
     keys: Any = None
     for more in ([], [evaluator()]):
         module = Shares()
-        trainer = fit([AdversarialTraining(0.2, check_every=1), *more], module)
+        trainer = fit([AdversarialTraining(0.2, check_every_n_epochs=1), *more], module)
         metrics = dict(trainer.callback_metrics)
         keys = keys or metrics.keys()
         left.append([state_of(trainer, module), {key: metrics[key] for key in keys}])

@@ -51,7 +51,7 @@ class Notes(Net):
 
 @pytest.mark.parametrize(("every", "epochs"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3])])
 def test_every_so_many_validations_from_the_first(every: int, epochs: list[int]) -> None:
-    callback, module = evaluator(every=every), Notes()
+    callback, module = evaluator(every_n_validations=every), Notes()
     fit([callback], module, max_epochs=5)
     assert module.attacked() == epochs
     assert module.attacked(sanity=True) == [0]
@@ -67,9 +67,9 @@ def test_every_so_many_validations_from_the_first(every: int, epochs: list[int])
 
 def test_resuming_goes_on_counting(tmp_path: Path) -> None:
     save = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    fit([evaluator(every=2), save], Notes(), max_epochs=1)
+    fit([evaluator(every_n_validations=2), save], Notes(), max_epochs=1)
     module = Notes()
-    fit([evaluator(every=2), save], module, ckpt=tmp_path / "epoch=0.ckpt", max_epochs=5)
+    fit([evaluator(every_n_validations=2), save], module, ckpt=tmp_path / "epoch=0.ckpt", max_epochs=5)
     assert module.attacked() == [2, 4]
 
 
@@ -245,9 +245,9 @@ def test_sharded_weights_are_refused(kind: str, stage: str) -> None:
     ("arguments", "said"),
     [
         ({"restarts": 0}, "restarts"),
-        ({"every": 0}, "every"),
+        ({"every_n_validations": 0}, "every_n_validations"),
         ({"epsilon": -1.0}, "epsilon"),
-        ({"loss": -1}, "loss"),
+        ({"loss_index": -1}, "loss_index"),
         ({"seed": -1}, "seed"),
         ({"steps": 0}, "steps"),
         ({"mean": 0.5}, "mean and std"),

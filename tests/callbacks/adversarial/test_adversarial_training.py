@@ -92,7 +92,7 @@ def test_random_starts_are_those_of_seed_epoch_and_batch(attack: Any) -> None:
         expected.append(one() if attack == "fgsm" else many())
 
     module = Classifier(dropout=0.0)
-    callback = AdversarialTraining(0.2, attack, seed=5, check_every=None)
+    callback = AdversarialTraining(0.2, attack, seed=5, check_every_n_epochs=None)
     train([At(on_train_batch_start=attack_outside), callback], module, max_epochs=2)
     assert_identical([x for x, _ in module.batches], expected)
     assert len(expected) == 2 * BATCHES
@@ -113,11 +113,11 @@ RUNS: dict[str, tuple[dict[str, Any], Any]] = {
     "fgsm": ({}, dict),
     "random start": ({"random_start": True}, dict),
     "pgd": ({"attack": "pgd", "steps": 3}, dict),
-    "checked": ({"check_every": 1}, dict),
+    "checked": ({"check_every_n_epochs": 1}, dict),
     "accumulation": ({}, lambda: {"accumulate_grad_batches": 3}),
     "bf16": ({"attack": "pgd", "steps": 2}, lambda: {"precision": "bf16-mixed"}),
-    "bf16, checked": ({"check_every": 1}, lambda: {"precision": "bf16-mixed"}),
-    "fp16": ({"check_every": 1}, lambda: {"plugins": half_precision(1024.0)}),
+    "bf16, checked": ({"check_every_n_epochs": 1}, lambda: {"precision": "bf16-mixed"}),
+    "fp16": ({"check_every_n_epochs": 1}, lambda: {"plugins": half_precision(1024.0)}),
     "partly clean": ({"clean_fraction": 0.5}, dict),
 }
 
@@ -293,7 +293,7 @@ def test_a_step_that_returns_nothing_for_some_batches() -> None:
 
     module = Passing()
     # Each epoch begins with a batch that is passed over.
-    train(attacker(check_every=1), module, points(4), max_epochs=2)
+    train(attacker(check_every_n_epochs=1), module, points(4), max_epochs=2)
     for i, (seen, clean) in enumerate(zip(module.inputs, clean_of(points(4)) * 2, strict=True)):
         torch.testing.assert_close(seen, clean + 0.25 * SIGN * (i % 2))
 
@@ -400,7 +400,7 @@ def test_accuracies_are_told_at_the_end_of_epochs(tmp_path: Path) -> None:
     for every, epochs in ((1, [0, 1, 2, 3, 4]), (2, [1, 3]), (None, [])):
         rows.clear()
         module = Classifier()
-        train(attacker(check_every=every), module, max_epochs=5, logger=Record(tmp_path))
+        train(attacker(check_every_n_epochs=every), module, max_epochs=5, logger=Record(tmp_path))
         assert rows == [(epoch, BATCHES - 1) for epoch in epochs]
 
 
@@ -433,12 +433,12 @@ def far_points() -> DataLoader[Any]:
 def test_overfitting_to_the_attack_is_told() -> None:
     said = r"accuracy on one batch is 100\.0% under the attack.*but 0\.0% under PGD with 10 steps"
     with pytest.warns(UserWarning, match=said):
-        train(attacker(0.5, check_every=1), Masked(), far_points(), max_epochs=3)
+        train(attacker(0.5, check_every_n_epochs=1), Masked(), far_points(), max_epochs=3)
 
 
 @pytest.mark.parametrize("arguments", [{"epsilon": 0.5, "attack": "pgd", "steps": 10}, {"epsilon": 2.0}])
 def test_no_overfitting_is_told_where_both_attacks_do_as_well(arguments: Any, recwarn: Any) -> None:
-    train(attacker(check_every=1, **arguments), Masked(), far_points(), max_epochs=3)
+    train(attacker(check_every_n_epochs=1, **arguments), Masked(), far_points(), max_epochs=3)
     assert not [warning for warning in recwarn if "overfitted" in str(warning.message)]
 
 
@@ -449,7 +449,7 @@ def test_no_overfitting_is_told_where_both_attacks_do_as_well(arguments: Any, re
 @pytest.mark.parametrize("every", [{"every_n_train_steps": 4}, {"every_n_epochs": 1}], ids=["steps", "epochs"])
 def test_resume_is_bitwise(every: Any, tmp_path: Path) -> None:
     def make() -> AdversarialTraining:
-        return AdversarialTraining(0.2, warmup_fraction=0.7, clean_fraction=0.25, check_every=1)
+        return AdversarialTraining(0.2, warmup_fraction=0.7, clean_fraction=0.25, check_every_n_epochs=1)
 
     def run(callbacks: list[Any], ckpt: Any = None) -> Any:
         module, loader = Classifier(dropout=0.0), ResumableLoader(samples(), BATCH)

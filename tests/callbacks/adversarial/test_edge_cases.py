@@ -192,12 +192,12 @@ class Losing(Linear):
     ("which", "said"),
     [
         (None, r"shows none \(The step has 2 losses, so that which .* is not clear: 0: mse_loss, 1: l1_loss\);"),
-        (5, r"shows none \(loss=5 was asked for, but the step has 2: 0: mse_loss, 1: l1_loss\);"),
+        (5, r"shows none \(loss_index=5 was asked for, but the step has 2: 0: mse_loss, 1: l1_loss\);"),
     ],
 )
 def test_which_of_several_losses_is_asked_for(which: Any, said: str) -> None:
-    with pytest.raises(RuntimeError, match=rf"{said}.*of several, set loss=0 for the first\.$") as error:
-        evaluate(Losing(), points(), loss=which)
+    with pytest.raises(RuntimeError, match=rf"{said}.*of several, set loss_index=0 for the first\.$") as error:
+        evaluate(Losing(), points(), loss_index=which)
     assert "score_fn" not in str(error.value)
 
 
@@ -234,9 +234,11 @@ class Judged(pl.LightningModule):
     ],
 )
 def test_accuracies_that_are_not_known_are_told_once(way: str, why: str, told: list[str]) -> None:
-    trainer = train(attacker(check_every=1), Judged(way), points(), max_epochs=3)
+    trainer = train(attacker(check_every_n_epochs=1), Judged(way), points(), max_epochs=3)
     reasons = [
-        each for each in told if each.startswith("AdversarialTraining leaves out the accuracies of check_every: ")
+        each
+        for each in told
+        if each.startswith("AdversarialTraining leaves out the accuracies of check_every_n_epochs: ")
     ]
     assert len(reasons) == 1
     assert why in reasons[0]
@@ -245,7 +247,7 @@ def test_accuracies_that_are_not_known_are_told_once(way: str, why: str, told: l
 
 def test_errors_in_the_check_pass_on() -> None:
     with pytest.raises(ValueError, match="the step is broken"):
-        train(attacker(check_every=1), Judged("error"), points())
+        train(attacker(check_every_n_epochs=1), Judged("error"), points())
 
 
 # A learning rate without anything to observe.
@@ -270,7 +272,7 @@ def test_a_cut_is_told_with_its_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     told: list[str] = []
     monkeypatch.setattr(accuracy_gradient_lr, "rank_zero_info", told.append)
-    callback = AccuracyGradientLR(window=1, quiet=9, factor=0.5)
+    callback = AccuracyGradientLR(window=1, cooldown=9, factor=0.5)
     train_dictated([callback], max_epochs=8, check_val_every_n_epoch=2)
     assert [each.partition(":")[0] for each in told] == [
         "AccuracyGradientLR cuts the learning rate from 0.1 to 0.05 after observation 3 (epoch 6)"

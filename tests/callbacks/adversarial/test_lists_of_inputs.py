@@ -54,7 +54,7 @@ class Weighted(pl.LightningModule):
 
 def moves(module: Weighted, clean: list[Tensor], batch: Any, **settings: Any) -> list[Tensor]:
     """Return how the real step's images differ from the clean ones."""
-    settings = {"epsilon": EPSILON, "check_every": None, "random_start": False, **settings}
+    settings = {"epsilon": EPSILON, "check_every_n_epochs": None, "random_start": False, **settings}
     make_trainer(callbacks=[AdversarialTraining(**settings)], max_epochs=1).fit(module, as_batches([batch]))
     seen = module.real.seen[-1]
     assert [image.shape for image in seen] == [image.shape for image in clean]
@@ -132,7 +132,7 @@ def test_images_of_one_size_are_attacked_as_if_they_were_stacked() -> None:
 
 def test_later_batches_may_have_other_numbers_of_images() -> None:
     module, data = Weighted(), [(images(SIZES[:count], count), list(range(count))) for count in (4, 1, 3)]
-    callback = AdversarialTraining(EPSILON, check_every=None, random_start=False)
+    callback = AdversarialTraining(EPSILON, check_every_n_epochs=None, random_start=False)
     make_trainer(callbacks=[callback], max_epochs=1).fit(module, as_batches(data))
     real = module.real.seen[1::2]  # each follows the one of its attack
     assert [len(seen) for seen in real] == [4, 1, 3]

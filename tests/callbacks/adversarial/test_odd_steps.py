@@ -113,7 +113,7 @@ class Learns(Plain):
 
 def test_what_makes_the_input_learns_as_without_an_attack() -> None:
     left = []
-    for callbacks in ([], [AdversarialTraining(1e-9, check_every=None)]):
+    for callbacks in ([], [AdversarialTraining(1e-9, check_every_n_epochs=None)]):
         module = Learns()
         start = module.before.weight.detach().clone()
         make_trainer(callbacks=callbacks, max_epochs=1).fit(module, as_batches(pairs()))
@@ -244,7 +244,7 @@ class Inputs(Plain):
 def test_several_inputs_by_name(key: Any, attacked: list[str]) -> None:
     (x, y), (z, _), _ = pairs()
     batch = {"image": x, "depth": z, "label": y}
-    callback = AdversarialTraining(0.1, input_key=key, check_every=None)
+    callback = AdversarialTraining(0.1, input_key=key, check_every_n_epochs=None)
     trainer = make_trainer(callbacks=[callback], max_epochs=1)
     if key == "*":
         with pytest.raises(ValueError, match=r"input_key='\*' must name floating tensors of one type"):

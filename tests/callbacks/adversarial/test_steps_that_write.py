@@ -182,7 +182,7 @@ class WritesAgain(Evaluated):
 def test_closures_that_are_evaluated_again_see_the_same_inputs(name: str) -> None:
     make, times = OPTIMIZERS[name]
     module = WritesAgain(make)
-    trainer = make_trainer(callbacks=[AdversarialTraining(0.25, check_every=None)], max_epochs=1)
+    trainer = make_trainer(callbacks=[AdversarialTraining(0.25, check_every_n_epochs=None)], max_epochs=1)
     trainer.fit(module, points(2))
     for i in range(2):
         # The first is that of the attack.
@@ -219,7 +219,7 @@ def test_layers_behind_an_embedding_that_work_in_place() -> None:
     left = []
     for in_place in (True, False):
         module = Words(in_place)
-        callbacks = [AdversarialTraining(0.2, check_every=None), *evaluations(2, restarts=2)]
+        callbacks = [AdversarialTraining(0.2, check_every_n_epochs=None), *evaluations(2, restarts=2)]
         trainer = make_trainer(callbacks=callbacks, max_epochs=2)
         trainer.fit(module, as_batches(data), as_batches(data))
         left.append({"weights": dict(module.state_dict()), "metrics": dict(trainer.callback_metrics)})

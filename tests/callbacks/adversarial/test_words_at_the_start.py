@@ -169,7 +169,7 @@ def test_a_fit_with_a_validation_does_not(arguments: Any) -> None:
             "AdversarialEvaluation runs each validation once more on inputs attacked by PGD (2 steps, epsilon 0.1 in linf).",
         ),
         (
-            lambda: AdversarialEvaluation(0.1, steps=1, every=3),
+            lambda: AdversarialEvaluation(0.1, steps=1, every_n_validations=3),
             "AdversarialEvaluation runs one of every 3 validations once more on inputs attacked by PGD (1 step, epsilon 0.1 "
             "in linf).",
         ),
@@ -210,9 +210,13 @@ def test_changed_settings_of_the_training_are_followed_and_said(tmp_path: Path, 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_changed_settings_of_the_evaluation_are_followed_and_said(tmp_path: Path, told: list[str]) -> None:
-    first, then = {"epsilon": 0.1, "steps": 1, "every": 5}, {"epsilon": 0.0, "steps": 1, "every": 3}
+    first = {"epsilon": 0.1, "steps": 1, "every_n_validations": 5}
+    then = {**first, "epsilon": 0.0, "every_n_validations": 3}
     trainer, _ = resumed(AdversarialEvaluation, first, then, tmp_path)
-    assert "AdversarialEvaluation resumes with changed settings: epsilon=0.0 (was 0.1), every=3 (was 5)." in told
+    assert (
+        "AdversarialEvaluation resumes with changed settings: epsilon=0.0 (was 0.1), every_n_validations=3 (was 5)."
+        in told
+    )
     # Validations 0 and 3 of the run are attacked; the last is number 3, with an epsilon of 0.
     metrics = trainer.callback_metrics
     assert torch.equal(metrics["adversarial/val_loss"], metrics["val_loss"])

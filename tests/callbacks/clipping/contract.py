@@ -69,9 +69,9 @@ ENTRIES = [
         "MomentumReset",
         together=True,
         wrong=(
-            ({"every": 0}, "every must be at least 1"),
+            ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
             ({"warmup": -1}, "warmup must be at least 0"),
-            ({"every": 3, "warmup": 3}, "below every"),
+            ({"every_n_steps": 3, "warmup": 3}, "below every_n_steps"),
         ),
     ),
     conditioner(

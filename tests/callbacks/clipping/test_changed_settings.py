@@ -243,8 +243,8 @@ def test_a_pause_of_another_length_counts_from_the_start_of_the_run(tmp_path):
 
 
 def test_a_monitor_goes_on_with_other_settings(tmp_path):
-    before = GradientMonitor(include=["a"], depth=1, rarely=1)
-    after = GradientMonitor(include=["b"], depth=None, rarely=2, figure=False, top=3)
+    before = GradientMonitor(include=["a"], layer_depth=1, slow_stats_every=1)
+    after = GradientMonitor(include=["b"], layer_depth=None, slow_stats_every=2, figure=False, max_layers=3)
     trainer = resumed(tmp_path, before, after, accumulate_grad_batches=2)
     record = after.state_dict()["records"]["0"]
     assert record["count"] == EPOCH

@@ -160,7 +160,7 @@ def test_the_monitor_sees_the_same_numbers(arguments, tmp_path):
     seen = []
     for module in (Plain(), Both()):
         logger = CSVLogger(tmp_path / type(module).__name__)
-        trainer = run(module, GradientMonitor(rarely=1), logger=logger, **arguments)
+        trainer = run(module, GradientMonitor(slow_stats_every=1), logger=logger, **arguments)
         seen.append({key: value.item() for key, value in trainer.callback_metrics.items() if key.startswith("grad/")})
         assert list((tmp_path / type(module).__name__).rglob("gradient_monitor.png"))
     assert seen[0] == pytest.approx(seen[1])
@@ -192,7 +192,7 @@ def test_a_rate_follows_a_labelled_metric():
 
 def test_the_class_is_left_as_it_was():
     constructor = vars(Labelled)["__new__"]
-    run(Both(), GradientMonitor(rarely=1), max_epochs=1)
+    run(Both(), GradientMonitor(slow_stats_every=1), max_epochs=1)
     assert vars(Labelled)["__new__"] is constructor
 
     class Breaks(Both):
@@ -202,7 +202,7 @@ def test_the_class_is_left_as_it_was():
             raise ArithmeticError
 
     with pytest.raises(ArithmeticError):
-        run(Breaks(), GradientMonitor(rarely=1), max_epochs=1)
+        run(Breaks(), GradientMonitor(slow_stats_every=1), max_epochs=1)
     assert vars(Labelled)["__new__"] is constructor
 
 

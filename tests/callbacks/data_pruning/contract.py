@@ -23,7 +23,7 @@ ENTRIES = [
             ({"epoch": [1, 3], "prune": [0.1]}, "one share for each epoch"),
             ({"offset": 0.6}, "at most 0.5"),
             ({"score": "aum", "epoch": 0}, "at least 1"),
-            ({"show": -1}, "show must be at least 0"),
+            ({"num_shown": -1}, "num_shown must be at least 0"),
         ),
     ),
     Technique(
@@ -36,7 +36,7 @@ ENTRIES = [
         "DataPruning",
         "forgetting-rounds",
         broad=False,
-        arguments={"prune": [0.2, 0.4], "epoch": [1, 3], "score": "forgetting", "loss": 0},
+        arguments={"prune": [0.2, 0.4], "epoch": [1, 3], "score": "forgetting", "loss_index": 0},
         neutral={"prune": 0.0, "epoch": 1},
     ),
     Technique(

@@ -21,7 +21,7 @@ MAKE: dict[str, Callable[..., Any]] = {
     "vog": lambda **more: pruning("vog", epoch=2, checkpoints=2, **more),
     "by sample": lambda **more: pruning("loss", scores_by="sample", **more),
     "uniform": lambda **more: UniformLearning(epoch=1, **more),
-    "info": lambda **more: InfoBatch(0.5, stop=1.0, **more),
+    "info": lambda **more: InfoBatch(0.5, prune_until=1.0, **more),
     "reweighting": lambda **more: LossReweighting(warmup=0.0, **more),
     "reweighting later": lambda **more: LossReweighting(warmup=0.5, **more),
 }

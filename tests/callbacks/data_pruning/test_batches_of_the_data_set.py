@@ -54,7 +54,7 @@ class Chunks(Sampler[Any]):
 
 TECHNIQUES: dict[str, Any] = {
     "none": list,
-    "el2n": lambda: [DataPruning(0.5, epoch=1, figure=False, show=2)],
+    "el2n": lambda: [DataPruning(0.5, epoch=1, figure=False, num_shown=2)],
     "grand": lambda: [DataPruning(0.5, "grand", epoch=1, figure=False)],
     "aum": lambda: [DataPruning(0.5, "aum", epoch=2, budget="steps", figure=False)],
     "random": lambda: [DataPruning(0.5, keep="random", epoch=0)],
@@ -115,12 +115,12 @@ def test_score_files_know_the_data_set_again(tmp_path: Path) -> None:
     path = str(tmp_path / "scores.npz")
     cells = Cells()
     loader = DataLoader(cells, batch_size=None, sampler=samplers("in order", cells))
-    weights([DataPruning(0.0, epoch=1, save_scores=path, figure=False, show=0)], loader)
+    weights([DataPruning(0.0, epoch=1, save_scores=path, figure=False, num_shown=0)], loader)
     assert load_scores(path, ListItems(cells)).fingerprint is not None
-    weights([DataPruning(0.5, epoch=1, score_files=[path], figure=False, show=0)], loader)
+    weights([DataPruning(0.5, epoch=1, score_files=[path], figure=False, num_shown=0)], loader)
     cells.base.tensors[0].add_(1.0)
     with pytest.raises(ValueError, match="were made for another data set"):
-        weights([DataPruning(0.5, epoch=1, score_files=[path], figure=False, show=0)], loader)
+        weights([DataPruning(0.5, epoch=1, score_files=[path], figure=False, num_shown=0)], loader)
 
 
 def test_a_sampler_of_single_indices_is_refused_and_the_way_out_works() -> None:

@@ -53,7 +53,7 @@ def run(technique: Any, ckpt: Any = None, epochs: int = 4, module: Any = None, s
 
 
 def pruning(**arguments: Any) -> DataPruning:
-    return DataPruning(**{"prune": 0.3, "epoch": 1, "figure": False, "show": 0, **arguments})
+    return DataPruning(**{"prune": 0.3, "epoch": 1, "figure": False, "num_shown": 0, **arguments})
 
 
 @pytest.fixture(scope="module")
@@ -260,12 +260,12 @@ class TwoLosses(pl.LightningModule):
 
 
 def test_another_loss_is_another_score(checkpoint: Any) -> None:
-    path = checkpoint(lambda: pruning(loss=0), module=TwoLosses)
-    note = run(pruning(loss=1), path, module=TwoLosses())
+    path = checkpoint(lambda: pruning(loss_index=0), module=TwoLosses)
+    note = run(pruning(loss_index=1), path, module=TwoLosses())
     assert note.scored[2].epoch == 2
-    path = checkpoint(lambda: pruning(loss=0, score="aum"), module=TwoLosses)
-    with pytest.raises(ValueError, match=r"loss=1 \(was 0\), and the checkpoint has no record"):
-        run(pruning(loss=1, score="aum"), path, module=TwoLosses())
+    path = checkpoint(lambda: pruning(loss_index=0, score="aum"), module=TwoLosses)
+    with pytest.raises(ValueError, match=r"loss_index=1 \(was 0\), and the checkpoint has no record"):
+        run(pruning(loss_index=1, score="aum"), path, module=TwoLosses())
 
 
 def test_score_files_that_change_are_read(checkpoint: Any, tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_infobatch_follows_from_the_next_epoch_on(checkpoint: Any) -> None:
     for share in (0.25, 0.5, 0.9):
         dropped = TOTAL - len(kept[share][2])  # type: ignore[arg-type]
         assert abs(dropped - share * low) <= 2
-    assert run(InfoBatch(stop=0.1), half, epochs=12).kept[2] is None
+    assert run(InfoBatch(prune_until=0.1), half, epochs=12).kept[2] is None
     with pytest.raises(AssertionError):
         assert_identical(run(InfoBatch(seed=9), half, epochs=12).kept[2], kept[0.5][2])
 
@@ -308,11 +308,11 @@ def test_an_epoch_of_infobatch_that_has_begun_keeps_its_weights(prune: float, ch
 
 
 def test_losses_of_another_kind_are_recorded_anew(checkpoint: Any) -> None:
-    path = checkpoint(lambda: InfoBatch(loss=0), module=TwoLosses)
-    note = run(InfoBatch(loss=1), path, epochs=12, module=TwoLosses())
+    path = checkpoint(lambda: InfoBatch(loss_index=0), module=TwoLosses)
+    note = run(InfoBatch(loss_index=1), path, epochs=12, module=TwoLosses())
     assert note.kept[2] is None
     assert note.kept[3] is not None
-    assert run(InfoBatch(loss=0), path, epochs=12, module=TwoLosses()).kept[2] is not None
+    assert run(InfoBatch(loss_index=0), path, epochs=12, module=TwoLosses()).kept[2] is not None
 
 
 def test_random_subsets_follow(checkpoint: Any) -> None:
@@ -342,7 +342,7 @@ def test_uniform_learning_follows(checkpoint: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "again"), [({"seed": 3}, True), ({"loss": 0}, True), ({"repeats": 2}, False), ({}, False)]
+    ("arguments", "again"), [({"seed": 3}, True), ({"loss_index": 0}, True), ({"repeats": 2}, False), ({}, False)]
 )
 def test_uniform_learning_looks_again_where_it_must(
     arguments: Any, again: bool, checkpoint: Any, monkeypatch: pytest.MonkeyPatch

@@ -74,7 +74,9 @@ def test_they_are_those_of_a_function_that_gives_the_classes(score: str, kind: A
     found = pruning(score, epoch=2, checkpoints=2, prune=0.0)
     train(found, kind(), epochs=3)
     if score == "vog":  # takes no such function
-        expected = pruning(score, epoch=2, checkpoints=2, prune=0.0, loss=1 if kind in (Rebuilding, Contrastive) else 0)
+        expected = pruning(
+            score, epoch=2, checkpoints=2, prune=0.0, loss_index=1 if kind in (Rebuilding, Contrastive) else 0
+        )
     else:
         expected = pruning(score, epoch=2, prune=0.0, outputs_fn=lambda module, batch: (module(batch[0]), batch[1]))
     train(expected, kind(), epochs=3)
@@ -91,7 +93,7 @@ def test_uniform_learning_clusters_the_outputs_of_the_classification(kind: Any) 
 
 
 def test_classes_are_balanced() -> None:
-    callback = DataPruning(0.5, keep="random", balance="class", epoch=1, show=0, figure=False)
+    callback = DataPruning(0.5, keep="random", balance="class", epoch=1, num_shown=0, figure=False)
     train(callback, Rebuilding())
     assert callback.scored.labels.tolist() == make_data().tensors[1].tolist()
 

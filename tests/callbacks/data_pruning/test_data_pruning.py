@@ -700,13 +700,13 @@ def test_of_two_losses_the_sum_counts() -> None:
 
 
 def test_of_two_losses_one_must_be_named_where_the_sum_is_of_no_use() -> None:
-    with pytest.raises(RuntimeError, match=r"0: cross_entropy, 1: mse_loss.*loss=0"):
+    with pytest.raises(RuntimeError, match=r"0: cross_entropy, 1: mse_loss.*loss_index=0"):
         train(DataPruning(0.5, "grand-last", epoch=1), TwoLosses())
 
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_the_loss_that_is_named_counts(which: int) -> None:
-    callback = DataPruning(0.5, "loss", epoch=1, loss=which)
+    callback = DataPruning(0.5, "loss", epoch=1, loss_index=which)
     values, module = scores_of(callback, TwoLosses())
     x, y, _ = make_data().tensors
     residual = (module(x) - x[:, :CLASSES]).square().mean(1)
@@ -741,7 +741,7 @@ class WithPenalty(Classifier):
 
 @pytest.mark.parametrize("score", ["el2n", "loss", "grand", "grand-last"])
 def test_a_step_that_differentiates(score: str) -> None:
-    values, module = scores_of(DataPruning(0.5, score, epoch=1, loss=0), WithPenalty())
+    values, module = scores_of(DataPruning(0.5, score, epoch=1, loss_index=0), WithPenalty())
     expected = BY_HAND[score](module, *make_data().tensors[:2]).detach().double()
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6)
 
@@ -845,7 +845,7 @@ def test_two_ranks_keep_what_one_process_keeps(score: Any, tmp_path: Path) -> No
 
 
 def test_logs(tmp_path: Path) -> None:
-    run = train(DataPruning(0.5, epoch=1, show=0, figure=False), epochs=3, logger=CSVLogger(tmp_path))
+    run = train(DataPruning(0.5, epoch=1, num_shown=0, figure=False), epochs=3, logger=CSVLogger(tmp_path))
     folder = Path(run.trainer.logger.log_dir)
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -864,7 +864,7 @@ def test_an_offline_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
     wandb.teardown()  # of another test's run, whose settings would stay
     logger = WandbLogger(project="project", save_dir=tmp_path, offline=True)
-    train(DataPruning(0.5, epoch=1, show=2, figure=False), logger=logger)
+    train(DataPruning(0.5, epoch=1, num_shown=2, figure=False), logger=logger)
     wandb.finish()
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     config, summary, artifacts = {}, {}, []
@@ -879,7 +879,7 @@ def test_an_offline_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_callback_with_a_function_for_scores_pickles_after_its_fit() -> None:
-    callback = DataPruning(0.5, epoch=1, score_fn=losses_of, show=0)
+    callback = DataPruning(0.5, epoch=1, score_fn=losses_of, num_shown=0)
     train(callback)
     twin = pickle.loads(pickle.dumps(callback))
     assert twin.scored.name == "losses_of"
@@ -890,5 +890,5 @@ def test_a_function_may_have_the_name_of_a_score() -> None:
     def prototypes(pl_module: Any, batch: Any) -> Tensor:
         return losses_of(pl_module, batch)
 
-    found = [scores_of(DataPruning(0.5, epoch=1, score_fn=f, show=0))[0] for f in (losses_of, prototypes)]
+    found = [scores_of(DataPruning(0.5, epoch=1, score_fn=f, num_shown=0))[0] for f in (losses_of, prototypes)]
     assert torch.equal(*found)

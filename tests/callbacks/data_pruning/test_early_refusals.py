@@ -23,7 +23,7 @@ class Batches(pl.Callback):
 
 
 def pruning(**arguments: Any) -> DataPruning:
-    return DataPruning(**{"prune": 0.5, "epoch": 2, "figure": False, "show": 0, **arguments})
+    return DataPruning(**{"prune": 0.5, "epoch": 2, "figure": False, "num_shown": 0, **arguments})
 
 
 def refused(error: type[Exception], says: str, **arguments: Any) -> None:
@@ -136,7 +136,7 @@ def test_all_ranks_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["late", "späte Runde", "a: b", "v1.2"])
 def test_a_name_stays_in_the_folder_of_the_run(name: str, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "one"
-    technique = DataPruning(0.5, epoch=1, figure=False, show=2, name=name)
+    technique = DataPruning(0.5, epoch=1, figure=False, num_shown=2, name=name)
     fit([technique], max_epochs=2, logger=CSVLogger(run, name="", version=""))
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert all(run in path.parents for path in written)

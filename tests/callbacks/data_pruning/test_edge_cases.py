@@ -28,7 +28,7 @@ from tests.callbacks.data_pruning.test_schedules import half_from_two, run, sche
 
 def pruning(*args: Any, **arguments: Any) -> DataPruning:
     """Build one that leaves no files."""
-    return DataPruning(*args, **{"show": 0, "figure": False, **arguments})
+    return DataPruning(*args, **{"num_shown": 0, "figure": False, **arguments})
 
 
 def state_after(callback: Any, *args: Any, **arguments: Any) -> Any:
@@ -86,7 +86,7 @@ class Tunable(Classifier):
         self.learning_rate = 0.2
 
 
-WATCHING: list[Callable[[], Any]] = [lambda: InfoBatch(0.5, stop=1.0), lambda: pruning(0.5, "aum", epoch=1)]
+WATCHING: list[Callable[[], Any]] = [lambda: InfoBatch(0.5, prune_until=1.0), lambda: pruning(0.5, "aum", epoch=1)]
 
 
 @pytest.mark.parametrize("make", WATCHING, ids=["info", "aum"])
@@ -243,7 +243,7 @@ DATASETS: dict[str, Callable[[str], Any]] = {
 def test_scoring_does_not_move_the_streams_of_a_data_set(kind: str, place: str) -> None:
     make = DATASETS[place]
     assert not torch.equal(make(kind)[0][0], make_data()[0][0])
-    scored = state_after(DataPruning(0.0, epoch=1, show=2, figure=False), dataset=make(kind), epochs=3)
+    scored = state_after(DataPruning(0.0, epoch=1, num_shown=2, figure=False), dataset=make(kind), epochs=3)
     assert_identical(scored, state_after(pl.Callback(), dataset=make(kind), epochs=3))
 
 
@@ -354,7 +354,7 @@ class Growing(Classifier):
     [
         lambda: pruning(0.5, epoch=1),
         lambda: UniformLearning(epoch=1),
-        lambda: InfoBatch(0.5, stop=1.0),
+        lambda: InfoBatch(0.5, prune_until=1.0),
         lambda: pruning(0.5, "aum", epoch=2),
     ],
     ids=["el2n", "uniform", "info", "aum"],
@@ -362,7 +362,9 @@ class Growing(Classifier):
 def test_a_data_set_that_changes_its_length_is_refused(make: Any) -> None:
     callback = make()
     trainer = make_trainer(callbacks=[callback], max_epochs=4, reload_dataloaders_every_n_epochs=1)
-    with pytest.raises(ValueError, match=rf"{callback.label} knows samples by their index.*had (22|26).*has (26|30)"):
+    with pytest.raises(
+        ValueError, match=rf"{callback.display_name} knows samples by their index.*had (22|26).*has (26|30)"
+    ):
         trainer.fit(Growing())
 
 
@@ -420,7 +422,7 @@ def scores_nothing(pl_module: Any, batch: Any) -> Tensor:
         ({"balance": "class", "class_floor": 0.2}, "class_floor goes with .* without balance"),
         ({"prune": 0.5, "class_floor": 0.6}, r"class_floor=0\.6 of each class leaves no choice with prune=0\.5"),
         ({"prune": [0.2, 0.5], "epoch": [1, 2], "class_floor": 0.6}, r"leaves no choice with prune=0\.5"),
-        ({"loss": -1}, "loss .*-1"),
+        ({"loss_index": -1}, "loss_index .*-1"),
         ({"seed": -1}, r"seed .*-1"),
         ({"score_fn": scores_nothing, "score_files": ["scores.npz"]}, "score_fn and score_files would both"),
         ({"score_fn": scores_nothing, "score": "aum"}, "score_fn and score='aum' would both"),
@@ -441,11 +443,11 @@ def test_a_floor_that_is_all_that_is_left_is_refused(prune: float) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "value"),
     [
-        (InfoBatch, "loss", -1),
+        (InfoBatch, "loss_index", -1),
         (InfoBatch, "seed", -1),
         (UniformLearning, "seed", -1),
-        (UniformLearning, "loss", -1),
-        (LossReweighting, "loss", -1),
+        (UniformLearning, "loss_index", -1),
+        (LossReweighting, "loss_index", -1),
     ],
 )
 def test_counts_of_the_others(kind: Any, name: str, value: Any) -> None:

@@ -185,7 +185,7 @@ def test_training_with_weights_is_that_by_hand(kind: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_infobatch_prunes_by_their_losses(kind: Any) -> None:
     module = kind()
-    callback = InfoBatch(0.5, stop=1.0)
+    callback = InfoBatch(0.5, prune_until=1.0)
     run = train(callback, module, loader=loader_of(module), epochs=4)
     assert run.trainer.global_step < 16
     assert callback._losses.isfinite().all()

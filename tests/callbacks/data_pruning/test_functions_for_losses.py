@@ -163,11 +163,11 @@ def test_weights_by_a_function_are_those_by_hand(kind: Any, by_hand: Any) -> Non
 
 
 def test_infobatch_by_a_function() -> None:
-    callback = InfoBatch(0.5, stop=1.0, loss_fn=overlaps)
+    callback = InfoBatch(0.5, prune_until=1.0, loss_fn=overlaps)
     module = train(callback, DicePerSample(normalizes=False), epochs=3).module
     assert len(callback.kept) < 22
     fixed = InfoBatch(
-        0.5, stop=1.0, loss_fn=lambda module, batch: F.cross_entropy(*outputs(module, batch), reduction="none")
+        0.5, prune_until=1.0, loss_fn=lambda module, batch: F.cross_entropy(*outputs(module, batch), reduction="none")
     )
     module = train(fixed, Fixed()).module
     expected = BY_HAND["loss"](module, *make_data().tensors[:2]).detach()
@@ -289,7 +289,7 @@ def test_who_looks_at_samples_one_by_one_is_not_told_to() -> None:
         ({"score": "loss", "outputs_fn": outputs}, "outputs_fn goes with score='el2n'"),
         ({"score": "vog", "scores_by": "sample", "epoch": 2}, "scores_by='sample' goes with score='loss', 'grand'"),
         ({"score": "loss", "scores_by": "sample", "loss_fn": overlaps}, "loss_fn and scores_by='sample' would both"),
-        ({"score": "loss", "loss": 0, "loss_fn": overlaps}, "loss_fn and loss would both"),
+        ({"score": "loss", "loss_index": 0, "loss_fn": overlaps}, "loss_fn and loss_index would both"),
         ({"outputs_fn": outputs, "score_fn": overlaps}, "outputs_fn and score_fn would both"),
     ],
 )
@@ -299,9 +299,9 @@ def test_what_does_not_go_together(arguments: Any, words: str) -> None:
 
 
 def test_functions_and_an_index_do_not_go_together() -> None:
-    with pytest.raises(ValueError, match="loss and loss_fn would both"):
-        InfoBatch(loss=0, loss_fn=overlaps)
-    with pytest.raises(ValueError, match="loss and loss_fn would both"):
-        LossReweighting(loss=0, loss_fn=overlaps)
-    with pytest.raises(ValueError, match="loss and outputs_fn would both"):
-        UniformLearning(loss=0, outputs_fn=outputs)
+    with pytest.raises(ValueError, match="loss_index and loss_fn would both"):
+        InfoBatch(loss_index=0, loss_fn=overlaps)
+    with pytest.raises(ValueError, match="loss_index and loss_fn would both"):
+        LossReweighting(loss_index=0, loss_fn=overlaps)
+    with pytest.raises(ValueError, match="loss_index and outputs_fn would both"):
+        UniformLearning(loss_index=0, outputs_fn=outputs)

@@ -98,13 +98,13 @@ def test_only_samples_of_low_loss_are_left_out_and_the_others_stand_for_them() -
 
 @pytest.mark.parametrize("prune", [0.0, 0.25, 0.75])
 def test_share_that_is_left_out(prune: float) -> None:
-    found = run(InfoBatch(prune, stop=1.0), epochs=2, batch_size=1, module=Classifier(normalizes=False))
+    found = run(InfoBatch(prune, prune_until=1.0), epochs=2, batch_size=1, module=Classifier(normalizes=False))
     low = int((found.spy.losses[1] < found.spy.losses[1].mean()).sum()) if prune else 0
     assert SAMPLES - len(found.watch.epochs[1]) == math.floor(prune * low + 0.5)
 
 
 def test_the_same_losses_are_left_out_differently_in_each_epoch() -> None:
-    _, *epochs = run(InfoBatch(0.5, stop=1.0), Fixed(), epochs=4).spy.kept
+    _, *epochs = run(InfoBatch(0.5, prune_until=1.0), Fixed(), epochs=4).spy.kept
     assert len({tuple(kept) for kept in epochs}) == 3
     assert len({len(kept) for kept in epochs}) == 1
 
@@ -139,7 +139,7 @@ class Linear(Classifier):
 
 
 def test_gradient_is_that_of_the_weighted_sum_over_the_size_of_the_batch() -> None:
-    callback = InfoBatch(0.5, stop=1.0)
+    callback = InfoBatch(0.5, prune_until=1.0)
     found = run(callback, Linear(), epochs=3)
     steps, weighted = iter(found.module.steps), 0
     for epoch, weights in zip(found.watch.epochs, found.spy.weights, strict=True):
@@ -154,9 +154,9 @@ def test_gradient_is_that_of_the_weighted_sum_over_the_size_of_the_batch() -> No
     assert weighted > 5
 
 
-@pytest.mark.parametrize(("stop", "pruned"), [(0.875, 7), (0.5, 4), (1.0, 8), (0.0, 0)])
-def test_last_epochs_train_on_all(stop: float, pruned: int) -> None:
-    found = run(InfoBatch(0.5, stop=stop), epochs=8)
+@pytest.mark.parametrize(("prune_until", "pruned"), [(0.875, 7), (0.5, 4), (1.0, 8), (0.0, 0)])
+def test_last_epochs_train_on_all(prune_until: float, pruned: int) -> None:
+    found = run(InfoBatch(0.5, prune_until=prune_until), epochs=8)
     sizes = [len(epoch) for epoch in found.watch.epochs]
     assert sizes[0] == SAMPLES
     assert all(size < SAMPLES for size in sizes[1:pruned])
@@ -166,7 +166,7 @@ def test_last_epochs_train_on_all(stop: float, pruned: int) -> None:
 
 @pytest.mark.parametrize("epochs", [-1, 50])
 def test_a_run_of_so_many_steps_ends_on_all_too(epochs: int) -> None:
-    found = run(InfoBatch(0.5, stop=0.6), epochs=epochs, max_steps=20)
+    found = run(InfoBatch(0.5, prune_until=0.6), epochs=epochs, max_steps=20)
     sizes = [len(epoch) for epoch in found.watch.epochs]
     steps = [0]
     for size in sizes:
@@ -203,7 +203,7 @@ def test_losses_of_tokens_are_means_over_their_samples() -> None:
     x = torch.randint(7, (20, 4), generator=generator)
     y = x.roll(1, 1)
     y[::2, 2:], y[5] = -100, -100
-    callback = InfoBatch(0.5, stop=1.0)
+    callback = InfoBatch(0.5, prune_until=1.0)
     found = run(callback, Tokens(), TensorDataset(x, y, torch.arange(20)), epochs=3)
     assert 5 in found.watch.epochs[1]
     assert len(found.watch.epochs[1]) < 20
@@ -229,7 +229,7 @@ class Write(pl.Callback):
 
 
 def test_two_ranks_agree(tmp_path: Path) -> None:
-    callback = InfoBatch(0.5, stop=1.0)
+    callback = InfoBatch(0.5, prune_until=1.0)
     module = Classifier(normalizes=False)
     train(callback, module, make_data(20), 4, more=[Write(callback, tmp_path)], strategy="ddp_fork", devices=2)
     first, second = (json.loads((tmp_path / f"2-{rank}.json").read_text()) for rank in (0, 1))

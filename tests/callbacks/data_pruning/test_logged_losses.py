@@ -44,7 +44,7 @@ def losses_of(module: Any, batch: Any) -> Tensor:
 
 def callback_of(kind: str, **more: Any) -> Any:
     if kind == "info":
-        return InfoBatch(0.5, stop=1.0, **more)
+        return InfoBatch(0.5, prune_until=1.0, **more)
     return LossReweighting(temperature=0.5, start_temperature=0.5, warmup=0.0, **more)
 
 
@@ -52,7 +52,7 @@ def callback_of(kind: str, **more: Any) -> Any:
     ("module", "more"),
     [
         (OneCall, {}),
-        (OneCall, {"loss": 0}),
+        (OneCall, {"loss_index": 0}),
         (Terms, {}),
         (OneCall, {"loss_fn": losses_of}),
         (Terms, {"loss_fn": losses_of}),

@@ -80,7 +80,7 @@ TECHNIQUES: dict[str, Callable[[], Any]] = {
     '`score="loss"`': lambda: pruning("loss"),
     '`score="grand"`': lambda: pruning("grand"),
     '`scores_by="sample"`': lambda: pruning("loss", scores_by="sample"),
-    "`InfoBatch`": lambda: InfoBatch(0.5, stop=1.0),
+    "`InfoBatch`": lambda: InfoBatch(0.5, prune_until=1.0),
     "`LossReweighting`": lambda: LossReweighting(warmup=0.0),
 }
 NOISY = "draws random numbers in eval mode"

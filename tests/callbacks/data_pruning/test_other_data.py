@@ -48,18 +48,18 @@ class Net(pl.LightningModule):
 
 
 TECHNIQUES: dict[str, Any] = {
-    "el2n": lambda **more: DataPruning(0.5, epoch=1, figure=False, show=0, **more),
-    "aum": lambda **more: DataPruning(0.5, "aum", epoch=2, figure=False, show=0, **more),
+    "el2n": lambda **more: DataPruning(0.5, epoch=1, figure=False, num_shown=0, **more),
+    "aum": lambda **more: DataPruning(0.5, "aum", epoch=2, figure=False, num_shown=0, **more),
     "random": lambda **more: DataPruning(0.5, keep="random", epoch=0, **more),
     "infobatch": InfoBatch,
     "uniform": lambda **more: UniformLearning(epoch=1, **more),
 }
 FRESH: dict[str, Any] = {  # records an epoch first
-    "aum": lambda name: DataPruning(0.5, "aum", epoch=3, figure=False, show=0, name=name)
+    "aum": lambda name: DataPruning(0.5, "aum", epoch=3, figure=False, num_shown=0, name=name)
 }
 INDIFFERENT: dict[str, Any] = {
     "subsets": RepeatedRandomSubset,
-    "no pruning": lambda: DataPruning(0.0, epoch=1, figure=False, show=0),
+    "no pruning": lambda: DataPruning(0.0, epoch=1, figure=False, num_shown=0),
     "infobatch that drops none": lambda: InfoBatch(prune=0.0),
     "no repeats": lambda: UniformLearning(epoch=1, repeats=0),
 }

@@ -33,7 +33,7 @@ READERS = {
 }
 PART = (
     r"sees cross_entropy, which is not all that training_step returns: (there is also|its positions) .*"
-    "Set loss=0 if cross_entropy alone"
+    "Set loss_index=0 if cross_entropy alone"
 )
 
 
@@ -77,21 +77,21 @@ def test_a_gradient_of_a_part_is_refused(module: Any) -> None:
 def test_classes_of_which_some_are_not_trained_on_are_refused(name: str) -> None:
     words = (
         "takes logits and classes from cross_entropy, and training_step does not train on all of them: some of its rows have "
-        "no part in the loss. Set loss=0 to use them all the same, or "
+        "no part in the loss. Set loss_index=0 to use them all the same, or "
     )
     with pytest.raises(RuntimeError, match=words):
         train(READERS[name](), Masked(), epochs=3)
-    train(READERS[name](loss=0), Masked(), epochs=3)
+    train(READERS[name](loss_index=0), Masked(), epochs=3)
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_the_call_that_is_named_counts_alone(name: str) -> None:
-    train(READERS[name](loss=0), OwnTerm(), epochs=3)
+    train(READERS[name](loss_index=0), OwnTerm(), epochs=3)
 
 
 @pytest.mark.parametrize("score", ["el2n", "loss", "grand"])
 def test_scores_by_the_call_that_is_named(score: str) -> None:
-    values, module = scores_of(pruning(score, loss=0), OwnTerm())
+    values, module = scores_of(pruning(score, loss_index=0), OwnTerm())
     expected = BY_HAND[score](module, *make_data().tensors[:2]).detach().double()
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6)
 
@@ -217,18 +217,17 @@ class Dice(Classifier):
 def test_noise_is_scored_and_weighted_with_a_warning(name: str) -> None:
     with pytest.warns(UserWarning, match="draws random numbers in eval mode too; it (relies on|takes it for)"):
         train(READERS[name](), VAE())
-    train(READERS[name](loss=0), VAE())
+    train(READERS[name](loss_index=0), VAE())
 
 
 @pytest.mark.parametrize("name", BY_TERMS)
 def test_a_loss_that_mixes_the_samples_is_refused_by_function_and_line(name: str) -> None:
-    words = (
-        r"div \(test_partial_losses.py:\d+\) mixes the samples.*[Ss]et loss=0 if binary_cross_entropy_with_logits alone"
-    )
+    ways_out = "[Ss]et loss_index=0 if binary_cross_entropy_with_logits alone"
+    words = rf"div \(test_partial_losses.py:\d+\) mixes the samples.*{ways_out}"
     with pytest.raises(InseparableLossError, match=words) as error:
         train(READERS[name](), Dice())
     assert error.value.function == "div"
-    train(READERS[name](loss=0), Dice())
+    train(READERS[name](loss_index=0), Dice())
 
 
 # Losses of which none, or too many, are seen.
@@ -303,7 +302,7 @@ class Regression(Classifier):
 def test_regression_has_no_classes_to_cluster() -> None:
     with pytest.raises(ValueError, match=r"use DataPruning\(score='loss'\), or RepeatedRandomSubset"):
         train(UniformLearning(epoch=1), Regression())
-    train(DataPruning(0.5, score="loss", epoch=1, show=0), Regression())
+    train(DataPruning(0.5, score="loss", epoch=1, num_shown=0), Regression())
     train(RepeatedRandomSubset(0.5), Regression())
 
 

@@ -24,8 +24,8 @@ MAKE: dict[str, Callable[..., Any]] = {
     "losses by a function": lambda **more: pruning("loss", loss_fn=one_for_all, **more),
     "outputs by a function": lambda **more: pruning(outputs_fn=one_for_all, **more),
     "uniform": lambda **more: UniformLearning(epoch=1, **more),
-    "info": lambda **more: InfoBatch(0.5, stop=1.0, **more),
-    "info by a function": lambda **more: InfoBatch(0.5, stop=1.0, loss_fn=one_for_all, **more),
+    "info": lambda **more: InfoBatch(0.5, prune_until=1.0, **more),
+    "info by a function": lambda **more: InfoBatch(0.5, prune_until=1.0, loss_fn=one_for_all, **more),
     "reweighting": lambda **more: LossReweighting(warmup=0.0, **more),
 }
 
@@ -91,7 +91,7 @@ def said_by(callback: Any, module: Any, **arguments: Any) -> str:
     return ""
 
 
-VALUES: dict[str, Any] = {"loss": 0, "loss_fn": one_for_all, "outputs_fn": one_for_all, "scores_by": "sample"}
+VALUES: dict[str, Any] = {"loss_index": 0, "loss_fn": one_for_all, "outputs_fn": one_for_all, "scores_by": "sample"}
 # Of functions of torch, and what other classes have that are named with it.
 OF_TORCH = {"dim", "enforce_sorted", "requires_grad", "reduction", "collate_fn"}
 

@@ -68,13 +68,13 @@ def scored(values: Any, kept: Any = None, labels: Any = None, predictions: Any =
 
 
 def report(
-    trainer: Any, found: ScoredSet, dataset: Any, label: str, show: int, figure: bool, names: Any = None
+    trainer: Any, found: ScoredSet, dataset: Any, display_name: str, num_shown: int, figure: bool, names: Any = None
 ) -> None:
     """Report as the callback of that class and name does, on a data set that may have names of classes."""
-    owner = DataPruning(name=label.partition("[")[2].removesuffix("]") or None)
+    owner = DataPruning(name=display_name.partition("[")[2].removesuffix("]") or None)
     if names is not None:
         dataset = Named(dataset, names)
-    _report.report(trainer, found, dataset, owner, show, figure)
+    _report.report(trainer, found, dataset, owner, num_shown, figure)
 
 
 class Named(Dataset[Any]):
@@ -108,7 +108,7 @@ def pages(count: int) -> list[tuple[Tensor, int]]:
 
 def test_files_of_digits(trainer: pl.Trainer, folder: Path, digits: tuple[TensorDataset, ScoredSet]) -> None:
     dataset, found = digits
-    report(trainer, found, dataset, "DataPruning", show=8, figure=True)
+    report(trainer, found, dataset, "DataPruning", num_shown=8, figure=True)
     endings = ["samples.csv", "samples.png", "scores.png"]
     assert sorted(path.name for path in folder.glob(f"{STEM}*")) == [f"{STEM}_{ending}" for ending in endings]
     for ending in endings[1:]:
@@ -120,7 +120,7 @@ def test_table_of_digits_says_what_is_so(
     trainer: pl.Trainer, folder: Path, digits: tuple[TensorDataset, ScoredSet]
 ) -> None:
     dataset, found = digits
-    report(trainer, found, dataset, "DataPruning", show=8, figure=False)
+    report(trainer, found, dataset, "DataPruning", num_shown=8, figure=False)
     rows = rows_of(folder / f"{STEM}_samples.csv")
     assert list(rows[0]) == ["index", "score", "rank", "label", "prediction", "kept"]
     values = found.values.numpy()
@@ -138,24 +138,24 @@ def test_table_of_digits_says_what_is_so(
 
 
 def test_name_of_the_callback_is_in_the_names_of_its_files(trainer: pl.Trainer, folder: Path) -> None:
-    report(trainer, scored([1.0, 2.0]), pages(2), "DataPruning[the last one]", show=1, figure=False)
+    report(trainer, scored([1.0, 2.0]), pages(2), "DataPruning[the last one]", num_shown=1, figure=False)
     assert (folder / "data_pruning_the_last_one_epoch5_samples.csv").exists()
 
 
 def test_nothing_is_shown_by_show_0(trainer: pl.Trainer, folder: Path) -> None:
-    report(trainer, scored([1.0, 2.0]), None, "DataPruning", show=0, figure=True)
+    report(trainer, scored([1.0, 2.0]), None, "DataPruning", num_shown=0, figure=True)
     assert [path.name for path in folder.glob(f"{STEM}*")] == [f"{STEM}_scores.png"]
 
 
 def test_nothing_is_written_without_a_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    report(trainer_with(), scored([1.0, 2.0]), Unreadable(), "DataPruning", show=1, figure=True)
+    report(trainer_with(), scored([1.0, 2.0]), Unreadable(), "DataPruning", num_shown=1, figure=True)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_only_rank_zero_writes(tmp_path: Path) -> None:
     other = SimpleNamespace(is_global_zero=False, loggers=[CSVLogger(tmp_path)])
-    report(other, scored([1.0, 2.0]), Unreadable(), "DataPruning", show=1, figure=True)
+    report(other, scored([1.0, 2.0]), Unreadable(), "DataPruning", num_shown=1, figure=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -163,7 +163,7 @@ def test_without_matplotlib_the_table_is_written(
     trainer: pl.Trainer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reporting, "is_installed", lambda package: package != "matplotlib")
-    report(trainer, scored([1.0, 2.0]), pages(2), "DataPruning", show=1, figure=True)
+    report(trainer, scored([1.0, 2.0]), pages(2), "DataPruning", num_shown=1, figure=True)
     assert [path.name for path in folder.glob(f"{STEM}*")] == [f"{STEM}_samples.csv"]
 
 
@@ -171,7 +171,7 @@ def test_without_matplotlib_the_table_is_written(
 
 
 @pytest.mark.parametrize(
-    ("values", "show", "indices", "ranks"),
+    ("values", "num_shown", "indices", "ranks"),
     [
         ([1.0, 3.0, 2.0, 0.0], 1, [1, 3], [0, 3]),
         ([1.0, 3.0, 2.0, 0.0], 9, [1, 2, 0, 3], [0, 1, 2, 3]),
@@ -183,9 +183,9 @@ def test_without_matplotlib_the_table_is_written(
     ],
 )
 def test_hardest_and_easiest(
-    trainer: pl.Trainer, folder: Path, values: list[float], show: int, indices: list[int], ranks: list[int]
+    trainer: pl.Trainer, folder: Path, values: list[float], num_shown: int, indices: list[int], ranks: list[int]
 ) -> None:
-    report(trainer, scored(values), pages(len(values)), "DataPruning", show, figure=False)
+    report(trainer, scored(values), pages(len(values)), "DataPruning", num_shown, figure=False)
     table = folder / f"{STEM}_samples.csv"
     assert column(table, "index") == [str(index) for index in indices]
     assert column(table, "rank") == [str(rank) for rank in ranks]
@@ -193,12 +193,12 @@ def test_hardest_and_easiest(
 
 def test_equal_scores_stay_in_order(trainer: pl.Trainer, folder: Path) -> None:
     values = torch.arange(1000) % 2
-    report(trainer, scored(values), pages(1000), "DataPruning", show=3, figure=False)
+    report(trainer, scored(values), pages(1000), "DataPruning", num_shown=3, figure=False)
     assert column(folder / f"{STEM}_samples.csv", "index") == ["1", "3", "5", "994", "996", "998"]
 
 
 def test_few_samples_are_shared_between_the_hardest_and_the_easiest(trainer: pl.Trainer, folder: Path) -> None:
-    report(trainer, scored([1.0, 3.0, 2.0]), pages(3), "DataPruning", show=9, figure=False)
+    report(trainer, scored([1.0, 3.0, 2.0]), pages(3), "DataPruning", num_shown=9, figure=False)
     assert column(folder / f"{STEM}_samples.csv", "index") == ["1", "2", "0"]
     groups = _report._samples(scored([1.0, 3.0, 2.0]), pages(3), "DataPruning", 9, None)
     headings = [text.get_text() for text in draw_samples(groups, "Title").texts[2:]]
@@ -207,7 +207,7 @@ def test_few_samples_are_shared_between_the_hardest_and_the_easiest(trainer: pl.
 
 def test_no_sample_has_a_score(trainer: pl.Trainer, folder: Path) -> None:
     with pytest.warns(UserWarning, match="no sample is shown, for none of 2 has a score"):
-        report(trainer, scored([nan, nan]), pages(2), "DataPruning", show=1, figure=True)
+        report(trainer, scored([nan, nan]), pages(2), "DataPruning", num_shown=1, figure=True)
     assert [path.name for path in folder.glob(f"{STEM}*")] == [f"{STEM}_scores.png"]
 
 
@@ -249,7 +249,7 @@ def test_names_that_cannot_be_read_do_not_stop_the_rest(trainer: pl.Trainer, fol
             return pages(2)[index]
 
     with pytest.warns(UserWarning, match="the list of class names could not be made: OSError: no file classes.txt"):
-        report(trainer, scored([4.0, 3.0], labels=[0, 1]), Lazy(), "DataPruning", show=1, figure=False)
+        report(trainer, scored([4.0, 3.0], labels=[0, 1]), Lazy(), "DataPruning", num_shown=1, figure=False)
     assert column(folder / f"{STEM}_samples.csv", "label") == ["0", "1"]
 
 
@@ -264,7 +264,7 @@ def test_of_a_million_samples_only_those_shown_are_read(trainer: pl.Trainer, fol
 
     values = torch.arange(10**6, dtype=torch.float64)
     found = ScoredSet("el2n", 5, values, torch.arange(5 * 10**5, 10**6), torch.arange(10**6) % 1000)
-    report(trainer, found, Huge(), "DataPruning", show=2, figure=True)
+    report(trainer, found, Huge(), "DataPruning", num_shown=2, figure=True)
     assert read == [999999, 999998, 1, 0]
     assert column(folder / f"{STEM}_samples.csv", "kept") == ["True", "True", "False", "False"]
 
@@ -281,7 +281,7 @@ class HalfReadable(Unreadable):
 
 def test_unreadable_samples_are_warned_of_once_and_still_named(trainer: pl.Trainer, folder: Path) -> None:
     with pytest.warns(UserWarning, match="DataPruning: 2 of 4 samples") as warned:
-        report(trainer, scored([4.0, 3.0, 2.0, 1.0]), HalfReadable(), "DataPruning", show=2, figure=True)
+        report(trainer, scored([4.0, 3.0, 2.0, 1.0]), HalfReadable(), "DataPruning", num_shown=2, figure=True)
     assert len(warned) == 1
     assert str(warned[0].message).endswith("cannot be shown. The first is sample 0: OSError: no file 0.jpg")
     assert column(folder / f"{STEM}_samples.csv", "input")[::2] == ["not readable (OSError)"] * 2
@@ -297,14 +297,14 @@ def test_what_cannot_be_drawn_does_not_stop_the_rest(
     for name in ("draw_scores", "draw_samples"):
         monkeypatch.setattr(_report, name, broken)
     with pytest.warns(UserWarning, match="could not be made: MemoryError: too large") as warned:
-        report(trainer, scored([4.0, 3.0]), pages(2), "DataPruning", show=1, figure=True)
+        report(trainer, scored([4.0, 3.0]), pages(2), "DataPruning", num_shown=1, figure=True)
     assert len(warned) == 2
     assert [path.name for path in folder.glob(f"{STEM}*")] == [f"{STEM}_samples.csv"]
 
 
 def test_labels_of_another_length_do_not_stop_a_training(trainer: pl.Trainer, folder: Path) -> None:
     with pytest.warns(UserWarning, match="the report of samples could not be made: IndexError"):
-        report(trainer, scored([4.0, 3.0], labels=[1]), pages(2), "DataPruning", show=1, figure=False)
+        report(trainer, scored([4.0, 3.0], labels=[1]), pages(2), "DataPruning", num_shown=1, figure=False)
     assert list(folder.iterdir()) == []
 
 
@@ -317,7 +317,7 @@ def test_random_streams_stay_where_they_are(trainer: pl.Trainer, folder: Path) -
 
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     with pytest.warns(UserWarning, match="drawn and failed"):
-        report(trainer, scored([4.0, 3.0]), Augmenting(), "DataPruning", show=1, figure=True)
+        report(trainer, scored([4.0, 3.0]), Augmenting(), "DataPruning", num_shown=1, figure=True)
     assert random.getstate() == states[0]
     assert np.random.get_state()[1].tolist() == states[1]
     assert torch.equal(torch.get_rng_state(), states[2])
@@ -580,7 +580,7 @@ def test_figure_has_no_more_samples_than_can_be_drawn() -> None:
 
 def test_texts_have_a_table_but_no_figure(trainer: pl.Trainer, folder: Path) -> None:
     dataset = [{"text": f"<review> {index}", "label": 1} for index in range(4)]
-    report(trainer, scored([4.0, 3.0, 2.0, 1.0]), dataset, "DataPruning", show=1, figure=True)
+    report(trainer, scored([4.0, 3.0, 2.0, 1.0]), dataset, "DataPruning", num_shown=1, figure=True)
     assert not (folder / f"{STEM}_samples.png").exists()
     assert column(folder / f"{STEM}_samples.csv", "input") == ["<review> 0", "<review> 3"]
 
@@ -593,7 +593,7 @@ def test_tensorboard_has_figures_and_table(tmp_path: Path, digits: tuple[TensorD
 
     dataset, found = digits
     logger = TensorBoardLogger(tmp_path, name="board", version=0)
-    report(trainer_with(logger), found, dataset, "DataPruning[late]", show=2, figure=True)
+    report(trainer_with(logger), found, dataset, "DataPruning[late]", num_shown=2, figure=True)
     logger.experiment.flush()
     events = EventAccumulator(logger.log_dir)
     events.Reload()
@@ -624,7 +624,7 @@ def test_wandb_has_figures_and_tables_with_pictures(
 
     (dataset, found), trainer = digits, trainer_with(offline)
     names = [f"digit {number}" for number in range(10)]
-    report(trainer, found, dataset, "DataPruning", show=2, figure=True, names=names)
+    report(trainer, found, dataset, "DataPruning", num_shown=2, figure=True, names=names)
     mixed = [torch.rand(8, 8), "a text", torch.rand(3, 8, 8), torch.rand(7)]
     report(trainer, scored([4.0, 3.0, 2.0, 1.0], labels=[-1, 0, 1, 2]), mixed, "DataPruning[mixed]", 2, figure=False)
     wandb.finish()

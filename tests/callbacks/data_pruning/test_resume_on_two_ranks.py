@@ -61,9 +61,9 @@ def fit(callback: Any, path: Path, more: Any = (), ckpt: Any = None) -> list[Any
 
 
 TECHNIQUES: dict[str, tuple[Callable[[], Any], int]] = {
-    "info": (lambda: InfoBatch(0.5, stop=1.0), 1),
-    "aum": (lambda: DataPruning(0.5, "aum", epoch=2, show=0, figure=False), 0),
-    "vog": (lambda: DataPruning(0.5, "vog", epoch=3, checkpoints=3, show=0, figure=False), 1),
+    "info": (lambda: InfoBatch(0.5, prune_until=1.0), 1),
+    "aum": (lambda: DataPruning(0.5, "aum", epoch=2, num_shown=0, figure=False), 0),
+    "vog": (lambda: DataPruning(0.5, "vog", epoch=3, checkpoints=3, num_shown=0, figure=False), 1),
 }
 
 

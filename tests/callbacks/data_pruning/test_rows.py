@@ -30,7 +30,7 @@ STEP = r"training_step arranges them otherwise.*torch\.stack"
 
 
 def pruning(score: Any = "el2n", prune: float = 0.5, **arguments: Any) -> DataPruning:
-    return DataPruning(prune, score, **{"epoch": 1, "show": 0, "figure": False, **arguments})
+    return DataPruning(prune, score, **{"epoch": 1, "num_shown": 0, "figure": False, **arguments})
 
 
 def length(item: Any) -> float:
@@ -410,7 +410,11 @@ class Dropping(Classifier):
 
 REHEARSING = [*READERS, lambda: UniformLearning(epoch=1)]
 NAMES = ["el2n", "aum", "info", "reweighting", "uniform"]
-SAME_EPOCHS = [lambda: InfoBatch(0.5, stop=0.0), lambda: LossReweighting(warmup=0.0), lambda: pruning("aum", 0.0)]
+SAME_EPOCHS = [
+    lambda: InfoBatch(0.5, prune_until=0.0),
+    lambda: LossReweighting(warmup=0.0),
+    lambda: pruning("aum", 0.0),
+]
 
 
 @pytest.mark.filterwarnings("ignore:DataPruning scores samples that differ")
@@ -485,7 +489,7 @@ def test_samples_that_have_no_row_are_refused_by_name(make: Any, where: str) -> 
         return
     module, collate = (SomeRows(), default_collate) if where == "step" else (Classifier(), without_some)
     with pytest.raises(
-        ValueError, match=rf"^{callback.label} .* loss of each sample\..* rows for 8 samples: .* leaves sampl"
+        ValueError, match=rf"^{callback.display_name} .* loss of each sample\..* rows for 8 samples: .* leaves sampl"
     ):
         train(callback, module, loader=batches(collate))
 

@@ -77,7 +77,7 @@ def half_from_two() -> Choose:
 
 
 def only_random(budget: Any) -> DataPruning:
-    return DataPruning(0.5, epoch=2, keep="random", budget=budget, show=0, figure=False)
+    return DataPruning(0.5, epoch=2, keep="random", budget=budget, num_shown=0, figure=False)
 
 
 TECHNIQUES: dict[str, Callable[[], Any]] = {

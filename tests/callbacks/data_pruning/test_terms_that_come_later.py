@@ -45,7 +45,7 @@ class Alternating(Growing):
 
 def callback_of(kind: str) -> Any:
     if kind == "info":
-        return InfoBatch(0.5, stop=1.0)
+        return InfoBatch(0.5, prune_until=1.0)
     return LossReweighting(temperature=0.5, start_temperature=0.5, warmup=0.0)
 
 
@@ -103,7 +103,7 @@ def test_the_look_at_it_changes_no_bit() -> None:
         def _weigh(self, losses: Any) -> Tensor:
             return torch.ones_like(losses.losses)
 
-    found = train(Neutral(0.5, stop=0.0), Alternating(), epochs=3).module
+    found = train(Neutral(0.5, prune_until=0.0), Alternating(), epochs=3).module
     expected = train(InfoBatch(0.0), Alternating(), epochs=3).module
     for name, value in expected.state_dict().items():
         assert torch.equal(found.state_dict()[name], value)

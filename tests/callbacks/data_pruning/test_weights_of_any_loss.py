@@ -175,7 +175,7 @@ class Recorded(Foreign):
 )
 def test_infobatch_remembers_the_losses_that_samples_have_alone(name: str) -> None:
     module = Recorded(name)
-    callback = InfoBatch(0.5, stop=1.0)
+    callback = InfoBatch(0.5, prune_until=1.0)
     items = copy.deepcopy(module.items)
     train(callback, module, loader=loader_of(module))
     expected = torch.stack(each_alone(module.project, items)).detach()
@@ -199,7 +199,7 @@ def test_reweighting_is_that_by_hand(name: str) -> None:
 
 def callbacks_of(kind: str) -> Any:
     if kind == "info":
-        return InfoBatch(0.5, stop=1.0)
+        return InfoBatch(0.5, prune_until=1.0)
     return LossReweighting(temperature=0.5, start_temperature=2.0, warmup=0.0)
 
 

@@ -10,9 +10,9 @@ ENTRIES = [
         compile=True,
         together=True,
         wrong=(
-            ({"rarely": 0}, "rarely must be at least 1"),
-            ({"depth": 0}, "depth must be at least 1"),
-            ({"top": -1}, "top must be at least 0"),
+            ({"slow_stats_every": 0}, "slow_stats_every must be at least 1"),
+            ({"layer_depth": 0}, "layer_depth must be at least 1"),
+            ({"max_layers": -1}, "max_layers must be at least 0"),
         ),
     ),
 ]

@@ -145,7 +145,7 @@ def inputs(batches: int, size: int, width: int, mean: float = 0.5) -> Tensor:
 
 def run_one_layer(folder: Path, x: Tensor, size: int, width: int, **arguments: Any) -> list[dict[str, float]]:
     pl.seed_everything(0, verbose=False)
-    monitor = GradientMonitor(rarely=1)
+    monitor = GradientMonitor(slow_stats_every=1)
     arguments = {"max_epochs": 1, "log_every_n_steps": 1, "logger": CSVLogger(folder), **arguments}
     trainer = make_trainer(callbacks=[monitor], **arguments)
     trainer.fit(OneLayer(width), DataLoader(TensorDataset(x), size))
@@ -174,7 +174,7 @@ def test_update_ratio_and_cosine_equal_hand_computation(tmp_path):
 
 
 def test_depth_joins_and_top_limits_the_layers_that_are_logged(tmp_path):
-    (row, *_) = monitored(tmp_path, GradientMonitor(depth=1, top=2, histograms=False))
+    (row, *_) = monitored(tmp_path, GradientMonitor(layer_depth=1, max_layers=2, histograms=False))
     layers = [key for key in row if key.startswith("grad/norm/")]
     assert layers == ["grad/norm/encoder", "grad/norm/mix"]
     joined = math.hypot(*(row[key] for key in layers))
@@ -461,7 +461,7 @@ def test_every_logger_gets_what_it_can_show(tmp_path, monkeypatch):
     wandb.teardown()  # of another test's run, whose settings would stay
     board, table = TensorBoardLogger(tmp_path / "board"), CSVLogger(tmp_path)
     cloud = WandbLogger(project="project", save_dir=tmp_path, offline=True)
-    monitor = GradientMonitor(rarely=1)
+    monitor = GradientMonitor(slow_stats_every=1)
     fit([NormClipping(0.5), monitor], logger=[table, board, cloud], log_every_n_steps=4)
     wandb.finish()
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_grad.testing import ResumableLoader, make_trainer
 
 BATCHES = 4
-QUICK = {"window": 2, "quiet": 2, "factor": 0.5}  # a constant accuracy is cut at 4, 6, 8 ...
+QUICK = {"window": 2, "cooldown": 2, "factor": 0.5}  # a constant accuracy is cut at 4, 6, 8 ...
 
 
 class Dictated(pl.LightningModule):

@@ -47,7 +47,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("values", [[0.5] * 10, RISES_THEN_STAYS, NOISY, [0.9 - v for v in NOISY]])
 @pytest.mark.parametrize(
-    "settings", [QUICK, {**QUICK, "window": 1}, {**QUICK, "quiet": 3, "threshold": 0.05}, {**QUICK, "start_after": 5}]
+    "settings",
+    [QUICK, {**QUICK, "window": 1}, {**QUICK, "cooldown": 3, "threshold": 0.05}, {**QUICK, "start_after": 5}],
 )
 def test_rates_follow_the_rule(settings: dict[str, Any], values: list[float]) -> None:
     _, rates = train([AccuracyGradientLR(**settings)], Dictated(values))
@@ -70,7 +71,7 @@ def test_of_a_loss_smaller_is_better() -> None:
 
 
 def test_factor_one_changes_no_bit() -> None:
-    one = state_of(*fit([AccuracyGradientLR(factor=1.0, window=1, quiet=1, threshold=9.0, min_lr=9.0)]))
+    one = state_of(*fit([AccuracyGradientLR(factor=1.0, window=1, cooldown=1, threshold=9.0, min_lr=9.0)]))
     other = state_of(*fit([]))
     assert_identical(one, other)
 
@@ -268,7 +269,7 @@ class LossOfItsData(pl.LightningModule):
 def test_the_accuracy_under_attack_is_observed_beside_that_callback(sanity: int) -> None:
     for every, observed in ((1, 4), (2, 2)):
         callback = AccuracyGradientLR("adversarial/val_loss", mode="min", **QUICK)
-        evaluation = AdversarialEvaluation(0.1, steps=1, every=every)
+        evaluation = AdversarialEvaluation(0.1, steps=1, every_n_validations=every)
         train([evaluation, callback], LossOfItsData(), max_epochs=4, num_sanity_val_steps=sanity)
         assert len(callback.state_dict()["values"]) == observed
 
@@ -367,7 +368,7 @@ def test_without_validation_nothing_starts() -> None:
         ({"mode": "mx"}, "Did you mean 'max'"),
         ({"window": 0}, "window must be at least 1"),
         ({"window": 2.5}, "window must be an integer"),
-        ({"quiet": -1}, "quiet must be at least 0"),
+        ({"cooldown": -1}, "cooldown must be at least 0"),
         ({"threshold": math.nan}, "threshold must be"),
         ({"factor": 0.0}, "factor must be above 0"),
         ({"factor": 1.1}, "factor must be from 0 to 1"),
@@ -375,7 +376,7 @@ def test_without_validation_nothing_starts() -> None:
         ({"start_after": -1}, "start_after must be at least 0"),
         ({"policy": "replaces"}, "Did you mean 'replace'"),
         ({"interval": "epochs"}, "Did you mean 'epoch'"),
-        ({"reach": math.nan}, "reach must be"),
+        ({"stop_at": math.nan}, "stop_at must be"),
         ({"optimizers": []}, "optimizers must name at least one"),
         ({"optimizers": [-1]}, "optimizers must be at least 0"),
         ({"param_groups": [0, 0]}, "param_groups must name each once"),
@@ -417,14 +418,14 @@ def test_each_cut_is_told(told: list[str]) -> None:
     ]
 
 
-@pytest.mark.parametrize(("mode", "reach"), [("max", 0.4), ("min", 0.6)])
-def test_training_stops_when_it_has_reached(mode: Any, reach: float, told: list[str]) -> None:
+@pytest.mark.parametrize(("mode", "stop_at"), [("max", 0.4), ("min", 0.6)])
+def test_training_stops_when_it_has_reached(mode: Any, stop_at: float, told: list[str]) -> None:
     values = RISES_THEN_STAYS if mode == "max" else [1.0 - value for value in RISES_THEN_STAYS]
-    callback = AccuracyGradientLR(mode=mode, reach=reach - (1e-6 if mode == "max" else -1e-6), **QUICK)
+    callback = AccuracyGradientLR(mode=mode, stop_at=stop_at - (1e-6 if mode == "max" else -1e-6), **QUICK)
     trainer, _ = train([callback], Dictated(values), min_epochs=6)
     assert trainer.current_epoch == 6
     assert [text for text in told if "reached" in text] == [
-        f"AccuracyGradientLR: val_acc has reached {reach:g}: training stops."
+        f"AccuracyGradientLR: val_acc has reached {stop_at:g}: training stops."
     ]
     assert train([callback], Dictated(values))[0].current_epoch == 4
 
@@ -452,7 +453,7 @@ def test_gradient_scale_and_cuts_are_logged(tmp_path: Path) -> None:
 
 def test_two_instances_have_names_and_keys_of_their_own(tmp_path: Path) -> None:
     one = AccuracyGradientLR(param_groups=[0], **QUICK)
-    other = AccuracyGradientLR("val_acc", param_groups=[0], name="slow", **{**QUICK, "quiet": 8})
+    other = AccuracyGradientLR("val_acc", param_groups=[0], name="slow", **{**QUICK, "cooldown": 8})
     trainer, rates = train([one, other], logger=CSVLogger(tmp_path))
     assert trainer.callback_metrics["lr/scale"] == 0.125 / 2
     assert trainer.callback_metrics["lr/slow/scale"] == 0.5
@@ -743,7 +744,7 @@ def test_two_ranks_refuse_together() -> None:
 
 @pytest.mark.parametrize(("interval", "monitor"), [("validation", "val_acc"), ("epoch", "train_loss")])
 def test_a_trainer_of_the_other_namespace_takes_it(interval: Any, monitor: str) -> None:
-    callback = AccuracyGradientLR(monitor, interval=interval, window=1, quiet=1, threshold=9.0, factor=0.5)
+    callback = AccuracyGradientLR(monitor, interval=interval, window=1, cooldown=1, threshold=9.0, factor=0.5)
     trainer = make_trainer(pytorch_lightning.Trainer, callbacks=[callback], max_epochs=5)
     trainer.fit(make_classifier(pytorch_lightning.LightningModule), *loaders())
     assert len(callback.state_dict()["values"]) == 5

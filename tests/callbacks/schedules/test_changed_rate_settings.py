@@ -52,7 +52,7 @@ def scales(cuts_after: list[int], factor: float = 0.5) -> list[float]:
     [
         ({}, scales([8, 10, 12])),
         ({"factor": 0.1}, scales([8, 10, 12], 0.1)),
-        ({"quiet": 4}, scales([10])),
+        ({"cooldown": 4}, scales([10])),
         ({"window": 5}, scales([8, 10, 12])),
         ({"window": 9}, scales([11])),
         ({"start_after": 9}, scales([10, 12])),
@@ -69,7 +69,7 @@ def test_settings_of_the_rule_hold_from_then_on(after, expected, tmp_path, said)
 
 
 def test_reaching_what_is_enough_is_asked_from_then_on(tmp_path):
-    callback, rates = resumed(tmp_path, {}, {"reach": 0.4})
+    callback, rates = resumed(tmp_path, {}, {"stop_at": 0.4})
     assert len(rates) == 1
     assert len(callback.state_dict()["values"]) == EPOCHS + 1
 

@@ -40,7 +40,7 @@ _WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"dense_fraction": -0.1}, "share of the run"),
     ({"decay": -1.0}, "above 0"),
     ({"recipe": "sdgf-stepwise", "decay": 0.1}, "decay belongs to"),
-    ({"mask_every": 0}, "at least 1"),
+    ({"mask_every_n_steps": 0}, "at least 1"),
     ({"sr_ste_lambda": -1.0}, "at least 0"),
     ({"geometric_start": 3}, "power of two"),
     ({"recipe": [[0.5, "3:4"], [0.2, "2:4"]], "pattern": "2:4"}, "rising shares"),
@@ -57,7 +57,7 @@ ENTRIES = [
     _nm("step", recipe="step"),
     _nm("sdgf-stepwise", recipe="sdgf-stepwise"),
     _nm("sdgf-geometric", recipe="sdgf-geometric", geometric_start=4),
-    _nm("mask-every-4", recipe="mdgf-exponential", mask_every=4),
+    _nm("mask-every-4", recipe="mdgf-exponential", mask_every_n_steps=4),
     _nm("schedule", recipe=[[0.0, "3:4"], [0.4, "1:4"]]),
     _nm("output-axis", recipe="sr-ste", axis="output"),
 ]

@@ -458,8 +458,8 @@ def test_a_layer_left_out_may_be_reparametrized_and_an_adapter_added() -> None:
     ("first", "then"),
     [
         ({"pattern": "1:8"}, {"pattern": "2:4"}),
-        ({"pattern": "2:4", "mask_every": 4}, {"pattern": "1:4", "mask_every": 4}),
-        ({"axis": "output", "mask_every": 4}, {"axis": "input", "mask_every": 4}),
+        ({"pattern": "2:4", "mask_every_n_steps": 4}, {"pattern": "1:4", "mask_every_n_steps": 4}),
+        ({"axis": "output", "mask_every_n_steps": 4}, {"axis": "input", "mask_every_n_steps": 4}),
         ({"include": ["net.0"]}, {"include": ["net.1"]}),
         ({"recipe": "sdgf-stepwise"}, {"recipe": "sr-ste"}),
         ({"recipe": "sr-ste"}, {"recipe": "step", "dense_fraction": 0.7}),

@@ -518,7 +518,7 @@ def test_a_load_in_mid_fit_refreshes_the_masks():
 
 
 def test_mask_every_takes_masks_only_so_often():
-    callback = NMSparsity("1:4", "ste", include=["*"], mask_every=5)
+    callback = NMSparsity("1:4", "ste", include=["*"], mask_every_n_steps=5)
     spy = Spy(lambda _: callback.weights[0].mask.clone())
     trainer(spy, callback).fit(Regression(linear_net(), lambda p: torch.optim.SGD(p, 1.0)), data())
     changes = [i for i, (a, b) in enumerate(zip(spy.seen, spy.seen[1:], strict=False)) if not torch.equal(a, b)]
@@ -696,7 +696,7 @@ def test_a_single_name_is_not_taken_for_a_list(words):
     ("words", "message"),
     [
         ({"axis": "rows"}, "axis"),
-        ({"depth": 0}, "depth"),
+        ({"layer_depth": 0}, "layer_depth"),
         ({"pattern": {}}, "names no"),
         ({"decay": float("nan")}, "decay must be a number"),
     ],
@@ -744,7 +744,7 @@ def test_a_fit_of_no_epochs_changes_nothing():
 
 # What is logged.
 
-KEYS = {"n", "m", "decay", "density", "exact", "flips", "gradient_noise_pruned", "gradient_noise_kept"}
+KEYS = {"n", "m", "decay", "density", "exact", "flips", "gradient_variance_pruned", "gradient_variance_kept"}
 
 
 def test_scalars_table_and_figure_with_the_csv_logger_alone(tmp_path):
@@ -799,11 +799,11 @@ def test_logged_values_are_what_they_say():
     assert seen["sparsity/density"] == [n / 4 for n in seen["sparsity/n"]]
     assert seen["sparsity/exact"] == [float(n == 1.0) for n in seen["sparsity/n"]]
     assert all(0.0 <= flips <= 1.0 for flips in seen["sparsity/flips"])
-    assert seen["sparsity/gradient_noise_kept"][-1] > 0.0
+    assert seen["sparsity/gradient_variance_kept"][-1] > 0.0
 
 
 def test_layer_keys_are_limited():
-    callback = NMSparsity("1:4", include=["*"], top=1)
+    callback = NMSparsity("1:4", include=["*"], max_layers=1)
     run = trainer(callback, log_every_n_steps=1)
     run.fit(Regression(linear_net()), data())
     assert [key for key in run.callback_metrics if key.startswith("sparsity/density/")] == [

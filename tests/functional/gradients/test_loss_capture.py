@@ -223,11 +223,13 @@ def test_two_losses_are_ambiguous_until_one_is_chosen() -> None:
         F.cross_entropy(x, CHOICES) + 0.1 * F.mse_loss(x, BITS)
     with pytest.raises(RuntimeError) as error:
         capture.only()
-    for words in ("2 losses", "0: cross_entropy, 1: mse_loss", "loss=0", "score_fn="):
+    for words in ("2 losses", "0: cross_entropy, 1: mse_loss", "loss_index=0", "score_fn="):
         assert words in str(error.value)
     assert capture.only(1).name == "mse_loss"
     for which in (2, -1):
-        with pytest.raises(RuntimeError, match=f"loss={which} was asked for, but the step has 2: 0: cross_entropy"):
+        with pytest.raises(
+            RuntimeError, match=f"loss_index={which} was asked for, but the step has 2: 0: cross_entropy"
+        ):
             capture.only(which)
 
 

@@ -15,15 +15,15 @@ from lightning_grad.functional.schedules.accuracy_gradient_lr import (
 
 def published(accuracies, w, q, threshold, factor, floor, rate=1.0):
     """Transcribe the algorithm as it is published, means and all."""
-    seen, means, quiet, rates = [], [], q, []
+    seen, means, cooldown, rates = [], [], q, []
     for accuracy in accuracies:
         seen.append(accuracy)
         recent = seen[-w:]
         mean = sum(recent) / len(recent)
-        quiet += 1
-        if len(means) > w and quiet > q and mean - means[-1] < threshold:
+        cooldown += 1
+        if len(means) > w and cooldown > q and mean - means[-1] < threshold:
             rate *= factor
-            quiet = 1
+            cooldown = 1
         rate = max(rate, floor)
         means.append(mean)
         rates.append(rate)
@@ -40,12 +40,12 @@ def test_it_is_the_published_algorithm():
     draw = random.Random(0)
     has_cut = has_floor = 0
     for _ in range(2000):
-        window, quiet = draw.randint(1, 8), draw.randint(0, 12)
+        window, cooldown = draw.randint(1, 8), draw.randint(0, 12)
         threshold, factor = draw.uniform(-0.05, 0.05), draw.uniform(0.1, 1.0)
         floor = draw.choice([0.0, draw.uniform(0.0, 1.0)])
         values = [draw.random() * draw.choice([0.1, 1.0]) for _ in range(draw.randint(0, 60))]
-        scales = accuracy_gradient_scales(values, window, quiet, threshold, factor, floor)
-        assert scales == published(values, window, quiet, threshold, factor, floor)
+        scales = accuracy_gradient_scales(values, window, cooldown, threshold, factor, floor)
+        assert scales == published(values, window, cooldown, threshold, factor, floor)
         has_cut += bool(scales) and scales[-1] < 1.0
         has_floor += floor > 0.0 and bool(scales) and scales[-1] == floor
     assert has_cut > 500
@@ -62,9 +62,9 @@ def test_a_constant_accuracy_is_cut_at_7_12_17_and_a_steep_rise_never():
 @pytest.mark.parametrize(
     ("settings", "cuts"),
     [
-        ({"quiet": 8}, [7, 15]),
-        ({"quiet": 1}, [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]),
-        ({"window": 1, "quiet": 5}, [3, 8, 13, 18]),
+        ({"cooldown": 8}, [7, 15]),
+        ({"cooldown": 1}, [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]),
+        ({"window": 1, "cooldown": 5}, [3, 8, 13, 18]),
         ({"window": 8}, [10, 15]),
         ({"start_after": 6}, [7, 12, 17]),
         ({"start_after": 7}, [8, 13, 18]),
@@ -106,7 +106,7 @@ def test_tensors_are_taken_too():
 
 def test_the_count_since_the_last_cut_must_be_past_the_quiet():
     values = [0.5] * 20
-    assert [accuracy_gradient_cuts(values, since_cut, quiet=3) for since_cut in range(6)] == [False] * 4 + [True] * 2
+    assert [accuracy_gradient_cuts(values, since_cut, cooldown=3) for since_cut in range(6)] == [False] * 4 + [True] * 2
 
 
 def test_nothing_is_observed_and_nothing_cut():

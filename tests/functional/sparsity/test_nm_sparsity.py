@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_grad.functional import (
     NMPattern,
     add_sr_ste_,
-    gradient_noise,
     is_nm,
     mask_distance,
+    masked_gradient_variance,
     nm_mask,
-    prune,
+    prune_weight,
     scale_weight,
 )
 from lightning_grad.functional.sparsity._group_top import (
@@ -241,7 +241,7 @@ def test_is_nm_counts_what_is_not_zero(row: list[float], n: int, m: int, exact: 
 @pytest.mark.parametrize("axis", ["input", "output", 2])
 def test_is_nm_holds_along_the_axis_that_was_masked_alone(axis: int | str) -> None:
     weight = draw((8, 8, 8))
-    masked = prune(weight, nm_mask(weight, 2, 4, axis))
+    masked = prune_weight(weight, nm_mask(weight, 2, 4, axis))
     assert is_nm(masked, 2, 4, axis)
     assert [is_nm(masked, 2, 4, other) for other in ("input", "output", 2)].count(True) == 1
     assert not is_nm(masked, 1, 4, axis)
@@ -249,7 +249,7 @@ def test_is_nm_holds_along_the_axis_that_was_masked_alone(axis: int | str) -> No
 
 def test_one_entry_too_many_is_found() -> None:
     weight = draw((6, 16))
-    masked = prune(weight, nm_mask(weight, 2, 4))
+    masked = prune_weight(weight, nm_mask(weight, 2, 4))
     masked[5, int((masked[5] == 0).nonzero()[0])] = 1e-6
     assert not is_nm(masked, 2, 4)
 
@@ -295,14 +295,14 @@ def test_factor_gets_no_gradient_under_straight_through() -> None:
 
 
 def test_prune_gives_exact_zeros_for_nan_infinity_and_negative_weights() -> None:
-    pruned = prune(torch.tensor([NAN, INF, -INF, -5.0, 7.0]), torch.zeros(5))
+    pruned = prune_weight(torch.tensor([NAN, INF, -INF, -5.0, 7.0]), torch.zeros(5))
     assert torch.equal(pruned, torch.zeros(5))
     assert not torch.signbit(pruned).any()
 
 
 def test_prune_keeps_what_is_kept_and_scales_what_decays() -> None:
     weight = torch.tensor([NAN, INF, -2.0, 4.0], requires_grad=True)
-    pruned = prune(weight, torch.tensor([1.0, 1.0, 0.5, 0.25]))
+    pruned = prune_weight(weight, torch.tensor([1.0, 1.0, 0.5, 0.25]))
     assert pruned[0].isnan()
     assert pruned[1:].tolist() == [INF, -1.0, 1.0]
     assert not pruned.requires_grad
@@ -312,7 +312,7 @@ def test_prune_keeps_what_is_kept_and_scales_what_decays() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pruned_weight_satisfies_its_pattern(dtype: torch.dtype) -> None:
     weight = draw((4, 32), dtype, "special")
-    pruned = prune(weight, nm_mask(weight, 2, 8))
+    pruned = prune_weight(weight, nm_mask(weight, 2, 8))
     assert pruned.dtype == dtype
     assert is_nm(pruned, 2, 8)
 
@@ -350,7 +350,7 @@ def test_sr_ste_does_not_enter_autograd() -> None:
     assert not add_sr_ste_(torch.zeros(2, 4), weight, nm_mask(weight, 2, 4)).requires_grad
 
 
-# mask_distance, gradient_noise
+# mask_distance, masked_gradient_variance
 
 
 @pytest.mark.parametrize(
@@ -367,43 +367,43 @@ def test_mask_distance_is_the_share_that_differs(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradient_noise_equals_its_formula(dtype: torch.dtype) -> None:
+def test_gradient_variance_equals_its_formula(dtype: torch.dtype) -> None:
     new, old = draw((6, 16), dtype), draw((16, 6), dtype).reshape(6, 16)
     mask = nm_mask(new, 2, 8)
     half_square = (new.double() - old.double()).numpy() ** 2 / 2
     kept = mask.bool().numpy()
-    pruned_noise, kept_noise = gradient_noise(new, old, mask)
-    assert pruned_noise.item() == pytest.approx(half_square[~kept].mean(), rel=1e-5)
-    assert kept_noise.item() == pytest.approx(half_square[kept].mean(), rel=1e-5)
+    pruned_variance, kept_variance = masked_gradient_variance(new, old, mask)
+    assert pruned_variance.item() == pytest.approx(half_square[~kept].mean(), rel=1e-5)
+    assert kept_variance.item() == pytest.approx(half_square[kept].mean(), rel=1e-5)
 
 
-def test_gradient_noise_estimates_a_known_variance_without_bias() -> None:
+def test_gradient_variance_estimates_a_known_variance_without_bias() -> None:
     generator = torch.Generator().manual_seed(0)
     mask = nm_mask(torch.randn(400, 1000, generator=generator), 1, 4)
     scale = torch.where(mask == 1, 3.0, 0.5)
     mean = 5 * torch.randn(mask.shape, generator=generator)
     first, second = (mean + scale * torch.randn(mask.shape, generator=generator) for _ in range(2))
-    pruned_noise, kept_noise = gradient_noise(second, first, mask)
+    pruned_variance, kept_variance = masked_gradient_variance(second, first, mask)
     # The relative standard error of a variance from k pairs is sqrt(2 / k): 0.26 % and 0.45 % here.
-    assert pruned_noise.item() == pytest.approx(0.25, rel=0.012)
-    assert kept_noise.item() == pytest.approx(9.0, rel=0.02)
+    assert pruned_variance.item() == pytest.approx(0.25, rel=0.012)
+    assert kept_variance.item() == pytest.approx(9.0, rel=0.02)
 
 
-def test_small_noise_of_pruned_weights_is_not_drowned_by_the_kept() -> None:
+def test_small_variance_of_pruned_weights_is_not_drowned_by_the_kept() -> None:
     generator = torch.Generator().manual_seed(0)
     mask = nm_mask(torch.randn(100, 1000, generator=generator), 1, 2)
     scale = torch.where(mask == 1, 1e4, 1e-3)
     first, second = (scale * torch.randn(mask.shape, generator=generator) for _ in range(2))
-    pruned_noise, kept_noise = gradient_noise(second, first, mask)
-    assert pruned_noise.item() == pytest.approx(1e-6, rel=0.05)
-    assert kept_noise.item() == pytest.approx(1e8, rel=0.05)
+    pruned_variance, kept_variance = masked_gradient_variance(second, first, mask)
+    assert pruned_variance.item() == pytest.approx(1e-6, rel=0.05)
+    assert kept_variance.item() == pytest.approx(1e8, rel=0.05)
 
 
 @pytest.mark.parametrize(("fill", "missing"), [(1.0, 0), (0.0, 1)])
-def test_gradient_noise_of_an_empty_part_is_nan(fill: float, missing: int) -> None:
-    noises = gradient_noise(torch.ones(4), torch.zeros(4), torch.full((4,), fill))
-    assert [math.isnan(noise.item()) for noise in noises] == [missing == 0, missing == 1]
-    assert noises[1 - missing].item() == 0.5
+def test_gradient_variance_of_an_empty_part_is_nan(fill: float, missing: int) -> None:
+    variances = masked_gradient_variance(torch.ones(4), torch.zeros(4), torch.full((4,), fill))
+    assert [math.isnan(variance.item()) for variance in variances] == [missing == 0, missing == 1]
+    assert variances[1 - missing].item() == 0.5
 
 
 # Nothing waits for the device.
@@ -430,8 +430,8 @@ def every_step_function(device: str, n: int, m: int) -> None:
         scale_weight(weight, mask, straight_through).sum().backward()
     add_sr_ste_(weight.grad, weight, mask)
     mask_distance(mask, 1 - mask)
-    gradient_noise(weight.grad, weight.grad, mask)
-    prune(weight, mask)
+    masked_gradient_variance(weight.grad, weight.grad, mask)
+    prune_weight(weight, mask)
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 8), (4, 8), (15, 16), (31, 32), (32, 64), (4, 4)])
@@ -464,7 +464,7 @@ def rows_sharded_equal_unsharded(rank: int, mesh) -> None:
         assert mask.placements == sharded.placements
         assert mask.shape == sharded.shape
         assert torch.equal(mask.full_tensor(), nm_mask(weight, 2, 4))
-        assert torch.equal(prune(sharded, mask).full_tensor(), prune(weight, nm_mask(weight, 2, 4)))
+        assert torch.equal(prune_weight(sharded, mask).full_tensor(), prune_weight(weight, nm_mask(weight, 2, 4)))
     columns = distribute_tensor(draw((4, 8)), mesh, [Shard(1)])
     assert torch.equal(nm_mask(columns, 2, 4, "output").full_tensor(), nm_mask(draw((4, 8)), 2, 4, "output"))
     whole = distribute_tensor(draw((4, 8)), mesh, [Replicate()])
