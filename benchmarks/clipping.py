@@ -388,12 +388,12 @@ def hook_rows(shapes: Sequence[tuple[int, ...]], rounds: int, clock: Clock) -> l
 def waitless_callbacks() -> list[GradientConditioner]:
     """Return one of each callback that changes gradients, in an order that is allowed.
 
-    All but those of the phase guard: whether a step is skipped, the host must know.
+    All but those of the role guard: whether a step is skipped, the host must know.
     """
     settings: dict[type, dict[str, Any]] = {AdaptiveGradientClipping: {"head": None}, SpikeClipping: {"pause": 0}}
     classes = [getattr(callbacks, name) for name in callbacks.__all__]
     found = [c for c in classes if issubclass(c, GradientConditioner)]
-    return [c(**settings.get(c, {})) for phase in ("center", "clip", "noise") for c in found if c.phase == phase]
+    return [c(**settings.get(c, {})) for role in ("center", "clip", "noise") for c in found if c.role == role]
 
 
 def check_no_wait(shapes: Sequence[tuple[int, ...]], clock: Clock) -> list[str]:

@@ -367,7 +367,9 @@ def digest(module: nn.Module) -> str:
 
 
 def _sent() -> int:
-    return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
+    lines = Path("/proc/self/net/dev").read_text().splitlines()
+    (counts,) = (line.partition(":")[2].split() for line in lines if line.strip().startswith(f"{INTERFACE}:"))
+    return int(counts[8])  # behind eight of what was received
 
 
 def _train(text: str) -> None:

@@ -22,7 +22,9 @@ extensions = [
     "sphinx.ext.napoleon",
 ]
 exclude_patterns = ["_build"]
+smartquotes = False  # messages are shown as they are printed
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_math_renderer = "mathml"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]

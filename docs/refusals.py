@@ -29,7 +29,7 @@ _PLACES = {
     "core/": "Optimizers, steps and the length of a run",
 }
 _AUTHORS = ("core/probe", "core/fit.py", "core/record.py")
-_LABELS = re.compile(r"(^|\.)_?(label|needed_by|technique)$")
+_DISPLAY_NAMES = re.compile(r"(^|\.)_?(display_name|needed_by|technique)$")
 _ERRORS = ("ValueError", "TypeError", "RuntimeError", "FileNotFoundError")
 _FEWEST_WORDS = 4  # of a message, else nobody can find it by its words
 
@@ -97,7 +97,7 @@ def template_of(node: ast.expr) -> str:
     if not isinstance(node, ast.JoinedStr):
         return ""
     first = node.values[0]
-    if not (isinstance(first, ast.FormattedValue) and _LABELS.search(ast.unparse(first.value))):
+    if not (isinstance(first, ast.FormattedValue) and _DISPLAY_NAMES.search(ast.unparse(first.value))):
         return ""
     parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
     return "".join(map(str, parts))

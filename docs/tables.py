@@ -19,6 +19,7 @@ from exported import (
     all_techniques,
     card_of,
     description_of,
+    family_of,
     package_of,
     techniques,
     title_of,
@@ -29,7 +30,7 @@ from quickstart_notebook import write_notebook
 from refusals import declared, raised
 
 from lightning_grad import functional
-from lightning_grad.core import Phase
+from lightning_grad.core import Role
 from lightning_grad.core.compatibility import TITLES, Answer
 
 PART = re.compile(r"<!-- begin: (\w+) -->\n(.*?)<!-- end: \1 -->", re.DOTALL)
@@ -96,12 +97,12 @@ def family_techniques(family: str) -> Iterator[str]:
     yield write_descriptions(techniques()[family])
 
 
-def clipping_phases() -> Iterator[str]:
-    """Yield the table of phases and of the techniques that stand in them."""
+def clipping_roles() -> Iterator[str]:
+    """Yield the table of roles and of the techniques that stand in them."""
     classes = [cls for members in techniques().values() for cls in members]
-    of_phase = {phase: [cls for cls in classes if getattr(cls, "phase", None) == phase] for phase in get_args(Phase)}
-    rows = [(phase, ", ".join(f"`{cls.__name__}`" for cls in members)) for phase, members in of_phase.items()]
-    yield write_table(("Phase", "Rules"), rows)
+    of_role = {role: [cls for cls in classes if getattr(cls, "role", None) == role] for role in get_args(Role)}
+    rows = [(role, ", ".join(f"`{cls.__name__}`" for cls in members)) for role, members in of_role.items()]
+    yield write_table(("Role", "Rules"), rows)
 
 
 def clipping_thresholds() -> Iterator[str]:
@@ -167,7 +168,8 @@ def card_works_with(technique: type[Any]) -> Iterator[str]:
     """Yield what a technique works with, for its card."""
     for line in works_with(technique):
         yield textwrap.fill(line, 120, initial_indent="- ", subsequent_indent="  ")
-    yield "\nReasons, and ways out: [compatibility](../compatibility.md).\n"
+    arguments = f"[API](../api/{family_of(technique)}.md)"
+    yield f"\nReasons, and ways out: [compatibility](../compatibility.md). All arguments: {arguments}.\n"
 
 
 def api_contents() -> Iterator[str]:
@@ -192,7 +194,9 @@ def api_page(family: str) -> str:
     classes = [f".. autoclass:: {cls.__name__}" for cls in members]
     functions = [_entry(name) for name in getattr(functional, family).__all__]
     return (
-        f"# API: {title_of(family)}\n\nThe [page of the family](../{family}.md) helps to choose, and each class has a card.\n"
+        f"# API: {title_of(family)}\n\n"
+        f"All arguments and functions. To choose a technique, read the [page of the family](../{family}.md) or a card:\n\n"
+        f"{write_descriptions(members, '../')}"
         f"\n## Classes\n\n{_reference(package_of(members[0]), classes)}"
         f"\n## Functions\n\n{_reference('lightning_grad.functional', functions)}"
     )
@@ -223,7 +227,7 @@ def parts() -> dict[tuple[str, str], Callable[[], Iterable[str]]]:
         ("docs/troubleshooting.md", "declared"): declared,
         ("docs/troubleshooting.md", "raised"): raised,
         ("docs/compatibility.md", "compatibility"): compatibility,
-        ("docs/clipping.md", "phases"): clipping_phases,
+        ("docs/clipping.md", "roles"): clipping_roles,
         ("docs/clipping.md", "thresholds"): clipping_thresholds,
     }
     for family, members in techniques().items():

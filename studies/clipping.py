@@ -274,8 +274,9 @@ class Recorder(Callback):
 
 
 def gradient_norm(module: LightningModule) -> float:
-    """Return the norm of all gradients of a module."""
-    return total_norm([p.grad for p in module.parameters() if p.grad is not None]).item()
+    """Return the norm of all gradients of a module; 0 after a step that was skipped, which leaves none."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    return total_norm(gradients).item() if gradients else 0.0
 
 
 def measure(variant: str, seed: int, recorder: Recorder, bad: int) -> Result:
@@ -325,12 +326,11 @@ def print_table(results: Sequence[Result], study: Study) -> None:
     header = ("rule", "outcome", "steps lost", "accuracy before", "at the end", "norm used")
     print_rows(header, [summarise(variant, results) for variant in study.rules])
     usual, bad = (statistics.median(getattr(r, key) for r in results) for key in ("usual_norm", "bad_norm"))
-    print(
-        f"\nThe usual gradient norm is {usual:.2g}, that of the bad batch {bad:,.0f}. norm used: what {study.optimizer}"
-    )
-    print("got of it. steps lost: steps after it with a loss more than twice the largest of the")
-    print(f"{BEFORE} before. damaged: such steps, but they end. lost: below {100 * HALF:.0f} % accuracy at the end.")
-    print(f"accuracy: on 197 validation images, mean of {study.seeds} seeds. It does not rank the rules.")
+    print(f"\nThe usual gradient norm is {short_number(usual)}, that of the bad batch {bad:,.0f}.")
+    print("norm used: what the optimizer got of the bad batch")
+    print("steps lost: steps after it with a loss more than twice the largest of the")
+    print(f"    {BEFORE} before. damaged: such steps. lost: less than {100 * HALF:.0f} % accuracy at the end")
+    print(f"accuracy: mean of {study.seeds} seeds, on 197 images: too few to rank the rules that saved the run")
     if study.factor == study.factor:
         print("SkipNonFinite skips nan and infinity; this gradient is large but finite.")
 
@@ -344,20 +344,26 @@ def summarise(variant: str, results: Sequence[Result]) -> tuple[str, ...]:
         mean_and_spread([result.steps_lost for result in own], ".0f"),
         f"{100 * statistics.mean(result.accuracy_before for result in own):.1f} %",
         f"{100 * statistics.mean(result.accuracy for result in own):.1f} %",
-        f"{statistics.mean(result.used_norm for result in own):,.2g}",
+        short_number(statistics.mean(result.used_norm for result in own)),
     )
+
+
+def short_number(value: float) -> str:
+    """Write a number with two decimals, or with none from 10 on."""
+    return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
 
 
 def outcome_of(own: Sequence[Result]) -> str:
     """Return the outcome of all seeds, or the count of each where they differ."""
     counts = {word: sum(result.outcome == word for result in own) for word in OUTCOMES}
-    found = {word: count for word, count in counts.items() if count}
+    found = {word: counts[word] for word in sorted(counts, key=counts.__getitem__, reverse=True) if counts[word]}
     return ", ".join(found if len(found) == 1 else (f"{count} {word}" for word, count in found.items()))
 
 
 # The figure.
 
 OUTCOMES = {"saved": "#00805D", "damaged": "#B87700", "lost": "#C4341A"}
+FAR_ABOVE = 30.0  # times the loss of the bad batch: a loss that diverges later leaves the picture
 NOTE: dict[str, Any] = {"fontsize": 8, "color": "0.35", "ha": "right", "va": "top"}
 OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 
@@ -372,8 +378,11 @@ def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axis in axes.flat[len(study.rules) :]:
         axis.set_visible(False)
-    for axis, variant in zip(axes.flat, study.rules, strict=False):
+    tops = [
         draw_rule(axis, study, [result for result in results if result.variant == variant])
+        for axis, variant in zip(axes.flat, study.rules, strict=False)
+    ]
+    axes[0, 0].set_ylim(top=FAR_ABOVE * np.nanmax([*tops, 1.0]))
     axes[0, 0].text(study.bad_step - 3, 0.97, "bad batch", transform=axes[0, 0].get_xaxis_transform(), **NOTE)
     for axis in axes[:, 0]:
         axis.set_ylabel("training loss", fontsize=9)
@@ -381,26 +390,28 @@ def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
         axis.set_xlabel("optimizer step", fontsize=9)
     seeds = f"{study.seeds} seeds, a line each" if study.seeds > 1 else "one seed"
     bad = f"one image times {study.factor:g}" if study.factor == study.factor else "one image all nan"
-    title = f"One bad batch ({bad}): which rules save the run ({OPTIMIZERS[study.optimizer]}, {seeds})"
-    figure.suptitle(title, fontsize=12)
+    title = f"One bad batch ({bad}) in a training with {OPTIMIZERS[study.optimizer]}: which rules save the run"
+    figure.suptitle(f"{title}\nvalidation accuracy before it → at the end; {seeds}", fontsize=11)
     return figure
 
 
-def draw_rule(axis: Axes, study: Study, own: Sequence[Result]) -> None:
-    """Draw the losses of one rule, and say what came of it."""
-    name, call = own[0].variant, RULES[own[0].variant].text
+def draw_rule(axis: Axes, study: Study, own: Sequence[Result]) -> float:
+    """Draw the losses of one rule with what came of it, and return the largest loss of the bad batch."""
+    name, call, top = own[0].variant, RULES[own[0].variant].text, 0.0
     for result in own:
         losses = read_losses(study.folder(name, result.seed))
+        top = max(top, losses[study.bad_step])
         axis.plot(np.arange(1, len(losses) + 1), losses, color=OUTCOMES[result.outcome], linewidth=1)
     axis.axvline(study.bad_step + 1, color="0.5", linewidth=0.8, linestyle=":", zorder=0)
     worst = max((result.outcome for result in own), key=list(OUTCOMES).index)
     axis.set_title(f"{call}\n", fontsize=9.5 if len(call) < 32 else 7.5, loc="left")
     before, end = (100 * statistics.mean(getattr(r, key) for r in own) for key in ("accuracy_before", "accuracy"))
-    words = f"{outcome_of(own)}: accuracy {before:.0f} % → {end:.0f} %"
+    words = f"{outcome_of(own)}: {before:.0f} → {end:.0f} %"
     axis.text(0, 1.03, words, transform=axis.transAxes, fontsize=9, color=OUTCOMES[worst]).set_in_layout(False)
     axis.set_yscale("log")
     axis.set_xlim(0, study.steps)
     tidy(axis)
+    return top
 
 
 def read_losses(folder: Path) -> np.ndarray:

@@ -236,8 +236,8 @@ def print_table(results: Sequence[Result], study: Study) -> None:
     print(f"\nexactly {pattern}: weights chosen by the callback that hold the pattern in every group")
     print("step time: against the dense training of the same seed, roughly")
     print("plain strict load: the checkpoint, in a new module and without lightning-grad")
-    spread = f"mean ± standard deviation of {study.seeds} seeds; " if study.seeds > 1 else ""
-    images = "" if study.data_folder else "of 200 images, one is 0.5 %"
+    spread = f"mean ± standard deviation of {study.seeds} seeds\n    " if study.seeds > 1 else ""
+    images = "" if study.data_folder else "one of 200 images is 0.5 %, so small differences are chance"
     print(f"test accuracy: {spread}{images}")
 
 

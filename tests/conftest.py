@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -29,24 +30,41 @@ def _keep_interrupts():
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[list[Any], Path]]:
+def together(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[list[Any], Path]]:
     """Run ``work(*case, folder)`` for all cases of a test on the same forked ranks, once; the tests look at one case each.
 
     What is returned takes ``work``, all cases, the one that is asked for and the number of ranks. It returns what each
-    rank had of that case, and the folder.
+    rank had of that case, and the folder. A module may list groups of works with their cases in ``TOGETHER``; those of
+    a group share ranks.
     """
-    done: dict[Any, dict[Any, tuple[list[Any], Path]]] = {}
+    done: dict[Any, tuple[list[Any], Path]] = {}
 
     def run(work: Callable[..., Any], cases: Sequence[Any], case: Any, ranks: int = 2) -> tuple[list[Any], Path]:
-        if (work, ranks) not in done:
-            folders = {each: tmp_path_factory.mktemp("case") for each in cases}
+        if (work, ranks, case) not in done:
+            groups = getattr(request.module, "TOGETHER", ()) if ranks == 2 else ()
+            works = next((group for group in groups if work in group), {work: cases})
+            todo = [(each, one, tmp_path_factory.mktemp("case")) for each, of in works.items() for one in of]
             on_ranks = importlib.import_module("lightning_grad.testing").on_ranks
             # By position: what is in a case may be another object when it comes back.
-            found = zip(*on_ranks(ranks, lambda: [work(*each, folders[each]) for each in cases]), strict=True)
-            done[work, ranks] = {each: (list(those), folders[each]) for each, those in zip(cases, found, strict=True)}
-        return done[work, ranks][case]
+            found = zip(*on_ranks(ranks, lambda: [_attempt(*each) for each in todo]), strict=True)
+            for (each, one, folder), those in zip(todo, found, strict=True):
+                done[each, ranks, one] = list(those), folder
+        attempts, folder = done[work, ranks, case]
+        errors = [f"--- rank {rank} ---\n{error}" for rank, (error, _) in enumerate(attempts) if error]
+        assert not errors, "\n".join(errors)
+        return [value for _, value in attempts], folder
 
     return run
+
+
+def _attempt(work: Callable[..., Any], case: Sequence[Any], folder: Path) -> tuple[str, Any]:
+    """Return the traceback of an error, so that it fails its own case only, and the value."""
+    try:
+        return "", work(*case, folder)
+    except BaseException:  # pytest's own failures, SystemExit and KeyboardInterrupt as well
+        return traceback.format_exc(), None
 
 
 def pytest_make_parametrize_id(config: Any, val: Any) -> str | None:

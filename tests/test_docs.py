@@ -21,6 +21,7 @@ import plain_project
 import pytest
 import yaml
 from lightning.pytorch.strategies import StrategyRegistry
+from matplotlib.figure import Figure
 from nbclient import NotebookClient
 
 import lightning_grad
@@ -105,10 +106,11 @@ def run_block(block: Block, namespace: dict[str, Any]) -> str:
 
 @pytest.fixture
 def _short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let Trainers be quiet, which pages leave to the reader, and figures be blank, which have tests of their own."""
+    """Mute Trainers, which pages leave to the reader, and leave figures blank, which have tests of their own."""
     monkeypatch.setenv("PL_TRAINER_ENABLE_PROGRESS_BAR", "False")
     monkeypatch.setenv("PL_TRAINER_ENABLE_MODEL_SUMMARY", "False")
     monkeypatch.setattr("matplotlib.figure.Figure.draw", lambda *_: None)
+    monkeypatch.setattr("lightning_grad.callbacks.data_pruning._report.draw_samples", lambda *_: Figure())
 
 
 @contextlib.contextmanager
@@ -282,7 +284,7 @@ def test_another_docstring_makes_the_tables_stale(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(callbacks.ZClip, "__doc__", f"Clip norms in another way.\n\n{rest}")
     new = tables.stale()
     catalogs = {"docs/techniques.json", "docs/llms.txt"}
-    assert {*new} == {"README.md", "docs/index.md", "docs/clipping.md"} | catalogs
+    assert {*new} == {"README.md", "docs/index.md", "docs/clipping.md", "docs/api/clipping.md"} | catalogs
     for file, text in new.items():
         assert "Clip norms in another way" in text, file
 
@@ -344,7 +346,7 @@ def test_list_for_language_models_leads_to_every_page() -> None:
 
 
 def test_refusals_are_read_from_the_code() -> None:
-    call = ast.parse('ValueError(f"{self.label} has {n} rows. Drop {how}, or {more}.")', mode="eval").body
+    call = ast.parse('ValueError(f"{self.display_name} has {n} rows. Drop {how}, or {more}.")', mode="eval").body
     assert isinstance(call, ast.Call)
     text = refusals.template_of(call.args[0])
     assert text == "... has ... rows. Drop ..., or ...."
@@ -415,6 +417,11 @@ def test_family_has_its_files(family: str) -> None:
 def test_every_page_of_a_family_is_in_its_folder() -> None:
     folders = {page.parent.name for page in DOCS if page.parent != ROOT / "docs"}
     assert folders == {*FAMILIES, "api"}
+
+
+def test_every_technique_is_named_where_problems_are() -> None:
+    page = read("docs/which_technique.md")
+    assert not [name for name in TECHNIQUES if f"[`{name}`]({tables.card_of(class_of(name))})" not in page]
 
 
 @pytest.mark.parametrize("name", TECHNIQUES)

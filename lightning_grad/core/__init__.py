@@ -23,7 +23,7 @@ bases are built of is in four folders, whose own first lines list their files:
 
 from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility, manual, no, stand_in, yes
-from lightning_grad.core.conditioner import ELEMENTWISE, GradientConditioner, GradientStep, Phase
+from lightning_grad.core.conditioner import ELEMENTWISE, GradientConditioner, GradientStep, Role
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.losses.given_functions import LossRequest
@@ -72,11 +72,11 @@ __all__ = [
     "Mode",
     "MonitoredCallback",
     "OptimizerCallback",
-    "Phase",
     "Picture",
     "ProbeCallback",
     "ProbeLook",
     "Reading",
+    "Role",
     "RunRecord",
     "Stage",
     "StepClosure",

@@ -69,9 +69,9 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
       runs; the constructor checks ranges, and stores each argument under its own name; ``setup`` and ``on_fit_start`` check
       the trainer and the module;
     - whatever is added to the module, its optimizers or the trainer goes with a step back to ``self.undo``;
-    - ``state_dict`` extends that of the base, and holds tensors, numbers, strings, lists and dicts only;
-      ``load_state_dict`` calls the base first, and acts only when ``self.fitting`` (Lightning calls it for ``validate`` and
-      ``test`` too);
+    - what a checkpoint must hold are attributes with ``.saved()``, or ``state_dict`` extends that of the base; it holds
+      tensors, numbers, strings, lists and dicts only;
+    - ``restore`` extends that of the base, and continues from such a state when a fit resumes;
     - a setting that changes on resume is followed, unless ``fixed_settings`` names it;
     - ``on_fit_start`` calls ``self.announce`` once the technique knows what it acts on.
 
@@ -180,12 +180,21 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"settings": {name: plain(value) for name, value in self.settings.items()}}
+        return {"settings": {name: plain(value) for name, value in self.settings.items()}, **self.saved_state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.fitting:
+        if self.fitting:  # Lightning calls this for validate and test too
             follow_settings(self.display_name, state_dict.get("settings", {}), self.settings, self.fixed_settings)
+            self.restore(state_dict)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's state in a fit that resumes.
+
+        Args:
+            state: What ``state_dict`` returned. Settings that changed were compared and told.
+        """
+        self.load_saved(state)
 
     def changed_settings(self, state_dict: Mapping[str, Any], *names: str) -> list[str]:
         """Return which of some settings differ from those of a checkpoint."""

@@ -1,6 +1,6 @@
 """The base of every callback that changes gradients before the optimizer uses them. Read ``callback.py`` first.
 
-A technique derives from :class:`GradientConditioner`, says its phase, and writes one method, ``condition``: the rule,
+A technique derives from :class:`GradientConditioner`, says its role, and writes one method, ``condition``: the rule,
 which changes the gradients it is handed and returns what is worth logging. The base calls it once for each optimizer
 step and each set of parameters with a threshold of its own, keeps its state, saves and restores it, logs, and refuses
 what cannot work. The rules are in the folder ``clipping``.
@@ -21,7 +21,7 @@ from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.compatibility import NO_ENGINE, SCALED, Compatibility, no, stand_in, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.gradient_step import GradientStep, Memory, gather
-from lightning_grad.core.phases import ANSWERS, Phase, refuse_order, warn_of_other_clippers
+from lightning_grad.core.roles import ANSWERS, Role, refuse_order, warn_of_other_clippers
 from lightning_grad.functional.plain_tensors import on_plain_tensors
 from lightning_grad.utilities.arguments import plain
 from lightning_grad.utilities.checks import check_above, warn_of_missing_momentum
@@ -30,7 +30,7 @@ from lightning_grad.utilities.parameters import all_names, as_names, check_patte
 from lightning_grad.utilities.reporting import counted, is_log_step, listed, log_summary
 from lightning_grad.utilities.thresholds import Bucket, Threshold, as_threshold, choose_buckets
 
-__all__ = ["ELEMENTWISE", "GradientConditioner", "GradientStep", "Phase"]
+__all__ = ["ELEMENTWISE", "GradientConditioner", "GradientStep", "Role"]
 
 
 class GradientConditioner(GradCallback):
@@ -38,7 +38,7 @@ class GradientConditioner(GradCallback):
 
     Class attributes say what a technique is:
 
-    - ``phase``: where it stands among others: guard, center, clip, noise, observe.
+    - ``role``: where it stands among others: guard, center, clip, noise, observe.
     - ``threshold_name``: the constructor argument that may be one number, a mapping from name patterns to numbers, or
       a key of the optimizer's param groups.
     - ``acts_without_threshold``: whether a threshold of ``None``, in a param group, does not turn the rule off.
@@ -49,7 +49,7 @@ class GradientConditioner(GradCallback):
         name: Name of this instance, needed when two of a class are used; part of its state key and log keys.
     """
 
-    phase: ClassVar[Phase]
+    role: ClassVar[Role]
     threshold_name: ClassVar[str | None] = None
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
         fp16=yes(
@@ -88,11 +88,11 @@ class GradientConditioner(GradCallback):
         self, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None, name: str | None = None
     ) -> None:
         super().__init__(name)
-        if getattr(self, "phase", None) not in get_args(Phase):
-            got = repr(self.phase) if hasattr(self, "phase") else "none"
+        if getattr(self, "role", None) not in get_args(Role):
+            got = repr(self.role) if hasattr(self, "role") else "none"
             raise TypeError(
-                f"{type(self).__name__} must say in its class attribute phase where it stands among other techniques: "
-                f"{', '.join(map(repr, get_args(Phase)))}; got {got}."
+                f"{type(self).__name__} must say in its class attribute role where it stands among other techniques: "
+                f"{', '.join(map(repr, get_args(Role)))}; got {got}."
             )
         self.include = as_names(include)
         self.exclude = as_names(exclude)
@@ -126,7 +126,7 @@ class GradientConditioner(GradCallback):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.compatibility = cls.compatibility.but(**ANSWERS.get(getattr(cls, "phase", "guard"), {}))
+        cls.compatibility = cls.compatibility.but(**ANSWERS.get(getattr(cls, "role", "guard"), {}))
 
     # The fit begins.
 
@@ -137,13 +137,12 @@ class GradientConditioner(GradCallback):
             refuse_order(trainer)
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting:
-            self._memory = {int(index): Memory.load(saved) for index, saved in state_dict["optimizers"].items()}
-            saved = state_dict.get("settings", {})
-            now, before = self._choice(self.settings), self._choice(saved)
-            self._choice_changed = bool(saved) and any(now[name] != before[name] for name in before)
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._memory = {int(index): Memory.load(saved) for index, saved in state["optimizers"].items()}
+        saved = state.get("settings", {})
+        now, before = self._choice(self.settings), self._choice(saved)
+        self._choice_changed = bool(saved) and any(now[name] != before[name] for name in before)
 
     def _choice(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return what of the settings says which parameters have a state together."""
@@ -240,9 +239,9 @@ class GradientConditioner(GradCallback):
     def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         chosen = self._describe()
         self.announce(chosen.words, chosen.kind, chosen.names)
-        if self.phase == "noise":
+        if self.role == "noise":
             warn_of_missing_momentum(trainer, self.display_name, "noise")
-        if self.phase == "clip":
+        if self.role == "clip":
             warn_of_other_clippers(trainer, pl_module, self, {id(parameter) for parameter in self.parameters()})
 
     def _watch_for_bypass(self, optimizer: Optimizer) -> None:

@@ -5,10 +5,11 @@ A technique declares them in its class, so that nothing need be set to ``None`` 
 - :class:`during_fit` for what reaches into the run (the training set, hooks, tensors of a batch): dropped at the end of the
   fit, however it ends, and left out of pickles and copies;
 - :class:`until_next_fit` for what is worth having afterwards (counts, a record, what a checkpoint needs): dropped when
-  the next fit begins.
+  the next fit begins. With ``.saved()`` a checkpoint holds it, and a fit that resumes continues with it.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, Self, TypeVar, overload
 
 T = TypeVar("T")
@@ -95,6 +96,23 @@ class until_next_fit(_Attribute[T]):  # noqa: N801
     """
 
     lifetime = "until next"
+    is_saved = False
+
+    def saved(self) -> Self:
+        """Return this attribute, to be held by the checkpoints of its owner under its name, without a leading underscore.
+
+        Its value is what a checkpoint may hold, or has ``state_dict`` and ``load_state_dict``.
+
+        Example:
+            >>> class Counter(FitScope):
+            ...     _seen = until_next_fit.of(int).saved()
+            >>> counter = Counter()
+            >>> counter.load_saved({"seen": 2})
+            >>> counter.saved_state()
+            {'seen': 2}
+        """
+        self.is_saved = True
+        return self
 
 
 class FitScope:
@@ -107,6 +125,26 @@ class FitScope:
     def end_fit(self) -> None:
         """Drop what lives during a fit only."""
         _values(self, during_fit.lifetime).clear()
+
+    def saved_state(self) -> dict[str, Any]:
+        """Return the values of the attributes that are saved."""
+        values = {key: getattr(self, name) for key, name in self._saved().items()}
+        return {k: v.state_dict() if hasattr(v, "state_dict") else copy.copy(v) for k, v in values.items()}
+
+    def load_saved(self, state: Mapping[str, Any]) -> None:
+        """Continue with the values that :meth:`saved_state` returned."""
+        for key, name in self._saved().items():
+            value = getattr(self, name)
+            if hasattr(value, "load_state_dict"):
+                value.load_state_dict(state[key])
+            else:
+                setattr(self, name, copy.copy(state[key]))
+
+    @classmethod
+    def _saved(cls) -> dict[str, str]:
+        """Return the names of the attributes that are saved, by the keys that they have in a checkpoint."""
+        members = [member for kind in reversed(cls.__mro__) for member in vars(kind).items()]
+        return {n.removeprefix("_"): n for n, each in members if isinstance(each, until_next_fit) and each.is_saved}
 
     def __getstate__(self) -> dict[str, Any]:
         lasting = {until_next_fit.lifetime: dict(_values(self, until_next_fit.lifetime))}

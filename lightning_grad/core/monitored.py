@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, NoReturn
 
@@ -86,12 +86,12 @@ class MonitoredCallback(GradCallback):
     )
     nothing_done: ClassVar[str] = "it did nothing"
 
-    observed = until_next_fit.of(int)
+    observed = until_next_fit.of(int).saved()
     """Values so far, since the last :meth:`restart`."""
     _in_validation = during_fit[MonitoredValue](lambda self: MonitoredValue(self.monitor))
     _in_epoch = during_fit[MonitoredValue](lambda self: MonitoredValue(self.monitor))
-    _validated = until_next_fit[float | None](lambda _: None)  # what waits for the end of the epoch
-    _due = until_next_fit[float | None](lambda _: None)  # epochs done, if a validation follows here
+    _validated = until_next_fit[float | None](lambda _: None).saved()  # what waits for the end of the epoch
+    _due = until_next_fit[float | None](lambda _: None).saved()  # epochs done, if a validation follows here
     _changed = during_fit.of(list[str])
     _has_validated = during_fit.of(bool)  # in the present epoch
     _has_whole_epoch = during_fit.of(bool)
@@ -149,16 +149,9 @@ class MonitoredCallback(GradCallback):
         )
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        own = {"observed": self.observed, "validated": self._validated, "due": self._due}
-        return {**super().state_dict(), **own}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting:
-            self.observed, self._validated, self._due = (state_dict[key] for key in ("observed", "validated", "due"))
-            self._changed = self.changed_settings(state_dict, "monitor", "interval")
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._changed = self.changed_settings(state, "monitor", "interval")
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -204,9 +197,7 @@ class MonitoredCallback(GradCallback):
         self._has_validated, self._has_whole_epoch = False, True
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._due = _epochs_done(trainer) if is_validation_due(trainer) else None
 
     @override

@@ -151,10 +151,9 @@ class OptimizerCallback(GradCallback):
         return {**super().state_dict(), **({"memory": kept} if kept else {})}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting:
-            self._memory = {int(index): dict(memory) for index, memory in state_dict.get("memory", {}).items()}
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._memory = {int(index): dict(memory) for index, memory in state.get("memory", {}).items()}
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -204,9 +203,7 @@ class OptimizerCallback(GradCallback):
                 self._ends.pop(index).run()
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._follow(trainer)  # for steps past Lightning
 
     # One optimizer step.

@@ -73,8 +73,8 @@ class ProbeCallback(GradCallback):
     way_out: ClassVar[str] = "use a probe that needs no loss of each sample"
     looks_on_all_ranks: ClassVar[bool] = False
 
-    record = until_next_fit.of(RunRecord)
-    _due = until_next_fit[dict[str, int] | None](lambda _: None)  # the epoch and the step of a look that is to come
+    record = until_next_fit.of(RunRecord).saved()
+    _due = until_next_fit[dict[str, int] | None](lambda _: None).saved()  # the epoch and the step of a look to come
     _is_rehearsed = during_fit.of(bool)
     _samples = during_fit[ProbeSamples]()
     _indices = during_fit.of(list[int])
@@ -117,18 +117,6 @@ class ProbeCallback(GradCallback):
     # The fit begins.
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting:
-            self.record.load_state_dict(state_dict["record"])
-            self._due = state_dict["due"]
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        due = None if self._due is None else dict(self._due)
-        return {**super().state_dict(), "record": self.record.state_dict(), "due": due}
-
-    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         count = self.samples if isinstance(self.samples, int) else len(self.samples)
         every, unit = (self.every_n_steps, "step") if self.every_n_steps else (self.every_n_epochs or 1, "epoch")
@@ -155,15 +143,11 @@ class ProbeCallback(GradCallback):
     # When to look.
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._look_if_due(trainer, pl_module)  # in a run that resumes from between the step and its look
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         place = {"epoch": trainer.current_epoch, "step": stepped_batches(trainer)}
         if self.every_n_steps is not None:
             steps = not trainer.fit_loop.epoch_loop._should_accumulate()
@@ -176,9 +160,7 @@ class ProbeCallback(GradCallback):
             self._take(trainer, pl_module, place)
 
     @override
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         # Averaged weights come in on_validation_epoch_start, of a callback that may be later in the list.
         if self.fitting and not trainer.sanity_checking:
             self._look_if_due(trainer, pl_module, is_validating=True)

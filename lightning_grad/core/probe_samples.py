@@ -15,13 +15,7 @@ from lightning_grad.core.losses.look import Look
 from lightning_grad.core.losses.scoring import indexed_loader, runner, to_device
 from lightning_grad.core.samples.training_loaders import keys_of, refuse_key
 from lightning_grad.core.undo import UndoList
-from lightning_grad.data.random_streams import (
-    generators_kept,
-    numbers_kept,
-    random_streams_kept,
-    seed_generators,
-    seed_streams,
-)
+from lightning_grad.data import random_streams
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import check_count, refuse_dataloader_iter
 from lightning_grad.utilities.reporting import counted
@@ -144,9 +138,9 @@ class ProbeSamples:
         batch = read(indices)
         is_part = self.split == "train" and self.loader_key is not None
         run = _runner(self.trainer, pl_module, batch, self.asked, is_part)
-        seed_streams(_SEED)
+        random_streams.seed_streams(_SEED)
         for module in pl_module.modules():
-            seed_generators(module, _SEED, depth=1)  # no further: the module knows its Trainer
+            random_streams.seed_generators(module, _SEED, depth=1)  # no further: the module knows its Trainer
         look = (pl_module, batch, indices, total, run, self.asked)
         size = _batch_size(loader)
         return ProbeLook(*look, trainer=self.trainer, epoch=epoch, step=step, undo=undo, read=read, batch_size=size)
@@ -155,7 +149,7 @@ class ProbeSamples:
     def kept(self) -> Iterator[None]:
         """Put back what reading changes in the data set and in the function that makes a batch."""
         collate = self._loader.collate_fn
-        with generators_kept([self._source, collate]), numbers_kept(collate):
+        with random_streams.generators_kept([self._source, collate]), random_streams.numbers_kept(collate):
             yield
 
     @property
@@ -168,10 +162,10 @@ class ProbeSamples:
         return self._own
 
     def _read(self, loader: DataLoader[Any], dataset: Any, indices: list[int]) -> Any:
-        with random_streams_kept():  # a probe that reads parts draws on where it was
-            seed_streams(_SEED)
+        with random_streams.random_streams_kept():  # a probe that reads parts draws on where it was
+            random_streams.seed_streams(_SEED)
             for holder in (dataset, loader.collate_fn):
-                seed_generators(holder, _SEED)
+                random_streams.seed_generators(holder, _SEED)
             batch = next(iter(indexed_loader(loader, dataset, [indices], _SEED)))
             return to_device(self.trainer, copy_of(batch))  # a collate function may hand on what the data set holds
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -47,10 +48,10 @@ class SubsetCallback(GradCallback):
 
     training_set = during_fit[TrainingSet]()
     indices = during_fit.of(list[int])
-    kept = until_next_fit[Tensor | None](lambda _: None)
-    _fixed_steps = until_next_fit.of(bool)  # in the present epoch
+    kept = until_next_fit[Tensor | None](lambda _: None).saved()
+    _fixed_steps = until_next_fit.of(bool).saved()  # in the present epoch
     _mark = until_next_fit[Fingerprint | None](lambda _: None)
-    _samples_seen = until_next_fit.of(int)
+    _samples_seen = until_next_fit.of(int).saved()
     _is_rehearsed = during_fit.of(bool)
     _has_warned = during_fit.of(bool)
     _has_told_of_too_few = during_fit.of(bool)
@@ -106,18 +107,13 @@ class SubsetCallback(GradCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         data = dataclasses.asdict(self._mark) if self._mark is not None and self.holds_samples else None
-        own = {"kept": self.kept, "fixed_steps": self._fixed_steps, "samples_seen": self._samples_seen, "data": data}
-        return {**super().state_dict(), **own}
+        return {**super().state_dict(), "data": data}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if not self.fitting:
-            return
-        self.kept, self._samples_seen = state_dict["kept"], state_dict["samples_seen"]
-        self._fixed_steps = state_dict["fixed_steps"]
-        if state_dict["data"] is not None and self.remembers_samples:
-            self._mark = Fingerprint(**state_dict["data"])
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        if state["data"] is not None and self.remembers_samples:
+            self._mark = Fingerprint(**state["data"])
             self.training_set.expect(self._mark)
 
     @override
@@ -163,9 +159,7 @@ class SubsetCallback(GradCallback):
         self._samples_seen += len(self.indices) * trainer.world_size
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self.indices = []
         if not self._is_rehearsed:
             self._is_rehearsed = True

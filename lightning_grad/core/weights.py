@@ -6,7 +6,7 @@ technique derives from :class:`WeightCallback` and writes ``view``, which return
 in the folder ``views``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Generic
@@ -73,7 +73,7 @@ class WeightCallback(GradCallback, Generic[W]):
     weights = until_next_fit[list[W]](lambda _: ChosenWeights())
     """The chosen weights, in the order of the module; kept after an exception, for the checkpoints that are saved then."""
     signatures = until_next_fit.of(dict[str, list[str | int]])  # of each chosen weight
-    restored = until_next_fit.of(dict[str, Any])
+    restored = until_next_fit[Mapping[str, Any]](lambda _: {})
     has_stepped = until_next_fit.of(bool)
     _chains = during_fit[ModuleChains]()
     _ends = during_fit[Ends | None](lambda _: None)
@@ -175,12 +175,11 @@ class WeightCallback(GradCallback, Generic[W]):
             self.undo.push(wrap_loading(pl_module, self.state_key))
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting:
-            self.restored = state_dict
-            if self.weights:
-                self.resume()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self.restored = state
+        if self.weights:
+            self.resume()
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -243,9 +242,7 @@ class WeightCallback(GradCallback, Generic[W]):
     # One training step.
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._leave_inference()
         self._chains.begin_batch()
         self._resumed = {}
@@ -258,9 +255,7 @@ class WeightCallback(GradCallback, Generic[W]):
             self._chains.close_window()
 
     @override
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._chains.close_window()
 
     @torch.no_grad()
@@ -274,9 +269,7 @@ class WeightCallback(GradCallback, Generic[W]):
                 self.renew(weight)
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._chains.close_window()
         if self._ends is not None and self._ends.learn():
             self._choose_again(pl_module, self._ends)
@@ -302,9 +295,7 @@ class WeightCallback(GradCallback, Generic[W]):
     # Validation and checkpoints.
 
     @override
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         # Not before the first batch: weight averaging swaps its weights in only after on_validation_start.
         if self.fitting:
             for weight in self.weights:

@@ -11,8 +11,7 @@ everything below, and nothing of the package imports them.
 - What a technique left: :func:`traces` of a module, :func:`trainer_traces`, :func:`optimizer_traces`, and
   :class:`PicklerOfNoRun`, which raises for a copy that drags the run along.
 - Waiting for the device in a step: :class:`NoSync`, :func:`guarded`, :class:`GuardStep`.
-- Several processes: :func:`on_ranks`; :func:`train_on_ranks`, :func:`outcome` and :func:`finish` fit the small project with
-  a strategy on each of them.
+- Several processes: :func:`on_ranks`.
 """
 
 from lightning_grad.testing.projects import (
@@ -29,7 +28,7 @@ from lightning_grad.testing.projects import (
     make_data,
     make_trainer,
 )
-from lightning_grad.testing.ranks import finish, on_ranks, outcome, train_on_ranks
+from lightning_grad.testing.ranks import on_ranks
 from lightning_grad.testing.states import assert_identical, state_of
 from lightning_grad.testing.stopping import StopAfter, StopAt, StopIn, StopInTrainingStep
 from lightning_grad.testing.syncs import GuardStep, NoSync, guarded
@@ -51,7 +50,6 @@ __all__ = [
     "StopIn",
     "StopInTrainingStep",
     "assert_identical",
-    "finish",
     "fit",
     "guarded",
     "loaders",
@@ -60,9 +58,7 @@ __all__ = [
     "make_trainer",
     "on_ranks",
     "optimizer_traces",
-    "outcome",
     "state_of",
     "traces",
-    "train_on_ranks",
     "trainer_traces",
 ]

@@ -1,6 +1,5 @@
-"""Ranks on one machine: forked processes in a gloo group, whose results and errors come back, and fits on them."""
+"""Ranks on one machine: forked processes in a gloo group, whose results and errors come back."""
 
-import copy
 import multiprocessing
 import os
 import tempfile
@@ -13,9 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-from lightning_grad.testing.projects import fit, make_classifier
-from lightning_grad.testing.states import state_of
 
 _LIMIT = 90.0  # seconds; nothing here takes a tenth of that
 
@@ -43,29 +39,6 @@ def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
     if errors:
         raise AssertionError("\n".join(errors))
     return [result["value"] for result in results]
-
-
-def train_on_ranks(strategy: Any, callbacks: Any = (), module: Any = None, **arguments: Any) -> Any:
-    """Fit the small classifier on this rank and its peers; return (trainer, module). Its loader continues in mid-epoch."""
-    module = make_classifier(optimizer="sgd") if module is None else module
-    defaults = {"devices": dist.get_world_size(), "max_epochs": 3, "resumable": True}
-    return fit(list(callbacks), module, strategy=strategy, **{**defaults, **arguments})
-
-
-def outcome(trainer: Any, module: Any) -> dict[str, Any]:
-    """Return all that a run leaves behind on this rank, what its strategy keeps included."""
-    strategy = trainer.strategy
-    state = copy.deepcopy({**state_of(trainer, module), "steps": trainer.global_step})
-    state.pop("random")  # Lightning restores no random state
-    if hasattr(strategy, "memory"):
-        state["memory"] = copy.deepcopy(strategy.memory)
-        state["sent"] = [strategy.ledger.steps, strategy.ledger.sent_bytes, strategy.ledger.dense_bytes]
-    return state
-
-
-def finish(strategy: Any, callbacks: Any = (), **arguments: Any) -> dict[str, Any]:
-    """Fit, and return what that left behind."""
-    return outcome(*train_on_ranks(strategy, callbacks, **arguments))
 
 
 def _be_rank(rank: int, ranks: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

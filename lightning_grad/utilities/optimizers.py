@@ -1,5 +1,8 @@
 """Which optimizer is this, and is it still what it was?"""
 
+from collections import Counter
+from collections.abc import Mapping
+
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 
@@ -19,6 +22,26 @@ def optimizer_index(trainer: pl.Trainer, optimizer: Optimizer, technique: str) -
         f"{technique} does not know the {type(optimizer).__name__} that made a step, because it is none of "
         "trainer.optimizers. Return it from configure_optimizers, and step what self.optimizers() returns."
     )
+
+
+class OptimizerCounts(Counter[int]):
+    """Counts by the number of an optimizer, which a checkpoint may hold.
+
+    Example:
+        >>> counts = OptimizerCounts()
+        >>> counts[1] += 2
+        >>> counts.state_dict(), counts[0]
+        ({'1': 2}, 0)
+    """
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the counts."""
+        return {str(index): count for index, count in self.items()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue with saved counts."""
+        self.clear()
+        self.update({int(index): count for index, count in state.items()})
 
 
 def optimizer_shape(optimizer: Optimizer) -> Shape:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_grad import callbacks
-from lightning_grad.core.phases import PHASES
+from lightning_grad.core.roles import ROLES
 from tests.contract.entries import Technique, collect
 
 __all__ = ["BROAD", "CANONICAL", "DIFFERENT", "TECHNIQUES", "Technique", "build_together"]
@@ -31,4 +31,4 @@ BROAD: list[Technique] = [technique for technique in TECHNIQUES if technique.bro
 def build_together() -> list[Any]:
     """Build one technique of each kind, as a user might list them."""
     built = [technique.build() for technique in TECHNIQUES if technique.together]
-    return sorted(built, key=lambda callback: PHASES.index(getattr(callback, "phase", PHASES[0])))
+    return sorted(built, key=lambda callback: ROLES.index(getattr(callback, "role", ROLES[0])))

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from lightning_grad.testing import fit, make_classifier
+from tests.cases import cases
 from tests.contract import settings, strategy_settings
 
 _INF = math.inf
@@ -71,7 +72,7 @@ def _cases() -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize(("entry", "argument", "wrong"), _cases())
+@cases(("entry", "argument", "wrong"), _cases())
 def test_what_is_not_of_its_kind_is_refused_in_words(entry, argument, wrong):
     assert wrong, "each argument has values that it cannot take"
     for value in wrong:
@@ -104,7 +105,7 @@ def test_strategies_refuse_every_infinity(scheme, argument, value):
         scheme.build(**{argument: value})
 
 
-@pytest.mark.parametrize(("technique", "argument", "value"), _infinities(settings.CANONICAL))
+@cases(("technique", "argument", "value"), _infinities(settings.CANONICAL))
 def test_an_infinity_is_refused_or_does_no_harm(technique, argument, value):
     callback, refusal = _built_or_refused(technique, argument, value)
     if refusal:

@@ -14,8 +14,9 @@ from lightning_utilities.core import rank_zero
 
 from lightning_grad import callbacks, strategies
 from lightning_grad.core import Chosen
-from lightning_grad.testing import StopAt, fit, make_classifier, make_data, on_ranks, train_on_ranks
+from lightning_grad.testing import StopAt, fit, make_classifier, make_data, on_ranks
 from tests.contract import settings, strategy_settings
+from tests.strategies.fits import train_on_ranks
 
 MADE = [
     (package, name)

@@ -18,13 +18,13 @@ from lightning_grad.testing import (
     make_trainer,
     state_of,
 )
+from tests.cases import cases
 from tests.contract.settings import CANONICAL, TECHNIQUES
 
 
-@pytest.mark.parametrize(
+@cases(
     ("technique", "arguments", "words"),
     [(technique, arguments, words) for technique in TECHNIQUES for arguments, words in technique.wrong],
-    ids=str,
 )
 def test_wrong_arguments_raise_in_the_constructor(technique, arguments, words):
     with pytest.raises(ValueError, match=words):

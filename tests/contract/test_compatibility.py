@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from lightning_grad.core.compatibility import Answer
 from lightning_grad.strategies import DGCStrategy
-from lightning_grad.testing import fit, make_classifier, make_trainer, on_ranks, train_on_ranks
+from lightning_grad.testing import fit, make_classifier, make_trainer, on_ranks
 from tests.contract import settings, strategy_settings
 from tests.contract import test_checkpoints as checkpoints
 from tests.contract import test_composition as composition
 from tests.contract import test_strategies_composition as strategies_composition
 from tests.contract.entries import Entry, Scheme, Technique
 from tests.contract.test_composition import start_of
+from tests.strategies.fits import train_on_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),

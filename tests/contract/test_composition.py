@@ -1,6 +1,5 @@
 """G6: a technique composes with what Lightning offers, or refuses."""
 
-import json
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +10,16 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_grad.testing import BATCH, assert_identical, fit, loaders, make_classifier, make_data, make_trainer
+from lightning_grad.testing import (
+    BATCH,
+    assert_identical,
+    fit,
+    loaders,
+    make_classifier,
+    make_data,
+    make_trainer,
+    on_ranks,
+)
 from tests.contract.recorded import bare
 from tests.contract.settings import BROAD, CANONICAL, DIFFERENT, TECHNIQUES
 
@@ -33,7 +41,7 @@ def start_of(module: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5},
+        {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5, "max_epochs": 2},
         {"precision": "bf16-mixed", "max_steps": 10, "max_epochs": -1, "val_check_interval": 2},
         {"precision": "bf16-true", "max_epochs": 2},
         {"fast_dev_run": True},
@@ -138,27 +146,28 @@ def test_two_instances(technique):
     assert any(technique.second["name"] in key.split("/") for key in trainer.callback_metrics)
 
 
-class _WriteWeights(pl.Callback):
-    """Every rank writes what it ended with."""
-
-    def __init__(self, folder: Any) -> None:
-        self.folder = str(folder)
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        weights = {name: value.tolist() for name, value in pl_module.state_dict().items()}
-        with open(f"{self.folder}/{trainer.global_rank}.json", "w") as file:
-            json.dump(weights, file)
-
-
-@pytest.mark.parametrize("technique", BROAD, ids=str)
-def test_two_ranks_agree(technique, tmp_path):
+def _on_a_rank(technique: Any, strategy: str = "ddp") -> dict[str, torch.Tensor]:
+    """Train on two ranks, and return the parameters on this one."""
     module = make_classifier()
     start = start_of(module)
-    fit([technique.build(), _WriteWeights(tmp_path)], module, strategy="ddp_fork", devices=2, max_epochs=2)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    for name in dict(make_classifier().named_parameters()):
-        assert first[name] == second[name], name
-    assert_trained(module, start)
+    try:
+        fit([technique.build()], module, strategy=strategy, devices=2, max_epochs=2)
+        assert_trained(module, start)
+    except Exception as error:
+        error.add_note(f"Technique: {technique}")
+        raise
+    return {name: value.detach() for name, value in module.named_parameters()}
+
+
+def test_two_ranks_agree():
+    first, second = on_ranks(2, lambda: {str(technique): _on_a_rank(technique) for technique in BROAD})
+    assert first.keys() == {str(technique) for technique in BROAD}
+    assert_identical(first, second)
+
+
+@pytest.mark.parametrize("technique", {one.family: one for one in reversed(CANONICAL)}.values(), ids=str)
+def test_ranks_that_lightning_forks_give_their_weights_back(technique):
+    _on_a_rank(technique, "ddp_fork")
 
 
 _SHARDING = {"FSDPStrategy": "fsdp1", "DeepSpeedStrategy": "deepspeed", "ModelParallelStrategy": "fsdp2"}

@@ -1,15 +1,18 @@
 """G4 of strategies: the checkpoint is DDP's own, goes to plain runs and comes back from them."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_grad.testing import assert_identical, finish, fit, make_classifier, on_ranks, train_on_ranks
+from lightning_grad.testing import assert_identical, fit, make_classifier, on_ranks
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
 from tests.contract.test_checkpoints import assert_computes_what_was_validated
+from tests.strategies.fits import finish, train_on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
@@ -26,25 +29,29 @@ class RememberLogits(pl.Callback):
         self.by_step[trainer.global_step] = list(pl_module.validated)
 
 
-def _every_epoch(folder: Any, **arguments: Any) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, save_top_k=-1, monitor="val_loss", **arguments)
+def _every_epoch(folder: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, save_top_k=-1, monitor="val_loss")
 
 
-def _save(scheme: Scheme, folder: Any, weights_only: bool) -> None:
+class _WeightsSaver(ModelCheckpoint):
+    """Saves weights alone; Lightning tells it by its name from one that saves everything."""
+
+
+def _save(scheme: Scheme, folder: Path) -> dict[int, list[torch.Tensor]]:
     remembered = RememberLogits()
-    saving = _every_epoch(folder, save_weights_only=weights_only)
-    train_on_ranks(scheme.build(), [remembered, saving], scheme.module())
-    torch.save(remembered.by_step, folder / "validated.pt")
+    weights = _WeightsSaver(folder / "True", save_top_k=-1, monitor="val_loss", save_weights_only=True)
+    train_on_ranks(scheme.build(), [remembered, _every_epoch(folder / "False"), weights], scheme.module())
+    return remembered.by_step
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+ALL, EACH = ([(scheme,) for scheme in schemes] for schemes in (SCHEMES, CANONICAL))
+
+
+@pytest.mark.parametrize("case", ALL)
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_checkpoint_loads_strictly_into_the_plain_module_and_computes_what_was_validated(
-    scheme, weights_only, tmp_path
-):
-    on_ranks(1, _save, scheme, tmp_path, weights_only)
-    validated = torch.load(tmp_path / "validated.pt")
-    paths = sorted(tmp_path.glob("*.ckpt"))
+def test_checkpoint_loads_strictly_into_the_plain_module_and_computes_what_was_validated(case, weights_only, together):
+    (validated,), folder = together(_save, ALL, case, 1)
+    paths = sorted(folder.glob(f"{weights_only}/*.ckpt"))
     assert len(paths) == 3
     for path in paths:
         assert_computes_what_was_validated(path, validated)
@@ -52,21 +59,20 @@ def test_checkpoint_loads_strictly_into_the_plain_module_and_computes_what_was_v
         assert path.with_name(path.name + ".ranks").exists() != weights_only
 
 
-def _save_two(scheme: Scheme, folder: Any) -> None:
+def _two_more_epochs_of_ddp(scheme: Scheme, folder: Path) -> int:
     train_on_ranks(scheme.build(), [_every_epoch(folder)], scheme.module())
-
-
-def _two_more_epochs_of_ddp(scheme: Scheme, path: Any) -> int:
+    dist.barrier()
+    path = max(folder.glob("*.ckpt"), key=lambda path: path.name)
     trainer, module = train_on_ranks("ddp", (), scheme.module(), ckpt=path, max_epochs=5)
     assert all(value.isfinite().all() for value in module.state_dict().values())
     return trainer.current_epoch
 
 
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-def test_checkpoint_goes_on_under_ddp_and_on_one_device(scheme, tmp_path):
-    on_ranks(2, _save_two, scheme, tmp_path)
-    path = max(tmp_path.glob("*.ckpt"), key=lambda path: path.name)
-    assert on_ranks(2, _two_more_epochs_of_ddp, scheme, path) == [5, 5]
+@pytest.mark.parametrize("case", EACH)
+def test_checkpoint_goes_on_under_ddp_and_on_one_device(case, together):
+    epochs, folder = together(_two_more_epochs_of_ddp, EACH, case)
+    assert epochs == [5, 5]
+    path, scheme = max(folder.glob("*.ckpt"), key=lambda path: path.name), case[0]
     trainer, module = fit([], scheme.module(), resumable=True, ckpt=path, max_epochs=5)
     assert trainer.current_epoch == 5
     assert not any(name.startswith("comm") for name in trainer.callback_metrics)
@@ -119,7 +125,7 @@ def _from_ddp(scheme: Scheme, folder: Any) -> None:
         assert torch.allclose(value.double(), module.state_dict()[name].double(), rtol=1e-6, atol=1e-6), name
 
 
-def _compare_kinds(scheme: Scheme, folder: Any) -> None:
+def _compare_kinds(scheme: Scheme, folder: Path) -> None:
     train_on_ranks("ddp", [_every_epoch(folder / "plain")], scheme.module())
     train_on_ranks(scheme.build(), [_every_epoch(folder / "ours")], scheme.module())
     for plain, ours in zip(*(sorted(folder.glob(f"{name}/*.ckpt")) for name in ("plain", "ours")), strict=True):
@@ -130,6 +136,6 @@ def _compare_kinds(scheme: Scheme, folder: Any) -> None:
             assert_identical(left["param_groups"], right["param_groups"])
 
 
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-def test_checkpoint_differs_from_ddps_by_its_manifest_only(scheme, tmp_path):
-    on_ranks(1, _compare_kinds, scheme, tmp_path)
+@pytest.mark.parametrize("case", EACH)
+def test_checkpoint_differs_from_ddps_by_its_manifest_only(case, together):
+    together(_compare_kinds, EACH, case, 1)

@@ -14,19 +14,9 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad import callbacks
-from lightning_grad.testing import (
-    BATCH,
-    assert_identical,
-    finish,
-    loaders,
-    make_classifier,
-    make_data,
-    make_trainer,
-    on_ranks,
-    outcome,
-    train_on_ranks,
-)
+from lightning_grad.testing import BATCH, assert_identical, loaders, make_classifier, make_data, make_trainer, on_ranks
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+from tests.strategies.fits import finish, outcome, train_on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 

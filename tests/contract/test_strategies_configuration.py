@@ -11,8 +11,9 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 
-from lightning_grad.testing import assert_identical, finish, on_ranks, train_on_ranks
+from lightning_grad.testing import assert_identical, on_ranks
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+from tests.strategies.fits import finish, train_on_ranks
 
 
 def _from_command_line(trainer: dict[str, Any], folder: Any, monkeypatch: pytest.MonkeyPatch, *extra: str) -> Any:

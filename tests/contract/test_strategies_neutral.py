@@ -1,7 +1,9 @@
 """G1 and G2 of strategies: an unmodified module, and at the neutral setting plain DDP bit for bit."""
 
 import inspect
+import itertools
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +11,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_grad import strategies
-from lightning_grad.testing import assert_identical, on_ranks, outcome, state_of, train_on_ranks
+from lightning_grad.testing import assert_identical, on_ranks, state_of
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+from tests.strategies.fits import outcome, train_on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has nothing to compress, and is DDP")
 
@@ -44,19 +47,26 @@ def _run(strategy: Any, scheme: Scheme, folder: Any, **arguments: Any) -> dict[s
     }
 
 
-def _compare(scheme: Scheme, folder: Any, arguments: dict[str, Any]) -> tuple[Any, Any, Any]:
-    plain = _run("ddp", scheme, folder / "plain", **arguments)
+_PLAIN: dict[tuple[str, int], Any] = {}  # on a rank, for the cases that it runs
+
+
+def _compare(scheme: Scheme, accumulate: int, folder: Path) -> tuple[Any, Any, Any]:
+    arguments, kind = {"accumulate_grad_batches": accumulate}, (scheme.optimizer, accumulate)
+    if kind not in _PLAIN:
+        _PLAIN[kind] = _run("ddp", scheme, folder / "plain", **arguments)
     neutral = _run(scheme.build_neutral(), scheme, folder / "neutral", **arguments)
     changed = _run(scheme.build(), scheme, folder / "changed", **arguments)
     assert neutral["left"].pop("memory") == {}
     assert neutral["left"].pop("sent") == [0, 0, 0]
-    return plain, neutral, changed
+    return _PLAIN[kind], neutral, changed
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_neutral_setting_is_bitwise_ddp(scheme, accumulate, tmp_path):
-    by_rank = on_ranks(2, _compare, scheme, tmp_path, {"accumulate_grad_batches": accumulate})
+COMPARED = list(itertools.product(SCHEMES, [1, 3]))
+
+
+@pytest.mark.parametrize("case", COMPARED)
+def test_neutral_setting_is_bitwise_ddp(case, together):
+    by_rank, _ = together(_compare, COMPARED, case)
     for plain, neutral, changed in by_rank:
         assert_identical(plain, neutral)
         assert changed["own"], "the technique itself logs what it sends"
@@ -66,7 +76,7 @@ def test_neutral_setting_is_bitwise_ddp(scheme, accumulate, tmp_path):
             assert_identical(plain["left"]["module"], changed["left"]["module"])
         assert [[key for key in keys if key != "lightning_grad_ranks"] for keys in changed["keys"]] == plain["keys"]
     first, second = (changed["left"]["module"] for _, _, changed in by_rank)
-    for name, _ in scheme.module().named_parameters():
+    for name, _ in case[0].module().named_parameters():
         assert torch.equal(first[name], second[name]), f"{name} is not the same on both ranks"
 
 

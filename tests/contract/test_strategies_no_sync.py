@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lightning_grad.strategies._local_momentum import LocalMomentum
-from lightning_grad.testing import guarded, on_ranks, train_on_ranks
+from lightning_grad.testing import guarded, on_ranks
 from tests.contract.strategy_settings import SCHEMES, Scheme
+from tests.strategies.fits import train_on_ranks
 
 _EXACT = [scheme for scheme in SCHEMES if not scheme.syncs]
 

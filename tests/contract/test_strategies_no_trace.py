@@ -1,8 +1,10 @@
 """G3 of strategies: after a fit, an exception or Ctrl-C nothing is left on the module, the optimizer or the trainer."""
 
 import copy
+import itertools
 import pickle
 import sys
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,12 +20,11 @@ from lightning_grad.testing import (
     make_trainer,
     on_ranks,
     optimizer_traces,
-    outcome,
     traces,
-    train_on_ranks,
     trainer_traces,
 )
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+from tests.strategies.fits import outcome, train_on_ranks
 
 _ENDS = ("success", "exception", "interrupt", "before the update", "in the update")
 
@@ -53,8 +54,14 @@ def _trainer_keys(trainer: Any) -> Any:
     return sorted(vars(trainer)), type(strategy.model), strategy.lightning_module is not None, trainer.callbacks
 
 
-def _look(scheme: Scheme, how: str) -> None:
-    plain_trainer, plain = _fit_and_end("ddp", scheme, how)
+_PLAIN: dict[tuple[str, str], tuple[Any, Any]] = {}  # on a rank, for the cases that it runs
+
+
+def _look(scheme: Scheme, how: str, folder: Path) -> None:
+    kind = (scheme.optimizer, how)
+    if kind not in _PLAIN:
+        _PLAIN[kind] = _fit_and_end("ddp", scheme, how)
+    plain_trainer, plain = _PLAIN[kind]
     trainer, module = _fit_and_end(scheme.build(), scheme, how)
     assert traces(module) == traces(plain)
     assert trainer_traces(trainer) == trainer_traces(plain_trainer)
@@ -69,11 +76,13 @@ def _look(scheme: Scheme, how: str) -> None:
     assert len(pickle.dumps(optimizer)) > 0
 
 
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-@pytest.mark.parametrize("how", _ENDS)
+ENDED = list(itertools.product(CANONICAL, _ENDS))
+
+
+@pytest.mark.parametrize("case", ENDED)
 @pytest.mark.filterwarnings("ignore:.*Detected KeyboardInterrupt")
-def test_nothing_is_left(scheme, how):
-    on_ranks(2, _look, scheme, how)
+def test_nothing_is_left(case, together):
+    together(_look, ENDED, case)
 
 
 def _fit_again(trainer: Any, scheme: Scheme) -> dict[str, Any]:
@@ -85,7 +94,7 @@ def _fit_again(trainer: Any, scheme: Scheme) -> dict[str, Any]:
     return outcome(trainer, module)
 
 
-def _fit_twice(scheme: Scheme) -> None:
+def _fit_twice(scheme: Scheme, folder: Path) -> None:
     strategy = scheme.build()
     trainer, module = train_on_ranks(strategy, (), scheme.module(), resumable=False)
     expected = outcome(trainer, module)
@@ -99,9 +108,12 @@ def _fit_twice(scheme: Scheme) -> None:
     assert trainer.strategy is strategy
 
 
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-def test_a_second_fit_works(scheme):
-    on_ranks(2, _fit_twice, scheme)
+EACH = [(scheme,) for scheme in CANONICAL]
+
+
+@pytest.mark.parametrize("case", EACH)
+def test_a_second_fit_works(case, together):
+    together(_fit_twice, EACH, case)
 
 
 def _fit_after_a_failed_save(scheme: Scheme) -> None:

@@ -18,14 +18,13 @@ from lightning_grad.testing import (
     StopIn,
     StopInTrainingStep,
     assert_identical,
-    finish,
     make_classifier,
     make_data,
     make_trainer,
     on_ranks,
-    outcome,
 )
-from tests.contract.strategy_settings import CANONICAL, SCHEMES
+from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+from tests.strategies.fits import finish, outcome
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
@@ -40,9 +39,8 @@ def _paths(folder: Any) -> list[Any]:
 
 
 def _resume_everywhere(build: Any, module: Any, folder: Any, arguments: dict[str, Any]) -> int:
-    saving = ModelCheckpoint(
-        folder, save_top_k=-1, every_n_train_steps=2 // arguments.get("accumulate_grad_batches", 1)
-    )
+    every = 4 // dist.get_world_size() // arguments.get("accumulate_grad_batches", 1)  # at the same samples everywhere
+    saving = ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=every)
     expected = finish(build(), [saving], module=module(), **arguments)
     for path in _paths(folder):
         resumed = finish(build(), module=module(), ckpt=path, **arguments)
@@ -59,17 +57,39 @@ def _sgd() -> Any:
     return make_classifier(optimizer="sgd")
 
 
-@pytest.mark.parametrize(("scheme", "accumulate"), [*((s, 1) for s in SCHEMES), *((s, 2) for s in CANONICAL)], ids=str)
-def test_resume_at_any_saved_step(scheme, accumulate, tmp_path):
+def _resume_accumulating(scheme: Scheme, accumulate: int, folder: Path) -> int:
     arguments = {} if accumulate == 1 else {"accumulate_grad_batches": accumulate}
-    found = on_ranks(2, _resume_everywhere, scheme.build, scheme.module, tmp_path, arguments)
-    assert found == [4, 4] if accumulate == 1 else [6, 6]
+    return _resume_everywhere(scheme.build, scheme.module, folder, arguments)
 
 
-@pytest.mark.parametrize("arguments", [{"precision": "bf16-mixed"}, {"devices": 1}], ids=str)
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-def test_resume_in_half_precision_and_on_one_rank(scheme, arguments, tmp_path):
-    on_ranks(arguments.get("devices", 2), _resume_everywhere, scheme.build, scheme.module, tmp_path, arguments)
+ACCUMULATING = [*((scheme, 1) for scheme in SCHEMES), *((scheme, 2) for scheme in CANONICAL)]
+
+
+@pytest.mark.parametrize("case", ACCUMULATING)
+def test_resume_at_any_saved_step(case, together):
+    found, _ = together(_resume_accumulating, ACCUMULATING, case)
+    assert found == [4, 4] if case[1] == 1 else [6, 6]
+
+
+def _resume_in_half_precision(scheme: Scheme, folder: Path) -> int:
+    return _resume_everywhere(scheme.build, scheme.module, folder, {"precision": "bf16-mixed", "limit_val_batches": 0})
+
+
+def _resume_on_one_rank(scheme: Scheme, folder: Path) -> int:
+    return _resume_everywhere(scheme.build, scheme.module, folder, {"limit_val_batches": 0})
+
+
+EACH = [(scheme,) for scheme in CANONICAL]
+
+
+@pytest.mark.parametrize("case", EACH)
+def test_resume_in_half_precision(case, together):
+    assert together(_resume_in_half_precision, EACH, case)[0] == [4, 4]
+
+
+@pytest.mark.parametrize("case", EACH)
+def test_resume_on_one_rank(case, together):
+    assert together(_resume_on_one_rank, EACH, case, 1)[0] == [4]
 
 
 def _fit_on_one_batch(strategy: Any, optimizer: str, callbacks: list[Any], ckpt: Any = None) -> tuple[Any, Any]:
@@ -127,16 +147,21 @@ def test_ddp_itself_resumes_bitwise_from_an_exception(tmp_path):
     on_ranks(2, _stop_and_resume, lambda: "ddp", "sgd", _HOOKS, [6], _on_exception(tmp_path))
 
 
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-def test_resume_from_an_exception_anywhere_in_a_step(scheme, tmp_path):
-    on_ranks(2, _stop_and_resume, scheme.build, scheme.optimizer, _HOOKS, [6], _on_exception(tmp_path))
+def _stop_anywhere(scheme: Scheme, folder: Path) -> None:
+    _stop_and_resume(scheme.build, scheme.optimizer, _HOOKS, [6], _on_exception(folder))
 
 
-def _stop_again_and_again(build: Any, optimizer: str, steps: Sequence[int], folder: Path) -> None:
-    """Break off between an exchange and its update, resume from what that saved, and break off again at the next step."""
+@pytest.mark.parametrize("case", EACH)
+def test_resume_from_an_exception_anywhere_in_a_step(case, together):
+    together(_stop_anywhere, EACH, case)
+
+
+def _stop_again_and_again(scheme: Scheme, folder: Path) -> None:
+    """Break off between an exchange and its update, resume from what that saved, and break off again at a later step."""
+    build, optimizer = scheme.build, scheme.optimizer
     expected = outcome(*_fit_on_one_batch(build(), optimizer, []))
     path = None
-    for step in steps:
+    for step in (1, 2, 3, 7):
         saving = ModelCheckpoint(folder, str(step), save_on_exception=True, every_n_epochs=100)
         callbacks = [StopIn("on_before_optimizer_step", step), saving]
         with pytest.raises(RuntimeError, match="on purpose"):
@@ -146,7 +171,10 @@ def _stop_again_and_again(build: Any, optimizer: str, steps: Sequence[int], fold
     assert_identical(expected, outcome(*_fit_on_one_batch(build(), optimizer, [], path)))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_resume_from_an_exception_between_an_exchange_and_its_update(scheme, tmp_path):
+ALL = [(scheme,) for scheme in SCHEMES]
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_resume_from_an_exception_between_an_exchange_and_its_update(case, together):
     """Early, where the warm-up turns, and in mid-run: the message that was in flight is used again."""
-    on_ranks(2, _stop_again_and_again, scheme.build, scheme.optimizer, (1, 2, 3, 7), tmp_path)
+    together(_stop_again_and_again, ALL, case)

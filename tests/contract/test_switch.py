@@ -13,20 +13,11 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_grad.callbacks import NMSparsity
 from lightning_grad.core import GradCallback
 from lightning_grad.core.switch import VARIABLE
-from lightning_grad.testing import (
-    StopAt,
-    assert_identical,
-    fit,
-    loaders,
-    make_classifier,
-    make_trainer,
-    on_ranks,
-    outcome,
-    train_on_ranks,
-)
+from lightning_grad.testing import StopAt, assert_identical, fit, loaders, make_classifier, make_trainer, on_ranks
 from tests.contract import strategy_settings
 from tests.contract.recorded import Run, bare, run, watched
 from tests.contract.settings import CANONICAL
+from tests.strategies.fits import outcome, train_on_ranks
 
 
 class Foreign(GradCallback):

@@ -308,7 +308,7 @@ def test_a_refusal_may_be_of_one_setting() -> None:
 
 def test_the_phase_of_a_rule_adds_what_it_does_not_work_with() -> None:
     class Clips(GradientConditioner):
-        phase = "clip"
+        role = "clip"
         compatibility = ELEMENTWISE
 
     assert Clips.compatibility.gradient_clip_val.is_no

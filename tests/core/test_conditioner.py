@@ -47,7 +47,7 @@ class NoBatch(pl.Callback):
         raise AssertionError("a batch was trained before the refusal")
 
 
-# The order of phases.
+# The order of roles.
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ def test_right_order_passes(callbacks) -> None:
 
 
 class MomentumFree(pl.Callback):
-    """A callback of somebody else, with a phase that means something else."""
+    """A callback of somebody else, with a role that means something else."""
 
-    phase = "warmup"
+    role = "warmup"
 
 
 # The trainer's own clipping.
@@ -338,7 +338,7 @@ class HalfUsed(Regression):
 def test_parameters_without_a_gradient_are_passed_over(callback) -> None:
     before, after, module = Gradients(), Gradients(), HalfUsed()
     start = {name: value.clone() for name, value in module.state_dict().items()}
-    around = [callback] if callback.phase == "guard" else [before, callback, after]
+    around = [callback] if callback.role == "guard" else [before, callback, after]
     train(around, module, pairs())
     for name, value in module.state_dict().items():
         assert torch.equal(value, start[name]) == (not name.startswith("net.2")), name

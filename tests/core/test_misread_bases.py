@@ -13,9 +13,9 @@ from lightning_grad.core import (
     GradientConditioner,
     HeldRates,
     OptimizerCallback,
-    Phase,
     ProbeCallback,
     Reading,
+    Role,
     Stage,
     SubsetCallback,
     ViewedWeight,
@@ -78,7 +78,7 @@ def test_a_scalar_named_like_a_column_of_the_record() -> None:
 
 class Silent(GradientConditioner):
     namespace: ClassVar[str] = "silent"
-    phase: ClassVar[Phase] = "clip"
+    role: ClassVar[Role] = "clip"
 
     def condition(self, step: Any) -> Any:
         return None
@@ -89,9 +89,9 @@ def test_a_rule_that_returns_nothing() -> None:
         fit([Silent()])
 
 
-@pytest.mark.parametrize(("attributes", "got"), [({"phase": "sign"}, "'sign'"), ({}, "none")])
+@pytest.mark.parametrize(("attributes", "got"), [({"role": "sign"}, "'sign'"), ({}, "none")])
 def test_a_rule_without_a_phase(attributes: Any, got: str) -> None:
-    with pytest.raises(TypeError, match=f"Rule must say in its class attribute phase .*'guard', 'center'.*got {got}"):
+    with pytest.raises(TypeError, match=f"Rule must say in its class attribute role .*'guard', 'center'.*got {got}"):
         type("Rule", (GradientConditioner,), attributes)()
 
 
@@ -116,7 +116,7 @@ def test_a_view_that_is_none() -> None:
 @pytest.mark.parametrize(
     ("base", "attributes", "words"),
     [
-        (GradientConditioner, {"phase": "clip"}, r"condition\(step\)"),
+        (GradientConditioner, {"role": "clip"}, r"condition\(step\)"),
         (SubsetCallback, {}, r"choose_samples\(trainer, pl_module\)"),
         (ProbeCallback, {"namespace": "p"}, r"probe\(look\)"),
         (WeightCallback, {"effect": "odd", "stage": Stage.NOISE}, r"view\(found\)"),

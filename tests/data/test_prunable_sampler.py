@@ -22,6 +22,7 @@ from torch.utils.data import (
 
 from lightning_grad.data import PrunableBatchSampler
 from lightning_grad.data.prunable_sampler import RecordedBatches
+from tests.cases import cases
 
 TOTAL, BATCH = 23, 4
 KEPT = [1, 2, 5, 7, 8, 11, 13, 17, 18, 22]
@@ -149,9 +150,9 @@ def test_keeping_all_again_gives_the_original_back(name: str) -> None:
 ALONE = [name for name in ORIGINALS if name != "distributed"]
 
 
-@pytest.mark.parametrize("name", ORIGINALS)
-@pytest.mark.parametrize("samples", [None, 7, 23, 61])
-@pytest.mark.parametrize("kept", [KEPT, [9, 10, 11], [3, 3, 10, 10, 10, 12]], ids=len)
+@cases("name", ORIGINALS)
+@cases("samples", [None, 7, 23, 61])
+@cases("kept", [KEPT, [9, 10, 11], [3, 3, 10, 10, 10, 12]])
 def test_the_length_is_the_number_of_batches(name: str, samples: int | None, kept: list[int]) -> None:
     sampler = PrunableBatchSampler(ORIGINALS[name](), TOTAL)
     sampler.keep(kept, samples)

@@ -18,6 +18,7 @@ from lightning_grad.data.random_streams import (
     random_streams_kept,
     seed_generators,
 )
+from tests.cases import cases
 
 MAKERS: dict[str, Any] = {
     "torch": lambda: torch.Generator().manual_seed(1),
@@ -68,8 +69,8 @@ HOLDERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", MAKERS)
-@pytest.mark.parametrize("holder", HOLDERS)
+@cases("kind", MAKERS)
+@cases("holder", HOLDERS)
 def test_generators_are_found_kept_and_seeded(kind: str, holder: str) -> None:
     generator = MAKERS[kind]()
     held = HOLDERS[holder](generator)

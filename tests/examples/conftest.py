@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,4 +24,5 @@ def _blank_figures() -> Iterator[None]:
     """Do not render what the scripts draw: that a figure is written is what their tests ask for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.figure.Figure.draw", lambda *_: None)
+        patch.setattr("lightning_grad.callbacks.data_pruning._report.draw_samples", lambda *_: Figure())
         yield

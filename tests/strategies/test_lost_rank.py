@@ -1,5 +1,7 @@
 """A rank that dies takes the others with it, quickly and with the cause in their words; a restart goes on bit for bit."""
 
+import functools
+import itertools
 import multiprocessing
 import os
 import signal
@@ -13,12 +15,14 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
 from lightning_grad.strategies import _rank_files
-from lightning_grad.testing import assert_identical, finish, fit, on_ranks
+from lightning_grad.testing import assert_identical, fit, on_ranks
 from tests.contract.strategy_settings import CANONICAL, Scheme
+from tests.strategies.fits import finish
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
@@ -26,7 +30,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model"),
     pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available"),
 ]
-_LIMIT = 10.0  # seconds that the others have
+_LIMIT = 30.0  # seconds that the others have; they notice at once, and a busy machine is slow
+_TIMEOUT = timedelta(seconds=60)  # of a collective, so that no slow rank is taken for a lost one
 
 
 class _SendSelf(pl.Callback):
@@ -38,8 +43,25 @@ class _SendSelf(pl.Callback):
 
     def _send(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == 4 and trainer.global_rank == 1:
-            self.note.write_text(str(time.time()))
+            # At once with what is in it: the other rank may wait for the file.
+            (self.note.parent / "time").write_text(str(time.time()))
+            (self.note.parent / "time").rename(self.note)
             os.kill(os.getpid(), self.which)
+
+
+class _WaitsNoLonger(pl.Callback):
+    """Shortens the time-out of rank 0 once the other answers no more, instead of a test that waits as long as a run would."""
+
+    def __init__(self, note: Path) -> None:
+        self.note = note
+
+    def on_before_backward(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 4 and trainer.global_rank == 0:
+            group = dist.distributed_c10d._get_default_group()
+            assert group._get_backend(torch.device("cpu")).options._timeout == _TIMEOUT
+            while not self.note.exists():
+                time.sleep(0.02)
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
 
 
 def _module(scheme: Scheme, buffers: bool = False) -> Any:
@@ -56,8 +78,8 @@ def _be_rank(rank: int, port: int, folder: Path, scheme: Scheme, module: Any, ca
     _rank_files._GRACE_SECONDS = 0.5
     code = 0
     try:
-        strategy = scheme.build(timeout=timedelta(seconds=2))
-        fit(callbacks, module, resumable=True, strategy=strategy, devices=2, max_epochs=3)
+        strategy = scheme.build(timeout=_TIMEOUT)
+        fit(callbacks, module, resumable=True, strategy=strategy, devices=2, max_epochs=3, limit_val_batches=0)
     except BaseException:
         (folder / f"{rank}.txt").write_text(traceback.format_exc())
         code = 1
@@ -91,9 +113,19 @@ def _run_until_lost(folder: Path, scheme: Scheme, module: Any, callbacks: list[A
             process.join()
 
 
-def _resume(scheme: Scheme, path: Path) -> None:
-    expected = finish(scheme.build(), module=_module(scheme))
-    assert_identical(expected, finish(scheme.build(), module=_module(scheme), ckpt=path))
+@functools.cache  # on a rank, for the runs that it resumes
+def _uninterrupted(scheme: Scheme) -> dict[str, Any]:
+    return finish(scheme.build(), module=_module(scheme), limit_val_batches=0)
+
+
+def _resume(scheme: Scheme, path: Path, *callbacks: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    resumed = finish(scheme.build(), callbacks, module=_module(scheme), ckpt=path, limit_val_batches=0)
+    return _uninterrupted(scheme), resumed
+
+
+def _assert_resumes(scheme: Scheme, path: Path, *callbacks: Any) -> None:
+    for expected, resumed in on_ranks(2, _resume, scheme, path, *callbacks):
+        assert_identical(expected, resumed)
 
 
 def _assert_says_why(words: str, scheme: Scheme) -> None:
@@ -102,17 +134,32 @@ def _assert_says_why(words: str, scheme: Scheme) -> None:
     assert "Start the run again from its last checkpoint" in words
 
 
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_backward", "on_before_optimizer_step"])
-def test_a_killed_rank(scheme, hook, tmp_path):
-    kill = _SendSelf(hook, signal.SIGKILL, tmp_path / "lost")
-    seconds, code, words = _run_until_lost(tmp_path, scheme, _module(scheme), [kill, _every_other_step(tmp_path)])
+_HOOKS = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step")
+KILLED = list(itertools.product(CANONICAL, _HOOKS))
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[Any, Path, Any]]:
+    """Return of each case how the run was lost, its last checkpoint, and what resuming from it leaves on each rank."""
+    lost, paths = {}, {}
+    for scheme, hook in KILLED:
+        folder = tmp_path_factory.mktemp("killed")
+        callbacks = [_SendSelf(hook, signal.SIGKILL, folder / "lost"), _every_other_step(folder)]
+        lost[scheme, hook] = _run_until_lost(folder, scheme, _module(scheme), callbacks)
+        paths[scheme, hook] = max(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    resumed = zip(*on_ranks(2, lambda: [_resume(case[0], path) for case, path in paths.items()]), strict=True)
+    return {case: (lost[case], paths[case], ranks) for case, ranks in zip(KILLED, resumed, strict=True)}
+
+
+@pytest.mark.parametrize("case", KILLED)
+def test_a_killed_rank(case, killed):
+    (seconds, code, words), path, resumed = killed[case]
     assert seconds < _LIMIT
     assert code != 0
-    _assert_says_why(words, scheme)
-    path = max(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    _assert_says_why(words, case[0])
     assert torch.load(path, weights_only=True)["global_step"] == 4
-    on_ranks(2, _resume, scheme, path)
+    for expected, found in resumed:
+        assert_identical(expected, found)
 
 
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_optimizer_step"])
@@ -126,9 +173,8 @@ def test_a_killed_rank_that_is_missed_first_when_buffers_are_sent(hook, tmp_path
 
 def test_a_rank_that_answers_no_more(tmp_path):
     stop = _SendSelf("on_before_backward", signal.SIGSTOP, tmp_path / "lost")
-    seconds, code, words = _run_until_lost(
-        tmp_path, CANONICAL[0], _module(CANONICAL[0]), [stop, _every_other_step(tmp_path)]
-    )
+    callbacks = [_WaitsNoLonger(tmp_path / "lost"), stop, _every_other_step(tmp_path)]
+    seconds, code, words = _run_until_lost(tmp_path, CANONICAL[0], _module(CANONICAL[0]), callbacks)
     assert seconds < _LIMIT
     assert code != 0
     _assert_says_why(words, CANONICAL[0])
@@ -145,7 +191,7 @@ def test_a_checkpoint_on_the_way_out_does_not_hold_anybody_up(tmp_path):
     assert code != 0
     _assert_says_why(words, CANONICAL[0])
     (path,) = tmp_path.glob("*step=4.ckpt")
-    on_ranks(2, _resume, CANONICAL[0], path)
+    _assert_resumes(CANONICAL[0], path)
 
 
 def test_a_rank_that_is_missed_first_when_a_checkpoint_is_written_over_leaves_the_former_one(tmp_path):
@@ -153,7 +199,7 @@ def test_a_rank_that_is_missed_first_when_a_checkpoint_is_written_over_leaves_th
     over = _every_other_step(tmp_path, filename="same", save_top_k=1, enable_version_counter=False)
     _run_until_lost(tmp_path, CANONICAL[0], _module(CANONICAL[0]), [kill, over])
     assert torch.load(tmp_path / "same.ckpt", weights_only=True)["global_step"] == 2
-    on_ranks(2, _resume, CANONICAL[0], tmp_path / "same.ckpt")
+    _assert_resumes(CANONICAL[0], tmp_path / "same.ckpt")
 
 
 class _DiesInASave(pl.Callback):
@@ -186,11 +232,6 @@ class _DiesInASave(pl.Callback):
             io.save_checkpoint = saved_until
 
 
-def _resume_and_save(scheme: Scheme, path: Path, saving: Any) -> None:
-    expected = finish(scheme.build(), module=_module(scheme))
-    assert_identical(expected, finish(scheme.build(), [saving], module=_module(scheme), ckpt=path))
-
-
 @pytest.mark.parametrize(
     ("scheme", "torn", "over"),
     [(CANONICAL[0], True, True), (CANONICAL[0], False, False), (CANONICAL[1], True, False)],
@@ -207,7 +248,7 @@ def test_a_rank_that_is_killed_in_a_save_leaves_the_checkpoint_before(scheme, to
     (path,) = (tmp_path / "run").glob("*.ckpt")
     assert torch.load(path, weights_only=True)["global_step"] == 2
     assert len(list((tmp_path / "run").glob("*.ranks/*"))) == 2, "that of the checkpoint, and that of the one to come"
-    on_ranks(2, _resume_and_save, scheme, path, _every_other_step(tmp_path / "run", **names))
+    _assert_resumes(scheme, path, _every_other_step(tmp_path / "run", **names))
     for folder in (tmp_path / "run").glob("*.ranks"):
         (save,) = folder.iterdir()
         checkpoint = torch.load(folder.with_name(folder.name.removesuffix(".ranks")), weights_only=True)

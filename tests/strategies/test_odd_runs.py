@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.strategies import DGCStrategy, PowerSGDStrategy, _rank_files
-from lightning_grad.testing import StopIn, on_ranks, outcome
+from lightning_grad.testing import StopIn, on_ranks
+from tests.strategies.fits import outcome
 from tests.strategies.ranks import BATCH, BATCHES, Task, assert_close, assert_same, dgc, samples
 
 pytestmark = [
@@ -36,6 +37,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model"),
     pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available"),
+    pytest.mark.filterwarnings("ignore:It is recommended to use .self.log"),
 ]
 
 Build = Callable[..., Any]
@@ -45,7 +47,6 @@ def power(**changes: Any) -> PowerSGDStrategy:
     return PowerSGDStrategy(**{"rank": 2, "min_numel": 1, "min_gain": 1.0, **changes})
 
 
-_both = pytest.mark.parametrize("build", [dgc, power])
 BOTH = [(dgc,), (power,)]
 
 
@@ -145,7 +146,6 @@ def _save_by_loss(build: Build, folder: Path) -> tuple[Any, Any]:
     return expected, resumed
 
 
-@pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
 @pytest.mark.parametrize("case", BOTH)
 def test_all_files_lie_where_rank_0_says_when_the_name_holds_a_metric_of_the_rank(case, together):
     pairs, folder = together(_save_by_loss, BOTH, case)
@@ -242,10 +242,9 @@ class StopsOneRank(pl.Callback):
             raise RuntimeError("alone, on purpose")
 
 
-def _stop_alone(build: Build, folder: Path, former: bool) -> Any:
+def _stop_alone(build: Build, folder: Path, former: bool) -> None:
     _rank_files._GRACE_SECONDS = 0.2
     path, earlier = folder / "on_exception.ckpt", None
-    expected = finish(build())
     if former:
         stop("on purpose", build(), [StopIn("on_before_optimizer_step", 3), OnExceptionCheckpoint(folder)])
         earlier = path
@@ -254,22 +253,34 @@ def _stop_alone(build: Build, folder: Path, former: bool) -> Any:
     if dist.get_rank() == 0:
         files = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
         (folder / "files.txt").write_text("\n".join(files))
-    return expected
 
 
-def _resume(build: Build, path: Path) -> Any:
-    return finish(build(), ckpt=path)
+ALONE = list(itertools.product([dgc, power], [False, True]))
 
 
-@_both
-@pytest.mark.parametrize("former", [False, True])
-def test_one_rank_that_fails_alone_saves_what_can_be_resumed(build, former, tmp_path):
+@pytest.fixture(scope="module")
+def stopped_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[Path, list[Any]]]:
+    """Return of each case the folder, and what an uninterrupted run and the resumed one left on each rank."""
+    folders = {case: tmp_path_factory.mktemp("alone") for case in ALONE}
+    for (build, former), folder in folders.items():
+        on_ranks(2, _stop_alone, build, folder, former)  # whose group is of no use afterwards
+
+    def resume() -> list[Any]:
+        paths = {case: folder / "on_exception.ckpt" for case, folder in folders.items()}
+        return [(uninterrupted(build), finish(build(), ckpt=path)) for (build, _), path in paths.items()]
+
+    resumed = zip(*on_ranks(2, resume), strict=True)
+    return {case: (folders[case], list(ranks)) for case, ranks in zip(ALONE, resumed, strict=True)}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_one_rank_that_fails_alone_saves_what_can_be_resumed(case, stopped_alone):
     """The former checkpoint, if there is one; else its own, for which the other rank writes its file when it notices."""
-    expected = on_ranks(2, _stop_alone, build, tmp_path, former)
-    path = tmp_path / "on_exception.ckpt"
-    assert path.name in (tmp_path / "files.txt").read_text().splitlines()
-    assert torch.load(path, weights_only=True)["global_step"] == (3 if former else 5)
-    assert_resumed(list(zip(expected, on_ranks(2, _resume, build, path), strict=True)))
+    folder, pairs = stopped_alone[case]
+    path = folder / "on_exception.ckpt"
+    assert path.name in (folder / "files.txt").read_text().splitlines()
+    assert torch.load(path, weights_only=True)["global_step"] == (3 if case[1] else 5)
+    assert_resumed(pairs)
 
 
 class InterruptsSend(pl.Callback):
@@ -676,3 +687,26 @@ def test_a_callback_that_monitors_the_communication_sees_the_same_on_all_ranks(c
     (first, second), _ = together(_metrics, BOTH, case)
     assert {"comm/residual_norm", "comm/compress_ms", "comm/ratio"} <= set(first)
     assert first == second
+
+
+# Works that share two ranks; in two groups, so that none takes long on a busy machine.
+TOGETHER = (
+    {
+        _save_by_loss: BOTH,
+        _fail_to_exchange: EXCHANGES,
+        _stop_on_either_side: SIDES,
+        _interrupt_send: INTERRUPTS,
+        _resume_after_rank_1_counted_otherwise: TURNS,
+        _resume_after_a_batch_that_was_skipped: BOTH,
+        _stop_after_a_batch_that_was_skipped: SKIPS,
+    },
+    {
+        _resume_with_another_rank: OTHER_RANK,
+        _resume_in_flight: UNREADABLE,
+        _resume_with_reset: RESETS,
+        _beside_and_alone: CLIPS,
+        _join: JOIN,
+        _train_an_empty_parameter: BOTH,
+        _metrics: BOTH,
+    },
+)

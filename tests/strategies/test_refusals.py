@@ -1,6 +1,9 @@
 """What cannot be compressed is refused before the first batch, in words that say what to do."""
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,9 +12,10 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
-from lightning_grad.testing import assert_identical, make_classifier, on_ranks, outcome, train_on_ranks
+from lightning_grad.testing import assert_identical, make_classifier, on_ranks
 from tests.contract import settings
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+from tests.strategies.fits import outcome, train_on_ranks
 from tests.strategies.ranks import said
 
 DGC, POWER = CANONICAL
@@ -44,17 +48,31 @@ class _NoBatch(pl.Callback):
         raise AssertionError("a batch was trained before the refusal")
 
 
-def _refused(build: Any, module: Any, arguments: dict[str, Any], kind: type[Exception]) -> str:
-    extra = arguments.pop("extra", [])
-    with pytest.raises(kind) as error:
-        train_on_ranks(build(), [_NoBatch(), *extra], module(), **arguments)
-    return str(error.value)
+@dataclass(frozen=True)
+class Refusal:
+    """A fit that is refused before its first batch, on one rank.
 
+    Args:
+        words: What the error says.
+        build: Makes the strategy.
+        module: Makes the module.
+        arguments: Of the Trainer.
+        callbacks: Makes callbacks.
+        kind: Of the error.
+    """
 
-def refusal(build: Any, module: Any, kind: type[Exception] = ValueError, **arguments: Any) -> str:
-    """Return the words with which a fit is refused, on one rank."""
-    (message,) = on_ranks(1, _refused, build, module, arguments, kind)
-    return message
+    words: tuple[str, ...]
+    build: Any
+    module: Any = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    callbacks: Any = list
+    kind: type[Exception] = ValueError
+
+    def provoke(self) -> str:
+        """Return what the error says."""
+        with pytest.raises(self.kind) as error:
+            train_on_ranks(self.build(), [_NoBatch(), *self.callbacks()], (self.module or sgd)(), **self.arguments)
+        return str(error.value)
 
 
 def sgd() -> Any:
@@ -72,89 +90,25 @@ def with_optimizer(make: Any) -> Any:
     return build
 
 
-@pytest.mark.parametrize("value", [0.5, 2])
-def test_clipping_of_the_trainer_under_dgc(value):
-    message = refusal(DGC.build, sgd, gradient_clip_val=value)
-    assert f"Trainer(gradient_clip_val={value})" in message
-    assert f"gradient_clip_val=None and DGCStrategy(local_clip={value})" in message
+_CLIPPERS = [t for t in settings.CANONICAL if t.works_with.late_gradients.is_no]
+CLIPPERS = [(clipper,) for clipper in _CLIPPERS]
 
 
-def test_clipping_by_value_of_the_trainer_under_dgc():
-    message = refusal(DGC.build, sgd, gradient_clip_val=0.5, gradient_clip_algorithm="value")
-    assert "gradient_clip_val=0.5" in message
-    assert "local_clip clips by norm" in message
+@pytest.mark.parametrize("case", CLIPPERS)
+def test_clipping_callbacks_under_powersgd_and_neutral_dgc_work(case, together):
+    together(_fit_both, CLIPPERS, case, 1)
 
 
-_CLIPPERS = pytest.mark.parametrize(
-    "clipper", [t for t in settings.CANONICAL if t.works_with.late_gradients.is_no], ids=str
-)
-
-
-@_CLIPPERS
-def test_clipping_callbacks_under_dgc(clipper):
-    message = refusal(DGC.build, sgd, extra=[clipper.build()])
-    assert clipper.name in message
-    assert "local_clip" in message
-
-
-@_CLIPPERS
-def test_clipping_callbacks_under_powersgd_and_neutral_dgc_work(clipper):
-    on_ranks(1, _fit_both, clipper)
-
-
-def _fit_both(clipper: settings.Technique) -> None:
+def _fit_both(clipper: settings.Technique, folder: Path) -> None:
     for build in (POWER.build, DGC.build_neutral):
         trainer, _ = train_on_ranks(build(), [clipper.build()], make_classifier(), max_epochs=1)
         assert trainer.global_step == 6
-
-
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-def test_several_optimizers(scheme):
-    def two(parameters: list[Any]) -> list[Any]:
-        return [torch.optim.SGD(parameters[:3], 0.1), torch.optim.SGD(parameters[3:], 0.1)]
-
-    # Lightning itself refuses several optimizers unless they are stepped by hand.
-    message = refusal(scheme.build, with_optimizer(two), RuntimeError)
-    assert "multiple optimizers" in message
-
-
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-def test_manual_optimization(scheme):
-    message = refusal(scheme.build, lambda: make_classifier(optimizer="sgd", manual=True))
-    assert f"{scheme.name} does not work with manual optimization" in message
-    assert "strategy='ddp'" in message
-
-
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-def test_fp16_with_a_grad_scaler(scheme):
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    message = refusal(scheme.build, sgd, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
-    assert f"{scheme.name} adds up gradients over steps" in message
-    assert "bf16-mixed" in message
 
 
 def _with_embedding(**arguments: Any) -> Any:
     module = sgd()
     module.table = nn.Embedding(100, 16, **arguments)
     return module
-
-
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-def test_sparse_gradients(scheme):
-    message = refusal(scheme.build, lambda: _with_embedding(sparse=True))
-    assert f"{scheme.name} needs dense gradients, and Embedding 'table'" in message
-    assert "sparse=False" in message
-
-
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-def test_complex_parameters(scheme):
-    def build() -> Any:
-        module = sgd()
-        module.waves = nn.Parameter(torch.zeros(8, 8, dtype=torch.complex64))
-        return module
-
-    message = refusal(scheme.build, build)
-    assert f"{scheme.name} compresses real gradients, and 'waves' is complex" in message
 
 
 class _OwnSGD(torch.optim.SGD):
@@ -174,14 +128,97 @@ def _optimizer(name: str) -> Any:
     return with_optimizer(lambda parameters: kind(parameters, lr=0.1, **options))
 
 
-@pytest.mark.parametrize("name", _NOT_MOVED)
-def test_momentum_correction_of_an_optimizer_whose_momentum_cannot_be_moved(name):
-    message = refusal(lambda: DGC.build(correction="momentum"), _optimizer(name))
-    assert _NOT_MOVED[name][2] in message
-    assert "correction='error_feedback'" in message
+def _two_optimizers(parameters: list[Any]) -> list[Any]:
+    return [torch.optim.SGD(parameters[:3], 0.1), torch.optim.SGD(parameters[3:], 0.1)]
 
 
-def _fits(name: str) -> list[Any]:
+def _with_waves() -> Any:
+    module = sgd()
+    module.waves = nn.Parameter(torch.zeros(8, 8, dtype=torch.complex64))
+    return module
+
+
+def _refusals_of_each(scheme: Scheme) -> dict[str, Refusal]:
+    name, build = scheme.name, scheme.build
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+    return {
+        # Lightning itself refuses several optimizers unless they are stepped by hand.
+        "several optimizers": Refusal(
+            ("multiple optimizers",), build, with_optimizer(_two_optimizers), kind=RuntimeError
+        ),
+        "manual optimization": Refusal(
+            (f"{name} does not work with manual optimization", "strategy='ddp'"),
+            build,
+            lambda: make_classifier(optimizer="sgd", manual=True),
+        ),
+        "a GradScaler": Refusal(
+            (f"{name} adds up gradients over steps", "bf16-mixed"), build, arguments={"plugins": [scaled]}
+        ),
+        "sparse gradients": Refusal(
+            (f"{name} needs dense gradients, and Embedding 'table'", "sparse=False"),
+            build,
+            lambda: _with_embedding(sparse=True),
+        ),
+        "complex parameters": Refusal(
+            (f"{name} compresses real gradients, and 'waves' is complex",), build, _with_waves
+        ),
+        "LBFGS": Refusal(("LBFGS",), build, with_optimizer(torch.optim.LBFGS)),
+        "names that match nothing": Refusal(
+            ("(exclude=...): no parameter is named 'encodr.*'", "encoder"), lambda: build(exclude=["encodr.*"])
+        ),
+    }
+
+
+def _clipped_by_the_trainer(value: float) -> Refusal:
+    words = (f"Trainer(gradient_clip_val={value})", f"gradient_clip_val=None and DGCStrategy(local_clip={value})")
+    return Refusal(words, DGC.build, arguments={"gradient_clip_val": value})
+
+
+REFUSALS: dict[str, Refusal] = {
+    **{f"{scheme}, {name}": of for scheme in CANONICAL for name, of in _refusals_of_each(scheme).items()},
+    **{f"clipping by the Trainer to {value}": _clipped_by_the_trainer(value) for value in (0.5, 2)},
+    "clipping by value": Refusal(
+        ("gradient_clip_val=0.5", "local_clip clips by norm"),
+        DGC.build,
+        arguments={"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"},
+    ),
+    **{
+        clipper.name: Refusal(
+            (clipper.name, "local_clip"), DGC.build, callbacks=lambda clipper=clipper: [clipper.build()]
+        )
+        for clipper in _CLIPPERS
+    },
+    **{
+        f"momentum that cannot be moved, {name}": Refusal(
+            (_NOT_MOVED[name][2], "correction='error_feedback'"),
+            lambda: DGC.build(correction="momentum"),
+            _optimizer(name),
+        )
+        for name in _NOT_MOVED
+    },
+    "error feedback with LBFGS": Refusal(
+        ("LBFGS",), lambda: DGC.build(correction="error_feedback"), with_optimizer(torch.optim.LBFGS)
+    ),
+    "layer_ratios that match nothing": Refusal(
+        ("(layer_ratios=...): no parameter is named 'haed'", "head"), lambda: DGC.build(layer_ratios={"haed": 0.5})
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals() -> dict[str, str]:
+    """Return the words of each refusal, all of the same rank."""
+    (messages,) = on_ranks(1, lambda: {name: refusal.provoke() for name, refusal in REFUSALS.items()})
+    return messages
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_it_is_refused_before_the_first_batch_in_words_that_say_what_to_do(name, refusals):
+    for words in REFUSALS[name].words:
+        assert words in refusals[name]
+
+
+def _fits(name: str, folder: Path) -> list[Any]:
     """Fit with each correction that goes with the optimizer, and return what each left behind and said."""
     found = []
     for correction in ("auto", "error_feedback"):
@@ -191,9 +228,13 @@ def _fits(name: str) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("name", _NOT_MOVED)
-def test_auto_chooses_error_feedback_for_it_and_says_so(name):
-    ((auto, lines), (feedback, others)) = on_ranks(1, _fits, name)[0]
+NOT_MOVED = [(name,) for name in _NOT_MOVED]
+
+
+@pytest.mark.parametrize("case", NOT_MOVED)
+def test_auto_chooses_error_feedback_for_it_and_says_so(case, together):
+    (((auto, lines), (feedback, others)),), _ = together(_fits, NOT_MOVED, case, 1)
+    (name,) = case
     (line,) = (line for line in lines if "correction='auto'" in line)
     assert line.startswith("DGCStrategy compresses ")
     assert f"correction='auto' chose error feedback, because {_NOT_MOVED[name][2]}" in line
@@ -214,38 +255,18 @@ def test_auto_moves_the_momentum_of_sgd_and_needs_no_remark():
     assert line.endswith("the others go dense.")
 
 
-@pytest.mark.parametrize(
-    "build",
-    [lambda: DGC.build(correction="error_feedback"), DGC.build, POWER.build],
-    ids=["error", "momentum", "power"],
-)
-def test_lbfgs(build):
-    message = refusal(build, with_optimizer(torch.optim.LBFGS))
-    assert "LBFGS" in message
+EACH = [(scheme,) for scheme in CANONICAL]
 
 
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-def test_names_that_match_nothing(scheme):
-    message = refusal(lambda: scheme.build(exclude=["encodr.*"]), sgd)
-    assert "(exclude=...): no parameter is named 'encodr.*'" in message
-    assert "encoder" in message
-
-
-def test_layer_ratios_that_match_nothing():
-    message = refusal(lambda: DGC.build(layer_ratios={"haed": 0.5}), sgd)
-    assert "(layer_ratios=...): no parameter is named 'haed'" in message
-    assert "head" in message
-
-
-def _warned(scheme: Scheme) -> None:
+def _warned(scheme: Scheme, folder: Path) -> None:
     with pytest.warns(UserWarning, match="has nothing to compress, and is DDP.*min_numel=1000000"):
         trainer, _ = train_on_ranks(scheme.build(min_numel=1_000_000), module=scheme.module(), max_epochs=1)
     assert trainer.global_step == 6
 
 
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-def test_nothing_to_compress_is_said(scheme):
-    on_ranks(1, _warned, scheme)
+@pytest.mark.parametrize("case", EACH)
+def test_nothing_to_compress_is_said(case, together):
+    together(_warned, EACH, case, 1)
 
 
 def _own_clipping() -> None:
@@ -264,7 +285,7 @@ def test_the_modules_own_clipping_is_warned_about_under_dgc():
     on_ranks(1, _own_clipping)
 
 
-def _validate_only(scheme: Scheme) -> None:
+def _validate_only(scheme: Scheme, folder: Path) -> None:
     """What only fitting could not do is no reason to refuse anything else."""
     from lightning_grad.testing import loaders, make_trainer
 
@@ -273,9 +294,9 @@ def _validate_only(scheme: Scheme) -> None:
     assert metrics["val_loss"] > 0
 
 
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-def test_validation_refuses_nothing(scheme):
-    on_ranks(1, _validate_only, scheme)
+@pytest.mark.parametrize("case", EACH)
+def test_validation_refuses_nothing(case, together):
+    together(_validate_only, EACH, case, 1)
 
 
 def _tied_choice(scheme: Scheme, name: str) -> set[str]:
@@ -289,9 +310,13 @@ def _tied_choice(scheme: Scheme, name: str) -> set[str]:
     return set(strategy._chosen)
 
 
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
-def test_a_tied_weight_is_left_out_by_each_of_its_names(scheme):
-    (first,), (second,) = (on_ranks(1, _tied_choice, scheme, name) for name in ("hidden", "twin"))
+def _tied_choices(scheme: Scheme, folder: Path) -> list[set[str]]:
+    return [_tied_choice(scheme, name) for name in ("hidden", "twin")]
+
+
+@pytest.mark.parametrize("case", EACH)
+def test_a_tied_weight_is_left_out_by_each_of_its_names(case, together):
+    ((first, second),), _ = together(_tied_choices, EACH, case, 1)
     assert first == second
     assert "hidden.weight" not in first
     assert first

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from lightning_grad.strategies import DGCStrategy
-from lightning_grad.testing import StopAt, on_ranks, train_on_ranks
+from lightning_grad.testing import StopAt, on_ranks
+from tests.strategies.fits import train_on_ranks
 
 
 class Attaches(DGCStrategy):

@@ -156,11 +156,22 @@ def _try_all(path: Path) -> tuple[list[str], Any]:
     return [_refused(path, "strict"), _refused(path, "mean")], _begin_empty(path)
 
 
+@pytest.fixture(scope="module")
+def damaged(original: tuple[Path, list[Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return a damaged copy for each kind of damage, and what each rank says of it."""
+    copies = {
+        name: Saved(Path(shutil.copytree(original[0], tmp_path_factory.mktemp("damaged") / "run"))) for name in DAMAGE
+    }
+    for name, saved in copies.items():
+        DAMAGE[name][0](saved)
+    first, second = on_ranks(2, lambda: {name: _try_all(saved.path) for name, saved in copies.items()})
+    return {name: (saved, [first[name], second[name]]) for name, saved in copies.items()}
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_file_that_does_not_fit_is_named_on_every_rank_and_reset_begins_empty(damage: str, saved: Saved) -> None:
-    harm, rank, words = DAMAGE[damage]
-    harm(saved)
-    results = on_ranks(2, _try_all, saved.path)
+def test_a_file_that_does_not_fit_is_named_on_every_rank_and_reset_begins_empty(damage: str, damaged: Any) -> None:
+    _, rank, words = DAMAGE[damage]
+    saved, results = damaged[damage]
     for messages, (start, left, _) in results:
         for message in messages:
             assert f"DGCStrategy cannot resume from {saved.path}: the rank file {saved.file(rank)} {words}" in message
@@ -178,14 +189,22 @@ def _resume(path: Path) -> Any:
     return finish(dgc(), ckpt=path, epochs=EPOCHS)
 
 
+def _resume_from_another_and_from_what_is_mended(saved: Saved, right: Path) -> tuple[Any, Any]:
+    earlier = _resume(saved.folder / "0.ckpt")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.copy(right, saved.file(1))
+    dist.barrier()
+    return earlier, _resume(saved.path)
+
+
 def test_the_other_ways_out_of_a_bad_file(saved: Saved, original: tuple[Path, list[Any]]) -> None:
     """Another checkpoint goes on; so does this one, exactly, once the right file is back."""
     _tear(saved)
-    for found, expected in zip(on_ranks(2, _resume, saved.folder / "0.ckpt"), original[1], strict=True):
-        assert_same(found["steps"], expected["steps"])
-    shutil.copy(Saved(original[0]).file(1), saved.file(1))
-    for found, expected in zip(on_ranks(2, _resume, saved.path), original[1], strict=True):
-        assert_same(found, expected)
+    results = on_ranks(2, _resume_from_another_and_from_what_is_mended, saved, Saved(original[0]).file(1))
+    for (earlier, mended), expected in zip(results, original[1], strict=True):
+        assert_same(earlier["steps"], expected["steps"])
+        assert_same(mended, expected)
 
 
 def test_a_folder_of_another_checkpoint_is_told_from_one_that_is_missing(saved: Saved) -> None:
@@ -198,16 +217,27 @@ def test_a_folder_of_another_checkpoint_is_told_from_one_that_is_missing(saved: 
         assert "Copy 1.ckpt.ranks along with the checkpoint, or set residual_policy='reset'" in message
 
 
-def _on_other_ranks(path: Path) -> tuple[list[str], Any]:
-    return [_refused(path, "strict")], _begin_empty(path)
+@pytest.fixture(scope="module", params=[1, 4])
+def elsewhere(
+    request: pytest.FixtureRequest, original: tuple[Path, list[Any]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Saved, Saved, list[Any]]:
+    """Return a copy as it is, one with a torn file, and what other ranks say of either."""
+    whole, torn = (
+        Saved(Path(shutil.copytree(original[0], tmp_path_factory.mktemp(n) / "run"))) for n in ("whole", "torn")
+    )
+    _tear(torn)
+
+    def work() -> tuple[str, Any, str]:
+        return _refused(whole.path, "strict"), _begin_empty(whole.path), _refused(torn.path, "mean")
+
+    return whole, torn, on_ranks(request.param, work)
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_other_ranks_are_refused_or_begin_empty(ranks: int, saved: Saved) -> None:
+def test_other_ranks_are_refused_or_begin_empty(elsewhere: tuple[Saved, Saved, list[Any]]) -> None:
     """Under 'mean' they continue, see test_rank_files.py."""
-    results = on_ranks(ranks, _on_other_ranks, saved.path)
-    words = f"it would continue on {ranks} rank(s) what was saved on 2"
-    for (message,), (start, left, _) in results:
+    saved, _, results = elsewhere
+    words = f"it would continue on {len(results)} rank(s) what was saved on 2"
+    for message, (start, left, _), _ in results:
         assert f"DGCStrategy cannot resume from {saved.path}: {words}. Each rank holds gradient" in message
         assert "set residual_policy='mean' to spread it over the new ranks, or 'reset' to drop it" in message
         assert start == ({}, 0)
@@ -216,11 +246,10 @@ def test_other_ranks_are_refused_or_begin_empty(ranks: int, saved: Saved) -> Non
     assert f"is lost, because {words}." in line
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_a_mean_of_files_of_which_one_is_torn_is_refused_by_its_name(ranks: int, saved: Saved) -> None:
-    _tear(saved)
-    for message in on_ranks(ranks, _refused, saved.path, "mean"):
-        assert f"the rank file {saved.file(1)} cannot be read (" in message
+def test_a_mean_of_files_of_which_one_is_torn_is_refused_by_its_name(elsewhere: tuple[Saved, Saved, list[Any]]) -> None:
+    _, torn, results = elsewhere
+    for _, _, message in results:
+        assert f"the rank file {torn.file(1)} cannot be read (" in message
         assert "residual_policy='reset'" in message
 
 

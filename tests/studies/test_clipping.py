@@ -86,6 +86,7 @@ def test_steps_lost_are_those_far_above_what_was_usual() -> None:
 def test_outcomes_of_seeds_that_differ_are_counted() -> None:
     own = [Result("norm", seed, 1, 9, 1, 0.9, 0.9, 0, word) for seed, word in enumerate(("saved", "lost", "saved"))]
     assert outcome_of(own) == "2 saved, 1 lost"
+    assert outcome_of([own[1], own[0], own[1]]) == "2 lost, 1 saved"
     assert outcome_of(own[::2]) == "saved"
 
 
@@ -93,7 +94,7 @@ def test_table_tells_what_its_columns_mean(capsys: pytest.CaptureFixture[str]) -
     results = [Result("norm", seed, 0.8, 440.0, 1.0, 0.95, 0.97, 0, "saved") for seed in (0, 1)]
     print_table(results, Study(variants=["norm"], seeds=2))
     printed = capsys.readouterr().out
-    assert "NormClipping(1.0)   saved     0 ± 0        95.0 %            97.0 %       1" in printed
+    assert "NormClipping(1.0)   saved     0 ± 0        95.0 %            97.0 %       1.00" in printed
     assert "large but finite" in printed
     print_table(results, Study(variants=["norm"], seeds=2, factor=float("nan")))
     assert "finite" not in capsys.readouterr().out

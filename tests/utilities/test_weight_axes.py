@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_grad.utilities.weight_axes import multiplies_by, output_dimension, output_dimensions
+from tests.cases import cases
 
 
 class Layer(nn.Module):
@@ -54,9 +55,9 @@ def test_the_product_decides_for_square_weights(product: Any, dimension: int | N
     assert multiplies_by(layer, "weight") == (dimension is not None)
 
 
-@pytest.mark.parametrize(("product", "dimension"), PRODUCTS[:6])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(8, 3), (3, 8), (1, 4), (64, 64)])
+@cases(("product", "dimension"), PRODUCTS[:6])
+@cases("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@cases("shape", [(8, 3), (3, 8), (1, 4), (64, 64)])
 def test_every_shape_and_type(product: Any, dimension: int, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     assert output_dimension(Layer(product, *shape, dtype=dtype), "weight") == dimension
 

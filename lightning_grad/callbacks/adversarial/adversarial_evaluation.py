@@ -122,7 +122,7 @@ class AdversarialEvaluation(GradCallback):
     )
     trial: ClassVar[Mapping[str, Any]] = {"epsilon": 0.1, "steps": 2}
 
-    _validations = until_next_fit.of(int)
+    _validations = until_next_fit.of(int).saved()
     _has_warned = during_fit.of(bool)
     _evaluation = during_fit[Evaluation | None](lambda _: None)
 
@@ -198,16 +198,6 @@ class AdversarialEvaluation(GradCallback):
                 "measure after the fit, by trainer.validate() or trainer.test()."
             )
         self._has_warned = True
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "validations": self._validations}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting:
-            self._validations = state_dict["validations"]
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

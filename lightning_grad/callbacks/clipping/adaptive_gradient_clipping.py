@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.callbacks.clipping._units import LastLayers, UnitConditioner
-from lightning_grad.core import GradientStep, Phase, check_above, during_fit
+from lightning_grad.core import GradientStep, Role, check_above, during_fit
 from lightning_grad.functional import clip_adaptively_
 from lightning_grad.functional.gradients.tensor_lists import whole
 from lightning_grad.utilities.parameters import all_names, check_patterns, matches, selects
@@ -73,7 +73,7 @@ class AdaptiveGradientClipping(UnitConditioner):
     namespace: ClassVar[str] = "grad/agc"
     trial: ClassVar[Mapping[str, Any]] = {"ratio": 0.01, "head": None}
     neutral: ClassVar[Mapping[str, Any] | str] = {"ratio": float("inf")}
-    phase: ClassVar[Phase] = "clip"
+    role: ClassVar[Role] = "clip"
     threshold_name: ClassVar[str | None] = "ratio"
 
     _heads = during_fit[LastLayers | None](lambda _: None)

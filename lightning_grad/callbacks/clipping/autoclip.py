@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core import GradientConditioner, GradientStep, Phase, check_between
+from lightning_grad.core import GradientConditioner, GradientStep, Role, check_between
 from lightning_grad.functional import autoclip_state, autoclip_threshold_, clip_to_threshold_
 from lightning_grad.functional.gradients.tensor_lists import joined_norm
 from lightning_grad.utilities.checks import check_count_between
@@ -65,7 +65,7 @@ class AutoClip(GradientConditioner):
     namespace: ClassVar[str] = "grad/autoclip"
     trial: ClassVar[Mapping[str, Any]] = {"percentile": 10.0, "window": 7}
     neutral: ClassVar[Mapping[str, Any] | str] = {"percentile": 100.0}
-    phase: ClassVar[Phase] = "clip"
+    role: ClassVar[Role] = "clip"
     threshold_name: ClassVar[str | None] = "percentile"
 
     def __init__(
@@ -85,11 +85,11 @@ class AutoClip(GradientConditioner):
         check_between(number, 0.0, 100.0, "percentile")
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        for state in self.states():
-            if "norms" in state and len(state["norms"]) != self.window:
-                state.update(_resized(state, self.window))
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        for own in self.states():
+            if "norms" in own and len(own["norms"]) != self.window:
+                own.update(_resized(own, self.window))
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_grad.callbacks.clipping._units import UnitConditioner
-from lightning_grad.core import GradientStep, Phase
+from lightning_grad.core import GradientStep, Role
 from lightning_grad.functional import centralize_
 from lightning_grad.functional.gradients.tensor_lists import joined_norm
 
@@ -60,7 +60,7 @@ class GradientCentralization(UnitConditioner):
     namespace: ClassVar[str] = "grad/centralization"
     trial: ClassVar[Mapping[str, Any]] = {}
     neutral: ClassVar[Mapping[str, Any] | str] = "the mean is taken away whole or not at all"
-    phase: ClassVar[Phase] = "center"
+    role: ClassVar[Role] = "center"
 
     def __init__(
         self,

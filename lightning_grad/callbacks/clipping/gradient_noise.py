@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core import GradientConditioner, GradientStep, Phase
+from lightning_grad.core import GradientConditioner, GradientStep, Role
 from lightning_grad.functional import add_gradient_noise_, noise_deviation
 from lightning_grad.utilities.checks import check_finite_at_least
 
@@ -59,7 +59,7 @@ class GradientNoise(GradientConditioner):
     namespace: ClassVar[str] = "grad/noise"
     trial: ClassVar[Mapping[str, Any]] = {"eta": 0.01}
     neutral: ClassVar[Mapping[str, Any] | str] = {"eta": 0.0}
-    phase: ClassVar[Phase] = "noise"
+    role: ClassVar[Role] = "noise"
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core import GradientConditioner, GradientStep, Phase, during_fit
+from lightning_grad.core import GradientConditioner, GradientStep, Role, during_fit
 from lightning_grad.functional import clip_layers_, layer_limits
 from lightning_grad.utilities.layers import LayerFinder, Per
 
@@ -62,7 +62,7 @@ class LayerwiseClipping(GradientConditioner):
     namespace: ClassVar[str] = "grad/layerwise_clipping"
     trial: ClassVar[Mapping[str, Any]] = {"max_norm": 0.1}
     neutral: ClassVar[Mapping[str, Any] | str] = {"max_norm": math.inf}
-    phase: ClassVar[Phase] = "clip"
+    role: ClassVar[Role] = "clip"
     threshold_name: ClassVar[str | None] = "max_norm"
 
     _layers = during_fit[LayerFinder](lambda self: LayerFinder(self.per))

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core import GradientConditioner, GradientStep, Phase, check_above, during_fit
+from lightning_grad.core import GradientConditioner, GradientStep, Role, check_above, during_fit
 from lightning_grad.functional import normalize_layers_
 from lightning_grad.utilities.checks import check_finite_above
 from lightning_grad.utilities.layers import LayerFinder, Per
@@ -62,7 +62,7 @@ class LayerwiseNormalization(GradientConditioner):
     namespace: ClassVar[str] = "grad/layerwise_normalization"
     trial: ClassVar[Mapping[str, Any]] = {"coefficient": 0.01, "max_ratio": 10.0}
     neutral: ClassVar[Mapping[str, Any] | str] = "no coefficient gives every layer the norm that it had"
-    phase: ClassVar[Phase] = "center"
+    role: ClassVar[Role] = "center"
     threshold_name: ClassVar[str | None] = "coefficient"
 
     _layers = during_fit[LayerFinder](lambda self: LayerFinder(self.per))

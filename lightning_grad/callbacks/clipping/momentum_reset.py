@@ -3,7 +3,6 @@
 The rules are :func:`lightning_grad.functional.reset_moments_` and :func:`lightning_grad.functional.reset_warmup`.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,8 +14,8 @@ from lightning_grad.core import OptimizerCallback, check_count, during_fit, is_l
 from lightning_grad.core.compatibility import Compatibility, no, yes
 from lightning_grad.functional import reset_warmup
 from lightning_grad.utilities.checks import keeps
+from lightning_grad.utilities.optimizers import OptimizerCounts
 
-_COUNTS = ("steps", "last", "resets")
 _LONGEST_DEFAULT = 150  # steps of warm-up, as in the released code
 
 
@@ -77,9 +76,9 @@ class MomentumReset(OptimizerCallback):
     trial: ClassVar[Mapping[str, Any]] = {"every_n_steps": 5, "warmup": 3}
     neutral: ClassVar[Mapping[str, Any] | str] = {"every_n_steps": 10**6}
 
-    _steps = until_next_fit.of(Counter[int])
-    _last = until_next_fit.of(Counter[int])  # the step of the last reset, from 1
-    _resets = until_next_fit.of(Counter[int])
+    _steps = until_next_fit.of(OptimizerCounts).saved()
+    _last = until_next_fit.of(OptimizerCounts).saved()  # the step of the last reset, from 1
+    _resets = until_next_fit.of(OptimizerCounts).saved()
     _without = during_fit.of(list[ValueError])  # why it skips an optimizer
 
     def __init__(self, every_n_steps: int = 500, warmup: int | None = None, name: str | None = None) -> None:
@@ -100,14 +99,6 @@ class MomentumReset(OptimizerCallback):
         super().setup(trainer, pl_module, stage)
         if self.fitting and sum(hasattr(c, "steps_since_reset") for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise ValueError("Use only one MomentumReset per Trainer: two would overwrite each other's learning rates.")
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting:
-            self._steps, self._last, self._resets = (
-                Counter({int(index): count for index, count in state_dict.get(key, {}).items()}) for key in _COUNTS
-            )
 
     @override
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
@@ -169,9 +160,3 @@ class MomentumReset(OptimizerCallback):
                 factor = reset_warmup(steps - last, self.warmup) if last else 1.0
                 values = {"lr_factor": factor, "resets": float(self._resets[index])}
                 self.log_scalars(pl_module, {self.quantity_of(index, key): value for key, value in values.items()})
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        counts = zip(_COUNTS, (self._steps, self._last, self._resets), strict=True)
-        own = {key: {str(index): count for index, count in of.items()} for key, of in counts}
-        return {**super().state_dict(), **own}

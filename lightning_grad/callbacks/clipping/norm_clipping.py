@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core import GradientConditioner, GradientStep, Phase, check_above
+from lightning_grad.core import GradientConditioner, GradientStep, Role, check_above
 from lightning_grad.functional import clip_norm_
 
 
@@ -60,7 +60,7 @@ class NormClipping(GradientConditioner):
     namespace: ClassVar[str] = "grad/norm_clipping"
     trial: ClassVar[Mapping[str, Any]] = {"max_norm": 0.1}
     neutral: ClassVar[Mapping[str, Any] | str] = {"max_norm": math.inf}
-    phase: ClassVar[Phase] = "clip"
+    role: ClassVar[Role] = "clip"
     threshold_name: ClassVar[str | None] = "max_norm"
 
     def __init__(

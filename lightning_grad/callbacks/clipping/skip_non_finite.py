@@ -1,6 +1,5 @@
 """Skipping steps whose gradients are not finite: the callback. The test is :func:`lightning_grad.functional.nonfinite`."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -10,10 +9,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core import GradientConditioner, GradientStep, Phase, check_count, during_fit, until_next_fit
+from lightning_grad.core import GradientConditioner, GradientStep, Role, check_count, during_fit, until_next_fit
 from lightning_grad.functional import nonfinite
 from lightning_grad.functional.gradients.tensor_lists import stack_norms
 from lightning_grad.utilities.forward_order import ForwardOrder
+from lightning_grad.utilities.optimizers import OptimizerCounts
 from lightning_grad.utilities.precision import grad_scaler, true_loss
 from lightning_grad.utilities.reporting import log_summary
 
@@ -66,11 +66,11 @@ class SkipNonFinite(GradientConditioner):
 
     namespace: ClassVar[str] = "grad/skip_non_finite"
     trial: ClassVar[Mapping[str, Any]] = {"max_in_row": 3}
-    phase: ClassVar[Phase] = "guard"
+    role: ClassVar[Role] = "guard"
     syncs_per_step: ClassVar[str] = "whether a step is made must be known on the host: one wait a step"
 
-    _skipped = until_next_fit.of(Counter[int])
-    _in_row = until_next_fit.of(Counter[int])
+    _skipped = until_next_fit.of(OptimizerCounts).saved()
+    _in_row = until_next_fit.of(OptimizerCounts).saved()
     _told = during_fit.of(int)
     _batch_idx = during_fit.of(int)
     _loss = during_fit[Tensor | None](lambda _: None)
@@ -90,14 +90,6 @@ class SkipNonFinite(GradientConditioner):
         self.warnings = check_count(warnings, 0, "warnings")
 
     # The fit begins.
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting:
-            self._skipped, self._in_row = (
-                Counter({int(i): count for i, count in state_dict[key].items()}) for key in ("skipped", "in_row")
-            )
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -171,8 +163,3 @@ class SkipNonFinite(GradientConditioner):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         log_summary(trainer, {self.log_key("final_skipped"): float(sum(self._skipped.values()))})
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        counts = {"skipped": self._skipped, "in_row": self._in_row}
-        return {**super().state_dict(), **{k: {str(i): n for i, n in v.items()} for k, v in counts.items()}}

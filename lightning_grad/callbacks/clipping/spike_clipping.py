@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core import GradientStep, Phase, check_count, during_fit
+from lightning_grad.core import GradientStep, Role, check_count, during_fit
 from lightning_grad.core.compatibility import Compatibility, no
 from lightning_grad.core.conditioner import ELEMENTWISE, GradientConditioner
 from lightning_grad.functional import clip_spikes_
@@ -65,7 +65,7 @@ class SpikeClipping(GradientConditioner):
     namespace: ClassVar[str] = "grad/spike_clipping"
     trial: ClassVar[Mapping[str, Any]] = {"threshold": 2.0, "pause": 2}
     neutral: ClassVar[Mapping[str, Any] | str] = {"threshold": float("inf")}
-    phase: ClassVar[Phase] = "clip"
+    role: ClassVar[Role] = "clip"
     threshold_name: ClassVar[str | None] = "threshold"
     compatibility: ClassVar[Compatibility] = ELEMENTWISE.but(
         no_second_moment=no(

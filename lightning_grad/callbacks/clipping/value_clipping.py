@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core import ELEMENTWISE, Compatibility, GradientConditioner, GradientStep, Phase
+from lightning_grad.core import ELEMENTWISE, Compatibility, GradientConditioner, GradientStep, Role
 from lightning_grad.functional import clip_value_
 from lightning_grad.functional.gradients.tensor_lists import share_of
 
@@ -58,7 +58,7 @@ class ValueClipping(GradientConditioner):
     namespace: ClassVar[str] = "grad/value_clipping"
     trial: ClassVar[Mapping[str, Any]] = {"clip_value": 0.001}
     neutral: ClassVar[Mapping[str, Any] | str] = {"clip_value": float("inf")}
-    phase: ClassVar[Phase] = "clip"
+    role: ClassVar[Role] = "clip"
     threshold_name: ClassVar[str | None] = "clip_value"
     compatibility: ClassVar[Compatibility] = ELEMENTWISE
 

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core import GradientConditioner, GradientStep, Phase
+from lightning_grad.core import GradientConditioner, GradientStep, Role
 from lightning_grad.functional import clip_to_threshold_, zclip_state, zclip_threshold_
 from lightning_grad.functional.gradients.tensor_lists import joined_norm
 from lightning_grad.utilities.checks import check_above, check_between, check_count, check_finite_at_least
@@ -77,7 +77,7 @@ class ZClip(GradientConditioner):
     namespace: ClassVar[str] = "grad/zclip"
     trial: ClassVar[Mapping[str, Any]] = {"z_threshold": 0.5, "warmup_steps": 3, "max_norm": 0.5}
     neutral: ClassVar[Mapping[str, Any] | str] = {"z_threshold": float("inf"), "max_norm": None}
-    phase: ClassVar[Phase] = "clip"
+    role: ClassVar[Role] = "clip"
     threshold_name: ClassVar[str | None] = "max_norm"
     acts_without_threshold: ClassVar[bool] = True
 
@@ -100,11 +100,11 @@ class ZClip(GradientConditioner):
         self.eps = check_finite_at_least(eps, 0.0, "eps")
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting and self.changed_settings(state_dict, "max_norm"):
-            for state in self.states():
-                state.pop("bounded", None)  # counts of another bound
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        if self.changed_settings(state, "max_norm"):
+            for own in self.states():
+                own.pop("bounded", None)  # counts of another bound
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -20,7 +20,9 @@ from lightning_grad.core.record import Recorder
 from lightning_grad.utilities.reporting import counted, log_figure, log_table, output_file, output_folder, tolerated
 
 
-def report(trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder, num_shown: int, figure: bool) -> None:
+def report_scores(
+    trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder, num_shown: int, figure: bool
+) -> None:
     """Write the figure of the scores, and the hardest and easiest samples as table and figure.
 
     To be called on every rank; rank zero writes, into the folder of the logs, and nobody does if there is none. The files

@@ -1,5 +1,6 @@
 """What ``InfoBatch`` and ``LossReweighting`` share: the samples of a batch are weighted by their losses."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -28,7 +29,7 @@ class LossWeighting(GradCallback):
     loss_fn: GivenFunction | None
     acts: bool  # whether it ever weights a batch
 
-    _sample_loss = until_next_fit[SampleLoss](lambda _: None)  # until one batch has shown it, the shares count
+    _sample_loss = until_next_fit[SampleLoss](lambda _: None).saved()  # until one batch has shown it, the shares count
     _weighted = during_fit[tuple[SampleLosses, Tensor] | None](lambda _: None)
 
     def weigh(self, losses: SampleLosses) -> Tensor | None:
@@ -73,18 +74,14 @@ class LossWeighting(GradCallback):
         self._sample_loss = self._sample_loss or rehearsal.kind or "share"
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "sample_loss": self._sample_loss}
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        if not self.has_same_loss(state):
+            self._sample_loss = None
 
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting and self.has_same_loss(state_dict):
-            self._sample_loss = state_dict["sample_loss"]
-
-    def has_same_loss(self, state_dict: dict[str, Any]) -> bool:
+    def has_same_loss(self, state: Mapping[str, Any]) -> bool:
         """Return whether the losses of a checkpoint are of the kind that is weighted now."""
-        return not self.changed_settings(state_dict, "loss_index", "loss_fn")
+        return not self.changed_settings(state, "loss_index", "loss_fn")
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:

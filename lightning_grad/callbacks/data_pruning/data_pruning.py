@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_grad.callbacks.data_pruning import _settings as rules
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score
 from lightning_grad.callbacks.data_pruning._passes import Passes
-from lightning_grad.callbacks.data_pruning._report import report
+from lightning_grad.callbacks.data_pruning._report import report_scores
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet, check_score_file, write_score_file
 from lightning_grad.callbacks.data_pruning._sources import CHANCE, FileScores, HistoryScores, ScoreSource, source_of
 from lightning_grad.callbacks.data_pruning._works_with import COMPILED, CURRENT_WEIGHTS
@@ -301,20 +301,18 @@ class DataPruning(SubsetCallback):
         return {**super().state_dict(), **own, "source_kind": self.source.kind, "source": self.source.state_dict()}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if not self.fitting:
-            return
-        self._saved_settings = state_dict["settings"]
-        is_foreign = state_dict["source_kind"] != self.source.kind
-        if is_foreign or self.changed_settings(state_dict, *rules.score_settings(self)):
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._saved_settings = state["settings"]
+        is_foreign = state["source_kind"] != self.source.kind
+        if is_foreign or self.changed_settings(state, *rules.score_settings(self)):
             return
         self._goes_on = True
-        self._choice_changed = bool(self.changed_settings(state_dict, "prune", "epoch", *rules.CHOICE))
-        self._last_round = state_dict["last_round"]
-        self.source.load_state_dict(state_dict["source"])
-        if state_dict["scored"] is not None:
-            self.scored = ScoredSet(**state_dict["scored"])
+        self._choice_changed = bool(self.changed_settings(state, "prune", "epoch", *rules.CHOICE))
+        self._last_round = state["last_round"]
+        self.source.load_state_dict(state["source"])
+        if state["scored"] is not None:
+            self.scored = ScoredSet(**state["scored"])
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -370,7 +368,7 @@ class DataPruning(SubsetCallback):
         if scored.name != CHANCE:
             with generators_kept(self._passes.dataset):
                 self._save(trainer, scored)
-                report(trainer, scored, self._passes.items, self, self.num_shown, self.figure)
+                report_scores(trainer, scored, self._passes.items, self, self.num_shown, self.figure)
         return scored.kept
 
     def _keep(self, scored: ScoredSet, share: float) -> ScoredSet:

@@ -91,8 +91,10 @@ class InfoBatch(LossWeighting, SubsetCallback):
     neutral: ClassVar[Mapping[str, Any] | str] = {"prune": 0.0}
     way_out: ClassVar[str] = f"use RepeatedRandomSubset, which needs no loss, or {LOSS_FN}"
 
-    _losses = until_next_fit[Tensor | None](lambda _: None)
-    _weights = until_next_fit[Tensor | None](lambda _: None)
+    _losses = until_next_fit[Tensor | None](lambda _: None).saved()
+    _weights = until_next_fit[Tensor | None](
+        lambda _: None
+    ).saved()  # of the present epoch, also where settings changed
     _record = until_next_fit.of(EpochRecord)
     _first = during_fit[tuple[list[int], Terms] | None](lambda _: None)
 
@@ -145,18 +147,15 @@ class InfoBatch(LossWeighting, SubsetCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        own = {"losses": self._losses, "weights": self._weights, "epoch_values": self._record.values}
-        return {**super().state_dict(), **own}
+        return {**super().state_dict(), "epoch_values": self._record.values}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if not self.fitting:
-            return
-        self._weights = state_dict["weights"]  # of an epoch that goes on, also where settings changed
-        if self.has_same_loss(state_dict):
-            self._losses, self._record.values = state_dict["losses"], state_dict["epoch_values"]
-        elif state_dict["losses"] is not None:
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        if self.has_same_loss(state):
+            self._record.values = state["epoch_values"]
+        elif self._losses is not None:
+            self._losses = None
             self.say("has no losses of this kind yet, and trains on all samples until each has one")
 
     @override

@@ -88,8 +88,8 @@ class UniformLearning(SubsetCallback):
     trial: ClassVar[Mapping[str, Any]] = {"epoch": 1}
     neutral: ClassVar[Mapping[str, Any] | str] = {"repeats": 0}
 
-    _repeated = until_next_fit[Tensor | None](lambda _: None)  # as found
-    _found_in = until_next_fit[int | None](lambda _: None)  # epoch
+    _repeated = until_next_fit[Tensor | None](lambda _: None).saved()  # as found
+    _found_in = until_next_fit[int | None](lambda _: None).saved()  # epoch
 
     def __init__(
         self,
@@ -138,16 +138,11 @@ class UniformLearning(SubsetCallback):
             self.refuse_unreached(trainer, self.epoch, "cluster")
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "repeated": self._repeated, "found_in": self._found_in}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        found_in = state_dict["found_in"]
-        found_alike = not self.changed_settings(state_dict, "loss_index", "outputs_fn", "seed")
-        if self.fitting and found_alike and found_in is not None and found_in >= self.epoch:
-            self._repeated, self._found_in = state_dict["repeated"], found_in
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        found_otherwise = bool(self.changed_settings(state, "loss_index", "outputs_fn", "seed"))
+        if self._found_in is None or self._found_in < self.epoch or found_otherwise:
+            self._repeated, self._found_in = None, None
 
     @override
     def rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

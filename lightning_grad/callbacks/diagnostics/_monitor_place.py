@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_grad.core.dispatch import WrapOrder, overrides, wrap_method
-from lightning_grad.core.phases import conditioners
+from lightning_grad.core.roles import conditioners
 from lightning_grad.core.undo import UndoList
 from lightning_grad.functional.plain_tensors import PlainTensors
 from lightning_grad.utilities.parameters import all_names, selects, why_none_left
@@ -47,9 +47,9 @@ class Vantage:
         self.is_first = acting[0] is self.own
         if not self.is_first:
             undo.push(wrap_method(acting[0], _HOOK, partial(self._ahead, self.before)))
-        phases = [callback.phase for callback in conditioners(trainer)]
-        if "center" in phases and "clip" in phases:
-            clipper = next(callback for callback in conditioners(trainer) if callback.phase == "clip")
+        roles = [callback.role for callback in conditioners(trainer)]
+        if "center" in roles and "clip" in roles:
+            clipper = next(callback for callback in conditioners(trainer) if callback.role == "clip")
             undo.push(wrap_method(clipper, _HOOK, partial(self._ahead, self.before_clipping)))
         last = "configure_gradient_clipping" if pl_module.automatic_optimization else _HOOK
         undo.push(wrap_method(pl_module, last, self._after, order=WrapOrder.LOOK))

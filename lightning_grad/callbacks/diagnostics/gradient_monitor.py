@@ -1,8 +1,8 @@
 """Watching gradients: the callback.
 
 Beside this file: ``_optimizer_watch.py`` looks at the gradients of one optimizer, ``_monitor_place.py`` finds what to watch
-and where to look, ``_monitor_record.py`` keeps and draws what was seen, ``_monitor_report.py`` names the first bad
-step, ``_noise_scale.py`` measures the gradient noise scale, ``_logits.py`` reads logits off the operators. The formulas are in
+and where to look, ``_monitor_record.py`` keeps and draws what was seen and names the first bad step, ``_noise_scale.py``
+measures the gradient noise scale, ``_logits.py`` reads logits off the operators. The formulas are in
 ``functional/diagnostics/gradient_statistics.py``.
 """
 
@@ -19,14 +19,13 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.diagnostics._logits import LogitWatch
 from lightning_grad.callbacks.diagnostics._monitor_place import Vantage, named_parameters, why_none
-from lightning_grad.callbacks.diagnostics._monitor_record import MonitorRecord
-from lightning_grad.callbacks.diagnostics._monitor_report import FirstBadStep
+from lightning_grad.callbacks.diagnostics._monitor_record import FirstBadStep, MonitorRecord
 from lightning_grad.callbacks.diagnostics._noise_scale import NoiseScale, NoiseScaleMeter
 from lightning_grad.callbacks.diagnostics._optimizer_watch import OptimizerWatch, Place
-from lightning_grad.core import GradCallback, Phase, check_count, during_fit, is_log_step, until_next_fit, wrap_method
+from lightning_grad.core import GradCallback, Role, check_count, during_fit, is_log_step, until_next_fit, wrap_method
 from lightning_grad.core.compatibility import Compatibility, manual, yes
 from lightning_grad.core.conditioner import GradientConditioner
-from lightning_grad.core.phases import refuse_order
+from lightning_grad.core.roles import refuse_order
 from lightning_grad.functional.plain_tensors import on_plain_tensors
 from lightning_grad.utilities.forward_order import ForwardOrder, is_compiled
 from lightning_grad.utilities.optimizers import optimizer_index, optimizer_shape
@@ -99,7 +98,7 @@ class GradientMonitor(GradCallback):
         **manual(yes("It measures no noise scale under manual optimization.")),
     )
     trial: ClassVar[Mapping[str, Any]] = {"slow_stats_every": 2}
-    phase: ClassVar[Phase] = "observe"
+    role: ClassVar[Role] = "observe"
 
     _records = until_next_fit.of(dict[int, MonitorRecord])
     _noise = until_next_fit.of(NoiseScale)
@@ -146,15 +145,13 @@ class GradientMonitor(GradCallback):
             refuse_order(trainer)
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if not self.fitting:
-            return
-        for index, saved in state_dict["records"].items():
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        for index, saved in state["records"].items():
             self._records.setdefault(int(index), MonitorRecord()).load_state_dict(saved)
-        if not self.changed_settings(state_dict, "include", "exclude"):
-            self._noise.load_state_dict(state_dict["noise"])  # else its averages are of other parameters
-        self._first_bad.load_state_dict(state_dict)
+        if not self.changed_settings(state, "include", "exclude"):
+            self._noise.load_state_dict(state["noise"])  # else its averages are of other parameters
+        self._first_bad.load_state_dict(state)
 
     @override
     @on_plain_tensors

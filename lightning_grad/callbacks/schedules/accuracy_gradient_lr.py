@@ -109,10 +109,10 @@ class AccuracyGradientLR(MonitoredCallback):
     }
     nothing_done: ClassVar[str] = "no learning rate was cut"
 
-    record = until_next_fit[RunRecord](lambda _: RunRecord(weight=_is_cut))
-    _since_cut = until_next_fit[int](lambda self: self.cooldown)
-    _cuts = until_next_fit.of(int)
-    _values = until_next_fit.of(list[float])  # all of them: the window may grow on resume
+    record = until_next_fit[RunRecord](lambda _: RunRecord(weight=_is_cut)).saved()
+    _since_cut = until_next_fit[int](lambda self: self.cooldown).saved()
+    _cuts = until_next_fit.of(int).saved()
+    _values = until_next_fit.of(list[float]).saved()  # all of them: the window may grow on resume
     _rates = until_next_fit[ChosenRates](
         lambda self: ChosenRates(self.optimizers, self.param_groups, self.policy, self.min_lr, self.display_name)
     )
@@ -152,18 +152,12 @@ class AccuracyGradientLR(MonitoredCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        rule = {"values": list(self._values), "since_cut": self._since_cut, "cuts": self._cuts}
-        rates = {"scale": self._rates.scale, "base": self._rates.base}
-        return {**super().state_dict(), **rule, **rates, "record": self.record.state_dict()}
+        return {**super().state_dict(), "scale": self._rates.scale, "base": self._rates.base}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.fitting:
-            self.record.load_state_dict(state_dict["record"])
-            self._rates.scale, self._rates.base = state_dict["scale"], state_dict["base"]
-            self._since_cut, self._cuts = state_dict["since_cut"], state_dict["cuts"]
-            self._values = list(state_dict["values"])
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._rates.scale, self._rates.base = state["scale"], state["base"]
 
     @override
     def restart(self) -> str:

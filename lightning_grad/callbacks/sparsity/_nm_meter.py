@@ -14,7 +14,7 @@ from lightning_grad.core.views.portable import pack_bits, unpack_bits
 from lightning_grad.functional import mask_distance, masked_gradient_variance
 
 
-def state_of(weights: Sequence[SparseWeight]) -> dict[str, float]:
+def sparsity_totals(weights: Sequence[SparseWeight]) -> dict[str, float]:
     """Return density and decay value over all weights, and whether the final pattern holds exactly."""
     total = sum(w.parameter.numel() for w in weights)
     return {

@@ -6,7 +6,7 @@ base's, ``core/weights.py``. In this folder:
 - ``_nm_arguments.py`` reads the arguments;
 - ``_nm_weight.py`` is one sparse weight;
 - ``_nm_monitors.py`` restarts checkpoints and early stopping;
-- ``_nm_meter.py`` measures, ``_nm_record.py`` records and draws, ``_nm_report.py`` sees to the end of the run.
+- ``_nm_meter.py`` measures, ``_nm_record.py`` records, draws, and sees to the end of the run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.callbacks.sparsity import _nm_arguments as arguments
-from lightning_grad.callbacks.sparsity._nm_meter import SparsityMeter, patterns_in_force, phase_name, state_of
+from lightning_grad.callbacks.sparsity import _nm_record
+from lightning_grad.callbacks.sparsity._nm_meter import SparsityMeter, patterns_in_force, phase_name, sparsity_totals
 from lightning_grad.callbacks.sparsity._nm_monitors import MonitorRestart
-from lightning_grad.callbacks.sparsity._nm_record import SparsityRecord
-from lightning_grad.callbacks.sparsity._nm_report import settle_unfinished, warn_of_inexact_best, write_masks
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups, lacking
 from lightning_grad.core import FoundWeight, FrozenMoments, Stage, WeightCallback, WeightChoice, is_log_step
 from lightning_grad.core.callback import GradCallback
@@ -169,7 +168,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     column: ClassVar[str] = "pattern"
 
     _progress = until_next_fit.of(float)
-    _record = until_next_fit.of(SparsityRecord)
+    _record = until_next_fit.of(_nm_record.SparsityRecord)
     _meter = until_next_fit.of(SparsityMeter)
     _monitors = until_next_fit.of(MonitorRestart)
     _total_steps = during_fit[int | None](lambda _: None)
@@ -417,7 +416,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             self._restart_monitors(trainer, at_validation=False)
 
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        known, measured = state_of(self.weights), self._meter.read(self.weights)
+        known, measured = sparsity_totals(self.weights), self._meter.read(self.weights)
         layers = limit_layers({clean_name(w.name): w.density for w in self.weights}, self.layer_depth, self.max_layers)
         shown = {f"density/{name}": value for name, value in layers.items()}
         self.log_scalars(pl_module, {**known, **patterns_in_force(self.weights), **shown, **measured})
@@ -463,7 +462,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.fitting and self.weights:
-            now = state_of(self.weights)
+            now = sparsity_totals(self.weights)
             self.log_scalars(pl_module, {"density": now["density"], "exact": now["exact"]}, sync_dist=True)
 
     @override
@@ -497,7 +496,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             return []
         # Lightning skips a validation that was due behind the last step of a checkpoint, and with it the restart.
         self._monitors.is_done |= all(weight.phase.final for weight in self.weights)
-        settle_unfinished(self.weights, self._progress, self.bake_on_early_stop, self.display_name)
+        _nm_record.settle_unfinished(self.weights, self._progress, self.bake_on_early_stop, self.display_name)
         return self.weights
 
     @override
@@ -512,15 +511,15 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     def _report(self, trainer: pl.Trainer, weights: Sequence[SparseWeight]) -> None:
         self._record.close_phase()
-        last, title = state_of(weights), f"{self.display_name}: {self.pattern}, {self._recipe_name}"
+        last, title = sparsity_totals(weights), f"{self.display_name}: {self.pattern}, {self._recipe_name}"
         summary = {"final_density": last["density"], "final_exact": last["exact"]}
         draw = partial(self._record.draw_run, title, self.figure_metric)
         self._record.report(trainer, self, draw, summary=summary)
         shown = {self.log_key(f"weights/{clean_name(w.name)}"): w.parameter for w in weights[: self.max_layers]}
         log_histograms(trainer, shown)
         if self.save_masks:
-            write_masks(trainer, weights, self.display_name)
-        warn_of_inexact_best(trainer, weights, self.display_name)
+            _nm_record.write_masks(trainer, weights, self.display_name)
+        _nm_record.warn_of_inexact_best(trainer, weights, self.display_name)
 
 
 def _namespaces(trainer: pl.Trainer) -> tuple[str, ...]:

@@ -20,33 +20,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
+from lightning_grad.core.losses import given_functions as given
+from lightning_grad.core.losses import sample_losses
+from lightning_grad.core.losses import weighted_steps as ways
 from lightning_grad.core.losses.batch_sizes import batch_size_of
-from lightning_grad.core.losses.given_functions import (
-    ANY_LOSS,
-    GivenFunction,
-    LossRequest,
-    call_of,
-    checked_losses,
-    with_graph,
-)
-from lightning_grad.core.losses.sample_losses import (
-    classifying,
-    only_loss,
-    refuse_rest,
-    terms_of,
-    trace_of,
-    trained_loss,
-)
-from lightning_grad.core.losses.weighted_steps import (
-    ByCall,
-    ByFunction,
-    ByTerms,
-    Step,
-    Way,
-    Weigh,
-    Weighing,
-    outline_of,
-)
 from lightning_grad.core.quiet import aside, eager, is_quiet, quiet
 from lightning_grad.functional import InseparableLossError, LossCall, LossCapture, Terms
 from lightning_grad.functional.gradients.whole_loss import WholeLossCapture
@@ -54,7 +31,7 @@ from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import is_sharded
 
 
-def choose_way(step: Step, weighing: Weighing) -> Way | None:
+def choose_way(step: ways.Step, weighing: ways.Weighing) -> ways.Way | None:
     """Return how the samples of a module's steps are weighted; ``None`` if the step has no loss to tell it by.
 
     Raises:
@@ -65,8 +42,8 @@ def choose_way(step: Step, weighing: Weighing) -> Way | None:
     asked = weighing.asked
     if asked.loss_fn is not None:
         _try_function(step, asked.loss_fn, asked.display_name)
-        return ByFunction(weighing, asked.loss_fn)
-    by_call = ByCall(asked, weighing.reweight)
+        return ways.ByFunction(weighing, asked.loss_fn)
+    by_call = ways.ByCall(asked, weighing.reweight)
     trainer = step.module._trainer
     # The parts of a sharded module have no parameters of their own to look at, and a manual step also trains.
     if asked.loss_index is not None or trainer is None or is_sharded(trainer) or not step.may_skip:
@@ -77,16 +54,16 @@ def choose_way(step: Step, weighing: Weighing) -> Way | None:
             output = step.run_on_copies()
         if output is None:
             return None  # the next step that has a loss tells
-        loss = trained_loss(output, asked.needs_losses())
+        loss = sample_losses.trained_loss(output, asked.needs_losses())
         try:
-            refuse_rest(capture, capture.only(), output, asked)
+            sample_losses.refuse_rest(capture, capture.only(), output, asked)
         except (RuntimeError, ValueError) as error:
-            return ByTerms(weighing, _terms_after(error, step, asked, capture))
-    by_call.outlines.add(outline_of(loss, capture.nodes))
+            return ways.ByTerms(weighing, _terms_after(error, step, asked, capture))
+    by_call.outlines.add(ways.outline_of(loss, capture.nodes))
     return by_call
 
 
-def choose_again(step: Step, weighing: Weighing, way: ByCall) -> Way:
+def choose_again(step: ways.Step, weighing: ways.Weighing, way: ways.ByCall) -> ways.Way:
     """Return how samples are weighted from here on, after a step that computed its loss otherwise than the first.
 
     A schedule may add a term when its time comes. In the step that showed it only the call was weighted.
@@ -101,7 +78,7 @@ def choose_again(step: Step, weighing: Weighing, way: ByCall) -> Way:
     found = way if trainer is None or trainer.world_size > 1 else choose_way(step, weighing)
     if found is None:
         return way  # a later step tells
-    if not isinstance(found, ByCall):
+    if not isinstance(found, ways.ByCall):
         rank_zero_warn(
             f"{weighing.asked.display_name}: {more}. In the step before only that call was weighted; from this one on "
             "the whole loss is."
@@ -119,10 +96,12 @@ def choose_again(step: Step, weighing: Weighing, way: ByCall) -> Way:
     return found
 
 
-def _try_function(step: Step, loss_fn: GivenFunction, display_name: str) -> None:
+def _try_function(step: ways.Step, loss_fn: given.GivenFunction, display_name: str) -> None:
     """Ask the function once, also where the first steps are not weighted."""
     with aside(step.module), torch.enable_grad():
-        losses = with_graph(checked_losses(loss_fn(step.module, copy_of(step.batch)), step.samples), display_name)
+        losses = given.with_graph(
+            given.checked_losses(loss_fn(step.module, copy_of(step.batch)), step.samples), display_name
+        )
     if len(losses) and not bool(losses.isfinite().any()):
         raise ValueError(
             f"{display_name} weights the losses that loss_fn returns, and in the first batch none of them is finite. Let "
@@ -130,7 +109,7 @@ def _try_function(step: Step, loss_fn: GivenFunction, display_name: str) -> None
         )
 
 
-def _terms_after(error: Exception, step: Step, asked: LossRequest, capture: WholeLossCapture) -> Terms:
+def _terms_after(error: Exception, step: ways.Step, asked: given.LossRequest, capture: WholeLossCapture) -> Terms:
     """Return the terms of a step that is not one call of a loss, as an error says."""
     if step.samples is None:
         raise RuntimeError(
@@ -138,11 +117,11 @@ def _terms_after(error: Exception, step: Step, asked: LossRequest, capture: Whol
             f"tells how many samples are in it. {asked.needs_losses()}"
         ) from None
     ways_out = asked.needs_losses(capture.calls[0].name if capture.calls else "")
-    trace = trace_of(step.module, step.samples)
+    trace = sample_losses.trace_of(step.module, step.samples)
     with trace:
         output = step.run_on_copies()
     try:
-        terms = terms_of(trace, output, ways_out)
+        terms = sample_losses.terms_of(trace, output, ways_out)
         try:
             terms.weight_(torch.ones(step.samples)).remove()
         except InseparableLossError as found:
@@ -161,7 +140,7 @@ _TAPS: WeakKeyDictionary[Any, _LossTap] = WeakKeyDictionary()
 def read_losses(
     pl_module: pl.LightningModule,
     reader: Callable[[LossCall], None],
-    asked: LossRequest = ANY_LOSS,
+    asked: given.LossRequest = given.ANY_LOSS,
     samples: Callable[[Any], int | None] | None = None,
 ) -> Any:
     """Call ``reader`` with the loss of every training step, after it.
@@ -184,8 +163,8 @@ def read_losses(
 
 def reweight_losses(
     pl_module: pl.LightningModule,
-    reweight: Weigh,
-    asked: LossRequest,
+    reweight: ways.Weigh,
+    asked: given.LossRequest,
     samples: Callable[[Any], int | None] | None = None,
     acts: bool = True,
     needs: Callable[[], bool] = lambda: True,
@@ -212,7 +191,7 @@ def reweight_losses(
             f"{tap.weighing.asked.display_name} and {asked.display_name} would both weight the samples of a batch. Keep "
             "one of them in the list of callbacks."
         )
-    tap.weighing = Weighing(reweight, asked, acts, needs)
+    tap.weighing = ways.Weighing(reweight, asked, acts, needs)
     if tap.samples is batch_size_of:
         tap.samples = samples or tap.samples
     return lambda: tap.remove(None)
@@ -229,26 +208,26 @@ class _Reader:
     """One that reads the losses of the steps; see :func:`read_losses`."""
 
     read: Callable[[LossCall], None]
-    asked: LossRequest
+    asked: given.LossRequest
     by_classes: bool
     has_checked: bool = False  # the labels of outputs_fn
     # Which call classifies, by all calls of a step: looked at once, as it may wait for the device.
     known: dict[tuple[tuple[str, bool, bool], ...], int | None] = field(default_factory=dict)
 
-    def call_of(self, capture: LossCapture, step: Step) -> LossCall:
+    def call_of(self, capture: LossCapture, step: ways.Step) -> LossCall:
         """Return what it is given of a step that has run."""
         if self.asked.outputs_fn is not None:
             assert step.samples is not None
             check, self.has_checked = not self.has_checked, True
             with aside(step.module), torch.no_grad():
-                return call_of(self.asked.outputs_fn(step.module, step.batch), step.samples, check=check)
+                return given.call_of(self.asked.outputs_fn(step.module, step.batch), step.samples, check=check)
         loss_index, capture.way_out = self.asked.loss_index, self.asked.way_out
         if loss_index is None and self.by_classes:
             calls = tuple((call.name, call.has_graph, call.has_class_indices) for call in capture.calls)
             if calls not in self.known:
-                self.known[calls] = classifying(capture)
+                self.known[calls] = sample_losses.classifying(capture)
             loss_index = self.known[calls]
-        return only_loss(capture, self.asked, loss_index)
+        return sample_losses.only_loss(capture, self.asked, loss_index)
 
 
 class _LossTap:
@@ -256,9 +235,9 @@ class _LossTap:
 
     def __init__(self, pl_module: pl.LightningModule) -> None:
         self.readers: list[_Reader] = []
-        self.weighing: Weighing | None = None
+        self.weighing: ways.Weighing | None = None
         self.samples: Callable[[Any], int | None] = batch_size_of
-        self._way: Way | None = None  # in which samples are weighted, once a step has shown it
+        self._way: ways.Way | None = None  # in which samples are weighted, once a step has shown it
         self._has_loss = False  # as some step has shown
         may_skip = pl_module.automatic_optimization
 
@@ -266,7 +245,7 @@ class _LossTap:
             if is_quiet(pl_module):
                 return inner(*args, **kwargs)
             samples = self.samples(next(iter((*args, *kwargs.values()))))
-            return self._run(Step(pl_module, inner, args, kwargs, samples, bool(self.readers), may_skip))
+            return self._run(ways.Step(pl_module, inner, args, kwargs, samples, bool(self.readers), may_skip))
 
         self._undo = wrap_method(pl_module, "training_step", around, order=WrapOrder.LOSSES)
 
@@ -280,7 +259,7 @@ class _LossTap:
             for module in [module for module, tap in _TAPS.items() if tap is self]:
                 del _TAPS[module]
 
-    def _run(self, step: Step) -> Any:
+    def _run(self, step: ways.Step) -> Any:
         if step.samples == 0:
             # None of the samples that are watched: another loader's batch, or a tuner that tries a few steps.
             return step.run()
@@ -290,16 +269,16 @@ class _LossTap:
             self._way = choose_way(step, weighing)
         if not needs and not step.is_read:
             return step.run()
-        if needs and weighing is not None and isinstance(self._way, ByCall) and self._way.changed:
+        if needs and weighing is not None and isinstance(self._way, ways.ByCall) and self._way.changed:
             self._way = choose_again(step, weighing, self._way)
         asked = self.readers[0].asked if weighing is None else weighing.asked
-        way: Way = ByCall(asked)
+        way: ways.Way = ways.ByCall(asked)
         if needs and weighing is not None:
-            way = self._way or ByCall(asked, weighing.reweight)
+            way = self._way or ways.ByCall(asked, weighing.reweight)
         output, seen = way.run(step)
         if seen is not None:
             if self.readers and not self._has_loss and step.may_skip and torch.is_grad_enabled():
-                trained_loss(output, self.readers[0].asked.needs_losses())
+                sample_losses.trained_loss(output, self.readers[0].asked.needs_losses())
             self._has_loss = True
             for reader in self.readers:
                 reader.read(reader.call_of(seen, step))

@@ -18,18 +18,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_grad.core.losses import row_order
 from lightning_grad.core.losses.given_functions import LossRequest, SampleLoss, checked_losses, refuse_other_means
 from lightning_grad.core.losses.look import Look, Measure, SkippedBatchError
-from lightning_grad.core.losses.row_order import (
-    RowComparison,
-    Seen,
-    is_close,
-    largest,
-    rows_of_batch,
-    rows_of_call,
-    rows_of_terms,
-    size_of_input,
-)
 from lightning_grad.core.losses.sample_losses import SampleLosses, loss_of_output, only_loss, refuse_rest
 from lightning_grad.core.losses.scoring import runner, scoring_loader, to_device
 from lightning_grad.core.quiet import eager, quiet
@@ -80,7 +71,7 @@ class Rehearsal:
         self._function = next((name for name, function in given.items() if function is not None), "")
         self._is_coarse = "16" in str(self.trainer.precision)
         self._exactness = 5e-2 if self._is_coarse else 1e-3
-        self._rows = RowComparison(self.asked, self._exactness, self._function)
+        self._rows = row_order.RowComparison(self.asked, self._exactness, self._function)
 
     def check_loader(self, in_training: bool = False) -> None:
         """Check the rows of batches that ``collate_fn`` makes of the training set's samples.
@@ -103,11 +94,11 @@ class Rehearsal:
             chosen = torch.randperm(len(mine), generator=torch.Generator().manual_seed(draw))[:size]
             indices = mine[chosen].tolist()
 
-            def see(order: Tensor, seed: int, indices: list[int] = indices) -> Seen | None:
+            def see(order: Tensor, seed: int, indices: list[int] = indices) -> row_order.Seen | None:
                 with self.loaded(indices, order, seed) as batch:
                     if batch is None:
                         return None
-                    seen = Seen(rows_of_batch(batch, size))
+                    seen = row_order.Seen(row_order.rows_of_batch(batch, size))
                     return self._run(to_device(self.trainer, batch), size, memory, seen) if runs else seen
 
             if self._rows.compare(see, size):
@@ -125,7 +116,7 @@ class Rehearsal:
             "loss. Let collate_fn and training_step return something for more batches, to have it checked."
         )
 
-    def _kind_of(self, whole: Seen | None, alone: list[Tensor | None]) -> SampleLoss:
+    def _kind_of(self, whole: row_order.Seen | None, alone: list[Tensor | None]) -> SampleLoss:
         """Return what the loss of a sample is: that which the step returns for it in a batch of its own.
 
         Args:
@@ -139,8 +130,8 @@ class Rehearsal:
             own, shares = (values.detach()[: len(solo)] for values in (terms.own, terms.shares))
             solo = solo.to(own) - terms.constant
             known = own.isfinite() & solo.isfinite()
-            floor = self._exactness * largest(solo[known])
-            fits = [is_close(values[known], solo[known], self._exactness, floor) for values in (shares, own)]
+            floor = self._exactness * row_order.largest(solo[known])
+            fits = [row_order.is_close(values[known], solo[known], self._exactness, floor) for values in (shares, own)]
         flags = torch.tensor(fits, dtype=torch.float32, device=self.trainer.strategy.root_device)
         ranks = sum_over_ranks(self.trainer, flags).tolist()  # all must take the same
         return next((kind for kind, count in zip(_KINDS, ranks, strict=True) if count == self.trainer.world_size), None)
@@ -218,9 +209,9 @@ class Rehearsal:
         """
         memory: dict[str, Any] = {}
 
-        def see(order: Tensor, seed: int) -> Seen | None:
+        def see(order: Tensor, seed: int) -> row_order.Seen | None:
             with self._quiet(seed):
-                return self._run(reordered(copy_of(batch), order), samples, memory, Seen())
+                return self._run(reordered(copy_of(batch), order), samples, memory, row_order.Seen())
 
         if not self._rows.compare(see, samples, in_order=False):
             return False
@@ -257,7 +248,7 @@ class Rehearsal:
                     if self.by_terms and not is_sharded(self.trainer):
                         return  # the step itself was looked at, and has several terms
                     raise
-                self._rows.refuse_moved(self._rows.targets, rows_of_call(call).get("target"), "target")
+                self._rows.refuse_moved(self._rows.targets, row_order.rows_of_call(call).get("target"), "target")
 
     # A batch is run.
 
@@ -304,7 +295,7 @@ class Rehearsal:
         """The samples of this rank."""
         return self._samples.sampler.population[self.trainer.global_rank :: self.trainer.world_size]
 
-    def _run(self, batch: Any, samples: int, memory: dict[str, Any], seen: Seen) -> Seen | None:
+    def _run(self, batch: Any, samples: int, memory: dict[str, Any], seen: row_order.Seen) -> row_order.Seen | None:
         run = runner(self.trainer, self.pl_module, batch)
         look = Look(self.pl_module, batch, list(range(samples)), samples, run, self.asked, memory)
         try:
@@ -318,13 +309,13 @@ class Rehearsal:
         except SkippedBatchError:
             return None
         if found.call is not None:
-            seen.values = rows_of_call(found.call)
-            floor = (1e-2 if self._is_coarse else 1e-4) * size_of_input(found.call)
+            seen.values = row_order.rows_of_call(found.call)
+            floor = (1e-2 if self._is_coarse else 1e-4) * row_order.size_of_input(found.call)
             seen.floors = {"value": floor, "input": floor}
         else:
             assert found.terms is not None
-            seen.terms, seen.values = found.terms, rows_of_terms(found.terms)
-            seen.floors = {name: self._exactness * largest(rows) for name, rows in seen.values.items()}
+            seen.terms, seen.values = found.terms, row_order.rows_of_terms(found.terms)
+            seen.floors = {name: self._exactness * row_order.largest(rows) for name, rows in seen.values.items()}
         return seen
 
     def _loss_of(self, indices: list[int]) -> Tensor | None:

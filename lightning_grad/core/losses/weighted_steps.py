@@ -13,15 +13,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_grad.core.losses import sample_losses
 from lightning_grad.core.losses.given_functions import GivenFunction, LossRequest, checked_losses, refuse_other_means
-from lightning_grad.core.losses.sample_losses import (
-    SampleLosses,
-    loss_of_output,
-    only_loss,
-    terms_of,
-    trace_of,
-    with_loss,
-)
+from lightning_grad.core.losses.sample_losses import SampleLosses
 from lightning_grad.core.quiet import aside
 from lightning_grad.functional import LossCapture, Terms
 from lightning_grad.functional.gradients.autograd import Node
@@ -178,10 +172,9 @@ class ByCall:
         if step.is_skipped(output):
             return None, None
         if self._reweight is not None:
-            only_loss(
-                capture, self._asked, self._asked.loss_index
-            )  # an unseen or ambiguous loss is no step without weights
-            loss = loss_of_output(output)
+            # An unseen or ambiguous loss is no step without weights.
+            sample_losses.only_loss(capture, self._asked, self._asked.loss_index)
+            loss = sample_losses.loss_of_output(output)
             if self.outlines and loss is not None and loss.grad_fn is not None:
                 outline = outline_of(loss, capture.nodes)
                 self.changed = self.changed if outline in self.outlines else outline
@@ -203,13 +196,13 @@ class ByTerms:
     def run(self, step: Step) -> Seen:
         """Run a step; return what it returns, and the losses seen for readers; ``None`` for these if it was skipped."""
         assert step.samples is not None
-        trace = trace_of(step.module, step.samples)
+        trace = sample_losses.trace_of(step.module, step.samples)
         with trace:
             output = step.run()
         if step.is_skipped(output):
             return None, None
         asked = self._weighing.asked
-        terms = terms_of(trace, output, asked.needs_losses(), self._like, check=False)
+        terms = sample_losses.terms_of(trace, output, asked.needs_losses(), self._like, check=False)
         weights = self._weighing.reweight(SampleLosses.of_terms(terms, asked.kind()))
         if weights is not None:
             terms.weight_(weights)
@@ -241,7 +234,7 @@ class ByFunction:
             output = step.run()
         if step.is_skipped(output):
             return None, None
-        losses, loss = checked_losses(found, step.samples), loss_of_output(output)
+        losses, loss = checked_losses(found, step.samples), sample_losses.loss_of_output(output)
         if loss is None or loss.numel() != 1:
             raise ValueError(
                 f"training_step must return one number as its loss, or None; {self._weighing.asked.display_name} found none."
@@ -255,7 +248,7 @@ class ByFunction:
         change = ((weights.to(losses) - 1.0) * losses).mean().reshape(loss.shape)
         weighted = loss + change.to(loss.dtype)
         weighted = WithGradientOf.apply(loss.detach(), weighted)  # type: ignore[no-untyped-call]
-        return with_loss(output, weighted), capture
+        return sample_losses.with_loss(output, weighted), capture
 
     def _compare(self, losses: Tensor, loss: Tensor) -> None:
         """Refuse a function whose mean is not the loss of the first two steps, up to a constant."""

@@ -14,16 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_grad.core.dispatch import wrap_method
-from lightning_grad.core.samples.training_loaders import (
-    EpochLength,
-    items_of,
-    keys_of,
-    length_of,
-    refuse_key,
-    refuse_without_indices,
-    replace_sampler,
-    slot_of,
-)
+from lightning_grad.core.samples import training_loaders
 from lightning_grad.core.undo import UndoList
 from lightning_grad.data import PrunableBatchSampler
 from lightning_grad.data.borrowed_workers import can_borrow
@@ -64,7 +55,7 @@ class TrainingSet:
         self._known: Fingerprint | None = None
         self._waiting: list[str] = []
         self._keys = [""]
-        self._length = EpochLength(trainer)
+        self._length = training_loaders.EpochLength(trainer)
         self._kept: Tensor | None = None
         self._fixed_steps = False
         self._begun = False
@@ -108,7 +99,7 @@ class TrainingSet:
 
     def items(self, dataset: Any) -> Any:
         """Return a data set whose samples can be read one by one, if the loader reads lists of them at once."""
-        return items_of(self.loader, dataset)
+        return training_loaders.items_of(self.loader, dataset)
 
     @property
     def is_whole_batch(self) -> bool:
@@ -120,14 +111,14 @@ class TrainingSet:
     def _expect(self, inner: Callable[[], Any]) -> Any:
         # An error in here would leave torch's DataLoader patched by Lightning for the rest of the process.
         loaders = inner()
-        keys = list(keys_of(loaders.iterables if isinstance(loaders, CombinedLoader) else loaders))
+        keys = list(training_loaders.keys_of(loaders.iterables if isinstance(loaders, CombinedLoader) else loaders))
         self._waiting, self._keys = keys, list(keys)
         return loaders
 
     def _receive(self, inner: Callable[[Any], Any], loader: Any) -> Any:
         if not self._waiting:
             return inner(loader)
-        refuse_key(self._loader_key, self._keys, "training", self._needed_by)
+        training_loaders.refuse_key(self._loader_key, self._keys, "training", self._needed_by)
         if self._loader_key not in (None, self._waiting.pop(0)):
             return inner(loader)
         self._install(loader)
@@ -140,8 +131,8 @@ class TrainingSet:
         return processed
 
     def _install(self, loader: Any) -> None:
-        refuse_without_indices(loader, self._needed_by)
-        original = getattr(loader, slot_of(loader))
+        training_loaders.refuse_without_indices(loader, self._needed_by)
+        original = getattr(loader, training_loaders.slot_of(loader))
         if isinstance(original, PrunableBatchSampler):
             original = original.original
         sampler = PrunableBatchSampler(original, len(loader.dataset), self._needed_by)
@@ -163,7 +154,7 @@ class TrainingSet:
                 "on a torch.utils.data.Subset instead."
             )
         self._give_back()
-        replace_sampler(loader, sampler)
+        training_loaders.replace_sampler(loader, sampler)
         self._loader, self._sampler = loader, sampler
         if self._begun:
             self._tell_sampler()
@@ -178,7 +169,7 @@ class TrainingSet:
     def _compare_data(self, loader: DataLoader[Any]) -> None:
         if not self._remembers or (self._loader is not None and loader.dataset is self._loader.dataset):
             return
-        items = items_of(loader, loader.dataset)
+        items = training_loaders.items_of(loader, loader.dataset)
         if self._loader is not None:
             refuse_other_data(self.mark, items, self._needed_by, reloaded=True)
         elif self._known is not None:
@@ -205,7 +196,7 @@ class TrainingSet:
 
     def _give_back(self) -> None:
         if self._loader is not None:
-            replace_sampler(self._loader, self.sampler.original)
+            training_loaders.replace_sampler(self._loader, self.sampler.original)
 
     def _around_loading(self, inner: Callable[[], None]) -> None:
         # A pruned epoch may be shorter than a val_check_interval that was right for the whole one, which Lightning refuses
@@ -300,7 +291,7 @@ class TrainingSet:
     def full_batches(self) -> float:
         """Batches of an epoch of the whole training set."""
         return self._length.batches_if(
-            lambda loader: self.sampler.full_length if loader is self._loader else length_of(loader)
+            lambda loader: self.sampler.full_length if loader is self._loader else training_loaders.length_of(loader)
         )
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_grad.functional.gradients.autograd import Edge, edge_of
-from lightning_grad.functional.gradients.loss_functions import LOSSES, LossCall, SampleSums, bind, read
+from lightning_grad.functional.gradients.loss_functions import LOSSES, LossCall, SampleSums, bind_arguments, read
 from lightning_grad.functional.gradients.rows import Rows, obeys_shape_rule
 from lightning_grad.functional.plain_tensors import plain_tensor
 
@@ -66,7 +66,7 @@ def read_call(
     loss = LOSSES[func]
     if loss.defaults is None:
         return None
-    name, given = loss.name, bind(loss.defaults, args, kwargs)
+    name, given = loss.name, bind_arguments(loss.defaults, args, kwargs)
     tensors = [t for t in given.values() if isinstance(t, Tensor)]
     first = tensors[0]
     axis = 1 if name == "ctc_loss" and first.dim() == 3 else 0  # log-probabilities come (T, B, C)

@@ -6,20 +6,10 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from lightning_grad.functional.gradients import rows as row_rules
 from lightning_grad.functional.gradients.autograd import edge_of, is_transformed
 from lightning_grad.functional.gradients.record import Record
-from lightning_grad.functional.gradients.rows import (
-    PRODUCTS,
-    REDUCTIONS,
-    SORTS,
-    TRANSPOSES,
-    Rows,
-    assigned_rows,
-    moved_rows,
-    obeys_shape_rule,
-    reduces_samples,
-    transposed_rows,
-)
+from lightning_grad.functional.gradients.rows import Rows
 from lightning_grad.functional.plain_tensors import tensors_in
 
 
@@ -68,9 +58,9 @@ class RowTracker:
 
     def has_rows(self, tensor: Tensor) -> bool:
         rows = self.of(tensor) if self.moved else None
-        return (
-            obeys_shape_rule(tensor.shape, self._record.samples) if rows is None else not rows.mixed and rows.axis == 0
-        )
+        if rows is None:
+            return row_rules.obeys_shape_rule(tensor.shape, self._record.samples)
+        return not rows.mixed and rows.axis == 0
 
     def lies_elsewhere(self, data: Any) -> bool:
         rows = self.of(data) if isinstance(data, Tensor) else None
@@ -80,7 +70,7 @@ class RowTracker:
         data, found = tensors_in(args[0]), tensors_in(out)
         if not data or is_transformed(data[0]) or all(self._record.is_constant(t) for t in data):
             return
-        if func in SORTS:
+        if func in row_rules.SORTS:
             values = found[0]
             if values.requires_grad:
                 self.set(values, Rows(length=values.shape[0], mixed=True) if values.dim() else None)
@@ -88,7 +78,7 @@ class RowTracker:
             if len(found) != 2 or values.dim() != 1:
                 return
             func, args, kwargs = torch.Tensor.__getitem__, (data[0], found[1]), {}
-        moved = moved_rows(func, args, kwargs, self._record.samples, self._of_part)
+        moved = row_rules.moved_rows(func, args, kwargs, self._record.samples, self._of_part)
         for output, rows in zip(found, moved, strict=False):
             self.set(output, rows)
 
@@ -98,14 +88,14 @@ class RowTracker:
 
     def reshape(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         rows = self.of(args[0])
-        if func in TRANSPOSES:
-            self.set(out, transposed_rows(func, args, kwargs, rows, self._record.samples))
+        if func in row_rules.TRANSPOSES:
+            self.set(out, row_rules.transposed_rows(func, args, kwargs, rows, self._record.samples))
         elif rows is not None:
             self.move(func, args, kwargs, out)
 
     def assign(self, args: tuple[Any, ...]) -> None:
         if not self._record.is_constant(args[0]) and not is_transformed(args[0]):
-            self.set(args[0], assigned_rows(args, self._record.samples, self._of_part))
+            self.set(args[0], row_rules.assigned_rows(args, self._record.samples, self._of_part))
 
     def inherited(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], output: Tensor
@@ -115,15 +105,15 @@ class RowTracker:
         Where there are tensors with a graph, they decide: of labels, masks and tables only the shape is known.
         """
         mixed = Rows(length=output.shape[0], mixed=True) if output.dim() else None
-        if func in REDUCTIONS and args and isinstance(args[0], Tensor):
+        if func in row_rules.REDUCTIONS and args and isinstance(args[0], Tensor):
             rows = self.of(args[0])
             axis = 0 if rows is None else rows.axis
-            if (rows is None or rows.owner is None) and reduces_samples(args, kwargs, axis):
+            if (rows is None or rows.owner is None) and row_rules.reduces_samples(args, kwargs, axis):
                 # A mean over the batch whose (C,) values look like B rows.
-                return mixed if obeys_shape_rule(output.shape, self._record.samples) else None
+                return mixed if row_rules.obeys_shape_rule(output.shape, self._record.samples) else None
         if not any(id(t) in self.moved for t in inputs):
             return None
-        if func in PRODUCTS:
+        if func in row_rules.PRODUCTS:
             inputs = inputs[:1]
         group = [(t, self.of(t)) for t in inputs if not self._record.is_constant(t)]
         with_graph = [(t, rows) for t, rows in group if t.requires_grad]
@@ -137,7 +127,7 @@ class RowTracker:
             return first if alone else None
         if any(rows is not first and not first.same_as(rows) for rows in known):
             return mixed if with_graph else None
-        if any(t.shape[:1] == shape[:1] and obeys_shape_rule(t.shape, self._record.samples) for t in others):
+        if any(t.shape[:1] == shape[:1] and row_rules.obeys_shape_rule(t.shape, self._record.samples) for t in others):
             if first.length == self._record.samples and first.covers:
                 return None  # x + x[permutation], as in mixup and in triplets of a batch: the row's own sample counts
             if with_graph or not first.covers:

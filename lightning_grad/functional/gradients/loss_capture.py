@@ -21,7 +21,7 @@ from lightning_grad.functional.gradients.loss_functions import (
     LossCall,
     LossFunction,
     SampleSums,
-    bind,
+    bind_arguments,
     dropped_weight,
     read,
     reweighted,
@@ -199,7 +199,7 @@ class LossCapture(TorchFunctionMode):
         if loss.defaults is None or not loss.is_readable:
             raise TypeError("it does not have one input and one target per sample")
         # Of a class of its own a tensor may demand what only it knows of itself.
-        bound = bind(loss.defaults, args, kwargs)
+        bound = bind_arguments(loss.defaults, args, kwargs)
         given = {name: plain_tensor(v) if isinstance(v, Tensor) else v for name, v in bound.items()}
         value = plain_tensor(value) if isinstance(value, Tensor) else value
         if _transformed(given.values()):

@@ -82,7 +82,7 @@ def dropped_weight(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[
     return {} if frame is None else {"weight": frame.f_locals["weight"]}
 
 
-def bind(defaults: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def bind_arguments(defaults: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call by name, with defaults, and ``reduction`` in place of what came before it."""
     # Signature.bind does the same in six times the time; a call that does not fit raises in the function itself.
     arguments = {**defaults, **dict(zip(defaults, args)), **kwargs}  # noqa: B905 - no `strict=`, which torch before 2.7 cannot compile

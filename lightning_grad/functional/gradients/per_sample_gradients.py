@@ -22,11 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_grad.functional.choices import check_choice
-from lightning_grad.functional.gradients._ghost.graph import (
-    probe_layouts,
-    squared_norms_by_backward,
-    where_samples_meet,
-)
+from lightning_grad.functional.gradients._ghost import graph
 from lightning_grad.functional.gradients._ghost.layouts import Layout, candidates
 from lightning_grad.functional.gradients._ghost.sums import SquaredNorms
 from lightning_grad.functional.gradients._ghost.tracer import Key, Leaf, Tracer, Use
@@ -153,7 +149,7 @@ class PerSampleGradientNorms:
 
     def _settle(self, failed: Sequence[Use], tracer: Tracer) -> None:
         """Decide on uses that no layout fits: samples lie apart, in no order; or it is one tensor for all; or they mix."""
-        meeting = where_samples_meet(failed, tracer)
+        meeting = graph.where_samples_meet(failed, tracer)
         apart = [use for use in failed if id(use) not in meeting]
         alike = [use for use in failed if id(use) in meeting and use.is_batchless]
         if not apart and not alike:
@@ -190,7 +186,7 @@ class PerSampleGradientNorms:
     def _probe(self, tracer: Tracer, unknown: Sequence[Use]) -> list[Use]:
         """Find the layouts by backward passes of single losses; return the uses that none fits."""
         silent = {use.key for use in unknown} <= self._silent  # as before: do not ask many samples in every batch
-        answers = probe_layouts(unknown, tracer, most=1 if silent else _PROBES)
+        answers = graph.probe_layouts(unknown, tracer, most=1 if silent else _PROBES)
         for use, (layout, is_certain) in zip(unknown, answers, strict=True):
             use.layout = layout
             if layout is not None and is_certain:
@@ -214,7 +210,7 @@ class PerSampleGradientNorms:
             if self._fallback == "raise":
                 raise RuntimeError(_uncovered_message({name: self._coverage[name] for name in rest}))
             largest = max([p.numel() for p in rest.values()] + [math.prod(use.shape) for use in tracer.uses])
-            sums.total += squared_norms_by_backward(losses, list(rest.values()), 4 * largest)
+            sums.total += graph.squared_norms_by_backward(losses, list(rest.values()), 4 * largest)
 
         def receive(use: Use, gradient: Tensor) -> None:
             layout = use.layout

@@ -386,7 +386,7 @@ def test_a_run_that_never_logs_keeps_no_more_than_it_must(monkeypatch):
 
 def test_a_callback_of_somebody_else_may_have_a_phase():
     class Foreign(pl.Callback):
-        phase = "clip"
+        role = "clip"
 
     run(small(), Foreign(), ZClip(), GradientMonitor(), max_epochs=1)
 

@@ -74,7 +74,7 @@ def report(
     owner = DataPruning(name=display_name.partition("[")[2].removesuffix("]") or None)
     if names is not None:
         dataset = Named(dataset, names)
-    _report.report(trainer, found, dataset, owner, num_shown, figure)
+    _report.report_scores(trainer, found, dataset, owner, num_shown, figure)
 
 
 class Named(Dataset[Any]):

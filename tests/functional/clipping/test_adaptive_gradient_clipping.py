@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_grad.functional import clip_adaptively_
 from lightning_grad.functional.clipping.adaptive_gradient_clipping import unit_norms
+from tests.cases import cases
 from tests.functional.clipping.gradients import DTYPES, INF, NAN, SHAPES, assert_same_bits, copies, draw
 
 
@@ -42,9 +43,9 @@ def test_agc_is_the_formula_of_timm(dtype: torch.dtype, ratio: float) -> None:
     assert (ratio == INF) == bool(units.min() == 1.0), "both branches are met, unless nothing is to be clipped"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gradient_scale", [0.0, 1e-30, 1e-9, 1e-7, 1.0, 1e18, 1e30])
-@pytest.mark.parametrize("weight_scale", [0.0, 1e-30, 1e-5, 1.0, 1e30])
+@cases("dtype", DTYPES)
+@cases("gradient_scale", [0.0, 1e-30, 1e-9, 1e-7, 1.0, 1e18, 1e30])
+@cases("weight_scale", [0.0, 1e-30, 1e-5, 1.0, 1e30])
 def test_agc_is_the_formula_of_timm_for_zeros_and_extremes(
     dtype: torch.dtype, gradient_scale: float, weight_scale: float
 ) -> None:

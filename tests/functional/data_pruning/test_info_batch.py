@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grad.functional.data_pruning.info_batch import infobatch_count, infobatch_subset, infobatch_weights
+from tests.cases import cases
 
 NAN, INF = float("nan"), float("inf")
 LOSSES = torch.tensor([0.1, 3.0, 0.4, 0.2, 5.0, 0.9, NAN, 0.3])
@@ -66,8 +67,8 @@ def test_subset_by_hand() -> None:
     assert weights.sum().item() == pytest.approx(8.0), "the weights stand for all samples"
 
 
-@pytest.mark.parametrize("prune", [0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.999])
-@pytest.mark.parametrize("n", [1, 2, 3, 10, 101])
+@cases("prune", [0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.999])
+@cases("n", [1, 2, 3, 10, 101])
 def test_the_number_left_out_is_exact(n: int, prune: float) -> None:
     losses = torch.rand(n, generator=generator(n)) ** 2
     low = int((losses.double() < losses.double().mean()).sum())

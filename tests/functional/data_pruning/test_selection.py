@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.functional.data_pruning.selection import count_kept, round_up_count, select_samples
+from tests.cases import cases
 
 NAN, INF = float("nan"), float("inf")
 
@@ -121,8 +122,8 @@ def test_any_dtype_and_a_graph_are_fine(dtype: torch.dtype) -> None:
 # Classes.
 
 
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize(("keep", "rule"), [("hard", "top"), ("easy", "top"), ("random", "top"), ("hard", "ccs")])
+@cases("seed", range(20))
+@cases(("keep", "rule"), [("hard", "top"), ("easy", "top"), ("random", "top"), ("hard", "ccs")])
 def test_balance_keeps_the_same_share_of_each_class(keep: str, rule: str, seed: int) -> None:
     n = 60 + seed
     scores, labels = draw(n, seed), draw_labels(n, 4, seed)

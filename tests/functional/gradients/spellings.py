@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy as imported_by_name
 from torch.utils.checkpoint import checkpoint
 
 from lightning_grad.functional import LossCapture
+from tests.cases import cases
 
 B, C, T = 6, 5, 3
 SEED = torch.Generator().manual_seed(0)
@@ -210,9 +211,9 @@ if hasattr(F, "linear_cross_entropy"):
         nn.LinearCrossEntropyLoss(4, C), some(B, T).flatten(), (B * T, 4), samples=B
     )
 
-every_spelling = pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS.keys())
+every_spelling = cases("spelling", (pytest.param(spelling, id=name) for name, spelling in SPELLINGS.items()))
 REWEIGHTABLE = {name: spelling for name, spelling in SPELLINGS.items() if name != "checkpointed"}
-every_reweightable = pytest.mark.parametrize("spelling", REWEIGHTABLE.values(), ids=REWEIGHTABLE.keys())
+every_reweightable = cases("spelling", (pytest.param(spelling, id=name) for name, spelling in REWEIGHTABLE.items()))
 
 
 def with_gradient(spelling: Spelling, capture: LossCapture | None = None) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from lightning_grad.functional import LossCapture
+from tests.cases import cases
 from tests.functional.gradients.spellings import (
     CHOICES,
     REWEIGHTABLE,
@@ -116,8 +117,8 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("reweight", [None, lambda call: torch.ones(call.samples)])
-@pytest.mark.parametrize("name", [name for name in REWEIGHTABLE if name != "gaussian_nll_loss, a variance each"])
+@cases("reweight", [None, lambda call: torch.ones(call.samples)])
+@cases("name", [name for name in REWEIGHTABLE if name != "gaussian_nll_loss, a variance each"])
 def test_the_host_does_not_wait(name: str, reweight: Any) -> None:
     """Left out is a loss that waits by itself, for a look whether a variance is negative."""
     spelling = SPELLINGS[name]

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.functional import InseparableLossError, LossTrace, Terms
+from tests.cases import cases
 from tests.functional.gradients.catalogue import B, Batch, Net, Step, make_batch
 from tests.functional.gradients.losses import CASES, REFUSED
 from tests.functional.gradients.proofs import prove_terms
@@ -33,7 +34,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", CASES)
+@cases("name", CASES)
 def test_shares_and_constant_are_those_written_by_hand(name: str) -> None:
     case, (net, batch) = CASES[name], setting()
     loss, terms = traced(case.loss, net, batch)
@@ -43,7 +44,7 @@ def test_shares_and_constant_are_those_written_by_hand(name: str) -> None:
     assert_close(terms.shares.mean() + terms.constant, loss.detach())
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.learned])
+@cases("name", [name for name, case in CASES.items() if not case.learned])
 def test_weighted_gradient_is_that_of_the_loss_weighted_by_hand(name: str) -> None:
     case, (net, batch) = CASES[name], setting()
     weights = torch.rand(B, dtype=torch.float64) + 0.1
@@ -54,7 +55,7 @@ def test_weighted_gradient_is_that_of_the_loss_weighted_by_hand(name: str) -> No
         assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.learned])
+@cases("name", [name for name, case in CASES.items() if not case.learned])
 def test_weights_of_one_give_the_plain_gradient_bit_for_bit(name: str) -> None:
     case, (net, batch) = CASES[name], setting()
     loss, terms = traced(case.loss, net, batch, values=False)
@@ -73,7 +74,7 @@ def test_a_learned_factor_refuses_weights_by_name(name: str) -> None:
     assert caught.value.location.startswith("losses.py:")
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.solo != "partners"])
+@cases("name", [name for name, case in CASES.items() if case.solo != "partners"])
 def test_shares_follow_the_samples_and_are_the_loss_of_a_sample_alone(name: str) -> None:
     case, (net, batch) = CASES[name], setting()
     proof = prove_terms(lambda b: case.loss(net, b), lambda i: batch[torch.tensor(i)], range(B))
@@ -83,7 +84,7 @@ def test_shares_follow_the_samples_and_are_the_loss_of_a_sample_alone(name: str)
     assert {"": (None,), "own": ("own",), "both": ("share",)}[case.solo] == (proof.sample_loss,)
 
 
-@pytest.mark.parametrize("name", CASES)
+@cases("name", CASES)
 def test_values_with_a_graph_have_the_gradient_of_each_sample(name: str) -> None:
     case, (net, batch) = CASES[name], setting()
     with LossTrace(B, keep_graph=True) as trace:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_grad.functional.gradients._ghost.layouts import Layout, belongs_to, candidates
 from lightning_grad.functional.gradients.per_sample_gradients import PerSampleGradientNorms, per_sample_gradient_norms
+from tests.cases import cases
 
 Draw = Callable[[int], tuple[Tensor, ...]]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -177,7 +178,7 @@ class Bag(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.parametrize("name", COVERED)
+@cases("name", COVERED)
 def test_rules_give_what_backward_gives(name: str) -> None:
     build, draw = COVERED[name]
     coverage = assert_exact(build(), draw)

@@ -19,6 +19,7 @@ from lightning_grad.functional.gradients.follow import RowTracker
 from lightning_grad.functional.gradients.record import Record
 from lightning_grad.functional.gradients.rows import Rows
 from lightning_grad.functional.plain_tensors import plain_tensor
+from tests.cases import cases
 from tests.functional.gradients.catalogue import B, H, Net, V, entropies, errors, make_batch
 from tests.functional.gradients.losses import CASES, one_tensor_thrice
 from tests.functional.gradients.losses_of_torch import mse
@@ -28,7 +29,7 @@ from tests.functional.gradients.test_losses import assert_close, gradients, sett
 # LossCapture.
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
+@cases("name", SPELLINGS)
 def test_losses_of_torch_are_bit_for_bit_those_of_loss_capture(name: str) -> None:
     spelling = SPELLINGS[name]
     network_output = spelling.input.clone().requires_grad_()
@@ -272,8 +273,8 @@ def test_a_class_that_refuses_functions_is_not_asked() -> None:
 # Later batches, other shapes.
 
 
-@pytest.mark.parametrize("samples", [1, 2, 3, 8])
-@pytest.mark.parametrize(
+@cases("samples", [1, 2, 3, 8])
+@cases(
     "name",
     [
         "masked_mean",

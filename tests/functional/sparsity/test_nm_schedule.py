@@ -14,6 +14,7 @@ from lightning_grad.functional.sparsity.nm_schedule import (
     linear_decay,
     stepwise_patterns,
 )
+from tests.cases import cases
 
 PATTERNS = ["1:2", "2:4", "1:4", "4:8", "3:8", "1:8", "2:8", "1:16", "3:16", "1:64", "3:5", "4:4", "1:1"]
 TARGET = NMPattern(1, 8)
@@ -39,7 +40,7 @@ def density(phase: NMPhase) -> float:
 # Frames.
 
 
-@pytest.mark.parametrize(
+@cases(
     ("pattern", "frames"),
     [
         ("1:4", [3, 2, 1]),
@@ -199,17 +200,17 @@ def test_frames_follow_one_another_at_hand_worked_shares() -> None:
     assert all(schedule.phase(p, TARGET, 100).decay == 0.0 for p in (0.2, 0.5, 1.0))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("recipe", RECIPES)
+@cases("pattern", PATTERNS)
+@cases("recipe", RECIPES)
 def test_run_ends_exactly_at_its_target(recipe: str, pattern: str) -> None:
     target = NMPattern.parse(pattern)
     for dense, finetune in ((0.0, 0.0), (0.1, 0.2), (0.7, 0.0), (0.0, 0.9), (0.33, 0.66)):
         assert NMSchedule(recipe, dense, finetune).phase(1.0, target, 77) == NMPhase(target, 0.0, True)
 
 
-@pytest.mark.parametrize(("dense", "finetune"), [(0.0, 0.0), (0.1, 0.2)])
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("recipe", RECIPES)
+@cases(("dense", "finetune"), [(0.0, 0.0), (0.1, 0.2)])
+@cases("pattern", PATTERNS)
+@cases("recipe", RECIPES)
 def test_density_never_rises_and_final_stays_final(recipe: str, pattern: str, dense: float, finetune: float) -> None:
     run = phases(NMSchedule(recipe, dense, finetune), NMPattern.parse(pattern), 97)
     densities = [density(phase) for phase in run]

@@ -25,6 +25,7 @@ from lightning_grad.functional.sparsity._group_top import (
 )
 from lightning_grad.functional.sparsity.nm_sparsity import group_dim
 from lightning_grad.functional.torch_version import TORCH
+from tests.cases import cases
 from tests.functional.ranks import on_two_ranks
 
 NAN, INF = float("nan"), float("inf")
@@ -72,23 +73,23 @@ def check_against_reference(weight: Tensor, n: int, m: int, axis: int | str, dim
     assert torch.equal(mask.double(), reference_mask(weight, n, m, dim))
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "special"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "m"), PATTERNS)
+@cases("kind", ["normal", "ties", "special"])
+@cases("dtype", DTYPES)
+@cases(("n", "m"), PATTERNS)
 def test_mask_equals_reference(n: int, m: int, dtype: torch.dtype, kind: str) -> None:
     check_against_reference(draw((5, 3 * m), dtype, kind), n, m, "input", 1)
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 8), (3, 5), (7, 8), (15, 16), (32, 64)])
+@cases("kind", ["normal", "ties"])
+@cases("shape", SHAPES)
+@cases(("n", "m"), [(1, 2), (2, 4), (1, 8), (3, 5), (7, 8), (15, 16), (32, 64)])
 def test_groups_are_input_channels_at_one_position(n: int, m: int, shape: str, kind: str) -> None:
     weight = draw(SHAPES[shape](m), kind=kind)
     check_against_reference(weight, n, m, "input", min(1, weight.ndim - 1))
 
 
-@pytest.mark.parametrize("axis", ["output", 0, 1, 2, 3, -1, -2, -4])
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 8), (3, 8)])
+@cases("axis", ["output", 0, 1, 2, 3, -1, -2, -4])
+@cases(("n", "m"), [(2, 4), (1, 8), (3, 8)])
 def test_groups_lie_along_the_axis_asked_for(n: int, m: int, axis: int | str) -> None:
     weight = draw((8, 16, 8, 24), kind="ties")
     check_against_reference(weight, n, m, axis, 0 if axis == "output" else int(axis) % 4)
@@ -103,14 +104,14 @@ def test_hand_worked_convolution_group() -> None:
     assert mask[0, :, 0, 1].tolist() == [1, 0, 1, 0]
 
 
-@pytest.mark.parametrize(("n", "m"), PATTERNS)
-@pytest.mark.parametrize("value", [0.0, 3.0, -INF, NAN])
+@cases(("n", "m"), PATTERNS)
+@cases("value", [0.0, 3.0, -INF, NAN])
 def test_ties_keep_exactly_n_lowest_index_first(n: int, m: int, value: float) -> None:
     expected = torch.tensor([1.0] * n + [0.0] * (m - n))
     assert torch.equal(nm_mask(torch.full((2, 2 * m), value), n, m), expected.repeat(2, 2))
 
 
-@pytest.mark.parametrize(
+@cases(
     ("row", "kept"),
     [
         ([-2.0, 2.0, 2.0, -2.0], [1, 1, 0, 0]),
@@ -126,8 +127,8 @@ def test_special_values_rank_as_documented(row: list[float], kept: list[int]) ->
     assert nm_mask(torch.tensor([row]), 2, 4).tolist() == [kept]
 
 
-@pytest.mark.parametrize(("n", "m"), [(n, m) for n, m in PATTERNS if n < m])
-@pytest.mark.parametrize("kind", ["normal", "ties"])
+@cases(("n", "m"), [(n, m) for n, m in PATTERNS if n < m])
+@cases("kind", ["normal", "ties"])
 def test_selection_algorithms_agree(n: int, m: int, kind: str) -> None:
     magnitude = draw((m, 7, 3), kind=kind).abs_()
     order = torch.argsort(magnitude, dim=0, descending=True, stable=True)
@@ -197,7 +198,7 @@ def test_group_dim_of_a_scalar_is_refused() -> None:
         group_dim(torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("text", ["2", "a:b", "", "2:4:8", "2-4", "2.0:4", ":4", "-1:4"])
+@cases("text", ["2", "a:b", "", "2:4:8", "2-4", "2.0:4", ":4", "-1:4"])
 def test_pattern_that_is_no_pair_of_numbers_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="written like '2:4'"):
         NMPattern.parse(text)

@@ -10,18 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_grad.functional.gradients._ghost.contributions import (
-    Binding,
-    Contribution,
-    Dense,
-    Outer,
-    Rows,
-    chunks,
-    first,
-    given,
-    per_channel,
-    sum_squares,
-)
+from lightning_grad.functional.gradients._ghost import contributions
 
 
 @dataclass(frozen=True)
@@ -73,8 +62,8 @@ class Convolution:
     def squared(self) -> Tensor:
         samples = self.inputs.shape[0]
         if self._is_odd:
-            return torch.cat([sum_squares(self.dense(b, b + 1)) for b in range(samples)])
-        return torch.cat([self._products(*chunk) for chunk in chunks(self.inputs, self._entries)])
+            return torch.cat([contributions.sum_squares(self.dense(b, b + 1)) for b in range(samples)])
+        return torch.cat([self._products(*chunk) for chunk in contributions.chunks(self.inputs, self._entries)])
 
     def dense(self, start: int, stop: int) -> Tensor:
         pairs = zip(self.inputs[start:stop], self.gradients[start:stop], strict=True)
@@ -110,9 +99,11 @@ class Convolution:
         left = met.flatten(3).transpose(2, 3).reshape(len(met), positions, -1)
         columns = _columns(self._scanned[start:stop], s, tuple(self._met.shape[3:]))
         if self._is_short:
-            squares = Outer(left, torch.cat(list(columns), 2)).squared()
+            squares = contributions.Outer(left, torch.cat(list(columns), 2)).squared()
         else:  # each position within the kernel is a part of the weight of its own, so that squares may be added
-            squares = sum((sum_squares(torch.bmm(left.mT, part)) for part in columns), left.new_zeros(len(met)))
+            squares = sum(
+                (contributions.sum_squares(torch.bmm(left.mT, part)) for part in columns), left.new_zeros(len(met))
+            )
         return squares.view(stop - start, s.groups).sum(1)
 
 
@@ -183,7 +174,7 @@ def convolution(
     dilation: Any = 1,
     groups: int = 1,
     output_padding: Any = None,  # of a transposed one
-) -> Binding | None:
+) -> contributions.Binding | None:
     dims = weight.dim() - 2
     if input.dim() != weight.dim():
         return None  # an image without a batch
@@ -197,11 +188,11 @@ def convolution(
     kept = input.detach()
     before_and_after = [amount for pair in reversed(pads) for amount in pair]
 
-    def term(gradient: Tensor, rows: Rows) -> Contribution:
+    def term(gradient: Tensor, rows: contributions.Rows) -> contributions.Contribution:
         padded = F.pad(kept, before_and_after) if any(before_and_after) else kept
         return Convolution(rows(padded), rows(gradient), settings)
 
-    def shift(gradient: Tensor, rows: Rows) -> Contribution:
-        return Dense(per_channel(rows(gradient)))
+    def shift(gradient: Tensor, rows: contributions.Rows) -> contributions.Contribution:
+        return contributions.Dense(contributions.per_channel(rows(gradient)))
 
-    return Binding(given((weight, term), (bias, shift)), first, (input,))
+    return contributions.Binding(contributions.given((weight, term), (bias, shift)), contributions.first, (input,))

@@ -169,7 +169,7 @@ TWO_SIDED_RULES: dict[Any, Rule] = {
 }
 
 
-def bind(function: Any, is_source: IsSource, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Binding | None:
+def find_binding(function: Any, is_source: IsSource, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Binding | None:
     """Return how a call depends on its parameters, or None where no rule covers it.
 
     Args:

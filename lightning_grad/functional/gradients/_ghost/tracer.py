@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_grad.functional.gradients._ghost.contributions import Binding, Term
 from lightning_grad.functional.gradients._ghost.layouts import Layout
-from lightning_grad.functional.gradients._ghost.rules import bind
+from lightning_grad.functional.gradients._ghost.rules import find_binding
 from lightning_grad.functional.plain_tensors import tensors_in
 
 Key = tuple[str, tuple[str, ...], int]  # operation, parameters, how many such calls came before
@@ -216,7 +216,7 @@ class Tracer(TorchFunctionMode):
         others = [tensor for tensor in given if self.source(tensor) is None]
         binding = None
         if not any(tensor.is_nested or tensor.is_sparse for tensor in given):
-            binding = bind(func, lambda value: self.source(value) is not None, args, kwargs)
+            binding = find_binding(func, lambda value: self.source(value) is not None, args, kwargs)
         knows_no_samples = all(tensor.dtype in _INTEGERS for tensor in others)
         if binding is not None and {id(s.tensor) for s in found} <= {id(tensor) for tensor, _ in binding.terms}:
             key = self._key(func, found)

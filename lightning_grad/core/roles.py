@@ -1,6 +1,6 @@
 """In which order techniques change gradients, and who else clips.
 
-Used by ``conditioner.py`` and by ``GradientMonitor``. Techniques know of each other only by what they carry: a ``phase``.
+Used by ``conditioner.py`` and by ``GradientMonitor``. Techniques know of each other only by what they carry: a ``role``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_grad.core.compatibility import Answer, no
 from lightning_grad.core.dispatch import overrides
 
-Phase = Literal["guard", "center", "clip", "noise", "observe"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
+Role = Literal["guard", "center", "clip", "noise", "observe"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 _TURN_OFF = (
     "set gradient_clip_val=None. If a library builds the Trainer, set trainer.gradient_clip_val = None before fit(), or in "
     "the setup() of a callback that stands before this one"
 )
-ANSWERS: Mapping[Phase, Mapping[str, Answer]] = {
+ANSWERS: Mapping[Role, Mapping[str, Answer]] = {
     "clip": {
         "gradient_clip_val": no("and {} would both clip", f"Keep one: drop the callback, or {_TURN_OFF}"),
         "late_gradients": no(
@@ -34,30 +34,30 @@ ANSWERS: Mapping[Phase, Mapping[str, Answer]] = {
         )
     },
 }
-"""What techniques of a phase do not work with."""
+"""What techniques of a role do not work with."""
 
 
 def conditioners(trainer: pl.Trainer) -> list[Any]:
-    """Return the techniques of this package that stand in some phase, in the order of the list."""
+    """Return the techniques of this package that have a role, in the order of the list."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return [c for c in callbacks if getattr(c, "phase", None) in PHASES and hasattr(c, "display_name")]
+    return [c for c in callbacks if getattr(c, "role", None) in ROLES and hasattr(c, "display_name")]
 
 
 def refuse_order(trainer: pl.Trainer) -> None:
     """Raise if techniques stand in an order in which they undo each other's work, and show the right one.
 
     Raises:
-        ValueError: If the phases do not follow each other.
+        ValueError: If the roles are out of order.
     """
     found = conditioners(trainer)
-    right = sorted(found, key=lambda callback: PHASES.index(callback.phase))
+    right = sorted(found, key=lambda callback: ROLES.index(callback.role))
     if found != right:
 
         def written(callbacks: Sequence[Any]) -> str:
-            return ", ".join(f"{callback.display_name} ({callback.phase})" for callback in callbacks)
+            return ", ".join(f"{callback.display_name} ({callback.role})" for callback in callbacks)
 
         raise ValueError(
-            f"What changes gradients acts in the order {', '.join(PHASES)}. Got callbacks=[{written(found)}]; write "
+            f"What changes gradients acts in the order {', '.join(ROLES)}. Got callbacks=[{written(found)}]; write "
             f"callbacks=[{written(right)}]."
         )
 
@@ -74,7 +74,7 @@ def warn_of_other_clippers(trainer: pl.Trainer, pl_module: pl.LightningModule, c
     for other in conditioners(trainer):
         if other is clipper:
             break
-        if other.phase == "clip" and not mine.isdisjoint(map(id, other.parameters())):
+        if other.role == "clip" and not mine.isdisjoint(map(id, other.parameters())):
             rank_zero_warn(
                 f"{other.display_name} and {clipper.display_name} both clip the same gradients, one after the other. If "
                 "that is not meant, keep one, or separate them by include=."
