@@ -3,6 +3,7 @@
 ::
 
     python studies/data_pruning.py --seeds 5
+    python studies/data_pruning.py --seeds 5 --variants        # only looks for wrong labels
     python studies/data_pruning.py --variants full random hard --prunes 0.5 --budget steps
     python studies/data_pruning.py --cifar10 path/to/folder --epochs 200 --score-epoch 20 --prunes 0.5
 
@@ -704,9 +705,10 @@ def parse(arguments: Sequence[str] | None = None) -> Study:
     add = parser.add_argument
     rules = (
         "what to compare: full, that is all samples; random, hard, easy: DataPruning with this keep; offset and ccs: hard "
-        "without the hardest tenth; rs2 and rs2-equal: RepeatedRandomSubset; infobatch"
+        "without the hardest tenth; rs2 and rs2-equal: RepeatedRandomSubset; infobatch. None of them: only look for wrong "
+        "labels"
     )
-    add("--variants", nargs="+", choices=RULES, default=default.variants, metavar="VARIANT", help=rules)
+    add("--variants", nargs="*", choices=RULES, default=default.variants, metavar="VARIANT", help=rules)
     add(
         "--prunes",
         nargs="+",
@@ -735,15 +737,16 @@ def parse(arguments: Sequence[str] | None = None) -> Study:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the study that the command line describes."""
-    study = parse(arguments)
-    results = run_study(study)
-    print_table(results, study)
-    written = ["comparison.png", "results.csv", "a folder for each training"]
+    study, written = parse(arguments), []
+    if study.variants:
+        print_table(run_study(study), study)
+        written += ["comparison.png", "results.csv", "a folder for each training"]
     if max(study.flips) > 0:
         print_findings(find_label_errors(study))
-        look_at_scores(study)
-        written[1:1] = ["label_errors.png", "histogram.png", "scores.png"]
-        written += ["label_errors.csv", "scores/ with tables of the hardest samples"]
+        written += ["label_errors.png", "label_errors.csv", "scores/ with tables of the hardest samples"]
+        if study.variants:
+            look_at_scores(study)
+            written += ["histogram.png", "scores.png"]
     print(f"\nWritten to {study.output}/:", *written, sep="\n  ")
 
 
