@@ -44,7 +44,7 @@ class SkipNonFinite(GradientConditioner):
     **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced. During the first batch hooks
     on the module's children learn the order of the forward pass.
 
-    **Logs** under ``grad/skip_non_finite/``, at log steps: ``skipped`` (steps so far); in the summary ``final_skipped``.
+    **Logs** under ``grad/skip_non_finite/``, at log steps: ``skipped`` (steps so far); also in the summary.
 
     **State.** Steps skipped, in all and in a row.
 
@@ -162,4 +162,4 @@ class SkipNonFinite(GradientConditioner):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        log_summary(trainer, {self.log_key("final_skipped"): float(sum(self._skipped.values()))})
+        log_summary(trainer, {self.log_key("skipped"): float(sum(self._skipped.values()))})

@@ -57,7 +57,7 @@ ENTRIES = [
             ({"coefficient": _INF}, "coefficient must be finite"),
             ({"coefficient": {"*": _INF}}, "coefficient must be finite"),
             ({"max_ratio": 0.0}, "max_ratio must be above 0"),
-            ({"per": "layer"}, "is none of"),
+            ({"per": "layer"}, "per must be"),
         ),
     ),
     conditioner(

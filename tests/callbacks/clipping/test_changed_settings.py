@@ -250,7 +250,7 @@ def test_a_monitor_goes_on_with_other_settings(tmp_path):
     assert record["count"] == EPOCH
     names = [name for row in record["layers"]["rows"] for name in row["norms"]]
     assert list(dict.fromkeys(names)) == ["a", "b"]
-    assert "grad/norm/b" in trainer.callback_metrics
+    assert "grad_layers/norm/b" in trainer.callback_metrics
 
 
 def test_the_noise_scale_of_other_parameters_is_not_taken_over(tmp_path):

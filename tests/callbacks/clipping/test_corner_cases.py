@@ -122,7 +122,7 @@ def test_parameters_that_are_added_in_mid_fit_are_watched_and_clipped(tmp_path):
     clipping = NormClipping(1e-4)
     trainer = run(HeadFirst(), Unfreeze(), clipping, GradientMonitor(), logger=CSVLogger(tmp_path))
     assert trainer.callback_metrics["grad/norm_after"].item() == pytest.approx(1e-4, rel=0.02)
-    assert "grad/norm/body" in trainer.callback_metrics
+    assert "grad_layers/norm/body" in trainer.callback_metrics
 
 
 def test_a_rule_for_parameters_that_come_later_warns_and_then_acts():

@@ -130,7 +130,7 @@ def test_nothing_waits_for_the_device(rule: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rule": "upper"}, "rule='upper' is none of 'linupper', 'quadratic', 'extremes'"),
+        ({"rule": "upper"}, "rule must be 'linupper', 'quadratic' or 'extremes'; got 'upper'"),
         ({"temperature": 0.0}, "above 0"),
         ({"temperature": NAN}, "above 0"),
         ({"losses": torch.zeros(2, 2)}, r"\(B,\); got the shape \(2, 2\)"),
