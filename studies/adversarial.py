@@ -51,7 +51,7 @@ from studies.adversarial_trainings import (
     train,
     tune,
 )
-from studies.common import hush, print_rows, progress, write_results
+from studies.common import hush, mean_and_spread, print_rows, progress, write_results
 
 IN_THE_DEMO = """\
 Attacked inputs (half a minute). A small network learns handwritten digits as
@@ -141,12 +141,6 @@ def print_speed_ups(study: Study, chosen: Chosen, reached: Sequence[Reached]) ->
     print("\nAccuracyGradientLR against each schedule:\n")
     print_rows(("attack", "schedule", "speed-up", "faster in", "robust accuracy gained"), rows)
     print("\nspeed-up: epochs that the schedule needed, divided by those of AccuracyGradientLR")
-
-
-def mean_and_spread(values: Sequence[float], form: str = ".1f") -> str:
-    """Write a mean, and the standard deviation where there are several values."""
-    spread = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{spread}"
 
 
 # The command line.

@@ -36,6 +36,7 @@ from studies.adversarial_trainings import (
     reach,
     read_column,
 )
+from studies.common import tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -348,14 +349,6 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     for lower, upper in pairwise(order):
         moved[upper] = max(moved[upper], moved[lower] + gap)
     return moved
-
-
-def tidy(axis: Axes) -> None:
-    """Take away from a panel what says nothing."""
-    axis.grid(color="0.93")
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8)
 
 
 # In the order in which they answer: does it help, by example, why is the rate what it is, which schedule is best.
