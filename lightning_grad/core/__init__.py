@@ -1,21 +1,24 @@
 """Base classes and tools for authors of techniques. Nothing here depends on a particular technique.
 
-Every technique derives from one of these bases. Read ``callback.py`` first: it holds what all of them share. Attributes
-that live for one fit are in ``fit.py``.
+Every technique derives from one of these bases. Read ``callback.py`` first: it holds what all of
+them share. Attributes that live for one fit are in ``fit.py``.
 
 - :class:`GradientConditioner`: a rule on the gradients of one optimizer step.
 - :class:`WeightCallback`: computes the weights that the module sees from the weights that train.
 - :class:`OptimizerCallback`: changes optimizers, their steps, learning rates, moments and closures.
 - :class:`SubsetCallback`: chooses the samples of each epoch.
 - :class:`MonitoredCallback`: acts on the values of a metric.
-- :class:`ProbeCallback`: measures the module at regular intervals and logs the results; changes nothing.
+- :class:`ProbeCallback`: measures the module at regular intervals and logs the results; changes
+  nothing.
 
-All bases share ``undo.py`` (restores what was changed), ``dispatch.py`` (wraps methods in a fixed order), ``quiet.py`` and
-``module_state.py`` (run the module without a trace), ``ranks.py`` (sums and means over ranks), ``progress.py`` (the share of
-the run that is done), ``compatibility.py`` (what a technique works with) and ``record.py`` (the rows that a technique records
-in a run). Four folders hold the parts of the bases; the ``__init__.py`` of each lists its files:
+All bases share ``undo.py`` (restores what was changed), ``dispatch.py`` (wraps methods in a fixed
+order), ``quiet.py`` and ``module_state.py`` (run the module without a trace), ``ranks.py`` (sums
+and means over ranks), ``progress.py`` (the share of the run that is done), ``compatibility.py``
+(what a technique works with) and ``record.py`` (the rows that a technique records in a run). Four
+folders hold the parts of the bases; the ``__init__.py`` of each lists its files:
 
-- ``losses/``: losses of single samples: captured in the module's step, reweighted in it, or measured over a training set;
+- ``losses/``: losses of single samples: captured in the module's step, reweighted in it, or
+  measured over a training set;
 - ``views/``: weights that the module sees in place of those that train;
 - ``steps/``: repeated optimizer steps, temporary learning rates and frozen moments;
 - ``samples/``: the training loader, its batches, and the length of epochs and schedules.

@@ -1,9 +1,10 @@
 """The base of every callback in this package. Read this file first.
 
-A technique derives from :class:`GradCallback`, or from a base that derives from it. It gets attributes that live for one
-fit (``fit.py``), an undo list that runs when the fit ends for any reason, a state key and log keys that carry the
-instance's name, its settings in the run's config, and the refusal of what cannot work. Other helpers are functions that a
-technique calls where it needs them: ``utilities.parameters`` selects parameters, ``progress.py`` returns the share of the
+A technique derives from :class:`GradCallback`, or from a base that derives from it. It gets
+attributes that live for one fit (``fit.py``), an undo list that runs when the fit ends for any
+reason, a state key and log keys that carry the instance's name, its settings in the run's config,
+and the refusal of what cannot work. Other helpers are functions that a technique calls where it
+needs them: ``utilities.parameters`` selects parameters, ``progress.py`` returns the share of the
 run that is done, ``utilities.reporting`` writes figures, tables and files.
 """
 
@@ -34,10 +35,11 @@ class Chosen:
 
     Args:
         words: A clause without subject and full stop; it is printed when the fit begins.
-        kind: What the names are: ``"parameters"``, ``"samples"``, ``"optimizers"``, ``"learning rates"``, ``"inputs"``,
-            ``"losses"`` or another plural noun.
-        names: One name for each. Parameters are named as in ``named_parameters()``, samples by their index in the data set
-            (repeated as often as in the epoch), others by an expression such as ``optimizers[0]``.
+        kind: What the names are: ``"parameters"``, ``"samples"``, ``"optimizers"``, ``"learning
+            rates"``, ``"inputs"``, ``"losses"`` or another plural noun.
+        names: One name for each. Parameters are named as in ``named_parameters()``, samples by
+            their index in the data set (repeated as often as in the epoch), others by an expression
+            such as ``optimizers[0]``.
 
     Example:
         >>> chosen = Chosen("acts on 2 parameters", "parameters", ["head.weight", "head.bias"])
@@ -65,26 +67,30 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
 
     Every technique follows these rules:
 
-    - Each constructor argument has a type annotation that YAML can express. The argument is checked against it before the
-      constructor runs. The constructor checks ranges and stores each argument under its own name. ``setup`` and
-      ``on_fit_start`` check the trainer and the module.
-    - For everything that it adds to the module, the optimizers or the trainer, it pushes an undo step to ``self.undo``.
-    - What a checkpoint must hold is an attribute with ``.saved()``, or an entry of an extended ``state_dict``: tensors,
-      numbers, strings, lists and dicts only.
-    - If it extends ``state_dict``, it extends ``restore``, which continues from that state when a fit resumes.
-    - If a setting differs on resume, the new value applies, unless ``fixed_settings`` names the setting.
+    - Each constructor argument has a type annotation that YAML can express. The argument is checked
+      against it before the constructor runs. The constructor checks ranges and stores each argument
+      under its own name. ``setup`` and ``on_fit_start`` check the trainer and the module.
+    - For everything that it adds to the module, the optimizers or the trainer, it pushes an undo
+      step to ``self.undo``.
+    - What a checkpoint must hold is an attribute with ``.saved()``, or an entry of an extended
+      ``state_dict``: tensors, numbers, strings, lists and dicts only.
+    - If it extends ``state_dict``, it extends ``restore``, which continues from that state when a
+      fit resumes.
+    - If a setting differs on resume, the new value applies, unless ``fixed_settings`` names the
+      setting.
     - ``on_fit_start`` calls ``self.announce`` once the technique knows what it acts on.
 
     Class attributes:
 
     - ``namespace``: the first part of the log keys.
-    - ``compatibility``: what the technique works with; ``setup`` refuses the rest. Override ``works_with`` if this depends
-      on settings.
-    - ``fixed_settings``: the arguments that must not change when a run resumes, each with the reason, which ends the
-      sentence "it cannot change because ...".
-    - ``trial``: constructor arguments with which a few epochs on a small module show what the technique does. They name no
-      layer, so they fit every module. Tests and tools use them.
-    - ``neutral``: changes to ``trial`` with which the technique changes nothing in a run, or the reason why there are none.
+    - ``compatibility``: what the technique works with; ``setup`` refuses the rest. Override
+      ``works_with`` if this depends on settings.
+    - ``fixed_settings``: the arguments that must not change when a run resumes, each with the
+      reason, which ends the sentence "it cannot change because ...".
+    - ``trial``: constructor arguments with which a few epochs on a small module show what the
+      technique does. They name no layer, so they fit every module. Tests and tools use them.
+    - ``neutral``: changes to ``trial`` with which the technique changes nothing in a run, or the
+      reason why there are none.
 
     Args:
         name: Name of this instance, needed if two of a class are used; part of state and log keys.
@@ -123,7 +129,8 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        # Lightning sets the module's log methods on every callback it runs; a copy must not hold the module.
+        # Lightning sets the module's log methods on every callback it runs; a copy must not hold
+        # the module.
         return {key: value for key, value in super().__getstate__().items() if key not in ("log", "log_dict")}
 
     @property
@@ -149,8 +156,8 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
         unknown = [name for name in names if not hasattr(self, name)]
         if unknown:
             raise TypeError(
-                f"{type(self).__name__} has no attribute {unknown[0]!r}. Store every constructor argument under its own name, "
-                "and call super().__init__(name)."
+                f"{type(self).__name__} has no attribute {unknown[0]!r}. Store every constructor argument under its "
+                "own name, and call super().__init__(name)."
             )
         return {name: getattr(self, name) for name in names}
 
@@ -175,8 +182,8 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
         unknown = sorted(self.fixed_settings.keys() - self.settings.keys())
         if unknown:
             raise TypeError(
-                f"{type(self).__name__}.fixed_settings must name arguments of the constructor ({', '.join(self.settings)}); "
-                f"got {unknown[0]!r}."
+                f"{type(self).__name__}.fixed_settings must name arguments of the constructor "
+                f"({', '.join(self.settings)}); got {unknown[0]!r}."
             )
 
     @override
@@ -193,7 +200,8 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
         """Continue from a checkpoint's state when a fit resumes.
 
         Args:
-            state: What ``state_dict`` returned. Changed settings have already been checked and reported.
+            state: What ``state_dict`` returned. Changed settings have already been checked and
+                reported.
         """
         self.load_saved(state)
 
@@ -207,8 +215,9 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        # Lightning calls no teardown after this hook, but checkpoint callbacks still save after it. What their files
-        # need is therefore dropped in the strategy's on_exception, which Lightning calls right after all callbacks.
+        # Lightning calls no teardown after this hook, but checkpoint callbacks still save after it.
+        # What their files need is therefore dropped in the strategy's on_exception, which Lightning
+        # calls right after all callbacks.
         self.undo.run()
 
         def last(inner: Callable[..., Any], *args: Any) -> None:
@@ -259,15 +268,15 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
         """
         if self._announced is None:
             raise RuntimeError(
-                f"{self.display_name} has not chosen what it acts on, because no fit is running. Call chosen() during fit(), "
-                "in on_fit_start or a later hook of a callback that comes after it in the list."
+                f"{self.display_name} has not chosen what it acts on, because no fit is running. Call chosen() during "
+                "fit(), in on_fit_start or a later hook of a callback that comes after it in the list."
             )
         return self._announced
 
     def log_scalars(
         self, pl_module: pl.LightningModule, values: Mapping[str, float | Tensor], sync_dist: bool = False
     ) -> None:
-        """Log scalars as ``namespace[/name]/quantity``; set ``sync_dist`` in validation, where Lightning asks for it."""
+        """Log scalars as ``namespace[/name]/quantity``. Set ``sync_dist`` in validation, where Lightning wants it."""
         if getattr(pl_module.trainer, "barebones", False):  # Lightning would warn about every value
             return
         pl_module.log_dict({self.log_key(key): value for key, value in values.items()}, sync_dist=sync_dist)

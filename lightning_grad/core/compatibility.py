@@ -1,6 +1,7 @@
 """What a technique works with, declared once on its class.
 
-``setup`` refuses runs by this declaration, the documentation shows it, and the contract tests check it.
+``setup`` refuses runs by this declaration, the documentation shows it, and the contract tests check
+it.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ Found = tuple[str, str] | None
 
 @dataclass(frozen=True)
 class Answer:
-    """Whether a technique works with one feature. Make it with :func:`yes`, :func:`stand_in`, :func:`no` or :func:`moot`.
+    """Whether a technique works with one feature: made by :func:`yes`, :func:`stand_in`, :func:`no` or :func:`moot`.
 
     Args:
-        works: ``"yes"``; ``"stand-in"`` if tests ran it only with a stand-in in one process; ``"no"``; ``"-"`` if the
-            question does not apply.
-        note: One or more sentences. With ``"no"``, a clause that follows the technique's name, in which ``{}`` stands for
-            what was found in the run.
-        way_out: With ``"no"``, what to do instead, as an imperative. ``{value}`` stands for a part of what was found.
+        works: ``"yes"``; ``"stand-in"`` if tests ran it only with a stand-in in one process;
+            ``"no"``; ``"-"`` if the question does not apply.
+        note: One or more sentences. With ``"no"``, a clause that follows the technique's name, in
+            which ``{}`` stands for what was found in the run.
+        way_out: With ``"no"``, what to do instead, as an imperative. ``{value}`` stands for a part
+            of what was found.
     """
 
     works: Literal["yes", "stand-in", "no", "-"] = "yes"
@@ -100,8 +102,8 @@ def manual(answer: Answer) -> dict[str, Answer]:
 
 
 _IN_A_LIST = yes(
-    "Pass it in a list: `Trainer(callbacks=[...])`. The command line of `pytorch_lightning` accepts only callbacks of its "
-    "own namespace."
+    "Pass it in a list: `Trainer(callbacks=[...])`. The command line of `pytorch_lightning` accepts only callbacks "
+    "of its own namespace."
 )
 _UNSHARDED = stand_in("Tests run it with stand-ins of FSDP2, FSDP1 and DeepSpeed in one process, not on real shards.")
 
@@ -134,7 +136,8 @@ class Compatibility:
         fsdp1: ``FSDPStrategy``.
         deepspeed: ``DeepSpeedStrategy``.
         compiled: Compiled submodules.
-        several_optimizers: More than one optimizer, which Lightning allows under manual optimization only.
+        several_optimizers: More than one optimizer, which Lightning allows under manual
+            optimization only.
         manual_optimization: A module that steps its optimizers itself.
         weight_averaging: ``WeightAveraging`` and ``EMAWeightAveraging``.
         pytorch_lightning: ``pytorch_lightning.Trainer``.
@@ -281,7 +284,8 @@ _STRATEGIES = {
     "FSDPStrategy": "fsdp1",
     "DeepSpeedStrategy": "deepspeed",
 }
-# Several optimizers are in none of these tables: Lightning itself allows them only with manual optimization.
+# Several optimizers are in none of these tables: Lightning itself allows them only with manual
+# optimization.
 _IN_A_RUN: _Finders = {
     "accumulation": lambda trainer, _: _if(
         trainer.accumulate_grad_batches > 1, f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches})"

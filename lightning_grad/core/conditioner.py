@@ -1,9 +1,10 @@
 """The base of every callback that changes gradients before the optimizer uses them. Read ``callback.py`` first.
 
-A technique derives from :class:`GradientConditioner`, sets its ``role``, and defines one method, ``condition``: the rule,
-which changes gradients in place and returns the values to log. In each optimizer step the base calls it once for each
-bucket, a set of parameters with the same threshold. The base also keeps, saves and restores the rule's state, logs, and
-refuses what cannot work. The rules are in ``functional/clipping``.
+A technique derives from :class:`GradientConditioner`, sets its ``role``, and defines one method,
+``condition``: the rule, which changes gradients in place and returns the values to log. In each
+optimizer step the base calls it once for each bucket, a set of parameters with the same threshold.
+The base also keeps, saves and restores the rule's state, logs, and refuses what cannot work. The
+rules are in ``functional/clipping``.
 """
 
 from abc import abstractmethod
@@ -39,12 +40,13 @@ class GradientConditioner(GradCallback):
     Class attributes:
 
     - ``role``: its place among other techniques: guard, center, clip, noise, observe.
-    - ``threshold_name``: the constructor argument that may be one number, a mapping from name patterns to numbers, or
-      a key of the optimizer's param groups.
-    - ``acts_without_threshold``: whether the rule still acts if the threshold of a param group is ``None``.
+    - ``threshold_name``: the constructor argument that may be one number, a mapping from name
+      patterns to numbers, or a key of the optimizer's param groups.
+    - ``acts_without_threshold``: whether the rule still acts if the threshold of a param group is
+      ``None``.
 
     Args:
-        include: Names or wildcards of parameters or modules whose gradients it changes; default all.
+        include: Names or wildcards of parameters or modules to act on. Default: all.
         exclude: Names or wildcards of parameters or modules to skip.
         name: Name of this instance, needed if two of a class are used; part of state and log keys.
     """
@@ -53,13 +55,14 @@ class GradientConditioner(GradCallback):
     threshold_name: ClassVar[str | None] = None
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
         fp16=yes(
-            "It sees unscaled gradients. The GradScaler skips steps that overflow; their norms do not enter the statistics."
+            "It sees unscaled gradients. The GradScaler skips steps that overflow; their norms do not enter the "
+            "statistics."
         ),
         fused_fp16=SCALED,
         fsdp2=stand_in(
-            "`ModelParallelStrategy` with `fully_shard`. Gradients are DTensors there, and norms are computed over whole "
-            "gradients. Tests compare steps under `fully_shard` on two CPU ranks with steps of one process. No test runs a "
-            "Trainer with it, because that needs GPUs."
+            "`ModelParallelStrategy` with `fully_shard`. Gradients are DTensors there, and norms are computed over "
+            "whole gradients. Tests compare steps under `fully_shard` on two CPU ranks with steps of one process. No "
+            "test runs a Trainer with it, because that needs GPUs."
         ),
         fsdp1=no(
             "needs gradients in their original shapes, and under {} each rank sees flat shards",
@@ -67,8 +70,8 @@ class GradientConditioner(GradCallback):
         ),
         deepspeed=NO_ENGINE,
         manual_optimization=yes(
-            "Call `step()` on what `self.optimizers()` returns. If you call it on the raw torch optimizer, gradients are not "
-            "changed, and a warning says so."
+            "Call `step()` on what `self.optimizers()` returns. If you call it on the raw torch optimizer, gradients "
+            "are not changed, and a warning says so."
         ),
         sparse_gradients=no(
             "needs dense gradients, and {} makes sparse ones",
@@ -90,8 +93,8 @@ class GradientConditioner(GradCallback):
         if getattr(self, "role", None) not in get_args(Role):
             got = repr(self.role) if hasattr(self, "role") else "none"
             raise TypeError(
-                f"The class attribute role of {type(self).__name__} must be one of {', '.join(map(repr, get_args(Role)))}; "
-                f"got {got}."
+                f"The class attribute role of {type(self).__name__} must be one of "
+                f"{', '.join(map(repr, get_args(Role)))}; got {got}."
             )
         self.include = as_names(include)
         self.exclude = as_names(exclude)
@@ -100,8 +103,8 @@ class GradientConditioner(GradCallback):
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
         """Change gradients in place and return the values to log.
 
-        A value named ``clipped`` (1 if something was clipped, else 0) is summed over all steps and logged as
-        ``clipped_share``.
+        A value named ``clipped`` (1 if something was clipped, else 0) is summed over all steps and
+        logged as ``clipped_share``.
         """
         raise NotImplementedError(f"{type(self).__name__} must define condition(step).")
 
@@ -186,8 +189,8 @@ class GradientConditioner(GradCallback):
                 f"{self.display_name} has no parameter to act on. {why_none_left(pl_module, self.include, excluded)}"
             )
         rank_zero_warn(
-            f"{self.display_name} has nothing to act on yet: no optimizer holds any of the selected parameters. Add them to "
-            "the optimizer that configure_optimizers returns, or let a callback add them later."
+            f"{self.display_name} has nothing to act on yet: no optimizer holds any of the selected parameters. Add "
+            "them to the optimizer that configure_optimizers returns, or let a callback add them later."
         )
 
     def _choose(
@@ -284,7 +287,8 @@ class GradientConditioner(GradCallback):
     def _count(self, step: GradientStep, values: Mapping[str, Tensor | float], seen: int) -> dict[str, Tensor | float]:
         if values is None:
             raise TypeError(
-                f"{self.display_name}.condition must return a mapping of the values to log; got None. Return {{}} to log none."
+                f"{self.display_name}.condition must return a mapping of the values to log; got None. Return {{}} to "
+                "log none."
             )
         shown = dict(values)
         clipped = shown.pop("clipped", None)

@@ -13,20 +13,20 @@ _LIGHTNING = ("Callback", "LightningModule", "ModelHooks")
 class WrapOrder(IntEnum):
     """Position of a wrapper around a method, listed from the outermost to the innermost.
 
-    =========== ================================================== =========================================================
+    =========== ================================================== ========================================================
     position    wrappers                                           reason
-    =========== ================================================== =========================================================
+    =========== ================================================== ========================================================
     ``LOOK``    quiet runs of the module, which mute its logs;     all other wrappers are inside, so they are muted or
                 measurements of what all other wrappers did        measured too
-    ``INPUTS``  attacks, which change the batch                    an attack runs the step several times, each time with the
+    ``INPUTS``  attacks, which change the batch                    an attack runs the step several times, always with the
                                                                    weights that the real step trains
-    ``WEIGHTS`` weights that a view shows during a step;           the step and every repetition of it see the same weights
+    ``WEIGHTS`` weights that a view shows during a step;           the step and all repetitions of it see the same weights
                 the default for all other wrappers
     ``REPEAT``  a second run of a validation step on other inputs  both runs see the same weights
     ``LOSSES``  capture and reweighting of losses                  only the operations of the real step are recorded, on the
                                                                    batch and the weights that the other wrappers made
     ``METHOD``  another key for what the module logs               all other wrappers see the module's own key
-    =========== ================================================== =========================================================
+    =========== ================================================== ========================================================
 
     Of two wrappers in the same position, the later one is outside.
     """
@@ -42,8 +42,9 @@ class WrapOrder(IntEnum):
 class MethodDispatcher:
     """Replaces one method of one object and calls the wrappers around it, each in its position.
 
-    It restores exactly what the object's ``__dict__`` held before. That can be more than nothing: a compiled
-    LightningModule keeps its own ``training_step`` there. A pickle or deep copy of the object gets the plain method.
+    It restores exactly what the object's ``__dict__`` held before. That can be more than nothing: a
+    compiled LightningModule keeps its own ``training_step`` there. A pickle or deep copy of the
+    object gets the plain method.
 
     Args:
         owner: The object.
@@ -105,11 +106,13 @@ def wrap_method(owner: object, name: str, wrapper: Wrapper, order: WrapOrder = W
     Args:
         owner: The object whose method is wrapped.
         name: Name of the method.
-        wrapper: Called as ``wrapper(inner, *args, **kwargs)``; it calls ``inner`` to run the method.
+        wrapper: Called as ``wrapper(inner, *args, **kwargs)``; it calls ``inner`` to run the
+            method.
         order: Position among other wrappers, independent of the order in which they are added.
 
     Returns:
-        Callable: Removes this wrapper. It may be called more than once, in any order with other wrappers.
+        Callable: Removes this wrapper. It may be called more than once, in any order with other
+            wrappers.
 
     Example:
         >>> class Greeter:

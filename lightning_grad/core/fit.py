@@ -1,11 +1,13 @@
 """Attributes that live for one fit: made when first read, dropped when the fit ends or the next one begins.
 
-A technique declares them in its class, so it need not set them to ``None`` and later assert that they are set:
+A technique declares them in its class, so it need not set them to ``None`` and later assert that
+they are set:
 
-- :class:`during_fit` is for references into the run (the training set, hooks, tensors of a batch). They are dropped when the
-  fit ends for any reason, and are not part of pickles and copies.
-- :class:`until_next_fit` is for what is useful after the fit (counts, a record, what a checkpoint needs). They are dropped
-  when the next fit begins. With ``.saved()``, checkpoints hold them and a resumed fit continues with them.
+- :class:`during_fit` is for references into the run (the training set, hooks, tensors of a batch).
+  They are dropped when the fit ends for any reason, and are not part of pickles and copies.
+- :class:`until_next_fit` is for what is useful after the fit (counts, a record, what a checkpoint
+  needs). They are dropped when the next fit begins. With ``.saved()``, checkpoints hold them and a
+  resumed fit continues with them.
 """
 
 import copy
@@ -20,7 +22,8 @@ class _Attribute(Generic[T]):
     """An attribute whose value is stored in a dictionary of its owner, by lifetime and name.
 
     Args:
-        make: Makes the value from the owner at the first read. Without it, the owner must set the value first.
+        make: Makes the value from the owner at the first read. Without it, the owner must set the
+            value first.
     """
 
     lifetime: str
@@ -101,7 +104,8 @@ class until_next_fit(_Attribute[T]):  # noqa: N801
     def saved(self) -> Self:
         """Save this attribute in checkpoints, under its name without a leading underscore, and return it.
 
-        Its value must have types that a checkpoint may hold, or have ``state_dict`` and ``load_state_dict``.
+        Its value must have types that a checkpoint may hold, or have ``state_dict`` and
+        ``load_state_dict``.
 
         Example:
             >>> class Counter(FitScope):

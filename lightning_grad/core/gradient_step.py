@@ -1,4 +1,4 @@
-"""The gradients that a rule gets in one optimizer step, and its memory of earlier steps. ``conditioner.py`` uses both."""
+"""The gradients that a rule gets in one optimizer step, and its memory of earlier steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class GradientStep:
 
     Args:
         parameters: Parameters of the bucket that have a gradient.
-        gradients: Their gradients, accumulated, unscaled and reduced. The rule changes them in place.
+        gradients: Their gradients, accumulated, unscaled and reduced. The rule changes them in
+            place.
         names: Their names.
         threshold: Threshold of this bucket; ``None`` if the technique has none or it is off.
         state: The rule's tensors for this bucket; empty at first.

@@ -1,8 +1,9 @@
 """The validation that Lightning skips when a run resumes from a checkpoint written just before it.
 
-If a validation is due after a step, a checkpoint of that step (``every_n_train_steps``, or an exception in
-``on_train_batch_end``) is written before the validation. The run that resumes from it counts the validation as done. The
-weights are the same either way, but a callback that acts on validation metrics must run the validation first.
+If a validation is due after a step, a checkpoint of that step (``every_n_train_steps``, or an
+exception in ``on_train_batch_end``) is written before the validation. The run that resumes from it
+counts the validation as done. The weights are the same either way, but a callback that acts on
+validation metrics must run the validation first.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,8 @@ def is_validation_due(trainer: pl.Trainer) -> bool:
 def run_missed_validation(trainer: pl.Trainer, afterwards: Callable[[], None]) -> Callable[[], None]:
     """Run a whole validation before the first batch, with all hooks and logs. Call it in ``on_train_start``.
 
-    If the checkpoint was written in the middle of the validation, Lightning itself completes it, and this does nothing.
+    If the checkpoint was written in the middle of the validation, Lightning itself completes it,
+    and this does nothing.
 
     Args:
         trainer: The trainer, in a fit that resumes.

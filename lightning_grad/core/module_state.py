@@ -1,7 +1,8 @@
 """Save and restore the contents of objects: tensors, containers, generators, meters, metrics, whole modules.
 
-The objects themselves stay the same; only their contents are restored. Objects of frameworks (a logger, a data set, a
-Trainer), code, and state inside C extensions are ignored: they are not state of the user's module.
+The objects themselves stay the same; only their contents are restored. Objects of frameworks (a
+logger, a data set, a Trainer), code, and state inside C extensions are ignored: they are not state
+of the user's module.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ _OF_MODULES = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric")
 # Parts of the standard library from which users derive classes, or in which they keep values.
 _BASES = {"abc", "argparse", "builtins", "collections", "dataclasses", "types", "typing"}
 _FRAMEWORKS = (
-    "PIL datasets google hydra jsonargparse lightning lightning_fabric lightning_grad lightning_utilities matplotlib mlflow "
-    "numpy omegaconf pandas pytorch_lightning rich scipy sklearn tensorboard tensorboardX tokenizers torch torchaudio "
-    "torchmetrics torchvision tqdm transformers wandb"
+    "PIL datasets google hydra jsonargparse lightning lightning_fabric lightning_grad lightning_utilities matplotlib "
+    "mlflow numpy omegaconf pandas pytorch_lightning rich scipy sklearn tensorboard tensorboardX tokenizers torch "
+    "torchaudio torchmetrics torchvision tqdm transformers wandb"
 )
 _FOREIGN = frozenset((sys.stdlib_module_names - _BASES) | set(_FRAMEWORKS.split()))
 
@@ -76,7 +77,8 @@ def put_aside(value: Any, known: set[int]) -> list[Held]:
 
     Args:
         value: The value.
-        known: ``id()`` of everything saved so far; the value's is added. Objects may refer to each other.
+        known: ``id()`` of everything saved so far; the value's is added. Objects may refer to each
+            other.
     """
     kind = type(value)
     if kind in FIXED or id(value) in known or isinstance(value, _CODE):

@@ -28,7 +28,8 @@ _ROBUST = "adversarial"  # the namespace of the techniques that attack inputs
 class MonitoredValue:
     """One key of the trainer's callback metrics during an interval of the run.
 
-    The trainer keeps old values. A value is new if the key holds a different object than at the start of the interval.
+    The trainer keeps old values. A value is new if the key holds a different object than at the
+    start of the interval.
 
     Args:
         key: Name of the metric.
@@ -61,18 +62,20 @@ class MonitoredCallback(GradCallback):
     """Acts on each new value of a metric. A technique defines :meth:`observe`, and may define :meth:`restart`.
 
     - Stale and non-finite values are ignored.
-    - All ranks get the same value, the mean over ranks, whether or not the module logs with ``sync_dist``.
-    - A metric that is not logged raises an error: before the first batch if the sanity check shows it, else when the first
-      value is due. The error lists the metrics that are logged.
-    - A validation that was due when a checkpoint was written runs before a resumed fit continues; Lightning would skip it.
+    - All ranks get the same value, the mean over ranks, whether or not the module logs with
+      ``sync_dist``.
+    - A metric that is not logged raises an error: before the first batch if the sanity check shows
+      it, else when the first value is due. The error lists the metrics that are logged.
+    - A validation that was due when a checkpoint was written runs before a resumed fit continues;
+      Lightning would skip it.
 
-    ``interval="validation"`` observes in ``on_validation_end``, so checkpoints of that validation include the action.
-    ``interval="epoch"`` wraps the module's ``on_train_epoch_end``: it sees what that hook logs, and runs before callbacks
-    that monitor metrics at the end of the epoch.
+    ``interval="validation"`` observes in ``on_validation_end``, so checkpoints of that validation
+    include the action. ``interval="epoch"`` wraps the module's ``on_train_epoch_end``: it sees what
+    that hook logs, and runs before callbacks that monitor metrics at the end of the epoch.
 
     Class attributes:
 
-    - ``nothing_done``: ends the warning "... never received a value of 'val_acc', so ...".
+    - ``nothing_done``: ends the warning "... never received a finite value of 'val_acc', so ...".
 
     Args:
         monitor: Metric to observe, under the name that the module logs.
@@ -143,9 +146,9 @@ class MonitoredCallback(GradCallback):
 
     def _refuse_without_validation(self) -> NoReturn:
         raise ValueError(
-            f"{self.display_name} observes {self.monitor!r} at validations, and this fit has none. Define validation_step, "
-            "pass a validation loader to fit() and set limit_val_batches above 0; or observe a training metric with "
-            "interval='epoch'."
+            f"{self.display_name} observes {self.monitor!r} at validations, and this fit has none. Define "
+            "validation_step, pass a validation loader to fit() and set limit_val_batches above 0; or observe a "
+            "training metric with interval='epoch'."
         )
 
     @override
@@ -170,7 +173,8 @@ class MonitoredCallback(GradCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # If the first epoch has a validation, the sanity check or Lightning has loaded the loaders by now.
+        # If the first epoch has a validation, the sanity check or Lightning has loaded the loaders
+        # by now.
         if self.interval == "validation" and trainer.val_dataloaders is not None and not sum(trainer.num_val_batches):
             self._refuse_without_validation()
         if not self.observed:
@@ -255,13 +259,13 @@ class MonitoredCallback(GradCallback):
         if self.observed:
             return
         if "nonfinite" in self._said:
-            why = "It was never finite. Check how it is computed"
+            why = "All values were non-finite. Check how they are computed"
         elif self.interval == "validation" and not self._was_validated:
             why = "No validation ran. Check check_val_every_n_epoch and val_check_interval of the Trainer"
         else:
             why = "It was never logged. Log it, or set monitor to a metric that is logged"
         rank_zero_warn(
-            f"{self.display_name} never received a value of {self.monitor!r}, so {self.nothing_done}. {why}."
+            f"{self.display_name} never received a finite value of {self.monitor!r}, so {self.nothing_done}. {why}."
         )
 
 
@@ -310,8 +314,8 @@ def refuse_unknown_monitor(
         needed_by: Name of the technique, for the error.
 
     Raises:
-        ValueError: If the sanity check logged only other metrics, or if the metric is one of AdversarialEvaluation, which
-            is not in the list of callbacks.
+        ValueError: If the sanity check logged only other metrics, or if the metric is one of
+            AdversarialEvaluation, which is not in the list of callbacks.
     """
     agree = trainer.strategy.reduce_boolean_decision
     is_known, was_checked = agree(key in seen, all=False), agree(bool(seen), all=False)
@@ -320,14 +324,14 @@ def refuse_unknown_monitor(
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if key.startswith(f"{_ROBUST}/") and not any(_logs_robustness(callback, in_validation) for callback in callbacks):
         raise ValueError(
-            f"{needed_by}: monitor={key!r} is logged by AdversarialEvaluation, which is not in the list of callbacks. Add "
-            "AdversarialEvaluation() to it. If the module logs this key itself, set num_sanity_val_steps=2, so that the key "
-            "is found before training."
+            f"{needed_by}: monitor={key!r} is logged by AdversarialEvaluation, which is not in the list of callbacks. "
+            "Add AdversarialEvaluation() to it. If the module logs this key itself, set num_sanity_val_steps=2, so "
+            "that the key is found before training."
         )
     if was_checked and in_validation:
         raise ValueError(
-            f"{needed_by}: {describe_unknown(key, seen)} (The sanity check logged these.) If the module logs it in training, "
-            "set interval='epoch'; if only in later validations, set num_sanity_val_steps=0."
+            f"{needed_by}: {describe_unknown(key, seen)} (The sanity check logged these.) If the module logs it in "
+            "training, set interval='epoch'; if only in later validations, set num_sanity_val_steps=0."
         )
 
 

@@ -26,8 +26,8 @@ from lightning_grad.utilities.optimizers import optimizer_index
 class OptimizerCallback(GradCallback):
     """Acts around the steps of the trainer's optimizers.
 
-    Override the methods that the technique needs. Each gets the index of an optimizer and the optimizer that has this
-    index now, even if another callback replaced it during the run:
+    Override the methods that the technique needs. Each gets the index of an optimizer and the
+    optimizer that has this index now, even if another callback replaced it during the run:
 
     - :meth:`acts_on`: selects the optimizers;
     - :meth:`before_step`: runs before a step;
@@ -36,13 +36,13 @@ class OptimizerCallback(GradCallback):
     - :meth:`evaluate`: computes the gradients of the step, once or several times;
     - :meth:`run_backward`: differentiates a loss.
 
-    Inside them, :meth:`multiply_rates` and :meth:`reset_moments` act on the current step. Store what must survive a
-    checkpoint in :meth:`memory`. ``before_step``, ``before_update`` and ``after_step`` run under ``no_grad`` and on plain
-    tensors.
+    Inside them, :meth:`multiply_rates` and :meth:`reset_moments` act on the current step. Store
+    what must survive a checkpoint in :meth:`memory`. ``before_step``, ``before_update`` and
+    ``after_step`` run under ``no_grad`` and on plain tensors.
 
-    A step that the GradScaler skips calls neither ``before_step`` nor ``after_step``; a step without gradients (skipped by
-    ``SkipNonFinite``) does not call ``after_step``. So compute in ``before_update`` what depends on the gradients, and
-    store it in ``after_step``.
+    A step that the GradScaler skips calls neither ``before_step`` nor ``after_step``; a step
+    without gradients (skipped by ``SkipNonFinite``) does not call ``after_step``. So compute in
+    ``before_update`` what depends on the gradients, and store it in ``after_step``.
     """
 
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
@@ -61,20 +61,21 @@ class OptimizerCallback(GradCallback):
     _window = during_fit[StepWindow | None](lambda _: None)
 
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
-        """Return True to act on an optimizer. Called when a fit begins, and for each optimizer that replaces another."""
+        """Return True to act on an optimizer. Called when a fit begins and for each replaced optimizer."""
         return True
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """Act before a step, also if the user calls ``step()`` on the raw torch optimizer.
 
-        There are no gradients yet, except under a GradScaler, where this runs after ``before_update``.
+        There are no gradients yet, except under a GradScaler, where this runs after
+        ``before_update``.
         """
 
     def before_update(self, index: int, optimizer: Optimizer) -> None:
         """Change the accumulated, unscaled gradients of a step, or use them to change weights and rates.
 
-        Later callbacks in the list and Lightning's own clipping still follow. ``step()`` on the raw torch optimizer does not
-        call this.
+        Later callbacks in the list and Lightning's own clipping still follow. ``step()`` on the raw
+        torch optimizer does not call this.
         """
 
     def after_step(self, index: int, optimizer: Optimizer) -> None:
@@ -83,15 +84,17 @@ class OptimizerCallback(GradCallback):
     def evaluate(self, index: int, optimizer: Optimizer, closure: StepClosure) -> Any:
         """Compute the gradients of a step, and return what ``closure()`` returns.
 
-        Call ``closure()`` first. After changing weights, call ``closure.again()``, then restore the weights. Under fp16,
-        gradients are still multiplied by the loss scale here, and a non-finite one makes the GradScaler skip the step.
+        Call ``closure()`` first. After changing weights, call ``closure.again()``, then restore the
+        weights. Under fp16, gradients are still multiplied by the loss scale here, and a non-finite
+        one makes the GradScaler skip the step.
 
-        Two callbacks that override this raise an error, as does ``optimizer.step()`` without a closure.
+        Two callbacks that override this raise an error, as does ``optimizer.step()`` without a
+        closure.
         """
         return closure()
 
     def run_backward(self, backward: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Call ``backward(loss, *args, **kwargs)``, perhaps with other arguments such as ``create_graph=True``, or skip it."""
+        """Call ``backward(loss, *args, **kwargs)``, with other arguments such as ``create_graph=True``, or not at all."""
         return backward(loss, *args, **kwargs)
 
     @property
@@ -102,16 +105,17 @@ class OptimizerCallback(GradCallback):
     def memory(self, index: int) -> dict[str, Any]:
         """Return the memory of one optimizer: a dictionary for tensors, numbers, strings, lists and dicts.
 
-        It is part of the callback's state; a resumed fit restores it on the device of the optimizer's parameters. An
-        optimizer that replaces another during the run keeps its memory.
+        It is part of the callback's state; a resumed fit restores it on the device of the
+        optimizer's parameters. An optimizer that replaces another during the run keeps its memory.
         """
         return self._memory.setdefault(index, {})
 
     def multiply_rates(self, index: int, factor: Factor | Sequence[Factor]) -> None:
         """Multiply the learning rates for the current step. Schedulers, monitors and checkpoints see the user's rates.
 
-        If a rate is set during the step, by the training step for example, the new rate is multiplied and is kept afterwards.
-        A second factor in one step replaces the first. Factors of several callbacks multiply.
+        If a rate is set during the step, by the training step for example, the new rate is
+        multiplied and is kept afterwards. A second factor in one step replaces the first. Factors
+        of several callbacks multiply.
 
         Args:
             index: Index of the optimizer.
@@ -142,8 +146,8 @@ class OptimizerCallback(GradCallback):
             raise ValueError(f"{' and '.join(others)} would each evaluate every step several times. Keep one of them.")
         if getattr(trainer.strategy, "wants_to_compress", False):
             raise ValueError(
-                f"{self.display_name} evaluates each step twice, and {type(trainer.strategy).__name__} would compress both "
-                "gradients and add the error of the first to the second. Train with strategy='ddp'."
+                f"{self.display_name} evaluates each step twice, and {type(trainer.strategy).__name__} would compress "
+                "both gradients and add the error of the first to the second. Train with strategy='ddp'."
             )
 
     @override

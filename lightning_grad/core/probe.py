@@ -1,7 +1,7 @@
 """The base of callbacks that inspect the module at regular intervals and change nothing.
 
-``probe_samples.py`` reads the samples, ``probe_reading.py`` takes one look and logs its reading, ``record.py`` stores and
-draws the readings.
+``probe_samples.py`` reads the samples, ``probe_reading.py`` takes one look and logs its reading,
+``record.py`` stores and draws the readings.
 """
 
 from __future__ import annotations
@@ -34,18 +34,21 @@ if TYPE_CHECKING:
 class ProbeCallback(GradCallback):
     """Calls :meth:`probe` on the same samples every few epochs or steps, without leaving a trace in the run.
 
-    Each call is a *look*. The module is quiet (:func:`~lightning_grad.core.quiet`) and in eval mode, gradients are off unless
-    the probe turns them on, and the random numbers are the same in each look. The precision is that of the run. A look at the
-    end of an epoch takes place in its validation, so it sees the validated weights, including averaged ones; if the epoch
-    has no validation at its end, the look takes place when it ends. A look after a step sees the trained weights. Only rank
-    zero takes the look, unless the model is sharded; the other ranks wait, and all log the same numbers.
+    Each call is a *look*. The module is quiet (:func:`~lightning_grad.core.quiet`) and in eval
+    mode, gradients are off unless the probe turns them on, and the random numbers are the same in
+    each look. The precision is that of the run. A look at the end of an epoch takes place in its
+    validation, so it sees the validated weights, including averaged ones; if the epoch has no
+    validation at its end, the look takes place when it ends. A look after a step sees the trained
+    weights. Only rank zero takes the look, unless the model is sharded; the other ranks wait, and
+    all log the same numbers.
 
-    A rehearsal follows the first batch of a fit; its result is dropped. An error in the rehearsal ends the fit. An error in a
-    later look becomes a warning, and training continues.
+    A rehearsal follows the first batch of a fit; its result is dropped. An error in the rehearsal
+    ends the fit. An error in a later look becomes a warning, and training continues.
 
     Class attributes:
 
-    - ``way_out``: ends the error about losses that cannot be captured: what to do instead, as an imperative.
+    - ``way_out``: ends the error about losses that cannot be captured: what to do instead, as an
+      imperative.
     - ``looks_on_all_ranks``: set it to True if the probe runs a step in which ranks communicate.
 
     Args:
@@ -59,13 +62,15 @@ class ProbeCallback(GradCallback):
         name: Name of this instance, needed if two of a class are used; part of state and log keys.
 
     Raises:
-        ValueError: In the constructor, if both every_n_epochs and every_n_steps are set, or for no samples. When training
-            starts, without validation data. After the first batch, if there are fewer samples.
+        ValueError: In the constructor, if both every_n_epochs and every_n_steps are set, or for no
+            samples. When training starts, without validation data. After the first batch, if there
+            are fewer samples.
         TypeError: After the first batch, if the data has no indices.
 
-    **Logs** what :meth:`probe` returns: scalars to all loggers, arrays as histograms and pictures as images to loggers that
-    support them. Each look writes to the log folder one ``.npz`` file with its arrays and one PNG file per picture. The end
-    of the run adds a table of all scalars and a figure.
+    **Logs** what :meth:`probe` returns: scalars to all loggers, arrays as histograms and pictures
+    as images to loggers that support them. Each look writes to the log folder one ``.npz`` file
+    with its arrays and one PNG file per picture. The end of the run adds a table of all scalars and
+    a figure.
 
     **State.** The scalars of all looks, thinned, and whether a look is due.
     """
@@ -135,8 +140,8 @@ class ProbeCallback(GradCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.split == "val" and not trainer.enable_validation:
             raise ValueError(
-                f"{self.display_name} inspects validation samples, but this fit has no validation. Define validation_step "
-                "and pass a validation loader to fit(), or set split='train'."
+                f"{self.display_name} inspects validation samples, but this fit has no validation. Define "
+                "validation_step and pass a validation loader to fit(), or set split='train'."
             )
         asked = LossRequest(self.display_name, way_out=self.way_out)
         self._samples = ProbeSamples(trainer, self.samples, self.split, self.loader_key, self.dataset, asked)
@@ -162,7 +167,8 @@ class ProbeCallback(GradCallback):
 
     @override
     def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        # Not earlier: averaged weights are swapped in by on_validation_epoch_start of a callback that may come later.
+        # Not earlier: averaged weights are swapped in by on_validation_epoch_start of a callback
+        # that may come later.
         if self.fitting and not trainer.sanity_checking:
             self._look_if_due(trainer, pl_module, is_validating=True)
 

@@ -49,8 +49,8 @@ and call astype('uint8').
         pixels = self.pixels
         if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
             raise ValueError(
-                f"pixels must be uint8 of shape (H, W) or (H, W, 3); got {pixels.dtype} of shape {pixels.shape}. Scale them "
-                "to 0 ... 255 and call astype('uint8')."
+                f"pixels must be uint8 of shape (H, W) or (H, W, 3); got {pixels.dtype} of shape {pixels.shape}. "
+                "Scale them to 0 ... 255 and call astype('uint8')."
             )
 
 
@@ -59,9 +59,12 @@ class Reading:
     """The result of one look.
 
     Args:
-        scalars: Numbers by name: logged by every logger, stored in the record and drawn over the run.
-        arrays: Tensors or arrays by name: written to one ``.npz`` file per look, and logged as histograms.
-        pictures: Pictures or matplotlib figures by name: written as PNG files, and logged as images.
+        scalars: Numbers by name: logged by every logger, stored in the record and drawn over the
+            run.
+        arrays: Tensors or arrays by name: written to one ``.npz`` file per look, and logged as
+            histograms.
+        pictures: Pictures or matplotlib figures by name: written as PNG files, and logged as
+            images.
 
     Example:
         >>> Reading({"norm": 1.0}).scalars
@@ -81,7 +84,8 @@ def numbers_of(reading: Any, display_name: str) -> dict[str, float]:
     """
     if not isinstance(reading, Reading):
         raise TypeError(
-            f"{display_name}.probe must return a Reading; got {type(reading).__name__}. Return Reading(scalars={{...}})."
+            f"{display_name}.probe must return a Reading; got {type(reading).__name__}. Return "
+            f"Reading(scalars={{...}})."
         )
     for name, array in reading.arrays.items():
         if not isinstance(array, (Tensor, np.ndarray)):
@@ -91,12 +95,14 @@ def numbers_of(reading: Any, display_name: str) -> dict[str, float]:
     for name, picture in reading.pictures.items():
         if not isinstance(picture, Picture) and not hasattr(picture, "savefig"):
             raise TypeError(
-                f"{display_name}: the picture {name!r} must be a Picture or a matplotlib Figure; got {type(picture).__name__}."
+                f"{display_name}: the picture {name!r} must be a Picture or a matplotlib Figure; got "
+                f"{type(picture).__name__}."
             )
     for name in ("epoch", "step"):
         if name in reading.scalars:
             raise TypeError(
-                f"{display_name}: no scalar can be named {name!r}, because the record has a column of that name. Rename it."
+                f"{display_name}: no scalar can be named {name!r}, because the record has a column of that name. "
+                "Rename it."
             )
     return {name: _number(name, value, display_name) for name, value in reading.scalars.items()}
 
@@ -105,7 +111,8 @@ def _number(name: str, value: Any, display_name: str) -> float:
     size = value.numel() if isinstance(value, Tensor) else np.size(value)
     if size != 1:
         raise TypeError(
-            f"{display_name}: the scalar {name!r} must be one number; got {size} numbers. Reduce it, or return it in arrays."
+            f"{display_name}: the scalar {name!r} must be one number; got {size} numbers. Reduce it, or return it in "
+            "arrays."
         )
     return float(plain_tensor(value).detach()) if isinstance(value, Tensor) else float(value)
 
@@ -192,7 +199,8 @@ def take_look(
     """Run a probe once without leaving a trace."""
     outcome, undo = Outcome(), UndoList()
     try:
-        # Lightning may validate in inference mode, whose tensors can have no gradient; the probe may need gradients.
+        # Lightning may validate in inference mode, whose tensors can have no gradient; the probe
+        # may need gradients.
         with torch.inference_mode(False), torch.no_grad(), _prepared(trainer, pl_module, samples):
             try:
                 with samples.kept():

@@ -29,14 +29,15 @@ _SEED = 0  # same in all looks, so that augmentation and the probe's random numb
 class ProbeLook(Look):
     """Argument of a probe: its samples as one batch, the module in eval mode, and the position in the run.
 
-    It inherits ``batch``, ``indices``, ``pl_module``, ``run()`` (the module's ``training_step`` on a copy of the batch) and
-    ``losses()`` from :class:`Look`.
+    It inherits ``batch``, ``indices``, ``pl_module``, ``run()`` (the module's ``training_step`` on
+    a copy of the batch) and ``losses()`` from :class:`Look`.
 
     Args:
         trainer: The trainer.
         epoch: Number of epochs completed before the current one.
         step: Step on the loggers' x axis.
-        undo: Undo steps that run when the look ends, even after an error. Push ``handle.remove`` of each hook.
+        undo: Undo steps that run when the look ends, even after an error. Push ``handle.remove`` of
+            each hook.
     """
 
     trainer: pl.Trainer = field(kw_only=True)
@@ -184,7 +185,8 @@ class ProbeSamples:
             return self.trainer.train_dataloader
         if self.trainer.val_dataloaders is not None:
             return self.trainer.val_dataloaders
-        # Lightning loads them at the first validation and still does so; these are a separate copy for the probe.
+        # Lightning loads them at the first validation and still does so; these are a separate copy
+        # for the probe.
         if self._early is None:
             loaders = self.trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
             self._early = getattr(loaders, "iterables", loaders)  # unwrap a CombinedLoader of either namespace
@@ -194,13 +196,14 @@ class ProbeSamples:
         is_indexed = hasattr(source, "__len__") and not isinstance(source, IterableDataset)
         if not isinstance(loader, DataLoader) or not is_indexed:
             raise TypeError(
-                f"{self.asked.display_name} reads samples by their index, but the {NOUNS[self.split]} data has none; got "
-                f"{type(source).__name__}. Return a DataLoader of a data set with __len__ and __getitem__."
+                f"{self.asked.display_name} reads samples by their index, but the {NOUNS[self.split]} data has none; "
+                f"got {type(source).__name__}. Return a DataLoader of a data set with __len__ and __getitem__."
             )
         if loader.batch_sampler is None and not isinstance(getattr(loader.sampler, "batch_size", None), int):
             raise TypeError(
-                f"{self.asked.display_name} makes a batch of single samples, but DataLoader(batch_size=None) gets whole "
-                "batches from its data set. Set batch_size of the DataLoader, or use a BatchSampler as its sampler."
+                f"{self.asked.display_name} makes a batch of single samples, but DataLoader(batch_size=None) gets "
+                "whole batches from its data set. Set batch_size of the DataLoader, or use a BatchSampler as its "
+                "sampler."
             )
 
 
@@ -215,8 +218,8 @@ def _runner(
     def run() -> object:
         if not pl_module.automatic_optimization:
             raise ValueError(
-                f"{asked.display_name} does not work with manual optimization, because training_step steps the optimizers. "
-                "Use a probe that calls the network itself."
+                f"{asked.display_name} does not work with manual optimization, because training_step steps the "
+                "optimizers. Use a probe that calls the network itself."
             )
         refuse_dataloader_iter(pl_module.training_step, asked.display_name)
         return runner(trainer, pl_module, batch, partly=asked if is_part else None)()

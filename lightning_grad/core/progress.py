@@ -1,13 +1,14 @@
 """Progress of a run: the share that is done, and its length in optimizer steps.
 
-Progress is read from the counters that the Trainer keeps and restores. They account for accumulation, resuming and a
-training set that shrinks, advance when a GradScaler skips a step, and mean the same for one optimizer or several, so
-nothing has to be counted or saved here. (An optimizer's own steps would run ahead or behind in a manual loop that steps it
-five times per batch, or every second batch.)
+Progress is read from the counters that the Trainer keeps and restores. They account for
+accumulation, resuming and a training set that shrinks, advance when a GradScaler skips a step, and
+mean the same for one optimizer or several, so nothing has to be counted or saved here. (An
+optimizer's own steps would run ahead or behind in a manual loop that steps it five times per batch,
+or every second batch.)
 
-If the data have no length, the first epoch measures it: progress stays 0 until that epoch is over. If the end of a run
-cannot be known (``max_epochs=-1``, ``max_time``, one epoch of data without a length), the user sets the technique's
-``total_steps=``.
+If the data have no length, the first epoch measures it: progress stays 0 until that epoch is over.
+If the end of a run cannot be known (``max_epochs=-1``, ``max_time``, one epoch of data without a
+length), the user sets the technique's ``total_steps=``.
 """
 
 import math
@@ -31,12 +32,15 @@ def check_total_steps(total_steps: int | None) -> int | None:
 def run_progress(trainer: pl.Trainer, steps_ahead: int = 0, stated: int | None = None) -> float:
     """Return the share of the fit that is done, 0 to 1.
 
-    It is the share of the batches of all epochs or, if ``max_steps`` ends the run earlier, the share of steps.
+    It is the share of the batches of all epochs or, if ``max_steps`` ends the run earlier, the
+    share of steps.
 
     Args:
         trainer: The trainer, during a fit.
-        steps_ahead: Optimizer steps done that the trainer has not counted yet: 1 in an optimizer's post hook.
-        stated: Length of the run in optimizer steps, set by the user. It takes precedence over the trainer's.
+        steps_ahead: Optimizer steps done that the trainer has not counted yet: 1 in an optimizer's
+            post hook.
+        stated: Length of the run in optimizer steps, set by the user. It takes precedence over the
+            trainer's.
     """
     steps = trainer.global_step + steps_ahead
     if stated is not None:
@@ -63,8 +67,9 @@ def _batches_of_epoch(trainer: pl.Trainer, batches: float) -> float:
 def epoch_batches(trainer: pl.Trainer) -> float | None:
     """Return the number of batches in an epoch.
 
-    If the data have no length, it is the mean over the epochs so far, and ``None`` in the first epoch. Call it in hooks of a
-    batch: between epochs, Lightning's counters are still those of the previous epoch.
+    If the data have no length, it is the mean over the epochs so far, and ``None`` in the first
+    epoch. Call it in hooks of a batch: between epochs, Lightning's counters are still those of the
+    previous epoch.
     """
     batches = trainer.num_training_batches
     if math.isfinite(batches):
@@ -77,8 +82,8 @@ def epoch_batches(trainer: pl.Trainer) -> float | None:
 def total_steps(trainer: pl.Trainer, needed_by: str, stated: int | None = None) -> int | None:
     """Return the length of the fit in optimizer steps.
 
-    Call it in ``on_train_start``, not earlier: it loads the training data, and a loader that resumes within an epoch must
-    not be loaded before Lightning has restored its position.
+    Call it in ``on_train_start``, not earlier: it loads the training data, and a loader that
+    resumes within an epoch must not be loaded before Lightning has restored its position.
 
     Args:
         trainer: The trainer, from ``on_train_start`` on.
@@ -102,6 +107,6 @@ def total_steps(trainer: pl.Trainer, needed_by: str, stated: int | None = None) 
     if (trainer.max_epochs or 0) > 1:
         return None
     raise ValueError(
-        f"{needed_by} needs the length of the run, and this run has no known end. Set {needed_by}(total_steps=...), "
-        "Trainer(max_steps=...), or Trainer(max_epochs=...) with a data loader that has a length."
+        f"{needed_by} needs the length of the run, and this run has no known end. Set total_steps=... of {needed_by} or "
+        "Trainer(max_steps=...), or max_epochs=... with a data loader that has a length."
     )

@@ -1,7 +1,7 @@
 """Run a module's own steps without a trace. Every technique that inspects the module outside training uses this.
 
-Inside :func:`quiet`, ``training_step`` logs nothing. Afterwards the module, its metrics and the random streams are bitwise
-as before. Techniques that act only on training check :func:`is_quiet`.
+Inside :func:`quiet`, ``training_step`` logs nothing. Afterwards the module, its metrics and the
+random streams are bitwise as before. Techniques that act only on training check :func:`is_quiet`.
 """
 
 from __future__ import annotations
@@ -44,27 +44,30 @@ def quiet(
 ) -> Iterator[None]:
     """Run the module without leaving a trace.
 
-    It restores, bit for bit: training modes, buffers, gradients (``None`` inside), frozen parameters, states of torchmetrics,
-    all other attributes with the contents of tensors, generators, containers and objects of user classes, and the random
-    states of Python, numpy and torch (CPU and CUDA) and of global generators that methods of the module use. It mutes
+    It restores, bit for bit: training modes, buffers, gradients (``None`` inside), frozen
+    parameters, states of torchmetrics, all other attributes with the contents of tensors,
+    generators, containers and objects of user classes, and the random states of Python, numpy and
+    torch (CPU and CUDA) and of global generators that methods of the module use. It mutes
     ``self.log``, ``self.print`` and the loggers.
 
     Args:
         trainer: The trainer.
         pl_module: Its module. If it is quiet already, it stays quiet until the outer context ends.
-        evaluate: Use eval mode and run compiled code eagerly. Otherwise keep the modes and the compiled code.
+        evaluate: Use eval mode and run compiled code eagerly. Otherwise keep the modes and the
+            compiled code.
         check: Raise if the step changes a parameter. This reads all weights before and after.
         advice: Ends the error about such a step: what else to do.
         display_name: Name of the technique, for errors.
 
     Raises:
-        RuntimeError: If the step changed a trained parameter, or lazy layers have no parameters yet.
+        RuntimeError: If the step changed a trained parameter, or lazy layers have no parameters
+            yet.
     """
     _refuse_lazy(pl_module, display_name)
     parameters = list(pl_module.parameters())
     frozen = sum(p.numel() for p in parameters if not p.requires_grad)
-    # Frozen parameters are copied if they are no larger than the trained ones, as of a teacher that the step updates.
-    # A copy of a large frozen base model would cost too much memory.
+    # Frozen parameters are copied if they are no larger than the trained ones, as of a teacher that
+    # the step updates. A copy of a large frozen base model would cost too much memory.
     copied = frozen <= sum(p.numel() for p in parameters if p.requires_grad)
     with ExitStack() as stack:
         stack.enter_context(_parameters_as_they_are(pl_module, check, copied, advice, display_name))
@@ -107,9 +110,9 @@ def _refuse_lazy(pl_module: pl.LightningModule, display_name: str) -> None:
     lazy = next((name for name, p in pl_module.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise RuntimeError(
-            f"{display_name} cannot run {type(pl_module).__name__} outside training while lazy layers have no parameters: "
-            f"{lazy!r} has no size yet. Run the network once on a batch, under torch.no_grad(), in the module's "
-            "constructor or before the fit."
+            f"{display_name} cannot run {type(pl_module).__name__} outside training while lazy layers have no "
+            f"parameters: {lazy!r} has no size yet. Run the network once on a batch, under torch.no_grad(), in the "
+            "module's constructor or before the fit."
         )
 
 
@@ -152,8 +155,8 @@ def loggers_muted(trainer: pl.Trainer) -> Iterator[None]:
 
 def eager() -> AbstractContextManager[Any]:
     """Run compiled code eagerly."""
-    # Compiled code must not trace the hooks that inspect it. If dynamo is not imported, nothing is compiled, and
-    # importing it takes seconds.
+    # Compiled code must not trace the hooks that inspect it. If dynamo is not imported, nothing is
+    # compiled, and importing it takes seconds.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 

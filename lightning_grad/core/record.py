@@ -39,16 +39,19 @@ class Recorder(Protocol):
 class RunRecord:
     """Rows of a run, one per recorded step, limited in number.
 
-    All rows are kept until there are more than ``most``. Then one row is kept of every 2, 4, 8 ... neighbors, so the kept
-    rows stay evenly spread over the run. The first and the last row are always kept.
+    All rows are kept until there are more than ``most``. Then one row is kept of every 2, 4, 8 ...
+    neighbors, so the kept rows stay evenly spread over the run. The first and the last row are
+    always kept.
 
-    - :meth:`state_dict` puts the rows into checkpoints: a resumed run has the same rows as an uninterrupted one.
+    - :meth:`state_dict` puts the rows into checkpoints: a resumed run has the same rows as an
+      uninterrupted one.
     - :meth:`save` updates a CSV file during the run, so a run that is killed keeps its rows.
     - :meth:`report` writes the summary, the table and the figure at the end.
 
     Args:
         most: Largest number of rows, an even number; the last row is kept in addition.
-        weight: Callable (row) -> number. The row with the largest weight is kept. Default: the first row.
+        weight: Callable (row) -> number. The row with the largest weight is kept. Default: the
+            first row.
 
     Attributes:
         count: Number of rows added.
@@ -75,7 +78,7 @@ class RunRecord:
         self.count = self._saved = 0
 
     def add(self, row: Row) -> None:
-        """Append a row: numbers, strings or tensors by column. Tensors are saved in checkpoints but not shown in tables."""
+        """Append a row: numbers, strings or tensors by column. Tensors are saved in checkpoints only."""
         self.last = dict(row)
         if self.count == 0 or (self.count - 1) % self._every == 0:  # the first row is never thinned
             self._rows.append(self.last)
@@ -129,8 +132,9 @@ class RunRecord:
     def save(self, trainer: pl.Trainer, owner: Recorder, part: str = "", *, now: bool = False) -> None:
         """Write the rows so far to a CSV file in the log folder, if enough of them are new.
 
-        Call it after each added row. The file is rewritten each time, so a resumed run duplicates no rows, and replaced
-        atomically, so a killed run leaves the old file or the new one. The file lacks at most a tenth of the rows.
+        Call it after each added row. The file is rewritten each time, so a resumed run duplicates
+        no rows, and replaced atomically, so a killed run leaves the old file or the new one. The
+        file lacks at most a tenth of the rows.
 
         Args:
             trainer: The trainer. Only rank zero writes, and only with a logger that has a folder.
@@ -162,8 +166,8 @@ class RunRecord:
         Args:
             trainer: The trainer. Only rank zero writes.
             owner: Owner of the record; keys and files are named after it.
-            draw: Returns the figure. It is not called if the owner's ``figure`` is False or matplotlib is missing. Default:
-                :meth:`draw`.
+            draw: Returns the figure. It is not called if the owner's ``figure`` is False or
+                matplotlib is missing. Default: :meth:`draw`.
             summary: Final figures of merit by quantity.
             part: Name of the record, if the owner has several.
             table: Last part of the table's log key.

@@ -1,6 +1,7 @@
 """The order in which techniques change gradients, and warnings about other clippers.
 
-``conditioner.py`` and ``GradientMonitor`` use it. Techniques know each other only by their attribute ``role``.
+``conditioner.py`` and ``GradientMonitor`` use it. Techniques know each other only by their
+attribute ``role``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,8 @@ Role = Literal["guard", "center", "clip", "noise", "observe"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
 _TURN_OFF = (
-    "set gradient_clip_val=None. If a library builds the Trainer, set trainer.gradient_clip_val = None before fit(), or in "
-    "the setup() of a callback that comes before this one"
+    "set gradient_clip_val=None. If a library builds the Trainer, set trainer.gradient_clip_val = None before fit(), "
+    "or in the setup() of a callback that comes before this one"
 )
 ANSWERS: Mapping[Role, Mapping[str, Answer]] = {
     "clip": {
@@ -57,8 +58,8 @@ def refuse_order(trainer: pl.Trainer) -> None:
             return ", ".join(f"{callback.display_name} ({callback.role})" for callback in callbacks)
 
         raise ValueError(
-            f"Techniques that change gradients must be in the order {', '.join(ROLES)}; got callbacks=[{written(found)}]. "
-            f"Write callbacks=[{written(right)}]."
+            f"Techniques that change gradients must be in the order {', '.join(ROLES)}; got "
+            f"callbacks=[{written(found)}]. Write callbacks=[{written(right)}]."
         )
 
 
@@ -76,11 +77,11 @@ def warn_of_other_clippers(trainer: pl.Trainer, pl_module: pl.LightningModule, c
             break
         if other.role == "clip" and not mine.isdisjoint(map(id, other.parameters())):
             rank_zero_warn(
-                f"{other.display_name} and {clipper.display_name} both clip the same gradients, one after the other. If this "
-                "is not intended, keep one, or set include= so that they clip different parameters."
+                f"{other.display_name} and {clipper.display_name} both clip the same gradients, one after the other. "
+                "If this is not intended, keep one, or set include= so that they clip different parameters."
             )
     if overrides(pl_module, "configure_gradient_clipping"):
         rank_zero_warn(
-            f"{type(pl_module).__name__} overrides configure_gradient_clipping, which runs after {clipper.display_name}. If "
-            "it clips too, drop one of them."
+            f"{type(pl_module).__name__} overrides configure_gradient_clipping, which runs after "
+            f"{clipper.display_name}. If it clips too, drop one of them."
         )

@@ -28,9 +28,9 @@ OWN_SCHEDULES = (
 class SubsetCallback(GradCallback):
     """Trains each epoch on the samples that :meth:`choose_samples` returns.
 
-    It knows the data-set indices of every batch (``self.indices``), adapts schedules to shorter epochs, and logs the kept
-    share. The current choice is in its state, so a resumed epoch continues with it. Settings that change on resume apply from
-    the next epoch on.
+    It knows the data-set indices of every batch (``self.indices``), adapts schedules to shorter
+    epochs, and logs the kept share. The current choice is in its state, so a resumed epoch
+    continues with it. Settings that change on resume apply from the next epoch on.
 
     Args:
         loader_key: Training loader to prune if there are several: its key or position in a list.
@@ -40,8 +40,8 @@ class SubsetCallback(GradCallback):
     namespace: ClassVar[str] = "data"
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
         ddp=yes(
-            "With every sampler of `torch.utils.data`. Any other sampler raises an error with several ranks, because it does "
-            "not say which rank draws which samples."
+            "With every sampler of `torch.utils.data`. Any other sampler raises an error with several ranks, because "
+            "it does not say which rank draws which samples."
         ),
         manual_optimization=yes(OWN_SCHEDULES),
     )
@@ -97,8 +97,8 @@ class SubsetCallback(GradCallback):
             self._fixed_steps = self.passes_more_than_once
             if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
                 raise TypeError(
-                    f"{self.display_name} must know the samples of each batch, but training_step(dataloader_iter) draws "
-                    "batches itself. Make training_step take a batch."
+                    f"{self.display_name} must know the samples of each batch, but training_step(dataloader_iter) "
+                    "draws batches itself. Make training_step take a batch."
                 )
             key = None if self.loader_key is None else str(self.loader_key)
             own = (trainer, self.display_name, self.undo, key, self.remembers_samples)
@@ -187,8 +187,8 @@ class SubsetCallback(GradCallback):
         if count == total and not self._has_warned_of_too_few:
             self._has_warned_of_too_few = True
             rank_zero_warn(
-                f"{self.display_name} keeps all {total} samples: the share to drop is less than one sample, or would leave a "
-                "last batch of one sample. Prune more, or train on more samples."
+                f"{self.display_name} keeps all {total} samples: the share to drop is less than one sample, or would "
+                "leave a last batch of one sample. Prune more, or train on more samples."
             )
 
     def refuse_unreached(self, trainer: pl.Trainer, epoch: int, would: str) -> None:
@@ -203,16 +203,16 @@ class SubsetCallback(GradCallback):
         is_new = trainer.current_epoch == 0 and not _is_smoke_test(trainer)
         if is_new and epoch > 0 and math.isfinite(steps) and 0 <= trainer.max_steps <= steps:
             raise ValueError(
-                f"{self.display_name} would {would} after {epoch} epochs of {self.training_set.full_batches:.0f} batches, but "
-                f"Trainer(max_steps={trainer.max_steps}) ends earlier. Set epoch to a smaller number."
+                f"{self.display_name} would {would} after {epoch} epochs of {self.training_set.full_batches:.0f} "
+                f"batches, but Trainer(max_steps={trainer.max_steps}) ends earlier. Set epoch to a smaller number."
             )
 
     def _warn_of_own_schedules(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not pl_module.automatic_optimization and trainer.lr_scheduler_configs:
             rank_zero_warn(
-                f"{self.display_name} adapts to shorter epochs only the schedulers that Lightning steps. This module steps "
-                "its own, and one that counts batches will not reach its end. Set its length to the number of batches that "
-                "are trained on."
+                f"{self.display_name} adapts to shorter epochs only the schedulers that Lightning steps. This module "
+                "steps its own, and one that counts batches will not reach its end. Set its length to the number of "
+                "batches that are trained on."
             )
 
 

@@ -21,8 +21,9 @@ _known: set[str] = set()
 class Switchable:
     """A callback or strategy that the environment variable can turn off.
 
-    ``LIGHTNING_GRAD_DISABLE=1`` turns all of them off. ``LIGHTNING_GRAD_DISABLE=ZClip,DataPruning`` turns off instances of
-    these classes and of their subclasses. The variable is read when a run begins.
+    ``LIGHTNING_GRAD_DISABLE=1`` turns all of them off. ``LIGHTNING_GRAD_DISABLE=ZClip,DataPruning``
+    turns off instances of these classes and of their subclasses. The variable is read when a run
+    begins.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -100,7 +101,8 @@ class SwitchedOff(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        # Checkpoint callbacks still save after this hook, and their files must not hold the technique's state.
+        # Checkpoint callbacks still save after this hook, and their files must not hold the
+        # technique's state.
         def last(inner: Callable[..., Any], *args: Any) -> None:
             unwrap()
             replace(trainer, self, self.technique)

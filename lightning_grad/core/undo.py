@@ -8,8 +8,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 class UndoList:
     """Undo steps, run last in, first out.
 
-    Running it is idempotent and never raises: an exception in ``on_exception`` would keep Lightning from calling the later
-    callbacks, and one in ``teardown`` would hide the user's exception.
+    Running it is idempotent and never raises: an exception in ``on_exception`` would keep Lightning
+    from calling the later callbacks, and one in ``teardown`` would hide the user's exception.
 
     Example:
         >>> undo = UndoList()

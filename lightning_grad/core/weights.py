@@ -1,9 +1,9 @@
 """The base of callbacks whose module computes with other weights than those that train: sparse, quantized, noisy.
 
-The optimizer, DDP and weight averaging keep the dense weight. The module computes with a view of it, which the technique
-defines: it derives from :class:`WeightCallback` and writes ``view``, which returns a
-:class:`~lightning_grad.core.views.weight_chain.ViewedWeight` for each weight that it acts on. The rest is here and in the
-folder ``views``.
+The optimizer, DDP and weight averaging keep the dense weight. The module computes with a view of
+it, which the technique defines: it derives from :class:`WeightCallback` and writes ``view``, which
+returns a :class:`~lightning_grad.core.views.weight_chain.ViewedWeight` for each weight that it acts
+on. The rest is here and in the folder ``views``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,14 +40,16 @@ class ChosenWeights(list[W]):
 class WeightCallback(GradCallback, Generic[W]):
     """Replaces weights of a module by what :meth:`view` returns for them.
 
-    It chooses the weights, attaches their views, refreshes them when an optimizer, a load or weight averaging changes the
-    dense weights, and removes everything at the end of the fit. Validation and checkpoints use ``ViewedWeight.stored``: a
-    checkpoint loads into the plain module, and a resumed run continues from the dense weights bit for bit. At the end of the
-    fit the stored weights become the module's own; after an exception the module keeps its dense weights.
+    It chooses the weights, attaches their views, refreshes them when an optimizer, a load or weight
+    averaging changes the dense weights, and removes everything at the end of the fit. Validation
+    and checkpoints use ``ViewedWeight.stored``: a checkpoint loads into the plain module, and a
+    resumed run continues from the dense weights bit for bit. At the end of the fit the stored
+    weights become the module's own; after an exception the module keeps its dense weights.
 
-    Several techniques may act on the same weight, each in its own ``stage``; the order of the callbacks does not matter. The
-    difference between the dense and the stored weight is in the state of the technique with the first stage. Without that
-    technique, a run resumes from the stored weights.
+    Several techniques may act on the same weight, each in its own ``stage``; the order of the
+    callbacks does not matter. The difference between the dense and the stored weight is in the
+    state of the technique with the first stage. Without that technique, a run resumes from the
+    stored weights.
 
     Class attributes:
 
@@ -57,9 +59,10 @@ class WeightCallback(GradCallback, Generic[W]):
     - ``column``: heading of the column of the table of weights that describes each one.
 
     Args:
-        include: Names or wildcards of parameters or modules. Default: all layers but the first and last.
-            That is every Linear, Conv1d/2d/3d, attention projection and other layer that multiplies by a matrix named weight,
-            except the first and the last that the first batch reaches. Parameters of other modules need their full name.
+        include: Names or wildcards of parameters or modules. Default: all layers but the first and
+            last. That is every Linear, Conv1d/2d/3d, attention projection and other layer that
+            multiplies by a matrix named weight, except the first and the last that the first batch
+            reaches. Parameters of other modules need their full name.
         exclude: Names or wildcards of parameters or modules to skip.
         name: Name of this instance, needed if two of a class are used; part of state and log keys.
     """
@@ -142,9 +145,10 @@ class WeightCallback(GradCallback, Generic[W]):
         return [weight for weight in self.weights if id(weight.parameter) in owned]
 
     def views(self, pl_module: pl.LightningModule) -> dict[str, tuple[Tensor, Chain]]:
-        """Return the dense weight and chain of each weight for which this technique's stage is the first, by state-dict key.
+        """Return the dense weights and chains, by state-dict key, in which this technique's stage is the first.
 
-        This way exactly one technique of a chain saves its residual. A shared parameter has several keys.
+        This way exactly one technique of a chain saves its residual. A shared parameter has several
+        keys.
         """
         first = {id(w.parameter): w.chain for w in self.weights if next(iter(w.chain.stages)) is self.stage}
         named = pl_module.named_parameters(remove_duplicate=False)
@@ -327,7 +331,8 @@ class WeightCallback(GradCallback, Generic[W]):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # During a fit the wrapped hook of the module does this, after all callbacks; after an exception it is removed.
+        # During a fit the wrapped hook of the module does this, after all callbacks; after an
+        # exception it is removed.
         if self.weights and not len(self.undo_after_saving):
             make_portable(checkpoint, self.state_key, self.views(pl_module))
 

@@ -1,7 +1,8 @@
 """Adapt learning-rate schedules that were made for whole epochs to shorter or longer epochs.
 
-A scheduler that steps with every batch counts steps. If an epoch has half its batches, each step counts twice, so that a
-cosine or one-cycle schedule reaches its end. If ``max_steps`` ends the run, schedules are not changed.
+A scheduler that steps with every batch counts steps. If an epoch has half its batches, each step
+counts twice, so that a cosine or one-cycle schedule reaches its end. If ``max_steps`` ends the run,
+schedules are not changed.
 """
 
 import math
@@ -43,8 +44,8 @@ def count_steps(batches: int, until: int, accumulate: int, frequency: int) -> in
         >>> count_steps(batches=7, until=7, accumulate=3, frequency=1)
         3
     """
-    # It steps after every batch that its frequency divides, if the optimizer steps there. The last batch of an epoch
-    # always makes an optimizer step.
+    # It steps after every batch that its frequency divides, if the optimizer steps there. The last
+    # batch of an epoch always makes an optimizer step.
     only_at_the_end = until == batches and batches % frequency == 0 and batches % accumulate != 0
     return until // math.lcm(accumulate, frequency) + only_at_the_end
 
@@ -61,10 +62,12 @@ def warp_schedules(trainer: pl.Trainer, pl_module: pl.LightningModule, training_
             inner(scheduler, metric)
 
     def end_epoch(inner: Callable[..., Any], interval: str, update_plateau_schedulers: bool) -> None:
-        # Lightning updates the schedulers that step with epochs last, after those that step with batches.
+        # Lightning updates the schedulers that step with epochs last, after those that step with
+        # batches.
         if interval == "epoch" and not update_plateau_schedulers and pl_module.automatic_optimization:
             for config in trainer.lr_scheduler_configs:
-                # A scheduler may have no step at all in so few batches; all of its steps are made here.
+                # A scheduler may have no step at all in so few batches; all of its steps are made
+                # here.
                 if _is_warped(trainer, training_set, config) and not _steps_of_epochs(trainer, training_set, config)[0]:
                     pl_module.lr_scheduler_step(config.scheduler, None)
         inner(interval, update_plateau_schedulers=update_plateau_schedulers)

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from lightning_grad.data.fingerprints import ListItems
 
 _BATCHES = (
-    "Set batch_size or batch_sampler of the DataLoader, or, for a data set that takes lists of indices, use a BatchSampler "
-    "as its sampler."
+    "Set batch_size or batch_sampler of the DataLoader, or, for a data set that takes lists of indices, use a "
+    "BatchSampler as its sampler."
 )
 _BY_RANK = (
     "If the Trainer replaced a BatchSampler by it, set use_distributed_sampler=False and make the sampler yourself: "
@@ -59,17 +59,19 @@ def refuse_without_indices(loader: Any, needed_by: str) -> None:
     """Raise unless a loader draws lists of indices.
 
     Raises:
-        TypeError: If it is not a DataLoader, has no indices, draws them one at a time, or does not keep their order.
+        TypeError: If it is not a DataLoader, has no indices, draws them one at a time, or does not
+            keep their order.
     """
     if not isinstance(loader, DataLoader):
         raise TypeError(
-            f"{needed_by} needs a torch DataLoader for training, whose batch sampler yields the indices of each batch; got "
-            f"{type(loader).__name__}. Return torch.utils.data.DataLoader(dataset, batch_size=...) from train_dataloader."
+            f"{needed_by} needs a torch DataLoader for training, whose batch sampler yields the indices of each "
+            f"batch; got {type(loader).__name__}. Return torch.utils.data.DataLoader(dataset, batch_size=...) from "
+            "train_dataloader."
         )
     if isinstance(loader.dataset, IterableDataset):
         raise TypeError(
-            f"{needed_by} selects samples by index, but the samples of the IterableDataset {type(loader.dataset).__name__} "
-            "have none. Use a data set with __len__ and __getitem__."
+            f"{needed_by} selects samples by index, but the samples of the IterableDataset "
+            f"{type(loader.dataset).__name__} have none. Use a data set with __len__ and __getitem__."
         )
     if loader.batch_sampler is None and not isinstance(getattr(loader.sampler, "batch_size", None), int):
         shared = isinstance(loader.sampler, DistributedSampler)
@@ -80,8 +82,8 @@ def refuse_without_indices(loader: Any, needed_by: str) -> None:
         )
     if not getattr(loader, "in_order", True):
         raise TypeError(
-            f"{needed_by} must know which samples are in a batch, but DataLoader(in_order=False) does not keep their order. "
-            "Set in_order=True."
+            f"{needed_by} must know which samples are in a batch, but DataLoader(in_order=False) does not keep their "
+            "order. Set in_order=True."
         )
 
 
@@ -97,8 +99,8 @@ def slot_of(loader: DataLoader[Any]) -> str:
 
 def replace_sampler(loader: DataLoader[Any], sampler: Any) -> None:
     """Make a loader draw its lists of indices from another sampler."""
-    # Through __dict__, because DataLoader refuses to set it. Persistent workers would keep drawing from the sampler that
-    # they were started with.
+    # Through __dict__, because DataLoader refuses to set it. Persistent workers would keep drawing
+    # from the sampler that they were started with.
     loader.__dict__[slot_of(loader)] = sampler
     if loader._iterator is not None:
         loader._iterator = None
@@ -127,7 +129,7 @@ class EpochLength:
         return float(min(lengths) if loaders._mode == "min_size" else max(lengths))
 
     def update(self) -> None:
-        """Update the Trainer's number of batches to the loaders' current lengths. Call it before an epoch's first batch."""
+        """Update the Trainer's number of batches. Call it before an epoch's first batch."""
         trainer, loop = self._trainer, self._trainer.fit_loop
         loaders = loop._combined_loader
         if loaders is None:

@@ -1,8 +1,9 @@
 """The training set of a fit: the samples of each batch, and epochs that shrink and grow during the fit.
 
-A :class:`TrainingSet` puts a :class:`~lightning_grad.data.PrunableBatchSampler` into the training loader. It does so in
-``strategy.process_dataloader``, the only place where the loader is complete and nothing has been drawn from it. It keeps
-the Trainer's counts right when the length of the epoch changes, and restores everything when the fit ends.
+A :class:`TrainingSet` puts a :class:`~lightning_grad.data.PrunableBatchSampler` into the training
+loader. It does so in ``strategy.process_dataloader``, the only place where the loader is complete
+and nothing has been drawn from it. It keeps the Trainer's counts right when the length of the epoch
+changes, and restores everything when the fit ends.
 """
 
 from collections.abc import Callable
@@ -28,22 +29,26 @@ _OWNER = "_lightning_grad_training_set"
 class TrainingSet:
     """The samples that a fit trains on.
 
-    Make it in ``setup`` and call :meth:`begin` in ``on_fit_start``, :meth:`keep` in ``on_train_epoch_start``, and
-    :meth:`draw` once in ``on_train_batch_start``.
+    Make it in ``setup`` and call :meth:`begin` in ``on_fit_start``, :meth:`keep` in
+    ``on_train_epoch_start``, and :meth:`draw` once in ``on_train_batch_start``.
 
     Args:
         trainer: The trainer, before it has loaded its training data.
         needed_by: Name of the technique, for errors.
         undo: List that receives the undo steps.
-        loader_key: Loader to use if there are several: its key or position, or a path of these joined by dots.
-        remembers: Whether the technique stores values for each sample, which requires the data to stay the same.
+        loader_key: Loader to use if there are several: its key or position, or a path of these
+            joined by dots.
+        remembers: Whether the technique stores values for each sample, which requires the data to
+            stay the same.
 
     Raises:
-        ValueError: If another technique already chooses the samples of this fit. On loading, if there are several loaders and
-            no key, or no loader has the key, or the data differs from the data loaded before or from a checkpoint's.
-        TypeError: On loading, if samples cannot be identified: an iterable data set, ``batch_size=None`` with a sampler that
-            yields no batches, ``in_order=False``, an object that is not a DataLoader, an unknown sampler with several ranks,
-            or a sampler that yields keys other than integers.
+        ValueError: If another technique already chooses the samples of this fit. On loading, if
+            there are several loaders and no key, or no loader has the key, or the data differs from
+            the data loaded before or from a checkpoint's.
+        TypeError: On loading, if samples cannot be identified: an iterable data set,
+            ``batch_size=None`` with a sampler that yields no batches, ``in_order=False``, an object
+            that is not a DataLoader, an unknown sampler with several ranks, or a sampler that
+            yields keys other than integers.
     """
 
     def __init__(
@@ -69,8 +74,8 @@ class TrainingSet:
         other = loop.__dict__.get(_OWNER)
         if other is not None:
             raise ValueError(
-                f"{other} and {self._needed_by} would both choose the training samples. Keep one of them in the list of "
-                "callbacks."
+                f"{other} and {self._needed_by} would both choose the training samples. Keep one of them in the list "
+                "of callbacks."
             )
         loop.__dict__[_OWNER] = self._needed_by
         self._undo.push(lambda: loop.__dict__.pop(_OWNER, None))
@@ -108,7 +113,8 @@ class TrainingSet:
     # The data is loaded.
 
     def _expect(self, inner: Callable[[], Any]) -> Any:
-        # Raise no error here: Lightning would leave torch's DataLoader patched for the rest of the process.
+        # Raise no error here: Lightning would leave torch's DataLoader patched for the rest of the
+        # process.
         loaders = inner()
         keys = list(training_loaders.keys_of(loaders.iterables if isinstance(loaders, CombinedLoader) else loaders))
         self._waiting, self._keys = keys, list(keys)
@@ -124,8 +130,9 @@ class TrainingSet:
         processed = inner(loader)
         if processed is not loader:
             raise TypeError(
-                f"{self._needed_by} must see the training loader's own batches, but {type(self._trainer.strategy).__name__} "
-                f"wraps the loader in {type(processed).__name__}. Train with strategy='ddp' or on one device."
+                f"{self._needed_by} must see the training loader's own batches, but "
+                f"{type(self._trainer.strategy).__name__} wraps the loader in {type(processed).__name__}. Train with "
+                "strategy='ddp' or on one device."
             )
         return processed
 
@@ -137,9 +144,9 @@ class TrainingSet:
         sampler = PrunableBatchSampler(original, len(loader.dataset), self._needed_by)
         if self._trainer.world_size > 1 and not sampler.shares_are_known:
             raise TypeError(
-                f"{self._needed_by} does not know which samples each of the {self._trainer.world_size} ranks draws from "
-                f"{type(original).__name__}({type(sampler.sampler).__name__}). Use a sampler of torch.utils.data, or one "
-                "process."
+                f"{self._needed_by} does not know which samples each of the {self._trainer.world_size} ranks draws "
+                f"from {type(original).__name__}({type(sampler.sampler).__name__}). Use a sampler of "
+                "torch.utils.data, or one process."
             )
         if self._sampler is None:
             known = [getattr(self._trainer, name, None) for name in ("lightning_module", "datamodule")]
@@ -148,9 +155,9 @@ class TrainingSet:
         self._compare_data(loader)
         if not sampler.shares_are_known and sampler.full_samples < sampler.total:
             rank_zero_warn(
-                f"{type(sampler.sampler or original).__name__} draws {sampler.full_samples} of {sampler.total} samples per "
-                f"epoch. {self._needed_by} does not know which, and chooses among all samples. If the others are never drawn, "
-                "train on a torch.utils.data.Subset instead."
+                f"{type(sampler.sampler or original).__name__} draws {sampler.full_samples} of {sampler.total} "
+                f"samples per epoch. {self._needed_by} does not know which, and chooses among all samples. If the "
+                "others are never drawn, train on a torch.utils.data.Subset instead."
             )
         self._give_back()
         training_loaders.replace_sampler(loader, sampler)
@@ -161,8 +168,8 @@ class TrainingSet:
     def _refuse_other_length(self, total: int) -> None:
         if self._begun and self._sampler is not None and self._sampler.total != total:
             raise ValueError(
-                f"{self._needed_by} identifies samples by index, but the training set had {self._sampler.total} samples and "
-                f"has {total} after reloading. Keep the data set the same during the whole fit."
+                f"{self._needed_by} identifies samples by index, but the training set had {self._sampler.total} "
+                f"samples and has {total} after reloading. Keep the data set the same during the whole fit."
             )
 
     def _compare_data(self, loader: DataLoader[Any]) -> None:
@@ -198,8 +205,9 @@ class TrainingSet:
             training_loaders.replace_sampler(self._loader, self.sampler.original)
 
     def _around_loading(self, inner: Callable[[], None]) -> None:
-        # Lightning raises when it loads the data if val_check_interval exceeds the number of batches. A pruned epoch may be
-        # shorter than an interval that suits whole epochs. So the check is avoided here, and update() adapts the interval.
+        # Lightning raises when it loads the data if val_check_interval exceeds the number of
+        # batches. A pruned epoch may be shorter than an interval that suits whole epochs. So the
+        # check is avoided here, and update() adapts the interval.
         trainer = self._trainer
         interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
         if self._begun and self._kept is not None and isinstance(interval, int):
@@ -216,8 +224,8 @@ class TrainingSet:
     def begin(self, kept: Tensor | None, fixed_steps: bool = False) -> None:
         """Start pruning, with the samples that are kept at the start or restored from a checkpoint.
 
-        Until then the loader has its full length, so schedules made in ``configure_optimizers`` are made for the whole run,
-        even when it resumes.
+        Until then the loader has its full length, so schedules made in ``configure_optimizers`` are
+        made for the whole run, even when it resumes.
         """
         self._begun = True
         self.keep(kept, fixed_steps)
@@ -228,8 +236,8 @@ class TrainingSet:
 
         Args:
             kept: Indices, or ``None`` for all.
-            fixed_steps: Whether an epoch keeps the number of batches of the whole data set and goes through the kept samples
-                several times.
+            fixed_steps: Whether an epoch keeps the number of batches of the whole data set and goes
+                through the kept samples several times.
         """
         self._next_batch, self._drawing = 0, RecordedBatches(iter(()))
         changed = not _same(kept, self._kept) or fixed_steps != self._fixed_steps
@@ -252,12 +260,13 @@ class TrainingSet:
         sampler.keep(self._kept, sampler.full_samples if self._fixed_steps else None)
         if self._kept is not None and not len(sampler):
             raise ValueError(
-                f"{self._needed_by} keeps {len(self._kept)} samples, which do not fill one batch of {sampler.batch_size}, and "
-                "drop_last=True drops incomplete batches. Prune less, or use smaller batches."
+                f"{self._needed_by} keeps {len(self._kept)} samples, which do not fill one batch of "
+                f"{sampler.batch_size}, and drop_last=True drops incomplete batches. Prune less, or use smaller "
+                "batches."
             )
 
     def _restarts_loader(self) -> bool:
-        """Return True if Lightning creates a new iterator for the epoch that begins, which a resumed first epoch does not."""
+        """Return True if Lightning restarts the loader for the epoch that begins; when resuming, it does not."""
         loop = self._trainer.fit_loop
         starts = self._trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting
         return loop._data_fetcher is None or starts
@@ -271,7 +280,7 @@ class TrainingSet:
 
     @property
     def resumes_behind_last_batch(self) -> bool:
-        """Whether the fit resumes from a checkpoint written after the last batch of an epoch, before the epoch's end."""
+        """Whether the fit resumes from a checkpoint between the last batch and the end of an epoch."""
         trainer, loop = self._trainer, self._trainer.fit_loop
         behind = loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch
         continues = trainer.max_epochs in (None, -1) or trainer.current_epoch < trainer.max_epochs
@@ -345,15 +354,17 @@ class TrainingSet:
     def _num_skipped(self, batch_idx: int) -> int:
         """Return how many batches were drawn before this one for which Lightning called no hook.
 
-        These are batches that collate to ``None``, and batches that a loader skips when it resumes within an epoch.
+        These are batches that collate to ``None``, and batches that a loader skips when it resumes
+        within an epoch.
         """
         if self._next_batch is None:
             self._next_batch = 0 if hasattr(self.loader, "load_state_dict") else batch_idx
         return batch_idx - self._next_batch
 
     def _source(self) -> RecordedBatches:
-        # Other code may draw from the loader during an epoch, so the batches come from the iterator of the fit. If the
-        # loader is restarted within an epoch, batches drawn earlier may still be pending: they come first.
+        # Other code may draw from the loader during an epoch, so the batches come from the iterator
+        # of the fit. If the loader is restarted within an epoch, batches drawn earlier may still be
+        # pending: they come first.
         if not self._drawing.drawn:
             self._drawing = self._source_now()
         return self._drawing

@@ -1,9 +1,10 @@
 """Scale learning rates of optimizers, together with the schedulers that would otherwise undo it.
 
-A scheduler that computes a rate from the last one keeps a scaled rate. One that computes it from a base rate overwrites it,
-unless the base rate is scaled too. Base rates are in the parameter groups (``initial_lr``; ``max_lr`` and ``min_lr`` of
-``OneCycleLR``; ``swa_lr`` of ``SWALR``) and in the schedulers (``base_lrs``, ``max_lrs``). Floors of schedulers
-(``eta_min``, ``ReduceLROnPlateau(min_lr=...)``) are not scaled.
+A scheduler that computes a rate from the last one keeps a scaled rate. One that computes it from a
+base rate overwrites it, unless the base rate is scaled too. Base rates are in the parameter groups
+(``initial_lr``; ``max_lr`` and ``min_lr`` of ``OneCycleLR``; ``swa_lr`` of ``SWALR``) and in the
+schedulers (``base_lrs``, ``max_lrs``). Floors of schedulers (``eta_min``,
+``ReduceLROnPlateau(min_lr=...)``) are not scaled.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,8 +27,8 @@ def _check_range(indices: Sequence[int], count: int, needed_by: str, parameter: 
     outside = [index for index in indices if not 0 <= index < count]
     if outside:
         raise ValueError(
-            f"{needed_by}: {parameter} must hold indices below {count}, because {who_has} {count}; got {list(indices)}. "
-            f"Remove {', '.join(map(str, outside))}."
+            f"{needed_by}: {parameter} must hold indices below {count}, because {who_has} {count}; got "
+            f"{list(indices)}. Remove {', '.join(map(str, outside))}."
         )
 
 
@@ -61,7 +62,8 @@ def scale_rates_(chosen: ChosenGroups, factor: float) -> None:
         for index in indices:
             group = optimizer.param_groups[index]
             rate = group["lr"]
-            # Several groups may share one tensor. It is scaled once, or replaced if a group that is not chosen shares it.
+            # Several groups may share one tensor. It is scaled once, or replaced if a group that is
+            # not chosen shares it.
             if not isinstance(rate, Tensor) or any(rate is other for other in others):
                 group["lr"] = rate * factor
             elif id(rate) not in scaled:
@@ -72,12 +74,13 @@ def scale_rates_(chosen: ChosenGroups, factor: float) -> None:
 def scale_schedules_(chosen: ChosenGroups, schedulers: Iterable[Any], factor: float) -> None:
     """Multiply the base rates in groups and schedulers, so that schedules continue from the scaled rates.
 
-    Call it after :func:`scale_rates_`, which has already scaled a base that is the same tensor as a rate. ``SequentialLR``
-    makes such bases before torch 2.10.
+    Call it after :func:`scale_rates_`, which has already scaled a base that is the same tensor as a
+    rate. ``SequentialLR`` makes such bases before torch 2.10.
 
     Args:
         chosen: Optimizers, each with the indices of its groups.
-        schedulers: Schedulers of the trainer, including those (``SequentialLR``, ``ChainedScheduler``) that step others.
+        schedulers: Schedulers of the trainer, including those (``SequentialLR``,
+            ``ChainedScheduler``) that step others.
         factor: Factor of the base rates.
 
     Example:
@@ -131,7 +134,8 @@ def _scaled(base: Any, factor: float, optimizer: Optimizer) -> Any:
 def unknown_schedulers(schedulers: Iterable[Any]) -> list[str]:
     """Return the names of scheduler classes outside torch, whose base rates :func:`scale_schedules_` may not know.
 
-    Subclasses of torch's schedulers are included: they have ``base_lrs``, but may compute rates from something else.
+    Subclasses of torch's schedulers are included: they have ``base_lrs``, but may compute rates
+    from something else.
     """
     kinds = {type(scheduler) for scheduler in _flatten(schedulers)}
     return sorted({kind.__name__ for kind in kinds if not kind.__module__.startswith("torch.")})
@@ -157,8 +161,8 @@ class ChosenRates:
     Args:
         optimizers: Indices of the optimizers, ``None`` for all.
         groups: Indices of their parameter groups, ``None`` for all.
-        policy: "multiply": schedulers continue from the scaled rates. "replace": schedulers are turned off (by the
-            technique).
+        policy: "multiply": schedulers continue from the scaled rates. "replace": schedulers are
+            turned off (by the technique).
         min_lr: Floor of the first group's rate.
         needed_by: Name of the technique, for errors.
 
@@ -201,15 +205,15 @@ class ChosenRates:
                 if not isinstance(groups[index].get("lr"), (int, float, Tensor)):
                     raise ValueError(
                         f"{self._needed_by} scales learning rates, but group {index} of optimizer {number} "
-                        f"({type(optimizers[number]).__name__}) has none: its lr is {groups[index].get('lr')!r}. Choose "
-                        "others: optimizers=[...], param_groups=[...]."
+                        f"({type(optimizers[number]).__name__}) has none: its lr is {groups[index].get('lr')!r}. "
+                        "Choose others: optimizers=[...], param_groups=[...]."
                     )
             if indices:  # the mock optimizer that Lightning uses for none has no groups
                 chosen.append((optimizers[number], indices))
         if not chosen:
             raise ValueError(
-                f"{self._needed_by} scales learning rates, but configure_optimizers returns no optimizer. Return one, or drop "
-                "the callback."
+                f"{self._needed_by} scales learning rates, but configure_optimizers returns no optimizer. Return one, "
+                "or drop the callback."
             )
         return chosen
 
@@ -227,7 +231,8 @@ class ChosenRates:
     def begin(self, trainer: pl.Trainer) -> None:
         """Store the base rate. Call it in ``on_train_start``, after the optimizers of a checkpoint are restored.
 
-        If ``base`` is restored from a checkpoint, this does nothing: the rates in it are already scaled.
+        If ``base`` is restored from a checkpoint, this does nothing: the rates in it are already
+        scaled.
         """
         if self.base is not None:
             return

@@ -13,19 +13,22 @@ SECOND_MOMENTS = {"exp_avg_sq": 1, "max_exp_avg_sq": 1}
 class FrozenMoments:
     r"""Freezes bias-corrected moments of an optimizer, by default the second moments.
 
-    After a step the moment :math:`v_t` becomes :math:`v_{t-1} (1 - \beta_2^t) / (1 - \beta_2^{t-1})`, so that
-    :math:`\hat v = v_t / (1 - \beta_2^t)` never changes. Each step still includes its own gradient, with weight
-    :math:`1 - \beta_2` (usually a thousandth), but gradients do not accumulate in the moments. Nothing extra is saved: the
-    moments in a checkpoint are the frozen ones.
+    After a step the moment :math:`v_t` becomes :math:`v_{t-1} (1 - \beta_2^t) / (1 -
+    \beta_2^{t-1})`, so that :math:`\hat v = v_t / (1 - \beta_2^t)` never changes. Each step still
+    includes its own gradient, with weight :math:`1 - \beta_2` (usually a thousandth), but gradients
+    do not accumulate in the moments. Nothing extra is saved: the moments in a checkpoint are the
+    frozen ones.
 
-    Weights with almost no gradient so far have almost no variance, and their first larger gradient would cause a huge step.
-    So the optimizer's eps is added to :math:`\hat v`, under the root, when it is frozen.
+    Weights with almost no gradient so far have almost no variance, and their first larger gradient
+    would cause a huge step. So the optimizer's eps is added to :math:`\hat v`, under the root, when
+    it is frozen.
 
     Args:
         optimizer: Adam-like optimizer that has made at least one step.
-        resumed: Whether the moments come from a checkpoint and are already frozen; eps is not added again.
-        moments: Keys of its state, each with the index of the beta that it decays by. Parameters without the first key are
-            not frozen.
+        resumed: Whether the moments come from a checkpoint and are already frozen; eps is not added
+            again.
+        moments: Keys of its state, each with the index of the beta that it decays by. Parameters
+            without the first key are not frozen.
 
     Example:
         >>> import torch

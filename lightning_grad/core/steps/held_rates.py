@@ -1,4 +1,4 @@
-"""Learning rates that are multiplied during one step, and restored before schedulers, monitors and checkpoints see them."""
+"""Learning rates that are multiplied during one step and restored before other code reads them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ _LEDGER = "_lightning_grad_held_rates"  # attribute of an optimizer while its ra
 class HeldRates:
     """One technique's factors on the learning rates of an optimizer.
 
-    Several techniques may multiply the rates of one optimizer: their factors multiply, and each technique removes its own, in
-    any order. If a scheduler or the user sets a rate meanwhile, that is the new base rate: :meth:`follow` multiplies it, and
-    :meth:`give_back` restores it.
+    Several techniques may multiply the rates of one optimizer: their factors multiply, and each
+    technique removes its own, in any order. If a scheduler or the user sets a rate meanwhile, that
+    is the new base rate: :meth:`follow` multiplies it, and :meth:`give_back` restores it.
 
-    Apply factors during one step only, because everything that reads the optimizer sees the multiplied rates: a scheduler
-    that computes a rate from the last one would start from a multiplied rate.
+    Apply factors during one step only, because everything that reads the optimizer sees the
+    multiplied rates: a scheduler that computes a rate from the last one would start from a
+    multiplied rate.
 
     Args:
         optimizer: Optimizer that has the rates.
@@ -52,8 +53,8 @@ class HeldRates:
         """Multiply the rates, replacing an earlier factor of this object.
 
         Args:
-            factor: One number for all parameter groups, or one for each. A tensor avoids a host sync; the optimizer must
-                then support tensors as learning rates.
+            factor: One number for all parameter groups, or one for each. A tensor avoids a host
+                sync; the optimizer must then support tensors as learning rates.
 
         Raises:
             ValueError: If the number of factors differs from the number of groups.

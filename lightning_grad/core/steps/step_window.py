@@ -57,8 +57,8 @@ class StepWindow:
         """
 
         def step(inner: Callable[..., Any], *args: Any) -> Any:
-            # Batches are distinguished by their number: an optimizer may call its closure several times for one batch, and
-            # a loader may return the same tensor for several batches.
+            # Batches are distinguished by their number: an optimizer may call its closure several
+            # times for one batch, and a loader may return the same tensor for several batches.
             number = self._trainer.fit_loop.batch_idx
             is_new = not self._evaluations or self._evaluations[-1].batch_idx != number
             if is_new and not self._is_again:
@@ -78,7 +78,8 @@ class StepWindow:
     def run_again(self, optimizer: Optimizer) -> Tensor | None:
         """Replace the gradients by those of all batches at the current weights.
 
-        Each loss is divided by the number of accumulated batches, as in the first run. Ranks synchronize with the last batch.
+        Each loss is divided by the number of accumulated batches, as in the first run. Ranks
+        synchronize with the last batch.
 
         Returns:
             Tensor: Sum of these losses; ``None`` if no batch has a loss.
@@ -124,8 +125,8 @@ def _set_indices(samples: list[tuple[Any, Any]]) -> None:
 class StepClosure:
     """Argument of ``evaluate``: computes the gradients of the current optimizer step.
 
-    Calling it runs the forward and backward pass of the batch, as Lightning would. After that, :meth:`again` may be called
-    any number of times.
+    Calling it runs the forward and backward pass of the batch, as Lightning would. After that,
+    :meth:`again` may be called any number of times.
     """
 
     _closure: Callable[[], Any]
@@ -147,12 +148,14 @@ class StepClosure:
     def again(self) -> Any:
         """Replace the gradients by those at the current weights.
 
-        Random numbers of the global streams (dropout, augmentation) repeat those of the first run. Only the gradients change:
-        buffers, metrics, attributes and random streams are restored, and nothing is logged. Hooks around backward are called,
-        because they may change gradients; hooks that count or record check :func:`is_repeated`.
+        Random numbers of the global streams (dropout, augmentation) repeat those of the first run.
+        Only the gradients change: buffers, metrics, attributes and random streams are restored, and
+        nothing is logged. Hooks around backward are called, because they may change gradients;
+        hooks that count or record check :func:`is_repeated`.
 
         Returns:
-            The loss over all accumulated batches; under manual optimization, what the closure returns.
+            The loss over all accumulated batches; under manual optimization, what the closure
+            returns.
         """
         with unseen(self._trainer, self._pl_module), ExitStack() as stack:
             _REPEATED.add(self._pl_module)
@@ -166,11 +169,12 @@ class StepClosure:
     def _refuse(self) -> None:
         if self._pl_module.automatic_optimization:
             raise RuntimeError(
-                f"{self._display_name} must evaluate each step itself, but {type(self._pl_module).__name__}.optimizer_step "
-                "has already run the closure. Call optimizer.step(closure=optimizer_closure) there."
+                f"{self._display_name} must evaluate each step itself, but "
+                f"{type(self._pl_module).__name__}.optimizer_step has already run the closure. Call "
+                "optimizer.step(closure=optimizer_closure) there."
             )
         raise RuntimeError(
-            f"{self._display_name} must evaluate each step itself, but optimizer.step() was called without a closure. Call "
-            "optimizer.step(closure) with a function that sets gradients to zero, computes the loss, and calls "
+            f"{self._display_name} must evaluate each step itself, but optimizer.step() was called without a closure. "
+            "Call optimizer.step(closure) with a function that sets gradients to zero, computes the loss, and calls "
             "manual_backward; or use automatic optimization."
         )

@@ -13,9 +13,10 @@ Owner = tuple[str, nn.Module, str]
 
 
 class Ends:
-    """The first and the last layer of each network: in order of registration, and after one batch in order of execution.
+    """The first and the last layer of each network.
 
-    A layer after an embedding, or after another layer whose weight cannot be chosen, is not a first layer.
+    The order is that of registration and, after the first batch, that of execution. A layer after an
+    embedding, or after another layer whose weight cannot be chosen, is not a first layer.
 
     Args:
         trainer: The trainer, with its optimizers.
@@ -87,6 +88,7 @@ class Ends:
             return set()
         trained = {clean_name(n) for n, owner, key in self._layers if owner._parameters[key].requires_grad}  # type: ignore[union-attr]
         root = able[0].split(".")[0]
-        # A frozen embedding of another network, such as a teacher, does not come before this network.
+        # A frozen embedding of another network, such as a teacher, does not come before this
+        # network.
         before = [name for name in network[: network.index(able[0])] if name in trained or name.split(".")[0] == root]
         return {last(able)} if before else {able[0], last(able)}

@@ -1,11 +1,12 @@
 """Checkpoints that load without lightning-grad and still resume exactly.
 
-A checkpoint holds the *stored* weights (those of inference) under the plain keys. The technique's own state holds their
-residuals: what is needed to restore the dense weights bit for bit. Both are written and read by wrapping the module's
-``on_save_checkpoint`` and ``on_load_checkpoint``. Lightning calls the first after every callback, also with
-``save_weights_only``, and the second before anything is loaded. So weight averaging, which replaces
-``checkpoint["state_dict"]``, gets its dense average back, whatever its position in the list of callbacks. What the module's
-own hooks do, such as renaming keys, runs after our code on saving and before it on loading.
+A checkpoint holds the *stored* weights (those of inference) under the plain keys. The technique's
+own state holds their residuals: what is needed to restore the dense weights bit for bit. Both are
+written and read by wrapping the module's ``on_save_checkpoint`` and ``on_load_checkpoint``.
+Lightning calls the first after every callback, also with ``save_weights_only``, and the second
+before anything is loaded. So weight averaging, which replaces ``checkpoint["state_dict"]``, gets
+its dense average back, whatever its position in the list of callbacks. What the module's own hooks
+do, such as renaming keys, runs after our code on saving and before it on loading.
 """
 
 from collections.abc import Callable, Mapping, MutableMapping
@@ -91,14 +92,15 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 def make_portable(checkpoint: dict[str, Any], state_key: str, views: Mapping[str, tuple[Tensor, WeightView]]) -> None:
     """Put stored weights into a checkpoint's ``state_dict``, and their residuals into the technique's state.
 
-    Entries that already are the module's stored weights are kept. Any other entry of ``state_dict`` (an average that a
-    callback put there) is dense, and is replaced by what its validation used. Other copies of the module's stored weights in
-    the checkpoint get a residual too.
+    Entries that already are the module's stored weights are kept. Any other entry of ``state_dict``
+    (an average that a callback put there) is dense, and is replaced by what its validation used.
+    Other copies of the module's stored weights in the checkpoint get a residual too.
 
     Args:
         checkpoint: Checkpoint that Lightning is about to write; changed in place.
         state_key: Key of the technique in ``checkpoint["callbacks"]``.
-        views: The current dense weight and the view of each parameter, by its key in ``state_dict``.
+        views: The current dense weight and the view of each parameter, by its key in
+            ``state_dict``.
 
     Raises:
         RuntimeError: If the technique has no state in the checkpoint that could hold the residuals.
@@ -128,9 +130,9 @@ def make_portable(checkpoint: dict[str, Any], state_key: str, views: Mapping[str
     elif residuals:
         first = next(key for kept in residuals.values() for key in kept)
         raise RuntimeError(
-            f"{state_key} cannot save the dense weight of {first!r}, because it has no state in this checkpoint; a run that "
-            f"resumes from it would continue from other weights. Make {state_key}.state_dict() extend super().state_dict(), "
-            "or save with save_weights_only=True."
+            f"{state_key} cannot save the dense weight of {first!r}, because it has no state in this checkpoint; a "
+            f"run that resumes from it would continue from other weights. Make {state_key}.state_dict() extend "
+            "super().state_dict(), or save with save_weights_only=True."
         )
 
 

@@ -1,8 +1,9 @@
 """The chain of stages of one weight: sparse, then quantized, then noisy.
 
-All techniques that choose the same weight form one :class:`Chain`, in the order of :class:`Stage`, not of the list of
-callbacks. The chain is the only view of the weight: the module computes with the output of the last stage, gradients pass
-through all stages, and a checkpoint holds the output of all stages' ``stored``.
+All techniques that choose the same weight form one :class:`Chain`, in the order of :class:`Stage`,
+not of the list of callbacks. The chain is the only view of the weight: the module computes with the
+output of the last stage, gradients pass through all stages, and a checkpoint holds the output of
+all stages' ``stored``.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class Chain:
         self._shown.add(stage)
 
     def hide(self, stage: Stage) -> None:
-        """Hide a stage, and detach the chain with the last one. Stages still store, for checkpoints after an exception."""
+        """Hide a stage. The last one detaches the chain, which still stores, for checkpoints after an exception."""
         self._shown.discard(stage)
         if not self._shown:
             self._detach()
@@ -162,10 +163,13 @@ class ViewedWeight:
         return weight
 
     def stored(self, weight: Tensor) -> Tensor:
-        """Return the weight for validation and checkpoints: deterministic, without gradient, a new tensor or ``weight`` itself.
+        """Return the weight for validation and checkpoints: a new tensor or ``weight`` itself.
+
+        It must be deterministic and have no gradient.
 
         Args:
-            weight: Stored output of the earlier stages, for the trained weight or, with weight averaging, the average.
+            weight: Stored output of the earlier stages, for the trained weight or, with weight
+                averaging, the average.
         """
         return weight
 
@@ -235,9 +239,10 @@ _CHAINS: WeakKeyDictionary[pl.LightningModule, ModuleChains] = WeakKeyDictionary
 class ModuleChains:
     """The chains of one module in one fit, and the techniques that use them.
 
-    It does what must happen once and in order for all techniques: it restores in-place weights before an optimizer step and
-    writes the views again after all techniques have updated them; it calls the techniques in the order of their stages; and
-    at the end of the fit it writes the stored weights into the parameters once, after asking every technique for its weights.
+    It does what must happen once and in order for all techniques: it restores in-place weights
+    before an optimizer step and writes the views again after all techniques have updated them; it
+    calls the techniques in the order of their stages; and at the end of the fit it writes the
+    stored weights into the parameters once, after asking every technique for its weights.
 
     Args:
         trainer: The trainer, with its optimizers.

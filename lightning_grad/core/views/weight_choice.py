@@ -57,9 +57,9 @@ class FoundWeight:
         parameter = self.module._parameters.get(self.attribute)
         if parameter is None:
             raise RuntimeError(
-                f"{self.display_name} makes {clean_name(self.name)} {self.effect}, but the parameter was removed from its "
-                "layer during the fit, as pruning, weight_norm, spectral_norm and parametrize do. Do that before the fit, "
-                f"or exclude the layer: exclude=[{clean_name(self.name)!r}]."
+                f"{self.display_name} makes {clean_name(self.name)} {self.effect}, but the parameter was removed from "
+                "its layer during the fit, as pruning, weight_norm, spectral_norm and parametrize do. Do that before "
+                f"the fit, or exclude the layer: exclude=[{clean_name(self.name)!r}]."
             )
         return parameter
 
@@ -80,8 +80,8 @@ class FoundWeight:
 def found_weights(module: nn.Module, owners: Sequence[Owner], technique: WeightCallback[Any]) -> Iterator[FoundWeight]:
     """Yield the parameters that a technique can choose, a tied one once for each owner.
 
-    Layers of torch are recognized by their type, other linear layers by a matrix named ``weight``. Parameters of other
-    modules are found only if a pattern names them in full.
+    Layers of torch are recognized by their type, other linear layers by a matrix named ``weight``.
+    Parameters of other modules are found only if a pattern names them in full.
 
     Args:
         module: The LightningModule, complete.
@@ -150,15 +150,15 @@ class WeightChoice(Generic[W]):
         """Return why nothing was chosen, and what to do."""
         if not self.skipped:
             return (
-                "It chooses Linear, Conv and attention layers, and other layers that multiply by a matrix named weight. Name "
-                "parameters of other modules in full, such as include=['blocks.*.w1']."
+                "It chooses Linear, Conv and attention layers, and other layers that multiply by a matrix named "
+                "weight. Name parameters of other modules in full, such as include=['blocks.*.w1']."
             )
         reasons = [f"{name}: {reason}" for name, reason in self.skipped[:8]]
         frozen = [name for name, reason in self.skipped if reason.startswith(_FROZEN)]
         if frozen:
             return (
-                f"{'; '.join(reasons)}. To choose frozen layers, name them, such as include={frozen[:1]!r}. They become "
-                f"{effect}, and stay {effect} when a callback unfreezes them."
+                f"{'; '.join(reasons)}. To choose frozen layers, name them, such as include={frozen[:1]!r}. They "
+                f"become {effect}, and stay {effect} when a callback unfreezes them."
             )
         return f"{'; '.join(reasons)}. Choose other layers with include=, or set another {column}."
 

@@ -1,14 +1,15 @@
 """Make a forward pass compute with a view of a weight instead of the trained weight.
 
-A technique that derives weights (masks, noise, quantization) keeps the dense parameter where the optimizer, DDP and EMA
-expect it, and gives the module a *view* of it. There are two ways:
+A technique that derives weights (masks, noise, quantization) keeps the dense parameter where the
+optimizer, DDP and EMA expect it, and gives the module a *view* of it. There are two ways:
 
-- :func:`attach_view` replaces the module's class by a subclass in which the attribute is a property. Keys, order and
-  identity of the parameters stay the same, ``torch.compile`` traces through it, and modules whose ``forward`` is never
-  called (the output projection of ``MultiheadAttention``) work too.
-- :class:`~lightning_grad.core.views.weight_view.InPlaceView` writes the derived weight into the parameter during forward
-  and backward. It is for modules that access their parameters in other ways than by attribute, and for parameters that
-  several modules share.
+- :func:`attach_view` replaces the module's class by a subclass in which the attribute is a
+  property. Keys, order and identity of the parameters stay the same, ``torch.compile`` traces
+  through it, and modules whose ``forward`` is never called (the output projection of
+  ``MultiheadAttention``) work too.
+- :class:`~lightning_grad.core.views.weight_view.InPlaceView` writes the derived weight into the
+  parameter during forward and backward. It is for modules that access their parameters in other
+  ways than by attribute, and for parameters that several modules share.
 
 With both, ``state_dict`` holds the weight for inference, and all other code sees the dense weight.
 """
@@ -131,7 +132,8 @@ def viewed_class(module: nn.Module) -> type[nn.Module]:
 def has_view(module: nn.Module, attribute: str) -> bool:
     """Return True if a technique already shows this parameter through a view."""
     parameter = module._parameters[attribute]
-    # A copy of a parameter carries the mark but not the view; its identity differs from the marked one.
+    # A copy of a parameter carries the mark but not the view; its identity differs from the marked
+    # one.
     return attribute in module.__dict__.get(_VIEWS, {}) or getattr(parameter, IN_PLACE, None) == id(parameter)
 
 
@@ -197,8 +199,9 @@ class _StoredInStateDict:
 class InPlaceView:
     """Writes the derived weight into the parameter while a step computes with it.
 
-    Between :meth:`expose` and :meth:`restore` the parameter holds the view's value. At all other times, and so for
-    optimizers, EMA and hooks, it holds the dense weight. A tensor hook multiplies the gradient by the view's derivative.
+    Between :meth:`expose` and :meth:`restore` the parameter holds the view's value. At all other
+    times, and so for optimizers, EMA and hooks, it holds the dense weight. A tensor hook multiplies
+    the gradient by the view's derivative.
 
     Args:
         module: Module that owns the parameter.
@@ -254,7 +257,8 @@ class InPlaceView:
             self._dense = None
 
     def _write(self, value: Tensor) -> None:
-        # Through .data, which does not change the version counter: the dense weight itself has not changed.
+        # Through .data, which does not change the version counter: the dense weight itself has not
+        # changed.
         self.parameter.data.copy_(value)
 
     def detach(self) -> None:
@@ -285,10 +289,10 @@ def close_windows(pl_module: pl.LightningModule, but: Sequence[InPlaceWindow] = 
 class InPlaceWindow:
     """Opens in-place views when a LightningModule's step begins, and closes them before other code reads the weights.
 
-    The window opens around ``training_step`` and ``validation_step``. Under automatic optimization, backward runs after
-    ``training_step`` has returned, so the owner calls :meth:`close` in ``on_after_backward`` and
-    ``on_before_optimizer_step``. Under manual optimization, every optimizer step closes the window and opens it again for
-    the rest of ``training_step``.
+    The window opens around ``training_step`` and ``validation_step``. Under automatic optimization,
+    backward runs after ``training_step`` has returned, so the owner calls :meth:`close` in
+    ``on_after_backward`` and ``on_before_optimizer_step``. Under manual optimization, every
+    optimizer step closes the window and opens it again for the rest of ``training_step``.
 
     Args:
         pl_module: The LightningModule.
