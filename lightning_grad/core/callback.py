@@ -89,6 +89,8 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
       reason, which ends the sentence "it cannot change because ...".
     - ``trial``: constructor arguments with which a few epochs on a small module show what the
       technique does. They name no layer, so they fit every module. Tests and tools use them.
+    - ``progress_bar``: the quantities that the progress bar shows. Users set it on an instance:
+      ``pruner.progress_bar = ["density"]`` or ``clipper.progress_bar = ["clipped_share"]``.
     - ``neutral``: changes to ``trial`` with which the technique changes nothing in a run, or the
       reason why there are none.
 
@@ -104,6 +106,7 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
     fixed_settings: ClassVar[Mapping[str, str]] = {}
     trial: ClassVar[Mapping[str, Any]] = {}
     neutral: ClassVar[Mapping[str, Any] | str] = {}
+    progress_bar: Sequence[str] = ()
 
     undo = during_fit.of(UndoList)
     undo_after_saving = during_fit.of(UndoList)
@@ -274,12 +277,29 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
         return self._announced
 
     def log_scalars(
-        self, pl_module: pl.LightningModule, values: Mapping[str, float | Tensor], sync_dist: bool = False
+        self,
+        pl_module: pl.LightningModule,
+        values: Mapping[str, float | Tensor],
+        sync_dist: bool = False,
+        layers: bool = False,
     ) -> None:
-        """Log scalars as ``namespace[/name]/quantity``. Set ``sync_dist`` in validation, where Lightning wants it."""
+        """Log scalars under their log keys. Set ``sync_dist`` in validation, where Lightning wants it."""
         if getattr(pl_module.trainer, "barebones", False):  # Lightning would warn about every value
             return
-        pl_module.log_dict({self.log_key(key): value for key, value in values.items()}, sync_dist=sync_dist)
+        for shown in (False, True):
+            chosen = {key: value for key, value in values.items() if (key in self.progress_bar) == shown}
+            named = {self.log_key(key, layers): value for key, value in chosen.items()}
+            pl_module.log_dict(named, prog_bar=shown, sync_dist=sync_dist)
 
-    def log_key(self, quantity: str) -> str:
-        return "/".join(part for part in (self.namespace, self.name, quantity) if part)
+    def log_key(self, quantity: str, layers: bool = False) -> str:
+        """Return the log key of a quantity: ``namespace[/name]/quantity``.
+
+        Args:
+            quantity: Its name, followed by the layer if there is one: ``"norm/encoder"``.
+            layers: Whether there is one value per layer. Such keys begin with ``grad_layers`` in place of
+                ``grad``, so W&B and TensorBoard show them in their own section.
+        """
+        section, *rest = self.namespace.split("/")
+        return "/".join(
+            part for part in (f"{section}_layers" if layers else section, *rest, self.name, quantity) if part
+        )

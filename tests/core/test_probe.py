@@ -489,7 +489,7 @@ def test_what_is_no_reading_is_refused(found: Any, words: str) -> None:
         ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
         (
             {"every_n_epochs": 1, "every_n_steps": 1},
-            "Set either every_n_epochs or every_n_steps; got every_n_epochs=1 and every_n_steps=1",
+            "every_n_epochs or every_n_steps; got every_n_epochs=1 and every_n_steps=1",
         ),
     ],
 )

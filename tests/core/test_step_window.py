@@ -291,7 +291,7 @@ class CallsItself(Module):
 
 
 def test_a_module_that_evaluates_the_closure_itself_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="CallsItself.optimizer_step has already run the closure"):
+    with pytest.raises(RuntimeError, match=r"CallsItself\.optimizer_step has already run the closure"):
         run(Sharp(), module=CallsItself())
 
 

@@ -22,8 +22,8 @@ class LayerwiseNormalization(GradientConditioner):
     scale (Adam) undoes most of it. A layer of zero weights or a zero gradient is left as it is.
 
     Args:
-        coefficient: eta, the trust coefficient; one number, or one for each name pattern, first match first. A param group
-            of the optimizer that carries "coefficient" has its own. 0.001 in the paper.
+        trust_coefficient: eta: one number, or one for each name pattern, the first match counts. A param
+            group of the optimizer with a "trust_coefficient" uses its own. 0.001 in the paper.
         max_ratio: r, the largest factor; None sets no bound, as in LARS.
         vectors: Also normalise parameters of one dimension (biases, scales of norms), which implementations of LARS leave
             alone.
@@ -33,7 +33,7 @@ class LayerwiseNormalization(GradientConditioner):
         name: Name of this instance, needed when two are used.
 
     Raises:
-        ValueError: In the constructor unless coefficient and max_ratio are above 0 and coefficient is finite, or for an
+        ValueError: In the constructor unless trust_coefficient is finite and above 0 and max_ratio above 0, or for an
             unknown per. Before the first batch under FSDP1 and DeepSpeed, with a fused optimizer in fp16, for sparse
             gradients, and for a name pattern that matches nothing.
 
@@ -52,7 +52,7 @@ class LayerwiseNormalization(GradientConditioner):
               callbacks:
                 - class_path: lightning_grad.callbacks.LayerwiseNormalization
                   init_args:
-                    coefficient: 0.001
+                    trust_coefficient: 0.001
 
     References:
         You et al., "Large Batch Training of Convolutional Networks", 2017, arXiv 1708.03888, equation 6 without its weight
@@ -60,16 +60,16 @@ class LayerwiseNormalization(GradientConditioner):
     """
 
     namespace: ClassVar[str] = "grad/layerwise_normalization"
-    trial: ClassVar[Mapping[str, Any]] = {"coefficient": 0.01, "max_ratio": 10.0}
+    trial: ClassVar[Mapping[str, Any]] = {"trust_coefficient": 0.01, "max_ratio": 10.0}
     neutral: ClassVar[Mapping[str, Any] | str] = "no coefficient gives every layer the norm that it had"
     role: ClassVar[Role] = "center"
-    threshold_name: ClassVar[str | None] = "coefficient"
+    threshold_name: ClassVar[str | None] = "trust_coefficient"
 
     _layers = during_fit[LayerFinder](lambda self: LayerFinder(self.per))
 
     def __init__(
         self,
-        coefficient: float | Mapping[str, float] = 0.001,
+        trust_coefficient: float | Mapping[str, float] = 0.001,
         max_ratio: float | None = None,
         vectors: bool = False,
         per: Per = "module",
@@ -78,14 +78,14 @@ class LayerwiseNormalization(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.coefficient = self.as_threshold(coefficient)
+        self.trust_coefficient = self.as_threshold(trust_coefficient)
         self.max_ratio = check_above(max_ratio, 0.0, "max_ratio")
         self.vectors = vectors
         self.per = per
 
     @override
     def check_threshold(self, number: float) -> None:
-        check_finite_above(number, 0.0, "coefficient")
+        check_finite_above(number, 0.0, "trust_coefficient")
 
     @override
     def changes(self, parameter: Tensor) -> bool:

@@ -31,13 +31,14 @@ class MomentumReset(OptimizerCallback):
 
     Args:
         every_n_steps: Optimizer steps from one reset to the next (500 in the paper).
-        warmup: Steps after a reset in which the learning rate is reduced; 0 for none. Default: 150, as in
+        warmup_steps: Steps after a reset in which the learning rate is reduced; 0 for none. Default: 150, as in
             the released code, or half of every_n_steps if that is less.
         name: Name of this instance, in its log keys and its state.
 
     Raises:
-        ValueError: In the constructor unless every_n_steps is at least 1 and warmup from 0 to below it. Before the first batch
-            for a fused optimizer in fp16, if no optimizer keeps ``exp_avg_sq``, for a second instance, and under DeepSpeed.
+        ValueError: In the constructor unless every_n_steps is at least 1 and warmup_steps from 0 to below it. Before the
+            first batch for a fused optimizer in fp16, if no optimizer keeps ``exp_avg_sq``, for a second
+            instance, and under DeepSpeed.
 
     **Hooks.** Those of :class:`~lightning_grad.core.OptimizerCallback` before and after a step, which are called for exactly
     the steps that are made: one that the GradScaler skips is not counted, resets nothing and leaves the learning rate alone;
@@ -73,7 +74,7 @@ class MomentumReset(OptimizerCallback):
             "Train with Adam or AdamW, or drop the callback",
         ),
     )
-    trial: ClassVar[Mapping[str, Any]] = {"every_n_steps": 5, "warmup": 3}
+    trial: ClassVar[Mapping[str, Any]] = {"every_n_steps": 5, "warmup_steps": 3}
     neutral: ClassVar[Mapping[str, Any] | str] = {"every_n_steps": 10**6}
 
     _steps = until_next_fit.of(OptimizerCounts).saved()
@@ -81,15 +82,16 @@ class MomentumReset(OptimizerCallback):
     _resets = until_next_fit.of(OptimizerCounts).saved()
     _without = during_fit.of(list[ValueError])  # why it skips an optimizer
 
-    def __init__(self, every_n_steps: int = 500, warmup: int | None = None, name: str | None = None) -> None:
+    def __init__(self, every_n_steps: int = 500, warmup_steps: int | None = None, name: str | None = None) -> None:
         super().__init__(name)
         self.every_n_steps = check_count(every_n_steps, 1, "every_n_steps")
-        self.warmup = min(_LONGEST_DEFAULT, every_n_steps // 2) if warmup is None else warmup
-        check_count(self.warmup, 0, "warmup")
-        if self.warmup >= every_n_steps:
+        self.warmup_steps = min(_LONGEST_DEFAULT, every_n_steps // 2) if warmup_steps is None else warmup_steps
+        check_count(self.warmup_steps, 0, "warmup_steps")
+        if self.warmup_steps >= every_n_steps:
             raise ValueError(
-                "warmup must be below every_n_steps, or the learning rate never comes back; got "
-                f"warmup={warmup} and every_n_steps={every_n_steps}. Leave warmup out for half of every_n_steps."
+                "warmup_steps must be below every_n_steps, or the learning rate never comes back; got "
+                f"warmup_steps={warmup_steps} and every_n_steps={every_n_steps}. "
+                "Without warmup_steps it is half of every_n_steps."
             )
 
     # The fit begins.
@@ -115,7 +117,11 @@ class MomentumReset(OptimizerCallback):
         if self._without:
             self.say(f"skips an optimizer: {str(self._without[0]).rstrip('.')}")
         names = ", ".join(type(optimizer).__name__ for optimizer in self.watched.values())
-        slow = f", and reduces the learning rate for {self.warmup} steps after each reset" if self.warmup else ""
+        slow = (
+            f", and reduces the learning rate for {self.warmup_steps} steps after each reset"
+            if self.warmup_steps
+            else ""
+        )
         words = f"resets the moments of {names} every {self.every_n_steps} steps{slow}"
         self.announce(words, "optimizers", [f"optimizers[{index}]" for index in self.watched])
 
@@ -142,7 +148,7 @@ class MomentumReset(OptimizerCallback):
         if since == 0:
             self.reset_moments(index)
         if since is not None:
-            self.multiply_rates(index, reset_warmup(since, self.warmup))
+            self.multiply_rates(index, reset_warmup(since, self.warmup_steps))
 
     @override
     def after_step(self, index: int, optimizer: Optimizer) -> None:
@@ -157,6 +163,6 @@ class MomentumReset(OptimizerCallback):
         if is_log_step(trainer):
             for index, steps in self._steps.items():
                 last = self._last[index]
-                factor = reset_warmup(steps - last, self.warmup) if last else 1.0
+                factor = reset_warmup(steps - last, self.warmup_steps) if last else 1.0
                 values = {"lr_factor": factor, "resets": float(self._resets[index])}
                 self.log_scalars(pl_module, {self.quantity_of(index, key): value for key, value in values.items()})

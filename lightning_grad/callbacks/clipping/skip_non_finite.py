@@ -30,21 +30,21 @@ class SkipNonFinite(GradientConditioner):
 
     Args:
         max_in_row: Raise when so many steps in a row had to be skipped; None never raises.
-        warnings: How many skipped steps are told one by one.
+        max_warnings: Number of skipped steps that are reported one by one.
         include: Names or wildcards of the parameters or modules that are looked at; default all.
         exclude: Names or wildcards of those that are not.
         name: Name of this instance, needed when two are used.
 
     Raises:
-        ValueError: In the constructor unless max_in_row is at least 1 and warnings at least 0. Before the first batch under
-            FSDP1 and DeepSpeed, with a fused optimizer in fp16, for sparse gradients, and for a name pattern that matches
-            nothing.
+        ValueError: In the constructor unless max_in_row is at least 1 and max_warnings at least 0. Before the first batch
+            under FSDP1 and DeepSpeed, with a fused optimizer in fp16, for sparse gradients, and for a name pattern that
+            matches nothing.
         RuntimeError: After max_in_row skipped steps in a row.
 
     **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced. During the first batch hooks
     on the module's children learn the order of the forward pass.
 
-    **Logs** under ``grad/skip_non_finite/``, at log steps: ``skipped`` (steps so far); in the summary ``final_skipped``.
+    **Logs** under ``grad/skip_non_finite/``, at log steps: ``skipped`` (steps so far); also in the summary.
 
     **State.** Steps skipped, in all and in a row.
 
@@ -80,14 +80,14 @@ class SkipNonFinite(GradientConditioner):
     def __init__(
         self,
         max_in_row: int | None = 10,
-        warnings: int = 5,
+        max_warnings: int = 5,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
         self.max_in_row = check_count(max_in_row, 1, "max_in_row")
-        self.warnings = check_count(warnings, 0, "warnings")
+        self.max_warnings = check_count(max_warnings, 0, "max_warnings")
 
     # The fit begins.
 
@@ -147,8 +147,8 @@ class SkipNonFinite(GradientConditioner):
                 "checkpoint. To go on all the same, set max_in_row=None."
             )
         self._told += 1
-        if self._told <= self.warnings:
-            last = " Further ones are only counted." if self._told == self.warnings else ""
+        if self._told <= self.max_warnings:
+            last = " Further ones are only counted." if self._told == self.max_warnings else ""
             rank_zero_warn(f"{self.display_name} skips a step: not finite in {where}.{last}")
 
     def _where(self, step: GradientStep, bad: Tensor) -> str:
@@ -162,4 +162,4 @@ class SkipNonFinite(GradientConditioner):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        log_summary(trainer, {self.log_key("final_skipped"): float(sum(self._skipped.values()))})
+        log_summary(trainer, {self.log_key("skipped"): float(sum(self._skipped.values()))})
