@@ -169,7 +169,7 @@ def test_so_many_skips_are_told_and_the_others_counted(limit: int) -> None:
     told = [str(warning.message) for warning in caught if "skips a step" in str(warning.message)]
     assert [f"batch {i}" in message for i, message in zip((0, 2, 4, 6), told, strict=False)] == [True] * min(limit, 4)
     assert len(told) == min(limit, 4)
-    assert [message.endswith("Further ones are only counted.") for message in told] == [
+    assert [message.endswith("Later ones are only counted.") for message in told] == [
         number == limit for number in range(1, len(told) + 1)
     ]
     assert callback.state_dict()["skipped"] == {"0": 4}

@@ -98,7 +98,7 @@ def test_the_batch_decides_which_layer_is_the_last(caplog: Any) -> None:
     assert not [name for name in changed if name.startswith("net.last")]
     assert "net.late.weight" in changed, "the last one registered"
     said = [record.message for record in caplog.records if "reaches" in record.message]
-    assert said == ["AdaptiveGradientClipping leaves net.last alone: the batch reaches it last."]
+    assert said == ["AdaptiveGradientClipping does not clip net.last, because the batch reaches it last."]
 
 
 @pytest.mark.parametrize(("kind", "heads"), [(Gan, {"G.2", "D.2"}), (Split, {"D.2"})])
