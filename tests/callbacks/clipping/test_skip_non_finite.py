@@ -184,7 +184,7 @@ def test_so_many_in_a_row_raise_and_say_what_to_do() -> None:
     data[[1, 2, 4, 5, 6]] = NAN  # two, then three
     module, states = Dictated(), States()
     said = (
-        r"3 steps in a row .* the last in w, first of 1 of 1 gradients, batch 6 .* lower the learning rate, or resume"
+        r"3 steps in a row .* the last in w, first of 1 of 1 gradients, batch 6 .* Lower the learning rate, or resume"
     )
     with pytest.raises(RuntimeError, match=said), pytest.warns(UserWarning, match="skips a step"):
         train([SkipNonFinite(max_in_row=3), states], module, rows_of(data))
