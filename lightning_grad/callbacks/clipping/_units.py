@@ -55,8 +55,8 @@ class UnitConditioner(GradientConditioner):
 
     def _explain(self) -> str:
         return (
-            f"leaves {', '.join(self._unknown)} alone: the layer computes neither x W nor x W^T, so the dimension that counts "
-            "the neurons is unknown. To use the first dimension, spell the parameter's name in include="
+            f"ignores {', '.join(self._unknown)}, because the layer computes neither x W nor x W^T, so the dimension that "
+            "counts the neurons is unknown. To use the first dimension, spell the parameter's name in include="
         )
 
 
