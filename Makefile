@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint bench docs clean
+.PHONY: help demo test test-oldest lint bench docs dist clean
 
 help:
 	@echo "make demo         train small networks sparse, with clipped gradients, pruned data, attacked inputs, compressed gradients, and show the difference (three minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint         check style and types"
 	@echo "make bench        measure speed, as ratios to a baseline of the same run"
 	@echo "make docs         write the tables, and build the documentation into docs/_build/html"
+	@echo "make dist         build the wheel and the source distribution into dist, and check them"
 
 # torch comes first and pinned: left to another package's requirements, pip may fetch gigabytes of CUDA libraries.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -62,5 +63,10 @@ docs: $(INSTALLED)
 	@$(BIN)/sphinx-build -W -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
+dist: $(INSTALLED)
+	@rm -rf dist
+	@$(BIN)/python -m build
+	@$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) $(OLDEST) runs docs/_build
+	rm -rf $(VENV) $(OLDEST) runs dist docs/_build

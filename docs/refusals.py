@@ -29,7 +29,7 @@ _PLACES = {
     "core/": "Optimizers, steps and the length of a run",
 }
 _AUTHORS = ("core/probe", "core/fit.py", "core/record.py")
-_DISPLAY_NAMES = re.compile(r"(^|\.)_?(display_name|needed_by|technique)$")
+_NAMES = re.compile(r"(^|\.)_?(display_name|needed_by|technique)$")
 _ERRORS = ("ValueError", "TypeError", "RuntimeError", "FileNotFoundError")
 _FEWEST_WORDS = 4  # of a message, else nobody can find it by its words
 
@@ -84,7 +84,7 @@ def _read_messages(file: Path) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ERRORS and node.args:
             text = template_of(node.args[0])
             message, way_out = split_message(text)
-            if _words(way_out) and _words(message) >= _FEWEST_WORDS:
+            if _words(way_out) > 1 and _words(message) >= _FEWEST_WORDS:
                 yield message, way_out
 
 
@@ -97,10 +97,10 @@ def template_of(node: ast.expr) -> str:
     if not isinstance(node, ast.JoinedStr):
         return ""
     first = node.values[0]
-    if not (isinstance(first, ast.FormattedValue) and _DISPLAY_NAMES.search(ast.unparse(first.value))):
+    if not (isinstance(first, ast.FormattedValue) and _NAMES.search(ast.unparse(first.value))):
         return ""
-    parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
-    return "".join(map(str, parts))
+    text = "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values)
+    return "" if text.startswith("....") else text  # a method of a technique: that error is for authors
 
 
 def split_message(text: str) -> tuple[str, str]:
@@ -111,7 +111,7 @@ def split_message(text: str) -> tuple[str, str]:
         ('... needs a length', 'Set total_steps=... of it.')
     """
     message, _, way_out = re.sub(r"(?:(?<=[\w)'\]])|(?<=\.{3}))\. (?=[A-Z])", "\n", text, count=1).partition("\n")
-    return message.removesuffix("."), way_out
+    return message, way_out
 
 
 def escaped(text: str) -> str:

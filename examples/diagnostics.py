@@ -9,6 +9,7 @@ The learning rate of the default is far too high. One line in :func:`train` show
 trained, ``plain_project``, knows nothing of lightning-grad.
 """
 
+import json
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,9 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/diagnostics"), help="folder of the results")
     given = parser.parse_args(arguments)
     logged = train(given.lr, given.epochs, given.output)
-    print(f"The gradient norm ended at {logged['grad/norm']:.3g}, the loss at {logged['train_loss']:.3g}.")
-    print(f"Written to {given.output}/: gradient_monitor.csv, gradient_monitor.png, metrics.csv, and")
-    print("gradient_monitor_first_bad_step.json if a gradient was not finite.")
+    facts = given.output / "gradient_monitor_first_bad_step.json"
+    if facts.exists():
+        bad = json.loads(facts.read_text())
+        print(f"Step {bad['step']}, batch {bad['batch_idx']}: the first non-finite gradient, of {bad['parameter']}.")
+    else:
+        print(f"All gradients were finite. The norm ended at {logged['grad/norm']:.3g}.")
+    print(f"Written to {given.output}/: gradient_monitor.png, gradient_monitor.csv, metrics.csv.")
 
 
 if __name__ == "__main__":

@@ -19,23 +19,20 @@ from plain_project import Digits, ResidualConvNet
 from lightning_grad.callbacks import AccuracyGradientLR
 
 
-def train(epochs: int, threshold: float, output: Path) -> AccuracyGradientLR:
-    """Train a small network at a constant rate that the accuracy cuts, and return what observed it."""
+def train(epochs: int, threshold: float, output: Path) -> dict[str, float]:
+    """Train a small network at a constant rate that the accuracy cuts, and return what was logged last."""
     seed_everything(0, verbose=False)
-    rate = AccuracyGradientLR("val_acc", window=2, cooldown=2, threshold=threshold, factor=0.5)
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         log_every_n_steps=5,
-        callbacks=[rate],
+        callbacks=[AccuracyGradientLR("val_acc", window=2, cooldown=2, threshold=threshold, factor=0.5)],
         logger=CSVLogger(output, name=None, version=""),
         enable_model_summary=False,
         enable_progress_bar=False,
     )
     trainer.fit(ResidualConvNet(width=4, lr=0.02, schedule="constant"), Digits())
-    scale, accuracy = (float(trainer.callback_metrics[key]) for key in ("lr/scale", "val_acc"))
-    print(f"The rate ended at {scale:.3g} times its first value, at an accuracy of {100 * accuracy:.1f} %.")
-    return rate
+    return {key: float(value) for key, value in trainer.callback_metrics.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threshold", type=float, default=0.01, help="least rise of the mean accuracy in an epoch")
     parser.add_argument("--output", type=Path, default=Path("runs/schedules"), help="folder of the results")
     given = parser.parse_args(arguments)
-    train(given.epochs, given.threshold, given.output)
+    logged = train(given.epochs, given.threshold, given.output)
+    print(f"{logged['lr/cuts']:.0f} cuts: the learning rate ended at {logged['lr/scale']:.3g} times its first value.")
+    print(f"The validation accuracy ended at {logged['val_acc']:.1%}.")
     print(f"Written to {given.output}/: accuracy_gradient_lr.csv, accuracy_gradient_lr.png, metrics.csv.")
 
 

@@ -7,6 +7,6 @@ Start with :mod:`lightning_grad.callbacks` and :mod:`lightning_grad.strategies`,
 
 from lightning_grad.strategies.registry import register_strategies
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 register_strategies()

@@ -28,6 +28,7 @@ import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +53,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PGD_STEPS, VALIDATION_STEPS, TEST_STEPS = 5, 10, 20
+STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0)  # of attacks on the test images, times the epsilon of the training
 IN_THE_DEMO = """\
-Attacked inputs (a quarter of a minute). A small network learns handwritten
-digits as they are, then with inputs that an attack changes in each step. Its
-learning rate is cut when the accuracy under attack stops rising:
+Attacked inputs (half a minute). A small network learns handwritten digits as
+they are, then with inputs that an attack (FGSM, PGD) changes in each step, three
+seeds each. The learning rate is cut when the accuracy under attack stops rising:
 
     Trainer(callbacks=[AdversarialTraining(0.15), AdversarialEvaluation(0.15),
                        AccuracyGradientLR("adversarial/val_acc")])
@@ -173,9 +175,9 @@ def run_study(study: Study) -> list[Result]:
     write_results(results, study.output / "results.csv")
     chosen = tune(results)
     write_results(reach(study, chosen), study.output / "reached.csv")
-    draw_comparison(study, chosen).savefig(study.output / "comparison.png", dpi=140)
-    draw_rates(study, chosen).savefig(study.output / "rates.png", dpi=140)
-    draw_digits(study, chosen).savefig(study.output / "digits.png", dpi=140)
+    for name, draw in FIGURES.items():
+        if name != "comparison" or len(study.schedules) > 1:
+            draw(study, chosen).savefig(study.output / f"{name}.png", dpi=140)
     return results
 
 
@@ -198,11 +200,13 @@ def train(study: Study, attack: str, schedule: str, rate: float, seed: int, show
     trainer.fit(module, data)
     finish_loggers(trainer)
     recorder.write(study.output / name)
-    if seed == 0 and schedule == study.schedules[-1]:  # for the figure of attacked digits
+    if schedule == study.schedules[-1]:  # for the figures that compare attacks
         torch.save(module.state_dict(), study.output / name / "weights.pt")
     cuts = int(trainer.callback_metrics.get("lr/cuts", 0))
     final = statistics.mean(recorder.columns[judged(attack)][-LAST:])
-    clean, robust = evaluate(study, module, data, space)
+    accuracies = evaluate(study, module, data, space)
+    write_strengths(accuracies, study.output / name)
+    clean, robust = accuracies[0.0], accuracies[study.radius]
     return Result(attack, schedule, rate, seed, final, clean, robust, cuts, recorder.cpu_seconds)
 
 
@@ -224,11 +228,19 @@ def build_trainer(study: Study, name: str | None, callbacks: list[Callback]) -> 
 
 def evaluate(
     study: Study, module: LightningModule, data: Digits | CIFAR10, space: dict[str, Any]
-) -> tuple[float, float]:
-    """Return the accuracy on the test images as they are, and attacked."""
-    evaluation = AdversarialEvaluation(study.radius, TEST_STEPS, **space)
-    (tested,) = build_trainer(study, None, [evaluation]).test(module, data, verbose=False)
-    return tested["test_acc"], tested["adversarial/test_acc"]
+) -> dict[float, float]:
+    """Return the accuracy on the test images by the epsilon of an attack, from none to twice that of the training."""
+    epsilons = {f"x{strength:g}": strength * study.radius for strength in STRENGTHS}
+    attacks = [AdversarialEvaluation(each, TEST_STEPS, name=name, **space) for name, each in epsilons.items()]
+    (tested,) = build_trainer(study, None, [*attacks]).test(module, data, verbose=False)
+    attacked = {each: tested[f"adversarial/{name}/test_acc"] for name, each in epsilons.items()}
+    return {0.0: tested["test_acc"], **attacked}
+
+
+def write_strengths(accuracies: Mapping[float, float], folder: Path) -> None:
+    """Write ``strengths.csv``: a row for each epsilon."""
+    with (folder / "strengths.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("epsilon", "accuracy"), *accuracies.items()])
 
 
 def build_module(study: Study, schedule: str, rate: float) -> LightningModule:
@@ -293,9 +305,9 @@ class Recorder(Callback):
             writer.writerows([number, *row] for number, row in enumerate(zip(*self.columns.values(), strict=True), 1))
 
 
-def read_column(folder: Path, key: str) -> np.ndarray:
-    """Read one column of ``epochs.csv``."""
-    with (folder / "epochs.csv").open(newline="") as file:
+def read_column(folder: Path, key: str, table: str = "epochs") -> np.ndarray:
+    """Read one column of a table of a training."""
+    with (folder / f"{table}.csv").open(newline="") as file:
         return np.array([float(row[key]) for row in csv.DictReader(file)])
 
 
@@ -377,37 +389,41 @@ def print_tables(results: Sequence[Result], study: Study) -> None:
     chosen = tune(results)
     reached = reach(study, chosen)
     plain = statistics.mean(result.cpu_seconds for result in chosen[study.attacks[0], study.reference])
+    rows = [summarise(study, own, reached, plain) for own in chosen.values()]
     print()
-    header = ("attack", "schedule", "rate", "epochs", "clean", "robust", "CPU", "cuts")
-    print_rows(header, [summarise(own, reached, plain) for own in chosen.values()])
+    print_rows(list(rows[0]), [list(row.values()) for row in rows])
     print()
     if len(study.rates) > 1:
         rates = ", ".join(f"{rate:g}" for rate in study.rates)
         print(f"rate: the peak learning rate, of {rates} the one that ends best in the validation")
-    print(f"epochs: to {100 * ENOUGH:g} % of the accuracy under attack (of plain: without) at which")
-    print(f"    {study.reference} ends, by the same seed; means of {LAST} validations")
+    if len(study.schedules) > 1:
+        print(f"epochs: to {100 * ENOUGH:g} % of the accuracy under attack (of plain: without) at which")
+        print(f"    {study.reference} ends, by the same seed; means of {LAST} validations")
     print(f"clean, robust: test accuracy in %, without PGD and with ({TEST_STEPS} steps, epsilon {study.radius:.3g})")
     print(f"CPU: time of training steps, {study.attacks[0]} with {study.reference} being 1")
     if study.seeds > 1:
-        print(f"numbers: mean ± standard deviation over {study.seeds} seeds; of epochs: median (least-most)")
+        median = "; of epochs: median (least-most)" if len(study.schedules) > 1 else ""
+        print(f"numbers: mean ± standard deviation over {study.seeds} seeds{median}")
+        print("    a difference that is smaller than these deviations is no difference")
+    else:
+        print("one seed: it tells a large difference, and no small one")
     if OURS in study.schedules and len(study.schedules) > 1:
         print_speed_ups(study, chosen, reached)
 
 
-def summarise(own: Sequence[Result], reached: Sequence[Reached], plain: float) -> tuple[str, ...]:
-    """Return the row of one attack and schedule."""
+def summarise(study: Study, own: Sequence[Result], reached: Sequence[Reached], plain: float) -> dict[str, str]:
+    """Return the row of one attack and schedule by column, without columns in which nothing is compared."""
     attack, schedule = own[0].attack, own[0].schedule
     epochs = [each.epochs for each in reached if (each.attack, each.schedule) == (attack, schedule)]
-    return (
-        attack,
-        schedule,
-        f"{own[0].rate:g}",
-        middle_and_range(epochs, "{:g}"),
-        mean_and_spread([100 * result.clean_accuracy for result in own]),
-        mean_and_spread([100 * result.robust_accuracy for result in own]),
-        f"{statistics.mean(result.cpu_seconds for result in own) / plain:.1f}",
-        f"{statistics.mean(result.cuts for result in own):.1f}" if schedule == OURS else "",
-    )
+    compared = {"schedule": schedule, "rate": f"{own[0].rate:g}", "epochs": middle_and_range(epochs, "{:g}")}
+    return {
+        "attack": attack,
+        **(compared if len(study.schedules) > 1 else {}),
+        "clean": mean_and_spread([100 * result.clean_accuracy for result in own]),
+        "robust": mean_and_spread([100 * result.robust_accuracy for result in own]),
+        "CPU": f"{statistics.mean(result.cpu_seconds for result in own) / plain:.1f}",
+        "cuts": f"{statistics.mean(result.cuts for result in own):.1f}" if schedule == OURS else "",
+    }
 
 
 def print_speed_ups(study: Study, chosen: Chosen, reached: Sequence[Reached]) -> None:
@@ -451,8 +467,60 @@ def middle_and_range(values: Sequence[float], form: str, infinite: str = "never"
 
 PALETTE = ("0.35", "#E69F00", "#56B4E9", "#009E73", "#D55E00")
 COLOURS = dict(zip(SCHEDULES, PALETTE, strict=True))
+ATTACK_COLOURS = {"plain": "0.35", "fgsm": "#D55E00", "pgd": "#0072B2"}
 RIGHT, WRONG = "#0072B2", "#D55E00"
 NAMES = {"plain": "plain training", "fgsm": "trained on FGSM", "pgd": f"trained on PGD, {PGD_STEPS} steps"}
+
+
+def draw_robustness(study: Study, chosen: Chosen) -> Figure:
+    """Draw test accuracy by the strength of the attack for each kind of training, and what that training costs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    robust, cost = figure.subplots(1, 2, width_ratios=[1.7, 1])
+    for attack in study.attacks:
+        draw_strengths(robust, study, chosen[attack, study.schedules[-1]])
+    robust.axvline(study.radius, color="0.5", linewidth=1, linestyle=":")
+    robust.annotate("epsilon of the training", (study.radius, 102), (4, 0), textcoords="offset points", fontsize=8)
+    robust.set(ylim=(0, 107), xlim=(0, None))
+    robust.set_ylabel("% of the test images answered right", fontsize=9)
+    robust.set_xlabel("epsilon: largest change of a pixel, which is between 0 and 1", fontsize=9)
+    robust.set_title("Accuracy by the strength of the attack", fontsize=10, loc="left")
+    robust.legend(loc="lower left", frameon=False, fontsize=9)
+    draw_costs(cost, study, chosen)
+    for axis in (robust, cost):
+        tidy(axis)
+    seeds = f"mean of {study.seeds} seeds, band: lowest to highest" if study.seeds > 1 else "one seed"
+    figure.suptitle(f"What training on attacked images gives, and what it costs ({seeds})", fontsize=11)
+    return figure
+
+
+def draw_strengths(axis: Axes, study: Study, results: Sequence[Result]) -> None:
+    """Draw the accuracy of one kind of training by the strength of the attack."""
+    folders = [study.folder(each.attack, each.schedule, each.rate, each.seed) for each in results]
+    epsilons = read_column(folders[0], "epsilon", "strengths")
+    accuracies = 100 * np.array([read_column(folder, "accuracy", "strengths") for folder in folders])
+    attack, mean = results[0].attack, accuracies.mean(0)
+    colour, place = ATTACK_COLOURS[attack], int(np.flatnonzero(epsilons == study.radius)[0])
+    axis.fill_between(epsilons, accuracies.min(0), accuracies.max(0), color=colour, alpha=0.15, linewidth=0)
+    axis.plot(epsilons, mean, "o-", color=colour, linewidth=1.8, markersize=4, label=NAMES[attack])
+    left = attack == "fgsm"  # its line lies below another
+    offset, side = ((-6, -9), "right") if left else ((6, 4), "left")
+    spot: dict[str, Any] = {"xytext": offset, "textcoords": "offset points", "ha": side, "fontsize": 9}
+    axis.annotate(f"{mean[place]:.0f} %", (study.radius, mean[place]), color=colour, **spot)
+
+
+def draw_costs(axis: Axes, study: Study, chosen: Chosen) -> None:
+    """Draw the processor time of training steps, with the first kind of training as the unit."""
+    seconds = [statistics.mean(each.cpu_seconds for each in chosen[a, study.schedules[-1]]) for a in study.attacks]
+    ratios, places = [second / seconds[0] for second in seconds], range(len(seconds))
+    bars = axis.barh(places, ratios, color=[ATTACK_COLOURS[attack] for attack in study.attacks], height=0.6)
+    axis.bar_label(bars, [f"{ratio:.1f}" for ratio in ratios], padding=3, fontsize=9)
+    axis.set_yticks(places, [NAMES[attack].replace(", ", ",\n") for attack in study.attacks])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.15 * max(ratios))
+    axis.set_xlabel(f"times that of {NAMES[study.attacks[0]]}", fontsize=9)
+    axis.set_title("Processor time of the training steps", fontsize=10, loc="left")
 
 
 def draw_comparison(study: Study, chosen: Chosen) -> Figure:
@@ -461,36 +529,38 @@ def draw_comparison(study: Study, chosen: Chosen) -> Figure:
 
     count = len(study.attacks)
     figure = Figure(figsize=(max(6.0, 0.8 + 3.9 * count), 7.2), layout="constrained")
-    axes = figure.subplots(2, count, squeeze=False, sharey="row", height_ratios=[1.7, 1])
+    axes = figure.subplots(2, count, squeeze=False, sharey="row", height_ratios=[1.5, 1])
     reached = reach(study, chosen)
     for (upper, lower), attack in zip(axes.T, study.attacks, strict=True):
         draw_accuracies(upper, study, chosen, attack)
         upper.set_title(NAMES[attack], fontsize=10, loc="left")
-        draw_epochs(lower, study, reached, attack)
-    axes[0, 0].set_ylabel("validation accuracy", fontsize=9)
+        draw_epochs(lower, study, [each for each in reached if each.attack == attack])
+        lower.set_title(f"Epochs to the target, {100 * ENOUGH:g} % of {study.reference}", fontsize=10, loc="left")
+    axes[0, 0].set_ylabel("validation accuracy in %", fontsize=9)
+    for label, schedule in zip(axes[1, 0].get_yticklabels(), study.schedules, strict=True):
+        label.set_color(COLOURS[schedule])
     seeds = f"{study.seeds} seeds" if study.seeds > 1 else "one seed"
-    figure.suptitle(
-        f"Schedules at the peak rate that ends best, {seeds}: solid under attack, dashed without", fontsize=11
-    )
-    handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.suptitle(f"Learning-rate schedules, each from the peak rate that ends best with it: {seeds}", fontsize=11)
     return figure
 
 
 def draw_accuracies(axis: Axes, study: Study, chosen: Chosen, attack: str) -> None:
     """Draw the mean of both accuracies over epochs, smoothed as the target asks, and the target."""
-    for schedule in study.schedules:
-        for key, dashes, width in ((ROBUST, "-", 1.8), (CLEAN, "--", 1.0)):
-            mean = smooth(mean_curve(study, chosen[attack, schedule], key))
+    lows = {}
+    for key, dashes, width in ((ROBUST, "-", 1.8), (CLEAN, "--", 1.0)):
+        means = {each: smooth(mean_curve(study, chosen[attack, each], key)) for each in study.schedules}
+        for schedule, mean in means.items():
             epochs = np.arange(LAST, LAST + len(mean))
-            name = schedule if key == ROBUST else "_"
-            axis.plot(epochs, mean, dashes, color=COLOURS[schedule], linewidth=width, label=name)
-    target = ENOUGH * statistics.mean(result.validation for result in chosen[attack, study.reference])
+            axis.plot(epochs, 100 * mean, dashes, color=COLOURS[schedule], linewidth=width)
+        lows[key] = 100 * min(mean[-1] for mean in means.values())
+    target = 100 * ENOUGH * statistics.mean(result.validation for result in chosen[attack, study.reference])
     axis.axhline(target, color="0.5", linewidth=1, linestyle=":")
-    place: dict[str, Any] = {"transform": axis.get_yaxis_transform(), "fontsize": 8, "color": "0.35"}
-    axis.text(0.01, target + 0.01, "to be reached", **place)
+    axis.text(0.2, target + 1, "target", fontsize=7, color="0.35")  # left of the curves, which begin later
+    place: dict[str, Any] = {"fontsize": 8, "color": "0.35", "va": "top", "ha": "right"}
+    for key, name in ((ROBUST, "under attack"), (CLEAN, "without attack")):
+        axis.text(study.epochs, lows[key] - (8 if key == judged(attack) else 3), name, **place)  # below the target
     axis.set_xlim(0, study.epochs)
-    axis.set_ylim(0, 1.02)
+    axis.set_ylim(0, 102)
     axis.set_xlabel("epoch", fontsize=9)
     tidy(axis)
 
@@ -507,81 +577,126 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, np.ones(LAST) / LAST, "valid")
 
 
-def draw_epochs(axis: Axes, study: Study, reached: Sequence[Reached], attack: str) -> None:
-    """Draw after how many epochs each training reached the target: a dot for each seed, a bar for the median."""
-    never = 1.06 * study.epochs
+def draw_epochs(axis: Axes, study: Study, reached: Sequence[Reached]) -> None:
+    """Draw when each training reached the target: a dot for each seed, a line from first to last, a bar for the median."""
+    never = 1.08 * study.epochs
     for place, schedule in enumerate(study.schedules):
-        epochs = [each.epochs for each in reached if (each.attack, each.schedule) == (attack, schedule)]
-        shown = [min(number, never) for number in epochs]
-        beside = place + 0.5 * (np.arange(len(shown)) + 0.5) / len(shown) - 0.25
-        axis.plot(shown, beside, "o", color=COLOURS[schedule], markersize=4, alpha=0.7, markeredgewidth=0)
-        axis.vlines(statistics.median(shown), place - 0.38, place + 0.38, color=COLOURS[schedule], linewidth=2.5)
-    axis.axvline(1.03 * study.epochs, color="0.7", linewidth=1)
+        epochs = [each.epochs for each in reached if each.schedule == schedule]
+        shown, colour = [min(number, never) for number in epochs], COLOURS[schedule]
+        axis.plot([min(shown), max(shown)], [place, place], color=colour, linewidth=1, alpha=0.6)
+        axis.plot(shown, [place] * len(shown), "o", color=colour, markersize=5, alpha=0.5, markeredgewidth=0)
+        axis.vlines(statistics.median(shown), place - 0.3, place + 0.3, color=colour, linewidth=2.5)
+        median = middle_and_range(epochs, "{:g}").partition(" ")[0]
+        beside: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 8}
+        axis.annotate(median, (statistics.median(shown), place - 0.3), (0, 1), color=colour, **beside)
+    axis.axvspan(1.03 * study.epochs, 1.13 * study.epochs, color="0.95", zorder=0)
     axis.set_yticks(range(len(study.schedules)), study.schedules)
-    axis.set_ylim(len(study.schedules) - 0.4, -0.6)
-    axis.set_xlim(0, 1.1 * study.epochs)
+    axis.set_ylim(len(study.schedules) - 0.5, -0.8)
+    axis.set_xlim(0, 1.13 * study.epochs)
     step = max(1, study.epochs // 4)
-    ticks = range(0, study.epochs - step // 2, step)
+    ticks = range(0, study.epochs + 1 - step // 2, step)
     axis.set_xticks([*ticks, never], [*map(str, ticks), "never"])
-    axis.set_xlabel("epochs to what is to be reached", fontsize=9)
+    axis.set_xlabel("epoch (dots: seeds, number: median)" if study.seeds > 1 else "epoch", fontsize=9)
     tidy(axis)
 
 
 def draw_rates(study: Study, chosen: Chosen) -> Figure:
-    """Draw the learning rate of each epoch, and mark where its accuracy cut it; thin: AccuracyGradientLR's other seeds."""
+    """Draw the accuracy that the last schedule ends at and the learning rates below it, with the cuts through both."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    count = len(study.attacks)
-    figure = Figure(figsize=(max(6.0, 0.8 + 3.9 * count), 4.2), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False, sharey=True)[0]
-    for axis, attack in zip(axes, study.attacks, strict=True):
+    count, last = len(study.attacks), study.schedules[-1]
+    window, threshold = AccuracyGradientLR().window, 100 * AccuracyGradientLR().threshold
+    figure = Figure(figsize=(max(6.0, 1.4 + 3.6 * count), 5.6), layout="constrained")
+    axes = figure.subplots(2, count, squeeze=False, sharey="row", sharex=True, height_ratios=[1, 1.2])
+    for (upper, lower), attack in zip(axes.T, study.attacks, strict=True):
+        first = chosen[attack, last][0]
+        accuracies = 100 * read_column(study.folder(attack, last, first.rate, first.seed), judged(attack))
+        means = [accuracies[max(0, end - window) : end].mean() for end in range(1, len(accuracies) + 1)]
+        upper.plot(range(1, len(accuracies) + 1), accuracies, "o", color="0.6", markersize=3, label="one validation")
+        upper.plot(range(1, len(accuracies) + 1), means, color=COLOURS[last], label=f"mean of {window}")
+        under = "" if attack == "plain" else " under attack"
+        upper.set_title(f"{NAMES[attack]}: accuracy{under}", fontsize=10, loc="left")
         for schedule in study.schedules:
-            for result in chosen[attack, schedule][: None if schedule == OURS else 1]:
-                draw_rate(axis, read_column(study.folder(attack, schedule, result.rate, result.seed), "lr"), result)
-        axis.set_yscale("log")
-        axis.set_title(NAMES[attack], fontsize=10, loc="left")
-        axis.set_xlabel("epoch", fontsize=9)
-        tidy(axis)
-    axes[0].set_ylabel("learning rate", fontsize=9)
-    axes[0].margins(y=0.09)
-    thin = " (thin: other seeds)" if study.seeds > 1 else ""
-    figure.suptitle(f"Learning rate at the start of each epoch; triangles: cuts by the accuracy{thin}", fontsize=11)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+            result = chosen[attack, schedule][0]
+            rates = read_column(study.folder(attack, schedule, result.rate, result.seed), "lr")
+            draw_rate(lower, rates, schedule)
+            for cut in np.flatnonzero(np.diff(rates) < 0) + 1 if schedule == OURS else ():
+                for axis in (upper, lower):
+                    axis.axvline(cut, color=COLOURS[OURS], linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
+        lower.set_xlabel("epoch", fontsize=9)
+        for axis in (upper, lower):
+            tidy(axis)
+    axes[0, 0].set_ylabel("validation accuracy in %", fontsize=9)
+    axes[0, 0].legend(loc="lower right", framealpha=1, edgecolor="white", fontsize=8)
+    axes[0, 0].set_xlim(0, 1.02 * study.epochs)
+    axes[0, 0].xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+    scale_rates(axes[1, 0])
+    if len(study.schedules) > 1:
+        name_rates(axes[1, -1], study)
+    rule = (
+        f"cuts the learning rate (dashed) when the mean of {window} accuracies rises by less than {threshold:g} points"
+    )
+    what = f"AccuracyGradientLR {rule}" if OURS in study.schedules else "Accuracy and learning rates"
+    figure.suptitle(f"{what}: seed 0", fontsize=11)
     return figure
 
 
-def draw_rate(axis: Axes, rates: np.ndarray, result: Result) -> None:
-    """Draw the rates of one training, of the first seed in full."""
-    first, colour = result.seed == 0, COLOURS[result.schedule]
-    look: dict[str, Any] = {"linewidth": 1.8, "label": result.schedule} if first else {"linewidth": 0.7, "alpha": 0.5}
-    axis.stairs(rates, np.arange(len(rates) + 1), baseline=None, color=colour, **look)
-    if first and result.schedule == OURS:
-        cuts = np.flatnonzero(np.diff(rates) < 0) + 1
-        axis.plot(cuts, 1.15 * rates[cuts - 1], "v", color=colour, markersize=6, markeredgecolor="white", zorder=3)
+def draw_rate(axis: Axes, rates: np.ndarray, schedule: str) -> None:
+    """Draw the learning rate of each epoch."""
+    width = 2.2 if schedule == OURS else 1.4
+    axis.stairs(rates, np.arange(len(rates) + 1), baseline=None, color=COLOURS[schedule], linewidth=width)
+
+
+def scale_rates(axis: Axes) -> None:
+    """Begin the axis of learning rates at zero, or make it logarithmic where they differ by more than ten times."""
+    from matplotlib.patches import StepPatch
+
+    rates = np.concatenate([line.get_data()[0] for line in axis.patches if isinstance(line, StepPatch)])
+    if rates.max() > 10 * rates.min():
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+    else:
+        axis.set_ylim(bottom=0)
+    axis.set_ylabel("learning rate", fontsize=9)
+
+
+def name_rates(axis: Axes, study: Study) -> None:
+    """Write the name of each schedule where its rate ends."""
+    from matplotlib.patches import StepPatch
+
+    ends = [float(line.get_data()[0][-1]) for line in axis.patches if isinstance(line, StepPatch)]
+    for schedule, place in zip(study.schedules, spread(np.log10(ends).tolist(), 0.16), strict=True):
+        beside: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+        axis.annotate(schedule, (study.epochs, 10**place), color=COLOURS[schedule], annotation_clip=False, **beside)
 
 
 def draw_digits(study: Study, chosen: Chosen, columns: int = 10) -> Figure:
-    """Draw test images, and for each training what is added to them and what it answers then."""
+    """Draw test images, and for each training what is added to them and what it answers then; write ``digits.csv``."""
     from matplotlib.figure import Figure
 
     images, labels, space = first_of_each_class(study, columns)
-    rows = 1 + 2 * len(study.attacks)
-    figure = Figure(figsize=(1.6 + 0.86 * len(labels), 0.6 + 0.98 * rows), layout="constrained")
+    rows, answered = 1 + 2 * len(study.attacks), []
+    figure = Figure(figsize=(1.9 + 0.86 * len(labels), 0.8 + 0.98 * rows), layout="constrained")
     axes = figure.subplots(rows, len(labels), squeeze=False)
-    signs = "red: more, blue: less" if images.shape[1] == 1 else "grey: not at all, in each colour"
-    what = f"Test images, no pixel changed by more than {study.radius:.3g} of 1 ({signs})"
-    figure.suptitle(f"{what}. Answers before → after: blue right, orange wrong", fontsize=10)
+    signs = "red: darker, blue: lighter" if images.shape[1] == 1 else "grey: not at all, in each colour"
+    what = (
+        f"{len(labels)} test images: an attack changes each pixel, from 0 to 1, by at most {study.radius:.3g} ({signs})"
+    )
+    figure.suptitle(f"{what}\nBelow: the answer before → after the attack, blue right, orange wrong", fontsize=10)
     draw_row(axes[0], "test image", images, [(f"{label}", "0.2") for label in labels.tolist()], space)
     for place, attack in enumerate(study.attacks):
         module = read_module(study, chosen[attack, study.schedules[-1]][0])
         attacked, before, after = attack_images(study, module, images, labels, space)
-        answers = [
-            (f"{old} → {new}", RIGHT if new == label else WRONG)
-            for old, new, label in zip(before, after, labels.tolist(), strict=True)
-        ]
+        answers = list(zip(labels.tolist(), before, after, strict=True))
+        captions = [(f"{old} → {new}", RIGHT if new == label else WRONG) for label, old, new in answers]
+        answered += [(attack, *answer) for answer in answers]
         name = NAMES[attack].replace(", ", ",\n")
+        right = sum(new == label for label, _, new in answers)
         draw_changes(axes[2 * place + 1], f"{name}:\nchange", attacked - images, study.radius, space)
-        draw_row(axes[2 * place + 2], "changed image", attacked, answers, space)
+        draw_row(axes[2 * place + 2], f"changed image:\n{right} of {len(answers)} right", attacked, captions, space)
+    with (study.output / "digits.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("attack", "label", "before", "after"), *answered])
     return figure
 
 
@@ -646,12 +761,34 @@ def frame(axes: np.ndarray, name: str) -> None:
     axes[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
 
 
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Return where to write labels of these places so that they lie at least a gap apart: some are moved up.
+
+    Example:
+        >>> spread([5.0, 1.0, 1.5], 2.0)
+        [5.0, 1.0, 3.0]
+    """
+    moved, order = list(places), sorted(range(len(places)), key=places.__getitem__)
+    for lower, upper in pairwise(order):
+        moved[upper] = max(moved[upper], moved[lower] + gap)
+    return moved
+
+
 def tidy(axis: Axes) -> None:
     """Take away from a panel what says nothing."""
     axis.grid(color="0.93")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
+
+
+# In the order in which they answer: does it help, by example, why is the rate what it is, which schedule is best.
+FIGURES: dict[str, Callable[[Study, Chosen], Figure]] = {
+    "robustness": draw_robustness,
+    "digits": draw_digits,
+    "rates": draw_rates,
+    "comparison": draw_comparison,
+}
 
 
 # The command line.
@@ -689,8 +826,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the study that the command line describes."""
     study = parse(arguments)
     print_tables(run_study(study), study)
-    written = ["comparison.png", "rates.png", "digits.png", "results.csv", "reached.csv", "a folder for each training"]
-    print(f"\nWritten to {study.output}/:", *written, sep="\n  ")
+    figures = [f"{name}.png" for name in FIGURES if name != "comparison" or len(study.schedules) > 1]
+    tables = ["results.csv", "reached.csv", "digits.csv", "a folder for each training"]
+    print(f"\nWritten to {study.output}/:", *figures, *tables, sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ RULES: dict[str, Callable[[int], list[Callback]]] = {
     "autoclip": lambda steps: [AutoClip()],
     "agc": lambda steps: [AdaptiveGradientClipping()],
     # Published for long trainings, a reset every 500 steps would not come once in so short a one.
-    "spam": lambda steps: [MomentumReset(every_n_steps=max(1, steps // 2), warmup=steps // 4), SpikeClipping()],
+    "spam": lambda steps: [MomentumReset(every_n_steps=max(1, steps // 2), warmup_steps=steps // 4), SpikeClipping()],
 }
 
 

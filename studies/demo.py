@@ -25,11 +25,11 @@ Written to {folder}/
   data_pruning/results.csv          the numbers of the third table
   data_pruning/label_errors.png     the wrong labels among the hardest samples
   data_pruning/scores/*/*.png       the hardest and easiest samples, the scores
-  adversarial/digits.png            attacked inputs: the digits, and the answers
-  adversarial/comparison.png        accuracy over epochs, attacked and not
-  adversarial/rates.png             the learning rate and its cuts
+  adversarial/robustness.png        attacked inputs: accuracy by strength, and cost
+  adversarial/digits.png            the digits, the changes and the answers
+  adversarial/rates.png             the accuracy, and where it cut the learning rate
   adversarial/results.csv           the numbers of the fourth table
-  communication/comparison.png      compressed gradients: accuracy by megabytes
+  communication/comparison.png      compressed gradients: accuracy, megabytes sent
   communication/results.csv         the numbers of the fifth table
   communication/dgc*_seed0/*.png    one training: bytes a step, by layer, unsent
 
@@ -46,8 +46,8 @@ def main(
     epochs: int = 16,
     steps: int = 350,
     pruned_epochs: int = 20,
-    attacked_epochs: int = 24,
-    compressed_epochs: int = 24,
+    attacked_epochs: int = 20,
+    compressed_epochs: int = 20,
 ) -> None:
     """Train, and tell what came of it."""
     print(TITLE, flush=True)
@@ -91,7 +91,9 @@ def attack_inputs(output: Path, epochs: int) -> None:
 
     print(f"\n4. {adversarial.IN_THE_DEMO}", flush=True)
     schedule, rate = "accuracy-gradient", 0.1
-    study = adversarial.Study(schedules=(schedule,), rates=(rate,), epochs=epochs, output=output, accelerator="cpu")
+    study = adversarial.Study(
+        schedules=(schedule,), rates=(rate,), seeds=3, epochs=epochs, output=output, accelerator="cpu"
+    )
     adversarial.print_tables(adversarial.run_study(study), study)
 
 
@@ -100,7 +102,7 @@ def compress_gradients(output: Path, epochs: int) -> None:
     from studies import communication
 
     print(f"\n5. {communication.IN_THE_DEMO}", flush=True)
-    study = communication.Study(("dense", "powersgd-4", "dgc-99.9"), epochs=epochs, output=output)
+    study = communication.Study(("dense", "powersgd-4", "dgc-99.9"), seeds=3, epochs=epochs, output=output)
     communication.print_table(communication.run_study(study), study)
 
 

@@ -24,7 +24,6 @@ from lightning.pytorch.strategies import StrategyRegistry
 from matplotlib.figure import Figure
 from nbclient import NotebookClient
 
-import lightning_grad
 from lightning_grad import callbacks, functional, strategies, utilities
 from lightning_grad.core.compatibility import TITLES, YES, no
 
@@ -489,13 +488,6 @@ def test_changelog_names_what_is_exported(package: types.ModuleType) -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     functions = [name for name in package.__all__ if isinstance(getattr(package, name), types.FunctionType)]
     assert not [name for name in functions if f"{name}`" not in changelog]
-
-
-def test_changelog_begins_with_what_is_unreleased_or_with_this_version() -> None:
-    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    first = re.search(r"^## (.*)$", changelog, re.MULTILINE)
-    assert first is not None
-    assert first[1] in ("Unreleased", lightning_grad.__version__)
 
 
 def test_the_first_block_of_the_readme_needs_only_the_package() -> None:

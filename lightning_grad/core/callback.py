@@ -83,6 +83,8 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
       ends the sentence "it cannot change because ...".
     - ``trial``: constructor arguments with which a few epochs on a small module show what the technique does; they name no
       layer, so that they fit every module. Tests and tools use them.
+    - ``progress_bar``: which of the quantities in Logs the progress bar shows. Users set it on an instance:
+      ``pruner.progress_bar = ["density"]`` or ``clipper.progress_bar = ["clipped_share"]``.
     - ``neutral``: what of ``trial`` to change so that it changes nothing in a run, or the reason why nothing does that.
 
     Args:
@@ -97,6 +99,7 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
     fixed_settings: ClassVar[Mapping[str, str]] = {}
     trial: ClassVar[Mapping[str, Any]] = {}
     neutral: ClassVar[Mapping[str, Any] | str] = {}
+    progress_bar: Sequence[str] = ()
 
     undo = during_fit.of(UndoList)
     undo_after_saving = during_fit.of(UndoList)
@@ -264,12 +267,29 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
         return self._announced
 
     def log_scalars(
-        self, pl_module: pl.LightningModule, values: Mapping[str, float | Tensor], sync_dist: bool = False
+        self,
+        pl_module: pl.LightningModule,
+        values: Mapping[str, float | Tensor],
+        sync_dist: bool = False,
+        layers: bool = False,
     ) -> None:
-        """Log scalars as ``namespace[/name]/quantity``; ``sync_dist`` where Lightning asks for it, in validation."""
+        """Log scalars under their log keys; ``sync_dist`` where Lightning asks for it, in validation."""
         if getattr(pl_module.trainer, "barebones", False):  # Lightning would warn of every value
             return
-        pl_module.log_dict({self.log_key(key): value for key, value in values.items()}, sync_dist=sync_dist)
+        for shown in (False, True):
+            chosen = {key: value for key, value in values.items() if (key in self.progress_bar) == shown}
+            named = {self.log_key(key, layers): value for key, value in chosen.items()}
+            pl_module.log_dict(named, prog_bar=shown, sync_dist=sync_dist)
 
-    def log_key(self, quantity: str) -> str:
-        return "/".join(part for part in (self.namespace, self.name, quantity) if part)
+    def log_key(self, quantity: str, layers: bool = False) -> str:
+        """Return the log key of a quantity, ``namespace[/name]/quantity``.
+
+        Args:
+            quantity: Its name, with that of the layer where it has one: ``"norm/encoder"``.
+            layers: Whether there is one for each layer. The first part of these keys is ``grad_layers`` in place of ``grad``,
+                which W&B and TensorBoard show in a section of their own.
+        """
+        section, *rest = self.namespace.split("/")
+        return "/".join(
+            part for part in (f"{section}_layers" if layers else section, *rest, self.name, quantity) if part
+        )

@@ -277,7 +277,8 @@ class GradientConditioner(GradCallback):
                 if measured and values:
                     owner = f"optimizer{index}" if len(trainer.optimizers) > 1 else ""
                     names = {key: "/".join(filter(None, (owner, key, bucket.name))) for key in values}
-                    self.log_scalars(pl_module, {names[key]: value for key, value in values.items()})
+                    shown = {names[key]: value for key, value in values.items()}
+                    self.log_scalars(pl_module, shown, layers=bool(bucket.name))
         memory.steps += 1
 
     def _count(self, step: GradientStep, values: Mapping[str, Tensor | float], seen: int) -> dict[str, Tensor | float]:
@@ -312,7 +313,7 @@ class GradientConditioner(GradCallback):
         ]
         if clipped:
             share = sum(count for count, _ in clipped) / max(sum(steps for _, steps in clipped), 1)
-            log_summary(trainer, {self.log_key("final_clipped_share"): share})
+            log_summary(trainer, {self.log_key("clipped_share"): share})
 
 
 ELEMENTWISE: Compatibility = GradientConditioner.compatibility.but(

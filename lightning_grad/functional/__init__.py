@@ -1,7 +1,8 @@
 """The mathematics of every technique as functions: tensors in, tensors out.
 
-One package a family, and one for what a loss and its gradients are made of, ``gradients``. All that a training loop of your
-own would call is here under its flat name. Nothing below knows Lightning, reads a file or keeps a global.
+Each family has a package; ``gradients`` captures losses and computes per-sample gradients. Everything that your own
+training loop would call can be imported from here. This package imports only torch, reads no files and keeps no global
+state.
 """
 
 from lightning_grad.functional import (

@@ -1,4 +1,4 @@
-"""The check of arguments that take one of several words."""
+"""Check arguments that take one of several strings."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,19 +6,21 @@ from typing import Any
 
 
 def check_choice(value: Any, choices: Iterable[str], parameter: str) -> None:
-    """Raise unless a value is one of the choices; a near miss is suggested.
+    """Raise unless a value is one of the choices, and suggest the closest one.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the value is not one of the choices.
 
     Example:
         >>> check_choice("sr-st", ["ste", "sr-ste"], "recipe")
         Traceback (most recent call last):
-        ValueError: recipe='sr-st' is none of 'ste', 'sr-ste'. Did you mean 'sr-ste'?
+        ValueError: recipe must be 'ste' or 'sr-ste'; got 'sr-st'. Did you mean 'sr-ste'?
     """
     known = list(choices)
     if value in known:
         return
     near = difflib.get_close_matches(str(value), known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{parameter}={value!r} is none of {', '.join(map(repr, known))}.{hint}")
+    *others, last = map(repr, known)
+    listed = f"{', '.join(others)} or {last}" if others else last
+    raise ValueError(f"{parameter} must be {listed}; got {value!r}.{hint}")

@@ -1,8 +1,8 @@
-"""Treating tensors of a class of their own as plain ones, and giving results their class back.
+"""Convert tensor subclasses to plain tensors, and restore the class of results.
 
-Libraries derive from ``torch.Tensor`` to carry labels, units or coordinates. Such a class may refuse or relabel an
-operation, lose its attributes in arithmetic, or demand them. So what is computed here is computed on plain tensors that
-share their memory, and what a module is to see is given the class and the attributes again.
+Libraries subclass ``torch.Tensor`` to carry labels, units or coordinates. Such a class may reject an operation, change
+its labels, lose its attributes in arithmetic, or require them. The package therefore computes on plain tensors that
+share the memory, and restores class and attributes on tensors that the user's module receives.
 """
 
 import functools
@@ -15,22 +15,22 @@ from torch import Tensor, nn
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Under it no class's __torch_function__ is asked. DTensors are not concerned: theirs is __torch_dispatch__.
+# Disables every __torch_function__. DTensors still work: they use __torch_dispatch__.
 PlainTensors = torch._C.DisableTorchFunctionSubclass
 
-# Arguments and results in which no tensor can be.
+# Types of arguments and results that cannot contain a tensor.
 NO_TENSORS = frozenset([type(None), torch.Size, int, bool, float, str, torch.dtype, torch.device])
 
 
 def is_opaque(tensor: Tensor) -> bool:
-    """Return whether a tensor only stands for others (nested, distributed, masked), so that its memory cannot be shared."""
+    """Return True for a wrapper of other tensors (nested, distributed, masked), whose memory cannot be shared."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def plain_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor as one of torch's own, with the same memory and graph; parameters and opaque tensors as they are.
+    """Return a ``torch.Tensor`` with the same memory and graph; parameters and opaque tensors are returned unchanged.
 
-    Under :data:`PlainTensors` methods that a class has overridden would still run.
+    :data:`PlainTensors` alone does not suffice: methods that a subclass overrides would still run.
 
     Example:
         >>> class Stubborn(torch.Tensor):
@@ -46,7 +46,7 @@ def plain_tensor(tensor: Tensor) -> Tensor:
 
 
 def on_plain_tensors(function: Callable[P, T]) -> Callable[P, T]:
-    """Return a function that treats tensors of any class as plain ones.
+    """Wrap a function to treat tensors of any class as plain tensors.
 
     Example:
         >>> class Stubborn(torch.Tensor):
@@ -66,12 +66,12 @@ def on_plain_tensors(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def dressed(tensor: Tensor, like: Tensor, copied: Callable[[Any], Any] = lambda value: value) -> Tensor:
-    """Return a plain tensor with the class and the attributes of another one, and with its own memory and graph.
+    """Return a plain tensor with the class and attributes of another; memory and graph stay its own.
 
     Args:
         tensor: The plain tensor.
-        like: The other one.
-        copied: What is done with each attribute.
+        like: The tensor whose class and attributes are used.
+        copied: Function applied to each attribute value.
 
     Example:
         >>> class Labelled(Tensor): pass
@@ -94,12 +94,12 @@ def dressed(tensor: Tensor, like: Tensor, copied: Callable[[Any], Any] = lambda 
 def clone_of(
     tensor: Tensor, copied: Callable[[Any], Any] = lambda value: value, leaves_in_graph: bool = False
 ) -> Tensor:
-    """Return a tensor's copy, of its class, with its attributes and in its graph; of a leaf that learns, another leaf.
+    """Return a copy of a tensor with its class, attributes and graph; a leaf that requires grad becomes a new leaf.
 
     Args:
         tensor: The tensor.
-        copied: What is done with each attribute.
-        leaves_in_graph: Copy a leaf into its own graph, so that the copy's gradient reaches it.
+        copied: Function applied to each attribute value.
+        leaves_in_graph: Copy a leaf differentiably, so that gradients of the copy reach it.
 
     Example:
         >>> class Labelled(Tensor): pass
@@ -115,7 +115,7 @@ def clone_of(
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors in nested arguments; torch's pytree takes ten times as long."""
+    """Return the tensors in nested arguments, ten times faster than torch's pytree."""
     found: list[Tensor] = []
     _collect(value, found)
     return found
@@ -132,7 +132,7 @@ def _collect(value: Any, found: list[Tensor]) -> None:
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
-    """Return an object's attributes by name, also those in slots.
+    """Return an object's attributes by name, including those in slots.
 
     Example:
         >>> class Point:

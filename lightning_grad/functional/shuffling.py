@@ -1,4 +1,4 @@
-"""Random orders and seeds that nobody else draws by chance."""
+"""Random permutations and seeds that do not coincide with those of user code."""
 
 import hashlib
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def shuffled(total: int, seed: int, purpose: int | str) -> Tensor:
-    """Return a random order of so many things, on the CPU; the same for the same seed and purpose.
+    """Return a random permutation of ``range(total)`` on the CPU, determined by seed and purpose.
 
-    Seeds are hashed, so that neighbouring ones have nothing in common, and so that the order is not the one that a user gets
-    from ``torch.randperm`` with the same seed: whoever flips labels at random with seed 0, say, and keeps samples at random
-    with seed 0, would otherwise keep just the flipped ones.
+    The seed is hashed, which makes neighboring seeds independent and the permutation different from
+    ``torch.randperm`` with the same seed. Otherwise a user who flips random labels with seed 0 and keeps random
+    samples with seed 0 would keep exactly the flipped ones.
     """
     return torch.randperm(total, generator=torch.Generator().manual_seed(hashed_seed(seed, purpose)))
 
 
 def hashed_seed(seed: int, purpose: int | str) -> int:
-    """Return the seed of a generator, another one for each purpose."""
+    """Return a generator seed that differs for each purpose."""
     mixed = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(mixed, "little") >> 1

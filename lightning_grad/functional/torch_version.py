@@ -1,6 +1,6 @@
-"""The version of torch, for what differs between the versions that are supported."""
+"""The version of torch, for code that differs between supported versions."""
 
 import torch
 
-# Two numbers suffice: releases of patches have never changed what is asked here.
+# Major and minor suffice: no patch release has changed any behavior that is checked with this.
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])

@@ -28,6 +28,7 @@ from typing_extensions import override
 
 from lightning_grad.core import Chosen, check_count, during_fit, is_log_step
 from lightning_grad.core.compatibility import Compatibility, manual, moot, no
+from lightning_grad.core.record import RunRecord
 from lightning_grad.core.switch import is_switched_off
 from lightning_grad.strategies._buckets import BucketCollector, Gradient, all_finite, concatenated, write_dense
 from lightning_grad.strategies._collectives import Collectives, explain_lost_rank, interrupts_deferred
@@ -400,7 +401,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         if self._measured:
             log_many(trainer, {self.log_key(key): value for key, value in self._measured.items()})
             kept = {key: self._measured[key] for key in ("bytes_sent", "ratio", "residual_norm")}
-            self.ledger.record.add({"step": float(trainer.global_step), **kept})
+            self.ledger.record.add({"step": trainer.global_step, **kept})
             self.ledger.record.save(trainer, self)
 
     # The fit ends.
@@ -409,10 +410,14 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def on_train_end(self) -> None:
         if not self.ledger.steps:
             return
-        trainer, layers = self._trainer, self._layers()
+        trainer, layers, record = self._trainer, self._layers(), self.ledger.record
+        if not record.count:  # the run was shorter than log_every_n_steps
+            record = RunRecord()
+            own = {"bytes_sent": float(self.ledger.step_sent), "ratio": self.ledger.step_ratio}
+            record.add({"step": trainer.global_step, **own, "residual_norm": self.residual_norm()})
         summary = {"final_ratio": self.ledger.ratio, "total_megabytes": self.ledger.sent_bytes / 1e6}
-        figure = partial(draw, self.display_name, self.ledger, layers)
-        self.ledger.record.report(trainer, self, figure, summary=summary, figure="summary")
+        figure = partial(draw, self.display_name, self.ledger, record, layers)
+        record.report(trainer, self, figure, summary=summary, figure="summary")
         log_table(trainer, self.log_key("layers"), layers, output_file(trainer, self.display_name, "_layers.csv"))
 
     def _layers(self) -> list[dict[str, Any]]:

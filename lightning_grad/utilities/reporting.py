@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 _MOST_TEXT_ROWS = 200  # of a table that TensorBoard shows as text
+_MOST_ROWS = 10_000  # of a table that W&B shows; the file has all
 
 
 def is_installed(package: str) -> bool:
@@ -127,7 +128,8 @@ def log_summary(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
         if summary is not None and hasattr(summary, "update"):
             summary.update(dict(values))
         else:
-            logger.log_metrics(dict(values), step=stepped_batches(trainer))
+            # At the last step that was made, where the curve of the same quantity ends.
+            logger.log_metrics(dict(values), step=max(stepped_batches(trainer) - 1, 0))
             logger.save()
 
 
@@ -208,7 +210,8 @@ def log_table(
     if path is None or not trainer.is_global_zero or not rows:
         return
     write_csv(path, rows)
-    columns, data, step = list(rows[0]), [list(row.values()) for row in rows], stepped_batches(trainer)
+    data, step = [list(row.values()) for row in rows[:_MOST_ROWS]], stepped_batches(trainer)
+    columns, pictures = list(rows[0]), pictures[:_MOST_ROWS]
     for logger in _loggers(trainer):
         if hasattr(logger, "log_table"):
             images = _images(logger, pictures)
@@ -250,11 +253,20 @@ def log_histograms(trainer: pl.Trainer, tensors: Mapping[str, Tensor]) -> None:
             logger.log_metrics({key: wandb.Histogram(value) for key, value in values.items()}, step=step)
 
 
-def log_file(trainer: pl.Trainer, path: Path, name: str, kind: str) -> None:
-    """Send a file that was written as an artifact to the loggers that keep artifacts (W&B)."""
+def log_file(trainer: pl.Trainer, path: Path, name: str, kind: str, aliases: Sequence[str] = ()) -> None:
+    """Send a file as an artifact to the loggers that keep artifacts (W&B).
+
+    Args:
+        trainer: Whose loggers get it.
+        path: The file.
+        name: Of the artifact. Files of one name are its versions, also those of other runs.
+        kind: Its type.
+        aliases: Other names of this version, next to "latest".
+    """
     for experiment in map(_experiment, _loggers(trainer)):
         if hasattr(experiment, "log_artifact") and hasattr(experiment, "use_artifact"):
-            experiment.log_artifact(str(path), name=name, type=kind)
+            names = [re.sub(r"[^\w.-]+", "_", alias, flags=re.ASCII) for alias in ("latest", *aliases)]
+            experiment.log_artifact(str(path), re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII), kind, names)
 
 
 def send_alert(trainer: pl.Trainer, title: str, text: str) -> None:

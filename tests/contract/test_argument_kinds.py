@@ -78,7 +78,7 @@ def test_what_is_not_of_its_kind_is_refused_in_words(entry, argument, wrong):
     for value in wrong:
         with pytest.raises((TypeError, ValueError), match=rf"\b{argument}\b") as refusal:
             entry.build(**{argument: value})
-        assert re.search(r" must be | is none of ", str(refusal.value)), (value, refusal.value)
+        assert re.search(r" must be ", str(refusal.value)), (value, refusal.value)
         assert repr(value) in str(refusal.value), "the error shows what it got, text in quotes"
 
 

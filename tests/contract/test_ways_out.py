@@ -255,7 +255,7 @@ CLIPPING = [
     ),
     Row(
         "a warm-up too long",
-        lambda _: fit(lg.MomentumReset(3, warmup=3)),
+        lambda _: fit(lg.MomentumReset(3, warmup_steps=3)),
         r"Leave warmup out",
         lambda _: fit(lg.MomentumReset(3)),
     ),

@@ -548,13 +548,23 @@ def test_keys_of_a_named_instance() -> None:
     assert set(found) == {"grad/norm_clipping/mine/norm", "grad/norm_clipping/mine/clipped_share"}
 
 
+def test_the_progress_bar_shows_what_is_asked_for() -> None:
+    callback = NormClipping(1.0)
+    callback.progress_bar = ["clipped_share"]
+    trainer = train([callback], Dictated(), rows_of(rows_with_norms([3.0])), log_every_n_steps=1)
+    assert set(trainer.progress_bar_metrics) & set(trainer.callback_metrics) == {"grad/norm_clipping/clipped_share"}
+    assert "grad/norm_clipping/norm" in trainer.callback_metrics
+
+
 def test_keys_of_name_patterns_and_groups() -> None:
-    patterns = logged(NormClipping({"net.0": 1e-3, "*": 1.0}), Regression(small_net()), pairs(1), "grad/")
+    patterns = logged(NormClipping({"net.0": 1e-3, "*": 1.0}), Regression(small_net()), pairs(1), "grad_layers/")
     keys = {"norm/net.0", "norm/*", "clipped_share/net.0", "clipped_share/*"}
-    assert set(patterns) == {f"grad/norm_clipping/{key}" for key in keys}
-    groups = logged(NormClipping(1e-3), Grouped("max_norm", [1e-3]), pairs(1), "grad/")
-    keys = {"norm", "norm/group0", "clipped_share", "clipped_share/group0"}
-    assert set(groups) == {f"grad/norm_clipping/{key}" for key in keys}
+    assert set(patterns) == {f"grad_layers/norm_clipping/{key}" for key in keys}
+    groups = logged(NormClipping(1e-3), Grouped("max_norm", [1e-3]), pairs(1), "grad")
+    keys = {
+        f"{section}/norm_clipping/{key}" for key in ("norm", "clipped_share") for section in ("grad", "grad_layers")
+    }
+    assert set(groups) == {f"{key}/group0" if "layers" in key else key for key in keys}
 
 
 @pytest.mark.parametrize(
@@ -571,10 +581,8 @@ def test_the_share_of_clipped_steps(callback, norms, shares, tmp_path) -> None:
     train([technique], Dictated(), rows_of(rows_with_norms(norms)), logger=logger, log_every_n_steps=1)
     rows = metrics_of(logger)
     found = [float(row[key]) for row in rows for key in row if key.endswith("/clipped_share") and row[key]]
-    assert found == pytest.approx(shares)
-    final = [float(row[key]) for row in rows for key in row if key.endswith("/final_clipped_share") and row[key]]
-    assert final == pytest.approx(shares[-1:])
-    assert f"{technique.namespace}/final_clipped_share" in rows[0]
+    assert found == pytest.approx([*shares, shares[-1]])  # the last is what a summary gets
+    assert f"{technique.namespace}/clipped_share" in rows[0]
 
 
 def test_the_final_share_is_of_all_optimizers_and_patterns(tmp_path) -> None:
@@ -582,7 +590,7 @@ def test_the_final_share_is_of_all_optimizers_and_patterns(tmp_path) -> None:
     # The generator's norms are 0.2 and 0.4, the critic's 2 and 4: two of four are above 1.
     train([NormClipping(1.0)], Gan(), rows_of(rows_with_norms([0.2, 0.4])), logger=logger)
     rows = metrics_of(logger)
-    assert [row["grad/norm_clipping/final_clipped_share"] for row in rows][-1] == "0.5"
+    assert [row["grad/norm_clipping/clipped_share"] for row in rows][-1] == "0.5"
 
 
 def test_nothing_is_logged_between_log_steps(tmp_path) -> None:

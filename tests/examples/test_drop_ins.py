@@ -3,12 +3,15 @@
 import sys
 from pathlib import Path
 
+import adversarial
+import communication
 import diagnostics
 import plain_project
 import pytest
 import schedules
 
 from lightning_grad.callbacks import AccuracyGradientLR, GradientMonitor
+from lightning_grad.strategies import DGCStrategy
 
 EXAMPLES = Path(plain_project.__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -18,6 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
 ]
 
 
@@ -30,27 +34,50 @@ def check_files(folder: Path, *names: str) -> None:
 def test_schedule_is_cut_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     schedules.main(["--epochs", "4", "--threshold", "0.9", "--output", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert "The rate ended at 0.5 times its first value" in printed
+    assert "1 cuts: the learning rate ended at 0.5 times its first value" in printed
     check_files(tmp_path, "accuracy_gradient_lr.csv", "accuracy_gradient_lr.png")
     assert str(tmp_path) in printed
 
 
 def test_a_threshold_of_ones_own_cuts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     schedules.main(["--epochs", "4", "--threshold", "-1", "--output", str(tmp_path)])
-    assert "The rate ended at 1 times its first value" in capsys.readouterr().out
+    assert "0 cuts: the learning rate ended at 1 times its first value" in capsys.readouterr().out
 
 
 def test_diagnosis_names_the_bad_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.warns(match="not finite|non-finite"):
         diagnostics.main(["--epochs", "1", "--output", str(tmp_path)])
     check_files(tmp_path, "gradient_monitor.csv", "gradient_monitor.png", "gradient_monitor_first_bad_step.json")
-    assert "the loss at nan" in capsys.readouterr().out
+    assert "Step 7, batch 7: the first non-finite gradient, of net.position." in capsys.readouterr().out
 
 
 def test_diagnosis_of_a_run_that_is_well_names_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     diagnostics.main(["--lr", "0.003", "--epochs", "1", "--output", str(tmp_path)])
     assert not (tmp_path / "gradient_monitor_first_bad_step.json").exists()
-    assert "nan" not in capsys.readouterr().out
+    assert "All gradients were finite." in capsys.readouterr().out
+
+
+def test_attacked_network_holds_better(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adversarial.main(["--epochs", "4", "--output", str(tmp_path)])
+    usual, attacked = (
+        float(line.rpartition(" ")[2].rstrip("%")) for line in capsys.readouterr().out.splitlines() if "right" in line
+    )
+    assert usual + 5 < attacked
+    check_files(tmp_path / "attacked", "accuracy_gradient_lr.png")
+    assert not (tmp_path / "usual" / "accuracy_gradient_lr.png").exists()
+
+
+def test_two_processes_send_less(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forked(ratio: float, start_method: str) -> DGCStrategy:
+        assert start_method == "spawn"  # which works everywhere, and takes seconds
+        return DGCStrategy(ratio, start_method="fork")
+
+    monkeypatch.setattr(communication, "DGCStrategy", forked)
+    communication.main(["--epochs", "1", "--output", str(tmp_path)])
+    assert "kB in a step at the end; all gradients have 340.0 kB." in capsys.readouterr().out
+    check_files(tmp_path, "dgc_strategy.csv", "dgc_strategy.png", "dgc_strategy_layers.csv")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse
@@ -76,7 +103,7 @@ def test_yaml_runs_on_the_command_line(
     check_files(tmp_path / f"runs/{family}_yaml/version_0", figure)
 
 
-@pytest.mark.parametrize("name", ["schedules", "diagnostics"])
+@pytest.mark.parametrize("name", ["adversarial", "communication", "diagnostics", "schedules"])
 def test_drop_in_is_short(name: str) -> None:
     for ending in ("py", "yaml"):
         assert len((EXAMPLES / f"{name}.{ending}").read_text(encoding="utf-8").splitlines()) <= 60

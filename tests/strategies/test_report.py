@@ -1,5 +1,6 @@
 """What a run leaves in its folder, and in an offline run of W&B, which is read back."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,12 @@ def test_an_offline_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def _train_without_matplotlib(folder: Path) -> list[str]:
     with pytest.MonkeyPatch.context() as patch, said() as lines:
         patch.setattr(reporting, "is_installed", lambda name: name != "matplotlib")
-        fit(DGCStrategy(ratio=0.1, warmup=None), logger=CSVLogger(folder, "", ""))
+        options = {"logger": CSVLogger(folder, "", ""), "log_every_n_steps": 1000}
+        fit(DGCStrategy(ratio=0.1, warmup=None), **options)
     return lines
 
 
-def test_a_figure_that_cannot_be_drawn_is_told_and_the_table_is_there(tmp_path: Path) -> None:
+def test_a_figure_that_cannot_be_drawn_is_told_and_tables_of_a_short_run_are_there(tmp_path: Path) -> None:
     first, second = on_ranks(2, _train_without_matplotlib, tmp_path)
     words = (
         "Figures need matplotlib, which is not installed. Without figures: DGCStrategy. "
@@ -68,6 +70,9 @@ def test_a_figure_that_cannot_be_drawn_is_told_and_the_table_is_there(tmp_path: 
     assert words in first
     assert words not in second
     assert list(tmp_path.rglob("dgc_strategy_layers.csv"))
+    (row,) = csv.DictReader((tmp_path / "dgc_strategy.csv").read_text().splitlines())
+    assert row["step"] == "12", "the last step stands for a run without a log step"
+    assert float(row["bytes_sent"]) > 0
     assert not list(tmp_path.rglob("dgc_strategy.png"))
 
 
@@ -75,10 +80,10 @@ def test_the_figure_shows_the_largest_layers_and_says_how_many_there_are() -> No
     ledger = ByteLedger()
     ledger.open(4000)
     ledger.close()
-    ledger.record.add({"step": 1.0, "bytes_sent": 40.0, "residual_norm": 2.0})
+    ledger.record.add({"step": 1, "bytes_sent": 40.0, "residual_norm": 2.0})
     layers = [{"layer": f"layer{i}", "entries": i + 1, "bytes": 4, "ratio": float(i + 1)} for i in range(30)]
-    _, _, by_layer = draw("DGCStrategy", ledger, layers).axes
+    _, _, by_layer = draw("DGCStrategy", ledger, ledger.record, layers).axes
     names = [label.get_text() for label in by_layer.get_yticklabels()]
     assert names == [f"layer{i}" for i in range(29, 5, -1)]
-    assert by_layer.get_title() == "By layer, the largest 24 of 30"
+    assert by_layer.get_title() == "Compression by layer, the largest 24 of 30"
     assert [patch.get_width() for patch in by_layer.patches] == [float(i + 1) for i in range(29, 5, -1)]

@@ -22,6 +22,7 @@ from studies.adversarial import (
     RIGHT,
     ROBUST,
     SCHEDULES,
+    STRENGTHS,
     WRONG,
     Reached,
     Result,
@@ -31,6 +32,7 @@ from studies.adversarial import (
     build_module,
     draw_digits,
     draw_rates,
+    draw_robustness,
     epochs_to,
     parse,
     pixels,
@@ -110,10 +112,26 @@ def test_a_rate_that_is_not_cut_is_constant(study: tuple[Study, list[Result]]) -
         assert replace(ours, schedule="constant", cpu_seconds=constant.cpu_seconds) == constant
 
 
-@pytest.mark.parametrize("name", ["comparison", "rates", "digits"])
+@pytest.mark.parametrize("name", ["robustness", "digits", "rates", "comparison"])
 def test_figures_are_written(study: tuple[Study, list[Result]], name: str) -> None:
     asked, _ = study
     assert (asked.output / f"{name}.png").read_bytes().startswith(PNG)
+
+
+def test_robustness_is_drawn_as_it_was_written(study: tuple[Study, list[Result]]) -> None:
+    asked, results = study
+    axis, costs = draw_robustness(asked, tune(results)).axes
+    for attack, line in zip(asked.attacks, axis.lines, strict=False):
+        (own,) = [result for result in results if (result.attack, result.schedule) == (attack, OURS)]
+        folder = asked.folder(attack, OURS, own.rate, own.seed)
+        written = {key: read_column(folder, key, "strengths") for key in ("epsilon", "accuracy")}
+        assert line.get_xdata().tolist() == pytest.approx(written["epsilon"].tolist())
+        assert line.get_ydata().tolist() == pytest.approx((100 * written["accuracy"]).tolist())
+        assert written["epsilon"].tolist() == [0.0, *(strength * asked.radius for strength in STRENGTHS)]
+        assert written["accuracy"][0] == own.clean_accuracy
+        assert written["accuracy"][STRENGTHS.index(1) + 1] == own.robust_accuracy
+        assert written["accuracy"][-1] < own.clean_accuracy
+    assert costs.patches[0].get_width() == 1
 
 
 def test_captions_are_answers_in_the_colour_of_the_last(study: tuple[Study, list[Result]]) -> None:
@@ -126,6 +144,9 @@ def test_captions_are_answers_in_the_colour_of_the_last(study: tuple[Study, list
             RIGHT if after == label else WRONG for label, ((_, after), _) in zip("0123456789", answers, strict=True)
         ]
     assert {axis.xaxis.label.get_color() for axis in axes[2]} != {RIGHT}
+    with (asked.output / "digits.csv").open(newline="") as file:
+        written = [f"{row['before']} → {row['after']}" for row in csv.DictReader(file)]
+    assert written == [axis.get_xlabel() for row in axes[2::2] for axis in row]
 
 
 def test_changes_stay_within_epsilon_in_pixels(tmp_path: Path) -> None:
@@ -154,9 +175,9 @@ def test_cuts_are_counted_and_marked(tmp_path: Path) -> None:
     np.testing.assert_allclose(rates[places], 0.3 * 0.8 ** np.arange(1, len(places) + 1))
     assert places
     assert result.cuts in (len(places), len(places) + 1)  # one after the last epoch changes nothing any more
-    (axis,) = draw_rates(study, tune([result])).axes
-    (marks,) = axis.lines
-    assert marks.get_xdata().tolist() == places
+    for axis in draw_rates(study, tune([result])).axes:
+        cuts = [line.get_xdata()[0] for line in axis.lines if len(set(line.get_xdata())) == 1]
+        assert cuts == places
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_others(
@@ -341,15 +362,24 @@ def test_cifar10_from_a_folder(tmp_path: Path) -> None:
         assert [(row["attack"], row["schedule"]) for row in csv.DictReader(file)] == [("fgsm", "one-cycle")]
 
 
-def test_part_of_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_part_of_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Study] = []
+
+    def run_short(study: Study) -> list[Result]:
+        asked.append(study)
+        return run_study(replace(study, seeds=1))
+
+    monkeypatch.setattr(adversarial, "run_study", run_short)
     demo.attack_inputs(tmp_path, epochs=1)
+    assert asked[0].seeds == 3
     printed = capsys.readouterr().out
-    rows = [line.split() for line in printed.splitlines() if OURS in line and "seed" not in line]
-    assert [row[0] for row in rows if row[1] == OURS] == ["plain", "fgsm", "pgd"]
+    rows = [line.split() for line in printed.splitlines() if " ± " in line or "seed" not in line]
+    assert [row[0] for row in rows if row and row[0] in adversarial.ATTACKS] == ["plain", "fgsm", "pgd"]
     assert max(map(len, printed.splitlines())) <= 82
-    for name in ("digits.png", "comparison.png", "rates.png", "results.csv"):
+    for name in ("robustness.png", "digits.png", "rates.png", "results.csv"):
         assert f"adversarial/{name} " in demo.PLACES
         assert (tmp_path / name).is_file()
+    assert not (tmp_path / "comparison.png").exists(), "one schedule is not compared"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse

@@ -94,14 +94,18 @@ def test_figure_and_numbers_are_written(study: tuple[Study, list[Result]]) -> No
 
 def test_figure_shows_what_was_written(study: tuple[Study, list[Result]]) -> None:
     asked, results = study
-    figure = communication.draw_comparison(asked, results)
-    by_epoch, by_bytes, at_end = figure.axes
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(asked.gradients)
+    by_epoch, by_bytes, at_end = communication.draw_comparison(asked, results).axes
     assert [len(axis.lines) for axis in (by_epoch, by_bytes)] == [4, 8]  # with a mark at the end of each
     ends = [line.get_xdata()[-1] for line in by_bytes.lines[1::2]]
     assert ends == pytest.approx([result.megabytes for result in results])
-    assert [text.get_text() for text in at_end.get_yticklabels()] == list(asked.gradients)
-    assert [text.get_text() for text in at_end.texts] == [f"{result.ratio:,.0f} x less" for result in results[1:]]
+    dots = [line.get_xdata()[0] for line in at_end.lines[1::2]]
+    assert dots == pytest.approx([100 * result.test_accuracy for result in results])
+    names = [text.get_text().splitlines()[0] for text in at_end.get_yticklabels()]
+    assert names == list(asked.gradients)
+    assert [
+        f"{result.ratio:,.0f} x less" in text.get_text()
+        for text, result in zip(at_end.get_yticklabels(), results, strict=True)
+    ] == [False, True, True, True]
 
 
 def test_the_same_seed_gives_the_same_numbers(study: tuple[Study, list[Result]], tmp_path: Path) -> None:
@@ -217,7 +221,7 @@ def test_demo_compares_three_ways(
     results = [Result(way, 0, 0.9, 0.98, 340.0, 200.0, 1.0, 0.0) for way in ways]
     monkeypatch.setattr(communication, "run_study", lambda study: asked.append(study) or results)
     demo.compress_gradients(tmp_path, 24)
-    assert asked == [Study(ways, epochs=24, output=tmp_path)]
+    assert asked == [Study(ways, seeds=3, epochs=24, output=tmp_path)]
     assert "powersgd-4" in capsys.readouterr().out
 
 

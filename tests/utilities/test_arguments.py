@@ -78,7 +78,7 @@ def test_values_of_the_kind_pass(value, kind):
         ({"a": 124}, str | Mapping[str, str], TypeError, "In YAML, write it in quotes."),
         ({1: 0.5}, Mapping[str, float], TypeError, "must be a mapping from strings to numbers; got {1: 0.5}."),
         ([[0.0]], Sequence[tuple[float, str]], TypeError, "must be a list of [a number, a string]; got [[0.0]]."),
-        ("sun", Literal["sum", "mean"], ValueError, "argument='sun' is none of 'sum', 'mean'. Did you mean 'sum'?"),
+        ("sun", Literal["sum", "mean"], ValueError, "argument must be 'sum' or 'mean'; got 'sun'. Did you mean 'sum'?"),
         (3, Literal["sum", "mean"] | None, TypeError, "must be one of 'sum', 'mean' or None; got 3."),
         ("package.score", Callable[[Any], int], TypeError, "must be a function; got 'package.score'."),
         (30, timedelta | None, TypeError, "must be a timedelta or None; got 30."),

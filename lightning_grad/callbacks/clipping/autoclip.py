@@ -43,8 +43,8 @@ class AutoClip(GradientConditioner):
     **Hooks.** ``on_before_optimizer_step``, after gradients are accumulated, unscaled and reduced.
 
     **Logs** under ``grad/autoclip/``, at log steps: ``norm`` (before clipping), ``threshold`` and
-    ``clipped_share`` (share of all steps so far that were clipped). In the summary:
-    ``final_clipped_share``.
+    ``clipped_share`` (share of all steps so far that were clipped). The summary also has
+    ``clipped_share``.
 
     **State.** The recent norms of each optimizer. A step with a non-finite norm is not clipped, and
     its norm is ignored.

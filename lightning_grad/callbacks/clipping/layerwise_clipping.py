@@ -42,7 +42,8 @@ class LayerwiseClipping(GradientConditioner):
 
     **Logs** under ``grad/layerwise_clipping/``, at log steps: ``norm`` (before clipping),
     ``clipped_layers`` (share of layers clipped in this step) and ``clipped_share`` (share of all
-    steps so far in which a layer was clipped). In the summary: ``final_clipped_share``.
+    steps so far in which a layer was clipped). The summary also has
+    ``clipped_share``.
 
     **State.** The number of clipped steps.
 

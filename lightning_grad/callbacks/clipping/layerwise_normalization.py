@@ -23,9 +23,9 @@ class LayerwiseNormalization(GradientConditioner):
     zero gradient is not changed.
 
     Args:
-        coefficient: eta, the trust coefficient (0.001 in the paper).
+        trust_coefficient: eta, the trust coefficient (0.001 in the paper).
             One number, or a mapping from name patterns to numbers, of which the first match counts.
-            A param group of the optimizer may set its own "coefficient".
+            A param group of the optimizer may set its own "trust_coefficient".
         max_ratio: r, the largest factor. None sets no limit, as in LARS.
         vectors: Also normalize parameters of one dimension, such as biases and scales of norms.
             Implementations of LARS do not change them.
@@ -35,9 +35,10 @@ class LayerwiseNormalization(GradientConditioner):
         name: Name of this instance. Required if the Trainer has two of this class.
 
     Raises:
-        ValueError: In the constructor if coefficient or max_ratio is not above 0, coefficient is
-            infinite, or per is unknown. Before the first batch under FSDP1 or DeepSpeed, with a
-            fused optimizer in fp16, with sparse gradients, or if a name pattern matches nothing.
+        ValueError: In the constructor if trust_coefficient or max_ratio is not above 0,
+            trust_coefficient is infinite, or per is unknown. Before the first batch under FSDP1 or
+            DeepSpeed, with a fused optimizer in fp16, with sparse gradients, or if a name pattern
+            matches nothing.
 
     **Hooks.** ``on_before_optimizer_step``, after gradients are accumulated, unscaled and reduced.
 
@@ -55,7 +56,7 @@ class LayerwiseNormalization(GradientConditioner):
               callbacks:
                 - class_path: lightning_grad.callbacks.LayerwiseNormalization
                   init_args:
-                    coefficient: 0.001
+                    trust_coefficient: 0.001
 
     References:
         You et al., "Large Batch Training of Convolutional Networks", 2017, arXiv 1708.03888:
@@ -64,16 +65,16 @@ class LayerwiseNormalization(GradientConditioner):
     """
 
     namespace: ClassVar[str] = "grad/layerwise_normalization"
-    trial: ClassVar[Mapping[str, Any]] = {"coefficient": 0.01, "max_ratio": 10.0}
+    trial: ClassVar[Mapping[str, Any]] = {"trust_coefficient": 0.01, "max_ratio": 10.0}
     neutral: ClassVar[Mapping[str, Any] | str] = "no coefficient keeps the gradient norm of every layer"
     role: ClassVar[Role] = "center"
-    threshold_name: ClassVar[str | None] = "coefficient"
+    threshold_name: ClassVar[str | None] = "trust_coefficient"
 
     _layers = during_fit[LayerFinder](lambda self: LayerFinder(self.per))
 
     def __init__(
         self,
-        coefficient: float | Mapping[str, float] = 0.001,
+        trust_coefficient: float | Mapping[str, float] = 0.001,
         max_ratio: float | None = None,
         vectors: bool = False,
         per: Per = "module",
@@ -82,14 +83,14 @@ class LayerwiseNormalization(GradientConditioner):
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
-        self.coefficient = self.as_threshold(coefficient)
+        self.trust_coefficient = self.as_threshold(trust_coefficient)
         self.max_ratio = check_above(max_ratio, 0.0, "max_ratio")
         self.vectors = vectors
         self.per = per
 
     @override
     def check_threshold(self, number: float) -> None:
-        check_finite_above(number, 0.0, "coefficient")
+        check_finite_above(number, 0.0, "trust_coefficient")
 
     @override
     def changes(self, parameter: Tensor) -> bool:

@@ -32,12 +32,12 @@ class MomentumReset(OptimizerCallback):
 
     Args:
         every_n_steps: Optimizer steps from one reset to the next (500 in the paper).
-        warmup: Steps after a reset with a reduced learning rate; 0 disables the warm-up.
+        warmup_steps: Steps after a reset with a reduced learning rate; 0 disables the warm-up.
             Default: 150, as in the released code, or half of every_n_steps if that is less.
         name: Name of this instance, part of its log keys and its state.
 
     Raises:
-        ValueError: In the constructor if every_n_steps is below 1 or warmup is not from 0 to
+        ValueError: In the constructor if every_n_steps is below 1 or warmup_steps is not from 0 to
             every_n_steps - 1. Before the first batch with a fused optimizer in fp16, under
             DeepSpeed, if no optimizer keeps ``exp_avg_sq``, or for a second instance.
 
@@ -79,7 +79,7 @@ class MomentumReset(OptimizerCallback):
             "Train with Adam or AdamW, or drop the callback",
         ),
     )
-    trial: ClassVar[Mapping[str, Any]] = {"every_n_steps": 5, "warmup": 3}
+    trial: ClassVar[Mapping[str, Any]] = {"every_n_steps": 5, "warmup_steps": 3}
     neutral: ClassVar[Mapping[str, Any] | str] = {"every_n_steps": 10**6}
 
     _steps = until_next_fit.of(OptimizerCounts).saved()
@@ -87,15 +87,15 @@ class MomentumReset(OptimizerCallback):
     _resets = until_next_fit.of(OptimizerCounts).saved()
     _without = during_fit.of(list[ValueError])  # the reasons for skipping optimizers
 
-    def __init__(self, every_n_steps: int = 500, warmup: int | None = None, name: str | None = None) -> None:
+    def __init__(self, every_n_steps: int = 500, warmup_steps: int | None = None, name: str | None = None) -> None:
         super().__init__(name)
         self.every_n_steps = check_count(every_n_steps, 1, "every_n_steps")
-        self.warmup = min(_LONGEST_DEFAULT, every_n_steps // 2) if warmup is None else warmup
-        check_count(self.warmup, 0, "warmup")
-        if self.warmup >= every_n_steps:
+        self.warmup_steps = min(_LONGEST_DEFAULT, every_n_steps // 2) if warmup_steps is None else warmup_steps
+        check_count(self.warmup_steps, 0, "warmup_steps")
+        if self.warmup_steps >= every_n_steps:
             raise ValueError(
-                "warmup must be below every_n_steps, or the learning rate never recovers; got "
-                f"warmup={warmup} and every_n_steps={every_n_steps}. Omit warmup to use half of every_n_steps."
+                "warmup_steps must be below every_n_steps, or the learning rate never recovers; got "
+                f"warmup_steps={warmup_steps} and every_n_steps={every_n_steps}. Omit warmup_steps to use half of every_n_steps."
             )
 
     # The fit begins.
@@ -121,7 +121,11 @@ class MomentumReset(OptimizerCallback):
         if self._without:
             self.say(f"skips an optimizer: {str(self._without[0]).rstrip('.')}")
         names = ", ".join(type(optimizer).__name__ for optimizer in self.watched.values())
-        slow = f", and reduces the learning rate for {self.warmup} steps after each reset" if self.warmup else ""
+        slow = (
+            f", and reduces the learning rate for {self.warmup_steps} steps after each reset"
+            if self.warmup_steps
+            else ""
+        )
         words = f"resets the moments of {names} every {self.every_n_steps} steps{slow}"
         self.announce(words, "optimizers", [f"optimizers[{index}]" for index in self.watched])
 
@@ -148,7 +152,7 @@ class MomentumReset(OptimizerCallback):
         if since == 0:
             self.reset_moments(index)
         if since is not None:
-            self.multiply_rates(index, reset_warmup(since, self.warmup))
+            self.multiply_rates(index, reset_warmup(since, self.warmup_steps))
 
     @override
     def after_step(self, index: int, optimizer: Optimizer) -> None:
@@ -163,6 +167,6 @@ class MomentumReset(OptimizerCallback):
         if is_log_step(trainer):
             for index, steps in self._steps.items():
                 last = self._last[index]
-                factor = reset_warmup(steps - last, self.warmup) if last else 1.0
+                factor = reset_warmup(steps - last, self.warmup_steps) if last else 1.0
                 values = {"lr_factor": factor, "resets": float(self._resets[index])}
                 self.log_scalars(pl_module, {self.quantity_of(index, key): value for key, value in values.items()})

@@ -38,8 +38,8 @@ class NormClipping(GradientConditioner):
     **Hooks.** ``on_before_optimizer_step``, after gradients are accumulated, unscaled and reduced.
 
     **Logs** under ``grad/norm_clipping/``, at log steps: ``norm`` (before clipping) and
-    ``clipped_share`` (share of all steps so far that were clipped). In the summary:
-    ``final_clipped_share``.
+    ``clipped_share`` (share of all steps so far that were clipped). The summary also has
+    ``clipped_share``.
 
     **State.** The number of clipped steps.
 

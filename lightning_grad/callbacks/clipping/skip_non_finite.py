@@ -31,13 +31,13 @@ class SkipNonFinite(GradientConditioner):
 
     Args:
         max_in_row: Raise an error after this many skipped steps in a row; None never raises.
-        warnings: Number of skipped steps to warn about. Later ones are only counted.
+        max_warnings: Number of skipped steps to warn about. Later ones are only counted.
         include: Names or wildcards of the parameters or modules to check. Default: all.
         exclude: Names or wildcards of the parameters or modules not to check.
         name: Name of this instance. Required if the Trainer has two of this class.
 
     Raises:
-        ValueError: In the constructor if max_in_row is below 1 or warnings is negative. Before the
+        ValueError: In the constructor if max_in_row is below 1 or max_warnings is negative. Before the
             first batch under FSDP1 or DeepSpeed, with a fused optimizer in fp16, with sparse
             gradients, or if a name pattern matches nothing.
         RuntimeError: After max_in_row skipped steps in a row.
@@ -45,8 +45,8 @@ class SkipNonFinite(GradientConditioner):
     **Hooks.** ``on_before_optimizer_step``, after gradients are accumulated, unscaled and reduced.
     During the first batch, hooks on the module's children record the order of the forward pass.
 
-    **Logs** under ``grad/skip_non_finite/``, at log steps: ``skipped`` (steps so far). In the
-    summary: ``final_skipped``.
+    **Logs** under ``grad/skip_non_finite/``, at log steps: ``skipped`` (steps so far); also in the
+    summary.
 
     **State.** The number of skipped steps, in total and in a row.
 
@@ -83,14 +83,14 @@ class SkipNonFinite(GradientConditioner):
     def __init__(
         self,
         max_in_row: int | None = 10,
-        warnings: int = 5,
+        max_warnings: int = 5,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
         self.max_in_row = check_count(max_in_row, 1, "max_in_row")
-        self.warnings = check_count(warnings, 0, "warnings")
+        self.max_warnings = check_count(max_warnings, 0, "max_warnings")
 
     # The fit begins.
 
@@ -151,8 +151,8 @@ class SkipNonFinite(GradientConditioner):
                 "continue anyway, set max_in_row=None."
             )
         self._warned += 1
-        if self._warned <= self.warnings:
-            last = " Later ones are only counted." if self._warned == self.warnings else ""
+        if self._warned <= self.max_warnings:
+            last = " Later ones are only counted." if self._warned == self.max_warnings else ""
             rank_zero_warn(f"{self.display_name} skips a step: not finite in {where}.{last}")
 
     def _where(self, step: GradientStep, bad: Tensor) -> str:
@@ -166,4 +166,4 @@ class SkipNonFinite(GradientConditioner):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        log_summary(trainer, {self.log_key("final_skipped"): float(sum(self._skipped.values()))})
+        log_summary(trainer, {self.log_key("skipped"): float(sum(self._skipped.values()))})

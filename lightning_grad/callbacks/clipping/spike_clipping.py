@@ -30,7 +30,7 @@ class SpikeClipping(GradientConditioner):
             to numbers, of which the first match counts. A param group of the optimizer may set its
             own "threshold".
         pause: Number of steps without clipping at the start, and from each reset on.
-            The released code clips from the 20th step on.
+            At the start, the released code clips one step earlier.
         include: Names or wildcards of the parameters or modules to clip. Default: all.
         exclude: Names or wildcards of the parameters or modules not to clip.
         name: Name of this instance. Required if the Trainer has two of this class.

@@ -54,8 +54,8 @@ class ZClip(GradientConditioner):
 
     **Logs** under ``grad/zclip/``, at log steps: ``norm`` (before clipping), ``threshold`` (limit
     on the norm; the norm itself if it is not clipped), ``mean``, ``deviation``, and
-    ``clipped_share`` (share of all steps so far that were clipped, by either limit). In the
-    summary: ``final_clipped_share``.
+    ``clipped_share`` (share of all steps so far that were clipped, by either limit). The summary
+    also has ``clipped_share``.
 
     **Warns** once, at a log step or at the end, if ``max_norm`` clips more than a quarter of the steps.
 

@@ -1,16 +1,19 @@
-"""What a scoring leaves with the logs: the figure of the scores, and the hardest and easiest samples to look at.
+"""What a scoring leaves with the logs: the figure of the scores, the hardest and easiest samples, suspected label errors.
 
 ``_samples.py`` looks at items, ``_pictures.py`` draws; here is decided which samples are shown, and where everything goes.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_grad.callbacks.data_pruning._pictures import draw_samples, draw_scores
@@ -19,11 +22,19 @@ from lightning_grad.callbacks.data_pruning._scored import ScoredSet
 from lightning_grad.core.record import Recorder
 from lightning_grad.utilities.reporting import counted, log_figure, log_table, output_file, output_folder, tolerated
 
+View = tuple[NDArray[np.uint8] | None, str]
+
 
 def report_scores(
-    trainer: pl.Trainer, scored: ScoredSet, dataset: Any, owner: Recorder, num_shown: int, figure: bool
+    trainer: pl.Trainer,
+    scored: ScoredSet,
+    dataset: Any,
+    owner: Recorder,
+    num_shown: int,
+    figure: bool,
+    decode: Callable[[Any], Any] | None = None,
 ) -> None:
-    """Write the figure of the scores, and the hardest and easiest samples as table and figure.
+    """Write the figure of the scores, the hardest and easiest samples, and the samples whose label may be wrong.
 
     To be called on every rank; rank zero writes, into the folder of the logs, and nobody does if there is none. The files
     begin with the display name and the epoch, as in ``data_pruning_epoch5_samples.csv``. What cannot be read or drawn is
@@ -37,6 +48,7 @@ def report_scores(
         owner: The callback, whose name is in log keys and files.
         num_shown: Number of hardest and of easiest samples to show; 0 shows none, and reads none.
         figure: Whether to draw figures, which takes matplotlib; the table is written without it.
+        decode: Function of an item that returns the text or the image to show in its place.
     """
     if not trainer.is_global_zero or output_folder(trainer) is None:
         return
@@ -48,10 +60,14 @@ def report_scores(
         with tolerated(display_name, "the figure of the scores"):
             path = output_file(trainer, display_name, f"{ending}scores.png")
             log_figure(trainer, owner.log_key("scores_figure"), partial(draw_scores, scored, title, names), path)
-    if num_shown == 0:
-        return
     with tolerated(display_name, "the report of samples"):
-        groups = _samples(scored, dataset, display_name, num_shown, names)
+        ranks, indices = _most_telling(scored, num_shown)
+        errors = scored.label_errors.tolist()
+        views = _views(dataset, [*dict.fromkeys([*indices, *errors[:num_shown]])], display_name, decode)
+        _report_label_errors(trainer, scored, errors, owner, names, views)
+        if num_shown == 0:
+            return
+        groups = _samples(scored, ranks, indices, names, views)
         samples = [sample for group in groups for sample in group]
         if not samples:
             rank_zero_warn(f"{display_name}: no sample is shown, for none of {len(scored.values)} has a score.")
@@ -70,39 +86,83 @@ def report_scores(
                 log_figure(trainer, owner.log_key("samples_figure"), partial(draw_samples, groups, title), path)
 
 
+def _report_label_errors(
+    trainer: pl.Trainer,
+    scored: ScoredSet,
+    indices: Sequence[int],
+    owner: Recorder,
+    names: Sequence[str] | None,
+    views: Mapping[int, View],
+) -> None:
+    """List the samples that the module gives another class than their label, and count them by both classes."""
+    pairs = [
+        (named(_class_of(scored.labels, i), names), named(_class_of(scored.predictions, i), names)) for i in indices
+    ]
+    rows: list[dict[str, Any]] = [
+        {"index": index, "label": label, "suggested": answer, "score": float(scored.values[index])}
+        for index, (label, answer) in zip(indices, pairs, strict=True)
+    ]
+    if any(picture is None for picture, _ in views.values()):
+        rows = [{**row, "input": views[row["index"]][1] if row["index"] in views else ""} for row in rows]
+    pictures = [views[index][0] if index in views else None for index in indices]
+    counted_pairs = Counter(pairs).most_common()
+    counts = [{"label": label, "suggested": answer, "samples": count} for (label, answer), count in counted_pairs]
+    _write(trainer, scored, owner, "label_errors", rows, pictures)
+    _write(trainer, scored, owner, "label_pairs", counts)
+
+
+def _write(
+    trainer: pl.Trainer, scored: ScoredSet, owner: Recorder, what: str, rows: Any, pictures: Sequence[Any] = ()
+) -> None:
+    path = output_file(trainer, owner.display_name, f"_epoch{scored.epoch}_{what}.csv")
+    log_table(trainer, owner.log_key(what), rows, path, pictures)
+
+
 # Which samples are shown.
 
 
-def _samples(
-    scored: ScoredSet, dataset: Any, display_name: str, num_shown: int, class_names: Sequence[str] | None
-) -> tuple[list[Sample], list[Sample]]:
-    """Return the hardest and the easiest samples, hardest first, none of them in both."""
+def _most_telling(scored: ScoredSet, num_shown: int) -> tuple[list[int], list[int]]:
+    """Return ranks and indices of the hardest and the easiest samples, hardest first, none of them in both."""
     order = torch.argsort(scored.values, descending=True, stable=True)
     ordered = order[~scored.values[order].isnan()]
     hard = min(num_shown, (len(ordered) + 1) // 2)
     easy = min(num_shown, len(ordered) - hard)
     ranks = [*range(hard), *range(len(ordered) - easy, len(ordered))]
-    chosen = ordered[ranks]
-    kept = torch.ones(len(ranks)) if scored.kept is None else torch.isin(chosen, scored.kept.cpu())
-    samples, indices = [], chosen.tolist()
-    for rank, index, keeps, view in zip(ranks, indices, kept, _views(dataset, indices, display_name), strict=True):
+    return ranks, ordered[ranks].tolist()
+
+
+def _samples(
+    scored: ScoredSet,
+    ranks: Sequence[int],
+    indices: Sequence[int],
+    class_names: Sequence[str] | None,
+    views: Mapping[int, View],
+) -> tuple[list[Sample], list[Sample]]:
+    """Return the hardest and the easiest samples as they are shown."""
+    kept = torch.ones(len(ranks)) if scored.kept is None else torch.isin(torch.tensor(indices), scored.kept.cpu())
+    samples = []
+    for rank, index, keeps in zip(ranks, indices, kept, strict=True):
         truth, answer = _class_of(scored.labels, index), _class_of(scored.predictions, index)
         wrong = None not in (truth, answer) and truth != answer
-        shown = named(truth, class_names), named(answer, class_names), wrong, bool(keeps), *view
+        shown = named(truth, class_names), named(answer, class_names), wrong, bool(keeps), *views[index]
         samples.append(Sample(index, rank, float(scored.values[index]), *shown))
+    hard = (len(samples) + 1) // 2
     return samples[:hard], samples[hard:]
 
 
-def _views(dataset: Any, indices: Sequence[int], display_name: str) -> list[Any]:
-    views, faults = [], []
+def _views(
+    dataset: Any, indices: Sequence[int], display_name: str, decode: Callable[[Any], Any] | None
+) -> dict[int, View]:
+    views, faults = {}, []
     cuda = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
     with isolate_rng(include_cuda=cuda):
         for index in indices:
             try:
-                views.append(view_of(dataset[index]))
+                item = dataset[index]
+                views[index] = view_of(item if decode is None else decode(item))
             except Exception as error:
                 faults.append(f"sample {index}: {type(error).__name__}: {error}")
-                views.append((None, f"not readable ({type(error).__name__})"))
+                views[index] = None, f"not readable ({type(error).__name__})"
     if faults:
         rank_zero_warn(
             f"{display_name}: {len(faults)} of {len(indices)} samples cannot be shown. The first is {faults[0]}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 from lightning_grad.data import SampleScores, save_scores
@@ -39,6 +40,18 @@ class ScoredSet:
     labels: Tensor | None = None
     predictions: Tensor | None = None
 
+    @property
+    def label_errors(self) -> Tensor:
+        """Indices of the samples that the module gives another class than their label, hardest first.
+
+        The class that it gives, in ``predictions``, is the suggested label.
+        """
+        if self.labels is None or self.predictions is None:
+            return torch.empty(0, dtype=torch.int64)
+        known = (self.labels >= 0) & (self.predictions >= 0) & ~self.values.isnan()
+        order = self.values.argsort(descending=True, stable=True)
+        return order[(known & (self.labels != self.predictions))[order]]
+
 
 def check_score_file(callback: DataPruning, trainer: pl.Trainer) -> None:
     """Raise on every rank if the file that ``save_scores`` names cannot be written.
@@ -64,12 +77,14 @@ def write_score_file(callback: DataPruning, trainer: pl.Trainer, scored: ScoredS
         return
     scores = SampleScores(scored.values, scored.name, scored.epoch, callback.seed, mark, scored.labels)
     stem = "_".join(part for part in ("scores", callback.name, f"epoch{scored.epoch}") if part)
-    stem = re.sub(r"[^\w.-]+", "_", stem, flags=re.ASCII)  # it also names an artifact
+    stem = re.sub(r"[^\w.-]+", "_", stem, flags=re.ASCII)
     path, folder = _named_path(callback, scored.epoch), output_folder(trainer)
     if path is None and folder is not None:
         path = folder / f"{stem}.npz"
     if path is not None:
-        log_file(trainer, save_scores(scores, path), stem, "scores")
+        # Named by the data, so that scores of the same data from several runs are versions of one artifact.
+        data = "_".join(str(part) for part in ("scores", mark.class_name, mark.length, (mark.items or "")[:8]) if part)
+        log_file(trainer, save_scores(scores, path), data, "scores", [scored.name, f"epoch{scored.epoch}"])
 
 
 def _named_path(callback: DataPruning, epoch: int) -> Path | None:

@@ -111,6 +111,8 @@ class DataPruning(SubsetCallback):
         checkpoints: Number of passes of vog, at least 2, spread evenly over the epochs before.
         strict: Whether score files of another data set are refused.
         num_shown: Number of the hardest and of the easiest samples that are shown, in a table and a figure; 0 for none.
+        decode: Function of an item of the data set that returns the text or the image to show of it, such as one that
+            decodes token ids; by dotted path in YAML.
         figure: Draw histogram and samples (needs matplotlib, and a logger whose folder takes the file).
         seed: Seed of ties, of random choices and of random streams while scoring.
         loader_key: Which of several training loaders to prune: its key, or its position in a list.
@@ -133,9 +135,10 @@ class DataPruning(SubsetCallback):
     ``lr_scheduler_step``, so that they end where they should.
 
     **Logs** under ``data/``, at each epoch: ``kept_share``, ``samples_seen``. On scoring: a figure of the scores with the
-    cut and the kept share of each class, a table and a figure of the hardest and easiest samples, and the score file (W&B: an
-    artifact).
-    In the summary ``samples_share``, samples seen against those that training on all would have seen.
+    cut and the kept share of each class, a table and a figure of the hardest and easiest samples, and the score file
+    (W&B: a version of the artifact of this data set). Where the module gives samples another class than their label: a
+    table ``label_errors``, hardest first, with the suggested label, and a table ``label_pairs`` that counts them by both
+    classes. In the summary ``samples_share``, samples seen against those that training on all would have seen.
 
     **State.** The samples kept, the scores, and what histories have recorded; resuming is bit-exact. Of several ranks only
     the first saves its part of the present epoch's history.
@@ -197,6 +200,7 @@ class DataPruning(SubsetCallback):
         checkpoints: int = 3,
         strict: bool = True,
         num_shown: int = 16,
+        decode: Callable[[Any], Any] | None = None,
         figure: bool = True,
         seed: int = 0,
         loader_key: str | int | None = None,
@@ -224,6 +228,7 @@ class DataPruning(SubsetCallback):
         self.checkpoints = check_count(checkpoints, 2, "checkpoints")
         self.strict = strict
         self.num_shown = check_count(num_shown, 0, "num_shown")
+        self.decode = decode
         self.figure = figure
         self.seed = check_count(seed, 0, "seed")
         self.rounds = rules.read_rounds(self.prune, self.epoch, default=0 if self._needs_no_training else _EPOCH)
@@ -368,7 +373,7 @@ class DataPruning(SubsetCallback):
         if scored.name != CHANCE:
             with generators_kept(self._passes.dataset):
                 self._save(trainer, scored)
-                report_scores(trainer, scored, self._passes.items, self, self.num_shown, self.figure)
+                report_scores(trainer, scored, self._passes.items, self, self.num_shown, self.figure, self.decode)
         return scored.kept
 
     def _keep(self, scored: ScoredSet, share: float) -> ScoredSet:

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_grad.core.record import Row, RunRecord, panels
+from lightning_grad.core.record import Row, RunRecord, panels, style_axis
 from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.reporting import log_file, log_summary, output_file, send_alert
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _MOST_COLUMNS = 256  # of the heat map
 _MOST_NAMES = 40  # of layers, next to the heat map
 _CLIPPED = 1.0 - 1e-5  # a coefficient below it is no rounding
+_BAD = "#f7d4c0"  # light orange, behind the lines
 
 
 class MonitorRecord(RunRecord):
@@ -80,40 +81,68 @@ class MonitorRecord(RunRecord):
         self.layers.load_state_dict(state["layers"])
 
     def draw(self, title: str) -> Figure:
-        """Draw norms before and after clipping over steps, with clip events, above a heat map of layers over steps."""
+        """Draw the norms of all steps, what was done to them, and a heat map of the layers."""
+        from matplotlib.ticker import MaxNLocator
+
         names = list(dict.fromkeys(name for row in self.layers.kept for name in row["norms"]))  # some come in mid-fit
         shown = self.layers.count > 1
-        figure, axes = panels(title, [3.2, 1.2 + 0.16 * min(len(names), _MOST_NAMES)] if shown else [3.2], width=9)
+        heights = [3.2, 1.2 + 0.16 * min(len(names), _MOST_NAMES)] if shown else [3.2]
+        figure, axes = panels(f"{title}: {self._outcome()}", heights, width=9)
+        bad = [row["step"] for row in self.kept if not math.isfinite(row["norm"])]
+        for axis in axes if bad else ():
+            whole = axis.get_xaxis_transform()  # from the lower edge of the panel to the upper one
+            axis.bar(bad, 1.0, width=self._every, color=_BAD, transform=whole, zorder=0, label="not finite")
         self._draw_norms(axes[0])
         if shown:
             self._draw_layers(figure, axes[1], names)
         axes[-1].set_xlabel("optimizer step")
+        axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         return figure
 
+    def _outcome(self) -> str:
+        """Return what came of the run, for the title."""
+        bad = next((row["step"] for row in self.kept if not math.isfinite(row["norm"])), None)
+        clipped, skipped = self.totals().values()
+        found = [f"{100 * clipped:.1f} % clipped"] * bool(clipped) + [f"{skipped:.0f} skipped"] * bool(skipped)
+        found += [] if bad is None else [f"first non-finite gradient at step {bad}"]
+        return ", ".join([f"{self.count:,} steps", *found])
+
     def _draw_norms(self, axis: Axes) -> None:
-        axis.plot(*self.series("norm"), color="#9a9a9a", linewidth=1.0, label="before")
-        axis.plot(*self.series("norm_after"), color="#0072b2", linewidth=1.2, label="after")
         clipped, skipped = ([row for row in self.kept if row[event]] for event in ("clipped", "skipped"))
+        finite = [row for row in self.kept if math.isfinite(row["norm_after"])]
+        changed = any(row["norm"] != row["norm_after"] for row in finite)
+        if changed or not finite:
+            axis.plot(*self.series("norm"), color="#9a9a9a", linewidth=1.0, label="before clipping or other changes")
+        if finite:
+            label = "as the optimizer used it" if changed else None
+            axis.plot(*self.series("norm_after"), color="#0072b2", linewidth=1.2, label=label)
         if clipped:
             points = [row["step"] for row in clipped], [row["norm"] for row in clipped]
-            label = f"clipped ({100 * self.totals()['clipped_share']:.1f} % of steps)"
-            axis.plot(*points, ".", color="#d55e00", markersize=4, label=label)
+            axis.plot(*points, ".", color="#d55e00", markersize=4, label="clipped")
         for row in skipped:
             axis.axvline(row["step"], color="#cc79a7", linewidth=0.8, label="skipped" if row is skipped[0] else None)
         if any(row["norm"] > 0 for row in self.kept):
             axis.set_yscale("log")
         axis.set_ylabel("gradient norm")
-        axis.legend(frameon=False, fontsize="small", ncols=4, loc="upper right")
+        style_axis(axis)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(
+                frameon=False, fontsize="small", ncols=5, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0
+            )
 
     def _draw_layers(self, figure: Figure, axis: Axes, names: list[str]) -> None:
+        from matplotlib.colors import LogNorm
+
         steps, columns = self.layers.series("norms")
         norms = np.array([[column.get(name, np.nan) for column in columns] for name in names])
-        image = np.log10(np.where(norms > 0, norms, np.nan))
-        mesh = axis.pcolormesh(steps, np.arange(len(names)), image, shading="nearest", cmap="viridis")
+        norms[~((norms > 0) & np.isfinite(norms))] = np.nan  # is not drawn
+        scale = None if np.isnan(norms).all() else LogNorm()
+        mesh = axis.pcolormesh(steps, np.arange(len(names)), norms, shading="nearest", cmap="viridis", norm=scale)
         every = max(1, math.ceil(len(names) / _MOST_NAMES))
-        axis.set_yticks(range(0, len(names), every), names[::every], fontsize=6)
-        axis.invert_yaxis()
-        figure.colorbar(mesh, ax=axis, label="log10 norm", pad=0.01)
+        axis.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.spines[["top", "right"]].set_visible(False)
+        figure.colorbar(mesh, ax=axis, label="norm by layer", pad=0.01)
 
 
 def _norm(row: Row) -> float:

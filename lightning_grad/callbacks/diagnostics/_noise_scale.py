@@ -44,7 +44,7 @@ class NoiseScale:
         """Write the noise scale into the summary of the run, if it is finite."""
         final = self.read().get("noise_scale")
         if final is not None and math.isfinite(final.item()):
-            log_summary(trainer, {key("final_noise_scale"): final.item()})
+            log_summary(trainer, {key("noise_scale"): final.item()})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages."""

@@ -64,15 +64,16 @@ class GradientMonitor(GradCallback):
 
     **Logs** under ``grad/``, at log steps: ``norm`` and ``norm_after`` (before anything changed the gradient, and as the
     optimizer used it), ``coefficient`` (their ratio), ``norm_max`` (largest since the last log), ``clipped_share`` and
-    ``skipped_steps`` (of all steps so far); for each layer ``norm/...``, ``weight_norm/...`` and ``update_ratio/...`` (norm
-    of the update over norm of the weights); ``cosine`` (to the gradient of the step before), ``rms_min`` (least root mean
+    ``skipped_steps`` (of all steps so far); ``cosine`` (to the gradient of the step before), ``rms_min`` (least root mean
     square of a parameter's gradient) and ``below_epsilon`` (share of parameters where it is below the optimizer's eps, so
     that updates vanish); ``attention_logit_max`` and ``output_logit_max``; under accumulation or with several ranks
     ``noise_scale`` (in samples), ``noise_trace`` and ``signal_squared``
     (:func:`~lightning_grad.functional.noise_scale_terms`). With the slow statistics: ``zero_share``, ``signal_to_noise``
-    (:func:`~lightning_grad.functional.moment_signal_to_noise`) and histograms. With several optimizers keys begin with
-    ``grad/optimizer<i>/``. At the end: a figure and a table. When a gradient is not finite for the first time: a warning
-    that names the parameter, the loss and the batch, a file with these facts, and an alert.
+    (:func:`~lightning_grad.functional.moment_signal_to_noise`). With several optimizers keys begin with
+    ``grad/optimizer<i>/``. Under ``grad_layers/`` for each layer: ``norm/...``, ``weight_norm/...`` and ``update_ratio/...``
+    (norm of the update over norm of the weights), and histograms with the slow statistics. At the end: a figure and a
+    table. When a gradient is not finite for the first time: a warning that names the parameter, the loss and the batch, a
+    file with these facts, and an alert.
 
     **State.** The record, and the averages of the noise scale. The cosine of the first log step after a resume is missing.
 
@@ -255,7 +256,8 @@ class GradientMonitor(GradCallback):
             self._meter.measure(trainer, norm)
         if slow and self.histograms:
             tensors = watch.gradients_for_histograms(self.max_layers)
-            log_histograms(trainer, {self.log_key(f"histogram/{name}"): tensor for name, tensor in tensors.items()})
+            named = {self.log_key(f"histogram/{name}", layers=True): tensor for name, tensor in tensors.items()}
+            log_histograms(trainer, named)
 
     def _look_behind(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         self._stepped = True
@@ -290,7 +292,7 @@ class GradientMonitor(GradCallback):
             watch.record.save(trainer, self, part)
             self.log_scalars(pl_module, {f"{prefix}{key}": value for key, value in values.items()})
             shown = {
-                self.log_key(f"{prefix}{quantity}/{layer}"): value
+                self.log_key(f"{prefix}{quantity}/{layer}", layers=True): value
                 for quantity, by_layer in layers.items()
                 for layer, value in list(by_layer.items())[: self.max_layers]
             }
@@ -336,7 +338,7 @@ class GradientMonitor(GradCallback):
             self._tell_first_bad(trainer)
             for index, watch in enumerate(self._watches):
                 record, part = watch.record, self._part(index)
-                summary = {f"final_{key}": value for key, value in record.totals().items() if record.count}
+                summary = record.totals() if record.count else {}
                 draw = partial(record.draw, f"{self.display_name} {part}".rstrip())
                 record.report(trainer, self, draw, summary=summary, part=part)
             self._noise.write(trainer, self.log_key)

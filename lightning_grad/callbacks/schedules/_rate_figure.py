@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from lightning_grad.core.record import RunRecord, panels, style_axis
+from lightning_grad.core.record import Row, RunRecord, panels, style_axis
+from lightning_grad.utilities.reporting import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +35,7 @@ def draw_rates(record: RunRecord, title: str, monitor: str, window: int, thresho
     x = "epoch" if all(before["epoch"] < row["epoch"] for before, row in pairwise(rows)) else "step"
     xs, size = [row[x] for row in rows], 3.5 if len(rows) <= 100 else 0.0
     cuts = [row[x] for row in rows if row["cut"]]
-    figure, axes = panels(title, [35 / 13, 28 / 13, 28 / 13])
+    figure, axes = panels(f"{title}: {_outcome(rows)}", [35 / 13, 28 / 13, 28 / 13])
     for axis in axes:
         for cut in cuts:
             axis.axvline(cut, alpha=0.75, **_DASHED)
@@ -42,7 +44,7 @@ def draw_rates(record: RunRecord, title: str, monitor: str, window: int, thresho
     means = [row["mean"] for row in rows]
     axes[0].plot(xs, means, color=_MEAN, linewidth=1.8, label=f"mean of the last {window}")
     if cuts:
-        axes[0].plot([], [], label=f"{len(cuts)} {'cut' if len(cuts) == 1 else 'cuts'}", **_DASHED)
+        axes[0].plot([], [], label="cut of the learning rate", **_DASHED)
     axes[0].set_ylabel(monitor)
     axes[0].legend(frameon=False, fontsize="small", ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0)
     known = [(row[x], row["accuracy_gradient"]) for row in rows if row["accuracy_gradient"] is not None]
@@ -54,6 +56,15 @@ def draw_rates(record: RunRecord, title: str, monitor: str, window: int, thresho
     return figure
 
 
+def _outcome(rows: Sequence[Row]) -> str:
+    """Return what came of the run, for the title."""
+    cuts = sum(row["cut"] for row in rows)
+    if not cuts:
+        return "no cut"
+    first, last = rows[0]["learning_rate"], rows[-1]["learning_rate"]
+    return f"{counted(cuts, 'cut')}, learning rate from {first:.3g} to {last:.3g}"
+
+
 def _draw_gradient(axis: Axes, known: list[tuple[float, float]], threshold: float, size: float) -> None:
     if known:
         xs, gradients = (list(column) for column in zip(*known, strict=True))
@@ -63,12 +74,12 @@ def _draw_gradient(axis: Axes, known: list[tuple[float, float]], threshold: floa
     axis.axhline(threshold, color=_THRESHOLD, linewidth=1.0)
     # On the left, where there is no gradient yet.
     place = (0.0, threshold), (3, 3), ("axes fraction", "data"), "offset points"
-    axis.annotate(f"threshold {threshold:g}", *place, ha="left", fontsize="small", color=_THRESHOLD)
-    axis.set_ylabel("gain of the mean")
+    axis.annotate(f"cut below {threshold:g}", *place, ha="left", fontsize="small", color=_THRESHOLD)
+    axis.set_ylabel("gain of the mean\nper observation")
 
 
 def _draw_rate(axis: Axes, xs: list[float], rates: list[float]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     axis.step(xs, rates, where="post", color=_RATE, linewidth=1.8)
     positive = [rate for rate in rates if rate > 0.0]
@@ -77,5 +88,5 @@ def _draw_rate(axis: Axes, xs: list[float], rates: list[float]) -> None:
         axis.margins(y=0.12)
         axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.minorticks_off()
     axis.set_ylabel("learning rate")

@@ -66,7 +66,7 @@ class AccuracyGradientLR(MonitoredCallback):
     come after. With ``policy="replace"`` the module's ``lr_scheduler_step`` is wrapped.
 
     **Logs** under ``lr/``, at each observation: ``accuracy_gradient`` (gain of the mean for each observation, once there are
-    more than w), ``scale`` (of the rates), ``cuts`` (so far); in the summary ``final_scale`` and ``final_cuts``. A table with
+    more than w), ``scale`` (of the rates), ``cuts`` (so far); the last two also in the summary. A table with
     a row for each observation and a figure, as ``accuracy_gradient_lr.csv`` and ``.png``.
 
     **State.** Observations, scale, first rate, cuts. Resuming is bit-exact. From a checkpoint that was written before a
@@ -246,7 +246,7 @@ class AccuracyGradientLR(MonitoredCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         own = (self.record, self.display_name, self.monitor, self.window, self.threshold)
-        summary = {"final_scale": self._rates.scale, "final_cuts": float(self._cuts)}
+        summary = {"scale": self._rates.scale, "cuts": float(self._cuts)}
         self.record.report(trainer, self, partial(draw_rates, *own), summary=summary, table="observations")
 
 

@@ -117,10 +117,11 @@ class NMSparsity(WeightCallback[SparseWeight]):
     its weights in; ``teardown`` makes the sparse weights the module's own.
 
     **Logs** under ``sparsity/``, at log steps: ``n`` and ``m`` of the pattern in force (of each name pattern, where there
-    are several), ``decay`` (D), ``density`` (share of chosen weights that is not zero; also for each layer),
-    ``flips`` (share of mask entries changed since the last log), ``gradient_variance_pruned`` and ``gradient_variance_kept``
-    (:func:`~lightning_grad.functional.masked_gradient_variance`), ``exact`` (1 when the final pattern holds with D = 0;
-    also in every validation, so that checkpoints can be told apart). At the end: a figure, a table with the divergence of the
+    are several), ``decay`` (D), ``density`` (share of chosen weights that is not zero; of each layer under
+    ``sparsity_layers/``),
+    ``flips`` (share of mask entries changed since the last log), ``gradient_noise_pruned`` and ``gradient_noise_kept``
+    (:func:`~lightning_grad.functional.gradient_noise`), ``exact`` (1 when the final pattern holds with D = 0; also in
+    every validation, so that checkpoints can be told apart). At the end: a figure, a table with the divergence of the
     masks from each phase's last, and histograms of the weights.
 
     **State.** Progress, the record, which weights were chosen, masks that are older than their weights, and what a
@@ -419,7 +420,8 @@ class NMSparsity(WeightCallback[SparseWeight]):
         known, measured = sparsity_totals(self.weights), self._meter.read(self.weights)
         layers = limit_layers({clean_name(w.name): w.density for w in self.weights}, self.layer_depth, self.max_layers)
         shown = {f"density/{name}": value for name, value in layers.items()}
-        self.log_scalars(pl_module, {**known, **patterns_in_force(self.weights), **shown, **measured})
+        self.log_scalars(pl_module, {**known, **patterns_in_force(self.weights), **measured})
+        self.log_scalars(pl_module, shown, layers=True)
         numbers = torch.stack(list(measured.values())).tolist() if measured else []
         row: dict[str, Any] = {"step": stepped_batches(trainer), "progress": self._progress, **known}
         row |= dict.fromkeys(("flips", "gradient_variance_pruned", "gradient_variance_kept"))
@@ -512,10 +514,12 @@ class NMSparsity(WeightCallback[SparseWeight]):
     def _report(self, trainer: pl.Trainer, weights: Sequence[SparseWeight]) -> None:
         self._record.close_phase()
         last, title = sparsity_totals(weights), f"{self.display_name}: {self.pattern}, {self._recipe_name}"
-        summary = {"final_density": last["density"], "final_exact": last["exact"]}
+        summary = {"density": last["density"], "exact": last["exact"]}
         draw = partial(self._record.draw_run, title, self.figure_metric)
         self._record.report(trainer, self, draw, summary=summary)
-        shown = {self.log_key(f"weights/{clean_name(w.name)}"): w.parameter for w in weights[: self.max_layers]}
+        shown = {
+            self.log_key(f"weights/{clean_name(w.name)}", layers=True): w.parameter for w in weights[: self.max_layers]
+        }
         log_histograms(trainer, shown)
         if self.save_masks:
             _nm_record.write_masks(trainer, weights, self.display_name)
@@ -525,4 +529,5 @@ class NMSparsity(WeightCallback[SparseWeight]):
 def _namespaces(trainer: pl.Trainer) -> tuple[str, ...]:
     """Return how the log keys of techniques begin: lr/accuracy_gradient, say, is no accuracy of the module."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return tuple(f"{c.namespace}/" for c in callbacks if isinstance(c, GradCallback) and hasattr(c, "namespace"))
+    owners = [c for c in callbacks if isinstance(c, GradCallback) and hasattr(c, "namespace")]
+    return tuple(f"{owner.namespace.split('/')[0]}{end}" for owner in owners for end in ("/", "_layers/"))

@@ -1,11 +1,11 @@
-"""Rules on gradients before a step: clip, normalize, centralize, add noise, skip. One file a technique.
+"""Rules on gradients before a step: clip, normalize, centralize, add noise, skip. One file per technique.
 
-Each takes the gradients that an optimizer is about to use, and changes them in place without a host sync::
+Each function changes the gradients that an optimizer is about to use, in place and without a host sync::
 
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     clip_norm_(gradients, max_norm=1.0)
 
-All functions also take DTensors, which are changed as the whole gradients would be. The callbacks are in
+All functions also accept DTensors, with the same result as for the unsharded gradients. The callbacks are in
 :mod:`lightning_grad.callbacks.clipping`.
 """
 

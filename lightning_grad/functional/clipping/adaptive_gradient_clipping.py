@@ -11,18 +11,18 @@ from lightning_grad.functional.gradients.tensor_lists import by_device, is_shard
 
 
 def unit_norms(tensor: Tensor, output_dim: int = 0) -> Tensor:
-    """Return the 2-norm of each unit of a weight: of all dimensions but one, or of a whole vector.
+    """Return the 2-norm of each unit of a weight, over all dimensions except ``output_dim``.
 
-    A unit is a row of a Linear, a filter of a Conv. For layers that lay out their weights otherwise (ConvTranspose, whose
-    outputs are in dimension 1; query, key and value packed in one weight) a unit is not one neuron, unless ``output_dim``
-    says where the outputs are.
+    A unit is a row of a Linear or a filter of a Conv. A vector or scalar is one unit. Some layers have another layout:
+    ConvTranspose has its outputs in dimension 1, attention may pack query, key and value into one weight. Set
+    ``output_dim`` to the dimension of the outputs, or the units are not neurons.
 
     Args:
         tensor: Any shape.
-        output_dim: The dimension that counts the units.
+        output_dim: The dimension whose entries are the units.
 
     Returns:
-        Tensor: (units, 1, ..., 1), or (1, units) with ``output_dim=1``; a scalar for a tensor of one dimension or none.
+        Tensor: (units, 1, ..., 1), or (1, units) with ``output_dim=1``; a scalar for vectors and scalars.
 
     Example:
         >>> unit_norms(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
@@ -55,13 +55,13 @@ def clip_adaptively_(
 
     Args:
         gradients: G, tensors of any shape; changed in place.
-        weights: W, of the same shapes. What a unit i is, says :func:`unit_norms`.
-        ratio: :math:`\lambda`, the largest ratio of the norms.
-        eps: :math:`\epsilon`, so that weights that are zero can leave zero.
-        output_dims: For each weight the dimension that counts its units; ``None`` is the first of all.
+        weights: W, of the same shapes; :func:`unit_norms` defines the units i.
+        ratio: :math:`\lambda`, the largest allowed ratio of gradient norm to weight norm.
+        eps: :math:`\epsilon`, lower bound of the weight norm; it lets zero weights move.
+        output_dims: Dimension of the units, one per weight; ``None`` is dimension 0 for all.
 
     Returns:
-        list: For each gradient the coefficients of its units, at most 1.
+        list: The coefficients of the units of each gradient, at most 1.
 
     Example:
         >>> g, w = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [10.0, 0.0]])
@@ -79,7 +79,7 @@ def clip_adaptively_(
     plain = [i for i, gradient in enumerate(gradients) if not is_sharded(gradient)]
     for positions in by_device([gradients[i] for i in plain]):
         chosen = [plain[i] for i in positions]
-        # One vector of all units, so that the formula costs a handful of kernels rather than a handful a tensor.
+        # All units go into one vector: the formula then launches a few kernels in total, not a few per tensor.
         norms = [unit_norms(gradients[i], dims[i]) for i in chosen]
         gradient_norms = torch.cat([norm.flatten() for norm in norms])
         weight_norms = torch.cat([unit_norms(weights[i], dims[i]).flatten() for i in chosen])

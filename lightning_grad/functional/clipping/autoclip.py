@@ -1,7 +1,7 @@
-"""A threshold that follows the percentile of the gradient norms seen so far (AutoClip).
+"""AutoClip: a threshold that follows a percentile of the gradient norms seen so far.
 
-A state is a dict of scalars and vectors on the device, made by one function and changed in place by another, so that it
-goes into a checkpoint as it is and nothing waits for the device. A norm that is not finite changes no state.
+The state is a dict of tensors on the device, created by one function and updated in place by another. It can be saved
+in a checkpoint unchanged, and updates need no host sync. Non-finite norms do not change it.
 """
 
 import math
@@ -13,14 +13,14 @@ from lightning_grad.functional.clipping.norms import statistic
 
 
 def autoclip_state(window: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Return the state of AutoClip before the first step.
+    """Return the initial state of AutoClip.
 
     Args:
-        window: How many of the last norms are kept.
-        device: Where the gradients are.
+        window: Number of most recent norms to keep.
+        device: Device of the gradients.
 
     Returns:
-        dict: ``norms``, (window,) with infinity where there is none yet; ``count``, a scalar int64.
+        dict: ``norms``, (window,), infinity in unused entries; ``count``, a scalar int64.
     """
     none = statistic(math.inf, torch.device(device))
     return {"norms": none.repeat(window), "count": torch.zeros((), dtype=torch.int64, device=device)}
@@ -28,20 +28,20 @@ def autoclip_state(window: int, device: torch.device | str = "cpu") -> dict[str,
 
 @torch.no_grad()
 def autoclip_threshold_(norm: Tensor, state: dict[str, Tensor], percentile: float = 10.0) -> Tensor:
-    r"""Take in a norm, and return the percentile of the norms seen.
+    r"""Add a norm to the state and return the percentile of the norms seen so far.
 
     .. math::
         \tau_t = \operatorname{percentile}_p(\lVert g_1 \rVert, \ldots, \lVert g_t \rVert)
 
-    Equal to ``np.percentile`` (linear interpolation) over the last ``window`` finite norms; the published code keeps all.
+    Equals ``np.percentile`` (linear interpolation) over the last ``window`` finite norms; the published code keeps all.
 
     Args:
-        norm: :math:`\lVert g_t \rVert`, a scalar. One that is not finite is passed over.
+        norm: :math:`\lVert g_t \rVert`, a scalar; ignored if it is not finite.
         state: From :func:`autoclip_state`; changed in place.
         percentile: p, 0 to 100.
 
     Returns:
-        Tensor: The threshold, a scalar; infinite as long as no norm was finite.
+        Tensor: The threshold, a scalar; infinite until a norm was finite.
 
     Example:
         >>> state = autoclip_state(window=4)
@@ -58,7 +58,8 @@ def autoclip_threshold_(norm: Tensor, state: dict[str, Tensor], percentile: floa
     norms.index_copy_(0, slot, torch.where(finite, norm.to(norms.dtype), norms[slot]).reshape(1))
     count.add_(finite)
     share = percentile / 100.0
-    # As many of the least as can be needed: known beforehand, so the host need not wait, and cheaper than a sort.
+    # The percentile needs at most this many of the smallest norms. The number does not depend on the count on the
+    # device, so topk needs no host sync, and it is cheaper than a sort.
     needed = min(len(norms), math.floor(share * (len(norms) - 1)) + 2)
     least = norms.topk(needed, largest=False).values
     rank = (count.clamp(1, len(norms)) - 1).to(norms.dtype) * share

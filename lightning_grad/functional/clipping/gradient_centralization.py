@@ -12,17 +12,18 @@ from lightning_grad.functional.torch_version import TORCH
 
 @torch.no_grad()
 def centralize_(gradients: Sequence[Tensor], conv_only: bool = False, output_dims: Sequence[int] | None = None) -> None:
-    r"""Take from each gradient the mean over all its dimensions but the one that counts the outputs.
+    r"""Subtract from each gradient its mean over all dimensions except the output dimension.
 
     .. math::
         G_i \leftarrow G_i - \frac{1}{M} \sum_{j=1}^{M} G_{ij}
 
-    i counts the outputs of a layer (of a ConvTranspose the inputs), j all else. Vectors and scalars stay as they are.
+    i runs over the outputs of a layer (dimension 0; for a ConvTranspose this is the inputs), j over all other entries.
+    Vectors and scalars are not changed.
 
     Args:
         gradients: G, tensors of any shape; changed in place.
-        conv_only: Leave matrices (Linear, Embedding) alone too.
-        output_dims: For each gradient the dimension i; ``None`` is the first of all.
+        conv_only: Do not change matrices (Linear, Embedding) either.
+        output_dims: Dimension i, one per gradient; ``None`` is dimension 0 for all.
 
     Example:
         >>> g = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
@@ -42,7 +43,7 @@ def centralize_(gradients: Sequence[Tensor], conv_only: bool = False, output_dim
 
 
 def _mean(gradient: Tensor, dims: tuple[int, ...]) -> Tensor:
-    # In torch 2.6 gloo cannot average over shards, in 2.13 it can.
+    # gloo cannot average over shards in torch 2.6; in 2.13 it can.
     if TORCH < (2, 13) and is_sharded(gradient):
         return gradient.sum(dim=dims, keepdim=True) / math.prod(gradient.shape[d] for d in dims)
     return gradient.mean(dim=dims, keepdim=True)

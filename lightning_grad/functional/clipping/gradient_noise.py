@@ -20,7 +20,7 @@ def noise_deviation(step: int, eta: float = 0.01, decay: float = 0.55) -> float:
     Args:
         step: t, the number of optimizer steps before this one.
         eta: :math:`\eta`, variance at the first step; the paper tries 0.01, 0.3 and 1.
-        decay: :math:`\gamma`.
+        decay: :math:`\gamma`, exponent of the decay of the variance.
 
     Example:
         >>> noise_deviation(0, eta=0.01)
@@ -35,17 +35,17 @@ def noise_deviation(step: int, eta: float = 0.01, decay: float = 0.55) -> float:
 
 @torch.no_grad()
 def add_gradient_noise_(gradients: Sequence[Tensor], deviation: float, seed: int) -> None:
-    r"""Add Gaussian noise to gradients, the same for the same seed on every rank.
+    r"""Add Gaussian noise to gradients, identical on every rank for the same seed.
 
     .. math::
         g \leftarrow g + \mathcal N(0, \sigma^2)
 
-    Torch's global random state is not touched. Every rank draws the noise of whole gradients, also where it holds a shard.
+    The global random state of torch is not used. A rank that holds a shard draws the noise of the whole gradient.
 
     Args:
         gradients: Tensors of any shape; changed in place.
-        deviation: :math:`\sigma`.
-        seed: Of this draw; another one for each step.
+        deviation: :math:`\sigma`, the standard deviation of the noise.
+        seed: Seed of this draw; use a different one for each step.
 
     Example:
         >>> a, b = torch.zeros(3), torch.zeros(3)
@@ -69,7 +69,7 @@ def _shard_like(tensor: Tensor, like: Any) -> Tensor:
         return tensor
     from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-    # Every rank takes its shard of what it has drawn itself; torch before 2.7 cannot be told to do so while distributing.
+    # Every rank keeps its shard of the tensor that it drew itself. Before torch 2.7 distribute_tensor cannot do that.
     if TORCH < (2, 7):
         whole = DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
         return whole.redistribute(placements=like.placements)

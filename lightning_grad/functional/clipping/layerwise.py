@@ -1,4 +1,4 @@
-"""Clip or normalize the gradient of each layer by itself."""
+"""Clip or normalize the gradient of each layer separately."""
 
 from collections.abc import Sequence
 
@@ -22,20 +22,20 @@ def _multiply_layers_(gradients: Sequence[Tensor], coefficients: Tensor, layers:
 
 @torch.no_grad()
 def clip_layers_(gradients: Sequence[Tensor], layers: Tensor, max_norms: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Clip the gradient of each layer to a norm of its own.
+    r"""Clip the gradient of each layer to its own maximum norm.
 
     .. math::
         g_h \leftarrow g_h \cdot \min\Bigl(1, \frac{C_h}{\lVert g_h \rVert + 10^{-6}}\Bigr)
 
-    :func:`layer_limits` shares out one C so that the total norm stays under it.
+    :func:`layer_limits` computes :math:`C_h` that bound the total norm by one C.
 
     Args:
         gradients: Tensors of any shape; changed in place.
-        layers: (gradients,) int64: number h of the layer of each gradient, on the device of the first.
+        layers: (gradients,) int64: layer index h of each gradient, on the device of the first gradient.
         max_norms: (layers,): C_h, on the same device.
 
     Returns:
-        tuple: Norm of each layer before clipping, and coefficient of each, both (layers,).
+        tuple: Norms of the layers before clipping, and their coefficients, both (layers,).
 
     Example:
         >>> g = [torch.tensor([3.0]), torch.tensor([4.0]), torch.tensor([0.1])]
@@ -56,7 +56,7 @@ def clip_layers_(gradients: Sequence[Tensor], layers: Tensor, max_norms: Tensor)
 
 
 def layer_limits(sizes: Tensor, max_norm: float, weighted: bool = False) -> Tensor:
-    r"""Share out one norm over layers.
+    r"""Split one maximum norm into limits for the layers.
 
     .. math::
         C_h = \frac{C}{\sqrt H} \quad\text{or, weighted,}\quad C_h = C \sqrt{\frac{d_h}{d}},
@@ -64,8 +64,8 @@ def layer_limits(sizes: Tensor, max_norm: float, weighted: bool = False) -> Tens
 
     Args:
         sizes: (layers,): d_h, the number of entries of each layer.
-        max_norm: C.
-        weighted: Whether large layers get more.
+        max_norm: C, the bound on the total norm.
+        weighted: Give larger layers larger limits.
 
     Returns:
         Tensor: C_h, (layers,).
@@ -84,26 +84,26 @@ def normalize_layers_(
     weights: Sequence[Tensor],
     layers: Tensor,
     count: int,
-    coefficient: float = 1.0,
+    trust_coefficient: float = 1.0,
     max_ratio: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Give each layer's gradient the norm of its weights, times a constant (the trust ratio of LARS).
+    r"""Scale each layer's gradient to the norm of its weights times a constant (the trust ratio of LARS).
 
     .. math::
         g_h \leftarrow g_h \cdot \min\Bigl(r, \eta \frac{\lVert W_h \rVert}{\lVert g_h \rVert}\Bigr)
 
-    A layer whose weights or gradient are all zero, or not finite, is left as it is.
+    A layer is not changed if its weights or its gradient are all zero or not finite.
 
     Args:
         gradients: g, tensors of any shape; changed in place.
         weights: W, of the same shapes.
-        layers: (gradients,) int64: number h of the layer of each gradient, on the device of the first.
+        layers: (gradients,) int64: layer index h of each gradient, on the device of the first gradient.
         count: Number of layers.
-        coefficient: :math:`\eta`, the trust coefficient.
+        trust_coefficient: :math:`\eta`, the trust coefficient.
         max_ratio: r, the largest factor; ``None`` sets no bound.
 
     Returns:
-        tuple: Norm of each layer before, and factor of each, both (layers,).
+        tuple: Gradient norms of the layers before scaling, and their factors, both (layers,).
 
     Example:
         >>> g, w = [torch.tensor([3.0, 4.0])], [torch.tensor([0.0, 2.0])]
@@ -116,7 +116,7 @@ def normalize_layers_(
         2023, arXiv 2310.00098, use it on federated gradients.
     """
     norms, sizes = _layer_norms(gradients, layers, count), _layer_norms(weights, layers, count)
-    ratios = coefficient * sizes / norms
+    ratios = trust_coefficient * sizes / norms
     factors = ratios if max_ratio is None else ratios.clamp(max=max_ratio)
     factors = torch.where((ratios > 0) & ratios.isfinite(), factors, 1.0)
     _multiply_layers_(gradients, factors, layers)

@@ -13,14 +13,14 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 @torch.no_grad()
 def reset_moments_(states: Sequence[Mapping[str, Any]]) -> None:
-    r"""Set the running moments of an Adam-like optimizer to zero, AMSGrad's largest ones too.
+    r"""Set the running moments of an Adam-like optimizer to zero, including AMSGrad's maxima.
 
-    Its step count stays, so the bias is not corrected again: the first update after it is up to
-    :math:`(1 - \beta_1) / \sqrt{1 - \beta_2}` learning rates large (3.2 with Adam's defaults), which is what the
-    warm-up of :func:`reset_warmup` is for.
+    The step count is kept, so the bias correction does not restart. The first update after a reset can therefore be
+    :math:`(1 - \beta_1) / \sqrt{1 - \beta_2}` learning rates large (3.2 with Adam's defaults). :func:`reset_warmup`
+    compensates for that.
 
     Args:
-        states: What ``optimizer.state[parameter]`` holds, for each parameter; moments are set to zero in place.
+        states: ``optimizer.state[parameter]`` of each parameter; moments are set to zero in place.
 
     Example:
         >>> state = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}
@@ -33,15 +33,15 @@ def reset_moments_(states: Sequence[Mapping[str, Any]]) -> None:
         torch._foreach_zero_(shards(moments))
 
 
-def reset_warmup(steps: int, warmup: int = 150) -> float:
-    r"""Return the factor of the learning rate after a reset of the moments.
+def reset_warmup(steps: int, warmup_steps: int = 150) -> float:
+    r"""Return the learning rate factor of the warm-up after a reset of the moments.
 
     .. math::
         s_k = 1 - 0.99 \cdot \frac{1 + \cos(\pi k / (T + 1))}{2} \text{ for } k < T, \quad 1 \text{ from } T \text{ on}
 
     Args:
-        steps: k, optimizer steps since the reset; 0 is the step that begins with moments of zero.
-        warmup: T, length of the warm-up in optimizer steps.
+        steps: k, optimizer steps since the reset; 0 is the first step with zero moments.
+        warmup_steps: T, length of the warm-up in optimizer steps.
 
     Example:
         >>> round(reset_warmup(0), 4), reset_warmup(150)
@@ -50,6 +50,6 @@ def reset_warmup(steps: int, warmup: int = 150) -> float:
     References:
         Huang et al., 2025, arXiv 2501.06842, and the ``CosineDecay`` of its released code.
     """
-    if steps >= warmup:
+    if steps >= warmup_steps:
         return 1.0
-    return 1.0 - 0.99 * (1.0 + math.cos(math.pi * steps / (warmup + 1))) / 2.0
+    return 1.0 - 0.99 * (1.0 + math.cos(math.pi * steps / (warmup_steps + 1))) / 2.0

@@ -12,16 +12,16 @@ from lightning_grad.functional.gradients.tensor_lists import multiply_
 
 @torch.no_grad()
 def clip_norm_(gradients: Sequence[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
-    r"""Scale gradients together so that their norm is at most a constant.
+    r"""Scale all gradients by one factor to limit their total norm.
 
     .. math::
         g \leftarrow g \cdot \min\Bigl(1, \frac{c}{\lVert g \rVert_p + 10^{-6}}\Bigr)
 
-    Bitwise ``torch.nn.utils.clip_grad_norm_``. A norm that is not finite makes every gradient nan or zero, there and here.
+    Bitwise equal to ``torch.nn.utils.clip_grad_norm_``. In both, a non-finite norm makes every gradient nan or zero.
 
     Args:
         gradients: At least one tensor, each of any shape; changed in place.
-        max_norm: c, in the units of the norm.
+        max_norm: c, the largest norm allowed.
         norm_type: p, above 0.
 
     Returns:
@@ -38,6 +38,6 @@ def clip_norm_(gradients: Sequence[Tensor], max_norm: float, norm_type: float = 
         Pascanu et al., "On the difficulty of training recurrent neural networks", 2013, arXiv 1211.5063, algorithm 1.
     """
     norm = total_norm(gradients, norm_type)
-    if max_norm != math.inf:  # the quotient of two infinities would be no number
+    if max_norm != math.inf:  # inf / inf would be nan
         multiply_(gradients, torch.clamp(max_norm / (norm + EPS), max=1.0))
     return norm

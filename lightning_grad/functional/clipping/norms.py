@@ -1,4 +1,4 @@
-"""The norm of all gradients, and what several rules make of it."""
+"""The total norm of gradients, and operations on it that several rules share."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 from lightning_grad.functional.gradients.tensor_lists import multiply_, stack, tensor_norms, whole
 
-EPS = 1e-6  # what torch adds to the norm it divides by
+EPS = 1e-6  # the value that torch adds to a norm before dividing by it
 
 
 @torch.no_grad()
 def total_norm(gradients: Sequence[Tensor], norm_type: float = 2.0, accurate: bool = False) -> Tensor:
-    r"""Return the p-norm of all gradients, taken as one vector.
+    r"""Return the p-norm of all gradients, concatenated into one vector.
 
     .. math::
         \lVert g \rVert_p = \Bigl(\sum_i \lvert g_i \rvert^p\Bigr)^{1/p}
@@ -20,7 +20,7 @@ def total_norm(gradients: Sequence[Tensor], norm_type: float = 2.0, accurate: bo
     Args:
         gradients: At least one tensor, each of any shape.
         norm_type: p, above 0; infinity for the largest magnitude.
-        accurate: Add up half precision in float32; the default does so in the type of the gradients, as torch does.
+        accurate: Sum half precision in float32; False sums in the gradients' dtype, as torch does.
 
     Returns:
         Tensor: The norm, a scalar on the device of the first gradient; the same on every rank for DTensors.
@@ -34,7 +34,7 @@ def total_norm(gradients: Sequence[Tensor], norm_type: float = 2.0, accurate: bo
 
 @torch.no_grad()
 def clip_to_threshold_(gradients: Sequence[Tensor], norm: Tensor, threshold: Tensor) -> Tensor:
-    r"""Scale gradients whose norm is known to a threshold that is a tensor.
+    r"""Scale gradients of known norm down to a threshold, without a host sync.
 
     .. math::
         g \leftarrow g \cdot \begin{cases} \tau / (n + 10^{-6}) & n > \tau \\ 1 & \text{else, or } n \text{ not finite}
@@ -42,7 +42,7 @@ def clip_to_threshold_(gradients: Sequence[Tensor], norm: Tensor, threshold: Ten
 
     Args:
         gradients: At least one tensor; changed in place.
-        norm: n, a scalar: their norm.
+        norm: n, a scalar: the norm of the gradients.
         threshold: :math:`\tau`, a scalar on the same device.
 
     Returns:
@@ -55,11 +55,10 @@ def clip_to_threshold_(gradients: Sequence[Tensor], norm: Tensor, threshold: Ten
     """
     above = (norm > threshold) & norm.isfinite()
     coefficient = torch.where(above, threshold / (norm + EPS), 1.0)
-    multiply_(gradients, coefficient.to(norm.dtype))  # a product with float64 would leave the fast kernels
+    multiply_(gradients, coefficient.to(norm.dtype))  # a float64 factor would not use the fast kernels
     return coefficient
 
 
 def statistic(value: float, device: torch.device) -> Tensor:
-    """Return a scalar of a state on a device, in float64 where there is one."""
-    # MPS has no float64.
+    """Return a scalar tensor for a state: float64, or float32 on MPS, which has no float64."""
     return torch.tensor(value, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)

@@ -10,9 +10,9 @@ from lightning_grad.functional.gradients.tensor_lists import any_rank, shards, s
 
 @torch.no_grad()
 def nonfinite(gradients: Sequence[Tensor]) -> Tensor:
-    """Say of each gradient whether it holds a nan or an infinity.
+    """Return which gradients contain nan or infinity.
 
-    By the largest magnitude, which cannot overflow as a sum of squares does.
+    The test uses the largest magnitude, because a sum of squares can overflow.
 
     Args:
         gradients: At least one tensor, each of any shape.
@@ -24,5 +24,5 @@ def nonfinite(gradients: Sequence[Tensor]) -> Tensor:
         >>> nonfinite([torch.tensor([1.0, 3e38, 3e38]), torch.tensor([torch.nan])])
         tensor([False,  True])
     """
-    # Flags are reduced, and not the magnitudes: the maximum over ranks can lose a nan.
+    # Reduce flags, not magnitudes: the maximum over ranks can lose a nan.
     return any_rank(~stack_norms(shards(gradients), torch.inf).isfinite(), gradients)

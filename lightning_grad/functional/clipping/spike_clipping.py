@@ -1,4 +1,4 @@
-"""Clip entries that stand far above their own past (SPAM)."""
+"""Clip entries that are far above their own running mean of squares (SPAM)."""
 
 from collections.abc import Sequence
 
@@ -10,19 +10,19 @@ from lightning_grad.functional.gradients.tensor_lists import shards
 
 @torch.no_grad()
 def clip_spikes_(gradients: Sequence[Tensor], second_moments: Sequence[Tensor], threshold: float = 5000.0) -> None:
-    r"""Clip each entry that stands far above its own past (spike-aware clipping, SPAM).
+    r"""Clip each entry that is far above its own running mean of squares (spike-aware clipping, SPAM).
 
     .. math::
         g_i \leftarrow \operatorname{sign}(g_i) \sqrt{\theta v_i} \quad\text{where}\quad g_i^2 > \theta v_i, \; v_i > 0
 
-    An entry with :math:`v_i = 0` has no past and is left as it is; the published code sets it to 0, and as a gradient of 0
-    leaves v at 0, such an entry stays frozen for as long as it is clipped.
+    An entry with :math:`v_i = 0` has no history and is not changed. The published code sets it to 0; since a zero
+    gradient keeps v at 0, such an entry then stays frozen while clipping is on.
 
     Args:
         gradients: g, tensors of any shape; changed in place.
-        second_moments: v, of the same shapes: the running mean of squares of an Adam-like optimizer (``exp_avg_sq``),
-            not corrected for bias, as it stands before the step.
-        threshold: :math:`\theta`.
+        second_moments: v, of the same shapes: ``exp_avg_sq`` of an Adam-like optimizer.
+            It is the value before the step, without bias correction.
+        threshold: :math:`\theta`, the largest ratio of a squared entry to its second moment.
 
     Example:
         >>> g = torch.tensor([9.0, -9.0, 0.5, 9.0])

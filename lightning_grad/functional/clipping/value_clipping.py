@@ -15,7 +15,7 @@ def clip_value_(gradients: Sequence[Tensor], clip_value: float) -> None:
     .. math::
         g_i \leftarrow \max(-c, \min(c, g_i))
 
-    Bitwise ``torch.nn.utils.clip_grad_value_``.
+    Bitwise equal to ``torch.nn.utils.clip_grad_value_``.
 
     Args:
         gradients: Tensors of any shape; changed in place.

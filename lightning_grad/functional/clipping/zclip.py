@@ -1,4 +1,4 @@
-"""A threshold that follows the z-score of the gradient norms seen so far (ZClip); its state is like that of AutoClip."""
+"""ZClip: a threshold from the z-score of the gradient norm. Its state works like that of AutoClip."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ from lightning_grad.functional.clipping.norms import statistic
 
 
 def zclip_state(device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Return the state of ZClip before the first step.
+    """Return the initial state of ZClip.
 
     Args:
-        device: Where the gradients are.
+        device: Device of the gradients.
 
     Returns:
         dict: Scalars ``count`` (finite norms seen), ``mean`` and ``variance``.
@@ -28,30 +28,30 @@ def zclip_threshold_(
     warmup_steps: int = 25,
     eps: float = 1e-6,
 ) -> Tensor:
-    r"""Take in a norm, and return what it may be at most, by its z-score among those before.
+    r"""Add a norm to the state and return the largest norm allowed, by its z-score among previous norms.
 
     .. math::
         z_t = \frac{n_t - \mu}{\sigma + \epsilon}, \qquad
         \tau_t = \begin{cases} \mu + z^\ast \sigma \cdot z^\ast / z_t & z_t > z^\ast \\ n_t & \text{else} \end{cases}
 
-    then :math:`\mu \leftarrow \alpha \mu + (1 - \alpha) \tau_t` and, with the new mean,
-    :math:`\sigma^2 \leftarrow \alpha \sigma^2 + (1 - \alpha)(\tau_t - \mu)^2`. The first norms only give mean and variance
-    their start. What is returned is :math:`\min(\tau_t, c)`.
+    Then :math:`\mu \leftarrow \alpha \mu + (1 - \alpha) \tau_t` and, with the new mean,
+    :math:`\sigma^2 \leftarrow \alpha \sigma^2 + (1 - \alpha)(\tau_t - \mu)^2`. The norms of the warm-up only initialize
+    mean and variance. The result is :math:`\min(\tau_t, c)`.
 
-    It is the published algorithm but for one thing: a norm that is not finite changes nothing. There, one inf in the
-    warm-up or one nan after it makes the statistics nan for ever.
+    This is the published algorithm with one change: non-finite norms are ignored. In the published code, one inf during
+    the warm-up or one nan after it makes the statistics nan permanently.
 
     Args:
         norm: :math:`n_t`, a scalar.
         state: From :func:`zclip_state`; changed in place.
-        z_threshold: :math:`z^\ast`, from which z-score on a norm is a spike.
-        alpha: :math:`\alpha`, smoothing of mean and variance.
-        max_norm: c, a bound on every step, also in the warm-up; ``None`` sets none.
-        warmup_steps: How many norms make the first mean and variance.
-        eps: :math:`\epsilon`.
+        z_threshold: :math:`z^\ast`; a norm with a larger z-score is a spike.
+        alpha: :math:`\alpha`, smoothing factor of mean and variance.
+        max_norm: c, upper bound for every step, including the warm-up; ``None`` sets none.
+        warmup_steps: Number of norms that initialize mean and variance.
+        eps: :math:`\epsilon`, added to the standard deviation.
 
     Returns:
-        Tensor: The largest norm that this step may have, a scalar; it is ``norm`` itself where nothing is to be clipped.
+        Tensor: The largest norm allowed for this step, a scalar; equal to ``norm`` if nothing needs clipping.
 
     Example:
         >>> state = zclip_state()
@@ -71,7 +71,7 @@ def zclip_threshold_(
     spike = (z > z_threshold) & ~warm
     threshold = torch.where(spike, mean + z_threshold * deviation / (z / z_threshold).clamp(min=1.0), n)
     seen = count + 1
-    # Welford's running mean and variance in the warm-up, the exponential ones after it.
+    # Welford's running mean and variance in the warm-up, exponential averages after it.
     new_mean = torch.where(warm, mean + (n - mean) / seen, alpha * mean + (1 - alpha) * threshold)
     warm_variance = (variance * count + (n - mean) * (n - new_mean)) / seen
     new_variance = torch.where(warm, warm_variance, alpha * variance + (1 - alpha) * (threshold - new_mean).square())

@@ -1,4 +1,4 @@
-"""N:M sparsity: masks, patterns, and the schedules that narrow them during a run."""
+"""N:M sparsity: masks, patterns, and schedules that raise the sparsity during a run."""
 
 from lightning_grad.functional.sparsity.nm_schedule import RECIPES, NMPhase, NMSchedule
 from lightning_grad.functional.sparsity.nm_sparsity import (

@@ -1,9 +1,9 @@
-"""The N largest of every M: the selection behind :func:`lightning_grad.functional.nm_mask`.
+"""Select the N largest of every M: the algorithms behind :func:`lightning_grad.functional.nm_mask`.
 
-Magnitudes come as ``a`` of shape ``(M, ...)``, group members first and without NaN; the answer is a bool tensor of that
-shape with exactly N true entries along dimension 0, the lowest index first among equals. Nothing here looks at a value
-on the host, so nothing makes a GPU wait, and every operation runs over whole rows, which is what makes it several times
-faster than sorting each group.
+All functions take magnitudes ``a`` of shape ``(M, ...)`` without NaN, with the members of a group along dimension 0.
+They return a bool tensor of that shape with exactly N true entries along dimension 0; ties go to the lowest index.
+None of them synchronizes with the host. Every operation runs over whole rows, which is several times faster than
+sorting each group.
 """
 
 import functools
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 _NETWORK_UP_TO_ON_GPU = 8
-_RANK_UP_TO = 4  # the group size up to which counting is the faster way; see benchmarks/sparsity.py
+_RANK_UP_TO = 4  # largest group size for which counting is faster; see benchmarks/sparsity.py
 
 
 def top_of_groups(a: Tensor, n: int) -> Tensor:
-    """Choose the ``n`` largest along dimension 0, by the algorithm that suits the group's size."""
+    """Select the ``n`` largest along dimension 0, with the fastest algorithm for the group size."""
     if n == a.shape[0]:
         return torch.ones_like(a, dtype=torch.bool)
     if a.is_cuda and a.shape[0] > _NETWORK_UP_TO_ON_GPU:
@@ -26,13 +26,13 @@ def top_of_groups(a: Tensor, n: int) -> Tensor:
 
 
 def top_by_sort(a: Tensor, n: int) -> Tensor:
-    """Sort every group: three launches, where a network of many would keep a GPU waiting for them."""
+    """Sort every group; on a GPU, three kernels are faster than the many of a sorting network."""
     order = torch.argsort(a, dim=0, descending=True, stable=True)
     return torch.zeros_like(a, dtype=torch.bool).scatter_(0, order[:n], True)
 
 
 def top_by_rank(a: Tensor, n: int) -> Tensor:
-    """Count for every entry how many of its group beat it: M(M-1)/2 comparisons."""
+    """Count how many members of its group are larger than each entry, with M(M-1)/2 comparisons."""
     m = a.shape[0]
     beaten_by = torch.zeros(a.shape, dtype=torch.int8, device=a.device)
     for i in range(m - 1):
@@ -43,7 +43,7 @@ def top_by_rank(a: Tensor, n: int) -> Tensor:
 
 
 def top_by_threshold(a: Tensor, n: int) -> Tensor:
-    """Find the n-th largest by a sorting network, keep what lies above it, and then as many equals as are missing."""
+    """Find the n-th largest with a sorting network, keep everything above it, then fill up with ties."""
     threshold = _largest(list(a.unbind()), n)
     keep = a > threshold
     missing = n - keep.sum(0, dtype=torch.int16)
@@ -56,9 +56,10 @@ def top_by_threshold(a: Tensor, n: int) -> Tensor:
 
 
 def _largest(rows: list[Tensor], n: int) -> Tensor:
-    """Return the n-th largest of the rows, entry by entry.
+    """Return the n-th largest of the rows, elementwise.
 
-    With both halves sorted, it is the largest of min(i-th of one, j-th of the other) over i + j = n.
+    Both halves are sorted. The n-th largest of all is then the maximum over i + j = n of
+    min(i-th largest of one half, j-th largest of the other).
     """
     if n == 1:
         return functools.reduce(torch.maximum, rows)
@@ -72,7 +73,7 @@ def _largest(rows: list[Tensor], n: int) -> Tensor:
 
 
 def _sort(rows: list[Tensor]) -> list[Tensor]:
-    """Sort the rows, largest first, entry by entry (Batcher's odd-even merge sort)."""
+    """Sort the rows elementwise in descending order (Batcher's odd-even merge sort)."""
     if len(rows) <= 1:
         return rows
     half = len(rows) // 2

@@ -1,6 +1,6 @@
-"""Which N:M pattern and which decay value hold at which point of a run: the recipes as pure functions of progress.
+"""Recipes for N:M sparsity: the pattern and the decay value as pure functions of progress.
 
-The masks themselves are in :mod:`lightning_grad.functional.sparsity.nm_sparsity`.
+The masks are computed in :mod:`lightning_grad.functional.sparsity.nm_sparsity`.
 """
 
 import math
@@ -17,12 +17,12 @@ RECIPES: tuple[str, ...] = get_args(Recipe)
 
 @dataclass(frozen=True)
 class NMPhase:
-    """What holds at one moment of the run.
+    """The pattern and decay value at one point of the run.
 
     Args:
-        pattern: The pattern in force; ``None`` while the weights are dense.
+        pattern: Current pattern; ``None`` while the weights are dense.
         decay: D, the factor of the weights outside the mask; 0 prunes them.
-        final: Whether the pattern in force is the one the run ends with, with D = 0.
+        final: True for the last pattern of the run with D = 0.
     """
 
     pattern: NMPattern | None
@@ -34,11 +34,12 @@ DENSE = NMPhase(None, 1.0, False)
 
 
 def stepwise_patterns(target: NMPattern) -> list[NMPattern]:
-    """Return the frames of SdGf-stepwise: (M-1):M, then M/2:M, M/4:M ... down to N:M.
+    """Return the patterns of SdGf-stepwise: (M-1):M, then M/2:M, M/4:M ... down to N:M.
 
     Args:
-        target: The pattern of the last frame. The released code never reaches one whose N is no power of two times
-            smaller than M (3:8, say); here the last frame is always the target.
+        target: The last pattern.
+            The released code never reaches a target whose M / N is not a power of two, such as 3:8; here the last
+            pattern is always the target.
 
     Example:
         >>> [str(p) for p in stepwise_patterns(NMPattern(1, 8))]
@@ -61,21 +62,21 @@ def stepwise_patterns(target: NMPattern) -> list[NMPattern]:
 
 
 def geometric_patterns(target: NMPattern, widest: int = 8) -> list[NMPattern]:
-    """Return the frames of SdGf-geometric: the target's density over groups that shrink, 8N:8M, 4N:4M, 2N:2M, N:M.
+    """Return the patterns of SdGf-geometric: constant density, shrinking groups, 8N:8M, 4N:4M, 2N:2M, N:M.
 
     Args:
-        target: The pattern of the last frame.
-        widest: Factor of the first frame, a power of two; 8 in the released code.
+        target: The last pattern.
+        widest: Factor of the first pattern, a power of two; 8 in the released code.
 
     Raises:
-        ValueError: If ``widest`` is no power of two.
+        ValueError: If ``widest`` is not a power of two.
 
     Example:
         >>> [str(p) for p in geometric_patterns(NMPattern(2, 4))]
         ['16:32', '8:16', '4:8', '2:4']
     """
     if widest < 1 or widest & (widest - 1):
-        raise ValueError(f"geometric_start is the factor of the first, widest groups, a power of two; got {widest}.")
+        raise ValueError(f"geometric_start must be a power of two, the factor of the widest groups; got {widest}.")
     factors = [2**k for k in range(widest.bit_length() - 1, -1, -1)]
     return [NMPattern(target.n * f, target.m * f) for f in factors]
 
@@ -84,9 +85,10 @@ def linear_decay(position: float, length: float, rate: float | None = None) -> f
     r"""Return the decay value of MdGf-linear, :math:`D = \max(0, 1 - \beta t)`.
 
     Args:
-        position: Where in the decay phase, 0 to 1.
+        position: Position in the decay phase, 0 to 1.
         length: Length of the decay phase in optimizer steps.
-        rate: :math:`\beta` for one step; ``None`` reaches 0 at half of the phase. The released code has 2e-4.
+        rate: :math:`\beta` per step; ``None`` reaches 0 halfway through the phase.
+            The released code uses 2e-4.
 
     Example:
         >>> linear_decay(0.25, length=100)
@@ -100,10 +102,10 @@ def exponential_decay(position: float, length: float, rate: float | None = None)
     r"""Return the decay value of MdGf-exponential, :math:`D = e^{-\beta t}`, which is never 0.
 
     Args:
-        position: Where in the decay phase, 0 to 1.
+        position: Position in the decay phase, 0 to 1.
         length: Length of the decay phase in optimizer steps.
-        rate: :math:`\beta` for one step; ``None`` is 7 / length, which ends near 1e-3. The released code has 1e-4 for
-            its vision transformer.
+        rate: :math:`\beta` per step; ``None`` is 7 / length, which ends near 1e-3.
+            The released code uses 1e-4 for its vision transformer.
 
     Example:
         >>> round(exponential_decay(1.0, length=100), 6)
@@ -114,23 +116,23 @@ def exponential_decay(position: float, length: float, rate: float | None = None)
 
 @dataclass(frozen=True)
 class NMSchedule:
-    r"""Which pattern and decay value hold at which share of the run.
+    r"""Schedule of N:M patterns and decay values over a run.
 
-    A dense phase, then the recipe's own phase, then a fine-tuning phase with the target pattern and D = 0:
+    It has a dense phase, the phase of the recipe, and a fine-tuning phase with the target pattern and D = 0:
 
     .. math::
         \text{dense} \; [0, a) \quad \text{recipe} \; [a, 1 - b) \quad \text{target} \; [1 - b, 1]
 
     Args:
-        recipe: One of :data:`RECIPES`, or pairs (share of the run from which it holds, pattern).
-        dense_fraction: a, share of the run before anything is pruned.
-        finetune_fraction: b, share of the run in which the target pattern holds with D = 0.
-        decay: :math:`\beta` of the two MdGf recipes for one optimizer step; ``None`` fits it to the phase.
+        recipe: One of :data:`RECIPES`, or pairs (fraction of the run at which it starts, pattern).
+        dense_fraction: a, initial fraction of the run without pruning.
+        finetune_fraction: b, final fraction of the run with the target pattern and D = 0.
+        decay: :math:`\beta` of the two MdGf recipes per optimizer step; ``None`` fits it to the phase.
         geometric_start: Factor of the widest groups of SdGf-geometric.
 
     Raises:
-        ValueError: For an unknown recipe, fractions that leave the recipe no phase, pairs out of order, or a negative
-            decay.
+        ValueError: For an unknown recipe, fractions whose sum reaches 1, pairs out of order, or a decay that is not
+            positive.
 
     Example:
         >>> schedule = NMSchedule("sdgf-stepwise", finetune_fraction=0.2)
@@ -147,14 +149,14 @@ class NMSchedule:
     def __post_init__(self) -> None:
         for name in ("dense_fraction", "finetune_fraction"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is a share of the run, 0 to 1; got {getattr(self, name)}.")
+                raise ValueError(f"{name} must be a fraction of the run, 0 to 1; got {getattr(self, name)}.")
         if self.dense_fraction + self.finetune_fraction >= 1.0:
             raise ValueError(
                 f"dense_fraction={self.dense_fraction} and finetune_fraction={self.finetune_fraction} leave no room for "
-                "the recipe between them: their sum must be below 1."
+                "the recipe. Lower one of them: their sum must be below 1."
             )
         if self.decay is not None and not self.decay > 0:
-            raise ValueError(f"decay is the coefficient beta for one optimizer step, above 0; got {self.decay}.")
+            raise ValueError(f"decay must be > 0, the coefficient beta per optimizer step; got {self.decay}.")
         geometric_patterns(NMPattern(1, 1), self.geometric_start)
         if isinstance(self.recipe, tuple):
             self._check_stages(self.recipe)
@@ -165,18 +167,18 @@ class NMSchedule:
         starts = [start for start, _ in stages]
         if not starts or any(not 0.0 <= s < 1.0 for s in starts) or sorted(set(starts)) != starts:
             raise ValueError(
-                "A schedule is a list of (share of the run, pattern) with rising shares from 0 to below 1, such as "
-                f"[(0.0, '3:4'), (0.5, '2:4')]; got shares {starts}."
+                "A schedule must be a list of (fraction of the run, pattern) with increasing fractions from 0 to below "
+                f"1, such as [(0.0, '3:4'), (0.5, '2:4')]; got fractions {starts}."
             )
 
     def phase(self, progress: float, target: NMPattern, total_steps: float, size: int | None = None) -> NMPhase:
-        """Return what holds at a point of the run.
+        """Return the pattern and decay value at a point of the run.
 
         Args:
-            progress: Share of the run that is done, 0 to 1.
-            target: The pattern the run ends with.
+            progress: Completed fraction of the run, 0 to 1.
+            target: The last pattern of the run.
             total_steps: Length of the run in optimizer steps; only an explicit ``decay`` needs it.
-            size: Size of the dimension in which the groups lie; a frame whose groups do not divide it is passed over.
+            size: Size of the grouped dimension; patterns whose groups do not divide it are skipped.
         """
         if isinstance(self.recipe, tuple):
             return self._stage(progress, self.recipe, size)
@@ -200,7 +202,7 @@ class NMSchedule:
         else:
             frames = geometric_patterns(target, self.geometric_start)
         frames = [f for f in frames if size is None or f.fits(size)]
-        # The small addend makes frames equal to the step: position 0.75 may come as 0.7499999999999999.
+        # The small addend absorbs rounding: position 0.75 may arrive as 0.7499999999999999.
         now = frames[min(int(position * len(frames) + 1e-9), len(frames) - 1)]
         return NMPhase(now, 0.0, now == target)
 

@@ -1,6 +1,6 @@
 """N:M sparsity as functions of tensors: patterns, masks, masked weights, the SR-STE term.
 
-The schedules that say which pattern holds when are in ``nm_schedule.py``; the callback that uses both is
+Schedules of patterns are in ``nm_schedule.py``. The callback that uses both is
 :class:`lightning_grad.callbacks.NMSparsity`.
 """
 
@@ -52,23 +52,23 @@ class NMPattern:
         """Read ``"N:M"``.
 
         Args:
-            text: Two whole numbers with a colon between them.
+            text: Two integers separated by a colon.
 
         Raises:
-            ValueError: If the text is not of that form, or the numbers make no pattern.
+            ValueError: If the text does not have this form, or not ``1 <= N <= M``.
         """
         found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text))
         if found is None:
-            raise ValueError(f"An N:M pattern is written like '2:4' (in YAML, in quotes); got {text!r}.")
+            raise ValueError(f"An N:M pattern must be written like '2:4' (quoted in YAML); got {text!r}.")
         return cls(int(found[1]), int(found[2]))
 
     @property
     def density(self) -> float:
-        """The share of weights that is kept, N / M."""
+        """The fraction of weights that is kept, N / M."""
         return self.n / self.m
 
     def fits(self, size: int) -> bool:
-        """Say whether a dimension of this size divides into whole groups."""
+        """Return True if M divides the size of a dimension."""
         return size % self.m == 0
 
     def __str__(self) -> str:
@@ -76,42 +76,42 @@ class NMPattern:
 
 
 def group_dim(weight: Tensor, axis: Axis = "input") -> int:
-    """Return the dimension along which the groups of a weight lie.
+    """Return the dimension along which a weight is grouped.
 
     Args:
-        weight: A weight in torch's layout, shape ``(out, in, *kernel)``; one-dimensional weights have one choice.
-        axis: ``"input"`` for dimension 1, ``"output"`` for dimension 0, or the number of a dimension.
+        weight: A weight in torch's layout, shape ``(out, in, *kernel)``, or a vector.
+        axis: ``"input"`` for dimension 1, ``"output"`` for dimension 0, or the index of a dimension.
 
     Raises:
         ValueError: If the weight has no such dimension.
     """
     if isinstance(axis, str) and axis not in ("input", "output"):
-        raise ValueError(f"axis is 'input', 'output' or a dimension's number; got {axis!r}.")
+        raise ValueError(f"axis must be 'input', 'output' or the index of a dimension; got {axis!r}.")
     dim = {"input": min(1, weight.ndim - 1), "output": 0}[axis] if isinstance(axis, str) else int(axis)
     if not -weight.ndim <= dim < weight.ndim:
         raise ValueError(
-            f"axis={axis!r} needs a weight of more dimensions than {tuple(weight.shape)} has. Set axis to 'input' or "
+            f"axis={axis!r} is out of range for a weight of shape {tuple(weight.shape)}. Set axis to 'input' or "
             "'output', or exclude this weight."
         )
     return dim % weight.ndim
 
 
 def nm_mask(weight: Tensor, n: int, m: int, axis: Axis = "input") -> Tensor:
-    r"""Mark the ``n`` weights of largest magnitude in every group of ``m`` consecutive ones.
+    r"""Return a mask of the ``n`` largest magnitudes in every group of ``m`` consecutive weights.
 
     .. math::
         \text{mask}_i = 1 \iff \#\{j \in g(i) : |w_j| > |w_i| \text{ or } (|w_j| = |w_i|,\ j < i)\} < n
 
-    where :math:`g(i)` is the group of entry :math:`i`. Exactly ``n`` entries a group are kept whatever the values: among
-    equal magnitudes the lowest index comes first, and NaN counts as the smallest.
+    where :math:`g(i)` is the group of entry :math:`i`. Exactly ``n`` entries per group are kept for all values: ties go
+    to the lowest index, and NaN counts as the smallest magnitude.
 
     Args:
-        weight: Any floating tensor. Linear weights are ``(out, in)``; in convolutions ``(out, in, *kernel)`` a group
-            holds ``m`` consecutive input channels at one position of the kernel. A DTensor may be sharded along every
-            dimension but the groups' own.
+        weight: Any floating-point tensor.
+            Linear weights are ``(out, in)``. In convolutions ``(out, in, *kernel)`` a group is ``m`` consecutive input
+            channels at one kernel position. A DTensor may be sharded along every dimension except the grouped one.
         n: Entries kept in a group.
-        m: Entries in a group; divides the size of the dimension.
-        axis: ``"input"`` (dimension 1), ``"output"`` (dimension 0), or a dimension's number.
+        m: Entries in a group; must divide the size of the dimension.
+        axis: ``"input"`` (dimension 1), ``"output"`` (dimension 0), or the index of a dimension.
 
     Returns:
         Tensor: Ones and zeros in the shape and dtype of ``weight``.
@@ -129,7 +129,7 @@ def nm_mask(weight: Tensor, n: int, m: int, axis: Axis = "input") -> Tensor:
     pattern, dim = NMPattern(n, m), group_dim(weight, axis)
     if not pattern.fits(weight.shape[dim]):
         raise ValueError(
-            f"Groups of {m} do not divide dimension {dim} of a weight of shape {tuple(weight.shape)}: choose an M that "
+            f"Groups of {m} do not divide dimension {dim} of a weight of shape {tuple(weight.shape)}. Choose an M that "
             f"divides {weight.shape[dim]}, or another axis."
         )
     if hasattr(weight, "to_local"):
@@ -139,39 +139,39 @@ def nm_mask(weight: Tensor, n: int, m: int, axis: Axis = "input") -> Tensor:
         magnitude = torch.empty((m, grouped.shape[0], grouped.shape[2]), dtype=weight.dtype, device=weight.device)
         torch.abs(grouped.transpose(0, 1), out=magnitude)
         torch.nan_to_num(magnitude, nan=-1.0, posinf=torch.inf, out=magnitude)
-        # One copy that turns and converts at once; ``to`` would keep the turned layout, and ``reshape`` copy again.
+        # One copy transposes and converts; ``to`` would keep the transposed layout, and ``reshape`` would copy again.
         mask = torch.empty(grouped.shape, dtype=weight.dtype, device=weight.device)
         return mask.copy_(top_of_groups(magnitude, n).transpose(0, 1)).reshape(weight.shape)
 
 
 def _mask_of_shards(weight: Tensor, pattern: NMPattern, dim: int) -> Tensor:
-    """Mask a DTensor shard by shard, which is the mask of the whole as long as no group is cut."""
+    """Mask each shard of a DTensor, which equals the mask of the whole tensor if no group is split."""
     from torch.distributed.tensor import DTensor
 
     assert isinstance(weight, DTensor)
-    # By attribute: the placement of FSDP2 beside tensor parallelism (_StridedShard) is no Shard.
+    # By attribute: _StridedShard, which FSDP2 uses with tensor parallelism, is not a Shard.
     if any(getattr(placement, "dim", None) == dim for placement in weight.placements):
         raise ValueError(
-            f"The weight of shape {tuple(weight.shape)} is sharded along dimension {dim}, in which the groups of "
-            f"{pattern} lie: shard it along another dimension, or choose another axis."
+            f"The weight of shape {tuple(weight.shape)} is sharded along dimension {dim}, which the pattern {pattern} "
+            "groups. Shard it along another dimension, or choose another axis."
         )
     local = nm_mask(weight.to_local(), pattern.n, pattern.m, dim)
-    # Shards need not be of one size, so the shape of the whole cannot be told from one of them.
+    # Shards may differ in size, so the shape of the whole tensor cannot be inferred from one of them.
     mesh, placements = weight.device_mesh, weight.placements
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
 
 
 def is_nm(weight: Tensor, n: int, m: int, axis: Axis = "input") -> bool:
-    """Say whether no group of ``m`` holds more than ``n`` entries that are not zero.
+    """Return True if every group of ``m`` has at most ``n`` nonzero entries.
 
     Args:
-        weight: Any tensor; the shape conventions are those of :func:`nm_mask`.
-        n: Entries allowed in a group.
+        weight: Any tensor, with the shape conventions of :func:`nm_mask`.
+        n: Nonzero entries allowed in a group.
         m: Entries in a group.
         axis: As in :func:`nm_mask`.
 
     Returns:
-        bool: ``False`` also where ``m`` does not divide the dimension. Reads the values, so it waits for a GPU.
+        bool: ``False`` also if ``m`` does not divide the dimension. Synchronizes with the device.
 
     Example:
         >>> is_nm(torch.tensor([[0.0, -3.0, 2.0, 0.0]]), 2, 4)
@@ -185,7 +185,7 @@ def is_nm(weight: Tensor, n: int, m: int, axis: Axis = "input") -> bool:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward: the product. Backward: the gradient as if the factor were one."""
+    """Multiply in the forward pass; pass the gradient unchanged in the backward pass."""
 
     @staticmethod
     def forward(ctx: object, weight: Tensor, factor: Tensor) -> Tensor:
@@ -197,19 +197,19 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def scale_weight(weight: Tensor, factor: Tensor, straight_through: bool = False) -> Tensor:
-    r"""Multiply a dense weight by its mask, with a choice of what the pruned weights learn.
+    r"""Multiply a dense weight by its mask, and choose whether pruned weights receive gradients.
 
     .. math::
         \tilde W = W \odot S, \qquad \frac{\partial L}{\partial W} = G \odot S \text{ or } G,
         \qquad G = \frac{\partial L}{\partial \tilde W}
 
-    with :math:`S = m + (1 - m) D`, the mask m and its decay value D.
+    where :math:`S = m + (1 - m) D` for a mask m and a decay value D.
 
     Args:
         weight: Dense weight W, any shape.
         factor: S, of the same shape and dtype, without gradient.
-        straight_through: Pass G on as it is, so that pruned weights learn like kept ones (the straight-through
-            estimator); otherwise the chain rule.
+        straight_through: Pass G unchanged (straight-through estimator); False applies the chain rule.
+            With the straight-through estimator pruned weights learn like kept ones.
 
     Returns:
         Tensor: The effective weight.
@@ -224,7 +224,7 @@ def scale_weight(weight: Tensor, factor: Tensor, straight_through: bool = False)
 
 
 def prune_weight(weight: Tensor, factor: Tensor) -> Tensor:
-    """Return ``weight * factor`` without gradient and with exact zeros: NaN and infinity are pruned as well.
+    """Return ``weight * factor`` without gradient; entries with factor 0 become exactly 0, even NaN and infinity.
 
     Args:
         weight: Dense weight, any shape.
@@ -243,7 +243,7 @@ def add_sr_ste_(gradient: Tensor, weight: Tensor, factor: Tensor, strength: floa
     .. math::
         G \leftarrow G + \lambda (1 - m) \odot W
 
-    The plus sign shrinks the pruned weights, which steadies the mask.
+    The term shrinks the pruned weights, which stabilizes the mask.
 
     Args:
         gradient: G, changed in place.
@@ -265,9 +265,9 @@ def add_sr_ste_(gradient: Tensor, weight: Tensor, factor: Tensor, strength: floa
 
 
 def mask_distance(mask: Tensor, other: Tensor) -> Tensor:
-    r"""Return the share of entries in which two masks differ.
+    r"""Return the fraction of entries in which two masks differ.
 
-    Between the masks of two steps it is the share of flips; against the final mask of a phase it is the sparse
+    For the masks of two steps this is the flip rate. For a mask and the final mask of a phase it is the sparse
     architecture divergence (SAD) of SR-STE, divided by the number of weights.
 
     Args:
@@ -293,17 +293,17 @@ def masked_gradient_variance(gradient: Tensor, previous: Tensor, mask: Tensor) -
     .. math::
         \hat\sigma^2 = \operatorname{mean}_i \tfrac12 (g_{t,i} - g_{t-1,i})^2
 
-    over the pruned and over the kept entries apart: an unbiased estimate of the variance of a gradient entry, as long as
-    its mean moves little in one step. It works with every optimizer, and costs nothing on the steps that are not logged.
+    separately over pruned and kept entries. It is an unbiased estimate of the variance of a gradient entry, provided
+    that its mean changes little in one step. It works with every optimizer, and costs nothing on steps without logging.
 
     Args:
         gradient: Gradient of this step, any shape.
-        previous: Gradient of the step before, same shape.
+        previous: Gradient of the previous step, same shape.
         mask: Mask, same shape.
 
     Returns:
-        tuple[Tensor, Tensor]: Scalars for pruned and for kept weights, in squared units of the gradient; NaN where there
-        are none.
+        tuple[Tensor, Tensor]: Scalars for pruned and for kept weights, in squared units of the gradient; NaN for an
+        empty group.
 
     Example:
         >>> masked_gradient_variance(torch.tensor([2.0, 1.0]), torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0]))
@@ -311,6 +311,6 @@ def masked_gradient_variance(gradient: Tensor, previous: Tensor, mask: Tensor) -
     """
     squared = (gradient.float() - previous.float()).square_().mul_(0.5)
     kept = mask != 0
-    # Summed apart: the difference from the total would drown the pruned, whose gradients may be a thousand times smaller.
+    # Two separate sums: total minus kept would lose the pruned ones, whose gradients may be a thousand times smaller.
     count, of_pruned, of_kept = kept.sum(), squared.masked_fill(kept, 0.0).sum(), squared.masked_fill(~kept, 0.0).sum()
     return of_pruned / (mask.numel() - count), of_kept / count

@@ -11,7 +11,7 @@ _INF = float("inf")
 _ATTACK_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"epsilon": -0.1}, "epsilon must be at least 0"),
     ({"epsilon": _INF}, "epsilon must be finite"),
-    ({"norm": "l1"}, "is none of"),
+    ({"norm": "l1"}, "norm must be"),
     ({"step_size": 0.0}, "step_size must be above 0"),
     ({"bounds": [1.0, 0.0]}, "least and the largest"),
     ({"mean": 0.5}, "mean and std belong together"),

@@ -213,8 +213,8 @@ def test_the_next_reset_comes_so_many_steps_after_the_last(every, expected, tmp_
             seen.append((state["exp_avg_sq"].abs().sum().item(), optimizer.param_groups[0]["lr"]))
 
     # Twelve steps with a reset in the 8th; the epoch that follows begins with step 13.
-    after = MomentumReset(every, warmup=3)
-    resumed(tmp_path, MomentumReset(8, warmup=3), after, Inside())
+    after = MomentumReset(every, warmup_steps=3)
+    resumed(tmp_path, MomentumReset(8, warmup_steps=3), after, Inside())
     assert [step for step, (moments, _) in enumerate(seen) if moments == 0.0] == expected
     rates = [RATE] * EPOCH
     for reset in expected:
@@ -225,8 +225,8 @@ def test_the_next_reset_comes_so_many_steps_after_the_last(every, expected, tmp_
 
 
 def test_a_longer_warmup_goes_on_from_the_last_reset(tmp_path):
-    after = MomentumReset(20, warmup=15)
-    trainer = resumed(tmp_path, MomentumReset(10, warmup=2), after)
+    after = MomentumReset(20, warmup_steps=15)
+    trainer = resumed(tmp_path, MomentumReset(10, warmup_steps=2), after)
     # 24 steps, the last reset was the tenth.
     assert trainer.callback_metrics["grad/momentum_reset/lr_factor"] == pytest.approx(reset_warmup(14, 15))
 
@@ -250,7 +250,7 @@ def test_a_monitor_goes_on_with_other_settings(tmp_path):
     assert record["count"] == EPOCH
     names = [name for row in record["layers"]["rows"] for name in row["norms"]]
     assert list(dict.fromkeys(names)) == ["a", "b"]
-    assert "grad/norm/b" in trainer.callback_metrics
+    assert "grad_layers/norm/b" in trainer.callback_metrics
 
 
 def test_the_noise_scale_of_other_parameters_is_not_taken_over(tmp_path):
@@ -265,4 +265,6 @@ def test_a_guard_goes_on_counting(tmp_path):
     rows, then = ROWS.clone(), ROWS.clone()
     rows[-1] = then[0] = torch.nan
     with pytest.raises(RuntimeError, match="2 steps in a row"):
-        resumed(tmp_path, SkipNonFinite(warnings=0), SkipNonFinite(max_in_row=2, warnings=0), rows=rows, then=then)
+        resumed(
+            tmp_path, SkipNonFinite(max_warnings=0), SkipNonFinite(max_in_row=2, max_warnings=0), rows=rows, then=then
+        )

@@ -13,7 +13,7 @@ ENTRIES = [
         wrong=(
             *_SHARES,
             ({"score": "el2m"}, "Did you mean 'el2n'"),
-            ({"keep": "hardest"}, "is none of"),
+            ({"keep": "hardest"}, "keep must be"),
             ({"select": "css"}, "Did you mean 'ccs'"),
             ({"select": "ccs", "keep": "easy"}, "keep='easy' means nothing"),
             ({"budget": "epoch"}, "Did you mean 'epochs'"),
@@ -52,10 +52,10 @@ ENTRIES = [
         "LossReweighting",
         needs_end={},
         wrong=(
-            ({"rule": "lin"}, "is none of"),
+            ({"rule": "lin"}, "rule must be"),
             ({"temperature": 0.0}, "temperature must be above 0"),
             ({"start_temperature": -1.0}, "start_temperature must be above 0"),
-            ({"warmup": 2.0}, "warmup must be from 0 to 1"),
+            ({"warmup_fraction": 2.0}, "warmup_fraction must be from 0 to 1"),
         ),
     ),
     Technique(

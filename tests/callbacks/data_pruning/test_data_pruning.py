@@ -9,6 +9,7 @@ import json
 import math
 import pickle
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -871,11 +872,13 @@ def test_an_offline_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for record in parsed(path):
         config.update(items(record.config.update) if record.HasField("config") else ())
         summary.update(items(record.summary.update) if record.HasField("summary") else ())
-        artifacts += [(record.artifact.name, record.artifact.type)] if record.HasField("artifact") else []
+        artifacts += [record.artifact] if record.HasField("artifact") else []
     assert config["DataPruning"]["prune"] == 0.5
     assert config["DataPruning"]["score"] == "el2n"
     assert summary["data/samples_share"] == 0.75
-    assert ("scores_epoch1", "scores") in artifacts
+    (scores,) = [artifact for artifact in artifacts if artifact.type == "scores"]
+    assert re.fullmatch(r"scores_\w+_22_[0-9a-f]{8}", scores.name), "named by class, length and content of the data"
+    assert sorted(scores.aliases) == ["el2n", "epoch1", "latest"]
 
 
 def test_a_callback_with_a_function_for_scores_pickles_after_its_fit() -> None:

@@ -133,7 +133,7 @@ class EqualWithoutZero(ClassWeighted):
 def test_a_high_temperature_leaves_a_loss_with_ignored_samples_as_it_is(module: Any, ignored: list[int]) -> None:
     x, y, index = make_data().tensors
     data = TensorDataset(x, y.index_fill(0, torch.tensor(ignored, dtype=torch.long), -100), index)
-    callback = LossReweighting(temperature=1e9, start_temperature=1e9, warmup=0.0)
+    callback = LossReweighting(temperature=1e9, start_temperature=1e9, warmup_fraction=0.0)
     effective = Effective(callback)
     found = train(callback, module(), data, more=[effective]).module.state_dict()
     plain = train(pl.Callback(), module(), data).module.state_dict()
@@ -169,7 +169,7 @@ class WriteLosses(Effective):
 
 
 def test_two_ranks_with_batches_of_different_size(tmp_path: Path) -> None:
-    callback = LossReweighting(temperature=0.5, start_temperature=0.5, warmup=0.0)
+    callback = LossReweighting(temperature=0.5, start_temperature=0.5, warmup_fraction=0.0)
     loader = DataLoader(Uneven(), BATCH)
     arguments: Any = {"strategy": "ddp_fork", "devices": 2, "max_steps": 6}
     train(callback, Classifier(normalizes=False), loader=loader, more=[WriteLosses(callback, tmp_path)], **arguments)

@@ -109,9 +109,9 @@ def pages(count: int) -> list[tuple[Tensor, int]]:
 def test_files_of_digits(trainer: pl.Trainer, folder: Path, digits: tuple[TensorDataset, ScoredSet]) -> None:
     dataset, found = digits
     report(trainer, found, dataset, "DataPruning", num_shown=8, figure=True)
-    endings = ["samples.csv", "samples.png", "scores.png"]
+    endings = ["label_errors.csv", "label_pairs.csv", "samples.csv", "samples.png", "scores.png"]
     assert sorted(path.name for path in folder.glob(f"{STEM}*")) == [f"{STEM}_{ending}" for ending in endings]
-    for ending in endings[1:]:
+    for ending in endings[3:]:
         with Image.open(folder / f"{STEM}_{ending}") as image:
             assert min(image.size) > 500
 
@@ -200,7 +200,8 @@ def test_equal_scores_stay_in_order(trainer: pl.Trainer, folder: Path) -> None:
 def test_few_samples_are_shared_between_the_hardest_and_the_easiest(trainer: pl.Trainer, folder: Path) -> None:
     report(trainer, scored([1.0, 3.0, 2.0]), pages(3), "DataPruning", num_shown=9, figure=False)
     assert column(folder / f"{STEM}_samples.csv", "index") == ["1", "2", "0"]
-    groups = _report._samples(scored([1.0, 3.0, 2.0]), pages(3), "DataPruning", 9, None)
+    few = scored([1.0, 3.0, 2.0])
+    groups = _report._samples(few, *_report._most_telling(few, 9), None, dict.fromkeys(range(3), (GREY, "")))
     headings = [text.get_text() for text in draw_samples(groups, "Title").texts[2:]]
     assert headings == ["The hardest samples (2), hardest first", "The easiest samples (1), easiest last"]
 
@@ -209,6 +210,28 @@ def test_no_sample_has_a_score(trainer: pl.Trainer, folder: Path) -> None:
     with pytest.warns(UserWarning, match="no sample is shown, for none of 2 has a score"):
         report(trainer, scored([nan, nan]), pages(2), "DataPruning", num_shown=1, figure=True)
     assert [path.name for path in folder.glob(f"{STEM}*")] == [f"{STEM}_scores.png"]
+
+
+def test_label_errors_are_listed_and_counted(trainer: pl.Trainer, folder: Path) -> None:
+    labels, answers = [0, 1, 1, 1, -1, 0, 1], [0, 2, 0, 2, 1, -1, 2]
+    found = scored([0.1, 0.5, 0.9, 0.2, 0.8, 0.7, nan], labels=labels, predictions=answers)
+    tokens = [([7, index], label) for index, label in enumerate(labels)]
+    named = Named(tokens, ["cat", "dog", "owl"])
+    _report.report_scores(trainer, found, named, DataPruning(), 1, False, lambda item: f"text {item[0][1]}")
+    rows = rows_of(folder / f"{STEM}_label_errors.csv")
+    assert [row["index"] for row in rows] == ["2", "1", "3"] == [str(index) for index in found.label_errors.tolist()]
+    assert [(row["label"], row["suggested"]) for row in rows] == [("dog", "cat"), ("dog", "owl"), ("dog", "owl")]
+    assert [row["input"] for row in rows] == ["text 2", "", ""]
+    pairs = rows_of(folder / f"{STEM}_label_pairs.csv")
+    assert [tuple(row.values()) for row in pairs] == [("dog", "owl", "2"), ("dog", "cat", "1")]
+
+
+@pytest.mark.parametrize(
+    "found", [scored([1.0, 2.0], labels=[0, 1]), scored([1.0, 2.0], labels=[0, 1], predictions=[0, 1])]
+)
+def test_no_label_errors(found: ScoredSet, trainer: pl.Trainer, folder: Path) -> None:
+    report(trainer, found, pages(2), "DataPruning", num_shown=0, figure=False)
+    assert not list(folder.glob("*label*"))
 
 
 def test_classes_are_named_where_names_are_known(trainer: pl.Trainer, folder: Path) -> None:
@@ -598,9 +621,9 @@ def test_tensorboard_has_figures_and_table(tmp_path: Path, digits: tuple[TensorD
     events = EventAccumulator(logger.log_dir)
     events.Reload()
     assert sorted(events.Tags()["images"]) == ["data/late/samples_figure", "data/late/scores_figure"]
-    (tag,) = events.Tags()["tensors"]
-    assert tag == "data/late/samples/text_summary"
-    text = events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+    tables = ["label_errors", "label_pairs", "samples"]
+    assert sorted(events.Tags()["tensors"]) == [f"data/late/{table}/text_summary" for table in tables]
+    text = events.Tensors("data/late/samples/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text.splitlines()[0] == "| index | score | rank | label | prediction | kept |"
     assert len(text.splitlines()) == 2 + 4
 
@@ -630,7 +653,7 @@ def test_wandb_has_figures_and_tables_with_pictures(
     wandb.finish()
     (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     tables = {name: table for record in parsed(run) for name, table in tables_of(record)}
-    assert sorted(tables) == ["data/mixed/samples", "data/samples"]
+    assert sorted(tables) == ["data/label_errors", "data/label_pairs", "data/mixed/samples", "data/samples"]
     keys = {key for row in read_history(tmp_path) for key in row}
     assert {"data/samples/path", "data/samples_figure/filenames", "data/scores_figure/filenames"} <= keys
 
@@ -642,18 +665,28 @@ def test_wandb_has_figures_and_tables_with_pictures(
     for row in rows:
         assert np.array_equal(row[0], view_of(dataset[row[1]])[0])
 
+    columns, rows = tables["data/label_errors"]
+    assert columns == ["picture", "index", "label", "suggested", "score"]
+    assert [row[1] for row in rows] == found.label_errors.tolist()
+    assert [index for index, row in enumerate(rows) if row[0] is not None] == [0, 1]
+    assert np.array_equal(rows[0][0], view_of(dataset[rows[0][1]])[0])
+    assert sum(row[-1] for row in tables["data/label_pairs"][1]) == len(rows)
+
     _, rows = tables["data/mixed/samples"]
     assert [None if row[0] is None else row[0].shape for row in rows] == [(8, 8), None, (8, 8, 3), None]
     assert [row[4] for row in rows] == [None, 0, 1, 2]
     assert [row[-1] for row in rows] == ["shape (8, 8)", "a text", "shape (3, 8, 8)", "shape (7,)"]
 
 
+def pixels_of(cell: Any, local: dict[str, str]) -> Any:
+    return np.asarray(Image.open(local[cell["path"]])) if isinstance(cell, dict) else cell
+
+
 def tables_of(record: Any) -> Iterator[tuple[str, tuple[list[str], list[list[Any]]]]]:
-    """Yield the name, the columns and the rows, with pixels, of a table with images: it is kept as an artifact."""
+    """Yield the name, the columns and the rows, with pixels, of a table: it is kept as an artifact."""
     local = {content.path: content.local_path for content in record.artifact.manifest.contents}
     for path in local:
         if path.endswith(".table.json"):
             table = json.loads(Path(local[path]).read_text())
-            pixels = [row[0] and np.asarray(Image.open(local[row[0]["path"]])) for row in table["data"]]
-            rows = [[shown, *row[1:]] for shown, row in zip(pixels, table["data"], strict=True)]
+            rows = [[pixels_of(cell, local) for cell in row] for row in table["data"]]
             yield path.removesuffix(".table.json"), (table["columns"], rows)

@@ -161,10 +161,10 @@ def test_update_ratio_and_cosine_equal_hand_computation(tmp_path):
     assert len(rows) == 4
     assert "grad/cosine" not in rows[0]
     for step, row in enumerate(rows):
-        assert row["grad/norm/layer"] == pytest.approx(gradients[step].norm().item(), rel=1e-5)
-        assert row["grad/weight_norm/layer"] == pytest.approx(weight.norm().item(), rel=1e-5)
+        assert row["grad_layers/norm/layer"] == pytest.approx(gradients[step].norm().item(), rel=1e-5)
+        assert row["grad_layers/weight_norm/layer"] == pytest.approx(weight.norm().item(), rel=1e-5)
         update = 0.1 * gradients[step]
-        assert row["grad/update_ratio/layer"] == pytest.approx((update.norm() / weight.norm()).item(), rel=1e-4)
+        assert row["grad_layers/update_ratio/layer"] == pytest.approx((update.norm() / weight.norm()).item(), rel=1e-4)
         weight = weight - update
         if step:
             expected = F.cosine_similarity(gradients[step], gradients[step - 1], dim=0).item()
@@ -175,8 +175,8 @@ def test_update_ratio_and_cosine_equal_hand_computation(tmp_path):
 
 def test_depth_joins_and_top_limits_the_layers_that_are_logged(tmp_path):
     (row, *_) = monitored(tmp_path, GradientMonitor(layer_depth=1, max_layers=2, histograms=False))
-    layers = [key for key in row if key.startswith("grad/norm/")]
-    assert layers == ["grad/norm/encoder", "grad/norm/mix"]
+    layers = [key for key in row if key.startswith("grad_layers/norm/")]
+    assert layers == ["grad_layers/norm/encoder", "grad_layers/norm/mix"]
     joined = math.hypot(*(row[key] for key in layers))
     assert joined < row["grad/norm"]
 
@@ -401,7 +401,7 @@ def run_backwards(*callbacks: Any, **arguments: Any) -> Any:
 
 def test_first_bad_step_is_named_once_with_its_facts(tmp_path):
     with pytest.warns(UserWarning, match=r"step 3, epoch 0, batch 3, loss nan: first\.weight, first of 4") as warned:
-        trainer = run_backwards(SkipNonFinite(warnings=0), GradientMonitor(), logger=CSVLogger(tmp_path))
+        trainer = run_backwards(SkipNonFinite(max_warnings=0), GradientMonitor(), logger=CSVLogger(tmp_path))
     assert len([w for w in warned if "not finite" in str(w.message)]) == 1
     folder = tmp_path / "lightning_logs" / "version_0"
     facts = json.loads((folder / "gradient_monitor_first_bad_step.json").read_text())
@@ -433,7 +433,7 @@ def test_alert_is_sent_where_a_logger_passes_it_on(tmp_path):
             return inner
 
     with pytest.warns(UserWarning, match="not finite"):
-        run_backwards(SkipNonFinite(warnings=0), GradientMonitor(alert=True), logger=Alerting(tmp_path))
+        run_backwards(SkipNonFinite(max_warnings=0), GradientMonitor(alert=True), logger=Alerting(tmp_path))
     (message,) = Alerting.sent
     assert "not finite" in message["title"]
     assert "first.weight" in message["text"]
@@ -467,7 +467,7 @@ def test_every_logger_gets_what_it_can_show(tmp_path, monkeypatch):
 
     rows = read_history(tmp_path)
     kinds = {key.removesuffix("/_type"): value for row in rows for key, value in row.items() if key.endswith("/_type")}
-    assert kinds["grad/histogram/hidden.weight"] == "histogram"
+    assert kinds["grad_layers/histogram/hidden.weight"] == "histogram"
     assert kinds.get("grad/record") == "table-file", f"{len(rows)} rows: {kinds}, {rows[-1].keys()}"
     assert kinds["grad/figure"] == "images/separated"
     norms = [row["grad/norm"] for row in rows if "grad/norm" in row]
@@ -478,7 +478,7 @@ def test_every_logger_gets_what_it_can_show(tmp_path, monkeypatch):
     events = EventAccumulator(board.log_dir)
     events.Reload()
     tags = events.Tags()
-    assert "grad/histogram/hidden.weight" in tags["histograms"]
+    assert "grad_layers/histogram/hidden.weight" in tags["histograms"]
     assert "grad/figure" in tags["images"]
     assert any("grad/record" in tag for tag in tags["tensors"])
     assert "grad/norm" in tags["scalars"]
@@ -521,6 +521,19 @@ def test_a_record_with_bad_steps_is_drawn(tmp_path):
     record.draw("title").savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert (record.count, record.clipped, record.skipped) == (6, 2, 2)
+
+
+@pytest.mark.parametrize("limit", [9.0, 1.5])
+def test_norms_that_nothing_changed_are_drawn_once(limit):
+    record = MonitorRecord()
+    for step, norm in enumerate([1.0, 2.0, math.nan]):
+        record.add_step(step, norm, min(norm, limit), skipped=False)
+    (axis,) = record.draw("title").axes
+    legend = [text.get_text() for text in axis.get_legend().get_texts()]
+    changed = ["before clipping or other changes", "as the optimizer used it", "clipped"]
+    assert legend == [*(changed if limit < 2 else []), "not finite"]
+    assert len(axis.lines) == (3 if limit < 2 else 1)
+    assert "first non-finite gradient at step 2" in axis.figure.get_suptitle()
 
 
 def test_an_empty_record_is_drawn(tmp_path):

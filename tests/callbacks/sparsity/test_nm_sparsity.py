@@ -755,7 +755,7 @@ def test_scalars_table_and_figure_with_the_csv_logger_alone(tmp_path):
     with (folder / "metrics.csv").open() as file:
         columns = set(csv.DictReader(file).fieldnames or [])
     assert {f"sparsity/{key}" for key in KEYS} <= columns
-    assert {"sparsity/density/net.0.weight", "sparsity/final_density", "sparsity/final_exact"} <= columns
+    assert {"sparsity_layers/density/net.0.weight", "sparsity/density", "sparsity/exact"} <= columns
     with (folder / "nm_sparsity.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == STEPS
@@ -780,7 +780,7 @@ def test_figure_and_histograms_reach_tensorboard(tmp_path):
     logger = TensorBoardLogger(tmp_path)
     trainer(NMSparsity("1:4", include=["*"]), logger=logger, log_every_n_steps=2).fit(Regression(linear_net()), data())
     events = EventAccumulator(logger.log_dir).Reload()
-    assert "sparsity/weights/net.0.weight" in events.Tags()["histograms"]
+    assert "sparsity_layers/weights/net.0.weight" in events.Tags()["histograms"]
     assert "sparsity/figure" in events.Tags()["images"]
     assert "sparsity/decay" in events.Tags()["scalars"]
 
@@ -806,6 +806,6 @@ def test_layer_keys_are_limited():
     callback = NMSparsity("1:4", include=["*"], max_layers=1)
     run = trainer(callback, log_every_n_steps=1)
     run.fit(Regression(linear_net()), data())
-    assert [key for key in run.callback_metrics if key.startswith("sparsity/density/")] == [
-        "sparsity/density/net.0.weight"
+    assert [key for key in run.callback_metrics if key.startswith("sparsity_layers/density/")] == [
+        "sparsity_layers/density/net.0.weight"
     ]

@@ -339,7 +339,7 @@ def test_it_works_where_gradients_are_off() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"norm": "l1"}, r"norm='l1' is none of 'linf', 'l2'\."),
+        ({"norm": "l1"}, r"norm must be 'linf' or 'l2'; got 'l1'\."),
         ({"epsilon": -0.1}, r"epsilon must be at least 0, and finite; got -0\.1\."),
         ({"epsilon": math.inf}, r"epsilon must be at least 0, and finite; got inf\."),
         ({"epsilon": math.nan}, r"epsilon must be at least 0, and finite; got nan\."),

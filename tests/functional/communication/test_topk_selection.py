@@ -382,7 +382,7 @@ def test_auto_is_the_default_and_every_selector_is_known() -> None:
 
 
 def test_an_unknown_selector_is_named() -> None:
-    with pytest.raises(ValueError, match="selector='exakt' is none of 'auto', 'exact', 'sampled', 'chunk'"):
+    with pytest.raises(ValueError, match="selector must be 'auto', 'exact', 'sampled' or 'chunk'; got 'exakt'"):
         select_largest(torch.zeros(5), 1, "exakt")
 
 

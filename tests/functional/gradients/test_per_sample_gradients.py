@@ -852,7 +852,7 @@ def test_losses_must_be_one_for_each_sample(wrong: Callable[[Tensor], Any]) -> N
 
 
 def test_constructor_refuses() -> None:
-    with pytest.raises(ValueError, match="fallback='none' is none of 'auto', 'raise'"):
+    with pytest.raises(ValueError, match="fallback must be 'auto' or 'raise'; got 'none'"):
         PerSampleGradientNorms(nn.Linear(2, 2), fallback="none")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ReLU has none"):
         PerSampleGradientNorms(nn.ReLU())

@@ -296,5 +296,5 @@ def test_decay_that_does_not_decay_is_refused(decay: float) -> None:
 
 @pytest.mark.parametrize("starts", [(), (0.5, 0.2), (0.2, 0.2), (-0.1, 0.5), (0.0, 1.0), (float("nan"),)])
 def test_stages_out_of_order_are_refused(starts: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match="rising shares from 0 to below 1"):
+    with pytest.raises(ValueError, match="increasing fractions from 0 to below 1"):
         NMSchedule(tuple((start, TARGET) for start in starts))

@@ -478,7 +478,7 @@ def sharded_groups_raise(rank: int, mesh) -> None:
 
     for placement in (Shard(1), _StridedShard(1, split_factor=2)):
         sharded = distribute_tensor(draw((4, 16)), mesh, [placement])
-        with pytest.raises(ValueError, match="sharded along dimension 1, in which the groups of 2:4 lie"):
+        with pytest.raises(ValueError, match="sharded along dimension 1, which the pattern 2:4 groups"):
             nm_mask(sharded, 2, 4)
 
 
