@@ -256,7 +256,7 @@ CLIPPING = [
     Row(
         "a warm-up too long",
         lambda _: fit(lg.MomentumReset(3, warmup_steps=3)),
-        r"Leave warmup out",
+        r"Omit it to use half of every_n_steps",
         lambda _: fit(lg.MomentumReset(3)),
     ),
     Row(

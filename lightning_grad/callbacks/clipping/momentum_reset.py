@@ -95,7 +95,7 @@ class MomentumReset(OptimizerCallback):
         if self.warmup_steps >= every_n_steps:
             raise ValueError(
                 "warmup_steps must be below every_n_steps, or the learning rate never recovers; got "
-                f"warmup_steps={warmup_steps} and every_n_steps={every_n_steps}. Omit warmup_steps to use half of every_n_steps."
+                f"warmup_steps={warmup_steps} and every_n_steps={every_n_steps}. Omit it to use half of every_n_steps."
             )
 
     # The fit begins.
