@@ -80,7 +80,7 @@ class Rule:
     """A rule as it is written in the list of callbacks.
 
     Args:
-        text: The call, for titles.
+        text: The call, for titles; AGC stands for AdaptiveGradientClipping.
         build: Function that returns the callbacks.
     """
 
@@ -96,8 +96,8 @@ RULES = {
     "zclip": Rule("ZClip()", lambda: [ZClip()]),
     "autoclip": Rule("AutoClip()", lambda: [AutoClip()]),
     "value": Rule("ValueClipping(1.0)", lambda: [ValueClipping(1.0)]),
-    "agc": Rule("AdaptiveGradientClipping(0.1)", lambda: [AdaptiveGradientClipping(0.1)]),
-    "agc-head": Rule("AdaptiveGradientClipping(0.1, head=None)", lambda: [AdaptiveGradientClipping(0.1, head=None)]),
+    "agc": Rule("AGC(0.1)", lambda: [AdaptiveGradientClipping(0.1)]),
+    "agc-head": Rule("AGC(0.1, head=None)", lambda: [AdaptiveGradientClipping(0.1, head=None)]),
     "centralization": Rule("GradientCentralization()", lambda: [GradientCentralization()]),
     "skip": Rule("SkipNonFinite()", lambda: [SkipNonFinite()]),
     "spike": Rule("SpikeClipping()", lambda: [SpikeClipping()]),
@@ -323,14 +323,18 @@ def judge(steps_lost: int, accuracy: float) -> str:
 
 def print_table(results: Sequence[Result], study: Study) -> None:
     """Print a row for each rule, over its seeds, and what the columns mean."""
-    header = ("rule", "outcome", "steps lost", "accuracy before", "at the end", "norm used")
+    header = ("rule", "outcome", "steps lost", "accuracy", "norm used")
     print_rows(header, [summarise(variant, results) for variant in study.rules])
     usual, bad = (statistics.median(getattr(r, key) for r in results) for key in ("usual_norm", "bad_norm"))
     print(f"\nThe usual gradient norm is {short_number(usual)}, that of the bad batch {bad:,.0f}.")
     print("norm used: what the optimizer got of the bad batch")
     print("steps lost: steps after it with a loss more than twice the largest of the")
     print(f"    {BEFORE} before. damaged: such steps. lost: less than {100 * HALF:.0f} % accuracy at the end")
-    print(f"accuracy: mean of {study.seeds} seeds, on 197 images: too few to rank the rules that saved the run")
+    print("accuracy: before the bad batch → at the end, on 197 images: too few to rank rules")
+    if any("AGC" in RULES[variant].text for variant in study.rules):
+        print("AGC: AdaptiveGradientClipping, which exempts the last layer unless head=None")
+    if study.seeds > 1:
+        print(f"numbers: mean of {study.seeds} seeds, of steps lost with the standard deviation")
     if study.factor == study.factor:
         print("SkipNonFinite skips nan and infinity; this gradient is large but finite.")
 
@@ -342,8 +346,7 @@ def summarise(variant: str, results: Sequence[Result]) -> tuple[str, ...]:
         RULES[variant].text,
         outcome_of(own),
         mean_and_spread([result.steps_lost for result in own], ".0f"),
-        f"{100 * statistics.mean(result.accuracy_before for result in own):.1f} %",
-        f"{100 * statistics.mean(result.accuracy for result in own):.1f} %",
+        " → ".join(f"{100 * statistics.mean(getattr(r, key) for r in own):.1f}" for key in ACCURACIES) + " %",
         short_number(statistics.mean(result.used_norm for result in own)),
     )
 
@@ -362,6 +365,7 @@ def outcome_of(own: Sequence[Result]) -> str:
 
 # The figure.
 
+ACCURACIES = ("accuracy_before", "accuracy")
 OUTCOMES = {"saved": "#00805D", "damaged": "#B87700", "lost": "#C4341A"}
 FAR_ABOVE = 30.0  # times the loss of the bad batch: a loss that diverges later leaves the picture
 NOTE: dict[str, Any] = {"fontsize": 8, "color": "0.35", "ha": "right", "va": "top"}
@@ -404,12 +408,13 @@ def draw_rule(axis: Axes, study: Study, own: Sequence[Result]) -> float:
         axis.plot(np.arange(1, len(losses) + 1), losses, color=OUTCOMES[result.outcome], linewidth=1)
     axis.axvline(study.bad_step + 1, color="0.5", linewidth=0.8, linestyle=":", zorder=0)
     worst = max((result.outcome for result in own), key=list(OUTCOMES).index)
-    axis.set_title(f"{call}\n", fontsize=9.5 if len(call) < 32 else 7.5, loc="left")
-    before, end = (100 * statistics.mean(getattr(r, key) for r in own) for key in ("accuracy_before", "accuracy"))
+    axis.set_title(f"{call}\n", fontsize=9.5, loc="left")
+    before, end = (100 * statistics.mean(getattr(r, key) for r in own) for key in ACCURACIES)
     words = f"{outcome_of(own)}: {before:.0f} → {end:.0f} %"
     axis.text(0, 1.03, words, transform=axis.transAxes, fontsize=9, color=OUTCOMES[worst]).set_in_layout(False)
     axis.set_yscale("log")
     axis.set_xlim(0, study.steps)
+    axis.margins(y=0)
     tidy(axis)
     return top
 

@@ -94,8 +94,9 @@ def test_table_tells_what_its_columns_mean(capsys: pytest.CaptureFixture[str]) -
     results = [Result("norm", seed, 0.8, 440.0, 1.0, 0.95, 0.97, 0, "saved") for seed in (0, 1)]
     print_table(results, Study(variants=["norm"], seeds=2))
     printed = capsys.readouterr().out
-    assert "NormClipping(1.0)   saved     0 ± 0        95.0 %            97.0 %       1.00" in printed
+    assert "NormClipping(1.0)   saved     0 ± 0        95.0 → 97.0 %   1.00" in printed
     assert "large but finite" in printed
+    assert max(map(len, printed.splitlines())) <= 84
     print_table(results, Study(variants=["norm"], seeds=2, factor=float("nan")))
     assert "finite" not in capsys.readouterr().out
 
