@@ -128,7 +128,8 @@ def log_summary(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
         if summary is not None and hasattr(summary, "update"):
             summary.update(dict(values))
         else:
-            logger.log_metrics(dict(values), step=stepped_batches(trainer))
+            # At the last step that was made, where the curve of the same quantity ends.
+            logger.log_metrics(dict(values), step=max(stepped_batches(trainer) - 1, 0))
             logger.save()
 
 

@@ -80,7 +80,7 @@ def test_barebones_runs_without_a_warning_that_names_nobody(technique):
     [
         ({"include": ["encodr.*"]}, "no parameter or module is named 'encodr"),
         ({"exclude": ["nothing"]}, "no parameter or module is named 'nothing'"),
-        ({"include": ["hidden"], "exclude": ["hidden"]}, "finds no weight|excludes all of them"),
+        ({"include": ["hidden"], "exclude": ["hidden"]}, "found no weight|excludes all of them"),
     ],
 )
 def test_names_that_match_nothing(technique, arguments, words):

@@ -43,15 +43,15 @@ class LossReweighting(LossWeighting):
     Minimum, maximum and softmax go over the global batch, the samples of all ranks. f is min(h + 1, 1) for "linupper", which
     takes weight from samples of low loss; 1 - h^2 for "quadratic", from both ends; abs(h) for "extremes", from the middle
     (:func:`~lightning_grad.functional.loss_weights`). The temperature r falls from ``start_temperature`` to ``temperature``
-    over the run; before, in the first ``warmup``, all weigh the same. A sample with several positions (tokens, pixels) also
-    counts by their number, as in the mean of the batch.
+    over the run; in the first ``warmup_fraction`` of it all samples weigh the same. A sample with several positions
+    (tokens, pixels) also counts by their number, as in the mean of the batch.
 
     Args:
         rule: f, "linupper" (best in the paper), "quadratic" or "extremes".
         temperature: r at the end of the run (1 in the released code); .inf in YAML turns the weighting off.
         start_temperature: r after the warm-up. The released code asks for a schedule from high to low and does not
             say which; 10 is ours.
-        warmup: Share of the run in which all samples weigh the same (0.05 in the released code).
+        warmup_fraction: Share of the run in which all samples weigh the same (0.05 in the released code).
         loss_index: Index, from 0, of the only loss call that is weighted; by default all that the step returns.
         loss_fn: Function of the module and a batch that returns the losses (B,), in place of the step's own loss. The step
             runs as it is; its mean must be the step's loss, up to a constant. It costs a second forward and backward pass.
@@ -100,7 +100,7 @@ class LossReweighting(LossWeighting):
         compiled=COMPILED,
         **manual(no_weighting(f"Use automatic optimization, or {_BY_HAND}")),
     )
-    trial: ClassVar[Mapping[str, Any]] = {"warmup": 0.0}
+    trial: ClassVar[Mapping[str, Any]] = {"warmup_fraction": 0.0}
     neutral: ClassVar[Mapping[str, Any] | str] = {"temperature": math.inf}
     way_out: ClassVar[str] = f"{_BY_HAND}, or {LOSS_FN}"
 
@@ -117,7 +117,7 @@ class LossReweighting(LossWeighting):
         rule: Rule = "linupper",
         temperature: float = 1.0,
         start_temperature: float = 10.0,
-        warmup: float = 0.05,
+        warmup_fraction: float = 0.05,
         loss_index: int | None = None,
         loss_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         total_steps: int | None = None,
@@ -130,7 +130,7 @@ class LossReweighting(LossWeighting):
         self.temperature = check_above(temperature, 0.0, "temperature")
         self.acts = math.isfinite(temperature)
         self.start_temperature = check_above(start_temperature, 0.0, "start_temperature")
-        self.warmup = check_between(warmup, 0.0, 1.0, "warmup")
+        self.warmup_fraction = check_between(warmup_fraction, 0.0, 1.0, "warmup_fraction")
         self.choose_loss(loss_index, loss_fn)
         self.total_steps = check_total_steps(total_steps)
 
@@ -170,7 +170,7 @@ class LossReweighting(LossWeighting):
         self._batch_idx, self._samples = batch_idx, None
         if self.acts:
             progress = run_progress(trainer, stated=self.total_steps)
-            self._now = annealed_temperature(progress, self.start_temperature, self.temperature, self.warmup)
+            self._now = annealed_temperature(progress, self.start_temperature, self.temperature, self.warmup_fraction)
             if self._rehearsals_left:
                 self._first = copy_of(batch)  # the step may change it
 

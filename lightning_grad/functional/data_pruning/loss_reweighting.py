@@ -76,7 +76,9 @@ def loss_weights(losses: Tensor, rule: str = "linupper", temperature: float = 1.
     return torch.where(valid, weights, 0.0)
 
 
-def annealed_temperature(progress: float, start: float = 10.0, end: float = 1.0, warmup: float = 0.05) -> float:
+def annealed_temperature(
+    progress: float, start: float = 10.0, end: float = 1.0, warmup_fraction: float = 0.05
+) -> float:
     r"""Return the temperature at a point of the run: infinite in the warm-up, then decreasing.
 
     .. math::
@@ -90,16 +92,16 @@ def annealed_temperature(progress: float, start: float = 10.0, end: float = 1.0,
         progress: t, completed fraction of the run, 0 to 1.
         start: :math:`r_0`, temperature after the warm-up.
         end: :math:`r_1`, temperature at the end.
-        warmup: :math:`t_0`, initial fraction of the run with equal weights.
+        warmup_fraction: :math:`t_0`, initial fraction of the run with equal weights.
 
     Returns:
         float: r, for :func:`loss_weights`.
 
     Raises:
-        ValueError: If a temperature is not above 0 or not finite, or warmup is outside [0, 1].
+        ValueError: If a temperature is not above 0 or not finite, or warmup_fraction is outside [0, 1].
 
     Example:
-        >>> [round(annealed_temperature(t, start=100.0, end=1.0, warmup=0.2), 6) for t in (0.0, 0.2, 0.6, 1.0)]
+        >>> [round(annealed_temperature(t, start=100.0, end=1.0, warmup_fraction=0.2), 6) for t in (0.0, 0.2, 0.6, 1.0)]
         [inf, 100.0, 10.0, 1.0]
 
     References:
@@ -108,9 +110,9 @@ def annealed_temperature(progress: float, start: float = 10.0, end: float = 1.0,
     for name, value in (("start", start), ("end", end)):
         if not 0.0 < value < math.inf:
             raise ValueError(f"{name} must be finite and above 0; got {value}.")
-    if not 0.0 <= warmup <= 1.0:
-        raise ValueError(f"warmup must be between 0 and 1, a fraction of the run; got {warmup}.")
-    if progress < warmup:
+    if not 0.0 <= warmup_fraction <= 1.0:
+        raise ValueError(f"warmup_fraction must be between 0 and 1, a fraction of the run; got {warmup_fraction}.")
+    if progress < warmup_fraction:
         return math.inf
-    done = min((progress - warmup) / (1.0 - warmup), 1.0) if warmup < 1.0 else 1.0
+    done = min((progress - warmup_fraction) / (1.0 - warmup_fraction), 1.0) if warmup_fraction < 1.0 else 1.0
     return start * math.exp(done * math.log(end / start))

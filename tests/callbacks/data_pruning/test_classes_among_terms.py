@@ -99,9 +99,9 @@ def test_classes_are_balanced() -> None:
 
 
 def test_reading_beside_weights_of_the_whole() -> None:
-    reader, weights = pruning("aum", prune=0.0), LossReweighting(warmup=0.0)
+    reader, weights = pruning("aum", prune=0.0), LossReweighting(warmup_fraction=0.0)
     found = train(reader, Rebuilding(), more=[weights]).module
-    expected = train(LossReweighting(warmup=0.0), Rebuilding()).module
+    expected = train(LossReweighting(warmup_fraction=0.0), Rebuilding()).module
     assert_identical(found.state_dict(), expected.state_dict())
     assert reader.scored.labels.tolist() == make_data().tensors[1].tolist()
 
