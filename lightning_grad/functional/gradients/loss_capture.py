@@ -1,8 +1,8 @@
 """Capture the loss of every sample from a training step that returns the mean over the batch.
 
-A training step computes one number for a batch. :class:`LossCapture` is a context around it that intercepts the calls of
-losses of ``torch.nn.functional`` and keeps the losses of the samples; with ``reweight`` it also weights them. The step
-itself is not changed.
+A training step computes one number for a batch. :class:`LossCapture` is a context around it that intercepts the calls
+of losses of ``torch.nn.functional`` and keeps the losses of the samples; with ``reweight`` it also weights them. The
+step itself is not changed.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class UnreadLoss:
 class LossCapture(TorchFunctionMode):
     r"""Context that captures the loss of every sample from calls of losses of ``torch.nn.functional``.
 
-    Each loss is computed again with ``reduction="none"``, whether it is called as a function or a module, inside another
-    module's ``forward`` or under autocast. The call still returns its own value, bitwise. With weights :math:`w_i` from
-    ``reweight`` it returns instead
+    Each loss is computed again with ``reduction="none"``, whether it is called as a function or a module, inside
+    another module's ``forward`` or under autocast. The call still returns its own value, bitwise. With weights
+    :math:`w_i` from ``reweight`` it returns instead
 
     .. math::
         L = \frac{\sum_i w_i \sum_{p \in P_i} \ell_{ip}}{\sum_i \sum_{p \in P_i} w_{ip}}
@@ -57,25 +57,25 @@ class LossCapture(TorchFunctionMode):
 
     Args:
         samples: B, if a loss has several rows per sample, such as token losses of shape (B T, C).
-            The rows of a sample must be adjacent. By default every row is a sample. A loss whose number of rows is not a
-            multiple of B (packed tokens) is not read; a multiple by coincidence is not noticed.
+            The rows of a sample must be adjacent. By default every row is a sample. A loss whose number of rows is not
+            a multiple of B (packed tokens) is not read; a multiple by coincidence is not noticed.
         reweight: Function called with each :class:`LossCall`; returns weights (B,), or ``None`` for none.
         keep_graph: Keep the graph of ``losses`` and of the network's ``output``; by default none is kept.
         way_out: Advice for the error if no loss can be read: a clause that starts with a verb.
 
     Attributes:
         calls: The calls that were read, in order.
-        unread: Calls that could not be read: ``ctc_loss`` and other losses of several inputs, functions of ``torch`` that
-            are called directly, and calls inside a ``torch.func`` transform.
+        unread: Calls that could not be read: ``ctc_loss`` and other losses of several inputs, functions of ``torch``
+            that are called directly, and calls inside a ``torch.func`` transform.
 
-    Hand-written, scripted and fused losses are not captured. A loss inside a checkpointed function is read once, but can
-    neither be reweighted nor keep its graph: the backward pass computes it again outside the context, and torch raises an
-    error if the results differ. A loss inside a compiled function is read. It can be reweighted unless compiled with
-    ``fullgraph=True``, because reweighting breaks the graph.
+    Hand-written, scripted and fused losses are not captured. A loss inside a checkpointed function is read once, but
+    can neither be reweighted nor keep its graph: the backward pass computes it again outside the context, and torch
+    raises an error if the results differ. A loss inside a compiled function is read. It can be reweighted unless
+    compiled with ``fullgraph=True``, because reweighting breaks the graph.
 
     Raises:
-        ValueError: If ``samples`` is less than 1. With ``reweight``, also if a loss with a graph has a number of rows that is
-            not a multiple of ``samples``, or if the weights are not (B,).
+        ValueError: If ``samples`` is less than 1. With ``reweight``, also if a loss with a graph has a number of rows
+            that is not a multiple of ``samples``, or if the weights are not (B,).
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]], requires_grad=True)
@@ -116,8 +116,8 @@ class LossCapture(TorchFunctionMode):
             LossCall: The call.
 
         Raises:
-            RuntimeError: If no loss was captured, if there are several and ``loss_index`` is ``None``, or if the index is
-                out of range.
+            RuntimeError: If no loss was captured, if there are several and ``loss_index`` is ``None``, or if the index
+                is out of range.
             ValueError: If the number of rows of the only loss is not a multiple of ``samples``.
         """
         if not self.calls:
@@ -148,7 +148,8 @@ class LossCapture(TorchFunctionMode):
         names = "; ".join(f"{u.name} ({u.reason})" for u in self.unread)
         raise RuntimeError(
             "No loss of torch.nn.functional was captured that can be read per sample"
-            f"{f': only {names}' if names else ''}. Hand-written, scripted and fused losses are not captured: {self.way_out}."
+            f"{f': only {names}' if names else ''}. Hand-written, scripted and fused losses are not captured: "
+            f"{self.way_out}."
         )
 
     def __torch_function__(
@@ -245,8 +246,8 @@ def _samples(name: str, positions: Tensor, samples: int | None, way_out: str) ->
     if rows % samples or rows == 0:
         raise IndivisibleError(
             f"{name} got {rows} rows for {samples} samples, so it is unknown which row belongs to which sample (packed "
-            "tokens, a loss of only some of the rows, a collate_fn that drops samples, or chunks of a loss). Pad instead of "
-            f"packing, compute chunks in one call, or {way_out}."
+            "tokens, a loss of only some of the rows, a collate_fn that drops samples, or chunks of a loss). Pad "
+            f"instead of packing, compute chunks in one call, or {way_out}."
         )
     return samples
 

@@ -19,12 +19,12 @@ def _names(text: str) -> tuple[str, ...]:
 
 # With reduction="none" these return one value per position, and each position belongs to one sample.
 _READABLE = _names(
-    "cross_entropy nll_loss linear_cross_entropy binary_cross_entropy binary_cross_entropy_with_logits mse_loss l1_loss "
-    "smooth_l1_loss huber_loss kl_div poisson_nll_loss gaussian_nll_loss soft_margin_loss multi_margin_loss "
+    "cross_entropy nll_loss linear_cross_entropy binary_cross_entropy binary_cross_entropy_with_logits mse_loss "
+    "l1_loss smooth_l1_loss huber_loss kl_div poisson_nll_loss gaussian_nll_loss soft_margin_loss multi_margin_loss "
     "multilabel_margin_loss multilabel_soft_margin_loss hinge_embedding_loss"  # linear_cross_entropy from torch 2.13 on
 )
-# Losses of several inputs, or with lengths, whose rows are not known to be samples. Unreduced, they return one value per
-# sample.
+# Losses of several inputs, or with lengths, whose rows are not known to be samples. Unreduced, they return one value
+# per sample.
 _OF_SEVERAL = ("cosine_embedding_loss", "ctc_loss", "margin_ranking_loss", "triplet_margin_loss")
 # Functions that the losses above call. User code may also call them directly, with other arguments.
 _OF_OWN_NAMES = ("cross_entropy_loss", "nll_loss_nd", "nll_loss2d", "triplet_margin_with_distance_loss")
@@ -70,8 +70,8 @@ LOSSES = _table()
 def dropped_weight(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the ``weight`` of a call of ``l1_loss``, which torch does not pass to a mode (pull request 193003).
 
-    No release from torch 2.6 to 2.13 passes it. Without it, observing the loss would change its value, so it is read from
-    the frame of the called function.
+    No release from torch 2.6 to 2.13 passes it. Without it, observing the loss would change its value, so it is read
+    from the frame of the called function.
     """
     if func is not F.l1_loss or "weight" in kwargs:
         return {}
@@ -172,20 +172,22 @@ class LossCall:
     .. math::
         \ell_i = \frac{\sum_{p \in P_i} \ell_{ip}}{\sum_{p \in P_i} w_{ip}}
 
-    where :math:`P_i` are the positions of sample i (one in plain classification, the tokens of a sentence, the pixels of an
-    image, the entries of a vector), and :math:`w_{ip}` is the position's part of the denominator of the mean: 1, 0 if
-    ignored, or the weight of its class. :math:`\ell_i` is thus the mean loss of a batch that contains only sample i.
+    where :math:`P_i` are the positions of sample i (one in plain classification, the tokens of a sentence, the pixels
+    of an image, the entries of a vector), and :math:`w_{ip}` is the position's part of the denominator of the mean: 1,
+    0 if ignored, or the weight of its class. :math:`\ell_i` is thus the mean loss of a batch that contains only sample
+    i.
 
     Attributes:
         name: The name of the function in ``torch.nn.functional``.
         input: The argument ``input`` (for ``linear_cross_entropy`` the features, not the logits); detached.
         target: The argument ``target``; detached.
         samples: B, the number of samples.
-        losses: :math:`\ell_i`, (B,), float32 or float64; nan if all positions of a sample are ignored. It is the mean over
-            positions even with ``reduction="sum"``, and the mean over rows with "batchmean". Detached unless
+        losses: :math:`\ell_i`, (B,), float32 or float64; nan if all positions of a sample are ignored. It is the mean
+            over positions even with ``reduction="sum"``, and the mean over rows with "batchmean". Detached unless
             ``keep_graph``.
         valid: Positions that are not ignored, bool, in the shape of the loss with ``reduction="none"``.
-        options: The other arguments by name, including defaults: ``reduction``, ``weight``, ``ignore_index`` ...; detached.
+        options: The other arguments by name, including defaults: ``reduction``, ``weight``, ``ignore_index`` ...;
+            detached.
         has_graph: Whether the loss can be differentiated. A value computed for logging usually cannot.
         output: The argument ``input`` with its graph if ``keep_graph``; else ``None``.
     """

@@ -5,10 +5,10 @@ sample takes B times the memory of the parameters, but its norm does not need th
 gradient of sample b is the product :math:`g_b a_b^T` of the output's gradient and the input. Its norm is
 :math:`\lVert g_b \rVert \lVert a_b \rVert`, and both factors are available during one ordinary backward pass.
 
-Parameters are followed through all operations that use them, not through module classes, so custom modules, tied weights
-and modules that are called twice need no special treatment. Parameters without a rule are measured by one backward pass
-per sample, through only the part of the network that they need; :attr:`PerSampleGradientNorms.coverage` lists them.
-``docs/data_pruning/per_sample_gradients.md`` explains how it works, with a drawing.
+Parameters are followed through all operations that use them, not through module classes, so custom modules, tied
+weights and modules that are called twice need no special treatment. Parameters without a rule are measured by one
+backward pass per sample, through only the part of the network that they need; :attr:`PerSampleGradientNorms.coverage`
+lists them. ``docs/data_pruning/per_sample_gradients.md`` explains how it works, with a drawing.
 """
 
 import math
@@ -47,19 +47,19 @@ class PerSampleGradientNorms:
 
     **Cost.** One forward and one backward pass. On one CPU thread this takes 1.2 to 1.5 times a plain pass for residual
     networks with BatchNorm, and 1.1 times for a transformer of width 256, with about the memory of the plain pass.
-    ``vmap(grad(...))`` on a ResNet-18 of half width with 64 images takes 3.1 times as long and 6.7 times as much memory.
-    The first batch takes a few more passes. Parameters without a rule (recurrent layers, ``bmm``, ``einsum``, custom
-    autograd functions) cost one backward pass per sample.
+    ``vmap(grad(...))`` on a ResNet-18 of half width with 64 images takes 3.1 times as long and 6.7 times as much
+    memory. The first batch takes a few more passes. Parameters without a rule (recurrent layers, ``bmm``, ``einsum``,
+    custom autograd functions) cost one backward pass per sample.
 
     Args:
         module: The module whose trainable parameters are measured; in eval mode if it has BatchNorm.
         fallback: "auto" measures parameters without a rule by one backward pass per sample, "raise" raises.
 
     Raises:
-        ValueError: If ``fallback`` is unknown, or no parameter of the module requires grad. From a call, if the losses are
-            not a tensor (B,) or have no graph.
-        RuntimeError: From a call, if the loss of a sample depends on other samples (BatchNorm in training mode, contrastive
-            losses), or if a parameter has no rule with ``fallback="raise"``.
+        ValueError: If ``fallback`` is unknown, or no parameter of the module requires grad. From a call, if the losses
+            are not a tensor (B,) or have no graph.
+        RuntimeError: From a call, if the loss of a sample depends on other samples (BatchNorm in training mode,
+            contrastive losses), or if a parameter has no rule with ``fallback="raise"``.
 
     Example:
         >>> module = nn.Linear(2, 1, bias=False)
@@ -75,8 +75,8 @@ class PerSampleGradientNorms:
         Goodfellow, "Efficient per-example gradient computations", 2015, arXiv 1510.01799 (linear layers).
         Li et al., "Large language models can be strong differentially private learners", 2021, arXiv 2110.05679,
         section 4 (ghost norms: sequences by Gram matrices).
-        Bu et al., "Scalable and efficient training of large convolutional neural networks with differential privacy", 2022,
-        arXiv 2205.10683, section 4 (choice between Gram matrices and products).
+        Bu et al., "Scalable and efficient training of large convolutional neural networks with differential privacy",
+        2022, arXiv 2205.10683, section 4 (choice between Gram matrices and products).
     """
 
     def __init__(self, module: nn.Module, fallback: Literal["auto", "raise"] = "auto") -> None:
@@ -96,7 +96,8 @@ class PerSampleGradientNorms:
     def coverage(self) -> Mapping[str, str]:
         """How each trainable parameter was measured in the last call, by name.
 
-        The value is "ghost: " with the operations, "per-sample backward: " with the operations without a rule, or "unused".
+        The value is "ghost: " with the operations, "per-sample backward: " with the operations without a rule, or
+        "unused".
         """
         return self._coverage
 
@@ -114,8 +115,9 @@ class PerSampleGradientNorms:
                 return self._run(compute_losses, parameters)
             except CheckpointError as error:
                 raise RuntimeError(
-                    "Per-sample gradient norms do not work with torch.utils.checkpoint.checkpoint, because it runs a part of "
-                    "the module again during the backward pass. Turn activation checkpointing off while measuring."
+                    "Per-sample gradient norms do not work with torch.utils.checkpoint.checkpoint, because it runs a "
+                    "part of the module again during the backward pass. Turn activation checkpointing off while "
+                    "measuring."
                 ) from error
 
     def _run(self, compute_losses: Callable[[], Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
@@ -130,8 +132,8 @@ class PerSampleGradientNorms:
                     return self._measure(tracer)
             rewind()
         raise RuntimeError(
-            "compute_losses must do the same in each call, but its operations differ between calls. Draw random numbers "
-            "only from torch's global generators, and keep no state between calls."
+            "compute_losses must do the same in each call, but its operations differ between calls. Draw random "
+            "numbers only from torch's global generators, and keep no state between calls."
         )
 
     def _learn(self, tracer: Tracer) -> bool:
@@ -149,8 +151,8 @@ class PerSampleGradientNorms:
     def _settle(self, failed: Sequence[Use], tracer: Tracer) -> None:
         """Decide on uses without a matching layout.
 
-        If the samples are separate but in no known order, autograd measures the parameters. If one tensor is used for all
-        samples, the use is batchless. Otherwise the samples are mixed, which is an error.
+        If the samples are separate but in no known order, autograd measures the parameters. If one tensor is used for
+        all samples, the use is batchless. Otherwise the samples are mixed, which is an error.
         """
         meeting = graph.where_samples_meet(failed, tracer)
         apart = [use for use in failed if id(use) not in meeting]
@@ -296,8 +298,8 @@ def _checked(losses: object) -> Tensor:
         )
     if not losses.requires_grad:
         raise ValueError(
-            "compute_losses must return losses with their graph, but these do not require grad. Do not detach them, and "
-            "compute them from trainable parameters of the module."
+            "compute_losses must return losses with their graph, but these do not require grad. Do not detach them, "
+            "and compute them from trainable parameters of the module."
         )
     return losses
 
@@ -307,24 +309,24 @@ def _refuse_training_batch_norm(module: nn.Module) -> None:
     for name, child in module.named_modules():
         if isinstance(child, kind) and child.training:
             raise RuntimeError(
-                f"Per-sample gradient norms are undefined for {name or type(child).__name__} ({type(child).__name__}) in "
-                "training mode, because each loss depends on all samples of the batch. Call module.eval() first."
+                f"Per-sample gradient norms are undefined for {name or type(child).__name__} ({type(child).__name__}) "
+                "in training mode, because each loss depends on all samples of the batch. Call module.eval() first."
             )
 
 
 def _mixed(operation: str, names: set[str] | frozenset[str]) -> RuntimeError:
     return RuntimeError(
-        f"The loss of one sample depends on other samples at {operation} with {', '.join(sorted(names))}, so per-sample "
-        "gradients are undefined. If the module mixes samples in training mode only, call module.eval(). If the loss "
-        "compares samples, or is not in the order of the samples, use a score without gradients."
+        f"The loss of one sample depends on other samples at {operation} with {', '.join(sorted(names))}, so "
+        "per-sample gradients are undefined. If the module mixes samples in training mode only, call module.eval(). If "
+        "the loss compares samples, or is not in the order of the samples, use a score without gradients."
     )
 
 
 def _uncovered_message(uncovered: Mapping[str, str]) -> str:
     lines = "; ".join(f"{name} ({why})" for name, why in uncovered.items())
     return (
-        f'PerSampleGradientNorms(fallback="raise") has no rule for: {lines}. Use fallback="auto", which takes one backward '
-        "pass per sample for these parameters, or freeze them."
+        f'PerSampleGradientNorms(fallback="raise") has no rule for: {lines}. Freeze these parameters, or use '
+        'fallback="auto", which takes one backward pass per sample for them.'
     )
 
 

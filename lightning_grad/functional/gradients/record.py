@@ -64,8 +64,8 @@ def _is_step(filename: str) -> bool:
 class Record:
     """The record of one step.
 
-    It stores nodes and not their ids: once a node's Python object is released, torch creates a new one, perhaps with the
-    id of another node.
+    It stores nodes and not their ids: once a node's Python object is released, torch creates a new one, perhaps with
+    the id of another node.
 
     Attributes:
         samples: B.

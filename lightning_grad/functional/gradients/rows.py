@@ -1,8 +1,8 @@
 """Find which sample each row of a tensor belongs to, through functions that move rows.
 
 By default, a tensor whose first dimension is k B is assumed to have k adjacent rows per sample, in order: the *shape
-rule*. It holds for nearly all tensors of a network, and costs nothing. Functions that move rows break it. Their effect is
-found by making the same call on a tensor of sample numbers, so no function needs its own rule.
+rule*. It holds for nearly all tensors of a network, and costs nothing. Functions that move rows break it. Their effect
+is found by making the same call on a tensor of sample numbers, so no function needs its own rule.
 """
 
 from __future__ import annotations

@@ -104,8 +104,8 @@ def stack(values: Sequence[Tensor]) -> Tensor:
 def joined_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the 2-norm of all tensors, concatenated into one vector, in float32 or float64.
 
-    Small tensors are concatenated first, because many kernel launches cost more than the arithmetic. The last digits may
-    therefore differ from torch's own norm.
+    Small tensors are concatenated first, because many kernel launches cost more than the arithmetic. The last digits
+    may therefore differ from torch's own norm.
     """
     if len({tensor.device for tensor in tensors}) > 1 or any(is_sharded(tensor) for tensor in tensors):
         return whole(torch.linalg.vector_norm(stack_norms(tensors)))

@@ -54,10 +54,10 @@ class Terms:
     .. math::
         o_i = \sum_k \frac{\sum_{p \in P_i} a'_{kp} r'_{kp}}{\sum_{p \in P_i} a'_{kp}} \sum_j \sum_{p \in P_j} a'_{kp}
 
-    is the loss of a batch with only this sample, if the step divides by the number of positions. Here r' and a' are taken
-    below masks that the step multiplies by (in the sum of l m, r' is l and a' is m). Both are equal if all samples have the
-    same coefficients, as without masks; otherwise a batch of one sample shows which of them is its loss. Weights always
-    apply to shares:
+    is the loss of a batch with only this sample, if the step divides by the number of positions. Here r' and a' are
+    taken below masks that the step multiplies by (in the sum of l m, r' is l and a' is m). Both are equal if all
+    samples have the same coefficients, as without masks; otherwise a batch of one sample shows which of them is its
+    loss. Weights always apply to shares:
 
     .. math::
         L_w = c + \frac{1}{B} \sum_i w_i s_i
@@ -69,8 +69,8 @@ class Terms:
         keys: Keys of the cuts of the loss; equal in all steps of the same code.
 
     Raises:
-        InseparableLossError: From the constructor, if the loss is not such a sum, if this cannot be proved, or if the terms
-            do not add up to the loss; from :meth:`weight_`, for learned factors.
+        InseparableLossError: From the constructor, if the loss is not such a sum, if this cannot be proved, or if the
+            terms do not add up to the loss; from :meth:`weight_`, for learned factors.
     """
 
     def __init__(
@@ -154,8 +154,8 @@ class Terms:
         if bool(difference > _TOLERANCES.get(self.dtype, 3e-2) * scale):
             seen = self.shares.detach().mean() + found.constant
             raise NOWHERE.refusal(
-                f"The terms that were traced add up to {float(seen):.9g}, but the step returned {float(self._loss):.9g}."
-                " The loss contains a term that was not traced."
+                f"The terms that were traced add up to {float(seen):.9g}, but the step returned "
+                f"{float(self._loss):.9g}. The loss contains a term that was not traced."
             )
 
     def weighted_loss(self, weights: Tensor) -> Tensor:
@@ -166,8 +166,8 @@ class Terms:
     def weight_(self, weights: Tensor) -> WeightHandle:
         """Weight the samples in every backward pass through the graph of this step.
 
-        The gradients become those of the weighted loss. If all weights are 1, they are bitwise unchanged. Constants are not
-        weighted. The forward pass and the value of the loss do not change, and nothing is computed twice.
+        The gradients become those of the weighted loss. If all weights are 1, they are bitwise unchanged. Constants are
+        not weighted. The forward pass and the value of the loss do not change, and nothing is computed twice.
 
         Args:
             weights: Weight of each sample, (B,).
@@ -254,7 +254,8 @@ def weight_call_(
     call = read_call(func, args, kwargs, value, samples, lambda _: None, values=False, keep_graph=False)
     if call is None or call.problem or call.others:
         return False
-    # The walk does not end at a loss without reduction, so any other reduction is recorded; the hooks do not depend on it.
+    # The walk does not end at a loss without reduction, so any other reduction is recorded; the hooks do not depend on
+    # it.
     record = Record(samples, {}, calls={value.grad_fn: replace(call, reduction="mean")})
     try:
         weight_cuts_(Walk(value.grad_fn, record), weights)

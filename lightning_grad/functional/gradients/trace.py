@@ -33,14 +33,14 @@ _OFTEN_STILL = frozenset([*RESHAPES, torch.Tensor.__getitem__])
 class LossTrace(TorchFunctionMode):
     r"""Context around a training step that separates its loss into the losses of the samples.
 
-    The step may compute its loss with functions of ``torch.nn.functional``, by hand, or both, as long as the loss is a sum
-    of means (or sums) over samples, plus constants:
+    The step may compute its loss with functions of ``torch.nn.functional``, by hand, or both, as long as the loss is a
+    sum of means (or sums) over samples, plus constants:
 
     .. math::
         L = c + \frac{1}{B} \sum_i s_i
 
-    The results of the step are bitwise unchanged. Afterwards :meth:`terms` walks the autograd graph from the loss to the
-    tensors with rows. If it cannot prove that the loss is such a sum, it raises an error with function and line.
+    The results of the step are bitwise unchanged. Afterwards :meth:`terms` walks the autograd graph from the loss to
+    the tensors with rows. If it cannot prove that the loss is such a sum, it raises an error with function and line.
 
     Args:
         samples: B, the number of samples in the batch.
@@ -54,13 +54,13 @@ class LossTrace(TorchFunctionMode):
         calls: The calls of losses of ``torch.nn.functional`` that :class:`~lightning_grad.functional.LossCapture` would
             keep, in order; only with ``values``.
 
-    The sample of a row follows from the shape: a tensor with k B rows has them in order. The trace also follows steps that
-    move rows by indexing, concatenating, splitting, repeating or transposing. A shape can match by coincidence. Therefore
-    run a new step twice in eval mode, the second time with the samples in another order, and check that ``shares`` has that
-    order, too. Then pass these terms as ``like`` to :meth:`terms` in later steps.
+    The sample of a row follows from the shape: a tensor with k B rows has them in order. The trace also follows steps
+    that move rows by indexing, concatenating, splitting, repeating or transposing. A shape can match by coincidence.
+    Therefore run a new step twice in eval mode, the second time with the samples in another order, and check that
+    ``shares`` has that order, too. Then pass these terms as ``like`` to :meth:`terms` in later steps.
 
-    Cost: no host sync, except if rows are moved by an index on a GPU. Functions compiled by ``torch.compile`` run as without
-    the trace, which does not see inside them; a loss computed inside one is rejected.
+    Cost: no host sync, except if rows are moved by an index on a GPU. Functions compiled by ``torch.compile`` run as
+    without the trace, which does not see inside them; a loss computed inside one is rejected.
 
     Raises:
         ValueError: If ``samples`` is less than 1.
@@ -172,7 +172,7 @@ class LossTrace(TorchFunctionMode):
         return func in RESHAPES or not touches_rows(func, args, kwargs)
 
     def _is_transposed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
-        """Record the rows of a transposed plain tensor (in every layer of attention); return False for other tensors."""
+        """Record the rows of a transposed plain tensor, as in every attention layer; return False for other tensors."""
         data: Any = args[0] if args else None
         if data.__class__ is not Tensor or self._record.is_constant(data) or is_transformed(data):
             return False

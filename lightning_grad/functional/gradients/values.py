@@ -71,8 +71,8 @@ class Values:
         """Return the derivatives of the loss by the tensor at each cut, *along this edge*, and by each call's value.
 
         This is a manual backward pass over the nodes of the walk only. If one cut lies below another, ``autograd.grad``
-        would continue below the cuts, through the network. It also differentiates by tensor and not by edge: in the loss
-        mean(r) + mean(2 r) it would count r twice, because the second mean depends on r, too.
+        would continue below the cuts, through the network. It also differentiates by tensor and not by edge: in the
+        loss mean(r) + mean(2 r) it would count r twice, because the second mean depends on r, too.
         """
         at_cuts: dict[tuple[Node, int], Tensor] = {}
         at_calls: dict[Node, Tensor] = {}
@@ -174,7 +174,8 @@ class Values:
         """Return the sum of coefficients of each sample, below the masks and weights that the step multiplies by.
 
         In ``(l * m).sum() / m.sum()`` every position of ``l * m`` has the same coefficient, and l has the coefficient
-        m / sum(m). The coefficients are therefore pushed down through products and means as long as the rows stay the same.
+        m / sum(m). The coefficients are therefore pushed down through products and means as long as the rows stay the
+        same.
         """
         gradients, edge, rows = a, cut.edge, cut.rows
         for _ in range(_DEEPEST):

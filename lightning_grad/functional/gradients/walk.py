@@ -99,7 +99,8 @@ class Cut:
 class Descent(ABC):
     """Depth-first traversal from the loss, which closes each node after all nodes below it.
 
-    Subclasses decide in :meth:`_open` where the traversal ends, and combine the results of the inputs in :meth:`_close`.
+    Subclasses decide in :meth:`_open` where the traversal ends, and combine the results of the inputs in
+    :meth:`_close`.
 
     Args:
         record: The record of the step.
@@ -140,8 +141,8 @@ class Descent(ABC):
 class Walk(Descent):
     """The walk through the graph of a loss.
 
-    :meth:`_close` proves, node by node, that every node between the loss and a cut is linear in its inputs that depend on
-    samples. It rejects unknown nodes.
+    :meth:`_close` proves, node by node, that every node between the loss and a cut is linear in its inputs that depend
+    on samples. It rejects unknown nodes.
 
     Args:
         root: The node of the loss.
@@ -197,8 +198,8 @@ class Walk(Descent):
         if edge[0] in record.fixed if leaf is None else record.is_constant(leaf):
             return Input.FIXED, None
         has_rows, rows = record.rows_at(edge)
-        # Tensors that torch computes inside a call were not recorded, and their shapes match B only by coincidence, such
-        # as the last chunk of a cross-entropy. Only inputs of recorded calls count.
+        # Tensors that torch computes inside a call were not recorded, and their shapes match B only by coincidence,
+        # such as the last chunk of a cross-entropy. Only inputs of recorded calls count.
         if not has_rows or (leaf is None and edge not in record.seen):
             return Input.DEEPER, None
         if rows is None and self._like is not None and Cut(node, index, edge, rows, place).key not in self._like:
@@ -241,7 +242,7 @@ class Walk(Descent):
             self._refuse(node)
 
     def _mark_factor(self, node: Node, index: int, is_second: bool) -> None:
-        """Mark the cuts below a factor of a product: the sum of e_i * e_i has a gradient by both factors, but one value."""
+        """Mark the cuts below a factor of a product: the sum of e_i * e_i has two gradients, but one value."""
         below: set[Node] = set()
         todo = [node.next_functions[index][0]] if self.inputs[node][index] is Input.DEEPER else []
         while todo:
@@ -261,7 +262,8 @@ class Walk(Descent):
             raise place.refusal("uses a tensor that requires grad, but is not a parameter and has no rows.")
         if kind_of(node):
             raise place.refusal(
-                f"combines parameters with a tensor that has no rows for the {self._record.samples} samples, so it is unknown "
+                f"combines parameters with a tensor that has no rows for the {self._record.samples} samples, so it is "
+                "unknown "
                 "whether its result belongs to a sample. If not, register the tensor as a buffer of the module.",
                 node.name(),
             )
@@ -271,13 +273,13 @@ class Walk(Descent):
         place, shape = self._places[node], output_shape(node, 0)
         if len(shape) > 1 and kind_of(node) not in CONTRACTING:
             reason = (
-                f"returned a tensor {shape}, in which the {self._record.samples} samples of the batch are not the rows: the "
-                "step works on something else (windows, nodes, boxes), or mixes the samples."
+                f"returned a tensor {shape}, in which the {self._record.samples} samples of the batch are not the "
+                "rows: the step works on something else (windows, nodes, boxes), or mixes the samples."
             )
         else:
             reason = (
-                f"mixes the samples or is not supported ({node.name()}), so the loss is not known to be a mean of one term "
-                "per sample."
+                f"mixes the samples or is not supported ({node.name()}), so the loss is not known to be a mean of one "
+                "term per sample."
             )
         raise place.refusal(reason, node.name())
 

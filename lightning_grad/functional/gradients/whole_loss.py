@@ -21,8 +21,8 @@ _FROM_OUTSIDE = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.frombuff
 class WholeLossCapture(LossCapture):
     """A capture that can also find other terms in the loss of a step. It is slower, and used for one step only.
 
-    Terms computed from parameters, buffers and constants only, such as hand-written weight decay, are equal for all samples
-    and are ignored. To recognize them, every operation of the step is followed.
+    Terms computed from parameters, buffers and constants only, such as hand-written weight decay, are equal for all
+    samples and are ignored. To recognize them, every operation of the step is followed.
 
     Args:
         module: The module that computes the step.

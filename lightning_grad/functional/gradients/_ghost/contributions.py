@@ -1,8 +1,8 @@
 """Contributions of one use of a parameter to each sample's gradient, in the form whose norm is cheapest.
 
-Each contribution represents a tensor (B, *shape of the parameter) that is rarely materialized: :meth:`squared` returns the
-squared norms of its rows, :meth:`dense` materializes some of them. A :class:`Binding` describes the contributions of one
-call of an operation.
+Each contribution represents a tensor (B, *shape of the parameter) that is rarely materialized: :meth:`squared` returns
+the squared norms of its rows, :meth:`dense` materializes some of them. A :class:`Binding` describes the contributions
+of one call of an operation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -60,8 +60,8 @@ class Dense:
 class Outer:
     r"""Sums of outer products, :math:`G_b = \sum_r l_{br} r_{br}^T`, as for the weight of a Linear.
 
-    Their squared norm is :math:`\sum_{rs} (l_{br} \cdot l_{bs}) (r_{br} \cdot r_{bs})`, which is cheaper than the product
-    if there are few rows.
+    Their squared norm is :math:`\sum_{rs} (l_{br} \cdot l_{bs}) (r_{br} \cdot r_{bs})`, which is cheaper than the
+    product if there are few rows.
 
     Args:
         left: l, (B, R, P).
@@ -109,7 +109,8 @@ class Scattered:
     def squared(self) -> Tensor:
         place = self.sample * self.table + self.index
         ordered = place.sort().values
-        # Rows with the same place (sample and index) are summed at the first position of that place in the sorted order.
+        # Rows with the same place (sample and index) are summed at the first position of that place in the sorted
+        # order.
         sums = torch.zeros_like(self.rows).index_add_(0, torch.searchsorted(ordered, place), self.rows)
         squares = self.rows.new_zeros(self.samples)
         return squares.index_add_(0, ordered // self.table, sum_squares(sums))
@@ -137,7 +138,7 @@ class Scattered:
 
 
 def combine(contributions: Sequence[Contribution], like: Tensor) -> Tensor:
-    """Return the squared norms of the *sums* of contributions of all uses of a parameter, (B,), on chunks of ``like``."""
+    """Return the squared norms of the *sums* of all contributions to a parameter, (B,), in chunks over ``like``."""
     if len(contributions) == 1:
         return contributions[0].squared()
     outers = [each for each in contributions if isinstance(each, Outer)]

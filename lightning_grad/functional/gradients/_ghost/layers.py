@@ -40,7 +40,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Binding
 
 
 def _folded_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # If the weight does not require grad, torch multiplies a strided input one matrix at a time, which takes twice as long.
+    # If the weight does not require grad, torch multiplies a strided input one matrix at a time, which takes twice as
+    # long.
     if input.dim() < 3 or input.is_contiguous():
         return F.linear(input, weight, bias)
     return F.linear(input.reshape(-1, input.shape[-1]), weight, bias).view(*input.shape[:-1], len(weight))

@@ -1,8 +1,8 @@
 """Rules: the contributions of torch operations to the per-sample gradients of their parameters.
 
 A rule has the signature of its operation and returns a :class:`Binding`: the arguments that may be parameters, and a
-function for each that computes its contribution from the output's gradient. It returns None for options that it does not
-cover. :data:`RULES` maps operations to rules.
+function for each that computes its contribution from the output's gradient. It returns None for options that it does
+not cover. :data:`RULES` maps operations to rules.
 """
 
 import inspect

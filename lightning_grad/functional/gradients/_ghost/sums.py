@@ -92,7 +92,7 @@ class SquaredNorms:
         return self.total
 
     def _carry_on(self, group: _Group) -> None:
-        """Propagate gradients of computed tensors to their parameters and add the squared norms, a few samples at a time."""
+        """Propagate gradients of computed tensors to their parameters and add the squared norms, in small chunks."""
         parts = list(group.parts.values())
         names = sorted(frozenset().union(*(source.roots for source, _ in parts)))
         leaves = [self._parameters[name] for name in names]

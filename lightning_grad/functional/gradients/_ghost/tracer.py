@@ -66,8 +66,8 @@ class Use:
         """Raise if a tensor that the gradient needs was changed in place, as autograd does."""
         if any(tensor._version != version for tensor, version in self.kept):
             raise RuntimeError(
-                f"Per-sample gradient norms need the input of {self.key[0]} with {', '.join(sorted(self.roots))}, but it was "
-                "changed in place after the call. Do that operation out of place."
+                f"Per-sample gradient norms need the input of {self.key[0]} with {', '.join(sorted(self.roots))}, but "
+                "it was changed in place after the call. Do that operation out of place."
             )
 
     def release(self) -> None:
@@ -154,8 +154,8 @@ def _is_transformed() -> bool:
 class Tracer(TorchFunctionMode):
     """Context around a forward pass that records each use of a parameter.
 
-    If a rule covers a use, the operation runs with its parameters detached, so the backward pass computes no gradients of
-    weights, and a hook on the output receives the output's gradient. Parameters of all other uses stay in the graph.
+    If a rule covers a use, the operation runs with its parameters detached, so the backward pass computes no gradients
+    of weights, and a hook on the output receives the output's gradient. Parameters of all other uses stay in the graph.
 
     Args:
         parameters: The trainable parameters by name.
@@ -307,6 +307,6 @@ class Tracer(TorchFunctionMode):
 def _refuse_batch_statistics(*args: Any, **kwargs: Any) -> None:
     if _BATCH_NORM.bind(*args, **kwargs).arguments.get("training"):
         raise RuntimeError(
-            "Per-sample gradient norms are undefined if batch_norm uses the statistics of the batch, because each loss then "
-            "depends on all samples. Call module.eval(), and use BatchNorm layers that track running statistics."
+            "Per-sample gradient norms are undefined if batch_norm uses the statistics of the batch, because each loss "
+            "then depends on all samples. Call module.eval(), and use BatchNorm layers that track running statistics."
         )
