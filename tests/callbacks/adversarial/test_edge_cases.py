@@ -144,7 +144,7 @@ class Whatever(Varying):
     ("key", "error", "said"),
     [
         (None, TypeError, r" perturbs batch\['x'\], and a later batch has no floating tensor there.*by input_key"),
-        ("x", ValueError, r": input_key='x' leads nowhere in the batch; there it has 'n'\."),
+        ("x", ValueError, r": input_key='x' is not in the batch; available there: 'n'\."),
     ],
 )
 def test_a_later_batch_without_any_input(key: Any, error: Any, said: str) -> None:
@@ -171,7 +171,7 @@ def test_evaluation_refuses_loops_that_fetch_their_batches(stage: str) -> None:
     trainer = make_trainer(callbacks=[AdversarialEvaluation()])
     run = trainer.validate if stage == "validation" else trainer.test
     with pytest.raises(
-        ValueError, match=rf"AdversarialEvaluation needs the batch, and {stage}_step\(dataloader_iter\)"
+        ValueError, match=rf"AdversarialEvaluation needs the batch, but {stage}_step\(dataloader_iter\)"
     ):
         run(Fetching(), points(), verbose=False)
 
