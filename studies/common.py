@@ -150,7 +150,7 @@ def mean_and_spread(values: Sequence[float], form: str = ".1f") -> str:
         >>> mean_and_spread([1.0]), mean_and_spread([1.0, 2.0])
         ('1.0', '1.5 ± 0.7')
     """
-    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    spread = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{form}}{spread}"
 
 

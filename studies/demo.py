@@ -94,12 +94,11 @@ def find_label_errors(output: Path, seeds: int) -> None:
 def attack_inputs(output: Path, epochs: int) -> None:
     """Run the fourth part."""
     from studies import adversarial
+    from studies.adversarial_trainings import Study
 
     print(f"\n4. {adversarial.IN_THE_DEMO}", flush=True)
     schedule, rate = "accuracy-gradient", 0.1
-    study = adversarial.Study(
-        schedules=(schedule,), rates=(rate,), seeds=3, epochs=epochs, output=output, accelerator="cpu"
-    )
+    study = Study(schedules=(schedule,), rates=(rate,), seeds=3, epochs=epochs, output=output, accelerator="cpu")
     adversarial.print_tables(adversarial.run_study(study), study)
 
 

@@ -80,7 +80,7 @@ def test_barebones_runs_without_a_warning_that_names_nobody(technique):
     [
         ({"include": ["encodr.*"]}, "no parameter is named 'encodr"),
         ({"exclude": ["nothing"]}, "no parameter is named 'nothing'"),
-        ({"include": ["hidden"], "exclude": ["hidden"]}, "finds no weight|leave none"),
+        ({"include": ["hidden"], "exclude": ["hidden"]}, "found no weight|leave none"),
     ],
 )
 def test_names_that_match_nothing(technique, arguments, words):

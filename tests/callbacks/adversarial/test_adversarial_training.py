@@ -270,7 +270,7 @@ def test_warmup_needs_a_known_length() -> None:
         def __iter__(self) -> Any:
             return iter([[torch.ones(4, 2)]] * 3)
 
-    with pytest.raises(ValueError, match=r"AdversarialTraining places its phases by the length.*max_steps"):
+    with pytest.raises(ValueError, match=r"AdversarialTraining needs the length of the run.*max_steps"):
         train(attacker(warmup_fraction=0.5), Linear(), as_batches(Endless()))
     train(attacker(), Linear(), as_batches(Endless()))
 

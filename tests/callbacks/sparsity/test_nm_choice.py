@@ -432,7 +432,8 @@ def test_a_weight_that_something_else_replaces_before_the_fit_is_named(how: str,
         module = layers(nn.Linear, nn.Linear, nn.Linear)
         WAYS[how](module.net[1])
         with pytest.raises(
-            ValueError, match=r"finds no weight.*net.1.weight: reparametrized [^;]*computed from others\. Choose"
+            ValueError,
+            match=r"found no weight.*net.1.weight: reparametrized [^;]*computed from other parameters\. Choose",
         ):
             fit(NMSparsity("1:4", include=[asked], figure=False), module)
 
