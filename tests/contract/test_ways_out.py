@@ -238,7 +238,7 @@ CLIPPING = [
     Row(
         "a moment that SGD lacks",
         lambda _: fit(lg.SpikeClipping(), module=odd.with_optimizer(odd.sgd)),
-        r"^SpikeClipping reads .* SGD keeps none.*or clip by ZClip",
+        r"^SpikeClipping reads .* SGD keeps none.*or clip with ZClip",
         lambda _: fit(lg.ZClip(), module=odd.with_optimizer(odd.sgd)),
     ),
     Row(
@@ -256,7 +256,7 @@ CLIPPING = [
     Row(
         "a warm-up too long",
         lambda _: fit(lg.MomentumReset(3, warmup_steps=3)),
-        r"Leave warmup out",
+        r"Omit it to use half of every_n_steps",
         lambda _: fit(lg.MomentumReset(3)),
     ),
     Row(
@@ -353,7 +353,7 @@ CLIPPING = [
     Row(
         "nan for ever",
         lambda _: fit(lg.SkipNonFinite(max_in_row=2), module=odd.nan_loss()),
-        r"^SkipNonFinite: 2 steps in a row.*To go on all the same, set max_in_row=None",
+        r"^SkipNonFinite: 2 steps in a row.*To continue anyway, set max_in_row=None",
         lambda _: fit(lg.SkipNonFinite(max_in_row=None), module=odd.nan_loss()),
     ),
 ]

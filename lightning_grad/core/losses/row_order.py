@@ -306,9 +306,9 @@ class RowComparison:
             what = {"score_fn": "score", "loss_fn": "loss", "outputs_fn": "row"}[self.function]
             several = {"score": "scores", "loss": "losses", "row": "rows"}[what]
             raise RuntimeError(
-                f"{self.asked.display_name} needs one {what} for each sample in the order of the batch, but when the "
-                f"same samples came in another order, the {several} of {self.function} did not follow. Correct "
-                f"{self.function}."
+                f"{self.asked.display_name} takes {what} b as that of the b-th sample drawn, but when the same samples came "
+                f"in another order, the {several} of {self.function} did not follow. Return one {what} for each sample, in "
+                "the order of the batch."
             )
         if wrong:
             self._refuse_step(wrong[0], "when the same samples came in another order", in_order)

@@ -101,9 +101,9 @@ def _refuse_data(
 ) -> None:
     if dataset is not None and len(dataset) != training_set.sampler.total:  # type: ignore[arg-type]
         raise ValueError(
-            f"{display_name}(score_dataset=...) must return the {training_set.sampler.total} samples of the training "
-            "set, "
-            f"without augmentation, in the same order; got {len(dataset)} samples."  # type: ignore[arg-type]
+            f"{display_name}(score_dataset=...) must return the {training_set.sampler.total} samples of the training set, "
+            f"without augmentation; got {len(dataset)} samples. "  # type: ignore[arg-type]
+            "Return the same samples in the same order."
         )
     samples = len(training_set.sampler.population)
     if samples < trainer.world_size:

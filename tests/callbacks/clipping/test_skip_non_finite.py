@@ -169,7 +169,7 @@ def test_so_many_skips_are_told_and_the_others_counted(limit: int) -> None:
     told = [str(warning.message) for warning in caught if "skips a step" in str(warning.message)]
     assert [f"batch {i}" in message for i, message in zip((0, 2, 4, 6), told, strict=False)] == [True] * min(limit, 4)
     assert len(told) == min(limit, 4)
-    assert [message.endswith("Further ones are only counted.") for message in told] == [
+    assert [message.endswith("Later ones are only counted.") for message in told] == [
         number == limit for number in range(1, len(told) + 1)
     ]
     assert callback.state_dict()["skipped"] == {"0": 4}
@@ -184,7 +184,7 @@ def test_so_many_in_a_row_raise_and_say_what_to_do() -> None:
     data[[1, 2, 4, 5, 6]] = NAN  # two, then three
     module, states = Dictated(), States()
     said = (
-        r"3 steps in a row .* the last in w, first of 1 of 1 gradients, batch 6 .* lower the learning rate, or resume"
+        r"3 steps in a row .* the last in w, first of 1 of 1 gradients, batch 6 .* Lower the learning rate, or resume"
     )
     with pytest.raises(RuntimeError, match=said), pytest.warns(UserWarning, match="skips a step"):
         train([SkipNonFinite(max_in_row=3), states], module, rows_of(data))
