@@ -272,7 +272,7 @@ def test_each_name_pattern_has_its_norm_and_no_match_is_left_alone() -> None:
 
 
 def test_a_pattern_that_matches_nothing_raises() -> None:
-    with pytest.raises(ValueError, match=r"NormClipping\(max_norm=...\): no parameter is named 'net.7'"):
+    with pytest.raises(ValueError, match=r"NormClipping\(max_norm=...\): no parameter or module is named 'net.7'"):
         train([NoBatch(), NormClipping({"net.7": 1.0, "*": 2.0})], Regression(small_net()), pairs())
 
 
