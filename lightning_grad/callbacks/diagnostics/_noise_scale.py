@@ -80,9 +80,7 @@ class NoiseScaleMeter:
         if any(hasattr(parameter, "full_tensor") for parameter in pl_module.parameters()):
             return "gradients of sharded parameters are reduced before they can be measured"
         if getattr(trainer.strategy, "gradient_is_compressed", False):
-            return (
-                "the exchanged gradient is not a mean, because entries arrive late (set log_noise_scale=True to log it)"
-            )
+            return "the exchanged gradient is not a mean, as entries come late (the strategy's log_noise_scale=True logs it)"
         if trainer.world_size == 1 and trainer.accumulate_grad_batches == 1:
             return "it compares parts of a batch, so it needs accumulate_grad_batches or several ranks"
         return None
