@@ -142,7 +142,7 @@ def test_statistics_of_other_parameters_are_not_taken_over(name, tmp_path, said)
     assert states(after).keys() == states(fresh).keys()
     assert_identical(states(after), states(fresh))
     text = next(line for line in said if "restarts its statistics" in line)
-    assert "because those of the checkpoint are of other parameters" in text
+    assert "because the checkpoint's statistics belong to other parameters" in text
     assert all(repr(bucket) in text for bucket in lost if bucket)
     shares = [value for key, value in trainer.callback_metrics.items() if "clipped_share" in key]
     assert max(shares) <= 1.0

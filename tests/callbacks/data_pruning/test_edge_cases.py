@@ -272,9 +272,9 @@ def test_scoring_gives_back_what_an_object_of_the_module_holds() -> None:
 
 @pytest.mark.parametrize("max_steps", [32, 35, 39])
 def test_a_run_that_ends_by_epochs_and_not_by_its_steps_is_warned_of_once(max_steps: int, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="Set only one of both") as caught:
+    with pytest.warns(UserWarning, match="Set only one of max_epochs and max_steps") as caught:
         run(half_from_two(), scheduled("cosine"), tmp_path, max_steps=max_steps)
-    assert sum("Set only one of both" in str(warning.message) for warning in caught) == 1
+    assert sum("Set only one of max_epochs and max_steps" in str(warning.message) for warning in caught) == 1
 
 
 @pytest.mark.parametrize("max_steps", [-1, 25, 30, 40, 41, 1000])
@@ -337,7 +337,7 @@ class Whole(Part):
 
 def test_an_unknown_sampler_of_a_part_is_warned_of() -> None:
     callback = pruning(0.5, epoch=1)
-    with pytest.warns(UserWarning, match=r"Part draws 11 of 22 samples an epoch, and DataPruning cannot know which"):
+    with pytest.warns(UserWarning, match=r"Part draws 11 of 22 samples per epoch. DataPruning does not know which"):
         train(callback, loader=DataLoader(make_data(), BATCH, sampler=Part()))
     train(pruning(0.5, epoch=1), loader=DataLoader(make_data(), BATCH, sampler=Whole()))  # a warning would raise
 

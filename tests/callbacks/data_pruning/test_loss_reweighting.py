@@ -152,7 +152,7 @@ def test_iterable_data_with_so_many_steps() -> None:
 
 
 def test_a_run_without_known_end_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"LossReweighting places its phases by the length of the run.*max_steps"):
+    with pytest.raises(ValueError, match=r"LossReweighting needs the length of the run.*max_steps"):
         train(LossReweighting(), loader=DataLoader(Stream(), BATCH), epochs=1)
     train(LossReweighting(temperature=math.inf), loader=DataLoader(Stream(), BATCH), epochs=1)
 
