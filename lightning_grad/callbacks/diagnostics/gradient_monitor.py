@@ -44,7 +44,7 @@ class GradientMonitor(GradCallback):
     Args:
         slow_stats_every: Number of log steps between slow statistics; None disables them.
             They are the share of zero entries, the signal-to-noise ratio and histograms.
-        logits: Measure attention and output logits at log steps, except in compiled modules.
+        logits: Measure attention and output logits at log steps, unless a module is compiled.
             Growing logits precede two instabilities (arXiv 2309.14322).
         histograms: Send histograms of gradients to the loggers that show them.
             They are part of the slow statistics.
@@ -105,7 +105,7 @@ class GradientMonitor(GradCallback):
 
     namespace: ClassVar[str] = "grad"
     compatibility: ClassVar[Compatibility] = GradientConditioner.compatibility.but(
-        compiled=yes("It does not measure logits in compiled modules."),
+        compiled=yes("It measures no logits if a module is compiled."),
         late_gradients=yes("It measures no noise scale, because the gradient after the exchange is not a mean."),
         **manual(yes("It measures no noise scale under manual optimization.")),
     )
