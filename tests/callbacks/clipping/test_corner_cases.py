@@ -157,7 +157,7 @@ def test_no_threshold_is_refused_in_the_constructor(build):
         build(**{build.threshold_name: {}})
 
 
-@pytest.mark.parametrize(("value", "words"), [("1", "is a number"), (-1.0, "above 0")])
+@pytest.mark.parametrize(("value", "words"), [("1", "must be a number"), (-1.0, "above 0")])
 def test_a_threshold_in_a_group_that_cannot_be_is_refused(value, words):
     module = small()
     module.configure_optimizers = lambda: torch.optim.SGD([{"params": module.parameters(), "max_norm": value}], lr=0.1)
