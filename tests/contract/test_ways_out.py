@@ -161,31 +161,31 @@ SPARSITY = [
     Row(
         "a masked straight-through",
         lambda _: fit(nm(recipe="sr-ste", gradient="masked")),
-        r"Leave gradient at 'ste'",
+        r"Keep gradient='ste'",
         lambda _: fit(nm(recipe="sr-ste")),
     ),
     Row(
         "the end of what has none",
         lambda _: fit(nm(recipe="sr-ste", finetune_fraction=0.2)),
-        r"leave finetune_fraction out",
+        r"Remove finetune_fraction",
         lambda _: fit(nm(recipe="sr-ste")),
     ),
     Row(
         "decay without one",
         lambda _: fit(nm(recipe="sr-ste", decay=0.1)),
-        r"Leave decay out",
+        r"Remove decay",
         lambda _: fit(nm(recipe="sr-ste")),
     ),
     Row(
         "stages and phases",
         lambda _: fit(nm(recipe=STAGES, dense_fraction=0.1)),
-        r"leave dense_fraction and finetune_fraction out",
+        r"Remove dense_fraction and finetune_fraction",
         lambda _: fit(nm(recipe=STAGES)),
     ),
     Row(
         "stages that end elsewhere",
         lambda _: fit(nm(recipe=STAGES, pattern="1:4")),
-        r"write the last pattern of the schedule as pattern='2:4' too",
+        r"Set the last pattern of the schedule as pattern='2:4' too",
         lambda _: fit(nm(recipe=STAGES, pattern="2:4")),
     ),
     Row(
