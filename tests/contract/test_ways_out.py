@@ -292,13 +292,13 @@ CLIPPING = [
     Row(
         "included and excluded",
         lambda _: fit(lg.NormClipping(1.0, include=["hidden"], exclude=["hidden"])),
-        r"^NormClipping has no parameter .*leave none: include=\['hidden'\] selects hidden.*Include others, such as 'mix'",
+        r"^NormClipping has no parameter .* include=\['hidden'\] selects hidden.*excludes all of them\. Include .*'mix'",
         lambda _: fit(lg.NormClipping(1.0, include=["mix", "encoder"], exclude=["hidden"])),
     ),
     Row(
         "everything excluded",
         lambda _: fit(lg.ValueClipping(1.0, exclude=["*"])),
-        r"exclude=\['\*'\] leaves none of mix.w.*Exclude less",
+        r"exclude=\['\*'\] excludes all of mix.w.*Exclude less",
         lambda _: fit(lg.ValueClipping(1.0, exclude=["mix"])),
     ),
     Row(
@@ -310,7 +310,7 @@ CLIPPING = [
     Row(
         "nothing to watch",
         lambda _: fit(lg.GradientMonitor(include=["head"], exclude=["head"])),
-        r"^GradientMonitor has no parameter to watch. include and exclude leave none.*exclude less",
+        r"^GradientMonitor has no parameter to watch. include=.*excludes all of them.*exclude less",
         lambda _: fit(lg.GradientMonitor(include=["head"], exclude=["head.bias"])),
     ),
     Row(
@@ -421,7 +421,7 @@ ATTACKS = [
     Row(
         "a key that leads nowhere",
         lambda _: fit(attack(input_key="image")),
-        r"^AdversarialTraining: input_key='image' leads nowhere.*Set input_key=0, or leave it out",
+        r"^AdversarialTraining: input_key='image' is not in the batch.*Set input_key=0, or omit it",
         lambda _: fit(attack(input_key=0)),
     ),
     Row(
@@ -514,13 +514,13 @@ LOADERS = [
     Row(
         "batches of unknown size",
         lambda _: fit(pruning(), train=DataLoader(make_data(), batch_sampler=odd.Counted())),
-        r"^DataPruning must know how many samples a batch has, and Counted has no batch_size. Give it an attribute batch_size",
+        r"^DataPruning needs the number of samples in a batch, but Counted has no batch_size. Give it an attribute batch_size",
         lambda _: fit(pruning(), train=DataLoader(make_data(), batch_sampler=odd.Sized())),
     ),
     Row(
         "batches of unknown number",
         lambda _: fit(pruning(), train=DataLoader(make_data(), batch_sampler=odd.Uncounted()), limit_train_batches=4),
-        r"^DataPruning must know how many batches an epoch has, and Uncounted has no __len__. Give it",
+        r"^DataPruning needs the number of batches in an epoch, but Uncounted has no __len__. Give it",
         lambda _: fit(pruning(), train=DataLoader(make_data(), batch_sampler=odd.Sized()), limit_train_batches=4),
     ),
     Row(
@@ -543,7 +543,7 @@ LOADERS = [
     Row(
         "names for indices",
         lambda _: fit(pruning(), train=odd.loader(odd.Named(False), sampler=odd.Keys(odd.Named(False).names))),
-        r"^DataPruning knows samples by their index.*Keys yields 's0'. Let the sampler yield these integers",
+        r"^DataPruning identifies samples by index.*Keys yields 's0'. Let the sampler yield integers",
         lambda _: fit(pruning(), train=odd.loader(odd.Named(True), sampler=odd.Keys(range(48)))),
     ),
     Row(
@@ -693,7 +693,7 @@ SCORES = [
     Row(
         "two scores",
         lambda _: fit(pruning(score="loss", score_fn=norms)),
-        r"Leave one of them out",
+        r"Set only one of them",
         lambda _: fit(pruning(score_fn=norms)),
     ),
     Row(
@@ -774,7 +774,7 @@ def follow(row: Row, folder: Path) -> None:
     "ignore:You passed in a .val_dataloader. but have no .validation_step",
     "ignore:.*configure_optimizers. returned .None.",
     "ignore:SkipNonFinite skips a step",
-    "ignore:The scores in .* were made for another data set",
+    "ignore:The scores in .* belong to another data set",
     "ignore:AccuracyGradientLR never received a finite value",
     "ignore:.*Your .IterableDataset. has .__len__. defined",
 )

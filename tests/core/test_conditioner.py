@@ -272,7 +272,7 @@ def test_each_name_pattern_has_its_norm_and_no_match_is_left_alone() -> None:
 
 
 def test_a_pattern_that_matches_nothing_raises() -> None:
-    with pytest.raises(ValueError, match=r"NormClipping\(max_norm=...\): no parameter is named 'net.7'"):
+    with pytest.raises(ValueError, match=r"NormClipping\(max_norm=...\): no parameter or module is named 'net.7'"):
         train([NoBatch(), NormClipping({"net.7": 1.0, "*": 2.0})], Regression(small_net()), pairs())
 
 
@@ -640,11 +640,11 @@ def everything() -> nn.Sequential:
     ("callback", "said"),
     [
         (NormClipping(), "NormClipping acts on 6 parameters."),
-        (NormClipping(include=["net.4"]), "NormClipping acts on 2 parameters; 4 left alone (net.1.weight, "),
-        (NormClipping(include=["net.4.bias"], name="b"), "NormClipping[b] acts on 1 parameter; 5 left alone"),
-        (GradientCentralization(), "GradientCentralization acts on 2 parameters; 4 left alone (net.1.bias, "),
-        (GradientCentralization(conv_only=True), "GradientCentralization acts on 1 parameter; 5 left alone"),
-        (LayerwiseNormalization(), "LayerwiseNormalization acts on 2 parameters; 4 left alone"),
+        (NormClipping(include=["net.4"]), "NormClipping acts on 2 parameters; 4 skipped (net.1.weight, "),
+        (NormClipping(include=["net.4.bias"], name="b"), "NormClipping[b] acts on 1 parameter; 5 skipped"),
+        (GradientCentralization(), "GradientCentralization acts on 2 parameters; 4 skipped (net.1.bias, "),
+        (GradientCentralization(conv_only=True), "GradientCentralization acts on 1 parameter; 5 skipped"),
+        (LayerwiseNormalization(), "LayerwiseNormalization acts on 2 parameters; 4 skipped"),
         (LayerwiseNormalization(vectors=True), "LayerwiseNormalization acts on 6 parameters."),
     ],
     ids=lambda value: getattr(value, "display_name", ""),

@@ -80,7 +80,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             In our sweep, no dense phase was as good as one. For step, the paper uses a test (AutoSwitch) instead.
         finetune_fraction: Share at the end of the run with the final pattern and D = 0.
             Default: 0.2 for mdgf and sdgf (from our sweep), else 0.
-        decay: Coefficient beta per optimizer step. Default: 7 or 2 divided by the length of the decay phase.
+        decay: Coefficient beta per step. Default: 7 or 2 divided by the length of the decay phase.
             7 is for mdgf-exponential, which ends near 1e-3; 2 is for mdgf-linear, which reaches 0 half-way.
         sr_ste_lambda: Strength lambda of the SR-STE term in sr-ste and step (2e-4 in the paper).
         axis: Where the groups lie: "input" (as 2:4 hardware needs), "output", or a dimension.
@@ -104,7 +104,8 @@ class NMSparsity(WeightCallback[SparseWeight]):
         figure: Draw a figure of the run at its end (needs matplotlib and a logger with a local folder).
         figure_metric: Validation metric in the figure. Default: the first whose name contains "acc".
         save_masks: Write the final masks to a file next to the logs (W&B: an artifact).
-        total_steps: Length of the schedule in optimizer steps. Default: the Trainer's; needed without a known end.
+        total_steps: Length of the schedule in optimizer steps. Default: the length of the run.
+            Needed for runs without a known end.
         name: Name of this instance, needed when two are used.
 
     Raises:

@@ -144,7 +144,7 @@ class Whatever(Varying):
     ("key", "error", "said"),
     [
         (None, TypeError, r" perturbs batch\['x'\], and a later batch has no floating tensor there.*by input_key"),
-        ("x", ValueError, r": input_key='x' leads nowhere in the batch; there it has 'n'\."),
+        ("x", ValueError, r": input_key='x' is not in the batch; available there: 'n'\."),
     ],
 )
 def test_a_later_batch_without_any_input(key: Any, error: Any, said: str) -> None:
@@ -171,7 +171,7 @@ def test_evaluation_refuses_loops_that_fetch_their_batches(stage: str) -> None:
     trainer = make_trainer(callbacks=[AdversarialEvaluation()])
     run = trainer.validate if stage == "validation" else trainer.test
     with pytest.raises(
-        ValueError, match=rf"AdversarialEvaluation needs the batch, and {stage}_step\(dataloader_iter\)"
+        ValueError, match=rf"AdversarialEvaluation needs the batch, but {stage}_step\(dataloader_iter\)"
     ):
         run(Fetching(), points(), verbose=False)
 
@@ -295,5 +295,7 @@ def test_schedulers_derived_from_torchs_are_warned_of() -> None:
         optimizer = torch.optim.SGD(parameters, lr=0.1)
         return [optimizer], [Derived(optimizer)]
 
-    with pytest.warns(UserWarning, match="AccuracyGradientLR: Derived is no scheduler of torch, and may undo the cuts"):
+    with pytest.warns(
+        UserWarning, match="AccuracyGradientLR: Derived is not a scheduler of torch, and may undo the cuts"
+    ):
         train_dictated([AccuracyGradientLR()], Dictated(configure=configure), max_epochs=1)

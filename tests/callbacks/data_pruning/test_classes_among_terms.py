@@ -145,7 +145,7 @@ REFUSED = [
 @pytest.mark.parametrize("score", ["el2n", "forgetting"])
 def test_what_is_not_clear_is_refused(score: str, kind: Any, words: str) -> None:
     if (score, kind) == ("forgetting", VAE):  # is read while it trains, before the rest is looked at
-        with pytest.raises(ValueError, match="Being correct needs a loss of a classifier, got mse_loss"):
+        with pytest.raises(ValueError, match="Correctness needs the loss of a classifier; got mse_loss"):
             train(pruning(score), kind())
     else:
         with pytest.raises(RuntimeError, match=rf"{words}.*give outputs_fn="):

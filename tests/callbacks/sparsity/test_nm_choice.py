@@ -183,7 +183,7 @@ def test_an_embedding_tied_to_the_head_is_known_by_the_heads_name() -> None:
 def test_a_name_that_is_nearly_right_is_suggested() -> None:
     with pytest.raises(
         ValueError,
-        match=r"NMSparsity\(include=...\): no parameter is named 'net.C', and no module. Did you mean .*'net.D'",
+        match=r"NMSparsity\(include=...\): no parameter or module is named 'net.C'. Did you mean .*'net.D'",
     ):
         fit(NMSparsity(include=["net.C"]), Regression(Two()))
 
