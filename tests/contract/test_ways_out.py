@@ -191,7 +191,7 @@ SPARSITY = [
     Row(
         "stages and patterns that are not equal",
         lambda _: fit(nm(recipe=STAGES, include=None, pattern={"hidden": "2:4", "encoder": "1:4"})),
-        r"ends with 2:4 for all layers, and pattern is 2:4, 1:4: write",
+        r"ends with 2:4 for all layers, but pattern is 2:4, 1:4. Set",
         lambda _: fit(nm(recipe=STAGES, include=None, pattern={"hidden": "2:4", "encoder": "2:4"})),
     ),
     Row("no pattern", lambda _: fit(nm(pattern={})), r"Write for example '2:4'", lambda _: fit(nm(pattern="2:4"))),
