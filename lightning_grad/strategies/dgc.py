@@ -44,9 +44,11 @@ class DGCStrategy(CompressedDDPStrategy):
     r"""Send only the largest entries of the accumulated gradient, and keep the others until they have grown (DGC).
 
     .. math::
-        & u_r \leftarrow m u_r + g_r, \qquad v_r \leftarrow v_r + u_r, \qquad I_r = \operatorname{top}_k |v_r| \\
-        & \bar g = \frac{1}{N} \sum_r \operatorname{sparse}(v_r[I_r]), \qquad
-          v_r[I_r] \leftarrow 0, \qquad u_r[I_r] \leftarrow 0
+        u_r \leftarrow m u_r + g_r, \qquad v_r \leftarrow v_r + u_r, \qquad I_r = \operatorname{top}_k |v_r|
+
+    .. math::
+        \bar g = \frac{1}{N} \sum_r \operatorname{sparse}(v_r[I_r]), \qquad
+        v_r[I_r] \leftarrow 0, \qquad u_r[I_r] \leftarrow 0
 
     Here :math:`g_r` is the gradient of rank :math:`r` of :math:`N`, :math:`u_r` its velocity, :math:`v_r` its
     residual (what it has not sent), :math:`m` the momentum, and :math:`k = \lceil \rho n \rceil` for a tensor of

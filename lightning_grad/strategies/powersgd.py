@@ -26,8 +26,11 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     r"""Send a low-rank approximation of each gradient matrix, and add its error to the next gradient.
 
     .. math::
-        M_r = G_r + E_r, \quad P = \operatorname{orth}\!\Big(\frac{1}{N} \sum_r M_r Q\Big), \quad
-        Q \leftarrow \frac{1}{N} \sum_r M_r^\top P, \quad \bar G = P Q^\top, \quad E_r \leftarrow M_r - \bar G
+        M_r = G_r + E_r, \qquad P = \operatorname{orth}\!\Big(\frac{1}{N} \sum_r M_r Q\Big), \qquad
+        Q \leftarrow \frac{1}{N} \sum_r M_r^\top P
+
+    .. math::
+        \bar G = P Q^\top, \qquad E_r \leftarrow M_r - \bar G
 
     Here :math:`G_r` (n x m) is the gradient of rank :math:`r` of :math:`N`, reshaped to a matrix (first dimension by
     all others), :math:`E_r` its error (what it has not sent), and :math:`P` (n x k) and :math:`Q` (m x k) the
