@@ -374,7 +374,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         if not any(gradient.values.numel() for gradient in gradients):  # this step uses no parameter of an optimizer
             return torch.ones((), dtype=torch.bool, device=self.root_device)
         finite = all_finite([gradient.values for gradient in gradients])
-        # On a CPU the test needs no sync and usually saves a pass over all gradients.
+        # On a CPU this test needs no sync, and it usually avoids rewriting all gradients.
         if not finite.is_cpu or not finite.numpy():
             for gradient in gradients:
                 gradient.values.masked_fill_(~finite, 0.0)
