@@ -58,17 +58,17 @@ class LocalMomentum:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         self._groups = {}  # a checkpoint or a callback may have replaced the groups
 
-        def then_take() -> Any:
+        def closure_then_take() -> Any:
             loss = None if closure is None else closure()
             self._take()
             return loss
 
-        return (args[0],), {**kwargs, "closure": then_take}
+        return (args[0],), {**kwargs, "closure": closure_then_take}
 
     @torch.no_grad()
     def _take(self) -> None:
+        """Split each group in two; the group of compressed parameters has no momentum and no weight decay."""
         groups = self._optimizer.param_groups
-        # Replace each group by two: the other parameters, and the compressed ones without momentum and weight decay.
         changed: list[dict[str, Any]] = []
         for group in groups:
             mine = [parameter for parameter in group["params"] if id(parameter) in self._compressed]
@@ -87,8 +87,8 @@ class LocalMomentum:
             self._optimizer.param_groups, self._own_groups = self._own_groups, None
 
     def _apply_decay_(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """Update parameters as SGD does with a gradient that consists of weight decay alone."""
         momentum, decay, rate = group["momentum"], group["weight_decay"], group["lr"]
-        # SGD's update for a gradient that consists of the weight decay alone.
         for parameter in parameters:
             buffer = self._optimizer.state.get(parameter, {}).get(_BUFFER)
             if decay == 0 and buffer is None:

@@ -87,7 +87,7 @@ class RankFiles:
             time.sleep(0.05)
         return True
 
-    def forget_earlier(self, io: CheckpointIO, path: str, manifest: Mapping[str, Any]) -> None:
+    def remove_earlier(self, io: CheckpointIO, path: str, manifest: Mapping[str, Any]) -> None:
         """Remove the rank files of earlier saves to the same path, once the new checkpoint exists."""
         before, self._written[path] = self._written.get(path), manifest["save"]
         is_late = isinstance(io, AsyncCheckpointIO)  # the old checkpoint may still be in place

@@ -56,6 +56,7 @@ def misfit(content: Any, manifest: Mapping[str, Any], rank: int, parameters: Par
 
 
 def _misfit_of_memory(memory: Memory, identity: Mapping[str, Any], parameters: Parameters) -> str:
+    """Return why a saved memory does not fit the parameters, or an empty string."""
     strangers = sorted(memory.keys() - parameters.keys())
     if strangers:
         return f"belongs to another model: it contains {strangers[0]!r}, which this module does not have"

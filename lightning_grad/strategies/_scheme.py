@@ -34,7 +34,7 @@ Message = dict[str, Tensor]
 ResidualPolicy = Literal["strict", "mean", "reset"]
 
 _MOST_ENTRIES = 2**31  # of a compressed tensor: indices are int32
-_OF_THE_LAUNCH = ("residual_policy", "log_noise_scale")  # settings that change no message and may differ on resume
+_PER_LAUNCH = ("residual_policy", "log_noise_scale")  # settings that change no message and may differ on resume
 
 
 class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
@@ -93,7 +93,7 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
     @property
     def message_settings(self) -> dict[str, Any]:
         """Settings that affect what is sent. They are saved in checkpoints and compared when a fit resumes."""
-        return {name: plain(value) for name, value in self.settings.items() if name not in _OF_THE_LAUNCH}
+        return {name: plain(value) for name, value in self.settings.items() if name not in _PER_LAUNCH}
 
     @property
     def gradient_is_compressed(self) -> bool:
@@ -175,7 +175,7 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
 
     # The module's parameters.
 
-    def _look_at(self, model: DistributedDataParallel) -> None:
+    def _inspect(self, model: DistributedDataParallel) -> None:
         named = [(clean_name(name), parameter) for name, parameter in model.module.named_parameters()]
         self._parameters = dict(named)
         self._names = {id(parameter): name for name, parameter in named}
@@ -249,6 +249,7 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
             )
 
     def _restore(self, manifest: Mapping[str, Any] | None) -> None:
+        """Load the rank files of a checkpoint, or start without unsent gradients and report why."""
         if manifest is None:
             rank_zero_info(f"{self.display_name} begins with nothing unsent.")
             return
@@ -275,21 +276,21 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         if self._trainer.interrupted:
-            self._save_on_the_way_out(checkpoint, str(filepath), storage_options)
+            self._save_after_exception(checkpoint, str(filepath), storage_options)
             return
         path = str(self.broadcast(str(filepath)))  # file names may contain metrics, which differ between ranks
         manifest = self._write_rank_file(checkpoint, path)
         self.barrier("all rank files are written before the checkpoint that names them")
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if self.is_global_zero:
-            self._files.forget_earlier(self.checkpoint_io, path, manifest)
+            self._files.remove_earlier(self.checkpoint_io, path, manifest)
 
     def _write_rank_file(self, checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
         manifest = self._files.write(self.checkpoint_io, path, self.rank_state(), self.parameters)
         checkpoint[MANIFEST_KEY] = {**manifest, "settings": self.message_settings}
         return manifest
 
-    def _save_on_the_way_out(self, checkpoint: dict[str, Any], path: str, storage_options: Any | None) -> None:
+    def _save_after_exception(self, checkpoint: dict[str, Any], path: str, storage_options: Any | None) -> None:
         """Save after an exception. Other ranks may be anywhere, so there is no barrier: rank 0 only checks for files."""
         manifest = self._write_rank_file(checkpoint, path)
         if self.is_global_zero:

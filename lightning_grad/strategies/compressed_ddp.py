@@ -162,7 +162,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         self.log_noise_scale = log_noise_scale
         self._finds_unused, self._is_static = find_unused_parameters or static_graph, static_graph
 
-    def arguments_of_all(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def base_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of the base class from the ``locals()`` of a subclass's constructor."""
         names = list(inspect.signature(CompressedDDPStrategy.__init__).parameters)[1:]
         return {name: given[name] for name in names}
@@ -240,7 +240,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def _register_ddp_hooks(self) -> None:
         # Lightning registers communication hooks on CUDA only, and does not warn on other devices.
         assert isinstance(self.model, DistributedDataParallel)
-        self._look_at(self.model)
+        self._inspect(self.model)
         if self.is_neutral:
             return
         self._buckets = BucketCollector(self._names, self._exchange)
@@ -305,6 +305,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             self._exchange_at_once(sorted(gradients, key=lambda gradient: order[gradient.name]))
 
     def _exchange_at_once(self, gradients: list[Gradient]) -> None:
+        """Exchange the gradients, or replay the message of an interrupted run, and write the result into them."""
         measured = is_log_step(self._trainer)
         self._watch.start(measured)
         message, self._replayed = self._replayed, None
@@ -314,13 +315,13 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         if message is None:
             self.ledger.open(sum(g.values.numel() * g.values.element_size() for g in gradients))
             used = {_USED: self._used.agree(self.ranks, self.root_device, owned)} if self._finds_unused else {}
-            compressed, dense = self._shared_out(gradients, owned, used)
+            compressed, dense = self._split(gradients, owned, used)
             noise = self._measure_noise(gradients) if measured else {}
             finite = self.prepare_([g for g in (*compressed, *dense) if id(g.parameter) in owned])
             message = {**self._communicate(compressed, dense, finite), **used}
             self.ledger.close()
         else:
-            compressed, dense = self._shared_out(gradients, owned, message)
+            compressed, dense = self._split(gradients, owned, message)
             self._used.forget()
         if compressed:
             self.write(compressed, message, message[_DENSE][-1])
@@ -341,7 +342,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         # broadcast here, where all ranks are: an exception may keep some ranks from reaching the end of the update.
         return dict(self.broadcast(own))
 
-    def _shared_out(
+    def _split(
         self, gradients: Sequence[Gradient], owned: Collection[int], message: Message
     ) -> tuple[list[Gradient], list[Gradient]]:
         """Return the gradients to compress and those to send dense, without parameters that no rank used."""
@@ -355,6 +356,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         return compressed, [gradient for gradient in gradients if gradient.name not in names]
 
     def _communicate(self, compressed: Sequence[Gradient], dense: Sequence[Gradient], finite: Tensor) -> Message:
+        """Start to average the dense gradients, and meanwhile accumulate and send the compressed ones."""
         flat = concatenated([gradient.values for gradient in dense], torch.where(finite, 0.0, torch.nan))
         finish = self.ranks.begin_mean_(flat)
         # After an exception during the exchange the memory has them already, except those that only the repeated step uses.

@@ -179,7 +179,7 @@ class DGCStrategy(CompressedDDPStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
     ) -> None:
-        super().__init__(**self.arguments_of_all(locals()))
+        super().__init__(**self.base_arguments(locals()))
         self.ratio = _as_ratio(ratio, "ratio")
         self.layer_ratios = {n: _as_ratio(share, f"layer_ratios[{n!r}]") for n, share in (layer_ratios or {}).items()}
         if warmup is not None and not warmup:

@@ -121,7 +121,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
     ) -> None:
-        super().__init__(**self.arguments_of_all(locals()))
+        super().__init__(**self.base_arguments(locals()))
         self.rank = check_count(rank, 1, "rank")
         self.start_step = check_count(start_step, 0, "start_step")
         self.min_gain = check_finite_above(min_gain, 0.0, "min_gain")

@@ -24,12 +24,12 @@ def sparsity_totals(weights: Sequence[SparseWeight]) -> dict[str, float]:
     }
 
 
-def patterns_in_force(weights: Sequence[SparseWeight]) -> dict[str, float]:
+def current_patterns(weights: Sequence[SparseWeight]) -> dict[str, float]:
     """Return the current N and M (1 and 1 while dense), for each final pattern if there are several."""
-    in_force = {str(w.pattern): w.phase.pattern for w in weights}
+    current = {str(w.pattern): w.phase.pattern for w in weights}
     values = {}
-    for target, pattern in in_force.items():
-        suffix = f"/{target}" if len(in_force) > 1 else ""
+    for target, pattern in current.items():
+        suffix = f"/{target}" if len(current) > 1 else ""
         values[f"n{suffix}"] = float(pattern.n if pattern else 1)
         values[f"m{suffix}"] = float(pattern.m if pattern else 1)
     return values
@@ -50,7 +50,7 @@ class SparsityMeter:
         self._previous: dict[str, Tensor] = {}
         self._variances: list[tuple[Tensor, Tensor, SparseWeight]] = []
 
-    def see_gradient(self, weight: SparseWeight, gradient: Tensor, measure: bool, keep: bool) -> None:
+    def add_gradient(self, weight: SparseWeight, gradient: Tensor, measure: bool, keep: bool) -> None:
         """Compare a gradient with the previous one, or keep it for that.
 
         Args:

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.sparsity import _nm_arguments as arguments
 from lightning_grad.callbacks.sparsity import _nm_record
-from lightning_grad.callbacks.sparsity._nm_meter import SparsityMeter, patterns_in_force, phase_name, sparsity_totals
+from lightning_grad.callbacks.sparsity._nm_meter import SparsityMeter, current_patterns, phase_name, sparsity_totals
 from lightning_grad.callbacks.sparsity._nm_monitors import MonitorRestart
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups, lacking
 from lightning_grad.core import FoundWeight, FrozenMoments, Stage, WeightCallback, WeightChoice, is_log_step
@@ -330,7 +330,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         super().on_train_start(trainer, pl_module)
         for optimizer in trainer.optimizers:
             if optimizer.state and self.owned_by(optimizer):
-                self._hold_variance(optimizer, resumed=bool(restored.get("frozen")))
+                self._freeze_variance(optimizer, resumed=bool(restored.get("frozen")))
         done = bool(restored.get("restarted")) and restored.get("chosen") == self.signatures
         wanted = self.restart_monitors and self._pattern_changes
         self._monitors = MonitorRestart(wanted, done, trainer.enable_validation)
@@ -359,7 +359,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             if gradient is None:
                 continue
             if (measure or keep) and not gradients_are_scaled(trainer, optimizer):
-                self._meter.see_gradient(weight, gradient, measure, keep)
+                self._meter.add_gradient(weight, gradient, measure, keep)
             if self._adds_sr_ste and weight.mask is not None:
                 add_sr_ste_(gradient, weight.parameter, weight.mask, self.sr_ste_lambda)
 
@@ -375,7 +375,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         self._restart_monitors(trainer, at_validation=False)
         owned = self.owned_by(optimizer)
         if owned:
-            self._hold_variance(optimizer)
+            self._freeze_variance(optimizer)
         if self.zero_pruned_state:
             for weight in owned:
                 weight.clear_pruned(optimizer.state[weight.parameter])
@@ -401,7 +401,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         if due and all(weight.phase.final for weight in self.weights):
             self._monitors.restart(trainer, self.say)
 
-    def _hold_variance(self, optimizer: Optimizer, resumed: bool = False) -> None:
+    def _freeze_variance(self, optimizer: Optimizer, resumed: bool = False) -> None:
         if self.recipe != "step" or self._progress < self.dense_fraction:
             return
         if id(optimizer) in self._variances:
@@ -425,10 +425,11 @@ class NMSparsity(WeightCallback[SparseWeight]):
             self._restart_monitors(trainer, at_validation=False)
 
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the quantities of a step and add them to the record."""
         known, measured = sparsity_totals(self.weights), self._meter.read(self.weights)
         layers = limit_layers({clean_name(w.name): w.density for w in self.weights}, self.layer_depth, self.max_layers)
         shown = {f"density/{name}": value for name, value in layers.items()}
-        self.log_scalars(pl_module, {**known, **patterns_in_force(self.weights), **measured})
+        self.log_scalars(pl_module, {**known, **current_patterns(self.weights), **measured})
         self.log_scalars(pl_module, shown, layers=True)
         numbers = torch.stack(list(measured.values())).tolist() if measured else []
         row: dict[str, Any] = {"step": stepped_batches(trainer), "progress": self._progress, **known}
@@ -450,16 +451,16 @@ class NMSparsity(WeightCallback[SparseWeight]):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.fitting:
-            self._look_at_tested(trainer, pl_module)
+            self._warn_if_not_sparse(trainer, pl_module)
         elif self.weights and not trainer.sanity_checking:
             self._restart_monitors(trainer, at_validation=True)
             self._monitors.hold(trainer)
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._look_at_tested(trainer, pl_module)
+        self._warn_if_not_sparse(trainer, pl_module)
 
-    def _look_at_tested(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _warn_if_not_sparse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         names = lacking(pl_module, self.signatures)
         if names:
             whose = f"the checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "the module"
@@ -520,6 +521,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         self._meter = SparsityMeter()
 
     def _report(self, trainer: pl.Trainer, weights: Sequence[SparseWeight]) -> None:
+        """Write the figure, the histograms and the masks, and warn about a best checkpoint that is not sparse."""
         self._record.close_phase()
         last, title = sparsity_totals(weights), f"{self.display_name}: {self.pattern}, {self._recipe_name}"
         summary = {"density": last["density"], "exact": last["exact"]}
