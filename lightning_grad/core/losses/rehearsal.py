@@ -204,7 +204,7 @@ class Rehearsal:
             known = [float(loss) for loss in losses if loss is not None and loss.isfinite()]
             return sum(known) / len(known) if known else float("nan")
 
-        self.check_means(mean, "scores_by='sample'", with_constant=False, most=most)
+        self.check_means(mean, "batches of one (scores_by='sample')", with_constant=False, most=most)
 
     def check_batch(self, batch: Any, samples: int) -> bool:
         """Check that adjacent rows of a loss belong to one sample; return True if the batch has a loss.
