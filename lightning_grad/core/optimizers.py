@@ -223,6 +223,7 @@ class OptimizerCallback(GradCallback):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        """Wrap the strategy's ``optimizer_step``, the only place where the closure of a step can be replaced."""
         self._follow(trainer)
         index = self._number_of(optimizer)
         if index is not None and index in self._ends:

@@ -179,6 +179,7 @@ class ProbeCallback(GradCallback):
     # A look.
 
     def _look_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, is_validating: bool = False) -> None:
+        """Take a look that is due, record its reading and log it at the step at which it was due."""
         due = self._due
         if due is None:
             return

@@ -306,6 +306,7 @@ class Rehearsal:
         return self._samples.sampler.population[self.trainer.global_rank :: self.trainer.world_size]
 
     def _run(self, batch: Any, samples: int, memory: dict[str, Any], seen: row_order.Seen) -> row_order.Seen | None:
+        """Run the step, or the function that replaces it, and add its rows to ``seen``; ``None`` without a loss."""
         run = runner(self.trainer, self.pl_module, batch)
         look = Look(self.pl_module, batch, list(range(samples)), samples, run, self.asked, memory)
         try:
