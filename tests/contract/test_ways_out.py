@@ -316,7 +316,7 @@ CLIPPING = [
     Row(
         "nothing that moves",
         lambda _: fit(lg.GradientMonitor(include=["mix"]), module=odd.with_optimizer(lambda p: odd.sgd(p[-2:]))),
-        r"No optimizer holds any of those selected. Include some that one holds, such as 'head.weight'",
+        r"No optimizer holds a selected parameter. Include some that one holds, such as 'head.weight'",
         lambda _: fit(
             lg.GradientMonitor(include=["head.weight"]), module=odd.with_optimizer(lambda p: odd.sgd(p[-2:]))
         ),
@@ -324,7 +324,7 @@ CLIPPING = [
     Row(
         "no optimizer to watch",
         lambda _: fit(lg.GradientMonitor(), module=odd.with_optimizer(lambda _: None)),
-        r"returns no optimizer that holds one. Return one",
+        r"returns no optimizer with parameters. Return one",
         lambda _: fit(lg.GradientMonitor(), module=odd.with_optimizer(odd.sgd)),
     ),
     Row(
