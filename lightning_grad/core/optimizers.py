@@ -61,7 +61,7 @@ class OptimizerCallback(GradCallback):
     _window = during_fit[StepWindow | None](lambda _: None)
 
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
-        """Return True to act on an optimizer. Called when a fit begins and for each replaced optimizer."""
+        """Return True to act on an optimizer. Called when a fit begins, and when an optimizer is replaced."""
         return True
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
