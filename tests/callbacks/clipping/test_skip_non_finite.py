@@ -181,7 +181,10 @@ def test_so_many_in_a_row_raise_and_say_what_to_do() -> None:
     data = torch.ones(9, 4)
     data[[1, 2, 4, 5, 6]] = NAN  # two, then three
     module, states = Dictated(), States()
-    said = r"3 steps in a row .* in the last, 1 of 1 gradients are not finite, starting with w, batch 6 .* Lower the learning rate, or resume"
+    said = (
+        r"3 steps in a row .* in the last, 1 of 1 gradients are not finite, starting with w, batch 6 .*"
+        r" Lower the learning rate, or resume"
+    )
     with pytest.raises(RuntimeError, match=said), pytest.warns(UserWarning, match="skips a step"):
         train([SkipNonFinite(max_in_row=3), states], module, rows_of(data))
     assert len(states.seen) == 6
