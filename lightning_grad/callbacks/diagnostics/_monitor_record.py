@@ -169,9 +169,11 @@ class FirstBadStep:
         if not self._facts or self._is_reported:
             return
         self._is_reported, facts = True, self._facts
+        count, parameter = facts["bad_parameters"], facts["parameter"]
         text = (
             f"the gradient was not finite for the first time at step {facts['step']}, epoch {facts['epoch']}, batch "
-            f"{facts['batch_idx']}, loss {facts['loss']:g}: {facts['parameter']}, first of {facts['bad_parameters']}."
+            f"{facts['batch_idx']}, loss {facts['loss']:g}: "
+            f"{f'{count} bad parameters, starting with {parameter}' if count else parameter}."
         )
         rank_zero_warn(f"{display_name}: {text}")
         log_summary(trainer, {key(f"first_bad_{fact}"): float(facts[fact]) for fact in ("step", "batch_idx")})
