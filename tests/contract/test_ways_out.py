@@ -457,19 +457,19 @@ ATTACKS = [
     Row(
         "channels",
         lambda _: fit(attack(mean=[0.0] * 3, std=[1.0] * 3)),
-        r"for each of 4 channels.*Give mean as a list of 4 numbers, or as one",
+        r"for each of 4 channels.*Set mean to a list of 4 numbers, or to one",
         lambda _: fit(attack(mean=[0.0] * 4, std=[1.0] * 4)),
     ),
     Row(
         "half of a normalisation",
         lambda _: fit(attack(mean=0.5)),
-        r"mean and std belong together",
+        r"mean and std must be set together",
         lambda _: fit(attack(mean=0.5, std=1.0)),
     ),
     Row(
         "an input that is detached",
         lambda _: fit(attack(), module=odd.Detached(True)),
-        r"compute the loss from it with gradients, without detach\(\)",
+        r"compute the loss from the input with gradients, without detach\(\)",
         lambda _: fit(attack(), module=odd.Detached(False)),
     ),
     Row(
@@ -481,7 +481,7 @@ ATTACKS = [
     Row(
         "restarts of one start",
         lambda _: fit(evaluation(restarts=2, random_start=False)),
-        r"Keep random_start=True",
+        r"Set random_start=True",
         lambda _: fit(evaluation(restarts=2)),
     ),
     Row(
@@ -493,7 +493,7 @@ ATTACKS = [
     Row(
         "no loss to raise",
         lambda _: fit(evaluation(), module=odd.Unseen(False)),
-        r"^AdversarialEvaluation needs a loss to raise.*or return it",
+        r"^AdversarialEvaluation needs a loss to maximize.*or return it",
         lambda _: fit(evaluation(), module=odd.Unseen(True)),
     ),
 ]

@@ -259,7 +259,7 @@ def test_wrong_arguments(arguments: Any, said: str) -> None:
 
 
 def test_inputs_outside_the_bounds() -> None:
-    with pytest.raises(ValueError, match=r"AdversarialEvaluation: the inputs reach from .* outside bounds"):
+    with pytest.raises(ValueError, match=r"AdversarialEvaluation: the inputs range from .* outside bounds"):
         validate([evaluator(bounds=[0, 1])], Net())
 
 

@@ -97,7 +97,7 @@ def test_a_path_that_names_no_file_is_refused_in_the_constructor(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
-    with pytest.raises(ValueError, match=r"^save_scores must name a \.npz file to write; got '"):
+    with pytest.raises(ValueError, match=r"^save_scores must be the path of a \.npz file; got '"):
         pruning(save_scores=path)
 
 
@@ -108,7 +108,12 @@ def test_a_path_that_cannot_be_written_is_refused_before_the_first_batch(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     target = str(tmp_path / path) if not path.startswith("/") else path
-    refused(ValueError, r"^DataPruning cannot write save_scores=.*Name a file that", save_scores=target, epoch=rounds)
+    refused(
+        ValueError,
+        r"^DataPruning cannot write save_scores=.*Set it to a path that can",
+        save_scores=target,
+        epoch=rounds,
+    )
 
 
 def test_a_path_that_can_be_written_is_left_empty_until_then(tmp_path: Path) -> None:
