@@ -91,7 +91,7 @@ def test_floating_targets_behind_tokens_are_not_attacked(batch: Any, told: list[
     ],
 )
 def test_integers_before_the_first_floating_tensor_are_refused(module: Any, batch: Any, said: str) -> None:
-    said = rf"AdversarialTraining needs an input with a gradient: .*{said}.*Convert integer images.*input_key\."
+    said = rf"AdversarialTraining needs an input with a gradient, but .*{said}.*Convert integer images.*input_key to a floating-point tensor\."
     with pytest.raises(TypeError, match=said):
         train(attacker(), module, as_batches([batch]))
 
@@ -200,7 +200,7 @@ class Losing(Linear):
     ],
 )
 def test_which_of_several_losses_is_asked_for(which: Any, said: str) -> None:
-    with pytest.raises(RuntimeError, match=rf"{said}.*of several, set loss_index=0 for the first\.$") as error:
+    with pytest.raises(RuntimeError, match=rf"{said}.*several losses, set loss_index=0 to use the first\.$") as error:
         evaluate(Losing(), points(), loss_index=which)
     assert "score_fn" not in str(error.value)
 

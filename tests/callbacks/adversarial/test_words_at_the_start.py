@@ -44,9 +44,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ({"mean": 0.0, "std": INF}, r"std must be finite.*; got inf\."),
         ({"mean": 0.0, "std": [1.0, 0.0]}, r"std must be above 0; got 0\.0\."),
         ({"mean": 0.0, "std": [1.0, -1.0]}, r"std must be above 0; got -1\.0\."),
-        ({"mean": [], "std": 1.0}, r"mean must be a number, or one for each channel; got \[\]\."),
+        ({"mean": [], "std": 1.0}, r"mean must be a number, or one per channel; got \[\]\."),
         ({"mean": [0.1, 0.2], "std": [0.1, 0.2, 0.3]}, r"one number per channel, or one for all; got 2 and 3\."),
-        ({"bounds": [0.0, INF]}, r"bounds must be finite.*; got inf\. Where inputs have a limit on one side only"),
+        ({"bounds": [0.0, INF]}, r"bounds must be finite.*; got inf\. If inputs have only one limit"),
         ({"bounds": [-INF, 0.0]}, r"bounds must be finite.*; got -inf\."),
         (
             {"bounds": [0.0]},
@@ -166,12 +166,13 @@ def test_a_fit_with_a_validation_does_not(arguments: Any) -> None:
         (lambda: AdversarialTraining(0.0), "AdversarialTraining trains on unchanged inputs, because epsilon is 0."),
         (
             lambda: AdversarialEvaluation(0.1, steps=2),
-            "AdversarialEvaluation runs each validation a second time on inputs attacked by PGD (2 steps, epsilon 0.1 in linf).",
+            "AdversarialEvaluation runs each validation a second time on inputs attacked by PGD (2 steps, epsilon 0.1 in "
+            "linf).",
         ),
         (
             lambda: AdversarialEvaluation(0.1, steps=1, every_n_validations=3),
-            "AdversarialEvaluation runs one of every 3 validations a second time on inputs attacked by PGD (1 step, epsilon 0.1 "
-            "in linf).",
+            "AdversarialEvaluation runs one of every 3 validations a second time on inputs attacked by PGD (1 step, epsilon "
+            "0.1 in linf).",
         ),
     ],
 )
