@@ -10,7 +10,7 @@ OLDEST_INSTALLED := $(OLDEST)/.installed
 .PHONY: help demo test test-oldest lint bench docs dist clean
 
 help:
-	@echo "make demo         train small networks sparse, with clipped gradients, pruned data, attacked inputs, compressed gradients, and show the difference (three minutes)"
+	@echo "make demo         train small networks with sparse weights, a bad batch, wrong labels, attacked inputs and compressed gradients (three minutes)"
 	@echo "make test         run the tests"
 	@echo "make test-oldest  run the tests with the oldest supported versions, in an environment of their own (2.3 GB)"
 	@echo "make lint         check style and types"

@@ -22,7 +22,7 @@ extensions = [
     "sphinx.ext.napoleon",
 ]
 exclude_patterns = ["_build"]
-smartquotes = False  # messages are shown as they are printed
+smartquotes_action = "D"  # dashes alone: the quotes and dots of a message stay as they are printed
 html_theme = "furo"
 pygments_dark_style = "github-dark"
 html_math_renderer = "mathml"

@@ -8,7 +8,6 @@ import unicodedata
 from typing import Any
 from xml.etree import ElementTree
 
-from docutils import nodes
 from latex2mathml.converter import convert
 
 # What latex2mathml 3.81 leaves as it is after \Big and \left.
@@ -77,14 +76,18 @@ def _letter(letter: str, style: str) -> str:
     raise UnknownFormulaError(f"There is no {letter!r} in the style {style}.")
 
 
-def visit_inline(writer: Any, node: nodes.math) -> None:
+def visit_inline(writer: Any, node: Any) -> None:
     """Write a formula within a line."""
+    from docutils import nodes
+
     writer.body.append(as_mathml(node.astext()))
     raise nodes.SkipNode
 
 
-def visit_block(writer: Any, node: nodes.math_block) -> None:
+def visit_block(writer: Any, node: Any) -> None:
     """Write a formula of its own; one that is wider than the page scrolls."""
+    from docutils import nodes
+
     writer.body.append(f'<div class="formula">{as_mathml(node.astext(), "block")}</div>\n')
     raise nodes.SkipNode
 

@@ -1,7 +1,7 @@
-"""Gradient techniques for any LightningModule: one line in the Trainer, nothing to change in the module.
+"""Gradient techniques for any LightningModule: add one line to the Trainer and leave the module unchanged.
 
-Start with :mod:`lightning_grad.callbacks` and :mod:`lightning_grad.strategies`, which are known to
-``Trainer(strategy="...")`` by name once this is imported; the mathematics behind each technique is in
+Start with :mod:`lightning_grad.callbacks` and :mod:`lightning_grad.strategies`. Importing this package registers the
+strategy names for ``Trainer(strategy="...")``. The mathematics of each technique is in
 :mod:`lightning_grad.functional`.
 """
 

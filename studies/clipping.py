@@ -1,44 +1,50 @@
-"""Gradient clipping by several rules, against training without it, at a learning rate where the loss spikes.
+"""One bad batch in an ordinary training: which clipping rules save the run, and which do not.
 
 ::
 
-    python studies/clipping.py
-    python studies/clipping.py --variants none zclip --lr 0.03 --seeds 5
-    python studies/clipping.py --text path/to/book.txt --steps 1000 --wandb
+    python studies/clipping.py --seeds 10
+    python studies/clipping.py --factor nan
+    python studies/clipping.py --optimizer adamw --factor 1e5 --variants none norm spike
 
-One layer of the plain project's character transformer learns a text of sums ("27 + 58 =  85") with AdamW, at eight
-times its usual learning rate, which stays high after a warm-up. What clips is one line in :data:`RULES`; all else here
-measures and draws.
-
-Why sums: one batch of them is like the next, so the loss is smooth and a spike stands out, and what the model has learnt of
-carrying digits is easily lost again. On the source code that ``Text`` reads by default, a model this small did not spike at
-any rate we tried. Two trainings that differ in a rounding soon differ in everything: believe several seeds, not one.
+Three linear layers learn handwritten digits. In the middle of the training, one image of a batch is multiplied by 1000 and
+carries a wrong label, as a corrupt record would. What clips is one line in :data:`RULES`; everything else here measures
+and draws. ``studies/clipping_spikes.py`` compares the rules in a training whose loss spikes by itself.
 """
 
 from __future__ import annotations
 
 import csv
-import random
 import statistics
 import sys
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from plain_project import CharTransformer, Text
+from plain_project import Digits, ImageClassifier
 
-from lightning_grad.callbacks import AdaptiveGradientClipping, AutoClip, MomentumReset, SpikeClipping, ZClip
+from lightning_grad.callbacks import (
+    AdaptiveGradientClipping,
+    AutoClip,
+    GradientCentralization,
+    LayerwiseClipping,
+    NormClipping,
+    SkipNonFinite,
+    SpikeClipping,
+    ValueClipping,
+    ZClip,
+)
 from lightning_grad.functional import total_norm
 from studies.common import (
     Follow,
@@ -46,9 +52,10 @@ from studies.common import (
     build_loggers,
     finish_loggers,
     hush,
+    mean_and_spread,
     print_rows,
     progress,
-    read_curve,
+    tidy,
     write_results,
 )
 
@@ -57,45 +64,71 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 IN_THE_DEMO = """\
-Clipped gradients (half a minute). A small language model learns sums, so fast
-that its loss spikes, in seven trainings, first without clipping, then with one
-line added:
+Clipped gradients (half a minute). A small network learns handwritten digits.
+In the middle of the training comes one bad batch: one of its images is multiplied by
+1000. Each rule is one line, and some of them do not help:
 
-    Trainer(callbacks=[ZClip()])
+    Trainer(callbacks=[NormClipping(1.0)])
 """
 
-LINE = len("27 + 58 =  85\n")
-WARMUP = 0.1
-SHORTEST = 1000  # characters of a text of which a tenth still holds a window of validation
-EVALUATIONS, LAST_EVALUATIONS, VALIDATION_BATCHES = 8, 3, 5
-WINDOW, DEVIATIONS, FLOOR = 50, 4.0, 0.02
+WIDTH, CLASSES = 128, 10
+BEFORE, TWICE, HALF = 50, 2.0, 0.5  # steps that say what is usual, a loss that is not, an accuracy that is of no use
 
-# The line in Trainer(callbacks=[...]) of each variant, for a training of so many steps.
-RULES: dict[str, Callable[[int], list[Callback]]] = {
-    "none": lambda steps: [],
-    "trainer": lambda steps: [],  # Trainer(gradient_clip_val=1.0)
-    "zclip": lambda steps: [ZClip()],
-    "zclip-bounded": lambda steps: [ZClip(max_norm=1.0)],  # as published
-    "autoclip": lambda steps: [AutoClip()],
-    "agc": lambda steps: [AdaptiveGradientClipping()],
-    # Published for long trainings, a reset every 500 steps would not come once in so short a one.
-    "spam": lambda steps: [MomentumReset(every_n_steps=max(1, steps // 2), warmup=steps // 4), SpikeClipping()],
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule as it is written in the list of callbacks.
+
+    Args:
+        text: The call, for titles; AGC stands for AdaptiveGradientClipping.
+        build: Function that returns the callbacks.
+    """
+
+    text: str
+    build: Callable[[], list[Callback]]
+
+
+# The line in Trainer(callbacks=[...]) of each variant.
+RULES = {
+    "none": Rule("no rule", list),
+    "norm": Rule("NormClipping(1.0)", lambda: [NormClipping(1.0)]),
+    "layerwise": Rule("LayerwiseClipping(1.0)", lambda: [LayerwiseClipping(1.0)]),
+    "zclip": Rule("ZClip()", lambda: [ZClip()]),
+    "autoclip": Rule("AutoClip()", lambda: [AutoClip()]),
+    "value": Rule("ValueClipping(1.0)", lambda: [ValueClipping(1.0)]),
+    "agc": Rule("AGC(0.1)", lambda: [AdaptiveGradientClipping(0.1)]),
+    "agc-head": Rule("AGC(0.1, head=None)", lambda: [AdaptiveGradientClipping(0.1, head=None)]),
+    "centralization": Rule("GradientCentralization()", lambda: [GradientCentralization()]),
+    "skip": Rule("SkipNonFinite()", lambda: [SkipNonFinite()]),
+    "spike": Rule("SpikeClipping()", lambda: [SpikeClipping()]),
 }
+NEEDS_ADAM = "spike"  # it compares a gradient with Adam's second moment
 
 
 @dataclass(frozen=True)
 class Study:
     """What is trained and where the results go; :func:`parse` says what each field means."""
 
-    variants: Sequence[str] = tuple(RULES)
-    seeds: int = 1
-    steps: int = 350
-    lr: float = 0.04
-    text: Path | None = None
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    variants: Sequence[str] | None = None
+    factor: float = 1000.0
+    seeds: int = 3
+    steps: int = 220
     output: Path = Path("runs/clipping")
     wandb: str | None = None
     accelerator: str = "auto"
     threads: int = 1
+
+    @property
+    def rules(self) -> list[str]:
+        """The rules that are compared; by default all that work with the optimizer."""
+        usable = [name for name in RULES if name != NEEDS_ADAM or self.optimizer == "adamw"]
+        return list(self.variants or usable)
+
+    @property
+    def bad_step(self) -> int:
+        """The step of the bad batch, counted from 0."""
+        return self.steps // 2
 
     def folder(self, variant: str, seed: int) -> Path:
         """Return the folder of one training."""
@@ -108,19 +141,25 @@ class Result:
 
     Args:
         variant: Its rule, see :data:`RULES`.
-        seed: Its seed.
-        validation_loss: Median over the last three validations.
-        spikes: How often its training loss spiked, see :func:`find_spikes`.
-        steps_lost: How many steps it needed to come back from them.
-        clipped_share: Share of steps whose gradients were changed before the optimizer used them.
+        seed: Its seed, also of the split of the digits.
+        usual_norm: Median gradient norm of the 50 steps before the bad batch, before the rule acts.
+        bad_norm: Gradient norm of the bad batch, before the rule acts.
+        used_norm: Gradient norm of the bad batch that the optimizer got.
+        accuracy_before: Validation accuracy just before the bad batch.
+        accuracy: Validation accuracy at the end.
+        steps_lost: Steps after the bad batch whose loss is no number, or more than twice the largest of the 50 before.
+        outcome: ``"saved"``, ``"damaged"`` or ``"lost"``, see :func:`judge`.
     """
 
     variant: str
     seed: int
-    validation_loss: float
-    spikes: int
+    usual_norm: float
+    bad_norm: float
+    used_norm: float
+    accuracy_before: float
+    accuracy: float
     steps_lost: int
-    clipped_share: float
+    outcome: str
 
 
 # Training.
@@ -130,88 +169,87 @@ def run_study(study: Study) -> list[Result]:
     """Train everything, and write ``results.csv`` and ``comparison.png``."""
     hush()
     torch.set_num_threads(study.threads)
-    data, results = read_text(study), []
-    with progress(study.variants, study.seeds, "{:6.3f}".format) as show:
+    study.output.mkdir(parents=True, exist_ok=True)
+    results = []
+    with progress(study.rules, study.seeds) as show:
         for seed in range(study.seeds):
-            results += [train(study, data, variant, seed, show) for variant in study.variants]
+            results += [train(study, variant, seed, show) for variant in study.rules]
     write_results(results, study.output / "results.csv")
-    draw_comparison(study).savefig(study.output / "comparison.png", dpi=140)
+    draw_comparison(study, results).savefig(study.output / "comparison.png", dpi=140)
     return results
 
 
-def train(study: Study, data: Text, variant: str, seed: int, show: Show) -> Result:
-    """Train once, and look for spikes."""
+def train(study: Study, variant: str, seed: int, show: Show) -> Result:
+    """Train once with one bad batch, and write ``steps.csv``."""
     seed_everything(seed, verbose=False)
-    module, folder = build_module(study, data), study.folder(variant, seed)
-    recorder = Recorder()
+    folder, recorder = study.folder(variant, seed), Recorder()
     trainer = Trainer(
-        callbacks=[recorder, Follow(show, variant, seed, "val_loss"), *RULES[variant](study.steps)],
-        gradient_clip_val=1.0 if variant == "trainer" else None,
-        logger=build_loggers(study.output, folder.name, f"clipping lr {study.lr:g}", study.wandb),
+        callbacks=[
+            BadBatch(study.bad_step, study.factor),
+            recorder,
+            Follow(show, variant, seed),
+            *RULES[variant].build(),
+        ],
+        logger=build_loggers(study.output, folder.name, f"clipping, one bad batch, {study.optimizer}", study.wandb),
         max_steps=study.steps,
         accelerator=study.accelerator,
         devices=1,
-        val_check_interval=max(1, study.steps // EVALUATIONS),
+        val_check_interval=study.bad_step,
         check_val_every_n_epoch=None,
-        limit_val_batches=VALIDATION_BATCHES,
         num_sanity_val_steps=0,
-        log_every_n_steps=max(1, min(5, study.steps // 40)),
+        log_every_n_steps=5,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    module, data = build_module(study.optimizer), Digits(seed=seed)
     trainer.fit(module, data)
     finish_loggers(trainer)
     recorder.write(folder / "steps.csv")
-    spikes = find_spikes(recorder.losses)
-    return Result(
-        variant,
-        seed,
-        validation_loss=statistics.median(recorder.validation_losses[-LAST_EVALUATIONS:]),
-        spikes=len(spikes),
-        steps_lost=sum(lost for _, lost in spikes),
-        clipped_share=float(np.mean(recorder.clipped)),
-    )
+    return measure(variant, seed, recorder, study.bad_step)
 
 
-def read_text(study: Study) -> Text:
-    """Return the text of the study; each window of the sums is one of them."""
-    if study.text:
-        return Text(study.text, context=64, batch_size=8)
-    return Text(write_sums(study.output / "sums.txt"), context=LINE, batch_size=24)
-
-
-def write_sums(path: Path, lines: int = 20_000) -> Path:
-    """Write a text of sums of two numbers below 100, always the same one."""
-    numbers = random.Random(0)
-    pairs = [(numbers.randrange(100), numbers.randrange(100)) for _ in range(lines)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{a:2} + {b:2} = {a + b:3}\n" for a, b in pairs), encoding="utf-8")
-    return path
-
-
-def build_module(study: Study, data: Text) -> LightningModule:
+def build_module(optimizer: Literal["sgd", "adamw"]) -> LightningModule:
     """Return a new module of the plain project."""
-    return CharTransformer(data.vocabulary_size, data.context, depth=1, lr=study.lr, schedule="warmup", warmup=WARMUP)
+    layers = (nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
+    rate = {"sgd": 0.05, "adamw": 3e-3}[optimizer]
+    net = nn.Sequential(nn.Flatten(), *layers)
+    return ImageClassifier(net, optimizer=optimizer, lr=rate, schedule="constant")
+
+
+class BadBatch(Callback):
+    """Spoil the first sample of one batch: the image is multiplied by a factor, the label is that of the next class.
+
+    A network of linear layers and ReLU classifies the multiple of an image as it does the image, and would not be hurt if
+    the label were right.
+
+    Args:
+        step: The step of the batch, counted from 0.
+        factor: What the image is multiplied by.
+    """
+
+    def __init__(self, step: int, factor: float) -> None:
+        self.step, self.factor = step, factor
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            images, labels = batch
+            images[0] *= self.factor
+            labels[0] = (labels[0] + 1) % CLASSES
 
 
 class Recorder(Callback):
-    """Keep the loss of every step, and the norm of its gradients before and after clipping.
+    """Keep the loss of every step, the norm of its gradients before and after the rule, and each validation accuracy.
 
-    It stands first in the list, where no rule has acted yet. After the step the gradients are still there, as the
-    optimizer got them.
+    It stands before the rule in the list. After the step the gradients are still there, as the optimizer got them.
     """
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.norms_used: list[float] = []
-        self.validation_losses: list[float] = []
-
-    @property
-    def clipped(self) -> list[bool]:
-        """Whether each step's gradients were changed."""
-        return [norm != used for norm, used in zip(self.norms, self.norms_used, strict=True)]
+        self.accuracies: list[float] = []
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -224,179 +262,167 @@ class Recorder(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.validation_losses.append(trainer.callback_metrics["val_loss"].item())
+        self.accuracies.append(trainer.callback_metrics["val_acc"].item())
 
     def write(self, path: Path) -> None:
         """Write a row for each step."""
-        columns = {"loss": self.losses, "norm": self.norms, "norm_used": self.norms_used, "clipped": self.clipped}
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["step", *columns])
-            writer.writerows([step, *row] for step, row in enumerate(zip(*columns.values(), strict=True), start=1))
+            writer.writerow(["step", "loss", "norm", "norm_used"])
+            rows = zip(self.losses, self.norms, self.norms_used, strict=True)
+            writer.writerows([step, *row] for step, row in enumerate(rows, start=1))
 
 
 def gradient_norm(module: LightningModule) -> float:
-    """Return the norm of all gradients of a module."""
-    return total_norm([p.grad for p in module.parameters() if p.grad is not None]).item()
+    """Return the norm of all gradients of a module; 0 after a step that was skipped, which leaves none."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    return total_norm(gradients).item() if gradients else 0.0
 
 
-def find_spikes(losses: Sequence[float]) -> list[tuple[int, int]]:
-    """Find the spikes of a training loss, and what each cost.
+def measure(variant: str, seed: int, recorder: Recorder, bad: int) -> Result:
+    """Return the result of a training from what was recorded."""
+    lost = count_lost(recorder.losses, bad)
+    return Result(
+        variant,
+        seed,
+        usual_norm=statistics.median(recorder.norms[max(0, bad - BEFORE) : bad]),
+        bad_norm=recorder.norms[bad],
+        used_norm=recorder.norms_used[bad],
+        accuracy_before=recorder.accuracies[0],
+        accuracy=recorder.accuracies[-1],
+        steps_lost=lost,
+        outcome=judge(lost, recorder.accuracies[-1]),
+    )
 
-    A spike is a step whose loss exceeds the median of the 50 steps before it by more than 4 robust deviations. A robust
-    deviation is 1.4826 times the median distance of those 50 losses from their median, and at least 0.02. The spike lasts
-    until the loss is below that median again, or the training ends; meanwhile no other is counted. A loss that is not a
-    number exceeds everything. The first 50 steps are not looked at.
+
+def count_lost(losses: Sequence[float], bad: int) -> int:
+    """Count the steps after the bad one whose loss is no number, or more than twice the largest of the 50 before.
 
     Args:
         losses: The loss of every step.
-
-    Returns:
-        list: For each spike its step, counted from 0, and how many steps it lasted.
+        bad: The bad step, counted from 0.
     """
-    values, spikes, step = np.nan_to_num(np.asarray(losses, dtype=float), nan=np.inf, posinf=np.inf), [], WINDOW
-    while step < len(values):
-        before = values[step - WINDOW : step]
-        median = np.median(before)
-        deviation = max(1.4826 * float(np.median(np.abs(before - median))), FLOOR)
-        if values[step] <= median + DEVIATIONS * deviation:
-            step += 1
-            continue
-        back = np.flatnonzero(values[step:] < median)
-        lost = int(back[0]) if len(back) else len(values) - step
-        spikes.append((step, lost))
-        step += lost
-    return spikes
+    limit = TWICE * max(losses[max(0, bad - BEFORE) : bad])
+    return sum(not loss <= limit for loss in losses[bad + 1 :])
+
+
+def judge(steps_lost: int, accuracy: float) -> str:
+    """Name the outcome of a training: lost if it ends below half accuracy, else damaged if it lost steps, else saved.
+
+    Example:
+        >>> judge(0, 0.97), judge(40, 0.95), judge(120, 0.1)
+        ('saved', 'damaged', 'lost')
+    """
+    if accuracy < HALF:
+        return "lost"
+    return "damaged" if steps_lost else "saved"
 
 
 # What is printed at the end.
 
 
-def print_table(results: Sequence[Result], steps: int) -> None:
-    """Print a row for each variant, over its seeds, and what the columns mean."""
-    variants = dict.fromkeys(result.variant for result in results)
-    header = ("variant", "validation loss", "spikes", "steps lost", "steps clipped")
-    print_rows(header, [summarise(variant, results) for variant in variants])
-    print(f"\nvalidation loss: median of the last {LAST_EVALUATIONS} of {EVALUATIONS} validations")
-    print("spikes: steps whose training loss is above the median of the 50 steps before by")
-    print("    more than 4 robust deviations (1.4826 MAD of those steps, at least 0.02)")
-    print("steps lost: from each spike until the loss is below that median again")
-    print("steps clipped: those whose gradients were changed before AdamW used them")
-    if "spam" in variants:
-        print(f"spam: one reset of the moments, after {steps // 2} steps, and a warm-up of {steps // 4} after it")
+def print_table(results: Sequence[Result], study: Study) -> None:
+    """Print a row for each rule, over its seeds, and what the columns mean."""
+    header = ("rule", "outcome", "steps lost", "accuracy", "norm used")
+    print_rows(header, [summarise(variant, results) for variant in study.rules])
+    usual, bad = (statistics.median(getattr(r, key) for r in results) for key in ("usual_norm", "bad_norm"))
+    print(f"\nThe usual gradient norm is {short_number(usual)}, that of the bad batch {bad:,.0f}.")
+    print("norm used: what the optimizer got of the bad batch")
+    print("steps lost: steps after it with a loss more than twice the largest of the")
+    print(f"    {BEFORE} before. damaged: such steps. lost: less than {100 * HALF:.0f} % accuracy at the end")
+    print("accuracy: before the bad batch → at the end, on 197 images: too few to rank rules")
+    if any("AGC" in RULES[variant].text for variant in study.rules):
+        print("AGC: AdaptiveGradientClipping, which exempts the last layer unless head=None")
+    if study.seeds > 1:
+        print(f"numbers: mean of {study.seeds} seeds, of steps lost with the standard deviation")
+    if study.factor == study.factor:
+        print("SkipNonFinite skips nan and infinity; this gradient is large but finite.")
 
 
 def summarise(variant: str, results: Sequence[Result]) -> tuple[str, ...]:
-    """Return the row of one variant."""
+    """Return the row of one rule."""
     own = [result for result in results if result.variant == variant]
     return (
-        variant,
-        mean_and_spread([result.validation_loss for result in own], ".3f"),
-        mean_and_spread([result.spikes for result in own], ".0f" if len(own) == 1 else ".1f"),
+        RULES[variant].text,
+        outcome_of(own),
         mean_and_spread([result.steps_lost for result in own], ".0f"),
-        f"{100 * statistics.mean(result.clipped_share for result in own):.0f} %",
+        " → ".join(f"{100 * statistics.mean(getattr(r, key) for r in own):.1f}" for key in ACCURACIES) + " %",
+        short_number(statistics.mean(result.used_norm for result in own)),
     )
 
 
-def mean_and_spread(values: Sequence[float], form: str) -> str:
-    """Write a mean, and the standard deviation where there are several values."""
-    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{spread}"
+def short_number(value: float) -> str:
+    """Write a number with two decimals, or with none from 10 on."""
+    return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
+
+
+def outcome_of(own: Sequence[Result]) -> str:
+    """Return the outcome of all seeds, or the count of each where they differ."""
+    counts = {word: sum(result.outcome == word for result in own) for word in OUTCOMES}
+    found = {word: counts[word] for word in sorted(counts, key=counts.__getitem__, reverse=True) if counts[word]}
+    return ", ".join(found if len(found) == 1 else (f"{count} {word}" for word, count in found.items()))
 
 
 # The figure.
 
-PALETTE = ("0.3", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00")
-COLOURS = dict(zip(RULES, PALETTE, strict=True))
-WITH_THRESHOLD = {"zclip": "ZClip", "autoclip": "AutoClip"}
-DARK = {"zclip": "#00344F", "autoclip": "#00493A"}  # of their thresholds, over what they clipped
+ACCURACIES = ("accuracy_before", "accuracy")
+OUTCOMES = {"saved": "#00805D", "damaged": "#B87700", "lost": "#C4341A"}
+FAR_ABOVE = 30.0  # times the loss of the bad batch: a loss that diverges later leaves the picture
+NOTE: dict[str, Any] = {"fontsize": 8, "color": "0.35", "ha": "right", "va": "top"}
+OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 
 
-def draw_comparison(study: Study) -> Figure:
-    """Draw the loss of all variants, and below it the gradient norms of those with a threshold that moves."""
+def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
+    """Draw the training loss of every step, a panel for each rule, in the color of what came of it."""
     from matplotlib.figure import Figure
 
-    shown = [variant for variant in study.variants if variant in WITH_THRESHOLD]
-    figure = Figure(figsize=(8.8, 6.4 if shown else 3.8), layout="constrained")
-    panels = [["loss"] * len(shown), shown] if shown else [["loss"]]
-    axes: dict[str, Axes] = figure.subplot_mosaic(panels, height_ratios=[1.5, 1][: len(panels)])
-    text = study.text.name if study.text else "sums"
-    seeds = f"mean of {study.seeds} seeds" if study.seeds > 1 else "one seed"
-    figure.suptitle(f"A character transformer learns {text}: AdamW, learning rate {study.lr:g}, {seeds}", fontsize=12)
-    draw_losses(axes["loss"], study)
-    for variant in shown:
-        draw_norms(axes[variant], study, variant)
-    for axis in axes.values():
-        axis.grid(axis="y", color="0.92")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=9)
+    columns = min(5, len(study.rules))
+    rows = -(-len(study.rules) // columns)
+    figure = Figure(figsize=(2.4 * columns + 0.5, 2.4 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axis in axes.flat[len(study.rules) :]:
+        axis.set_visible(False)
+    tops = [
+        draw_rule(axis, study, [result for result in results if result.variant == variant])
+        for axis, variant in zip(axes.flat, study.rules, strict=False)
+    ]
+    axes[0, 0].set_ylim(top=FAR_ABOVE * np.nanmax([*tops, 1.0]))
+    axes[0, 0].text(study.bad_step - 3, 0.97, "bad batch", transform=axes[0, 0].get_xaxis_transform(), **NOTE)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("training loss", fontsize=9)
+    for axis in axes[-1]:
         axis.set_xlabel("optimizer step", fontsize=9)
-        axis.set_xlim(0, study.steps)
-    figure.legend(*axes["loss"].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    seeds = f"{study.seeds} seeds, a line each" if study.seeds > 1 else "one seed"
+    bad = f"one image times {study.factor:g}" if study.factor == study.factor else "one image all nan"
+    title = f"One bad batch ({bad}) in a training with {OPTIMIZERS[study.optimizer]}: which rules save the run"
+    figure.suptitle(f"{title}\nvalidation accuracy before it → at the end; {seeds}", fontsize=11)
     return figure
 
 
-def draw_losses(axis: Axes, study: Study) -> None:
-    """Draw the loss of each variant, as it was for the first seed and smoothed over all, and mark the spikes."""
-    floor, top, peaks = np.inf, -np.inf, []
-    for variant in study.variants:
-        curves = np.array([read_steps(study.folder(variant, seed))["loss"] for seed in range(study.seeds)])
-        steps, smoothed, colour = np.arange(1, curves.shape[1] + 1), smooth(curves.mean(0)), COLOURS[variant]
-        axis.plot(steps, curves[0], color=colour, linewidth=0.7, alpha=0.35)
-        axis.plot(steps, smoothed, color=colour, linewidth=2, label=variant)
-        peaks += [(steps[step], curves[0][step], colour) for step, _ in find_spikes(curves[0])]
-        late = smoothed[len(steps) // 4 :]
-        floor, top = min(floor, float(late.min())), max(top, float(late.max()))
-    floor, top = floor - 0.15 * (top - floor), top + 0.2 * (top - floor)
-    for step, loss, colour in peaks:
-        place = min(loss + 0.02 * (top - floor), top - 0.03 * (top - floor))  # what is higher is marked at the edge
-        axis.plot(step, place, "v", color=colour, markersize=8, markeredgecolor="white", zorder=3)
-    if np.isfinite(top - floor):
-        axis.set_ylim(floor, top)
-    thin = "of the first seed" if study.seeds > 1 else "each step"
-    axis.set_title(f"Training loss, smoothed (thin: {thin}; triangles: its spikes)", fontsize=10, loc="left")
-
-
-def draw_norms(axis: Axes, study: Study, variant: str) -> None:
-    """Draw the norms before clipping, the threshold that each met, and where it clipped, for the first seed."""
-    folder, colour = study.folder(variant, 0), COLOURS[variant]
-    recorded = read_steps(folder)
-    steps, clipped = np.arange(1, len(recorded["norm"]) + 1), recorded["clipped"] > 0
-    threshold = read_threshold(folder / "metrics.csv", variant)
-    axis.plot(steps, recorded["norm"], color="0.7", linewidth=0.8, label="norm")
-    axis.plot(steps[clipped], recorded["norm"][clipped], ".", color=colour, markersize=4, label="clipped")
-    axis.plot(list(threshold), list(threshold.values()), color=DARK[variant], linewidth=1.8, label="threshold")
+def draw_rule(axis: Axes, study: Study, own: Sequence[Result]) -> float:
+    """Draw the losses of one rule with what came of it, and return the largest loss of the bad batch."""
+    name, call, top = own[0].variant, RULES[own[0].variant].text, 0.0
+    for result in own:
+        losses = read_losses(study.folder(name, result.seed))
+        top = max(top, losses[study.bad_step])
+        axis.plot(np.arange(1, len(losses) + 1), losses, color=OUTCOMES[result.outcome], linewidth=1)
+    axis.axvline(study.bad_step + 1, color="0.5", linewidth=0.8, linestyle=":", zorder=0)
+    worst = max((result.outcome for result in own), key=list(OUTCOMES).index)
+    axis.set_title(f"{call}\n", fontsize=9.5, loc="left")
+    before, end = (100 * statistics.mean(getattr(r, key) for r in own) for key in ACCURACIES)
+    words = f"{outcome_of(own)}: {before:.0f} → {end:.0f} %"
+    axis.text(0, 1.03, words, transform=axis.transAxes, fontsize=9, color=OUTCOMES[worst]).set_in_layout(False)
     axis.set_yscale("log")
-    axis.set_ylim(0.5 * recorded["norm"].min(), 8 * recorded["norm"].max())
-    share = f"{100 * clipped.mean():.0f} % of steps clipped"
-    axis.set_title(f"Gradient norm with {WITH_THRESHOLD[variant]}: {share}", fontsize=10, loc="left")
-    axis.legend(frameon=False, fontsize=9, ncols=3, loc="upper right", handlelength=1.4, columnspacing=1.2)
+    axis.set_xlim(0, study.steps)
+    axis.margins(y=0)
+    tidy(axis)
+    return top
 
 
-def read_steps(folder: Path) -> dict[str, np.ndarray]:
-    """Read the columns of ``steps.csv``."""
+def read_losses(folder: Path) -> np.ndarray:
+    """Return the loss of every step from ``steps.csv``."""
     with (folder / "steps.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    numbers = {"True": 1.0, "False": 0.0}
-    return {
-        key: np.array([numbers[row[key]] if row[key] in numbers else float(row[key]) for row in rows])
-        for key in rows[0]
-    }
-
-
-def read_threshold(metrics: Path, variant: str) -> dict[int, float]:
-    """Return the norm from which on a rule clips, by step, from what it has logged."""
-    if variant == "autoclip":
-        return read_curve(metrics, "grad/autoclip/threshold")
-    rule = ZClip()
-    mean, deviation = (read_curve(metrics, f"grad/zclip/{key}") for key in ("mean", "deviation"))
-    return {step: mean[step] + rule.z_threshold * deviation[step] for step in mean if step > rule.warmup_steps}
-
-
-def smooth(values: np.ndarray, width: int = 21) -> np.ndarray:
-    """Return the running mean, weighted towards the middle, at the ends over what there is."""
-    kernel = np.hanning(min(width, len(values)) + 2)[1:-1]
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+        return np.array([float(row["loss"]) for row in csv.DictReader(file)])
 
 
 # The command line.
@@ -407,17 +433,12 @@ def parse(arguments: Sequence[str] | None = None) -> Study:
     default = Study()
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    rules = (
-        "what to compare: none; trainer, that is Trainer(gradient_clip_val=1.0); zclip; zclip-bounded, that is "
-        "ZClip(max_norm=1.0); autoclip; agc, that is AdaptiveGradientClipping; spam, that is MomentumReset and "
-        "SpikeClipping (default: all)"
-    )
-    add("--variants", nargs="+", choices=RULES, default=SUPPRESS, metavar="VARIANT", help=rules)
-    add("--seeds", type=int, default=default.seeds, help="number of seeds; each trains every variant once")
+    add("--optimizer", choices=("sgd", "adamw"), default=default.optimizer, help="optimizer of the training")
+    rules = f"rules to compare: {', '.join(RULES)} (default: all that work with the optimizer)"
+    add("--variants", nargs="+", choices=RULES, default=SUPPRESS, metavar="RULE", help=rules)
+    add("--factor", type=float, default=default.factor, help="what the bad image is multiplied by; nan is possible")
+    add("--seeds", type=int, default=default.seeds, help="number of seeds; each trains every rule once")
     add("--steps", type=int, default=default.steps, help="optimizer steps of each training")
-    add("--lr", type=float, default=default.lr, help="learning rate after the warm-up, a tenth of the steps")
-    text = "UTF-8 text to learn (default: sums); those we tried did not spike with so small a model"
-    add("--text", type=text_file, default=SUPPRESS, help=text)
     add("--output", type=Path, default=default.output, help="folder of the results")
     add("--wandb", nargs="?", const="offline", choices=("offline", "online"), help="log each training to W&B too")
     add("--accelerator", default=default.accelerator, help="device, as the Trainer calls it")
@@ -425,24 +446,11 @@ def parse(arguments: Sequence[str] | None = None) -> Study:
     return Study(**vars(parser.parse_args(arguments)))
 
 
-def text_file(name: str) -> Path:
-    """Return the path of a text, or raise what argparse shows if it cannot be read or learnt."""
-    path = Path(name)
-    try:
-        length = len(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArgumentTypeError(f"cannot read {name} as a UTF-8 text: {error}") from error
-    if length < SHORTEST:
-        raise ArgumentTypeError(f"{name} has {length} characters, which is too short a text: {SHORTEST} are needed")
-    return path
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the study that the command line describes."""
     study = parse(arguments)
-    results = run_study(study)
-    print_table(results, study.steps)
-    print(f"\nWritten to {study.output}/: comparison.png, results.csv, and a folder for each training.")
+    print_table(run_study(study), study)
+    print(f"\nWritten to {study.output}/: comparison.png, results.csv, and steps.csv in a folder for each training.")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing_extensions import override
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from matplotlib.axes import Axes
 
 Show = Callable[[str, int, float, float], None]  # name, seed, share of the training that is done, validation value
 
@@ -139,3 +141,25 @@ def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, ["-" * width for width in widths], *rows):
         print("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def mean_and_spread(values: Sequence[float], form: str = ".1f") -> str:
+    """Write a mean, and the standard deviation where there are several values.
+
+    Example:
+        >>> mean_and_spread([1.0]), mean_and_spread([1.0, 2.0])
+        ('1.0', '1.5 ± 0.7')
+    """
+    spread = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"
+
+
+# Figures.
+
+
+def tidy(axis: Axes) -> None:
+    """Give a panel a light grid and small labels, and take away the frame above and on the right."""
+    axis.grid(color="0.93")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)

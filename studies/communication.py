@@ -45,7 +45,17 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 from plain_project import Digits, ImageClassifier
 
 from lightning_grad.strategies import CompressedDDPStrategy, DGCStrategy, PowerSGDStrategy
-from studies.common import Follow, build_loggers, finish_loggers, hush, percent, print_rows, write_results
+from studies.common import (
+    Follow,
+    build_loggers,
+    finish_loggers,
+    hush,
+    mean_and_spread,
+    percent,
+    print_rows,
+    tidy,
+    write_results,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -328,12 +338,6 @@ def of(gradients: str, results: Sequence[Result]) -> list[Result]:
     return [result for result in results if result.gradients == gradients]
 
 
-def mean_and_spread(values: Sequence[float], form: str = ".1f") -> str:
-    """Write a mean, and the standard deviation where there are several values."""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{spread}"
-
-
 # The figure.
 
 PALETTE = ("0.45", "black", "#00493A", "#009E73", "#7FCDB5", "#0072B2", "#56B4E9", "#D55E00", "#E69F00")
@@ -401,14 +405,6 @@ def draw_test_accuracies(axis: Axes, study: Study, results: Sequence[Result]) ->
     lowest = min(100 * result.test_accuracy for result in results)
     axis.set_xlim(min(94.0, lowest - 1), 100.2)  # wide enough for one image to look as little as it is
     axis.set_xlabel("% of 200 test images" + " (dots: seeds, bar: mean)" * (study.seeds > 1), fontsize=9)
-
-
-def tidy(axis: Axes) -> None:
-    """Take away from a panel what says nothing."""
-    axis.grid(color="0.93")
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8)
 
 
 # The command line.

@@ -3,6 +3,7 @@
 ::
 
     python studies/data_pruning.py --seeds 5
+    python studies/data_pruning.py --seeds 5 --variants        # only looks for wrong labels
     python studies/data_pruning.py --variants full random hard --prunes 0.5 --budget steps
     python studies/data_pruning.py --cifar10 path/to/folder --epochs 200 --score-epoch 20 --prunes 0.5
 
@@ -45,19 +46,29 @@ from plain_project.data import flip_labels
 
 from lightning_grad.callbacks import DataPruning, InfoBatch, RepeatedRandomSubset
 from lightning_grad.data import SampleScores, compare_scores, load_scores
-from studies.common import Follow, Show, build_loggers, finish_loggers, hush, print_rows, progress, write_results
+from studies.common import (
+    Follow,
+    Show,
+    build_loggers,
+    finish_loggers,
+    hush,
+    mean_and_spread,
+    print_rows,
+    progress,
+    tidy,
+    write_results,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 IN_THE_DEMO = """\
-Pruned data (half a minute). A small residual network learns handwritten digits
-from all samples, then from half of them, with one line added:
+Data pruning (a few seconds). A tenth of the labels of the training digits are wrong.
+A small residual network learns them for three epochs, then one line scores every
+sample, drops none, and shows the hardest. How many wrong labels are among them?
 
-    Trainer(callbacks=[DataPruning(prune=0.5, epoch=3)])
-
-The same line with prune=0 drops none, and finds wrong labels in a short training.
+    Trainer(callbacks=[DataPruning(prune=0, epoch=3)])
 """
 
 CLASSES = 10
@@ -348,26 +359,23 @@ def read_scores(folder: Path, epoch: int) -> SampleScores:
 
 @dataclass(frozen=True)
 class Finding:
-    """How many of the hardest samples have wrong labels.
+    """How many of the samples that come first in an order have wrong labels.
 
     Args:
-        seed: Of the training that scored.
+        seed: Of the training that scored, and of the random order.
+        order: ``"el2n"``, the hardest first, or ``"random"``.
         total: Number of all samples.
         wrong: Number of those with wrong labels.
-        looked_at: Number of the hardest samples that are looked at.
+        looked_at: Number of the first samples that are looked at.
         found: How many of these are wrong.
     """
 
     seed: int
+    order: str
     total: int
     wrong: int
     looked_at: int
     found: int
-
-    @property
-    def precision(self) -> float:
-        """Share of the wrong ones among those looked at."""
-        return self.found / self.looked_at
 
 
 def find_label_errors(study: Study) -> list[Finding]:
@@ -378,12 +386,24 @@ def find_label_errors(study: Study) -> list[Finding]:
         shown: dict[str, Any] = {"num_shown": 24, "figure": True} if seed == 0 else {}
         folder = score(study, "el2n", flip, seed, [study.score_epoch], **shown)
         wrong = hardest_wrong(study, folder, flip, seed)
-        for size in (len(wrong) // 100, len(wrong) // 20, wrong.sum()):
-            looked_at = wrong[: max(1, size)]
-            findings.append(Finding(seed, len(wrong), int(wrong.sum()), len(looked_at), int(looked_at.sum())))
+        findings += count_found(wrong, "el2n", seed)
+        findings += count_found(np.random.default_rng(seed).permutation(wrong), "random", seed)
     write_results(findings, study.output / "label_errors.csv")
-    draw_label_errors(study, flip).savefig(study.output / "label_errors.png", dpi=140)
+    draw_label_errors(study, findings).savefig(study.output / "label_errors.png", dpi=140)
     return findings
+
+
+def count_found(is_wrong: np.ndarray, order: str, seed: int) -> list[Finding]:
+    """Count the wrong labels among the first samples, up to three times as many as are wrong.
+
+    Args:
+        is_wrong: Whether the label of each sample is wrong, in the order in which they are looked at.
+        order: Name of the order.
+        seed: Its seed.
+    """
+    total, wrong = len(is_wrong), int(is_wrong.sum())
+    sizes = np.unique(np.linspace(0, min(3 * wrong, total), 43).round().astype(int))
+    return [Finding(seed, order, total, wrong, int(size), int(is_wrong[:size].sum())) for size in sizes]
 
 
 def hardest_wrong(study: Study, folder: Path, flip: float, seed: int) -> np.ndarray:
@@ -446,20 +466,23 @@ def summarise(variant: str, prune: float, results: Sequence[Result], full: float
     )
 
 
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Write a mean, and the standard deviation where there are several values."""
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-
 def print_findings(findings: Sequence[Finding]) -> None:
-    """Print how many of the hardest samples are wrong, over the seeds."""
+    """Print how many wrong labels are found, over the seeds, and how many in random order."""
     wrong, total = findings[0].wrong, findings[0].total
-    print(f"\nDataPruning(prune=0) looks for wrong labels: {wrong} of {total} are, {100 * wrong / total:.0f} %")
+    sizes = sorted({finding.looked_at for finding in findings})
+    seeds = len({finding.seed for finding in findings})
     rows = []
-    for size in dict.fromkeys(finding.looked_at for finding in findings):
-        own = [finding.precision for finding in findings if finding.looked_at == size]
-        rows.append((f"the {size} hardest", mean_and_spread([100 * share for share in own]) + " %"))
-    print_rows(("looked at", "of them wrong"), rows)
+    for size in [sizes[len(sizes) // 12], sizes[len(sizes) // 6], sizes[len(sizes) // 3], sizes[-1]]:
+        counts = [found_of(findings, order, size) for order in ("el2n", "random")]
+        rows.append((str(size), *(mean_and_spread(count) for count in counts)))
+    print_rows(("samples looked at", "wrong, hardest first", "wrong, random order"), rows)
+    spread = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
+    print(f"\n{wrong} of {total} labels are wrong{spread}")
+
+
+def found_of(findings: Sequence[Finding], order: str, size: int) -> list[int]:
+    """Return how many wrong labels each seed found among so many samples."""
+    return [finding.found for finding in findings if (finding.order, finding.looked_at) == (order, size)]
 
 
 def kind_of_labels(flip: float) -> str:
@@ -480,84 +503,91 @@ COLOURS = {
     "ccs": "#009E73",
     "infobatch": "#CC79A7",
 }
-MARKERS = "osD^v"
-SIDE_BY_SIDE = ("random", "rs2-equal", "hard", "easy", "offset", "ccs")  # these see equally many samples
+NOTE: dict[str, Any] = {"fontsize": 8, "color": "0.35", "va": "center"}
 RIGHT, WRONG, EDGE = "#0072B2", "#D55E00", "0.25"
-FEWEST = 0.002  # errors: none at all has no place on a logarithmic axis
-ERRORS = (FEWEST, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 0.9)
+TICKS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
+STRETCH = 0.01  # error at which the axis of accuracies is neither logarithmic nor linear
 
 
 def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
-    """Draw test accuracy against samples seen, a panel for each training set."""
+    """Draw the test accuracy of each variant, a column for each training set and a row for each share that is dropped."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(7.0, 0.6 + 4.4 * len(study.flips)), 5), layout="constrained")
-    axes = figure.subplots(1, len(study.flips), squeeze=False, sharey=True)[0]
-    whole = "training on all" if "full" in study.variants else "the variant that sees most"
-    for axis, flip in zip(axes, study.flips, strict=True):
-        draw_accuracies(axis, study, [result for result in results if result.flip == flip])
-        axis.set_title(kind_of_labels(flip), fontsize=10, loc="left")
-        axis.set_xlabel(f"samples seen, in % of {whole}; equal ones side by side", fontsize=9)
-        tidy(axis)
-    errors = [1 - result.test_accuracy for result in results]
-    axes[0].set_yscale("log")
-    ticks = [f"{'≥ ' if error == FEWEST else ''}{100 * (1 - error):g} %" for error in ERRORS]
-    axes[0].set_yticks(ERRORS, ticks)
-    axes[0].minorticks_off()
-    axes[0].set_ylim(1.2 * max(*errors, 0.01), max(0.7 * min(errors), 0.9 * FEWEST))
-    axes[0].set_ylabel("test accuracy (logarithm of the error)", fontsize=9)
-    seeds = f"mean, worst and best of {study.seeds} seeds" if study.seeds > 1 else "one seed"
-    figure.suptitle(f"Training on a part of the samples, for the same {study.budget}: {seeds}", fontsize=12)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    rows, columns = len(study.prunes), len(study.flips)
+    height = 0.32 * len(study.variants) + 0.7
+    figure = Figure(figsize=(1.6 + 4.2 * columns, 0.9 + height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for row, prune in zip(axes, study.prunes, strict=True):
+        for axis, flip in zip(row, study.flips, strict=True):
+            shown = [r for r in results if r.flip == flip and r.prune in (0.0, prune)]
+            draw_accuracies(axis, study, shown)
+            axis.set_title(f"{100 * prune:g} % dropped, {kind_of_labels(flip)}", fontsize=10, loc="left")
+    stretch(axes[0, 0], min(result.test_accuracy for result in results))
+    for axis in axes[-1]:
+        axis.set_xlabel("test accuracy, stretched towards 100 %", fontsize=9)
+    seeds = f"mean, lowest and highest of {study.seeds} seeds" if study.seeds > 1 else "one seed"
+    figure.suptitle(f"Training on part of the samples, for the same {study.budget}: {seeds}", fontsize=12)
     return figure
 
 
 def draw_accuracies(axis: Axes, study: Study, results: Sequence[Result]) -> None:
-    """Draw the means of all variants; those that see equally many samples stand side by side."""
+    """Draw a row for each variant, with the share of samples it saw on the right."""
     most = max(result.samples for result in results)
-    crowd = SIDE_BY_SIDE if study.budget == "epochs" else tuple(study.variants)
-    for variant in study.variants:
-        beside = 1.5 * (crowd.index(variant) - (len(crowd) - 1) / 2) if variant in crowd else 0.0
-        for prune, marker in zip((0.0, *study.prunes), "*" + MARKERS, strict=False):
-            own = [result for result in results if (result.variant, result.prune) == (variant, prune)]
-            if not own:
-                continue
-            errors = np.array([1 - result.test_accuracy for result in own])
-            seen = 100 * statistics.mean(result.samples for result in own) / most + beside
-            error, best, worst = (max(value, FEWEST) for value in (errors.mean(), errors.min(), errors.max()))
-            look: dict[str, Any] = {"color": COLOURS[variant], "markersize": 12 if variant == "full" else 8}
-            bars: dict[str, Any] = {"capsize": 2, "elinewidth": 1.2, "markeredgecolor": EDGE}
-            axis.errorbar(seen, error, [[error - best], [worst - error]], fmt=marker, **bars, **look)
-            if variant == "full":
-                axis.axhline(error, color=COLOURS[variant], linewidth=1, linestyle=":", zorder=0)
-        shape = "*" if variant == "full" else "o"
-        axis.plot([], [], shape, color=COLOURS[variant], markeredgecolor=EDGE, label=variant)
-    for prune, marker in zip(study.prunes, MARKERS, strict=False):
-        axis.plot([], [], marker, color="none", markeredgecolor=EDGE, label=f"{100 * prune:g} % left out")
-    axis.set_xlim(0, 108)
+    for place, variant in enumerate(study.variants):
+        own = [result for result in results if result.variant == variant]
+        accuracies, seen = [result.test_accuracy for result in own], statistics.mean(result.samples for result in own)
+        axis.hlines(place, min(accuracies), max(accuracies), color=COLOURS[variant], linewidth=2.5, alpha=0.5)
+        axis.plot(statistics.mean(accuracies), place, "o", color=COLOURS[variant], markersize=7, markeredgecolor=EDGE)
+        axis.text(1.02, place, f"{100 * seen / most:.0f} %", transform=axis.get_yaxis_transform(), **NOTE)
+        if variant == "full":
+            axis.axvline(statistics.mean(accuracies), color=COLOURS[variant], linewidth=1, linestyle=":", zorder=0)
+    axis.text(1.02, -0.9, "samples seen", transform=axis.get_yaxis_transform(), **NOTE)
+    axis.set_yticks(range(len(study.variants)), study.variants)
+    axis.set_ylim(len(study.variants) - 0.5, -0.7)
+    tidy(axis)
 
 
-def draw_label_errors(study: Study, flip: float) -> Figure:
-    """Draw the hardest and the easiest samples, those with wrong labels framed, beside the precision over all seeds."""
+def stretch(axis: Axes, least: float) -> None:
+    """Show accuracies by the logarithm of their error plus a hundredth, so that 100 % has a place on the axis."""
+    functions = (lambda share: -np.log(1 + STRETCH - np.minimum(share, 1)), lambda value: 1 + STRETCH - np.exp(-value))
+    axis.set_xscale("function", functions=functions)
+    axis.set_xticks([tick for tick in TICKS if tick >= least - 0.15])
+    axis.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+    axis.minorticks_off()
+    axis.set_xlim(least - 0.3 * (1 - least) - 0.005, 1.002)
+
+
+def draw_label_errors(study: Study, findings: Sequence[Finding]) -> Figure:
+    """Draw the hardest and the easiest samples, those with wrong labels framed, next to how many wrong labels are found."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.4, 5.2), layout="constrained")
-    halves: Any = figure.subfigures(1, 2, width_ratios=[1.55, 1])
-    draw_samples(halves[0], study, flip)
-    axis = halves[1].subplots()
-    for seed in range(study.seeds):
-        wrong = hardest_wrong(study, study.output / f"scores/el2n_flip{flip:g}_seed{seed}", flip, seed)
-        sizes = np.arange(1, len(wrong) + 1)
-        axis.plot(sizes / len(wrong), wrong.cumsum() / sizes, color=WRONG, linewidth=1, alpha=0.7)
-    axis.axvline(flip, color="0.5", linewidth=1, linestyle="--")
-    axis.axhline(flip, color="0.5", linewidth=1, linestyle=":")
-    axis.text(flip + 0.01, 0.03, "as many as are wrong", fontsize=8, color="0.35", rotation=90, va="bottom")
-    axis.text(0.5, flip + 0.015, "by chance", fontsize=8, color="0.35", ha="right")
-    axis.set(xlim=(0, 0.5), ylim=(0, 1.03))
-    axis.set_xlabel("hardest samples by EL2N, as a share of all", fontsize=9)
-    axis.set_title("Share of them whose labels are wrong, each seed", fontsize=10, loc="left")
-    tidy(axis)
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    halves: Any = figure.subfigures(1, 2, width_ratios=[1.45, 1])
+    draw_samples(halves[0], study, max(study.flips))
+    draw_found(halves[1].subplots(), findings)
     return figure
+
+
+def draw_found(axis: Axes, findings: Sequence[Finding]) -> None:
+    """Draw how many wrong labels are among the samples looked at, a line for each seed and order."""
+    wrong, sizes = findings[0].wrong, sorted({finding.looked_at for finding in findings})
+    for order, colour, name in (("el2n", WRONG, "hardest first (EL2N)"), ("random", "0.45", "random order")):
+        for seed in sorted({finding.seed for finding in findings}):
+            own = [finding.found for finding in findings if (finding.order, finding.seed) == (order, seed)]
+            axis.plot(sizes, own, color=colour, linewidth=1.2, alpha=0.8)
+        place = statistics.mean(found_of(findings, order, sizes[-1])) - 0.11 * wrong
+        axis.text(sizes[-1], place, name, color=colour, fontsize=9.5, ha="right", va="top")
+        count = statistics.mean(found_of(findings, order, sizes[len(sizes) // 3]))
+        words = f"{count:.0f} of the first {wrong}"
+        axis.annotate(words, (wrong, count), (5, -13), textcoords="offset points", fontsize=8.5, color=colour)
+    axis.plot([0, wrong, sizes[-1]], [0, wrong, wrong], ":", color="0.3", linewidth=1, zorder=0)
+    axis.text(0.95 * wrong, 1.01 * wrong, "best possible", fontsize=8.5, color="0.3", ha="right", va="bottom")
+    axis.axvline(wrong, color="0.8", linewidth=1, zorder=0)
+    axis.set(xlim=(0, sizes[-1]), ylim=(0, 1.1 * wrong))
+    axis.set_xlabel(f"samples looked at, of {findings[0].total}", fontsize=9)
+    axis.set_ylabel("wrong labels found", fontsize=9)
+    axis.set_title(f"Wrong labels found ({wrong} in all), a line for each seed", fontsize=10, loc="left")
+    tidy(axis)
 
 
 def draw_samples(figure: Any, study: Study, flip: float, columns: int = 9) -> None:
@@ -570,8 +600,10 @@ def draw_samples(figure: Any, study: Study, flip: float, columns: int = 9) -> No
     order = values.argsort(descending=True, stable=True).tolist()
     honest = [index for index in order if index not in wrong]
     rows = [order[:columns], order[columns : 2 * columns], honest[:columns], honest[columns : 2 * columns]]
-    figure.suptitle("Hardest samples; hardest with right labels; easiest. Framed: label wrong → right", fontsize=10)
+    figure.suptitle("Samples by score. Framed: the label is wrong (label → what it is)", fontsize=10)
     axes = figure.subplots(5, columns)
+    for row, words in ((0, "hardest"), (2, "hardest with\na right label"), (4, "easiest")):
+        axes[row, 0].set_ylabel(words, fontsize=9, rotation=0, ha="right", va="center")
     for axis, index in zip(axes.flat, [index for row in [*rows, order[-columns:]] for index in row], strict=True):
         image, given = images[index]
         pixels = image.movedim(0, -1).numpy()
@@ -663,14 +695,6 @@ def draw_rates(axis: Axes, study: Study) -> None:
         axis.legend(fontsize=8, frameon=False)
 
 
-def tidy(axis: Axes) -> None:
-    """Take away from a panel what says nothing."""
-    axis.grid(color="0.93")
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8)
-
-
 # The command line.
 
 
@@ -681,9 +705,10 @@ def parse(arguments: Sequence[str] | None = None) -> Study:
     add = parser.add_argument
     rules = (
         "what to compare: full, that is all samples; random, hard, easy: DataPruning with this keep; offset and ccs: hard "
-        "without the hardest tenth; rs2 and rs2-equal: RepeatedRandomSubset; infobatch"
+        "without the hardest tenth; rs2 and rs2-equal: RepeatedRandomSubset; infobatch. None of them: only look for wrong "
+        "labels"
     )
-    add("--variants", nargs="+", choices=RULES, default=default.variants, metavar="VARIANT", help=rules)
+    add("--variants", nargs="*", choices=RULES, default=default.variants, metavar="VARIANT", help=rules)
     add(
         "--prunes",
         nargs="+",
@@ -712,15 +737,16 @@ def parse(arguments: Sequence[str] | None = None) -> Study:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the study that the command line describes."""
-    study = parse(arguments)
-    results = run_study(study)
-    print_table(results, study)
-    written = ["comparison.png", "results.csv", "a folder for each training"]
+    study, written = parse(arguments), []
+    if study.variants:
+        print_table(run_study(study), study)
+        written += ["comparison.png", "results.csv", "a folder for each training"]
     if max(study.flips) > 0:
         print_findings(find_label_errors(study))
-        look_at_scores(study)
-        written[1:1] = ["label_errors.png", "histogram.png", "scores.png"]
-        written += ["label_errors.csv", "scores/ with tables of the hardest samples"]
+        written += ["label_errors.png", "label_errors.csv", "scores/ with tables of the hardest samples"]
+        if study.variants:
+            look_at_scores(study)
+            written += ["histogram.png", "scores.png"]
     print(f"\nWritten to {study.output}/:", *written, sep="\n  ")
 
 

@@ -2,7 +2,6 @@
 
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -12,18 +11,17 @@ TITLE = "lightning-grad: gradient techniques in Lightning projects that know not
 
 PLACES = """
 Written to {folder}/
-  comparison.png                    sparse weights: the recipes side by side
+  comparison.png                    sparse weights: accuracy, density, mask changes
   results.csv                       the numbers of the first table
   <recipe>_seed0/nm_sparsity.png    one training: density, mask changes, accuracy
   <recipe>_seed0/metrics.csv        its scalars
   <recipe>_seed0/last.ckpt          its checkpoint, an ordinary one
   wandb/offline-run-*/              W&B: the same, histograms and masks
-  clipping/comparison.png           clipping: losses and gradient norms
+  clipping/comparison.png           one bad batch: which rules save the run
   clipping/results.csv              the numbers of the second table
   clipping/*_seed0/steps.csv        loss and gradient norms of every step
-  data_pruning/comparison.png       pruned data: accuracy against samples seen
-  data_pruning/results.csv          the numbers of the third table
-  data_pruning/label_errors.png     the wrong labels among the hardest samples
+  data_pruning/label_errors.png     wrong labels found, and the hardest samples
+  data_pruning/label_errors.csv     the numbers of the third table
   data_pruning/scores/*/*.png       the hardest and easiest samples, the scores
   adversarial/robustness.png        attacked inputs: accuracy by strength, and cost
   adversarial/digits.png            the digits, the changes and the answers
@@ -43,57 +41,64 @@ Try other settings:   .venv/bin/python studies/sparsity.py --help
 
 def main(
     output: Path = Path("runs/demo"),
-    epochs: int = 16,
-    steps: int = 350,
-    pruned_epochs: int = 20,
+    epochs: int = 12,
+    steps: int = 220,
+    seeds: int = 3,
     attacked_epochs: int = 20,
     compressed_epochs: int = 20,
 ) -> None:
-    """Train, and tell what came of it."""
+    """Train, and print what came of it."""
     print(TITLE, flush=True)
-    from studies import sparsity  # takes seconds, so after the first words
-
-    print(f"\n1. {sparsity.IN_THE_DEMO}", flush=True)
-    progressive = sparsity.Study(epochs=epochs, output=output, wandb="offline", accelerator="cpu")
-    results = sparsity.run_study(progressive)
-    print()
-    sparsity.print_table(results, progressive.pattern)
-
-    from studies import clipping
-
-    print(f"\n2. {clipping.IN_THE_DEMO}", flush=True)
-    spikes = clipping.Study(steps=steps, output=output / "clipping", accelerator="cpu")
-    trained = clipping.run_study(spikes)
-    print()
-    clipping.print_table(trained, spikes.steps)
-
-    prune_data(output / "data_pruning", pruned_epochs)
+    make_sparse(output, epochs, seeds)
+    clip_gradients(output / "clipping", steps, seeds)
+    find_label_errors(output / "data_pruning", seeds)
     attack_inputs(output / "adversarial", attacked_epochs)
     compress_gradients(output / "communication", compressed_epochs)
     print(PLACES.format(folder=output))
 
 
-def prune_data(output: Path, epochs: int) -> None:
+def make_sparse(output: Path, epochs: int, seeds: int) -> None:
+    """Run the first part."""
+    from studies import sparsity  # takes seconds, so after the first words
+
+    print(f"\n1. {sparsity.IN_THE_DEMO}", flush=True)
+    recipes = ("sr-ste", "mdgf-exponential")
+    study = sparsity.Study(
+        "1:8", recipes, seeds=seeds, epochs=epochs, output=output, wandb="offline", accelerator="cpu"
+    )
+    results = sparsity.run_study(study)
+    print()
+    sparsity.print_table(results, study)
+
+
+def clip_gradients(output: Path, steps: int, seeds: int) -> None:
+    """Run the second part."""
+    from studies import clipping
+
+    print(f"\n2. {clipping.IN_THE_DEMO}", flush=True)
+    study = clipping.Study(steps=steps, seeds=seeds, output=output, accelerator="cpu")
+    results = clipping.run_study(study)
+    print()
+    clipping.print_table(results, study)
+
+
+def find_label_errors(output: Path, seeds: int) -> None:
     """Run the third part."""
     from studies import data_pruning
 
     print(f"\n3. {data_pruning.IN_THE_DEMO}", flush=True)
-    variants = ("full", "random", "hard", "infobatch")
-    study = data_pruning.Study(variants, (0.5,), (0.0,), epochs=epochs, score_epoch=3, output=output, accelerator="cpu")
-    results = data_pruning.run_study(study)
-    data_pruning.print_table(results, study)
-    data_pruning.print_findings(data_pruning.find_label_errors(replace(study, flips=(0.1,))))
+    study = data_pruning.Study((), (), (0.1,), seeds, score_epoch=3, output=output, accelerator="cpu")
+    data_pruning.print_findings(data_pruning.find_label_errors(study))
 
 
 def attack_inputs(output: Path, epochs: int) -> None:
     """Run the fourth part."""
     from studies import adversarial
+    from studies.adversarial_trainings import Study
 
     print(f"\n4. {adversarial.IN_THE_DEMO}", flush=True)
     schedule, rate = "accuracy-gradient", 0.1
-    study = adversarial.Study(
-        schedules=(schedule,), rates=(rate,), seeds=3, epochs=epochs, output=output, accelerator="cpu"
-    )
+    study = Study(schedules=(schedule,), rates=(rate,), seeds=3, epochs=epochs, output=output, accelerator="cpu")
     adversarial.print_tables(adversarial.run_study(study), study)
 
 

@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import plain_project
 import pytest
 import yaml
 from lightning.pytorch.strategies import StrategyRegistry
 from matplotlib.figure import Figure
-from nbclient import NotebookClient
 
 from lightning_grad import callbacks, functional, strategies, utilities
 from lightning_grad.core.compatibility import TITLES, YES, no
@@ -135,10 +133,13 @@ def test_python_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbclient = pytest.importorskip("nbclient", reason="the environment of the oldest versions has no Jupyter")
+    import nbformat
+
     for name, value in {"PYTHONPATH": ROOT, "IPYTHONDIR": tmp_path, "JUPYTER_PLATFORM_DIRS": 1}.items():
         monkeypatch.setenv(name, str(value))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(tmp_path)}}).execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     blocks = [block for block in BLOCKS if block.page == NOTEBOOK_PAGE and block.language == "python"]
     for cell, block in zip(cells, blocks, strict=True):

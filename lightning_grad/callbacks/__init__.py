@@ -1,7 +1,7 @@
-"""Callbacks: one line in ``Trainer(callbacks=[...])`` each.
+"""Callbacks: each is one line in ``Trainer(callbacks=[...])``.
 
-One folder a family, one technique a file; all under their flat names here. What they are built of is in
-:mod:`lightning_grad.core`.
+Each family has a folder and each technique a file. All classes can be imported from here. Their base
+classes are in :mod:`lightning_grad.core`.
 """
 
 from lightning_grad.callbacks import adversarial, clipping, data_pruning, diagnostics, schedules, sparsity

@@ -1,23 +1,26 @@
-"""What the author of a technique builds on; it knows no technique.
+"""Base classes and tools for authors of techniques. Nothing here depends on a particular technique.
 
-Every technique derives from one of the bases. ``callback.py`` is the file to read first: it holds what all of them share;
-attributes that live for one fit are in ``fit.py``.
+Every technique derives from one of these bases. Read ``callback.py`` first: it holds what all of
+them share. Attributes that live for one fit are in ``fit.py``.
 
 - :class:`GradientConditioner`: a rule on the gradients of one optimizer step.
-- :class:`WeightCallback`: shows the module other weights than those that train.
-- :class:`OptimizerCallback`: works on optimizers, their steps, rates, moments and closures.
-- :class:`SubsetCallback`: chooses the samples of an epoch.
+- :class:`WeightCallback`: computes the weights that the module sees from the weights that train.
+- :class:`OptimizerCallback`: changes optimizers, their steps, learning rates, moments and closures.
+- :class:`SubsetCallback`: chooses the samples of each epoch.
 - :class:`MonitoredCallback`: acts on the values of a metric.
-- :class:`ProbeCallback`: looks at the module every so often, and only logs.
+- :class:`ProbeCallback`: measures the module at regular intervals and logs the results; changes
+  nothing.
 
-All bases share ``undo.py`` (steps back), ``dispatch.py`` (methods wrapped in an order), ``quiet.py`` and ``module_state.py``
-(a module run without a trace), ``ranks.py`` (values of several ranks, summed or joined), ``progress.py`` (how much of the run
-is done), ``compatibility.py`` (what a technique works with) and ``record.py`` (the rows that it leaves of a run). What the
-bases are built of is in four folders, whose own first lines list their files:
+All bases share ``undo.py`` (restores what was changed), ``dispatch.py`` (wraps methods in a fixed
+order), ``quiet.py`` and ``module_state.py`` (run the module without a trace), ``ranks.py`` (sums
+and means over ranks), ``progress.py`` (the share of the run that is done), ``compatibility.py``
+(what a technique works with) and ``record.py`` (the rows that a technique records in a run). Four
+folders hold the parts of the bases; the ``__init__.py`` of each lists its files:
 
-- ``losses/``: the losses of samples, read from the module's step, weighted in it, or measured over a training set;
-- ``views/``: weights that the module is shown in place of those that train;
-- ``steps/``: optimizer steps made twice, with other learning rates, or with moments that hold still;
+- ``losses/``: losses of single samples: captured in the module's step, reweighted in it, or
+  measured over a training set;
+- ``views/``: weights that the module sees in place of those that train;
+- ``steps/``: repeated optimizer steps, temporary learning rates and frozen moments;
 - ``samples/``: the training loader, its batches, and the length of epochs and schedules.
 """
 

@@ -1,10 +1,11 @@
-"""The base of every callback here. Read this first.
+"""The base of every callback in this package. Read this file first.
 
-A technique derives from :class:`GradCallback`, or from another base that derives from it, and gets: attributes that live
-for one fit (``fit.py``); one undo list that runs when the fit ends, however it ends; a state key and log keys that carry
-the instance's name; its settings in the config of the run; refusal of what cannot work. The other helpers are functions,
-called where a technique needs them: choosing parameters (``utilities.parameters``), where in the run we are
-(``progress.py``), figures, tables and files (``utilities.reporting``).
+A technique derives from :class:`GradCallback`, or from a base that derives from it. It gets
+attributes that live for one fit (``fit.py``), an undo list that runs when the fit ends for any
+reason, a state key and log keys that carry the instance's name, its settings in the run's config,
+and the refusal of what cannot work. Other helpers are functions that a technique calls where it
+needs them: ``utilities.parameters`` selects parameters, ``progress.py`` returns the share of the
+run that is done, ``utilities.reporting`` writes figures, tables and files.
 """
 
 import inspect
@@ -30,14 +31,15 @@ from lightning_grad.utilities.reporting import log_settings, say_if_no_figures
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a technique acts on in this fit, as :meth:`GradCallback.chosen` returns it.
+    """What a technique acts on in this fit. :meth:`GradCallback.chosen` returns it.
 
     Args:
-        words: A clause without subject and full stop, as in the line that is printed when the fit begins.
-        kind: What the names are: ``"parameters"``, ``"samples"``, ``"optimizers"``, ``"learning rates"``, ``"inputs"`` or
-            ``"losses"``; another word, in the plural, if none of these fits.
-        names: A name for each: of parameters as in ``named_parameters()``, of samples the index in the data set, as
-            often as an epoch repeats it; of others the expression that leads to them, such as ``optimizers[0]``.
+        words: A clause without subject and full stop; it is printed when the fit begins.
+        kind: What the names are: ``"parameters"``, ``"samples"``, ``"optimizers"``, ``"learning
+            rates"``, ``"inputs"``, ``"losses"`` or another plural noun.
+        names: One name for each. Parameters are named as in ``named_parameters()``, samples by
+            their index in the data set (repeated as often as in the epoch), others by an expression
+            such as ``optimizers[0]``.
 
     Example:
         >>> chosen = Chosen("acts on 2 parameters", "parameters", ["head.weight", "head.bias"])
@@ -61,37 +63,42 @@ _SHOWN = 5
 
 
 class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
-    """What every technique shares.
+    """Base class of all techniques.
 
-    The rules a technique keeps:
+    Every technique follows these rules:
 
-    - each constructor argument is annotated with what YAML can say, and is checked against that before the constructor
-      runs; the constructor checks ranges, and stores each argument under its own name; ``setup`` and ``on_fit_start`` check
-      the trainer and the module;
-    - whatever is added to the module, its optimizers or the trainer goes with a step back to ``self.undo``;
-    - what a checkpoint must hold are attributes with ``.saved()``, or ``state_dict`` extends that of the base; it holds
-      tensors, numbers, strings, lists and dicts only;
-    - ``restore`` extends that of the base, and continues from such a state when a fit resumes;
-    - a setting that changes on resume is followed, unless ``fixed_settings`` names it;
+    - Each constructor argument has a type annotation that YAML can express. The argument is checked
+      against it before the constructor runs. The constructor checks ranges and stores each argument
+      under its own name. ``setup`` and ``on_fit_start`` check the trainer and the module.
+    - For everything that it adds to the module, the optimizers or the trainer, it pushes an undo
+      step to ``self.undo``.
+    - What a checkpoint must hold is an attribute with ``.saved()``, or an entry of an extended
+      ``state_dict``: tensors, numbers, strings, lists and dicts only.
+    - If it extends ``state_dict``, it extends ``restore``, which continues from that state when a
+      fit resumes.
+    - If a setting differs on resume, the new value applies, unless ``fixed_settings`` names the
+      setting.
     - ``on_fit_start`` calls ``self.announce`` once the technique knows what it acts on.
 
     Class attributes:
 
-    - ``namespace``: the first part of its log keys.
-    - ``compatibility``: what it works with; ``setup`` refuses the rest. What depends on settings goes into ``works_with``.
-    - ``fixed_settings``: for each argument that must not differ from a checkpoint's when a run resumes the reason, which
-      ends the sentence "it cannot change because ...".
-    - ``trial``: constructor arguments with which a few epochs on a small module show what the technique does; they name no
-      layer, so that they fit every module. Tests and tools use them.
-    - ``progress_bar``: which of the quantities in Logs the progress bar shows. Users set it on an instance:
+    - ``namespace``: the first part of the log keys.
+    - ``compatibility``: what the technique works with; ``setup`` refuses the rest. Override
+      ``works_with`` if this depends on settings.
+    - ``fixed_settings``: the arguments that must not change when a run resumes, each with the
+      reason, which ends the sentence "it cannot change because ...".
+    - ``trial``: constructor arguments with which a few epochs on a small module show what the
+      technique does. They name no layer, so they fit every module. Tests and tools use them.
+    - ``progress_bar``: the quantities that the progress bar shows. Users set it on an instance:
       ``pruner.progress_bar = ["density"]`` or ``clipper.progress_bar = ["clipped_share"]``.
-    - ``neutral``: what of ``trial`` to change so that it changes nothing in a run, or the reason why nothing does that.
+    - ``neutral``: changes to ``trial`` with which the technique changes nothing in a run, or the
+      reason why there are none.
 
     Args:
-        name: Name of this instance, needed when two of a class are used; part of its state key and log keys.
+        name: Name of this instance, needed if two of a class are used; part of state and log keys.
 
     Raises:
-        ValueError: For a name that no file or log key can carry.
+        ValueError: If ``name`` cannot be part of a file name or log key.
     """
 
     namespace: ClassVar[str]
@@ -125,12 +132,13 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        # Lightning leaves the module's log methods on every callback it has run; a copy must not drag the module along.
+        # Lightning sets the module's log methods on every callback it runs; a copy must not hold
+        # the module.
         return {key: value for key, value in super().__getstate__().items() if key not in ("log", "log_dict")}
 
     @property
     def fitting(self) -> bool:
-        """Whether a fit is on, rather than a validation or test of its own, or none."""
+        """Whether a fit is running, as opposed to ``validate``, ``test``, ``predict`` or nothing."""
         return self._stage == "fit"
 
     @property
@@ -141,17 +149,17 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
     @property
     @override
     def display_name(self) -> str:
-        """The class and the name of this instance, for messages, configs and checkpoints."""
+        """Class and name of this instance, for messages, configs and checkpoints."""
         return type(self).__name__ if self.name is None else f"{type(self).__name__}[{self.name}]"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments as they stand."""
+        """The current values of the constructor's arguments."""
         names = list(inspect.signature(type(self).__init__).parameters)[1:]
         unknown = [name for name in names if not hasattr(self, name)]
         if unknown:
             raise TypeError(
-                f"{type(self).__name__} has no attribute {unknown[0]!r}. Let its constructor store every argument under its "
+                f"{type(self).__name__} has no attribute {unknown[0]!r}. Store every constructor argument under its "
                 "own name, and call super().__init__(name)."
             )
         return {name: getattr(self, name) for name in names}
@@ -170,15 +178,15 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
             say_if_no_figures(trainer, self)
 
     def works_with(self) -> Compatibility:
-        """Return what this instance works with, where that depends on its settings."""
+        """Return what this instance works with; override it if this depends on settings."""
         return self.compatibility
 
     def _check_fixed_settings(self) -> None:
         unknown = sorted(self.fixed_settings.keys() - self.settings.keys())
         if unknown:
             raise TypeError(
-                f"{type(self).__name__}.fixed_settings names {unknown[0]!r}, which is no argument of its constructor: "
-                f"{', '.join(self.settings)}."
+                f"{type(self).__name__}.fixed_settings must name arguments of the constructor "
+                f"({', '.join(self.settings)}); got {unknown[0]!r}."
             )
 
     @override
@@ -192,15 +200,16 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
             self.restore(state_dict)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint's state in a fit that resumes.
+        """Continue from a checkpoint's state when a fit resumes.
 
         Args:
-            state: What ``state_dict`` returned. Settings that changed were compared and told.
+            state: What ``state_dict`` returned. Changed settings have already been checked and
+                reported.
         """
         self.load_saved(state)
 
     def changed_settings(self, state_dict: Mapping[str, Any], *names: str) -> list[str]:
-        """Return which of some settings differ from those of a checkpoint."""
+        """Return those of the named settings that differ from a checkpoint's."""
         return changed_settings(state_dict.get("settings", {}), {name: self.settings[name] for name in names})
 
     @override
@@ -209,8 +218,9 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        # No teardown follows. Checkpoint callbacks still save after this hook, so what their files need is let go
-        # only in the strategy's on_exception, the first thing Lightning calls after all callbacks.
+        # Lightning calls no teardown after this hook, but checkpoint callbacks still save after it.
+        # What their files need is therefore dropped in the strategy's on_exception, which Lightning
+        # calls right after all callbacks.
         self.undo.run()
 
         def last(inner: Callable[..., Any], *args: Any) -> None:
@@ -229,24 +239,24 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
         rank_zero_info(f"{self.display_name} {what}.")
 
     def tell_once(self, what: str, tell: Callable[[str], Any], text: str) -> None:
-        """Print or warn of something once in a fit.
+        """Print a line or a warning once per fit.
 
         Args:
-            what: The occasion.
+            what: Key of the message; later calls with the same key do nothing.
             tell: ``rank_zero_info`` or ``rank_zero_warn``.
-            text: What is said after the name of the callback.
+            text: Message, which follows the name of the callback.
         """
         if what not in self._said:
             self._said.add(what)
             tell(f"{self.display_name}: {text}")
 
     def announce(self, words: str, kind: str, names: Sequence[str | int] = ()) -> None:
-        """Print what this instance acts on in this fit, and keep it for :meth:`chosen`; called in ``on_fit_start``.
+        """Print what this instance acts on in this fit and store it for :meth:`chosen`. Call it in ``on_fit_start``.
 
         Args:
             words: A clause without subject and full stop.
             kind: What the names are; see :class:`Chosen`.
-            names: What it acts on.
+            names: Names of what it acts on.
         """
         self._announced = Chosen(words, kind, list(names))
         self.say(words)
@@ -254,15 +264,15 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
     def chosen(self) -> Chosen:
         """Return what this instance acts on in this fit, in words and as a list.
 
-        A technique that finds out more during the fit overrides this.
+        Override it if the choice changes during the fit.
 
         Raises:
-            RuntimeError: Before its ``on_fit_start``, and after the fit.
+            RuntimeError: Before the callback's ``on_fit_start``, and after the fit.
         """
         if self._announced is None:
             raise RuntimeError(
-                f"{self.display_name} chooses what it acts on when a fit begins, and none is on. Call chosen() during "
-                "fit(), in on_fit_start or a later hook of a callback that is listed after it."
+                f"{self.display_name} has not chosen what it acts on, because no fit is running. Call chosen() during "
+                "fit(), in on_fit_start or a later hook of a callback that comes after it in the list."
             )
         return self._announced
 
@@ -273,8 +283,8 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
         sync_dist: bool = False,
         layers: bool = False,
     ) -> None:
-        """Log scalars under their log keys; ``sync_dist`` where Lightning asks for it, in validation."""
-        if getattr(pl_module.trainer, "barebones", False):  # Lightning would warn of every value
+        """Log scalars under their log keys. Set ``sync_dist`` in validation, where Lightning wants it."""
+        if getattr(pl_module.trainer, "barebones", False):  # Lightning would warn about every value
             return
         for shown in (False, True):
             chosen = {key: value for key, value in values.items() if (key in self.progress_bar) == shown}
@@ -282,12 +292,12 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
             pl_module.log_dict(named, prog_bar=shown, sync_dist=sync_dist)
 
     def log_key(self, quantity: str, layers: bool = False) -> str:
-        """Return the log key of a quantity, ``namespace[/name]/quantity``.
+        """Return the log key of a quantity: ``namespace[/name]/quantity``.
 
         Args:
-            quantity: Its name, with that of the layer where it has one: ``"norm/encoder"``.
-            layers: Whether there is one for each layer. The first part of these keys is ``grad_layers`` in place of ``grad``,
-                which W&B and TensorBoard show in a section of their own.
+            quantity: Its name, followed by the layer if there is one: ``"norm/encoder"``.
+            layers: Whether there is one value per layer. Such keys begin with ``grad_layers`` in place of
+                ``grad``, so W&B and TensorBoard show them in their own section.
         """
         section, *rest = self.namespace.split("/")
         return "/".join(

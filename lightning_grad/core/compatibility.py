@@ -1,4 +1,8 @@
-"""What a technique works with: declared once on its class, refused from there, shown from there, tested from there."""
+"""What a technique works with, declared once on its class.
+
+``setup`` refuses runs by this declaration, the documentation shows it, and the contract tests check
+it.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +20,20 @@ from lightning_grad.utilities.forward_order import is_compiled
 from lightning_grad.utilities.precision import grad_scaler, gradients_are_scaled
 
 Found = tuple[str, str] | None
-"""What of a run matters: in words, and a part of it that the way out repeats."""
+"""What was found in a run, in words, and the part of it that the way out repeats."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Whether a technique works with one thing. Make one with :func:`yes`, :func:`stand_in`, :func:`no` or :func:`moot`.
+    """Whether a technique works with one feature: made by :func:`yes`, :func:`stand_in`, :func:`no` or :func:`moot`.
 
     Args:
-        works: ``"yes"``; ``"stand-in"``, if tests ran it only with a stand-in in one process; ``"no"``; or ``"-"``, if the
-            question does not arise.
-        note: One or more sentences. With ``"no"`` it is a clause that follows the name of the technique, where ``{}`` stands
-            for what was found in the run.
-        way_out: With ``"no"``, what to do instead: an imperative. ``{value}`` stands for a part of what was found.
+        works: ``"yes"``; ``"stand-in"`` if tests ran it only with a stand-in in one process;
+            ``"no"``; ``"-"`` if the question does not apply.
+        note: One or more sentences. With ``"no"``, a clause that follows the technique's name, in
+            which ``{}`` stands for what was found in the run.
+        way_out: With ``"no"``, what to do instead, as an imperative. ``{value}`` stands for a part
+            of what was found.
     """
 
     works: Literal["yes", "stand-in", "no", "-"] = "yes"
@@ -36,7 +41,7 @@ class Answer:
     way_out: str = ""
 
     def given(self, setting: str) -> Answer:
-        """Return the same refusal, said of one setting of the technique."""
+        """Return the same refusal, limited to one setting of the technique."""
         return replace(self, note=f"with {setting} {self.note}")
 
     @property
@@ -54,11 +59,11 @@ class Answer:
         return ValueError(f"{display_name} {self.note.format(words)}. {self.way_out.format(value=value)}.")
 
     def explained(self, title: str, value: str = "...") -> str:
-        """Return the note as whole sentences, for the documentation; empty if there is none.
+        """Return the note as whole sentences for the documentation; empty if there is none.
 
         Args:
-            title: Name of the thing, in place of what a run would show.
-            value: What stands for the part that the way out repeats.
+            title: Name of the feature, in place of what was found in a run.
+            value: Placeholder for the part that the way out repeats.
         """
         return f"It{self.error('', title, value)}" if self.is_no else self.note
 
@@ -67,49 +72,47 @@ YES = Answer()
 
 
 def yes(note: str = "") -> Answer:
-    """Return the answer that it works, and that a test runs it."""
+    """Return the answer that it works and a test runs it."""
     return Answer("yes", note)
 
 
 def stand_in(note: str) -> Answer:
-    """Return the answer that it works in tests that have only a stand-in of the real thing."""
+    """Return the answer that it works in tests with a stand-in of the real strategy."""
     return Answer("stand-in", note)
 
 
 def no(reason: str, way_out: str) -> Answer:
-    """Return the answer that it does not work, so that ``setup`` raises.
+    """Return the answer that it does not work: ``setup`` raises an error.
 
     Args:
-        reason: A clause that follows the name of the technique; ``{}`` stands for what was found.
-        way_out: What to do instead.
+        reason: A clause that follows the technique's name; ``{}`` stands for what was found.
+        way_out: What to do instead, as an imperative without full stop.
     """
     return Answer("no", reason, way_out)
 
 
 def moot(note: str) -> Answer:
-    """Return the answer that the question does not arise."""
+    """Return the answer that the question does not apply."""
     return Answer("-", note)
 
 
 def manual(answer: Answer) -> dict[str, Answer]:
-    """Return an answer for manual optimization, and for several optimizers, which Lightning allows there only."""
+    """Return one answer for manual optimization and for several optimizers, which Lightning allows only there."""
     return {"manual_optimization": answer, "several_optimizers": answer}
 
 
 _IN_A_LIST = yes(
-    "In a list: `Trainer(callbacks=[...])`. The command line of `pytorch_lightning` accepts only callbacks of its own "
-    "namespace."
+    "Pass it in a list: `Trainer(callbacks=[...])`. The command line of `pytorch_lightning` accepts only callbacks "
+    "of its own namespace."
 )
-_UNSHARDED = stand_in(
-    "Tests run it under stand-ins of FSDP2, FSDP1 and DeepSpeed in one process; none has run it on real shards."
-)
+_UNSHARDED = stand_in("Tests run it with stand-ins of FSDP2, FSDP1 and DeepSpeed in one process, not on real shards.")
 
 
 @dataclass(frozen=True)
 class Compatibility:
-    """What a technique works with: one answer for each thing that a run may have.
+    """What a technique works with: one answer for each feature of a run.
 
-    A class attribute ``compatibility`` holds it. Derive it from that of the base, and name what differs:
+    It is the class attribute ``compatibility``. Derive it from the base's and name what differs:
 
     Example:
         >>> from lightning_grad.core import WHOLE_WEIGHTS, GradCallback
@@ -133,13 +136,14 @@ class Compatibility:
         fsdp1: ``FSDPStrategy``.
         deepspeed: ``DeepSpeedStrategy``.
         compiled: Compiled submodules.
-        several_optimizers: More than one optimizer, which Lightning allows under manual optimization only.
+        several_optimizers: More than one optimizer, which Lightning allows under manual
+            optimization only.
         manual_optimization: A module that steps its optimizers itself.
         weight_averaging: ``WeightAveraging`` and ``EMAWeightAveraging``.
-        pytorch_lightning: The Trainer of the other namespace.
+        pytorch_lightning: ``pytorch_lightning.Trainer``.
         gradient_clip_val: ``Trainer(gradient_clip_val=...)``.
-        late_gradients: A strategy whose gradients have accumulated over many steps.
-        no_second_moment: Optimizers that keep no ``exp_avg_sq``, such as SGD.
+        late_gradients: A strategy that exchanges what gradients accumulated over many steps.
+        no_second_moment: Optimizers without ``exp_avg_sq``, such as SGD.
         sparse_gradients: ``nn.Embedding(sparse=True)``.
         complex_parameters: Parameters of a complex type.
     """
@@ -164,7 +168,7 @@ class Compatibility:
     complex_parameters: Annotated[Answer, "complex parameters"] = YES
 
     def but(self, **answers: Answer) -> Compatibility:
-        """Return the same with other answers, by field."""
+        """Return a copy with other answers for the given fields."""
         return replace(self, **answers)
 
     @property
@@ -173,31 +177,31 @@ class Compatibility:
         return {name: getattr(self, name) for name in TITLES}
 
     def refuse(self, display_name: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise for what a run has and the technique does not work with, as far as ``setup`` can see it.
+        """Raise if the run has a feature that the technique does not work with, as far as ``setup`` can see.
 
         Raises:
-            ValueError: With what was found, why it does not work, and the way out.
+            ValueError: Names what was found, why it does not work, and the way out.
         """
         self._refuse(display_name, _IN_A_RUN, trainer, pl_module)
 
     def refuse_optimizer(self, display_name: str, trainer: pl.Trainer, optimizer: Optimizer) -> None:
-        """Raise for an optimizer that the technique does not work with.
+        """Raise if the technique does not work with this optimizer.
 
         Raises:
-            ValueError: As :meth:`refuse`.
+            ValueError: Like :meth:`refuse`.
         """
         self._refuse(display_name, _IN_AN_OPTIMIZER, trainer, optimizer)
 
     def refuse_parameters(self, display_name: str, module: nn.Module, chosen: set[int] | None = None) -> None:
-        """Raise for parameters that the technique does not work with.
+        """Raise if the technique does not work with these parameters.
 
         Args:
-            display_name: The technique.
-            module: Its modules and parameters are looked at.
-            chosen: Identities of the parameters that the technique acts on. Default: all.
+            display_name: Name of the technique, for the error.
+            module: Module that holds the parameters.
+            chosen: ``id()`` of the parameters that the technique acts on. Default: all.
 
         Raises:
-            ValueError: As :meth:`refuse`.
+            ValueError: Like :meth:`refuse`.
         """
         wanted = {id(parameter) for parameter in module.parameters()} if chosen is None else chosen
         self._refuse(display_name, _IN_PARAMETERS, module, wanted)
@@ -213,25 +217,25 @@ class Compatibility:
 TITLES: Mapping[str, str] = {
     name: kind.__metadata__[0] for name, kind in get_type_hints(Compatibility, include_extras=True).items()
 }
-"""The name of each field in tables and sentences."""
+"""Name of each field in tables and sentences."""
 
 WHOLE_WEIGHTS: Mapping[str, Answer] = dict.fromkeys(
     ("fsdp2", "fsdp1", "deepspeed"),
     no("needs whole weights, and {} shards them", "Train with strategy='ddp' or on one device"),
 )
-"""Answers of a technique that reads weights, or runs the module at a time of its own."""
+"""Answers of a technique that reads whole weights, or runs the module outside the training step."""
 
 AVERAGED = "It sees the averaged weights, as validation does."
 SCALED = no(
     "reads gradients, and {} leaves them multiplied by the fp16 loss scale",
     "Use fused=False, or precision='bf16-mixed'",
 )
-"""The answer for a fused optimizer with a GradScaler of a technique that compares gradients with numbers."""
+"""Answer for a fused optimizer with a GradScaler, if the technique compares gradients with numbers."""
 NO_ENGINE = no(
     "works on gradients, and under {} the engine owns them",
     "Train with strategy='ddp' or ModelParallelStrategy, or clip in DeepSpeed's own config",
 )
-"""The answer for DeepSpeed of a technique that reads or changes gradients."""
+"""Answer for DeepSpeed, if the technique reads or changes gradients."""
 
 
 def _if(condition: bool, words: str, value: str = "") -> Found:
@@ -239,7 +243,7 @@ def _if(condition: bool, words: str, value: str = "") -> Found:
 
 
 def _names(thing: object) -> list[str]:
-    # Asked by name along the class hierarchy, so that both namespaces of Lightning and derived classes are met.
+    # Class names, because both namespaces of Lightning and derived classes must be recognized.
     return [cls.__name__ for cls in type(thing).__mro__]
 
 
@@ -280,7 +284,8 @@ _STRATEGIES = {
     "FSDPStrategy": "fsdp1",
     "DeepSpeedStrategy": "deepspeed",
 }
-# Several optimizers are in none of these tables: Lightning itself allows them under manual optimization only.
+# Several optimizers are in none of these tables: Lightning itself allows them only with manual
+# optimization.
 _IN_A_RUN: _Finders = {
     "accumulation": lambda trainer, _: _if(
         trainer.accumulate_grad_batches > 1, f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches})"

@@ -1,9 +1,10 @@
 """The base of every callback that changes gradients before the optimizer uses them. Read ``callback.py`` first.
 
-A technique derives from :class:`GradientConditioner`, says its role, and writes one method, ``condition``: the rule,
-which changes the gradients it is handed and returns what is worth logging. The base calls it once for each optimizer
-step and each set of parameters with a threshold of its own, keeps its state, saves and restores it, logs, and refuses
-what cannot work. The rules are in the folder ``clipping``.
+A technique derives from :class:`GradientConditioner`, sets its ``role``, and defines one method,
+``condition``: the rule, which changes gradients in place and returns the values to log. In each
+optimizer step the base calls it once for each bucket, a set of parameters with the same threshold.
+The base also keeps, saves and restores the rule's state, logs, and refuses what cannot work. The
+rules are in ``functional/clipping``.
 """
 
 from abc import abstractmethod
@@ -36,51 +37,52 @@ __all__ = ["ELEMENTWISE", "GradientConditioner", "GradientStep", "Role"]
 class GradientConditioner(GradCallback):
     """A rule that changes gradients after accumulation, unscaling and reduction, and before the optimizer's step.
 
-    Class attributes say what a technique is:
+    Class attributes:
 
-    - ``role``: where it stands among others: guard, center, clip, noise, observe.
-    - ``threshold_name``: the constructor argument that may be one number, a mapping from name patterns to numbers, or
-      a key of the optimizer's param groups.
-    - ``acts_without_threshold``: whether a threshold of ``None``, in a param group, does not turn the rule off.
+    - ``role``: its place among other techniques: guard, center, clip, noise, observe.
+    - ``threshold_name``: the constructor argument that may be one number, a mapping from name
+      patterns to numbers, or a key of the optimizer's param groups.
+    - ``acts_without_threshold``: whether the rule still acts if the threshold of a param group is
+      ``None``.
 
     Args:
-        include: Names or wildcards of the parameters or modules whose gradients it changes; default all.
-        exclude: Names or wildcards of those it leaves alone.
-        name: Name of this instance, needed when two of a class are used; part of its state key and log keys.
+        include: Names or wildcards of parameters or modules to act on. Default: all.
+        exclude: Names or wildcards of parameters or modules to skip.
+        name: Name of this instance, needed if two of a class are used; part of state and log keys.
     """
 
     role: ClassVar[Role]
     threshold_name: ClassVar[str | None] = None
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
         fp16=yes(
-            "It sees unscaled gradients. The GradScaler skips a step that overflows, and the norm of that step enters no "
+            "It sees unscaled gradients. The GradScaler skips steps that overflow; their norms do not enter the "
             "statistics."
         ),
         fused_fp16=SCALED,
         fsdp2=stand_in(
-            "`ModelParallelStrategy` with `fully_shard`. Gradients are DTensors there, and norms are those of whole "
-            "gradients. Tests compare steps under `fully_shard` on two CPU ranks with those of one process. None runs a "
-            "Trainer under it, which a CPU refuses."
+            "`ModelParallelStrategy` with `fully_shard`. Gradients are DTensors there, and norms are computed over "
+            "whole gradients. Tests compare steps under `fully_shard` on two CPU ranks with steps of one process. No "
+            "test runs a Trainer with it, because that needs GPUs."
         ),
         fsdp1=no(
-            "needs gradients in their own shapes, and under {} a rank sees flat shards of them",
+            "needs gradients in their original shapes, and under {} each rank sees flat shards",
             "Use ModelParallelStrategy with fully_shard (FSDP2), whose gradients are DTensors",
         ),
         deepspeed=NO_ENGINE,
         manual_optimization=yes(
-            "Call `step()` on what `self.optimizers()` returns. If you call it on the raw torch optimizer, gradients stay as "
-            "they are, and a warning says so."
+            "Call `step()` on what `self.optimizers()` returns. If you call it on the raw torch optimizer, gradients "
+            "are not changed, and a warning says so."
         ),
         sparse_gradients=no(
             "needs dense gradients, and {} makes sparse ones",
-            "Build it with sparse=False, or leave it out: exclude=[{value}]",
+            "Build it with sparse=False, or exclude it: exclude=[{value}]",
         ),
     )
     acts_without_threshold: ClassVar[bool] = False
 
     _memory = until_next_fit.of(dict[int, Memory])
     _chosen = during_fit.of(dict[int, tuple[Shape, list[Bucket]]])
-    _left_out = during_fit.of(dict[int, list[str]])
+    _not_chosen = during_fit.of(dict[int, list[str]])
     _hook_fired = during_fit.of(set[int])
     _choice_changed = during_fit.of(bool)
 
@@ -91,7 +93,7 @@ class GradientConditioner(GradCallback):
         if getattr(self, "role", None) not in get_args(Role):
             got = repr(self.role) if hasattr(self, "role") else "none"
             raise TypeError(
-                f"{type(self).__name__} must say in its class attribute role where it stands among other techniques: "
+                f"The class attribute role of {type(self).__name__} must be one of "
                 f"{', '.join(map(repr, get_args(Role)))}; got {got}."
             )
         self.include = as_names(include)
@@ -99,10 +101,10 @@ class GradientConditioner(GradCallback):
 
     @abstractmethod
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
-        """Change gradients in place, and return what is worth logging.
+        """Change gradients in place and return the values to log.
 
-        A value named ``clipped``, one where something was clipped and zero elsewhere, is also summed up over all steps
-        and logged as ``clipped_share``.
+        A value named ``clipped`` (1 if something was clipped, else 0) is summed over all steps and
+        logged as ``clipped_share``.
         """
         raise NotImplementedError(f"{type(self).__name__} must define condition(step).")
 
@@ -111,17 +113,19 @@ class GradientConditioner(GradCallback):
         return None if self.threshold_name is None else getattr(self, self.threshold_name)
 
     def as_threshold(self, value: Threshold) -> Any:
-        """Return a threshold in plain types, for the constructor; each number is checked by :meth:`check_threshold`."""
+        """Return a threshold of the constructor in plain types, with each number checked by :meth:`check_threshold`."""
         if value is None and not self.acts_without_threshold:
-            raise ValueError(f"{self.threshold_name} must be a number, or one for each name pattern; got None.")
+            raise ValueError(
+                f"{self.threshold_name} must be a number or a mapping from name patterns to numbers; got None."
+            )
         return as_threshold(value, str(self.threshold_name), self.check_threshold)
 
     def check_threshold(self, number: float) -> None:
-        """Raise for a threshold that cannot be, from the constructor or from a param group; by default it must be above 0."""
+        """Raise if a threshold of the constructor or of a param group is invalid. Default: it must be above 0."""
         check_above(number, 0.0, str(self.threshold_name))
 
     def changes(self, parameter: Tensor) -> bool:
-        """Return False for a parameter whose gradient the rule leaves as it is, whatever its values."""
+        """Return False if the rule never changes the gradient of this parameter."""
         return True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -145,7 +149,7 @@ class GradientConditioner(GradCallback):
         self._choice_changed = bool(saved) and any(now[name] != before[name] for name in before)
 
     def _choice(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what of the settings says which parameters have a state together."""
+        """Return the settings that decide which parameters share a state."""
         given = {name: plain(settings[name]) for name in ("include", "exclude") if name in settings}
         threshold = settings.get(str(self.threshold_name))
         return given | {"patterns": list(threshold) if isinstance(threshold, Mapping) else None}
@@ -169,14 +173,14 @@ class GradientConditioner(GradCallback):
     def _say_what_restarts(self, names: Sequence[str]) -> None:
         named = ", ".join(repr(name) for name in names if name)
         where = f" for {named}" if named else ""
-        self.say(f"restarts its statistics{where}, because those of the checkpoint are of other parameters")
+        self.say(f"restarts its statistics{where}, because the checkpoint's statistics belong to other parameters")
 
     def excluded(self, pl_module: pl.LightningModule) -> list[str]:
-        """Return name patterns of the parameters it leaves alone; a technique may add to those of the user."""
+        """Return name patterns of the parameters to skip; a technique may add some to the user's."""
         return self.exclude or []
 
     def check_choice(self, pl_module: pl.LightningModule) -> None:
-        """Raise if names leave nothing; warn if no optimizer moves what they leave (a callback may add it later)."""
+        """Raise if the name patterns select nothing; warn if no optimizer holds what they select yet."""
         if self.parameters():
             return
         excluded = self.excluded(pl_module)
@@ -185,14 +189,14 @@ class GradientConditioner(GradCallback):
                 f"{self.display_name} has no parameter to act on. {why_none_left(pl_module, self.include, excluded)}"
             )
         rank_zero_warn(
-            f"{self.display_name} has nothing to act on yet: no optimizer moves the parameters that it is to act on. "
-            "Give them to the optimizer that configure_optimizers returns, or let a callback add them later."
+            f"{self.display_name} has nothing to act on yet: no optimizer holds any of the selected parameters. Add "
+            "them to the optimizer that configure_optimizers returns, or let a callback add them later."
         )
 
     def _choose(
         self, index: int, optimizer: Optimizer, pl_module: pl.LightningModule, restarted: list[str] | None = None
     ) -> None:
-        buckets, self._left_out[index] = choose_buckets(
+        buckets, self._not_chosen[index] = choose_buckets(
             optimizer, pl_module, self._threshold, self.threshold_name, self.include, self.excluded(pl_module)
         )
         for bucket in buckets:
@@ -209,7 +213,7 @@ class GradientConditioner(GradCallback):
             self.works_with().refuse_optimizer(self.display_name, trainer, optimizer)
 
     def choose_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Choose the parameters again, because :meth:`excluded` returns others than when the fit began."""
+        """Choose the parameters again, because :meth:`excluded` returns other patterns than when the fit began."""
         for index, optimizer in enumerate(trainer.optimizers):
             self._choose(index, optimizer, pl_module)
 
@@ -219,21 +223,21 @@ class GradientConditioner(GradCallback):
         return [parameter for buckets in chosen for bucket in buckets for parameter in bucket.parameters]
 
     def states(self) -> list[dict[str, Tensor]]:
-        """Return what the rule keeps in ``step.state``, for each set of parameters with a threshold of its own."""
+        """Return the rule's ``step.state`` of each bucket."""
         return [state for memory in self._memory.values() for state in memory.states.values()]
 
     @override
     def chosen(self) -> Chosen:
         super().chosen()  # raises outside of a fit
-        return self._describe()  # which changes with the optimizer's groups
+        return self._describe()  # parameters may have joined the optimizer since the fit began
 
     def _describe(self) -> Chosen:
         buckets = [bucket for _, chosen in self._chosen.values() for bucket in chosen]
         named = [pair for bucket in buckets for pair in zip(bucket.names, bucket.parameters, strict=True)]
         names = [name for name, parameter in named if self.changes(parameter)]
-        left_out = [name for left in self._left_out.values() for name in left]
-        left_out += [name for name, parameter in named if not self.changes(parameter)]
-        rest = f"; {len(left_out)} left alone ({listed(left_out)})" if left_out else ""
+        skipped = [name for names in self._not_chosen.values() for name in names]
+        skipped += [name for name, parameter in named if not self.changes(parameter)]
+        rest = f"; {len(skipped)} skipped ({listed(skipped)})" if skipped else ""
         return Chosen(f"acts on {counted(len(names), 'parameter')}{rest}", "parameters", names)
 
     def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -247,7 +251,7 @@ class GradientConditioner(GradCallback):
     def _watch_for_bypass(self, optimizer: Optimizer) -> None:
         def after_step(stepped: Optimizer, *_: Any) -> None:
             if id(stepped) not in self._hook_fired:
-                lost = "an optimizer stepped without Lightning's hooks, so its gradients are as they were"
+                lost = "an optimizer stepped without Lightning's hooks, so its gradients were not changed"
                 way_out = "Call step() on what self.optimizers() returns."
                 self.tell_once("bypass", rank_zero_warn, f"{lost}. {way_out}")
             self._hook_fired.discard(id(stepped))
@@ -266,7 +270,7 @@ class GradientConditioner(GradCallback):
         index = optimizer_index(trainer, optimizer, self.display_name)
         if self._chosen.get(index, ((), []))[0] != optimizer_shape(optimizer):
             self._choose(index, optimizer, pl_module)
-            self._refuse_optimizer(trainer, index, optimizer)  # its first parameters may have come in mid-fit
+            self._refuse_optimizer(trainer, index, optimizer)  # its first parameters may have been added during the fit
         memory, measured = self._memory.setdefault(index, Memory()), is_log_step(trainer)
         for bucket in self._chosen[index][1]:
             step = gather(bucket, memory, measured, optimizer, index)
@@ -284,7 +288,8 @@ class GradientConditioner(GradCallback):
     def _count(self, step: GradientStep, values: Mapping[str, Tensor | float], seen: int) -> dict[str, Tensor | float]:
         if values is None:
             raise TypeError(
-                f"{self.display_name}.condition must return what is to be logged, by name; got None. Return {{}}."
+                f"{self.display_name}.condition must return a mapping of the values to log; got None. Return {{}} to "
+                "log none."
             )
         shown = dict(values)
         clipped = shown.pop("clipped", None)
@@ -318,6 +323,6 @@ class GradientConditioner(GradCallback):
 
 ELEMENTWISE: Compatibility = GradientConditioner.compatibility.but(
     fsdp1=GradCallback.compatibility.fsdp1,
-    complex_parameters=no("compares entries, and those of {} are complex", "Leave it out: exclude=[{value}]"),
+    complex_parameters=no("compares entries, and {} is complex", "Exclude it: exclude=[{value}]"),
 )
-"""Answers of a rule that acts on each entry alone, so that a shard of a gradient is enough."""
+"""Answers of a rule that acts on each entry separately, so a shard of a gradient is enough."""

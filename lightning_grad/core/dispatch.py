@@ -1,4 +1,4 @@
-"""Wrapping a method of a foreign object, so that several techniques can, and nothing is left behind."""
+"""Wrap a method of an object: several techniques can wrap the same one, and each wrapper can be removed."""
 
 import functools
 from collections.abc import Callable
@@ -11,24 +11,24 @@ _LIGHTNING = ("Callback", "LightningModule", "ModelHooks")
 
 
 class WrapOrder(IntEnum):
-    """Where a wrapper stands around a method, from the outermost to the innermost.
+    """Position of a wrapper around a method, listed from the outermost to the innermost.
 
-    =========== ================================================== =========================================================
-    place       what stands there                                  why
-    =========== ================================================== =========================================================
-    ``LOOK``    quiet runs of the module, which mute its logs;     all other wrappers are inside, so what they do is muted
-                a measurement of what all others have done         or measured as well
-    ``INPUTS``  attacks, which change the batch                    an attack runs the step several times, each time through
-                                                                   the weights that the real step trains
-    ``WEIGHTS`` weights that a view shows for the time of a step;  the step and all that runs it again see the same weights
-                the default, for all without a reason of their own
+    =========== ================================================== ========================================================
+    position    wrappers                                           reason
+    =========== ================================================== ========================================================
+    ``LOOK``    quiet runs of the module, which mute its logs;     all other wrappers are inside, so they are muted or
+                measurements of what all other wrappers did        measured too
+    ``INPUTS``  attacks, which change the batch                    an attack runs the step several times, always with the
+                                                                   weights that the real step trains
+    ``WEIGHTS`` weights that a view shows during a step;           the step and all repetitions of it see the same weights
+                the default for all other wrappers
     ``REPEAT``  a second run of a validation step on other inputs  both runs see the same weights
-    ``LOSSES``  reading and weighting losses                       only the operations of the real step are recorded, on the
-                                                                   batch and the weights that the others have made
-    ``METHOD``  another key for what the module logs               all others see the key that the module gave
-    =========== ================================================== =========================================================
+    ``LOSSES``  capture and reweighting of losses                  only the operations of the real step are recorded, on the
+                                                                   batch and the weights that the other wrappers made
+    ``METHOD``  another key for what the module logs               all other wrappers see the module's own key
+    =========== ================================================== ========================================================
 
-    Of two in one place the one that came last is outside.
+    Of two wrappers in the same position, the later one is outside.
     """
 
     METHOD = 1
@@ -40,10 +40,11 @@ class WrapOrder(IntEnum):
 
 
 class MethodDispatcher:
-    """Stands in for one method of one object and calls the wrappers around it, each at its place.
+    """Replaces one method of one object and calls the wrappers around it, each in its position.
 
-    It restores exactly what stood in the object's ``__dict__`` before, which need not be nothing: a compiled
-    LightningModule keeps its own ``training_step`` there. A pickle or deep copy of the object gets its plain method.
+    It restores exactly what the object's ``__dict__`` held before. That can be more than nothing: a
+    compiled LightningModule keeps its own ``training_step`` there. A pickle or deep copy of the
+    object gets the plain method.
 
     Args:
         owner: The object.
@@ -59,14 +60,14 @@ class MethodDispatcher:
         functools.update_wrapper(self, self._original)
 
     def add(self, wrapper: Wrapper, order: WrapOrder) -> tuple[WrapOrder, Wrapper]:
-        """Put a wrapper ``wrapper(inner, *args, **kwargs)`` outside of all whose places are further inside."""
+        """Add ``wrapper(inner, *args, **kwargs)`` around all wrappers whose position is further inside."""
         entry = (order, wrapper)
         self._wrappers.append(entry)
         self._wrappers.sort(key=lambda entry: entry[0])
         return entry
 
     def remove(self, entry: tuple[WrapOrder, Wrapper]) -> None:
-        """Take away what :meth:`add` returned; with the last one the object gets back what it had."""
+        """Remove an entry that :meth:`add` returned; removing the last one restores the object."""
         self._wrappers = [other for other in self._wrappers if other is not entry]
         if self._wrappers or self._owner.__dict__.get(self._name) is not self:
             return
@@ -86,9 +87,9 @@ class MethodDispatcher:
 
 
 def overrides(owner: object, name: str) -> bool:
-    """Return whether a callback or module has a hook of its own, other than the empty one of Lightning.
+    """Return True if a callback or module overrides Lightning's empty hook.
 
-    Lightning's classes are asked for by their names: each of its two namespaces has its own.
+    Lightning's classes are recognized by name, because both of its namespaces have their own.
 
     Example:
         >>> from lightning.pytorch.callbacks import Timer
@@ -105,11 +106,13 @@ def wrap_method(owner: object, name: str, wrapper: Wrapper, order: WrapOrder = W
     Args:
         owner: The object whose method is wrapped.
         name: Name of the method.
-        wrapper: Called as ``wrapper(inner, *args, **kwargs)``; calls ``inner`` to go on.
-        order: Which wrappers are outside of this one and which inside, whatever the order of the calls.
+        wrapper: Called as ``wrapper(inner, *args, **kwargs)``; it calls ``inner`` to run the
+            method.
+        order: Position among other wrappers, independent of the order in which they are added.
 
     Returns:
-        Callable: Takes this wrapper away again; may be called more than once, and in any order with others'.
+        Callable: Removes this wrapper. It may be called more than once, in any order with other
+            wrappers.
 
     Example:
         >>> class Greeter:

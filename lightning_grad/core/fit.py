@@ -1,11 +1,13 @@
-"""Attributes that live for one fit: made when first read, dropped when the fit ends or the next begins.
+"""Attributes that live for one fit: made when first read, dropped when the fit ends or the next one begins.
 
-A technique declares them in its class, so that nothing need be set to ``None`` and asserted not to be:
+A technique declares them in its class, so it need not set them to ``None`` and later assert that
+they are set:
 
-- :class:`during_fit` for what reaches into the run (the training set, hooks, tensors of a batch): dropped at the end of the
-  fit, however it ends, and left out of pickles and copies;
-- :class:`until_next_fit` for what is worth having afterwards (counts, a record, what a checkpoint needs): dropped when
-  the next fit begins. With ``.saved()`` a checkpoint holds it, and a fit that resumes continues with it.
+- :class:`during_fit` is for references into the run (the training set, hooks, tensors of a batch).
+  They are dropped when the fit ends for any reason, and are not part of pickles and copies.
+- :class:`until_next_fit` is for what is useful after the fit (counts, a record, what a checkpoint
+  needs). They are dropped when the next fit begins. With ``.saved()``, checkpoints hold them and a
+  resumed fit continues with them.
 """
 
 import copy
@@ -17,10 +19,11 @@ _VALUES = "_fit_values"
 
 
 class _Attribute(Generic[T]):
-    """An attribute whose value stands in one dictionary of its owner, under the name of the lifetime and its own.
+    """An attribute whose value is stored in a dictionary of its owner, by lifetime and name.
 
     Args:
-        make: Makes the value from the owner when it is first read; without it the owner must set the value first.
+        make: Makes the value from the owner at the first read. Without it, the owner must set the
+            value first.
     """
 
     lifetime: str
@@ -31,7 +34,7 @@ class _Attribute(Generic[T]):
 
     @classmethod
     def of(cls, make: Callable[[], T]) -> Self:
-        """Return an attribute that begins as what ``make`` returns, a type for example: ``during_fit.of(list[int])``."""
+        """Return an attribute that starts as ``make()``, for example ``during_fit.of(list[int])``."""
         return cls(lambda _: make())
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -49,7 +52,7 @@ class _Attribute(Generic[T]):
         values = _values(instance, self.lifetime)
         if self._name not in values:
             if self._make is None:
-                raise AttributeError(f"{owner.__name__}.{self._name} exists during a fit only, from where it is set.")
+                raise AttributeError(f"{owner.__name__}.{self._name} exists only during a fit, after it is set.")
             values[self._name] = self._make(instance)
         return values[self._name]  # type: ignore[no-any-return]
 
@@ -58,7 +61,7 @@ class _Attribute(Generic[T]):
 
 
 class during_fit(_Attribute[T]):  # noqa: N801  (used like property)
-    """An attribute that is dropped when the fit ends, however it ends, and never pickled or copied.
+    """An attribute that is dropped when the fit ends for any reason, and is never pickled or copied.
 
     Example:
         >>> class Counter(FitScope):
@@ -80,7 +83,7 @@ class during_fit(_Attribute[T]):  # noqa: N801  (used like property)
 
 
 class until_next_fit(_Attribute[T]):  # noqa: N801
-    """An attribute that is dropped when a fit begins, and stays after its end.
+    """An attribute that is dropped when a fit begins, and is kept after the fit ends.
 
     Example:
         >>> class Counter(FitScope):
@@ -99,9 +102,10 @@ class until_next_fit(_Attribute[T]):  # noqa: N801
     is_saved = False
 
     def saved(self) -> Self:
-        """Return this attribute, to be held by the checkpoints of its owner under its name, without a leading underscore.
+        """Save this attribute in checkpoints, under its name without a leading underscore, and return it.
 
-        Its value is what a checkpoint may hold, or has ``state_dict`` and ``load_state_dict``.
+        Its value must have types that a checkpoint may hold, or have ``state_dict`` and
+        ``load_state_dict``.
 
         Example:
             >>> class Counter(FitScope):
@@ -119,15 +123,15 @@ class FitScope:
     """Owner of attributes that live for one fit."""
 
     def begin_fit(self) -> None:
-        """Drop what an earlier fit has left."""
+        """Drop the values of an earlier fit."""
         self.__dict__.pop(_VALUES, None)
 
     def end_fit(self) -> None:
-        """Drop what lives during a fit only."""
+        """Drop the values that live only during a fit."""
         _values(self, during_fit.lifetime).clear()
 
     def saved_state(self) -> dict[str, Any]:
-        """Return the values of the attributes that are saved."""
+        """Return the values of the saved attributes."""
         values = {key: getattr(self, name) for key, name in self._saved().items()}
         return {k: v.state_dict() if hasattr(v, "state_dict") else copy.copy(v) for k, v in values.items()}
 
@@ -142,7 +146,7 @@ class FitScope:
 
     @classmethod
     def _saved(cls) -> dict[str, str]:
-        """Return the names of the attributes that are saved, by the keys that they have in a checkpoint."""
+        """Return the names of the saved attributes, by their keys in a checkpoint."""
         members = [member for kind in reversed(cls.__mro__) for member in vars(kind).items()]
         return {n.removeprefix("_"): n for n, each in members if isinstance(each, until_next_fit) and each.is_saved}
 

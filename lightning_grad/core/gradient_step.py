@@ -1,7 +1,4 @@
-"""What a rule on gradients is handed in one optimizer step, and what is remembered of the steps before.
-
-Used by ``conditioner.py``.
-"""
+"""The gradients that a rule gets in one optimizer step, and its memory of earlier steps."""
 
 from __future__ import annotations
 
@@ -19,18 +16,19 @@ from lightning_grad.utilities.thresholds import Bucket
 
 @dataclass
 class GradientStep:
-    """What a rule is handed: gradients that one optimizer is about to use, and the rule's memory.
+    """Argument of a rule: gradients that one optimizer is about to use, and the rule's state.
 
     Args:
-        parameters: Those of the bucket that have a gradient.
-        gradients: Theirs, accumulated, unscaled and reduced; to be changed in place.
+        parameters: Parameters of the bucket that have a gradient.
+        gradients: Their gradients, accumulated, unscaled and reduced. The rule changes them in
+            place.
         names: Their names.
-        threshold: The number that holds for them; ``None`` if the technique has no threshold, or it is off.
+        threshold: Threshold of this bucket; ``None`` if the technique has none or it is off.
         state: The rule's tensors for this bucket; empty at first.
-        step: Optimizer steps that the technique has seen before this one.
-        measured: Whether what the rule returns is logged.
-        optimizer: Who will use them.
-        index: Its number.
+        step: Number of optimizer steps that the technique has seen before this one.
+        measured: Whether the values that the rule returns are logged in this step.
+        optimizer: Optimizer that will use the gradients.
+        index: Index of the optimizer.
     """
 
     parameters: list[Tensor]
@@ -45,11 +43,11 @@ class GradientStep:
 
     @property
     def weights(self) -> list[Tensor]:
-        """The parameters as plain tensors, to compute with."""
+        """The parameters as plain tensors, for computation."""
         return [plain_tensor(parameter) for parameter in self.parameters]
 
     def only(self, wanted: Callable[[Tensor], bool]) -> GradientStep:
-        """Return the step with those gradients alone of which ``wanted`` is true."""
+        """Return a copy of the step with only the gradients for which ``wanted`` returns True."""
         chosen = [i for i, gradient in enumerate(self.gradients) if wanted(gradient)]
         lists = ("parameters", "gradients", "names")
         kept: dict[str, Any] = {name: [getattr(self, name)[i] for i in chosen] for name in lists}
@@ -58,13 +56,13 @@ class GradientStep:
 
 @dataclass
 class Memory:
-    """What is remembered of one optimizer.
+    """A rule's memory of one optimizer.
 
     Args:
-        steps: Optimizer steps seen.
-        states: The rule's state of each bucket.
-        since: Step from which on a bucket's state counts, where it is not the first.
-        digests: Which parameters each bucket holds.
+        steps: Number of optimizer steps seen.
+        states: The rule's state for each bucket.
+        since: Step at which a bucket's state began, if that is not the first step.
+        digests: Digest of the parameter names in each bucket.
     """
 
     steps: int = 0
@@ -74,21 +72,21 @@ class Memory:
 
     @classmethod
     def load(cls, saved: Mapping[str, Any]) -> Memory:
-        """Return what :meth:`save` gave."""
+        """Return the memory that :meth:`save` wrote."""
         states = {name: dict(state) for name, state in saved["states"].items()}
         return cls(saved["steps"], states, dict(saved.get("since", {})), dict(saved.get("digests", {})))
 
     def save(self) -> dict[str, Any]:
-        """Return everything, in types that a checkpoint may hold."""
+        """Return the memory in types that a checkpoint may hold."""
         copies = {name: {key: value.clone() for key, value in state.items()} for name, state in self.states.items()}
         return {"steps": self.steps, "states": copies, "since": dict(self.since), "digests": dict(self.digests)}
 
     def note(self, buckets: Sequence[Bucket]) -> None:
-        """Remember which parameters each bucket holds."""
+        """Store which parameters each bucket holds."""
         self.digests = {bucket.name: _digest(bucket.names) for bucket in buckets}
 
     def assign(self, buckets: Sequence[Bucket]) -> list[str]:
-        """Hand the states over to buckets of the same parameters, and return the names of those that get none."""
+        """Move the states to buckets with the same parameters; return the names of the buckets that get none."""
         old = {self.digests[name]: name for name in self.states if self.digests.get(name)}
         new = {bucket.name: old.get(_digest(bucket.names)) for bucket in buckets}
         lost = [name for name, source in new.items() if source is None]
@@ -99,12 +97,12 @@ class Memory:
 
 
 def _digest(names: Sequence[str]) -> str:
-    """Return a short mark of a set of names."""
+    """Return a short digest of a set of names."""
     return hashlib.blake2b("\n".join(sorted(names)).encode(), digest_size=8).hexdigest()
 
 
 def gather(bucket: Bucket, memory: Memory, measured: bool, optimizer: Optimizer, index: int) -> GradientStep:
-    """Return what a rule is handed of one bucket: the parameters that have a gradient, and its memory."""
+    """Return the step of one bucket: its parameters that have a gradient, and the rule's memory of it."""
     parameters, names = bucket.parameters, bucket.names
     found: list[Any] = [parameter.grad for parameter in parameters]
     gradients: list[Any] = [g if g is None or type(g) is Tensor else plain_tensor(g) for g in found]

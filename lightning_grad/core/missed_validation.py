@@ -1,8 +1,9 @@
-"""The validation that Lightning leaves out when a run goes on from a checkpoint written just before it.
+"""The validation that Lightning skips when a run resumes from a checkpoint written just before it.
 
-A checkpoint of a step after which a validation is due (``every_n_train_steps``, an exception in ``on_train_batch_end``) is
-written before that validation. The run that resumes from it takes the validation as done. For weights it makes no difference;
-a callback that acts on validation metrics must run it first.
+If a validation is due after a step, a checkpoint of that step (``every_n_train_steps``, or an
+exception in ``on_train_batch_end``) is written before the validation. The run that resumes from it
+counts the validation as done. The weights are the same either way, but a callback that acts on
+validation metrics must run the validation first.
 """
 
 from collections.abc import Callable
@@ -14,25 +15,26 @@ from lightning_grad.core.dispatch import wrap_method
 
 
 def is_validation_due(trainer: pl.Trainer) -> bool:
-    """Return whether a validation follows the batch that has just been trained on; for ``on_train_batch_end``."""
+    """Return True if a validation follows the batch that was just trained on. Call it in ``on_train_batch_end``."""
     loop = trainer.fit_loop
     return loop._data_fetcher is not None and bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
 
 def run_missed_validation(trainer: pl.Trainer, afterwards: Callable[[], None]) -> Callable[[], None]:
-    """Run a whole validation before the first batch, with all hooks and logs; for ``on_train_start``.
+    """Run a whole validation before the first batch, with all hooks and logs. Call it in ``on_train_start``.
 
-    Nothing is run if Lightning does it itself, because the checkpoint was written in the middle of the validation.
+    If the checkpoint was written in the middle of the validation, Lightning itself completes it,
+    and this does nothing.
 
     Args:
         trainer: The trainer, in a fit that resumes.
-        afterwards: Called when it is done.
+        afterwards: Called after the validation.
 
     Returns:
-        Callable: Takes back what was prepared.
+        Callable: Cancels the validation if it has not run yet.
     """
     loop = trainer.fit_loop.epoch_loop
-    step = loop._batches_that_stepped  # Lightning counts the batch as done before it goes on
+    step = loop._batches_that_stepped  # Lightning advances this before the next batch; logs need the current value
 
     def validate_first(inner: Callable[..., None], *args: Any) -> None:
         undo()
@@ -40,7 +42,7 @@ def run_missed_validation(trainer: pl.Trainer, afterwards: Callable[[], None]) -
         afterwards()
         inner(*args)
 
-    # Not at once: the callbacks that come later in the list have not begun yet.
+    # Not now: the callbacks later in the list have not had their on_train_start yet.
     undo = wrap_method(loop, "advance", validate_first)
     if loop.val_loop.restarted_mid_evaluation:
         undo()

@@ -1,7 +1,8 @@
-"""What objects hold, put aside and put back: tensors, containers, generators, meters, metrics, whole modules.
+"""Save and restore the contents of objects: tensors, containers, generators, meters, metrics, whole modules.
 
-Objects stay the same, only their contents are put back. Those of frameworks (a logger, a data set, a Trainer) are no
-state of the user's and are left alone, as is code; so is what only a C extension sees.
+The objects themselves stay the same; only their contents are restored. Objects of frameworks (a
+logger, a data set, a Trainer), code, and state inside C extensions are ignored: they are not state
+of the user's module.
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ CONTAINERS = (list, dict, set, deque)
 _DICTIONARIES = (dict, OrderedDict)
 _CODE = (FunctionType, BuiltinFunctionType, MethodType, functools.partial, type, MethodDispatcher)
 _OF_MODULES = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric")
-# Of the standard library, only what people derive their own classes from, or keep values in.
+# Parts of the standard library from which users derive classes, or in which they keep values.
 _BASES = {"abc", "argparse", "builtins", "collections", "dataclasses", "types", "typing"}
 _FRAMEWORKS = (
-    "PIL datasets google hydra jsonargparse lightning lightning_fabric lightning_grad lightning_utilities matplotlib mlflow "
-    "numpy omegaconf pandas pytorch_lightning rich scipy sklearn tensorboard tensorboardX tokenizers torch torchaudio "
-    "torchmetrics torchvision tqdm transformers wandb"
+    "PIL datasets google hydra jsonargparse lightning lightning_fabric lightning_grad lightning_utilities matplotlib "
+    "mlflow numpy omegaconf pandas pytorch_lightning rich scipy sklearn tensorboard tensorboardX tokenizers torch "
+    "torchaudio torchmetrics torchvision tqdm transformers wandb"
 )
 _FOREIGN = frozenset((sys.stdlib_module_names - _BASES) | set(_FRAMEWORKS.split()))
 
 
 def is_code(value: Any) -> bool:
-    """Return whether something is run, and holds nothing that changes."""
+    """Return True for functions, methods, classes and other code, which hold nothing that changes."""
     return isinstance(value, _CODE)
 
 
 def has_own_state(value: Any) -> bool:
-    """Return whether an object is one of the user's, such as an average meter, with attributes of its own."""
+    """Return True if an object is of a user's class, such as an average meter, and has attributes."""
     kind: Any = type(value)
     return _is_own_class(kind) and bool(attributes_of(value))
 
@@ -55,13 +56,13 @@ def _is_own_class(kind: type) -> bool:
 
 
 def holds_fixed_only(container: Any) -> bool:
-    """Return whether a container holds nothing that could change, as a vocabulary does."""
+    """Return True if nothing in a container can change, as in a vocabulary."""
     items = container.values() if isinstance(container, dict) else container
     return FIXED.issuperset(map(type, items))
 
 
 def put_back(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Give each first tensor the content of the second, in its own mode: only inference may change an inference tensor."""
+    """Copy each second tensor into the first. Inference tensors can only be changed in inference mode."""
     normal = [pair for pair in pairs if not pair[0].is_inference()]
     others = [pair for pair in pairs if pair[0].is_inference()]
     for mode, chosen in ((False, normal), (True, others)):
@@ -72,11 +73,12 @@ def put_back(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def put_aside(value: Any, known: set[int]) -> list[Held]:
-    """Return what must be put back of a value: itself, if it can change and is not known yet, or nothing.
+    """Return a list that holds the saved value, or an empty list if it cannot change or is saved already.
 
     Args:
         value: The value.
-        known: Identities of what is put aside already, to which this is added: objects may know each other.
+        known: ``id()`` of everything saved so far; the value's is added. Objects may refer to each
+            other.
     """
     kind = type(value)
     if kind in FIXED or id(value) in known or isinstance(value, _CODE):
@@ -86,31 +88,31 @@ def put_aside(value: Any, known: set[int]) -> list[Held]:
 
 
 class Held:
-    """A value, and what it held.
+    """A value together with a copy of its contents.
 
     Args:
         value: The value.
-        known: Identities of what is held already.
+        known: ``id()`` of everything saved so far.
     """
 
     def __init__(self, value: Any, known: set[int]) -> None:
         known.add(id(value))
         self._put_back = _way_back(value)
         self._parts: list[Held | Snapshot] = []
-        if isinstance(value, nn.Module):  # one in a list, which no module knows as its child
+        if isinstance(value, nn.Module):  # for example in a plain list, where it is not a registered submodule
             self._parts += [Snapshot(module, False, known) for module in value.modules()]
         elif not (isinstance(value, CONTAINERS) and holds_fixed_only(value)):
             self._parts += [held for item in items_of(value) for held in put_aside(item, known)]
 
     def restore(self) -> None:
-        """Put its contents back, and those of what is in it."""
+        """Restore its contents, and the contents of everything in it."""
         self._put_back()
         for part in self._parts:
             part.restore()
 
 
 def _way_back(value: Any) -> Callable[[], object]:
-    """Copy what a value holds, but not what that holds in turn; return what puts the copy back."""
+    """Make a shallow copy of a value's contents, and return a function that restores them."""
     if isinstance(value, Tensor):
         return partial(put_back, [(value, plain_tensor(value).detach().clone())])
     if isinstance(value, np.ndarray):
@@ -119,13 +121,13 @@ def _way_back(value: Any) -> Callable[[], object]:
         return partial(set_generator, value, state_of_generator(value))
     if isinstance(value, CONTAINERS):
         return partial(_refill, value, dict(value) if isinstance(value, dict) else list(value))
-    if isinstance(value, (tuple, nn.Module)):  # which do not change themselves
+    if isinstance(value, (tuple, nn.Module)):  # a tuple cannot change; a Snapshot restores a module
         return lambda: None
     return partial(_set_state, value, attributes_of(value))
 
 
 def items_of(value: Any) -> Iterable[Any]:
-    """Return what a container or an object holds."""
+    """Return the items of a container, or the attributes of an object."""
     if isinstance(value, dict):
         return list(value.values())
     if isinstance(value, (list, tuple, set, deque)):
@@ -145,16 +147,16 @@ def _set_state(value: Any, was: dict[str, Any]) -> None:
     for name in attributes_of(value).keys() - was.keys():
         object.__delattr__(value, name)
     for name, item in was.items():
-        object.__setattr__(value, name, item)  # also where a class is frozen
+        object.__setattr__(value, name, item)  # works for frozen dataclasses too
 
 
 class Snapshot:
-    """What one module holds besides submodules and trained parameters.
+    """The contents of one module, except its submodules and trained parameters.
 
     Args:
         module: The module.
-        copies_frozen: Whether its frozen parameters are put back too.
-        known: Identities of what is put aside already.
+        copies_frozen: Whether frozen parameters are saved and restored too.
+        known: ``id()`` of everything saved so far.
     """
 
     def __init__(self, module: nn.Module, copies_frozen: bool, known: set[int]) -> None:
@@ -166,23 +168,23 @@ class Snapshot:
         self._buffers = dict(module._buffers)
         self._mode = module.training
         self._attributes = {name: value for name, value in module.__dict__.items() if name not in _OF_MODULES}
-        # Every module has a dozen empty dictionaries; to empty them again is quicker than to copy them.
+        # Every module has a dozen empty dictionaries; clearing them is faster than copying them.
         self._empty = [value for value in self._attributes.values() if type(value) in _DICTIONARIES and not value]
         known.update(map(id, self._empty))
         self._held = [held for value in self._attributes.values() for held in put_aside(value, known)]
         self._names = set(module.__dict__)
 
     def restore(self) -> None:
-        """Put it back."""
+        """Restore the module."""
         module = self._module
         put_back(self._tensors)
-        if isinstance(module._buffers, dict):  # a scripted module has a view of its own, which only torch changes
+        if isinstance(module._buffers, dict):  # in a scripted module it is a read-only view
             module._buffers.clear()
             module._buffers.update(self._buffers)
         for name in [name for name in module.__dict__ if name not in self._names]:
             del module.__dict__[name]
         module.__dict__.update(self._attributes)
-        if module.training != self._mode:  # which a scripted module keeps elsewhere
+        if module.training != self._mode:  # a scripted module does not keep it in __dict__
             module.training = self._mode
         for held in self._held:
             held.restore()

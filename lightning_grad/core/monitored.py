@@ -1,4 +1,4 @@
-"""The base of the callbacks in which a metric decides an action: a learning rate, a batch size, an end."""
+"""The base of callbacks that act on a metric: change the learning rate or the batch size, or stop the run."""
 
 import difflib
 import math
@@ -22,13 +22,14 @@ from lightning_grad.functional.plain_tensors import on_plain_tensors, plain_tens
 
 Mode = Literal["max", "min"]
 Interval = Literal["validation", "epoch"]
-_ROBUST = "adversarial"  # the namespace of what attacks inputs
+_ROBUST = "adversarial"  # the namespace of the techniques that attack inputs
 
 
 class MonitoredValue:
-    """One key of the trainer's callback metrics, over a stretch of the run.
+    """One key of the trainer's callback metrics during an interval of the run.
 
-    The trainer keeps old values. A value is new if another object stands under the key than when the stretch began.
+    The trainer keeps old values. A value is new if the key holds a different object than at the
+    start of the interval.
 
     Args:
         key: Name of the metric.
@@ -39,18 +40,18 @@ class MonitoredValue:
         self._before: Any = None
 
     def begin(self, trainer: pl.Trainer) -> None:
-        """Begin a stretch."""
+        """Start an interval."""
         self._before = trainer.callback_metrics.get(self.key)
 
     @on_plain_tensors
     def read(self, trainer: pl.Trainer) -> tuple[float | None, bool]:
-        """Return the mean over ranks of the value that is new, ``None`` without one, and whether the key is known at all.
+        """Return the mean of the new values over ranks (``None`` without one), and whether any rank knows the key.
 
-        To be called on every rank, also by one that has logged nothing: a rank without a new value does not count.
+        Call it on every rank. Ranks without a new value do not count.
         """
         here: Any = trainer.callback_metrics.get(self.key)
         is_new = here is not None and here is not self._before
-        # A callback may have put a plain number there.
+        # A callback may have stored a plain number.
         value = float(plain_tensor(here) if isinstance(here, Tensor) else here) if is_new else 0.0
         facts = torch.tensor([value, is_new, here is not None], dtype=torch.float64)
         total, count, known = sum_over_ranks(trainer, facts).tolist()
@@ -58,27 +59,29 @@ class MonitoredValue:
 
 
 class MonitoredCallback(GradCallback):
-    """Acts on each new value of a metric; a technique writes :meth:`observe`, and may write :meth:`restart`.
+    """Acts on each new value of a metric. A technique defines :meth:`observe`, and may define :meth:`restart`.
 
     - Stale and non-finite values are ignored.
-    - All ranks get the same value, the mean of theirs, whether or not the module logs with ``sync_dist``.
-    - A metric that is not logged is refused before the first batch if the sanity check shows it, else when it is due. The
-      error names those that are logged.
-    - A validation that was due when a checkpoint was written is run before a resumed fit goes on: Lightning would skip it.
+    - All ranks get the same value, the mean over ranks, whether or not the module logs with
+      ``sync_dist``.
+    - A metric that is not logged raises an error: before the first batch if the sanity check shows
+      it, else when the first value is due. The error lists the metrics that are logged.
+    - A validation that was due when a checkpoint was written runs before a resumed fit continues;
+      Lightning would skip it.
 
-    ``interval="validation"`` observes in ``on_validation_end``, so checkpoints of that validation hold what was done. With
-    ``interval="epoch"`` the module's ``on_train_epoch_end`` is wrapped: what it logs is seen, and callbacks that monitor come
-    after.
+    ``interval="validation"`` observes in ``on_validation_end``, so checkpoints of that validation
+    include the action. ``interval="epoch"`` wraps the module's ``on_train_epoch_end``: it sees what
+    that hook logs, and runs before callbacks that monitor metrics at the end of the epoch.
 
     Class attributes:
 
-    - ``nothing_done``: ends the warning "... has observed nothing, so that ...".
+    - ``nothing_done``: ends the warning "... never received a finite value of 'val_acc', so ...".
 
     Args:
-        monitor: Metric that is observed, as the module logs it.
+        monitor: Metric to observe, under the name that the module logs.
         mode: max if larger is better, min if smaller is.
         interval: Observe at each validation, or once at the end of each training epoch.
-        name: Name of this instance.
+        name: Name of this instance, needed if two of a class are used; part of state and log keys.
     """
 
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
@@ -87,16 +90,16 @@ class MonitoredCallback(GradCallback):
     nothing_done: ClassVar[str] = "it did nothing"
 
     observed = until_next_fit.of(int).saved()
-    """Values so far, since the last :meth:`restart`."""
+    """Number of values since the last :meth:`restart`."""
     _in_validation = during_fit[MonitoredValue](lambda self: MonitoredValue(self.monitor))
     _in_epoch = during_fit[MonitoredValue](lambda self: MonitoredValue(self.monitor))
-    _validated = until_next_fit[float | None](lambda _: None).saved()  # what waits for the end of the epoch
-    _due = until_next_fit[float | None](lambda _: None).saved()  # epochs done, if a validation follows here
+    _validated = until_next_fit[float | None](lambda _: None).saved()  # value that waits for the end of the epoch
+    _due = until_next_fit[float | None](lambda _: None).saved()  # epochs done, if a validation is due now
     _changed = during_fit.of(list[str])
-    _has_validated = during_fit.of(bool)  # in the present epoch
+    _has_validated = during_fit.of(bool)  # in the current epoch
     _has_whole_epoch = during_fit.of(bool)
     _was_validated = during_fit.of(bool)  # in this fit
-    _sanity_keys = during_fit.of(list[str])  # what a sanity check has logged
+    _sanity_keys = during_fit.of(list[str])  # keys that the sanity check logged
 
     def __init__(
         self, monitor: str, mode: Mode = "max", interval: Interval = "validation", name: str | None = None
@@ -107,23 +110,23 @@ class MonitoredCallback(GradCallback):
         self.interval = interval
 
     def observe(self, trainer: pl.Trainer, value: float) -> None:
-        """Act on a new value; called on every rank, with the same value."""
+        """Act on a new value. Called on every rank with the same value."""
         raise NotImplementedError(f"{type(self).__name__} must define observe(trainer, value).")
 
     def restart(self) -> str:
-        """Drop what was learned from earlier values, because a resumed fit has another metric or interval.
+        """Forget earlier values, because a resumed fit has another metric or interval.
 
         Returns:
-            str: What is kept all the same, for the line that is printed.
+            str: What is kept nevertheless, for the printed line.
         """
         return ""
 
     def is_reached(self, value: float, bound: float) -> bool:
-        """Return whether a value is as good as a bound, or better."""
+        """Return True if a value is at least as good as a bound."""
         return value >= bound if self.mode == "max" else value <= bound
 
     def epochs_done(self, trainer: pl.Trainer) -> float:
-        """Return how many epochs were done when the present value was measured; a fraction within an epoch."""
+        """Return how many epochs were done when the current value was measured, as a fraction within an epoch."""
         return _epochs_done(trainer) if self._due is None else self._due
 
     # The fit begins.
@@ -135,17 +138,17 @@ class MonitoredCallback(GradCallback):
             return
         if trainer.barebones:
             raise ValueError(
-                f"{self.display_name} observes {self.monitor!r}, and Trainer(barebones=True) turns logging off, so no metric "
-                "reaches it. Set barebones=False."
+                f"{self.display_name} observes {self.monitor!r}, but Trainer(barebones=True) turns logging off. Set "
+                "barebones=False."
             )
         if self.interval == "validation" and not trainer.enable_validation:
             self._refuse_without_validation()
 
     def _refuse_without_validation(self) -> NoReturn:
         raise ValueError(
-            f"{self.display_name} observes {self.monitor!r} at validations, and this fit has none. Give fit() a "
-            "validation loader, the module a validation_step, and limit_val_batches above 0; or observe a metric of "
-            "training: interval='epoch'."
+            f"{self.display_name} observes {self.monitor!r} at validations, and this fit has none. Define "
+            "validation_step, pass a validation loader to fit() and set limit_val_batches above 0; or observe a "
+            "training metric with interval='epoch'."
         )
 
     @override
@@ -170,7 +173,8 @@ class MonitoredCallback(GradCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # The sanity check or Lightning itself has asked for the loaders by now, if the first epoch is validated.
+        # If the first epoch has a validation, the sanity check or Lightning has loaded the loaders
+        # by now.
         if self.interval == "validation" and trainer.val_dataloaders is not None and not sum(trainer.num_val_batches):
             self._refuse_without_validation()
         if not self.observed:
@@ -182,7 +186,7 @@ class MonitoredCallback(GradCallback):
             self.undo.push(run_missed_validation(trainer, end))
 
     def _end_missed_epoch(self, trainer: pl.Trainer, epochs: float) -> None:
-        # Lightning goes on with the next epoch, so that this one's end has no hook.
+        # Lightning continues with the next epoch and calls no hook for the end of this one.
         if self.interval == "epoch" and self._validated is not None and epochs.is_integer():
             self._due = epochs
             self._take(trainer, self._validated)
@@ -192,7 +196,7 @@ class MonitoredCallback(GradCallback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not at the end of the epoch before: what it has logged gets new tensors until its very end.
+        # Not at the end of the previous epoch: its metrics get new tensors until its very end.
         self._in_epoch.begin(trainer)
         self._has_validated, self._has_whole_epoch = False, True
 
@@ -214,7 +218,7 @@ class MonitoredCallback(GradCallback):
         self._was_validated = True
         value, is_known = self._in_validation.read(trainer)
         if self.interval == "epoch":
-            # A run that is resumed from a checkpoint of this validation has no other trace of the value.
+            # A run that resumes from a checkpoint of this validation finds the value only here.
             self._validated = self._validated if value is None else value
             self._has_validated = True
         elif value is not None:
@@ -238,14 +242,12 @@ class MonitoredCallback(GradCallback):
             self.observed += 1
             self.observe(trainer, value)
         else:
-            self.tell_once(
-                "nonfinite", rank_zero_warn, f"{self.monitor} is {value}: values that are not finite are ignored."
-            )
+            self.tell_once("nonfinite", rank_zero_warn, f"{self.monitor} is {value}; non-finite values are ignored.")
 
     def _refuse_unlogged(self, trainer: pl.Trainer, is_known: bool) -> NoReturn:
         if is_known:
             raise RuntimeError(
-                f"{self.display_name}: monitor={self.monitor!r} is logged in training and not in validation. Use "
+                f"{self.display_name}: monitor={self.monitor!r} is logged in training, not in validation. Set "
                 "interval='epoch'."
             )
         raise RuntimeError(f"{self.display_name}: {describe_unknown(self.monitor, trainer.callback_metrics)}")
@@ -257,12 +259,14 @@ class MonitoredCallback(GradCallback):
         if self.observed:
             return
         if "nonfinite" in self._said:
-            why = f"{self.monitor!r} was never finite; see where it comes from"
+            why = "All values were non-finite. Check how they are computed"
         elif self.interval == "validation" and not self._was_validated:
-            why = "no validation came; see check_val_every_n_epoch and val_check_interval of the Trainer"
+            why = "No validation ran. Check check_val_every_n_epoch and val_check_interval of the Trainer"
         else:
-            why = f"{self.monitor!r} was never logged; log it, or set monitor to a metric that is"
-        rank_zero_warn(f"{self.display_name} has observed nothing, so that {self.nothing_done}: {why}.")
+            why = "It was never logged. Log it, or set monitor to a metric that is logged"
+        rank_zero_warn(
+            f"{self.display_name} never received a finite value of {self.monitor!r}, so {self.nothing_done}. {why}."
+        )
 
 
 def _epochs_done(trainer: pl.Trainer) -> float:
@@ -272,9 +276,9 @@ def _epochs_done(trainer: pl.Trainer) -> float:
 
 
 def validated_keys(trainer: pl.Trainer) -> list[str]:
-    """Return the names of all metrics that a validation has logged, in ``on_validation_end``, the sanity check's too.
+    """Return the names of all metrics that a validation or sanity check logged. Call it in ``on_validation_end``.
 
-    After a sanity check ``callback_metrics`` lacks those of several loaders.
+    After a sanity check with several loaders, ``callback_metrics`` alone would not be complete.
     """
     keys = dict.fromkeys(trainer.callback_metrics)
     for metric in (trainer._results or {}).values():
@@ -287,31 +291,31 @@ def validated_keys(trainer: pl.Trainer) -> list[str]:
 
 
 def describe_unknown(key: str, names: Iterable[str]) -> str:
-    """Return that a metric is not logged, what is, and what may have been meant, in words."""
+    """Return the text of an error for a metric that is not logged, with the logged names and similar ones."""
     known = sorted(names)
     similar = [*(name for name in known if key in name), *difflib.get_close_matches(key, known, n=3)]
     hint = f" Did you mean {' or '.join(map(repr, dict.fromkeys(similar)))}?" if similar else ""
-    hint = hint or f" Log it by self.log({key!r}, ...), or set monitor to a metric that is logged."
-    return f"monitor={key!r} is not logged. Logged are: {', '.join(known) or 'none'}.{hint}"
+    hint = hint or f" Log it with self.log({key!r}, ...), or set monitor to a metric that is logged."
+    return f"monitor={key!r} is not logged. Logged metrics: {', '.join(known) or 'none'}.{hint}"
 
 
 def refuse_unknown_monitor(
     trainer: pl.Trainer, key: str, seen: Sequence[str], in_validation: bool, needed_by: str
 ) -> None:
-    """Raise before the first batch for a metric that is not logged, as far as the sanity check has shown it.
+    """Raise before the first batch if the sanity check shows that a metric is not logged.
 
-    To be called on every rank: a rank may log what another does not.
+    Call it on every rank: one rank may log what another does not.
 
     Args:
         trainer: The trainer, when training starts.
         key: Name of the metric.
-        seen: What the sanity check has logged; empty without one.
+        seen: Names that the sanity check logged; empty without a sanity check.
         in_validation: Whether the metric must be logged in validation.
-        needed_by: Who asks, for the error.
+        needed_by: Name of the technique, for the error.
 
     Raises:
-        ValueError: If the sanity check logged other metrics only, or if AdversarialEvaluation would log the metric and is
-            not there.
+        ValueError: If the sanity check logged only other metrics, or if the metric is one of
+            AdversarialEvaluation, which is not in the list of callbacks.
     """
     agree = trainer.strategy.reduce_boolean_decision
     is_known, was_checked = agree(key in seen, all=False), agree(bool(seen), all=False)
@@ -320,13 +324,13 @@ def refuse_unknown_monitor(
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if key.startswith(f"{_ROBUST}/") and not any(_logs_robustness(callback, in_validation) for callback in callbacks):
         raise ValueError(
-            f"{needed_by}: monitor={key!r} is logged by AdversarialEvaluation, which is not in the list of callbacks. Add "
-            "AdversarialEvaluation() to it. If the module logs this key itself, set num_sanity_val_steps=2, so that it is "
-            "seen before training."
+            f"{needed_by}: monitor={key!r} is logged by AdversarialEvaluation, which is not in the list of callbacks. "
+            "Add AdversarialEvaluation() to it. If the module logs this key itself, set num_sanity_val_steps=2, so "
+            "that the key is found before training."
         )
     if was_checked and in_validation:
         raise ValueError(
-            f"{needed_by}: {describe_unknown(key, seen)} (This is what the sanity check logged.) If the module logs it in "
+            f"{needed_by}: {describe_unknown(key, seen)} (The sanity check logged these.) If the module logs it in "
             "training, set interval='epoch'; if only in later validations, set num_sanity_val_steps=0."
         )
 

@@ -1,4 +1,4 @@
-"""The base of the callbacks that work on the optimizers: around their steps, on their rates, moments and closures."""
+"""The base of callbacks that act on optimizers: their steps, learning rates, moments and closures."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -26,104 +26,109 @@ from lightning_grad.utilities.optimizers import optimizer_index
 class OptimizerCallback(GradCallback):
     """Acts around the steps of the trainer's optimizers.
 
-    Override what the technique needs. Each method gets the number of an optimizer and the optimizer that has this
-    number now, even after another callback has replaced it in mid-run:
+    Override the methods that the technique needs. Each gets the index of an optimizer and the
+    optimizer that has this index now, even if another callback replaced it during the run:
 
-    - :meth:`acts_on`: choose the optimizers;
-    - :meth:`before_step`: a step begins;
-    - :meth:`before_update`: the gradients of the step are there;
-    - :meth:`after_step`: the step was made;
-    - :meth:`evaluate`: compute the gradients of the step, once or several times;
-    - :meth:`run_backward`: differentiate a loss.
+    - :meth:`acts_on`: selects the optimizers;
+    - :meth:`before_step`: runs before a step;
+    - :meth:`before_update`: runs when the gradients of the step are complete;
+    - :meth:`after_step`: runs after a step;
+    - :meth:`evaluate`: computes the gradients of the step, once or several times;
+    - :meth:`run_backward`: differentiates a loss.
 
-    Inside them, :meth:`multiply_rates` and :meth:`reset_moments` act on the step that is being made. Keep whatever
-    must last in :meth:`memory`, which is saved and restored. ``before_step``, ``before_update`` and ``after_step`` run
-    without recording gradients, and on plain tensors.
+    Inside them, :meth:`multiply_rates` and :meth:`reset_moments` act on the current step. Store
+    what must survive a checkpoint in :meth:`memory`. ``before_step``, ``before_update`` and
+    ``after_step`` run under ``no_grad`` and on plain tensors.
 
-    A step that the GradScaler skips calls neither ``before_step`` nor ``after_step``; one without gradients
-    (skipped by ``SkipNonFinite``) does not call ``after_step``. So compute in ``before_update`` what follows from
-    the gradients, and keep it in ``after_step``.
+    A step that the GradScaler skips calls neither ``before_step`` nor ``after_step``; a step
+    without gradients (skipped by ``SkipNonFinite``) does not call ``after_step``. So compute in
+    ``before_update`` what depends on the gradients, and store it in ``after_step``.
     """
 
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
         fused_fp16=no(
-            "counts the steps that are made, and {} decides inside its step whether the fp16 GradScaler skips it",
+            "counts optimizer steps, and {} decides inside its step whether the fp16 GradScaler skips it",
             "Use fused=False, or precision='bf16-mixed'",
         ),
         deepspeed=NO_ENGINE,
     )
 
-    _seen = during_fit.of(dict[int, Optimizer])  # all, by number
-    _ends = during_fit.of(dict[int, UndoList])  # of those that it acts on
+    _seen = during_fit.of(dict[int, Optimizer])  # all optimizers, by index
+    _ends = during_fit.of(dict[int, UndoList])  # undo steps for each optimizer that it acts on
     _rates = during_fit.of(dict[int, HeldRates])
     _memory = until_next_fit.of(dict[int, dict[str, Any]])
-    _inside = during_fit.of(set[int])  # those in a step that Lightning makes
+    _inside = during_fit.of(set[int])  # optimizers whose step() Lightning is running now
     _window = during_fit[StepWindow | None](lambda _: None)
 
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
-        """Return whether it acts on an optimizer; called when a fit begins, and for one that takes another's place."""
+        """Return True to act on an optimizer. Called when a fit begins and for each replaced optimizer."""
         return True
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
-        """Act before a step, including one past Lightning.
+        """Act before a step, also if the user calls ``step()`` on the raw torch optimizer.
 
-        The gradients are not there yet, unless a GradScaler makes the step: then it comes after ``before_update``.
+        There are no gradients yet, except under a GradScaler, where this runs after
+        ``before_update``.
         """
 
     def before_update(self, index: int, optimizer: Optimizer) -> None:
-        """Act on the gradients of a step, accumulated and unscaled, or use them to change weights and rates.
+        """Change the accumulated, unscaled gradients of a step, or use them to change weights and rates.
 
-        Callbacks further down the list and Lightning's own clipping still follow. A step past Lightning does not call it.
+        Later callbacks in the list and Lightning's own clipping still follow. ``step()`` on the raw
+        torch optimizer does not call this.
         """
 
     def after_step(self, index: int, optimizer: Optimizer) -> None:
-        """Act after a step that was made, with gradients."""
+        """Act after a step that had gradients and was not skipped."""
 
     def evaluate(self, index: int, optimizer: Optimizer, closure: StepClosure) -> Any:
         """Compute the gradients of a step, and return what ``closure()`` returns.
 
-        Call ``closure()`` first, and, after weights have changed, ``closure.again()``; then put the weights back. Under fp16
-        gradients are still multiplied by the loss scale here, and a non-finite one makes the GradScaler skip the step.
+        Call ``closure()`` first. After changing weights, call ``closure.again()``, then restore the
+        weights. Under fp16, gradients are still multiplied by the loss scale here, and a non-finite
+        one makes the GradScaler skip the step.
 
-        Two callbacks that override it are refused, and so is ``optimizer.step()`` without a closure.
+        Two callbacks that override this raise an error, as does ``optimizer.step()`` without a
+        closure.
         """
         return closure()
 
     def run_backward(self, backward: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Differentiate a loss by ``backward(loss, *args, **kwargs)``, such as with ``create_graph=True``, or not at all."""
+        """Call ``backward(loss, *args, **kwargs)``, with other arguments such as ``create_graph=True``, or not at all."""
         return backward(loss, *args, **kwargs)
 
     @property
     def watched(self) -> Mapping[int, Optimizer]:
-        """The optimizers that it acts on now, by number."""
+        """The optimizers that it acts on now, by index."""
         return {index: self._seen[index] for index in self._ends}
 
     def memory(self, index: int) -> dict[str, Any]:
-        """Return what is kept of one optimizer: tensors, numbers, strings, lists and dicts under names of your choice.
+        """Return the memory of one optimizer: a dictionary for tensors, numbers, strings, lists and dicts.
 
-        It is in the state of the callback. A resumed fit has it again, on the device of the optimizer's parameters. An
-        optimizer that takes another's place in mid-run goes on with it.
+        It is part of the callback's state; a resumed fit restores it on the device of the
+        optimizer's parameters. An optimizer that replaces another during the run keeps its memory.
         """
         return self._memory.setdefault(index, {})
 
     def multiply_rates(self, index: int, factor: Factor | Sequence[Factor]) -> None:
-        """Multiply the rates of the step that is being made; schedulers, monitors and checkpoints see the user's.
+        """Multiply the learning rates for the current step. Schedulers, monitors and checkpoints see the user's rates.
 
-        A rate that is set in the meantime, by the training step for example, is multiplied too, and stays. A second factor in
-        one step replaces the first. Factors of several callbacks multiply.
+        If a rate is set during the step, by the training step for example, the new rate is
+        multiplied and is kept afterwards. A second factor in one step replaces the first. Factors
+        of several callbacks multiply.
 
         Args:
-            index: Number of the optimizer.
+            index: Index of the optimizer.
             factor: One number for all parameter groups, or one for each.
         """
         self._rates[index].multiply(factor)
 
     def reset_moments(self, index: int) -> None:
-        """Set the moments of an Adam-like optimizer to zero; its step count stays."""
+        """Set the moments of an Adam-like optimizer to zero; keep its step count."""
         reset_moments_(list(self._seen[index].state.values()))
 
     def quantity_of(self, index: int, quantity: str) -> str:
-        """Return the name under which to log something of one optimizer; it has the number if there are several."""
+        """Return the log name of a quantity of one optimizer, with its index if there are several optimizers."""
         return f"optimizer{index}/{quantity}" if len(self._seen) > 1 else quantity
 
     # The fit begins.
@@ -138,11 +143,11 @@ class OptimizerCallback(GradCallback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         others = [c.display_name for c in callbacks if isinstance(c, OptimizerCallback) and _overrides(c, "evaluate")]
         if len(others) > 1:
-            raise ValueError(f"{' and '.join(others)} would each evaluate every step again. Keep one of them.")
+            raise ValueError(f"{' and '.join(others)} would each evaluate every step several times. Keep one of them.")
         if getattr(trainer.strategy, "wants_to_compress", False):
             raise ValueError(
-                f"{self.display_name} evaluates each step again, and {type(trainer.strategy).__name__} would send both "
-                "gradients and carry what is left of one into the other. Train with strategy='ddp'."
+                f"{self.display_name} evaluates each step twice, and {type(trainer.strategy).__name__} would compress "
+                "both gradients and add the error of the first to the second. Train with strategy='ddp'."
             )
 
     @override
@@ -166,10 +171,10 @@ class OptimizerCallback(GradCallback):
             self._window = StepWindow(trainer, pl_module)
             self.undo.push(self._window.watch())
 
-    # Which optimizers there are.
+    # The optimizers of the trainer.
 
     def _follow(self, trainer: pl.Trainer) -> None:
-        """Attach to the optimizers that the trainer has now, and leave those that it has no more."""
+        """Attach to the trainer's current optimizers, and detach from those that it no longer has."""
         now = dict(enumerate(trainer.optimizers))
         if len(now) == len(self._seen) and all(self._seen[index] is optimizer for index, optimizer in now.items()):
             return
@@ -204,7 +209,7 @@ class OptimizerCallback(GradCallback):
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        self._follow(trainer)  # for steps past Lightning
+        self._follow(trainer)  # for steps of the raw torch optimizer, which do not reach _step
 
     # One optimizer step.
 
@@ -230,7 +235,7 @@ class OptimizerCallback(GradCallback):
         finally:
             if index in self._inside:
                 self._inside.discard(index)
-                self._rates[index].give_back()  # a step that raises or that the GradScaler skips has no after_step
+                self._rates[index].give_back()  # after_step does not run if the step raises or the GradScaler skips it
             if self._window is not None:
                 self._window.end_step()
 
@@ -238,7 +243,7 @@ class OptimizerCallback(GradCallback):
     @on_plain_tensors
     def _before_step(self, index: int, rates: HeldRates) -> None:
         if index not in self._inside:
-            rates.give_back()  # of a step past Lightning that raised
+            rates.give_back()  # left by an earlier step of the raw torch optimizer that raised
         self.before_step(index, self._seen[index])
 
     @override
@@ -247,11 +252,11 @@ class OptimizerCallback(GradCallback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        index = self._number_of(optimizer)  # also of one that was replaced within its step
+        index = self._number_of(optimizer)  # finds an optimizer that was replaced within its step too
         if index is None:
             index = optimizer_index(trainer, optimizer, self.display_name)
         if index in self._ends:
-            self._rates[index].follow()  # a rate that was set inside the closure has replaced ours
+            self._rates[index].follow()  # the closure may have set a rate, which replaced the multiplied one
             self.before_update(index, optimizer)
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
-"""The base of the callbacks that look at the module every so often and change nothing.
+"""The base of callbacks that inspect the module at regular intervals and change nothing.
 
-In the files next to this one: ``probe_samples.py`` reads the samples, ``probe_reading.py`` takes one look and sends what was
-found, ``record.py`` keeps and draws it.
+``probe_samples.py`` reads the samples, ``probe_reading.py`` takes one look and logs its reading,
+``record.py`` stores and draws the readings.
 """
 
 from __future__ import annotations
@@ -32,49 +32,54 @@ if TYPE_CHECKING:
 
 
 class ProbeCallback(GradCallback):
-    """Looks at the same samples every so many epochs or steps, by :meth:`probe`, and leaves no trace in the run.
+    """Calls :meth:`probe` on the same samples every few epochs or steps, without leaving a trace in the run.
 
-    A look takes place in a quiet module (:func:`~lightning_grad.core.quiet`), in eval mode, without gradients unless the probe
-    turns them on, with the same random numbers each time, in the precision of the run. A look at the end of an epoch takes
-    place in its validation, so it sees the weights that are validated, also averaged ones; if the epoch has no validation
-    at its end, when it ends. A look after a step sees the weights that are trained. Only the first rank looks, unless the
-    model is sharded; the others wait for it, and all log the same numbers.
+    Each call is a *look*. The module is quiet (:func:`~lightning_grad.core.quiet`) and in eval
+    mode, gradients are off unless the probe turns them on, and the random numbers are the same in
+    each look. The precision is that of the run. A look at the end of an epoch takes place in its
+    validation, so it sees the validated weights, including averaged ones; if the epoch has no
+    validation at its end, the look takes place when it ends. A look after a step sees the trained
+    weights. Only rank zero takes the look, unless the model is sharded; the other ranks wait, and
+    all log the same numbers.
 
-    The first batch of a fit is followed by a rehearsal, whose result is not kept. What fails there ends the fit; what fails
-    later is a warning, and the training continues.
+    A rehearsal follows the first batch of a fit; its result is dropped. An error in the rehearsal
+    ends the fit. An error in a later look becomes a warning, and training continues.
 
     Class attributes:
 
-    - ``way_out``: what to do about a loss that cannot be seen, as a clause that begins with a verb.
-    - ``looks_on_all_ranks``: set it for a probe that runs a step in which ranks talk to each other.
+    - ``way_out``: ends the error about losses that cannot be captured: what to do instead, as an
+      imperative.
+    - ``looks_on_all_ranks``: set it to True if the probe runs a step in which ranks communicate.
 
     Args:
-        samples: Number of samples to look at, spread over the set; or their indices.
-        every_n_epochs: Look at the end of every so many epochs; by default of each.
-        every_n_steps: Look after every so many optimizer steps instead.
-        split: The set that the samples are from, "train" or "val".
-        dataset: Function of the trainer that returns the data set to read from, such as one without augmentation.
-        loader_key: Which of several loaders: its key, or its position in a list.
-        figure: Draw the record at the end (needs matplotlib, and a logger whose folder takes the file).
-        name: Name of this instance.
+        samples: Number of samples to inspect, spread evenly over the set, or their indices.
+        every_n_epochs: Inspect at the end of every this many epochs. Default: 1.
+        every_n_steps: Inspect after every this many optimizer steps instead.
+        split: Set that the samples are from, "train" or "val".
+        dataset: Callable (trainer) -> data set to read from, for example one without augmentation.
+        loader_key: Loader to use if there are several: its key or position in a list.
+        figure: Draw the record at the end (needs matplotlib and a logger with a folder).
+        name: Name of this instance, needed if two of a class are used; part of state and log keys.
 
     Raises:
-        ValueError: In the constructor for both every_n_epochs and every_n_steps, and for no samples. When training starts,
-            without validation data. After the first batch for more samples than there are.
-        TypeError: After the first batch for data without indices.
+        ValueError: In the constructor, if both every_n_epochs and every_n_steps are set, or for no
+            samples. When training starts, without validation data. After the first batch, if there
+            are fewer samples.
+        TypeError: After the first batch, if the data has no indices.
 
-    **Logs** what :meth:`probe` returns: scalars to all loggers, arrays as histograms and pictures as images where a logger
-    shows them. In the folder of the logs: one ``.npz`` file of the arrays and one PNG file for each picture of a look, and at
-    the end a table of all scalars and a figure.
+    **Logs** what :meth:`probe` returns: scalars to all loggers, arrays as histograms and pictures
+    as images to loggers that support them. Each look writes to the log folder one ``.npz`` file
+    with its arrays and one PNG file per picture. The end of the run adds a table of all scalars and
+    a figure.
 
     **State.** The scalars of all looks, thinned, and whether a look is due.
     """
 
-    way_out: ClassVar[str] = "use a probe that needs no loss of each sample"
+    way_out: ClassVar[str] = "use a probe that needs no losses of samples"
     looks_on_all_ranks: ClassVar[bool] = False
 
     record = until_next_fit.of(RunRecord).saved()
-    _due = until_next_fit[dict[str, int] | None](lambda _: None).saved()  # the epoch and the step of a look to come
+    _due = until_next_fit[dict[str, int] | None](lambda _: None).saved()  # epoch and step of the next look
     _is_rehearsed = during_fit.of(bool)
     _samples = during_fit[ProbeSamples]()
     _indices = during_fit.of(list[int])
@@ -93,7 +98,8 @@ class ProbeCallback(GradCallback):
         super().__init__(name)
         if every_n_epochs is not None and every_n_steps is not None:
             raise ValueError(
-                f"every_n_epochs={every_n_epochs} and every_n_steps={every_n_steps} are two schedules. Set one of them."
+                f"Set either every_n_epochs or every_n_steps; got every_n_epochs={every_n_epochs} and "
+                f"every_n_steps={every_n_steps}."
             )
         self.samples = samples if isinstance(samples, int) else list(samples)
         self.every_n_epochs = every_n_epochs
@@ -107,11 +113,11 @@ class ProbeCallback(GradCallback):
         check_count(1 if every_n_steps is None else every_n_steps, 1, "every_n_steps")
 
     def probe(self, look: ProbeLook) -> Reading:
-        """Return what is found in one look."""
+        """Return the reading of one look."""
         raise NotImplementedError(f"{type(self).__name__} must define probe(look).")
 
     def draw(self, record: RunRecord) -> Figure:
-        """Return the figure of the whole run, by default one panel for each scalar; needs matplotlib."""
+        """Return the figure of the whole run. Default: one panel for each scalar. Needs matplotlib."""
         return record.draw(self.display_name)
 
     # The fit begins.
@@ -122,11 +128,11 @@ class ProbeCallback(GradCallback):
         every, unit = (self.every_n_steps, "step") if self.every_n_steps else (self.every_n_epochs or 1, "epoch")
         often = f"every {unit}" if every == 1 else f"every {every} {unit}s"
         given = [] if isinstance(self.samples, int) else self.samples
-        self.announce(f"looks at {counted(count, f'{NOUNS[self.split]} sample')} {often}", "samples", given)
+        self.announce(f"inspects {counted(count, f'{NOUNS[self.split]} sample')} {often}", "samples", given)
 
     @override
     def chosen(self) -> Chosen:
-        """Return the samples that it looks at, where given as a count from the first look on, and on the ranks that look."""
+        """Return the samples that it inspects. A count becomes indices at the first look, on ranks that take looks."""
         chosen = super().chosen()
         return replace(chosen, names=self._indices) if self._indices else chosen
 
@@ -134,17 +140,17 @@ class ProbeCallback(GradCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.split == "val" and not trainer.enable_validation:
             raise ValueError(
-                f"{self.display_name} looks at validation samples, and this fit has no validation. Give fit() a "
-                "validation loader and the module a validation_step, or set split='train'."
+                f"{self.display_name} inspects validation samples, but this fit has no validation. Define "
+                "validation_step and pass a validation loader to fit(), or set split='train'."
             )
         asked = LossRequest(self.display_name, way_out=self.way_out)
         self._samples = ProbeSamples(trainer, self.samples, self.split, self.loader_key, self.dataset, asked)
 
-    # When to look.
+    # The times of looks.
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        self._look_if_due(trainer, pl_module)  # in a run that resumes from between the step and its look
+        self._look_if_due(trainer, pl_module)  # due if the run resumed from between a step and its look
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
@@ -161,7 +167,8 @@ class ProbeCallback(GradCallback):
 
     @override
     def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        # Averaged weights come in on_validation_epoch_start, of a callback that may be later in the list.
+        # Not earlier: averaged weights are swapped in by on_validation_epoch_start of a callback
+        # that may come later.
         if self.fitting and not trainer.sanity_checking:
             self._look_if_due(trainer, pl_module, is_validating=True)
 
@@ -189,7 +196,7 @@ class ProbeCallback(GradCallback):
             send_reading(trainer, outcome.numbers, outcome.reading, self.log_key, stem)
 
     def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, due: Mapping[str, int]) -> Outcome:
-        """Look, on the ranks that do, and return how it ended; raise what the first look raises."""
+        """Take a look on the ranks that do so, and return its outcome; errors of the first look are raised."""
         on_all, outcome = self.looks_on_all_ranks or is_sharded(trainer), Outcome()
         if on_all or trainer.is_global_zero:
             outcome = take_look(trainer, pl_module, self._samples, self.probe, due)
@@ -198,17 +205,15 @@ class ProbeCallback(GradCallback):
         if outcome.fault and (outcome.is_fatal or not self._is_rehearsed):
             self._raise(outcome)
         if outcome.fault:
-            rank_zero_warn(
-                f"{self.display_name} failed in its look at step {due['step']}, and the training continues. {outcome.fault}"
-            )
+            rank_zero_warn(f"{self.display_name} failed at step {due['step']}; training continues. {outcome.fault}")
         self._is_rehearsed = True
         return outcome
 
     def _raise(self, outcome: Outcome) -> None:
         error = outcome.error or RuntimeError(f"{self.display_name} failed on another rank. {outcome.fault}")
         if self.display_name not in str(error):
-            which = "a" if self._is_rehearsed else "its first"
-            error.add_note(f"{self.display_name} raised this in {which} look. Correct it, or drop the callback.")
+            which = "a" if self._is_rehearsed else "the first"
+            error.add_note(f"{self.display_name}.probe raised this in {which} look. Correct it, or drop the callback.")
         raise error
 
     # The fit ends.
@@ -220,7 +225,7 @@ class ProbeCallback(GradCallback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        with contextlib.suppress(Exception):  # what raises here would silence all later callbacks
+        with contextlib.suppress(Exception):  # an error here would keep Lightning from calling the later callbacks
             self._write(trainer)
 
     def _write(self, trainer: pl.Trainer) -> None:

@@ -1,4 +1,4 @@
-"""One look of a probe: how it is taken in a quiet module, what it finds, and how that reaches ranks, loggers and files."""
+"""One look of a probe: taking it in a quiet module, and sending its reading to ranks, loggers and files."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of bytes, such as an input or a map of activations.
+    """An 8-bit picture, such as an input or an activation map.
 
     Args:
-        pixels: (H, W) for gray or (H, W, 3) for colors, from 0 to 255.
-        caption: Text below it, in loggers that show one.
+        pixels: uint8 array of shape (H, W) for gray or (H, W, 3) for colors.
+        caption: Caption, for loggers that show one.
 
     Raises:
-        ValueError: For another shape or another type of number.
+        ValueError: For another shape or type.
 
     Example:
         >>> Picture(np.zeros((8, 8)))
         Traceback (most recent call last):
-        ValueError: pixels must be bytes of shape (H, W) or (H, W, 3); got float64 of shape (8, 8). Scale them to 0 ... 255 \
+        ValueError: pixels must be uint8 of shape (H, W) or (H, W, 3); got float64 of shape (8, 8). Scale them to 0 ... 255 \
 and call astype('uint8').
     """
 
@@ -49,19 +49,22 @@ and call astype('uint8').
         pixels = self.pixels
         if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
             raise ValueError(
-                f"pixels must be bytes of shape (H, W) or (H, W, 3); got {pixels.dtype} of shape {pixels.shape}. Scale them "
-                "to 0 ... 255 and call astype('uint8')."
+                f"pixels must be uint8 of shape (H, W) or (H, W, 3); got {pixels.dtype} of shape {pixels.shape}. "
+                "Scale them to 0 ... 255 and call astype('uint8')."
             )
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one look has found.
+    """The result of one look.
 
     Args:
-        scalars: Numbers by name. They are logged by every logger, kept in the record and drawn over the run.
-        arrays: Tensors or arrays by name. They are written to one ``.npz`` file a look, and shown as histograms.
-        pictures: Pictures or matplotlib figures by name. They are written as PNG files and shown as images.
+        scalars: Numbers by name: logged by every logger, stored in the record and drawn over the
+            run.
+        arrays: Tensors or arrays by name: written to one ``.npz`` file per look, and logged as
+            histograms.
+        pictures: Pictures or matplotlib figures by name: written as PNG files, and logged as
+            images.
 
     Example:
         >>> Reading({"norm": 1.0}).scalars
@@ -77,11 +80,12 @@ def numbers_of(reading: Any, display_name: str) -> dict[str, float]:
     """Return the scalars of a reading as numbers.
 
     Raises:
-        TypeError: If it is no reading, or what it holds is of another kind.
+        TypeError: If it is not a Reading, or one of its values has a wrong type.
     """
     if not isinstance(reading, Reading):
         raise TypeError(
-            f"{display_name}.probe must return a Reading; got {type(reading).__name__}. Return Reading(scalars={{...}})."
+            f"{display_name}.probe must return a Reading; got {type(reading).__name__}. Return "
+            f"Reading(scalars={{...}})."
         )
     for name, array in reading.arrays.items():
         if not isinstance(array, (Tensor, np.ndarray)):
@@ -91,12 +95,14 @@ def numbers_of(reading: Any, display_name: str) -> dict[str, float]:
     for name, picture in reading.pictures.items():
         if not isinstance(picture, Picture) and not hasattr(picture, "savefig"):
             raise TypeError(
-                f"{display_name}: the picture {name!r} must be a Picture or a matplotlib Figure; got {type(picture).__name__}."
+                f"{display_name}: the picture {name!r} must be a Picture or a matplotlib Figure; got "
+                f"{type(picture).__name__}."
             )
     for name in ("epoch", "step"):
         if name in reading.scalars:
             raise TypeError(
-                f"{display_name}: the record has a column {name!r} of its own. Give the scalar another name."
+                f"{display_name}: no scalar can be named {name!r}, because the record has a column of that name. "
+                "Rename it."
             )
     return {name: _number(name, value, display_name) for name, value in reading.scalars.items()}
 
@@ -105,7 +111,8 @@ def _number(name: str, value: Any, display_name: str) -> float:
     size = value.numel() if isinstance(value, Tensor) else np.size(value)
     if size != 1:
         raise TypeError(
-            f"{display_name}: the scalar {name!r} must be one number; got {size} of them. Reduce it, or return it in arrays."
+            f"{display_name}: the scalar {name!r} must be one number; got {size} numbers. Reduce it, or return it in "
+            "arrays."
         )
     return float(plain_tensor(value).detach()) if isinstance(value, Tensor) else float(value)
 
@@ -117,14 +124,14 @@ def send_reading(
     key: Callable[[str], str],
     stem: Path | None,
 ) -> None:
-    """Log the numbers on every rank; on the rank that has the reading also its arrays and pictures, as media and files.
+    """Log the numbers on every rank, and on rank zero the arrays and pictures, as media and files.
 
     Args:
         trainer: The trainer, at the step of the look.
         numbers: The scalars.
-        reading: The whole reading, where this rank has it.
-        key: Makes a log key.
-        stem: How the names of its files begin; ``None`` without a folder for logs.
+        reading: The whole reading; ``None`` on a rank that took no look.
+        key: Makes a log key from a name.
+        stem: Path prefix of the files; ``None`` without a log folder.
     """
     log_many(trainer, {key(name): number for name, number in numbers.items()})
     if reading is None or not trainer.is_global_zero:
@@ -153,14 +160,14 @@ def _as_array(array: Tensor | NDArray[Any]) -> NDArray[Any]:
 
 @dataclass
 class Outcome:
-    """How a look ended.
+    """The outcome of a look.
 
     Args:
         numbers: The scalars, the same on all ranks; ``None`` after an error.
-        reading: All that was found, on a rank that has looked.
-        error: What this rank raised.
-        fault: What any rank raised, in words; empty if none did.
-        is_fatal: Whether the module is not what it was before.
+        reading: The whole reading, on a rank that took the look.
+        error: Exception that this rank raised.
+        fault: Text of an exception that any rank raised; empty if none did.
+        is_fatal: Whether the module could not be restored.
     """
 
     numbers: Mapping[str, float] | None = None
@@ -170,11 +177,11 @@ class Outcome:
     is_fatal: bool = False
 
     def shared(self, trainer: pl.Trainer, on_all: bool) -> Outcome:
-        """Return the outcome with what all ranks must agree about; to be called on every rank.
+        """Return the outcome that all ranks agree on. Call it on every rank.
 
         Args:
             trainer: The trainer.
-            on_all: Whether all ranks have looked, or only the first.
+            on_all: Whether all ranks took the look, or only rank zero.
         """
         numbers, fault, is_fatal = trainer.strategy.broadcast((self.numbers, self.fault, self.is_fatal))
         if on_all and trainer.strategy.reduce_boolean_decision(bool(self.fault), all=False):
@@ -189,10 +196,11 @@ def take_look(
     probe: Callable[[ProbeLook], Reading],
     due: Mapping[str, int],
 ) -> Outcome:
-    """Run a probe once and leave no trace of it."""
+    """Run a probe once without leaving a trace."""
     outcome, undo = Outcome(), UndoList()
     try:
-        # Outside of inference mode, in which a user may have Lightning validate: nothing made there has a gradient.
+        # Lightning may validate in inference mode, whose tensors can have no gradient; the probe
+        # may need gradients.
         with torch.inference_mode(False), torch.no_grad(), _prepared(trainer, pl_module, samples):
             try:
                 with samples.kept():
@@ -203,7 +211,7 @@ def take_look(
                 outcome.error = error
             finally:
                 undo.run()
-    except Exception as error:  # from what puts the module back
+    except Exception as error:  # raised while the module was restored
         outcome.error, outcome.is_fatal = error, True
     if outcome.error is not None:
         outcome.fault = f"{type(outcome.error).__name__}: {outcome.error}"
@@ -212,10 +220,10 @@ def take_look(
 
 @contextmanager
 def _prepared(trainer: pl.Trainer, pl_module: pl.LightningModule, samples: ProbeSamples) -> Iterator[None]:
-    """Make the module quiet, in the precision of the run, and in the stage that the samples belong to."""
+    """Make the module quiet, and set the run's precision and the stage of the samples."""
     stage = trainer.state.stage
     with quiet(trainer, pl_module, display_name=samples.asked.display_name), trainer.precision_plugin.forward_context():
-        if samples.split == "train":  # hooks of the module may ask which stage a batch is of
+        if samples.split == "train":  # hooks of the module may check the trainer's stage
             trainer.training = True
         else:
             trainer.validating = True
@@ -227,7 +235,7 @@ def _prepared(trainer: pl.Trainer, pl_module: pl.LightningModule, samples: Probe
 
 @contextmanager
 def averaged_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-    """Put the weights into the module that a validation sees with Lightning's weight averaging."""
+    """Swap in the weights that validation uses under Lightning's weight averaging."""
     found: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks = [c for c in found if hasattr(c, "_swap_models") and getattr(c, "_average_model", None) is not None]
     for callback in callbacks:

@@ -1,4 +1,4 @@
-"""The fixed samples that a probe looks at: which they are, and how a batch is made of them."""
+"""The fixed samples of a probe: their choice, and how a batch is made of them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,21 +22,22 @@ from lightning_grad.utilities.reporting import counted
 
 Split = Literal["train", "val"]
 NOUNS = {"train": "training", "val": "validation"}
-_SEED = 0  # of all looks, so that augmentation and what a probe draws are the same each time
+_SEED = 0  # same in all looks, so that augmentation and the probe's random numbers repeat
 
 
 @dataclass
 class ProbeLook(Look):
-    """What a probe gets: its samples as one batch, the module in eval mode, and where in the run this is.
+    """Argument of a probe: its samples as one batch, the module in eval mode, and the position in the run.
 
-    ``batch``, ``indices``, ``pl_module``, ``run()`` (the module's ``training_step`` on a copy of the batch) and ``losses()``
-    are those of :class:`Look`.
+    It inherits ``batch``, ``indices``, ``pl_module``, ``run()`` (the module's ``training_step`` on
+    a copy of the batch) and ``losses()`` from :class:`Look`.
 
     Args:
         trainer: The trainer.
-        epoch: Epochs that were complete before the present one.
-        step: The step on the loggers' x axis.
-        undo: Steps back, taken when the look ends, also after an error: push ``handle.remove`` of each hook here.
+        epoch: Number of epochs completed before the current one.
+        step: Step on the loggers' x axis.
+        undo: Undo steps that run when the look ends, even after an error. Push ``handle.remove`` of
+            each hook.
     """
 
     trainer: pl.Trainer = field(kw_only=True)
@@ -47,10 +48,10 @@ class ProbeLook(Look):
     batch_size: int = field(kw_only=True)
 
     def parts(self, size: int | None = None) -> Iterator[Look]:
-        """Yield the samples in smaller batches, for what the whole batch needs too much memory for.
+        """Yield the samples in smaller batches, to save memory.
 
         Args:
-            size: Samples in each; by default as many as the loader puts into a batch.
+            size: Samples per batch. Default: the loader's batch size.
         """
         size = size or self.batch_size
         for start in range(0, len(self.indices), size):
@@ -61,43 +62,41 @@ class ProbeLook(Look):
 
 
 def check_samples(samples: int | Sequence[int]) -> None:
-    """Raise unless a probe's samples are a count, or indices.
+    """Raise unless ``samples`` is a count or a list of indices.
 
     Raises:
-        ValueError: For none, an index below 0, or one that comes twice.
+        ValueError: For a count below 1, an empty list, a negative index or a duplicate.
     """
     if isinstance(samples, int):
         check_count(samples, 1, "samples")
         return
     if not samples or min(samples) < 0 or len(set(samples)) < len(samples):
-        raise ValueError(
-            f"samples must be a count of at least 1, or a list of different indices from 0 on; got {list(samples)}."
-        )
+        raise ValueError(f"samples must be an integer >= 1 or a list of different indices >= 0; got {list(samples)}.")
 
 
 def chosen_samples(samples: int | Sequence[int], total: int, split: Split, display_name: str) -> list[int]:
-    """Return the indices that are meant: a count is spread over the whole set.
+    """Return the indices of the samples; a count is spread over the whole set.
 
     Raises:
-        ValueError: If the set has too few.
+        ValueError: If the set has too few samples.
 
     Example:
         >>> chosen_samples(4, 100, "val", "GradCAM")
         [0, 25, 50, 75]
         >>> chosen_samples(4, 3, "val", "GradCAM")
         Traceback (most recent call last):
-        ValueError: GradCAM would look at 4 samples, and the validation set has 3. Set samples to at most 3.
+        ValueError: GradCAM would inspect 4 samples, but the validation set has 3. Set samples to at most 3.
     """
     has = f"the {NOUNS[split]} set has {total}"
     if not isinstance(samples, int):
         if max(samples) >= total:
             raise ValueError(
-                f"{display_name} would look at the sample {max(samples)}, and {has}. Use indices below {total}."
+                f"{display_name} would inspect sample {max(samples)}, but {has}. Use indices below {total}."
             )
         return [int(index) for index in samples]
     if samples > total:
         raise ValueError(
-            f"{display_name} would look at {counted(samples, 'sample')}, and {has}. Set samples to at most {total}."
+            f"{display_name} would inspect {counted(samples, 'sample')}, but {has}. Set samples to at most {total}."
         )
     return [place * total // samples for place in range(samples)]
 
@@ -108,14 +107,14 @@ class ProbeSamples:
 
     Args:
         trainer: The trainer, in a fit that has loaded its data.
-        samples: A count, or indices.
-        split: The set that they are of.
-        loader_key: Which of several loaders.
-        dataset: Gives the data set to read from instead; called once.
-        asked: Who looks, and what to do about a loss that cannot be seen.
+        samples: A count or indices.
+        split: Set that the samples are from.
+        loader_key: Loader to use if there are several.
+        dataset: Callable (trainer) -> data set to read from instead; called once.
+        asked: Name of the technique and way out, for errors about losses that cannot be captured.
 
     Attributes:
-        indices: The samples that were read; empty before the first look.
+        indices: Indices that were read; empty before the first look.
     """
 
     trainer: pl.Trainer
@@ -129,7 +128,7 @@ class ProbeSamples:
     _early: Any = field(default=None, init=False)
 
     def look(self, pl_module: pl.LightningModule, epoch: int, step: int, undo: UndoList) -> ProbeLook:
-        """Return what the probe gets; to be called in a quiet module, outside of inference mode."""
+        """Return the look that the probe gets. Call it in a quiet module, outside inference mode."""
         loader, dataset = self._loader, self._source
         self._refuse_without_indices(loader, dataset)
         total = len(dataset)
@@ -140,21 +139,21 @@ class ProbeSamples:
         run = _runner(self.trainer, pl_module, batch, self.asked, is_part)
         random_streams.seed_streams(_SEED)
         for module in pl_module.modules():
-            random_streams.seed_generators(module, _SEED, depth=1)  # no further: the module knows its Trainer
+            random_streams.seed_generators(module, _SEED, depth=1)  # no deeper: the module refers to its Trainer
         look = (pl_module, batch, indices, total, run, self.asked)
         size = _batch_size(loader)
         return ProbeLook(*look, trainer=self.trainer, epoch=epoch, step=step, undo=undo, read=read, batch_size=size)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Put back what reading changes in the data set and in the function that makes a batch."""
+        """Restore the random generators of the data set and of the collate function afterwards."""
         collate = self._loader.collate_fn
         with random_streams.generators_kept([self._source, collate]), random_streams.numbers_kept(collate):
             yield
 
     @property
     def _source(self) -> Any:
-        """What the samples are read from."""
+        """The data set that the samples are read from."""
         if self.dataset is None:
             return self._loader.dataset
         if self._own is None:
@@ -162,12 +161,12 @@ class ProbeSamples:
         return self._own
 
     def _read(self, loader: DataLoader[Any], dataset: Any, indices: list[int]) -> Any:
-        with random_streams.random_streams_kept():  # a probe that reads parts draws on where it was
+        with random_streams.random_streams_kept():  # reading parts must not disturb the probe's own random numbers
             random_streams.seed_streams(_SEED)
             for holder in (dataset, loader.collate_fn):
                 random_streams.seed_generators(holder, _SEED)
             batch = next(iter(indexed_loader(loader, dataset, [indices], _SEED)))
-            return to_device(self.trainer, copy_of(batch))  # a collate function may hand on what the data set holds
+            return to_device(self.trainer, copy_of(batch))  # a collate function may return the data set's own tensors
 
     @property
     def _loader(self) -> DataLoader[Any]:
@@ -186,24 +185,25 @@ class ProbeSamples:
             return self.trainer.train_dataloader
         if self.trainer.val_dataloaders is not None:
             return self.trainer.val_dataloaders
-        # Lightning loads them at the first validation. It is left to do so, when a run without the probe would.
+        # Lightning loads them at the first validation and still does so; these are a separate copy
+        # for the probe.
         if self._early is None:
             loaders = self.trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
-            self._early = getattr(loaders, "iterables", loaders)  # of a CombinedLoader, of either namespace
+            self._early = getattr(loaders, "iterables", loaders)  # unwrap a CombinedLoader of either namespace
         return self._early
 
     def _refuse_without_indices(self, loader: Any, source: Any) -> None:
         is_indexed = hasattr(source, "__len__") and not isinstance(source, IterableDataset)
         if not isinstance(loader, DataLoader) or not is_indexed:
             raise TypeError(
-                f"{self.asked.display_name} looks at samples by their index, and the {NOUNS[self.split]} data has none; got "
-                f"{type(source).__name__}. "
-                "Return a DataLoader of a data set with __len__ and __getitem__."
+                f"{self.asked.display_name} reads samples by their index, but the {NOUNS[self.split]} data has none; "
+                f"got {type(source).__name__}. Return a DataLoader of a data set with __len__ and __getitem__."
             )
         if loader.batch_sampler is None and not isinstance(getattr(loader.sampler, "batch_size", None), int):
             raise TypeError(
-                f"{self.asked.display_name} makes a batch of single samples, and DataLoader(batch_size=None) gets whole "
-                "batches from its data set. Give the DataLoader a batch_size, or a BatchSampler as its sampler."
+                f"{self.asked.display_name} makes a batch of single samples, but DataLoader(batch_size=None) gets "
+                "whole batches from its data set. Set batch_size of the DataLoader, or use a BatchSampler as its "
+                "sampler."
             )
 
 
@@ -218,8 +218,8 @@ def _runner(
     def run() -> object:
         if not pl_module.automatic_optimization:
             raise ValueError(
-                f"{asked.display_name} does not work with manual optimization: its training_step steps the optimizers. "
-                "Use a probe that calls the network itself."
+                f"{asked.display_name} does not work with manual optimization, because training_step steps the "
+                "optimizers. Use a probe that calls the network itself."
             )
         refuse_dataloader_iter(pl_module.training_step, asked.display_name)
         return runner(trainer, pl_module, batch, partly=asked if is_part else None)()

@@ -1,13 +1,14 @@
-"""Where in the run are we?
+"""Progress of a run: the share that is done, and its length in optimizer steps.
 
-Read from the counters that the Trainer keeps and restores itself. They know accumulation, resuming and a training set
-that shrinks, go on when a GradScaler skips a step, and mean the same for one optimizer or several, so that nothing has
-to be counted or saved here. (Counting an optimizer's own steps would run ahead or behind wherever a manual loop steps
-it five times a batch, or every second batch.)
+Progress is read from the counters that the Trainer keeps and restores. They account for
+accumulation, resuming and a training set that shrinks, advance when a GradScaler skips a step, and
+mean the same for one optimizer or several, so nothing has to be counted or saved here. (An
+optimizer's own steps would run ahead or behind in a manual loop that steps it five times per batch,
+or every second batch.)
 
-Where the data have no length, the first epoch measures it: progress stays 0 until that epoch is over. Where a run has no
-end that can be known (``max_epochs=-1``, ``max_time``, one epoch of data without a length), the user states it as
-``total_steps=`` of the technique.
+If the data have no length, the first epoch measures it: progress stays 0 until that epoch is over.
+If the end of a run cannot be known (``max_epochs=-1``, ``max_time``, one epoch of data without a
+length), the user sets the technique's ``total_steps=``.
 """
 
 import math
@@ -16,14 +17,14 @@ import lightning.pytorch as pl
 
 from lightning_grad.utilities.checks import check_count
 
-IN_FIRST_EPOCH = "waits for the end of the first epoch, which shows how long an epoch of these data is"
+IN_FIRST_EPOCH = "waits for the end of the first epoch to learn the length of an epoch"
 
 
 def check_total_steps(total_steps: int | None) -> int | None:
-    """Return the length of a run as the user states it, which must be ``None`` or at least 1.
+    """Return ``total_steps`` after checking it.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If it is neither ``None`` nor an integer of at least 1.
     """
     return None if total_steps is None else check_count(total_steps, 1, "total_steps")
 
@@ -31,13 +32,15 @@ def check_total_steps(total_steps: int | None) -> int | None:
 def run_progress(trainer: pl.Trainer, steps_ahead: int = 0, stated: int | None = None) -> float:
     """Return the share of the fit that is done, 0 to 1.
 
-    It is the share of batches of all epochs or, where ``max_steps`` ends the run earlier, the share of steps.
+    It is the share of the batches of all epochs or, if ``max_steps`` ends the run earlier, the
+    share of steps.
 
     Args:
-        trainer: The trainer, in a fit.
-        steps_ahead: Optimizer steps that are done but that the trainer has not counted yet: 1 in an optimizer's post
-            hook.
-        stated: Length of the run in optimizer steps, as the user states it; nothing else counts then.
+        trainer: The trainer, during a fit.
+        steps_ahead: Optimizer steps done that the trainer has not counted yet: 1 in an optimizer's
+            post hook.
+        stated: Length of the run in optimizer steps, set by the user. It takes precedence over the
+            trainer's.
     """
     steps = trainer.global_step + steps_ahead
     if stated is not None:
@@ -53,18 +56,20 @@ def run_progress(trainer: pl.Trainer, steps_ahead: int = 0, stated: int | None =
 
 
 def _batches_of_epoch(trainer: pl.Trainer, batches: float) -> float:
-    """Return how many batches of the present epoch are done, the present one counted."""
+    """Return how many batches of the current epoch are done, including the current one."""
     done = trainer.fit_loop.batch_idx + 1
     if math.isfinite(trainer.num_training_batches):
         return done
-    # An epoch may turn out longer or shorter than those that it is measured by.
+    # An epoch may be longer or shorter than the earlier ones, whose mean length is used.
     return batches if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch else min(done, batches)
 
 
 def epoch_batches(trainer: pl.Trainer) -> float | None:
-    """Return the batches of an epoch; of data without a length the mean of the epochs so far, ``None`` in the first.
+    """Return the number of batches in an epoch.
 
-    Call it in the hooks of a batch: between epochs Lightning's counters still are those of the epoch before.
+    If the data have no length, it is the mean over the epochs so far, and ``None`` in the first
+    epoch. Call it in hooks of a batch: between epochs, Lightning's counters are still those of the
+    previous epoch.
     """
     batches = trainer.num_training_batches
     if math.isfinite(batches):
@@ -77,19 +82,19 @@ def epoch_batches(trainer: pl.Trainer) -> float | None:
 def total_steps(trainer: pl.Trainer, needed_by: str, stated: int | None = None) -> int | None:
     """Return the length of the fit in optimizer steps.
 
-    Call it in ``on_train_start``, not before: it loads the training data, and a loader that continues in mid-epoch must
-    not be loaded before Lightning has restored where it stood.
+    Call it in ``on_train_start``, not earlier: it loads the training data, and a loader that
+    resumes within an epoch must not be loaded before Lightning has restored its position.
 
     Args:
         trainer: The trainer, from ``on_train_start`` on.
-        needed_by: Who asks, for the error.
-        stated: The length, as the user states it.
+        needed_by: Name of the technique, for the error.
+        stated: Length set by the user, if any.
 
     Returns:
         int: The length; ``None`` in the first of several epochs of data without a length.
 
     Raises:
-        ValueError: If the fit has no end that is known beforehand, and none is stated.
+        ValueError: If the fit has no known end and ``stated`` is ``None``.
     """
     if stated is not None:
         return stated
@@ -102,6 +107,6 @@ def total_steps(trainer: pl.Trainer, needed_by: str, stated: int | None = None) 
     if (trainer.max_epochs or 0) > 1:
         return None
     raise ValueError(
-        f"{needed_by} places its phases by the length of the run, and this one has no known end. Set total_steps=... of "
-        f"{needed_by} or Trainer(max_steps=...), or max_epochs=... with a data loader that has a length."
+        f"{needed_by} needs the length of the run, and this run has no known end. Set total_steps=... of {needed_by} or "
+        "Trainer(max_steps=...), or max_epochs=... with a data loader that has a length."
     )

@@ -1,7 +1,7 @@
-"""Running a module's own steps without leaving a trace: what all that look at a module outside its training share.
+"""Run a module's own steps without a trace. Every technique that inspects the module outside training uses this.
 
-Inside :func:`quiet` a ``training_step`` logs nothing, counts nothing and moves no random stream; afterwards module, metrics
-and random streams are bitwise what they were. Techniques that act on training only ask :func:`is_quiet`.
+Inside :func:`quiet`, ``training_step`` logs nothing. Afterwards the module, its metrics and the
+random streams are bitwise as before. Techniques that act only on training check :func:`is_quiet`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lightning_grad.core.views.weight_view import close_windows, open_windows
 from lightning_grad.data.random_streams import generators_kept, named_generators, random_streams_kept
 
 _QUIET: WeakSet[nn.Module] = WeakSet()
-_TOLD = ("name", "version", "save_dir", "log_dir", "root_dir", "sub_dir")  # by a logger, without asking its experiment
+_PLACES = ("name", "version", "save_dir", "log_dir", "root_dir", "sub_dir")  # a muted logger still returns these
 
 
 def is_quiet(pl_module: nn.Module) -> bool:
@@ -42,28 +42,32 @@ def quiet(
     advice: str = "",
     display_name: str = "A technique",
 ) -> Iterator[None]:
-    """Run the module and leave no trace of it.
+    """Run the module without leaving a trace.
 
-    Put back bit for bit: modes, buffers, gradients (there are none inside) and frozen parameters, the states of torchmetrics
-    and all other attributes, with the contents of those that are tensors, generators, containers or objects of the user's, and
-    the random states of Python, numpy and torch (CPU and CUDA) and of generators at the top of files that methods name. Kept
-    from happening: logging by ``self.log``, loggers and ``print``.
+    It restores, bit for bit: training modes, buffers, gradients (``None`` inside), frozen
+    parameters, states of torchmetrics, all other attributes with the contents of tensors,
+    generators, containers and objects of user classes, and the random states of Python, numpy and
+    torch (CPU and CUDA) and of global generators that methods of the module use. It mutes
+    ``self.log``, ``self.print`` and the loggers.
 
     Args:
         trainer: The trainer.
-        pl_module: Its module. It may be quiet already; then the outer context counts it as quiet until it ends.
-        evaluate: Run it in eval mode, and compiled code eagerly; else in the modes in which it is, and as it is compiled.
-        check: Read every parameter before and after, to see whether the step changes one. It costs a pass over the weights.
-        advice: What to do about a step that does, for the error.
-        display_name: Who looks, for the error.
+        pl_module: Its module. If it is quiet already, it stays quiet until the outer context ends.
+        evaluate: Use eval mode and run compiled code eagerly. Otherwise keep the modes and the
+            compiled code.
+        check: Raise if the step changes a parameter. This reads all weights before and after.
+        advice: Ends the error about such a step: what else to do.
+        display_name: Name of the technique, for errors.
 
     Raises:
-        RuntimeError: If the step has changed a parameter that is trained, or lazy layers have no parameters yet.
+        RuntimeError: If the step changed a trained parameter, or lazy layers have no parameters
+            yet.
     """
     _refuse_lazy(pl_module, display_name)
     parameters = list(pl_module.parameters())
     frozen = sum(p.numel() for p in parameters if not p.requires_grad)
-    # A teacher that the step moves is as large as its student; a large frozen base is not worth a copy.
+    # Frozen parameters are copied if they are no larger than the trained ones, as of a teacher that
+    # the step updates. A copy of a large frozen base model would cost too much memory.
     copied = frozen <= sum(p.numel() for p in parameters if p.requires_grad)
     with ExitStack() as stack:
         stack.enter_context(_parameters_as_they_are(pl_module, check, copied, advice, display_name))
@@ -71,7 +75,7 @@ def quiet(
         if evaluate:
             stack.enter_context(eager())
             if torch.backends.cudnn.enabled and any(isinstance(module, nn.RNNBase) for module in pl_module.modules()):
-                # It has no backward pass of an RNN in eval mode.
+                # cuDNN has no backward pass for an RNN in eval mode.
                 stack.callback(setattr, torch.backends.cudnn, "enabled", True)
                 torch.backends.cudnn.enabled = False
             pl_module.eval()
@@ -83,12 +87,12 @@ def quiet(
 
 @contextmanager
 def unseen(trainer: pl.Trainer, pl_module: pl.LightningModule, copies_frozen: bool = False) -> Iterator[None]:
-    """Put back what a module's step changes besides parameters and gradients, and keep it from logging.
+    """Restore what a module's step changes except parameters and gradients, and mute its logs.
 
     Args:
         trainer: The trainer.
         pl_module: Its module.
-        copies_frozen: Whether frozen parameters are put back too.
+        copies_frozen: Whether frozen parameters are restored too.
     """
     modules = list(pl_module.modules())
     known = set(map(id, modules))
@@ -106,27 +110,27 @@ def _refuse_lazy(pl_module: pl.LightningModule, display_name: str) -> None:
     lazy = next((name for name, p in pl_module.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise RuntimeError(
-            f"{display_name} cannot run {type(pl_module).__name__} just to look at what it returns while it has lazy "
-            f"layers without parameters: {lazy!r} has no size yet. Run the network once on a batch, under "
-            "torch.no_grad(), in the module's constructor or before the fit."
+            f"{display_name} cannot run {type(pl_module).__name__} outside training while lazy layers have no "
+            f"parameters: {lazy!r} has no size yet. Run the network once on a batch, under torch.no_grad(), in the "
+            "module's constructor or before the fit."
         )
 
 
 @contextmanager
 def aside(module: nn.Module) -> Iterator[None]:
-    """Run a module in training once more: random streams and buffers are put back, cheaply enough for every step."""
+    """Restore random streams and buffers after an extra run of a module in training; cheap enough for every step."""
     with random_streams_kept():
         kept = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
         try:
             yield
         finally:
             for buffer, value in kept:
-                buffer.data.copy_(value)  # what is in the graph of the step must not count this as a change
+                buffer.data.copy_(value)  # .data: autograd must not see a change of a buffer that the step's graph uses
 
 
 @contextmanager
 def silence(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-    """Keep the module from logging, by ``self.log``, by its loggers and by ``self.print``."""
+    """Mute ``self.log``, ``self.log_dict``, ``self.print`` and the loggers of the module."""
 
     def nothing(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         return None
@@ -150,16 +154,17 @@ def loggers_muted(trainer: pl.Trainer) -> Iterator[None]:
 
 
 def eager() -> AbstractContextManager[Any]:
-    """Run compiled code as it was written."""
-    # What is compiled may not trace what looks at it. Without dynamo nothing is, and importing it takes seconds.
+    """Run compiled code eagerly."""
+    # Compiled code must not trace the hooks that inspect it. If dynamo is not imported, nothing is
+    # compiled, and importing it takes seconds.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 class _Mute:
-    """Takes the place of a logger: whatever is called on it or on what it has does nothing. It still says where files go.
+    """A muted logger: all methods of it and of its attributes do nothing. Names and directories are still returned.
 
     Args:
-        logger: The logger.
+        logger: The logger that this replaces.
     """
 
     def __init__(self, logger: Any = None) -> None:
@@ -168,8 +173,10 @@ class _Mute:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        told = getattr(self._logger, name, None) if name in _TOLD else None
-        return told if isinstance(told, (str, int, float, Path)) else None if name in _TOLD else _Mute()
+        if name not in _PLACES:
+            return _Mute()
+        value = getattr(self._logger, name, None)
+        return value if isinstance(value, (str, int, float, Path)) else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -188,12 +195,13 @@ class _Mute:
 def _parameters_as_they_are(
     pl_module: pl.LightningModule, check: bool, copied: bool, advice: str, display_name: str
 ) -> Iterator[None]:
+    """Hide gradients inside, restore them afterwards, and raise if a parameter changed."""
     parameters = dict(pl_module.named_parameters())
     watched = {name: p for name, p in parameters.items() if p.requires_grad or not copied}
     before = {name: _checksum(p) for name, p in watched.items()} if check else {}
     gradients = {name: p.grad for name, p in parameters.items()}
     for parameter in parameters.values():
-        parameter.grad = None  # a backward pass would add to it in place
+        parameter.grad = None  # a backward pass would add to the gradient in place
     try:
         yield
     finally:
@@ -202,8 +210,8 @@ def _parameters_as_they_are(
     changed = [name for name, was in before.items() if not torch.equal(was, _checksum(watched[name]))]
     if changed:
         raise RuntimeError(
-            f"{display_name} runs training_step just to look at what it returns, and the step changes the parameter "
-            f"{changed[0]!r}. Change it in on_train_batch_end{advice}."
+            f"{display_name} runs training_step without training, but the step changes the parameter {changed[0]!r}. "
+            f"Change it in on_train_batch_end{advice}."
         )
 
 
@@ -212,4 +220,4 @@ def _checksum(parameter: Tensor) -> Tensor:
     kind = torch.float32 if value.device.type == "mps" else torch.float64  # half precision would overflow
     size = value.abs()
     total = size if value.is_complex() else value
-    return torch.stack([total.sum(dtype=kind), size.sum(dtype=kind)]).nan_to_num()  # a nan equals nothing
+    return torch.stack([total.sum(dtype=kind), size.sum(dtype=kind)]).nan_to_num()  # nan would not equal itself

@@ -1,4 +1,4 @@
-"""Values that each rank has of its own, brought together. Every rank must call these functions, in the same order."""
+"""Sums and means over ranks. Every rank must call these functions, in the same order."""
 
 from typing import TypeVar
 
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-_INFINITE = 1e30  # stands for an infinity in a sum over ranks
+_INFINITE = 1e30  # replaces infinities in a sum over ranks, where inf - inf would be nan
 
 
 def sum_over_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
-    """Return the sum of a tensor over all ranks, on the device on which it is."""
+    """Return the sum of a tensor over all ranks, on the tensor's device."""
     if trainer.world_size == 1:
         return values
     total = trainer.strategy.reduce(values.to(trainer.strategy.root_device), reduce_op="sum")
@@ -19,7 +19,7 @@ def sum_over_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
 
 
 def mean_over_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
-    """Return the mean over those ranks that have a value; nan stands where a rank, or all of them, has none."""
+    """Return the mean over the ranks that have a value. A rank passes nan for no value; the mean of none is nan."""
     if trainer.world_size == 1:
         return values
     total = sum_over_ranks(trainer, values.nan_to_num(nan=0.0, posinf=_INFINITE, neginf=-_INFINITE))
@@ -28,7 +28,7 @@ def mean_over_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
 
 
 def first_of_ranks(trainer: pl.Trainer, own: dict[str, T]) -> dict[str, T]:
-    """Return what the first rank has that has anything, the same on all."""
+    """Return the dictionary of the first rank whose own is not empty; all ranks get the same."""
     for rank in range(trainer.world_size if trainer.world_size > 1 else 0):
         found: dict[str, T] = trainer.strategy.broadcast(own, src=rank)
         if found:

@@ -1,4 +1,4 @@
-"""The rows that a technique records over a run: thinned, in the checkpoint, on disk while the run lasts, drawn at its end."""
+"""Rows that a technique records during a run: thinned, saved in checkpoints and on disk, drawn at the end."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-_LAG = 10  # the file on disk lacks at most one in so many of the rows
-_MOST_DRAWN = 8  # columns, each in a panel of its own
-_MANY_MARKS = 100  # rows: a line shows more of them better than dots do
-_LONG_RANGE = 30.0  # from the least to the largest value: beyond, the axis is logarithmic
+_LAG = 10  # the file on disk lacks at most one tenth of the rows
+_MOST_DRAWN = 8  # columns drawn, each in its own panel
+_MANY_MARKS = 100  # above this number of rows, lines are drawn without dots
+_LONG_RANGE = 30.0  # above this ratio of the largest to the smallest value, the axis is logarithmic
 
 
 class Recorder(Protocol):
-    """Who keeps a record: any callback or strategy of this package."""
+    """The owner of a record: any callback or strategy of this package."""
 
     @property
     def display_name(self) -> str:
@@ -37,22 +37,25 @@ class Recorder(Protocol):
 
 
 class RunRecord:
-    """Rows of a run by step, of which a bounded number is kept.
+    """Rows of a run, one per recorded step, limited in number.
 
-    Up to ``most`` rows, all are kept. Beyond, one row stands for 2, 4, 8 ... neighbors, so the kept rows stay evenly spread
-    over the run. The first and the last row are always kept.
+    All rows are kept until there are more than ``most``. Then one row is kept of every 2, 4, 8 ...
+    neighbors, so the kept rows stay evenly spread over the run. The first and the last row are
+    always kept.
 
-    - In :meth:`state_dict` the rows are part of a checkpoint: a resumed run has the rows of an uninterrupted one.
-    - :meth:`save` keeps a CSV file on disk up to date while the run lasts, so a run that is killed keeps its rows.
-    - :meth:`report` writes everything at the end: summary, table and figure.
+    - :meth:`state_dict` puts the rows into checkpoints: a resumed run has the same rows as an
+      uninterrupted one.
+    - :meth:`save` updates a CSV file during the run, so a run that is killed keeps its rows.
+    - :meth:`report` writes the summary, the table and the figure at the end.
 
     Args:
         most: Largest number of rows, an even number; the last row is kept in addition.
-        weight: Function of a row. Of neighbors, the row with the largest weight is kept; by default the first.
+        weight: Callable (row) -> number. The row with the largest weight is kept. Default: the
+            first row.
 
     Attributes:
-        count: How many rows were added.
-        last: The last of them; empty before the first.
+        count: Number of rows added.
+        last: The last row added; empty before the first.
 
     Example:
         >>> record = RunRecord(most=4)
@@ -75,9 +78,9 @@ class RunRecord:
         self.count = self._saved = 0
 
     def add(self, row: Row) -> None:
-        """Append a row: numbers, words or tensors by column. Tensors are kept in checkpoints, and left out of tables."""
+        """Append a row: numbers, strings or tensors by column. Tensors are saved in checkpoints only."""
         self.last = dict(row)
-        if self.count == 0 or (self.count - 1) % self._every == 0:  # the first row stands for itself alone
+        if self.count == 0 or (self.count - 1) % self._every == 0:  # the first row is never thinned
             self._rows.append(self.last)
         elif self._weight(self.last) > self._weight(self._rows[-1]):
             self._rows[-1] = self.last
@@ -90,17 +93,17 @@ class RunRecord:
 
     @property
     def kept(self) -> list[dict[str, Any]]:
-        """The rows themselves, in order; what is changed in them is changed in the record."""
+        """The kept rows, in order. They are not copies: changing them changes the record."""
         has_last = not self.count or self._rows[-1] is self.last
         return [*self._rows, *([] if has_last else [self.last])]
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns of the table, in the order in which they first came."""
+        """Names of the table's columns, in order of first appearance."""
         return list(dict.fromkeys(key for row in self.kept for key in row if not isinstance(row[key], Tensor)))
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the rows of the table, all with the same columns; ``None`` where a row lacks one."""
+        """Return the rows of the table, all with the same columns; missing values are ``None``."""
         columns = self.columns
         return [{column: row.get(column) for column in columns} for row in self.kept]
 
@@ -112,7 +115,7 @@ class RunRecord:
     # The state of the run.
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything, in types that a checkpoint may hold."""
+        """Return the record in types that a checkpoint may hold."""
         rows = [dict(row) for row in self.kept]
         return {"rows": rows, "has_last": len(rows) > len(self._rows), "every": self._every, "count": self.count}
 
@@ -124,19 +127,20 @@ class RunRecord:
             self._rows.pop()
         self._every, self.count, self._saved = state["every"], state["count"], 0
 
-    # What is written.
+    # Files and loggers.
 
     def save(self, trainer: pl.Trainer, owner: Recorder, part: str = "", *, now: bool = False) -> None:
-        """Write the rows so far as a CSV file in the folder of the logs, if enough of them are new.
+        """Write the rows so far to a CSV file in the log folder, if enough of them are new.
 
-        Call it when a row was added. The file is rewritten each time, so a resumed run has no row twice in it; it is
-        replaced in one step, so a kill leaves the old file or the new one. It lacks at most a tenth of the rows.
+        Call it after each added row. The file is rewritten each time, so a resumed run duplicates
+        no rows, and replaced atomically, so a killed run leaves the old file or the new one. The
+        file lacks at most a tenth of the rows.
 
         Args:
             trainer: The trainer. Only rank zero writes, and only with a logger that has a folder.
-            owner: Who keeps the record; the file has its name.
-            part: Which of several records of the owner it is.
-            now: Write every row, for the case that the run ends here.
+            owner: Owner of the record; the file is named after it.
+            part: Name of the record, if the owner has several.
+            now: Write all rows in any case, because the run may end here.
         """
         if self.count - self._saved > (0 if now else self.count // _LAG):
             self._saved = self.count
@@ -157,14 +161,15 @@ class RunRecord:
         table: str = "record",
         figure: str = "figure",
     ) -> None:
-        """Write what a run leaves: summary, CSV file and PNG file, and send all to the loggers that show them.
+        """Write the summary, the CSV file and the PNG file of a run, and log them.
 
         Args:
             trainer: The trainer. Only rank zero writes.
-            owner: Who keeps the record; keys and files have its name.
-            draw: Draws the figure, unless the owner's ``figure`` is false or matplotlib is missing; by default :meth:`draw`.
+            owner: Owner of the record; keys and files are named after it.
+            draw: Returns the figure. It is not called if the owner's ``figure`` is False or
+                matplotlib is missing. Default: :meth:`draw`.
             summary: Final figures of merit by quantity.
-            part: Which of several records of the owner it is.
+            part: Name of the record, if the owner has several.
             table: Last part of the table's log key.
             figure: Last part of the figure's log key.
         """
@@ -178,7 +183,7 @@ class RunRecord:
                 log_figure(trainer, owner.log_key(f"{before}{figure}"), drawn, _file(trainer, owner, part, ".png"))
 
     def draw(self, title: str) -> Figure:
-        """Draw each column of numbers over the steps, in a panel of its own; needs matplotlib."""
+        """Draw each numeric column over the steps, in its own panel. Needs matplotlib."""
         from matplotlib.ticker import MaxNLocator
 
         names = [name for name in self.columns if name not in ("epoch", "step") and _is_number(self.series(name)[1])]
@@ -200,18 +205,18 @@ class RunRecord:
         return figure
 
 
-def _no_weight(row: Row) -> float:  # a function of the module, so that a record pickles
+def _no_weight(row: Row) -> float:  # not a lambda, so that a record can be pickled
     return 0.0
 
 
 def panels(title: str, heights: Sequence[float], width: float = 8.0, rest: float = 0.0) -> tuple[Figure, list[Axes]]:
-    """Return a figure of panels one above the other, which share their x axis; needs matplotlib.
+    """Return a figure of stacked panels that share the x axis. Needs matplotlib.
 
     Args:
-        title: Its heading, in plain text.
-        heights: Of the panels, in inches.
-        width: In inches.
-        rest: Height of what is not a panel.
+        title: Title in plain text.
+        heights: Heights of the panels in inches.
+        width: Width in inches.
+        rest: Height of everything else in inches.
     """
     from matplotlib.figure import Figure
 
@@ -222,7 +227,7 @@ def panels(title: str, heights: Sequence[float], width: float = 8.0, rest: float
 
 
 def style_axis(axis: Axes) -> None:
-    """Give a panel horizontal lines, and neither a top nor a right edge."""
+    """Draw horizontal grid lines and remove the top and right spines."""
     axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

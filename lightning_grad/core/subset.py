@@ -1,4 +1,4 @@
-"""The base of the callbacks that choose which samples an epoch trains on."""
+"""The base of callbacks that choose the samples of each epoch."""
 
 import dataclasses
 import math
@@ -21,27 +21,27 @@ from lightning_grad.data.fingerprints import Fingerprint
 from lightning_grad.utilities.reporting import log_summary
 
 OWN_SCHEDULES = (
-    "A module that steps its own schedulers gets a warning: those that count batches do not come to their end."
+    "If the module steps its own schedulers, a warning says that those that count batches do not reach their end."
 )
 
 
 class SubsetCallback(GradCallback):
     """Trains each epoch on the samples that :meth:`choose_samples` returns.
 
-    It knows the data-set indices of every batch (``self.indices``), keeps schedules in step with shorter epochs, logs
-    what is kept, and has the present choice in its state, so that a resumed epoch goes on with it. Settings that change on
-    resume are followed from the next epoch on.
+    It knows the data-set indices of every batch (``self.indices``), adapts schedules to shorter
+    epochs, and logs the kept share. The current choice is in its state, so a resumed epoch
+    continues with it. Settings that change on resume apply from the next epoch on.
 
     Args:
-        loader_key: Which of several training loaders to prune: its key, or its position in a list.
-        name: Name of this instance.
+        loader_key: Training loader to prune if there are several: its key or position in a list.
+        name: Name of this instance, needed if two of a class are used; part of state and log keys.
     """
 
     namespace: ClassVar[str] = "data"
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
         ddp=yes(
-            "With every sampler of `torch.utils.data`. Another one raises with several ranks, because it does not tell which "
-            "rank draws which samples."
+            "With every sampler of `torch.utils.data`. Any other sampler raises an error with several ranks, because "
+            "it does not say which rank draws which samples."
         ),
         manual_optimization=yes(OWN_SCHEDULES),
     )
@@ -49,45 +49,45 @@ class SubsetCallback(GradCallback):
     training_set = during_fit[TrainingSet]()
     indices = during_fit.of(list[int])
     kept = until_next_fit[Tensor | None](lambda _: None).saved()
-    _fixed_steps = until_next_fit.of(bool).saved()  # in the present epoch
+    _fixed_steps = until_next_fit.of(bool).saved()  # in the current epoch
     _mark = until_next_fit[Fingerprint | None](lambda _: None)
     _samples_seen = until_next_fit.of(int).saved()
     _is_rehearsed = during_fit.of(bool)
     _has_warned = during_fit.of(bool)
-    _has_told_of_too_few = during_fit.of(bool)
+    _has_warned_of_too_few = during_fit.of(bool)
 
     def __init__(self, loader_key: str | int | None = None, name: str | None = None) -> None:
         super().__init__(name)
         self.loader_key = loader_key
 
     def choose_samples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
-        """Return the indices of the samples of the epoch that begins, ``None`` for all."""
+        """Return the indices of the samples for the next epoch, or ``None`` for all."""
         raise NotImplementedError(f"{type(self).__name__} must define choose_samples(trainer, pl_module).")
 
     def rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise if what will be done in later epochs cannot be; called after the first batch, all hooks of which have run."""
+        """Raise if later epochs would fail. Called after all hooks of the first batch."""
 
     def end_epoch(self, trainer: pl.Trainer) -> None:
-        """Gather what the ranks have recorded; called after an epoch's last batch, before any checkpoint is written."""
+        """Gather what the ranks recorded. Called after an epoch's last batch, before any checkpoint is written."""
 
     @property
     def plan(self) -> str:
-        """What it will do in this fit, for the line that is printed when it begins."""
+        """A clause about what it does in this fit, printed when the fit begins."""
         return "chooses the samples of each epoch"
 
     @property
     def remembers_samples(self) -> bool:
-        """Whether it remembers something of each sample, so that the data must stay the same."""
+        """Whether it stores values for each sample, which requires the data to stay the same."""
         return True
 
     @property
     def holds_samples(self) -> bool:
-        """Whether its state holds something of each sample by now."""
+        """Whether its state already holds values for each sample."""
         return self.kept is not None
 
     @property
     def passes_more_than_once(self) -> bool:
-        """Whether epochs keep their number of batches."""
+        """Whether epochs keep their number of batches, by going through the kept samples several times."""
         return False
 
     @override
@@ -97,8 +97,8 @@ class SubsetCallback(GradCallback):
             self._fixed_steps = self.passes_more_than_once
             if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
                 raise TypeError(
-                    f"{self.display_name} must know the samples of each batch, and training_step(dataloader_iter) draws "
-                    "batches itself. Let training_step take a batch."
+                    f"{self.display_name} must know the samples of each batch, but training_step(dataloader_iter) "
+                    "draws batches itself. Make training_step take a batch."
                 )
             key = None if self.loader_key is None else str(self.loader_key)
             own = (trainer, self.display_name, self.undo, key, self.remembers_samples)
@@ -125,7 +125,7 @@ class SubsetCallback(GradCallback):
 
     @override
     def chosen(self) -> Chosen:
-        """Return the samples of the present epoch; before the training loader is made, none."""
+        """Return the samples of the current epoch; an empty list before the training loader exists."""
         chosen = super().chosen()
         if self.kept is None and not self.training_set.is_loaded:
             return chosen
@@ -184,18 +184,18 @@ class SubsetCallback(GradCallback):
         return torch.tensor(self.indices, device=device)
 
     def warn_of_too_few(self, count: int, total: int) -> None:
-        if count == total and not self._has_told_of_too_few:
-            self._has_told_of_too_few = True
+        if count == total and not self._has_warned_of_too_few:
+            self._has_warned_of_too_few = True
             rank_zero_warn(
-                f"{self.display_name} keeps all {total} samples: its share of them is less than one sample, or would "
-                "leave a last batch of one. Prune more, or train on more samples."
+                f"{self.display_name} keeps all {total} samples: the share to drop is less than one sample, or would "
+                "leave a last batch of one sample. Prune more, or train on more samples."
             )
 
     def refuse_unreached(self, trainer: pl.Trainer, epoch: int, would: str) -> None:
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch and not _is_smoke_test(trainer):
             raise ValueError(
-                f"{self.display_name} would {would} after {epoch} epochs, and Trainer(max_epochs={trainer.max_epochs}) "
-                "ends before. Set epoch to a smaller number."
+                f"{self.display_name} would {would} after {epoch} epochs, but Trainer(max_epochs={trainer.max_epochs}) "
+                "ends earlier. Set epoch to a smaller number."
             )
 
     def refuse_unreached_steps(self, trainer: pl.Trainer, epoch: int, would: str) -> None:
@@ -203,16 +203,16 @@ class SubsetCallback(GradCallback):
         is_new = trainer.current_epoch == 0 and not _is_smoke_test(trainer)
         if is_new and epoch > 0 and math.isfinite(steps) and 0 <= trainer.max_steps <= steps:
             raise ValueError(
-                f"{self.display_name} would {would} after {epoch} epochs of {self.training_set.full_batches:.0f} batches, and "
-                f"Trainer(max_steps={trainer.max_steps}) ends before. Set epoch to a smaller number."
+                f"{self.display_name} would {would} after {epoch} epochs of {self.training_set.full_batches:.0f} "
+                f"batches, but Trainer(max_steps={trainer.max_steps}) ends earlier. Set epoch to a smaller number."
             )
 
     def _warn_of_own_schedules(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not pl_module.automatic_optimization and trainer.lr_scheduler_configs:
             rank_zero_warn(
-                f"{self.display_name} keeps schedules in step with shorter epochs where Lightning steps them. This "
-                "module steps its own: one that counts batches will not come to its end. Make it for the batches that "
-                "are trained on."
+                f"{self.display_name} adapts to shorter epochs only the schedulers that Lightning steps. This module "
+                "steps its own, and one that counts batches will not reach its end. Set its length to the number of "
+                "batches that are trained on."
             )
 
 
@@ -221,12 +221,12 @@ def _is_smoke_test(trainer: pl.Trainer) -> bool:
 
 
 def _check_indices(kept: Any, display_name: str) -> None:
-    # A mask would pass for the indices 0 and 1, each many times.
+    # A mask would otherwise be read as the indices 0 and 1.
     if kept is None:
         return
     if not isinstance(kept, Tensor) or kept.dim() != 1 or kept.dtype in (torch.bool, torch.uint8) or not kept.numel():
         what = f"{kept.dtype} of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
         raise TypeError(
             f"{display_name}.choose_samples must return a tensor (n,) of at least one index, or None for all samples; "
-            f"got {what}. Turn a mask into indices by mask.nonzero().flatten()."
+            f"got {what}. Turn a mask into indices with mask.nonzero().flatten()."
         )

@@ -1,4 +1,4 @@
-"""``LIGHTNING_GRAD_DISABLE=1``: the run without any technique, to find out whether one of them causes a problem."""
+"""``LIGHTNING_GRAD_DISABLE=1`` runs without any technique, to find out whether one of them causes a problem."""
 
 import os
 from collections.abc import Callable
@@ -19,10 +19,11 @@ _known: set[str] = set()
 
 
 class Switchable:
-    """A callback or strategy that the environment variable turns off.
+    """A callback or strategy that the environment variable can turn off.
 
-    ``LIGHTNING_GRAD_DISABLE=1`` turns all of them off, ``LIGHTNING_GRAD_DISABLE=ZClip,DataPruning`` those of these classes
-    and of classes derived from them. The variable is read when a run begins.
+    ``LIGHTNING_GRAD_DISABLE=1`` turns all of them off. ``LIGHTNING_GRAD_DISABLE=ZClip,DataPruning``
+    turns off instances of these classes and of their subclasses. The variable is read when a run
+    begins.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -31,18 +32,18 @@ class Switchable:
 
     @property
     def display_name(self) -> str:
-        """The class and the name of this instance."""
+        """Class and name of this instance."""
         raise NotImplementedError
 
     def switch_off(self, trainer: pl.Trainer) -> None:
-        """Take no part in the run that begins, and come back when it ends, however it ends."""
+        """Take no part in the run that begins; return when it ends, even with an exception."""
         raise NotImplementedError
 
 
 def is_switched_off(technique: Switchable, trainer: pl.Trainer) -> bool:
-    """Turn off what the environment variable names, all at once, and return whether this technique is among it.
+    """Turn off everything that the environment variable names; return True if this technique is turned off.
 
-    Called first in ``setup``, before any technique looks at the Trainer and the others.
+    ``setup`` calls it first, before any technique inspects the Trainer and the other callbacks.
 
     Raises:
         ValueError: If the variable names a class that does not exist.
@@ -53,8 +54,8 @@ def is_switched_off(technique: Switchable, trainer: pl.Trainer) -> bool:
     names = [name.strip() for name in value.split(",")] if value != "1" else [Switchable.__name__]
     for name in names:
         check_choice(name, sorted({*_known, Switchable.__name__}), VARIABLE)
-    everybody = (*trainer.callbacks, trainer.strategy)  # type: ignore[attr-defined]
-    off = [one for one in everybody if isinstance(one, Switchable) and _is_named(one, names)]
+    candidates = (*trainer.callbacks, trainer.strategy)  # type: ignore[attr-defined]
+    off = [one for one in candidates if isinstance(one, Switchable) and _is_named(one, names)]
     if off:
         rank_zero_warn(
             f"{VARIABLE}={value} turns off {', '.join(one.display_name for one in off)}. Unset it to use them again."
@@ -69,7 +70,7 @@ def _is_named(technique: Switchable, names: list[str]) -> bool:
 
 
 def unless_switched_off(setup: Callable[..., None]) -> Callable[..., None]:
-    """Wrap ``setup`` of a callback, which is skipped if the callback is turned off."""
+    """Wrap a callback's ``setup``: it is skipped if the callback is turned off."""
 
     @wraps(setup)
     def checked(self: Any, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
@@ -80,10 +81,10 @@ def unless_switched_off(setup: Callable[..., None]) -> Callable[..., None]:
 
 
 class SwitchedOff(Callback):
-    """Stand in a Trainer's list of callbacks for a technique that is turned off, until the run ends.
+    """Placeholder in the Trainer's list of callbacks for a technique that is turned off, until the run ends.
 
     Args:
-        technique: The callback whose place this takes.
+        technique: Callback that this replaces.
     """
 
     def __init__(self, technique: Any) -> None:
@@ -91,7 +92,7 @@ class SwitchedOff(Callback):
 
     @property
     @override
-    def state_key(self) -> str:  # so Lightning does not ask for the callback whose state a checkpoint holds
+    def state_key(self) -> str:  # so Lightning does not warn that a callback of the checkpoint is missing
         return str(self.technique.state_key)
 
     @override
@@ -100,7 +101,8 @@ class SwitchedOff(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        # Checkpoint callbacks still save after this hook, and the technique has no part in their files.
+        # Checkpoint callbacks still save after this hook, and their files must not hold the
+        # technique's state.
         def last(inner: Callable[..., Any], *args: Any) -> None:
             unwrap()
             replace(trainer, self, self.technique)
@@ -110,6 +112,6 @@ class SwitchedOff(Callback):
 
 
 def replace(trainer: pl.Trainer, old: Callback, new: Callback) -> None:
-    """Put one callback in the place of another, in the list that Lightning may be going through."""
+    """Replace a callback in place, because Lightning may be iterating over the list."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks[:] = [new if callback is old else callback for callback in callbacks]

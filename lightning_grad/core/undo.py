@@ -1,4 +1,4 @@
-"""What a technique adds to other people's objects, it takes away through one list."""
+"""The list of steps that undo a technique's changes to the module, the optimizers and the trainer."""
 
 from collections.abc import Callable
 
@@ -6,10 +6,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 
 class UndoList:
-    """Steps back, run last in first out.
+    """Undo steps, run last in, first out.
 
-    Running it is idempotent and never raises: an exception inside ``on_exception`` would keep Lightning from calling
-    every later callback, and inside ``teardown`` would hide the user's own.
+    Running it is idempotent and never raises: an exception in ``on_exception`` would keep Lightning
+    from calling the later callbacks, and one in ``teardown`` would hide the user's exception.
 
     Example:
         >>> undo = UndoList()
@@ -25,11 +25,11 @@ class UndoList:
         self._steps: list[Callable[[], object]] = []
 
     def push(self, step: Callable[[], object]) -> None:
-        """Add the step that takes back what was just done."""
+        """Add a step that undoes what was just done."""
         self._steps.append(step)
 
     def run(self) -> None:
-        """Take everything back. A step that fails is reported, and the others still run."""
+        """Run and remove all steps. If a step fails, warn and run the others."""
         failures = []
         while self._steps:
             step = self._steps.pop()
@@ -39,7 +39,7 @@ class UndoList:
                 failures.append(f"{step!r} ({type(error).__name__}: {error})")
         if failures:
             rank_zero_warn(
-                f"lightning-grad could not undo {'; '.join(failures)}. Build the module and the Trainer anew for another fit."
+                f"lightning-grad could not undo {'; '.join(failures)}. Build a new module and Trainer for another fit."
             )
 
     def __len__(self) -> int:

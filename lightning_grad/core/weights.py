@@ -1,9 +1,9 @@
-"""The base of the callbacks that show a module other weights than those that train: sparse, quantized, with noise.
+"""The base of callbacks whose module computes with other weights than those that train: sparse, quantized, noisy.
 
-The optimizer, DDP and weight averaging keep the dense weight; the module computes with what the technique makes of it. A
-technique derives from :class:`WeightCallback` and writes ``view``, which returns a
-:class:`~lightning_grad.core.views.weight_chain.ViewedWeight` for each weight that it takes. The rest is here and
-in the folder ``views``.
+The optimizer, DDP and weight averaging keep the dense weight. The module computes with a view of
+it, which the technique defines: it derives from :class:`WeightCallback` and writes ``view``, which
+returns a :class:`~lightning_grad.core.views.weight_chain.ViewedWeight` for each weight that it acts
+on. The rest is here and in the folder ``views``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,37 +31,40 @@ from lightning_grad.utilities.reporting import counted
 
 
 class ChosenWeights(list[W]):
-    """The weights that a technique has chosen in a fit. A copy belongs to no fit, and is empty."""
+    """The weights that a technique chose in a fit. A pickle or copy is empty, because it belongs to no fit."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, ()
 
 
 class WeightCallback(GradCallback, Generic[W]):
-    """Shows a module what :meth:`view` makes of its weights.
+    """Replaces weights of a module by what :meth:`view` returns for them.
 
-    It chooses the weights, shows them, refreshes them when an optimizer, a load or weight averaging has changed them, and
-    takes everything away at the end of the fit. Validation and checkpoints use what ``ViewedWeight.stored`` returns; a
-    checkpoint loads into the plain module, and a resumed run continues from the dense weights bit for bit. At the end of the
-    fit the stored weights become the module's own; after an exception the module is left dense.
+    It chooses the weights, attaches their views, refreshes them when an optimizer, a load or weight
+    averaging changes the dense weights, and removes everything at the end of the fit. Validation
+    and checkpoints use ``ViewedWeight.stored``: a checkpoint loads into the plain module, and a
+    resumed run continues from the dense weights bit for bit. At the end of the fit the stored
+    weights become the module's own; after an exception the module keeps its dense weights.
 
-    Several techniques may take the same weight, each another ``stage``; the order of the callbacks makes no difference. What
-    a checkpoint's stored weight lacks to be dense is in the state of the technique whose stage is the first. Without that
-    technique a run resumes from the stored weights.
+    Several techniques may act on the same weight, each in its own ``stage``; the order of the
+    callbacks does not matter. The difference between the dense and the stored weight is in the
+    state of the technique with the first stage. Without that technique, a run resumes from the
+    stored weights.
 
     Class attributes:
 
-    - ``stage``: when it acts on a weight on which others act too.
-    - ``effect``: what it makes of a weight, an adjective.
-    - ``verb``: what it does with a weight.
-    - ``column``: what the table of weights says about each, a noun.
+    - ``stage``: its position among techniques that act on the same weight.
+    - ``effect``: an adjective for the weights that it makes, such as sparse.
+    - ``verb``: what it does with a weight, such as prune.
+    - ``column``: heading of the column of the table of weights that describes each one.
 
     Args:
-        include: Names or wildcards of parameters or modules. Default: every Linear, Conv1d/2d/3d, attention projection and
-            other layer that multiplies by a matrix named weight, but the first and the last that the first batch reaches.
-            Parameters of other modules must be spelled to the end.
-        exclude: Names or wildcards of what stays as it is.
-        name: Name of this instance.
+        include: Names or wildcards of parameters or modules. Default: all layers but the first and
+            last. That is every Linear, Conv1d/2d/3d, attention projection and other layer that
+            multiplies by a matrix named weight, except the first and the last that the first batch
+            reaches. Parameters of other modules need their full name.
+        exclude: Names or wildcards of parameters or modules to skip.
+        name: Name of this instance, needed if two of a class are used; part of state and log keys.
     """
 
     stage: ClassVar[Stage]
@@ -71,14 +74,14 @@ class WeightCallback(GradCallback, Generic[W]):
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(**WHOLE_WEIGHTS)
 
     weights = until_next_fit[list[W]](lambda _: ChosenWeights())
-    """The chosen weights, in the order of the module; kept after an exception, for the checkpoints that are saved then."""
+    """The chosen weights, in module order. They are kept after an exception, for checkpoints that are saved then."""
     signatures = until_next_fit.of(dict[str, list[str | int]])  # of each chosen weight
     restored = until_next_fit[Mapping[str, Any]](lambda _: {})
     has_stepped = until_next_fit.of(bool)
     _chains = during_fit[ModuleChains]()
     _ends = during_fit[Ends | None](lambda _: None)
     _known_ends = until_next_fit[list[str] | None](lambda _: None)
-    _resumed = during_fit.of(dict[str, dict[str, Any]])  # states of weights, until the first batch
+    _resumed = during_fit.of(dict[str, dict[str, Any]])  # restored states of weights, until the first batch
 
     def __init__(
         self, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None, name: str | None = None
@@ -87,14 +90,14 @@ class WeightCallback(GradCallback, Generic[W]):
         self.include = as_names(include)
         self.exclude = as_names(exclude)
 
-    # What a technique writes.
+    # Methods for techniques to override.
 
     def view(self, found: FoundWeight) -> W | str:
-        """Return what the technique makes of a weight, or the reason why it leaves it as it is."""
+        """Return the view of a weight, or the reason why the technique skips it."""
         raise NotImplementedError(f"{type(self).__name__} must define view(found).")
 
     def why_excluded(self, names: Sequence[str]) -> str:
-        """Return why a parameter of some names is left out; empty if it is not."""
+        """Return why a parameter with these names is excluded; empty if it is not."""
         return "excluded" if matches(names, self.exclude or []) else ""
 
     def check_names(self, pl_module: pl.LightningModule) -> None:
@@ -102,10 +105,10 @@ class WeightCallback(GradCallback, Generic[W]):
         check_patterns(pl_module, self.display_name, include=self.include, exclude=self.exclude)
 
     def refuse(self, trainer: pl.Trainer, choice: WeightChoice[W]) -> None:
-        """Raise if the chosen weights cannot be shown, before any is."""
+        """Raise, before any view is attached, if the chosen weights cannot be used."""
         if not choice.chosen:
             why = choice.why_none(self.effect, self.column)
-            raise ValueError(f"{self.display_name} finds no weight to make {self.effect}. {why}")
+            raise ValueError(f"{self.display_name} found no weight to make {self.effect}. {why}")
         for weight in choice.chosen:
             if self._chains.is_taken(weight.found, self.stage):
                 raise ValueError(
@@ -119,52 +122,54 @@ class WeightCallback(GradCallback, Generic[W]):
 
     @property
     def plan(self) -> str:
-        """What it will do in this fit, for the line that is printed when it begins."""
+        """A clause about what it does in this fit, printed when the fit begins."""
         return f"makes {counted(len(self.weights), 'weight')} {self.effect}"
 
     def refresh(self, weight: W) -> None:
-        """Recompute what a weight shows, because it is new or was changed from outside."""
+        """Recompute the view of a weight that is new or was changed from outside."""
         weight.refresh()
 
     def step(self, weight: W) -> None:
-        """Follow an optimizer step that has moved a weight."""
+        """Update the view of a weight after an optimizer step."""
         weight.step()
 
     def settle(self, trainer: pl.Trainer) -> Sequence[W]:
-        """Return the weights that keep what is stored of them when the fit has ended without an exception."""
+        """Return the weights whose stored values become the module's own when the fit ends without an exception."""
         return self.weights if trainer.global_step > 0 else []
 
-    # The weights that it has chosen.
+    # The chosen weights.
 
     def owned_by(self, optimizer: Optimizer) -> list[W]:
-        """Return the chosen weights that an optimizer moves."""
+        """Return the chosen weights that an optimizer trains."""
         owned = owned_ids(optimizer)
         return [weight for weight in self.weights if id(weight.parameter) in owned]
 
     def views(self, pl_module: pl.LightningModule) -> dict[str, tuple[Tensor, Chain]]:
-        """Return dense weight and chain by every key of ``state_dict``, where this technique's stage is the chain's first.
+        """Return the dense weights and chains, by state-dict key, in which this technique's stage is the first.
 
-        Whichever techniques stand in a chain, one of them puts its residual into a checkpoint. A shared parameter has
-        several keys.
+        This way exactly one technique of a chain saves its residual. A shared parameter has several
+        keys.
         """
         first = {id(w.parameter): w.chain for w in self.weights if next(iter(w.chain.stages)) is self.stage}
         named = pl_module.named_parameters(remove_duplicate=False)
         return {name: (first[id(p)].dense, first[id(p)]) for name, p in named if id(p) in first}
 
     def renew(self, weight: W, stepped: bool = False) -> None:
-        """Bring a weight up to date, and let the stages after this one know."""
+        """Update the view of a weight and mark the later stages as outdated."""
         (self.step if stepped else self.refresh)(weight)
         weight.is_renewed()
 
     def renew_stale(self) -> None:
-        """Bring weights up to date that a load, weight averaging or an earlier stage has changed."""
+        """Update the views of weights that a load, weight averaging or an earlier stage changed."""
         for weight in self.weights:
             if not weight.is_stale:
                 continue
             is_dense_as_before = not weight.is_changed
             self.renew(weight)
             if is_dense_as_before:
-                self._load_state(weight)  # an earlier stage has started after this one
+                self._load_state(
+                    weight
+                )  # an earlier stage started after this one, so the restored state is loaded again
 
     # The fit begins.
 
@@ -200,7 +205,7 @@ class WeightCallback(GradCallback, Generic[W]):
         rank_zero_info(choice.table(self.column))
 
     def _hide(self, ends: Ends) -> None:
-        """Take all views and hooks away; the weights stay known."""
+        """Remove all views and hooks; keep the list of weights."""
         self._note_ends()
         ends.stop()
         for weight in self.weights:
@@ -208,14 +213,14 @@ class WeightCallback(GradCallback, Generic[W]):
 
     @override
     def chosen(self) -> Chosen:
-        return replace(super().chosen(), words=self.plan, names=self._names)  # the first batch may change the choice
+        return replace(super().chosen(), words=self.plan, names=self._names)  # the first batch can change the choice
 
     @property
     def _names(self) -> list[str]:
         return [clean_name(weight.name) for weight in self.weights]
 
     def resume(self) -> None:
-        """Start from the restored state, or from the beginning: in ``on_fit_start``, and again in ``on_train_start``."""
+        """Start from the restored state, if any. Called in ``on_fit_start`` and again in ``on_train_start``."""
         for weight in self.weights:
             self.renew(weight)
         saved = self.restored.get("weights", {})
@@ -231,12 +236,12 @@ class WeightCallback(GradCallback, Generic[W]):
             weight.is_renewed()
 
     def is_as_before(self, weight: W) -> bool:
-        """Return whether the restored state of a weight is that of such a one; settings may change on resume."""
+        """Return True if the restored state fits the weight. It may not, because settings may change on resume."""
         return bool(self.restored.get("chosen", {}).get(weight.name) == weight.signature)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.resume()  # the length of the run and the step at which it resumes are known only now
+        self.resume()  # only now are the length of the run and the step at which it resumes known
         self.restored = {}
 
     # One training step.
@@ -260,7 +265,7 @@ class WeightCallback(GradCallback, Generic[W]):
 
     @torch.no_grad()
     def after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
-        """Follow an optimizer that has moved its weights; techniques are called in the order of their stages."""
+        """Update the views after an optimizer step; techniques are called in the order of their stages."""
         self.has_stepped = True
         for weight in self.owned_by(optimizer):
             self.renew(weight, stepped=True)
@@ -275,14 +280,14 @@ class WeightCallback(GradCallback, Generic[W]):
             self._choose_again(pl_module, self._ends)
 
     def _choose_again(self, pl_module: pl.LightningModule, ends: Ends) -> None:
-        """Take other weights, because the first batch has shown that other layers are the first and the last."""
+        """Choose weights again, after the first batch showed that other layers are the first and the last."""
         before = {weight.name: weight for weight in self.weights}
         found = [before.get(weight.name, weight) for weight in choose_weights(pl_module, self, ends).chosen]
         chosen = [w for w in found if w.name in before or not self._chains.is_taken(w.found, self.stage)]
         added = [weight for weight in chosen if weight.name not in before]
         dense = [weight for weight in self.weights if weight not in chosen]
         if not chosen or not (added or dense):
-            return  # nothing but ends: better the layers of the start than none
+            return  # every layer is a first or last one: keep the earlier choice rather than none
         for weight in dense:
             self._chains.drop(self.stage, weight)
         self.weights[:] = chosen
@@ -296,7 +301,7 @@ class WeightCallback(GradCallback, Generic[W]):
 
     @override
     def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        # Not before the first batch: weight averaging swaps its weights in only after on_validation_start.
+        # Not in on_validation_start: weight averaging swaps its weights in later than that.
         if self.fitting:
             for weight in self.weights:
                 weight.chain.enter_inference()
@@ -317,7 +322,7 @@ class WeightCallback(GradCallback, Generic[W]):
         return {**super().state_dict(), "weights": states, "chosen": self.signatures, **ends}
 
     def _note_ends(self) -> None:
-        """Keep what is known of the first and the last layers, also in the first batch, once it has stepped."""
+        """Store what is known about the first and last layers; within the first batch, only after an optimizer step."""
         ends, has_shown = self._ends, self.include is None and self.has_stepped
         if ends is not None and (ends.known is not None or has_shown):
             self._known_ends = ends.seen()
@@ -326,7 +331,8 @@ class WeightCallback(GradCallback, Generic[W]):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # During a fit the module's own hook does this, later than every callback; after an exception it is gone.
+        # During a fit the wrapped hook of the module does this, after all callbacks; after an
+        # exception it is removed.
         if self.weights and not len(self.undo_after_saving):
             make_portable(checkpoint, self.state_key, self.views(pl_module))
 
@@ -338,8 +344,8 @@ class WeightCallback(GradCallback, Generic[W]):
         self._leave_inference()
         if self.fitting and any(weight.stores for weight in self.weights):
             rank_zero_info(
-                f"{self.display_name}: the fit stopped by {type(exception).__name__}. The module in memory is left dense; "
-                f"checkpoints that callbacks have written hold the {self.effect} weights, and resume exactly."
+                f"{self.display_name}: {type(exception).__name__} stopped the fit. The module in memory has its dense "
+                f"weights; checkpoints that callbacks wrote hold the {self.effect} weights, and resume exactly."
             )
 
     @override

@@ -1,4 +1,4 @@
-"""Which samples a run sees: score files and their comparison, for use with and without a Trainer."""
+"""Score files, their comparison, and samplers for pruned data, usable with and without a Trainer."""
 
 from lightning_grad.data.comparison import compare_scores
 from lightning_grad.data.fingerprints import fingerprint

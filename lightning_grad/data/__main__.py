@@ -24,7 +24,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     differences = a.fingerprint.differences(b.fingerprint) if a.fingerprint and b.fingerprint else []
     if differences and not arguments.force:
         raise ValueError(
-            f"the scores were made for two data sets, which differ in {' and '.join(differences)}; --force compares anyway"
+            f"the scores belong to two data sets, which differ in {' and '.join(differences)}; --force compares anyway"
         )
     found = compare_scores(a, b, arguments.at)
     rows = [("a", _title(a)), ("b", _title(b)), ("samples", str(found.n)), ("Spearman", f"{found.spearman:.3f}")]
@@ -51,7 +51,7 @@ def _show(arguments: argparse.Namespace) -> None:
         rows += [("min, 10 %, median, 90 %, max", "  ".join(f"{value:.4g}" for value in quantiles.tolist()))]
     rows += [("classes", str(len(set(scores.labels.tolist()))))] if scores.labels is not None else []
     if scores.fingerprint:
-        hashed = scores.fingerprint.items or "items not compared, as they are augmented"
+        hashed = scores.fingerprint.items or "items are augmented and not compared"
         rows += [("data set", f"{scores.fingerprint.class_name}, {scores.fingerprint.length} items, {hashed}")]
     _table(rows)
 
@@ -59,31 +59,31 @@ def _show(arguments: argparse.Namespace) -> None:
 def _share(text: str) -> float:
     value = float(text)
     if not 0.0 < value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text} is no share above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"a share must be above 0 and at most 1; got {text}")
     return value
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lightning_grad.data",
-        description="Look at files of sample scores (.npz, as saved by save_scores, or .csv tables).",
+        description="Inspect files of sample scores (.npz files of save_scores, or .csv tables).",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    compare = commands.add_parser("compare", help="how far two scores agree")
+    compare = commands.add_parser("compare", help="show how well two scores agree")
     compare.add_argument("a", help="score file")
     compare.add_argument("b", help="score file of the same data set")
-    at = "compare the hardest samples, this share of all (default: 0.1 0.2 0.5)"
+    at = "shares of hardest samples to compare (default: 0.1 0.2 0.5)"
     compare.add_argument("--at", type=_share, nargs="+", default=[0.1, 0.2, 0.5], metavar="SHARE", help=at)
-    compare.add_argument("--force", action="store_true", help="compare scores of what seem to be two data sets")
+    compare.add_argument("--force", action="store_true", help="compare even if the data sets seem to differ")
     compare.set_defaults(run=_compare)
 
-    average = commands.add_parser("average", help="the mean of one score over several runs")
+    average = commands.add_parser("average", help="average one score over several runs")
     average.add_argument("files", nargs="+", metavar="FILE", help="score file")
     average.add_argument("--output", required=True, metavar="FILE", help="file to write, .npz")
     average.set_defaults(run=_average)
 
-    show = commands.add_parser("show", help="what a score file holds")
+    show = commands.add_parser("show", help="show the contents of a score file")
     show.add_argument("file", metavar="FILE", help="score file")
     show.set_defaults(run=_show)
     return parser
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command.
 
     Raises:
-        SystemExit: With one line that says what is wrong with the files.
+        SystemExit: With a one-line error message if a file is missing, damaged or unsuitable.
     """
     parsed = _parser().parse_args(arguments)
     try:

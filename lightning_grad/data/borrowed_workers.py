@@ -1,8 +1,8 @@
-"""Reading other batches with the workers that a loader keeps from epoch to epoch, without a trace.
+"""Read extra batches with a loader's persistent workers, without changing the following epochs.
 
-Workers that are spawned take seconds to start, and each imports the program again. Between two epochs those of
-``DataLoader(persistent_workers=True)`` have nothing to do. Here they read what is wanted; their random streams, and those of
-the data set that they hold, are put back afterwards, so that the next epoch is what it would have been.
+Spawned workers take seconds to start, because each imports the program again. Between two epochs the workers of
+``DataLoader(persistent_workers=True)`` are idle and can read other batches. Their random states, and those of their copy
+of the data set, are restored afterwards, so the next epoch is unaffected.
 """
 
 import random
@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, _utils, get_worker_info
 
 from lightning_grad.data.random_streams import generators_kept, holds_generators, random_streams_kept
 
-# Of torch's iterator, which has no public way to be asked for other batches. Without them nothing is borrowed.
+# Private attributes of torch's iterator, which has no public way to request other batches. If one is missing, no
+# workers are borrowed.
 _NEEDED = ("_index_sampler", "_index_queues", "_get_data", "_reset")
 _worker: Any = _utils.worker
 _Acknowledged: Any = getattr(_worker, "_ResumeIteration", None)
@@ -25,10 +26,10 @@ _Acknowledged: Any = getattr(_worker, "_ResumeIteration", None)
 class BorrowedWorkers:
     """Batches of a loader's data set, read by its persistent workers.
 
-    To be iterated over once, between two epochs: what is left of the last one is thrown away.
+    Iterate once, between two epochs: unread batches of the last epoch are discarded.
 
     Args:
-        loader: The loader, which has been iterated over.
+        loader: The loader; it must have been iterated over before.
         batches: Indices of each batch.
         seed: Seed of the workers' random streams.
     """
@@ -38,7 +39,7 @@ class BorrowedWorkers:
         self._loader = loader
         self._batches = batches
         generator = torch.Generator().manual_seed(seed)
-        self._seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator))  # as a loader draws it
+        self._seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator))  # drawn as a DataLoader does
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -53,30 +54,32 @@ class BorrowedWorkers:
             yield from live
             self._tell(live, _Message(_end))
         except BaseException:
-            self._loader._iterator = None  # their streams are not those of the training: new ones are started
+            # The workers' random states are not those of training. Drop the iterator: the next epoch starts new workers.
+            self._loader._iterator = None
             raise
         finally:
             live._index_sampler = sampler
 
     def _tell(self, live: Any, message: Any) -> None:
-        """Send a message to every worker, and wait until all have read it."""
+        """Send a message to every worker, and wait until all have acknowledged it."""
         for queue in live._index_queues:
             queue.put(message)
         waiting = len(live._index_queues)
         while waiting:
-            answer, _ = live._get_data()  # or a batch that is left of the last epoch
+            answer, _ = live._get_data()  # may also be an unread batch of the last epoch
             waiting -= isinstance(answer, _Acknowledged)
 
 
 def can_borrow(loader: DataLoader[Any]) -> bool:
-    """Return whether a loader has workers that wait for the next epoch, and that can be left as they were."""
+    """Return True if a loader has idle persistent workers whose state can be restored."""
     live = loader._iterator
     known = _Acknowledged is not None and all(hasattr(live, name) for name in _NEEDED)
-    return live is not None and known and not holds_generators(loader.collate_fn)  # of which a worker has its own
+    # Each worker has its own copy of collate_fn, whose generators cannot be restored.
+    return live is not None and known and not holds_generators(loader.collate_fn)
 
 
 class _Message:
-    """Becomes, where a worker reads it, what a function returns there: that the worker has nothing to do but to answer."""
+    """Calls a function in the worker that unpickles it, and unpickles as the result: an acknowledgement to send back."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self._call = function, arguments
@@ -85,13 +88,13 @@ class _Message:
         return self._call
 
 
-# In a worker.
+# The following runs in a worker.
 
 _ASIDE = ExitStack()
 
 
 def _begin(seed: int) -> Any:
-    """Put the worker's random streams aside, and seed others."""
+    """Save the worker's random states, and seed its generators."""
     worker: Any = get_worker_info()
     _ASIDE.enter_context(random_streams_kept())
     _ASIDE.enter_context(generators_kept(worker.dataset))

@@ -1,4 +1,4 @@
-"""How far two scores agree: rank correlation, and overlap of the samples that they call hardest."""
+"""Agreement of two scores: rank correlation, and overlap of the hardest samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ Scores = SampleScores | Tensor
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far two scores agree.
+    """The agreement of two scores.
 
     Attributes:
-        n: Number of samples that both could score.
-        spearman: Rank correlation, -1 to 1; nan if a score is the same for all.
-        overlap: For each share k of the samples: the share of the k hardest by one score that are among the k hardest by
-            the other. Two scores that have nothing to do with each other come to k.
+        n: Number of samples that have both scores.
+        spearman: Rank correlation, -1 to 1; nan if a score is constant.
+        overlap: For each share k, the fraction of the k hardest samples by one score that are also among the k hardest
+            by the other. Unrelated scores have an overlap of about k.
     """
 
     n: int
@@ -43,10 +43,10 @@ def _aligned(a: Scores, b: Scores) -> tuple[Tensor, Tensor]:
     scores = [item if isinstance(item, SampleScores) else SampleScores(item, "scores") for item in (a, b)]
     if all(item.index is None for item in scores) and len(scores[0].values) != len(scores[1].values):
         raise ValueError(
-            f"Two scores are compared sample by sample; got {len(scores[0].values)} and "
-            f"{len(scores[1].values)} of them. Compare scores of one data set."
+            f"Scores must have equal lengths to be compared; got {len(scores[0].values)} and "
+            f"{len(scores[1].values)}. Compare scores of one data set."
         )
-    # By sorting, and not by a table of all indices, which a single large one would make huge.
+    # Sort, because a lookup table over all indices would become huge with a single large index.
     (index, first), (other, second) = (_sorted(item) for item in scores)
     first, second = first[torch.isin(index, other)], second[torch.isin(other, index)]
     both = ~(first.isnan() | second.isnan())
@@ -64,19 +64,19 @@ def compare_scores(a: Scores, b: Scores, shares: Sequence[float] = (0.1, 0.2, 0.
     .. math::
         \rho = \operatorname{corr}(R(a), R(b)), \qquad o_k = \frac{|H_k(a) \cap H_k(b)|}{kn}
 
-    R are ranks, equal scores having the mean of theirs, and :math:`H_k` the kn hardest samples. Samples that either could
-    not score are left out. Equal scores at the border of :math:`H_k` are ordered at random, independently for a and b.
+    R are ranks, with the mean rank for ties, and :math:`H_k` the kn hardest samples. Samples without both scores are
+    excluded. Ties at the border of :math:`H_k` are broken at random, independently for a and b.
 
     Args:
-        a: Scores, (n,), or as :func:`~lightning_grad.data.load_scores` returns them.
-        b: Scores of the same samples; where they carry indices, only common ones are compared.
+        a: Scores, (n,), or a result of :func:`~lightning_grad.data.load_scores`.
+        b: Scores of the same samples; if they have indices, only common ones are compared.
         shares: k, each above 0 and at most 1.
 
     Returns:
         Comparison: Number of samples, rank correlation and overlaps.
 
     Raises:
-        ValueError: If the numbers of scores differ, fewer than two samples have both, or a share lies outside (0, 1].
+        ValueError: If the lengths differ, fewer than two samples have both scores, or a share is outside (0, 1].
 
     Example:
         >>> compare_scores(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 2.0, 4.0, 3.0]), shares=(0.5,))
@@ -86,14 +86,14 @@ def compare_scores(a: Scores, b: Scores, shares: Sequence[float] = (0.1, 0.2, 0.
     n = len(first)
     if n < 2:
         raise ValueError(
-            f"A comparison needs at least two samples that both could score; got {n}. Compare scores of the same samples."
+            f"A comparison needs at least two samples with both scores; got {n}. Compare scores of the same samples."
         )
     overlap = {}
     for share in shares:
         if not 0.0 < share <= 1.0:
             raise ValueError(f"shares must be above 0 and at most 1; got {share}.")
         count = max(1, round(share * n))
-        # Two seeds: with one, scores that are all equal would seem to agree.
+        # With one seed for both, two constant scores would agree perfectly.
         sets = [set(select_samples(s, count, seed=seed).tolist()) for seed, s in enumerate((first, second))]
         overlap[share] = len(sets[0] & sets[1]) / count
     return Comparison(n, round(_spearman(first, second), 12), overlap)

@@ -1,4 +1,4 @@
-"""Reading files that may be torn, damaged or hostile: whatever libraries raise becomes one error that names the file."""
+"""Read files that may be truncated, damaged or malicious, with one kind of error that names the file."""
 
 import math
 import os
@@ -15,27 +15,27 @@ _LONGEST_REASON = 200  # characters
 
 @contextmanager
 def errors_that_name(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged file makes libraries raise into one error that names the file."""
+    """Convert any error that libraries raise for a damaged file into a ValueError that names the file."""
     try:
         yield
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}. Name a file that can.") from error
-    except Exception as error:  # zipfile, zlib, numpy and csv have dozens of their own
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}. Name a readable file.") from error
+    except Exception as error:  # zipfile, zlib, numpy and csv raise dozens of types
         reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
         raise ValueError(
-            f"{path} is no score file, or a damaged one: it should be a .npz file of save_scores, or a .csv ({reason}). "
-            "Score again, or name another file."
+            f"{path} is damaged, or not a score file: it must be a .npz file of save_scores, or a .csv ({reason}). "
+            "Compute the scores again, or name another file."
         ) from error
 
 
 def read_entries(path: Path) -> dict[str, Any]:
-    """Return the arrays in a ``.npz`` file; one that is damaged raises before it takes memory."""
+    """Return the arrays in a ``.npz`` file; a damaged file raises an error before memory is allocated."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if len(members) != _promised_members(path, archive):
-            raise ValueError("its table of contents is damaged")  # which zipfile reads as far as it can
+            raise ValueError("its table of contents is damaged")  # zipfile reads a truncated one without an error
         for member in members:
             _refuse_promise(archive, member)
     with np.load(path, allow_pickle=False) as file:
@@ -43,16 +43,16 @@ def read_entries(path: Path) -> dict[str, Any]:
 
 
 def _promised_members(path: Path, archive: zipfile.ZipFile) -> int:
-    end = 22 + len(archive.comment)  # bytes of the last record, after PKWARE's specification of zip files, 4.3.16
+    end = 22 + len(archive.comment)  # bytes of the last record (PKWARE's specification of zip files, 4.3.16)
     with path.open("rb") as file:
         file.seek(-end, os.SEEK_END)
         return int.from_bytes(file.read(22)[10:12], "little")
 
 
 def _refuse_promise(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
-    """Raise if an array claims to be larger than its file: numpy would ask for all that memory first."""
+    """Raise if the header of an array declares more bytes than the file has: numpy would allocate all of them."""
     with archive.open(member) as file:
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, _, dtype = read[np.lib.format.read_magic(file)](file)
     if math.prod(shape) * dtype.itemsize > member.file_size:
-        raise ValueError(f"{member.filename} should have the shape {shape}, and is shorter")
+        raise ValueError(f"{member.filename} is too short for its shape {shape}")

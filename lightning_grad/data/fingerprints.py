@@ -1,6 +1,6 @@
-"""What is remembered of a data set, to know it again: its length, its class, and a hash of some of its items.
+"""Fingerprints of data sets: length, class, and a hash of some of the items.
 
-So it is noticed that the training data is not what it was: made again in mid-fit, or another one when a run resumes.
+They detect that the training data changed, because it was regenerated during a fit or replaced before a resume.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from torch import Tensor
 from lightning_grad.data.random_streams import generators_kept, random_streams_kept, seed_streams
 from lightning_grad.functional.plain_tensors import plain_tensor
 
-_FEW = 16  # items of the training data, which may be slow to read; score files, which travel further, have more
+_FEW = 16  # hashed items of training data, which may be slow to read; score files use more
 _RELOADED = (
-    "Make the samples once, in setup or with a fixed seed, so that they stay the same, or set "
-    "reload_dataloaders_every_n_epochs=0, which loads them once."
+    "Create the samples once in setup, or with a fixed seed, to keep them the same, or set "
+    "reload_dataloaders_every_n_epochs=0 to load them once."
 )
 _RESUMED = (
-    "Resume with the data of that run. To train on these, give {who} another name=: then it begins without the "
-    "checkpoint's scores and choices."
+    "Resume with the data of that run. To train on the new data, give {who} another name=: it then starts without the "
+    "scores and selections of the checkpoint."
 )
-_READ_TWICE = 8  # items, to find out whether the data set augments
+_READ_TWICE = 8  # items read twice to detect augmentation
 _DEEPEST = 16
-_UNREADABLE = (RuntimeError, TypeError, NotImplementedError)  # raised by tensors that hold no numbers of their own
+_UNREADABLE = (RuntimeError, TypeError, NotImplementedError)  # raised by tensors without storage of their own
 
 
 class ListItems:
-    """The items of a data set that takes a list of indices and returns a batch (``DataLoader(batch_size=None)``), one by one.
+    """Single items of a data set that maps a list of indices to a batch (``DataLoader(batch_size=None)``).
 
     Args:
         dataset: The data set.
@@ -59,14 +59,14 @@ class ListItems:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What is remembered of a data set to know it again.
+    """The fingerprint of a data set.
 
     Attributes:
         length: Number of items.
-        class_name: Name of its class; that of a ``Subset`` also names what it is a subset of.
-        items: Hash of the sampled items; ``None`` if two readings of one item differ.
-        samples: How many items were to be sampled.
-        seed: Seed of their choice.
+        class_name: Name of its class; for a ``Subset`` also the class of the underlying data set.
+        items: Hash of the sampled items; ``None`` if reading an item twice gives different results.
+        samples: Number of items to sample.
+        seed: Seed of the sampling.
     """
 
     length: int
@@ -76,10 +76,10 @@ class Fingerprint:
     seed: int = 0
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """Return in words what differs from another fingerprint; an empty list if it may be the same data set.
+        """Describe the differences to another fingerprint; an empty list if it may be the same data set.
 
-        The items decide: the same items in a data set of another class are the same data. Where items cannot be compared
-        (one side augments, or they were sampled in another way), the names of the classes must agree.
+        Equal items in data sets of different classes count as equal data. If items cannot be compared (one data set
+        augments, or the sampling differs), the class names must be equal.
 
         Example:
             >>> Fingerprint(100, "Digits", None).differences(Fingerprint(90, "Digits", None))
@@ -91,7 +91,7 @@ class Fingerprint:
         sampled_alike = (self.samples, self.seed) == (other.samples, other.seed)
         if self.items is not None and other.items is not None and sampled_alike and self.length == other.length:
             if self.items != other.items:
-                found.append("the items (another content, order, or transform)")
+                found.append("the items (other content, order, or transform)")
         elif self.class_name != other.class_name:
             found.append(f"the class ({self.class_name} against {other.class_name})")
         return found
@@ -105,7 +105,7 @@ def _class_name(dataset: Any) -> str:
 
 
 def _pieces(tensor: Tensor) -> Sequence[Any] | None:
-    """Return what a tensor is made of that is not a plain block of numbers, or None if it is one."""
+    """Return the parts of a quantized or sparse tensor, or None for a dense tensor."""
     if tensor.is_quantized:
         return tensor.dequantize(), str(tensor.qscheme())
     if tensor.is_mkldnn:
@@ -117,14 +117,14 @@ def _pieces(tensor: Tensor) -> Sequence[Any] | None:
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
-    """Return a tensor on the CPU, without its graph, and of no class that has a say in how it is read."""
+    """Return a detached, plain ``torch.Tensor`` on the CPU."""
     tensor = tensor.detach()
     plain = tensor.as_subclass(Tensor) if type(tensor) is not Tensor else tensor
     return plain if plain.is_meta else plain.cpu()
 
 
 def _tensor_bytes(tensor: Tensor) -> bytes:
-    # One element may have any stride, and contiguous() leaves it as it is: a copy has none.
+    # A tensor of one element may have any stride, which contiguous() keeps; clone() normalizes it.
     plain = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).reshape(-1)
     return plain.view(torch.uint8).numpy().tobytes()
 
@@ -144,7 +144,7 @@ def _tensor_taken_apart(tensor: Tensor) -> tuple[str, bytes, Sequence[Any]]:
 
 
 def _taken_apart(value: Any) -> tuple[str, bytes, Sequence[Any]]:
-    """Return the kind of a value, its own content, and what it holds; of an unknown kind there is neither."""
+    """Return the kind of a value, its bytes, and its parts; both are empty for an unknown kind."""
     kind = type(value).__name__
     if isinstance(value, Tensor):
         return _tensor_taken_apart(plain_tensor(value))
@@ -175,14 +175,14 @@ def _leaf(value: Any, kind: str) -> tuple[str, bytes]:
         return kind, repr(value).encode()
     if isinstance(value, np.ndarray | np.generic):
         return f"array {value.dtype.str} {value.shape}", value.tobytes()
-    if all(hasattr(value, name) for name in ("tobytes", "mode", "size")):  # an image of PIL, which is not imported here
+    if all(hasattr(value, name) for name in ("tobytes", "mode", "size")):  # a PIL image; PIL is not imported
         return f"image {value.mode} {value.size}", value.tobytes()
     return kind, b""
 
 
 def _add(digest: Any, value: Any, depth: int = 0) -> None:
     kind, content, parts = _taken_apart(value)
-    # With their lengths, so that ("ab", "c") and ("a", "bc") differ.
+    # The lengths distinguish ("ab", "c") from ("a", "bc").
     digest.update(f"{kind}|{len(content)}|".encode())
     digest.update(content)
     for part in parts if depth < _DEEPEST else ():
@@ -196,25 +196,25 @@ def _digest(value: Any) -> str:
 
 
 def fingerprint(dataset: Any, samples: int = 64, seed: int = 0) -> Fingerprint:
-    """Return what is to be remembered of a data set: its length, class, and a hash of some of its items.
+    """Compute the fingerprint of a data set: its length, class, and a hash of some of its items.
 
-    Tensors, arrays, images, text, numbers and containers of them are hashed by content, whatever else by the name of its
-    type. The items are read here and now; python's, numpy's and torch's random streams are afterwards where they were, and
-    so are generators that the data set itself holds.
+    Tensors, arrays, images, strings, numbers and containers of these are hashed by content, all other objects by the name
+    of their type. Afterwards the random states of Python, numpy, torch and of generators inside the data set are
+    restored.
 
-    A data set that augments gives another item at each reading. It is found out by reading items twice; its items are left
-    out, so that only its length and class can be compared.
+    Some items are read twice. If they differ, the data set augments them: the fingerprint then contains no hash, and only
+    length and class can be compared.
 
     Args:
         dataset: A map-style data set, with ``__len__`` and ``__getitem__``.
-        samples: How many items are hashed, in the order in which they are drawn.
-        seed: Seed of their choice.
+        samples: Number of randomly drawn items to hash.
+        seed: Seed of the draw.
 
     Returns:
         Fingerprint: Equal for equal data sets, also in another process.
 
     Raises:
-        TypeError: If the data set has no length or no items.
+        TypeError: If the data set has no ``__len__`` or no ``__getitem__``.
 
     Example:
         >>> data = [(torch.tensor([0.5]), 0), (torch.tensor([0.7]), 1)]
@@ -224,12 +224,12 @@ def fingerprint(dataset: Any, samples: int = 64, seed: int = 0) -> Fingerprint:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(
             f"A fingerprint needs a map-style data set, with __len__ and __getitem__; got {type(dataset).__name__}. "
-            "Scores belong to the indices of such a data set. Wrap the samples in one."
+            "Wrap the samples in one: scores belong to its indices."
         )
     length = len(dataset)
     drawn = torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
     with random_streams_kept(), generators_kept(dataset):
-        # Seeded, so that every rank and every run comes to the same verdict.
+        # Seeded, so that every rank and every run agrees on whether the data set augments.
         seed_streams(seed)
         first = [_digest(dataset[i]) for i in drawn]
         seed_streams(seed + 1)
@@ -239,14 +239,14 @@ def fingerprint(dataset: Any, samples: int = 64, seed: int = 0) -> Fingerprint:
 
 
 def mark_of(dataset: Any) -> Fingerprint:
-    """Return the fingerprint of a data set; of one whose items cannot be read here, its length and class.
+    """Return the fingerprint of a data set; only length and class if its items cannot be read in this process.
 
-    Random streams and the data set are left as they are: files that it opens when it is first read are opened by a copy, so
-    that workers started later do not share them.
+    Random states and the data set are unchanged. Items are read from a copy: a data set that opens files at the first
+    access does not open them here, where workers started later would share them.
     """
     try:
         return fingerprint(_copied(dataset), _FEW)
-    except Exception:  # of the user's data set, which may be made to be read by workers only
+    except Exception:  # raised by the user's data set, which may be readable only in workers
         return dataclasses.replace(fingerprint(dataset, samples=0), items=None)
 
 
@@ -256,27 +256,27 @@ def _copied(dataset: Any) -> Any:
         inner = vars(other).get("dataset") if hasattr(other, "__dict__") else None
         if hasattr(inner, "__getitem__") and hasattr(inner, "__len__"):
             other.dataset = _copied(inner)
-    except Exception:  # some can only be made once
+    except Exception:  # some data sets cannot be copied
         return dataset
     return other
 
 
 def resume_advice(needed_by: str) -> str:
-    """Return what to do about a checkpoint that knows other samples, for an error."""
+    """Return the advice of an error about a checkpoint with other training data."""
     return _RESUMED.format(who=needed_by.partition("[")[0])
 
 
 def refuse_other_data(known: Fingerprint, dataset: Any, needed_by: str, reloaded: bool) -> Fingerprint:
-    """Raise unless a data set may be the one that is known.
+    """Raise if a data set differs from a known fingerprint.
 
     Args:
-        known: The fingerprint of that.
-        dataset: What is trained on now.
-        needed_by: Who asks, for errors.
-        reloaded: Whether it was loaded again in this fit, or else for a run that resumes.
+        known: The known fingerprint.
+        dataset: The current training data.
+        needed_by: Name of the technique for error messages.
+        reloaded: True if the data was reloaded in this fit, False if the run resumes.
 
     Returns:
-        Fingerprint: Of the data set.
+        Fingerprint: The fingerprint of the data set.
 
     Raises:
         ValueError: If they differ.
@@ -289,7 +289,7 @@ def refuse_other_data(known: Fingerprint, dataset: Any, needed_by: str, reloaded
         if reloaded:
             when, before, advice = "loaded again", "at the start of the fit", _RELOADED
         raise ValueError(
-            f"{needed_by} knows samples by their index, and the training set {name}, {when}, holds other samples than "
-            f"{before}. Not the same: {' and '.join(differences)}. {advice}"
+            f"{needed_by} identifies samples by index, but the training set {name}, {when}, has other samples than "
+            f"{before}. Different: {' and '.join(differences)}. {advice}"
         )
     return found

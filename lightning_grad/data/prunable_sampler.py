@@ -1,4 +1,4 @@
-"""A batch sampler whose data set shrinks and grows while training goes on, and that tells which samples a batch holds."""
+"""A batch sampler that can change its set of samples during training and records the samples of each batch."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch.utils import data
 
 from lightning_grad.data.sampler_keys import KNOWN, KeyReader
 
-_NEXT_PASS = 1_000_003  # far from any number of epochs, so that a second pass is shuffled like no epoch
+_NEXT_PASS = 1_000_003  # larger than any epoch number, so that a second pass has its own shuffle
 
 
 class RecordedBatches(Iterator[list[int]]):
-    """Batches of indices as they are drawn, which are also put aside for whoever wants to know them later.
+    """Iterator over batches of indices that records each batch.
 
-    Loader workers draw ahead of the training; the batches come out of a loader in the order in which they were drawn.
+    Loader workers draw ahead of training, but batches leave the loader in the order in which they were drawn.
 
     Args:
-        batches: What is drawn from. A batch is passed on as it is, be it a list, an array or a tensor.
-        read: Returns the indices in a batch.
+        batches: Iterator of batches: lists, arrays or tensors, which are passed on unchanged.
+        read: Function that returns the indices in a batch.
     """
 
     def __init__(self, batches: Iterator[Any], read: Callable[[Any], list[int]] = list) -> None:
@@ -38,35 +38,35 @@ class RecordedBatches(Iterator[list[int]]):
 
 
 class PrunableBatchSampler(data.Sampler[list[int]]):
-    r"""Draw batches from those samples of a data set that are kept, as the batch sampler it stands for would.
+    r"""Draw batches from the kept samples of a data set, in the way of another batch sampler.
 
-    Until :meth:`keep` is called it is bitwise the batch sampler it stands for. Then the kept samples are shuffled,
-    weighted, put in order or shared among ranks in the way of the original sampler, and batches are full again:
+    Until :meth:`keep` is called, its batches are bitwise those of the original batch sampler. Afterwards, kept samples are
+    shuffled, weighted, ordered or split between ranks as by the original sampler, and batches are filled up:
 
-    ============================= ==============================================================
-    original sampler              of the kept samples
-    ============================= ==============================================================
+    ============================= ================================================================
+    original sampler              order of the kept samples
+    ============================= ================================================================
     SequentialSampler             in order
-    RandomSampler                 shuffled by its generator, with replacement if it had it
+    RandomSampler                 shuffled by its generator, with replacement if it uses replacement
     SubsetRandomSampler           those in its subset, shuffled by its generator
-    WeightedRandomSampler         drawn by their weights; those of the others are zero
-    DistributedSampler            the kept list, the same on every rank, is dealt out to the ranks
-    any other, one process        what it yields, without the others
-    ============================= ==============================================================
+    WeightedRandomSampler         drawn with their weights; dropped samples have weight zero
+    DistributedSampler            the list of kept samples, equal on all ranks, is split between ranks
+    any other, one process        those that it yields, without the dropped ones
+    ============================= ================================================================
 
-    An epoch has exactly ``len(sampler)`` batches: where the kept samples are fewer, as when ``samples`` asks for more than
-    one pass, they are passed through again, in a new order.
+    An epoch has exactly ``len(sampler)`` batches. If there are fewer kept samples, for example because ``samples`` is more
+    than one pass, they are drawn again in a new order.
 
     Args:
-        original: The batch sampler to stand for. Other classes than ``BatchSampler`` need ``batch_size``, the number of
-            samples in a full batch, and a length.
+        original: The original batch sampler.
+            Classes other than ``BatchSampler`` need ``batch_size``, the number of samples in a full batch, and ``__len__``.
         total: Length of the data set.
-        needed_by: Who asks, for errors.
+        needed_by: Name of the technique for error messages.
 
     Raises:
-        TypeError: If the original yields no batches of known size, or is a sampler of several ranks whose shares are not
-            known. While it is iterated over, if the original yields keys that are no integers.
-        ValueError: While it is iterated over, if the original yields an integer that is no index of the data set.
+        TypeError: If the original has no batch size or length, or is an unknown sampler for several ranks. During
+            iteration, if the original yields keys that are not integers.
+        ValueError: During iteration, if the original yields an integer that is not an index of the data set.
 
     Example:
         >>> import torch
@@ -89,7 +89,7 @@ class PrunableBatchSampler(data.Sampler[list[int]]):
         self._needed_by = needed_by
         self.batch_size: int = original.batch_size
         self.drop_last: bool = getattr(original, "drop_last", False)
-        self.sampler = getattr(original, "sampler", None)  # where Lightning looks for one that has epochs
+        self.sampler = getattr(original, "sampler", None)  # Lightning calls its set_epoch
         self._reader = KeyReader(total, original if self.sampler is None else self.sampler, needed_by)
         self.latest = RecordedBatches(iter(()))
         self._kept: Tensor | None = None
@@ -97,24 +97,24 @@ class PrunableBatchSampler(data.Sampler[list[int]]):
 
     @property
     def shares_are_known(self) -> bool:
-        """Whether what each of several ranks draws is known, and equally long on all."""
+        """Whether it is known which samples each rank draws, with equal numbers on all ranks."""
         return type(self.original) is data.BatchSampler and type(self.sampler) in KNOWN
 
     @property
     def population(self) -> Tensor:
-        """Indices of the samples that training may see at all, in ascending order: a subset, for a sampler of one."""
+        """Indices of all samples that training may use, ascending; only the subset for a ``SubsetRandomSampler``."""
         if isinstance(self.sampler, data.SubsetRandomSampler):
             return torch.as_tensor(list(self.sampler.indices)).sort().values
         return torch.arange(self.total)
 
     @property
     def ranks(self) -> int:
-        """Number of processes that share the samples."""
+        """Number of processes that the samples are split between."""
         return int(self.sampler.num_replicas) if isinstance(self.sampler, data.DistributedSampler) else 1
 
     @property
     def full_samples(self) -> int:
-        """Samples of an epoch of this process when nothing is pruned."""
+        """Samples per epoch of this process without pruning."""
         if type(self.original) is data.BatchSampler:
             return len(self.sampler)  # type: ignore[arg-type]
         most = len(self.original) * self.batch_size
@@ -122,25 +122,25 @@ class PrunableBatchSampler(data.Sampler[list[int]]):
 
     @property
     def full_length(self) -> int:
-        """Batches of an epoch when nothing is pruned."""
+        """Batches per epoch without pruning."""
         return len(self.original)
 
     @property
     def samples(self) -> int:
-        """Samples of an epoch of this process."""
+        """Samples per epoch of this process."""
         if self._kept is None:
             return self.full_samples
         return self._samples if self._samples is not None else len(self._pruned_sampler(0))
 
     def keep(self, indices: Tensor | Sequence[int] | None, samples: int | None = None) -> None:
-        """Draw only from these samples, from the next epoch's iterator on.
+        """Draw only from these samples, starting with the next iterator.
 
         Args:
-            indices: Indices of the data set; one that stands there twice is drawn twice. ``None`` for all, as at first.
-            samples: Samples of an epoch of this process. Default: one pass.
+            indices: Indices in the data set; duplicates are drawn repeatedly. ``None`` keeps all samples.
+            samples: Samples per epoch of this process. Default: one pass.
 
         Raises:
-            ValueError: If nothing is kept, or an index is not in the data set.
+            ValueError: If no sample is kept, or an index is not in the data set.
         """
         if indices is None:
             self._kept, self._samples = None, None
@@ -150,7 +150,7 @@ class PrunableBatchSampler(data.Sampler[list[int]]):
             raise ValueError("At least one sample must be kept; got none.")
         low, high = int(kept.min()), int(kept.max())
         if low < 0 or high >= self.total:
-            raise ValueError(f"Indices must lie in a data set of {self.total}; got {low} to {high}.")
+            raise ValueError(f"Indices must be between 0 and {self.total - 1}; got {low} to {high}.")
         self._kept, self._samples = kept, samples
 
     def __len__(self) -> int:
@@ -159,7 +159,7 @@ class PrunableBatchSampler(data.Sampler[list[int]]):
         return self.samples // self.batch_size if self.drop_last else -(-self.samples // self.batch_size)
 
     def __getattr__(self, name: str) -> Any:
-        # Hooks of a module may speak to their own batch sampler, as to set its epoch.
+        # Hooks of the user's module may call methods of their own batch sampler, for example set_epoch.
         if name == "original":
             raise AttributeError(name)
         return getattr(self.original, name)
@@ -182,13 +182,13 @@ class PrunableBatchSampler(data.Sampler[list[int]]):
             first = next(indices, None)
             if first is None:
                 raise ValueError(
-                    f"{self._needed_by} keeps {len(self._kept)} samples, and {type(self.original).__name__} yields none of "
+                    f"{self._needed_by} keeps {len(self._kept)} samples, but {type(self.original).__name__} yields none of "
                     "them. Prune less, or let the sampler yield every sample of the data set."
                 )
             yield from chain([first], indices)
 
     def _pruned_sampler(self, number: int) -> _Subset | _Filtered:
-        """Return what yields the kept samples once, for the pass of this number in the epoch."""
+        """Return an iterable over the kept samples for one pass; ``number`` counts the passes of the epoch."""
         assert self._kept is not None
         kept, sampler = self._kept, self.sampler if type(self.original) is data.BatchSampler else None
         positions: Any = range(len(kept))
@@ -204,7 +204,7 @@ class PrunableBatchSampler(data.Sampler[list[int]]):
             weights = sampler.weights[kept]
             drawn = _scaled(sampler.num_samples, len(kept), self.total)
             if not sampler.replacement:
-                drawn = min(drawn, int((weights > 0).sum()))  # more cannot be drawn
+                drawn = min(drawn, int((weights > 0).sum()))  # without replacement, no more can be drawn
             drawing = data.WeightedRandomSampler(weights.tolist(), drawn, sampler.replacement, sampler.generator)
             return _Subset(kept, drawing)
         if type(sampler) is data.DistributedSampler:
@@ -217,7 +217,7 @@ class PrunableBatchSampler(data.Sampler[list[int]]):
 
 
 class _Subset:
-    """Samples of a list, in the order of a sampler of its positions."""
+    """The kept samples in the order of a sampler over their positions."""
 
     def __init__(self, kept: Tensor, sampler: Any) -> None:
         self._kept = kept
@@ -232,7 +232,7 @@ class _Subset:
 
 
 class _Filtered:
-    """What an unknown sampler yields, without the samples that are not kept; those kept twice come in a second round."""
+    """The samples that an unknown sampler yields, filtered to the kept ones; duplicates come in a second round."""
 
     def __init__(self, source: Any, read: Callable[[Any], list[int]], counts: Tensor, length: int) -> None:
         self._source = source
@@ -266,18 +266,18 @@ def _refuse(original: Any, needed_by: str) -> None:
     name = type(original).__name__
     if not isinstance(getattr(original, "batch_size", None), int):
         raise TypeError(
-            f"{needed_by} must know how many samples a batch has, and {name} has no batch_size. Give it an attribute "
+            f"{needed_by} needs the number of samples in a batch, but {name} has no batch_size. Give it an attribute "
             "batch_size: the number of indices in each list that it yields."
         )
     if not hasattr(original, "__len__"):
         raise TypeError(
-            f"{needed_by} must know how many batches an epoch has, and {name} has no __len__. Give it a __len__ that returns "
+            f"{needed_by} needs the number of batches in an epoch, but {name} has no __len__. Give it a __len__ that returns "
             "that number."
         )
     sampler = getattr(original, "sampler", None)
     known = type(sampler) is data.DistributedSampler
     if isinstance(sampler, data.DistributedSampler) and not known and sampler.num_replicas > 1:
         raise TypeError(
-            f"{needed_by} cannot prune what {type(sampler).__name__} yields, because it shares samples among ranks in a "
-            "way of its own, so their epochs could differ in length. Use a sampler of torch.utils.data, or one process."
+            f"{needed_by} cannot prune the samples of {type(sampler).__name__}, because it is unknown how it splits them "
+            "between ranks, whose epochs could differ in length. Use a sampler of torch.utils.data, or one process."
         )

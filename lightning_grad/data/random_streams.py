@@ -1,6 +1,6 @@
-"""Putting random streams back after data was read or a module was run: the global ones, and those that code has of its own.
+"""Restore random states after reading data or running a module: global generators, and those that user code owns.
 
-A generator may be an attribute, a part of a closure or of a partial, or a name at the top of the user's file.
+A user's generator may be an attribute, a variable of a closure, an argument of a partial, or a global of its module.
 """
 
 import copy
@@ -15,18 +15,18 @@ import numpy as np
 import torch
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_FEW = 100  # data sets or transforms in a list; the samples themselves are more
+_FEW = 100  # longest list that is searched: it may contain data sets or transforms, longer ones contain samples
 
 
 def random_states() -> tuple[Any, ...]:
-    """Return the states of the global generators of Python, numpy and torch, on the CPU and on CUDA once that is in use."""
+    """Return the states of the global generators of Python, numpy and torch (CPU, and CUDA if it is initialized)."""
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     cuda = torch.cuda.get_rng_state_all() if started else None
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 
 
 def set_random_states(states: tuple[Any, ...]) -> None:
-    """Put the global generators into states that :func:`random_states` has returned."""
+    """Set the states of the global generators to those returned by :func:`random_states`."""
     python, numpy, cpu, cuda = states
     random.setstate(python)
     np.random.set_state(numpy)
@@ -37,7 +37,7 @@ def set_random_states(states: tuple[Any, ...]) -> None:
 
 @contextmanager
 def random_streams_kept() -> Iterator[None]:
-    """Put back the states of the global generators of Python, numpy and torch, on the CPU and on CUDA."""
+    """Restore the states of the global generators of Python, numpy and torch, on the CPU and on CUDA."""
     states = random_states()
     try:
         yield
@@ -46,18 +46,18 @@ def random_streams_kept() -> Iterator[None]:
 
 
 def seed_streams(seed: int) -> None:
-    """Seed the global generators whose states :func:`random_streams_kept` puts back."""
+    """Seed the global generators whose states :func:`random_streams_kept` restores."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        # torch.manual_seed would also leave a seed behind for a CUDA that is initialized later.
+        # torch.manual_seed would also store a seed for a CUDA that is initialized later.
         torch.cuda.manual_seed_all(seed)
 
 
 @contextmanager
 def generators_kept(holder: Any) -> Iterator[None]:
-    """Put back the state of random generators that a data set or a function, or what it is made of, has of its own."""
+    """Restore the states of all random generators found inside a data set or a function."""
     states = [(generator, state_of_generator(generator)) for generator in _generators_of(holder)]
     try:
         yield
@@ -68,7 +68,7 @@ def generators_kept(holder: Any) -> Iterator[None]:
 
 @contextmanager
 def numbers_kept(function: Any) -> Iterator[None]:
-    """Put back the numbers that a function object counts in, such as a ``collate_fn`` whose image size changes with calls."""
+    """Restore numeric attributes of a function object, such as a ``collate_fn`` that counts its calls."""
     attributes = getattr(function, "__dict__", {})
     before = {name: value for name, value in attributes.items() if type(value) in (bool, int, float)}
     try:
@@ -78,23 +78,23 @@ def numbers_kept(function: Any) -> Iterator[None]:
 
 
 def named_generators(kinds: Iterable[type]) -> list[Any]:
-    """Return the random generators at the top of files that the methods of some classes name."""
+    """Return the module-level random generators that methods of some classes refer to."""
     found = [generator for kind in dict.fromkeys(kinds) for generator in _named_by_class(kind)]
     return list({id(generator): generator for generator in found}.values())
 
 
 def holds_generators(holder: Any) -> bool:
-    """Return whether an object or a function has random generators of its own."""
+    """Return True if an object or a function contains random generators."""
     return next(_generators_of(holder), None) is not None
 
 
 def seed_generators(holder: Any, seed: int, depth: int = 4) -> None:
-    """Seed the random generators that an object or a function has of its own.
+    """Seed the random generators inside an object or a function.
 
     Args:
         holder: The object or function.
         seed: The seed.
-        depth: How far to look: 1 for its own attributes only.
+        depth: Depth of the search; 1 searches only its own attributes.
     """
     for generator in _generators_of(holder, depth):
         if isinstance(generator, torch.Generator):
@@ -113,7 +113,7 @@ def state_of_generator(generator: Any) -> Any:
 
 
 def set_generator(generator: Any, state: Any) -> None:
-    """Put a generator back into a state."""
+    """Set the state of one of :data:`GENERATORS`."""
     if isinstance(generator, np.random.Generator):
         generator.bit_generator.state = state
     elif isinstance(generator, random.Random):
@@ -146,14 +146,14 @@ def _parts_of(holder: Any) -> list[Any]:
 
 
 def _named_by_class(kind: type) -> list[Any]:
-    # A name may be bound anew, as when a cell of a notebook is run again.
+    # Look names up again each time: a notebook cell that runs again rebinds them.
     found = [namespace.get(name) for namespace, name in _places_of(kind)]
     return [value for value in found if isinstance(value, GENERATORS)]
 
 
 @functools.cache
 def _places_of(kind: type) -> tuple[tuple[Mapping[str, Any], str], ...]:
-    """Return the namespaces and names under which a class and its methods find generators."""
+    """Return (namespace, name) of all generators that a class and its methods refer to."""
     members = [(vars(cls), name) for cls in kind.__mro__ for name in vars(cls)]
     values = [namespace[name] for namespace, name in members]
     functions = [value.__func__ if isinstance(value, (staticmethod, classmethod)) else value for value in values]

@@ -1,6 +1,6 @@
-"""What a sampler yields: the indices of samples, or keys that only the data set understands.
+"""Check that a sampler yields indices of samples, and not keys that only the data set understands.
 
-Samples are known by their index, from 0 to n - 1. What a key of another kind means is not guessed: it is refused.
+Samples are identified by their index, 0 to n - 1. Any other key is rejected.
 """
 
 import copy
@@ -12,7 +12,7 @@ from torch.utils import data
 
 from lightning_grad.data.random_streams import random_streams_kept
 
-# Samplers of torch, and where each of them has what it draws from.
+# Samplers of torch, and the attribute with the population that each of them draws from.
 KNOWN: dict[type, str] = {
     data.SequentialSampler: "data_source",
     data.RandomSampler: "data_source",
@@ -20,17 +20,17 @@ KNOWN: dict[type, str] = {
     data.DistributedSampler: "dataset",
     data.SubsetRandomSampler: "indices",
 }
-_LONGEST = 60  # characters of a key that are shown
-_MOST_READ = 10_000_000  # keys of one epoch, for the time that it takes
+_LONGEST = 60  # characters of a key in an error message
+_MOST_READ = 10_000_000  # keys to check in one epoch; more would take too long
 
 
 class KeyReader:
-    """Reads indices from what a sampler yields.
+    """Read indices from the keys that a sampler yields.
 
     Args:
         total: Length of the data set.
-        sampler: The sampler, for errors.
-        needed_by: Who asks, for errors.
+        sampler: The sampler, for error messages.
+        needed_by: Name of the technique for error messages.
 
     Example:
         >>> import torch
@@ -39,8 +39,8 @@ class KeyReader:
         ([2, 3], [0, 1])
         >>> reader.one("cat")
         Traceback (most recent call last):
-        TypeError: Pruning knows samples by their index, an integer from 0 to 3, and list yields 'cat'. Let the sampler \
-yield these integers, and let the data set's __getitem__ look up what belongs to each of them (an id, a name, a crop).
+        TypeError: Pruning identifies samples by index, an integer from 0 to 3, but list yields 'cat'. Let the sampler \
+yield integers, and let the data set's __getitem__ look up the rest (an id, a name, a crop).
     """
 
     def __init__(self, total: int, sampler: Any, needed_by: str) -> None:
@@ -52,8 +52,8 @@ yield these integers, and let the data set's __getitem__ look up what belongs to
         """Return the indices of a batch.
 
         Raises:
-            TypeError: If it is no list, array or tensor of integers.
-            ValueError: If one of them is not in the data set.
+            TypeError: If the batch is not a list, array or tensor of integers.
+            ValueError: If an index is not in the data set.
         """
         if type(keys) is list and all(type(key) is int for key in keys):
             found = list(keys)
@@ -67,13 +67,13 @@ yield these integers, and let the data set's __getitem__ look up what belongs to
         return found
 
     def one(self, key: Any) -> int:
-        """Return the index that a single key is.
+        """Return a single key as an index.
 
         Raises:
-            TypeError: If it is no integer.
+            TypeError: If it is not an integer.
             ValueError: If it is not in the data set.
         """
-        is_single = hasattr(key, "tolist") and not getattr(key, "shape", (1,))  # of numpy or torch
+        is_single = hasattr(key, "tolist") and not getattr(key, "shape", (1,))  # a numpy or torch scalar
         plain = key.tolist() if is_single else key
         if type(plain) is not int:
             raise self._error(TypeError, key)
@@ -85,26 +85,27 @@ yield these integers, and let the data set's __getitem__ look up what belongs to
         shown = repr(key)
         shown = shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}..."
         return kind(
-            f"{self._needed_by} knows samples by their index, an integer from 0 to {self.total - 1}, and "
-            f"{type(self._sampler).__name__} yields {shown}. Let the sampler yield these integers, and let the data set's "
-            "__getitem__ look up what belongs to each of them (an id, a name, a crop)."
+            f"{self._needed_by} identifies samples by index, an integer from 0 to {self.total - 1}, but "
+            f"{type(self._sampler).__name__} yields {shown}. Let the sampler yield integers, and let the data set's "
+            "__getitem__ look up the rest (an id, a name, a crop)."
         )
 
 
 def refuse_other_keys(original: Any, dataset: Any, needed_by: str, shared: Sequence[Any] = ()) -> None:
     """Raise if a batch sampler yields anything but indices of a data set.
 
-    What samplers of torch yield is known. Of others a copy is asked for an epoch: random streams, and the sampler itself,
-    stay as they are. One that cannot be copied is left alone; :class:`KeyReader` looks at what it yields.
+    The keys of torch's own samplers are known. For other samplers, one epoch of a copy is read, which leaves random
+    states and the sampler unchanged. A sampler that cannot be copied is not checked here; :class:`KeyReader` then checks
+    the keys during training.
 
     Args:
         original: The batch sampler.
-        dataset: The data set.
-        needed_by: Who asks, for errors.
-        shared: What the sampler may know and is not copied with it, as is the data set.
+        dataset: The data set; it is not copied with the sampler.
+        needed_by: Name of the technique for error messages.
+        shared: Further objects that are not copied with the sampler.
 
     Raises:
-        TypeError: If a key is no integer.
+        TypeError: If a key is not an integer.
         ValueError: If an index is not in the data set.
     """
     sampler = getattr(original, "sampler", None)
@@ -118,7 +119,7 @@ def refuse_other_keys(original: Any, dataset: Any, needed_by: str, shared: Seque
 
 
 def _known_keys(sampler: Any) -> Sequence[int] | None:
-    """Return the keys that a sampler of torch may yield, at least the largest; ``None`` for another sampler."""
+    """Return the keys that a torch sampler may yield, or only the largest; ``None`` for other samplers."""
     if type(sampler) not in KNOWN:
         return None
     if type(sampler) is data.SubsetRandomSampler:
@@ -130,13 +131,13 @@ def _known_keys(sampler: Any) -> Sequence[int] | None:
 def _read_copy(reader: KeyReader, original: Any, shared: dict[int, Any]) -> None:
     try:
         batches = iter(copy.deepcopy(original, shared))
-    except Exception:  # it holds a file, or a lock
+    except Exception:  # the sampler cannot be copied, for example because it has an open file or a lock
         return
     read = 0
     for _ in range(len(original)):
         try:
             batch = next(batches)
-        except Exception:  # of the user's sampler: when it is drawn from in earnest, it raises again
+        except Exception:  # raised by the user's sampler, which will raise it again in training
             return
         read += len(reader.batch(batch))
         if read > _MOST_READ:
@@ -144,7 +145,7 @@ def _read_copy(reader: KeyReader, original: Any, shared: dict[int, Any]) -> None
 
 
 def _chain(dataset: Any) -> Iterator[Any]:
-    """Yield a data set, and what it is a subset or a view of."""
+    """Yield a data set, and the data sets that it wraps."""
     seen: set[int] = set()
     while dataset is not None and id(dataset) not in seen and not isinstance(dataset, Tensor):
         seen.add(id(dataset))

@@ -1,4 +1,4 @@
-"""Scores of samples in files: saved with a fingerprint of the data set, checked against it when they are loaded."""
+"""Files of sample scores, saved with a fingerprint of the data set and checked against it on loading."""
 
 import csv
 import dataclasses
@@ -28,16 +28,16 @@ class SampleScores:
     """Scores of the samples of one data set, higher = harder.
 
     Attributes:
-        values: (n,) float64; nan where a sample could not be scored.
-        name: Which score it is, as ``"el2n"``.
-        epoch: How many epochs the model that scored had been trained; ``None`` if unknown.
+        values: (n,) float64; nan for samples that could not be scored.
+        name: Name of the score, such as ``"el2n"``.
+        epoch: Number of epochs that the scoring model had been trained; ``None`` if unknown.
         seed: Seed of that run.
-        fingerprint: That of the data set; ``None`` checks nothing.
+        fingerprint: Fingerprint of the data set; ``None`` disables its check.
         labels: (n,) int64: the class of each sample.
-        index: (n,) int64: which item of the data set each value belongs to; ``None`` if 0 to n - 1.
+        index: (n,) int64: index in the data set of each value; ``None`` for 0 to n - 1.
 
     Raises:
-        ValueError: If the shapes do not fit, or an index comes twice or is negative.
+        ValueError: If the shapes do not match, or an index is negative or occurs twice.
 
     Example:
         >>> SampleScores(torch.tensor([0.1, 0.9]), "el2n", index=torch.tensor([3, 1])).dense(4)
@@ -55,7 +55,7 @@ class SampleScores:
     def __post_init__(self) -> None:
         values = torch.as_tensor(self.values).detach().to("cpu", torch.float64)
         if values.ndim != 1:
-            raise ValueError(f"SampleScores needs a value for each sample, (n,); got the shape {tuple(values.shape)}.")
+            raise ValueError(f"SampleScores needs one value per sample, (n,); got the shape {tuple(values.shape)}.")
         object.__setattr__(self, "values", values)
         for key in ("labels", "index"):
             given = getattr(self, key)
@@ -66,24 +66,24 @@ class SampleScores:
                 raise ValueError(f"SampleScores has {len(values)} values, but {key} of shape {tuple(given.shape)}.")
             object.__setattr__(self, key, given)
         if len(values) and (self.items.min() < 0 or len(set(self.items.tolist())) < len(values)):
-            raise ValueError("SampleScores needs each index once, from 0 on.")
+            raise ValueError("SampleScores needs distinct indices >= 0; got a negative or duplicate one.")
 
     @property
     def items(self) -> Tensor:
-        """Which item of the data set each value belongs to, also where ``index`` is ``None``, (n,)."""
+        """Index in the data set of each value, (n,), also if ``index`` is ``None``."""
         return torch.arange(len(self.values)) if self.index is None else self.index
 
     def dense(self, total: int) -> Tensor:
-        """Return a value for each of ``total`` items of the data set, nan for those without a score.
+        """Return one value for each of ``total`` items of the data set, nan for items without a score.
 
         Raises:
-            ValueError: If a score belongs to an item beyond them.
+            ValueError: If a score has an index of ``total`` or more.
         """
         items = self.items
         if len(items) and int(items.max()) >= total:
             raise ValueError(
                 f"The scores {self.name!r} reach to item {int(items.max())}, but the data set has {total} items. "
-                "They belong to another data set, or to another split of it. Use the scores of this one."
+                "Use the scores of this data set and split."
             )
         return torch.full((total,), torch.nan, dtype=torch.float64).index_copy_(0, items, self.values)
 
@@ -104,10 +104,10 @@ def _entries(scores: SampleScores) -> dict[str, Any]:
 
 
 def score_path(path: str | os.PathLike[str]) -> Path:
-    """Return where :func:`save_scores` writes: the path itself, with the ending ``.npz``.
+    """Return the path that :func:`save_scores` writes to, with the suffix ``.npz``.
 
     Raises:
-        ValueError: If it names no file.
+        ValueError: If the path is a folder.
 
     Example:
         >>> score_path("scores/el2n").name
@@ -115,15 +115,15 @@ def score_path(path: str | os.PathLike[str]) -> Path:
     """
     found = Path(path)
     if not found.name or found.name == ".." or os.path.isdir(path):
-        raise ValueError(f"Scores are written to a file, and {os.fspath(path)!r} names a folder. Name a .npz file.")
+        raise ValueError(f"Scores cannot be written to {os.fspath(path)!r}, because it is a folder. Name a .npz file.")
     return found if found.suffix == ".npz" else found.with_name(f"{found.name}.npz")
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise unless :func:`save_scores` can write there. The folder is made, as it will be needed.
+    """Raise unless :func:`save_scores` can write to a path. The folder is created if it is missing.
 
     Raises:
-        OSError: If the folder cannot be made or written to.
+        OSError: If the folder cannot be created or written to.
     """
     with _part_of(score_path(path)) as part:
         part.touch()
@@ -131,7 +131,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def _part_of(path: Path) -> Iterator[Path]:
-    """Yield where a file is written before it takes its place; nothing stays there."""
+    """Yield a temporary path next to a file, which is removed at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -143,18 +143,18 @@ def _part_of(path: Path) -> Iterator[Path]:
 def save_scores(scores: SampleScores, path: str | os.PathLike[str]) -> Path:
     """Write scores to a ``.npz`` file.
 
-    It holds the arrays ``scores`` and ``index``, ``labels`` if there are any, and ``name``, ``epoch``, ``seed`` and the
-    parts of the fingerprint; ``numpy.load`` reads it without pickle. The file appears whole or not at all.
+    The file contains the arrays ``scores`` and ``index``, optionally ``labels``, and ``name``, ``epoch``, ``seed`` and
+    the parts of the fingerprint. ``numpy.load`` reads it without pickle. It is written atomically.
 
     Args:
-        scores: What to write.
-        path: Where; ``.npz`` is added if it is missing.
+        scores: The scores to write.
+        path: File to write; ``.npz`` is added if it is missing.
 
     Returns:
-        Path: The file that was written.
+        Path: The file written.
 
     Raises:
-        ValueError: If the path names no file.
+        ValueError: If the path is a folder.
     """
     path = score_path(path)
     with _part_of(path) as part:
@@ -195,7 +195,9 @@ def _load_npz(path: Path) -> SampleScores:
         version = int(entries.get("format", 0))
     missing = {"format", "scores", "index", "name"} - set(entries)
     if missing:
-        raise ValueError(f"{path} is no score file: it lacks {', '.join(sorted(missing))}. Name a file of save_scores.")
+        raise ValueError(
+            f"{path} is not a score file: it lacks {', '.join(sorted(missing))}. Name a file of save_scores."
+        )
     if version > _FORMAT:
         raise ValueError(f"{path} was written by a later version of lightning-grad. Update lightning-grad to read it.")
     with errors_that_name(path):
@@ -207,7 +209,7 @@ def _column(columns: Sequence[str], known: Sequence[str]) -> str | None:
 
 
 def _positions(names: Sequence[str], dataset: Any) -> Tensor | None:
-    """Return the item of an ImageFolder-like data set that each file name belongs to."""
+    """Return the index of each file name in an ImageFolder-like data set; None if it has no ``samples``."""
     samples = getattr(dataset, "samples", None)
     if samples is None:
         return None
@@ -230,15 +232,15 @@ def _load_csv(path: Path, dataset: Any) -> SampleScores:
     score = _column(others, _SCORE_COLUMNS) or (others[0] if len(others) == 1 else None)
     if score is None or not rows:
         raise ValueError(
-            f"{path} should have a header, one column of scores (named 'score' if there are others) and, if wanted, "
-            f"a column 'index' or 'filename'; got the columns {', '.join(map(repr, columns)) or 'none'}, {len(rows)} rows. "
+            f"{path} must have a header, one column of scores (named 'score' if there are others) and optionally a column "
+            f"'index' or 'filename'; got the columns {', '.join(map(repr, columns)) or 'none'}, {len(rows)} rows. "
             "Name the column of scores 'score'."
         )
     try:
         values = torch.tensor([float(row[score]) for row in rows], dtype=torch.float64)
         given = torch.tensor([int(row[index]) for row in rows]) if index else None
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{path} has a row whose score or index is no number ({error}). Correct the row.") from error
+        raise ValueError(f"{path} has a row whose score or index is not a number ({error}). Correct it.") from error
     if given is None and name is not None:
         given = _positions([row[name] for row in rows], dataset)
     title = path.stem if score.strip().lower() in _SCORE_COLUMNS else score.strip()
@@ -258,30 +260,30 @@ def _mismatches(scores: SampleScores, dataset: Any) -> list[str]:
 def load_scores(path: str | os.PathLike[str], dataset: Any = None, strict: bool = True) -> SampleScores:
     """Read scores from a file, and check that they belong to a data set.
 
-    A ``.csv`` table needs a header and one column of scores (called ``score`` if there are further ones). A column ``index``
-    says which item a row belongs to; a column ``filename`` does so for a data set with ``samples``, as torchvision's
-    ``ImageFolder`` has them, by the last part of the path. Without either, rows are in the order of the data set. A table
-    has no fingerprint, so only its length is checked. Higher must mean harder, as in the tables for ImageNet of
-    github.com/rgeirhos/dataset-pruning-metrics, where a high score means that a sample is worth keeping.
+    A ``.csv`` table needs a header and one column of scores, named ``score`` if there are others. A column ``index``
+    contains the index of each row in the data set. Alternatively a column ``filename`` identifies items by the last part
+    of their path, if the data set has ``samples`` like torchvision's ``ImageFolder``. Without either column, rows are in
+    the order of the data set. A table has no fingerprint, so only its length is checked. Higher must mean harder, as in
+    the ImageNet tables of github.com/rgeirhos/dataset-pruning-metrics, where samples with a high score are worth keeping.
 
     Args:
         path: A ``.npz`` file of :func:`save_scores`, or a ``.csv`` table.
-        dataset: The data set that the scores should belong to; ``None`` checks nothing.
-        strict: Whether a mismatch raises; otherwise it warns.
+        dataset: The data set that the scores should belong to; ``None`` disables the check.
+        strict: Raise an error for a mismatch; False warns instead.
 
     Returns:
-        SampleScores: What the file holds.
+        SampleScores: The scores in the file.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read, is no score file or a damaged one, or its scores belong to another data set.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is unreadable, damaged or not a score file, or its scores belong to another data set.
     """
     path = Path(path)
     scores = _load_csv(path, dataset) if path.suffix.lower() == ".csv" else _load_npz(path)
     differences = [] if dataset is None else _mismatches(scores, dataset)
     if differences:
         message = (
-            f"The scores in {path} were made for another data set: {' and '.join(differences)} "
+            f"The scores in {path} belong to another data set: {' and '.join(differences)} "
             f"{'differs' if len(differences) == 1 else 'differ'} (score file against data set). "
             "Score this data set, or use strict=False if you know that the items are the same."
         )
@@ -294,36 +296,36 @@ def load_scores(path: str | os.PathLike[str], dataset: Any = None, strict: bool 
 def _check_alike(first: SampleScores, other: SampleScores) -> None:
     if other.name != first.name:
         raise ValueError(
-            f"Only scores of one kind have a mean; got {first.name!r} and {other.name!r}. Name files of the same score only."
+            f"Scores must be of one kind to be averaged; got {first.name!r} and {other.name!r}. Name files of one score."
         )
     found, there = first.fingerprint, other.fingerprint
     differences = found.differences(there) if found and there else []
     if differences:
         raise ValueError(
-            f"Only scores of one data set have a mean; {' and '.join(differences)} differ. Name files of one only."
+            f"Scores must belong to one data set to be averaged; {' and '.join(differences)} differ. Name files of one."
         )
     labels = [scores.labels for scores in (first, other) if scores.labels is not None]
     same = {"indices": torch.equal(first.items, other.items), "labels": len(labels) < 2 or torch.equal(*labels)}
     for key in (key for key, agrees in same.items() if not agrees):
-        raise ValueError(f"Only scores of the same samples have a mean; their {key} differ. Name files of those only.")
+        raise ValueError(f"Scores must be of the same samples to be averaged; their {key} differ. Name other files.")
 
 
 def average_scores(scores: Sequence[SampleScores | str | os.PathLike[str]]) -> SampleScores:
-    r"""Return the mean of scores of several runs, as EL2N and GraNd want it.
+    r"""Average a score over several runs, as recommended for EL2N and GraNd.
 
     .. math::
         \bar s_i = \frac{1}{|R_i|} \sum_{r \in R_i} s_{ir}
 
-    :math:`R_i` are the runs that could score sample i; it is nan if none could.
+    :math:`R_i` are the runs that scored sample i; the mean is nan if there are none.
 
     Args:
-        scores: At least one, or the paths of their files: the same score of the same samples.
+        scores: One or more scores, or paths of score files: the same score of the same samples.
 
     Returns:
-        SampleScores: With the epoch and seed that all agree on, else ``None``.
+        SampleScores: The mean. Epoch and seed are ``None`` unless equal in all runs.
 
     Raises:
-        ValueError: If there are none, or they differ in name, data set or samples.
+        ValueError: If there are no scores, or they differ in name, data set or samples.
 
     Example:
         >>> runs = [SampleScores(torch.tensor(s), "el2n") for s in ([0.2, 1.0], [0.4, torch.nan])]
@@ -335,7 +337,7 @@ def average_scores(scores: Sequence[SampleScores | str | os.PathLike[str]]) -> S
     """
     loaded = [item if isinstance(item, SampleScores) else load_scores(item) for item in scores]
     if not loaded:
-        raise ValueError("average_scores needs at least one file of scores; got none. Name one.")
+        raise ValueError("average_scores needs at least one score file; got none. Name one.")
     first = loaded[0]
     for other in loaded[1:]:
         _check_alike(first, other)

@@ -1,8 +1,7 @@
-"""Helpers that belong to no technique.
+"""Helpers that need no Trainer.
 
-For users: :func:`sparsity_report` and :func:`export_semi_structured`. The modules beside this file are what callbacks
-are built of: the undo list, method dispatch, choosing parameters, views of weights, portable checkpoints, progress,
-checks and reporting.
+For users: :func:`sparsity_report` and :func:`export_semi_structured`. The other modules are building blocks of
+callbacks: checks of arguments, selection of parameters by name, thresholds, batches and their inputs, and reporting.
 """
 
 from lightning_grad.utilities.sparsity import ExportedLayer, LayerSparsity, export_semi_structured, sparsity_report

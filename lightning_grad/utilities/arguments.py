@@ -1,7 +1,7 @@
-"""Checking constructor arguments against their annotations, and comparing settings with those of a checkpoint.
+"""Check constructor arguments against their annotations, and settings against those of a checkpoint.
 
-An annotation says what kind of value an argument takes: ``seed: int`` refuses ``1.5``, ``True`` and ``"0"``. Ranges are
-checked in the constructor, by the functions of ``utilities.checks``.
+The annotation gives the type of an argument: ``seed: int`` rejects ``1.5``, ``True`` and ``"0"``. Constructors check
+ranges with the functions of ``utilities.checks``.
 """
 
 import functools
@@ -23,10 +23,10 @@ _PLURALS = {"an integer": "integers", "a number": "numbers", "a string": "string
 
 
 class CheckedArguments:
-    """Base of classes whose constructor arguments are checked against their annotations before the constructor runs.
+    """Base class that checks constructor arguments against their annotations before the constructor runs.
 
-    It understands ``bool``, ``int``, ``float``, ``str``, ``None``, ``Literal``, ``Sequence``, ``Mapping``, ``tuple``,
-    ``Callable``, unions of them, and classes. An annotation that cannot be evaluated is not checked.
+    It supports ``bool``, ``int``, ``float``, ``str``, ``None``, ``Literal``, ``Sequence``, ``Mapping``, ``tuple``,
+    ``Callable``, unions of these, and classes. Annotations that cannot be evaluated are not checked.
 
     Example:
         >>> class Halving(CheckedArguments):
@@ -51,7 +51,7 @@ def _with_checks(constructor: Callable[..., None]) -> Callable[..., None]:
         try:
             given = signature.bind(self, *args, **kwargs).arguments
         except TypeError:
-            given = {}  # the call below raises, in Python's own words
+            given = {}  # the call below raises Python's own error
         kinds = _kinds_of(constructor)
         for name, value in given.items():
             if name in kinds:
@@ -67,22 +67,22 @@ def _kinds_of(constructor: Callable[..., None]) -> Mapping[str, Any]:
     named = {p.name for p in inspect.signature(constructor).parameters.values() if p.kind not in variadic}
     try:
         hints = typing.get_type_hints(constructor)
-    except NameError:  # an annotation imported for type checkers only
+    except NameError:  # an annotation that is imported under TYPE_CHECKING only
         return {}
     return {name: kind for name, kind in hints.items() if name in named}
 
 
 def check_kind(value: Any, kind: Any, parameter: str) -> None:
-    """Raise unless a value is of the kind that an annotation describes.
+    """Raise unless a value matches an annotation.
 
     Args:
-        value: What the user gave.
-        kind: The annotation, evaluated.
-        parameter: Name of the argument, for the error.
+        value: The value of the argument.
+        kind: The evaluated annotation.
+        parameter: Name of the argument for the error message.
 
     Raises:
-        TypeError: If the value is of another kind.
-        ValueError: If it is NaN, or text that is none of the choices of a ``Literal``.
+        TypeError: If the value has another type.
+        ValueError: If it is NaN, or a string that is not among the choices of a ``Literal``.
 
     Example:
         >>> from collections.abc import Sequence
@@ -128,7 +128,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    if kind is float:  # as type checkers have it, an integer is one too; a boolean is not
+    if kind is float:  # accepts integers, as type checkers do, but not booleans
         return _is_real(value)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
@@ -187,7 +187,7 @@ def _hint(value: Any, kind: Any) -> str:
 
 
 def _hint_for_text(value: str) -> str:
-    """Return how YAML takes a text for what it stands for; to some readers of YAML 1e-3, without a point, stays text."""
+    """Return how to write a number or boolean in YAML; some parsers read 1e-3, without a point, as a string."""
     if value.strip().lower() in _SWITCHES:
         return " In YAML, write it without quotes."
     try:
@@ -202,9 +202,10 @@ def _hint_for_text(value: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return a setting in the types that a checkpoint holds: numbers, strings, booleans, lists and dicts.
+    """Convert a setting to types that checkpoints can store: numbers, strings, booleans, lists and dicts.
 
-    Functions become their dotted path, and other objects their ``repr`` without its address, which no other process has.
+    Functions become their dotted path. Other objects become their ``repr`` without the memory address, which differs
+    between processes.
 
     Example:
         >>> plain({"sizes": (1, 2), "score_fn": len})
@@ -213,7 +214,9 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, (int, float)):
-        return int(value) if isinstance(value, int) else float(value)  # subclasses, such as numpy's, do not load safely
+        return (
+            int(value) if isinstance(value, int) else float(value)
+        )  # numpy's subclasses fail to load with weights_only
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if _is_list(value):
@@ -224,11 +227,11 @@ def plain(value: Any) -> Any:
 
 
 def changed_settings(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """Return the names of the settings that differ from those of a checkpoint; one that it lacks is not compared.
+    """Return the names of settings that differ from a checkpoint; settings missing in it are not compared.
 
     Args:
-        saved: Those of the checkpoint, as :func:`plain` made them.
-        settings: The present ones.
+        saved: Settings in the checkpoint, converted by :func:`plain`.
+        settings: Current settings.
 
     Example:
         >>> changed_settings({"ratio": 0.1, "sizes": [1, 2]}, {"ratio": 0.01, "sizes": (1, 2), "seed": 0})
@@ -240,13 +243,13 @@ def changed_settings(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> l
 def follow_settings(
     display_name: str, saved: Mapping[str, Any], settings: Mapping[str, Any], fixed: Mapping[str, str]
 ) -> None:
-    """Compare settings with those of a checkpoint that a run resumes from, and say what changed.
+    """Compare settings with the checkpoint that a run resumes from, and print the changes.
 
     Args:
-        display_name: Who has the settings.
-        saved: Those of the checkpoint, as :func:`plain` made them. A setting that it lacks is not compared.
-        settings: The present ones.
-        fixed: For each setting that cannot change within a run the reason, which ends the sentence "... because".
+        display_name: Name of the technique for messages.
+        saved: Settings in the checkpoint, converted by :func:`plain`; missing ones are not compared.
+        settings: Current settings.
+        fixed: Settings that cannot change within a run, with the reason: a clause that follows "because".
 
     Raises:
         ValueError: If a fixed setting changed.

@@ -1,7 +1,7 @@
-"""Copies of batches that share nothing with the batch that a step could change.
+"""Copies of batches that a step can change without changing the original.
 
-A step may normalise its input in place, pop its labels, sort a list, draw on an image. So a batch that is needed again is
-copied before a step gets it.
+A step may normalize its input in place, pop labels, sort a list, or draw on an image. A batch that is needed again is
+therefore copied first.
 """
 
 import copy
@@ -17,22 +17,22 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_grad.functional.plain_tensors import attributes_of, clone_of
 
-DEEPEST = 8  # an object of a batch may know its owner
+DEEPEST = 8  # recursion limit, because an object in a batch may refer back to its owner
 FIXED = frozenset({bool, int, float, complex, str, bytes, type(None)})
 _NO_PARTS = (type, ModuleType, torch.nn.Module)
 _FRAMEWORKS = {"lightning", "lightning_fabric", "pytorch_lightning"}
-_COPIED_WHOLE = {"PIL", "pandas", "polars", "scipy"}  # what they are made of is their own affair
+_COPIED_WHOLE = {"PIL", "pandas", "polars", "scipy"}  # packages whose objects are copied by deepcopy
 
 
 def copy_of(batch: Any, leaves_in_graph: bool = False) -> Any:
-    """Return a batch whose containers, tensors and arrays are its own, however deep they are.
+    """Copy a batch with all its containers, tensors and arrays, at any depth.
 
-    What stands in it twice stands twice in the copy. Tensors keep their class, their attributes and their graph. Modules, data
-    sets, and objects that cannot be copied are shared.
+    An object that occurs twice is copied once, and the copy occurs twice. Tensors keep their class, attributes and graph.
+    Modules, data sets, and objects that cannot be copied are shared.
 
     Args:
         batch: The batch.
-        leaves_in_graph: Copy leaves that require a gradient into their own graph; by default their copies are leaves too.
+        leaves_in_graph: Copy leaves that require grad differentiably; by default their copies are leaves.
 
     Example:
         >>> batch = {"x": torch.zeros(1), "meta": {"ids": [1, 2]}}
@@ -44,11 +44,11 @@ def copy_of(batch: Any, leaves_in_graph: bool = False) -> Any:
 
 
 class _Copies:
-    """What has been copied, by identity."""
+    """The copies made so far, by identity of the original."""
 
     def __init__(self, leaves_in_graph: bool) -> None:
         self._leaves_in_graph = leaves_in_graph
-        self._known: dict[int, tuple[Any, Any]] = {}  # the original too, so that no other gets its identity
+        self._known: dict[int, tuple[Any, Any]] = {}  # keeps the original alive, so that its id is not reused
         self._twins: set[int] = set()
 
     def of(self, value: Any, depth: int = 0) -> Any:
@@ -64,7 +64,7 @@ class _Copies:
         return self._known[id(value)][0]
 
     def _begun(self, value: Any, depth: int) -> Any:
-        """Return a copy; of what is in a mutable container, not yet, as that may hold itself."""
+        """Return a copy. The items of mutable containers are copied later, because a container may contain itself."""
         if isinstance(value, Tensor):
             return clone_of(value, lambda attribute: self.of(attribute, depth + 1), self._leaves_in_graph)
         if isinstance(value, tuple):
@@ -75,17 +75,17 @@ class _Copies:
             return value
         try:
             return copy.deepcopy(value) if _package_of(value) in _COPIED_WHOLE else shallow_copy(value)
-        except Exception:  # an object that cannot be copied is shared
+        except Exception:  # share objects that cannot be copied
             return value
 
     def _fill(self, twin: Any, shared: set[int], depth: int) -> None:
-        """Put copies of its own where a shallow copy still has what the original has."""
+        """Replace the parts that a shallow copy still shares with the original by copies."""
         for key, child in list(children(twin)):
             if id(child) in shared:
                 own = self.of(child, depth)
                 if own is not child:
                     put(twin, key, own)
-            elif has_parts(child) and depth <= DEEPEST:  # a class that copies some of its parts by itself
+            elif has_parts(child) and depth <= DEEPEST:  # the class has copied this part itself, perhaps not deeply
                 self._fill(child, {id(part) for _, part in children(child)}, depth + 1)
 
 
@@ -102,12 +102,12 @@ def children(batch: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def has_parts(value: Any) -> bool:
-    """Return whether something is a container, or an object with attributes, but no tensor."""
+    """Return True for a non-empty container or an object with attributes, but not for a tensor."""
     return next(children(value), None) is not None
 
 
 def put(holder: Any, key: Any, value: Any) -> None:
-    """Give a container or object another part."""
+    """Set an item of a container or an attribute of an object."""
     if isinstance(holder, (list, deque, MutableMapping)):
         holder[key] = value
     else:
@@ -115,10 +115,10 @@ def put(holder: Any, key: Any, value: Any) -> None:
 
 
 def shallow_copy(batch: Any) -> Any:
-    """Copy a container or object, but not what is in it."""
+    """Copy a container or object, but not its parts."""
     other = copy.copy(batch)
     if isinstance(other, MutableMapping) and not isinstance(other, dict) and hasattr(other, "__dict__"):
-        # What a mapping keeps its entries in must not be shared either.
+        # A custom mapping may store its entries in an inner mapping, which must not be shared either.
         for name, value in vars(other).items():
             if isinstance(value, MutableMapping) and value is vars(batch).get(name):
                 vars(other)[name] = copy.copy(value)

@@ -1,7 +1,7 @@
-"""Finding the input in a batch of any form, and giving a batch another one without touching the old.
+"""Find the input in a batch of any form, and replace it without changing the batch.
 
-A batch may be a tensor, and any nesting of tuples, named tuples, lists, mappings, dataclasses and objects that keep tensors
-as attributes. Where something is in it is told as a path of keys, positions and attribute names.
+A batch may be a tensor, or any nesting of tuples, named tuples, lists, mappings, dataclasses and objects with tensors as
+attributes. A place in it is given by a path of keys, positions and attribute names.
 """
 
 import re
@@ -27,20 +27,20 @@ _NO_INPUT = re.compile(r"labels?|targets?|y|(.*_)?mask|(sample_)?weights?", re.I
 
 
 def find_input(batch: Any, key: str | int | None, needed_by: str) -> Path | None:
-    """Return where the input of a batch is.
+    """Return the path of the input of a batch.
 
     Args:
         batch: The batch.
-        key: Where to look: a key, a position, or several joined by dots, such as ``"images"``, ``0`` or ``"0.pixels"``.
-            Default: the first tensor of numbers with at least two dimensions, if it is floating. Not looked at is what a
-            key or attribute names ``label``, ``target``, ``y``, ``mask``, ``..._mask``, ``weight`` or ``sample_weight``.
-        needed_by: Who asks, for errors.
+        key: A key, a position, or several joined by dots, such as ``"images"``, ``0`` or ``"0.pixels"``.
+            Default: the first tensor of numbers with at least two dimensions, if it is floating-point. Parts named
+            ``label``, ``target``, ``y``, ``mask``, ``..._mask``, ``weight`` or ``sample_weight`` are skipped.
+        needed_by: Name of the technique for error messages.
 
     Returns:
-        tuple | None: The path, or ``None`` if no key is given, and no such tensor is there or integers come before it.
+        tuple | None: The path. ``None`` if no key is given and there is no such tensor, or an integer tensor comes first.
 
     Raises:
-        ValueError: If the key leads nowhere, or to no floating tensor.
+        ValueError: If the key is not in the batch, or its value is not a floating-point tensor.
 
     Example:
         >>> batch = {"ids": torch.zeros(4, dtype=torch.long), "pixels": torch.zeros(4, 3)}
@@ -52,7 +52,7 @@ def find_input(batch: Any, key: str | int | None, needed_by: str) -> Path | None
         if EVERY in named or not isinstance(found, Tensor) or not found.is_floating_point():
             kind = f"a tensor of {found.dtype}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
             raise ValueError(
-                f"{needed_by}: input_key={key!r} must name a floating tensor of the batch, and leads to {kind}. "
+                f"{needed_by}: input_key={key!r} must name a floating-point tensor of the batch, but names {kind}. "
                 f"{_way_in(batch)}"
             )
         return named
@@ -61,16 +61,16 @@ def find_input(batch: Any, key: str | int | None, needed_by: str) -> Path | None
 
 
 def _way_in(batch: Any) -> str:
-    """Return which key leads to the input, for an error about one that does not."""
+    """Return the advice of an error about a wrong key: the key of the input."""
     path, value = first_numbers(batch)
     if not path or value is None or not value.is_floating_point():
-        return "Leave input_key out."
+        return "Omit input_key."
     key = path[0] if len(path) == 1 else ".".join(map(str, path))
-    return f"Set input_key={key!r}, or leave it out."
+    return f"Set input_key={key!r}, or omit it."
 
 
 def first_numbers(batch: Any) -> tuple[Path, Tensor] | tuple[None, None]:
-    """Return the first tensor of real numbers with at least two dimensions whose name tells nothing else, and where it is.
+    """Return the path and value of the first real tensor with two or more dimensions, except labels and masks.
 
     Example:
         >>> batch = {"labels": torch.zeros(4, 2), "mask": torch.zeros(4, 3), "ids": torch.zeros(4, 3, dtype=torch.long)}
@@ -78,14 +78,14 @@ def first_numbers(batch: Any) -> tuple[Path, Tensor] | tuple[None, None]:
         ('ids',)
     """
     found = list(_numbers_of(batch))
-    # An empty tensor stands for something that is not there; of integers, it is no text.
+    # An empty tensor stands for a missing part; an empty one of integers does not mean that the input is text.
     full = [each for each in found if each[1].numel()]
     floating = [each for each in found if each[1].is_floating_point()]
     return next(iter(full or floating), (None, None))
 
 
 def text_of(path: Path) -> str:
-    """Return a path as one would write it.
+    """Format a path as Python code.
 
     Example:
         >>> text_of((0, "x"))
@@ -98,7 +98,7 @@ def input_at(batch: Any, path: Path) -> Tensor:
     """Return the tensor at a path.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no tensor at the path.
 
     Example:
         >>> input_at([{"x": torch.ones(2)}], (0, "x"))
@@ -111,10 +111,10 @@ def input_at(batch: Any, path: Path) -> Tensor:
 
 
 def part_at(batch: Any, path: Path) -> Any:
-    """Return what stands at a path.
+    """Return the part of a batch at a path.
 
     Raises:
-        ValueError: If it leads nowhere.
+        ValueError: If the path does not exist.
     """
     for depth in range(len(path)):
         batch = _child_at(batch, path, depth)
@@ -122,10 +122,10 @@ def part_at(batch: Any, path: Path) -> Any:
 
 
 def with_input(batch: Any, path: Path, value: Tensor) -> Any:
-    """Return a batch that has another tensor at a path, and shares all else with the old, which stays as it is.
+    """Return a batch with another tensor at a path; it shares all other parts with the original batch.
 
     Raises:
-        ValueError: If the path leads nowhere.
+        ValueError: If the path does not exist.
 
     Example:
         >>> batch = [torch.zeros(1), torch.ones(1)]
@@ -149,7 +149,7 @@ def _with_child(batch: Any, path: Path, value: Tensor, depth: int) -> Any:
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return a batch with every tensor replaced by what a function makes of it.
+    """Apply a function to every tensor of a batch and return the new batch.
 
     Example:
         >>> map_tensors({"x": torch.zeros(1), "n": 3}, lambda tensor: tensor + 1)
@@ -161,7 +161,7 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def same_tensors(batch: Any, other: Any) -> bool:
-    """Return whether two batches hold the same tensors, in containers that may have been made anew.
+    """Return True if two batches contain the same tensor objects, even in different containers.
 
     Example:
         >>> x = torch.ones(2)
@@ -193,7 +193,7 @@ def _numbers_of(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 
 def _child_at(part: Any, path: Path, depth: int) -> Any:
-    """Return what stands at a path in a part of a batch, ``depth`` keys down."""
+    """Return the child of a part, where the part is at the first ``depth`` keys of a path."""
     key = path[depth]
     try:
         return part[key] if isinstance(part, (Mapping, list, tuple)) else getattr(part, key)
@@ -204,15 +204,15 @@ def _child_at(part: Any, path: Path, depth: int) -> Any:
 
 
 def follow(batch: Any, key: str | int, needed_by: str) -> tuple[Path, Any]:
-    """Return where a key leads, and what is there; ``*`` stands for every item of a list, or value of a mapping.
+    """Return the path of a key, and the part there; ``*`` means all items of a list or values of a mapping.
 
     Args:
         batch: The batch.
-        key: As a user writes it: a key, a position, or several joined by dots.
-        needed_by: Who asks, for errors.
+        key: The key that the user has set: a key, a position, or several joined by dots.
+        needed_by: Name of the technique for error messages.
 
     Raises:
-        ValueError: If it leads nowhere.
+        ValueError: If the key is not in the batch.
 
     Example:
         >>> follow([{"x": 1}, {"x": 2}], "*.x", "doctest")
@@ -220,7 +220,7 @@ def follow(batch: Any, key: str | int, needed_by: str) -> tuple[Path, Any]:
     """
     path: Path = ()
     here = batch
-    is_whole = isinstance(key, int) or (isinstance(batch, Mapping) and key in batch)  # a mapping's key may have dots
+    is_whole = isinstance(key, int) or (isinstance(batch, Mapping) and key in batch)  # a mapping's key may contain dots
     for part in [key] if is_whole else str(key).split("."):
         known = dict(children(here))
         place = int(part) if part not in known and isinstance(part, str) and part.isdecimal() else part
@@ -232,15 +232,17 @@ def follow(batch: Any, key: str | int, needed_by: str) -> tuple[Path, Any]:
         elif by_attribute is not None:
             path, here = (*path, *by_attribute), getattr(here, str(part))
         else:
-            there = ", ".join(map(repr, known)) if known else f"no parts: it is a {type(here).__name__}"
-            raise ValueError(
-                f"{needed_by}: input_key={key!r} leads nowhere in the batch; there it has {there}. {_way_in(batch)}"
+            found = (
+                f"available there: {', '.join(map(repr, known))}"
+                if known
+                else f"type {type(here).__name__} has no parts"
             )
+            raise ValueError(f"{needed_by}: input_key={key!r} is not in the batch; {found}. {_way_in(batch)}")
     return path, here
 
 
 def _path_of_attribute(here: Any, name: str | int) -> Path | None:
-    """Return where the tensor is that an object shows under a name, as graphs do whose tensors are in a store of theirs."""
+    """Return the path of a tensor that an object exposes under a name, such as graphs that keep tensors in a store."""
     if not isinstance(name, str) or isinstance(here, Tensor):
         return None
     shown = getattr(here, name, None)
@@ -248,9 +250,9 @@ def _path_of_attribute(here: Any, name: str | int) -> Path | None:
 
 
 def reordered(batch: Any, order: Tensor, samples: int | None = None) -> Any:
-    """Return a batch whose samples stand in another order: the rows of its tensors, and the entries of its other lists.
+    """Return a batch with reordered samples: the rows of tensors, and the entries of lists.
 
-    Only what is as long as there are samples, by default as long as the order, is taken for one entry a sample.
+    Only tensors and lists with the length ``samples`` are reordered, by default the length of the order.
 
     Example:
         >>> reordered([torch.tensor([1, 2, 3]), "a"], torch.tensor([1]), samples=3)

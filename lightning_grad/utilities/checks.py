@@ -1,6 +1,6 @@
-"""Refusing what cannot work, before the first batch, in words that say what to do.
+"""Checks that raise before the first batch, with errors that say what to do.
 
-Checks of a number let ``None`` pass, which stands for an argument that is off.
+Checks of numbers accept ``None``, which means that the argument is off.
 """
 
 import inspect
@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 
 from lightning_grad.functional.choices import check_choice as check_choice
 
-# Asked by name along the class hierarchy, so that both namespaces of Lightning and derived strategies are met.
+# Compared by class name along the MRO, which covers both namespaces of Lightning and derived strategies.
 _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 
 Number = TypeVar("Number", bound=float | None)
 
-_LONGEST_NAME = 100  # bytes; file systems end at 255, and an epoch, a layer and an ending are added
+_LONGEST_NAME = 100  # bytes; file systems allow 255, and an epoch, a layer and a suffix are added
 
 
 def _checked(value: Number, parameter: str, wanted: str, holds: Callable[[float], bool]) -> Number:
@@ -30,16 +30,16 @@ def _checked(value: Number, parameter: str, wanted: str, holds: Callable[[float]
 
 
 def check_at_least(value: Number, least: float, parameter: str) -> Number:
-    """Return a number that must be at least ``least``.
+    """Check that a number is at least ``least``, and return it.
 
     Raises:
-        ValueError: If it is smaller, or no number.
+        ValueError: If it is smaller, or NaN.
     """
     return _checked(value, parameter, f"at least {least}", lambda number: number >= least)
 
 
 def check_count(value: Number, least: int, parameter: str) -> Number:
-    """Return a count that must be at least ``least``. The annotation of the argument makes sure that it is whole.
+    """Check that a count is at least ``least``, and return it. The argument's annotation ensures an integer.
 
     Raises:
         ValueError: If it is smaller.
@@ -47,43 +47,43 @@ def check_count(value: Number, least: int, parameter: str) -> Number:
     Example:
         >>> window = check_count(5, 1, "window")
     """
-    return _checked(value, parameter, f"at least {least}, and whole", lambda number: number >= least)
+    return _checked(value, parameter, f"at least {least}", lambda number: number >= least)
 
 
 def check_only_one(given: Mapping[str, Any], what: str) -> None:
-    """Raise if more than one argument is given of several that exclude each other.
+    """Raise if more than one of several mutually exclusive arguments is set.
 
     Args:
-        given: Arguments by name; ``None``, ``False`` and empty lists are not given.
-        what: What both would do, for the error.
+        given: Arguments by name; ``None``, ``False`` and empty lists count as not set.
+        what: What both arguments would do, for the error message.
 
     Raises:
-        ValueError: If there are two.
+        ValueError: If two or more are set.
 
     Example:
-        >>> check_only_one({"loss": 0, "loss_fn": len}, "say what is weighted")
+        >>> check_only_one({"loss_index": 0, "loss_fn": len}, "choose the loss")
         Traceback (most recent call last):
-        ValueError: loss and loss_fn would both say what is weighted. Leave one of them out.
+        ValueError: loss_index and loss_fn would both choose the loss. Set only one of them.
     """
     names = [name for name, value in given.items() if not (value is None or value is False or value == [])]
     if len(names) > 1:
-        raise ValueError(f"{names[0]} and {names[1]} would both {what}. Leave one of them out.")
+        raise ValueError(f"{names[0]} and {names[1]} would both {what}. Set only one of them.")
 
 
 def check_above(value: Number, bound: float, parameter: str) -> Number:
-    """Return a number that must be above ``bound``; infinity is.
+    """Check that a number is above ``bound``, and return it; infinity is accepted.
 
     Raises:
-        ValueError: If it is not, or no number.
+        ValueError: If it is not above the bound, or NaN.
     """
     return _checked(value, parameter, f"above {bound:g}", lambda number: number > bound)
 
 
 def check_finite(value: Number, parameter: str) -> Number:
-    """Return a number that must be finite.
+    """Check that a number is finite, and return it.
 
     Raises:
-        ValueError: If it is infinite, or no number.
+        ValueError: If it is infinite or NaN.
 
     Example:
         >>> check_finite(float("inf"), "eta")
@@ -94,7 +94,7 @@ def check_finite(value: Number, parameter: str) -> Number:
 
 
 def check_finite_at_least(value: Number, least: float, parameter: str) -> Number:
-    """Return a number that must be finite, and at least ``least``.
+    """Check that a number is finite and at least ``least``, and return it.
 
     Raises:
         ValueError: If it is not.
@@ -103,7 +103,7 @@ def check_finite_at_least(value: Number, least: float, parameter: str) -> Number
 
 
 def check_finite_above(value: Number, bound: float, parameter: str) -> Number:
-    """Return a number that must be finite, and above ``bound``.
+    """Check that a number is finite and above ``bound``, and return it.
 
     Raises:
         ValueError: If it is not.
@@ -112,7 +112,7 @@ def check_finite_above(value: Number, bound: float, parameter: str) -> Number:
 
 
 def check_count_between(value: Number, least: int, most: int, parameter: str) -> Number:
-    """Return a count that must be in a range, its ends included.
+    """Check that a count is in a range, including its ends, and return it.
 
     Raises:
         ValueError: If it is not.
@@ -121,16 +121,16 @@ def check_count_between(value: Number, least: int, most: int, parameter: str) ->
 
 
 def check_between(value: Number, least: float, most: float, parameter: str) -> Number:
-    """Return a number that must be in a range, its ends included.
+    """Check that a number is in a range, including its ends, and return it.
 
     Raises:
-        ValueError: If it is outside, or no number.
+        ValueError: If it is outside, or NaN.
     """
     return _checked(value, parameter, f"from {least:g} to {most:g}", lambda number: least <= number <= most)
 
 
 def check_share(value: float, parameter: str) -> float:
-    """Return a number that must be a share that leaves something: at least 0 and below 1.
+    """Check that a number is at least 0 and below 1, and return it.
 
     Raises:
         ValueError: If it is not.
@@ -139,10 +139,10 @@ def check_share(value: float, parameter: str) -> float:
 
 
 def check_name(name: str | None) -> None:
-    """Raise unless the name of an instance can be part of a log key and of a file's name; ``None`` can.
+    """Raise unless the name of an instance is valid in log keys and file names; ``None`` is.
 
     Raises:
-        ValueError: If it is empty or long, or has slashes or characters that cannot be printed.
+        ValueError: If it is empty or too long, or contains slashes or unprintable characters.
 
     Example:
         >>> check_name("../../x")
@@ -158,7 +158,7 @@ short word.
     elif "/" in name or "\\" in name:
         fault = "must not contain slashes"
     elif not name.isprintable():
-        fault = "must hold printable characters only"
+        fault = "must contain only printable characters"
     elif len(name.encode()) > _LONGEST_NAME:
         fault = f"must have at most {_LONGEST_NAME} bytes"
     if fault is not None:
@@ -169,12 +169,12 @@ short word.
 
 
 def is_sharded(trainer: pl.Trainer) -> bool:
-    """Say whether the strategy shards parameters, so that its ranks must run the module together."""
+    """Return True if the strategy shards parameters, so that all ranks must run the module together."""
     return not _SHARDED.isdisjoint(cls.__name__ for cls in type(trainer.strategy).__mro__)
 
 
 def refuse_dataloader_iter(step: Callable[..., Any], technique: str) -> None:
-    """Raise if a step gets its batch from the loader by itself.
+    """Raise if a step fetches its own batches.
 
     Raises:
         ValueError: If it has an argument ``dataloader_iter``.
@@ -182,38 +182,39 @@ def refuse_dataloader_iter(step: Callable[..., Any], technique: str) -> None:
     if "dataloader_iter" in inspect.signature(step).parameters:
         name = getattr(step, "__name__", "the step")
         raise ValueError(
-            f"{technique} needs the batch, and {name}(dataloader_iter) gets it by itself. Let it take batch and batch_idx."
+            f"{technique} needs the batch, but {name}(dataloader_iter) fetches it itself. Change its arguments to batch and "
+            "batch_idx."
         )
 
 
 def warn_of_missing_momentum(trainer: pl.Trainer, technique: str, term: str) -> None:
-    """Say so if the strategy has taken the momentum out of the optimizer: what is added to gradients now gets none.
+    """Warn if the strategy applies the momentum itself: terms that callbacks add to gradients then get none.
 
     Args:
-        trainer: Whose strategy is asked, once it is set up.
-        technique: Who adds.
-        term: What it adds.
+        trainer: The trainer, with its strategy set up.
+        technique: Name of the technique that adds a term.
+        term: The term, for the warning.
     """
     if getattr(trainer.strategy, "gradient_holds_momentum", False):
         strategy = type(trainer.strategy).__name__
         rank_zero_warn(
-            f"{technique} adds {term} after {strategy} has applied the momentum, so it gets none and acts 1 / (1 - momentum) "
-            f"times weaker than without {strategy}. Make it stronger, or set {strategy}(correction='error_feedback')."
+            f"{technique} adds {term} after {strategy} has applied the momentum, so the term gets no momentum and is weaker "
+            f"by a factor of 1 / (1 - momentum). Make it stronger, or set {strategy}(correction='error_feedback')."
         )
 
 
 def owned_ids(optimizer: Optimizer) -> set[int]:
-    """Return the identities of the parameters that an optimizer moves."""
+    """Return the ids of the parameters of an optimizer."""
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def keeps(optimizer: Optimizer, key: str) -> bool:
-    """Return whether an optimizer, which has perhaps not stepped yet, keeps state of a name such as ``exp_avg_sq``."""
+    """Return True if an optimizer keeps a state such as ``exp_avg_sq``, even before its first step."""
     number = torch.zeros(1, requires_grad=True)
     number.grad = torch.zeros(1)
     try:
         probe = type(optimizer)([number], **optimizer.defaults)
         probe.step()
-    except Exception:  # an optimizer that cannot be built from its defaults tells nothing before its first step
+    except Exception:  # unknown before the first step if the optimizer cannot be built from its defaults
         return True
     return key in probe.state[number]

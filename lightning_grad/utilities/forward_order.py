@@ -1,4 +1,4 @@
-"""In which order a module uses its parameters: what comes first in the forward pass is where trouble begins."""
+"""The order in which a module uses its parameters in the forward pass."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from lightning_grad.utilities.parameters import clean_name
 
 
 def has_torch_forward(module: nn.Module) -> bool:
-    """Return whether a module computes what a class of torch does, though it may be derived from it."""
+    """Return True if a module uses the ``forward`` of a torch class, possibly through inheritance."""
     if isinstance(module, torch.jit.ScriptModule):
         return True
     forward = module.__dict__.get("forward", type(module).forward)
@@ -20,7 +20,7 @@ def has_torch_forward(module: nn.Module) -> bool:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Say whether a module, its children apart, is compiled by ``torch.compile`` in one of its ways."""
+    """Return True if ``torch.compile`` was applied to a module in any of its forms; children are not checked."""
     return (
         isinstance(module, torch._dynamo.OptimizedModule)
         or getattr(module, "_compiled_call_impl", None) is not None
@@ -31,7 +31,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 @dataclass
 class _Calls:
-    """When a module was called, counted over all modules, and whether some call had inputs without a history."""
+    """First and last call of a module, counted over all modules, and whether any call had only inputs without grad."""
 
     first: int
     last: int
@@ -39,13 +39,13 @@ class _Calls:
 
 
 class ForwardOrder:
-    """Learns the order from one forward pass, through hooks that are gone after it.
+    """Record the order of modules in one forward pass, through temporary hooks.
 
-    Until it is learnt, and for parameters whose modules were not called, it is the order in which they are registered.
-    Compiled and scripted modules are not looked into: a hook would make the one compile again, and the other takes none.
+    Parameters whose modules were not called keep their order of registration. Compiled and scripted modules get no hooks:
+    a compiled module would compile again, and a scripted one accepts none.
 
     Args:
-        module: The root.
+        module: The root module.
 
     Example:
         >>> class Backwards(nn.Module):
@@ -72,7 +72,7 @@ class ForwardOrder:
         self.is_watching = False
 
     def watch(self) -> None:
-        """Begin to learn, unless it has begun before."""
+        """Register the hooks; does nothing if they were registered before."""
         if self._handles is not None:
             return
         self._handles, self.is_watching = [], True
@@ -86,7 +86,7 @@ class ForwardOrder:
                 self._handles.append(child.register_forward_pre_hook(seen, with_kwargs=True))
 
     def stop(self) -> None:
-        """Take the hooks away, for good."""
+        """Remove the hooks permanently."""
         self.is_watching = False
         while self._handles:
             self._handles.pop().remove()
@@ -107,20 +107,20 @@ class ForwardOrder:
         return any(is_compiled(module) or isinstance(module, torch.jit.ScriptModule) for module in path)
 
     def sort(self, names: list[str]) -> list[str]:
-        """Return names of parameters in the order of the forward pass."""
+        """Sort names of parameters by the forward pass."""
         return sorted(names, key=self._first)
 
     def networks(self, groups: Sequence[Sequence[str]]) -> list[list[str]] | None:
-        """Return the parameters that the batch has reached, network by network, each in the order of the forward pass.
+        """Return the parameters used in the forward pass, as one sorted list per network.
 
-        Groups of parameters are networks of their own where the first layer of each takes something that no other group has
-        made: the discriminator of a GAN sees real data. Otherwise they are parts of one network.
+        Two groups of parameters belong to different networks if the first layer of each was called with an input that no
+        other group had computed: the discriminator of a GAN is called with real data. Otherwise they form one network.
 
         Args:
-            groups: Names of parameters, such as those that each optimizer moves.
+            groups: Names of parameters, for example those of each optimizer.
 
         Returns:
-            list | None: ``None`` if a compiled or scripted layer among them hides when it was called.
+            list | None: ``None`` if one of the layers is compiled or scripted, so its calls are unknown.
         """
         names = [name for group in groups for name in group]
         if any(name.rpartition(".")[0] in self._closed for name in names):
@@ -136,7 +136,7 @@ class ForwardOrder:
         return networks
 
     def last(self, names: Sequence[str]) -> str:
-        """Return the parameter whose layer was called last; of equal ones the last in the order given."""
+        """Return the parameter whose layer was called last; ties go to the last in the given order."""
         return max(enumerate(names), key=lambda pair: (self._last(pair[1]), pair[0]))[1]
 
     def _first(self, name: str) -> int:
@@ -148,7 +148,7 @@ class ForwardOrder:
         return -1 if calls is None else calls.last
 
     def _calls_of(self, name: str) -> _Calls | None:
-        """Return the calls of a parameter's module, or of a layer of torch that computes with it without calling it."""
+        """Return the calls of a parameter's module, or of a torch layer that uses the parameter without calling it."""
         path = name.rpartition(".")[0]
         calls = self._called.get(path)
         if calls is None and path:

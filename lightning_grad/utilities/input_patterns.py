@@ -1,7 +1,7 @@
-"""Finding all tensors of a batch that are its input: one, or one of each sample where a batch is not stacked.
+"""Find all input tensors of a batch: a single one, or one per sample if the batch is not stacked.
 
-Networks for detection, and others whose samples differ in size, get a list of tensors, or a list of samples. Where they are is
-told by a pattern: a path with ``EVERY`` (printed as ``*``) in place of the positions of a list.
+Detection networks, and others whose samples differ in size, take a list of tensors or a list of samples. A pattern gives
+the places of these tensors: a path with ``EVERY`` (printed as ``*``) for the positions of a list.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,16 +18,17 @@ def find_inputs(batch: Any, key: str | int | None, needed_by: str) -> Path | Non
 
     Args:
         batch: The batch.
-        key: As for :func:`find_input`; ``*`` stands for every item of a list (or value of a mapping), and a key that leads to
-            a list of floating tensors means all of them. Default: the first tensor that :func:`find_input` would take, and
-            those of the other samples if it is one sample's.
-        needed_by: Who asks, for errors.
+        key: As in :func:`find_input`; ``*`` means all items of a list or values of a mapping.
+            The key of a list of floating-point tensors means all of them. Default: the tensor that :func:`find_input`
+            finds, and the tensors of the other samples if it belongs to a single sample.
+        needed_by: Name of the technique for error messages.
 
     Returns:
-        tuple | None: The pattern; ``None`` as by :func:`find_input`.
+        tuple | None: The pattern; ``None`` as in :func:`find_input`.
 
     Raises:
-        ValueError: If the key leads nowhere, or to something else, or to tensors of several types or numbers of dimensions.
+        ValueError: If the key is not in the batch, or its tensors are not floating-point, of one dtype and of equal
+            numbers of dimensions.
 
     Example:
         >>> import torch
@@ -48,8 +49,8 @@ def find_inputs(batch: Any, key: str | int | None, needed_by: str) -> Path | Non
         pattern = (*pattern, EVERY)
     if not has_inputs(batch, pattern):
         raise ValueError(
-            f"{needed_by}: input_key={key!r} must name floating tensors of one type with as many dimensions each; "
-            f"{text_of(pattern)} are not. Name one of them."
+            f"{needed_by}: input_key={key!r} must name floating-point tensors of one dtype and number of dimensions; "
+            f"those at {text_of(pattern)} differ. Name one of them."
         )
     return pattern
 
@@ -58,7 +59,7 @@ def expanded(batch: Any, pattern: Path) -> list[Path]:
     """Return the paths of a pattern in a batch.
 
     Raises:
-        ValueError: If the batch has no such list.
+        ValueError: If the path of the pattern does not exist.
 
     Example:
         >>> import torch
@@ -75,7 +76,7 @@ def expanded(batch: Any, pattern: Path) -> list[Path]:
 
 
 def has_inputs(batch: Any, pattern: Path) -> bool:
-    """Return whether there are floating tensors at a pattern, alike in type and number of dimensions.
+    """Return True if a pattern matches floating-point tensors of one dtype, device and number of dimensions.
 
     Example:
         >>> import torch
@@ -91,7 +92,7 @@ def has_inputs(batch: Any, pattern: Path) -> bool:
 
 
 def are_samples(batch: Any, pattern: Path) -> bool:
-    """Return whether each tensor of a pattern is one sample, rather than a batch of them.
+    """Return True if each tensor of a pattern is one sample rather than a batch.
 
     Example:
         >>> import torch
@@ -107,7 +108,7 @@ def are_samples(batch: Any, pattern: Path) -> bool:
 
 
 def neighbours(batch: Any, pattern: Path) -> Path | None:
-    """Return the pattern of all tensors like an input that stand in one list with it, if only it is taken.
+    """Return the pattern of all similar tensors in the same list as an input; None if there are no others.
 
     Example:
         >>> import torch
@@ -118,7 +119,7 @@ def neighbours(batch: Any, pattern: Path) -> Path | None:
         wider = (*pattern[:where], EVERY, *pattern[where + 1 :])
         holder = part_at(batch, pattern[:where])
         several = isinstance(holder, (list, tuple)) and len(holder) > 1
-        # Of two tensors that are the whole batch the second is the target.
+        # If the whole batch is two tensors, the second is the target.
         least = 1 if where or len(pattern) > 1 else 2
         if several and EVERY not in pattern and has_inputs(batch, wider) and len(expanded(batch, wider)) > least:
             return wider
@@ -134,10 +135,10 @@ def _over_samples(batch: Any, path: Path) -> Path:
 
 
 def _is_list_of_samples(batch: Any, path: Path, where: int) -> bool:
-    """Return whether the container in which ``path[where]`` leads on holds one sample in each place.
+    """Return True if the container at ``path[:where]`` is a list with one sample per item.
 
-    A list of samples and a list of batches (two views, two loaders) look alike. What stands with an input tells them apart:
-    with a batch stand tensors that are as long, with a sample stand numbers, text and tensors of other lengths.
+    A list of samples and a list of batches (two views, two loaders) look alike. The parts next to the input distinguish
+    them: a batch comes with tensors of equal length, a sample with numbers, strings and tensors of other lengths.
     """
     holder, rest = part_at(batch, path[:where]), path[where + 1 :]
     if not isinstance(holder, (list, tuple)) or hasattr(holder, "_fields"):
@@ -147,21 +148,21 @@ def _is_list_of_samples(batch: Any, path: Path, where: int) -> bool:
     except ValueError:
         return False
     if rest:
-        others = [[leaf for each in _beside(item, rest) for leaf in _leaves(each)] for item in holder]
+        others = [[leaf for each in _siblings(item, rest) for leaf in _leaves(each)] for item in holder]
         if all(any(_length(leaf) == own for leaf in each) for own, each in zip(lengths, others, strict=True)):
             return False
         foreign = (_length(leaf) != own for own, each in zip(lengths, others, strict=True) for leaf in each)
         return len(holder) > 1 and any(foreign)
-    beside = list(_beside(batch, path[:where]))
-    # Three images of three channels with three labels: a batch of images would have a dimension more.
+    siblings = list(_siblings(batch, path[:where]))
+    # Three images with three channels and three labels are ambiguous: a batch of images would have one more dimension.
     are_images = set(lengths) == {len(holder)} and input_at(batch, path).dim() == 3
-    if not are_images and any(_is_batch_of(each, lengths) for each in beside):
+    if not are_images and any(_is_batch_of(each, lengths) for each in siblings):
         return False
-    return any(_size(each) == len(holder) for each in beside)
+    return any(_size(each) == len(holder) for each in siblings)
 
 
-def _beside(batch: Any, path: Path) -> Iterator[Any]:
-    """Return what stands beside a path, at each of its levels."""
+def _siblings(batch: Any, path: Path) -> Iterator[Any]:
+    """Yield the parts next to a path, at each of its levels."""
     for depth in range(len(path)):
         yield from (child for key, child in children(part_at(batch, path[:depth])) if key != path[depth])
 

@@ -1,4 +1,4 @@
-"""Which gradients make a layer, for rules that act on each layer and for what watches them."""
+"""Group gradients into layers, for rules that act on layers and for callbacks that log them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Layers:
 
     Args:
         names: Name of each layer.
-        index: (gradients,): number of the layer of each gradient.
+        index: (gradients,): layer index of each gradient.
         sizes: (layers,): number of entries of each layer.
     """
 
@@ -27,11 +27,11 @@ class Layers:
 
 
 class LayerFinder:
-    """Sorts gradients into layers, once for each set of parameters that have one.
+    """Group gradients into layers, with a cache for each set of parameters that have gradients.
 
     Args:
-        per: A layer is a module's own parameters together, or each parameter for itself.
-        layer_depth: Join layers whose names agree in so many leading parts; ``None`` joins none.
+        per: "module" groups the parameters of a module into a layer, "parameter" makes each one a layer.
+        layer_depth: Merge layers whose names agree in this many leading parts; ``None`` merges none.
     """
 
     def __init__(self, per: Per = "module", layer_depth: int | None = None) -> None:
@@ -42,7 +42,7 @@ class LayerFinder:
     def find(self, names: Sequence[str], gradients: Sequence[Tensor]) -> Layers:
         """Return the layers of gradients, by the names of their parameters."""
         known = tuple(names)
-        if len(self._known) > _MOST_KNOWN:  # random subsets of experts have no end
+        if len(self._known) > _MOST_KNOWN:  # bounded, because random subsets of experts are endless
             self._known.clear()
         if known not in self._known:
             self._known[known] = self._sort(known, gradients)

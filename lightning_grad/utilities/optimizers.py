@@ -1,4 +1,4 @@
-"""Which optimizer is this, and is it still what it was?"""
+"""Identify optimizers, and detect changes of their param groups."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,22 +10,22 @@ Shape = tuple[tuple[int, int], ...]
 
 
 def optimizer_index(trainer: pl.Trainer, optimizer: Optimizer, technique: str) -> int:
-    """Return the number of an optimizer among the trainer's.
+    """Return the index of an optimizer in ``trainer.optimizers``.
 
     Raises:
-        RuntimeError: If the trainer does not know it. (Not StopIteration: Lightning takes that for the end of the data.)
+        RuntimeError: If it is not there. (Not StopIteration, which Lightning treats as the end of the data.)
     """
     for index, other in enumerate(trainer.optimizers):
         if other is optimizer:
             return index
     raise RuntimeError(
-        f"{technique} does not know the {type(optimizer).__name__} that made a step, because it is none of "
-        "trainer.optimizers. Return it from configure_optimizers, and step what self.optimizers() returns."
+        f"{technique} does not know the {type(optimizer).__name__} that made a step, because it is not in "
+        "trainer.optimizers. Return it from configure_optimizers, and call step() on the optimizers of self.optimizers()."
     )
 
 
 class OptimizerCounts(Counter[int]):
-    """Counts by the number of an optimizer, which a checkpoint may hold.
+    """Counts by optimizer index, which can be saved in a checkpoint.
 
     Example:
         >>> counts = OptimizerCounts()
@@ -35,15 +35,15 @@ class OptimizerCounts(Counter[int]):
     """
 
     def state_dict(self) -> dict[str, int]:
-        """Return the counts."""
+        """Return the counts for a checkpoint."""
         return {str(index): count for index, count in self.items()}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue with saved counts."""
+        """Restore saved counts."""
         self.clear()
         self.update({int(index): count for index, count in state.items()})
 
 
 def optimizer_shape(optimizer: Optimizer) -> Shape:
-    """Return what changes when a group is added, or when a checkpoint has put new groups in place."""
+    """Return a value that changes when a param group is added, or when loading a checkpoint replaces the groups."""
     return tuple((id(group), len(group["params"])) for group in optimizer.param_groups)

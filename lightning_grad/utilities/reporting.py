@@ -1,8 +1,8 @@
-"""Sending facts to whatever loggers a Trainer has, through what each of them can do.
+"""Send results to all loggers of a Trainer, in the form that each of them supports.
 
-Scalars of a step go through ``pl_module.log``. This file is for the rest: settings, final figures of merit, figures,
-tables, histograms and files. Every one also lands on disk or in scalars, so CSV and TensorBoard users miss nothing.
-All functions may be called on every rank; only rank zero writes.
+Scalars of a step go through ``pl_module.log``. This module sends everything else: settings, final results, figures,
+tables, histograms and files. All of them are also written to disk or as scalars, for CSV and TensorBoard users. All
+functions may be called on every rank; only rank zero writes.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_MOST_TEXT_ROWS = 200  # of a table that TensorBoard shows as text
-_MOST_ROWS = 10_000  # of a table that W&B shows; the file has all
+_MOST_TEXT_ROWS = 200  # rows of a table that TensorBoard shows as text
+_MOST_ROWS = 10_000  # rows of a table that W&B shows; the CSV file has all rows
 
 
 def is_installed(package: str) -> bool:
-    """Say whether an optional package can be imported, without importing it."""
+    """Return True if an optional package is installed, without importing it."""
     return find_spec(package) is not None
 
 
 def stepped_batches(trainer: pl.Trainer) -> int:
-    """Return the step that Lightning's loggers put on the x axis, the same for one optimizer or several."""
+    """Return the step that Lightning's loggers use as x axis; it does not depend on the number of optimizers."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 @contextmanager
 def logged_at(trainer: pl.Trainer, step: int) -> Iterator[None]:
-    """Put what is logged inside at a step of the x axis, as Lightning itself does at an epoch's end."""
+    """Log everything inside the block at the given step, as Lightning does at the end of an epoch."""
     loop = trainer.fit_loop.epoch_loop
     now, loop._batches_that_stepped = loop._batches_that_stepped, step
     try:
@@ -52,7 +52,7 @@ def logged_at(trainer: pl.Trainer, step: int) -> Iterator[None]:
 
 
 def is_log_step(trainer: pl.Trainer, ahead: int = 0) -> bool:
-    """Say whether scalars of the present step (or of the one ``ahead`` steps later) reach the loggers."""
+    """Return True if scalars of the current step (or ``ahead`` steps later) are sent to the loggers."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return True
@@ -71,12 +71,12 @@ def output_folder(trainer: pl.Trainer) -> Path | None:
 
 
 def output_file(trainer: pl.Trainer, display_name: str, ending: str) -> Path | None:
-    """Return where a file of a technique goes: its class in snake case and its name, in the folder of the logs.
+    """Return the path of an output file in the folder of the logs, named after a technique's class and name.
 
     Args:
-        trainer: The trainer; without a logger that has a folder there is no such file.
+        trainer: The trainer; the result is ``None`` if no logger has a folder.
         display_name: Class and name, as in ``"NMSparsity[late]"``.
-        ending: What follows in the name of the file.
+        ending: End of the file name.
 
     Example:
         >>> from lightning.pytorch.loggers import CSVLogger
@@ -93,11 +93,11 @@ def output_file(trainer: pl.Trainer, display_name: str, ending: str) -> Path | N
 
 @contextmanager
 def tolerated(display_name: str, what: str) -> Iterator[None]:
-    """Warn of an error inside instead of raising it: a file or a figure is no reason to lose the training.
+    """Turn errors inside the block into warnings: training should not stop because a file or figure fails.
 
     Args:
         display_name: Class and name of the technique.
-        what: What could not be made, as in ``"the figure of the run"``.
+        what: What the block makes, as in ``"the figure of the run"``.
     """
     try:
         yield
@@ -106,7 +106,7 @@ def tolerated(display_name: str, what: str) -> Iterator[None]:
 
 
 def log_settings(trainer: pl.Trainer, name: str, settings: Mapping[str, Any]) -> None:
-    """Write a technique's settings into the config (W&B) or hyperparameters (CSV, TensorBoard) of the run."""
+    """Write a technique's settings to the config (W&B) or hyperparameters (CSV, TensorBoard) of the run."""
     for logger in _loggers(trainer):
         logger.log_hyperparams({name: dict(settings)})
 
@@ -114,7 +114,7 @@ def log_settings(trainer: pl.Trainer, name: str, settings: Mapping[str, Any]) ->
 def log_many(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
     """Log many scalars of a step at once, as ``LearningRateMonitor`` does.
 
-    ``pl_module.log`` takes half a millisecond for each; use it for the few that people plot, and this for those of layers.
+    ``pl_module.log`` takes half a millisecond per scalar. Use it for a few scalars, and this function for per-layer ones.
     """
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
     for logger in _loggers(trainer) if values else []:
@@ -122,26 +122,27 @@ def log_many(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
 
 
 def log_summary(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
-    """Write final figures of merit into the run's summary, or as last scalars where a logger has none."""
+    """Write final results to the summary of the run, or as scalars if a logger has no summary."""
     for logger in _loggers(trainer) if values else []:
         summary = getattr(_experiment(logger), "summary", None)
         if summary is not None and hasattr(summary, "update"):
             summary.update(dict(values))
         else:
-            logger.log_metrics(dict(values), step=stepped_batches(trainer))
+            # At the last step that was made, where the curve of the same quantity ends.
+            logger.log_metrics(dict(values), step=max(stepped_batches(trainer) - 1, 0))
             logger.save()
 
 
 def say_if_no_figures(trainer: pl.Trainer, asking: object) -> None:
-    """Print, once when a fit begins, that its figures will be missing because matplotlib is not installed.
+    """Print once per fit that figures will be missing because matplotlib is not installed.
 
     Args:
-        trainer: The trainer. Without a logger that has a folder there are no figures to miss.
-        asking: A callback or strategy. The first of those whose ``figure`` is true prints the line for all of them.
+        trainer: The trainer; nothing is printed if no logger has a folder.
+        asking: The calling callback or strategy. Only the first one with ``figure=True`` prints, for all of them.
     """
-    everybody = (*trainer.callbacks, trainer.strategy)  # type: ignore[attr-defined]
-    # Callbacks of others may have a figure of another kind.
-    drawing = [one for one in everybody if hasattr(one, "log_key") and getattr(one, "figure", False)]
+    techniques = (*trainer.callbacks, trainer.strategy)  # type: ignore[attr-defined]
+    # log_key identifies our own techniques: other callbacks may have an unrelated attribute figure.
+    drawing = [one for one in techniques if hasattr(one, "log_key") and getattr(one, "figure", False)]
     first = bool(drawing) and drawing[0] is asking
     if first and not is_installed("matplotlib") and output_folder(trainer) is not None:
         names = listed((one.display_name for one in drawing), most=len(drawing))
@@ -152,7 +153,7 @@ def say_if_no_figures(trainer: pl.Trainer, asking: object) -> None:
 
 
 def log_figure(trainer: pl.Trainer, key: str, drawn: Figure | Callable[[], Figure], path: Path | None) -> None:
-    """Save a figure as PNG, and send it to the loggers that show images; a function draws it if matplotlib is installed."""
+    """Save a figure as PNG and send it to loggers that show images; does nothing without matplotlib."""
     if path is None or not trainer.is_global_zero or not is_installed("matplotlib"):
         return
     figure = drawn() if callable(drawn) else drawn
@@ -162,7 +163,7 @@ def log_figure(trainer: pl.Trainer, key: str, drawn: Figure | Callable[[], Figur
 
 
 def log_picture(trainer: pl.Trainer, key: str, pixels: NDArray[np.uint8], path: Path | None, caption: str = "") -> None:
-    """Save a picture (H, W) or (H, W, 3) as PNG, and send it to the loggers that show images; needs Pillow."""
+    """Save a picture (H, W) or (H, W, 3) as PNG and send it to loggers that show images; does nothing without Pillow."""
     if path is None or not trainer.is_global_zero or not is_installed("PIL"):
         return
     from PIL import Image
@@ -173,7 +174,7 @@ def log_picture(trainer: pl.Trainer, key: str, pixels: NDArray[np.uint8], path: 
 
 
 def _send_image(trainer: pl.Trainer, key: str, path: Path, method: str, image: Any, caption: str, **more: Any) -> None:
-    """Send an image as a file (W&B), or as an object by a method of the logger's experiment (TensorBoard)."""
+    """Send an image as a file (W&B), or as an object to a method of the logger's experiment (TensorBoard)."""
     step = stepped_batches(trainer)
     for logger in _loggers(trainer):
         if hasattr(logger, "log_image"):
@@ -183,7 +184,7 @@ def _send_image(trainer: pl.Trainer, key: str, path: Path, method: str, image: A
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of equal keys as a CSV file, which a kill leaves whole: the old one or the new one."""
+    """Write rows with equal keys to a CSV file atomically: if the process is killed, the old file remains."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     with part.open("w", newline="", encoding="utf-8") as file:
@@ -196,15 +197,15 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def log_table(
     trainer: pl.Trainer, key: str, rows: Sequence[Mapping[str, Any]], path: Path | None, pictures: Sequence[Any] = ()
 ) -> None:
-    """Save rows of equal keys as CSV, and send them to the loggers that show tables.
+    """Save rows with equal keys as CSV, and send them to loggers that show tables.
 
     Args:
-        trainer: Whose loggers get the table.
-        key: What it is called there.
-        rows: Its rows.
-        path: Where the CSV goes; ``None``, without a folder for logs, writes nothing.
-        pictures: Of each row an array of bytes, (H, W) or (H, W, 3), or ``None``; a column ``picture`` in tables that can
-            hold images (W&B, with Pillow), and left out elsewhere.
+        trainer: The trainer whose loggers get the table.
+        key: Log key of the table.
+        rows: Rows of the table.
+        path: Path of the CSV file; ``None`` (no folder for logs) writes and sends nothing.
+        pictures: A uint8 array (H, W) or (H, W, 3), or ``None``, for each row.
+            They become a column ``picture`` in W&B tables if Pillow is installed, and are ignored elsewhere.
     """
     if path is None or not trainer.is_global_zero or not rows:
         return
@@ -223,7 +224,7 @@ def log_table(
 
 
 def _images(logger: Any, pictures: Sequence[Any]) -> list[Any]:
-    """Return pictures as a logger shows them in a table; nothing if it cannot, or there is none."""
+    """Convert pictures for a table of W&B; an empty list for other loggers, or if there are no pictures."""
     if all(picture is None for picture in pictures) or not _is_wandb(logger) or not is_installed("PIL"):
         return []
     import wandb
@@ -236,7 +237,7 @@ def _text_cell(value: Any) -> str:
 
 
 def log_histograms(trainer: pl.Trainer, tensors: Mapping[str, Tensor]) -> None:
-    """Send histograms of the finite values to the loggers that show them (W&B, TensorBoard)."""
+    """Send histograms of finite values to loggers that show them (W&B, TensorBoard)."""
     if not trainer.is_global_zero:
         return
     finite = {key: tensor.detach()[tensor.detach().isfinite()].float().cpu() for key, tensor in tensors.items()}
@@ -253,14 +254,14 @@ def log_histograms(trainer: pl.Trainer, tensors: Mapping[str, Tensor]) -> None:
 
 
 def log_file(trainer: pl.Trainer, path: Path, name: str, kind: str, aliases: Sequence[str] = ()) -> None:
-    """Send a file as an artifact to the loggers that keep artifacts (W&B).
+    """Send a file as an artifact to loggers that store artifacts (W&B).
 
     Args:
-        trainer: Whose loggers get it.
+        trainer: The trainer whose loggers get the file.
         path: The file.
-        name: Of the artifact. Files of one name are its versions, also those of other runs.
-        kind: Its type.
-        aliases: Other names of this version, next to "latest".
+        name: Name of the artifact. Files with equal names become versions of it, even from different runs.
+        kind: Type of the artifact.
+        aliases: Aliases of this version, in addition to "latest".
     """
     for experiment in map(_experiment, _loggers(trainer)):
         if hasattr(experiment, "log_artifact") and hasattr(experiment, "use_artifact"):
@@ -269,14 +270,14 @@ def log_file(trainer: pl.Trainer, path: Path, name: str, kind: str, aliases: Seq
 
 
 def send_alert(trainer: pl.Trainer, title: str, text: str) -> None:
-    """Send a message to the loggers that pass them on to people (W&B)."""
+    """Send an alert to loggers that support alerts (W&B)."""
     for experiment in map(_experiment, _loggers(trainer)):
         if hasattr(experiment, "alert"):
             experiment.alert(title=title, text=text)
 
 
 def _loggers(trainer: pl.Trainer) -> Sequence[Any]:
-    """Return the loggers to write to: all on rank zero, and none elsewhere."""
+    """Return the loggers to write to: all on rank zero, none on other ranks."""
     return trainer.loggers if trainer.is_global_zero else []
 
 
@@ -289,12 +290,12 @@ def _is_wandb(logger: Any) -> bool:
 
 
 def limit_layers(values: Mapping[str, float], layer_depth: int | None, max_layers: int) -> dict[str, float]:
-    """Reduce per-layer values to a number of keys that a dashboard can carry.
+    """Reduce per-layer values to a number of log keys that a dashboard can show.
 
     Args:
-        values: Value of each layer by its name.
-        layer_depth: Join layers whose first ``layer_depth`` name parts agree, by their mean; ``None`` joins none.
-        max_layers: Keep this many, in the order of the module.
+        values: Value of each layer by name.
+        layer_depth: Average layers whose first ``layer_depth`` name parts agree; ``None`` averages none.
+        max_layers: Number of layers to keep, in the order of the module.
 
     Example:
         >>> limit_layers({"a.0.x": 1.0, "a.0.y": 3.0, "b": 5.0}, layer_depth=2, max_layers=8)
@@ -317,12 +318,12 @@ def counted(count: int, noun: str) -> str:
 
 
 def first_sentence(error: Exception) -> str:
-    """Return what is wrong; what to do about it, in the words of the function that raised, may not apply elsewhere."""
+    """Return the first sentence of an error, without the advice that follows, which may not apply elsewhere."""
     return str(error).partition(". ")[0].removesuffix(".")
 
 
 def listed(names: Iterable[object], most: int = 5) -> str:
-    """Return the first names of a list, for a sentence.
+    """Join the first names of a list for use in a sentence.
 
     Example:
         >>> listed("abc"), listed("abc", most=2)
@@ -333,7 +334,7 @@ def listed(names: Iterable[object], most: int = 5) -> str:
 
 
 def format_table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
-    """Lay rows out in aligned columns, for a terminal.
+    """Format rows as a text table with aligned columns.
 
     Example:
         >>> print(format_table([["a", 1], ["bb", 22]], ["name", "n"]))

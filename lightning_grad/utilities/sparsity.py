@@ -1,4 +1,4 @@
-"""Looking at finished weights: which are N:M sparse, and what the hardware can make of it."""
+"""Report which weights of a trained module are N:M sparse, and convert 2:4 weights for sparse hardware."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +17,14 @@ _GROUPS = (2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class LayerSparsity:
-    """What :func:`sparsity_report` found in one weight.
+    """The sparsity of one weight, from :func:`sparsity_report`.
 
     Args:
         name: Name of the parameter.
-        shape: Its shape.
-        pattern: The pattern it was checked against, or the sparsest one it satisfies along its inputs; ``None`` if it
-            satisfies none.
-        zeros: Share of zeros, 0 to 1.
-        exact: Whether no group holds more than N non-zeros.
+        shape: Shape of the parameter.
+        pattern: The given pattern, or the sparsest one that the weight satisfies along its inputs, if any.
+        zeros: Fraction of zeros, 0 to 1.
+        exact: Whether every group has at most N nonzero entries.
     """
 
     name: str
@@ -37,12 +36,12 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class ExportedLayer:
-    """What :func:`export_semi_structured` did with one weight.
+    """The result of :func:`export_semi_structured` for one weight.
 
     Args:
         name: Name of the parameter.
-        converted: Whether it is a semi-structured sparse tensor now.
-        reason: Why not, else empty.
+        converted: Whether it was converted to a semi-structured sparse tensor.
+        reason: Why it was not converted; empty otherwise.
     """
 
     name: str
@@ -51,11 +50,11 @@ class ExportedLayer:
 
 
 def sparsest_pattern(weight: Tensor, dim: int = 1) -> NMPattern | None:
-    """Return the N:M pattern of lowest density that a weight satisfies along its inputs, or ``None`` if it is dense.
+    """Return the sparsest N:M pattern that a weight satisfies along its inputs, or ``None`` if it is dense.
 
     Args:
         weight: Any shape.
-        dim: Dimension of the inputs.
+        dim: The input dimension.
 
     Example:
         >>> str(sparsest_pattern(torch.tensor([[0.0, 1.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0]])))
@@ -75,22 +74,22 @@ def sparsest_pattern(weight: Tensor, dim: int = 1) -> NMPattern | None:
 def sparsity_report(
     module: nn.Module, pattern: str | None = None, include: Sequence[str] | None = None, verbose: bool = True
 ) -> list[LayerSparsity]:
-    """Tell for every weight of two or more dimensions how sparse it is, and in which pattern.
+    """Report the sparsity and the N:M pattern of every weight with two or more dimensions.
 
-    Works on any module, with or without lightning-grad having trained it. A layer of another package whose weight is (in, out)
-    is recognized by what it computes. During a fit it reports what a checkpoint would hold.
+    Works on any module, however it was trained. Custom layers with a weight of shape (in, out) are recognized by what
+    they compute. During a fit, the report is about the weights that a checkpoint would contain.
 
     Args:
         module: Any module.
-        pattern: Check against this N:M pattern instead of looking for the sparsest that holds.
-        include: Report only parameters that these name patterns match.
-        verbose: Print the table as well.
+        pattern: N:M pattern to check; ``None`` finds the sparsest that each weight satisfies.
+        include: Name patterns of the parameters to report; ``None`` reports all.
+        verbose: Also print the table.
 
     Returns:
-        list[LayerSparsity]: One row a weight, in the order of the module.
+        list[LayerSparsity]: One row per weight, in the order of the module.
 
     Raises:
-        ValueError: If ``pattern`` is no N:M pattern.
+        ValueError: If ``pattern`` is not an N:M pattern.
 
     Example:
         >>> layer = nn.Linear(4, 1, bias=False)
@@ -121,20 +120,20 @@ def _cells(row: LayerSparsity) -> list[str]:
 
 
 def export_semi_structured(module: nn.Module, include: Sequence[str] | None = None) -> list[ExportedLayer]:
-    """Check every Linear weight for 2:4 and convert those that fit to torch's semi-structured sparse tensors, in place.
+    """Convert all 2:4 sparse Linear weights to torch's semi-structured sparse tensors, in place.
 
     The conversion needs an NVIDIA GPU of compute capability 8.0 or later, half precision, and sizes that the sparse
-    kernels take; the check works everywhere. Weights that stay as they are, are named with the reason.
+    kernels support; the check for 2:4 works everywhere. Weights that are not converted are listed with the reason.
 
     Args:
-        module: The trained module, already on its device and in its dtype.
-        include: Consider only parameters that these name patterns match.
+        module: The trained module, on its final device and in its final dtype.
+        include: Name patterns of the parameters to consider; ``None`` considers all.
 
     Returns:
         list[ExportedLayer]: One row for each Linear weight considered.
 
     Raises:
-        ValueError: If not one Linear weight is 2:4 sparse, so that there is nothing to export.
+        ValueError: If no Linear weight is 2:4 sparse.
 
     Example:
         >>> layer = nn.Linear(4, 1, bias=False)
@@ -154,20 +153,22 @@ def export_semi_structured(module: nn.Module, include: Sequence[str] | None = No
             reason = _convert(owner, weight)
         rows.append(ExportedLayer(clean_name(name), not reason, reason))
     if not any_2_4:
-        raise ValueError("No Linear weight of this module is 2:4 sparse. Train it by NMSparsity(pattern='2:4') first.")
+        raise ValueError(
+            "No Linear weight of this module is 2:4 sparse. Train it with NMSparsity(pattern='2:4') first."
+        )
     for row in rows:
         if row.reason:
-            rank_zero_info(f"export_semi_structured left {row.name} as it is: {row.reason}.")
+            rank_zero_info(f"export_semi_structured did not convert {row.name}: {row.reason}.")
     return rows
 
 
 def _why_not(weight: Tensor) -> str:
     if weight.device.type != "cuda":
-        return f"semi-structured kernels need an NVIDIA GPU, and it is on {weight.device}"
+        return f"semi-structured kernels need an NVIDIA GPU, but it is on {weight.device}"
     if torch.cuda.get_device_capability(weight.device) < (8, 0):
         return "semi-structured kernels need compute capability 8.0 or later"
     if weight.dtype not in (torch.float16, torch.bfloat16):
-        return f"semi-structured kernels need float16 or bfloat16, and it is {weight.dtype}"
+        return f"semi-structured kernels need float16 or bfloat16, but it is {weight.dtype}"
     return ""
 
 

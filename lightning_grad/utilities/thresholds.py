@@ -1,4 +1,4 @@
-"""Thresholds as users write them: one number, one for each name pattern, or a key in a param group of the optimizer."""
+"""Thresholds set by users: one number, one per name pattern, or a key in a param group of the optimizer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,15 +13,15 @@ Threshold = float | Mapping[str, float] | None
 
 
 def as_threshold(value: Threshold, parameter: str, check: Callable[[float], object]) -> Any:
-    """Return a threshold in plain types, each number checked.
+    """Check a threshold and convert it to plain types.
 
     Args:
-        value: A number, or one for each name pattern; ``None`` for no threshold.
-        parameter: Name of the argument, for the error.
-        check: Called with each number; raises for one that cannot be.
+        value: A number, or a mapping from name patterns to numbers; ``None`` for no threshold.
+        parameter: Name of the argument for the error message.
+        check: Function called with each number; it raises if the number is invalid.
 
     Raises:
-        TypeError: If it is neither a number nor a mapping of them.
+        TypeError: If the value is neither a number nor a mapping to numbers.
         ValueError: If the mapping is empty.
 
     Example:
@@ -33,12 +33,12 @@ def as_threshold(value: Threshold, parameter: str, check: Callable[[float], obje
     numbers = list(value.values()) if isinstance(value, Mapping) else [value]
     if not numbers:
         raise ValueError(
-            f"{parameter} is a number, or one for each name pattern; got an empty mapping. Write one, such as "
-            "{'*': 1.0}."
+            f"{parameter} must be a number, or a mapping from name patterns to numbers; got an empty mapping. Add an entry, "
+            "such as {'*': 1.0}."
         )
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, (int, float)):  # a param group may hold anything
-            raise TypeError(f"{parameter} is a number, or one for each name pattern; got {value!r}.")
+            raise TypeError(f"{parameter} must be a number, or a mapping from name patterns to numbers; got {value!r}.")
         check(number)
     if isinstance(value, Mapping):
         return {str(pattern): float(number) for pattern, number in value.items()}
@@ -50,12 +50,12 @@ class Bucket:
     """Parameters of one optimizer that share a threshold.
 
     Args:
-        name: Name pattern, or ``group<i>``, that sets it apart; empty where one threshold serves all.
-        value: The threshold, unless ``group`` carries one.
-        group: The param group whose ``key`` is the threshold, read at every step.
-        key: Name of the threshold in ``group``.
-        parameters: Those of the optimizer, in its order.
-        names: Name of each.
+        name: Name pattern or ``group<i>`` of the bucket; empty if there is one threshold for all.
+        value: The threshold, unless ``group`` has one.
+        group: Param group whose entry ``key`` is the threshold, read at every step.
+        key: Key of the threshold in ``group``.
+        parameters: Parameters in the order of the optimizer.
+        names: Name of each parameter.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Bucket:
 
     @property
     def threshold(self) -> float | None:
-        """The threshold as it stands."""
+        """The current threshold."""
         return self.value if self.group is None else self.group[self.key]
 
 
@@ -79,37 +79,37 @@ def choose_buckets(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> tuple[list[Bucket], list[str]]:
-    """Sort the parameters of an optimizer by the threshold that holds for them.
+    """Group the parameters of an optimizer by their threshold.
 
-    A param group that carries ``key`` comes first (unless it is an option of the optimizer itself), then the first pattern
-    that matches. A tied parameter is matched by each of its names, and listed under the first.
+    An entry ``key`` of the param group has priority (unless the optimizer has an option of that name), then the first
+    matching pattern applies. A tied parameter is matched by all of its names, and listed under the first.
 
     Args:
-        optimizer: Whose parameters are sorted.
-        module: Where their names come from.
-        threshold: The number, or one for each name pattern; a parameter that no pattern matches is left out.
-        key: Name under which a param group may carry its own.
-        include: Name patterns of those that may be chosen; default all.
-        exclude: Name patterns of those that are left out.
+        optimizer: The optimizer whose parameters are grouped.
+        module: The module that provides their names.
+        threshold: A number, or one per name pattern; parameters that no pattern matches are skipped.
+        key: Key of a param group that may contain its own threshold.
+        include: Name patterns of the parameters to use; ``None`` uses all.
+        exclude: Name patterns of the parameters to skip.
 
     Returns:
-        tuple: Buckets that are not empty, and the names of what is left out.
+        tuple: Buckets that are not empty, and the names of the parameters skipped.
     """
     known = all_names(module)
     buckets: dict[str, Bucket] = {}
-    left_out = []
+    skipped = []
     for number, group in enumerate(optimizer.param_groups):
         has_own = key is not None and key in group and key not in optimizer.defaults
         for position, parameter in enumerate(group["params"]):
             names = known.get(id(parameter), [f"group{number}.{position}"])
             new = Bucket(f"group{number}", group=group, key=str(key)) if has_own else _bucket_of(names, threshold)
             if new is None or not selects(names, include, exclude):
-                left_out.append(names[0])
+                skipped.append(names[0])
                 continue
             bucket = buckets.setdefault(new.name, new)
             bucket.parameters.append(parameter)
             bucket.names.append(names[0])
-    return list(buckets.values()), left_out
+    return list(buckets.values()), skipped
 
 
 def _bucket_of(names: Sequence[str], threshold: Threshold) -> Bucket | None:

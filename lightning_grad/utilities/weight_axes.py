@@ -1,8 +1,8 @@
-"""Which dimension of a weight counts the outputs of its layer: found out by what the layer does, not by its class.
+"""Find the output dimension of a weight, from what the layer computes and not from its class.
 
-``nn.Linear`` computes :math:`x W^T` with a weight (out, in). Other layers compute :math:`x W` with a weight (in, out), such
-as the ``Conv1D`` of GPT-2 in transformers, and graph libraries have linear layers of their own. A square weight does not show
-by its shape which of the two it is, so the product is computed once, with numbers of our own, and compared.
+``nn.Linear`` computes :math:`x W^T` with a weight (out, in). Others compute :math:`x W` with a weight (in, out), such as
+the ``Conv1D`` of GPT-2 in transformers, and graph libraries have their own linear layers. The shape of a square weight
+does not show the layout, so the layer is run once on random numbers and its output compared with both products.
 """
 
 import contextlib
@@ -26,19 +26,19 @@ _HALF_TOLERANCE = 5e-2
 
 
 def output_dimension(owner: nn.Module, attribute: str) -> int | None:
-    """Return the dimension of a weight that counts the layer's outputs.
+    """Return the output dimension of a weight.
 
-    Torch's own layers are taken at their word: 0. For a two-dimensional parameter of any other module a copy of the layer,
-    with random numbers for this weight, is run on random rows in eval mode. If its output is a multiple of
-    :math:`x W^T`, that is 0, if of :math:`x W`, that is 1.
+    For torch's own layers it is 0. For a matrix of any other module, a copy of the layer with a random weight is run on
+    random rows in eval mode. The dimension is 0 if the output is a multiple of :math:`x W^T`, and 1 if it is a multiple
+    of :math:`x W`.
 
     Args:
         owner: The module that owns the parameter.
-        attribute: Name of the parameter in it.
+        attribute: Name of the parameter in its owner.
 
     Returns:
-        int | None: 0 or 1; ``None`` if the output is neither. A subclass of ``nn.Linear`` then counts as one, and a
-        parameter of another number of dimensions always has its outputs first.
+        int | None: 0 or 1, and ``None`` if the output is neither product. It is 0 for subclasses of ``nn.Linear`` with
+        another output, and for parameters that are not matrices.
 
     Example:
         >>> class Transposed(nn.Module):
@@ -57,26 +57,26 @@ def output_dimension(owner: nn.Module, attribute: str) -> int | None:
 
 
 def multiplies_by(owner: nn.Module, attribute: str) -> bool:
-    """Return whether a module is a linear layer that multiplies its input by this matrix: ``nn.Linear`` or one like it."""
+    """Return True if a module is a linear layer (``nn.Linear`` or similar) that multiplies its input by this matrix."""
     if isinstance(owner, nn.Linear):
         return attribute == "weight"
     return is_foreign_matrix(owner, attribute) and _product_dimension(owner, attribute) is not None
 
 
 def is_foreign_matrix(owner: nn.Module, attribute: str) -> bool:
-    """Return whether a parameter is a matrix of a module whose ``forward`` is not torch's."""
+    """Return True if a parameter is a matrix of a module with a custom ``forward``."""
     return _is_matrix(owner._parameters[attribute]) and not has_torch_forward(owner)
 
 
 def output_dimensions(module: nn.Module) -> tuple[dict[int, int], list[str]]:
-    """Return the dimension that counts the outputs, for every parameter of a module.
+    """Return the output dimensions of all parameters of a module.
 
     Args:
         module: Any module.
 
     Returns:
-        tuple: Identities of the parameters whose outputs are in dimension 1, as a dict to 1, and the names of those of which
-        it cannot be told, because a tied parameter is used in both ways or its layer computes something else.
+        tuple: A dict from the ids of parameters whose outputs are in dimension 1 to 1, and the names of parameters with
+        unknown layout, because a tied parameter is used in both ways or the layer computes something else.
     """
     found: dict[int, set[int | None]] = {}
     names: dict[int, str] = {}
@@ -97,7 +97,7 @@ def _is_matrix(parameter: Tensor | None) -> bool:
 
 def _product_dimension(owner: nn.Module, attribute: str) -> int | None:
     if hasattr(owner, "configure_optimizers"):
-        return None  # a LightningModule, whose forward is the whole network
+        return None  # the forward of a LightningModule runs the whole network
     parameter = owner._parameters[attribute]
     assert parameter is not None
     if parameter.is_meta:
@@ -105,13 +105,13 @@ def _product_dimension(owner: nn.Module, attribute: str) -> int | None:
     try:
         with _unnoticed(parameter.device):
             return _compare_products(_with_weight(owner, attribute), parameter)
-    except Exception:  # a layer that takes something else than rows of numbers tells nothing
+    except Exception:  # unknown: the layer does not accept rows of numbers
         return None
 
 
 @contextlib.contextmanager
 def _unnoticed(device: torch.device) -> Iterator[None]:
-    # Compiled code would trace the probe. Without dynamo nothing is compiled, and importing it takes seconds.
+    # Compiled code would trace the probe. If dynamo is not imported, nothing is compiled, and importing it takes seconds.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices), eager, warnings.catch_warnings():
@@ -121,7 +121,7 @@ def _unnoticed(device: torch.device) -> Iterator[None]:
 
 
 def _with_weight(owner: nn.Module, attribute: str) -> Callable[[Tensor, Tensor], Any]:
-    """Return the function of (input, weight) that a layer computes, made of a copy that shares its other parameters."""
+    """Return the layer as a function of (input, weight), on a copy that shares its other parameters."""
     shared: dict[int, Any] = {id(parameter): parameter for parameter in owner.parameters()}
     twin = copy.deepcopy(owner, shared).eval()
     forward = getattr(twin.forward, "_torchdynamo_orig_callable", twin.forward)
@@ -142,7 +142,7 @@ def _compare_products(run: Callable[[Tensor, Tensor], Any], like: Tensor) -> int
     weight = draw(*like.shape)
     matches = []
     for dimension, factor in ((0, weight.t()), (1, weight)):
-        for leading in ((_ROWS,), (1, _ROWS)):  # some layers take sequences only
+        for leading in ((_ROWS,), (1, _ROWS)):  # some layers accept only sequences
             inputs = draw(*leading, factor.shape[0])
             try:
                 output = run(inputs, weight) - run(torch.zeros_like(inputs), weight)  # without the bias

@@ -5,9 +5,9 @@ import sys
 import torch
 import torch.distributed as dist
 
-from lightning_grad.testing import assert_identical
+from lightning_grad.testing import assert_identical, fit
 from tests.contract.strategy_settings import CANONICAL
-from tests.strategies.fits import outcome, train_on_ranks
+from tests.strategies.fits import outcome
 
 
 def check(name: str, device: str) -> None:
@@ -19,7 +19,7 @@ def check(name: str, device: str) -> None:
     """
     (scheme,) = [scheme for scheme in CANONICAL if scheme.name == name]
     ran = [
-        train_on_ranks(strategy, (), scheme.module(), devices=2, accelerator=device, max_epochs=2)
+        fit([], scheme.module(), True, strategy=strategy, devices=2, accelerator=device, max_epochs=2)
         for strategy in (scheme.build(), scheme.build_neutral(), "ddp")
     ]
     compressed, neutral, plain = (outcome(*one)["module"] for one in ran)
@@ -35,4 +35,4 @@ def check(name: str, device: str) -> None:
 
 
 if __name__ == "__main__":
-    check(sys.argv[1], "gpu")
+    check(*sys.argv[1:])

@@ -79,7 +79,7 @@ def assert_answers(asks: Asks) -> None:
 def test_a_callback_says_what_it_acts_on(name: str, lines: list[str]) -> None:
     cls = getattr(callbacks, name)
     technique = cls(**cls.trial)
-    with pytest.raises(RuntimeError, match=rf"{name} chooses what it acts on when a fit begins.*chosen\(\) during fit"):
+    with pytest.raises(RuntimeError, match=rf"{name} has not chosen what it acts on.*chosen\(\) during fit"):
         technique.chosen()
     asks = Asks(technique)
     fit([technique, asks], max_epochs=2)
@@ -87,7 +87,7 @@ def test_a_callback_says_what_it_acts_on(name: str, lines: list[str]) -> None:
     assert f"{technique.display_name} {asks.answers[0].words}." in lines
     assert " " in asks.answers[0].words
     assert not asks.answers[0].words.endswith(".")
-    with pytest.raises(RuntimeError, match="none is on"):
+    with pytest.raises(RuntimeError, match="no fit is running"):
         technique.chosen()
 
 
@@ -114,7 +114,7 @@ def test_after_an_exception_nothing_is_chosen() -> None:
     technique = callbacks.ZClip(**callbacks.ZClip.trial)
     with pytest.raises(RuntimeError, match="on purpose"):
         fit([technique, StopAt(3)])
-    with pytest.raises(RuntimeError, match="none is on"):
+    with pytest.raises(RuntimeError, match="no fit is running"):
         technique.chosen()
 
 

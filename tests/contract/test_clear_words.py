@@ -78,9 +78,9 @@ def test_barebones_runs_without_a_warning_that_names_nobody(technique):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"include": ["encodr.*"]}, "no parameter is named 'encodr"),
-        ({"exclude": ["nothing"]}, "no parameter is named 'nothing'"),
-        ({"include": ["hidden"], "exclude": ["hidden"]}, "finds no weight|leave none"),
+        ({"include": ["encodr.*"]}, "no parameter or module is named 'encodr"),
+        ({"exclude": ["nothing"]}, "no parameter or module is named 'nothing'"),
+        ({"include": ["hidden"], "exclude": ["hidden"]}, "found no weight|excludes all of them"),
     ],
 )
 def test_names_that_match_nothing(technique, arguments, words):

@@ -28,7 +28,7 @@ from tests.strategies.fits import train_on_ranks
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    pytest.mark.filterwarnings("ignore:.*it gets none and acts 1 / .1 - momentum. times weaker"),
+    pytest.mark.filterwarnings("ignore:.*the term gets no momentum and is weaker by a factor of 1 / .1 - momentum."),
 ]
 
 

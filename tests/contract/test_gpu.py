@@ -154,7 +154,15 @@ def test_strategies_on_two_devices(scheme, device):
     if device == "cpu":
         on_ranks(2, gpu_ranks.check, scheme.name, "cpu")
         return
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", gpu_ranks.__name__, scheme.name]
+    launch = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        gpu_ranks.__name__,
+        scheme.name,
+        "gpu",
+    ]
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-m", *launch], cwd=root, env=os.environ, capture_output=True, text=True, timeout=110

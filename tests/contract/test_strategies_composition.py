@@ -135,7 +135,7 @@ _BESIDE: dict[str, Any] = {
 }
 
 
-_NO_MOMENTUM = "it gets none and acts 1 / .1 - momentum. times weaker"
+_NO_MOMENTUM = "the term gets no momentum and is weaker by a factor of 1 / .1 - momentum."
 
 
 _SEVERAL = (

@@ -57,5 +57,5 @@ def test_only_chosen_groups_are_scaled() -> None:
     rates.begin(trainer)
     rates.multiply(trainer, 0.5)
     assert step(trainer) == [0.1, 0.01]
-    with pytest.raises(ValueError, match=r"Mine: param_groups=\[2\] counts from 0"):
+    with pytest.raises(ValueError, match=r"Mine: param_groups must hold indices below 2.*; got \[2\]"):
         ChosenRates(groups=[2], needed_by="Mine").first(trainer)

@@ -183,7 +183,7 @@ def test_a_rule_refuses_deepspeed(strategy: type) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES["fsdp1"])
 def test_a_rule_refuses_flat_shards_unless_it_acts_on_entries(strategy: type) -> None:
-    said = rf"needs gradients in their own shapes, and under FSDP1 \({strategy.__name__}\).*ModelParallelStrategy"
+    said = rf"needs gradients in their original shapes, and under FSDP1 \({strategy.__name__}\).*ModelParallelStrategy"
     with pytest.raises(ValueError, match=said):
         refuse(RULE, trainer_with(strategy=strategy()))
     refuse(ELEMENTWISE, trainer_with(strategy=strategy()))
@@ -285,7 +285,7 @@ def test_dense_embedding_and_other_modules_called_sparse_pass() -> None:
 
 def test_complex_parameters_are_refused_by_what_compares_entries() -> None:
     net = nn.ParameterDict({"scale": torch.zeros(2, dtype=torch.complex64), "shift": torch.zeros(2)})
-    with pytest.raises(ValueError, match=r"compares entries, and those of 'scale' are complex.*exclude=\['scale'\]"):
+    with pytest.raises(ValueError, match=r"compares entries, and 'scale' is complex.*exclude=\['scale'\]"):
         ELEMENTWISE.refuse_parameters("ValueClipping", net)
     ELEMENTWISE.refuse_parameters("ValueClipping", net, {id(net["shift"])})
     RULE.refuse_parameters("NormClipping", net)
@@ -296,7 +296,7 @@ def test_complex_parameters_are_refused_by_what_compares_entries() -> None:
 
 def test_a_refusal_is_explained_in_whole_sentences() -> None:
     assert RULE.sparse_gradients.explained("it") == (
-        "It needs dense gradients, and it makes sparse ones. Build it with sparse=False, or leave it out: exclude=[...]."
+        "It needs dense gradients, and it makes sparse ones. Build it with sparse=False, or exclude it: exclude=[...]."
     )
     assert yes("In a list.").explained("lists") == "In a list."
 

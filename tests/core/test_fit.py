@@ -51,7 +51,7 @@ def test_it_is_made_when_it_is_first_read_and_then_kept() -> None:
 def test_what_must_be_set_says_so() -> None:
     owner = Owner()
     assert not hasattr(owner, "given")
-    with pytest.raises(AttributeError, match=r"Owner\.given exists during a fit only"):
+    with pytest.raises(AttributeError, match=r"Owner\.given exists only during a fit"):
         _ = owner.given
     owner.given = 3
     assert owner.given == 3

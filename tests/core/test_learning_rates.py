@@ -174,10 +174,10 @@ def test_all_groups_are_meant_unless_some_are_named():
 @pytest.mark.parametrize(
     ("optimizers", "groups", "said"),
     [
-        ([2], None, r"optimizers=\[2\] counts from 0, and the module has 2. Leave out 2"),
-        ([0, 5, 7], None, "Leave out 5, 7"),
-        (None, [0, 2], r"X: param_groups=\[0, 2\] counts from 0, and optimizer 0 has 2. Leave out 2"),
-        ([-1], None, "Leave out -1"),
+        ([2], None, r"optimizers must hold indices below 2, because the module has 2; got \[2\]. Remove 2"),
+        ([0, 5, 7], None, "Remove 5, 7"),
+        (None, [0, 2], r"X: param_groups must hold indices below 2, because optimizer 0 has 2; got \[0, 2\]. Remove 2"),
+        ([-1], None, "Remove -1"),
     ],
 )
 def test_what_is_not_there_is_said(optimizers, groups, said):
@@ -191,5 +191,5 @@ def test_what_has_no_rate_is_said():
     with pytest.raises(ValueError, match=r"group 1 of optimizer 0 \(SGD\) has none: its lr is None"):
         choose_groups([optimizer], None, None)
     assert choose_groups([optimizer], None, [0]) == [(optimizer, [0])]
-    with pytest.raises(ValueError, match="configure_optimizers of the module returns no optimizer"):
+    with pytest.raises(ValueError, match="configure_optimizers returns no optimizer"):
         choose_groups([], None, None)

@@ -49,7 +49,7 @@ def test_a_choice_that_is_no_list_of_indices(kept: Any, words: str) -> None:
 
 def test_rates_with_another_number_of_factors_than_groups() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
-    with pytest.raises(ValueError, match="1 parameter groups, and rates are to be multiplied by 2 factors"):
+    with pytest.raises(ValueError, match="one for each of the optimizer's 1 parameter groups; got 2 factors"):
         HeldRates(optimizer).multiply([0.5, 0.5])
     assert optimizer.param_groups[0]["lr"] == 0.1
     assert not [name for name in vars(optimizer) if "lightning_grad" in name]
@@ -60,7 +60,7 @@ def test_rates_of_a_technique_with_too_few_factors_end_the_fit() -> None:
         def before_step(self, index: int, optimizer: Any) -> None:
             self.multiply_rates(index, [0.5, 0.5])
 
-    with pytest.raises(ValueError, match="Give one factor for all groups, or one for each"):
+    with pytest.raises(ValueError, match="factor must be one number or one for each"):
         fit([Two()])
 
 
@@ -85,13 +85,13 @@ class Silent(GradientConditioner):
 
 
 def test_a_rule_that_returns_nothing() -> None:
-    with pytest.raises(TypeError, match=r"Silent.condition must return what is to be logged.*Return \{\}"):
+    with pytest.raises(TypeError, match=r"Silent.condition must return a mapping of the values to log.*Return \{\}"):
         fit([Silent()])
 
 
 @pytest.mark.parametrize(("attributes", "got"), [({"role": "sign"}, "'sign'"), ({}, "none")])
 def test_a_rule_without_a_phase(attributes: Any, got: str) -> None:
-    with pytest.raises(TypeError, match=f"Rule must say in its class attribute role .*'guard', 'center'.*got {got}"):
+    with pytest.raises(TypeError, match=f"attribute role of Rule must be one of .*'guard', 'center'.*got {got}"):
         type("Rule", (GradientConditioner,), attributes)()
 
 
@@ -133,7 +133,7 @@ def test_an_argument_stored_under_another_name() -> None:
             super().__init__(name)
             self._factor = factor
 
-    with pytest.raises(TypeError, match=r"Hidden has no attribute 'factor'. Let its constructor store every argument"):
+    with pytest.raises(TypeError, match=r"Hidden has no attribute 'factor'. Store every constructor argument"):
         fit([Hidden()])
 
 

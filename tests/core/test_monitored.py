@@ -104,7 +104,7 @@ def test_within_an_epoch() -> None:
 
 def test_stale_and_non_finite_values_are_ignored() -> None:
     callback = Notes("val_acc")
-    with pytest.warns(UserWarning, match="Notes: val_acc is nan: values that are not finite are ignored"):
+    with pytest.warns(UserWarning, match="Notes: val_acc is nan; non-finite values are ignored"):
         fit(callback, values=[0.1, None, math.nan, 0.3, math.inf, 0.2])
     assert [value for _, value in callback.values] == pytest.approx([0.1, 0.3, 0.2])
 
@@ -137,7 +137,9 @@ def test_without_validation_or_logging_nothing_starts() -> None:
 
 
 def test_a_fit_that_has_observed_nothing_says_so() -> None:
-    with pytest.warns(UserWarning, match=r"Notes has observed nothing, so that nothing was noted: no validation came"):
+    with pytest.warns(
+        UserWarning, match=r"Notes never received a .* of 'val_acc', so nothing was noted. No validation ran"
+    ):
         fit(Notes("val_acc"), check_val_every_n_epoch=EPOCHS + 1)
 
 

@@ -100,7 +100,7 @@ def test_a_step_that_is_skipped_for_its_gradients_is_not_made() -> None:
     data = DATA.clone()
     data[3] = torch.nan
     steps = Steps()
-    train([steps, SkipNonFinite(warnings=0)], Dictated(make_optimizer=adam), rows_of(data))
+    train([steps, SkipNonFinite(max_warnings=0)], Dictated(make_optimizer=adam), rows_of(data))
     assert (steps.count("before_step"), steps.count("before_update"), steps.count("after_step")) == (12, 12, 11)
 
 
@@ -158,8 +158,8 @@ def test_rates_of_several_callbacks_multiply() -> None:
 def test_a_warmup_and_another_factor_multiply() -> None:
     """Each puts back what it has multiplied; with a copy of its own, one would put back the other's rate."""
     alone, both = Rates(), Rates()
-    train([alone, MomentumReset(3, warmup=2)], Dictated(make_optimizer=adam), rows_of(DATA))
-    for callbacks in ([MomentumReset(3, warmup=2), Times(0.5)], [Times(0.5), MomentumReset(3, warmup=2)]):
+    train([alone, MomentumReset(3, warmup_steps=2)], Dictated(make_optimizer=adam), rows_of(DATA))
+    for callbacks in ([MomentumReset(3, warmup_steps=2), Times(0.5)], [Times(0.5), MomentumReset(3, warmup_steps=2)]):
         both = Rates()
         train([both, *callbacks], Dictated(make_optimizer=adam), rows_of(DATA))
         assert both.inside == pytest.approx([0.5 * rate for rate in alone.inside], rel=1e-15)
@@ -264,7 +264,7 @@ def test_steps_past_lightning_are_seen_when_an_optimizer_was_replaced() -> None:
 
 @pytest.mark.parametrize("share", [False, True])
 def test_momentum_reset_goes_on_with_the_optimizer_that_took_the_place(share: bool) -> None:
-    rates, reset = Rates(), MomentumReset(every_n_steps=4, warmup=2)
+    rates, reset = Rates(), MomentumReset(every_n_steps=4, warmup_steps=2)
     swap = Swap("on_train_batch_end", share=share)
     if not share:
         watching = lambda groups: [made := torch.optim.RAdam(groups), rates.watch(made)][0]  # noqa: E731
@@ -278,7 +278,7 @@ def test_momentum_reset_goes_on_with_the_optimizer_that_took_the_place(share: bo
 
 
 def test_an_optimizer_that_it_does_not_act_on_takes_the_place() -> None:
-    reset = MomentumReset(every_n_steps=4, warmup=2)
+    reset = MomentumReset(every_n_steps=4, warmup_steps=2)
     train([Swap("on_train_batch_end", make=torch.optim.SGD), reset], Dictated(make_optimizer=adam), rows_of(DATA))
     assert reset.state_dict()["steps"] == {"0": 5}
     assert reset.watched == {}
@@ -404,7 +404,7 @@ class Copies(pl.Callback):
 
 
 def test_it_is_copied_in_a_step_and_the_copies_work() -> None:
-    callback = MomentumReset(every_n_steps=3, warmup=2)
+    callback = MomentumReset(every_n_steps=3, warmup_steps=2)
     copies = Copies(callback)
     _, module = fit([callback, copies])
     for copied in copies.copies:

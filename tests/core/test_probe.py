@@ -427,7 +427,7 @@ def test_what_fails_in_the_first_look_ends_the_fit_and_names_the_probe() -> None
 @pytest.mark.parametrize("error", ["ValueError", "RuntimeError"])
 def test_what_fails_later_is_a_warning_and_the_run_is_the_same(error: str) -> None:
     probe = Failing((2, 3), error)
-    with pytest.warns(UserWarning, match=f"Failing failed in its look at step .*, .* {error}: no such") as warned:
+    with pytest.warns(UserWarning, match=f"Failing failed at step .*, .* {error}: no such") as warned:
         trainer, module = run(probe, max_epochs=1)
     assert len([w for w in warned if "Failing failed" in str(w.message)]) == 2
     assert [row["seen"] for row in probe.record.rows()] == [0.0, 1.0, 4.0, 5.0]
@@ -482,12 +482,15 @@ def test_what_is_no_reading_is_refused(found: Any, words: str) -> None:
     ("arguments", "words"),
     [
         ({"samples": 0}, "at least 1"),
-        ({"samples": []}, "a count of at least 1, or a list of different indices from 0 on"),
+        ({"samples": []}, "an integer >= 1 or a list of different indices >= 0"),
         ({"samples": [1, 1]}, "different indices"),
-        ({"samples": [-1]}, "from 0 on"),
+        ({"samples": [-1]}, "indices >= 0"),
         ({"every_n_epochs": 0}, "every_n_epochs must be at least 1"),
         ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
-        ({"every_n_epochs": 1, "every_n_steps": 1}, "two schedules. Set one of them"),
+        (
+            {"every_n_epochs": 1, "every_n_steps": 1},
+            "every_n_epochs or every_n_steps; got every_n_epochs=1 and every_n_steps=1",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], words: str) -> None:
@@ -505,9 +508,9 @@ class Endless(IterableDataset):
 @pytest.mark.parametrize(
     ("validation", "setting", "error", "words"),
     [
-        (None, {"samples": 25}, ValueError, "would look at 25 samples, and the validation set has 24. Set samples to"),
-        (None, {"samples": [0, 24]}, ValueError, "would look at the sample 24, and the validation set has 24"),
-        (None, {"loader_key": 1}, ValueError, "loader_key=1 names no validation loader; there is a single one"),
+        (None, {"samples": 25}, ValueError, "would inspect 25 samples, but the validation set has 24. Set samples to"),
+        (None, {"samples": [0, 24]}, ValueError, "would inspect sample 24, but the validation set has 24"),
+        (None, {"loader_key": 1}, ValueError, "loader_key=1 matches nothing: the only validation loader has no key"),
         (DataLoader(Endless(), 4), {}, TypeError, "the validation data has none; got Endless"),
         (
             DataLoader([(torch.ones(2, 4), torch.zeros(2).long())], None),
@@ -532,7 +535,7 @@ def test_a_fit_without_validation_is_refused_before_the_first_batch() -> None:
 
 def test_a_step_that_optimizes_by_itself_is_not_run() -> None:
     probe = ActivationNorm("hidden")
-    with pytest.raises(ValueError, match="manual optimization: its training_step steps the optimizers"):
+    with pytest.raises(ValueError, match="manual optimization, because training_step steps the optimizers"):
         fit([probe], make_classifier(manual=True))
 
 
@@ -583,9 +586,7 @@ def test_one_of_several_loaders_is_chosen() -> None:
     probe = Answers(4, loader_key=1)
     run(probe, module=Two(), data=(noisy_loaders()[0], pair), max_epochs=1)
     assert torch.equal(probe.seen[0]["x"], two.x[::6])
-    with pytest.raises(
-        ValueError, match=r"must know which of the validation loaders .* Set loader_key to one of '0', '1'"
-    ):
+    with pytest.raises(ValueError, match=r"must know which validation loader .* Set loader_key to one of '0', '1'"):
         run(Answers(4), module=Two(), data=(noisy_loaders()[0], pair), max_epochs=1)
 
 
@@ -712,6 +713,6 @@ def test_it_says_what_it_looks_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_grad.core.callback.rank_zero_info", said.append)
     run(Answers([3], every_n_epochs=2), Answers(4, every_n_steps=1, split="train", name="b"), max_epochs=1)
     assert said == [
-        "Answers looks at 1 validation sample every 2 epochs.",
-        "Answers[b] looks at 4 training samples every step.",
+        "Answers inspects 1 validation sample every 2 epochs.",
+        "Answers[b] inspects 4 training samples every step.",
     ]

@@ -176,5 +176,5 @@ def test_a_figure_that_fails_does_not_end_the_fit(tmp_path: Path) -> None:
     "pixels", [np.zeros((4, 4)), np.zeros((3, 4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros(4, np.uint8)]
 )
 def test_what_is_no_picture_of_bytes_is_refused(pixels: Any) -> None:
-    with pytest.raises(ValueError, match=r"pixels must be bytes of shape \(H, W\) or \(H, W, 3\); got"):
+    with pytest.raises(ValueError, match=r"pixels must be uint8 of shape \(H, W\) or \(H, W, 3\); got"):
         Picture(pixels)

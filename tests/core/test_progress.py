@@ -192,7 +192,7 @@ def test_progress_goes_on_after_a_resume(arguments: dict[str, Any], tmp_path) ->
     ],
 )
 def test_run_without_a_known_end_is_refused(arguments: dict[str, Any], stream: bool) -> None:
-    said = r"Recorder places its phases by the length of the run.*Set total_steps=\.\.\. of Recorder or Trainer\(max_steps="
+    said = r"Recorder needs the length of the run.*Set total_steps=\.\.\. of Recorder or Trainer\(max_steps="
     with pytest.raises(ValueError, match=said):
         fit(Plain(), DataLoader(Stream()) if stream else loader(), **arguments)
 

@@ -368,11 +368,9 @@ def test_a_key_is_needed_and_must_be_known() -> None:
     both = {"a": loader(), "b": loader()}
     with pytest.raises(ValueError, match=r"Choose must know which .* Set loader_key to one of 'a', 'b'\."):
         fit(Choose(), both)
-    with pytest.raises(ValueError, match=r"loader_key='c' names no training loader; there is 'a', 'b'\."):
+    with pytest.raises(ValueError, match=r"loader_key must be one of 'a', 'b' for the training loaders; got 'c'"):
         fit(Choose(loader_key="c"), both)
-    with pytest.raises(
-        ValueError, match="loader_key='c' names no training loader; there is a single one, without a key"
-    ):
+    with pytest.raises(ValueError, match="loader_key='c' matches nothing: the only training loader has no key"):
         fit(Choose(loader_key="c"), loader())
 
 
@@ -680,14 +678,14 @@ class ByHand:
     [
         (ByHand(), r"Choose needs a torch DataLoader .* got ByHand\."),
         ([torch.arange(4.0)], r"Choose needs a torch DataLoader .* got Tensor\."),
-        (DataLoader(Stream(), BATCH), "the samples of the IterableDataset Stream have no index"),
+        (DataLoader(Stream(), BATCH), "the samples of the IterableDataset Stream have none"),
         (
             DataLoader(Indices(), batch_size=None),
-            r"Choose needs batches of indices, and .*\(batch_size=None\) is SequentialSampler, which has no batch_size",
+            r"Choose needs batches of indices, but .*\(batch_size=None\) is SequentialSampler, which has no batch_size",
         ),
         (
             DataLoader(Indices(), BATCH, num_workers=1, in_order=False),
-            r"DataLoader\(in_order=False\) does not keep their order\. Leave in_order at True",
+            r"DataLoader\(in_order=False\) does not keep their order\. Set in_order=True",
         ),
     ],
     ids=["no loader", "list of tensors", "iterable", "batch_size=None", "in_order=False"],
@@ -730,7 +728,7 @@ def test_samplers_of_ones_own_are_refused_under_several_ranks(train: Any) -> Non
     TrainingSet(_stand_in(1), "Choose", UndoList())._install(train)
     train.__dict__["batch_sampler"] = original
     with pytest.raises(
-        TypeError, match=r"Choose cannot tell which samples each of 2 ranks draws from (Own|BatchSampler)"
+        TypeError, match=r"Choose does not know which samples each of the 2 ranks draws from (Own|BatchSampler)"
     ):
         TrainingSet(_stand_in(2), "Choose", UndoList())._install(train)
     assert train.batch_sampler is original
@@ -747,7 +745,7 @@ def test_a_strategy_that_wraps_the_loader_is_refused() -> None:
     TrainingSet(trainer, "Choose", undo)
     trainer.fit_loop._data_source.dataloader()
     with pytest.raises(
-        TypeError, match=r"Choose must see the training loader's own batches, and .* wraps it in a Wrapped"
+        TypeError, match=r"Choose must see the training loader's own batches, but .* wraps the loader in Wrapped"
     ):
         trainer.strategy.process_dataloader(train)
     undo.run()
@@ -760,7 +758,9 @@ class Bypassing(DataLoader[Any]):
 
 
 def test_a_loader_that_makes_batches_without_its_sampler_is_found_out() -> None:
-    with pytest.raises(RuntimeError, match="does not know which samples are in batch 0: Bypassing has made it without"):
+    with pytest.raises(
+        RuntimeError, match="does not know which samples are in batch 0, because Bypassing made it without"
+    ):
         fit(Choose(), loader(kind=Bypassing))
 
 

@@ -175,5 +175,5 @@ def test_tables_that_are_none_are_refused_by_name(text: str, tmp_path: Path) -> 
 def test_scores_are_written_to_files_only(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scores").mkdir()
-    with pytest.raises(ValueError, match=r"names a folder\. Name a \.npz file"):
+    with pytest.raises(ValueError, match=r"because it is a folder\. Name a \.npz file"):
         save_scores(bare(), path)

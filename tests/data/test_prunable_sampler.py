@@ -445,7 +445,8 @@ def test_shares_that_are_not_known_are_said_to_be() -> None:
     assert not PrunableBatchSampler(Buckets(), TOTAL).shares_are_known
     assert not PrunableBatchSampler(ORIGINALS["own batches"](), TOTAL).shares_are_known
     with pytest.raises(
-        TypeError, match="PrunableBatchSampler cannot prune what Hashing yields, because it shares samples among ranks"
+        TypeError,
+        match="PrunableBatchSampler cannot prune the samples of Hashing, because it is unknown how it splits them",
     ):
         wrap(Hashing(range(TOTAL), 2, 0))
     alone = wrap(Hashing(range(TOTAL), 1, 0, shuffle=False))
@@ -467,7 +468,7 @@ def test_something_must_be_kept(kept: Any) -> None:
 def test_indices_lie_in_the_data_set(kept: list[int]) -> None:
     sampler = wrap(SequentialSampler(range(TOTAL)))
     sampler.keep([4])
-    with pytest.raises(ValueError, match=f"data set of {TOTAL}; got {min(kept)} to {max(kept)}"):
+    with pytest.raises(ValueError, match=f"between 0 and {TOTAL - 1}; got {min(kept)} to {max(kept)}"):
         sampler.keep(kept)
     assert list(sampler) == [[4]], "what is refused changes nothing"
 
@@ -480,14 +481,14 @@ class NoSize:
 def test_batches_of_unknown_size_are_refused_and_the_way_out_works() -> None:
     with pytest.raises(
         TypeError,
-        match=r"RS2 must know how many samples a batch has, and NoSize has no batch_size\. Give it an attribute",
+        match=r"RS2 needs the number of samples in a batch, but NoSize has no batch_size\. Give it an attribute",
     ):
         PrunableBatchSampler(NoSize(), 5, "RS2")
 
     class Size(NoSize):
         batch_size = 3
 
-    with pytest.raises(TypeError, match=r"RS2 must know how many batches.*Size has no __len__\. Give it"):
+    with pytest.raises(TypeError, match=r"RS2 needs the number of batches.*Size has no __len__\. Give it"):
         PrunableBatchSampler(Size(), 5, "RS2")
 
     class Length(Size):
@@ -507,14 +508,14 @@ def test_samples_that_the_original_never_yields_are_an_error_and_no_endless_loop
 
     sampler = wrap(Low())
     sampler.keep([10, 11, 12])
-    with pytest.raises(ValueError, match=r"keeps 3 samples, and BatchSampler yields none of them\. Prune"):
+    with pytest.raises(ValueError, match=r"keeps 3 samples, but BatchSampler yields none of them\. Prune"):
         list(sampler)
 
 
 def test_samples_outside_of_the_subset_are_an_error() -> None:
     sampler = wrap(SubsetRandomSampler([4, 8, 11]))
     sampler.keep([1, 2], samples=6)
-    with pytest.raises(ValueError, match="keeps 2 samples, and BatchSampler yields none of them"):
+    with pytest.raises(ValueError, match="keeps 2 samples, but BatchSampler yields none of them"):
         list(sampler)
 
 

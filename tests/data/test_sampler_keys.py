@@ -101,7 +101,7 @@ def test_batches_may_be_lists_tensors_and_arrays_and_are_passed_on_as_they_are(f
 def test_other_keys_are_refused_whoever_reads_them(kind: str) -> None:
     make, error = (FOREIGN[kind], TypeError) if kind in FOREIGN else (BEYOND[kind], ValueError)
     keys = [make(i) for i in range(TOTAL)]
-    says = r"^Pruning knows samples by their index, an integer from 0 to 39, and Plan yields .*__getitem__ look up"
+    says = r"^Pruning identifies samples by index, an integer from 0 to 39, but Plan yields .*__getitem__ look up"
     with pytest.raises(error, match=says):
         refuse_other_keys(BatchSampler(Plan(keys), 4, False), range(TOTAL), "Pruning")
     for kept in (None, torch.arange(TOTAL)):
@@ -131,7 +131,7 @@ def test_samplers_of_torch_are_known_without_drawing_from_them(kind: str) -> Non
     state = torch.get_rng_state()
     for fits in (TOTAL, TOTAL - 1):
         refuse_other_keys(BatchSampler(KNOWN[kind](fits), 4, False), range(TOTAL), "Pruning")
-    with pytest.raises(ValueError, match=r"an integer from 0 to 39, and .* yields 40"):
+    with pytest.raises(ValueError, match=r"an integer from 0 to 39, but .* yields 40"):
         refuse_other_keys(BatchSampler(KNOWN[kind](TOTAL + 1), 4, False), range(TOTAL), "Pruning")
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -294,7 +294,7 @@ def test_keys_are_refused_before_the_first_batch_and_the_way_out_works(technique
         return counter.count
 
     counted: list[int] = []
-    with pytest.raises(TypeError if crops else ValueError, match=r"^\w+ knows samples by their index.*Plan yields"):
+    with pytest.raises(TypeError if crops else ValueError, match=r"^\w+ identifies samples by index.*Plan yields"):
         steps(keyed, Plan(keys))
     assert counted == [0]
     assert 5 <= steps(ByIndex(keyed), Plan(list(range(TOTAL)))) <= 10

@@ -487,7 +487,7 @@ def test_files_that_are_none_say_so(tmp_path: Path) -> None:
     np.savez(tmp_path / "pickled.npz", scores=np.array([object()], dtype=object))
     np.save(tmp_path / "plain.npy", np.ones(3))
     for name in ("text.npz", "empty.npz", "other.npz", "pickled.npz", "plain.npy"):
-        with pytest.raises(ValueError, match="is no score file"):
+        with pytest.raises(ValueError, match="not a score file"):
             load_scores(tmp_path / name)
     (tmp_path / "later.npz").write_bytes(save_scores(bare(), tmp_path / "now.npz").read_bytes())
     with np.load(tmp_path / "now.npz") as file:
@@ -513,8 +513,8 @@ def test_values_become_float64_on_the_cpu() -> None:
         ({"values": torch.zeros(2, 2)}, r"the shape \(2, 2\)"),
         ({"labels": torch.zeros(4)}, "3 values, but labels"),
         ({"index": torch.arange(2)}, "3 values, but index"),
-        ({"index": torch.tensor([0, 1, 1])}, "each index once"),
-        ({"index": torch.tensor([0, 1, -1])}, "each index once"),
+        ({"index": torch.tensor([0, 1, 1])}, "distinct indices"),
+        ({"index": torch.tensor([0, 1, -1])}, "distinct indices"),
     ],
 )
 def test_scores_that_do_not_fit_raise(arguments: dict[str, Any], message: str) -> None:
@@ -625,9 +625,9 @@ def test_file_names_are_found_in_the_data_set(tmp_path: Path) -> None:
         ("", "got the columns none, 0 rows"),
         ("score\n", "0 rows"),
         ("a,b\n1,2\n", "got the columns 'a', 'b', 1 rows"),
-        ("score\nhard\n", "no number"),
-        ("index,score\n0.5,1\n", "no number"),
-        ("index,score\n0\n", "no number"),
+        ("score\nhard\n", "is not a number"),
+        ("index,score\n0.5,1\n", "is not a number"),
+        ("index,score\n0\n", "is not a number"),
     ],
 )
 def test_tables_that_are_none_say_so(text: str, message: str, tmp_path: Path) -> None:

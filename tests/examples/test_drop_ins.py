@@ -1,7 +1,9 @@
 """The short examples: what they promise is written and printed, and their YAML trains."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import adversarial
 import communication
@@ -10,7 +12,15 @@ import plain_project
 import pytest
 import schedules
 
-from lightning_grad.callbacks import AccuracyGradientLR, GradientMonitor
+from lightning_grad.callbacks import (
+    AccuracyGradientLR,
+    DataPruning,
+    GradientMonitor,
+    NMSparsity,
+    SkipNonFinite,
+    ZClip,
+)
+from lightning_grad.functional import is_nm
 from lightning_grad.strategies import DGCStrategy
 
 EXAMPLES = Path(plain_project.__file__).parents[1]
@@ -103,7 +113,67 @@ def test_yaml_runs_on_the_command_line(
     check_files(tmp_path / f"runs/{family}_yaml/version_0", figure)
 
 
-@pytest.mark.parametrize("name", ["adversarial", "communication", "diagnostics", "schedules"])
-def test_drop_in_is_short(name: str) -> None:
-    for ending in ("py", "yaml"):
-        assert len((EXAMPLES / f"{name}.{ending}").read_text(encoding="utf-8").splitlines()) <= 60
+@pytest.mark.parametrize("path", sorted([*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.yaml")]), ids=lambda path: path.name)
+def test_drop_in_is_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
+
+
+# Sparsity, clipping, data pruning: the script once, and the YAML once.
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "printed", "files"),
+    [
+        ("sparsity", "--epochs 1", "linear1.weight             128x64   1:8      87.5 %  yes", ["nm_sparsity.png"]),
+        ("clipping", "--steps 40", "ZClip clipped", ["gradient_monitor.png"]),
+        ("data_pruning", "--epochs 4", "Validation accuracy", ["scores_epoch3.npz", "data_pruning_epoch3_samples.png"]),
+    ],
+)
+def test_script_trains_and_writes_what_it_says(
+    family: str, options: str, printed: str, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import_module(family).main([*options.split(), "--output", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert printed in shown
+    assert str(tmp_path) in shown
+    check_files(tmp_path, *files)
+
+
+def run_yaml(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *options: str) -> Any:
+    """Train as the family's YAML says, with options of the command line, and return the command line's object."""
+    pytest.importorskip("jsonargparse")
+    from train import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    return main(["fit", "--config", str(EXAMPLES / f"{family}.yaml"), *options, *quiet])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse
+def test_sparsity_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.log_every_n_steps=1"]
+    cli = run_yaml("sparsity", monkeypatch, tmp_path, *short)
+    [callback] = [callback for callback in cli.trainer.callbacks if isinstance(callback, NMSparsity)]
+    assert (callback.pattern, callback.recipe) == ("1:8", "mdgf-exponential")
+    assert is_nm(cli.model.net.encoder.layers[0].linear1.weight.detach(), 1, 8)
+    check_files(tmp_path / "runs/nm_sparsity_yaml/version_0", "nm_sparsity.csv", "nm_sparsity.png")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse
+def test_clipping_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = ["--trainer.max_steps=6", "--trainer.val_check_interval=3", "--trainer.log_every_n_steps=2"]
+    cli = run_yaml("clipping", monkeypatch, tmp_path, *short)
+    kinds = (SkipNonFinite, ZClip, GradientMonitor)
+    assert [type(callback) for callback in cli.trainer.callbacks if isinstance(callback, kinds)] == list(kinds)
+    check_files(tmp_path / "runs/clipping_yaml/version_0", "gradient_monitor.png")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse
+def test_data_pruning_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cli = run_yaml("data_pruning", monkeypatch, tmp_path, "--trainer.max_epochs=4", "--model.init_args.width=2")
+    (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, DataPruning)]
+    assert (callback.prune, callback.offset, callback.epoch) == (0.5, 0.1, 3)
+    assert cli.trainer.global_step == 3 * 22 + 11
+    written = [f"data_pruning_epoch3_{name}" for name in ("scores.png", "samples.png", "samples.csv")]
+    check_files(tmp_path / "runs/data_pruning_yaml/version_0", *written)

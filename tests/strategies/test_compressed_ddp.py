@@ -101,7 +101,7 @@ def broken() -> dict[str, list[tuple[Result, Remember]]]:
         for kind, make in KINDS.items():
             remember = Remember()
             module = Broken(momentum=0.9) if kind == "DGC" else Broken()
-            found[kind] = fit(make(log_noise_scale=True), module, [SkipNonFinite(warnings=0), remember]), remember
+            found[kind] = fit(make(log_noise_scale=True), module, [SkipNonFinite(max_warnings=0), remember]), remember
         return found
 
     everyone = on_ranks(2, work)

@@ -164,7 +164,8 @@ def _refusals_of_each(scheme: Scheme) -> dict[str, Refusal]:
         ),
         "LBFGS": Refusal(("LBFGS",), build, with_optimizer(torch.optim.LBFGS)),
         "names that match nothing": Refusal(
-            ("(exclude=...): no parameter is named 'encodr.*'", "encoder"), lambda: build(exclude=["encodr.*"])
+            ("(exclude=...): no parameter or module is named 'encodr.*'", "encoder"),
+            lambda: build(exclude=["encodr.*"]),
         ),
     }
 
@@ -200,7 +201,8 @@ REFUSALS: dict[str, Refusal] = {
         ("LBFGS",), lambda: DGC.build(correction="error_feedback"), with_optimizer(torch.optim.LBFGS)
     ),
     "layer_ratios that match nothing": Refusal(
-        ("(layer_ratios=...): no parameter is named 'haed'", "head"), lambda: DGC.build(layer_ratios={"haed": 0.5})
+        ("(layer_ratios=...): no parameter or module is named 'haed'", "head"),
+        lambda: DGC.build(layer_ratios={"haed": 0.5}),
     ),
 }
 

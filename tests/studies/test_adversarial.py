@@ -16,30 +16,32 @@ from torch import nn
 
 from lightning_grad.callbacks import AccuracyGradientLR, AdversarialEvaluation, AdversarialTraining
 from studies import adversarial, demo
-from studies.adversarial import (
-    CLEAN,
-    OURS,
+from studies.adversarial import parse, print_tables, run_study
+from studies.adversarial_figures import (
+    COLOURS,
     RIGHT,
-    ROBUST,
-    SCHEDULES,
-    STRENGTHS,
     WRONG,
-    Reached,
-    Result,
-    Study,
     attack_images,
-    build_data,
-    build_module,
     draw_digits,
     draw_rates,
     draw_robustness,
+)
+from studies.adversarial_trainings import (
+    ATTACKS,
+    CLEAN,
+    OURS,
+    ROBUST,
+    SCHEDULES,
+    STRENGTHS,
+    Reached,
+    Result,
+    Study,
+    build_data,
+    build_module,
     epochs_to,
-    parse,
     pixels,
-    print_tables,
     reach,
     read_column,
-    run_study,
     speed_ups,
     train,
     tune,
@@ -344,7 +346,7 @@ def test_command_line() -> None:
     study = parse([*options, "--epsilon", "0.2", "--wandb", "--accelerator", "cpu"])
     assert study == Study(["fgsm"], ["linear", OURS], [0.2, 0.4], 3, 9, 0.2, wandb="offline", accelerator="cpu")
     assert (Study().radius, study.radius, parse(["--cifar10", "x"]).radius) == (0.15, 0.2, 8 / 255)
-    assert set(adversarial.COLOURS) == set(SCHEDULES)
+    assert set(COLOURS) == set(SCHEDULES)
 
 
 def test_cifar10_from_a_folder(tmp_path: Path) -> None:
@@ -374,7 +376,7 @@ def test_part_of_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert asked[0].seeds == 3
     printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines() if " ± " in line or "seed" not in line]
-    assert [row[0] for row in rows if row and row[0] in adversarial.ATTACKS] == ["plain", "fgsm", "pgd"]
+    assert [row[0] for row in rows if row and row[0] in ATTACKS] == ["plain", "fgsm", "pgd"]
     assert max(map(len, printed.splitlines())) <= 82
     for name in ("robustness.png", "digits.png", "rates.png", "results.csv"):
         assert f"adversarial/{name} " in demo.PLACES

@@ -1,17 +1,14 @@
-"""The clipping study and its YAML: spikes are counted as defined, and everything that is promised is written."""
+"""The study of one bad batch: it is spoiled once, outcomes are judged as defined, and everything promised is written."""
 
 import csv
-import sys
 from pathlib import Path
 
-import plain_project
 import pytest
+import torch
 
-from lightning_grad.callbacks import GradientMonitor, SkipNonFinite, ZClip
 from studies import clipping
-from studies.clipping import RULES, Result, Study, find_spikes, parse, print_table, run_study
+from studies.clipping import RULES, Result, Study, count_lost, outcome_of, parse, print_table, run_study
 
-EXAMPLES = Path(plain_project.__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 # What Lightning and torch say about themselves.
@@ -22,136 +19,91 @@ pytestmark = [
 ]
 
 
-# Spikes.
-
-FLAT = [1.0, 1.05, 0.95, 1.0] * 25
-
-
-def test_a_flat_loss_has_no_spikes() -> None:
-    assert find_spikes(FLAT) == []
-
-
-def test_a_falling_loss_has_no_spikes() -> None:
-    assert find_spikes([2.0 - 0.01 * step for step in range(150)]) == []
-
-
-def test_a_spike_lasts_until_the_loss_is_back() -> None:
-    assert find_spikes([*FLAT[:60], 3.0, 2.0, 1.5, *FLAT[:20]]) == [(60, 5)]  # 1.0 and 1.05 are not below the median
-
-
-def test_two_spikes_are_two() -> None:
-    assert [step for step, _ in find_spikes([*FLAT[:60], 3.0, *FLAT[:20], 4.0, *FLAT[:20]])] == [60, 81]
-
-
-def test_a_loss_that_never_comes_back_is_one_spike_to_the_end() -> None:
-    assert find_spikes([*FLAT[:60], *[3.0] * 30]) == [(60, 30)]
-
-
-@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_is_a_spike(loss: float) -> None:
-    assert find_spikes([*FLAT[:60], loss, *[0.5] * 5]) == [(60, 1)]
-
-
-def test_small_noise_on_a_very_smooth_loss_is_no_spike() -> None:
-    assert find_spikes([1.0] * 60 + [1.07] + [1.0] * 10) == []
-    assert find_spikes([1.0] * 60 + [1.09] + [0.99] * 10) == [(60, 1)]
-
-
-# The study.
-
-
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[Result]]:
-    """Train every variant for a moment."""
-    study = Study(steps=8, output=tmp_path_factory.mktemp("study"), accelerator="cpu")
+    """Train every rule that works with SGD, with the bad batch after 30 of 60 steps."""
+    study = Study(steps=60, seeds=1, output=tmp_path_factory.mktemp("study"), accelerator="cpu")
     return study, run_study(study)
 
 
-def test_every_variant_has_a_result_and_its_steps(study: tuple[Study, list[Result]]) -> None:
+def test_the_run_is_lost_without_a_rule_and_saved_with_a_bound(study: tuple[Study, list[Result]]) -> None:
+    outcomes = {result.variant: result.outcome for result in study[1]}
+    assert list(outcomes) == [name for name in RULES if name != "spike"]
+    assert {outcomes[name] for name in ("none", "skip", "centralization")} == {"lost"}
+    assert {outcomes[name] for name in ("norm", "layerwise", "zclip", "autoclip")} == {"saved"}
+
+
+def test_one_batch_is_bad(study: tuple[Study, list[Result]]) -> None:
     asked, results = study
-    assert [result.variant for result in results] == list(RULES)
     for result in results:
-        assert result.validation_loss > 0
         with (asked.folder(result.variant, 0) / "steps.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
-        assert len(rows) == 8
-        assert all((row["norm"] != row["norm_used"]) == (row["clipped"] == "True") for row in rows)
-    shares = {result.variant: result.clipped_share for result in results}
-    assert shares["none"] == 0.0
-    assert shares["autoclip"] > 0.0
-
-
-def test_lightnings_own_clipping_is_the_first_to_differ(study: tuple[Study, list[Result]]) -> None:
-    asked, _ = study
-    norms = {variant: clipping.read_steps(asked.folder(variant, 0)) for variant in ("none", "trainer")}
-    assert norms["none"]["norm"][0] == norms["trainer"]["norm"][0]
-    assert norms["trainer"]["norm_used"].max() <= 1.0 + 1e-4
+        norms = [float(row["norm"]) for row in rows]
+        assert len(norms) == 60
+        assert norms.index(max(norms[:31])) == asked.bad_step == 30
+        assert result.bad_norm == norms[30] > 10 * result.usual_norm
+        assert result.used_norm == float(rows[30]["norm_used"])
+    used = {result.variant: result.used_norm for result in results}
+    assert used["norm"] == pytest.approx(1.0, abs=1e-4)
+    assert used["none"] == used["skip"] > 100
 
 
 def test_figure_and_numbers_are_written(study: tuple[Study, list[Result]]) -> None:
-    asked, _ = study
+    asked, results = study
     assert (asked.output / "comparison.png").read_bytes().startswith(PNG)
     with (asked.output / "results.csv").open(newline="") as file:
-        assert [row["variant"] for row in csv.DictReader(file)] == list(RULES)
+        assert [(row["variant"], float(row["accuracy"])) for row in csv.DictReader(file)] == [
+            (result.variant, result.accuracy) for result in results
+        ]
 
 
-def test_the_same_seed_gives_the_same_numbers(study: tuple[Study, list[Result]], tmp_path: Path) -> None:
-    _, results = study
-    again = run_study(Study(variants=["zclip"], steps=8, output=tmp_path, accelerator="cpu"))
-    assert again == [result for result in results if result.variant == "zclip"]
+def test_the_figure_shows_every_step_of_every_rule(study: tuple[Study, list[Result]]) -> None:
+    asked, results = study
+    panels = clipping.draw_comparison(asked, results).axes
+    assert [axis.get_title("left").strip() for axis in panels] == [RULES[name].text for name in asked.rules]
+    for axis, result in zip(panels, results, strict=True):
+        losses = clipping.read_losses(asked.folder(result.variant, 0))
+        assert axis.lines[0].get_ydata() == pytest.approx(losses)
+        assert result.outcome in axis.texts[0].get_text()
+
+
+def test_the_spoiled_sample_is_the_first_one() -> None:
+    images, labels = torch.ones(3, 1, 2, 2), torch.tensor([9, 1, 2])
+    callback = clipping.BadBatch(4, 1000.0)
+    for step in (3, 4, 5):
+        trainer = type("Trainer", (), {"global_step": step})
+        callback.on_train_batch_start(trainer, None, [images, labels], 0)
+    assert images.flatten(1).mean(1).tolist() == [1000.0, 1.0, 1.0]
+    assert labels.tolist() == [0, 1, 2]
+
+
+def test_steps_lost_are_those_far_above_what_was_usual() -> None:
+    usual = [1.0, 2.0] * 30
+    assert count_lost([*usual, 99.0, 4.0, 4.1, float("nan"), float("inf"), 1.0], 60) == 3
+    assert count_lost([9.0, *[1.0] * 50, 99.0, 3.0], 51) == 1  # only the 50 steps before count
+
+
+def test_outcomes_of_seeds_that_differ_are_counted() -> None:
+    own = [Result("norm", seed, 1, 9, 1, 0.9, 0.9, 0, word) for seed, word in enumerate(("saved", "lost", "saved"))]
+    assert outcome_of(own) == "2 saved, 1 lost"
+    assert outcome_of([own[1], own[0], own[1]]) == "2 lost, 1 saved"
+    assert outcome_of(own[::2]) == "saved"
 
 
 def test_table_tells_what_its_columns_mean(capsys: pytest.CaptureFixture[str]) -> None:
-    results = [Result("spam", seed, 1.0 + seed, seed, 10, 0.25) for seed in (0, 1)]
-    print_table(results, 400)
+    results = [Result("norm", seed, 0.8, 440.0, 1.0, 0.95, 0.97, 0, "saved") for seed in (0, 1)]
+    print_table(results, Study(variants=["norm"], seeds=2))
     printed = capsys.readouterr().out
-    assert "spam      1.500 ± 0.707     0.5 ± 0.7   10 ± 0       25 %" in printed
-    assert "4 robust deviations" in printed
-    assert max(map(len, printed.splitlines())) <= 80
-
-
-# The command line.
+    assert "NormClipping(1.0)   saved     0 ± 0        95.0 → 97.0 %   1.00" in printed
+    assert "large but finite" in printed
+    assert max(map(len, printed.splitlines())) <= 84
+    print_table(results, Study(variants=["norm"], seeds=2, factor=float("nan")))
+    assert "finite" not in capsys.readouterr().out
 
 
 def test_command_line() -> None:
     assert parse([]) == Study()
-    options = ["--variants", "none", "zclip", "--seeds", "3", "--steps", "20", "--lr", "0.01"]
-    study = parse([*options, "--wandb", "--accelerator", "cpu"])
-    expected = Study(variants=["none", "zclip"], seeds=3, steps=20, lr=0.01, wandb="offline", accelerator="cpu")
-    assert study == expected
-
-
-def test_a_text_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = tmp_path / "book.txt"
-    text.write_text("all work and no play makes a dull book\n" * 100)
-    options = f"--text {text} --variants none --steps 2 --accelerator cpu --output {tmp_path / 'out'}"
-    clipping.main(options.split())
-    assert str(tmp_path / "out") in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("content", "words"), [(None, "cannot read"), ("too short", "too short a text")])
-def test_a_text_that_cannot_be_learnt_is_refused(
-    content: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = tmp_path / "book.txt"
-    if content is not None:
-        text.write_text(content)
-    with pytest.raises(SystemExit):
-        parse(["--text", str(text)])
-    assert words in capsys.readouterr().err
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse
-def test_yaml_runs_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("jsonargparse")
-    from train import main
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    short = ["--trainer.max_steps=6", "--trainer.val_check_interval=3", "--trainer.log_every_n_steps=2"]
-    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-    cli = main(["fit", "--config", str(EXAMPLES / "clipping.yaml"), *short, *quiet])
-    kinds = (SkipNonFinite, ZClip, GradientMonitor)
-    assert [type(callback) for callback in cli.trainer.callbacks if isinstance(callback, kinds)] == list(kinds)
-    (figure,) = tmp_path.glob("runs/clipping_yaml/version_0/gradient_monitor.png")
-    assert figure.read_bytes().startswith(PNG)
+    study = parse(["--optimizer", "adamw", "--factor", "1e5", "--seeds", "3", "--steps", "20", "--wandb"])
+    assert study == Study(optimizer="adamw", factor=1e5, seeds=3, steps=20, wandb="offline")
+    assert study.rules == list(RULES)
+    assert parse(["--variants", "none", "zclip", "--output", "here"]).folder("none", 1) == Path("here/none_seed1")

@@ -1,25 +1,25 @@
-"""The data-pruning study, its part of the demo, and the YAML: what is compared is comparable, and all is written."""
+"""The data-pruning study and its part of the demo: what is compared is comparable, and everything promised is written."""
 
 import csv
 import pickle
-import sys
 from pathlib import Path
 
 import numpy as np
 import plain_project
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from lightning_grad.callbacks import DataPruning
 from lightning_grad.data import load_scores
 from studies import data_pruning, demo
 from studies.data_pruning import (
     RULES,
-    Finding,
     Result,
     Study,
     build_data,
+    count_found,
     draw_comparison,
+    draw_found,
     epochs_of,
     equal,
     find_label_errors,
@@ -121,9 +121,14 @@ def test_wrong_labels_are_counted_among_the_hardest(study: tuple[Study, list[Res
     scores = load_scores(asked.output / "scores" / "el2n_flip0.1_seed0" / "scores_epoch1.npz").values
     data = build_data(asked, 0.1, 0)
     data.setup("fit")
-    for row, size in zip(rows, (14, 70, 140), strict=True):
-        assert (int(row["total"]), int(row["wrong"]), int(row["looked_at"])) == (1400, 140, size)
-        assert int(row["found"]) == len(set(scores.topk(size).indices.tolist()) & set(data.flipped.tolist()))
+    hardest = scores.argsort(descending=True, stable=True).tolist()
+    mislabeled = set(data.flipped.tolist())
+    assert [row["order"] for row in rows] == ["el2n"] * 43 + ["random"] * 43
+    assert [int(row["looked_at"]) for row in rows] == [*range(0, 421, 10)] * 2
+    assert {(int(row["total"]), int(row["wrong"])) for row in rows} == {(1400, 140)}
+    for row in rows[:43]:
+        assert int(row["found"]) == len(set(hardest[: int(row["looked_at"])]) & mislabeled)
+    assert 0 < int(rows[-1]["found"]) < int(rows[42]["found"])
     assert list(asked.output.glob("scores/el2n_flip0.1_seed0/*_samples.csv"))
 
 
@@ -167,19 +172,40 @@ def test_table_tells_what_its_columns_mean(capsys: pytest.CaptureFixture[str]) -
     assert max(map(len, printed.splitlines())) <= 80
 
 
-def test_findings_are_shares_of_those_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
-    print_findings([Finding(0, 1400, 140, 70, 56), Finding(1, 1400, 140, 70, 70)])
-    assert "the 70 hardest   90.0 ± 14.1 %" in capsys.readouterr().out
+def test_findings_are_counts_of_both_orders(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = np.arange(1400) < 140
+    findings = [finding for seed in (0, 1) for finding in count_found(wrong, "el2n", seed)]
+    findings += [finding for seed in (0, 1) for finding in count_found(np.roll(wrong, 70 * (1 + seed)), "random", seed)]
+    print_findings(findings)
+    printed = capsys.readouterr().out
+    assert "140                 140.0 ± 0.0            35.0 ± 49.5" in printed
+    assert "140 of 1400 labels are wrong" in printed
+    axis = Figure().subplots()
+    draw_found(axis, findings)
+    drawn = [line.get_xydata().tolist() for line in axis.lines[:4]]
+    assert drawn == [
+        [[f.looked_at, f.found] for f in findings if (f.order, f.seed) == key]
+        for key in (("el2n", 0), ("el2n", 1), ("random", 0), ("random", 1))
+    ]
 
 
-def test_one_training_set_and_one_rate_are_drawn_too() -> None:
-    study = Study(seeds=1, flips=[0.0], prunes=[0.5], variants=["full", "random"])
-    results = [Result("full", 0.0, 0.0, 0, 1.0, 2000, 2.0), Result("random", 0.5, 0.0, 0, 0.98, 1000, 2.0)]
+def test_every_mean_is_drawn_where_it_is() -> None:
+    study = Study(seeds=2, flips=[0.0], prunes=[0.5, 0.8], variants=["full", "random"])
+    results = [Result("full", 0.0, 0.0, seed, 1.0, 2000, 2.0) for seed in (0, 1)]
+    results += [
+        Result("random", prune, 0.0, seed, accuracy, 1000, 2.0)
+        for prune in (0.5, 0.8)
+        for seed, accuracy in enumerate((0.9, 0.98))
+    ]
     figure = draw_comparison(study, results)
-    assert len(figure.axes) == 1
+    assert len(figure.axes) == 2
+    for axis in figure.axes:
+        points = [line.get_xydata()[0].tolist() for line in axis.lines if line.get_marker() == "o"]
+        assert points == [[1.0, 0], [pytest.approx(0.94), 1]]
+        assert [text.get_text() for text in axis.texts] == ["100 %", "50 %", "samples seen"]
 
 
-# The command line, the demo and the YAML.
+# The command line and the demo.
 
 
 def test_command_line() -> None:
@@ -213,26 +239,8 @@ def test_cifar10_from_a_folder(tmp_path: Path) -> None:
 
 
 def test_part_of_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    demo.prune_data(tmp_path, epochs=4)
+    demo.find_label_errors(tmp_path, seeds=1)
     printed = capsys.readouterr().out
-    assert [line.split()[0] for line in printed.splitlines() if " 50 %" in line] == ["random", "hard", "infobatch"]
-    assert "the 140 hardest" in printed
-    for name in ("comparison.png", "results.csv", "label_errors.png"):
-        assert (tmp_path / name).is_file()
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse
-def test_yaml_runs_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("jsonargparse")
-    from train import main
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    quick = ["--trainer.max_epochs=4", "--model.init_args.width=2"]
-    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-    cli = main(["fit", "--config", str(EXAMPLES / "data_pruning.yaml"), *quick, *quiet])
-    (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, DataPruning)]
-    assert (callback.prune, callback.offset, callback.epoch) == (0.5, 0.1, 3)
-    assert cli.trainer.global_step == 3 * 22 + 11
-    written = {path.name for path in tmp_path.glob("runs/data_pruning_yaml/version_0/*")}
-    assert {f"data_pruning_epoch3_{name}" for name in ("scores.png", "samples.png", "samples.csv")} <= written
+    assert "140 of 1400 labels are wrong\n" in printed
+    assert max(map(len, printed.splitlines())) <= 88
+    assert {path.name for path in tmp_path.iterdir()} == {"label_errors.png", "label_errors.csv", "scores"}

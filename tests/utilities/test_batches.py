@@ -237,7 +237,7 @@ class Stored:
 
 def test_a_key_may_name_what_an_object_shows() -> None:
     assert find_input([Stored()], "0.pos", "Somebody") == (0, "_store", "pos")
-    with pytest.raises(ValueError, match=r"input_key='z' leads nowhere in the batch; there it has '_store'\."):
+    with pytest.raises(ValueError, match=r"input_key='z' is not in the batch; available there: '_store'\."):
         find_input(Stored(), "z", "Somebody")
 
 
@@ -257,18 +257,18 @@ def test_keys_that_look_like_something_else() -> None:
 @pytest.mark.parametrize(
     ("batch", "key", "said"),
     [
-        ({"x": X, "y": Y}, "z", r"Somebody: input_key='z' leads nowhere in the batch; there it has 'x', 'y'\."),
-        ((X, Y), 2, r"Somebody: input_key=2 leads nowhere in the batch; there it has 0, 1\."),
-        ((X, Y), -1, r"Somebody: input_key=-1 leads nowhere"),
-        ([{"x": X}], "0.z", r"input_key='0\.z' leads nowhere in the batch; there it has 'x'\."),
-        (X, "x", r"input_key='x' leads nowhere in the batch; there it has no parts: it is a Tensor\."),
-        ({"n": 3}, "n.x", r"there it has no parts: it is a int\."),
+        ({"x": X, "y": Y}, "z", r"Somebody: input_key='z' is not in the batch; available there: 'x', 'y'\."),
+        ((X, Y), 2, r"Somebody: input_key=2 is not in the batch; available there: 0, 1\."),
+        ((X, Y), -1, r"Somebody: input_key=-1 is not in the batch"),
+        ([{"x": X}], "0.z", r"input_key='0\.z' is not in the batch; available there: 'x'\."),
+        (X, "x", r"input_key='x' is not in the batch; type Tensor has no parts\."),
+        ({"n": 3}, "n.x", r"type int has no parts\."),
         (
             {"ids": IDS},
             "ids",
-            r"'ids' must name a floating tensor of the batch, and leads to a tensor of torch\.int64\.",
+            r"'ids' must name a floating-point tensor of the batch, but names a tensor of torch\.int64\.",
         ),
-        ({"x": [X]}, "x", r"must name a floating tensor of the batch, and leads to a list\."),
+        ({"x": [X]}, "x", r"must name a floating-point tensor of the batch, but names a list\."),
     ],
 )
 def test_keys_that_lead_nowhere(batch: Any, key: Any, said: str) -> None:

@@ -52,7 +52,7 @@ def test_a_position_may_be_left_out() -> None:
 
 def test_what_is_given_by_two_arguments_is_refused() -> None:
     check_only_one({"loss_index": 0, "loss_fn": None, "scores_by='sample'": False, "score_files": []}, "say it")
-    with pytest.raises(ValueError, match=r"^loss_index and score_files would both say it\. Leave one of them out\.$"):
+    with pytest.raises(ValueError, match=r"^loss_index and score_files would both say it\. Set only one of them\.$"):
         check_only_one({"loss_index": 0, "loss_fn": None, "score_files": ["a.npz"]}, "say it")
 
 

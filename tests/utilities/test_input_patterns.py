@@ -75,16 +75,16 @@ def test_a_key_may_mean_several(batch: Any, key: Any, paths: Any) -> None:
 @pytest.mark.parametrize(
     ("batch", "key", "said"),
     [
-        ({"x": VIEWS}, "z.*", r"Somebody: input_key='z\.\*' leads nowhere in the batch; there it has 'x'\."),
-        ({"x": []}, "x.*", r"input_key='x\.\*' leads nowhere in the batch; there it has no parts: it is a list\."),
+        ({"x": VIEWS}, "z.*", r"Somebody: input_key='z\.\*' is not in the batch; available there: 'x'\."),
+        ({"x": []}, "x.*", r"input_key='x\.\*' is not in the batch; type list has no parts\."),
         (
             (SAME[0], torch.zeros(3)),
             "*",
-            r"floating tensors of one type with as many dimensions each; batch\[\*\] are not",
+            r"floating-point tensors of one dtype and number of dimensions; those at batch\[\*\] differ",
         ),
-        ((SAME[0], torch.zeros(3, 1, 1).long()), "*", r"batch\[\*\] are not\. Name one of them\."),
-        (([SAME[0], SAME[0].double()], 1), 0, r"batch\[0\]\[\*\] are not"),
-        ({"x": [torch.zeros(2).long()]}, "x", r"must name a floating tensor of the batch, and leads to a list\."),
+        ((SAME[0], torch.zeros(3, 1, 1).long()), "*", r"batch\[\*\] differ\. Name one of them\."),
+        (([SAME[0], SAME[0].double()], 1), 0, r"batch\[0\]\[\*\] differ"),
+        ({"x": [torch.zeros(2).long()]}, "x", r"must name a floating-point tensor of the batch, but names a list\."),
     ],
 )
 def test_keys_that_cannot_mean_several(batch: Any, key: Any, said: str) -> None:

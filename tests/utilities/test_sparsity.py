@@ -132,14 +132,14 @@ def test_export_on_a_cpu_says_why_not_and_changes_nothing(said: list[str]) -> No
     module = mixed()
     before = module[0].weight
     rows = export_semi_structured(module)
-    why = "semi-structured kernels need an NVIDIA GPU, and it is on cpu"
+    why = "semi-structured kernels need an NVIDIA GPU, but it is on cpu"
     assert rows == [
         ExportedLayer("0.weight", False, why),
         ExportedLayer("1.weight", False, "it is not 2:4 sparse"),
     ]
     assert said == [
-        f"export_semi_structured left 0.weight as it is: {why}.",
-        "export_semi_structured left 1.weight as it is: it is not 2:4 sparse.",
+        f"export_semi_structured did not convert 0.weight: {why}.",
+        "export_semi_structured did not convert 1.weight: it is not 2:4 sparse.",
     ]
     assert module[0].weight is before
 
@@ -190,7 +190,7 @@ def test_export_names_what_the_kernels_refuse(monkeypatch: pytest.MonkeyPatch, s
     ("capability", "dtype", "why"),
     [
         ((7, 5), torch.float16, "compute capability 8.0 or later"),
-        ((8, 0), torch.float32, "float16 or bfloat16, and it is torch.float32"),
+        ((8, 0), torch.float32, "float16 or bfloat16, but it is torch.float32"),
         ((8, 0), torch.float16, ""),
         ((9, 0), torch.bfloat16, ""),
     ],

@@ -37,7 +37,7 @@ def test_the_order_of_the_patterns_is_kept() -> None:
 
 @pytest.mark.parametrize("given", ["1.0", True, [1.0], {"*": "1"}, {"*": None}, {"*": False}, torch.tensor(1.0)])
 def test_what_is_no_number_raises(given: Any) -> None:
-    with pytest.raises(TypeError, match="max_norm is a number, or one for each name pattern; got"):
+    with pytest.raises(TypeError, match="max_norm must be a number, or a mapping from name patterns to numbers; got"):
         as_threshold(given, "max_norm", above_zero)
 
 

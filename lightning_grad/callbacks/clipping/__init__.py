@@ -1,7 +1,8 @@
-"""Gradient clipping and conditioning: one rule a file.
+"""Gradient clipping and conditioning: one rule per file.
 
-Each derives from :class:`lightning_grad.core.conditioner.GradientConditioner` (read that first) and calls a function
-of :mod:`lightning_grad.functional`. Which rule suits what, tells ``docs/clipping.md``.
+Each rule derives from :class:`lightning_grad.core.conditioner.GradientConditioner` (read that
+first) and calls a function of :mod:`lightning_grad.functional`; :class:`MomentumReset` derives from
+:class:`lightning_grad.core.OptimizerCallback`. ``docs/clipping.md`` helps to choose a rule.
 """
 
 from lightning_grad.callbacks.clipping.adaptive_gradient_clipping import AdaptiveGradientClipping

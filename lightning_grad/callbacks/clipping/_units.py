@@ -1,4 +1,4 @@
-"""Where the units of each weight lie, for techniques that treat every neuron apart, and which layer is the last.
+"""Find the dimension of each weight that counts the neurons, and the last linear layer.
 
 Used by ``adaptive_gradient_clipping.py`` and ``gradient_centralization.py``.
 """
@@ -17,18 +17,19 @@ from lightning_grad.utilities.weight_axes import multiplies_by, output_dimension
 
 
 class UnitConditioner(GradientConditioner):
-    """A rule that treats the weights of every neuron apart, and so must know which dimension of a weight counts them.
+    """A rule that treats the weights of each neuron separately.
 
-    It finds that out by what each layer computes. A matrix of which it cannot be told is left alone and named, unless its own
-    name is spelled in ``include``; then its first dimension counts.
+    It must know which dimension of a weight counts the neurons, and infers that from what the layer
+    computes. It ignores a matrix for which that fails and names it in the log, unless ``include``
+    spells out the name of that matrix; then the first dimension counts the neurons.
     """
 
-    _second = during_fit.of(dict[int, int])
+    _output_dims = during_fit.of(dict[int, int])
     _unknown = during_fit.of(list[str])
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._second, unknown = output_dimensions(pl_module)
+        self._output_dims, unknown = output_dimensions(pl_module)
         names = {known[0]: known for known in all_names(pl_module).values()}
         self._unknown = []
         excluded = self.excluded(pl_module)
@@ -39,8 +40,8 @@ class UnitConditioner(GradientConditioner):
             self.say(self._explain())
 
     def output_dims(self, parameters: Sequence[Tensor]) -> list[int] | None:
-        """Return the dimension that counts the units of each parameter, or ``None`` if it is the first for all."""
-        return [self._second.get(id(p), 0) for p in parameters] if self._second else None
+        """Return the dimension that counts the units of each parameter, or ``None`` if all use the first."""
+        return [self._output_dims.get(id(p), 0) for p in parameters] if self._output_dims else None
 
     @override
     def excluded(self, pl_module: pl.LightningModule) -> list[str]:
@@ -54,17 +55,17 @@ class UnitConditioner(GradientConditioner):
 
     def _explain(self) -> str:
         return (
-            f"leaves {', '.join(self._unknown)} alone, because the output of the layer is neither x W nor x W^T, so it is not "
-            "known which dimension counts the neurons. To take the first, spell the parameter's name in include="
+            f"ignores {', '.join(self._unknown)}, because the layer computes neither x W nor x W^T, so the dimension that "
+            "counts the neurons is unknown. To use the first dimension, spell the parameter's name in include="
         )
 
 
 class LastLayers:
-    """The last linear layer of each network: the last one registered, and after a batch the one that it reached last.
+    """The last linear layer of each network: at first the last one registered, then the last one that runs.
 
     Args:
         trainer: The trainer, with its optimizers.
-        pl_module: Its module, complete.
+        pl_module: Its module, with all its layers.
     """
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -76,7 +77,7 @@ class LastLayers:
         self.names = [_layer(clean_name(linear[-1][0]))] if linear else []
 
     def learn(self) -> bool:
-        """Take the layers that the first batch reaches last, on all ranks those of rank 0; return whether they are others."""
+        """Use the layers that ran last in the first batch on rank 0. Return True if they differ from before."""
         if not self.order.is_watching:
             return False
         networks = self.order.networks(self._groups)

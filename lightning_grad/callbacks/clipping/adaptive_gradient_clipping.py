@@ -25,36 +25,43 @@ class AdaptiveGradientClipping(UnitConditioner):
         G_i \leftarrow G_i \frac{m_i}{\lVert G_i \rVert} \text{ where } \lVert G_i \rVert > m_i, \quad
         m_i = \lambda \max(\lVert W_i \rVert, \epsilon)
 
-    i counts units: rows of a Linear, filters of a Conv; a vector is one unit. A layer of another package whose weight is
-    (in, out), as the Conv1D of GPT-2 in transformers, is recognized by what it computes; a matrix of which that cannot be told
-    is left alone and named. ConvTranspose lays out its weights otherwise, and its units are not neurons.
+    i counts units: rows of a Linear, filters of a Conv. A vector is one unit. The layout of a layer
+    with weights of shape (in, out), such as the Conv1D of GPT-2 in transformers, is recognized from
+    what the layer computes. A matrix whose layout cannot be recognized is ignored, and the log
+    names it. The units of a ConvTranspose are its input channels.
 
     Args:
-        ratio: lambda, the largest ratio of gradient to weight norm; one number, or one for each name pattern, first
-            match first. A param group of the optimizer that carries "ratio" has its own. The paper takes 0.01 at
-            batches of 4096, and more at smaller ones.
-        eps: epsilon, the least weight norm (1e-3 in the paper), so that weights that are zero can leave zero.
-        head: Name or wildcard of the classifier, which is not clipped; "last Linear" is the last linear layer that the first
-            batch reaches, in each network of its own (the two of a GAN have two), None clips all.
-        include: Names or wildcards of the parameters or modules that are clipped; default all. A matrix whose own name is
-            spelled ("mix.w") counts its units first if its layer does not show where they are.
-        exclude: Names or wildcards of those that are not.
-        name: Name of this instance, needed when two are used.
+        ratio: lambda, the largest ratio of gradient norm to weight norm (0.01 in the paper).
+            One number, or a mapping from name patterns to numbers, of which the first match counts.
+            A param group of the optimizer may set its own "ratio". The paper uses 0.01 for batches
+            of 4096 and more for smaller ones.
+        eps: epsilon, the smallest weight norm used (1e-3 in the paper).
+            It lets weights that are zero become non-zero.
+        head: Name or wildcard of the classifier, which is not clipped. None clips everything.
+            "last Linear" is the last linear layer that the first batch reaches, one for each
+            optimizer (two in a GAN).
+        include: Names or wildcards of the parameters or modules to clip. Default: all.
+            If the layout of a matrix cannot be recognized, its full name ("mix.w") makes the first
+            dimension count units.
+        exclude: Names or wildcards of the parameters or modules not to clip.
+        name: Name of this instance. Required if the Trainer has two of this class.
 
     Raises:
-        ValueError: In the constructor unless ratio and eps are above 0. Before the first batch if there is no Linear and
-            head is "last Linear", beside ``Trainer(gradient_clip_val=...)``, under FSDP1 and DeepSpeed, with a fused
-            optimizer in fp16, for sparse gradients, and for a name pattern that matches nothing.
+        ValueError: In the constructor if ratio or eps is not above 0. Before the first batch if
+            head is "last Linear" and there is no Linear, with ``Trainer(gradient_clip_val=...)``,
+            under FSDP1 or DeepSpeed, with a fused optimizer in fp16, with sparse gradients, or if a
+            name pattern matches nothing.
 
-    **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced. In the first batch hooks on the
-    layers see which is reached last.
+    **Hooks.** ``on_before_optimizer_step``, after gradients are accumulated, unscaled and reduced.
+    In the first batch, hooks on the layers record which one runs last.
 
-    **Logs** under ``grad/agc/``, at log steps: ``clipped_units`` (share of units that were clipped in this step) and
-    ``least_coefficient`` (how far the most clipped one was).
+    **Logs** under ``grad/agc/``, at log steps: ``clipped_units`` (share of units clipped in this
+    step) and ``least_coefficient`` (smallest factor that a unit was multiplied by).
 
     **State.** None.
 
-    **Cost.** Two norms a weight; about half of a loop over parameters: see docs/benchmarks.md.
+    **Cost.** Two norms per weight. About half the time of a loop over parameters: see
+    docs/benchmarks.md.
 
     Example:
         .. code-block:: yaml
@@ -66,8 +73,9 @@ class AdaptiveGradientClipping(UnitConditioner):
                     ratio: 0.01
 
     References:
-        Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", 2021, arXiv 2102.06171,
-        section 4: eps 1e-3, and a ratio of 0.01 at batch size 4096 (larger for smaller batches); the head stays unclipped.
+        Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", 2021,
+        arXiv 2102.06171, section 4: eps 1e-3, and a ratio of 0.01 at batch size 4096 (larger for
+        smaller batches). The head is not clipped.
     """
 
     namespace: ClassVar[str] = "grad/agc"
@@ -99,8 +107,8 @@ class AdaptiveGradientClipping(UnitConditioner):
             self.undo.push(self._heads.order.stop)
             if not self._heads.names:
                 raise ValueError(
-                    f"{self.display_name} leaves the classifier alone, and finds no Linear. Name it by head='...', or "
-                    "set head=None."
+                    f"{self.display_name} does not clip the classifier, but finds no Linear. Name it by head='...', or "
+                    "set head=None to clip all layers."
                 )
         super().on_fit_start(trainer, pl_module)
 
@@ -125,7 +133,7 @@ class AdaptiveGradientClipping(UnitConditioner):
     def _learn_heads(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._heads is None or not self._heads.learn():
             return
-        self.say(f"leaves {', '.join(self._heads.names)} alone: the batch reaches it last")
+        self.say(f"does not clip {', '.join(self._heads.names)}, because the batch reaches it last")
         self.choose_again(trainer, pl_module)
 
     @override
@@ -139,8 +147,8 @@ class AdaptiveGradientClipping(UnitConditioner):
         others = [names for names in all_names(pl_module).values() if selects(names, self.include, own)]
         if others and all(matches(names, heads) for names in others):
             raise ValueError(
-                f"{self.display_name} has nothing to act on besides {', '.join(heads)}, which it leaves alone as the "
-                "classifier. Set head=None to clip that too."
+                f"{self.display_name} has nothing to act on besides {', '.join(heads)}, which it does not clip because it "
+                "is the classifier. Set head=None to clip it too."
             )
         super().check_choice(pl_module)
 

@@ -11,41 +11,45 @@ from lightning_grad.functional import autoclip_state, autoclip_threshold_, clip_
 from lightning_grad.functional.gradients.tensor_lists import joined_norm
 from lightning_grad.utilities.checks import check_count_between
 
-_MOST_NORMS = 1_000_000  # 8 MB, which are searched at every step
+_MOST_NORMS = 1_000_000  # 8 MB, searched at every step
 
 
 class AutoClip(GradientConditioner):
-    r"""Clip gradients to a percentile of the norms seen so far.
+    r"""Clip gradients to a percentile of the previous norms.
 
     .. math::
         g_t \leftarrow g_t \cdot \min\Bigl(1, \frac{\tau_t}{\lVert g_t \rVert}\Bigr), \quad
         \tau_t = \operatorname{percentile}_p(\lVert g_1 \rVert, \ldots, \lVert g_t \rVert)
 
-    Most steps are clipped, at p = 10 about nine in ten: it is closer to normalising gradients than to cutting spikes. With
-    an optimizer that divides by the gradient's own scale (Adam) its effect is small.
+    It clips most steps, at p = 10 about nine in ten, so it normalizes gradients rather than cutting
+    spikes. With an optimizer that divides by the scale of the gradient (Adam) its effect is small.
 
     Args:
-        percentile: p, 0 to 100; one number, or one for each name pattern, first match first, each with norms of its
-            own. A param group of the optimizer that carries "percentile" has its own. 100 never clips; 10 is the best
-            of the paper, on source separation.
-        window: How many of the last norms are kept, 1 to 1,000,000 (the published code keeps all).
-        include: Names or wildcards of the parameters or modules that are clipped; default all.
-        exclude: Names or wildcards of those that are not.
-        name: Name of this instance, needed when two are used.
+        percentile: p, 0 to 100. 100 never clips.
+            One number, or a mapping from name patterns to numbers, of which the first match counts;
+            each pattern has its own norms. A param group of the optimizer may set its own
+            "percentile". 10 was the best value in the paper, on source separation.
+        window: Number of recent norms to keep, 1 to 1,000,000. The published code keeps all.
+        include: Names or wildcards of the parameters or modules to clip. Default: all.
+        exclude: Names or wildcards of the parameters or modules not to clip.
+        name: Name of this instance. Required if the Trainer has two of this class.
 
     Raises:
-        ValueError: In the constructor for a percentile outside 0 to 100 or a window outside 1 to 1,000,000. Before the first
-            batch beside ``Trainer(gradient_clip_val=...)``, under FSDP1 and DeepSpeed, with a fused optimizer in fp16, for
-            sparse gradients, and for a name pattern that matches nothing.
+        ValueError: In the constructor if percentile is outside 0 to 100 or window outside 1 to
+            1,000,000. Before the first batch with ``Trainer(gradient_clip_val=...)``, under FSDP1
+            or DeepSpeed, with a fused optimizer in fp16, with sparse gradients, or if a name
+            pattern matches nothing.
 
-    **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced.
+    **Hooks.** ``on_before_optimizer_step``, after gradients are accumulated, unscaled and reduced.
 
-    **Logs** under ``grad/autoclip/``, at log steps: ``norm`` (before clipping), ``threshold``, and ``clipped_share`` (of all
-    steps so far, those that were clipped); the last also in the summary.
+    **Logs** under ``grad/autoclip/``, at log steps: ``norm`` (before clipping), ``threshold`` and
+    ``clipped_share`` (share of all steps so far that were clipped). The summary also has
+    ``clipped_share``.
 
-    **State.** The last norms of each optimizer. A norm that is not finite is not among them, and its step is not clipped.
+    **State.** The recent norms of each optimizer. A step with a non-finite norm is not clipped, and
+    its norm is ignored.
 
-    **Cost.** A norm, and a sort of the window: see docs/benchmarks.md.
+    **Cost.** A norm and a sort of the window: see docs/benchmarks.md.
 
     Example:
         .. code-block:: yaml
@@ -57,9 +61,9 @@ class AutoClip(GradientConditioner):
                     percentile: 10
 
     References:
-        Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation Networks", 2020, arXiv 2007.14469,
-        whose best percentile is 10. The published code keeps every norm for ever, in a list that one nan spoils; the window
-        is ours.
+        Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation Networks",
+        2020, arXiv 2007.14469, with 10 as the best percentile. The published code keeps every norm,
+        in a list that a single nan corrupts. The window is an addition of this library.
     """
 
     namespace: ClassVar[str] = "grad/autoclip"
@@ -102,7 +106,7 @@ class AutoClip(GradientConditioner):
 
 
 def _resized(state: Mapping[str, Tensor], window: int) -> dict[str, Tensor]:
-    """Return the state with the last norms in a window of another length."""
+    """Return the state with its most recent norms in a window of another length."""
     norms, count = state["norms"], int(state["count"])
     in_order = norms.roll(-(count % len(norms))) if count > len(norms) else norms[:count]
     last = in_order[-window:]

@@ -21,29 +21,33 @@ class GradientCentralization(UnitConditioner):
     .. math::
         G_i \leftarrow G_i - \frac{1}{M} \sum_{j=1}^{M} G_{ij}
 
-    i counts the outputs of the layer, which are in the first dimension of a weight (of a ConvTranspose these are the inputs).
-    A layer of another package whose weight is (in, out), as the Conv1D of GPT-2 in transformers, is recognized by what it
-    computes; a matrix of which that cannot be told is left alone and named. Vectors stay as they are. With plain SGD the mean
-    of each neuron's weights then never changes. It comes before clipping.
+    i counts the outputs of the layer, in the first dimension of a weight (for a ConvTranspose, that
+    is the inputs). The layout of a layer with weights of shape (in, out), such as the Conv1D of
+    GPT-2 in transformers, is recognized from what the layer computes. A matrix whose layout cannot
+    be recognized is ignored, and the log names it. Vectors are not changed. With plain SGD, the
+    mean of each neuron's weights never changes. Centralization comes before clipping.
 
     Args:
-        conv_only: Leave Linear and Embedding weights alone, as the released code has for an option.
-        include: Names or wildcards of the parameters or modules whose gradients are centralized; default all. A matrix
-            whose own name is spelled ("mix.w") counts its outputs first if its layer does not show where they are.
-        exclude: Names or wildcards of those that are left alone.
-        name: Name of this instance, needed when two are used.
+        conv_only: Ignore Linear and Embedding weights, an option of the released code.
+        include: Names or wildcards of the parameters or modules to centralize. Default: all.
+            If the layout of a matrix cannot be recognized, its full name ("mix.w") makes the first
+            dimension count outputs.
+        exclude: Names or wildcards of the parameters or modules to ignore.
+        name: Name of this instance. Required if the Trainer has two of this class.
 
     Raises:
-        ValueError: Before the first batch under FSDP1 and DeepSpeed, with a fused optimizer in fp16, for sparse gradients,
-            and for a name pattern that matches nothing.
+        ValueError: Before the first batch under FSDP1 or DeepSpeed, with a fused optimizer in fp16,
+            with sparse gradients, if there is no weight to centralize, or if a name pattern matches
+            nothing.
 
-    **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced.
+    **Hooks.** ``on_before_optimizer_step``, after gradients are accumulated, unscaled and reduced.
 
-    **Logs** under ``grad/centralization/``, at log steps: ``removed`` (share of the squared norm that the means were).
+    **Logs** under ``grad/centralization/``, at log steps: ``removed`` (share of the squared norm
+    that was removed with the means).
 
     **State.** None.
 
-    **Cost.** A mean and a difference for each weight.
+    **Cost.** A mean and a subtraction per weight.
 
     Example:
         .. code-block:: yaml
@@ -53,13 +57,13 @@ class GradientCentralization(UnitConditioner):
                 - class_path: lightning_grad.callbacks.GradientCentralization
 
     References:
-        Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks", 2020,
-        arXiv 2004.01461.
+        Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural
+        Networks", 2020, arXiv 2004.01461.
     """
 
     namespace: ClassVar[str] = "grad/centralization"
     trial: ClassVar[Mapping[str, Any]] = {}
-    neutral: ClassVar[Mapping[str, Any] | str] = "the mean is taken away whole or not at all"
+    neutral: ClassVar[Mapping[str, Any] | str] = "the mean is removed completely or not at all"
     role: ClassVar[Role] = "center"
 
     def __init__(
@@ -81,11 +85,11 @@ class GradientCentralization(UnitConditioner):
         most = max((p.ndim for p in pl_module.parameters() if not is_lazy(p)), default=3)
         if most < 2:
             raise ValueError(
-                f"{self.display_name} centralizes weights, and this module has vectors only. Drop the callback."
+                f"{self.display_name} centralizes weights, but this module has vectors only. Drop the callback."
             )
         if most < 3 and self.conv_only:
             raise ValueError(
-                f"{self.display_name}(conv_only=True) centralizes convolutions, and this module has none. Set conv_only=False."
+                f"{self.display_name}(conv_only=True) centralizes convolutions, but this module has none. Set conv_only=False."
             )
 
     @override

@@ -13,34 +13,37 @@ from lightning_grad.utilities.checks import check_finite_at_least
 
 
 class GradientNoise(GradientConditioner):
-    r"""Add Gaussian noise to all gradients, less and less over the training.
+    r"""Add Gaussian noise to all gradients; the noise decays during training.
 
     .. math::
         g_t \leftarrow g_t + \mathcal N(0, \sigma_t^2), \qquad \sigma_t^2 = \frac{\eta}{(1 + t)^\gamma}
 
-    The noise is drawn from a generator seeded by seed and t, the same on every rank, so a resumed run draws what it would
-    have drawn, and torch's own random state is not touched. It comes after clipping, as in the paper.
+    The noise comes from a generator seeded by seed and t, and is the same on every rank. A resumed
+    run therefore draws the same noise as an uninterrupted one, and torch's own random state is not
+    touched. Noise is added after clipping, as in the paper.
 
     Args:
-        eta: Variance at the first step; the paper tries 0.01, 0.3 and 1. 0 adds none.
-        decay: gamma, how fast the variance falls (0.55 in the paper).
-        seed: Of the noise; another seed, another run.
-        include: Names or wildcards of the parameters or modules whose gradients get noise; default all.
-        exclude: Names or wildcards of those whose gradients get none.
-        name: Name of this instance, needed when two are used.
+        eta: Variance of the noise at the first step; 0 adds no noise.
+            The paper tries 0.01, 0.3 and 1.
+        decay: gamma, the exponent with which the variance decays (0.55 in the paper).
+        seed: Seed of the noise.
+        include: Names or wildcards of the parameters or modules that get noise. Default: all.
+        exclude: Names or wildcards of the parameters or modules that get no noise.
+        name: Name of this instance. Required if the Trainer has two of this class.
 
     Raises:
-        ValueError: In the constructor for an eta or decay that is negative or infinite. Before the first batch beside
-            ``Trainer(gradient_clip_val=...)``, which would clip the noise, under FSDP1 and DeepSpeed, with a fused optimizer
-            in fp16, for sparse gradients, and for a name pattern that matches nothing.
+        ValueError: In the constructor if eta or decay is negative or infinite. Before the first
+            batch with ``Trainer(gradient_clip_val=...)``, which would clip the noise, under FSDP1
+            or DeepSpeed, with a fused optimizer in fp16, with sparse gradients, or if a name
+            pattern matches nothing.
 
-    **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced.
+    **Hooks.** ``on_before_optimizer_step``, after gradients are accumulated, unscaled and reduced.
 
     **Logs** under ``grad/noise/``, at log steps: ``deviation`` (sigma).
 
-    **State.** t of each optimizer.
+    **State.** The step count t of each optimizer.
 
-    **Cost.** One normal draw for each entry.
+    **Cost.** One normal draw per entry.
 
     Example:
         .. code-block:: yaml
@@ -52,8 +55,8 @@ class GradientNoise(GradientConditioner):
                     eta: 0.01
 
     References:
-        Neelakantan et al., "Adding Gradient Noise Improves Learning for Very Deep Networks", 2015, arXiv 1511.06807:
-        decay 0.55, eta chosen from 0.01, 0.3 and 1.
+        Neelakantan et al., "Adding Gradient Noise Improves Learning for Very Deep Networks", 2015,
+        arXiv 1511.06807: decay 0.55, eta chosen from 0.01, 0.3 and 1.
     """
 
     namespace: ClassVar[str] = "grad/noise"
@@ -84,5 +87,5 @@ class GradientNoise(GradientConditioner):
 
 
 def _seed(*parts: object) -> int:
-    """Return a seed of 62 bits in which every part tells; neighbouring steps share nothing."""
+    """Return a seed of 62 bits that depends on every part; neighboring steps get unrelated seeds."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 2

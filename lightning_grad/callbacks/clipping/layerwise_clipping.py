@@ -19,31 +19,35 @@ class LayerwiseClipping(GradientConditioner):
         g_h \leftarrow g_h \cdot \min\Bigl(1, \frac{C_h}{\lVert g_h \rVert + 10^{-6}}\Bigr), \qquad
         C_h = \frac{C}{\sqrt H} \;\text{ or }\; C \sqrt{d_h / d}
 
-    A layer with large gradients does not scale down the others, as it does in norm clipping; the total norm stays under C.
+    Unlike in norm clipping, a layer with large gradients does not scale down the others. The total
+    norm stays below C.
 
     Args:
-        max_norm: C, the largest total norm; one number, or one for each name pattern, first match first, each shared out
-            over its own layers. A param group of the optimizer that carries "max_norm" has its own.
-        weighted: Share C out by the number of entries d_h of each layer, and not equally over the H layers.
+        max_norm: C, the largest total norm.
+            One number, or a mapping from name patterns to numbers, of which the first match counts;
+            each number is divided over the layers of its pattern. A param group of the optimizer
+            may set its own "max_norm".
+        weighted: Divide C by layer size instead of equally over the layers.
         per: A layer is a "module" (its weight and bias together) or each "parameter".
-        include: Names or wildcards of the parameters or modules that are clipped; default all.
-        exclude: Names or wildcards of those that are not.
-        name: Name of this instance, needed when two are used.
+        include: Names or wildcards of the parameters or modules to clip. Default: all.
+        exclude: Names or wildcards of the parameters or modules not to clip.
+        name: Name of this instance. Required if the Trainer has two of this class.
 
     Raises:
-        ValueError: In the constructor unless max_norm is above 0, or for an unknown per. Before the first batch beside
-            ``Trainer(gradient_clip_val=...)``, under FSDP1 and DeepSpeed, with a fused optimizer in fp16, for sparse
-            gradients, and for a name pattern that matches nothing.
+        ValueError: In the constructor if max_norm is not above 0 or per is unknown. Before the
+            first batch with ``Trainer(gradient_clip_val=...)``, under FSDP1 or DeepSpeed, with a
+            fused optimizer in fp16, with sparse gradients, or if a name pattern matches nothing.
 
-    **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced.
+    **Hooks.** ``on_before_optimizer_step``, after gradients are accumulated, unscaled and reduced.
 
-    **Logs** under ``grad/layerwise_clipping/``, at log steps: ``norm`` (before clipping), ``clipped_layers`` (share of
-    layers that were clipped in this step), and ``clipped_share`` (of all steps so far, those in which a layer was clipped);
-    the last also in the summary.
+    **Logs** under ``grad/layerwise_clipping/``, at log steps: ``norm`` (before clipping),
+    ``clipped_layers`` (share of layers clipped in this step) and ``clipped_share`` (share of all
+    steps so far in which a layer was clipped). The summary also has
+    ``clipped_share``.
 
-    **State.** How many steps were clipped.
+    **State.** The number of clipped steps.
 
-    **Cost.** A norm for each tensor, and one product.
+    **Cost.** A norm per tensor and one multiplication.
 
     Example:
         .. code-block:: yaml
@@ -55,8 +59,9 @@ class LayerwiseClipping(GradientConditioner):
                     max_norm: 1.0
 
     References:
-        Pelikan et al., "Federated Learning with Differential Privacy for End-to-End Speech Recognition", 2023,
-        arXiv 2310.00098, which clips the updates of clients so; the default of max_norm is ours.
+        Pelikan et al., "Federated Learning with Differential Privacy for End-to-End Speech
+        Recognition", 2023, arXiv 2310.00098, which clips the updates of clients in this way. The
+        default of max_norm is a choice of this library.
     """
 
     namespace: ClassVar[str] = "grad/layerwise_clipping"

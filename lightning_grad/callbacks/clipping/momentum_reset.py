@@ -1,6 +1,7 @@
 """Momentum reset (SPAM): the callback.
 
-The rules are :func:`lightning_grad.functional.reset_moments_` and :func:`lightning_grad.functional.reset_warmup`.
+The rules are :func:`lightning_grad.functional.reset_moments_` and
+:func:`lightning_grad.functional.reset_warmup`.
 """
 
 from collections.abc import Mapping
@@ -16,40 +17,44 @@ from lightning_grad.functional import reset_warmup
 from lightning_grad.utilities.checks import keeps
 from lightning_grad.utilities.optimizers import OptimizerCounts
 
-_LONGEST_DEFAULT = 150  # steps of warm-up, as in the released code
+_LONGEST_DEFAULT = 150  # steps of warm-up in the released code
 
 
 class MomentumReset(OptimizerCallback):
-    r"""Reset the moments of an Adam-like optimizer now and then, and warm the learning rate up again (SPAM).
+    r"""Reset the moments of an Adam-like optimizer at intervals, then warm up the learning rate again (SPAM).
 
     .. math::
         m = v = 0 \text{ every } \Delta T \text{ steps, then} \quad
         \mathrm{lr}_k = \mathrm{lr} \cdot \Bigl(1 - 0.99 \cdot \frac{1 + \cos(\pi k / (T + 1))}{2}\Bigr), \quad k < T
 
-    so that a spike that got into the moments does not act for hundreds of steps. Meant for :class:`SpikeClipping` beside
-    it, which pauses after each reset.
+    Without resets, a spike that entered the moments affects hundreds of steps. Use it with
+    :class:`SpikeClipping`, which pauses after each reset.
 
     Args:
         every_n_steps: Optimizer steps from one reset to the next (500 in the paper).
-        warmup: Steps after a reset in which the learning rate is reduced; 0 for none. Default: 150, as in
-            the released code, or half of every_n_steps if that is less.
-        name: Name of this instance, in its log keys and its state.
+        warmup_steps: Steps after a reset with a reduced learning rate; 0 disables the warm-up.
+            Default: 150, as in the released code, or half of every_n_steps if that is less.
+        name: Name of this instance, part of its log keys and its state.
 
     Raises:
-        ValueError: In the constructor unless every_n_steps is at least 1 and warmup from 0 to below it. Before the first batch
-            for a fused optimizer in fp16, if no optimizer keeps ``exp_avg_sq``, for a second instance, and under DeepSpeed.
+        ValueError: In the constructor if every_n_steps is below 1 or warmup_steps is not from 0 to
+            every_n_steps - 1. Before the first batch with a fused optimizer in fp16, under
+            DeepSpeed, if no optimizer keeps ``exp_avg_sq``, or for a second instance.
 
-    **Hooks.** Those of :class:`~lightning_grad.core.OptimizerCallback` before and after a step, which are called for exactly
-    the steps that are made: one that the GradScaler skips is not counted, resets nothing and leaves the learning rate alone;
-    one without gradients (skipped by ``SkipNonFinite``) is not counted. The rate is given back after the step, before a
-    scheduler reads it. A rate that the training step sets is reduced too, and stays.
+    **Hooks.** Those of :class:`~lightning_grad.core.OptimizerCallback` before and after a step,
+    called only for steps that are really made. A step that the GradScaler skips is not counted,
+    resets nothing and does not change the learning rate. A step without gradients (skipped by
+    ``SkipNonFinite``) is not counted. The learning rate is restored after the step, before a
+    scheduler reads it. If the training step sets a learning rate, that is reduced too, and kept
+    afterwards.
 
     **Logs** under ``grad/momentum_reset/``, at log steps: ``lr_factor`` and ``resets``.
 
-    **State.** Of each optimizer its steps, its resets and the step of the last one. A run that resumes with another
-    ``every_n_steps`` is reset so many steps after its last reset, or at once.
+    **State.** For each optimizer: steps, resets, and the step of the last reset. A run that resumes
+    with another ``every_n_steps`` counts from its last reset, and resets immediately if that many
+    steps have passed.
 
-    **Cost.** None worth measuring: two Python calls a step, one pass over the moments at a reset.
+    **Cost.** Negligible: two Python calls per step and one pass over the moments per reset.
 
     Example:
         .. code-block:: yaml
@@ -61,8 +66,9 @@ class MomentumReset(OptimizerCallback):
                     every_n_steps: 500
 
     References:
-        Huang et al., "SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training", 2025, arXiv 2501.06842,
-        algorithm 1; the warm-up's length and shape are those of its released code. Half of every_n_steps is ours.
+        Huang et al., "SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training", 2025,
+        arXiv 2501.06842, algorithm 1. The length and shape of the warm-up are those of its released
+        code; the limit to half of every_n_steps is an addition of this library.
     """
 
     namespace: ClassVar[str] = "grad/momentum_reset"
@@ -73,23 +79,23 @@ class MomentumReset(OptimizerCallback):
             "Train with Adam or AdamW, or drop the callback",
         ),
     )
-    trial: ClassVar[Mapping[str, Any]] = {"every_n_steps": 5, "warmup": 3}
+    trial: ClassVar[Mapping[str, Any]] = {"every_n_steps": 5, "warmup_steps": 3}
     neutral: ClassVar[Mapping[str, Any] | str] = {"every_n_steps": 10**6}
 
     _steps = until_next_fit.of(OptimizerCounts).saved()
     _last = until_next_fit.of(OptimizerCounts).saved()  # the step of the last reset, from 1
     _resets = until_next_fit.of(OptimizerCounts).saved()
-    _without = during_fit.of(list[ValueError])  # why it skips an optimizer
+    _without = during_fit.of(list[ValueError])  # the reasons for skipping optimizers
 
-    def __init__(self, every_n_steps: int = 500, warmup: int | None = None, name: str | None = None) -> None:
+    def __init__(self, every_n_steps: int = 500, warmup_steps: int | None = None, name: str | None = None) -> None:
         super().__init__(name)
         self.every_n_steps = check_count(every_n_steps, 1, "every_n_steps")
-        self.warmup = min(_LONGEST_DEFAULT, every_n_steps // 2) if warmup is None else warmup
-        check_count(self.warmup, 0, "warmup")
-        if self.warmup >= every_n_steps:
+        self.warmup_steps = min(_LONGEST_DEFAULT, every_n_steps // 2) if warmup_steps is None else warmup_steps
+        check_count(self.warmup_steps, 0, "warmup_steps")
+        if self.warmup_steps >= every_n_steps:
             raise ValueError(
-                "warmup must be below every_n_steps, or the learning rate never comes back; got "
-                f"warmup={warmup} and every_n_steps={every_n_steps}. Leave warmup out for half of every_n_steps."
+                "warmup_steps must be below every_n_steps, or the learning rate never recovers; got "
+                f"warmup_steps={warmup_steps} and every_n_steps={every_n_steps}. Omit it to use half of every_n_steps."
             )
 
     # The fit begins.
@@ -115,20 +121,24 @@ class MomentumReset(OptimizerCallback):
         if self._without:
             self.say(f"skips an optimizer: {str(self._without[0]).rstrip('.')}")
         names = ", ".join(type(optimizer).__name__ for optimizer in self.watched.values())
-        slow = f", and reduces the learning rate for {self.warmup} steps after each reset" if self.warmup else ""
+        slow = (
+            f", and reduces the learning rate for {self.warmup_steps} steps after each reset"
+            if self.warmup_steps
+            else ""
+        )
         words = f"resets the moments of {names} every {self.every_n_steps} steps{slow}"
         self.announce(words, "optimizers", [f"optimizers[{index}]" for index in self.watched])
 
     # One optimizer step.
 
     def steps_since_reset(self, index: int) -> int | None:
-        """Return how many steps ago an optimizer's moments were reset; 0 for the step that is being made.
+        """Return the number of steps since the last reset of an optimizer; 0 if the current step resets it.
 
         Args:
             index: Number of the optimizer.
 
         Returns:
-            int: The steps, or ``None`` before the first reset.
+            int: The number of steps, or ``None`` before the first reset.
         """
         last = self._last[index]
         since = self._steps[index] + 1 - last
@@ -142,7 +152,7 @@ class MomentumReset(OptimizerCallback):
         if since == 0:
             self.reset_moments(index)
         if since is not None:
-            self.multiply_rates(index, reset_warmup(since, self.warmup))
+            self.multiply_rates(index, reset_warmup(since, self.warmup_steps))
 
     @override
     def after_step(self, index: int, optimizer: Optimizer) -> None:
@@ -157,6 +167,6 @@ class MomentumReset(OptimizerCallback):
         if is_log_step(trainer):
             for index, steps in self._steps.items():
                 last = self._last[index]
-                factor = reset_warmup(steps - last, self.warmup) if last else 1.0
+                factor = reset_warmup(steps - last, self.warmup_steps) if last else 1.0
                 values = {"lr_factor": factor, "resets": float(self._resets[index])}
                 self.log_scalars(pl_module, {self.quantity_of(index, key): value for key, value in values.items()})

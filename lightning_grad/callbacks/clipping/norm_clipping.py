@@ -12,34 +12,36 @@ from lightning_grad.functional import clip_norm_
 
 
 class NormClipping(GradientConditioner):
-    r"""Scale gradients together so that their norm is at most a constant, for all or for parts of a model.
+    r"""Scale gradients so that their joint norm is at most a constant, for all or parts of a model.
 
     .. math::
         g \leftarrow g \cdot \min\Bigl(1, \frac{c}{\lVert g \rVert_p + 10^{-6}}\Bigr)
 
-    It is what ``Trainer(gradient_clip_val=c)`` does, bit for bit, and works where Lightning refuses that: with a fused
-    optimizer in bf16-mixed, and in manual optimization. Beyond it there are thresholds for parts of a model, each with a
-    norm of its own.
+    The result is bit for bit that of ``Trainer(gradient_clip_val=c)``. It also works where
+    Lightning refuses that: with a fused optimizer in bf16-mixed, and in manual optimization. Parts
+    of a model can have their own thresholds; each part then has its own norm.
 
     Args:
-        max_norm: c, the largest norm; one number, or one for each name pattern, first match first. A param group of the
-            optimizer that carries "max_norm" has its own. 1.0 is that of GPT-3 (arXiv 2005.14165, appendix B).
-        norm_type: p; .inf in YAML for the largest magnitude.
-        include: Names or wildcards of the parameters or modules that are clipped; default all.
-        exclude: Names or wildcards of those that are not.
-        name: Name of this instance, needed when two are used.
+        max_norm: c, the largest norm (1.0 in GPT-3: arXiv 2005.14165, appendix B).
+            One number, or a mapping from name patterns to numbers, of which the first match counts.
+            A param group of the optimizer may set its own "max_norm".
+        norm_type: p, the order of the norm; .inf in YAML for the largest magnitude.
+        include: Names or wildcards of the parameters or modules to clip. Default: all.
+        exclude: Names or wildcards of the parameters or modules not to clip.
+        name: Name of this instance. Required if the Trainer has two of this class.
 
     Raises:
-        ValueError: In the constructor unless max_norm and norm_type are above 0. Before the first batch beside
-            ``Trainer(gradient_clip_val=...)``, under FSDP1 and DeepSpeed, with a fused optimizer in fp16, for sparse
-            gradients, and for a name pattern that matches nothing.
+        ValueError: In the constructor if max_norm or norm_type is not above 0. Before the first
+            batch with ``Trainer(gradient_clip_val=...)``, under FSDP1 or DeepSpeed, with a fused
+            optimizer in fp16, with sparse gradients, or if a name pattern matches nothing.
 
-    **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced.
+    **Hooks.** ``on_before_optimizer_step``, after gradients are accumulated, unscaled and reduced.
 
-    **Logs** under ``grad/norm_clipping/``, at log steps: ``norm`` (before clipping) and ``clipped_share`` (of all steps so
-    far, those that were clipped); the latter also in the summary.
+    **Logs** under ``grad/norm_clipping/``, at log steps: ``norm`` (before clipping) and
+    ``clipped_share`` (share of all steps so far that were clipped). The summary also has
+    ``clipped_share``.
 
-    **State.** How many steps were clipped.
+    **State.** The number of clipped steps.
 
     **Cost.** Less than ``torch.nn.utils.clip_grad_norm_``: see docs/benchmarks.md.
 
@@ -53,8 +55,8 @@ class NormClipping(GradientConditioner):
                     max_norm: 1.0
 
     References:
-        Pascanu et al., "On the difficulty of training recurrent neural networks", 2013, arXiv 1211.5063. The default
-        follows GPT-3 (Brown et al., 2020, arXiv 2005.14165, appendix B).
+        Pascanu et al., "On the difficulty of training recurrent neural networks", 2013, arXiv
+        1211.5063. The default follows GPT-3 (Brown et al., 2020, arXiv 2005.14165, appendix B).
     """
 
     namespace: ClassVar[str] = "grad/norm_clipping"

@@ -1,4 +1,4 @@
-"""Skipping steps whose gradients are not finite: the callback. The test is :func:`lightning_grad.functional.nonfinite`."""
+"""Skipping steps with non-finite gradients: the callback. The test is :func:`lightning_grad.functional.nonfinite`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -21,35 +21,37 @@ from lightning_grad.utilities.reporting import log_summary
 class SkipNonFinite(GradientConditioner):
     """Skip a step with non-finite gradients, on every rank, and name the first bad parameter.
 
-    The gradients are set to ``None``, so that neither momentum nor weight decay moves anything; with zeros AdamW would
-    still move. The first bad parameter in the order of the forward pass is named, with the batch. A run of such steps raises,
-    for then the weights are lost and not the batch.
+    The gradients are set to ``None``, so neither momentum nor weight decay moves a parameter; with
+    zeros AdamW would still move them. A warning names the batch and the bad parameter that comes
+    first in the forward pass. Several such steps in a row raise an error, because then the weights
+    are the likely cause and not a batch.
 
-    With an fp16 GradScaler overflows are daily business: the scaler skips those steps itself and lowers its scale. They are
-    left to it, and count towards the run only once its scale is below 1.
+    An fp16 GradScaler regularly causes overflows. It skips those steps itself and lowers its scale,
+    so they count towards max_in_row only once its scale is below 1.
 
     Args:
-        max_in_row: Raise when so many steps in a row had to be skipped; None never raises.
-        warnings: How many skipped steps are told one by one.
-        include: Names or wildcards of the parameters or modules that are looked at; default all.
-        exclude: Names or wildcards of those that are not.
-        name: Name of this instance, needed when two are used.
+        max_in_row: Raise an error after this many skipped steps in a row; None never raises.
+        max_warnings: Number of skipped steps to warn about. Later ones are only counted.
+        include: Names or wildcards of the parameters or modules to check. Default: all.
+        exclude: Names or wildcards of the parameters or modules not to check.
+        name: Name of this instance. Required if the Trainer has two of this class.
 
     Raises:
-        ValueError: In the constructor unless max_in_row is at least 1 and warnings at least 0. Before the first batch under
-            FSDP1 and DeepSpeed, with a fused optimizer in fp16, for sparse gradients, and for a name pattern that matches
-            nothing.
+        ValueError: In the constructor if max_in_row is below 1 or max_warnings is negative. Before the
+            first batch under FSDP1 or DeepSpeed, with a fused optimizer in fp16, with sparse
+            gradients, or if a name pattern matches nothing.
         RuntimeError: After max_in_row skipped steps in a row.
 
-    **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced. During the first batch hooks
-    on the module's children learn the order of the forward pass.
+    **Hooks.** ``on_before_optimizer_step``, after gradients are accumulated, unscaled and reduced.
+    During the first batch, hooks on the module's children record the order of the forward pass.
 
-    **Logs** under ``grad/skip_non_finite/``, at log steps: ``skipped`` (steps so far); also in the summary.
+    **Logs** under ``grad/skip_non_finite/``, at log steps: ``skipped`` (steps so far); also in the
+    summary.
 
-    **State.** Steps skipped, in all and in a row.
+    **State.** The number of skipped steps, in total and in a row.
 
-    **Cost.** The largest magnitude of each gradient. The host must know whether to step, so it waits for the device once a
-    step, as GradScaler does; under DDP the ranks agree by one reduction.
+    **Cost.** A norm per gradient. The host must know whether to step, so it waits for the
+    device once per step, as GradScaler does. Under DDP the ranks agree by one reduction.
 
     Example:
         .. code-block:: yaml
@@ -61,17 +63,18 @@ class SkipNonFinite(GradientConditioner):
                     max_in_row: 10
 
     References:
-        Requested of Lightning in its issues 4956 and 5152. The default of max_in_row is ours.
+        Requested in Lightning's issues 4956 and 5152. The default of max_in_row is a choice of this
+        library.
     """
 
     namespace: ClassVar[str] = "grad/skip_non_finite"
     trial: ClassVar[Mapping[str, Any]] = {"max_in_row": 3}
     role: ClassVar[Role] = "guard"
-    syncs_per_step: ClassVar[str] = "whether a step is made must be known on the host: one wait a step"
+    syncs_per_step: ClassVar[str] = "the host must know whether to step: one wait per step"
 
     _skipped = until_next_fit.of(OptimizerCounts).saved()
     _in_row = until_next_fit.of(OptimizerCounts).saved()
-    _told = during_fit.of(int)
+    _warned = during_fit.of(int)
     _batch_idx = during_fit.of(int)
     _loss = during_fit[Tensor | None](lambda _: None)
     _order = during_fit[ForwardOrder]()
@@ -80,14 +83,14 @@ class SkipNonFinite(GradientConditioner):
     def __init__(
         self,
         max_in_row: int | None = 10,
-        warnings: int = 5,
+        max_warnings: int = 5,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(include, exclude, name)
         self.max_in_row = check_count(max_in_row, 1, "max_in_row")
-        self.warnings = check_count(warnings, 0, "warnings")
+        self.max_warnings = check_count(max_warnings, 0, "max_warnings")
 
     # The fit begins.
 
@@ -113,7 +116,8 @@ class SkipNonFinite(GradientConditioner):
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
-        # A sum of squares that is finite has no other terms, and takes a sixth of the time of looking at each.
+        # A finite sum of squares has only finite terms, and costs a sixth of a check of each entry. A sum that is not
+        # finite may be an overflow, so the second test decides.
         skip = self._on_any_rank(not bool(stack_norms(step.gradients).isfinite().all()))
         bad = nonfinite(step.gradients) if skip else torch.zeros(0)
         skip = skip and self._on_any_rank(bool(bad.any()))
@@ -132,7 +136,7 @@ class SkipNonFinite(GradientConditioner):
             self._in_row[step.index] += 1
             self._tell(step, bad)
         self._skipped[step.index] += 1
-        # Not by zero_grad: an optimizer may have one of its own, which leaves zeros, or takes no argument.
+        # Not by zero_grad: an optimizer may override it, and then leave zeros or accept no argument.
         for group in step.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
@@ -142,13 +146,13 @@ class SkipNonFinite(GradientConditioner):
         where = self._where(step, bad)
         if self.max_in_row is not None and in_row >= self.max_in_row:
             raise RuntimeError(
-                f"{self.display_name}: {in_row} steps in a row had gradients that are not finite, the last in {where}. The "
-                "weights, and not a batch, are the likely cause: lower the learning rate, or resume from an earlier "
-                "checkpoint. To go on all the same, set max_in_row=None."
+                f"{self.display_name}: {in_row} steps in a row had non-finite gradients, the last in {where}. The likely "
+                "cause is the weights, not a batch. Lower the learning rate, or resume from an earlier checkpoint. To "
+                "continue anyway, set max_in_row=None."
             )
-        self._told += 1
-        if self._told <= self.warnings:
-            last = " Further ones are only counted." if self._told == self.warnings else ""
+        self._warned += 1
+        if self._warned <= self.max_warnings:
+            last = " Later ones are only counted." if self._warned == self.max_warnings else ""
             rank_zero_warn(f"{self.display_name} skips a step: not finite in {where}.{last}")
 
     def _where(self, step: GradientStep, bad: Tensor) -> str:

@@ -15,37 +15,39 @@ from lightning_grad.functional.gradients.tensor_lists import share_of
 
 
 class SpikeClipping(GradientConditioner):
-    r"""Clip single gradient entries far above their own past, by Adam's second moment (SPAM).
+    r"""Clip gradient entries that are far above their recent size in Adam's second moment (SPAM).
 
     .. math::
         g_i \leftarrow \operatorname{sign}(g_i) \sqrt{\theta v_i} \quad\text{where}\quad g_i^2 > \theta v_i, \; v_i > 0
 
-    v is the running mean of squares that the optimizer keeps (``exp_avg_sq``). Where it is zero nothing is clipped; the
-    published code sets such gradients to zero, so that a parameter whose first gradient comes late stays frozen. Use it
-    with :class:`MomentumReset`, after whose resets it pauses.
+    v is the running mean of squares that the optimizer keeps (``exp_avg_sq``). Entries with v = 0
+    are not clipped. The published code sets them to zero, which freezes a parameter that gets its
+    first gradient late. Use this callback with :class:`MomentumReset`; it pauses after each reset.
 
     Args:
-        threshold: theta, how many times its mean a square may be; one number, or one for each name pattern, first match
-            first. A param group of the optimizer that carries "threshold" has its own. .inf in YAML never clips; 5000
-            in the paper.
-        pause: Steps at the start, and from a reset of the moments on, in which nothing is clipped (the released code clips
-            from the 20th step on).
-        include: Names or wildcards of the parameters or modules that are clipped; default all.
-        exclude: Names or wildcards of those that are not.
-        name: Name of this instance, needed when two are used.
+        threshold: theta, the largest ratio of a squared entry to its mean square.
+            5000 in the paper. .inf in YAML never clips. One number, or a mapping from name patterns
+            to numbers, of which the first match counts. A param group of the optimizer may set its
+            own "threshold".
+        pause: Number of steps without clipping at the start, and from each reset on.
+            At the start, the released code clips one step earlier.
+        include: Names or wildcards of the parameters or modules to clip. Default: all.
+        exclude: Names or wildcards of the parameters or modules not to clip.
+        name: Name of this instance. Required if the Trainer has two of this class.
 
     Raises:
-        ValueError: In the constructor unless threshold is above 0 and pause at least 0. Before the first batch for an
-            optimizer without ``exp_avg_sq``, by name; beside ``Trainer(gradient_clip_val=...)``, under DeepSpeed, with a
-            fused optimizer in fp16, for sparse gradients, and for a name pattern that matches nothing.
+        ValueError: In the constructor if threshold is not above 0 or pause is negative. Before the
+            first batch with an optimizer that keeps no ``exp_avg_sq``, with
+            ``Trainer(gradient_clip_val=...)``, under DeepSpeed, with a fused optimizer in fp16,
+            with sparse gradients or complex parameters, or if a name pattern matches nothing.
 
-    **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced, and the moments are those from
-    before the step.
+    **Hooks.** ``on_before_optimizer_step``, after gradients are accumulated, unscaled and reduced. The
+    moments are those from before the step.
 
-    **Logs** under ``grad/spike_clipping/``, at log steps: ``clipped_entries`` (share of entries that were clipped in this
-    step).
+    **Logs** under ``grad/spike_clipping/``, at log steps: ``clipped_entries`` (share of entries
+    clipped in this step).
 
-    **State.** Steps seen.
+    **State.** The number of steps.
 
     **Cost.** About five passes over the gradients.
 
@@ -58,8 +60,8 @@ class SpikeClipping(GradientConditioner):
                 - class_path: lightning_grad.callbacks.SpikeClipping
 
     References:
-        Huang et al., "SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training", 2025, arXiv 2501.06842; defaults
-        are those of its released code.
+        Huang et al., "SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training", 2025,
+        arXiv 2501.06842. The defaults are those of its released code.
     """
 
     namespace: ClassVar[str] = "grad/spike_clipping"
@@ -70,7 +72,7 @@ class SpikeClipping(GradientConditioner):
     compatibility: ClassVar[Compatibility] = ELEMENTWISE.but(
         no_second_moment=no(
             "reads the second moment (exp_avg_sq) of an Adam-like optimizer, and {} keeps none",
-            "Train with Adam or AdamW, or clip by ZClip or NormClipping",
+            "Train with Adam or AdamW, or clip with ZClip or NormClipping",
         )
     )
 

@@ -12,30 +12,32 @@ from lightning_grad.functional.gradients.tensor_lists import share_of
 
 
 class ValueClipping(GradientConditioner):
-    r"""Clamp every entry of every gradient.
+    r"""Clamp every entry of every gradient to a constant magnitude.
 
     .. math::
         g_i \leftarrow \max(-c, \min(c, g_i))
 
-    It is ``Trainer(gradient_clip_val=c, gradient_clip_algorithm="value")``, bit for bit. The direction of the gradient
-    changes. An infinite entry becomes c and a nan stays nan, so put ``SkipNonFinite`` before it.
+    The result is bit for bit that of ``Trainer(gradient_clip_val=c,
+    gradient_clip_algorithm="value")``. The direction of the gradient changes. An infinite entry
+    becomes c and a nan stays nan, so put ``SkipNonFinite`` before it.
 
     Args:
-        clip_value: c, the largest magnitude; one number, or one for each name pattern, first match first. A param group
-            of the optimizer that carries "clip_value" has its own. 1.0 is usual in reinforcement learning; no source
-            argues for it.
-        include: Names or wildcards of the parameters or modules that are clipped; default all.
-        exclude: Names or wildcards of those that are not.
-        name: Name of this instance, needed when two are used.
+        clip_value: c, the largest magnitude (1.0 is usual in reinforcement learning).
+            One number, or a mapping from name patterns to numbers, of which the first match counts.
+            A param group of the optimizer may set its own "clip_value".
+        include: Names or wildcards of the parameters or modules to clip. Default: all.
+        exclude: Names or wildcards of the parameters or modules not to clip.
+        name: Name of this instance. Required if the Trainer has two of this class.
 
     Raises:
-        ValueError: In the constructor unless clip_value is above 0. Before the first batch beside
-            ``Trainer(gradient_clip_val=...)``, under DeepSpeed, with a fused optimizer in fp16, for sparse gradients, and
-            for a name pattern that matches nothing.
+        ValueError: In the constructor if clip_value is not above 0. Before the first batch with
+            ``Trainer(gradient_clip_val=...)``, under DeepSpeed, with a fused optimizer in fp16,
+            with sparse gradients or complex parameters, or if a name pattern matches nothing.
 
-    **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced.
+    **Hooks.** ``on_before_optimizer_step``, after gradients are accumulated, unscaled and reduced.
 
-    **Logs** under ``grad/value_clipping/``, at log steps: ``clipped_entries`` (share of entries at the bound).
+    **Logs** under ``grad/value_clipping/``, at log steps: ``clipped_entries`` (share of entries at
+    the limit).
 
     **State.** None.
 
@@ -51,8 +53,9 @@ class ValueClipping(GradientConditioner):
                     clip_value: 0.5
 
     References:
-        Mikolov, "Statistical Language Models Based on Neural Networks", PhD thesis, 2012. The default is that of many
-        reinforcement learners since; no source argues for it.
+        Mikolov, "Statistical Language Models Based on Neural Networks", PhD thesis, 2012. Many
+        implementations of reinforcement learning use the default of 1.0, but no source justifies
+        it.
     """
 
     namespace: ClassVar[str] = "grad/value_clipping"

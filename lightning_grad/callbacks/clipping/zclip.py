@@ -14,50 +14,57 @@ from lightning_grad.functional import clip_to_threshold_, zclip_state, zclip_thr
 from lightning_grad.functional.gradients.tensor_lists import joined_norm
 from lightning_grad.utilities.checks import check_above, check_between, check_count, check_finite_at_least
 
-_MANY = 0.25  # share of steps; a bound that clips more decides by itself
-_ENOUGH_STEPS = 50  # before a share says something
+_MANY = 0.25  # share of steps; a max_norm that clips more makes the z-score irrelevant
+_ENOUGH_STEPS = 50  # before the share is meaningful
 
 
 class ZClip(GradientConditioner):
-    r"""Clip gradients whose norm is an outlier among those of the last steps.
+    r"""Clip gradients whose norm is an outlier among recent norms.
 
     .. math::
         z_t = \frac{\lVert g_t \rVert - \mu}{\sigma + \epsilon}, \qquad
         \tau_t = \mu + z^\ast \sigma \cdot \frac{z^\ast}{z_t} \;\text{ where } z_t > z^\ast
 
-    Mean and standard deviation are exponential averages, fed with the norms that the z-score leaves: the larger a spike,
-    the closer it is clipped to the mean, and the less it moves it. ``max_norm`` bounds every step besides, from the first one
-    on. It is off by default: a bound near the usual norm clips most steps, and the z-score then decides nothing.
+    The mean and the standard deviation are exponential averages of the norms after clipping by the
+    z-score. The larger a spike, the closer to the mean it is clipped, and the less it changes the
+    mean. ``max_norm`` is an additional limit on every step, from the first one on. It is off by
+    default, because a limit near the usual norm clips most steps and the z-score then has no
+    effect.
 
     Args:
-        z_threshold: z*, from which z-score on a norm is a spike; .inf in YAML for none.
-        alpha: Smoothing of mean and variance, 0 to 1.
-        max_norm: A bound on every step, above the usual norm; None sets no bound. One number, or one for each name pattern,
-            first match first, each with statistics of its own. A param group of the optimizer that carries "max_norm" has
-            its own.
-        warmup_steps: How many norms make the first mean and variance; until then only max_norm clips.
-        eps: Added to the standard deviation.
-        include: Names or wildcards of the parameters or modules that are clipped; default all.
-        exclude: Names or wildcards of those that are not.
-        name: Name of this instance, needed when two are used.
+        z_threshold: z*, the z-score above which a norm is a spike; .inf in YAML disables it.
+        alpha: Smoothing factor of the mean and the variance, 0 to 1.
+        max_norm: Limit on the norm of every step, well above the usual norm. None sets no limit.
+            One number, or a mapping from name patterns to numbers, of which the first match counts;
+            each pattern has its own statistics. A param group of the optimizer may set its own
+            "max_norm".
+        warmup_steps: Number of norms that give the first mean and variance.
+            Until then only max_norm clips.
+        eps: Constant added to the standard deviation.
+        include: Names or wildcards of the parameters or modules to clip. Default: all.
+        exclude: Names or wildcards of the parameters or modules not to clip.
+        name: Name of this instance. Required if the Trainer has two of this class.
 
     Raises:
-        ValueError: In the constructor for values out of their range. Before the first batch beside
-            ``Trainer(gradient_clip_val=...)``, under FSDP1 and DeepSpeed, with a fused optimizer in fp16, for sparse
-            gradients, and for a name pattern that matches nothing.
+        ValueError: In the constructor for arguments outside their range. Before the first batch
+            with ``Trainer(gradient_clip_val=...)``, under FSDP1 or DeepSpeed, with a fused
+            optimizer in fp16, with sparse gradients, or if a name pattern matches nothing.
 
-    **Hooks.** ``on_before_optimizer_step``: gradients are accumulated, unscaled and reduced.
+    **Hooks.** ``on_before_optimizer_step``, after gradients are accumulated, unscaled and reduced.
 
-    **Logs** under ``grad/zclip/``, at log steps: ``norm`` (before clipping), ``threshold`` (what it may be; the norm itself
-    where nothing is clipped), ``mean``, ``deviation``, and ``clipped_share`` (of all steps so far, those that were clipped,
-    by either bound); the last also in the summary.
+    **Logs** under ``grad/zclip/``, at log steps: ``norm`` (before clipping), ``threshold`` (limit
+    on the norm; the norm itself if it is not clipped), ``mean``, ``deviation``, and
+    ``clipped_share`` (share of all steps so far that were clipped, by either limit). The summary
+    also has ``clipped_share``.
 
     **Warns** once, at a log step or at the end, if ``max_norm`` clips more than a quarter of the steps.
 
-    **State.** Mean, variance and counts of each optimizer. A norm that is not finite changes none of them, and its step is
-    not clipped; in the published code one inf in the warm-up, or one nan after it, makes them nan for ever.
+    **State.** Mean, variance and counts of each optimizer. A step with a non-finite norm is not
+    clipped and does not change them. In the published code one inf in the warm-up, or one nan after
+    it, makes them nan permanently.
 
-    **Cost.** A norm and some thirty operations on single numbers, none of which waits: see docs/benchmarks.md.
+    **Cost.** A norm and about thirty scalar operations, without waiting for the device: see
+    docs/benchmarks.md.
 
     Example:
         .. code-block:: yaml
@@ -69,9 +76,9 @@ class ZClip(GradientConditioner):
                     z_threshold: 2.5
 
     References:
-        Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025, arXiv 2504.02507; all defaults are those
-        of its released code, except for ``max_norm``, which is 1.0 there. On ordinary classifiers that clips 49 to 98 % of the
-        steps.
+        Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025, arXiv
+        2504.02507. All defaults are those of its released code, except for ``max_norm``: its 1.0
+        clips 49 to 98 % of the steps of ordinary classifiers.
     """
 
     namespace: ClassVar[str] = "grad/zclip"
@@ -104,13 +111,13 @@ class ZClip(GradientConditioner):
         super().restore(state)
         if self.changed_settings(state, "max_norm"):
             for own in self.states():
-                own.pop("bounded", None)  # counts of another bound
+                own.pop("bounded", None)  # counts under the old max_norm
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         if self.max_norm is not None:
-            self.say(f"bounds the norm of every step by max_norm={self.max_norm}; None sets no bound")
+            self.say(f"limits the norm of every step to max_norm={self.max_norm}; None sets no limit")
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
@@ -132,14 +139,14 @@ class ZClip(GradientConditioner):
         return values
 
     def _warn_of_tight_bound(self, state: Mapping[str, Tensor]) -> None:
-        """Warn if max_norm clips many steps. The host waits for the device, so call it at log steps only."""
+        """Warn if max_norm clips many steps. The host waits for the device here, so call it at log steps only."""
         clipped, steps = state["bounded"].tolist() if "bounded" in state else (0, 0)
         if steps >= _ENOUGH_STEPS and clipped > _MANY * steps:
             self.tell_once(
                 "bound",
                 rank_zero_warn,
-                f"max_norm={self.max_norm} clips {clipped / steps:.0%} of the steps so far, so the z-score hardly matters. "
-                f"Set max_norm=None, or a bound well above the usual norm; the mean is {state['mean'].item():.3g}.",
+                f"max_norm={self.max_norm} clips {clipped / steps:.0%} of the steps so far, so the z-score has little effect. "
+                f"Set max_norm=None, or a limit well above the usual norm; the mean is {state['mean'].item():.3g}.",
             )
 
     @override

@@ -46,15 +46,15 @@ class LossReweighting(LossWeighting):
     for "linupper", which reduces the weight of samples with a low loss; 1 - h^2 for "quadratic", which reduces
     it at both ends; abs(h) for "extremes", which reduces it in the middle
     (:func:`~lightning_grad.functional.loss_weights`). The temperature r falls from ``start_temperature`` to
-    ``temperature`` over the run, after a ``warmup`` with equal weights. Samples with more positions (tokens,
-    pixels) count for more, as in the mean of the batch.
+    ``temperature`` over the run, after a ``warmup_fraction`` with equal weights. Samples with more
+    positions (tokens, pixels) count for more, as in the mean of the batch.
 
     Args:
         rule: The function f: "linupper" (best in the paper), "quadratic" or "extremes".
         temperature: r at the end of the run (1 in the released code); .inf in YAML turns weighting off.
         start_temperature: r after the warm-up.
             The released code asks for a schedule from high to low without naming one; 10 is our choice.
-        warmup: Share of the run with equal weights (0.05 in the released code).
+        warmup_fraction: Share of the run with equal weights (0.05 in the released code).
         loss_index: Index, from 0, of the only loss call that is weighted. Default: the whole loss.
         loss_fn: Callable (module, batch) -> losses of shape (B,), used instead of the step's loss.
             Its mean must equal the loss of the step, up to a constant. The step still runs, so this costs a
@@ -107,7 +107,7 @@ class LossReweighting(LossWeighting):
         compiled=COMPILED,
         **manual(no_weighting(f"Use automatic optimization, or {_BY_HAND}")),
     )
-    trial: ClassVar[Mapping[str, Any]] = {"warmup": 0.0}
+    trial: ClassVar[Mapping[str, Any]] = {"warmup_fraction": 0.0}
     neutral: ClassVar[Mapping[str, Any] | str] = {"temperature": math.inf}
     way_out: ClassVar[str] = f"{_BY_HAND}, or {LOSS_FN}"
 
@@ -124,7 +124,7 @@ class LossReweighting(LossWeighting):
         rule: Rule = "linupper",
         temperature: float = 1.0,
         start_temperature: float = 10.0,
-        warmup: float = 0.05,
+        warmup_fraction: float = 0.05,
         loss_index: int | None = None,
         loss_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         total_steps: int | None = None,
@@ -139,7 +139,7 @@ class LossReweighting(LossWeighting):
         self.temperature = check_above(temperature, 0.0, "temperature")
         self.acts = math.isfinite(temperature)
         self.start_temperature = check_above(start_temperature, 0.0, "start_temperature")
-        self.warmup = check_between(warmup, 0.0, 1.0, "warmup")
+        self.warmup_fraction = check_between(warmup_fraction, 0.0, 1.0, "warmup_fraction")
         self.choose_loss(loss_index, loss_fn)
         self.total_steps = check_total_steps(total_steps)
 
@@ -179,7 +179,7 @@ class LossReweighting(LossWeighting):
         self._batch_idx, self._samples = batch_idx, None
         if self.acts:
             progress = run_progress(trainer, stated=self.total_steps)
-            self._now = annealed_temperature(progress, self.start_temperature, self.temperature, self.warmup)
+            self._now = annealed_temperature(progress, self.start_temperature, self.temperature, self.warmup_fraction)
             if self._rehearsals_left:
                 self._first = copy_of(batch)  # the step may change it
 

@@ -1,4 +1,4 @@
-"""Learning rates that follow what a run measures."""
+"""Learning rates that follow the metrics of a run."""
 
 from lightning_grad.callbacks.schedules.accuracy_gradient_lr import AccuracyGradientLR
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _VALUE, _MEAN, _RATE, _CUT, _THRESHOLD = "#9a9a9a", "#0072b2", "#009e73", "#d55e00", "#333333"
-_MANY_CUTS = 3.0  # of the rate: what is cut less is seen well enough on a linear axis
+_MANY_CUTS = 3.0  # factor between learning rates; a smaller one is readable on a linear axis
 _DASHED: dict[str, Any] = {"color": _CUT, "linewidth": 0.9, "linestyle": (0, (4, 2))}
 
 
@@ -22,16 +22,16 @@ def draw_rates(record: RunRecord, title: str, monitor: str, window: int, thresho
     """Draw the value, its gradient and the learning rate over epochs, with the cuts.
 
     Args:
-        record: One row an observation.
+        record: One row per observation.
         title: Heading of the figure.
         monitor: Name of the metric.
         window: Observations in a mean.
-        threshold: Gradient below which the rate is cut.
+        threshold: Gradient below which the learning rate is cut.
     """
     from matplotlib.ticker import MaxNLocator
 
     rows = record.rows()
-    # An epoch without a known length has no parts.
+    # In an epoch of unknown length, all observations have the same position.
     x = "epoch" if all(before["epoch"] < row["epoch"] for before, row in pairwise(rows)) else "step"
     xs, size = [row[x] for row in rows], 3.5 if len(rows) <= 100 else 0.0
     cuts = [row[x] for row in rows if row["cut"]]
@@ -57,7 +57,7 @@ def draw_rates(record: RunRecord, title: str, monitor: str, window: int, thresho
 
 
 def _outcome(rows: Sequence[Row]) -> str:
-    """Return what came of the run, for the title."""
+    """Return the number of cuts and the learning rates, for the title."""
     cuts = sum(row["cut"] for row in rows)
     if not cuts:
         return "no cut"

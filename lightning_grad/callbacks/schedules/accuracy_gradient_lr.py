@@ -28,55 +28,65 @@ class AccuracyGradientLR(MonitoredCallback):
         g_t = m_t - m_{t-1} = \frac{a_t - a_{t-w}}{w}, \qquad
         \eta \leftarrow \max(f \eta, \eta_\text{min}) \quad \text{if } g_t < \theta
 
-    :math:`a_t` is the accuracy of the t-th observation and :math:`m_t` the mean of the last w. Nothing is cut before
-    observation w + 2, nor until q observations after a cut
-    (:func:`~lightning_grad.functional.accuracy_gradient_cuts`). The mean is compared with the one before it
-    and not with the best, so a slow rise is cut too: by the defaults one of less than 2.5 points over five observations. An
-    observation is a validation, or an epoch. Stale and non-finite values are ignored.
+    :math:`a_t` is the accuracy of the t-th observation and :math:`m_t` the mean of the last w. The
+    first cut is at observation w + 2 at the earliest, and the next one at least q observations
+    later (:func:`~lightning_grad.functional.accuracy_gradient_cuts`). The mean is compared with the
+    previous mean, not with the best one, so a slow rise leads to a cut too: with the defaults, a
+    rise of less than 2.5 points over five observations. An observation is a validation or an epoch.
+    Stale and non-finite values are ignored.
 
-    Schedulers of the module go on from the rate that was cut, for their base rates are cut too. A floor of a schedule's own
-    (``eta_min``) stays.
+    The module's schedulers continue from the cut learning rate, because their base rates are cut
+    too. A schedule's own floor (``eta_min``) does not change.
 
     Args:
-        monitor: Metric that is observed, as the module logs it.
-        mode: max if larger is better, min if smaller is.
-        window: Observations w in a mean (5 in the released code).
-        cooldown: Observations q from one cut to the next, at least (5 in the released code).
-        threshold: Cut if the mean rose by less than this (0.005 in the released code, of an accuracy from 0 to 1).
-        factor: What a cut multiplies rates by, above 0 (0.8 in the released code); 1 cuts nothing.
-        min_lr: Floor of the first group's rate (1e-6 in the released code); other groups keep their ratio to it.
-        start_after: Observations of which none cuts; they still enter the means.
-        policy: multiply scales what the module's schedulers do; replace lets none of them act.
-        interval: Observe at each validation, or once at the end of each training epoch.
-        stop_at: Stop training once the metric is as good as this; None never stops.
-        optimizers: Which optimizers' rates are cut, from 0; None is all.
-        param_groups: Which parameter groups of them, from 0; None is all.
-        figure: Draw values, gradients and rates at the end; needs matplotlib and a logger.
-        name: Name of this instance, needed when two are used.
+        monitor: Name of the observed metric, as the module logs it.
+        mode: "max" if larger is better, "min" if smaller is better.
+        window: Number of observations w in a mean (5 in the released code).
+        cooldown: Minimum number of observations q between cuts (5 in the released code).
+        threshold: Cut if the mean rises by less than this per observation.
+            0.005 in the released code, for an accuracy from 0 to 1.
+        factor: Factor of a cut, above 0 (0.8 in the released code). 1 cuts nothing.
+        min_lr: Floor of the learning rate of the first group (1e-6 in the released code).
+            Other groups keep their ratio to it.
+        start_after: Number of observations at the start without a cut; they enter the means.
+        policy: "multiply" scales the rates of the module's schedulers; "replace" disables them.
+        interval: Observe at each "validation", or once at the end of each training "epoch".
+        stop_at: Stop the training when the metric reaches this value; None never stops.
+        optimizers: Indices of the optimizers whose learning rates are cut, from 0. Default: all.
+        param_groups: Indices of their parameter groups, from 0. Default: all.
+        figure: Draw the values, gradients and learning rates at the end.
+            Needs matplotlib and a logger with a folder.
+        name: Name of this instance. Required if the Trainer has two of this class.
 
     Raises:
-        ValueError: In the constructor for arguments outside their range. Before the first batch if nothing would be validated,
-            if the sanity check logged other metrics only, under ``Trainer(barebones=True)``, for an optimizer or group that
-            does not exist or has no rate, and for ``policy="replace"`` where a module under manual optimization steps
-            schedulers itself. On resume for another policy, optimizers or param_groups than the checkpoint's.
-        RuntimeError: After the first observation is due, if the metric is not logged, with the names of those that are.
+        ValueError: In the constructor for arguments outside their range. Before the first batch if
+            there is no validation, if the sanity check logged only other metrics, under
+            ``Trainer(barebones=True)``, for an optimizer or group that does not exist or has no
+            learning rate, and for ``policy="replace"`` if a module steps its schedulers itself
+            under manual optimization. On resume if policy, optimizers or param_groups differ from
+            the checkpoint.
+        RuntimeError: At the first observation, if the metric is not logged. The error lists the
+        logged metrics.
 
-    **Hooks.** ``on_validation_end`` observes and cuts, so that checkpoints of that validation hold the cut rates. With
-    ``interval="epoch"`` the module's ``on_train_epoch_end`` is wrapped: what it logs is seen, and callbacks that monitor
-    come after. With ``policy="replace"`` the module's ``lr_scheduler_step`` is wrapped.
+    **Hooks.** ``on_validation_end`` observes and cuts, so checkpoints of that validation hold the
+    cut learning rates. With ``interval="epoch"`` the module's ``on_train_epoch_end`` is wrapped, so
+    the callback sees what that method logs and acts before callbacks that monitor a metric. With
+    ``policy="replace"`` the module's ``lr_scheduler_step`` is wrapped.
 
-    **Logs** under ``lr/``, at each observation: ``accuracy_gradient`` (gain of the mean for each observation, once there are
-    more than w), ``scale`` (of the rates), ``cuts`` (so far); the last two also in the summary. A table with
-    a row for each observation and a figure, as ``accuracy_gradient_lr.csv`` and ``.png``.
+    **Logs** under ``lr/``, at each observation: ``accuracy_gradient`` (gain of the mean per
+    observation, from observation w + 1 on), ``scale`` (factor on the learning rates) and ``cuts``
+    (number so far). The summary also has ``scale`` and ``cuts``. At the end: a table with a row per
+    observation and a figure, ``accuracy_gradient_lr.csv`` and ``.png``.
 
-    **State.** Observations, scale, first rate, cuts. Resuming is bit-exact. From a checkpoint that was written before a
-    validation that is due (``every_n_train_steps``), Lightning would go on without it; it is run first. What Lightning
-    loses is a metric of *training* (``interval="epoch"``) in an epoch that was interrupted after its first batch: of it,
-    the part that is left is observed, or none.
+    **State.** Observations, scale, first learning rate, cuts. Resuming is bit-exact. From a
+    checkpoint written just before a validation that was due (``every_n_train_steps``), Lightning
+    would continue without that validation; this callback runs it first. With ``interval="epoch"``,
+    if an epoch was interrupted after its first batch, its *training* metric is observed over the
+    rest of the epoch only, or not at all, because Lightning does not restore it.
 
-    **Cost.** A few numbers for each observation; nothing in a step.
+    **Cost.** A few numbers per observation; nothing per step.
 
-    **Schedulers** of torch: all keep a cut. One that torch does not define may undo cuts, and a warning says so.
+    **Schedulers.** All schedulers of torch keep a cut. Others may undo cuts, and a warning says so.
 
     Example:
         .. code-block:: yaml
@@ -90,10 +100,11 @@ class AccuracyGradientLR(MonitoredCallback):
                     factor: 0.8
 
     References:
-        Nikfam et al., "AccelAT: A Framework for Accelerating the Adversarial Training of Deep Neural Networks through
-        Accuracy Gradient", 2022, arXiv 2210.06888, and its released code. There it observes epochs, of one optimizer without a
-        scheduler; mode, start_after, interval, policy and the choice of groups are ours, and stop_at is the code's, where it
-        looks at the training accuracy.
+        Nikfam et al., "AccelAT: A Framework for Accelerating the Adversarial Training of Deep
+        Neural Networks through Accuracy Gradient", 2022, arXiv 2210.06888, and its released code,
+        which observes epochs and cuts one optimizer without a scheduler. mode, start_after,
+        interval, policy and the choice of groups are additions of this library. stop_at is from the
+        released code, which applies it to the training accuracy.
     """
 
     namespace: ClassVar[str] = "lr"
@@ -103,16 +114,16 @@ class AccuracyGradientLR(MonitoredCallback):
     trial: ClassVar[Mapping[str, Any]] = {"window": 1, "cooldown": 1, "threshold": 10.0, "factor": 0.5}
     neutral: ClassVar[Mapping[str, Any] | str] = {"factor": 1.0}
     fixed_settings: ClassVar[Mapping[str, str]] = {
-        "policy": "what the schedulers have done until now depends on it",
-        "optimizers": "the learning rates of those chosen before are cut already",
-        "param_groups": "the learning rates of those chosen before are cut already",
+        "policy": "the schedulers' steps so far depend on it",
+        "optimizers": "the learning rates selected before are already cut",
+        "param_groups": "the learning rates selected before are already cut",
     }
     nothing_done: ClassVar[str] = "no learning rate was cut"
 
     record = until_next_fit[RunRecord](lambda _: RunRecord(weight=_is_cut)).saved()
     _since_cut = until_next_fit[int](lambda self: self.cooldown).saved()
     _cuts = until_next_fit.of(int).saved()
-    _values = until_next_fit.of(list[float]).saved()  # all of them: the window may grow on resume
+    _values = until_next_fit.of(list[float]).saved()  # all of them, because the window may grow on resume
     _rates = until_next_fit[ChosenRates](
         lambda self: ChosenRates(self.optimizers, self.param_groups, self.policy, self.min_lr, self.display_name)
     )
@@ -195,7 +206,7 @@ class AccuracyGradientLR(MonitoredCallback):
 
     @property
     def _gains(self) -> list[float]:
-        """The values so far, larger being better."""
+        """The values so far, negated if smaller is better."""
         return self._values if self.mode == "max" else [-value for value in self._values]
 
     @override
@@ -257,11 +268,11 @@ def _is_cut(row: Row) -> float:
 def _mute_schedulers(
     pl_module: pl.LightningModule, optimizers: Sequence[Optimizer], display_name: str
 ) -> Callable[[], None]:
-    """Let no scheduler of some optimizers act; what is returned ends it."""
+    """Disable all schedulers of some optimizers. Return a function that enables them again."""
     if not pl_module.automatic_optimization:
         raise ValueError(
-            f"{display_name}: policy='replace' keeps schedulers from acting, and under manual optimization the module "
-            "steps them itself. Use policy='multiply', or leave the schedulers out of configure_optimizers."
+            f"{display_name} cannot disable schedulers (policy='replace'), because under manual optimization the module "
+            "steps them itself. Use policy='multiply', or remove the schedulers from configure_optimizers."
         )
 
     def step(inner: Callable[..., Any], scheduler: Any, *args: Any) -> None:
@@ -272,22 +283,22 @@ def _mute_schedulers(
 
 
 def _warn_of_schedulers(trainer: pl.Trainer, optimizers: Sequence[Optimizer], monitor: str, display_name: str) -> None:
-    """Warn of those that may undo a cut, and of one that cuts by the same metric."""
+    """Warn about schedulers that may undo a cut, and about one that cuts by the same metric."""
     configs = [config for config in trainer.lr_scheduler_configs if _concerns(config.scheduler, optimizers)]
     unknown = unknown_schedulers(config.scheduler for config in configs)
     if unknown:
         rank_zero_warn(
-            f"{display_name}: {', '.join(unknown)} is no scheduler of torch, and may undo the cuts if it sets rates from "
-            "base rates of its own. policy='replace' keeps schedulers from acting."
+            f"{display_name}: {', '.join(unknown)} is not a scheduler of torch, and may undo the cuts if it computes "
+            "learning rates from its own base rates. To disable the module's schedulers, set policy='replace'."
         )
     if any(config.reduce_on_plateau and config.monitor == monitor for config in configs):
         rank_zero_warn(
             f"{display_name} and ReduceLROnPlateau both cut the learning rate by {monitor!r}. Keep one: drop the "
-            "scheduler, or set policy='replace', which keeps it from acting."
+            "scheduler, or set policy='replace', which disables it."
         )
 
 
 def _concerns(scheduler: Any, optimizers: Sequence[Optimizer]) -> bool:
-    """Whether a scheduler sets rates of one of these optimizers, as far as it tells."""
+    """Return True if a scheduler acts on one of these optimizers, or does not name its optimizer."""
     of = getattr(scheduler, "optimizer", None)
     return of is None or any(of is optimizer for optimizer in optimizers)

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight
-from lightning_grad.core.record import Row, RunRecord, panels
+from lightning_grad.core.record import Row, RunRecord, panels, style_axis
 from lightning_grad.core.views.portable import pack_bits
 from lightning_grad.functional import NMPhase, is_nm
 from lightning_grad.utilities.parameters import clean_name
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_ENTRIES = 2**14  # of a weight's mask that are kept for the divergence: the share's error is below 0.4 %
+_MOST_NAMED = 6  # phases whose names have room in the figure
+_COLORS = ("#0072b2", "#d55e00")
 _MOST_SAMPLES = 64  # of masks in the phase that runs; beyond, every second one is dropped
 
 
@@ -82,32 +84,45 @@ class SparsityRecord(RunRecord):
         self.validations.load_state_dict(state["validations"])
 
     def draw_run(self, title: str, metric: str | None) -> Figure:
-        """Draw density and decay, flips and divergence, and the validation metric, over steps.
+        """Draw the validation metric, the share of weights that are not zero, and how much the masks change, over steps.
 
         Args:
             title: Heading of the figure.
             metric: Validation metric to show; ``None`` takes the first that is an accuracy, if there is one.
         """
         metric = metric or next((key for key in self.validations.columns if "acc" in key), None)
-        figure, axes = panels(title, [7 / 3] * 3 if metric else [2.5] * 2)
-        shares = {"density": "density (share not zero)"}
+        has_metric = metric in self.validations.columns
+        figure, axes = panels(title, [2.6] * (2 + has_metric), rest=0.6)
+        if metric and has_metric:
+            self._draw_metric(axes[0], metric)
+        sizes = {"density": "not zero"}
         if any(0.0 < row["decay"] < 1.0 for row in self.kept):
-            shares["decay"] = "decay value D"
-        _curves(axes[0], self, shares, drawstyle="steps-post")
-        axes[0].set(ylabel="share", ylim=(-0.03, 1.03))
-        names = {"flips": "flips since the last log", "divergence": "divergence from the phase's last mask"}
-        _curves(axes[1], self, names)
-        axes[1].set_ylabel("share of mask entries")
-        axes[1].set_ylim(bottom=0.0)
-        if metric:
-            _curves(axes[2], self.validations, {metric: metric}, marker="o")
-            axes[2].set_ylabel(metric)
-        for before, row in pairwise(self.kept):
-            if row["phase"] != before["phase"]:
-                for axis in axes:
-                    axis.axvline((before["step"] + row["step"]) / 2, color="0.8", linewidth=0.8, zorder=0)
+            sizes["decay"] = "what pruned weights are multiplied by (D)"
+        _draw_shares(axes[-2], self, sizes, "Weights that are not zero", drawstyle="steps-post")
+        axes[-2].set_ylim(-0.03, 1.09)
+        changes = {"flips": "since the last log", "divergence": "still to change in this phase"}
+        _draw_shares(axes[-1], self, changes, "Mask entries that changed")
+        axes[-1].set_ylim(bottom=0.0)
+        self._mark_phases(axes)
         axes[-1].set_xlabel("optimizer step")
         return figure
+
+    def _draw_metric(self, axis: Axes, metric: str) -> None:
+        steps, values = self.validations.series(metric)
+        final = next((row["step"] for row in self.kept if row["exact"]), 0)
+        before = [value for step, value in zip(steps, values, strict=True) if step <= final]
+        axis.plot(steps, values, "o-", color=_COLORS[0], markersize=3.5)
+        start = f", {before[-1]:.4g} before the final pattern" if before else ""
+        axis.set_title(f"{metric}: {values[-1]:.4g} at the end{start}", fontsize=10, loc="left", parse_math=False)
+        style_axis(axis)
+
+    def _mark_phases(self, axes: Sequence[Axes]) -> None:
+        starts = self.kept[:1] + [row for before, row in pairwise(self.kept) if row["phase"] != before["phase"]]
+        for row in starts:
+            for axis in axes if row is not starts[0] else []:
+                axis.axvline(row["step"], color="0.7", linewidth=0.8, zorder=0)
+            if len(starts) <= _MOST_NAMED:
+                axes[-2].text(row["step"], 1.03, f" {row['phase']}", fontsize=8, color="0.35")
 
 
 def _has_masks(row: Row) -> float:
@@ -118,13 +133,17 @@ def _unpack(sample: Tensor) -> Tensor:
     return torch.from_numpy(np.unpackbits(sample.numpy()))
 
 
-def _curves(axis: Axes, record: RunRecord, names: Mapping[str, str], **style: Any) -> None:
-    for key, label in names.items():
-        steps, values = record.series(key)
-        if steps:
-            axis.plot(steps, values, label=label, markersize=3, **style)
-    if axis.lines:
+def _draw_shares(axis: Axes, record: RunRecord, names: Mapping[str, str], title: str, **style: Any) -> None:
+    """Draw columns that are shares, in percent, and write the last value of the first above."""
+    known = {key: record.series(key) for key in names if record.series(key)[0]}
+    for color, (key, (steps, values)) in zip(_COLORS, known.items(), strict=False):
+        axis.plot(steps, values, color=color, label=names[key], **style)
+    end = f": {100 * next(iter(known.values()))[1][-1]:.3g} % at the end" if known else ""
+    axis.set_title(f"{title}{end}", fontsize=10, loc="left")
+    if len(known) > 1:
         axis.legend(frameon=False, fontsize="small")
+    axis.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+    style_axis(axis)
 
 
 # The end of the run.

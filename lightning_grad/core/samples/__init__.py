@@ -1,7 +1,8 @@
-"""The samples of a fit: the training loader and its batches, and epochs and schedules that change their length.
+"""The samples of a fit: the training loader, its batches, and the changing length of epochs and schedules.
 
-- ``training_set.py``: which samples each batch holds, and which an epoch trains on;
-- ``training_loaders.py``: which loaders there are, where one keeps its batches of indices, and a Trainer that is told of
-  shorter and longer epochs;
-- ``schedule_warp.py``: learning-rate schedules that end where they should all the same.
+- ``training_set.py``: the samples of each batch and of each epoch;
+- ``training_loaders.py``: the loaders of a fit, their batch samplers, and the Trainer's number of
+  batches per epoch;
+- ``schedule_warp.py``: learning-rate schedules that still reach their end if epochs get shorter or
+  longer.
 """

@@ -1,7 +1,8 @@
-"""Learning-rate schedules that were made for whole epochs, in epochs that are shorter or longer.
+"""Adapt learning-rate schedules that were made for whole epochs to shorter or longer epochs.
 
-A scheduler that steps with every batch counts steps. When an epoch has half its batches, it gets two steps for one, so
-that a cosine or a one-cycle schedule ends where it should. Where ``max_steps`` ends the run, schedules are left alone.
+A scheduler that steps with every batch counts steps. If an epoch has half its batches, each step
+counts twice, so that a cosine or one-cycle schedule reaches its end. If ``max_steps`` ends the run,
+schedules are not changed.
 """
 
 import math
@@ -17,17 +18,17 @@ from lightning_grad.core.undo import UndoList
 
 
 def steps_due(done: int, steps: int, full_steps: int) -> int:
-    r"""Return how many steps of the whole epoch's schedule belong to one step of an epoch of another length.
+    r"""Return how many scheduler steps to make in one step of an epoch of another length.
 
     .. math::
         \operatorname{round}(s F / N) - \operatorname{round}((s - 1) F / N)
 
-    so that the N steps of the epoch add up to the F of the whole one.
+    The N steps of the epoch then add up to the F steps of a whole epoch.
 
     Args:
-        done: s, the number of this step in its epoch, from 1.
-        steps: N, steps of this epoch.
-        full_steps: F, steps of an epoch of the whole training set.
+        done: s, number of this step in its epoch, counted from 1.
+        steps: N, number of steps in this epoch.
+        full_steps: F, number of steps in an epoch of the whole training set.
 
     Example:
         >>> [steps_due(done, 4, 10) for done in range(1, 5)], [steps_due(done, 4, 3) for done in range(1, 5)]
@@ -37,22 +38,23 @@ def steps_due(done: int, steps: int, full_steps: int) -> int:
 
 
 def count_steps(batches: int, until: int, accumulate: int, frequency: int) -> int:
-    """Return how often a scheduler steps in the first ``until`` of an epoch's batches.
+    """Return how often a scheduler steps in the first ``until`` batches of an epoch.
 
     Example:
         >>> count_steps(batches=7, until=7, accumulate=3, frequency=1)
         3
     """
-    # It steps with every batch that its frequency divides, if the optimizer does, as it does at the last one of all.
+    # It steps after every batch that its frequency divides, if the optimizer steps there. The last
+    # batch of an epoch always makes an optimizer step.
     only_at_the_end = until == batches and batches % frequency == 0 and batches % accumulate != 0
     return until // math.lcm(accumulate, frequency) + only_at_the_end
 
 
 def warp_schedules(trainer: pl.Trainer, pl_module: pl.LightningModule, training_set: TrainingSet) -> Callable[[], None]:
-    """Make schedulers that step with batches follow the whole training set, however many batches an epoch has.
+    """Make schedulers that step with batches advance as in whole epochs, whatever the number of batches.
 
     Returns:
-        Callable: Ends it.
+        Callable: Undoes this.
     """
 
     def step(inner: Callable[..., Any], scheduler: Any, metric: Any) -> None:
@@ -60,10 +62,12 @@ def warp_schedules(trainer: pl.Trainer, pl_module: pl.LightningModule, training_
             inner(scheduler, metric)
 
     def end_epoch(inner: Callable[..., Any], interval: str, update_plateau_schedulers: bool) -> None:
-        # Before it updates what steps with epochs, Lightning is done with what steps with batches.
+        # Lightning updates the schedulers that step with epochs last, after those that step with
+        # batches.
         if interval == "epoch" and not update_plateau_schedulers and pl_module.automatic_optimization:
             for config in trainer.lr_scheduler_configs:
-                # Some step more rarely than once in so few batches.
+                # A scheduler may have no step at all in so few batches; all of its steps are made
+                # here.
                 if _is_warped(trainer, training_set, config) and not _steps_of_epochs(trainer, training_set, config)[0]:
                     pl_module.lr_scheduler_step(config.scheduler, None)
         inner(interval, update_plateau_schedulers=update_plateau_schedulers)
@@ -75,7 +79,7 @@ def warp_schedules(trainer: pl.Trainer, pl_module: pl.LightningModule, training_
 
 
 def warn_of_two_ends(trainer: pl.Trainer, training_set: TrainingSet, display_name: str) -> bool:
-    """Warn if schedules are left alone for the sake of ``max_steps``, but epochs will end the run before; say whether."""
+    """Warn, and return True, if schedules are made for ``max_steps`` but ``max_epochs`` will end the run earlier."""
     configs = [config for config in trainer.lr_scheduler_configs if config.interval == "step"]
     batches, full_batches = training_set.batches, training_set.full_batches
     if not configs or trainer.max_epochs in (None, -1) or batches >= full_batches:
@@ -84,9 +88,9 @@ def warn_of_two_ends(trainer: pl.Trainer, training_set: TrainingSet, display_nam
     if _epochs_end_the_run(trainer, full_batches) or trainer.global_step + left >= trainer.max_steps:
         return False
     rank_zero_warn(
-        f"With {display_name} the run will end after max_epochs={trainer.max_epochs}, and before "
-        f"max_steps={trainer.max_steps}, for which schedules that step with batches are made: they will not come to "
-        "their end. Set only one of both."
+        f"With {display_name}, max_epochs={trainer.max_epochs} ends the run before max_steps={trainer.max_steps}. "
+        "Schedulers that step with batches are made for max_steps and will not reach their end. Set only one of "
+        "max_epochs and max_steps."
     )
     return True
 
@@ -112,14 +116,14 @@ def _is_warped(trainer: pl.Trainer, training_set: TrainingSet, config: Any) -> b
 
 
 def _steps_of_epochs(trainer: pl.Trainer, training_set: TrainingSet, config: Any) -> tuple[int, int]:
-    """Return the steps of a scheduler in this epoch and in one of the whole training set."""
+    """Return the number of steps of a scheduler in this epoch and in an epoch of the whole training set."""
     spacing = (trainer.accumulate_grad_batches, config.frequency)
     batches, full_batches = int(training_set.batches), int(training_set.full_batches)
     return count_steps(batches, batches, *spacing), count_steps(full_batches, full_batches, *spacing)
 
 
 def _epochs_end_the_run(trainer: pl.Trainer, full_batches: float) -> bool:
-    """Return whether schedules were made for a number of epochs, and not for ``max_steps``, which pruning does not change."""
+    """Return True if ``max_epochs`` ends the run rather than ``max_steps``, which pruning does not affect."""
     if trainer.max_epochs in (None, -1):
         return False
     steps = trainer.max_epochs * math.ceil(full_batches / trainer.accumulate_grad_batches)

@@ -1,8 +1,9 @@
-"""The training set of a fit: which samples each batch holds, and epochs that shrink and grow in mid-fit.
+"""The training set of a fit: the samples of each batch, and epochs that shrink and grow during the fit.
 
-A :class:`TrainingSet` puts a :class:`~lightning_grad.data.PrunableBatchSampler` into the training loader at the one place
-where it is complete and nothing has been drawn from it yet, ``strategy.process_dataloader``; keeps the Trainer's own
-counts right when the epoch's length changes; and takes everything back when the fit ends.
+A :class:`TrainingSet` puts a :class:`~lightning_grad.data.PrunableBatchSampler` into the training
+loader. It does so in ``strategy.process_dataloader``, the only place where the loader is complete
+and nothing has been drawn from it. It keeps the Trainer's counts right when the length of the epoch
+changes, and restores everything when the fit ends.
 """
 
 from collections.abc import Callable
@@ -28,23 +29,26 @@ _OWNER = "_lightning_grad_training_set"
 class TrainingSet:
     """The samples that a fit trains on.
 
-    Make it in ``setup`` and call :meth:`begin` in ``on_fit_start``, :meth:`keep` in ``on_train_epoch_start``, and
-    :meth:`draw` once in ``on_train_batch_start``.
+    Make it in ``setup`` and call :meth:`begin` in ``on_fit_start``, :meth:`keep` in
+    ``on_train_epoch_start``, and :meth:`draw` once in ``on_train_batch_start``.
 
     Args:
         trainer: The trainer, before it has loaded its training data.
-        needed_by: Who asks, for errors.
-        undo: Where the steps back go.
-        loader_key: Which of several training loaders: its key, its position, or a path of them joined by dots.
-        remembers: Whether something is remembered of each sample, so that other data must not come in its place.
+        needed_by: Name of the technique, for errors.
+        undo: List that receives the undo steps.
+        loader_key: Loader to use if there are several: its key or position, or a path of these
+            joined by dots.
+        remembers: Whether the technique stores values for each sample, which requires the data to
+            stay the same.
 
     Raises:
-        ValueError: If another technique already chooses the samples of this fit; on loading, if there are several loaders
-            and no key, or none of this key; if the data is loaded again and holds other samples, or others than a checkpoint
-            knows.
-        TypeError: On loading, if the data has no indices: an iterable data set, ``batch_size=None`` with a sampler that yields
-            no batches, ``in_order=False``, an object that is no DataLoader, a sampler of several ranks that is not known, or
-            one that yields keys that are no integers.
+        ValueError: If another technique already chooses the samples of this fit. On loading, if
+            there are several loaders and no key, or no loader has the key, or the data differs from
+            the data loaded before or from a checkpoint's.
+        TypeError: On loading, if samples cannot be identified: an iterable data set,
+            ``batch_size=None`` with a sampler that yields no batches, ``in_order=False``, an object
+            that is not a DataLoader, an unknown sampler with several ranks, or a sampler that
+            yields keys other than integers.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class TrainingSet:
         self._begun = False
         self._loader: DataLoader[Any] | None = None
         self._sampler: PrunableBatchSampler | None = None
-        self._next_batch: int | None = None  # not known when an epoch goes on in its middle
+        self._next_batch: int | None = None  # None if unknown, because the fit resumes within an epoch
         self._drawing = RecordedBatches(iter(()))
         self._attach()
 
@@ -70,8 +74,8 @@ class TrainingSet:
         other = loop.__dict__.get(_OWNER)
         if other is not None:
             raise ValueError(
-                f"{other} and {self._needed_by} would both choose the training samples. Keep one of them in the list of "
-                "callbacks."
+                f"{other} and {self._needed_by} would both choose the training samples. Keep one of them in the list "
+                "of callbacks."
             )
         loop.__dict__[_OWNER] = self._needed_by
         self._undo.push(lambda: loop.__dict__.pop(_OWNER, None))
@@ -82,34 +86,35 @@ class TrainingSet:
 
     @property
     def loader(self) -> DataLoader[Any]:
-        """The training loader, once it is loaded."""
+        """The training loader; available once it is loaded."""
         assert self._loader is not None
         return self._loader
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the training loader is made."""
+        """Whether the training loader is loaded."""
         return self._loader is not None
 
     @property
     def sampler(self) -> PrunableBatchSampler:
-        """The batch sampler in it."""
+        """The batch sampler of the training loader."""
         assert self._sampler is not None
         return self._sampler
 
     def items(self, dataset: Any) -> Any:
-        """Return a data set whose samples can be read one by one, if the loader reads lists of them at once."""
+        """Return a data set whose samples can be read one by one, even if the loader reads lists of them."""
         return training_loaders.items_of(self.loader, dataset)
 
     @property
     def is_whole_batch(self) -> bool:
-        """Whether a batch of the loader is all that ``training_step`` gets, and not one of several loaders' batches."""
+        """Whether ``training_step`` gets the batch of this loader alone, not one of several loaders' batches."""
         return self._keys == [""]
 
     # The data is loaded.
 
     def _expect(self, inner: Callable[[], Any]) -> Any:
-        # An error in here would leave torch's DataLoader patched by Lightning for the rest of the process.
+        # Raise no error here: Lightning would leave torch's DataLoader patched for the rest of the
+        # process.
         loaders = inner()
         keys = list(training_loaders.keys_of(loaders.iterables if isinstance(loaders, CombinedLoader) else loaders))
         self._waiting, self._keys = keys, list(keys)
@@ -125,8 +130,9 @@ class TrainingSet:
         processed = inner(loader)
         if processed is not loader:
             raise TypeError(
-                f"{self._needed_by} must see the training loader's own batches, and {type(self._trainer.strategy).__name__} "
-                f"wraps it in a {type(processed).__name__}. Train with strategy='ddp' or on one device."
+                f"{self._needed_by} must see the training loader's own batches, but "
+                f"{type(self._trainer.strategy).__name__} wraps the loader in {type(processed).__name__}. Train with "
+                "strategy='ddp' or on one device."
             )
         return processed
 
@@ -138,9 +144,9 @@ class TrainingSet:
         sampler = PrunableBatchSampler(original, len(loader.dataset), self._needed_by)
         if self._trainer.world_size > 1 and not sampler.shares_are_known:
             raise TypeError(
-                f"{self._needed_by} cannot tell which samples each of {self._trainer.world_size} ranks draws from "
-                f"{type(original).__name__}({type(sampler.sampler).__name__}). Use a sampler of torch.utils.data, or one "
-                "process."
+                f"{self._needed_by} does not know which samples each of the {self._trainer.world_size} ranks draws "
+                f"from {type(original).__name__}({type(sampler.sampler).__name__}). Use a sampler of "
+                "torch.utils.data, or one process."
             )
         if self._sampler is None:
             known = [getattr(self._trainer, name, None) for name in ("lightning_module", "datamodule")]
@@ -149,21 +155,21 @@ class TrainingSet:
         self._compare_data(loader)
         if not sampler.shares_are_known and sampler.full_samples < sampler.total:
             rank_zero_warn(
-                f"{type(sampler.sampler or original).__name__} draws {sampler.full_samples} of {sampler.total} samples an "
-                f"epoch, and {self._needed_by} cannot know which: it chooses among all. If the others are never drawn, train "
-                "on a torch.utils.data.Subset instead."
+                f"{type(sampler.sampler or original).__name__} draws {sampler.full_samples} of {sampler.total} "
+                f"samples per epoch. {self._needed_by} does not know which, and chooses among all samples. If the "
+                "others are never drawn, train on a torch.utils.data.Subset instead."
             )
         self._give_back()
         training_loaders.replace_sampler(loader, sampler)
         self._loader, self._sampler = loader, sampler
         if self._begun:
-            self._tell_sampler()
+            self._update_sampler()
 
     def _refuse_other_length(self, total: int) -> None:
         if self._begun and self._sampler is not None and self._sampler.total != total:
             raise ValueError(
-                f"{self._needed_by} knows samples by their index, and the training set had {self._sampler.total} of them and "
-                f"now, reloaded, has {total}. Keep the data set the same for the whole fit."
+                f"{self._needed_by} identifies samples by index, but the training set had {self._sampler.total} "
+                f"samples and has {total} after reloading. Keep the data set the same during the whole fit."
             )
 
     def _compare_data(self, loader: DataLoader[Any]) -> None:
@@ -175,20 +181,20 @@ class TrainingSet:
         elif self._known is not None:
             self._known = refuse_other_data(self._known, items, self._needed_by, reloaded=False)
         elif getattr(self._trainer, "reload_dataloaders_every_n_epochs", 0):
-            self._known = mark_of(items)  # now, as the same memory may hold other samples by then
+            self._known = mark_of(items)  # now, because the data set object may hold other samples after a reload
 
     @property
     def mark(self) -> Fingerprint:
-        """The fingerprint of the data set."""
+        """Fingerprint of the data set."""
         if self._known is None:
             self._known = mark_of(self.items(self.loader.dataset))
         return self._known
 
     def expect(self, known: Fingerprint) -> None:
-        """Refuse another data set than the one that a checkpoint knows.
+        """Require the data set of a checkpoint.
 
         Raises:
-            ValueError: Now or on loading, if they differ.
+            ValueError: Now or on loading, if the data set differs.
         """
         self._known = known
         if self._loader is not None:  # some strategies restore callbacks after the data was loaded
@@ -199,8 +205,9 @@ class TrainingSet:
             training_loaders.replace_sampler(self._loader, self.sampler.original)
 
     def _around_loading(self, inner: Callable[[], None]) -> None:
-        # A pruned epoch may be shorter than a val_check_interval that was right for the whole one, which Lightning refuses
-        # when it loads the data; the update then makes it fit.
+        # Lightning raises when it loads the data if val_check_interval exceeds the number of
+        # batches. A pruned epoch may be shorter than an interval that suits whole epochs. So the
+        # check is avoided here, and update() adapts the interval.
         trainer = self._trainer
         interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
         if self._begun and self._kept is not None and isinstance(interval, int):
@@ -215,88 +222,90 @@ class TrainingSet:
     # The training set changes.
 
     def begin(self, kept: Tensor | None, fixed_steps: bool = False) -> None:
-        """Make pruning count from here on, with the samples that are kept at the start or that a checkpoint has restored.
+        """Start pruning, with the samples that are kept at the start or restored from a checkpoint.
 
-        Before, the loader has its full length: schedules made in ``configure_optimizers`` are made for the whole run, also
-        when it is resumed.
+        Until then the loader has its full length, so schedules made in ``configure_optimizers`` are
+        made for the whole run, even when it resumes.
         """
         self._begun = True
         self.keep(kept, fixed_steps)
         self._next_batch = None
 
     def keep(self, kept: Tensor | None, fixed_steps: bool = False) -> None:
-        """Train on these samples from the next epoch's first batch on.
+        """Train on these samples from the first batch of the next epoch on.
 
         Args:
             kept: Indices, or ``None`` for all.
-            fixed_steps: Whether an epoch has as many batches as the whole data set would give, so that the kept samples are
-                passed through more than once.
+            fixed_steps: Whether an epoch keeps the number of batches of the whole data set and goes
+                through the kept samples several times.
         """
         self._next_batch, self._drawing = 0, RecordedBatches(iter(()))
         changed = not _same(kept, self._kept) or fixed_steps != self._fixed_steps
         self._kept, self._fixed_steps = kept, fixed_steps
         if self._sampler is None or not changed:
             return
-        self._tell_sampler()
+        self._update_sampler()
         self._length.update()
-        if not self._trainer_draws_anew():
+        if not self._restarts_loader():
             iter(self._trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
 
-    def _tell_sampler(self) -> None:
+    def _update_sampler(self) -> None:
         sampler = self.sampler
         last = -1 if self._kept is None else int(self._kept.max())
         if last >= sampler.total:
             raise ValueError(
-                f"{self._needed_by} would train on the sample {last}, and the training set has {sampler.total} of them. "
+                f"{self._needed_by} would train on sample {last}, but the training set has {sampler.total} samples. "
                 f"{resume_advice(self._needed_by)}"
             )
         sampler.keep(self._kept, sampler.full_samples if self._fixed_steps else None)
         if self._kept is not None and not len(sampler):
             raise ValueError(
-                f"{self._needed_by} keeps {len(self._kept)} samples, which do not fill one batch of {sampler.batch_size}, "
-                "and drop_last=True drops it. Prune less, or use smaller batches."
+                f"{self._needed_by} keeps {len(self._kept)} samples, which do not fill one batch of "
+                f"{sampler.batch_size}, and drop_last=True drops incomplete batches. Prune less, or use smaller "
+                "batches."
             )
 
-    def _trainer_draws_anew(self) -> bool:
+    def _restarts_loader(self) -> bool:
+        """Return True if Lightning restarts the loader for the epoch that begins; when resuming, it does not."""
         loop = self._trainer.fit_loop
         starts = self._trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting
         return loop._data_fetcher is None or starts
 
     @property
     def has_idle_workers(self) -> bool:
-        """Whether the loader's workers wait for an epoch that begins, and that nothing has been drawn of yet."""
+        """Whether an epoch begins, nothing has been drawn from it yet, and the loader's workers are idle."""
         progress: Any = self._trainer.fit_loop.epoch_progress.current
         begins = progress.ready > progress.started and self._trainer.fit_loop._data_fetcher is not None
-        return begins and self._trainer_draws_anew() and can_borrow(self.loader)
+        return begins and self._restarts_loader() and can_borrow(self.loader)
 
     @property
     def resumes_behind_last_batch(self) -> bool:
-        """Whether the fit goes on from a checkpoint that was written after an epoch's last batch, before its end."""
+        """Whether the fit resumes from a checkpoint between the last batch and the end of an epoch."""
         trainer, loop = self._trainer, self._trainer.fit_loop
         behind = loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch
-        goes_on = trainer.max_epochs in (None, -1) or trainer.current_epoch < trainer.max_epochs
-        return bool(goes_on and loop.restarted_mid_epoch and behind)
+        continues = trainer.max_epochs in (None, -1) or trainer.current_epoch < trainer.max_epochs
+        return bool(continues and loop.restarted_mid_epoch and behind)
 
     def leave_epoch(self) -> None:
-        """Show Lightning that the epoch from which it resumes is done, also when the one that follows is longer."""
+        """Mark the epoch from which the fit resumes as done for Lightning, even if the next one is longer."""
         progress = self._trainer.fit_loop.epoch_loop.batch_progress.current
         progress.completed = max(progress.completed, int(self.batches))
 
     @property
     def batches(self) -> float:
-        """Batches of an epoch as it is now."""
+        """Number of batches in the current epoch."""
         return float(self._trainer.fit_loop.max_batches)
 
     @property
     def full_batches(self) -> float:
-        """Batches of an epoch of the whole training set."""
+        """Number of batches in an epoch of the whole training set."""
         return self._length.batches_if(
             lambda loader: self.sampler.full_length if loader is self._loader else training_loaders.length_of(loader)
         )
 
     @property
     def full_samples(self) -> float:
-        """Samples of an epoch of the whole training set, over all ranks."""
+        """Number of samples in an epoch of the whole training set, over all ranks."""
         sampler, loaders = self.sampler, self._trainer.fit_loop._combined_loader
         passes, rest = divmod(self.full_batches, sampler.full_length)
         if loaders is not None and loaders._mode == "max_size":
@@ -306,7 +315,7 @@ class TrainingSet:
 
     @property
     def full_samples_until_now(self) -> float:
-        """Samples that the fit would have seen by now without pruning, over all ranks; of an epoch cut short its part."""
+        """Number of samples that the fit would have seen so far without pruning, over all ranks."""
         trainer = self._trainer
         ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         in_batches = ready * self.full_batches / max(1.0, self.batches) * self.sampler.batch_size * trainer.world_size
@@ -315,45 +324,47 @@ class TrainingSet:
     # A batch is trained on.
 
     def draw(self, batch_idx: int) -> list[int]:
-        """Return the indices of the samples of the batch that begins.
+        """Return the indices of the samples in the batch that begins.
 
         Args:
-            batch_idx: Number of the batch in the epoch, as the hook gets it.
+            batch_idx: Index of the batch in the epoch, as the hook gets it.
 
         Raises:
-            RuntimeError: If the loader has made the batch without its batch sampler.
+            RuntimeError: If the loader made the batch without its batch sampler.
         """
         if self._is_exhausted(batch_idx):
             return []
         source = self._source()
-        for _ in range(min(self._passed_over(batch_idx), len(source.drawn) - 1)):
+        for _ in range(min(self._num_skipped(batch_idx), len(source.drawn) - 1)):
             source.drawn.popleft()
         self._next_batch = batch_idx + 1
         if not source.drawn:
             raise RuntimeError(
-                f"{self._needed_by} does not know which samples are in batch {batch_idx}: {type(self.loader).__name__} has "
-                "made it without its batch sampler. Let it draw its batches from self.batch_sampler, or use a plain "
-                "torch.utils.data.DataLoader."
+                f"{self._needed_by} does not know which samples are in batch {batch_idx}, because "
+                f"{type(self.loader).__name__} made it without its batch sampler. Make it draw batches from "
+                "self.batch_sampler, or use a plain torch.utils.data.DataLoader."
             )
         return list(source.drawn.popleft())
 
     def _is_exhausted(self, batch_idx: int) -> bool:
-        """Return whether only other loaders still have batches, in the one mode in which they continue without this one."""
+        """Return True if only other loaders still have batches, which happens in the mode "max_size"."""
         loaders = self._trainer.fit_loop._combined_loader
         return loaders is not None and loaders._mode == "max_size" and batch_idx >= len(self.sampler)
 
-    def _passed_over(self, batch_idx: int) -> int:
-        """Return how many batches have been drawn before this one that no hook was called for.
+    def _num_skipped(self, batch_idx: int) -> int:
+        """Return how many batches were drawn before this one for which Lightning called no hook.
 
-        They are those that a loader collates to ``None``, and those that a loader skips which continues in mid-epoch.
+        These are batches that collate to ``None``, and batches that a loader skips when it resumes
+        within an epoch.
         """
         if self._next_batch is None:
             self._next_batch = 0 if hasattr(self.loader, "load_state_dict") else batch_idx
         return batch_idx - self._next_batch
 
     def _source(self) -> RecordedBatches:
-        # What other code draws in mid-epoch has nothing to do with the fit. When a loader is begun again in mid-epoch, its
-        # last batches may still be under way.
+        # Other code may draw from the loader during an epoch, so the batches come from the iterator
+        # of the fit. If the loader is restarted within an epoch, batches drawn earlier may still be
+        # pending: they come first.
         if not self._drawing.drawn:
             self._drawing = self._source_now()
         return self._drawing

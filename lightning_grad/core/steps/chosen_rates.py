@@ -1,9 +1,10 @@
-"""Scaling learning rates of optimizers, together with the schedulers that would undo it.
+"""Scale learning rates of optimizers, together with the schedulers that would otherwise undo it.
 
-A scheduler that computes a rate from the last one keeps a scaled rate; one that computes it from a base rate writes over
-it, unless the base is scaled too. Base rates stand in the parameter groups (``initial_lr``; ``max_lr`` and ``min_lr`` of
-``OneCycleLR``; ``swa_lr`` of ``SWALR``) and in the schedulers (``base_lrs``, ``max_lrs``). Floors of a schedule's own
-(``eta_min``, ``ReduceLROnPlateau(min_lr=...)``) stay what they are.
+A scheduler that computes a rate from the last one keeps a scaled rate. One that computes it from a
+base rate overwrites it, unless the base rate is scaled too. Base rates are in the parameter groups
+(``initial_lr``; ``max_lr`` and ``min_lr`` of ``OneCycleLR``; ``swa_lr`` of ``SWALR``) and in the
+schedulers (``base_lrs``, ``max_lrs``). Floors of schedulers (``eta_min``,
+``ReduceLROnPlateau(min_lr=...)``) are not scaled.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,13 +27,13 @@ def _check_range(indices: Sequence[int], count: int, needed_by: str, parameter: 
     outside = [index for index in indices if not 0 <= index < count]
     if outside:
         raise ValueError(
-            f"{needed_by}: {parameter}={list(indices)} counts from 0, and {who_has} {count}. Leave out "
-            f"{', '.join(map(str, outside))}."
+            f"{needed_by}: {parameter} must hold indices below {count}, because {who_has} {count}; got "
+            f"{list(indices)}. Remove {', '.join(map(str, outside))}."
         )
 
 
 def base_rate(group: Mapping[str, Any], keys: Sequence[str] = ("max_lr", "initial_lr", "lr")) -> float:
-    """Return the first rate of a group that stands under one of the keys.
+    """Return the rate of a group under the first of the keys that it has.
 
     Example:
         >>> base_rate({"lr": 0.004, "initial_lr": 0.004, "max_lr": 0.1})
@@ -43,11 +44,11 @@ def base_rate(group: Mapping[str, Any], keys: Sequence[str] = ("max_lr", "initia
 
 @torch.no_grad()
 def scale_rates_(chosen: ChosenGroups, factor: float) -> None:
-    """Multiply the present rates of groups, those that are tensors in place.
+    """Multiply the current rates of groups; rates that are tensors are changed in place.
 
     Args:
-        chosen: Optimizers, each with the positions of its groups.
-        factor: What they are multiplied by.
+        chosen: Optimizers, each with the indices of its groups.
+        factor: Factor of the rates.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
@@ -61,7 +62,8 @@ def scale_rates_(chosen: ChosenGroups, factor: float) -> None:
         for index in indices:
             group = optimizer.param_groups[index]
             rate = group["lr"]
-            # Groups made from one tensor share it: it is scaled once, and not at all for those that are not meant.
+            # Several groups may share one tensor. It is scaled once, or replaced if a group that is
+            # not chosen shares it.
             if not isinstance(rate, Tensor) or any(rate is other for other in others):
                 group["lr"] = rate * factor
             elif id(rate) not in scaled:
@@ -70,15 +72,16 @@ def scale_rates_(chosen: ChosenGroups, factor: float) -> None:
 
 
 def scale_schedules_(chosen: ChosenGroups, schedulers: Iterable[Any], factor: float) -> None:
-    """Multiply the base rates of groups, and those that their schedulers keep, so that schedules go on from scaled rates.
+    """Multiply the base rates in groups and schedulers, so that schedules continue from the scaled rates.
 
-    To be called after :func:`scale_rates_`: a base that is the very tensor of a rate has been scaled with it. ``SequentialLR``
-    makes such bases before torch 2.10.
+    Call it after :func:`scale_rates_`, which has already scaled a base that is the same tensor as a
+    rate. ``SequentialLR`` makes such bases before torch 2.10.
 
     Args:
-        chosen: Optimizers, each with the positions of its groups.
-        schedulers: Of the trainer; those that step others (``SequentialLR``, ``ChainedScheduler``) stand for them.
-        factor: What they are multiplied by.
+        chosen: Optimizers, each with the indices of its groups.
+        schedulers: Schedulers of the trainer, including those (``SequentialLR``,
+            ``ChainedScheduler``) that step others.
+        factor: Factor of the base rates.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
@@ -101,7 +104,7 @@ def scale_schedules_(chosen: ChosenGroups, schedulers: Iterable[Any], factor: fl
 
 
 def _flatten(schedulers: Iterable[Any]) -> Iterator[Any]:
-    """Yield schedulers and those that they step, each once."""
+    """Yield schedulers and the schedulers that they step, each once."""
     seen: list[Any] = []
     waiting = list(schedulers)
     while waiting:
@@ -116,7 +119,7 @@ def _scale_lists(scheduler: Any, indices: set[int], factor: float) -> None:
     for name in _LISTS_OF_SCHEDULERS:
         rates = getattr(scheduler, name, None)
         if isinstance(rates, (list, tuple)):
-            # A new list: SequentialLR shows the very _last_lr of the one that it steps.
+            # A new list, because SequentialLR shares the _last_lr of the scheduler that it steps.
             of = scheduler.optimizer
             scaled = [_scaled(rate, factor, of) if index in indices else rate for index, rate in enumerate(rates)]
             setattr(scheduler, name, scaled)
@@ -129,16 +132,17 @@ def _scaled(base: Any, factor: float, optimizer: Optimizer) -> Any:
 
 
 def unknown_schedulers(schedulers: Iterable[Any]) -> list[str]:
-    """Return the names of classes that torch does not define: :func:`scale_schedules_` may not know their base rates.
+    """Return the names of scheduler classes outside torch, whose base rates :func:`scale_schedules_` may not know.
 
-    Those derived from torch's are among them. They have ``base_lrs``, and may still compute rates from something else.
+    Subclasses of torch's schedulers are included: they have ``base_lrs``, but may compute rates
+    from something else.
     """
     kinds = {type(scheduler) for scheduler in _flatten(schedulers)}
     return sorted({kind.__name__ for kind in kinds if not kind.__module__.startswith("torch.")})
 
 
 def restore_initial_rates_(chosen: ChosenGroups) -> None:
-    """Set the rates of groups back to those before any scheduler was made, where a scheduler has kept them."""
+    """Restore the rates that groups had before a scheduler was made, if a scheduler stored them."""
     for optimizer, indices in chosen:
         for index in indices:
             group = optimizer.param_groups[index]
@@ -150,19 +154,20 @@ def restore_initial_rates_(chosen: ChosenGroups) -> None:
 
 
 class ChosenRates:
-    """Rates of some parameter groups, with one scale for all, that schedulers go on from.
+    """Rates of selected parameter groups, scaled by one common factor for the rest of the run.
 
-    For rates that are multiplied for the length of a step there are the rates held by ``OptimizerCallback``.
+    To multiply rates during one step only, use :meth:`OptimizerCallback.multiply_rates`.
 
     Args:
-        optimizers: Which optimizers', ``None`` for all.
-        groups: Which groups of them, ``None`` for all.
-        policy: Whether schedulers go on from what is scaled, or do not act (which the technique sees to).
+        optimizers: Indices of the optimizers, ``None`` for all.
+        groups: Indices of their parameter groups, ``None`` for all.
+        policy: "multiply": schedulers continue from the scaled rates. "replace": schedulers are
+            turned off (by the technique).
         min_lr: Floor of the first group's rate.
-        needed_by: Who asks, for errors.
+        needed_by: Name of the technique, for errors.
 
     Attributes:
-        scale: Product of all factors; what a state must hold, with the base.
+        scale: Product of all factors. A technique must save it and ``base``.
         base: Rate of the first group before any factor; ``None`` until the rates are known.
     """
 
@@ -183,10 +188,10 @@ class ChosenRates:
         self.base: float | None = None
 
     def groups(self, trainer: pl.Trainer) -> list[tuple[Optimizer, list[int]]]:
-        """Return the optimizers, each with the positions of its groups.
+        """Return the optimizers, each with the indices of its groups.
 
         Raises:
-            ValueError: If there is no such optimizer or group, or if one of the groups has no learning rate.
+            ValueError: If an optimizer or group does not exist, or a group has no learning rate.
         """
         optimizers = trainer.optimizers
         numbers = list(range(len(optimizers))) if self._optimizers is None else self._optimizers
@@ -199,21 +204,21 @@ class ChosenRates:
             for index in indices:
                 if not isinstance(groups[index].get("lr"), (int, float, Tensor)):
                     raise ValueError(
-                        f"{self._needed_by} scales learning rates, and group {index} of optimizer {number} "
-                        f"({type(optimizers[number]).__name__}) has none: its lr is {groups[index].get('lr')!r}. Choose "
-                        "others: optimizers=[...], param_groups=[...]."
+                        f"{self._needed_by} scales learning rates, but group {index} of optimizer {number} "
+                        f"({type(optimizers[number]).__name__}) has none: its lr is {groups[index].get('lr')!r}. "
+                        "Choose others: optimizers=[...], param_groups=[...]."
                     )
-            if indices:  # Lightning's stand-in for no optimizer has no groups
+            if indices:  # the mock optimizer that Lightning uses for none has no groups
                 chosen.append((optimizers[number], indices))
         if not chosen:
             raise ValueError(
-                f"{self._needed_by} scales learning rates, and configure_optimizers of the module returns no optimizer. "
-                "Return one, or drop the callback."
+                f"{self._needed_by} scales learning rates, but configure_optimizers returns no optimizer. Return one, "
+                "or drop the callback."
             )
         return chosen
 
     def names(self, trainer: pl.Trainer) -> list[str]:
-        """Return where the rates stand, as one would write it."""
+        """Return the names of the groups, such as ``optimizers[0].param_groups[1]``."""
         at = {id(optimizer): index for index, optimizer in enumerate(trainer.optimizers)}
         chosen = self.groups(trainer)
         return [f"optimizers[{at[id(optimizer)]}].param_groups[{i}]" for optimizer, groups in chosen for i in groups]
@@ -224,9 +229,10 @@ class ChosenRates:
         return float(optimizer.param_groups[groups[0]]["lr"])
 
     def begin(self, trainer: pl.Trainer) -> None:
-        """Note the rate before any factor, in ``on_train_start``, when the optimizers of a checkpoint are restored.
+        """Store the base rate. Call it in ``on_train_start``, after the optimizers of a checkpoint are restored.
 
-        Rates from a checkpoint that has it are as they should be.
+        If ``base`` is restored from a checkpoint, this does nothing: the rates in it are already
+        scaled.
         """
         if self.base is not None:
             return
@@ -238,7 +244,7 @@ class ChosenRates:
         self.base = base_rate(optimizer.param_groups[groups[0]], keys)
 
     def multiply(self, trainer: pl.Trainer, factor: float) -> bool:
-        """Multiply the rates, below 1 as far as the floor allows, and say whether that changed them."""
+        """Multiply the rates, not below the floor; return True if they changed."""
         target = self.scale * factor
         floor = min(1.0, self._min_lr / self.base) if self.base else 0.0
         scale = target if factor > 1.0 else max(target, floor)
@@ -254,18 +260,18 @@ class ChosenRates:
 
 
 def as_indices(given: Sequence[int] | None, parameter: str) -> list[int] | None:
-    """Return positions in plain types, each checked.
+    """Return indices as a plain list after checking them.
 
     Raises:
-        ValueError: If there is none, one is negative, or one comes twice.
+        ValueError: If the list is empty, or has a negative or duplicate index.
     """
     if given is None:
         return None
     indices = list(given)
     if not indices:
-        raise ValueError(f"{parameter} must name at least one by its position, from 0, or be None for all; got none.")
+        raise ValueError(f"{parameter} must hold at least one index, or be None for all; got [].")
     for index in indices:
         check_count(index, 0, parameter)
     if len(set(indices)) < len(indices):
-        raise ValueError(f"{parameter} must name each once; got {indices}.")
+        raise ValueError(f"{parameter} must not hold an index twice; got {indices}.")
     return indices

@@ -1,4 +1,4 @@
-"""Holding still what an Adam-like optimizer remembers, while its weights go on."""
+"""Freeze moments of an Adam-like optimizer while its weights keep training."""
 
 import math
 from collections.abc import Mapping
@@ -11,21 +11,24 @@ SECOND_MOMENTS = {"exp_avg_sq": 1, "max_exp_avg_sq": 1}
 
 
 class FrozenMoments:
-    r"""Keeps bias-corrected moments of an optimizer as they are, the second ones by default.
+    r"""Freezes bias-corrected moments of an optimizer, by default the second moments.
 
-    After a step the moment :math:`v_t` becomes :math:`v_{t-1} (1 - \beta_2^t) / (1 - \beta_2^{t-1})`, so that
-    :math:`\hat v = v_t / (1 - \beta_2^t)` never changes. One step still sees its own gradient, with weight
-    :math:`1 - \beta_2` (a thousandth, usually); that gradients pile up in the moments cannot happen. Nothing needs saving: the
-    moments in a checkpoint are the frozen ones.
+    After a step the moment :math:`v_t` becomes :math:`v_{t-1} (1 - \beta_2^t) / (1 -
+    \beta_2^{t-1})`, so that :math:`\hat v = v_t / (1 - \beta_2^t)` never changes. Each step still
+    includes its own gradient, with weight :math:`1 - \beta_2` (usually a thousandth), but gradients
+    do not accumulate in the moments. Nothing extra is saved: the moments in a checkpoint are the
+    frozen ones.
 
-    Weights that had next to no gradient before would keep next to no variance, and their first gradient would throw
-    them out of bounds. So the optimizer's eps is added to :math:`\hat v` when it is frozen, which puts it under the root.
+    Weights with almost no gradient so far have almost no variance, and their first larger gradient
+    would cause a huge step. So the optimizer's eps is added to :math:`\hat v`, under the root, when
+    it is frozen.
 
     Args:
-        optimizer: An Adam-like optimizer that has stepped.
-        resumed: Whether its moments come from a checkpoint and are frozen already, so that eps is not added again.
-        moments: Keys of its state, each with the number of the beta that it decays by. A parameter that lacks the first has
-            none to freeze.
+        optimizer: Adam-like optimizer that has made at least one step.
+        resumed: Whether the moments come from a checkpoint and are already frozen; eps is not added
+            again.
+        moments: Keys of its state, each with the index of the beta that it decays by. Parameters
+            without the first key are not frozen.
 
     Example:
         >>> import torch
@@ -62,7 +65,7 @@ class FrozenMoments:
         self._steps = {parameter: _step(optimizer.state[parameter]) for parameter in self._frozen}
 
     def __len__(self) -> int:
-        """Return of how many parameters the moments are frozen."""
+        """Return the number of parameters whose moments are frozen."""
         return len(self._frozen)
 
     def _add_floor(self) -> None:
@@ -74,7 +77,7 @@ class FrozenMoments:
                         state[key] += group["eps"] * (1 - group["betas"][beta] ** _step(state))
 
     def put_back(self) -> None:
-        """Undo what the last step did to the moments, of the parameters that it moved."""
+        """Undo the last step's changes to the moments."""
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter in self._frozen:

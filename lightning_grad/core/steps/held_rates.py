@@ -1,4 +1,4 @@
-"""Learning rates that are multiplied for a while, and given back in time for schedulers, monitors and checkpoints."""
+"""Learning rates that are multiplied during one step and restored before other code reads them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 Factor = float | Tensor
-_LEDGER = "_lightning_grad_held_rates"  # of an optimizer, while its rates are held
+_LEDGER = "_lightning_grad_held_rates"  # attribute of an optimizer while its rates are multiplied
 
 
 class HeldRates:
-    """One technique's hold on the learning rates of an optimizer.
+    """One technique's factors on the learning rates of an optimizer.
 
-    Several techniques may hold the rates of one optimizer: their factors multiply, and each gives back its own, in any order.
-    A rate that a scheduler or the user sets in the meantime is the rate from then on: :meth:`follow` multiplies it, and
-    :meth:`give_back` leaves it.
+    Several techniques may multiply the rates of one optimizer: their factors multiply, and each
+    technique removes its own, in any order. If a scheduler or the user sets a rate meanwhile, that
+    is the new base rate: :meth:`follow` multiplies it, and :meth:`give_back` restores it.
 
-    Rates are seen while they are held by all that look into the optimizer, so hold them for the length of a step only: a
-    scheduler that computes a rate from the last one would take the multiplied one for it.
+    Apply factors during one step only, because everything that reads the optimizer sees the
+    multiplied rates: a scheduler that computes a rate from the last one would start from a
+    multiplied rate.
 
     Args:
-        optimizer: Whose rates.
+        optimizer: Optimizer that has the rates.
 
     Example:
         >>> import torch
@@ -49,14 +50,14 @@ class HeldRates:
         return self._optimizer.__dict__.get(_LEDGER)
 
     def multiply(self, factor: Factor | Sequence[Factor]) -> None:
-        """Hold the rates at so many times what they are without this hold.
+        """Multiply the rates, replacing an earlier factor of this object.
 
         Args:
-            factor: One number for all parameter groups, or one for each. A tensor keeps the host from waiting for it; the
-                optimizer must then bear a learning rate that is a tensor.
+            factor: One number for all parameter groups, or one for each. A tensor avoids a host
+                sync; the optimizer must then support tensors as learning rates.
 
         Raises:
-            ValueError: If there are fewer or more factors than groups.
+            ValueError: If the number of factors differs from the number of groups.
         """
         if isinstance(factor, float) and factor == 1.0:
             self.give_back()
@@ -65,21 +66,21 @@ class HeldRates:
         factors = list(factor) if isinstance(factor, (list, tuple)) else [factor] * len(groups)
         if len(factors) != len(groups):
             raise ValueError(
-                f"The optimizer has {len(groups)} parameter groups, and rates are to be multiplied by {len(factors)} "
-                "factors. Give one factor for all groups, or one for each."
+                f"factor must be one number or one for each of the optimizer's {len(groups)} parameter groups; got "
+                f"{len(factors)} factors."
             )
         ledger = self._optimizer.__dict__.setdefault(_LEDGER, _Ledger())
         ledger.factors[id(self)] = factors
         ledger.settle(groups)
 
     def follow(self) -> None:
-        """Hold rates that were set since, too."""
+        """Multiply rates that were set since :meth:`multiply`."""
         ledger, groups = self._ledger, self._optimizer.param_groups
         if ledger is not None and any(g["lr"] is not held for g, (_, held) in zip(groups, ledger.rates, strict=False)):
             ledger.settle(groups)
 
     def give_back(self) -> None:
-        """Release the rates; more than one call does no harm."""
+        """Remove this object's factors. It may be called more than once."""
         ledger = self._ledger
         if ledger is not None and ledger.factors.pop(id(self), None) is not None:
             ledger.settle(self._optimizer.param_groups)
@@ -88,7 +89,7 @@ class HeldRates:
 
 
 class _Ledger:
-    """The factors of all who hold the rates of one optimizer, and for each group the rate without and with them."""
+    """All factors on the rates of one optimizer, and for each group the rate without and with them."""
 
     def __init__(self) -> None:
         self.factors: dict[int, list[Factor]] = {}
@@ -98,7 +99,7 @@ class _Ledger:
         known = self.rates or [(group["lr"], group["lr"]) for group in groups]
         self.rates = []
         for number, (group, (before, held)) in enumerate(zip(groups, known, strict=False)):
-            # Another object than the one put there is a rate that was set since.
+            # If the group holds another object than the one stored here, the rate was set since.
             rate = before if group["lr"] is held else group["lr"]
             product = rate
             for factors in self.factors.values():

@@ -1,4 +1,4 @@
-"""Evaluating one optimizer step a second time: all batches that its gradients come from, at other weights."""
+"""Repeat the evaluation of an optimizer step: all batches that its gradients come from, at other weights."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -16,28 +16,28 @@ from lightning_grad.core.quiet import unseen
 from lightning_grad.data.random_streams import random_states, set_random_states
 
 _REPEATED: WeakSet[nn.Module] = WeakSet()
-_NO_CLOSURE = "do_nothing_closure"  # by its name: each of Lightning's two namespaces has its own
+_NO_CLOSURE = "do_nothing_closure"  # its name, because both of Lightning's namespaces have their own function
 
 
 def is_repeated(pl_module: nn.Module) -> bool:
-    """Return True while a step is evaluated again, for hooks that count or record batches."""
+    """Return True while a step is repeated. Hooks that count or record batches check it."""
     return pl_module in _REPEATED
 
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """One call of ``training_step``: of which batch, what it was called with, and what else it depends on."""
+    """One call of ``training_step``: its batch, its arguments, and what else it depends on."""
 
     batch_idx: int
     arguments: tuple[Any, ...]
-    states: tuple[Any, ...]  # of the random streams
-    samples: list[tuple[Any, Any]]  # callbacks that know the samples of a batch, with those of this one
+    states: tuple[Any, ...]  # states of the random streams
+    samples: list[tuple[Any, Any]]  # callbacks that know the samples of the batch, each with their indices
 
 
 class StepWindow:
-    """The batches of the optimizer step that is being made, under automatic optimization.
+    """The batches of the current optimizer step, under automatic optimization.
 
-    With accumulated gradients they are several. Each is kept until the step is made.
+    With gradient accumulation there are several. They are kept until the step is done.
 
     Args:
         trainer: The trainer.
@@ -50,15 +50,15 @@ class StepWindow:
         self._is_again = False
 
     def watch(self) -> Callable[[], None]:
-        """Begin to note what is evaluated.
+        """Start recording the batches.
 
         Returns:
-            Callable: Ends it.
+            Callable: Stops recording.
         """
 
         def step(inner: Callable[..., Any], *args: Any) -> Any:
-            # An optimizer that asks several times in one step asks for the same batch; a loader may also give one tensor
-            # for several batches.
+            # Batches are distinguished by their number: an optimizer may call its closure several
+            # times for one batch, and a loader may return the same tensor for several batches.
             number = self._trainer.fit_loop.batch_idx
             is_new = not self._evaluations or self._evaluations[-1].batch_idx != number
             if is_new and not self._is_again:
@@ -72,16 +72,17 @@ class StepWindow:
         return [(callback, callback.indices) for callback in callbacks if hasattr(callback, "indices")]
 
     def end_step(self) -> None:
-        """Drop the batches, because their step is made."""
+        """Drop the batches after their step."""
         self._evaluations = []
 
     def run_again(self, optimizer: Optimizer) -> Tensor | None:
-        """Compute the gradients of all batches at the weights as they are now, in place of those that are there.
+        """Replace the gradients by those of all batches at the current weights.
 
-        Each loss is divided by the accumulated batches, as in the first run, and ranks are synchronized with the last.
+        Each loss is divided by the number of accumulated batches, as in the first run. Ranks
+        synchronize with the last batch.
 
         Returns:
-            Tensor: The sum of these losses, ``None`` if no batch has one.
+            Tensor: Sum of these losses; ``None`` if no batch has a loss.
         """
         trainer = self._trainer
         self._pl_module.optimizer_zero_grad(trainer.current_epoch, trainer.fit_loop.batch_idx, optimizer)
@@ -94,13 +95,13 @@ class StepWindow:
                     losses += self._run(evaluation, optimizer)
         finally:
             self._is_again = False
-            _tell(samples)
+            _set_indices(samples)
         return torch.stack(losses).sum() if losses else None
 
     def _run(self, evaluation: _Evaluation, optimizer: Optimizer) -> list[Tensor]:
         strategy = self._trainer.strategy
         set_random_states(evaluation.states)
-        _tell(evaluation.samples)
+        _set_indices(evaluation.samples)
         output: Any = strategy.training_step(*evaluation.arguments)
         loss = output["loss"] if isinstance(output, dict) else output
         if loss is None:
@@ -114,18 +115,18 @@ class StepWindow:
         return nullcontext() if is_last or block is None else block()
 
 
-def _tell(samples: list[tuple[Any, Any]]) -> None:
-    """Give the samples of a batch to the callbacks that know them."""
+def _set_indices(samples: list[tuple[Any, Any]]) -> None:
+    """Set the sample indices of a batch on the callbacks that know them."""
     for callback, indices in samples:
         callback.indices = indices
 
 
 @dataclass(eq=False)
 class StepClosure:
-    """What computes the gradients of the optimizer step that is being made, handed to ``evaluate``.
+    """Argument of ``evaluate``: computes the gradients of the current optimizer step.
 
-    Calling it does what Lightning would have done: the forward and the backward pass of the batch. :meth:`again` may follow,
-    any number of times.
+    Calling it runs the forward and backward pass of the batch, as Lightning would. After that,
+    :meth:`again` may be called any number of times.
     """
 
     _closure: Callable[[], Any]
@@ -139,20 +140,22 @@ class StepClosure:
         self._states = random_states()
 
     def __call__(self) -> Any:
-        """Compute the gradients, and return what the closure returns; hand this on to the optimizer."""
+        """Compute the gradients and return what the closure returns. Return it from ``evaluate``."""
         if getattr(self._closure, "__name__", "") == _NO_CLOSURE:
             self._refuse()
         return self._closure()
 
     def again(self) -> Any:
-        """Compute the gradients at the weights as they are now, in place of those that are there.
+        """Replace the gradients by those at the current weights.
 
-        Random numbers of the global streams (dropout, augmentation) are those of the first time. It leaves no trace but the
-        gradients: buffers, metrics, attributes and random streams are put back, and nothing is logged. Hooks around backward
-        are called, for they may change gradients; those that count or record ask :func:`is_repeated`.
+        Random numbers of the global streams (dropout, augmentation) repeat those of the first run.
+        Only the gradients change: buffers, metrics, attributes and random streams are restored, and
+        nothing is logged. Hooks around backward are called, because they may change gradients;
+        hooks that count or record check :func:`is_repeated`.
 
         Returns:
-            The loss at these weights, over all accumulated batches; under manual optimization what the closure returns.
+            The loss over all accumulated batches; under manual optimization, what the closure
+            returns.
         """
         with unseen(self._trainer, self._pl_module), ExitStack() as stack:
             _REPEATED.add(self._pl_module)
@@ -166,12 +169,12 @@ class StepClosure:
     def _refuse(self) -> None:
         if self._pl_module.automatic_optimization:
             raise RuntimeError(
-                f"{self._display_name} evaluates each step itself, and optimizer_step of "
-                f"{type(self._pl_module).__name__} has done so before. Call optimizer.step(closure=optimizer_closure) "
-                "there."
+                f"{self._display_name} must evaluate each step itself, but "
+                f"{type(self._pl_module).__name__}.optimizer_step has already run the closure. Call "
+                "optimizer.step(closure=optimizer_closure) there."
             )
         raise RuntimeError(
-            f"{self._display_name} evaluates each step itself, and optimizer.step() was called without a closure. Call "
-            "optimizer.step(closure) with a function that sets gradients to zero, computes the loss, and calls "
+            f"{self._display_name} must evaluate each step itself, but optimizer.step() was called without a closure. "
+            "Call optimizer.step(closure) with a function that sets gradients to zero, computes the loss, and calls "
             "manual_backward; or use automatic optimization."
         )

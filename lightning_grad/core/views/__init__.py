@@ -1,9 +1,9 @@
-"""Weights that a module is shown in place of those that train, and what a checkpoint holds of them.
+"""Views: weights with which a module computes in place of those that train, and their checkpoints.
 
-- ``weight_choice.py``, ``network_ends.py``: which weights a technique takes, by default all but the first
-  and the last layer;
-- ``weight_chain.py``: one weight, what one technique after the other makes of it, and for all weights of one module what
-  happens once for all techniques;
-- ``weight_view.py``: how a module sees another weight than its own;
-- ``portable.py``: checkpoints that load anywhere, and resume exactly.
+- ``weight_choice.py``, ``network_ends.py``: the weights that a technique chooses, by default those
+  of all layers except the first and the last;
+- ``weight_chain.py``: the stages of one weight, and what happens once per module for all
+  techniques;
+- ``weight_view.py``: the two ways to make a module compute with a view;
+- ``portable.py``: checkpoints that load without lightning-grad and resume exactly.
 """

@@ -1,4 +1,4 @@
-"""Which layers are the first and the last of a network: by default techniques leave their weights as they are."""
+"""The first and the last layer of a network, whose weights techniques skip by default."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,14 +13,15 @@ Owner = tuple[str, nn.Module, str]
 
 
 class Ends:
-    """The first and the last layer of each network: as registered, and after one batch as that has reached them.
+    """The first and the last layer of each network.
 
-    A layer that comes after an embedding, or after another layer with a weight that cannot be chosen, is not a first one.
+    The order is that of registration and, after the first batch, that of execution. A layer after an
+    embedding, or after another layer whose weight cannot be chosen, is not a first layer.
 
     Args:
         trainer: The trainer, with its optimizers.
         pl_module: Its module, complete.
-        known: Names of the layers, from a checkpoint; ``None`` while no batch has shown them.
+        known: Names of the layers, from a checkpoint; ``None`` before the first batch.
     """
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, known: Sequence[str] | None = None) -> None:
@@ -35,22 +36,22 @@ class Ends:
 
         Args:
             choosable: Weights that train and could be chosen.
-            layers: These and the weights of all other layers, in the order in which they are registered.
+            layers: These and the weights of all other layers, in order of registration.
         """
         self._layers, self._choosable = list(layers), {clean_name(name) for name, _, _ in choosable}
         return self._as_registered() if self.known is None else set(self.known)
 
     def watch(self) -> None:
-        """See which layers the first batch reaches."""
+        """Record the order in which the first batch reaches the layers."""
         if self.known is None:
             self._order.watch()
 
     def stop(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         self._order.stop()
 
     def learn(self) -> bool:
-        """Take what the first batch has reached, on all ranks that of the first; return whether it was new."""
+        """Adopt the order of the first batch on rank zero, on all ranks; return True if it changes the ends."""
         if not self._order.is_watching:
             return False
         self.stop()
@@ -58,7 +59,7 @@ class Ends:
         return set(self.known) != self._as_registered()
 
     def seen(self) -> list[str]:
-        """Return the names of the ends as this rank knows them now."""
+        """Return the names of the ends that this rank knows now."""
         if self.known is not None:
             return self.known
         networks = self._order.networks(self._groups())
@@ -69,8 +70,8 @@ class Ends:
         return self._ends_of([clean_name(name) for name, _, _ in self._layers], lambda able: able[-1])
 
     def explain(self, dense: Sequence[str], changed: Sequence[str], effect: str) -> str:
-        """Return what the first batch has changed, as the rest of a sentence."""
-        parts = [f"leaves {', '.join(map(clean_name, dense))} dense"] if dense else []
+        """Return what the first batch changed, as a clause without subject."""
+        parts = [f"keeps {', '.join(map(clean_name, dense))} dense"] if dense else []
         parts += [f"makes {', '.join(map(clean_name, changed))} {effect}"] if changed else []
         return f"{' and '.join(parts)}, because the batch reaches {', '.join(self.known or [])} first or last"
 
@@ -87,6 +88,7 @@ class Ends:
             return set()
         trained = {clean_name(n) for n, owner, key in self._layers if owner._parameters[key].requires_grad}  # type: ignore[union-attr]
         root = able[0].split(".")[0]
-        # A frozen embedding elsewhere, in a teacher say, does not come before this network.
+        # A frozen embedding of another network, such as a teacher, does not come before this
+        # network.
         before = [name for name in network[: network.index(able[0])] if name in trained or name.split(".")[0] == root]
         return {last(able)} if before else {able[0], last(able)}

@@ -1,11 +1,12 @@
-"""Checkpoints that load anywhere and still resume exactly.
+"""Checkpoints that load without lightning-grad and still resume exactly.
 
-A checkpoint holds the *stored* weights (what inference uses) under the plain keys, and apart, in the technique's own
-state, what it takes to get the dense ones back, bit for bit. Both are done in the module's own ``on_save_checkpoint``
-and ``on_load_checkpoint``: Lightning calls the first after every callback, with ``save_weights_only`` too, and the
-second before anything is loaded, so that weight averaging, which replaces ``checkpoint["state_dict"]``, finds its dense
-average again wherever it stands in the list of callbacks. What the module itself does there, renaming keys perhaps,
-comes after ours on saving and before ours on loading.
+A checkpoint holds the *stored* weights (those of inference) under the plain keys. The technique's
+own state holds their residuals: what is needed to restore the dense weights bit for bit. Both are
+written and read by wrapping the module's ``on_save_checkpoint`` and ``on_load_checkpoint``.
+Lightning calls the first after every callback, also with ``save_weights_only``, and the second
+before anything is loaded. So weight averaging, which replaces ``checkpoint["state_dict"]``, gets
+its dense average back, whatever its position in the list of callbacks. What the module's own hooks
+do, such as renaming keys, runs after our code on saving and before it on loading.
 """
 
 from collections.abc import Callable, Mapping, MutableMapping
@@ -28,7 +29,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Return a mask as one bit an entry, in a flat uint8 tensor on the CPU.
+    """Pack a mask into one bit per entry, in a flat uint8 tensor on the CPU.
 
     Example:
         >>> pack_bits(torch.tensor([1.0, 0.0, 1.0]))
@@ -49,14 +50,14 @@ def unpack_bits(packed: Tensor, like: Tensor) -> Tensor:
 
 
 def encode_residual(stored: Tensor, dense: Tensor) -> dict[str, Tensor] | None:
-    """Return what is missing in ``stored`` to get ``dense`` back: where they differ, and the values there.
+    """Return the difference between the stored and the dense weight: where they differ, and the dense values there.
 
     Args:
-        stored: What the checkpoint holds.
-        dense: What training continues from, same shape and dtype.
+        stored: The weight in the checkpoint.
+        dense: The weight from which training continues, of the same shape and dtype.
 
     Returns:
-        dict: ``where`` (packed bits) and ``values``; ``None`` if nothing is missing.
+        dict: ``where`` (packed bits) and ``values``; ``None`` if the two are equal.
 
     Example:
         >>> encode_residual(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 5.0]))
@@ -72,8 +73,8 @@ def decode_residual(stored: Tensor, residual: Mapping[str, Tensor]) -> Tensor:
     """Return the dense weight, bit for bit.
 
     Args:
-        stored: What the checkpoint held.
-        residual: What :func:`encode_residual` returned.
+        stored: The weight in the checkpoint.
+        residual: Result of :func:`encode_residual`.
 
     Example:
         >>> decode_residual(torch.tensor([1.0, 0.0]), {"where": torch.tensor([64]).byte(), "values": torch.tensor([5.0])})
@@ -89,19 +90,20 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def make_portable(checkpoint: dict[str, Any], state_key: str, views: Mapping[str, tuple[Tensor, WeightView]]) -> None:
-    """Put stored weights into a checkpoint's ``state_dict``, and the residuals into the technique's state.
+    """Put stored weights into a checkpoint's ``state_dict``, and their residuals into the technique's state.
 
-    What already holds the stored weights of the module stays; anything else in ``state_dict`` (an average that a
-    callback put there) is dense and is turned into what the validation of it used. Other copies of the module's stored
-    weights in the checkpoint get their residual too.
+    Entries that already are the module's stored weights are kept. Any other entry of ``state_dict``
+    (an average that a callback put there) is dense, and is replaced by what its validation used.
+    Other copies of the module's stored weights in the checkpoint get a residual too.
 
     Args:
-        checkpoint: What Lightning is about to write, changed in place.
+        checkpoint: Checkpoint that Lightning is about to write; changed in place.
         state_key: Key of the technique in ``checkpoint["callbacks"]``.
-        views: For each parameter's key in ``state_dict``: its dense weight now, and its view.
+        views: The current dense weight and the view of each parameter, by its key in
+            ``state_dict``.
 
     Raises:
-        RuntimeError: If residuals have no place, because the technique has no state in a checkpoint to resume from.
+        RuntimeError: If the technique has no state in the checkpoint that could hold the residuals.
     """
     residuals: dict[str, dict[str, dict[str, Tensor]]] = {}
     for container, tensors in checkpoint.items():
@@ -122,23 +124,23 @@ def make_portable(checkpoint: dict[str, Any], state_key: str, views: Mapping[str
                 residuals.setdefault(container, {})[key] = residual
     states = checkpoint.get("callbacks")
     if states is None:
-        return  # of weights only, from which no run resumes
+        return  # a checkpoint with weights only, from which no run resumes
     if state_key in states:
         states[state_key][_RESIDUALS] = residuals
     elif residuals:
         first = next(key for kept in residuals.values() for key in kept)
         raise RuntimeError(
-            f"{state_key} has no state in this checkpoint, so what {first!r} needs to be dense again has no place in it, and "
-            f"a run that resumes from it would continue from other weights. Let {state_key}.state_dict() extend "
+            f"{state_key} cannot save the dense weight of {first!r}, because it has no state in this checkpoint; a "
+            f"run that resumes from it would continue from other weights. Make {state_key}.state_dict() extend "
             "super().state_dict(), or save with save_weights_only=True."
         )
 
 
 def make_dense(checkpoint: dict[str, Any], state_key: str) -> None:
-    """Undo :func:`make_portable` in a checkpoint that was read, before anything is loaded from it.
+    """Undo :func:`make_portable` in a checkpoint before anything is loaded from it.
 
     Args:
-        checkpoint: What Lightning read, changed in place.
+        checkpoint: Checkpoint that Lightning has read; changed in place.
         state_key: Key of the technique in ``checkpoint["callbacks"]``.
     """
     state = checkpoint.get("callbacks", {}).get(state_key) or {}
@@ -154,7 +156,7 @@ def wrap_saving(
     """Make every checkpoint of a module portable from now on.
 
     Returns:
-        Callable: Takes it back.
+        Callable: Undoes this.
     """
 
     def save(inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
@@ -165,10 +167,10 @@ def wrap_saving(
 
 
 def wrap_loading(pl_module: pl.LightningModule, state_key: str) -> Callable[[], None]:
-    """Make every portable checkpoint dense before the module loads it, from now on.
+    """Restore the dense weights in every checkpoint before the module loads it, from now on.
 
     Returns:
-        Callable: Takes it back.
+        Callable: Undoes this.
     """
 
     def load(inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
-"""One weight, and the stages through which it is seen: sparse, then quantized, then with noise.
+"""The chain of stages of one weight: sparse, then quantized, then noisy.
 
-All techniques that have chosen the same weight stand in one :class:`Chain`, in the order of :class:`Stage` and not in that of
-the list of callbacks. The chain is the one view of the weight: the module computes with what the last stage returns, the
-gradient passes through all of them, and a checkpoint holds what comes out when all of them have stored it.
+All techniques that choose the same weight form one :class:`Chain`, in the order of :class:`Stage`,
+not of the list of callbacks. The chain is the only view of the weight: the module computes with the
+output of the last stage, gradients pass through all stages, and a checkpoint holds the output of
+all stages' ``stored``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Stage(IntEnum):
-    """What a technique does to a weight, in the order in which it is done."""
+    """The kinds of techniques that act on weights, in the order in which they act."""
 
     SPARSITY = 1
     QUANTIZATION = 2
@@ -36,7 +37,7 @@ class Stage(IntEnum):
 
 
 class Chain:
-    """The one view of a weight: all its stages, in order.
+    """The only view of a weight: all its stages, in order.
 
     Args:
         found: The weight.
@@ -54,16 +55,16 @@ class Chain:
 
     @property
     def weights(self) -> list[ViewedWeight]:
-        """What the techniques make of the weight, in the order of their stages."""
+        """The views of all techniques, in the order of their stages."""
         return list(self.stages.values())
 
     @property
     def dense(self) -> Tensor:
-        """The dense weight's values, wherever they are now."""
+        """Values of the dense weight, even while a step computes with other values in the parameter."""
         return self.found.parameter.detach() if self._in_place is None else self._in_place.dense
 
     def before(self, weight: ViewedWeight) -> Tensor:
-        """Return what the stages before that of a weight return in training."""
+        """Return the training output of the stages before that of a view."""
         value = self.dense
         with torch.no_grad():
             for other in takewhile(lambda other: other is not weight, self.weights):
@@ -71,12 +72,12 @@ class Chain:
         return value
 
     def after(self, weight: ViewedWeight) -> list[ViewedWeight]:
-        """Return what later stages make of a weight."""
+        """Return the views of later stages."""
         behind = dropwhile(lambda other: other is not weight, self.weights)
         return list(behind)[1:]
 
     def value(self, dense: Tensor) -> Tensor:
-        """Return what the forward pass uses."""
+        """Return the weight for the forward pass."""
         if self._infers:
             return dense if self._inference is None else self._inference
         for weight in self.stages.values():
@@ -84,13 +85,13 @@ class Chain:
         return dense
 
     def stored(self, dense: Tensor) -> Tensor:
-        """Return what inference and checkpoints use."""
+        """Return the weight for inference and checkpoints."""
         for weight in self.stages.values():
             dense = weight.stored(dense)
         return dense
 
     def enter_inference(self) -> None:
-        """Show what a checkpoint would hold, whichever weights are in the parameter now."""
+        """Compute with the stored weight from now on, derived from whatever the parameter holds now."""
         if self._infers:
             return
         dense = self.dense
@@ -98,12 +99,12 @@ class Chain:
         self._infers, self._inference = True, None if stored is dense else stored
 
     def leave_inference(self) -> None:
-        """Show the training weights again."""
+        """Compute with the training weight again."""
         self._infers, self._inference = False, None
 
     @torch.no_grad()
     def bake(self, lasting: Sequence[ViewedWeight]) -> None:
-        """Make what some of the stages store the parameter's own."""
+        """Write the stored values of the given stages into the parameter."""
         dense = value = self.found.parameter.detach()
         for weight in self.weights:
             value = weight.stored(value) if any(weight is other for other in lasting) else value
@@ -111,7 +112,7 @@ class Chain:
             self.found.parameter.copy_(value)
 
     def join(self, stage: Stage, weight: ViewedWeight, window: Callable[[], InPlaceWindow]) -> None:
-        """Add a stage, and show the module what comes out."""
+        """Add a stage, and attach the chain to the module if it is the first."""
         self.stages = dict(sorted({**self.stages, stage: weight}.items()))
         weight.chain = self
         found = self.found
@@ -124,7 +125,7 @@ class Chain:
         self._shown.add(stage)
 
     def hide(self, stage: Stage) -> None:
-        """Take the view away when the last stage is hidden; what all store stays known, for checkpoints of an exception."""
+        """Hide a stage. The last one detaches the chain, which still stores, for checkpoints after an exception."""
         self._shown.discard(stage)
         if not self._shown:
             self._detach()
@@ -139,7 +140,7 @@ class Chain:
 
 
 class ViewedWeight:
-    """What one technique makes of one weight: derive from it, and write ``value``, ``stored`` or both.
+    """One technique's view of one weight: derive from it, and define ``value``, ``stored`` or both.
 
     Args:
         found: The weight.
@@ -149,47 +150,50 @@ class ViewedWeight:
         self.found = found
         self.name = found.name
         self.module = found.module
-        self.chain = Chain(found)  # of its own, until it joins that of others
-        self.is_outdated = False  # by an earlier stage
+        self.chain = Chain(found)  # its own, until it joins the chain of the module
+        self.is_outdated = False  # whether an earlier stage changed
         self._version = -1
 
     def value(self, weight: Tensor) -> Tensor:
-        """Return what the forward pass of a training step uses, differentiable in ``weight``.
+        """Return the weight for the forward pass of a training step, differentiable with respect to ``weight``.
 
         Args:
-            weight: What the stages before this one return; the dense weight if there is none.
+            weight: Output of the earlier stages; the dense weight for the first stage.
         """
         return weight
 
     def stored(self, weight: Tensor) -> Tensor:
-        """Return what validation and checkpoints use: without gradient and without chance, a new tensor or ``weight`` itself.
+        """Return the weight for validation and checkpoints: a new tensor or ``weight`` itself.
+
+        It must be deterministic and have no gradient.
 
         Args:
-            weight: What the stages before this one store, of the weight that trains or, with weight averaging, of another.
+            weight: Stored output of the earlier stages, for the trained weight or, with weight
+                averaging, the average.
         """
         return weight
 
     def refresh(self) -> None:
-        """Recompute what :meth:`value` takes from the weight: when the fit begins, and after another weight was loaded."""
+        """Recompute what :meth:`value` derives from the weight. Called when the fit begins and after a load."""
 
     def step(self) -> None:
-        """Do what is due after each optimizer step that has moved the weight."""
+        """Update the view after each optimizer step on the weight."""
         self.refresh()
 
     @property
     def signature(self) -> list[str | int]:
-        """What must be as before for a resumed run to go on with the state of this weight."""
+        """Values that must be unchanged for a resumed run to use the saved state of this weight."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what this weight needs to go on, in types that a checkpoint may hold."""
+        """Return the state of this view, in types that a checkpoint may hold."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with a saved state, after :meth:`refresh`; not called if nothing was saved."""
+        """Restore a saved state, after :meth:`refresh`. Not called if nothing was saved."""
 
     def __str__(self) -> str:
-        """Return what is made of the weight, for the table that is printed when the fit begins."""
+        """Return a description of the view, for the table that is printed when the fit begins."""
         return self.found.effect
 
     @property
@@ -199,33 +203,33 @@ class ViewedWeight:
 
     @property
     def dense(self) -> Tensor:
-        """The dense weight's values, also while a step computes with others in its place."""
+        """Values of the dense weight, even while a step computes with other values in the parameter."""
         return self.chain.dense
 
     @property
     def incoming(self) -> Tensor:
-        """What the stages before this one return in training, without gradient: what :meth:`refresh` computes from."""
+        """Training output of the earlier stages, without gradient; the input of :meth:`refresh`."""
         return self.chain.before(self)
 
     @property
     def is_changed(self) -> bool:
-        """Whether something other than the optimizer has changed the dense weight since the last refresh."""
+        """Whether anything but the optimizer changed the dense weight since the last refresh."""
         return self.parameter._version != self._version
 
     @property
     def is_stale(self) -> bool:
-        """Whether something other than the optimizer has changed the weight since the last refresh, or an earlier stage."""
+        """Whether an earlier stage, or anything but the optimizer, changed the weight since the last refresh."""
         return self.is_outdated or self.is_changed
 
     def is_renewed(self) -> None:
-        """Note that what is shown is that of the weight as it stands, and new to later stages."""
+        """Mark this view as up to date and the views of later stages as outdated."""
         self.is_outdated, self._version = False, self.parameter._version
         for later in self.chain.after(self):
             later.is_outdated = True
 
     @property
     def stores(self) -> bool:
-        """Whether validation and checkpoints use another weight than the dense one."""
+        """Whether validation and checkpoints use a weight other than the dense one."""
         return type(self).stored is not ViewedWeight.stored
 
 
@@ -233,11 +237,12 @@ _CHAINS: WeakKeyDictionary[pl.LightningModule, ModuleChains] = WeakKeyDictionary
 
 
 class ModuleChains:
-    """The chains of one module in one fit by weight, and the techniques that stand in them, whichever ask for them.
+    """The chains of one module in one fit, and the techniques that use them.
 
-    What must happen once and in order, however many techniques act on a module's weights, happens here: in-place weights are
-    uncovered before an optimizer moves them and covered again when all techniques have followed it; techniques follow in the
-    order of their stages; and at the end of the fit the chains are baked once, when every technique has said what it leaves.
+    It does what must happen once and in order for all techniques: it restores in-place weights
+    before an optimizer step and writes the views again after all techniques have updated them; it
+    calls the techniques in the order of their stages; and at the end of the fit it writes the
+    stored weights into the parameters once, after asking every technique for its weights.
 
     Args:
         trainer: The trainer, with its optimizers.
@@ -256,10 +261,10 @@ class ModuleChains:
         self._is_baked = False
 
     def enter(self, technique: WeightCallback[Any]) -> Callable[[], None]:
-        """Make a technique follow the optimizers from now on.
+        """Call a technique after each optimizer step from now on.
 
         Returns:
-            Callable: Ends that; the last one to leave takes everything away.
+            Callable: Removes the technique; the last one to leave removes all hooks.
         """
         self._watch_optimizers()
         self._techniques = sorted([*self._techniques, technique], key=lambda other: other.stage)
@@ -267,7 +272,7 @@ class ModuleChains:
         return self._leave
 
     def _watch_optimizers(self) -> None:
-        """Follow the trainer's optimizers, also one that has taken another's place."""
+        """Hook into the trainer's optimizers, including any that replaced another."""
         for optimizer in self.trainer.optimizers:
             if optimizer not in self._watched:
                 self._watched.add(optimizer)
@@ -281,7 +286,7 @@ class ModuleChains:
             _CHAINS.pop(self._pl_module, None)
 
     def is_taken(self, found: FoundWeight, stage: Stage) -> bool:
-        """Return whether a weight is shown through a view already that leaves no place for a stage."""
+        """Return True if a weight already has a view that cannot take this stage."""
         chain = self._chains.get(id(found.parameter))
         return has_view(found.module, found.attribute) if chain is None else stage in chain.stages
 
@@ -303,12 +308,12 @@ class ModuleChains:
         return self._window
 
     def close_window(self) -> None:
-        """Put dense weights back where a step computes with others in their place."""
+        """Restore the dense weights of in-place views."""
         if self._window is not None:
             self._window.close()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Uncover the dense weights for a step that runs no closure; one that does calls on_before_optimizer_step."""
+        """Restore the dense weights before a step without a closure; with one, on_before_optimizer_step does so."""
         if not any(callable(value) for value in (*args, kwargs.get("closure"))):
             self.close_window()
 
@@ -319,19 +324,19 @@ class ModuleChains:
             self._window.reopen()
 
     def begin_batch(self) -> None:
-        """Bring weights up to date that something other than the optimizers has changed, and follow new optimizers."""
+        """Update views of weights that anything but the optimizers changed, and hook into new optimizers."""
         self._watch_optimizers()
         for technique in self._techniques:
             technique.renew_stale()
 
     def renew_after(self, technique: WeightCallback[Any]) -> None:
-        """Bring later stages up to date, because this one starts after them."""
+        """Update later stages whose techniques started before this one."""
         for other in self._techniques:
             if other.stage > technique.stage:
                 other.renew_stale()
 
     def bake(self) -> None:
-        """Make what the techniques leave behind the parameters' own, once for all of them."""
+        """Write the stored weights of all techniques into the parameters, once."""
         if self._is_baked:
             return
         self._is_baked = True
@@ -342,7 +347,7 @@ class ModuleChains:
 
 
 def chains_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModuleChains:
-    """Return the chains of a module in the present fit, the same for every technique."""
+    """Return the chains of a module in the current fit; all techniques share them."""
     chains = _CHAINS.get(pl_module)
     if chains is None or chains.trainer is not trainer:
         chains = _CHAINS[pl_module] = ModuleChains(trainer, pl_module)

@@ -1,4 +1,4 @@
-"""Which weights of a module may be chosen, which of them a technique takes, and why it leaves others."""
+"""The weights of a module that a technique chooses, and the reasons why it skips others."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_pro
 
 @dataclass(frozen=True)
 class FoundWeight:
-    """A parameter that may be chosen.
+    """A parameter that can be chosen.
 
     Args:
         name: Full name, as in ``state_dict``.
-        module: The module that owns it.
-        attribute: Its name there.
-        names: All names under which it is known, without the prefix of compiled modules.
-        twins: Other owners of the same, tied parameter, each with its attribute.
-        is_known: Whether its module is a layer of torch that reads the attribute for every use.
-        is_spelled: Whether the user has spelled its name to the end.
-        display_name: Who asks, for errors.
-        effect: What it makes of a weight, an adjective.
+        module: Module that owns it.
+        attribute: Its name in that module.
+        names: All its full names, without the prefix of compiled modules.
+        twins: Other owners of the same (tied) parameter, each with its attribute.
+        is_known: Whether its module is a torch layer that reads the attribute at every use.
+        is_spelled: Whether a pattern of the user names it in full.
+        display_name: Name of the technique, for errors.
+        effect: Adjective for the weights that the technique makes.
     """
 
     name: str
@@ -52,41 +52,41 @@ class FoundWeight:
         """The parameter itself, which holds the dense weight.
 
         Raises:
-            RuntimeError: If something has taken it out of its layer.
+            RuntimeError: If other code removed it from its layer.
         """
         parameter = self.module._parameters.get(self.attribute)
         if parameter is None:
             raise RuntimeError(
-                f"{self.display_name} makes {clean_name(self.name)} {self.effect}, and something has taken it out of its "
-                "layer in mid-fit, as pruning, weight_norm, spectral_norm and parametrize do. Do that before the fit, or "
-                f"leave the layer out: exclude=[{clean_name(self.name)!r}]."
+                f"{self.display_name} makes {clean_name(self.name)} {self.effect}, but the parameter was removed from "
+                "its layer during the fit, as pruning, weight_norm, spectral_norm and parametrize do. Do that before "
+                f"the fit, or exclude the layer: exclude=[{clean_name(self.name)!r}]."
             )
         return parameter
 
     @property
     def in_place(self) -> bool:
-        """Whether the module is shown the weight by writing it into the parameter."""
+        """Whether its view is written into the parameter during a step."""
         return bool(self.twins) or not self.is_known
 
     def output_dimension(self) -> int | None:
-        """Return the dimension that counts the layer's outputs; ``None`` if the layer computes neither x W nor x W^T."""
+        """Return the output dimension of the weight; ``None`` if the layer computes neither x W nor x W^T."""
         return output_dimension(self.module, self.attribute)
 
     def class_name(self) -> str:
-        """Return the name of the class that the user gave the module."""
+        """Return the name of the module's original class."""
         return viewed_class(self.module).__name__
 
 
 def found_weights(module: nn.Module, owners: Sequence[Owner], technique: WeightCallback[Any]) -> Iterator[FoundWeight]:
-    """Yield the parameters of a module that a technique may choose, a tied one once for each owner.
+    """Yield the parameters that a technique can choose, a tied one once for each owner.
 
-    Layers of torch are known by their type, other linear layers by a matrix named ``weight``, and parameters of other modules
-    only where a pattern spells their own name.
+    Layers of torch are recognized by their type, other linear layers by a matrix named ``weight``.
+    Parameters of other modules are found only if a pattern names them in full.
 
     Args:
         module: The LightningModule, complete.
         owners: Name, module and attribute of its parameters.
-        technique: Who asks; ``include=None`` means all that are known.
+        technique: The technique. With ``include=None`` it can choose all recognized layers.
     """
     known = all_names(module)
     uses: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -113,7 +113,7 @@ def _is_layer(found: FoundWeight) -> bool:
 
 
 def replaced_weights(module: nn.Module) -> list[str]:
-    """Return the weights in whose place something else computes another."""
+    """Return the weights that pruning, a norm or a parametrization has replaced."""
     found = []
     for name, layer in module.named_modules():
         replaced = layer._parameters.keys() & {f"weight_{end}" for end in REPLACEMENTS}
@@ -129,18 +129,18 @@ W = TypeVar("W", bound=ViewedWeight)
 
 _MOST_SHOWN = 24
 _FROZEN = "frozen"
-_REPLACED = "reparametrized (pruning, weight_norm, spectral_norm or parametrize), so that it is computed from others"
+_REPLACED = "reparametrized by pruning, weight_norm, spectral_norm or parametrize: it is computed from other parameters"
 
 
 @dataclass(frozen=True)
 class WeightChoice(Generic[W]):
-    """Which weights of a module are chosen, and why others are not."""
+    """The chosen weights of a module, and the skipped ones with the reasons."""
 
     chosen: list[W] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def table(self, column: str) -> str:
-        """Return a row for each weight: what is made of it, or why it is skipped."""
+        """Return a table with one row per weight: its view, or why it is skipped."""
         rows = [[clean_name(w.name), "x".join(map(str, w.parameter.shape)), str(w)] for w in self.chosen]
         rows += [[name, "dense", reason] for name, reason in self.skipped]
         more = f"\n... and {len(rows) - _MOST_SHOWN} more" if len(rows) > _MOST_SHOWN else ""
@@ -150,21 +150,21 @@ class WeightChoice(Generic[W]):
         """Return why nothing was chosen, and what to do."""
         if not self.skipped:
             return (
-                "It looks for Linear, Conv and attention layers, and for others that multiply by a matrix named weight. Name "
-                "parameters of other modules in full, such as include=['blocks.*.w1']."
+                "It chooses Linear, Conv and attention layers, and other layers that multiply by a matrix named "
+                "weight. Name parameters of other modules in full, such as include=['blocks.*.w1']."
             )
         reasons = [f"{name}: {reason}" for name, reason in self.skipped[:8]]
         frozen = [name for name, reason in self.skipped if reason.startswith(_FROZEN)]
         if frozen:
             return (
-                f"{'; '.join(reasons)}. To choose frozen layers, name them, such as include={frozen[:1]!r}: they become "
-                f"{effect}, and stay so when a callback unfreezes them."
+                f"{'; '.join(reasons)}. To choose frozen layers, name them, such as include={frozen[:1]!r}. They "
+                f"become {effect}, and stay {effect} when a callback unfreezes them."
             )
-        return f"{'; '.join(reasons)}. Choose other layers with include=, or another {column}."
+        return f"{'; '.join(reasons)}. Choose other layers with include=, or set another {column}."
 
 
 def choose_weights(module: nn.Module, technique: WeightCallback[W], ends: Ends) -> WeightChoice[W]:
-    """Find the weights that a technique takes.
+    """Choose the weights of a technique.
 
     Args:
         module: The LightningModule, complete.
@@ -172,7 +172,7 @@ def choose_weights(module: nn.Module, technique: WeightCallback[W], ends: Ends) 
         ends: Finds the first and the last layers.
 
     Raises:
-        ValueError: What ``technique.view`` raises.
+        ValueError: Raised by ``technique.view``.
     """
     owners = list(named_owners(module))
     candidates = list(found_weights(module, owners, technique))
@@ -193,16 +193,16 @@ def choose_weights(module: nn.Module, technique: WeightCallback[W], ends: Ends) 
 
 
 def _why_not(found: FoundWeight, technique: WeightCallback[W]) -> str:
-    """Return why a candidate is left out whatever the technique makes of it; empty if it is not."""
+    """Return why a candidate is skipped before the technique's ``view`` is called; empty if it is not."""
     parameter, by_default = found.parameter, technique.include is None
     if excluded := technique.why_excluded(found.names):
         return excluded
     if isinstance(parameter, UninitializedParameter):
-        return "it has no shape yet (a lazy module): run one batch through it before the fit"
+        return "no shape yet (a lazy module); run one batch through it before the fit"
     if parameter.ndim < 2 or not parameter.is_floating_point():
-        return "only floating weights of two or more dimensions are chosen"
+        return "only floating-point weights with two or more dimensions are chosen"
     if by_default and not parameter.requires_grad:
-        return f"{_FROZEN}; include it by name to make it {technique.effect} all the same"
+        return f"{_FROZEN}; include it by name to make it {technique.effect} nevertheless"
     tied_to = [name for name in found.names if name != clean_name(found.name) and found.twins]
     if by_default and tied_to:
         return f"tied to {', '.join(tied_to)}; include it by name to make every use {technique.effect}"
@@ -213,8 +213,8 @@ def _view(found: FoundWeight, technique: WeightCallback[W]) -> W | str:
     weight = technique.view(found)
     if not isinstance(weight, (ViewedWeight, str)):
         raise TypeError(
-            f"{technique.display_name}.view must return a ViewedWeight, or the reason why {clean_name(found.name)} is "
-            f"left out; got {type(weight).__name__}."
+            f"{technique.display_name}.view must return a ViewedWeight, or the reason why it skips "
+            f"{clean_name(found.name)}; got {type(weight).__name__}."
         )
     return weight
 
@@ -224,13 +224,13 @@ def _find_ends(
 ) -> set[str]:
     able = [c for c in candidates if c.parameter.requires_grad and selects(c.names, None, technique.exclude)]
     names = {found.name for found in able}
-    left_out = {found.name for found in candidates} - names
-    layers = [own for own in owners if own[0] in names or (_is_single_layer(own) and own[0] not in left_out)]
+    others = {found.name for found in candidates} - names
+    layers = [own for own in owners if own[0] in names or (_is_single_layer(own) and own[0] not in others)]
     return ends.find([(found.name, found.module, found.attribute) for found in able], layers)
 
 
 def _is_single_layer(owner: Owner) -> bool:
-    """Return whether a parameter is the weight of a single layer, and not a table of a whole network."""
+    """Return True if a parameter is the weight of a single layer, not a parameter of a whole network."""
     parameter = owner[1]._parameters[owner[2]]
     if parameter is None or isinstance(parameter, UninitializedParameter):
         return False
@@ -240,25 +240,25 @@ def _is_single_layer(owner: Owner) -> bool:
 def _explain_others(
     choice: WeightChoice[W], module: nn.Module, technique: WeightCallback[W], candidates: Sequence[FoundWeight]
 ) -> None:
-    """Name weights that something else has replaced, and what the user includes that is no weight."""
+    """Add the replaced weights and the patterns that match no weight to the skipped ones."""
     replaced = [name for name in replaced_weights(module) if selects(name, None, technique.exclude)]
     choice.skipped.extend((name, _REPLACED) for name in replaced if matches(name, technique.include or ["*"]))
     for asked in technique.include or []:
         if not any(matches(names, [asked]) for names in (*(found.names for found in candidates), *replaced)):
-            choice.skipped.append((asked, "no Linear, Conv or attention layer; spell parameters of others to the end"))
+            choice.skipped.append((asked, "not a Linear, Conv or attention layer; name parameters of others in full"))
 
 
 def refuse_pruners(callbacks: Iterable[object], weights: Sequence[ViewedWeight], technique: str, verb: str) -> None:
-    """Raise if another callback, such as Lightning's ``ModelPruning``, is to prune one of the weights.
+    """Raise if another callback, such as Lightning's ``ModelPruning``, prunes one of the weights.
 
     Args:
-        callbacks: All of the trainer, set up.
-        weights: The weights that are chosen.
-        technique: Who chooses them.
-        verb: What it would do with them.
+        callbacks: All callbacks of the trainer, after ``setup``.
+        weights: The chosen weights.
+        technique: Name of the technique.
+        verb: What it does with them.
 
     Raises:
-        ValueError: With the names of both and of the first weight.
+        ValueError: Names both callbacks and the first such weight.
     """
     chosen: Mapping[int, str] = {id(weight.parameter): clean_name(weight.name) for weight in weights}
     for callback in callbacks:
@@ -268,6 +268,6 @@ def refuse_pruners(callbacks: Iterable[object], weights: Sequence[ViewedWeight],
             if name is not None:
                 kind = type(callback).__name__
                 raise ValueError(
-                    f"{technique} and {kind} would both {verb} {name}. Keep one of them, or separate them: "
-                    f"exclude=[{name!r}] for {technique}, or {kind}(parameters_to_prune=[...]) with other layers."
+                    f"{technique} and {kind} would both {verb} {name}. Keep one of them, or set "
+                    f"{technique}(exclude=[{name!r}]) or {kind}(parameters_to_prune=[...]) with other layers."
                 )

@@ -1,16 +1,17 @@
-"""Showing the forward pass another weight than the one that is trained.
+"""Make a forward pass compute with a view of a weight instead of the trained weight.
 
-A technique that derives weights (masks, noise, quantization) keeps the dense parameter where the optimizer, DDP and EMA
-expect it, and gives the module a *view* of it. Two ways in:
+A technique that derives weights (masks, noise, quantization) keeps the dense parameter where the
+optimizer, DDP and EMA expect it, and gives the module a *view* of it. There are two ways:
 
-- :func:`attach_view` swaps the module's class for a subclass in which the attribute is a property. Keys, order and
-  identity of the parameters stay, ``torch.compile`` traces through, and modules whose ``forward`` is never called
-  (the output projection of ``MultiheadAttention``) work too.
-- :class:`~lightning_grad.core.views.weight_view.InPlaceView` writes the derived weight into the parameter for the time of
-  forward and backward. It serves modules that get at their parameters in ways of their own, and parameters that several
-  modules share.
+- :func:`attach_view` replaces the module's class by a subclass in which the attribute is a
+  property. Keys, order and identity of the parameters stay the same, ``torch.compile`` traces
+  through it, and modules whose ``forward`` is never called (the output projection of
+  ``MultiheadAttention``) work too.
+- :class:`~lightning_grad.core.views.weight_view.InPlaceView` writes the derived weight into the
+  parameter during forward and backward. It is for modules that access their parameters in other
+  ways than by attribute, and for parameters that several modules share.
 
-With both, ``state_dict`` holds the weight that inference uses, and everyone else sees the dense one.
+With both, ``state_dict`` holds the weight for inference, and all other code sees the dense weight.
 """
 
 from __future__ import annotations
@@ -29,49 +30,53 @@ from lightning_grad.core.dispatch import wrap_method
 _VIEWS = "_lightning_grad_views"
 _DENSE = "_lightning_grad_dense"
 IN_PLACE = "_lightning_grad_in_place"
-REPLACEMENTS = ("orig", "g", "v")  # under which torch's prune, spectral_norm and weight_norm keep a weight
+REPLACEMENTS = (
+    "orig",
+    "g",
+    "v",
+)  # suffixes of parameters by which torch's prune, spectral_norm and weight_norm replace one
 
 
 class WeightView(Protocol):
-    """How one parameter is seen."""
+    """The view of one parameter."""
 
     def value(self, dense: Tensor) -> Tensor:
-        """Return what the forward pass uses, differentiable in ``dense``."""
+        """Return the weight for the forward pass, differentiable with respect to ``dense``."""
 
     def stored(self, dense: Tensor) -> Tensor:
-        """Return what a checkpoint holds and inference uses: a new tensor without gradient, or ``dense`` itself."""
+        """Return the weight for checkpoints and inference: a new tensor without gradient, or ``dense`` itself."""
 
 
 class _Parameters:
-    """The parameters of a viewed module, to put back what other code took out before it was refused."""
+    """The parameters of a viewed module, to restore those that other code removed before it was refused."""
 
     def __init__(self, module: nn.Module) -> None:
         self._all = dict(module._parameters)
 
     def put_back(self, module: nn.Module) -> None:
         present = dict(module._parameters)
-        module._parameters.clear()  # in the old order, by which optimizers store their state
+        module._parameters.clear()  # to restore the old order, by which optimizers store their state
         module._parameters.update({**self._all, **present})
 
 
 def own_parameter(module: nn.Module, attribute: str) -> nn.Parameter:
-    """Return the parameter itself, also where the attribute shows a view of it."""
+    """Return the parameter itself, even if the attribute returns a view of it."""
     parameter = module._parameters[attribute]
     assert parameter is not None
     return parameter
 
 
 def _refusals(base: type[nn.Module], attributes: frozenset[str]) -> dict[str, Any]:
-    """Return methods that refuse to let pruning and the like take the place of a viewed weight."""
+    """Return methods that raise if pruning, a norm or a parametrization would replace a viewed weight."""
 
     def refuse(self: nn.Module, name: str) -> None:
-        """Raise in place of the foreign errors in which a second owner of the weight ends."""
+        """Raise a clear error instead of the obscure ones that two owners of a weight cause."""
         self.__dict__[_DENSE].put_back(self)
         known = getattr(self.__dict__[_VIEWS].get(name), "name", f"{base.__name__}.{name}")
         raise RuntimeError(
             f"{known} cannot be reparametrized while a technique shows it through a view: pruning, weight_norm, "
-            "spectral_norm and parametrize would take its place. Leave the layer out by the technique's exclude=, or do that "
-            "before the fit, and the technique leaves it out itself."
+            "spectral_norm and parametrize would replace it. Exclude the layer with the technique's exclude=, or "
+            "reparametrize it before the fit; the technique then skips it."
         )
 
     def delete(self: nn.Module, name: str) -> None:
@@ -81,7 +86,7 @@ def _refusals(base: type[nn.Module], attributes: frozenset[str]) -> dict[str, An
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         owner = next((attribute for attribute in attributes if name.startswith(f"{attribute}_")), None)
-        # Only what takes the place of a weight: an adapter may be added to the layer.
+        # Only parameters that replace the weight are refused: an adapter may be added to the layer.
         if owner is not None and name.removeprefix(f"{owner}_") in REPLACEMENTS:
             refuse(self, owner)
         base.register_parameter(self, name, param)
@@ -91,7 +96,7 @@ def _refusals(base: type[nn.Module], attributes: frozenset[str]) -> dict[str, An
 
 @functools.cache
 def _viewing_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn.Module]:
-    """Derive the class whose instances show ``attributes`` through their views."""
+    """Derive a class whose ``attributes`` are properties that return the views."""
 
     def save(self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         base._save_to_state_dict(self, destination, prefix, keep_vars)
@@ -99,14 +104,14 @@ def _viewing_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn
             destination[prefix + name] = view.stored(own_parameter(self, name).detach())
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-        """Pickle and copy as a plain module that computes the same."""
+        """Pickle and copy as a plain module that computes the same outputs."""
         state = {key: value for key, value in self.__dict__.items() if key not in (_VIEWS, _DENSE)}
         state["_parameters"] = dict(self._parameters)
         for name, view in self.__dict__[_VIEWS].items():
             dense = own_parameter(self, name)
             stored = view.stored(dense.detach()).clone()
             state["_parameters"][name] = nn.Parameter(stored, requires_grad=dense.requires_grad)
-        # Not copyreg.__newobj__: pickle refuses it for another class than the object's own.
+        # Not copyreg.__newobj__: pickle accepts it only for the object's own class.
         return object.__new__, (base,), state
 
     def shown(name: str) -> property:
@@ -120,14 +125,15 @@ def _viewing_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn
 
 
 def viewed_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class the user gave the module, whether or not it is viewed now."""
+    """Return the module's original class, whether or not it has a view now."""
     return getattr(type(module), "_viewed_class", type(module))
 
 
 def has_view(module: nn.Module, attribute: str) -> bool:
-    """Return whether a technique already shows this parameter through a view."""
+    """Return True if a technique already shows this parameter through a view."""
     parameter = module._parameters[attribute]
-    # A pickled copy of a parameter carries the mark with it, but not the view; its identity is another.
+    # A copy of a parameter carries the mark but not the view; its identity differs from the marked
+    # one.
     return attribute in module.__dict__.get(_VIEWS, {}) or getattr(parameter, IN_PLACE, None) == id(parameter)
 
 
@@ -135,12 +141,12 @@ def attach_view(module: nn.Module, attribute: str, view: WeightView) -> Callable
     """Show a module's parameter through a view.
 
     Args:
-        module: The module that owns the parameter.
+        module: Module that owns the parameter.
         attribute: Name of the parameter in it.
-        view: What to show.
+        view: The view.
 
     Returns:
-        Callable: Gives the module its own class back; may be called more than once.
+        Callable: Removes the view and restores the module's class; may be called more than once.
 
     Example:
         >>> import torch
@@ -176,7 +182,7 @@ _OPEN: WeakSet[InPlaceWindow] = WeakSet()
 
 
 class _StoredInStateDict:
-    """State-dict hook of an in-place view; a copy or pickle of the module gets one that does nothing."""
+    """State-dict hook of an in-place view. In a copy or pickle of the module it does nothing."""
 
     def __init__(self, attribute: str, view: InPlaceView | None) -> None:
         self._attribute = attribute
@@ -193,14 +199,15 @@ class _StoredInStateDict:
 class InPlaceView:
     """Writes the derived weight into the parameter while a step computes with it.
 
-    Between :meth:`expose` and :meth:`restore` the parameter holds the view's value; at all other times, and so for
-    optimizers, EMA and hooks, the dense weight. The gradient goes through the view's derivative by a tensor hook.
+    Between :meth:`expose` and :meth:`restore` the parameter holds the view's value. At all other
+    times, and so for optimizers, EMA and hooks, it holds the dense weight. A tensor hook multiplies
+    the gradient by the view's derivative.
 
     Args:
-        module: The module that owns the parameter.
+        module: Module that owns the parameter.
         attribute: Name of the parameter in it.
-        view: What to write.
-        others: Other owners of the same, tied parameter, each with its attribute.
+        view: The view.
+        others: Other owners of the same (tied) parameter, each with its attribute.
     """
 
     def __init__(
@@ -218,15 +225,15 @@ class InPlaceView:
 
     @property
     def dense(self) -> Tensor:
-        """The dense weight, wherever it is now."""
+        """The dense weight, whether or not the parameter holds it now."""
         return self.parameter.detach() if self._dense is None else self._dense
 
     def stored(self) -> Tensor:
-        """Return what a checkpoint holds."""
+        """Return the weight for a checkpoint."""
         return self._view.stored(self.dense)
 
     def _through_view(self, gradient: Tensor) -> Tensor:
-        """Apply the chain rule of the view, at the dense weight: a view may compute its mask from the value."""
+        """Apply the chain rule at the dense weight, because a view may compute its mask from the value."""
         with torch.enable_grad():
             dense = self.dense.detach().requires_grad_()
             shown = self._view.value(dense)
@@ -234,7 +241,7 @@ class InPlaceView:
 
     @torch.no_grad()
     def expose(self) -> None:
-        """Write the view's value into the parameter, and keep the dense weight aside."""
+        """Write the view's value into the parameter, and save the dense weight."""
         if self.parameter.requires_grad and not self._sees_gradient:
             self._sees_gradient = True
             self._handles.append(self.parameter.register_hook(self._through_view))  # type: ignore[no-untyped-call]
@@ -244,17 +251,18 @@ class InPlaceView:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the dense weight back, if it is out."""
+        """Restore the dense weight, if the view's value replaced it."""
         if self._dense is not None:
             self._write(self._dense)
             self._dense = None
 
     def _write(self, value: Tensor) -> None:
-        # Through .data, which leaves the version counter alone: the dense weight itself has not changed.
+        # Through .data, which does not change the version counter: the dense weight itself has not
+        # changed.
         self.parameter.data.copy_(value)
 
     def detach(self) -> None:
-        """Put the dense weight back and remove the hooks."""
+        """Restore the dense weight and remove the hooks."""
         self.restore()
         self.parameter.__dict__.pop(IN_PLACE, None)
         for handle in self._handles:
@@ -267,11 +275,11 @@ def open_windows(pl_module: pl.LightningModule) -> list[InPlaceWindow]:
 
 
 def close_windows(pl_module: pl.LightningModule, but: Sequence[InPlaceWindow] = ()) -> None:
-    """Close what a ``training_step`` has opened that no backward follows, because it ran for inspection.
+    """Close the windows that a ``training_step`` without a backward pass left open.
 
     Args:
         pl_module: The LightningModule.
-        but: Windows that stay open, because they were before.
+        but: Windows to keep open, because they were open before.
     """
     for window in open_windows(pl_module):
         if window not in but:
@@ -279,12 +287,12 @@ def close_windows(pl_module: pl.LightningModule, but: Sequence[InPlaceWindow] = 
 
 
 class InPlaceWindow:
-    """Opens in-place views when a LightningModule's step begins, and closes them before anyone looks at the weights.
+    """Opens in-place views when a LightningModule's step begins, and closes them before other code reads the weights.
 
-    The window opens around ``training_step`` and ``validation_step``. Under automatic optimization backward follows
-    after ``training_step`` has returned, so the owner calls :meth:`close` in ``on_after_backward`` and in
-    ``on_before_optimizer_step``; under manual optimization every optimizer step closes it, and the rest of
-    ``training_step`` runs in a new one.
+    The window opens around ``training_step`` and ``validation_step``. Under automatic optimization,
+    backward runs after ``training_step`` has returned, so the owner calls :meth:`close` in
+    ``on_after_backward`` and ``on_before_optimizer_step``. Under manual optimization, every
+    optimizer step closes the window and opens it again for the rest of ``training_step``.
 
     Args:
         pl_module: The LightningModule.
@@ -302,11 +310,11 @@ class InPlaceWindow:
         ]
 
     def add(self, view: InPlaceView) -> None:
-        """Open and close one more view from now on."""
+        """Add a view to the window."""
         self._views.append(view)
 
     def discard(self, view: InPlaceView) -> None:
-        """Detach a view, and no longer open it."""
+        """Detach a view and remove it from the window."""
         view.detach()
         self._views.remove(view)
 
@@ -317,18 +325,18 @@ class InPlaceWindow:
             view.expose()
 
     def close(self) -> None:
-        """Put the dense weights back."""
+        """Restore the dense weights."""
         _OPEN.discard(self)
         for view in self._views:
             view.restore()
 
     def reopen(self) -> None:
-        """Go on with the rest of a manual ``training_step`` after one of its optimizers has stepped."""
+        """Open the window again for the rest of a manual ``training_step``, after an optimizer step in it."""
         if self._in_training_step and self._manual:
             self.open()
 
     def remove(self) -> None:
-        """Close the window for good."""
+        """Detach all views and unwrap the module's steps."""
         for undo in self._undo:
             undo()
         for view in self._views:

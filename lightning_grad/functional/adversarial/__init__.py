@@ -1,4 +1,4 @@
-"""Attacks on inputs, and their projections."""
+"""Adversarial attacks on inputs."""
 
 from lightning_grad.functional.adversarial.attacks import IndependentLossError, fgsm, pgd
 

@@ -1,4 +1,4 @@
-"""Inputs that a network gets wrong: perturbations inside a small ball that raise the loss, found by its gradient."""
+"""Adversarial attacks: find perturbations in a small ball that raise the loss, by its gradient."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,21 +15,21 @@ _PGD_STEP = 2.5  # of epsilon / steps (Madry et al. 2018, released code of the M
 
 
 class IndependentLossError(RuntimeError):
-    """The loss does not depend on the inputs, so that no attack on them can raise it."""
+    """Raised if the loss does not depend on the inputs, so no attack can raise it."""
 
 
 def attack_direction(gradient: Tensor, norm: Norm = "linf") -> Tensor:
-    r"""Return the unit step that raises a linear function most.
+    r"""Return the unit step that increases a linear function most.
 
     .. math::
         \operatorname{sign}(g) \;(\ell_\infty), \qquad g_i / \lVert g_i \rVert_2 \;(\ell_2, \text{each sample } i)
 
     Args:
         gradient: Gradient g, (B, ...).
-        norm: In which norm the step has length 1.
+        norm: Norm in which the step has length 1.
 
     Returns:
-        Tensor: (B, ...), zero where the gradient is nan, and for samples whose gradient is zero.
+        Tensor: (B, ...), zero for nan entries, and for samples with zero gradient.
 
     Example:
         >>> attack_direction(torch.tensor([[3.0, -4.0]])), attack_direction(torch.tensor([[3.0, -4.0]]), "l2")
@@ -42,7 +42,7 @@ def attack_direction(gradient: Tensor, norm: Norm = "linf") -> Tensor:
     gradient = gradient.nan_to_num(nan=0.0)  # an infinity becomes the largest number
     if norm == "linf":
         return gradient.sign()
-    # Divided by the largest entry first: squares of small gradients vanish, those of large ones overflow.
+    # Divide by the largest entry first: the squares of small gradients underflow, those of large ones overflow.
     scaled = gradient / _each(_rows(gradient.abs()).amax(1), gradient).clamp(min=torch.finfo(gradient.dtype).tiny)
     return scaled / _norms(scaled).clamp(min=torch.finfo(gradient.dtype).tiny)
 
@@ -51,9 +51,9 @@ def project_perturbation(perturbation: Tensor, epsilon: float, norm: Norm = "lin
     """Return the nearest perturbation whose norm is at most ``epsilon``.
 
     Args:
-        perturbation: One of each sample, (B, ...).
+        perturbation: Perturbation of each sample, (B, ...).
         epsilon: Radius of the ball.
-        norm: Which ball.
+        norm: Norm of the ball.
 
     Returns:
         Tensor: (B, ...).
@@ -75,10 +75,10 @@ def random_perturbation(
     """Draw perturbations uniformly from a ball.
 
     Args:
-        like: Gives shape (B, ...), type and device.
+        like: Tensor with the shape (B, ...), dtype and device of the result.
         epsilon: Radius of the ball.
-        norm: Which ball.
-        generator: Source of the numbers, on the same device.
+        norm: Norm of the ball.
+        generator: Random generator on the same device.
 
     Returns:
         Tensor: (B, ...).
@@ -92,7 +92,7 @@ def random_perturbation(
         return torch.empty_like(like).uniform_(-epsilon, epsilon, generator=generator)
     direction = torch.empty_like(like).normal_(generator=generator)
     share = torch.rand(len(like), dtype=like.dtype, device=like.device, generator=generator)
-    radius = epsilon * share ** (1.0 / max(1, like[0].numel()))  # volume grows with the power of the dimension
+    radius = epsilon * share ** (1.0 / max(1, like[0].numel()))  # volume grows as radius ** dimension
     return attack_direction(direction, "l2") * _each(radius, like)
 
 
@@ -116,31 +116,31 @@ def pgd(
         \delta_{t+1} = \Pi_{\lVert \delta \rVert \le \epsilon,\; x + \delta \in [l, u]}
             \bigl(\delta_t + \alpha\, d(\nabla_x L(x + \delta_t))\bigr)
 
-    d is :func:`attack_direction`, the projection :math:`\Pi` is :func:`project_perturbation` and then a clamp to the bounds.
-    With ``mean`` and ``std`` the inputs are taken as (pixel - mean) / std, and :math:`\epsilon`, :math:`\alpha`, l and u count
-    in pixels. No gradient of a parameter is touched.
+    where d is :func:`attack_direction`, and :math:`\Pi` is :func:`project_perturbation` followed by clamping to the
+    bounds. With ``mean`` and ``std``, inputs are assumed to be (pixel - mean) / std, and :math:`\epsilon`,
+    :math:`\alpha`, l and u are in pixel units. Gradients of parameters are not changed.
 
     Args:
-        loss_of: Returns the loss of inputs (B, ...), summed or averaged over samples.
-        inputs: Inputs x, (B, ...), floating.
+        loss_of: Function that returns the loss of inputs (B, ...), summed or averaged over samples.
+        inputs: Inputs x, (B, ...), floating-point.
         epsilon: Radius of the ball.
-        steps: Steps of the ascent.
+        steps: Number of ascent steps.
         step_size: Step size alpha. Default: 2.5 epsilon / steps.
         norm: Norm of the ball.
-        random_start: Whether to begin at a random point of the ball, instead of at x.
-        bounds: Least and largest value (l, u) of an input.
-        mean: Mean by which inputs were normalised, one for each channel (dimension 1), or a single one.
-        std: Standard deviation by which they were divided.
-        generator: Source of the random start, on the inputs' device.
-        support: Which entries of the inputs may change, 1 there and 0 elsewhere, in a shape that broadcasts. Default: all.
+        random_start: Start at a random point of the ball instead of at x.
+        bounds: Smallest and largest value (l, u) of an input.
+        mean: Mean used to normalize the inputs, one per channel (dimension 1), or a single value.
+        std: Standard deviation used to normalize the inputs, like ``mean``.
+        generator: Random generator of the start, on the inputs' device.
+        support: Mask of the input entries that may change, 1 or 0, broadcastable. Default: all.
 
     Returns:
-        Tensor: Attacked inputs, (B, ...), without graph; the given inputs themselves if epsilon is 0, or the batch empty.
+        Tensor: Attacked inputs, (B, ...), detached; the given tensor itself if epsilon is 0 or the batch is empty.
 
     Raises:
-        ValueError: For another norm, steps below 1, mean without std, and numbers that are out of their range or not finite.
-        RuntimeError: In inference mode, and for inputs made in it: they have no gradient.
-        IndependentLossError: If the loss does not depend on the inputs; a RuntimeError.
+        ValueError: For an unknown norm, steps below 1, mean without std, or numbers that are not finite or out of range.
+        RuntimeError: In inference mode, and for inputs created in it: they have no gradient.
+        IndependentLossError: If the loss does not depend on the inputs; it is a RuntimeError.
 
     Example:
         >>> weight = torch.tensor([2.0, -1.0])
@@ -181,20 +181,21 @@ def fgsm(
     generator: torch.Generator | None = None,
     support: Tensor | None = None,
 ) -> Tensor:
-    """Attack inputs by one step (fast gradient sign method): :func:`pgd` with ``steps=1``.
+    """Attack inputs in one step (fast gradient sign method): :func:`pgd` with ``steps=1``.
 
     Args:
-        loss_of: Returns the loss of inputs (B, ...), summed or averaged over samples.
-        inputs: Inputs, (B, ...), floating.
+        loss_of: Function that returns the loss of inputs (B, ...), summed or averaged over samples.
+        inputs: Inputs, (B, ...), floating-point.
         epsilon: Radius of the ball.
-        step_size: Size of the step. Default: 1.25 epsilon after a random start, epsilon without.
+        step_size: Size of the step. Default: 1.25 epsilon with a random start, else epsilon.
         norm: Norm of the ball.
-        random_start: Whether to begin at a random point of the ball; without, training on the attack soon overfits to it.
-        bounds: Least and largest value of an input.
-        mean: Mean by which inputs were normalised.
-        std: Standard deviation by which they were divided.
-        generator: Source of the random start, on the inputs' device.
-        support: Which entries of the inputs may change.
+        random_start: Start at a random point of the ball.
+            Without it, a network trained on this attack soon overfits to it.
+        bounds: Smallest and largest value of an input.
+        mean: Mean used to normalize the inputs.
+        std: Standard deviation used to normalize the inputs.
+        generator: Random generator of the start, on the inputs' device.
+        support: Mask of the input entries that may change. Default: all.
 
     Returns:
         Tensor: Attacked inputs, (B, ...).
@@ -202,7 +203,7 @@ def fgsm(
     Raises:
         ValueError: As in :func:`pgd`.
         RuntimeError: As in :func:`pgd`.
-        IndependentLossError: If the loss does not depend on the inputs; a RuntimeError.
+        IndependentLossError: If the loss does not depend on the inputs; it is a RuntimeError.
 
     Example:
         >>> weight = torch.tensor([2.0, -1.0])
@@ -225,9 +226,9 @@ def _check_settings(
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}.")
     if not (math.isfinite(epsilon) and epsilon >= 0.0):
-        raise ValueError(f"epsilon must be at least 0, and finite; got {epsilon}.")
+        raise ValueError(f"epsilon must be finite and at least 0; got {epsilon}.")
     if (mean is None) != (std is None):
-        raise ValueError(f"mean and std belong together; got mean={mean} and std={std}.")
+        raise ValueError(f"mean and std must be set together; got mean={mean} and std={std}.")
 
 
 def _check_numbers(
@@ -237,25 +238,25 @@ def _check_numbers(
     std: Sequence[float] | None,
 ) -> None:
     if step_size is not None and not (math.isfinite(step_size) and step_size >= 0.0):
-        raise ValueError(f"step_size must be at least 0, and finite; got {step_size}.")
+        raise ValueError(f"step_size must be finite and at least 0; got {step_size}.")
     if bounds is not None and not bounds[0] < bounds[1]:
-        raise ValueError(f"bounds must be the least and the largest value of an input; got {bounds}.")
+        raise ValueError(f"bounds must be the smallest and the largest value of an input; got {bounds}.")
     if mean is not None and not all(map(math.isfinite, mean)):
         raise ValueError(f"mean must be finite; got {list(mean)}.")
     if std is not None and not all(math.isfinite(value) and value > 0.0 for value in std):
-        raise ValueError(f"std must be above 0, and finite; got {list(std)}.")
+        raise ValueError(f"std must be finite and above 0; got {list(std)}.")
 
 
 def _refuse_inference(inputs: Tensor) -> None:
     if torch.is_inference_mode_enabled() or inputs.is_inference():
         raise RuntimeError(
-            "An attack needs gradients, and there are none in inference mode, nor of tensors made in it. Leave it by "
-            "`with torch.inference_mode(False):`, and clone there the inputs, and all else that was made in it."
+            "An attack needs gradients, which inference mode and tensors created in it do not have. Wrap the attack in "
+            "`with torch.inference_mode(False):`, and clone there the inputs and all other tensors created in it."
         )
 
 
 class _Pixels:
-    """Inputs seen in the units in which epsilon and bounds are told. Perturbations are in these units, float32 at least."""
+    """Inputs with epsilon and bounds in pixel units. Perturbations are in pixel units too, float32 or float64."""
 
     def __init__(
         self,
@@ -290,9 +291,7 @@ class _Pixels:
             loss = loss_of(point).sum()
             found = torch.autograd.grad(loss, point, allow_unused=True)[0] if loss.requires_grad else None
         if found is None:
-            raise IndependentLossError(
-                "The loss does not depend on the inputs, so that no attack on them can raise it."
-            )
+            raise IndependentLossError("The loss does not depend on the inputs, so no attack on them can raise it.")
         return found.to(self.inputs.dtype) / (1.0 if self._std is None else self._std)
 
 

@@ -84,7 +84,7 @@ def normalize_layers_(
     weights: Sequence[Tensor],
     layers: Tensor,
     count: int,
-    coefficient: float = 1.0,
+    trust_coefficient: float = 1.0,
     max_ratio: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Scale each layer's gradient to the norm of its weights times a constant (the trust ratio of LARS).
@@ -99,7 +99,7 @@ def normalize_layers_(
         weights: W, of the same shapes.
         layers: (gradients,) int64: layer index h of each gradient, on the device of the first gradient.
         count: Number of layers.
-        coefficient: :math:`\eta`, the trust coefficient.
+        trust_coefficient: :math:`\eta`, the trust coefficient.
         max_ratio: r, the largest factor; ``None`` sets no bound.
 
     Returns:
@@ -116,7 +116,7 @@ def normalize_layers_(
         2023, arXiv 2310.00098, use it on federated gradients.
     """
     norms, sizes = _layer_norms(gradients, layers, count), _layer_norms(weights, layers, count)
-    ratios = coefficient * sizes / norms
+    ratios = trust_coefficient * sizes / norms
     factors = ratios if max_ratio is None else ratios.clamp(max=max_ratio)
     factors = torch.where((ratios > 0) & ratios.isfinite(), factors, 1.0)
     _multiply_layers_(gradients, factors, layers)

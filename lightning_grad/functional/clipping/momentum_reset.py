@@ -33,7 +33,7 @@ def reset_moments_(states: Sequence[Mapping[str, Any]]) -> None:
         torch._foreach_zero_(shards(moments))
 
 
-def reset_warmup(steps: int, warmup: int = 150) -> float:
+def reset_warmup(steps: int, warmup_steps: int = 150) -> float:
     r"""Return the learning rate factor of the warm-up after a reset of the moments.
 
     .. math::
@@ -41,7 +41,7 @@ def reset_warmup(steps: int, warmup: int = 150) -> float:
 
     Args:
         steps: k, optimizer steps since the reset; 0 is the first step with zero moments.
-        warmup: T, length of the warm-up in optimizer steps.
+        warmup_steps: T, length of the warm-up in optimizer steps.
 
     Example:
         >>> round(reset_warmup(0), 4), reset_warmup(150)
@@ -50,6 +50,6 @@ def reset_warmup(steps: int, warmup: int = 150) -> float:
     References:
         Huang et al., 2025, arXiv 2501.06842, and the ``CosineDecay`` of its released code.
     """
-    if steps >= warmup:
+    if steps >= warmup_steps:
         return 1.0
-    return 1.0 - 0.99 * (1.0 + math.cos(math.pi * steps / (warmup + 1))) / 2.0
+    return 1.0 - 0.99 * (1.0 + math.cos(math.pi * steps / (warmup_steps + 1))) / 2.0

@@ -1,4 +1,4 @@
-r"""What a compressor did not send, it keeps and sends later: the algebra of error feedback and of momentum correction."""
+r"""Error feedback and momentum correction: a compressor keeps what it did not send, and sends it later."""
 
 import torch
 from torch import Tensor
@@ -7,25 +7,24 @@ from torch import Tensor
 def accumulate_residual_(
     residual: Tensor, gradient: Tensor, velocity: Tensor | None = None, momentum: float = 0.0, nesterov: bool = False
 ) -> Tensor:
-    r"""Add a gradient to what has not been sent, through its momentum if it has one, in place.
+    r"""Add a gradient to the residual of unsent values in place, optionally through a momentum.
 
     .. math::
         u \leftarrow m u + g, \quad v \leftarrow v + u
         \qquad \text{(Nesterov: } v \leftarrow v + g + m u \text{)}
 
-    With :math:`u` the velocity, :math:`m` the momentum, :math:`g` the local gradient and :math:`v` the residual.
-    Momentum is accumulated *before* selection, so that an entry which waits for many steps arrives with the momentum
-    that it would have had: this is the momentum correction of Deep Gradient Compression. Without a velocity it is
-    plain error feedback, :math:`v \leftarrow v + g`. Nesterov's form is that of ``torch.optim.SGD``: the paper's,
-    which keeps :math:`m u` in place of :math:`u`, is the same while the momentum stays the same, and not under a
-    schedule of it.
+    where :math:`u` is the velocity, :math:`m` the momentum, :math:`g` the local gradient and :math:`v` the residual.
+    Momentum is accumulated *before* selection, so an entry that is sent after many steps includes the momentum that it
+    would have had: the momentum correction of Deep Gradient Compression. Without a velocity this is plain error
+    feedback, :math:`v \leftarrow v + g`. Nesterov momentum follows ``torch.optim.SGD``. The paper stores :math:`m u` in
+    place of :math:`u`, which is equivalent only if the momentum is constant.
 
     Args:
-        residual: What has not been sent, any shape, changed in place.
-        gradient: The gradient of this rank, same number of entries, in any floating type.
-        velocity: Momentum of this rank, same shape as ``residual``, changed in place; ``None`` for none.
-        momentum: Share of the velocity that stays, at least 0.
-        nesterov: Whether to look ahead, as ``torch.optim.SGD(nesterov=True)`` does.
+        residual: Unsent values, any shape, changed in place.
+        gradient: The gradient of this rank, same number of entries, any floating dtype.
+        velocity: Momentum buffer of this rank, shaped like ``residual``, changed in place; ``None`` for none.
+        momentum: Factor of the velocity, at least 0.
+        nesterov: Use Nesterov momentum, as ``torch.optim.SGD(nesterov=True)`` does.
 
     Returns:
         Tensor: ``residual``.
@@ -47,13 +46,13 @@ def accumulate_residual_(
 
 
 def as_sent(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return values in the type in which they are sent, finite ones clamped to its range.
+    """Convert values to the dtype of the message, clamped to its range.
 
-    What rounding and clamping take away stays in the residual, as :func:`remove_sent_` subtracts what was sent.
+    :func:`remove_sent_` subtracts the converted values, so errors of rounding and clamping stay in the residual.
 
     Args:
         values: Any shape.
-        dtype: A floating type.
+        dtype: A floating dtype.
 
     Example:
         >>> as_sent(torch.tensor([1e6, 0.5]), torch.float16)
@@ -68,20 +67,20 @@ def as_sent(values: Tensor, dtype: torch.dtype) -> Tensor:
 def remove_sent_(
     residual: Tensor, indices: Tensor, sent: Tensor, velocity: Tensor | None = None, arrived: Tensor | None = None
 ) -> Tensor:
-    r"""Take what was sent out of the residual, and its momentum out of the velocity, in place.
+    r"""Subtract sent values from the residual and zero their momentum, in place.
 
     .. math::
         v_i \leftarrow v_i - s_i, \quad u_i \leftarrow 0 \quad \text{for every sent } i
 
-    Stopping the momentum of sent entries is the momentum factor masking of Deep Gradient Compression: it keeps a stale
-    direction from being sent again.
+    Zeroing the momentum of sent entries is the momentum factor masking of Deep Gradient Compression. It prevents stale
+    directions from being sent again.
 
     Args:
         residual: Flat, (n), changed in place.
-        indices: Sent entries, (k), int64, each once.
-        sent: Their values as they were sent, (k).
-        velocity: Momentum to stop, (n), changed in place; ``None`` leaves it.
-        arrived: A 0-dimensional bool tensor: false takes nothing out, without a sync with the host. ``None`` is true.
+        indices: Indices of the sent entries, (k), int64, distinct.
+        sent: Their values as sent, (k).
+        velocity: Momentum buffer, (n), changed in place; ``None`` for none.
+        arrived: 0-dimensional bool tensor; False changes nothing, without a host sync. ``None`` means True.
 
     Returns:
         Tensor: ``residual``.

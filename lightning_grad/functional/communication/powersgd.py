@@ -1,4 +1,4 @@
-"""A matrix as the product of two thin ones, by one step of the power method: the maths of PowerSGD."""
+"""The mathematics of PowerSGD: approximate a matrix by a product of two thin ones, with one power iteration."""
 
 import math
 
@@ -9,7 +9,7 @@ from lightning_grad.functional.shuffling import hashed_seed
 
 
 def matrix_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
-    """Return the rows and columns of a tensor seen as a matrix: its first dimension, and all others.
+    """Return the rows and columns of a tensor viewed as a matrix: its first dimension, and all others.
 
     Example:
         >>> matrix_shape((64, 3, 5, 5))
@@ -19,7 +19,7 @@ def matrix_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
 
 
 def low_rank_numel(shape: torch.Size | tuple[int, ...], rank: int) -> int:
-    r"""Return how many numbers the two factors of a matrix have, :math:`r (n + m)` with :math:`r \le \min(n, m)`.
+    r"""Return the number of entries of both factors, :math:`r (n + m)` with :math:`r \le \min(n, m)`.
 
     Example:
         >>> low_rank_numel((64, 75), 4), low_rank_numel((64, 2), 4)
@@ -30,13 +30,13 @@ def low_rank_numel(shape: torch.Size | tuple[int, ...], rank: int) -> int:
 
 
 def initial_factor(columns: int, rank: int, seed: int, name: str) -> Tensor:
-    """Return the first right factor: normal numbers, the same on every rank.
+    """Return the initial right factor: standard normal numbers, identical on all ranks.
 
     Args:
-        columns: Columns of the matrix.
-        rank: Columns of the factor.
-        seed: Of the run.
-        name: Of the parameter; each has its own numbers.
+        columns: Number of columns of the matrix.
+        rank: Number of columns of the factor.
+        seed: Seed of the run.
+        name: Name of the parameter; each parameter gets different numbers.
 
     Returns:
         Tensor: float32, (columns, rank), on the CPU.
@@ -45,15 +45,15 @@ def initial_factor(columns: int, rank: int, seed: int, name: str) -> Tensor:
 
 
 def orthonormalize(factor: Tensor) -> Tensor:
-    r"""Return an orthonormal basis of a thin matrix's columns, by QR.
+    r"""Return an orthonormal basis of the columns of a thin matrix, by QR decomposition.
 
-    Zero columns give some orthonormal ones, never NaN.
+    Zero columns become arbitrary orthonormal ones, never NaN.
 
     Args:
-        factor: (..., n, r) with r at most n, floating; half types are worked out in float32.
+        factor: (..., n, r) with r at most n, floating; half precision is computed in float32.
 
     Returns:
-        Tensor: Same shape and type.
+        Tensor: Same shape and dtype.
 
     Example:
         >>> orthonormalize(torch.tensor([[3.0], [4.0]])).abs()

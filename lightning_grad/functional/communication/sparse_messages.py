@@ -1,4 +1,4 @@
-"""Pairs of index and value in one buffer of bytes, as a collective sends them."""
+"""Pack pairs of index and value into one byte buffer for a collective."""
 
 from collections.abc import Sequence
 
@@ -10,20 +10,20 @@ _ALIGNMENT = 4
 
 
 def pairs_bytes(counts: Sequence[int], value_dtype: torch.dtype = torch.float32) -> int:
-    r"""Return the size of a message of pairs.
+    r"""Return the size of a message of index-value pairs in bytes.
 
     .. math::
         B = 4 \left\lceil \tfrac{1}{4} \, (4 + b) \textstyle\sum_i k_i \right\rceil
 
-    With :math:`k_i` the pairs of tensor :math:`i` and :math:`b` the bytes of a value: 8 bytes a pair in float32 and 6 in
-    float16, padded to whole words.
+    where :math:`k_i` is the number of pairs of tensor :math:`i` and :math:`b` the bytes of a value: 8 bytes per pair in
+    float32 and 6 in float16, padded to whole words.
 
     Args:
-        counts: Pairs of each tensor.
-        value_dtype: Type of the values.
+        counts: Number of pairs of each tensor.
+        value_dtype: Dtype of the values.
 
     Returns:
-        int: Bytes.
+        int: Size in bytes.
 
     Example:
         >>> pairs_bytes([10, 5]), pairs_bytes([10, 5], torch.float16)
@@ -38,17 +38,18 @@ def pack_pairs(
 ) -> Tensor:
     """Write the pairs of several tensors into one buffer: all indices, then all values.
 
-    Indices stand first, as they are words of four bytes, and an odd number of float16 values before them would misalign them.
-    A tensor with fewer pairs than its count is filled up with zeros at index 0, so that all ranks send the same size.
+    Indices come first because they are four-byte words, which an odd number of float16 values before them would
+    misalign. If a tensor has fewer pairs than its count, the rest is filled with value 0 at index 0, so that all ranks
+    send messages of equal size.
 
     Args:
-        indices: Of each tensor, (at most its count), below 2**31.
-        values: Of each tensor, same lengths, of ``value_dtype``.
-        counts: Pairs that each tensor gets in the buffer.
-        value_dtype: Type of the values.
+        indices: Indices of each tensor, (at most its count), below 2**31.
+        values: Values of each tensor, same lengths, of ``value_dtype``.
+        counts: Number of pairs reserved for each tensor.
+        value_dtype: Dtype of the values.
 
     Returns:
-        Tensor: uint8, (:func:`pairs_bytes`).
+        Tensor: uint8, (:func:`pairs_bytes`,).
 
     Example:
         >>> pack_pairs([torch.tensor([7])], [torch.tensor([1.0])], [2]).tolist()
@@ -68,15 +69,15 @@ def pack_pairs(
 def unpack_pairs(
     message: Tensor, counts: Sequence[int], value_dtype: torch.dtype = torch.float32
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return the pairs of each tensor from a buffer that :func:`pack_pairs` wrote.
+    """Return the pairs of each tensor from a buffer written by :func:`pack_pairs`.
 
     Args:
-        message: uint8, (:func:`pairs_bytes`).
-        counts: Pairs of each tensor.
-        value_dtype: Type of the values.
+        message: uint8, (:func:`pairs_bytes`,).
+        counts: Number of pairs of each tensor.
+        value_dtype: Dtype of the values.
 
     Returns:
-        list: Of each tensor its indices, int32, and its values; views of the buffer.
+        list: Pairs (indices, values), one per tensor; indices are int32, and both are views of the buffer.
 
     Example:
         >>> unpack_pairs(pack_pairs([torch.tensor([7])], [torch.tensor([1.0])], [1]), [1])
@@ -92,13 +93,13 @@ def _views(message: Tensor, total: int, value_dtype: torch.dtype) -> tuple[Tenso
 
 
 def add_pairs_(target: Tensor, indices: Tensor, values: Tensor, factor: float = 1.0) -> Tensor:
-    """Add the values of pairs to the entries that they name, in place.
+    """Add values to the entries at given indices, in place.
 
     Args:
         target: Flat, (n).
-        indices: (k), each once, but for fillings of value 0.
-        values: (k), in any floating type.
-        factor: What they are multiplied by first.
+        indices: (k), distinct except for padding with value 0.
+        values: (k), any floating dtype.
+        factor: Factor of the values.
 
     Returns:
         Tensor: ``target``.

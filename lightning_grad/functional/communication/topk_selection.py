@@ -1,7 +1,7 @@
-"""The k entries of a vector with the largest magnitudes: what gradient compression sends.
+"""Select the k entries of a vector with the largest magnitudes, for gradient compression.
 
-NaN counts as the largest magnitude of all, as in :func:`torch.topk`, so that a broken gradient is sent and seen. Indices
-come in no particular order. The same tensor and the same arguments give the same indices.
+NaN counts as the largest magnitude, as in :func:`torch.topk`, so a broken gradient is sent and becomes visible. Indices
+are in no particular order. Equal tensors and arguments give equal indices.
 """
 
 import math
@@ -17,26 +17,26 @@ AUTO_SAMPLED_FROM = 1_000_000
 _LOWER = 0.8
 _ROUNDS = 10
 _DEVIATIONS = 3.0
-_BLOCK = 1 << 19  # entries whose magnitudes stay in the cache until they have been looked at
+_BLOCK = 1 << 19  # entries whose magnitudes stay in the cache until they have been compared
 _ALL_BELOW = 0x0101010101010101  # eight bools that are true
 
 
 def select_largest(values: Tensor, k: int, selector: str = "auto", start: int = 0) -> Tensor:
-    """Select the k entries with the largest magnitudes, by the selector of a name.
+    """Select the k entries with the largest magnitudes, with the given algorithm.
 
-    ``"auto"`` is ``"exact"`` below :data:`AUTO_SAMPLED_FROM` entries and ``"sampled"`` from there on.
+    ``"auto"`` is ``"exact"`` below :data:`AUTO_SAMPLED_FROM` entries, and ``"sampled"`` otherwise.
 
     Args:
-        values: (n,): any float dtype; a strided view will do.
-        k: How many entries to select, 1 to n.
-        selector: Way to select: auto, exact, sampled or chunk.
-        start: Offset of the sample, which only ``"sampled"`` takes.
+        values: (n,), any float dtype; may be a strided view.
+        k: Number of entries to select, 1 to n.
+        selector: Algorithm: ``"auto"``, ``"exact"``, ``"sampled"`` or ``"chunk"``.
+        start: Offset of the sample, used by ``"sampled"`` only.
 
     Returns:
         Tensor: int64 indices: k of them, or at most k for ``"chunk"``.
 
     Raises:
-        ValueError: If the selector is unknown, k lies outside 1 to n, or the values are no vector.
+        ValueError: If the selector is unknown, k is outside 1 to n, or values is not a vector.
 
     Example:
         >>> select_largest(torch.tensor([0.1, -3.0, 2.0, 0.5]), 2).sort().values
@@ -51,22 +51,22 @@ def select_largest(values: Tensor, k: int, selector: str = "auto", start: int = 
 
 
 def select_exact(values: Tensor, k: int) -> Tensor:
-    r"""Select the k entries with the largest magnitudes by looking at all of them.
+    r"""Select the k entries with the largest magnitudes with ``torch.topk`` over all entries.
 
     .. math::
         S = \operatorname{top}_k |v|
 
-    The host is not waited for.
+    It does not synchronize with the host.
 
     Args:
-        values: v, (n,): any float dtype.
-        k: How many entries to select, 1 to n.
+        values: v, (n,), any float dtype.
+        k: Number of entries to select, 1 to n.
 
     Returns:
         Tensor: (k,) int64: indices of the selected entries.
 
     Raises:
-        ValueError: If k lies outside 1 to n, or the values are no vector.
+        ValueError: If k is outside 1 to n, or values is not a vector.
 
     Example:
         >>> select_exact(torch.tensor([0.1, -3.0, 2.0, 0.5]), 1)
@@ -77,35 +77,36 @@ def select_exact(values: Tensor, k: int) -> Tensor:
 
 
 def select_sampled(values: Tensor, k: int, start: int = 0, share: float = 0.01) -> Tensor:
-    r"""Select the k entries with the largest magnitudes among those above a threshold, which a sample tells.
+    r"""Select the k entries with the largest magnitudes, with a threshold estimated from a sample.
 
     .. math::
         S = \operatorname{top}_k \{|v_i| : |v_i| \ge \tau\}, \qquad
         \tau = |v|_{(r)} \text{ of the sample}, \qquad r = \lceil \mu + 3 \sqrt\mu \rceil, \quad \mu = k m / n
 
-    The sample is every s-th entry, m of them, and about :math:`\mu` of the k largest are in it. With s odd it does not
-    fall into step with rows of even length. The rank r lies three standard deviations below the k-th largest, so that
-    one pass nearly always finds k or more, and the top k among them are the top k of all. Should it find fewer,
-    :math:`\tau` is lowered to 0.8 of itself, at most ten times, and after that all entries are looked at. So the sample
-    decides about the time, never about the magnitudes selected: it is always exactly k entries, and the largest.
+    The sample is every s-th entry, m in total, and contains about :math:`\mu` of the k largest. An odd s avoids sampling
+    the same columns of rows with even length. The rank r exceeds its expectation by three standard deviations, so one
+    pass nearly always finds k or more entries, and the top k of these are the top k of all. If it finds fewer,
+    :math:`\tau` is multiplied by 0.8, up to ten times; after that, all entries are searched. The sample therefore
+    affects only the time: the result is always the k largest entries.
 
-    That is stricter than the released code, which takes :math:`r = \lceil \mu \rceil`, sends any number from 0.8 k to k as
-    it is, and cuts one from k to 1.3 k in the order of the indices. Only above 1.3 k it looks for the top k.
+    The released code is less strict. It uses :math:`r = \lceil \mu \rceil`, sends between 0.8 k and k entries unchanged,
+    and truncates between k and 1.3 k in the order of the indices. Only above 1.3 k does it compute the top k.
 
-    The host waits twice in each pass, for how many were found; one pass is the rule.
+    Each pass synchronizes with the host twice, to get the number of entries found. Usually there is one pass.
 
     Args:
-        values: v, (n,): any float dtype.
-        k: How many entries to select, 1 to n.
-        start: Offset of the sample, any integer; the place counts modulo the stride.
-        share: Share of the entries that is sampled, above 0 and at most 1; more where k is small, so that 2 of the k largest
-            are in the sample on average. A sample of more than a third of the entries is not drawn, all are looked at.
+        values: v, (n,), any float dtype.
+        k: Number of entries to select, 1 to n.
+        start: Offset of the sample, any integer, taken modulo the stride.
+        share: Fraction of the entries to sample, above 0 and at most 1.
+            For small k it is raised until the sample contains 2 of the k largest on average. If that needs more than a
+            third of the entries, all entries are searched instead.
 
     Returns:
         Tensor: (k,) int64: indices of the selected entries.
 
     Raises:
-        ValueError: If k lies outside 1 to n, the share outside 0 to 1, or the values are no vector.
+        ValueError: If k is outside 1 to n, share is outside 0 to 1, or values is not a vector.
 
     Example:
         >>> v = torch.linspace(-1, 1, 10_001)
@@ -118,11 +119,11 @@ def select_sampled(values: Tensor, k: int, start: int = 0, share: float = 0.01) 
     """
     _check(values, k)
     if not 0.0 < share <= 1.0:
-        raise ValueError(f"share must lie above 0 and at most at 1, a share of the entries; got {share}.")
+        raise ValueError(f"share must be above 0 and at most 1, a fraction of the entries; got {share}.")
     threshold = _sampled_threshold(values, k, start, share)
     if threshold is None:
         return select_exact(values, k)
-    # Zeros tie in their thousands and would all be found: they are left to the exact selection.
+    # A threshold of zero would find every zero entry. It is kept above zero; exact selection handles the zeros.
     least = torch.finfo(values.dtype).tiny * torch.finfo(values.dtype).eps
     threshold = threshold.clamp(min=least)
     for _ in range(_ROUNDS + 1):
@@ -138,25 +139,25 @@ def select_sampled(values: Tensor, k: int, start: int = 0, share: float = 0.01) 
 
 
 def select_chunk(values: Tensor, k: int) -> Tensor:
-    r"""Select the entry with the largest magnitude of each of at most k chunks of equal size.
+    r"""Select the entry with the largest magnitude in each of at most k chunks of equal size.
 
     .. math::
         S = \Big\{ \operatorname{argmax}_{i \in C_j} |v_i| \Big\}, \qquad
         C_j = \{jc, \dots, \min(jc + c, n) - 1\}, \quad c = \lceil n / k \rceil
 
-    Every entry lies in a chunk. The last may be shorter, and there are :math:`\lceil n / c \rceil` of them, which is well
-    below k where k is more than half of n. What is selected are not the k largest: a chunk without a large entry still sends
-    one. The host is not waited for.
+    The chunks cover all entries; the last may be shorter. There are :math:`\lceil n / c \rceil` of them, which is well
+    below k if k is more than half of n. The selected entries are not the k largest: a chunk without a large entry still
+    selects one. There is no host sync.
 
     Args:
-        values: v, (n,): any float dtype.
-        k: How many entries to select at most, 1 to n.
+        values: v, (n,), any float dtype.
+        k: Maximum number of entries to select, 1 to n.
 
     Returns:
-        Tensor: :math:`(\lceil n / c \rceil,)` int64: indices of the selected entries, rising.
+        Tensor: :math:`(\lceil n / c \rceil,)` int64: indices of the selected entries, ascending.
 
     Raises:
-        ValueError: If k lies outside 1 to n, or the values are no vector.
+        ValueError: If k is outside 1 to n, or values is not a vector.
 
     Example:
         >>> select_chunk(torch.tensor([0.1, -3.0, 2.0, 0.5, 0.7]), 2)
@@ -167,7 +168,7 @@ def select_chunk(values: Tensor, k: int) -> Tensor:
     size = -(-n // k)
     full = n // size
     rows = values[: full * size].reshape(full, size)
-    # max and not argmax, which is slower on the CPU.
+    # max, because argmax is slower on the CPU.
     winners = [part.abs().max(1).indices for part in torch.split(rows, max(_block(values) // size, 1))]
     if full * size < n:
         winners.append(values[full * size :].abs().argmax().view(1))
@@ -182,12 +183,12 @@ def _check(values: Tensor, k: int) -> None:
 
 
 def _block(values: Tensor) -> int:
-    # A GPU is better off with a single launch.
+    # On a GPU a single launch is faster.
     return _BLOCK if values.device.type == "cpu" else values.numel()
 
 
 def _sampled_threshold(values: Tensor, k: int, start: int, share: float) -> Tensor | None:
-    """Return a magnitude that k entries or a few more reach, as far as a sample can tell, or None if it is not worth it."""
+    """Estimate from a sample a magnitude that slightly more than k entries reach; None if sampling does not pay."""
     n = values.numel()
     stride = n // max(math.ceil(n * share), math.ceil(2 * n / k))
     stride -= 1 - stride % 2
@@ -196,21 +197,21 @@ def _sampled_threshold(values: Tensor, k: int, start: int, share: float) -> Tens
     sample = values[start % stride :: stride].abs()
     expected = len(sample) * k / n
     rank = math.ceil(expected + _DEVIATIONS * math.sqrt(expected))
-    # The last of a sorted top-k and not its minimum, which is NaN as soon as one of them is.
+    # The last entry of a sorted top-k, because its minimum is NaN if any entry is.
     return torch.topk(sample, rank).values[-1] if rank < len(sample) else None
 
 
 def _indices_from(values: Tensor, threshold: Tensor) -> Tensor:
-    """Return where the magnitude is not below the threshold, NaN among them, rising.
+    """Return the indices, ascending, of magnitudes that are not below the threshold, including NaN.
 
-    The few hits are looked for in words of eight comparisons, which is several times faster than ``nonzero`` on each.
+    The search for the few hits reads words of eight comparisons, which is several times faster than ``nonzero`` on all.
     """
     n = values.numel()
     below = torch.ones(-(-n // 8) * 8, dtype=torch.bool, device=values.device)
     for part, out in zip(torch.split(values, _block(values)), torch.split(below[:n], _block(values)), strict=True):
         torch.lt(part.abs(), threshold, out=out)
     words = (below.view(torch.int64) != _ALL_BELOW).nonzero().flatten()
-    if 16 * len(words) > n:  # not so few
+    if 16 * len(words) > n:  # many hits: the search by words does not pay
         return below.logical_not_().nonzero().flatten()
     word, place = below.view(-1, 8)[words].logical_not_().nonzero().unbind(1)
     return words[word] * 8 + place

@@ -1,4 +1,4 @@
-"""Scores of samples, selections by them, and weights of losses."""
+"""Scores of samples, selection of samples by score, and weights of their losses."""
 
 from lightning_grad.functional.data_pruning.clustering import prototype_distance
 from lightning_grad.functional.data_pruning.histories import (

@@ -1,4 +1,4 @@
-"""k-means, and the distance of samples to the nearest of its centers, as a score."""
+"""k-means, and a score: the distance of a sample to the nearest center."""
 
 import math
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK = 1 << 22  # entries of a block of the distance matrix, 16 MB in float32
+_CHUNK = 1 << 22  # entries in a block of the distance matrix, 16 MB in float32
 
 
 class KMeans(NamedTuple):
@@ -17,7 +17,7 @@ class KMeans(NamedTuple):
     Attributes:
         labels: (n,) int64: the cluster of each point.
         centers: (k, d): the mean of each cluster.
-        distances: (n,): from each point to the center of its cluster.
+        distances: (n,): the distance of each point to the center of its cluster.
     """
 
     labels: Tensor
@@ -30,7 +30,7 @@ def _blocks(points: Tensor, columns: int) -> Iterator[Tensor]:
 
 
 def _nearest(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nearest center of each point, and the distance to it, which is free of cancellation."""
+    """Return the nearest center of each point, and the distance to it, computed without cancellation."""
     labels = torch.cat([torch.cdist(block, centers).argmin(1) for block in _blocks(points, len(centers))])
     width = points.shape[1]
     pairs = zip(_blocks(points, width), _blocks(labels, width), strict=True)
@@ -44,7 +44,7 @@ def _squares(points: Tensor, centers: Tensor) -> Tensor:
 
 
 def _first_centers(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
-    """Choose points as centers by greedy k-means++: the best of a few candidates, drawn by squared distance."""
+    """Choose initial centers by greedy k-means++: draw a few candidates by squared distance and keep the best."""
     candidates = 2 + int(math.log(clusters))
     chosen = [int(torch.randint(len(points), (), generator=generator))]
     nearest = _squares(points, points[chosen]).squeeze(1)
@@ -60,7 +60,7 @@ def _first_centers(points: Tensor, clusters: int, generator: torch.Generator) ->
 
 
 def _means(points: Tensor, labels: Tensor, distances: Tensor, clusters: int) -> Tensor:
-    """Return the mean of each cluster; an empty one gets the farthest point there is."""
+    """Return the mean of each cluster; an empty cluster moves to the point farthest from its center."""
     sums = points.new_zeros(clusters, points.shape[1]).index_add_(0, labels, points)
     sizes = torch.bincount(labels, minlength=clusters)
     empty = (sizes == 0).nonzero().flatten()
@@ -83,25 +83,26 @@ def _lloyd(points: Tensor, clusters: int, iterations: int, generator: torch.Gene
 
 @torch.no_grad()
 def kmeans(points: Tensor, clusters: int, seed: int = 0, iterations: int = 100, starts: int = 4) -> KMeans:
-    r"""Cluster points around k means, by Lloyd's algorithm from a k-means++ start.
+    r"""Cluster points with Lloyd's algorithm, initialized by k-means++.
 
     .. math::
         \min_{c_1, \ldots, c_k} \sum_i \min_j \lVert x_i - c_j \rVert^2
 
-    A cluster that becomes empty starts anew at the farthest point. Of fewer than k distinct points some clusters stay empty.
+    A cluster that becomes empty moves to the point farthest from its center. With fewer than k distinct points, some
+    clusters stay empty.
 
     Args:
-        points: x, (n, d): finite; half precision is computed in float32.
+        points: x, (n, d), finite; half precision is computed in float32.
         clusters: k, at most n.
-        seed: Seed of the start; the same seed gives the same clusters (on a GPU, up to rounding).
-        iterations: The most steps; it ends sooner when no point changes its cluster.
-        starts: Number of starts, of which the best result is taken; the cost grows with it.
+        seed: Seed of the initialization; equal seeds give equal clusters (on a GPU, up to rounding).
+        iterations: Maximum number of iterations; stops early when no point changes its cluster.
+        starts: Number of initializations; the best result is returned. The cost is proportional.
 
     Returns:
         KMeans: Labels, centers and distances, on the device of the points.
 
     Raises:
-        ValueError: If the points are no (n, d) of finite numbers, or k lies outside [1, n], or there is no start.
+        ValueError: If the points are not finite or not (n, d), k is outside [1, n], or starts is below 1.
 
     Example:
         >>> found = kmeans(torch.tensor([[0.0], [1.0], [9.0], [11.0]]), clusters=2)
@@ -113,15 +114,15 @@ def kmeans(points: Tensor, clusters: int, seed: int = 0, iterations: int = 100, 
         Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", 2007; greedy as in scikit-learn.
     """
     if points.ndim != 2:
-        raise ValueError(f"points must be (n, d), one row for each; got the shape {tuple(points.shape)}.")
+        raise ValueError(f"points must have the shape (n, d); got {tuple(points.shape)}.")
     if not 1 <= clusters <= len(points):
         raise ValueError(f"clusters must be between 1 and the number of points, {len(points)}; got {clusters}.")
     if starts < 1:
         raise ValueError(f"starts must be at least 1; got {starts}.")
     if not points.isfinite().all():
-        raise ValueError("points must be finite; there are nan or inf among them.")
+        raise ValueError("points must be finite; they contain nan or inf.")
     points = points.detach() if points.dtype == torch.float64 else points.detach().float()
-    # Around the origin, where distances by matrix product lose the least.
+    # Center the points: near the origin, distances computed by matrix products lose the least precision.
     middle = points.mean(0)
     points = points - middle
     generator = torch.Generator().manual_seed(seed)
@@ -132,7 +133,7 @@ def kmeans(points: Tensor, clusters: int, seed: int = 0, iterations: int = 100, 
 
 @torch.no_grad()
 def prototype_distance(embeddings: Tensor, clusters: int, seed: int = 0, cosine: bool = True) -> Tensor:
-    r"""Return how far each sample is from the nearest prototype, a score that needs no labels.
+    r"""Return the distance of each sample to the nearest prototype, a score that needs no labels.
 
     .. math::
         s_i = \min_j \Bigl(1 - \frac{x_i \cdot c_j}{\lVert x_i \rVert \lVert c_j \rVert}\Bigr)
@@ -140,16 +141,16 @@ def prototype_distance(embeddings: Tensor, clusters: int, seed: int = 0, cosine:
     Prototypes :math:`c_j` are the centers of k-means. Far samples are hard.
 
     Args:
-        embeddings: x, (n, d): of any model, as a self-supervised one.
-        clusters: k; the paper takes the number of classes, and finds that it matters little.
+        embeddings: x, (n, d), from any model, for example a self-supervised one.
+        clusters: k; the paper uses the number of classes, and finds that it matters little.
         seed: Seed of k-means.
-        cosine: Whether the distance is that of angles, as in the paper, or Euclidean.
+        cosine: Use the cosine distance, as the paper does; False uses the Euclidean distance.
 
     Returns:
         Tensor: s, (n,).
 
     Raises:
-        ValueError: As :func:`kmeans`.
+        ValueError: As in :func:`kmeans`.
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])

@@ -1,8 +1,8 @@
-r"""What happens to each sample over a run: forgetting, area under the margin, variance of gradients.
+r"""Scores over the history of each sample: forgetting, area under the margin, variance of gradients.
 
-A state is a dict of tensors with one row per sample of the data set, made by one function and changed in place by another, so
-that it goes into a checkpoint as it is and nothing waits for the device; keep it where the scores are computed. An index may
-stand in a call only once. The scores of a single batch are in ``scores.py``.
+A state is a dict of tensors with one row per sample of the data set, created by one function and updated in place by
+another. It can be saved in a checkpoint unchanged, and updates need no host sync; keep it on the device that computes
+the scores. The indices of one call must be distinct. Scores of a single batch are in ``scores.py``.
 """
 
 import math
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 def vog_state(n: int, shape: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    r"""Return the state of the variance of gradients before the first checkpoint.
+    r"""Return the initial state of the variance of gradients.
 
     Args:
-        n: How many samples the data set has.
-        shape: The shape of one input, such as (3, 32, 32). Two tensors of (n, \*shape) are kept.
-        device: Where the gradients are.
+        n: Number of samples in the data set.
+        shape: Shape of one input, such as (3, 32, 32). The state has two tensors of shape (n, \*shape).
+        device: Device of the gradients.
 
     Returns:
         dict: ``count`` (n,), ``mean`` and ``m2`` (n, \*shape), float32.
@@ -29,15 +29,15 @@ def vog_state(n: int, shape: Sequence[int], device: torch.device | str = "cpu") 
 
 @torch.no_grad()
 def update_vog_(state: dict[str, Tensor], indices: Tensor, gradients: Tensor) -> None:
-    r"""Take in the gradients of a batch at one checkpoint.
+    r"""Add the gradients of a batch at one checkpoint to the state.
 
-    Welford's update, which does not lose the digits of a small variance: with :math:`\delta = g - \mu`,
+    Welford's update keeps the precision of a small variance: with :math:`\delta = g - \mu`,
     :math:`\mu \leftarrow \mu + \delta / k` and :math:`M \leftarrow M + \delta (g - \mu)`.
 
     Args:
         state: From :func:`vog_state`; changed in place.
-        indices: (B,), of the samples in the data set; each only once.
-        gradients: g, (B, \*shape): of the logit of the true class (before softmax) by the input.
+        indices: (B,): distinct indices of the samples in the data set.
+        gradients: g, (B, \*shape): gradients of the true class's logit (before softmax) by the input.
     """
     mean, m2 = state["mean"], state["m2"]
     indices, g = indices.to(mean.device), gradients.to(mean)
@@ -56,15 +56,15 @@ def vog(state: dict[str, Tensor], labels: Tensor | None = None) -> Tensor:
         v_i = \frac 1 P \sum_p \sqrt{\frac 1 K \sum_{k=1}^K (S_{kip} - \mu_{ip})^2}, \qquad
         \hat v_i = \frac{v_i - \operatorname{mean}_{y_j = y_i} v_j}{\operatorname{std}_{y_j = y_i} v_j}
 
-    where :math:`S_k` is the gradient at checkpoint k and p runs over all P entries of the input. Both standard deviations are
-    those of the population (division by the number, not by one less), as in the released code.
+    where :math:`S_k` is the gradient at checkpoint k and p runs over all P entries of the input. Both standard deviations
+    are population ones (without Bessel's correction), as in the released code.
 
     Args:
         state: From :func:`vog_state`.
-        labels: The class of every sample, (n,), to normalise by class; by default :math:`v_i` is returned.
+        labels: (n,): class of every sample, to return :math:`\hat v_i`; ``None`` returns :math:`v_i`.
 
     Returns:
-        Tensor: (n,); nan for samples never seen, and normalised for a class of one.
+        Tensor: (n,); nan for samples never seen and, with labels, for classes of a single sample.
 
     Example:
         >>> state = vog_state(2, (1,))
@@ -82,14 +82,14 @@ def vog(state: dict[str, Tensor], labels: Tensor | None = None) -> Tensor:
 
 
 def normalize_by_class(values: Tensor, labels: Tensor) -> Tensor:
-    r"""Return scores less the mean of their class, over its standard deviation.
+    r"""Standardize scores within each class: subtract its mean, divide by its standard deviation.
 
     Args:
         values: (n,), nan where unknown.
         labels: (n,): the class of every sample.
 
     Returns:
-        Tensor: (n,); nan where the value is, and for a class of one.
+        Tensor: (n,); nan where the value is nan, and for classes of a single sample.
 
     Example:
         >>> normalize_by_class(torch.tensor([1.0, 3.0, 10.0, 30.0]), torch.tensor([0, 0, 1, 1]))
@@ -107,15 +107,15 @@ def normalize_by_class(values: Tensor, labels: Tensor) -> Tensor:
 
 
 def forgetting_state(n: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Return the state of the forgetting events before the first batch.
+    """Return the initial state of forgetting events.
 
     Args:
-        n: How many samples the data set has.
-        device: Where the predictions are.
+        n: Number of samples in the data set.
+        device: Device of the predictions.
 
     Returns:
-        dict: ``events`` (n,) int64, the times forgotten; ``correct`` (n,) bool, the last time; ``learned`` and ``seen`` (n,)
-        bool, ever.
+        dict: ``events`` (n,) int64, the number of forgetting events; ``correct`` (n,) bool, whether the last prediction
+        was correct; ``learned`` and ``seen`` (n,) bool, whether a sample was ever predicted correctly or seen.
     """
     flags = {key: torch.zeros(n, dtype=torch.bool, device=device) for key in ("correct", "learned", "seen")}
     return {"events": torch.zeros(n, dtype=torch.int64, device=device), **flags}
@@ -123,12 +123,12 @@ def forgetting_state(n: int, device: torch.device | str = "cpu") -> dict[str, Te
 
 @torch.no_grad()
 def update_forgetting_(state: dict[str, Tensor], indices: Tensor, correct: Tensor) -> None:
-    """Take in whether the samples of a batch were predicted right, before the step that learns from them.
+    """Update the state with the predictions for a batch, made before the step that trains on it.
 
     Args:
         state: From :func:`forgetting_state`; changed in place.
-        indices: (B,), of the samples in the data set; each only once.
-        correct: (B,), bool, or a share as of :func:`is_correct`: right above one half. A nan changes nothing.
+        indices: (B,): distinct indices of the samples in the data set.
+        correct: (B,), bool, or a fraction from :func:`is_correct`, correct above 0.5; nan is ignored.
     """
     indices, correct = indices.to(state["correct"].device), correct.to(state["correct"].device)
     known, before = ~correct.isnan(), state["correct"][indices]
@@ -140,13 +140,13 @@ def update_forgetting_(state: dict[str, Tensor], indices: Tensor, correct: Tenso
 
 
 def forgetting(state: dict[str, Tensor]) -> Tensor:
-    """Return how often every sample was forgotten: predicted right at one of its batches and wrong at the next.
+    """Return how often each sample was forgotten: predicted correctly once and wrongly the next time.
 
     Args:
         state: From :func:`forgetting_state`.
 
     Returns:
-        Tensor: (n,) float32; infinite where the sample was never predicted right, nan where it was never seen.
+        Tensor: (n,) float32; infinite for samples never predicted correctly, nan for samples never seen.
 
     Example:
         >>> state = forgetting_state(3)
@@ -164,11 +164,11 @@ def forgetting(state: dict[str, Tensor]) -> Tensor:
 
 
 def aum_state(n: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Return the state of the area under the margin before the first batch.
+    """Return the initial state of the area under the margin.
 
     Args:
-        n: How many samples the data set has.
-        device: Where the margins are.
+        n: Number of samples in the data set.
+        device: Device of the margins.
 
     Returns:
         dict: ``count`` and ``sum``, (n,) float32.
@@ -178,12 +178,12 @@ def aum_state(n: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
 
 @torch.no_grad()
 def update_aum_(state: dict[str, Tensor], indices: Tensor, margins: Tensor) -> None:
-    """Take in the margins of a batch.
+    """Add the margins of a batch to the state.
 
     Args:
         state: From :func:`aum_state`; changed in place.
-        indices: (B,), of the samples in the data set.
-        margins: (B,), as of :func:`margin`. A nan changes nothing.
+        indices: (B,): indices of the samples in the data set.
+        margins: (B,), from :func:`margin`; nan is ignored.
     """
     indices, margins = indices.to(state["sum"].device), margins.to(state["sum"])
     known = ~margins.isnan()
@@ -197,13 +197,13 @@ def aum(state: dict[str, Tensor]) -> Tensor:
     .. math::
         \operatorname{AUM}_i = \frac 1 T \sum_{t=1}^T m_i^{(t)}
 
-    Low is suspicious: a sample with a wrong label stays behind the class that it looks like.
+    Low values are suspicious: for a mislabeled sample, the class that it looks like scores higher than its label.
 
     Args:
         state: From :func:`aum_state`.
 
     Returns:
-        Tensor: (n,); nan where the sample was never seen.
+        Tensor: (n,); nan for samples never seen.
 
     Example:
         >>> state = aum_state(2)

@@ -1,6 +1,7 @@
-"""InfoBatch: leave out some samples with low losses in each epoch, and let the others count for more.
+"""InfoBatch: drop some low-loss samples in each epoch, and give the other low-loss samples more weight.
 
-Computed on the CPU, from a generator that the caller owns and saves. Given the same losses, every rank draws the same subset.
+The functions run on the CPU with a generator that the caller owns and saves. With equal losses and generators, every
+rank draws the same subset.
 """
 
 import math
@@ -14,28 +15,29 @@ def _low_samples(losses: Tensor) -> Tensor:
         raise ValueError(f"losses must have one entry for each sample, (n,); got the shape {tuple(losses.shape)}.")
     losses = losses.detach().to("cpu", torch.float64)
     seen = losses.isfinite()
-    # The mean of none is nan, below which there is nothing.
+    # Without finite losses the mean is nan, and no loss is below nan.
     return seen & (losses < losses[seen].mean())
 
 
 def _dropped(low: int, prune: float, extra: int) -> int:
     if not 0.0 <= prune < 1.0:
-        raise ValueError(f"prune must be at least 0 and below 1, a share of the samples with low losses; got {prune}.")
-    # One low sample stays, or the others would have nobody to stand for them.
+        raise ValueError(f"prune must be at least 0 and below 1, a fraction of the low-loss samples; got {prune}.")
+    # Keep at least one low-loss sample: its weight represents the dropped ones.
     return max(min(math.floor(prune * low + 0.5), low - 1) - extra, 0)
 
 
 def infobatch_count(losses: Tensor, prune: float) -> int:
     """Return how many samples :func:`infobatch_subset` will keep, without drawing anything.
 
-    What :func:`~lightning_grad.functional.data_pruning.selection.round_up_count` adds to it goes to ``extra``.
+    If :func:`~lightning_grad.functional.data_pruning.selection.round_up_count` adds samples to this number, pass them
+    to :func:`infobatch_subset` as ``extra``.
 
     Args:
         losses: (n,): the last loss of each sample, nan or inf if it was never seen.
-        prune: Share of the samples with low losses that is left out.
+        prune: Fraction of the low-loss samples to drop.
 
     Returns:
-        int: The number of samples.
+        int: The number of samples kept.
 
     Example:
         >>> infobatch_count(torch.tensor([0.1, 0.2, 0.3, 0.2, 9.0, torch.nan]), 0.5)
@@ -45,18 +47,17 @@ def infobatch_count(losses: Tensor, prune: float) -> int:
 
 
 def infobatch_weights(is_low: Tensor, kept: Tensor) -> Tensor:
-    r"""Return the weights that make the gradient of a subset that of the whole data set, on average.
+    r"""Return weights with which a subset has the gradient of the full data set in expectation.
 
     .. math::
         w_i = \begin{cases} n_\text{low} / m_\text{low} & i \text{ low} \\ 1 & \text{else} \end{cases}
 
-    :math:`m_\text{low}` of :math:`n_\text{low}` low samples are kept. As each is as likely to be kept as the other, with
-    probability :math:`m_\text{low} / n_\text{low}`, the weighted sum over the kept samples has the sum over all as its
-    expectation.
+    :math:`m_\text{low}` of the :math:`n_\text{low}` low-loss samples are kept. Each is kept with the same probability
+    :math:`m_\text{low} / n_\text{low}`, so the expected weighted sum over the kept samples is the sum over all samples.
 
     Args:
-        is_low: (n,) bool: which samples are those of which some are left out.
-        kept: (m,) int64: indices of the samples kept, all that are not low among them.
+        is_low: (n,) bool: True for low-loss samples, some of which are dropped.
+        kept: (m,) int64: indices of the samples kept; they include all samples that are not low.
 
     Returns:
         Tensor: (m,) float32: w, aligned with ``kept``.
@@ -71,32 +72,33 @@ def infobatch_weights(is_low: Tensor, kept: Tensor) -> Tensor:
 
 
 def infobatch_subset(losses: Tensor, prune: float, generator: torch.Generator, extra: int = 0) -> tuple[Tensor, Tensor]:
-    r"""Leave out some of the samples whose last loss is below the mean, and let the others count for more.
+    r"""Drop some of the samples whose last loss is below the mean, and give the others of them more weight.
 
     .. math::
         L = \{i : \ell_i < \bar\ell\}, \qquad
         w_i = \begin{cases} n_L / m_L \approx 1 / (1 - r) & i \in L \\ 1 & \text{else} \end{cases}
 
-    :math:`\bar\ell` is the mean of the finite losses, :math:`n_L` the size of L, and :math:`m_L` of them are kept. The paper
-    leaves out each sample of L with probability r, and weighs by :math:`1 / (1 - r)`. Here the number that is left out is
-    fixed, :math:`r n_L` to the nearest, as in the released code, so that all epochs of equal losses are equally long;
-    :math:`n_L / m_L` is the weight for which the expectation is then exact. One sample of L is always kept.
+    :math:`\bar\ell` is the mean of the finite losses, :math:`n_L` the size of L, and :math:`m_L` of them are kept. The
+    paper drops each sample of L with probability r and uses the weight :math:`1 / (1 - r)`. Here, as in the released
+    code, the number of dropped samples is fixed, :math:`r n_L` rounded to the nearest integer, which keeps the length of
+    an epoch constant for equal losses. The weight :math:`n_L / m_L` then makes the expectation exact. At least one
+    sample of L is kept.
 
-    The loss of a batch is to be divided by the number of its samples, not by the sum of its weights. A mean over a batch of
-    kept samples estimates the gradient of the whole data set up to one factor, n over the number kept; that is the
-    published method.
+    Divide the loss of a batch by the number of its samples, not by the sum of its weights. The mean over a batch of kept
+    samples then estimates the gradient of the full data set times n over the number kept. This is the published method.
 
     Args:
-        losses: :math:`\ell`, (n,): the last loss of each sample; nan or inf if it was never seen, which keeps it.
-        prune: r, share of L that is left out, at least 0 and below 1; the paper uses 0.5.
-        generator: Of the CPU; its state goes into the checkpoint. Every rank needs the same.
-        extra: How many more samples of L are kept, so that no batch of one is left over.
+        losses: :math:`\ell`, (n,): the last loss of each sample.
+            Samples with nan or inf, which were never seen, are kept.
+        prune: r, fraction of L to drop, at least 0 and below 1; the paper uses 0.5.
+        generator: CPU generator, in the same state on every rank; save its state in checkpoints.
+        extra: Number of samples of L to keep in addition, to avoid a last batch of one sample.
 
     Returns:
-        tuple: Indices of the samples kept, int64 in rising order, and their weights, float32; both on the CPU.
+        tuple: Indices of the samples kept, int64 in ascending order, and their weights, float32; both on the CPU.
 
     Raises:
-        ValueError: If prune lies outside [0, 1), or the losses are no vector.
+        ValueError: If prune is outside [0, 1), or losses is not a vector.
 
     Example:
         >>> losses = torch.tensor([0.1, 5.0, 0.3, 0.2, 0.2, torch.nan])

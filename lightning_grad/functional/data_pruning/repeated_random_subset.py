@@ -1,4 +1,4 @@
-"""Another random subset of the data in each epoch (RS2), computed on the CPU from seed and epoch alone."""
+"""RS2: a new random subset of the data in each epoch, computed on the CPU from seed and epoch only."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,12 @@ from lightning_grad.functional.shuffling import shuffled
 
 
 def _carried(total: int, count: int, cycle: int) -> int:
-    """Return how many samples at the end of a cycle belong to an epoch that goes on in the next one."""
+    """Return how many samples at the end of a cycle belong to an epoch that continues in the next cycle."""
     return (cycle + 1) * total % count
 
 
 def _deferred(permutation: Tensor, taken: Tensor, head: int) -> Tensor:
-    """Return the permutation with those of its first ``head`` entries that are taken put behind the next free ones."""
+    """Move taken entries out of the first ``head`` entries of a permutation, behind the next free ones."""
     is_taken = torch.zeros(len(permutation), dtype=torch.bool)
     is_taken[taken] = True
     free = (~is_taken[permutation]).nonzero().flatten()[:head]
@@ -22,10 +22,10 @@ def _deferred(permutation: Tensor, taken: Tensor, head: int) -> Tensor:
 
 
 def _cycle(total: int, count: int, cycle: int, seed: int) -> Tensor:
-    """Return the order in which a cycle walks through all samples.
+    """Return the order in which a cycle visits all samples.
 
-    Its head depends on the tail of the cycle before it, whose tail may depend on the one before that. Only the first
-    ``count`` entries are ever moved, so we go back to a cycle whose tail lies behind them.
+    Its head depends on the tail of the previous cycle, which may depend on the cycle before that. Only the first
+    ``count`` entries are ever moved, so the recursion stops at a cycle whose tail starts after them.
     """
     start = cycle
     while start > 0 and _carried(total, count, start - 1):
@@ -42,27 +42,28 @@ def _cycle(total: int, count: int, cycle: int, seed: int) -> Tensor:
 
 
 def repeated_random_subset(total: int, count: int, epoch: int, seed: int, replacement: bool = False) -> Tensor:
-    r"""Return the random subset of one epoch, another in each.
+    r"""Return the random subset for one epoch.
 
-    Without replacement, successive epochs walk through one permutation of all samples after the other, so that each sample
-    is seen once before any is seen twice. Where an epoch reaches into the next permutation, what it already has comes a
-    little later in that one: no epoch has a sample twice. With replacement, the subsets of epochs are independent.
+    Without replacement, successive epochs take consecutive parts of a permutation of all samples, and then of the next
+    permutation: every sample is used once before any is used twice. If an epoch extends into the next permutation, the
+    samples that it already has are moved to a later position there, so no epoch contains a sample twice. With
+    replacement, the subsets of different epochs are independent.
 
-    The result depends on nothing but the arguments, so that a resumed run and every rank have the same subset. The cost is
-    that of a few permutations, and of up to n / (n - k) of them for a subset of k that is nearly all of n.
+    The result depends only on the arguments, so it is the same on every rank and in a resumed run. It costs a few
+    permutations, and up to n / (n - k) of them if the subset of k contains nearly all n samples.
 
     Args:
         total: Number of samples.
-        count: Samples in an epoch.
-        epoch: Number of the epoch, from 0 on.
+        count: Number of samples in an epoch.
+        epoch: Index of the epoch, starting at 0.
         seed: Seed of the run.
-        replacement: Whether a sample may come again before all were seen.
+        replacement: Draw each subset independently, even before all samples were used.
 
     Returns:
-        Tensor: (count,) int64, on the CPU, in rising order, without duplicates.
+        Tensor: (count,) int64, on the CPU, in ascending order, without duplicates.
 
     Raises:
-        ValueError: If count lies outside [0, total], or the epoch is negative.
+        ValueError: If count is outside [0, total], or epoch is negative.
 
     Example:
         >>> first, second = (repeated_random_subset(6, 3, epoch, seed=0) for epoch in (0, 1))

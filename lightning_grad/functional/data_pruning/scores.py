@@ -1,8 +1,8 @@
-r"""How hard, how well learned or how suspicious a sample is, from the loss call of its batch or from its history.
+r"""Scores of samples from the loss call of their batch: how difficult, how well learned, how suspicious they are.
 
-It reads a :class:`~lightning_grad.functional.LossCall` and returns one number a sample, (B,), on
-the device, detached, computed in float32 at least. A sample with several positions (tokens, pixels) gets the mean over those
-that are valid, and nan when there is none.
+Each function takes a :class:`~lightning_grad.functional.LossCall` and returns one score per sample, (B,), on the device,
+detached, computed in float32 or float64. A sample with several positions (tokens, pixels) gets the mean over its valid
+positions, and nan if it has none.
 """
 
 import math
@@ -21,7 +21,7 @@ _SOFTMAXED = ("cross_entropy", "linear_cross_entropy")
 def _refuse(score: str, call: LossCall, needs: str) -> NoReturn:
     shapes = f"input {tuple(call.input.shape)} and target {tuple(call.target.shape)} of {call.target.dtype}"
     raise ValueError(
-        f"{score} needs {needs}, got {call.name} with {shapes}. Choose another score, or give `score_fn=`, a function that "
+        f"{score} needs {needs}; got {call.name} with {shapes}. Choose another score, or pass `score_fn=`, a function that "
         "returns one score per sample."
     )
 
@@ -31,7 +31,7 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _class_scores(call: LossCall) -> Tensor:
-    """Return logits, log-probabilities or scores with the classes last: (B, ..., C)."""
+    """Return the logits or log-probabilities with the class dimension last: (B, ..., C)."""
     scores = _wide(call.input)
     if call.name == "linear_cross_entropy":
         weight, bias = _wide(call.options["linear_weight"]), call.options["linear_bias"]
@@ -42,7 +42,7 @@ def _class_scores(call: LossCall) -> Tensor:
 
 
 def _classes(call: LossCall) -> Tensor:
-    """Return the class of every position, and class 0 where it is ignored."""
+    """Return the class of every position; ignored positions get class 0."""
     return call.target.long().masked_fill(~call.valid, 0)
 
 
@@ -53,33 +53,33 @@ def _mean_over_positions(call: LossCall, values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def el2n(call: LossCall) -> Tensor:
-    r"""Return the norm of the error of each sample's prediction; for a classifier, EL2N.
+    r"""Return the norm of each sample's prediction error; for a classifier, EL2N.
 
     .. math::
         \operatorname{EL2N}_i = \lVert p(x_i) - y_i \rVert_2
 
-    where p are the probabilities and y is the one-hot target. By loss:
+    where p are the probabilities and y is the one-hot target. The error depends on the loss:
 
-    - ``cross_entropy``, ``linear_cross_entropy``, ``nll_loss``: softmax of the logits, or exp of the log-probabilities (taken
-      to sum to one), less the one-hot class: the hard label, also when the loss smooths it, and without class weights.
-      Targets that are probabilities are taken as they are.
-    - ``binary_cross_entropy``, also ``_with_logits``: p - t over all labels. For one label it is :math:`|p - t|`, which is
-      :math:`1 / \sqrt 2` of the EL2N of the same classifier with two logits.
-    - ``kl_div``: the student's probabilities less the teacher's.
-    - ``mse_loss``, ``l1_loss``, ``smooth_l1_loss``, ``huber_loss``: the norm of the residual. That is not the paper's EL2N,
-      which is about classifiers, but what takes its place in regression.
+    - ``cross_entropy``, ``linear_cross_entropy``, ``nll_loss``: softmax of the logits, or exp of the log-probabilities
+      (assumed normalized), minus the one-hot class. Label smoothing and class weights are ignored. Targets that are
+      probabilities are used unchanged.
+    - ``binary_cross_entropy`` and ``binary_cross_entropy_with_logits``: p - t over all labels. For one label it is
+      :math:`|p - t|`, which is :math:`1 / \sqrt 2` of the EL2N of the same classifier with two logits.
+    - ``kl_div``: the student's probabilities minus the teacher's.
+    - ``mse_loss``, ``l1_loss``, ``smooth_l1_loss``, ``huber_loss``: the residual. This is not the EL2N of the paper,
+      which covers classifiers only, but its counterpart for regression.
 
-    The first group has its classes in dimension 1, and a norm at each position. In the others the norm is over all entries
-    of a row (an index of dimension 0).
+    Losses of the first group have their classes in dimension 1, and a norm is computed at each position. For the other
+    losses the norm is over all entries of a row (an index of dimension 0).
 
     Args:
         call: The loss call of a batch.
 
     Returns:
-        Tensor: (B,), from 0 to :math:`\sqrt 2` for one class of several; nan where all positions are ignored.
+        Tensor: (B,), from 0 to :math:`\sqrt 2` for one class of several; nan if all positions are ignored.
 
     Raises:
-        ValueError: If the loss is another one.
+        ValueError: If the loss is not one of these.
 
     Example:
         >>> from lightning_grad.functional import LossCapture
@@ -113,27 +113,27 @@ def _class_errors(call: LossCall) -> Tensor:
         errors = probabilities - (target if target.dim() == 1 else target.movedim(1, -1))
         norms: Tensor = torch.linalg.vector_norm(errors, dim=-1)
         return norms
-    # 1 - p of the class is the sum of the others, which keeps its digits when p is next to 1.
+    # 1 - p of the true class is computed as the sum of the others, which is accurate when p is close to 1.
     others = probabilities.scatter(-1, _classes(call).unsqueeze(-1), 0.0)
     return torch.hypot(torch.linalg.vector_norm(others, dim=-1), others.sum(-1))
 
 
 @torch.no_grad()
 def margin(call: LossCall) -> Tensor:
-    r"""Return by how much the score of the true class is ahead of the best other: negative where the prediction is wrong.
+    r"""Return the logit of the true class minus the largest other logit; negative for wrong predictions.
 
     .. math::
         m_i = z_{y_i} - \max_{c \ne y_i} z_c
 
-    where z are the logits (from log-probabilities it is the same number), so that it has no bounds. A large margin is an
-    *easy* sample, unlike the other scores here. For ``binary_cross_entropy_with_logits`` with one label it is
-    :math:`(2 t - 1) z`.
+    where z are the logits or the log-probabilities, which give the same value. The margin is unbounded. Unlike for the
+    other scores here, a large margin means an *easy* sample. For ``binary_cross_entropy_with_logits`` with one label it
+    is :math:`(2 t - 1) z`.
 
     Args:
-        call: The loss call of a batch, with classes as targets, or logits (B,) or (B, 1).
+        call: The loss call of a batch, with class indices as targets, or one logit per sample.
 
     Returns:
-        Tensor: (B,), mean over valid positions; nan where there is none.
+        Tensor: (B,), mean over valid positions; nan if there is none.
 
     Raises:
         ValueError: If the loss has no single true class.
@@ -159,19 +159,19 @@ def margin(call: LossCall) -> Tensor:
 
 @torch.no_grad()
 def is_correct(call: LossCall) -> Tensor:
-    """Return the share of each sample's valid positions that are predicted right: 1 or 0 in plain classification.
+    """Return the fraction of each sample's valid positions predicted correctly: 1 or 0 with one position.
 
-    The prediction is the class with the largest score; targets that are probabilities stand for their largest. For binary
-    cross-entropy each label is a position, predicted when its probability is above 0.5.
+    The prediction is the class with the largest score. If targets are probabilities, the most probable class is the true
+    one. For binary cross-entropy each label is a position, predicted if its probability is above 0.5.
 
     Args:
         call: The loss call of a batch.
 
     Returns:
-        Tensor: (B,), 0 to 1; nan where no position is valid.
+        Tensor: (B,), 0 to 1; nan if no position is valid.
 
     Raises:
-        ValueError: If the loss is not one of a classifier.
+        ValueError: If the loss is not that of a classifier.
 
     Example:
         >>> from lightning_grad.functional import LossCapture
@@ -188,13 +188,13 @@ def is_correct(call: LossCall) -> Tensor:
         target = call.target if call.target.dim() == 1 else call.target.movedim(1, -1)
         right = _class_scores(call).argmax(-1) == target.argmax(-1)
     else:
-        _refuse("Being correct", call, "a loss of a classifier")
+        _refuse("Correctness", call, "the loss of a classifier")
     return _mean_over_positions(call, right.to(torch.float32))
 
 
 @torch.no_grad()
 def predictions(call: LossCall) -> Tensor:
-    """Return the class that is predicted for every sample.
+    """Return the predicted class of every sample.
 
     Args:
         call: The loss call of a batch, with one class per sample as target.
@@ -212,25 +212,26 @@ def predictions(call: LossCall) -> Tensor:
 
 @torch.no_grad()
 def last_layer_gradient_norm(call: LossCall, features: Tensor, bias: bool = True) -> Tensor:
-    r"""Return the norm of the gradient of each sample's loss by the last layer alone, without a backward pass.
+    r"""Return the norm of each sample's loss gradient by the last layer, without a backward pass.
 
     .. math::
         \lVert \nabla_{W, b} \ell_i \rVert = \lVert p_i - y_i \rVert \sqrt{1 + \lVert h_i \rVert^2}
 
-    for logits :math:`W h + b`, because the gradient by W is the outer product of p - y and h, and that by b is p - y. It is a
-    cheap stand-in for GraNd, the norm over all layers.
+    for logits :math:`W h + b`: the gradient by W is the outer product of p - y and h, and the gradient by b is p - y. It
+    is a cheap approximation of GraNd, the norm over all layers.
 
     Args:
         call: The loss call of a batch: plain cross-entropy of one class per sample.
-        features: h, (B, H), what the last layer got.
-        bias: Whether the last layer has a bias; without one it is :math:`\lVert p_i - y_i \rVert \lVert h_i \rVert`.
+        features: h, (B, H), the input of the last layer.
+        bias: Set to False if the last layer has no bias.
+            The norm is then :math:`\lVert p_i - y_i \rVert \lVert h_i \rVert`.
 
     Returns:
-        Tensor: (B,); nan for a sample that is ignored.
+        Tensor: (B,); nan for ignored samples.
 
     Raises:
-        ValueError: If the loss is another one, weighs classes, smooths labels or has several positions per sample, or if
-            the features are not (B, H).
+        ValueError: If the loss is not cross-entropy, has class weights, label smoothing or several positions per sample,
+            or if features is not (B, H).
 
     Example:
         >>> from lightning_grad.functional import LossCapture
@@ -248,7 +249,7 @@ def last_layer_gradient_norm(call: LossCall, features: Tensor, bias: bool = True
         _refuse("The gradient of the last layer", call, needs)
     if features.dim() != 2 or len(features) != call.samples:
         raise ValueError(
-            f"The gradient of the last layer needs its input as ({call.samples}, H), got {tuple(features.shape)}. "
+            f"The gradient of the last layer needs its input as ({call.samples}, H); got {tuple(features.shape)}. "
             "Pool over positions first, as the network does, or choose another score."
         )
     lengths = _wide(features).square().sum(1)

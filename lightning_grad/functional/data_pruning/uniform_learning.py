@@ -1,4 +1,4 @@
-"""USEFUL: repeat the samples whose features are learned late."""
+"""USEFUL: duplicate the samples whose features are learned late."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from lightning_grad.functional.data_pruning.clustering import kmeans
 
 
 def _harder_half(outputs: Tensor, losses: Tensor, seed: int) -> Tensor:
-    """Return which samples are in that of two clusters whose mean loss is higher; none if there is only one."""
+    """Return a mask of the cluster with the higher mean loss, of two; all False if there is only one."""
     labels = kmeans(outputs, 2, seed).labels
     means = torch.stack([losses[labels == c].nanmean() for c in (0, 1)])
     if means.isnan().any():
@@ -17,22 +17,23 @@ def _harder_half(outputs: Tensor, losses: Tensor, seed: int) -> Tensor:
 
 @torch.no_grad()
 def uniform_learning_repeats(outputs: Tensor, losses: Tensor, labels: Tensor, seed: int = 0) -> Tensor:
-    r"""Return the samples to be repeated, so that features that are learned late are learned as soon as the others (USEFUL).
+    r"""Return the samples to duplicate so that late features are learned as early as others (USEFUL).
 
     .. math::
         R = \bigcup_y \operatorname*{arg\,max}_{C \in \{C_{y1}, C_{y2}\}} \frac{1}{|C|} \sum_{i \in C} \ell_i
 
     :math:`C_{y1}, C_{y2}` are the two k-means clusters of the outputs of class y, early in training. The cluster with the
-    higher mean loss holds the samples whose features are not yet learned; the paper doubles them and trains anew.
+    higher mean loss contains the samples whose features are not learned yet. The paper duplicates them and retrains
+    from scratch.
 
     Args:
-        outputs: (n, c): the output of the model for each sample, after a few epochs.
-        losses: :math:`\ell`, (n,): its losses; nan ones are left out of the means.
+        outputs: (n, c): output of the model for each sample, after a few epochs.
+        losses: :math:`\ell`, (n,): loss of each sample; nan is ignored.
         labels: y, (n,) int64: the class of each sample.
         seed: Seed of k-means.
 
     Returns:
-        Tensor: R, int64 on the CPU, in rising order. A class with fewer than two distinct outputs repeats nothing.
+        Tensor: R, int64 on the CPU, in ascending order. Classes with fewer than two distinct outputs add nothing.
 
     Raises:
         ValueError: If the lengths differ, or an output is not finite.

@@ -1,4 +1,4 @@
-"""What gradients and moments tell about a run."""
+"""Statistics of gradients and optimizer moments."""
 
 from lightning_grad.functional.diagnostics.gradient_statistics import (
     gradient_cosine,

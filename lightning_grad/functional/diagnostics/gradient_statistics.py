@@ -1,6 +1,6 @@
-"""What gradients tell of a training: noise scale, agreement with the step before, signal against noise, root mean square.
+"""Statistics of gradients: noise scale, cosine to the previous step, signal-to-noise ratio, share of zeros.
 
-The callback that watches them is :class:`lightning_grad.callbacks.GradientMonitor`.
+The callback that logs them is :class:`lightning_grad.callbacks.GradientMonitor`.
 """
 
 import math
@@ -14,27 +14,28 @@ from lightning_grad.functional.gradients.tensor_lists import share_of, stack, st
 
 
 def noise_scale_terms(small_squared: Tensor, big_squared: Tensor, small: float, big: float) -> tuple[Tensor, Tensor]:
-    r"""Estimate noise and signal of the gradient from its norms at two batch sizes, without bias.
+    r"""Estimate noise and signal of the gradient without bias, from its norms at two batch sizes.
 
     .. math::
         S = \frac{\lVert g_b \rVert^2 - \lVert g_B \rVert^2}{1/b - 1/B}, \qquad
         \mathcal G = \frac{B \lVert g_B \rVert^2 - b \lVert g_b \rVert^2}{B - b}
 
-    S estimates the trace of the covariance of the gradient of one sample, and the other the squared norm of the true
-    gradient. Their ratio, each averaged over steps first, is the simple noise scale: the batch size, in samples, below
-    which noise rules and above which larger batches stop paying.
+    S estimates the trace of the covariance of per-sample gradients, and :math:`\mathcal G` the squared norm of the true
+    gradient. The ratio of their averages over steps is the simple noise scale, in samples: below this batch size noise
+    dominates, and above it larger batches bring little.
 
     Args:
-        small_squared: Squared norm of a gradient over b samples, a scalar; best averaged over all such parts of the batch.
+        small_squared: Squared norm of a gradient over b samples, a scalar.
+            Average it over all such parts of the batch for less variance.
         big_squared: Squared norm of the gradient over all B samples, a scalar.
         small: b, in samples.
-        big: B, above b.
+        big: B, in samples, above b.
 
     Returns:
-        tuple: S and the squared norm of the true gradient, scalars; either may come out negative.
+        tuple: S and :math:`\mathcal G`, scalars; either estimate can be negative.
 
     Raises:
-        ValueError: Unless b is below B.
+        ValueError: Unless 0 < b < B.
 
     Example:
         >>> noise, signal = noise_scale_terms(torch.tensor(3.0), torch.tensor(2.0), small=1, big=2)
@@ -45,19 +46,19 @@ def noise_scale_terms(small_squared: Tensor, big_squared: Tensor, small: float, 
         McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, arXiv 1812.06162, appendix A.1.
     """
     if not 0 < small < big:
-        raise ValueError(f"The noise scale needs two batch sizes, small below big; got {small} and {big}.")
+        raise ValueError(f"small must be above 0 and below big; got small={small} and big={big}.")
     noise = (small_squared - big_squared) / (1 / small - 1 / big)
     signal = (big * big_squared - small * small_squared) / (big - small)
     return noise, signal
 
 
 def average_noise_terms(before: Tensor | None, terms: Tensor, decay: float) -> Tensor:
-    """Return moving averages of the terms of the noise scale, which ignore terms that are not finite.
+    """Return exponential moving averages of the terms of the noise scale; non-finite terms are ignored.
 
     Args:
-        before: Averages so far, noise and signal (2,); ``None`` before the first terms.
-        terms: Those of :func:`noise_scale_terms`, (2,).
-        decay: Weight of the averages so far.
+        before: Previous averages of noise and signal, (2,); ``None`` before the first terms.
+        terms: The terms of :func:`noise_scale_terms`, (2,).
+        decay: Weight of the previous averages.
 
     Example:
         >>> averages = average_noise_terms(None, torch.tensor([float("nan"), 1.0]), decay=0.5)
@@ -71,13 +72,13 @@ def average_noise_terms(before: Tensor | None, terms: Tensor, decay: float) -> T
 
 
 def _components(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32; a complex one as its real and imaginary parts."""
+    """Return a tensor in float32, a complex one as its real and imaginary parts."""
     return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).float()
 
 
 @torch.no_grad()
 def gradient_cosine(gradients: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    r"""Return the cosine of the angle between two gradients, each taken as one vector.
+    r"""Return the cosine of the angle between two gradients, each concatenated into one vector.
 
     .. math::
         \cos(g, g') = \frac{\langle g, g' \rangle}{\lVert g \rVert \lVert g' \rVert}
@@ -87,7 +88,7 @@ def gradient_cosine(gradients: Sequence[Tensor], others: Sequence[Tensor]) -> Te
         others: g', of the same shapes.
 
     Returns:
-        Tensor: The cosine, a scalar, -1 to 1; nan if one of them is zero.
+        Tensor: The cosine, a scalar, -1 to 1; nan if either gradient is zero.
 
     Example:
         >>> gradient_cosine([torch.tensor([1.0, 0.0])], [torch.tensor([2.0, 0.0])])
@@ -102,20 +103,20 @@ def gradient_cosine(gradients: Sequence[Tensor], others: Sequence[Tensor]) -> Te
 
 @torch.no_grad()
 def moment_signal_to_noise(states: Sequence[Mapping[str, Any]], betas: tuple[float, float]) -> Tensor | None:
-    r"""Return the signal-to-noise ratio of gradients that Adam's moments imply.
+    r"""Estimate the signal-to-noise ratio of gradients from Adam's moments.
 
     .. math::
         \mathrm{SNR} = \frac{\sum_i \hat m_i^2}{\sum_i \max(\hat v_i - \hat m_i^2, 0)}
 
-    m and v are the running means of the gradient and of its square, with the bias corrected. As they look back over
-    different spans it is a rough measure, good for comparing layers and times.
+    where :math:`\hat m` and :math:`\hat v` are the bias-corrected running means of the gradient and of its square. They
+    average over different numbers of steps, so the ratio is a rough measure, useful to compare layers and times.
 
     Args:
-        states: What ``optimizer.state[parameter]`` holds, for parameters that have stepped equally often.
+        states: ``optimizer.state[parameter]`` of each parameter.
         betas: Decay rates of the two moments.
 
     Returns:
-        Tensor: The ratio, a scalar; ``None`` if the optimizer keeps no such moments.
+        Tensor: The ratio, a scalar; ``None`` if the optimizer has no such moments.
 
     Example:
         >>> state = {"step": torch.tensor(1.0), "exp_avg": torch.tensor([0.1]), "exp_avg_sq": torch.tensor([0.002])}
@@ -136,7 +137,7 @@ def moment_signal_to_noise(states: Sequence[Mapping[str, Any]], betas: tuple[flo
 
 @torch.no_grad()
 def zero_share(gradients: Sequence[Tensor]) -> Tensor:
-    """Return the share of entries that are exactly zero, of all gradients together, as a scalar.
+    """Return the fraction of entries of all gradients that are exactly zero, as a scalar.
 
     Example:
         >>> zero_share([torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0])])

@@ -1,4 +1,4 @@
-"""Learning rates that follow a measured quantity."""
+"""Learning rate schedules driven by a measured quantity."""
 
 from lightning_grad.functional.schedules.accuracy_gradient_lr import (
     accuracy_gradient,

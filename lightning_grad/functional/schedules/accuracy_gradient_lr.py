@@ -1,7 +1,6 @@
-"""When to cut the learning rate: by how much the moving mean of the accuracy rose (AccelAT).
+"""AccelAT: cut the learning rate when the moving average of the accuracy rises too slowly.
 
-The rule sees numbers only: what was observed, in order, larger being better. Values of which smaller is better are negated
-by the caller.
+The functions take the observed values in order; larger is better. Negate values for which smaller is better.
 """
 
 from collections.abc import Sequence
@@ -12,17 +11,17 @@ Observations = Sequence[float] | Tensor
 
 
 def accuracy_gradient(values: Observations, window: int = 5) -> float | None:
-    r"""Return by how much the moving mean of the last observations rose with the last one.
+    r"""Return the last increase of the moving average of the observations.
 
     .. math::
         g_t = m_t - m_{t-1} = \frac{a_t - a_{t-w}}{w}, \qquad m_t = \frac 1 w \sum_{i=t-w+1}^t a_i
 
     Args:
         values: :math:`a_1, \dots, a_t`, the observations so far, (t,).
-        window: w, observations in a mean, at least 1.
+        window: w, observations in the moving average, at least 1.
 
     Returns:
-        float: :math:`g_t`, or ``None`` while there are not more than w observations.
+        float: :math:`g_t`, or ``None`` until there are more than w observations.
 
     Example:
         >>> accuracy_gradient([0.50, 0.60, 0.70, 0.75], window=2)
@@ -47,22 +46,24 @@ def accuracy_gradient_cuts(
     threshold: float = 0.005,
     start_after: int = 0,
 ) -> bool:
-    r"""Say whether the learning rate is cut after the last observation.
+    r"""Return True if the last observation cuts the learning rate.
+
+    This requires all of
 
     .. math::
         t - 1 > w, \qquad t > t_0, \qquad c_t > q, \qquad g_t < \theta
 
-    must all hold. :math:`c_t` counts observations: it starts at q, so that it does not delay the first cut, goes up by one
-    with each, and is set to 1 by a cut: cuts come at least q observations apart. A constant accuracy is cut at observations
-    7, 12, 17 by the defaults.
+    :math:`c_t` counts observations: it starts at q, which allows an early first cut, increases by one with each
+    observation, and is set to 1 by a cut. Cuts are therefore at least q observations apart. With the defaults, a constant
+    accuracy is cut at observations 7, 12 and 17.
 
     Args:
         values: :math:`a_1, \dots, a_t`, the observations so far, (t,).
-        since_cut: :math:`c_t`, the present observation counted.
-        window: w, observations in a mean, at least 1.
-        cooldown: q, observations from one cut to the next, at least; 0 is as 1.
-        threshold: :math:`\theta`, in the unit of the observations.
-        start_after: :math:`t_0`, observations of which none cuts; they still enter the means.
+        since_cut: :math:`c_t`, including the current observation.
+        window: w, observations in the moving average, at least 1.
+        cooldown: q, minimum number of observations between two cuts; 0 is the same as 1.
+        threshold: :math:`\theta`, in units of the observations.
+        start_after: :math:`t_0`, initial observations without a cut; they still enter the averages.
 
     Example:
         >>> accuracy_gradient_cuts([0.5] * 7, since_cut=7), accuracy_gradient_cuts([0.5] * 6, since_cut=6)
@@ -86,22 +87,22 @@ def accuracy_gradient_scales(
     floor: float = 0.0,
     start_after: int = 0,
 ) -> list[float]:
-    r"""Replay the rule over a whole run, and return the scale of the learning rate after each observation.
+    r"""Replay the rule over a run and return the learning rate scale after each observation.
 
     .. math::
         s_0 = 1, \qquad
         s_t = \begin{cases} \max(f s_{t-1}, s_\text{min}) & \text{cut at } t \\ s_{t-1} & \text{else} \end{cases}
 
-    What a run would have done with other settings, had its accuracies been the same.
+    Use it to try other settings on the accuracies of a finished run.
 
     Args:
         values: :math:`a_1, \dots, a_T`, all observations, (T,).
-        window: w, observations in a mean, at least 1.
-        cooldown: q, observations from one cut to the next, at least; 0 is as 1.
-        threshold: :math:`\theta`, in the unit of the observations.
-        factor: f, what a cut multiplies by.
-        floor: :math:`s_\text{min}`, below which no cut goes; 1 at most.
-        start_after: :math:`t_0`, observations of which none cuts.
+        window: w, observations in the moving average, at least 1.
+        cooldown: q, minimum number of observations between two cuts; 0 is the same as 1.
+        threshold: :math:`\theta`, in units of the observations.
+        factor: f, the factor of a cut.
+        floor: :math:`s_\text{min}`, the smallest scale, at most 1.
+        start_after: :math:`t_0`, initial observations without a cut.
 
     Returns:
         list: :math:`s_1, \dots, s_T`.

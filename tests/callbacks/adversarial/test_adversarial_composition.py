@@ -275,7 +275,7 @@ class Attentive(Classifier):
 
 OTHERS: dict[str, tuple[Callable[[], Any], Callable[[], Classifier]]] = {
     "sparse attention": (lambda: NMSparsity("2:4", "sr-ste", include=["*attn*", "*3.w"]), Attentive),
-    "reweighted": (lambda: LossReweighting(warmup=0.0), lambda: Classifier(norm=True)),
+    "reweighted": (lambda: LossReweighting(warmup_fraction=0.0), lambda: Classifier(norm=True)),
     "monitor": (lambda: GradientMonitor(), Classifier),
     "clipped": (lambda: NormClipping(0.3), Classifier),
 }

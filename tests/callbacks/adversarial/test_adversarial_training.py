@@ -215,7 +215,9 @@ def test_batches_made_beforehand_are_not_edited() -> None:
 
 
 def test_a_key_that_leads_nowhere() -> None:
-    with pytest.raises(ValueError, match=r"AdversarialTraining: input_key='pixels' leads nowhere.*has 0\."):
+    with pytest.raises(
+        ValueError, match=r"AdversarialTraining: input_key='pixels' is not in the batch.*available there: 0\."
+    ):
         train(attacker(input_key="pixels"), Linear(), points())
 
 
@@ -270,7 +272,7 @@ def test_warmup_needs_a_known_length() -> None:
         def __iter__(self) -> Any:
             return iter([[torch.ones(4, 2)]] * 3)
 
-    with pytest.raises(ValueError, match=r"AdversarialTraining places its phases by the length.*max_steps"):
+    with pytest.raises(ValueError, match=r"AdversarialTraining needs the length of the run.*max_steps"):
         train(attacker(warmup_fraction=0.5), Linear(), as_batches(Endless()))
     train(attacker(), Linear(), as_batches(Endless()))
 
@@ -368,7 +370,7 @@ def test_manual_optimization_and_loops_that_fetch_their_batches() -> None:
 
     with pytest.raises(ValueError, match=r"AdversarialTraining.*its training_step also steps"):
         train(attacker(), Manual(), points())
-    with pytest.raises(ValueError, match=r"AdversarialTraining needs the batch, and training_step\(dataloader_iter\)"):
+    with pytest.raises(ValueError, match=r"AdversarialTraining needs the batch, but training_step\(dataloader_iter\)"):
         train(attacker(), Fetching(), points())
 
 

@@ -247,7 +247,7 @@ def test_several_inputs_by_name(key: Any, attacked: list[str]) -> None:
     callback = AdversarialTraining(0.1, input_key=key, check_every_n_epochs=None)
     trainer = make_trainer(callbacks=[callback], max_epochs=1)
     if key == "*":
-        with pytest.raises(ValueError, match=r"input_key='\*' must name floating tensors of one type"):
+        with pytest.raises(ValueError, match=r"input_key='\*' must name floating-point tensors of one dtype"):
             trainer.fit(Inputs(), as_batches([batch]))
         return
     module = Inputs()

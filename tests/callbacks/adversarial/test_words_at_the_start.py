@@ -70,11 +70,14 @@ def test_one_number_for_all_channels_beside_one_each(make: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"step_size": INF}, r"step_size must be at least 0, and finite; got inf\."),
+        ({"step_size": INF}, r"step_size must be finite and at least 0; got inf\."),
         ({"mean": [math.nan], "std": [1.0]}, r"mean must be finite; got \[nan\]\."),
-        ({"mean": [0.0], "std": [0.0]}, r"std must be above 0, and finite; got \[0\.0\]\."),
-        ({"mean": [0.0], "std": [INF]}, r"std must be above 0, and finite; got \[inf\]\."),
-        ({"bounds": (1.0, 0.0)}, r"bounds must be the least and the largest value of an input; got \(1\.0, 0\.0\)\."),
+        ({"mean": [0.0], "std": [0.0]}, r"std must be finite and above 0; got \[0\.0\]\."),
+        ({"mean": [0.0], "std": [INF]}, r"std must be finite and above 0; got \[inf\]\."),
+        (
+            {"bounds": (1.0, 0.0)},
+            r"bounds must be the smallest and the largest value of an input; got \(1\.0, 0\.0\)\.",
+        ),
         ({"bounds": (0.0, math.nan)}, r"bounds must be"),
     ],
 )

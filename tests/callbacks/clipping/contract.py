@@ -53,9 +53,9 @@ ENTRIES = [
     conditioner(
         "LayerwiseNormalization",
         wrong=(
-            ({"coefficient": 0.0}, "coefficient must be above 0"),
-            ({"coefficient": _INF}, "coefficient must be finite"),
-            ({"coefficient": {"*": _INF}}, "coefficient must be finite"),
+            ({"trust_coefficient": 0.0}, "trust_coefficient must be above 0"),
+            ({"trust_coefficient": _INF}, "trust_coefficient must be finite"),
+            ({"trust_coefficient": {"*": _INF}}, "trust_coefficient must be finite"),
             ({"max_ratio": 0.0}, "max_ratio must be above 0"),
             ({"per": "layer"}, "per must be"),
         ),
@@ -70,15 +70,18 @@ ENTRIES = [
         together=True,
         wrong=(
             ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
-            ({"warmup": -1}, "warmup must be at least 0"),
-            ({"every_n_steps": 3, "warmup": 3}, "below every_n_steps"),
+            ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
+            ({"every_n_steps": 3, "warmup_steps": 3}, "below every_n_steps"),
         ),
     ),
     conditioner(
         "SkipNonFinite",
         together=True,
         compile=True,
-        wrong=(({"max_in_row": 0}, "max_in_row must be at least 1"), ({"warnings": -1}, "warnings must be at least 0")),
+        wrong=(
+            ({"max_in_row": 0}, "max_in_row must be at least 1"),
+            ({"max_warnings": -1}, "max_warnings must be at least 0"),
+        ),
     ),
     conditioner(
         "GradientNoise",

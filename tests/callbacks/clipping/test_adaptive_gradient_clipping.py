@@ -48,7 +48,7 @@ def test_the_last_linear_is_found_in_a_compiled_child() -> None:
 
 def test_a_head_that_does_not_exist_raises() -> None:
     with pytest.raises(
-        ValueError, match=r"AdaptiveGradientClipping\(head=...\): no parameter is named 'classifier'.*net"
+        ValueError, match=r"AdaptiveGradientClipping\(head=...\): no parameter or module is named 'classifier'.*net"
     ):
         train([AdaptiveGradientClipping(head="classifier")], Regression(small_net()), pairs())
 

@@ -142,7 +142,7 @@ def test_statistics_of_other_parameters_are_not_taken_over(name, tmp_path, said)
     assert states(after).keys() == states(fresh).keys()
     assert_identical(states(after), states(fresh))
     text = next(line for line in said if "restarts its statistics" in line)
-    assert "because those of the checkpoint are of other parameters" in text
+    assert "because the checkpoint's statistics belong to other parameters" in text
     assert all(repr(bucket) in text for bucket in lost if bucket)
     shares = [value for key, value in trainer.callback_metrics.items() if "clipped_share" in key]
     assert max(shares) <= 1.0
@@ -213,8 +213,8 @@ def test_the_next_reset_comes_so_many_steps_after_the_last(every, expected, tmp_
             seen.append((state["exp_avg_sq"].abs().sum().item(), optimizer.param_groups[0]["lr"]))
 
     # Twelve steps with a reset in the 8th; the epoch that follows begins with step 13.
-    after = MomentumReset(every, warmup=3)
-    resumed(tmp_path, MomentumReset(8, warmup=3), after, Inside())
+    after = MomentumReset(every, warmup_steps=3)
+    resumed(tmp_path, MomentumReset(8, warmup_steps=3), after, Inside())
     assert [step for step, (moments, _) in enumerate(seen) if moments == 0.0] == expected
     rates = [RATE] * EPOCH
     for reset in expected:
@@ -225,8 +225,8 @@ def test_the_next_reset_comes_so_many_steps_after_the_last(every, expected, tmp_
 
 
 def test_a_longer_warmup_goes_on_from_the_last_reset(tmp_path):
-    after = MomentumReset(20, warmup=15)
-    trainer = resumed(tmp_path, MomentumReset(10, warmup=2), after)
+    after = MomentumReset(20, warmup_steps=15)
+    trainer = resumed(tmp_path, MomentumReset(10, warmup_steps=2), after)
     # 24 steps, the last reset was the tenth.
     assert trainer.callback_metrics["grad/momentum_reset/lr_factor"] == pytest.approx(reset_warmup(14, 15))
 
@@ -265,4 +265,6 @@ def test_a_guard_goes_on_counting(tmp_path):
     rows, then = ROWS.clone(), ROWS.clone()
     rows[-1] = then[0] = torch.nan
     with pytest.raises(RuntimeError, match="2 steps in a row"):
-        resumed(tmp_path, SkipNonFinite(warnings=0), SkipNonFinite(max_in_row=2, warnings=0), rows=rows, then=then)
+        resumed(
+            tmp_path, SkipNonFinite(max_warnings=0), SkipNonFinite(max_in_row=2, max_warnings=0), rows=rows, then=then
+        )

@@ -252,7 +252,7 @@ def rates_of(module: Small, *callbacks: Any, **arguments: Any) -> list[float]:
 
 def test_a_rate_that_the_step_sets_is_held_down_too_and_kept():
     pl.seed_everything(1, verbose=False)
-    used = rates_of(OwnRate(), MomentumReset(every_n_steps=4, warmup=2))
+    used = rates_of(OwnRate(), MomentumReset(every_n_steps=4, warmup_steps=2))
     steps = [0.01 * (1 + step) for step in range(12)]
     expected = [rate * {0: 0.01, 1: 0.2575}.get((i + 1) % 4, 1.0) if i >= 3 else rate for i, rate in enumerate(steps)]
     assert used == pytest.approx(expected, rel=1e-3)
@@ -283,7 +283,7 @@ def test_a_step_that_raises_and_is_caught_leaves_no_rate_behind():
         caught = False
 
     module = Catches()
-    used = rates_of(module, MomentumReset(every_n_steps=4, warmup=2))
+    used = rates_of(module, MomentumReset(every_n_steps=4, warmup_steps=2))
     assert module.caught
     assert used[-1] == 0.01
 
@@ -296,7 +296,7 @@ def test_an_optimizer_without_moments_is_passed_over_beside_one_that_has_them(mo
     body = [*module.mix.parameters(), *module.encoder.parameters()]
     rest = [*module.hidden.parameters(), *module.norm.parameters(), *module.head.parameters()]
     module.configure_optimizers = lambda: [torch.optim.AdamW(body, 1e-2), torch.optim.SGD(rest, 1e-2)]
-    reset = MomentumReset(every_n_steps=3, warmup=1)
+    reset = MomentumReset(every_n_steps=3, warmup_steps=1)
     fit([reset], module, max_epochs=1)
     assert reset.state_dict()["steps"] == {"0": 6}
     assert "SGD" in said[0]

@@ -72,7 +72,7 @@ def watched(module: nn.Module) -> tuple[dict[str, Any], dict[str, float], dict[s
         loss = module(torch.arange(12.0).view(2, 6).sin() * (step + 1)).square().sum()
         loss.backward()
         with torch.no_grad():
-            watch.look_before(loss, measured=step == 1, rare=step == 1, keep=True)
+            watch.look_before(loss, measured=step == 1, slow=step == 1, keep=True)
             clip_norm_([parameter.grad for parameter in module.parameters()], 0.1)
             watch.look_after(loss, Place(step, 0, step), changed=True)
         optimizer.step()

@@ -70,7 +70,7 @@ def test_a_gradient_of_zero_has_no_mean_to_remove() -> None:
 
 
 def test_a_matrix_of_which_no_layer_tells_the_dimensions_is_named() -> None:
-    with pytest.raises(ValueError, match=r"leaves w alone, .* spell the parameter's name in include="):
+    with pytest.raises(ValueError, match=r"ignores w, .* spell the parameter's name in include="):
         train([GradientCentralization()], Matrix(), rows_of(torch.zeros(1, 4)))
 
 

@@ -76,7 +76,7 @@ def test_what_layerwise_clipping_logs(limit: str) -> None:
         "clipped_layers": (1.0, 0.0),
         "clipped_share": (1.0, 0.0),
     }[limit]
-    names = [f"grad/layerwise_clipping/{limit}/net.{i}" for i in (0, 2)]
+    names = [f"grad_layers/layerwise_clipping/{limit}/net.{i}" for i in (0, 2)]
     assert found == {name: pytest.approx(value, rel=1e-5) for name, value in zip(names, expected, strict=True)}
 
 

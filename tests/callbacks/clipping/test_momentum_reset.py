@@ -48,7 +48,7 @@ class Inside(pl.Callback):
 @pytest.mark.parametrize("every", [1, 4, 10])
 def test_moments_are_zero_at_every_so_many_steps_and_at_no_other(every: int) -> None:
     inside = Inside()
-    train([MomentumReset(every, warmup=0), inside], Dictated(make_optimizer=adam), rows_of(DATA))
+    train([MomentumReset(every, warmup_steps=0), inside], Dictated(make_optimizer=adam), rows_of(DATA))
     zero = [step for step, moments in enumerate(inside.moments, 1) if moments == 0.0]
     assert zero == sorted({1, *range(every, 25, every)})
     assert inside.rates == [RATE] * 24
@@ -56,7 +56,7 @@ def test_moments_are_zero_at_every_so_many_steps_and_at_no_other(every: int) -> 
 
 def test_each_step_sees_the_rate_of_its_warmup() -> None:
     inside = Inside()
-    train([MomentumReset(every_n_steps=10, warmup=4), inside], Dictated(make_optimizer=adam), rows_of(DATA))
+    train([MomentumReset(every_n_steps=10, warmup_steps=4), inside], Dictated(make_optimizer=adam), rows_of(DATA))
     ramp = [reset_warmup(k, 4) for k in range(4)]
     factors = [1.0] * 9 + ramp + [1.0] * 6 + ramp + [1.0]
     assert inside.rates == pytest.approx([RATE * factor for factor in factors])
@@ -68,7 +68,7 @@ def test_a_recursive_schedule_is_what_it_would_be(schedule: str) -> None:
     """Both compute each rate from the one before, so a rate that is not put back in time is lost for good."""
     without, beside = Inside(), Inside()
     train([without], Dictated(("w",), adam, SCHEDULES[schedule]), rows_of(DATA))
-    callback = MomentumReset(every_n_steps=6, warmup=4)
+    callback = MomentumReset(every_n_steps=6, warmup_steps=4)
     train([callback, beside], Dictated(("w",), adam, SCHEDULES[schedule]), rows_of(DATA))
     assert beside.outside == without.outside
     assert min(a / b for a, b in zip(beside.rates, without.rates, strict=True)) == pytest.approx(0.01)
@@ -86,7 +86,7 @@ def test_an_overflow_in_the_warmup_takes_no_step_of_it(schedule: str) -> None:
         assert scaler.get_scale() == 8.0, "there was one overflow"
         return inside
 
-    callback = MomentumReset(every_n_steps=10, warmup=5)
+    callback = MomentumReset(every_n_steps=10, warmup_steps=5)
     without, beside = run([]), run([callback])
     assert beside.outside == without.outside
     ramp = [reset_warmup(k, 5) for k in range(5)]
@@ -99,8 +99,8 @@ def test_an_overflow_in_the_warmup_takes_no_step_of_it(schedule: str) -> None:
 def test_a_step_that_was_skipped_for_nan_is_not_counted() -> None:
     data = DATA.clone()
     data[3] = torch.nan
-    callback, inside = MomentumReset(every_n_steps=6, warmup=0), Inside()
-    train([callback, SkipNonFinite(warnings=0), inside], Dictated(make_optimizer=adam), rows_of(data))
+    callback, inside = MomentumReset(every_n_steps=6, warmup_steps=0), Inside()
+    train([callback, SkipNonFinite(max_warnings=0), inside], Dictated(make_optimizer=adam), rows_of(data))
     assert callback.state_dict()["steps"] == {"0": 23}
     zero = [step for step, moments in enumerate(inside.moments) if moments == 0.0]
     # The sixth step that is made is that of the seventh batch.
@@ -117,7 +117,7 @@ def test_an_exception_in_mid_warmup_leaves_the_rate_as_it_was() -> None:
 
     module, inside = Stops(make_optimizer=adam), Inside()
     with pytest.raises(RuntimeError, match="on purpose"):
-        train([MomentumReset(every_n_steps=10, warmup=5), inside], module, rows_of(DATA))
+        train([MomentumReset(every_n_steps=10, warmup_steps=5), inside], module, rows_of(DATA))
     assert inside.optimizer.param_groups[0]["lr"] == RATE
 
 
@@ -134,7 +134,7 @@ def test_every_param_group_keeps_its_own_rate() -> None:
 
     inside = Rates()
     train(
-        [MomentumReset(every_n_steps=2, warmup=1), inside],
+        [MomentumReset(every_n_steps=2, warmup_steps=1), inside],
         Dictated(("a", "b"), two_groups),
         rows_of(DATA[:4].repeat(1, 2)),
     )
@@ -183,12 +183,12 @@ def test_steps_past_lightning_are_seen() -> None:
             optimizer.step()
 
     inside = Inside()
-    train([MomentumReset(every_n_steps=10, warmup=0), inside], Manual(), rows_of(DATA))
+    train([MomentumReset(every_n_steps=10, warmup_steps=0), inside], Manual(), rows_of(DATA))
     assert [step for step, moments in enumerate(inside.moments, 1) if moments == 0.0] == [1, 10, 20]
 
 
 def test_what_is_logged() -> None:
-    callback = MomentumReset(every_n_steps=4, warmup=3)
+    callback = MomentumReset(every_n_steps=4, warmup_steps=3)
     trainer = train([callback], Dictated(make_optimizer=adam), rows_of(DATA[:9]), log_every_n_steps=1)
     found = {key: value.item() for key, value in trainer.callback_metrics.items()}
     # The ninth step is the second of the second warm-up.
@@ -200,8 +200,8 @@ def test_what_is_logged() -> None:
 
 @pytest.mark.parametrize(("every", "warmup"), [(1, 0), (2, 1), (100, 50), (299, 149), (500, 150), (10**6, 150)])
 def test_the_warmup_is_half_of_every_at_most_unless_it_is_given(every: int, warmup: int) -> None:
-    assert MomentumReset(every).settings == {"every_n_steps": every, "warmup": warmup, "name": None}
-    assert MomentumReset(every, warmup=0).warmup == 0
+    assert MomentumReset(every).settings == {"every_n_steps": every, "warmup_steps": warmup, "name": None}
+    assert MomentumReset(every, warmup_steps=0).warmup_steps == 0
 
 
 def test_it_says_what_it_will_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def test_rules_after_it_see_nothing_of_the_step() -> None:
     data[1] = NAN
     clip, after = NormClipping(0.5), Gradients()
     module = Dictated()
-    train([SkipNonFinite(warnings=0), clip, GradientNoise(eta=0.0), after], module, rows_of(data))
+    train([SkipNonFinite(max_warnings=0), clip, GradientNoise(eta=0.0), after], module, rows_of(data))
     assert [len(step) for step in after.seen] == [1, 0, 1, 1]
     assert clip.state_dict()["optimizers"]["0"]["states"][""]["clipped"].item() == 3
     torch.testing.assert_close(module.w, torch.full((4,), -3 * 0.1 * 0.25))
@@ -162,14 +162,14 @@ class _ConstantLoss(Dictated):
 def test_so_many_skips_are_told_and_the_others_counted(limit: int) -> None:
     data = torch.ones(8, 4)
     data[::2] = NAN
-    callback = SkipNonFinite(warnings=limit)
+    callback = SkipNonFinite(max_warnings=limit)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = train([callback], Dictated(), rows_of(data), log_every_n_steps=1)
     told = [str(warning.message) for warning in caught if "skips a step" in str(warning.message)]
     assert [f"batch {i}" in message for i, message in zip((0, 2, 4, 6), told, strict=False)] == [True] * min(limit, 4)
     assert len(told) == min(limit, 4)
-    assert [message.endswith("Further ones are only counted.") for message in told] == [
+    assert [message.endswith("Later ones are only counted.") for message in told] == [
         number == limit for number in range(1, len(told) + 1)
     ]
     assert callback.state_dict()["skipped"] == {"0": 4}
@@ -184,7 +184,7 @@ def test_so_many_in_a_row_raise_and_say_what_to_do() -> None:
     data[[1, 2, 4, 5, 6]] = NAN  # two, then three
     module, states = Dictated(), States()
     said = (
-        r"3 steps in a row .* the last in w, first of 1 of 1 gradients, batch 6 .* lower the learning rate, or resume"
+        r"3 steps in a row .* the last in w, first of 1 of 1 gradients, batch 6 .* Lower the learning rate, or resume"
     )
     with pytest.raises(RuntimeError, match=said), pytest.warns(UserWarning, match="skips a step"):
         train([SkipNonFinite(max_in_row=3), states], module, rows_of(data))
@@ -194,7 +194,7 @@ def test_so_many_in_a_row_raise_and_say_what_to_do() -> None:
 
 def test_without_a_limit_it_goes_on() -> None:
     data = torch.full((15, 4), NAN)
-    module, callback = Dictated(), SkipNonFinite(max_in_row=None, warnings=0)
+    module, callback = Dictated(), SkipNonFinite(max_in_row=None, max_warnings=0)
     trainer = train([callback], module, rows_of(data))
     assert trainer.global_step == 15
     assert callback.state_dict()["skipped"] == {"0": 15}
@@ -219,7 +219,7 @@ def test_each_optimizer_skips_and_counts_for_itself() -> None:
 
     data = torch.ones(5, 8)
     data[1:4, 4:] = NAN
-    module, callback = Two(), SkipNonFinite(max_in_row=4, warnings=0)
+    module, callback = Two(), SkipNonFinite(max_in_row=4, max_warnings=0)
     train([callback], module, rows_of(data))
     torch.testing.assert_close(module.a, torch.full((4,), -0.5))
     torch.testing.assert_close(module.b, torch.full((4,), -0.2))
@@ -293,7 +293,7 @@ DDP = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False}
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("by", ["batch", "gradient"])
 def test_both_ranks_skip_when_one_has_bad_data(by: str, rank: int, tmp_path: Any) -> None:
-    skip = SkipNonFinite(warnings=0)
+    skip = SkipNonFinite(max_warnings=0)
     module = Ranked(small_net(), {3: NAN} if by == "batch" else {}, rank)
     # A gradient that is spoilt after the reduction is seen by its rank alone.
     spoil = [Spoil({3: NAN}, rank)] if by == "gradient" else []

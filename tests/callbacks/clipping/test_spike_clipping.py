@@ -38,7 +38,7 @@ def test_with_adam_and_momentum_reset_it_is_spam() -> None:
         Dictated(make_optimizer=lambda p: torch.optim.Adam(p, lr=1e-2, eps=1e-12)),
     )
     train([], expected, rows_of(data))
-    train([MomentumReset(every_n_steps=50, warmup=0), SpikeClipping()], found, rows_of(data))
+    train([MomentumReset(every_n_steps=50, warmup_steps=0), SpikeClipping()], found, rows_of(data))
     train([], plain, rows_of(data))
     torch.testing.assert_close(found.w, expected.w, rtol=1e-5, atol=1e-6)
     assert (plain.w - expected.w).abs().max() > 1e-2, "all this makes a difference"
@@ -69,7 +69,7 @@ def test_it_pauses_at_the_start(pause: int) -> None:
 def test_it_pauses_after_each_reset_of_the_moments() -> None:
     data = rows(24, spikes=[])
     # The moments are reset in the tenth and the twentieth step; those two and the next two are left alone.
-    found = clipped_steps([MomentumReset(every_n_steps=10, warmup=0), SpikeClipping(1e-6, pause=3)], data)
+    found = clipped_steps([MomentumReset(every_n_steps=10, warmup_steps=0), SpikeClipping(1e-6, pause=3)], data)
     assert found == [*range(3, 9), *range(12, 19), *range(22, 24)]
 
 

@@ -53,7 +53,7 @@ def test_what_is_no_product_is_left_alone_and_named(technique: Any, arguments: A
         _, changed = changes(technique(**arguments), Regression(net(Distances)))
     assert "net.2.weight" not in changed
     assert "net.0.weight" in changed
-    assert any("leaves net.2.weight alone" in r.message and "in include=" in r.message for r in caplog.records)
+    assert any("ignores net.2.weight," in r.message and "in include=" in r.message for r in caplog.records)
     _, changed = changes(technique(**arguments, include=["*", "net.2.weight"]), Regression(net(Distances)))
     assert "net.2.weight" in changed, "who spells its name takes its first dimension for the neurons"
 
@@ -98,7 +98,7 @@ def test_the_batch_decides_which_layer_is_the_last(caplog: Any) -> None:
     assert not [name for name in changed if name.startswith("net.last")]
     assert "net.late.weight" in changed, "the last one registered"
     said = [record.message for record in caplog.records if "reaches" in record.message]
-    assert said == ["AdaptiveGradientClipping leaves net.last alone: the batch reaches it last."]
+    assert said == ["AdaptiveGradientClipping does not clip net.last, because the batch reaches it last."]
 
 
 @pytest.mark.parametrize(("kind", "heads"), [(Gan, {"G.2", "D.2"}), (Split, {"D.2"})])

@@ -125,7 +125,7 @@ def test_no_bound_is_the_default() -> None:
 def test_a_bound_that_clips_many_steps_is_told_once(every: int) -> None:
     (said,) = warnings_of(MANY, ZClip(max_norm=1.3), log_every_n_steps=every)
     assert said.startswith("ZClip: max_norm=1.3 clips 4")
-    assert "Set max_norm=None, or a bound well above the usual norm; the mean is 1.29." in said
+    assert "Set max_norm=None, or a limit well above the usual norm; the mean is 1.29." in said
 
 
 @pytest.mark.parametrize(

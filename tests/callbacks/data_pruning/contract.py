@@ -55,7 +55,7 @@ ENTRIES = [
             ({"rule": "lin"}, "rule must be"),
             ({"temperature": 0.0}, "temperature must be above 0"),
             ({"start_temperature": -1.0}, "start_temperature must be above 0"),
-            ({"warmup": 2.0}, "warmup must be from 0 to 1"),
+            ({"warmup_fraction": 2.0}, "warmup_fraction must be from 0 to 1"),
         ),
     ),
     Technique(

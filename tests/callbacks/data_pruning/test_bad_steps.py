@@ -22,8 +22,8 @@ MAKE: dict[str, Callable[..., Any]] = {
     "by sample": lambda **more: pruning("loss", scores_by="sample", **more),
     "uniform": lambda **more: UniformLearning(epoch=1, **more),
     "info": lambda **more: InfoBatch(0.5, prune_until=1.0, **more),
-    "reweighting": lambda **more: LossReweighting(warmup=0.0, **more),
-    "reweighting later": lambda **more: LossReweighting(warmup=0.5, **more),
+    "reweighting": lambda **more: LossReweighting(warmup_fraction=0.0, **more),
+    "reweighting later": lambda **more: LossReweighting(warmup_fraction=0.5, **more),
 }
 IN_TRAINING = ("aum", "forgetting", "info", "reweighting", "reweighting later")  # read the first step itself
 

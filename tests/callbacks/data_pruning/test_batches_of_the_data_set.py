@@ -105,7 +105,7 @@ def test_arrays_of_indices_are_passed_on_and_slices_are_refused() -> None:
             return super().__getitem__(np.asarray(indices).tolist())
 
     weights([InfoBatch()], DataLoader(Rows(), batch_size=None, sampler=Chunks(48, np.array)))
-    with pytest.raises(TypeError, match=r"InfoBatch knows samples by their index.* Chunks yields slice\(0, 8, None\)"):
+    with pytest.raises(TypeError, match=r"InfoBatch identifies samples by index.* Chunks yields slice\(0, 8, None\)"):
         weights(
             [InfoBatch()], DataLoader(Rows(), batch_size=None, sampler=Chunks(48, lambda r: slice(r[0], r[-1] + 1)))
         )
@@ -119,7 +119,7 @@ def test_score_files_know_the_data_set_again(tmp_path: Path) -> None:
     assert load_scores(path, ListItems(cells)).fingerprint is not None
     weights([DataPruning(0.5, epoch=1, score_files=[path], figure=False, num_shown=0)], loader)
     cells.base.tensors[0].add_(1.0)
-    with pytest.raises(ValueError, match="were made for another data set"):
+    with pytest.raises(ValueError, match="belong to another data set"):
         weights([DataPruning(0.5, epoch=1, score_files=[path], figure=False, num_shown=0)], loader)
 
 

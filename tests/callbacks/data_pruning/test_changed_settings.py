@@ -367,6 +367,11 @@ def test_loss_weights_follow(checkpoint: Any) -> None:
 
     plain = state()
     assert_identical(state(LossReweighting(temperature=float("inf"))), plain)
-    for arguments in ({}, {"rule": "extremes"}, {"temperature": 0.1}, {"warmup": 0.9, "start_temperature": 2.0}):
+    for arguments in (
+        {},
+        {"rule": "extremes"},
+        {"temperature": 0.1},
+        {"warmup_fraction": 0.9, "start_temperature": 2.0},
+    ):
         with pytest.raises(AssertionError):
             assert_identical(state(LossReweighting(**arguments)), plain)

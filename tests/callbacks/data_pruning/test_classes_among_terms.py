@@ -99,9 +99,9 @@ def test_classes_are_balanced() -> None:
 
 
 def test_reading_beside_weights_of_the_whole() -> None:
-    reader, weights = pruning("aum", prune=0.0), LossReweighting(warmup=0.0)
+    reader, weights = pruning("aum", prune=0.0), LossReweighting(warmup_fraction=0.0)
     found = train(reader, Rebuilding(), more=[weights]).module
-    expected = train(LossReweighting(warmup=0.0), Rebuilding()).module
+    expected = train(LossReweighting(warmup_fraction=0.0), Rebuilding()).module
     assert_identical(found.state_dict(), expected.state_dict())
     assert reader.scored.labels.tolist() == make_data().tensors[1].tolist()
 
@@ -145,7 +145,7 @@ REFUSED = [
 @pytest.mark.parametrize("score", ["el2n", "forgetting"])
 def test_what_is_not_clear_is_refused(score: str, kind: Any, words: str) -> None:
     if (score, kind) == ("forgetting", VAE):  # is read while it trains, before the rest is looked at
-        with pytest.raises(ValueError, match="Being correct needs a loss of a classifier, got mse_loss"):
+        with pytest.raises(ValueError, match="Correctness needs the loss of a classifier; got mse_loss"):
             train(pruning(score), kind())
     else:
         with pytest.raises(RuntimeError, match=rf"{words}.*give outputs_fn="):

@@ -471,10 +471,10 @@ def test_score_files_of_other_data(tmp_path: Path) -> None:
     train(DataPruning(0.5, epoch=1, save_scores=path))
     x, y, index = make_data().tensors
     other = TensorDataset(x + 1, y, index)
-    with pytest.raises(ValueError, match=r"made for another data set.*strict=False"):
+    with pytest.raises(ValueError, match=r"belong to another data set.*strict=False"):
         train(DataPruning(0.5, score_files=[path]), dataset=other)
     callback = DataPruning(0.5, score_files=[path], strict=False)
-    with pytest.warns(UserWarning, match="made for another data set"):
+    with pytest.warns(UserWarning, match="belong to another data set"):
         train(callback, dataset=other)
     assert len(callback.scored.kept) == 11
 

@@ -41,8 +41,8 @@ def scores(name: str = "el2n", total: int = TOTAL, data: Any = None, **arguments
 
 
 FILES: dict[str, tuple[Any, str]] = {
-    "torn": (lambda path: path.write_bytes(path.read_bytes()[:300]), "a.npz is no score file, or a damaged one"),
-    "empty": (lambda path: path.write_bytes(b""), "a.npz is no score file, or a damaged one"),
+    "torn": (lambda path: path.write_bytes(path.read_bytes()[:300]), "a.npz is damaged, or not a score file"),
+    "empty": (lambda path: path.write_bytes(b""), "a.npz is damaged, or not a score file"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "a.npz cannot be read: Is a directory"),
     "of another length": (lambda path: save_scores(scores(total=40), path), r"the length \(40 against 48\)"),
     "beyond the data": (
@@ -64,7 +64,7 @@ def test_score_files_are_read_before_the_first_batch(fault: str, tmp_path: Path)
 
 def test_files_that_do_not_go_together_and_files_without_classes(tmp_path: Path) -> None:
     a, b = (str(save_scores(scores(name), tmp_path / f"{name}.npz")) for name in ("el2n", "grand"))
-    refused(ValueError, "Only scores of one kind have a mean", score_files=[a, b])
+    refused(ValueError, "Scores must be of one kind to be averaged", score_files=[a, b])
     refused(ValueError, "balances classes, and nothing tells which class", score_files=[a], balance="class")
     refused(
         FileNotFoundError, "DataPruning finds no score file '.*none.npz'", score_files=[a, str(tmp_path / "none.npz")]
@@ -88,7 +88,7 @@ def test_the_files_are_those_that_were_there_at_the_start(tmp_path: Path) -> Non
 def test_a_mismatch_that_is_allowed_is_warned_of_once(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     path = save_scores(scores(total=40), tmp_path / "a.npz")
     fit([pruning(score_files=[str(path)], strict=False)], max_epochs=3)
-    assert sum("were made for another data set" in str(warning.message) for warning in recwarn) <= 1
+    assert sum("belong to another data set" in str(warning.message) for warning in recwarn) <= 1
 
 
 @pytest.mark.parametrize("path", ["", ".", "..", "/", "a/..", "there/"])

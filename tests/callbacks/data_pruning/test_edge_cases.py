@@ -133,7 +133,7 @@ class EqualWithoutZero(ClassWeighted):
 def test_a_high_temperature_leaves_a_loss_with_ignored_samples_as_it_is(module: Any, ignored: list[int]) -> None:
     x, y, index = make_data().tensors
     data = TensorDataset(x, y.index_fill(0, torch.tensor(ignored, dtype=torch.long), -100), index)
-    callback = LossReweighting(temperature=1e9, start_temperature=1e9, warmup=0.0)
+    callback = LossReweighting(temperature=1e9, start_temperature=1e9, warmup_fraction=0.0)
     effective = Effective(callback)
     found = train(callback, module(), data, more=[effective]).module.state_dict()
     plain = train(pl.Callback(), module(), data).module.state_dict()
@@ -169,7 +169,7 @@ class WriteLosses(Effective):
 
 
 def test_two_ranks_with_batches_of_different_size(tmp_path: Path) -> None:
-    callback = LossReweighting(temperature=0.5, start_temperature=0.5, warmup=0.0)
+    callback = LossReweighting(temperature=0.5, start_temperature=0.5, warmup_fraction=0.0)
     loader = DataLoader(Uneven(), BATCH)
     arguments: Any = {"strategy": "ddp_fork", "devices": 2, "max_steps": 6}
     train(callback, Classifier(normalizes=False), loader=loader, more=[WriteLosses(callback, tmp_path)], **arguments)
@@ -272,9 +272,9 @@ def test_scoring_gives_back_what_an_object_of_the_module_holds() -> None:
 
 @pytest.mark.parametrize("max_steps", [32, 35, 39])
 def test_a_run_that_ends_by_epochs_and_not_by_its_steps_is_warned_of_once(max_steps: int, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="Set only one of both") as caught:
+    with pytest.warns(UserWarning, match="Set only one of max_epochs and max_steps") as caught:
         run(half_from_two(), scheduled("cosine"), tmp_path, max_steps=max_steps)
-    assert sum("Set only one of both" in str(warning.message) for warning in caught) == 1
+    assert sum("Set only one of max_epochs and max_steps" in str(warning.message) for warning in caught) == 1
 
 
 @pytest.mark.parametrize("max_steps", [-1, 25, 30, 40, 41, 1000])
@@ -337,7 +337,7 @@ class Whole(Part):
 
 def test_an_unknown_sampler_of_a_part_is_warned_of() -> None:
     callback = pruning(0.5, epoch=1)
-    with pytest.warns(UserWarning, match=r"Part draws 11 of 22 samples an epoch, and DataPruning cannot know which"):
+    with pytest.warns(UserWarning, match=r"Part draws 11 of 22 samples per epoch. DataPruning does not know which"):
         train(callback, loader=DataLoader(make_data(), BATCH, sampler=Part()))
     train(pruning(0.5, epoch=1), loader=DataLoader(make_data(), BATCH, sampler=Whole()))  # a warning would raise
 

@@ -174,7 +174,7 @@ def test_training_with_weights_is_that_by_hand(kind: Any) -> None:
             alone = getattr(self, "alone", self.losses) if self.global_step else self.losses
             return (loss_weights(alone(batch, self.share), "linupper", 0.5) * shares).sum()
 
-    callback = LossReweighting(temperature=0.5, start_temperature=0.5, warmup=0.0)
+    callback = LossReweighting(temperature=0.5, start_temperature=0.5, warmup_fraction=0.0)
     found, expected = kind(), ByHand()
     train(callback, found, loader=loader_of(found), epochs=3)
     train(pl.Callback(), expected, loader=loader_of(expected), epochs=3)

@@ -105,7 +105,7 @@ def test_a_function_with_another_mean_is_refused_with_both(make: Any) -> None:
 @pytest.mark.parametrize("make", [lambda **more: pruning("loss", **more), InfoBatch, LossReweighting])
 def test_a_function_of_a_wrong_shape_is_refused(make: Any) -> None:
     arguments = {"loss_fn": lambda module, batch: overlaps(module, batch).mean()}
-    callback = LossReweighting(warmup=0.0, **arguments) if make is LossReweighting else make(**arguments)
+    callback = LossReweighting(warmup_fraction=0.0, **arguments) if make is LossReweighting else make(**arguments)
     with pytest.raises(ValueError, match=r"loss_fn must return a tensor .* with one loss for each .*got \(\) of"):
         train(callback, DicePerSample())
 
@@ -154,7 +154,7 @@ class WeightedDropping(Weighted, Dropping):
     ("kind", "by_hand"), [(DicePerSample, Weighted), (Dropping, WeightedDropping), (Decaying, WeightedDecaying)]
 )
 def test_weights_by_a_function_are_those_by_hand(kind: Any, by_hand: Any) -> None:
-    callback = LossReweighting(temperature=0.5, start_temperature=0.5, warmup=0.0, loss_fn=overlaps)
+    callback = LossReweighting(temperature=0.5, start_temperature=0.5, warmup_fraction=0.0, loss_fn=overlaps)
     found = train(callback, kind(), precision="64-true").module
     expected = train(pl.Callback(), by_hand(), precision="64-true").module
     # Dropout draws the same numbers, and BatchNorm counts each batch once.

@@ -64,7 +64,7 @@ def loader(data: Any = None, **arguments: Any) -> Any:
 
 
 def reweighting(**arguments: Any) -> LossReweighting:
-    return LossReweighting(**{"temperature": 0.5, "start_temperature": 0.5, "warmup": 0.0, **arguments})
+    return LossReweighting(**{"temperature": 0.5, "start_temperature": 0.5, "warmup_fraction": 0.0, **arguments})
 
 
 def weights_after(callback: Any, module: Any, **arguments: Any) -> list[Tensor]:
@@ -93,7 +93,7 @@ def test_the_warm_up_looks_too() -> None:
             return self.losses(batch).square().mean().sqrt()
 
     with pytest.raises(RuntimeError, match=r"sqrt .* mixes the samples"):
-        train(reweighting(warmup=0.9), Mixing(), loader=loader())
+        train(reweighting(warmup_fraction=0.9), Mixing(), loader=loader())
 
 
 def test_infobatch_knows_them_anyway() -> None:

@@ -45,7 +45,7 @@ def losses_of(module: Any, batch: Any) -> Tensor:
 def callback_of(kind: str, **more: Any) -> Any:
     if kind == "info":
         return InfoBatch(0.5, prune_until=1.0, **more)
-    return LossReweighting(temperature=0.5, start_temperature=0.5, warmup=0.0, **more)
+    return LossReweighting(temperature=0.5, start_temperature=0.5, warmup_fraction=0.0, **more)
 
 
 @pytest.mark.parametrize(

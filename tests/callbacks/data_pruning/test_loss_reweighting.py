@@ -62,7 +62,7 @@ class Temperature(pl.Callback):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_gradient_is_that_of_the_weighted_sum(rule: Any) -> None:
-    callback = LossReweighting(rule, temperature=0.5, start_temperature=0.5, warmup=0.0)
+    callback = LossReweighting(rule, temperature=0.5, start_temperature=0.5, warmup_fraction=0.0)
     for (x, y, _), matrix, bias, loss, gradient in train(callback, Linear()).module.steps:
         logits = x @ matrix.T + bias
         losses = logits.logsumexp(1) - logits[torch.arange(len(y)), y]
@@ -81,7 +81,7 @@ def temperatures(**arguments: Any) -> list[float]:
 
 
 def test_temperature_falls_over_the_run_to_its_end() -> None:
-    found = temperatures(start_temperature=8.0, temperature=0.5, warmup=0.25)
+    found = temperatures(start_temperature=8.0, temperature=0.5, warmup_fraction=0.25)
     expected = []
     for step in range(1, 21):
         done = (step / 20 - 0.25) / 0.75
@@ -92,14 +92,18 @@ def test_temperature_falls_over_the_run_to_its_end() -> None:
 
 
 def test_nothing_is_weighted_in_the_warmup() -> None:
-    plain, warm = (train(callback, Linear()).module for callback in (pl.Callback(), LossReweighting(warmup=1.0)))
+    plain, warm = (
+        train(callback, Linear()).module for callback in (pl.Callback(), LossReweighting(warmup_fraction=1.0))
+    )
     for own, other in zip(plain.steps[:-1], warm.steps[:-1], strict=True):
         assert_identical(own, other)
     assert not torch.equal(plain.steps[-1][-1], warm.steps[-1][-1])
 
 
 def test_an_infinite_temperature_turns_it_off() -> None:
-    plain, off = (train(callback) for callback in (pl.Callback(), LossReweighting(temperature=math.inf, warmup=0.0)))
+    plain, off = (
+        train(callback) for callback in (pl.Callback(), LossReweighting(temperature=math.inf, warmup_fraction=0.0))
+    )
     assert_identical(state_of(plain.trainer, plain.module), state_of(off.trainer, off.module))
 
 
@@ -121,7 +125,7 @@ class Write(pl.Callback):
 
 def test_two_ranks_weigh_the_samples_of_both(tmp_path: Path) -> None:
     for arguments in ({}, {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False}):
-        callback = LossReweighting(temperature=0.5, start_temperature=1.0, warmup=0.0)
+        callback = LossReweighting(temperature=0.5, start_temperature=1.0, warmup_fraction=0.0)
         loader = DataLoader(make_data(20), BATCH)
         train(callback, Halves(), loader=loader, more=[Write(tmp_path)], **arguments)
     alone, first, second = (
@@ -137,7 +141,7 @@ class Stream(IterableDataset[Any]):
 
 
 def test_iterable_data_with_so_many_steps() -> None:
-    callback = LossReweighting(warmup=0.2)
+    callback = LossReweighting(warmup_fraction=0.2)
     watch = Temperature(callback)
     run = train(callback, loader=DataLoader(Stream(), BATCH), epochs=-1, max_steps=10, more=[watch])
     assert run.trainer.global_step == 10
@@ -148,7 +152,7 @@ def test_iterable_data_with_so_many_steps() -> None:
 
 
 def test_a_run_without_known_end_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"LossReweighting places its phases by the length of the run.*max_steps"):
+    with pytest.raises(ValueError, match=r"LossReweighting needs the length of the run.*max_steps"):
         train(LossReweighting(), loader=DataLoader(Stream(), BATCH), epochs=1)
     train(LossReweighting(temperature=math.inf), loader=DataLoader(Stream(), BATCH), epochs=1)
 
@@ -167,12 +171,12 @@ def test_a_sample_without_valid_positions_harms_nobody() -> None:
     x = torch.randint(7, (12, 4), generator=generator)
     y = x.roll(1, 1)
     y[3] = -100
-    run = train(LossReweighting(warmup=0.0), Tokens(), TensorDataset(x, y))
+    run = train(LossReweighting(warmup_fraction=0.0), Tokens(), TensorDataset(x, y))
     assert all(parameter.isfinite().all() for parameter in run.module.parameters())
 
 
 def test_logs(tmp_path: Path) -> None:
-    callback, module = LossReweighting(temperature=0.5, start_temperature=0.5, warmup=0.0), Linear()
+    callback, module = LossReweighting(temperature=0.5, start_temperature=0.5, warmup_fraction=0.0), Linear()
     run = train(callback, module, logger=CSVLogger(tmp_path), log_every_n_steps=2)
     ours = {"data/temperature", "data/effective_samples", "data/loss", "data/weighted_loss"}
     assert set(run.trainer.callback_metrics) == {"loss", *ours}

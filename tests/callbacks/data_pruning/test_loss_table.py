@@ -81,7 +81,7 @@ TECHNIQUES: dict[str, Callable[[], Any]] = {
     '`score="grand"`': lambda: pruning("grand"),
     '`scores_by="sample"`': lambda: pruning("loss", scores_by="sample"),
     "`InfoBatch`": lambda: InfoBatch(0.5, prune_until=1.0),
-    "`LossReweighting`": lambda: LossReweighting(warmup=0.0),
+    "`LossReweighting`": lambda: LossReweighting(warmup_fraction=0.0),
 }
 NOISY = "draws random numbers in eval mode"
 

@@ -77,9 +77,9 @@ def fit(make: Any, callbacks: list[Any], every: int = 1, ckpt: Any = None, epoch
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_other_samples_are_refused_by_name_and_the_way_out_works(name: str) -> None:
     spy = Batches()
-    says = r"the training set TensorDataset, loaded again, holds other samples than at the start of the fit\. Not the same: "
+    says = r"the training set TensorDataset, loaded again, has other samples than at the start of the fit\. Different: "
     with pytest.raises(
-        ValueError, match=rf"^(DataPruning|InfoBatch|UniformLearning) knows .*{says}the items .*=0, which"
+        ValueError, match=rf"^(DataPruning|InfoBatch|UniformLearning) identifies .*{says}the items .*=0 to load"
     ):
         fit(samples, [TECHNIQUES[name](), spy])
     assert spy.count == TOTAL // BATCH * (0.5 if name == "random" else 1), "refused as soon as it is loaded"
@@ -121,7 +121,7 @@ def test_samples_that_are_written_over_are_noticed() -> None:
         kept.tensors[0].add_(made - 1)  # in place
         return TensorDataset(*kept.tensors)
 
-    with pytest.raises(ValueError, match="loaded again, holds other samples"):
+    with pytest.raises(ValueError, match="loaded again, has other samples"):
         fit(make, [InfoBatch()])
 
 
@@ -162,7 +162,7 @@ def test_augmented_data_is_known_by_length_and_class_and_is_left_as_it_is() -> N
     watched = fit(make, [InfoBatch(prune=0.0)])
     assert torch.equal(plain.layer.weight, watched.layer.weight)
     fit(make, [InfoBatch()])
-    with pytest.raises(ValueError, match=r"Not the same: the class \(TensorDataset against Augmented\)"):
+    with pytest.raises(ValueError, match=r"Different: the class \(TensorDataset against Augmented\)"):
         fit(lambda number: make(number) if number == 2 else samples(), [InfoBatch()])
     data = Augmented()
     states = data.generator.get_state(), torch.get_rng_state()
@@ -211,7 +211,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_run_that_resumes_with_other_data_is_refused_and_the_ways_out_work(
     name: str, total: int, checkpoints: Any
 ) -> None:
-    says = r"in this run, holds other samples than in the run of the checkpoint\. Not the same: "
+    says = r"in this run, has other samples than in the run of the checkpoint\. Different: "
     spy = Batches()
     with pytest.raises(ValueError, match=says):
         fit(lambda made: samples(1, total), [TECHNIQUES[name](), spy], ckpt=checkpoints(name), every=0, epochs=4)

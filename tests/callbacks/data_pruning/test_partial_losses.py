@@ -29,7 +29,7 @@ READERS = {
     "aum": lambda **more: pruning("aum", **more),
     "uniform": lambda **more: UniformLearning(epoch=1, **more),
     "info": InfoBatch,
-    "reweighting": lambda **more: LossReweighting(warmup=0.0, **more),
+    "reweighting": lambda **more: LossReweighting(warmup_fraction=0.0, **more),
 }
 PART = (
     r"sees cross_entropy, which is not all that training_step returns: (there is also|its positions) .*"

@@ -26,7 +26,7 @@ MAKE: dict[str, Callable[..., Any]] = {
     "uniform": lambda **more: UniformLearning(epoch=1, **more),
     "info": lambda **more: InfoBatch(0.5, prune_until=1.0, **more),
     "info by a function": lambda **more: InfoBatch(0.5, prune_until=1.0, loss_fn=one_for_all, **more),
-    "reweighting": lambda **more: LossReweighting(warmup=0.0, **more),
+    "reweighting": lambda **more: LossReweighting(warmup_fraction=0.0, **more),
 }
 
 

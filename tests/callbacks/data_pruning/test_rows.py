@@ -196,7 +196,7 @@ class TimeFirst(Classifier):
 
 
 STEPS = [TwoViews, HalfTwice, Sorts, SortsInPython, TimeFirst]
-READERS = [pruning, lambda: pruning("aum"), InfoBatch, lambda: LossReweighting(warmup=0.0)]
+READERS = [pruning, lambda: pruning("aum"), InfoBatch, lambda: LossReweighting(warmup_fraction=0.0)]
 
 
 @pytest.mark.parametrize("module", STEPS)
@@ -245,7 +245,7 @@ def test_weights_of_views_together_are_those_of_the_samples() -> None:
             seen.append(loss.detach())
             return loss
 
-    callback = LossReweighting(temperature=1.0, start_temperature=1.0, warmup=0.0)
+    callback = LossReweighting(temperature=1.0, start_temperature=1.0, warmup_fraction=0.0)
     module = Watched()
     train(callback, module, epochs=1)
     assert len(seen) >= 3
@@ -259,7 +259,7 @@ def test_weights_of_views_together_are_those_of_the_samples() -> None:
 def test_samples_that_are_alike_are_not_refused() -> None:
     x, y, index = make_data().tensors
     alike = TensorDataset(torch.ones_like(x), torch.zeros_like(y), index)
-    for make in (lambda: pruning("loss"), InfoBatch, lambda: LossReweighting(warmup=0.0)):
+    for make in (lambda: pruning("loss"), InfoBatch, lambda: LossReweighting(warmup_fraction=0.0)):
         train(make(), Fixed(), alike)
 
 
@@ -412,7 +412,7 @@ REHEARSING = [*READERS, lambda: UniformLearning(epoch=1)]
 NAMES = ["el2n", "aum", "info", "reweighting", "uniform"]
 SAME_EPOCHS = [
     lambda: InfoBatch(0.5, prune_until=0.0),
-    lambda: LossReweighting(warmup=0.0),
+    lambda: LossReweighting(warmup_fraction=0.0),
     lambda: pruning("aum", 0.0),
 ]
 
@@ -460,7 +460,7 @@ class MixesInTraining(Classifier):
 def test_a_step_that_shuffles_is_told_from_one_with_noise(make: Any) -> None:
     with pytest.raises(RuntimeError, match=r"same samples came again, the losses did not follow.*torch\.stack"):
         train(make(), Shuffles())
-    train(LossReweighting(warmup=0.0), Shuffles())
+    train(LossReweighting(warmup_fraction=0.0), Shuffles())
 
 
 @pytest.mark.parametrize("make", [lambda: pruning("aum"), InfoBatch])
@@ -477,7 +477,9 @@ class SomeRows(Classifier):
         return F.cross_entropy(self(batch[0][chosen]), batch[1][chosen])
 
 
-@pytest.mark.parametrize("make", [pruning, lambda: pruning("aum"), InfoBatch, lambda: LossReweighting(warmup=0.0)])
+@pytest.mark.parametrize(
+    "make", [pruning, lambda: pruning("aum"), InfoBatch, lambda: LossReweighting(warmup_fraction=0.0)]
+)
 @pytest.mark.parametrize("where", ["collate_fn", "step"])
 def test_samples_that_have_no_row_are_refused_by_name(make: Any, where: str) -> None:
     callback = make()
@@ -547,7 +549,7 @@ def test_the_module_can_be_copied_in_mid_fit() -> None:
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             copy.deepcopy(trainer.callbacks)
 
-    train(LossReweighting(warmup=0.0), more=[Copies()])
+    train(LossReweighting(warmup_fraction=0.0), more=[Copies()])
 
 
 class Table(Dataset[Any]):
@@ -587,7 +589,7 @@ class ContrastiveSorted(Contrastive):
         return super().training_step([batch[0][batch[0].sum(1).argsort()]], batch_idx)
 
 
-@pytest.mark.parametrize("make", [lambda: pruning("loss"), InfoBatch, lambda: LossReweighting(warmup=0.0)])
+@pytest.mark.parametrize("make", [lambda: pruning("loss"), InfoBatch, lambda: LossReweighting(warmup_fraction=0.0)])
 def test_targets_that_are_places_in_the_batch(make: Any) -> None:
     train(make(), Contrastive())
     callback = make()

@@ -301,7 +301,9 @@ def test_manual_optimization_is_told_that_its_schedules_are_its_own(tmp_path: An
             self.lr_schedulers().step()
 
     net = scheduled("cosine", base=Manual)
-    with pytest.warns(UserWarning, match="This module steps its own: one that counts batches will not come to its end"):
+    with pytest.warns(
+        UserWarning, match="This module steps its own, and one that counts batches will not reach its end"
+    ):
         run(half_from_two(), net, tmp_path)
 
 

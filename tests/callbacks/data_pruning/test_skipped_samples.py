@@ -128,7 +128,7 @@ def test_uniform_learning_repeats_no_sample_without_a_value(module: Any) -> None
     assert (count == 2).any()
 
 
-@pytest.mark.parametrize("make", [InfoBatch, lambda: LossReweighting(warmup=0.0), lambda: pruning("aum")])
+@pytest.mark.parametrize("make", [InfoBatch, lambda: LossReweighting(warmup_fraction=0.0), lambda: pruning("aum")])
 @pytest.mark.parametrize("drops", [False, True])
 def test_losses_that_are_read_in_training_survive(make: Any, drops: bool) -> None:
     loader = DataLoader(broken(), 8, shuffle=True, collate_fn=drop if drops else None)
@@ -158,7 +158,7 @@ class SkipsTheFirst(Classifier):
         return F.cross_entropy(self(torch.cat([x, -x])), torch.cat([y, y]))
 
 
-@pytest.mark.parametrize("make", [lambda: LossReweighting(warmup=0.0), InfoBatch])
+@pytest.mark.parametrize("make", [lambda: LossReweighting(warmup_fraction=0.0), InfoBatch])
 def test_rows_are_looked_at_in_the_first_batch_that_has_a_loss(make: Any) -> None:
     with pytest.raises(RuntimeError, match=r"torch\.stack"):
         train(make(), SkipsTheFirst(), loader=DataLoader(make_data(), 8))
@@ -189,7 +189,7 @@ def test_one_sample_is_not_repeated() -> None:
 
 def test_a_batch_of_one_has_nothing_to_be_weighted_against() -> None:
     with pytest.warns(UserWarning, match="a batch has one: every weight is 1.*larger batches") as told:
-        train(LossReweighting(warmup=0.0), Fixed(), batch_size=1)
+        train(LossReweighting(warmup_fraction=0.0), Fixed(), batch_size=1)
     assert len([w for w in told if "a batch has one" in str(w.message)]) == 1
     train(LossReweighting(temperature=float("inf")), Fixed(), batch_size=1)
 

@@ -46,7 +46,7 @@ class Alternating(Growing):
 def callback_of(kind: str) -> Any:
     if kind == "info":
         return InfoBatch(0.5, prune_until=1.0)
-    return LossReweighting(temperature=0.5, start_temperature=0.5, warmup=0.0)
+    return LossReweighting(temperature=0.5, start_temperature=0.5, warmup_fraction=0.0)
 
 
 def losses_seen(callback: Any, module: Any) -> tuple[list[bool], list[Any]]:

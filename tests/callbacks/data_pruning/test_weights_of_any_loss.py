@@ -193,14 +193,14 @@ class Reweighted(Double):
 
 @pytest.mark.parametrize("name", ["TabularHeads", "ProximalPolicy", "QuantileForecaster", "LanguageModel", "Detector"])
 def test_reweighting_is_that_by_hand(name: str) -> None:
-    callback = LossReweighting(temperature=0.5, start_temperature=0.5, warmup=0.0)
+    callback = LossReweighting(temperature=0.5, start_temperature=0.5, warmup_fraction=0.0)
     assert_close(weights_after(Double(name), callback), weights_after(Reweighted(name)))
 
 
 def callbacks_of(kind: str) -> Any:
     if kind == "info":
         return InfoBatch(0.5, prune_until=1.0)
-    return LossReweighting(temperature=0.5, start_temperature=2.0, warmup=0.0)
+    return LossReweighting(temperature=0.5, start_temperature=2.0, warmup_fraction=0.0)
 
 
 @pytest.mark.parametrize("kind", ["info", "reweighting"])

@@ -401,7 +401,7 @@ def run_backwards(*callbacks: Any, **arguments: Any) -> Any:
 
 def test_first_bad_step_is_named_once_with_its_facts(tmp_path):
     with pytest.warns(UserWarning, match=r"step 3, epoch 0, batch 3, loss nan: first\.weight, first of 4") as warned:
-        trainer = run_backwards(SkipNonFinite(warnings=0), GradientMonitor(), logger=CSVLogger(tmp_path))
+        trainer = run_backwards(SkipNonFinite(max_warnings=0), GradientMonitor(), logger=CSVLogger(tmp_path))
     assert len([w for w in warned if "not finite" in str(w.message)]) == 1
     folder = tmp_path / "lightning_logs" / "version_0"
     facts = json.loads((folder / "gradient_monitor_first_bad_step.json").read_text())
@@ -433,7 +433,7 @@ def test_alert_is_sent_where_a_logger_passes_it_on(tmp_path):
             return inner
 
     with pytest.warns(UserWarning, match="not finite"):
-        run_backwards(SkipNonFinite(warnings=0), GradientMonitor(alert=True), logger=Alerting(tmp_path))
+        run_backwards(SkipNonFinite(max_warnings=0), GradientMonitor(alert=True), logger=Alerting(tmp_path))
     (message,) = Alerting.sent
     assert "not finite" in message["title"]
     assert "first.weight" in message["text"]

@@ -130,7 +130,7 @@ def test_values_that_are_not_finite_are_ignored_and_told_once() -> None:
         warnings.simplefilter("always")
         _, rates = train([callback], Dictated(values), max_epochs=len(values))
     said = [str(warning.message) for warning in caught if "AccuracyGradientLR" in str(warning.message)]
-    assert said == ["AccuracyGradientLR: val_acc is nan: values that are not finite are ignored."]
+    assert said == ["AccuracyGradientLR: val_acc is nan; non-finite values are ignored."]
     assert callback.state_dict()["values"] == pytest.approx(NOISY)
     assert rates.epochs()[6:] == pytest.approx(expected_epochs(NOISY, **QUICK)[3:])
 
@@ -204,7 +204,7 @@ def test_callbacks_that_monitor_come_after_it() -> None:
 
 @pytest.mark.parametrize("arguments", [{"interval": "epoch"}, {"num_sanity_val_steps": 0}], ids=str)
 def test_an_unknown_metric_is_said_after_the_first_time(arguments: dict[str, Any]) -> None:
-    said = r"monitor='val_ac' is not logged. Logged are: .*val_acc.* Did you mean 'val_acc'\?"
+    said = r"monitor='val_ac' is not logged. Logged metrics: .*val_acc.* Did you mean 'val_acc'\?"
     interval, seen = arguments.pop("interval", "validation"), Rates()
     with pytest.raises(RuntimeError, match=said):
         train([AccuracyGradientLR("val_ac", interval=interval), seen], **arguments)
@@ -214,7 +214,7 @@ def test_an_unknown_metric_is_said_after_the_first_time(arguments: dict[str, Any
 def test_an_unknown_metric_is_refused_once_the_sanity_check_has_logged_others() -> None:
     seen = Rates()
     with pytest.raises(
-        ValueError, match=r"monitor='val_ac' is not logged. Logged are: val_acc. Did you mean 'val_acc'"
+        ValueError, match=r"monitor='val_ac' is not logged. Logged metrics: val_acc. Did you mean 'val_acc'"
     ):
         train([AccuracyGradientLR("val_ac"), seen])
     assert not seen.seen, "no batch was trained"
@@ -298,7 +298,7 @@ def test_barebones_is_refused_before_the_first_batch() -> None:
 
 
 def test_where_nothing_is_logged_that_is_said() -> None:
-    with pytest.raises(RuntimeError, match="Logged are: none"):
+    with pytest.raises(RuntimeError, match="Logged metrics: none"):
         train([AccuracyGradientLR()], Dictated([None]))
 
 
@@ -331,7 +331,7 @@ def test_a_metric_of_training_asks_for_epochs() -> None:
     ):
         train([AccuracyGradientLR("train_acc")], LogsInTraining())
     with pytest.raises(
-        RuntimeError, match=r"'train_acc' is logged in training and not in validation. Use interval='epoch'"
+        RuntimeError, match=r"'train_acc' is logged in training, not in validation. Set interval='epoch'"
     ):
         train([AccuracyGradientLR("train_acc")], LogsInTraining(), num_sanity_val_steps=0)
 
@@ -377,9 +377,9 @@ def test_without_validation_nothing_starts() -> None:
         ({"policy": "replaces"}, "Did you mean 'replace'"),
         ({"interval": "epochs"}, "Did you mean 'epoch'"),
         ({"stop_at": math.nan}, "stop_at must be"),
-        ({"optimizers": []}, "optimizers must name at least one"),
+        ({"optimizers": []}, "optimizers must hold at least one index"),
         ({"optimizers": [-1]}, "optimizers must be at least 0"),
-        ({"param_groups": [0, 0]}, "param_groups must name each once"),
+        ({"param_groups": [0, 0]}, "param_groups must not hold an index twice"),
         ({"param_groups": ["0"]}, "a list of integers"),
     ],
 )
@@ -391,7 +391,7 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], said: str) -> No
 @pytest.mark.parametrize("arguments", [{"optimizers": [1]}, {"param_groups": [0, 1]}])
 def test_what_is_not_there_is_said_before_the_first_batch(arguments: dict[str, Any]) -> None:
     seen = Rates()
-    with pytest.raises(ValueError, match=r"counts from 0, and .* has 1. Leave out 1"):
+    with pytest.raises(ValueError, match=r"must hold indices below 1, because .* has 1; got .*1\]. Remove 1"):
         train([AccuracyGradientLR(**arguments), seen])
     assert seen.seen == []
 
@@ -400,7 +400,7 @@ def test_a_module_without_optimizer_is_refused() -> None:
     module = Dictated(configure=lambda parameters: None)
     with (
         pytest.warns(UserWarning, match="`LightningModule.configure_optimizers` returned `None`"),
-        pytest.raises(ValueError, match="configure_optimizers of the module returns no optimizer"),
+        pytest.raises(ValueError, match="configure_optimizers returns no optimizer"),
     ):
         train([AccuracyGradientLR()], module)
 

@@ -322,7 +322,7 @@ def test_a_foreign_scheduler_is_warned_of_by_name() -> None:
             scheduler.step()
 
     make = lambda o, n: Foreign(o)  # noqa: E731
-    with pytest.warns(UserWarning, match="Foreign is no scheduler of torch, and may undo the cuts"):
+    with pytest.warns(UserWarning, match="Foreign is not a scheduler of torch, and may undo the cuts"):
         train([AccuracyGradientLR(**QUICK)], Module(configure=configuration(make)))
     _, rates = train([AccuracyGradientLR(policy="replace", **QUICK)], Module(configure=configuration(make)))
     assert rates.first() == [0.1 * scale for scale in scales_of_steps()]

@@ -183,7 +183,7 @@ def test_an_embedding_tied_to_the_head_is_known_by_the_heads_name() -> None:
 def test_a_name_that_is_nearly_right_is_suggested() -> None:
     with pytest.raises(
         ValueError,
-        match=r"NMSparsity\(include=...\): no parameter is named 'net.C', and no module. Did you mean .*'net.D'",
+        match=r"NMSparsity\(include=...\): no parameter or module is named 'net.C'. Did you mean .*'net.D'",
     ):
         fit(NMSparsity(include=["net.C"]), Regression(Two()))
 
@@ -432,7 +432,8 @@ def test_a_weight_that_something_else_replaces_before_the_fit_is_named(how: str,
         module = layers(nn.Linear, nn.Linear, nn.Linear)
         WAYS[how](module.net[1])
         with pytest.raises(
-            ValueError, match=r"finds no weight.*net.1.weight: reparametrized [^;]*computed from others\. Choose"
+            ValueError,
+            match=r"found no weight.*net.1.weight: reparametrized [^;]*computed from other parameters\. Choose",
         ):
             fit(NMSparsity("1:4", include=[asked], figure=False), module)
 

@@ -340,11 +340,11 @@ def test_it_works_where_gradients_are_off() -> None:
     ("arguments", "said"),
     [
         ({"norm": "l1"}, r"norm must be 'linf' or 'l2'; got 'l1'\."),
-        ({"epsilon": -0.1}, r"epsilon must be at least 0, and finite; got -0\.1\."),
-        ({"epsilon": math.inf}, r"epsilon must be at least 0, and finite; got inf\."),
-        ({"epsilon": math.nan}, r"epsilon must be at least 0, and finite; got nan\."),
-        ({"mean": [0.5]}, r"mean and std belong together; got mean=\[0\.5\] and std=None\."),
-        ({"std": [0.5], "bounds": (0, 1)}, r"mean and std belong together"),
+        ({"epsilon": -0.1}, r"epsilon must be finite and at least 0; got -0\.1\."),
+        ({"epsilon": math.inf}, r"epsilon must be finite and at least 0; got inf\."),
+        ({"epsilon": math.nan}, r"epsilon must be finite and at least 0; got nan\."),
+        ({"mean": [0.5]}, r"mean and std must be set together; got mean=\[0\.5\] and std=None\."),
+        ({"std": [0.5], "bounds": (0, 1)}, r"mean and std must be set together"),
     ],
 )
 def test_settings_that_cannot_be(arguments: Any, said: str) -> None:

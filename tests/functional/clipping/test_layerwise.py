@@ -57,7 +57,7 @@ def test_equal_and_weighted_shares(dtype: torch.dtype) -> None:
 def test_layers_are_normalised_as_worked_by_hand() -> None:
     gradients = [torch.tensor([3.0]), torch.tensor([0.0, 4.0]), torch.tensor([[0.6, 0.8]])]
     weights = [torch.tensor([0.0]), torch.tensor([6.0, 8.0]), torch.tensor([[5.0, 0.0]])]
-    norms, factors = normalize_layers_(gradients, weights, torch.tensor([0, 0, 1]), 2, coefficient=0.1)
+    norms, factors = normalize_layers_(gradients, weights, torch.tensor([0, 0, 1]), 2, trust_coefficient=0.1)
     torch.testing.assert_close(norms, torch.tensor([5.0, 1.0]))
     torch.testing.assert_close(factors, torch.tensor([0.2, 0.5]))
     torch.testing.assert_close(gradients, [torch.tensor([0.6]), torch.tensor([0.0, 0.8]), torch.tensor([[0.3, 0.4]])])
@@ -66,7 +66,7 @@ def test_layers_are_normalised_as_worked_by_hand() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_normalised_layers_have_the_norm_of_their_weights(dtype: torch.dtype) -> None:
     gradients, weights = draw(1, dtype), draw(2, dtype)
-    normalize_layers_(gradients, weights, LAYERS, 4, coefficient=0.5)
+    normalize_layers_(gradients, weights, LAYERS, 4, trust_coefficient=0.5)
     for layer in range(4):
         own = [i for i, h in enumerate(LAYERS.tolist()) if h == layer]
         size = torch.cat([gradients[i].flatten() for i in own]).double().norm()

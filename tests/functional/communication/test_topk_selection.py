@@ -408,7 +408,7 @@ def test_what_cannot_be_selected_raises(selector: str, shape: tuple[int, ...], k
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.01, NAN])
 def test_a_share_outside_its_range_raises(share: float) -> None:
-    with pytest.raises(ValueError, match="share must lie above 0"):
+    with pytest.raises(ValueError, match="share must be above 0"):
         select_sampled(torch.ones(10), 2, share=share)
 
 

@@ -106,7 +106,7 @@ def test_of_several_starts_the_best_is_taken() -> None:
 @pytest.mark.parametrize(
     ("points", "clusters", "message"),
     [
-        (torch.zeros(5), 2, "one row for each"),
+        (torch.zeros(5), 2, "must have the shape"),
         (torch.zeros(5, 2), 6, "between 1 and the number of points, 5; got 6"),
         (torch.zeros(5, 2), 0, "between 1"),
         (torch.full((5, 2), torch.nan), 2, "finite"),

@@ -155,18 +155,22 @@ def test_temperature_is_geometric_after_the_warmup() -> None:
 
 
 def test_released_schedule_is_a_special_case() -> None:
-    path = [annealed_temperature(step / 20_000, start=1.0, end=1.0, warmup=0.05) for step in (0, 999, 1000, 20_000)]
+    path = [
+        annealed_temperature(step / 20_000, start=1.0, end=1.0, warmup_fraction=0.05) for step in (0, 999, 1000, 20_000)
+    ]
     assert path == [INF, INF, 1.0, 1.0]
 
 
 def test_ends_of_the_schedule() -> None:
-    assert annealed_temperature(0.0, 4.0, 1.0, warmup=0.0) == 4.0
-    assert annealed_temperature(1.0, 4.0, 1.0, warmup=1.0) == pytest.approx(1.0)
-    assert annealed_temperature(0.99, 4.0, 1.0, warmup=1.0) == INF
+    assert annealed_temperature(0.0, 4.0, 1.0, warmup_fraction=0.0) == 4.0
+    assert annealed_temperature(1.0, 4.0, 1.0, warmup_fraction=1.0) == pytest.approx(1.0)
+    assert annealed_temperature(0.99, 4.0, 1.0, warmup_fraction=1.0) == INF
     assert annealed_temperature(1.2, 4.0, 1.0) == pytest.approx(1.0), "a run that goes on keeps the last one"
 
 
-@pytest.mark.parametrize("arguments", [{"start": 0.0}, {"end": -1.0}, {"start": INF}, {"warmup": 1.5}, {"end": NAN}])
+@pytest.mark.parametrize(
+    "arguments", [{"start": 0.0}, {"end": -1.0}, {"start": INF}, {"warmup_fraction": 1.5}, {"end": NAN}]
+)
 def test_wrong_schedules_raise(arguments: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         annealed_temperature(0.5, **arguments)

@@ -247,7 +247,7 @@ def test_a_smaller_last_batch_is_not_inflated() -> None:
 )
 def test_el2n_of_other_losses_raises(loss: Callable[[Tensor], Tensor]) -> None:
     call = read(lambda x, t: loss(x), LOGITS, CHOICES)
-    with pytest.raises(ValueError, match=rf"EL2N needs .* got {call.name} with input .* score, or give `score_fn=`"):
+    with pytest.raises(ValueError, match=rf"EL2N needs .*; got {call.name} with input .* score, or pass `score_fn=`"):
         el2n(call)
 
 
@@ -316,7 +316,7 @@ def test_what_a_loss_does_not_know_raises() -> None:
     for call in (soft, labels):
         with pytest.raises(ValueError, match=rf"The margin needs .* got {call.name}"):
             margin(call)
-    with pytest.raises(ValueError, match=r"Being correct needs a loss of a classifier, got mse_loss"):
+    with pytest.raises(ValueError, match=r"Correctness needs the loss of a classifier; got mse_loss"):
         is_correct(regression)
     for call in (regression, soft, labels, read(F.cross_entropy, TOKENS, TOKEN_CHOICES)):
         with pytest.raises(ValueError, match=r"exactly one class per sample.*score_fn="):
@@ -350,7 +350,7 @@ def test_last_layer_gradient_refuses_what_it_would_get_wrong() -> None:
             last_layer_gradient_norm(call, features)
     call = read(F.cross_entropy, LOGITS, CHOICES)
     for wrong in (normal(B, T, 7), normal(B + 1, 7), normal(B)):
-        with pytest.raises(ValueError, match=r"needs its input as \(5, H\), got "):
+        with pytest.raises(ValueError, match=r"needs its input as \(5, H\); got "):
             last_layer_gradient_norm(call, wrong)
 
 

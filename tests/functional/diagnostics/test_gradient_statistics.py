@@ -45,7 +45,7 @@ def test_noise_scale_terms_give_back_both_norms() -> None:
 
 @pytest.mark.parametrize(("small", "big"), [(8, 8), (8, 4), (0, 4)])
 def test_noise_scale_needs_two_batch_sizes(small: int, big: int) -> None:
-    with pytest.raises(ValueError, match=f"small below big; got {small} and {big}"):
+    with pytest.raises(ValueError, match=f"below big; got small={small} and big={big}"):
         noise_scale_terms(torch.tensor(1.0), torch.tensor(1.0), small, big)
 
 
