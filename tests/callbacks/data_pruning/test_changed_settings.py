@@ -193,7 +193,7 @@ RECORDED: dict[str, tuple[dict[str, Any], int]] = {
 
 
 def began(path: Path, settings: dict[str, Any], epoch: int) -> None:
-    """Check that a run scores all samples when it resumes, and goes on with a part of them."""
+    """Check that a run scores all samples when it resumes, and continues with a part of them."""
     technique = pruning(**settings)
     note = run(technique, path, epochs=epoch + 2)
     assert note.scored[epoch].epoch == epoch

@@ -501,7 +501,7 @@ class Noisy(Dataset[Any]):
 
 
 def test_samples_that_differ_each_time_are_warned_of(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"differ each time they are read.*score_dataset="):
+    with pytest.warns(UserWarning, match=r"differ each time they are read.*score_dataset"):
         train(DataPruning(0.5, epoch=1, save_scores=str(tmp_path / "scores.npz")), dataset=Noisy())
 
 

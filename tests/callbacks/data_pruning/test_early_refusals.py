@@ -65,7 +65,7 @@ def test_score_files_are_read_before_the_first_batch(fault: str, tmp_path: Path)
 def test_files_that_do_not_go_together_and_files_without_classes(tmp_path: Path) -> None:
     a, b = (str(save_scores(scores(name), tmp_path / f"{name}.npz")) for name in ("el2n", "grand"))
     refused(ValueError, "Scores must be of one kind to be averaged", score_files=[a, b])
-    refused(ValueError, "balances classes, and nothing tells which class", score_files=[a], balance="class")
+    refused(ValueError, "balances classes, but the class of each sample is unknown", score_files=[a], balance="class")
     refused(
         FileNotFoundError, "DataPruning finds no score file '.*none.npz'", score_files=[a, str(tmp_path / "none.npz")]
     )
