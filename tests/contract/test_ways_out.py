@@ -654,7 +654,7 @@ LOSSES = [
     Row(
         "one score for a batch",
         lambda _: fit(pruning(score_fn=scalar)),
-        r"^DataPruning: score_fn must return one score for each of the 8 samples.*average over all dimensions but the first",
+        r"^DataPruning: score_fn must return one score for each of the 8 samples.*all dimensions except the first",
         lambda _: fit(pruning(score_fn=norms)),
     ),
     Row(

@@ -42,7 +42,7 @@ class OverfittingCheck:
     seed: int
     display_name: str
     _kept: tuple[Place, Any, Any, Any] | None = field(default=None, init=False)
-    _has_told: bool = field(default=False, init=False)
+    _has_reported: bool = field(default=False, init=False)
 
     def keep(self, place: Place, batch: Any, args: Any, kwargs: Any) -> None:
         """Store the arguments of the first step of an epoch and the place of its input."""
@@ -66,7 +66,7 @@ class OverfittingCheck:
                 with quiet(trainer, trainer.lightning_module, check=False, display_name=self.display_name):
                     found = self._accuracies(trainer, dict(zip(purposes, attacks, strict=True)), *self._kept)
             except _UnknownAccuracyError as error:
-                self._tell_unknown(error)
+                self._report_unknown(error)
         easy, robust = mean_over_ranks(trainer, torch.tensor(found)).tolist()
         if robust < _COLLAPSE * easy and easy - robust > _GAP:
             rank_zero_warn(
@@ -103,10 +103,10 @@ class OverfittingCheck:
                 raise _UnknownAccuracyError(f"{first_sentence(error)}.") from None
         return [float(accuracy) for accuracy in found]
 
-    def _tell_unknown(self, error: _UnknownAccuracyError) -> None:
-        if not self._has_told:
+    def _report_unknown(self, error: _UnknownAccuracyError) -> None:
+        if not self._has_reported:
             rank_zero_info(
                 f"{self.display_name} skips the accuracies of check_every_n_epochs: {error} Use AdversarialEvaluation "
                 "to measure the metrics that the module logs, or set check_every_n_epochs=None to turn the check off."
             )
-        self._has_told = True
+        self._has_reported = True

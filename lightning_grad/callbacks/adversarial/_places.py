@@ -53,12 +53,12 @@ class BatchTensor(Place):
         self._pattern, self._samples = pattern, samples
         self._input_key = input_key
         self._needed_by = needed_by
-        self._told = [pattern]
+        self._reported = [pattern]
 
     @property
     def names(self) -> list[str]:
         """Paths in the batch where the input has been found so far."""
-        return [text_of(pattern) for pattern in self._told]
+        return [text_of(pattern) for pattern in self._reported]
 
     def inputs(self, batch: Any, run: Run) -> Tensor:
         paths, samples = self._found_in(batch)
@@ -93,8 +93,8 @@ class BatchTensor(Place):
                 f"{self._needed_by} perturbs {text_of(self._pattern)}, but a later batch has no floating-point tensor "
                 "there and no other clear input. Set input_key to a tensor that every batch has."
             )
-        if found not in self._told:
-            self._told.append(found)
+        if found not in self._reported:
+            self._reported.append(found)
             rank_zero_info(f"{self._needed_by} perturbs {text_of(found)} in batches without {text_of(self._pattern)}.")
         return found, are_samples(batch, found)
 

@@ -173,7 +173,8 @@ def run_for_loss(
         step: The step.
         batch: The batch.
         samples: Number of samples in it.
-        loss_index: Index of the loss call to return; ``None`` for the loss that the step returns, or its only call.
+        loss_index: Index of the loss call to return.
+            ``None`` for the loss that the step returns, or its only loss call.
 
     Returns:
         tuple: The scalar loss of the batch and the losses of its samples, (B,), each ``None`` if there is none.

@@ -64,9 +64,9 @@ class AdversarialTraining(GradCallback):
             is a list of samples, that tensor of every sample. If there is none, or an integer tensor comes
             first: the output of the first nn.Embedding.
         warmup_fraction: Share of the run in which epsilon grows linearly from 0.
-        check_every_n_epochs: Check for overfitting to the attack every this many epochs; None disables it. It
-            logs the accuracy of one batch under PGD with 10 steps, and under the attack of the training. FGSM
-            may lose all robustness within an epoch, and only this check shows it.
+        check_every_n_epochs: Check for overfitting to the attack every this many epochs; None disables it.
+            It logs the accuracy of one batch under PGD with 10 steps, and under the attack of the training.
+            FGSM may lose all robustness within an epoch, and only this check shows it.
         seed: Seed of random starts and of the choice of clean samples.
         total_steps: Length of the run in optimizer steps, for warmup_fraction. Default: the Trainer's.
         name: Name of this instance.

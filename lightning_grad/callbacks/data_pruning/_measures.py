@@ -38,18 +38,20 @@ def errors_of(display_name: str) -> Iterator[None]:
 def scores_of(score_fn: ScoreFunction, look: Look) -> Mapping[str, Tensor]:
     """Return the scores that the user's ``score_fn`` computes, after a check of their type and shape."""
     found = score_fn(look.pl_module, look.batch)
-    must = (
+    requirement = (
         f"{look.asked.display_name}: score_fn must return one score for each of the {len(look.indices)} samples of a "
         f"batch, ({len(look.indices)},); got"
     )
     try:
         scores = torch.as_tensor(found)
     except (RuntimeError, TypeError, ValueError):  # not a number, or lists of different lengths
-        raise ValueError(f"{must} {type(found).__name__}. Return a tensor of real numbers.") from None
+        raise ValueError(f"{requirement} {type(found).__name__}. Return a tensor of real numbers.") from None
     if scores.is_complex():
-        raise ValueError(f"{must} {scores.dtype}. Return a tensor of real numbers.")
+        raise ValueError(f"{requirement} {scores.dtype}. Return a tensor of real numbers.")
     if scores.shape != (len(look.indices),):
-        raise ValueError(f"{must} {tuple(scores.shape)}. Flatten, or average over all dimensions but the first.")
+        raise ValueError(
+            f"{requirement} {tuple(scores.shape)}. Flatten them, or average over all dimensions except the first."
+        )
     return {"score": scores}
 
 

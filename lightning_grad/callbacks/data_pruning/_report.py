@@ -44,8 +44,9 @@ def report_scores(
     Args:
         trainer: The trainer, whose loggers get the figures and tables.
         scored: The samples with their scores.
-        dataset: The scored data set. The first tensor, array, PIL image or text of an item is taken as its input; its
-            ``classes``, if it has them, name the classes.
+        dataset: The scored data set.
+            The first tensor, array, PIL image or text of an item is taken as its input. If the data set has
+            ``classes``, they name the classes.
         owner: The callback, whose name is part of log keys and file names.
         num_shown: Number of hardest and of easiest samples to show; 0 shows and reads none.
         figure: Whether to draw figures, which needs matplotlib; tables do not.

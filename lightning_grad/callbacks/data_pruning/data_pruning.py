@@ -75,8 +75,8 @@ class DataPruning(SubsetCallback):
     grand-last    the same over the last layer alone, without a backward pass
     loss          the loss
     margin        minus the margin: best other logit minus the true one
-    aum           minus the mean margin over the epochs so far, recorded from the training batches
-    forgetting    times that right became wrong, recorded from the training batches; inf if never right
+    aum           minus the mean margin in the training batches of the epochs so far
+    forgetting    number of changes from right to wrong in the training batches; inf if never right
     vog           variance of the input gradient of the true logit over several passes
     prototypes    distance of the last layer's input to its nearest prototype, with one per class
     ============= ========================================================================================
@@ -107,7 +107,7 @@ class DataPruning(SubsetCallback):
             the step, up to a constant.
         outputs_fn: Callable (module, batch) -> logits (B, C) and labels (B,), used instead of the step.
             For el2n, margin, aum, forgetting, grand-last and prototypes.
-        scores_by: "sample" runs the step on one sample at a time, for losses that mix samples.
+        scores_by: "sample" runs the step on one sample at a time, if its loss cannot be split.
             It takes up to a batch size times as long. For loss and grand. The mean over the samples of a batch
             must equal the loss of the batch.
         score_dataset: Callable (trainer) -> training set without augmentation, to score it.
