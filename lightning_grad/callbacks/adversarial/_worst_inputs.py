@@ -118,6 +118,7 @@ class WorstInputs:
         )
 
     def _worst(self, trainer: pl.Trainer, place: Place, batch: Any, step: Step, purpose: str) -> Tensor:
+        """Attack the batch ``restarts`` times and return, for each sample, the input with the highest loss."""
         clean = place.inputs(batch, step)
 
         def losses(shown: Any) -> tuple[Tensor | None, Tensor | None, str]:

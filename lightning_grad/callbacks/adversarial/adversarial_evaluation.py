@@ -258,6 +258,7 @@ class AdversarialEvaluation(GradCallback):
     # Around the module's hooks.
 
     def _twice(self, trainer: pl.Trainer, hook: str, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a hook of the module as usual, then a second time in the second state, on the attacked batch."""
         evaluation, pl_module = self._evaluation, trainer.lightning_module
         if evaluation is None or pl_module in _SECOND or is_quiet(pl_module):
             return inner(*args, **kwargs)

@@ -220,6 +220,8 @@ class AdversarialTraining(GradCallback):
     # Inside the step.
 
     def _around(self, trainer: pl.Trainer, inner: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run ``training_step`` on attacked inputs; on clean ones outside of training and inside ``quiet``."""
+
         def run(shown: Any) -> Any:
             return inner(shown, *args, **kwargs)
 

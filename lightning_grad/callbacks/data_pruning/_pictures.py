@@ -71,6 +71,7 @@ def _kept_mask(scored: ScoredSet) -> NDArray[np.bool_]:
 
 
 def _draw_histogram(axis: Axes, values: NDArray[np.float64], kept: NDArray[np.bool_]) -> None:
+    """Draw the scores as stacked bars of kept and pruned samples, with lines at the cuts."""
     finite = values[np.isfinite(values)]
     logarithmic = bool(finite.size) and finite.min() > 0 and finite.max() > _LONG_TAIL * np.median(finite)
     edges = _edges(np.log10(finite) if logarithmic else finite)
@@ -143,6 +144,7 @@ def _cuts(values: NDArray[np.float64], kept: NDArray[np.bool_]) -> list[float]:
 def _draw_classes(
     axis: Axes, labels: NDArray[np.int64], kept: NDArray[np.bool_], class_names: Sequence[str] | None
 ) -> None:
+    """Draw the kept share of each class, as bars or, for many classes, as a sorted curve."""
     classes, members = np.unique(labels[labels >= 0], return_inverse=True)
     shares = np.bincount(members, kept[labels >= 0], len(classes)) / np.bincount(members, minlength=len(classes))
     names = [shortened(str(named(int(number), class_names)), 18) for number in classes]

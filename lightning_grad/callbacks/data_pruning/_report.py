@@ -155,6 +155,7 @@ def _samples(
 def _views(
     dataset: Any, indices: Sequence[int], display_name: str, decode: Callable[[Any], Any] | None
 ) -> dict[int, View]:
+    """Return picture and text of items by index, and warn of items that cannot be read."""
     views, faults = {}, []
     cuda = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
     with isolate_rng(include_cuda=cuda):

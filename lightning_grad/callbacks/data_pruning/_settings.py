@@ -71,6 +71,7 @@ def _check_file(path: str | None) -> None:
 
 
 def _check_source(settings: DataPruning) -> None:
+    """Raise if the settings of the scores contradict each other."""
     score, by_function = settings.score, settings.score_fn is not None
     epochs = [epoch for epoch, _ in settings.rounds]
     given = {"score_fn": settings.score_fn, "score_files": settings.score_files}
@@ -106,6 +107,7 @@ def _check_functions(settings: DataPruning) -> None:
 
 
 def _check_selection(settings: DataPruning) -> None:
+    """Raise if the settings of the selection contradict each other."""
     least = min((share for _, share in settings.rounds if share), default=1.0)
     most = max(share for _, share in settings.rounds)
     if settings.select == "ccs" and settings.keep != "hard":

@@ -194,6 +194,7 @@ class LossReweighting(LossWeighting):
         super().on_train_batch_end(trainer, pl_module, *args)
 
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> bool:
+        """Check that adjacent rows of the loss belong to one sample; return False if the batch has no loss."""
         rehearsal = Rehearsal(trainer, pl_module, self.asked, by_terms=True)
         # A callback that chooses samples may no longer know the samples of this batch, so use the number from the step.
         samples = self._samples or self.samples_of(batch)
