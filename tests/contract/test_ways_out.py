@@ -573,7 +573,7 @@ LOADERS = [
     Row(
         "a step of several loaders",
         lambda _: fit(pruning(loader_key="a"), module=odd.Two(), train=both()),
-        r"^DataPruning cannot run training_step.*set score_fn= instead of a score",
+        r"^DataPruning cannot run training_step.*set score_fn= to a function",
         lambda _: fit(pruning(loader_key="a", score_fn=norms), module=odd.Two(), train=both()),
     ),
     Row(
@@ -594,7 +594,7 @@ LOSSES = [
     Row(
         "a loss that is not seen",
         lambda _: fit(pruning(), module=odd.HandWritten()),
-        r"^DataPruning must capture the loss of each sample. No loss .*set score_fn= instead of a score",
+        r"^DataPruning must capture the loss of each sample. No loss .*set score_fn= to a function",
         lambda _: fit(pruning(score_fn=norms), module=odd.HandWritten()),
     ),
     Row(

@@ -363,7 +363,7 @@ def test_a_data_set_that_changes_its_length_is_refused(make: Any) -> None:
     callback = make()
     trainer = make_trainer(callbacks=[callback], max_epochs=4, reload_dataloaders_every_n_epochs=1)
     with pytest.raises(
-        ValueError, match=rf"{callback.display_name} knows samples by their index.*had (22|26).*has (26|30)"
+        ValueError, match=rf"{callback.display_name} identifies samples by index.*had (22|26).*has (26|30)"
     ):
         trainer.fit(Growing())
 

@@ -106,7 +106,9 @@ def test_a_function_with_another_mean_is_refused_with_both(make: Any) -> None:
 def test_a_function_of_a_wrong_shape_is_refused(make: Any) -> None:
     arguments = {"loss_fn": lambda module, batch: overlaps(module, batch).mean()}
     callback = LossReweighting(warmup_fraction=0.0, **arguments) if make is LossReweighting else make(**arguments)
-    with pytest.raises(ValueError, match=r"loss_fn must return a tensor .* with one loss for each .*got \(\) of"):
+    with pytest.raises(
+        ValueError, match=r"loss_fn must return a floating-point tensor with one loss for each .*got \(\) of"
+    ):
         train(callback, DicePerSample())
 
 
@@ -228,7 +230,7 @@ def test_one_sample_at_a_time(score: str) -> None:
 @pytest.mark.parametrize("score", ["loss", "grand"])
 def test_a_scale_of_the_batch_is_refused(score: str) -> None:
     words = (
-        r"takes scores_by='sample' for .*its mean over a batch is \S+ and \S+, where .* Both must agree.*"
+        r"batches of one \(scores_by='sample'\), but its mean over a batch is \S+ and \S+, while .* must be equal.*"
         "Leave scores_by at 'batch', and set score_fn="
     )
     with pytest.raises(ValueError, match=words):
