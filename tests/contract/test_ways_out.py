@@ -408,7 +408,7 @@ ATTACKS = [
     Row(
         "manual optimization",
         lambda _: fit(attack(), module=odd.Manual()),
-        r"^AdversarialTraining does not work with manual.*Train with automatic optimization, or measure by",
+        r"^AdversarialTraining does not work with manual.*Train with automatic optimization, or measure with",
         lambda _: fit(evaluation(), module=odd.Manual()),
     ),
     Row(
@@ -417,7 +417,7 @@ ATTACKS = [
         r"Use attack='pgd'",
         lambda _: fit(attack(steps=2, attack="pgd")),
     ),
-    Row("two attacks", lambda _: fit(attack(), attack(name="b")), r"Keep one of them", lambda _: fit(attack())),
+    Row("two attacks", lambda _: fit(attack(), attack(name="b")), r"Use only one of them", lambda _: fit(attack())),
     Row(
         "a key that leads nowhere",
         lambda _: fit(attack(input_key="image")),
@@ -433,13 +433,13 @@ ATTACKS = [
     Row(
         "an embedding that is not there",
         lambda _: fit(attack(input_key="embedding")),
-        r"Classifier has none. Leave input_key out",
+        r"Classifier has none. Leave input_key at None",
         lambda _: fit(attack()),
     ),
     Row(
         "an embedding that is not called",
         lambda _: fit(attack(), module=odd.words_module(as_module=False), train=odd.tokens(), validation=None),
-        r"calls none of the module's. Call the embedding as a module",
+        r"the step calls none. Call the embedding as a module",
         lambda _: fit(attack(), module=odd.words_module(), train=odd.tokens(), validation=None),
     ),
     Row(
@@ -451,7 +451,7 @@ ATTACKS = [
     Row(
         "other bounds",
         lambda _: fit(attack(bounds=[0.0, 1.0])),
-        r"else give the bounds they have",
+        r"Otherwise set bounds to their range",
         lambda _: fit(attack(bounds=[-9.0, 9.0])),
     ),
     Row(
@@ -630,7 +630,7 @@ LOSSES = [
     Row(
         "regression for UniformLearning",
         lambda _: fit(lg.UniformLearning(1), module=odd.Tiny(target="number")),
-        r"^UniformLearning clusters .*use DataPruning\(score='loss'\)",
+        r"^UniformLearning needs logits .*use DataPruning\(score='loss'\)",
         lambda _: fit(pruning(score="loss"), module=odd.Tiny(target="number")),
     ),
     Row(
@@ -705,7 +705,7 @@ SCORES = [
     Row(
         "a floor in strata",
         lambda _: fit(pruning(select="ccs", class_floor=0.2)),
-        r"Leave class_floor out",
+        r"Set class_floor to 0",
         lambda _: fit(pruning(select="ccs")),
     ),
     Row(

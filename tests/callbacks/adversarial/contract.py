@@ -28,7 +28,7 @@ ENTRIES = [
         wrong=(
             *_ATTACK_WRONG,
             ({"attack": "fgms"}, "Did you mean 'fgsm'"),
-            ({"steps": 3}, "one step"),
+            ({"steps": 3}, "steps must be None or 1"),
             ({"attack": "pgd", "steps": 0}, "steps must be at least 1"),
             ({"clean_fraction": 1.0}, "at least 0 and below 1"),
             ({"warmup_fraction": 1.5}, "warmup_fraction must be from 0 to 1"),

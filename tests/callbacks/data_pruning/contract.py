@@ -21,7 +21,7 @@ ENTRIES = [
             ({"epoch": -1}, "epoch must be at least 0"),
             ({"epoch": [3, 1], "prune": [0.1, 0.2]}, "epochs must increase"),
             ({"epoch": [1, 3], "prune": [0.1]}, "one share for each epoch"),
-            ({"offset": 0.6}, "at most 0.5"),
+            ({"offset": 0.6}, r"at most prune \(0\.5\)"),
             ({"score": "aum", "epoch": 0}, "at least 1"),
             ({"num_shown": -1}, "num_shown must be at least 0"),
         ),
