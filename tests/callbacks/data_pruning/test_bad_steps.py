@@ -115,7 +115,9 @@ def test_a_step_without_a_loss_in_eval_mode(returns: str, name: str) -> None:
 @pytest.mark.parametrize("returns", ["a dict without loss", "a number"])
 def test_a_step_without_a_loss_for_one_sample(returns: str) -> None:
     function, words = RETURNS[returns]
-    words = rf"{words}. DataPruning runs it on one sample at a time. Leave scores_by at 'batch', and set score_fn="
+    words = (
+        rf"{words}. DataPruning runs the step on one sample at a time. Leave scores_by at 'batch', and set score_fn="
+    )
     refused(MAKE["by sample"](), Step(function, in_training=False), words)
 
 
