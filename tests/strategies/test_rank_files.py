@@ -24,7 +24,7 @@ from tests.strategies.ranks import said
 DGC, POWER = CANONICAL
 pytestmark = [
     pytest.mark.filterwarnings(
-        "ignore:DGCStrategy begins with nothing unsent. what the saved run had not sent is lost"
+        "ignore:DGCStrategy starts without unsent gradients. the unsent gradients of the saved run are lost"
     ),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
