@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_grad.core.fit import FitScope, during_fit, until_next_fit
-from lightning_grad.core.switch import Switchable
+from lightning_grad.core.switch import Switchable, is_named
 from lightning_grad.core.undo import UndoList
 from lightning_grad.functional import total_norm
 from lightning_grad.strategies._buckets import Gradient
@@ -317,11 +317,25 @@ class PlainDDP(DDPStrategy):
     def __init__(self, scheme: SchemeDDP) -> None:
         self.__dict__ = scheme.__dict__
         self._scheme = scheme
+        # Lightning refuses a module that logs with another function than in an earlier fit.
+        self.reduce = scheme.reduce  # type: ignore[method-assign]
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        if is_named(type(self._scheme)):
+            super().setup(trainer)
+        else:  # an exception in a callback's on_exception left this behind
+            self._give_back()
+            trainer.strategy.setup(trainer)
 
     @override
     def teardown(self) -> None:
         super().teardown()
+        self._give_back()
+
+    def _give_back(self) -> None:
         assert self.lightning_module is not None
+        del self.__dict__["reduce"]
         self.lightning_module.trainer._accelerator_connector.strategy = self.__dict__.pop("_scheme")
 
 
