@@ -314,7 +314,7 @@ def test_another_number_of_ranks(place, ranks, on_others):
     (before, after), (folder, saved, started) = ranks, on_others
     assert_complete(folder / f"{before}-{CANONICAL[place]}.ckpt", before)
     for message, _ in started[ranks]:
-        assert f"on {after} rank(s) what was saved on {before}" in message
+        assert f"it was saved on {before} rank(s), and this run has {after}" in message
         assert "residual_policy='mean'" in message
     old, new = ([of[place] for of in each] for each in (saved[before], [memories for _, memories in started[ranks]]))
     kinds = {"residual", "velocity"} if CANONICAL[place] is DGC else {"error", "right"}
