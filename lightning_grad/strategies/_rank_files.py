@@ -27,7 +27,7 @@ _MISSING, _OTHER_RANKS, _UNUSABLE = "missing", "other ranks", "unusable"
 _RESET = "set residual_policy='reset' to continue without the rank files (the gradient that was not sent is lost)."
 _WAYS_OUT = {
     _MISSING: f"Copy {{folder}} along with the checkpoint, or {_RESET}",
-    _OTHER_RANKS: "Each rank holds gradient that it has not sent: set residual_policy='mean' to spread it over the new ranks, "
+    _OTHER_RANKS: "Each rank has unsent gradients: set residual_policy='mean' to spread it over the new ranks, "
     "or 'reset' to drop it.",
     _UNUSABLE: f"Put the right file back, resume from another checkpoint, or {_RESET}",
 }

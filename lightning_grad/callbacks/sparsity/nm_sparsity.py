@@ -259,7 +259,9 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     @override
     def why_excluded(self, names: Sequence[str]) -> str:
-        return super().why_excluded(names) or ("" if matches(names, self._patterns) else "no pattern is given for it")
+        return super().why_excluded(names) or (
+            "" if matches(names, self._patterns) else "no entry of pattern matches it"
+        )
 
     @override
     def check_names(self, pl_module: pl.LightningModule) -> None:
