@@ -251,7 +251,7 @@ def test_other_ranks_are_refused_or_begin_empty(elsewhere: tuple[Saved, Saved, l
     words = f"it was saved on 2 rank(s), and this run has {len(results)}"
     for message, (start, left, _), _ in results:
         assert f"DGCStrategy cannot resume from {saved.path}: {words}. Each rank has unsent gradients" in message
-        assert "set residual_policy='mean' to spread it over the new ranks, or 'reset' to drop it" in message
+        assert "set residual_policy='mean' to spread them over the new ranks, or 'reset' to drop them" in message
         assert start == ({}, 0)
         assert_same(left["module"], results[0][1][1]["module"])
     (line,) = (line for line in results[0][1][2] if "starts without unsent gradients" in line)
