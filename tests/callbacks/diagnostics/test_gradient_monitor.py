@@ -525,6 +525,14 @@ def test_a_record_with_bad_steps_is_drawn(tmp_path):
     assert (record.count, record.clipped, record.skipped) == (6, 2, 2)
 
 
+def test_a_record_of_bad_steps_without_layers_is_drawn(tmp_path):
+    record = MonitorRecord()
+    for step in range(2):
+        record.add_step(step, math.inf, math.nan, skipped=True)
+        record.add_layers(step, {})
+    record.draw("title").savefig(tmp_path / "figure.png")
+
+
 @pytest.mark.parametrize("limit", [9.0, 1.5])
 def test_norms_that_nothing_changed_are_drawn_once(limit):
     record = MonitorRecord()
