@@ -293,13 +293,13 @@ class AdversarialEvaluation(GradCallback):
             with self._as_second(trainer, now.second):
                 return run(None), None
         batch_idx, loader = (*args, 0, 0)[:2]
-        with self._looking(trainer, now):
+        with self._in_scratch_state(trainer, now):
             place, inputs = self._search.run(trainer, run, batch, batch_idx, loader)
         with place.shown(batch, inputs) as shown, self._as_second(trainer, now.second):
             return run(shown), shown
 
     @contextmanager
-    def _looking(self, trainer: pl.Trainer, evaluation: Evaluation) -> Iterator[None]:
+    def _in_scratch_state(self, trainer: pl.Trainer, evaluation: Evaluation) -> Iterator[None]:
         """Return a context for running the module with gradients, in a scratch copy of its second state."""
         pl_module, state = trainer.lightning_module, evaluation.second
         # Copy the state from the start of the epoch rather than the outputs gathered since, which would cost more with

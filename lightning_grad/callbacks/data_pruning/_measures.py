@@ -1,6 +1,6 @@
 """Measurements of a batch in a scoring pass, by the name of the score.
 
-Most scores come from a pass over the module as it is now; those in ``HISTORIES`` are recorded while it trains.
+Most scores come from a pass with the current module; those in ``HISTORIES`` are recorded while it trains.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -155,7 +155,7 @@ class FileScores(ScoreSource):
 
 
 class PassScores(ScoreSource):
-    """Scores of one pass over the training set.
+    """Scores of one pass through the training set.
 
     Args:
         name: Name of the scores; for ``"chance"`` the pass only reads the classes.

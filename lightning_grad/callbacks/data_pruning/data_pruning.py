@@ -154,7 +154,7 @@ class DataPruning(SubsetCallback):
     **State.** The kept samples, the scores, and the records of histories; resuming is bit-exact. With several
     ranks, only the first saves its record of the current epoch.
 
-    **Cost.** One evaluation pass over the training set per round (grand: forward and backward); see
+    **Cost.** One evaluation pass through the training set per round (grand: forward and backward); see
     docs/benchmarks.md.
 
     Example:

@@ -61,7 +61,7 @@ class UniformLearning(SubsetCallback):
 
     **State.** The samples of the epoch; resuming is bit-exact.
 
-    **Cost.** One evaluation pass over the training set, plus k-means.
+    **Cost.** One evaluation pass through the training set, plus k-means.
 
     Example:
         .. code-block:: yaml
