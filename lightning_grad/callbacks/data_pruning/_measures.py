@@ -152,9 +152,9 @@ def _inputs_of(batch: Any, samples: int, display_name: str) -> Tensor:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1 and len(leaf) == samples:
             return leaf
     raise ValueError(
-        f"{display_name}(score='vog') needs the gradient of the input, but the batch has no floating-point tensor with "
-        "one row per sample. Use another score, or set score_fn to a function that takes the module and a batch and "
-        "returns the scores."
+        f"{display_name}(score='vog') needs the gradient of the input, but the batch has no floating-point tensor "
+        "with one row per sample. Use another score, or set score_fn to a function that takes the module and a batch "
+        "and returns the scores."
     )
 
 

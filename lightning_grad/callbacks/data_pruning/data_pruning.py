@@ -36,8 +36,8 @@ from lightning_grad.utilities.parameters import as_names
 
 _EPOCH = 10
 _SHARDED = stand_in(
-    "All except the scores `grand`, `grand-last` and `vog`, which need whole weights and raise. Tests run the others with "
-    "stand-ins of FSDP2, FSDP1 and DeepSpeed in one process, not on real shards."
+    "All except the scores `grand`, `grand-last` and `vog`, which need whole weights and raise. Tests run the others "
+    "with stand-ins of FSDP2, FSDP1 and DeepSpeed in one process, not on real shards."
 )
 _NO_GRADIENTS = no(
     "needs whole weights, and {} shards them",
@@ -45,8 +45,8 @@ _NO_GRADIENTS = no(
 )
 _NO_PASS = no(
     "does not work with {}: its training_step also steps, so it cannot be run just to score samples",
-    "Use score='aum' or 'forgetting', keep='random', score_files, or score_fn=, which takes the module and a batch and "
-    "returns the scores",
+    "Use score='aum' or 'forgetting', keep='random', score_files, or score_fn=, which takes the module and a batch "
+    "and returns the scores",
 )
 _BY_HAND = yes(
     '`keep="random"` without balance, the scores `aum` and `forgetting`, `score_files` and `score_fn`. Other scores raise, '
@@ -413,8 +413,8 @@ class DataPruning(SubsetCallback):
     def _refuse_balance(self, labels: Tensor | None) -> None:
         if self.balances_classes and labels is None:
             raise ValueError(
-                f"{self.display_name} balances classes, but the class of each sample is unknown. Leave balance at None and "
-                "class_floor at 0."
+                f"{self.display_name} balances classes, but the class of each sample is unknown. Leave balance at "
+                "None and class_floor at 0."
             )
 
     def _say_kept(self, name: str, count: int, total: int, share: float) -> None:
