@@ -304,7 +304,7 @@ CLIPPING = [
     Row(
         "a limit for nothing",
         lambda _: fit(lg.NormClipping({})),
-        r"got an empty mapping. Write one, such as \{'\*': 1.0\}",
+        r"got an empty mapping. Add an entry, such as \{'\*': 1.0\}",
         lambda _: fit(lg.NormClipping({"*": 1.0})),
     ),
     Row(
@@ -427,7 +427,7 @@ ATTACKS = [
     Row(
         "a key of the targets",
         lambda _: fit(attack(input_key=1)),
-        r"leads to a tensor of torch.int64. Set input_key=0",
+        r"names a tensor of torch.int64. Set input_key=0",
         lambda _: fit(attack(input_key=0)),
     ),
     Row(
@@ -741,7 +741,7 @@ SCORES = [
     Row(
         "no such kind of scores",
         lambda at: fit(pruning(score_files=[scores_of(at / "a.npz"), scores_of(at / "b.npz", score="loss")])),
-        r"got 'el2n' and 'loss'. Name files of the same score only",
+        r"got 'el2n' and 'loss'. Name files of one score",
         lambda at: fit(pruning(score_files=[str(at / "a.npz")])),
     ),
     Row(

@@ -195,7 +195,7 @@ class Losing(Linear):
 @pytest.mark.parametrize(
     ("which", "said"),
     [
-        (None, r"shows none \(The step has 2 losses, so that which .* is not clear: 0: mse_loss, 1: l1_loss\);"),
+        (None, r"shows none \(The step has 2 losses, so it is not clear which one to use: 0: mse_loss, 1: l1_loss\);"),
         (5, r"shows none \(loss_index=5 is out of range: the step has 2 losses: 0: mse_loss, 1: l1_loss\);"),
     ],
 )
