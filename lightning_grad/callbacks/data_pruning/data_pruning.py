@@ -36,7 +36,7 @@ from lightning_grad.utilities.parameters import as_names
 
 _EPOCH = 10
 _SHARDED = stand_in(
-    "All except the scores `grand`, `grand-last` and `vog`, which need whole weights and raise. Tests run the others "
+    "All scores work except `grand`, `grand-last` and `vog`, which need whole weights and raise. Tests run the others "
     "with stand-ins of FSDP2, FSDP1 and DeepSpeed in one process, not on real shards."
 )
 _NO_GRADIENTS = no(
@@ -49,8 +49,8 @@ _NO_PASS = no(
     "and returns the scores",
 )
 _BY_HAND = yes(
-    '`keep="random"` without balance, the scores `aum` and `forgetting`, `score_files` and `score_fn`. Other scores raise, '
-    f"because they run the step in a pass. {OWN_SCHEDULES}"
+    '`keep="random"` without balance, the scores `aum` and `forgetting`, `score_files` and `score_fn` work. Other '
+    f"scores raise, because they run the step in a pass. {OWN_SCHEDULES}"
 )
 
 
