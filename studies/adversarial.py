@@ -105,9 +105,9 @@ def print_tables(results: Sequence[Result], study: Study) -> None:
     if study.seeds > 1:
         median = "; of epochs: median (least-most)" if len(study.schedules) > 1 else ""
         print(f"numbers: mean ± standard deviation over {study.seeds} seeds{median}")
-        print("    a difference that is smaller than these deviations is no difference")
+        print("    ignore differences that are smaller than these deviations")
     else:
-        print("one seed: it tells a large difference, and no small one")
+        print("one seed: only a large difference means anything")
     if OURS in study.schedules and len(study.schedules) > 1:
         print_speed_ups(study, chosen, reached)
 

@@ -311,7 +311,7 @@ def print_table(results: Sequence[Result], study: Study) -> None:
             print(f"{word}: {meaning}")
     if study.seeds > 1:
         print(f"numbers: mean ± standard deviation over {study.seeds} seeds")
-    print("test accuracy: of 200 images, so one image is 0.5 %: a small difference is none")
+    print("test accuracy: of 200 images, so one image is 0.5 %: ignore small differences")
 
 
 def names(word: str, gradients: str) -> bool:

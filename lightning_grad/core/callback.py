@@ -296,8 +296,8 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
 
         Args:
             quantity: Its name, followed by the layer if there is one: ``"norm/encoder"``.
-            layers: Whether there is one value per layer. Such keys begin with ``grad_layers`` in place of
-                ``grad``, so W&B and TensorBoard show them in their own section.
+            layers: Whether there is one value per layer. Such keys begin with ``grad_layers`` in
+                place of ``grad``, so W&B and TensorBoard show them in their own section.
         """
         section, *rest = self.namespace.split("/")
         return "/".join(

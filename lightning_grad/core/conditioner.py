@@ -323,6 +323,6 @@ class GradientConditioner(GradCallback):
 
 ELEMENTWISE: Compatibility = GradientConditioner.compatibility.but(
     fsdp1=GradCallback.compatibility.fsdp1,
-    complex_parameters=no("compares entries, and {} is complex", "Exclude it: exclude=[{value}]"),
+    complex_parameters=no("cannot compare complex numbers, and {} holds them", "Exclude it: exclude=[{value}]"),
 )
 """Answers of a rule that acts on each entry separately, so a shard of a gradient is enough."""

@@ -25,7 +25,7 @@ ANSWERS: Mapping[Role, Mapping[str, Answer]] = {
         "gradient_clip_val": no("and {} would both clip", f"Keep one: drop the callback, or {_TURN_OFF}"),
         "late_gradients": no(
             "would clip what {} accumulated over many steps",
-            "Drop the callback, and clip before accumulation: {value}(local_clip=...) clips on each rank",
+            "Drop the callback, and clip earlier: {value}(local_clip=...) clips on each rank",
         ),
     },
     "noise": {

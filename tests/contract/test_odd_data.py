@@ -91,7 +91,7 @@ def assert_finite(module: pl.LightningModule) -> None:
 @pytest.mark.parametrize("technique", DATA, ids=str)
 def test_a_collate_function_that_sorts(technique):
     if technique.name in PAIRING:
-        with pytest.raises(RuntimeError, match=r"collate_fn does not keep that order.*Let collate_fn keep the order"):
+        with pytest.raises(RuntimeError, match=r"collate_fn changes the order.*Make collate_fn keep the order"):
             run(technique, collate_fn=sort)
         return
     (_, sorts), (_, plain) = run(technique, collate_fn=sort), run(technique)

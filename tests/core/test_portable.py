@@ -214,7 +214,8 @@ def test_residuals_without_a_state_to_hold_them_are_refused(callbacks: dict[str,
     dense = weights()
     checkpoint = {"state_dict": dict(dense), "callbacks": callbacks}
     with pytest.raises(
-        RuntimeError, match=r"Technique has no state .*'a.weight'.*Technique.state_dict\(\) extend super"
+        RuntimeError,
+        match=r"Technique cannot save .*'a.weight', because it has no state.*Technique.state_dict\(\) extend super",
     ):
         make_portable(checkpoint, KEY, views_of(dense))
     make_portable(

@@ -420,14 +420,14 @@ def test_what_fails_in_the_first_look_ends_the_fit_and_names_the_probe() -> None
     module = make_noisy()
     with pytest.raises(ValueError, match="no such thing") as caught:
         run(Failing((0,)), module=module)
-    assert any("Failing raised this in its first look" in note for note in caught.value.__notes__)
+    assert any("Failing.probe raised this in the first look" in note for note in caught.value.__notes__)
     assert not module.head._forward_hooks
 
 
 @pytest.mark.parametrize("error", ["ValueError", "RuntimeError"])
 def test_what_fails_later_is_a_warning_and_the_run_is_the_same(error: str) -> None:
     probe = Failing((2, 3), error)
-    with pytest.warns(UserWarning, match=f"Failing failed at step .*, .* {error}: no such") as warned:
+    with pytest.warns(UserWarning, match=f"Failing failed at step .*; training continues. {error}: no such") as warned:
         trainer, module = run(probe, max_epochs=1)
     assert len([w for w in warned if "Failing failed" in str(w.message)]) == 2
     assert [row["seen"] for row in probe.record.rows()] == [0.0, 1.0, 4.0, 5.0]
@@ -496,7 +496,7 @@ def test_what_is_no_reading_is_refused(found: Any, words: str) -> None:
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Answers(**arguments)
-    with pytest.raises(ValueError, match="none of 'train', 'val'"):
+    with pytest.raises(ValueError, match="split must be 'train' or 'val'"):
         ProbeCallback(split="test")
 
 
@@ -705,7 +705,7 @@ def test_the_layers_norm_is_what_is_logged() -> None:
 def test_a_layer_that_is_not_there_is_told_after_the_first_batch() -> None:
     with pytest.raises(AttributeError, match="nowhere") as caught:
         fit([ActivationNorm("nowhere", every_n_epochs=4)])
-    assert "ActivationNorm raised this in its first look" in caught.value.__notes__[0]
+    assert "ActivationNorm.probe raised this in the first look" in caught.value.__notes__[0]
 
 
 def test_it_says_what_it_looks_at(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ GUARANTEES: list[tuple[Callable[..., None], dict[str, Any]]] = [
     (test_composition.test_compiled_submodules_give_the_same_weights, {"how": "module.compile()"}),
     (test_composition.test_pytorch_lightning_trainer, {}),
     (test_composition.test_two_instances, {}),
-    (test_composition.test_two_ranks_agree, {}),
+    (test_composition.check_two_ranks_agree, {}),
     *(
         (test_composition.test_sharded_strategies_work_or_are_refused_before_the_first_batch, {"strategy": name})
         for name in ("FSDPStrategy", "ModelParallelStrategy")
@@ -87,7 +87,7 @@ def name_of(guarantee: tuple[Callable[..., None], dict[str, Any]]) -> str:
 @pytest.mark.parametrize("guarantee", GUARANTEES, ids=name_of)
 def test_guarantee(guarantee: tuple[Callable[..., None], dict[str, Any]], request: pytest.FixtureRequest) -> None:
     test, arguments = guarantee
-    fixtures = set(inspect.signature(test).parameters) - {"technique", *arguments}
+    fixtures = set(inspect.signature(test).parameters) - {"technique", "techniques", *arguments}
     test(ENTRY, **arguments, **{name: request.getfixturevalue(name) for name in fixtures})
 
 

@@ -280,7 +280,7 @@ def test_under_manual_optimization_the_same_random_numbers_are_drawn() -> None:
 
 
 def test_under_manual_optimization_a_step_without_a_closure_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"Sharp evaluates each step itself.*Call optimizer.step\(closure\)"):
+    with pytest.raises(RuntimeError, match=r"Sharp must evaluate each step itself.*Call optimizer.step\(closure\)"):
         run(Sharp(), module=Manual(with_closure=False))
 
 

@@ -138,8 +138,8 @@ def test_half_precision_manual_optimization_and_frozen_parameters(technique: Any
     composition.test_frozen_parameters_stay_what_they_are(technique)
 
 
-def test_two_ranks_agree_and_shards_are_refused(tmp_path: Path) -> None:
-    composition.test_two_ranks_agree(NOISE, tmp_path)
+def test_two_ranks_agree_and_shards_are_refused() -> None:
+    composition.check_two_ranks_agree(NOISE)
     composition.test_sharded_strategies_work_or_are_refused_before_the_first_batch(NOISE, "FSDPStrategy")
 
 

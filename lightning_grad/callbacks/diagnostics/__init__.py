@@ -1,4 +1,4 @@
-"""What watches a run and changes nothing."""
+"""Callbacks that watch a run and change nothing."""
 
 from lightning_grad.callbacks.diagnostics.gradient_monitor import GradientMonitor
 

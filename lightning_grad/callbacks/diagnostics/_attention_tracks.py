@@ -1,8 +1,9 @@
-"""Telling a softmax of attention from any other, by what goes into it and what its result is used for.
+"""Find the softmaxes that belong to attention, by their input and the use of their result.
 
-Used by ``_logits.py``. A softmax alone says nothing: metrics, class probabilities and gates of experts take one too.
-Attention is a chain: two activations are multiplied (queries and keys), the product goes through a softmax, and the
-result is multiplied by something again (values). A linear layer breaks the chain, because one of its factors is a weight.
+Used by ``_logits.py``. A softmax alone is no evidence of attention: metrics, class probabilities
+and gates of experts use one too. Attention is a chain: two activations are multiplied (queries and
+keys), the product goes through a softmax, and the result is multiplied again (by the values). A
+linear layer breaks the chain, because one of its factors is a weight.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-# Products, each with the positions of its two factors.
+# Operators that multiply, each with the positions of its two factors.
 _FACTORS = {
     **dict.fromkeys(("mm", "bmm", "mv", "dot", "linear", "convolution", "_convolution"), (0, 1)),
     **dict.fromkeys(("addmm", "addmv", "baddbmm", "addbmm", "_addmm_activation"), (1, 2)),
@@ -21,48 +22,49 @@ _FACTORS = {
 
 @dataclass(frozen=True)
 class _Mark:
-    """What is known of a tensor: it is a weight, a product of two activations, or the softmax of such a product."""
+    """The role of a tensor: a weight, a product of two activations, or the softmax of such a product."""
 
     kind: Literal["weight", "scores", "shares"]
-    softmax: int = -1  # number of the softmax that made the shares
+    softmax: int = -1  # number of the softmax that computed the shares
 
 
 _WEIGHT, _SCORES = _Mark("weight"), _Mark("scores")
 
 
 class AttentionTracks:
-    """Follows products of two activations from operator to operator, for as long as one step runs.
+    """Follow products of two activations from operator to operator during one step.
 
-    Marks belong to storages, not to tensors: autograd puts the result of a view into another tensor, but keeps its storage.
+    Marks belong to storages, not to tensors, because autograd puts the result of a view into
+    another tensor but keeps its storage.
 
     Args:
-        weights: Parameters and buffers; other parameters are recognized by their class.
+        weights: Parameters and buffers. Other parameters are recognized by their class.
     """
 
     def __init__(self, weights: Iterable[Tensor] = ()) -> None:
         self.attending: set[int] = set()
-        self._marks: dict[int, tuple[StorageWeakRef, _Mark]] = {}  # the reference keeps the address from being reused
+        self._marks: dict[int, tuple[StorageWeakRef, _Mark]] = {}  # the reference prevents reuse of the address
         for weight in weights:
             self._set(weight, _WEIGHT)
 
     def are_scores(self, tensor: Tensor) -> bool:
-        """Return True if a tensor stems from a product of two activations, with no weight in between."""
+        """Return True if a tensor is computed from a product of two activations, with no weight in between."""
         return self._mark(tensor) == _SCORES
 
     def note_softmax(self, number: int, result: Any) -> None:
-        """Remember the result of a softmax of scores; its number joins ``attending`` once the result is multiplied."""
+        """Mark the result of a softmax of scores. Its number enters ``attending`` once the result is multiplied."""
         for tensor in _floating([result]):
             self._set(tensor, _Mark("shares", number))
 
     def note(self, name: str, given: Sequence[Any], result: Any) -> None:
-        """Follow one operator.
+        """Mark the result of one operator.
 
         Args:
             name: Name of the operator, without its namespace.
             given: Its positional arguments.
-            result: What it returned.
+            result: Its result.
         """
-        mark = self._product(name, given) if name in _FACTORS else self._passed_on(list(_floating(given)))
+        mark = self._product(name, given) if name in _FACTORS else self._inherited(list(_floating(given)))
         for tensor in _floating([result]):
             self._set(tensor, mark)
 
@@ -72,8 +74,8 @@ class AttentionTracks:
         self.attending |= shares
         return None if shares or _WEIGHT in factors else _SCORES
 
-    def _passed_on(self, given: Sequence[Tensor]) -> _Mark | None:
-        """Return the mark of what is computed from some tensors entry by entry, by a view, or by a copy."""
+    def _inherited(self, given: Sequence[Tensor]) -> _Mark | None:
+        """Return the mark of a result that is computed entry by entry, or is a view or a copy."""
         marks = [self._mark(tensor) for tensor in given]
         activations = [mark for mark in marks if mark is not None and mark.kind != "weight"]
         if activations:
@@ -99,12 +101,12 @@ class AttentionTracks:
 def _storage(tensor: Tensor) -> Any:
     try:
         return tensor.untyped_storage()
-    except (RuntimeError, NotImplementedError):  # sparse tensors and wrappers have none
+    except (RuntimeError, NotImplementedError):  # sparse tensors and wrappers have no storage
         return None
 
 
 def _floating(values: Iterable[Any]) -> Iterable[Tensor]:
-    """Yield the floating tensors among arguments or results, also those in lists."""
+    """Yield the floating-point tensors among arguments or results, including those in lists."""
     for value in values:
         if isinstance(value, Tensor):
             if value.is_floating_point():

@@ -1,9 +1,10 @@
-"""How large attention and output logits are, read off the operators that a training step runs, which computes what it would.
+"""Measure attention logits and output logits at the operators that a training step runs.
 
-Used by ``gradient_monitor.py``. Logits that grow without bound are the first sign of two instabilities of transformers
-(Wortsman et al., 2023, arXiv 2309.14322). No layer has to be named: what goes into a scaled dot product, a softmax or a
-log-softmax is seen where torch dispatches it, whichever class has called it. ``_attention_tracks.py`` tells a softmax of
-attention from others.
+Used by ``gradient_monitor.py``. Logits that grow without bound are the first sign of two
+instabilities of transformers (Wortsman et al., 2023, arXiv 2309.14322). The user names no layers:
+the probe sees the inputs of every scaled dot product, softmax and log-softmax where torch
+dispatches it. The results of the step do not change. ``_attention_tracks.py`` finds the softmaxes
+that belong to attention.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from lightning_grad.functional.plain_tensors import PlainTensors, plain_tensor
 from lightning_grad.functional.torch_version import TORCH
 from lightning_grad.utilities.reporting import is_log_step
 
-_MOST_SCORES = 2**22  # of one attention that are computed; beyond, a part of the batch must do
+_MOST_SCORES = 2**22  # computed for one attention; if it has more, only a part of the batch is used
 _FUSED_ATTENTION = "_scaled_dot_product"
-_NOT_CONSTRUCTED = "Creating a new Tensor subclass"  # so begins torch's error for a class without a constructor
+_NOT_CONSTRUCTED = "Creating a new Tensor subclass"  # torch's error for a class without a constructor begins so
 
 
 class LogitProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps the largest attention logit, and the largest magnitude of an output logit, while it is active.
+    """Record the largest attention logit, and the largest magnitude of an output logit, while it is active.
 
-    Attention logits are products of queries and keys: what goes into a softmax that weights values, and query times key of
-    a fused attention. Output logits are inputs of a log-softmax, as in cross entropy. Masked logits do not count. The
-    values stay on the device.
+    Attention logits are products of queries and keys: the input of a softmax that weights values,
+    or query times key in a fused attention. Output logits are the inputs of a log-softmax, as in
+    cross entropy. Masked logits do not count. The values stay on the device.
 
     Args:
-        module: The module whose parameters and buffers are no activations; parameters are recognized without it.
+        module: Module whose buffers are not activations. Parameters are recognized without it.
     """
 
     supports_higher_order_operators = True
@@ -53,7 +54,7 @@ class LogitProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._outputs: list[Tensor] = []
 
     def __enter__(self) -> LogitProbe:
-        if TORCH < (2, 9):  # which does not know supports_higher_order_operators
+        if TORCH < (2, 9):  # older versions ignore supports_higher_order_operators
             _admit_control_flow()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -64,7 +65,7 @@ class LogitProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._tracks is not None and not isinstance(func, HigherOrderOperator):
             name = func._schema.name.partition("::")[2]
             if "backward" not in name:
-                # A tensor of a class of its own may refuse to be looked at.
+                # A tensor subclass may raise when it is inspected.
                 with PlainTensors():
                     self._see(self._tracks, name, func, args, kwargs, result)
         return result
@@ -82,7 +83,7 @@ class LogitProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
             given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
             if given["query"].numel():
                 self._attention.append(_largest_score({**given, **kwargs}))
-        # The result of another softmax, and of attention, is an activation like any other.
+        # The result of any other softmax, and of fused attention, is an ordinary activation.
         tracks.note(name, () if name.endswith("softmax") or name.startswith(_FUSED_ATTENTION) else args, result)
 
     def __exit__(self, *args: Any) -> None:
@@ -92,18 +93,18 @@ class LogitProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._tracks, self._softmaxes = None, []
 
     def read(self) -> dict[str, Tensor]:
-        """Return what was seen, scalars by name; nothing where no such operator ran."""
+        """Return the largest values by name. Kinds of logits that did not occur are missing."""
         found = {"attention_logit_max": self._attention, "output_logit_max": self._outputs}
         return {name: torch.stack(values).max() for name, values in found.items() if values}
 
 
 class LogitWatch:
-    """Puts a :class:`LogitProbe` around ``training_step`` at log steps.
+    """Run ``training_step`` under a :class:`LogitProbe` at log steps.
 
     Args:
         trainer: The trainer.
-        pl_module: A module of which no part is compiled.
-        advice: What to do where a step cannot run under the probe.
+        pl_module: A module without compiled parts.
+        advice: Note for the error of a step that cannot run under the probe.
     """
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, advice: str) -> None:
@@ -114,8 +115,8 @@ class LogitWatch:
         self._probe: LogitProbe | None = None
 
     def around(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a training step, and read its logits if it is logged."""
-        # A function that is no module may be compiled too, and would run uncompiled.
+        """Run a training step, and record its logits if the step is logged."""
+        # A compiled function that is not a module would run uncompiled under the probe.
         if not is_log_step(self._trainer) or _compiled_graphs() > self._graphs:
             return inner(*args, **kwargs)
         self._probe = LogitProbe(self._module)
@@ -128,11 +129,11 @@ class LogitWatch:
             raise
 
     def read(self) -> dict[str, Tensor]:
-        """Return what was seen since the last batch."""
+        """Return the largest logits of this batch."""
         return {} if self._probe is None else self._probe.read()
 
     def forget(self) -> None:
-        """Drop what was seen, when a batch is over."""
+        """Drop the probe at the end of a batch."""
         self._probe = None
 
 
@@ -146,12 +147,13 @@ def _largest_magnitude(logits: Tensor) -> Tensor:
 
 
 def _largest_score(given: Mapping[str, Any]) -> Tensor:
+    """Return the largest unmasked score of a fused attention, which does not return its scores, from its arguments."""
     query, key = plain_tensor(given["query"]).detach(), plain_tensor(given["key"]).detach()
     whole, scale = len(query), given.get("scale")
     scores = query.shape[:-1].numel() * key.shape[-2]
     part = max(1, whole * _MOST_SCORES // max(scores, 1))
     query, key = query[:part], key[:part]
-    if query.shape[1] != key.shape[1]:  # grouped queries share their keys
+    if query.shape[1] != key.shape[1]:  # grouped queries share keys
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     logits = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     mask = next((given[name] for name in ("attn_bias", "attn_mask") if given.get(name) is not None), None)
@@ -169,7 +171,7 @@ def _compiled_graphs() -> int:
 
 
 def _admit_control_flow() -> None:
-    """Let the operators that take functions (``torch.cond``) run under a :class:`LogitProbe`, unseen."""
+    """Register operators that take functions (``torch.cond``) for :class:`LogitProbe`, which ignores them."""
 
     def unseen(operator: Any, mode: LogitProbe, *args: Any, **kwargs: Any) -> Any:
         return operator(*args, **kwargs)
@@ -181,10 +183,11 @@ def _admit_control_flow() -> None:
 
 @contextmanager
 def _constructors_unwatched() -> Iterator[None]:
-    """Run constructors of tensor classes of other libraries outside of dispatch modes.
+    """Run constructors of tensor subclasses from other libraries outside of dispatch modes.
 
-    torch makes an object of a derived class from a tensor that no Python object wraps yet. A dispatch mode wraps every
-    result, so ``super().__new__(cls, tensor)`` fails under it ("already associated to a python object").
+    torch creates an object of a subclass from a tensor that no Python object wraps yet. A dispatch
+    mode wraps every result, so ``super().__new__(cls, tensor)`` fails under it ("already associated
+    to a python object").
     """
     originals = [(cls, vars(cls)["__new__"]) for cls in _derived(Tensor) if _constructs_itself(cls)]
     try:
@@ -202,7 +205,7 @@ def _derived(cls: type) -> set[Any]:
 
 
 def _constructs_itself(cls: Any) -> bool:
-    """Return True for a class with a constructor of its own, unless it is torch's or made for dispatch modes."""
+    """Return True for a class with its own constructor, unless it is torch's or written for dispatch modes."""
     is_torchs = cls.__module__.partition(".")[0] == "torch"
     is_plain = cls.__torch_dispatch__ is Tensor.__torch_dispatch__
     return not is_torchs and is_plain and isinstance(vars(cls).get("__new__"), staticmethod)

@@ -1,4 +1,4 @@
-"""What ``GradientMonitor`` watches, and where: before the first and behind the last of those that change gradients."""
+"""The parameters that ``GradientMonitor`` watches, and its hooks before and after all code that changes gradients."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ Look = Callable[[Optimizer], None]
 
 @dataclass
 class Vantage:
-    """Calls functions where the gradients of a step are untouched, about to be clipped, and about to be used.
+    """Calls functions when the gradients of a step are unchanged, about to be clipped, and about to be used.
 
     Args:
-        own: The callback that looks.
+        own: The callback that measures.
         before: Called before anything changes a gradient.
-        before_clipping: Called before the first that clips, if something centers gradients before it.
-        behind: Called behind the last that changes gradients.
+        before_clipping: Called before the first rule that clips, if one that centers precedes it.
+        behind: Called after the last change of gradients.
     """
 
     own: pl.Callback
@@ -41,7 +41,7 @@ class Vantage:
     may_change: bool = False
 
     def take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, undo: UndoList) -> None:
-        """Find the places in this run, and wrap what stands there."""
+        """Find these places in the run, and wrap the hooks there."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         acting = [callback for callback in callbacks if overrides(callback, _HOOK)]
         self.is_first = acting[0] is self.own
@@ -73,7 +73,7 @@ class Vantage:
 def named_parameters(
     pl_module: pl.LightningModule, optimizer: Optimizer, include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> list[tuple[str, Tensor]]:
-    """Return the selected parameters that an optimizer moves, with their names."""
+    """Return the selected parameters of an optimizer, with their names."""
     buckets, _ = choose_buckets(optimizer, pl_module, include=include, exclude=exclude)
     return [pair for bucket in buckets for pair in zip(bucket.names, bucket.parameters, strict=True)]
 
@@ -81,10 +81,10 @@ def named_parameters(
 def why_none(
     trainer: pl.Trainer, pl_module: pl.LightningModule, include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> str:
-    """Return why no parameter is selected, and what to do."""
+    """Return why no parameter is selected, and a way out."""
     everything = [name for o in trainer.optimizers for name, _ in named_parameters(pl_module, o, None, None)]
     if not everything:
-        return "configure_optimizers returns no optimizer that holds one. Return one, or drop the callback."
+        return "configure_optimizers returns no optimizer with parameters. Return one, or drop the callback."
     if any(selects(names, include, exclude) for names in all_names(pl_module).values()):
-        return f"No optimizer holds any of those selected. Include some that one holds, such as {everything[0]!r}."
+        return f"No optimizer holds a selected parameter. Include some that one holds, such as {everything[0]!r}."
     return why_none_left(pl_module, include, exclude or [])

@@ -1,4 +1,4 @@
-"""What ``GradientMonitor`` has seen of one optimizer: norms of every step, layers at log steps, and the figure of both."""
+"""The record of ``GradientMonitor`` for one optimizer: norms of every step, layers at log steps, and the figure of both."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 _MOST_COLUMNS = 256  # of the heat map
 _MOST_NAMES = 40  # of layers, next to the heat map
-_CLIPPED = 1.0 - 1e-5  # a coefficient below it is no rounding
+_CLIPPED = 1.0 - 1e-5  # a smaller coefficient is not a rounding error
 _BAD = "#f7d4c0"  # light orange, behind the lines
 
 
 class MonitorRecord(RunRecord):
-    """One row a step of one optimizer; of neighbors the largest norm is kept."""
+    """One row per step of one optimizer. When the record is thinned, the largest norm of neighboring steps stays."""
 
     def __init__(self) -> None:
         super().__init__(weight=_norm)
@@ -35,14 +35,14 @@ class MonitorRecord(RunRecord):
         self._largest: float | None = None  # of the steps since the last log step, if there was one
 
     def add_step(self, step: int, before: float, after: float, skipped: bool, unclipped: float | None = None) -> None:
-        """Take in one optimizer step.
+        """Add one optimizer step.
 
         Args:
-            step: Its number.
+            step: Number of the step.
             before: Norm of the gradient before anything changed it.
-            after: Norm of what the optimizer used; not a number if it used nothing.
-            skipped: Whether the optimizer did not step.
-            unclipped: Norm just before the first that clips, if something else came before that.
+            after: Norm of the gradient that the optimizer used; nan if it used none.
+            skipped: Whether the optimizer skipped the step.
+            unclipped: Norm just before the first rule that clips, if another rule precedes it.
         """
         clipped = not skipped and after < (before if unclipped is None else unclipped) * _CLIPPED
         self.clipped += clipped
@@ -53,11 +53,11 @@ class MonitorRecord(RunRecord):
         self.add({"step": step, "norm": before, "norm_after": after, **events})
 
     def add_layers(self, step: int, norms: Mapping[str, float]) -> None:
-        """Take in the norms of the layers at a log step."""
+        """Add the norms of the layers at a log step."""
         self.layers.add({"step": step, "norms": dict(norms)})
 
     def summary(self) -> dict[str, float]:
-        """Return what is logged of the steps since the last log step, and of all; nothing if there was none."""
+        """Return the values to log for the steps since the last log step, and for all; empty if there was no step."""
         last, largest, self._largest = self.last, self._largest, None
         if largest is None:
             return {}
@@ -66,11 +66,11 @@ class MonitorRecord(RunRecord):
         return {**norms, "coefficient": coefficient, **self.totals()}
 
     def totals(self) -> dict[str, float]:
-        """Return the share of steps that were clipped so far, and the number of those that were skipped."""
+        """Return the share of clipped steps and the number of skipped steps so far."""
         return {"clipped_share": self.clipped / max(self.count, 1), "skipped_steps": float(self.skipped)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything, in types that a checkpoint may hold."""
+        """Return the record in types that a checkpoint may hold."""
         own = {"clipped": self.clipped, "skipped": self.skipped, "largest": self._largest}
         return {**super().state_dict(), **own, "layers": self.layers.state_dict()}
 
@@ -81,10 +81,10 @@ class MonitorRecord(RunRecord):
         self.layers.load_state_dict(state["layers"])
 
     def draw(self, title: str) -> Figure:
-        """Draw the norms of all steps, what was done to them, and a heat map of the layers."""
+        """Draw the norms of all steps, their changes, and a heat map of the layers."""
         from matplotlib.ticker import MaxNLocator
 
-        names = list(dict.fromkeys(name for row in self.layers.kept for name in row["norms"]))  # some come in mid-fit
+        names = list(dict.fromkeys(name for row in self.layers.kept for name in row["norms"]))  # some are added later
         shown = self.layers.count > 1
         heights = [3.2, 1.2 + 0.16 * min(len(names), _MOST_NAMES)] if shown else [3.2]
         figure, axes = panels(f"{title}: {self._outcome()}", heights, width=9)
@@ -100,7 +100,7 @@ class MonitorRecord(RunRecord):
         return figure
 
     def _outcome(self) -> str:
-        """Return what came of the run, for the title."""
+        """Return the number of steps, clipped steps and skipped steps, for the title."""
         bad = next((row["step"] for row in self.kept if not math.isfinite(row["norm"])), None)
         clipped, skipped = self.totals().values()
         found = [f"{100 * clipped:.1f} % clipped"] * bool(clipped) + [f"{skipped:.0f} skipped"] * bool(skipped)
@@ -135,7 +135,7 @@ class MonitorRecord(RunRecord):
 
         steps, columns = self.layers.series("norms")
         norms = np.array([[column.get(name, np.nan) for column in columns] for name in names])
-        norms[~((norms > 0) & np.isfinite(norms))] = np.nan  # is not drawn
+        norms[~((norms > 0) & np.isfinite(norms))] = np.nan  # not drawn
         scale = None if np.isnan(norms).all() else LogNorm()
         mesh = axis.pcolormesh(steps, np.arange(len(names)), norms, shading="nearest", cmap="viridis", norm=scale)
         every = max(1, math.ceil(len(names) / _MOST_NAMES))
@@ -150,25 +150,25 @@ def _norm(row: Row) -> float:
 
 
 class FirstBadStep:
-    """The first step whose gradient was not finite: its facts, and whether the user has been told."""
+    """The facts of the first step with a non-finite gradient, reported once."""
 
     def __init__(self) -> None:
         self._facts: dict[str, Any] = {}
-        self._is_told = False
+        self._is_reported = False
 
     def note(self, facts: dict[str, Any], order: ForwardOrder) -> None:
-        """Take in the facts of a bad step of one optimizer, unless one is known already."""
+        """Keep the facts of a bad step of one optimizer, unless an earlier one is known."""
         if not facts or self._facts:
             return
         names = facts.pop("parameters")
         first = order.sort(names)[0] if names else "no single gradient: the sum of squares overflows"
         self._facts = {**facts, "parameter": first, "bad_parameters": len(names)}
 
-    def tell(self, trainer: pl.Trainer, display_name: str, key: Callable[[str], str], alert: bool) -> None:
-        """Say once which step it was, and leave its facts in a file."""
-        if not self._facts or self._is_told:
+    def warn(self, trainer: pl.Trainer, display_name: str, key: Callable[[str], str], alert: bool) -> None:
+        """Warn once about the step, and write its facts to a file."""
+        if not self._facts or self._is_reported:
             return
-        self._is_told, facts = True, self._facts
+        self._is_reported, facts = True, self._facts
         text = (
             f"the gradient was not finite for the first time at step {facts['step']}, epoch {facts['epoch']}, batch "
             f"{facts['batch_idx']}, loss {facts['loss']:g}: {facts['parameter']}, first of {facts['bad_parameters']}."
@@ -184,9 +184,9 @@ class FirstBadStep:
             send_alert(trainer, f"{display_name}: gradient not finite", text)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything."""
-        return {"first_bad": dict(self._facts), "told": self._is_told}
+        """Return the facts, and whether they were reported."""
+        return {"first_bad": dict(self._facts), "told": self._is_reported}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with what is known."""
-        self._facts, self._is_told = dict(state["first_bad"]), bool(state["told"])
+        """Continue with saved facts."""
+        self._facts, self._is_reported = dict(state["first_bad"]), bool(state["told"])

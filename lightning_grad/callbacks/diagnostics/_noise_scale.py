@@ -1,4 +1,4 @@
-"""The gradient noise scale of a run: small batches are what is accumulated, or what the ranks have.
+"""The gradient noise scale of a run. Its small batches are micro-batches, or the batches of the ranks.
 
 Used by ``gradient_monitor.py``; the estimate is :func:`lightning_grad.functional.noise_scale_terms`.
 """
@@ -20,21 +20,21 @@ from lightning_grad.functional.plain_tensors import on_plain_tensors, plain_tens
 from lightning_grad.utilities.precision import loss_scale
 from lightning_grad.utilities.reporting import log_summary
 
-_DECAY = 0.95  # of the averages of noise and signal, for each measurement
+_DECAY = 0.95  # of the averages of noise and signal, per measurement
 
 
 class NoiseScale:
-    """The averages of a run: all that lasts longer than a step."""
+    """The running averages of noise and signal, which outlast a step."""
 
     def __init__(self) -> None:
         self._averages: Tensor | None = None
 
     def add(self, terms: Tensor) -> None:
-        """Take in noise and signal of one step, unless they are not finite."""
+        """Add the noise and the signal of one step, if they are finite."""
         self._averages = average_noise_terms(self._averages, terms, _DECAY)
 
     def read(self) -> dict[str, Tensor]:
-        """Return the noise scale in samples, and the averages it is made of."""
+        """Return the noise scale in samples, and the averages that it is computed from."""
         if self._averages is None:
             return {}
         noise, signal = self._averages
@@ -51,17 +51,18 @@ class NoiseScale:
         return {"averages": None if self._averages is None else self._averages.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with saved averages."""
+        """Continue with saved averages."""
         self._averages = state["averages"]
 
 
 class NoiseScaleMeter:
-    """Measures the norm of each part of a batch by hooks on the parameters, which are there in measured steps only.
+    """Measure the gradient norm of each part of a batch.
 
-    A hook sees the gradient of one backward pass on one rank, before it is accumulated and before DDP reduces it.
+    In measured steps, hooks on the parameters see the gradient of one backward pass on one rank,
+    before it is accumulated and before DDP reduces it.
 
     Args:
-        scale: Where measurements go.
+        scale: The averages that it updates.
     """
 
     def __init__(self, scale: NoiseScale) -> None:
@@ -73,28 +74,28 @@ class NoiseScaleMeter:
 
     @staticmethod
     def why_not(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
-        """Return why the noise scale is undefined or cannot be seen in this run, or ``None``."""
+        """Return why the noise scale is undefined or cannot be measured in this run, or ``None``."""
         if not pl_module.automatic_optimization:
-            return "under manual optimization it cannot be told which backward passes make a step"
+            return "under manual optimization it is unknown which backward passes belong to a step"
         if any(hasattr(parameter, "full_tensor") for parameter in pl_module.parameters()):
-            return "gradients of sharded parameters are reduced before they can be seen"
+            return "gradients of sharded parameters are reduced before they can be measured"
         if getattr(trainer.strategy, "gradient_is_compressed", False):
-            return "the gradient after the exchange is no mean: its entries come late (log_noise_scale=True logs it instead)"
+            return "the exchanged gradient is not a mean, as entries come late (the strategy's log_noise_scale=True logs it)"
         if trainer.world_size == 1 and trainer.accumulate_grad_batches == 1:
-            return "it compares parts of a batch, and needs accumulate_grad_batches or several ranks"
+            return "it compares parts of a batch, so it needs accumulate_grad_batches or several ranks"
         return None
 
     def begin_batch(self, parameters: Sequence[Tensor], batch: Any) -> None:
-        """Get ready for one part of the batch of a measured step."""
+        """Prepare for one part of the batch of a measured step."""
         if not self._handles:
             self._squares, self._parts = [], 0
             trained = [parameter for parameter in parameters if parameter.requires_grad]
             self._handles = [p.register_hook(self._see) for p in trained]  # type: ignore[no-untyped-call]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about batches of which the size can be read in two ways
+            warnings.simplefilter("ignore")  # about batches whose size is ambiguous
             try:
                 self._batch_size = int(extract_batch_size(batch))
-            except Exception:  # a batch of a kind that Lightning cannot read either: count in parts
+            except Exception:  # Lightning cannot read the size either: count in parts of a batch
                 self._batch_size = 1
 
     @on_plain_tensors
@@ -102,12 +103,12 @@ class NoiseScaleMeter:
         self._squares.append(joined_norm([plain_tensor(gradient).detach()]).square())
 
     def end_part(self) -> None:
-        """Take notice that one backward pass is over."""
+        """Count one backward pass."""
         if self._handles:
             self._parts += 1
 
     def measure(self, trainer: pl.Trainer, norm: Tensor) -> None:
-        """Take in the norm of the whole batch's gradient, when the optimizer is about to step.
+        """Add the gradient norm of the whole batch, just before the optimizer's step.
 
         It reduces over the ranks, so all of them must call it.
         """
@@ -123,7 +124,7 @@ class NoiseScaleMeter:
         self._scale.add(torch.stack(noise_scale_terms(small, big, self._batch_size, self._batch_size * parts * ranks)))
 
     def stop(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

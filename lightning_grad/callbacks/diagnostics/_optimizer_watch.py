@@ -1,4 +1,4 @@
-"""What ``GradientMonitor`` sees of one optimizer within a step, as tensors, until a log step asks for numbers."""
+"""The measurements of ``GradientMonitor`` for one optimizer. They stay tensors until a log step reads them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ from lightning_grad.functional.plain_tensors import on_plain_tensors, plain_tens
 from lightning_grad.utilities.layers import LayerFinder, Layers
 from lightning_grad.utilities.optimizers import Shape, optimizer_shape
 
-_MOST_ROWS = 4096  # that wait for a log step; a run that never logs waits for the device once in so many steps
+_MOST_ROWS = 4096  # waiting for a log step; a run that never logs waits for the device once per this many steps
 
 Named = Sequence[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the run a step is: its number, the epoch, and the batch."""
+    """The position of a step in the run: its number, the epoch, and the batch."""
 
     step: int
     epoch: int
@@ -31,17 +31,18 @@ class Place:
 
 
 class OptimizerWatch:
-    """Looks at the gradients of one optimizer before and after others have changed them.
+    """Measure the gradients of one optimizer before and after other code changes them.
 
-    Every vector has an entry for each parameter that is watched, zero where it has no gradient, so that nothing has to be
-    made anew when other parameters have gradients than in the step before.
+    Every vector has an entry for each watched parameter, zero if it has no gradient. Nothing must
+    therefore be rebuilt when the set of parameters with a gradient changes from one step to the
+    next.
 
     Args:
-        optimizer: Whose gradients they are.
-        named: Names and parameters that are watched.
-        layer_depth: Join layers whose names agree in so many leading parts.
+        optimizer: The optimizer.
+        named: Names of the watched parameters, and the parameters.
+        layer_depth: Join layers whose names agree in this many leading parts.
         record: Where numbers go.
-        scaled: Whether a GradScaler skips steps that overflow, which then is nothing bad.
+        scaled: Whether a GradScaler skips steps that overflow; they then are not bad steps.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class OptimizerWatch:
         self.follow(optimizer, named)
 
     def follow(self, optimizer: Optimizer, named: Named) -> None:
-        """Watch an optimizer from now on, with the parameters that it has now."""
+        """Watch an optimizer from now on, with its current parameters."""
         self.drain()
         self.optimizer = optimizer
         self.shape: Shape = optimizer_shape(optimizer)
@@ -78,16 +79,16 @@ class OptimizerWatch:
     # Within a step.
 
     def look_before(self, loss: Tensor | None, measured: bool, slow: bool, keep: bool) -> Tensor | None:
-        """Look at gradients that nothing has changed yet.
+        """Measure the gradients before anything changes them.
 
         Args:
-            loss: Of the step, as ``training_step`` gave it.
-            measured: Whether the step is logged, and layers are looked at.
+            loss: Loss of the step, as ``training_step`` returned it.
+            measured: Whether the step is logged, and layers are measured.
             slow: Whether to compute the slow statistics too.
             keep: Whether the next step is logged and will be compared with this one.
 
         Returns:
-            Tensor: Norm of all gradients; ``None`` if there are none.
+            Tensor: Norm of all gradients, or ``None`` if there are none.
         """
         gradients = self._gradients()
         self._before = self._unclipped = None
@@ -103,7 +104,7 @@ class OptimizerWatch:
         return self._before
 
     def _remember_first_bad(self, norms: Tensor, loss: Tensor | None) -> None:
-        """Keep the norms of the first step that is not finite, without asking whether this one is."""
+        """Keep the norms of the first non-finite step on the device, so the host need not ask at every step."""
         if self._bad_norms is None:
             self._bad_norms = torch.zeros_like(norms)
         bad = ~norms.isfinite().all()
@@ -124,7 +125,7 @@ class OptimizerWatch:
         if pairs:
             self._details["cosine"] = gradient_cosine([g for g, _ in pairs], [other for _, other in pairs])
         if slow:
-            self._measure_rarely([g for _, _, g in present], [p for _, p, _ in present])
+            self._measure_slowly([g for _, _, g in present], [p for _, p, _ in present])
 
     def _measure_vanishing(self, gradients: list[Tensor | None], norms: Tensor) -> None:
         """Compare the root mean square of each gradient with the optimizer's eps."""
@@ -137,7 +138,7 @@ class OptimizerWatch:
         if isinstance(eps, float):
             self._details["below_epsilon"] = (deviations < eps).sum() / counts.sum()
 
-    def _measure_rarely(self, gradients: list[Tensor], parameters: list[Tensor]) -> None:
+    def _measure_slowly(self, gradients: list[Tensor], parameters: list[Tensor]) -> None:
         self._details["zero_share"] = zero_share(gradients)
         betas = self.optimizer.param_groups[0].get("betas")
         states = [self.optimizer.state[p] for p in parameters if self.optimizer.state.get(p)]
@@ -146,18 +147,18 @@ class OptimizerWatch:
             self._details["signal_to_noise"] = ratio
 
     def look_before_clipping(self) -> None:
-        """Look at gradients that something has changed already, and that are about to be clipped."""
+        """Measure gradients that are already changed and about to be clipped."""
         gradients = self._gradients()
         if self._before is not None and any(gradient is not None for gradient in gradients):
             self._unclipped = torch.linalg.vector_norm(stack_norms(gradients))
 
     def look_after(self, loss: Tensor | None, place: Place, changed: bool) -> None:
-        """Look at the gradients that the optimizer is about to use.
+        """Measure the gradients that the optimizer is about to use.
 
         Args:
-            loss: Of the step.
-            place: Where in the run the step is.
-            changed: Whether something may have changed the gradients since :meth:`look_before`.
+            loss: Loss of the step.
+            place: Position of the step in the run.
+            changed: Whether anything may have changed the gradients since :meth:`look_before`.
         """
         before, self._before = self._before, None
         if before is None:
@@ -192,7 +193,7 @@ class OptimizerWatch:
     # Between steps.
 
     def drain(self) -> None:
-        """Turn what is waiting into numbers: the one place where the host waits."""
+        """Turn the waiting tensors into numbers. Only here the host waits for the device."""
         if not self._rows:
             return
         numbers = torch.stack([row[1] for row in self._rows]).tolist()
@@ -209,7 +210,7 @@ class OptimizerWatch:
         return [name for name, norm in zip(self.names, norms, strict=False) if not math.isfinite(norm)]
 
     def take_details(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-        """Return scalars, and values by layer, of the step that was measured."""
+        """Return the scalars and the values by layer of the last measured step, and forget them."""
         details, layers = self._details, self._layers
         self._details, self._snapshot = {}, []
         if not details or layers is None:
@@ -225,6 +226,6 @@ class OptimizerWatch:
         return scalars, by_layer
 
     def gradients_for_histograms(self, max_layers: int) -> Mapping[str, Tensor]:
-        """Return up to ``max_layers`` gradients of weights by name; whole ones, so every rank must ask."""
+        """Return up to ``max_layers`` gradients of weights by name. Shards are joined, so every rank must call it."""
         weights = [(n, p.grad) for n, p in zip(self.names, self.parameters, strict=True) if p.ndim > 1]
         return {name: whole(gradient) for name, gradient in weights[:max_layers] if gradient is not None}

@@ -1,8 +1,9 @@
 """Watching gradients: the callback.
 
-Beside this file: ``_optimizer_watch.py`` looks at the gradients of one optimizer, ``_monitor_place.py`` finds what to watch
-and where to look, ``_monitor_record.py`` keeps and draws what was seen and names the first bad step, ``_noise_scale.py``
-measures the gradient noise scale, ``_logits.py`` reads logits off the operators. The formulas are in
+Its parts: ``_optimizer_watch.py`` measures the gradients of one optimizer, ``_monitor_place.py``
+finds the parameters to watch and the hooks, ``_monitor_record.py`` keeps and draws the measurements
+and names the first bad step, ``_noise_scale.py`` measures the gradient noise scale, and
+``_logits.py`` measures logits. The formulas are in
 ``functional/diagnostics/gradient_statistics.py``.
 """
 
@@ -37,47 +38,56 @@ from lightning_grad.utilities.reporting import counted, log_histograms, log_many
 class GradientMonitor(GradCallback):
     r"""Watch gradients: norms before and after clipping, layers, noise scale, instability, the first bad step.
 
-    It changes nothing. At every optimizer step it takes norms, as tensors. At log steps it reads them, and looks at layers.
-    At every few log steps it does what costs more.
+    It changes nothing. At every optimizer step it computes norms, which stay on the device. At log
+    steps it reads them and measures layers. Every few log steps it computes slower statistics.
 
     Args:
-        slow_stats_every: Compute the slow statistics every this many log steps; None disables them.
-            They are zero entries, signal to noise and histograms.
-        logits: Look at the size of attention and output logits at log steps; not in compiled modules. Growing logits
-            announce two instabilities (arXiv 2309.14322).
-        histograms: Send histograms of gradients to the loggers that show them, together with the slow statistics.
-        layer_depth: Join layers in logs by this many leading parts of their names; default: do not join.
-        max_layers: Log at most this many layers apart; the heat map has all.
-        figure: Draw the run at its end (needs matplotlib, and a logger whose folder takes the file).
-        alert: Send a W&B alert when a gradient is not finite for the first time.
-        include: Names or wildcards of the parameters or modules that are watched; default all.
-        exclude: Names or wildcards of those that are not.
-        name: Name of this instance, needed when two are used.
+        slow_stats_every: Number of log steps between slow statistics; None disables them.
+            They are the share of zero entries, the signal-to-noise ratio and histograms.
+        logits: Measure attention and output logits at log steps, unless a module is compiled.
+            Growing logits precede two instabilities (arXiv 2309.14322).
+        histograms: Send histograms of gradients to the loggers that show them.
+            They are part of the slow statistics.
+        layer_depth: Number of leading parts of a name by which layers are joined in logs.
+            Default: layers are not joined.
+        max_layers: Largest number of layers with their own log keys; the heat map shows all.
+        figure: Draw the run at its end. Needs matplotlib and a logger with a folder.
+        alert: Send a W&B alert at the first non-finite gradient.
+        include: Names or wildcards of the parameters or modules to watch. Default: all.
+        exclude: Names or wildcards of the parameters or modules not to watch.
+        name: Name of this instance. Required if the Trainer has two of this class.
 
     Raises:
-        ValueError: In the constructor for numbers below 1. Before the first batch under FSDP1 and DeepSpeed, with a fused
-            optimizer in fp16, for sparse gradients, and for a name pattern that matches nothing.
+        ValueError: In the constructor for numbers out of range. Before the first batch under FSDP1
+            or DeepSpeed, with a fused optimizer in fp16, with sparse gradients, if there is no
+            parameter to watch, or if a name pattern matches nothing.
 
-    **Hooks.** The first ``on_before_optimizer_step`` in the list of callbacks, to see what was; the module's
-    ``configure_gradient_clipping``, the last thing before the step (under manual optimization its
-    ``on_before_optimizer_step``), to see what is used; the optimizer's post hook at log steps, for the update.
+    **Hooks.** The first ``on_before_optimizer_step`` in the list of callbacks, for unchanged
+    gradients. The module's ``configure_gradient_clipping``, the last hook before the step, for the
+    gradients that the optimizer uses (under manual optimization, the module's
+    ``on_before_optimizer_step``). The optimizer's post hook at log steps, for the update.
 
-    **Logs** under ``grad/``, at log steps: ``norm`` and ``norm_after`` (before anything changed the gradient, and as the
-    optimizer used it), ``coefficient`` (their ratio), ``norm_max`` (largest since the last log), ``clipped_share`` and
-    ``skipped_steps`` (of all steps so far); ``cosine`` (to the gradient of the step before), ``rms_min`` (least root mean
-    square of a parameter's gradient) and ``below_epsilon`` (share of parameters where it is below the optimizer's eps, so
-    that updates vanish); ``attention_logit_max`` and ``output_logit_max``; under accumulation or with several ranks
-    ``noise_scale`` (in samples), ``noise_trace`` and ``signal_squared``
-    (:func:`~lightning_grad.functional.noise_scale_terms`). With the slow statistics: ``zero_share``, ``signal_to_noise``
-    (:func:`~lightning_grad.functional.moment_signal_to_noise`). With several optimizers keys begin with
-    ``grad/optimizer<i>/``. Under ``grad_layers/`` for each layer: ``norm/...``, ``weight_norm/...`` and ``update_ratio/...``
-    (norm of the update over norm of the weights), and histograms with the slow statistics. At the end: a figure and a
-    table. When a gradient is not finite for the first time: a warning that names the parameter, the loss and the batch, a
-    file with these facts, and an alert.
+    **Logs** under ``grad/``, at log steps: ``norm`` and ``norm_after`` (before any change of the
+    gradient, and as the optimizer used it), ``coefficient`` (their ratio), ``norm_max`` (largest
+    since the last log step), ``clipped_share`` and ``skipped_steps`` (of all steps so far),
+    ``cosine`` (similarity to the gradient of the previous step), ``rms_min`` (smallest root mean
+    square of a parameter's gradient), ``below_epsilon`` (share of parameters where that is below
+    the optimizer's eps, so updates vanish), ``attention_logit_max`` and ``output_logit_max``; under
+    accumulation or with several ranks also ``noise_scale`` (in samples), ``noise_trace`` and
+    ``signal_squared`` (:func:`~lightning_grad.functional.noise_scale_terms`). With the slow
+    statistics: ``zero_share`` and ``signal_to_noise``
+    (:func:`~lightning_grad.functional.moment_signal_to_noise`). Under ``grad_layers/``, for each
+    layer: ``norm/...``, ``weight_norm/...`` and ``update_ratio/...`` (norm of the update divided by
+    the norm of the weights), and histograms with the slow statistics. With several optimizers, keys
+    begin with ``grad/optimizer<i>/`` and ``grad_layers/optimizer<i>/``. At the end: a figure and a
+    table. At the first non-finite gradient: a warning that names the parameter, the loss and the
+    batch, a file with these facts, and an alert.
 
-    **State.** The record, and the averages of the noise scale. The cosine of the first log step after a resume is missing.
+    **State.** The record and the averages of the noise scale. The cosine is missing at the first
+    log step after a resume.
 
-    **Cost.** One norm a step, two where something changes gradients; docs/benchmarks.md has the whole.
+    **Cost.** One norm per step, or two if anything changes gradients. docs/benchmarks.md lists the
+    total cost.
 
     Example:
         .. code-block:: yaml
@@ -88,14 +98,15 @@ class GradientMonitor(GradCallback):
                 - class_path: lightning_grad.callbacks.GradientMonitor
 
     References:
-        McCandlish et al., 2018, arXiv 1812.06162 (noise scale). Wortsman et al., "Small-scale proxies for large-scale
-        Transformer training instabilities", 2023, arXiv 2309.14322 (logits, gradients below epsilon).
+        McCandlish et al., 2018, arXiv 1812.06162 (noise scale). Wortsman et al., "Small-scale
+        proxies for large-scale Transformer training instabilities", 2023, arXiv 2309.14322 (logits,
+        gradients below epsilon).
     """
 
     namespace: ClassVar[str] = "grad"
     compatibility: ClassVar[Compatibility] = GradientConditioner.compatibility.but(
-        compiled=yes("It does not look at logits in compiled modules."),
-        late_gradients=yes("It measures no noise scale, because the gradient after the exchange is no mean."),
+        compiled=yes("It measures no logits if a module is compiled."),
+        late_gradients=yes("It measures no noise scale, because the gradient after the exchange is not a mean."),
         **manual(yes("It measures no noise scale under manual optimization.")),
     )
     trial: ClassVar[Mapping[str, Any]] = {"slow_stats_every": 2}
@@ -151,7 +162,7 @@ class GradientMonitor(GradCallback):
         for index, saved in state["records"].items():
             self._records.setdefault(int(index), MonitorRecord()).load_state_dict(saved)
         if not self.changed_settings(state, "include", "exclude"):
-            self._noise.load_state_dict(state["noise"])  # else its averages are of other parameters
+            self._noise.load_state_dict(state["noise"])  # otherwise the averages belong to other parameters
         self._first_bad.load_state_dict(state)
 
     @override
@@ -191,7 +202,7 @@ class GradientMonitor(GradCallback):
             behind=partial(self._look_behind, trainer),
         )
         vantage.take(trainer, pl_module, self.undo)
-        # Under the probe what is compiled would run uncompiled, with other roundings.
+        # Under the probe, compiled modules would run uncompiled, with different rounding.
         if self.logits and not any(map(is_compiled, pl_module.modules())):
             advice = f"{self.display_name} watches logits in this step. Set {type(self).__name__}(logits=False)."
             self._logits = LogitWatch(trainer, pl_module, advice)
@@ -204,14 +215,14 @@ class GradientMonitor(GradCallback):
         if trainer.barebones:
             self.say(
                 "logs nothing, because Trainer(barebones=True) turns logging off; at the end of the fit it names the first "
-                "gradient that was not finite"
+                "non-finite gradient"
             )
             return
         why_not = NoiseScaleMeter.why_not(trainer, pl_module)
         if why_not is not None:
             self.say(f"logs no gradient noise scale: {why_not}")
         if self.logits and self._logits is None:
-            self.say("logs no logits: watching them would run compiled modules uncompiled")
+            self.say("logs no logits, because compiled modules would run uncompiled")
 
     # One training step.
 
@@ -299,15 +310,15 @@ class GradientMonitor(GradCallback):
             log_many(trainer, shown)
         seen = {} if self._logits is None else self._logits.read()
         self.log_scalars(pl_module, {**seen, **self._noise.read()})
-        self._tell_first_bad(trainer)
+        self._warn_of_first_bad(trainer)
 
     def _drain(self) -> None:
         for watch in self._watches:
             watch.drain()
             self._first_bad.note(watch.first_bad, self._order)
 
-    def _tell_first_bad(self, trainer: pl.Trainer) -> None:
-        self._first_bad.tell(trainer, self.display_name, self.log_key, self.alert)
+    def _warn_of_first_bad(self, trainer: pl.Trainer) -> None:
+        self._first_bad.warn(trainer, self.display_name, self.log_key, self.alert)
 
     def _part(self, index: int) -> str:
         return f"optimizer{index}" if len(self._watches) > 1 else ""
@@ -324,10 +335,10 @@ class GradientMonitor(GradCallback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        # The device itself may be what failed, and nothing may raise here: it would silence all later callbacks.
+        # The device itself may have failed, and an error here would keep all later callbacks from running.
         with contextlib.suppress(Exception):
             self._drain()
-            self._tell_first_bad(trainer)
+            self._warn_of_first_bad(trainer)
             for index, watch in enumerate(self._watches):
                 watch.record.save(trainer, self, self._part(index), now=True)
 
@@ -335,7 +346,7 @@ class GradientMonitor(GradCallback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.fitting and self._watches:
             self._drain()
-            self._tell_first_bad(trainer)
+            self._warn_of_first_bad(trainer)
             for index, watch in enumerate(self._watches):
                 record, part = watch.record, self._part(index)
                 summary = record.totals() if record.count else {}

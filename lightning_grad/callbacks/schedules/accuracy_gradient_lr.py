@@ -66,7 +66,7 @@ class AccuracyGradientLR(MonitoredCallback):
             under manual optimization. On resume if policy, optimizers or param_groups differ from
             the checkpoint.
         RuntimeError: At the first observation, if the metric is not logged. The error lists the
-        logged metrics.
+            logged metrics.
 
     **Hooks.** ``on_validation_end`` observes and cuts, so checkpoints of that validation hold the
     cut learning rates. With ``interval="epoch"`` the module's ``on_train_epoch_end`` is wrapped, so

@@ -1,4 +1,4 @@
-"""How many samples a training batch holds: by its tensors, or by the sampler where a list stands for each of its samples."""
+"""The number of samples in a training batch, by its tensors or, if it holds lists, by the sampler."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,15 +11,16 @@ from torch.utils.data import BatchSampler, DataLoader
 from lightning_grad.core.subset import SubsetCallback
 
 
-def batch_size_of(batch: Any, told: Callable[[], int | None] = lambda: None) -> int | None:
-    """Return the number of samples of a batch, if all its tensors agree on it.
+def batch_size_of(batch: Any, by_sampler: Callable[[], int | None] = lambda: None) -> int | None:
+    """Return the number of samples in a batch; ``None`` if its tensors have different lengths.
 
-    The tensors of a batch that holds lists, as of images and their boxes, have lengths of their own. Then the number is that
-    which the sampler tells, if each list and each other tensor has as many entries.
+    In a batch with lists, such as images and their boxes, tensors inside the lists have other
+    lengths. Then the sampler's number is returned, if every list and every other tensor has this
+    many entries.
 
     Args:
         batch: The batch.
-        told: Returns what the sampler tells, ``None`` if it tells nothing.
+        by_sampler: Returns the number that the sampler drew, ``None`` if unknown.
 
     Example:
         >>> import torch
@@ -29,7 +30,7 @@ def batch_size_of(batch: Any, told: Callable[[], int | None] = lambda: None) -> 
         2
     """
     if _holds_lists(batch):
-        number = told()
+        number = by_sampler()
         if number is not None and _have_entries(batch, number):
             return number
     sizes = {len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()}
@@ -37,7 +38,7 @@ def batch_size_of(batch: Any, told: Callable[[], int | None] = lambda: None) -> 
 
 
 def size_by_sampler(trainer: pl.Trainer, batch_idx: int) -> int | None:
-    """Return how many samples a training batch was drawn with; ``None`` if nothing tells that."""
+    """Return how many samples the sampler drew for a training batch; ``None`` if unknown."""
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader):
         return None
@@ -45,7 +46,7 @@ def size_by_sampler(trainer: pl.Trainer, batch_idx: int) -> int | None:
         if isinstance(callback, SubsetCallback) and callback.indices:
             return len(callback.indices)
     sampler = loader.batch_sampler
-    if type(sampler) is not BatchSampler:  # another may fill its batches as it likes
+    if type(sampler) is not BatchSampler:  # any other sampler may fill its batches differently
         return None
     try:
         left = len(sampler.sampler) - batch_idx * sampler.batch_size  # type: ignore[arg-type]
@@ -67,7 +68,7 @@ def _holds_lists(batch: Any) -> bool:
 
 
 def _have_entries(batch: Any, number: int) -> bool:
-    """Return whether all that a batch holds has so many entries: tensors, lists, and what is in its mappings."""
+    """Return True if all tensors and lists of a batch, also inside mappings, have this many entries."""
     return all(
         _have_entries(part, number) if isinstance(part, Mapping) else len(part) == number
         for part in _parts(batch)

@@ -1,4 +1,4 @@
-"""What a technique asks of the losses of a step, and functions of users that give losses or outputs in the step's place."""
+"""A technique's requirements on the losses of a step, and user functions that return losses or outputs instead."""
 
 import math
 from collections.abc import Callable
@@ -11,26 +11,28 @@ from torch.nn import functional as F
 
 from lightning_grad.functional import LossCall, LossCapture
 
-SCORE_FN = "give score_fn= in place of a score: it takes the module and a batch, and returns the scores"
-LOSS_FN = "give loss_fn=, which takes the module and a batch, and returns the loss of each sample"
-OUTPUTS_FN = "give outputs_fn=, which takes the module and a batch, and returns logits and labels"
-_IGNORED = -100  # by cross_entropy
+SCORE_FN = "set score_fn= instead of a score, a function (module, batch) -> scores"
+LOSS_FN = "set loss_fn=, a function (module, batch) -> loss of each sample"
+OUTPUTS_FN = "set outputs_fn=, a function (module, batch) -> (logits, labels)"
+_IGNORED = -100  # the label that cross_entropy ignores
 GivenFunction = Callable[[pl.LightningModule, Any], Any]
 SampleLoss = Literal["share", "own"] | None
 
 
 @dataclass(frozen=True)
 class LossRequest:
-    """What a technique asks of the losses of a step: which, from where, and how errors name it.
+    """A technique's requirements on the losses of a step.
 
     Args:
-        display_name: Who asks, for errors.
-        loss_index: Index of the only loss call that counts; by default the one whose mean the step returns.
-        way_out: What to do about a loss that cannot be seen, as a clause that begins with a verb.
-        loss_fn: Gives the losses of the samples in place of the step.
-        outputs_fn: Gives logits and labels in place of the step.
-        by_classes: Whether only logits and classes matter, so that other terms may be added to the loss that classifies.
-        kind: Returns what the loss of a sample is where it comes from several terms.
+        display_name: Name of the technique, for errors.
+        loss_index: Index of the loss call to use. Default: the call whose mean the step returns.
+        way_out: What to do if the loss cannot be captured, as an imperative without capital and
+            full stop.
+        loss_fn: Function (module, batch) -> losses of the samples, used instead of the step.
+        outputs_fn: Function (module, batch) -> (logits, labels), used instead of the step.
+        by_classes: Whether only logits and classes matter; other terms may then be added to the
+            classification loss.
+        kind: Returns how to define the loss of a sample if it comes from several terms.
     """
 
     display_name: str = "The score"
@@ -47,12 +49,12 @@ class LossRequest:
         return f"{self.way_out[0].upper()}{self.way_out[1:]}."
 
     def needs_losses(self, call: str = "") -> str:
-        """Return what a refusal adds: who needs the losses, and what to do.
+        """Return the end of a refusal: the technique that needs the losses, and what to do.
 
         Args:
-            call: A loss that could count alone, if there is one.
+            call: Name of a loss call that could be used alone, if there is one.
         """
-        advice = f"Set loss_index=0 if {call} alone shall count, or {self.way_out}." if call else self.advice
+        advice = f"Set loss_index=0 to use {call} alone, or {self.way_out}." if call else self.advice
         return f"{self.display_name} needs the loss of each sample. {advice}"
 
 
@@ -60,29 +62,29 @@ ANY_LOSS = LossRequest()
 
 
 def checked_losses(found: Any, samples: int | None) -> Tensor:
-    """Return what ``loss_fn`` has returned for a batch.
+    """Return the result of ``loss_fn`` for a batch after checking it.
 
     Raises:
-        ValueError: If that is not one loss for each sample.
+        ValueError: If it is not one loss for each sample.
     """
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape != (samples or found.numel(),):
         raise ValueError(
-            "loss_fn must return a tensor of real numbers with one loss for each sample of a batch, "
+            "loss_fn must return a floating-point tensor with one loss for each sample, of shape "
             f"({samples or 'B'},); got {_kind(found)}."
         )
     return found
 
 
 def with_graph(losses: Tensor, display_name: str) -> Tensor:
-    """Return losses of ``loss_fn``.
+    """Return the losses of ``loss_fn`` after checking that they have a graph.
 
     Raises:
-        ValueError: If they cannot be differentiated.
+        ValueError: If they require no gradient.
     """
     if not losses.requires_grad:
         raise ValueError(
-            f"{display_name} differentiates what loss_fn returns, and that requires no gradient. Compute it from the module's "
-            "outputs, without detach() or torch.no_grad()."
+            f"{display_name} differentiates the losses of loss_fn, but they require no gradient. Compute them from the "
+            "module's outputs, without detach() or torch.no_grad()."
         )
     return losses
 
@@ -97,22 +99,22 @@ def _fit(logits: Tensor, labels: Tensor, samples: int) -> bool:
 
 
 def call_of(found: Any, samples: int, keep_graph: bool = False, check: bool = True) -> LossCall:
-    """Return the cross-entropy of what ``outputs_fn`` has returned for a batch.
+    """Return the cross-entropy of the logits and labels that ``outputs_fn`` returned for a batch.
 
     Args:
-        found: Logits and labels.
-        samples: B.
+        found: Result of ``outputs_fn``.
+        samples: B, the number of samples.
         keep_graph: Keep the graph of the losses.
-        check: Whether the labels are compared with the number of classes on a GPU too, which waits for it.
+        check: Whether to check the range of labels on a GPU too, which syncs with the host.
 
     Raises:
-        ValueError: If that is not logits (B, C) and labels (B,).
+        ValueError: If ``found`` is not logits (B, C) and labels (B,).
     """
     logits, labels = found if isinstance(found, (tuple, list)) and len(found) == 2 else (None, None)
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or not _fit(logits, labels, samples):
         kinds = [_kind(each) for each in (found if isinstance(found, (tuple, list)) else [found])]
         raise ValueError(
-            f"outputs_fn must return logits ({samples}, classes) and the labels as integers, ({samples},); got "
+            f"outputs_fn must return logits ({samples}, classes) and integer labels ({samples},); got "
             f"{', '.join(kinds)}."
         )
     labels = labels.long()
@@ -121,8 +123,8 @@ def call_of(found: Any, samples: int, keep_graph: bool = False, check: bool = Tr
         wrong = labels[(labels != _IGNORED) & ((labels < 0) | (labels >= classes))]
         if len(wrong):
             raise ValueError(
-                f"outputs_fn must return the index of a class as each label, 0 to {classes - 1} for {classes} logits, or "
-                f"{_IGNORED} for a sample without one; got {int(wrong[0])}."
+                f"outputs_fn must return labels from 0 to {classes - 1} for {classes} logits, or {_IGNORED} for a "
+                f"sample without a label; got {int(wrong[0])}."
             )
     capture = LossCapture(samples, keep_graph=keep_graph)
     with capture:
@@ -138,38 +140,40 @@ def refuse_other_means(
     with_constant: bool = True,
     advice: str = "",
 ) -> None:
-    """Raise unless means are the losses of the step, or differ from them by one and the same constant.
+    """Raise unless means equal the losses of the step, or differ from them by a constant.
 
     Args:
-        pairs: The mean and the step's loss, for some batches.
-        display_name: Who asks.
-        name: What the means come from.
-        exactness: Of the comparison, relative to the largest of them.
-        with_constant: Whether a constant is allowed.
-        advice: What to do about it, as a sentence; by default to correct what gives the means.
+        pairs: Mean and step loss of some batches.
+        display_name: Name of the technique.
+        name: Source of the means.
+        exactness: Relative tolerance of the comparison.
+        with_constant: Whether the means may differ by a constant.
+        advice: What to do, as a sentence. Default: correct the source of the means.
 
     Raises:
-        ValueError: If they do not.
+        ValueError: If they differ.
 
     Example:
         >>> refuse_other_means([(1.0, 3.0), (2.0, 4.0)], "InfoBatch", "loss_fn", 1e-3)
         >>> refuse_other_means([(1.0, 3.0), (2.0, 3.0)], "InfoBatch", "loss_fn", 1e-3)
         Traceback (most recent call last):
         ...
-        ValueError: InfoBatch takes loss_fn for the loss of each sample, and its mean over a batch is 1 and 2, where ...
+        ValueError: InfoBatch takes the loss of each sample from loss_fn, but its mean over a batch is 1 and 2, while ...
     """
     differences = [mean - loss for mean, loss in pairs]
     if with_constant:
         differences = [one - differences[0] for one in differences]
     scale = max((abs(number) for pair in pairs for number in pair if math.isfinite(number)), default=0.0)
-    if not all(abs(one) <= exactness * scale for one in differences):  # a mean that is not finite is none
-        advice = advice or f"Let {name} return the losses whose mean training_step returns."
+    if not all(abs(one) <= exactness * scale for one in differences):  # written so that nan fails too
+        advice = advice or f"Make {name} return the losses whose mean training_step returns."
         means, losses = (" and ".join(f"{value:.6g}" for value in each) for each in zip(*pairs, strict=True))
-        why = "the loss takes a mean or a scale over the batch that a sample alone does not have, or is another"
-        rule = f"Both {'may differ by a constant only' if with_constant else 'must agree'}: {why}."
+        why = (
+            "The loss uses a mean or a scale over the batch that a single sample does not have, or it is another loss."
+        )
+        rule = f"The two {'may differ only by a constant' if with_constant else 'must be equal'}. {why}"
         if any(math.isfinite(loss) and not math.isfinite(mean) for mean, loss in pairs):
-            rule = f"Some of what {name} gives is not finite."
+            rule = f"Some losses of {name} are not finite."
         raise ValueError(
-            f"{display_name} takes {name} for the loss of each sample, and its mean over a batch is {means}, where "
+            f"{display_name} takes the loss of each sample from {name}, but its mean over a batch is {means}, while "
             f"training_step returns {losses}. {rule} {advice}"
         )

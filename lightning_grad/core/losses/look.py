@@ -1,4 +1,4 @@
-"""One batch of a training set, and the means to see what the module's own ``training_step`` makes of it."""
+"""Measure one batch of a training set through the module's own ``training_step``."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -18,21 +18,21 @@ Measure = Callable[["Look"], Mapping[str, Tensor]]
 
 
 class SkippedBatchError(Exception):
-    """The step returned nothing for a batch, as it does for one that Lightning is to train nothing on."""
+    """The step returned None for a batch, which tells Lightning to skip the batch."""
 
 
 @dataclass
 class Look:
-    """One batch, and the means to see what the module makes of it.
+    """One batch, with methods to measure what the module computes for it.
 
     Args:
         pl_module: The module, in eval mode.
-        batch: Its batch, on the device.
-        indices: The samples' indices in the data set.
+        batch: The batch, on the device.
+        indices: Indices of the samples in the data set.
         total: Length of the data set.
-        run: Runs ``training_step`` on it.
-        asked: What is asked of the losses of the step.
-        memory: What a measure wants to keep from batch to batch.
+        run: Runs ``training_step`` on the batch.
+        asked: Requirements on the losses of the step.
+        memory: Values that a measure keeps from batch to batch.
     """
 
     pl_module: pl.LightningModule
@@ -44,11 +44,11 @@ class Look:
     memory: dict[str, Any] = field(default_factory=dict)
 
     def losses(self, keep_graph: bool = False) -> SampleLosses:
-        """Run the step and return the loss of every sample, of whatever the step's loss consists.
+        """Run the step and return the loss of every sample, whether the step's loss is one call or several terms.
 
         Raises:
-            SkippedBatchError: If the step returns nothing.
-            InseparableLossError: If the loss is no sum of one term for each sample.
+            SkippedBatchError: If the step returns None.
+            InseparableLossError: If the loss is not a sum of one term for each sample.
             ValueError: If ``loss_fn`` does not return one loss for each sample.
         """
         if self.asked.loss_fn is not None:
@@ -60,12 +60,12 @@ class Look:
             try:
                 call = self._whole_call(capture, output)
                 return SampleLosses(call.losses if keep_graph else call.losses.detach(), call)
-            except (RuntimeError, ValueError) as error:  # there is more than one call, or none
+            except (RuntimeError, ValueError) as error:  # the loss is not one call: try its terms
                 self.memory["calls"] = [call.name for call in capture.calls]
                 try:
                     return self._by_terms(keep_graph)
                 except InseparableLossError:
-                    if isinstance(error, ValueError):  # which knows more of why there are too few rows
+                    if isinstance(error, ValueError):  # it explains better why there are too few rows
                         raise error from None
                     raise
         if "terms" in self.memory:
@@ -74,7 +74,7 @@ class Look:
         return SampleLosses(call.losses, call)
 
     def _by_terms(self, keep_graph: bool) -> SampleLosses:
-        """Return the losses by the graph of what the step returns."""
+        """Return the losses from the autograd graph of the step's loss."""
         trace = trace_of(self.pl_module, len(self.indices), keep_graph)
         with torch.enable_grad():
             with trace:
@@ -89,15 +89,15 @@ class Look:
 
     @property
     def _is_first(self) -> bool:
-        """Whether no batch has shown so far of what the step's loss consists, and it matters."""
+        """Whether it is still unknown if the step's loss is one call or several terms, and it matters."""
         return self.asked.loss_index is None and not self.memory.keys() & {"whole", "terms"}
 
     def loss(self, keep_graph: bool = False) -> LossCall:
-        """Run the step and return the call of its loss.
+        """Run the step and return its loss call.
 
         Raises:
-            SkippedBatchError: If the step returns nothing.
-            RuntimeError: If no loss is seen, or only a part of it.
+            SkippedBatchError: If the step returns None.
+            RuntimeError: If no loss is captured, or only a part of it.
             ValueError: If ``outputs_fn`` does not return logits and labels.
         """
         if self.asked.outputs_fn is not None:
@@ -113,7 +113,7 @@ class Look:
         capture = self._captured(keep_graph)
         several = len(capture.calls) + len(capture.unread) > 1
         if loss_index is None and several and not any(call.has_graph for call in capture.calls):
-            # Only with a graph the loss can be told from what a step computes for its log.
+            # Only a graph distinguishes the loss from values that the step computes for its logs.
             found = self._captured(with_graph=True)
             loss_index = self.memory["loss_index"] = found.calls.index(only_loss(found, self.asked))
         return only_loss(capture, self.asked, loss_index)
@@ -147,13 +147,13 @@ class Look:
         except RuntimeError:
             if with_graph:
                 raise
-        # A step that differentiates something itself, as a gradient penalty does, needs a graph.
+        # A step that differentiates something itself, such as a gradient penalty, needs a graph.
         found = self._captured(with_graph=True)
         self.memory["needs_graph"] = True
         return found
 
     def gradient_norms(self) -> tuple[Tensor, SampleLosses]:
-        """Return the norm of every sample's own gradient, and the losses."""
+        """Return the gradient norm of every sample, and the losses."""
         if self._is_first and self.asked.loss_fn is None:
             self.losses()
         if "norms" not in self.memory:
@@ -167,13 +167,15 @@ class Look:
         try:
             with torch.enable_grad():
                 return self.memory["norms"](losses), found[0]
-        except (RuntimeError, ValueError) as error:  # of the step, perhaps, so its words stay as they are
+        except (RuntimeError, ValueError) as error:  # it may be the step's own error, so only a note is added
             display_name, way_out = self.asked.display_name, self.asked.way_out
-            error.add_note(f"{display_name} measured the gradient of each sample. Use another score, or {way_out}.")
+            error.add_note(
+                f"{display_name} was measuring the gradient of each sample. Use another score, or {way_out}."
+            )
             raise
 
     def features(self) -> tuple[Tensor, LossCall, nn.Linear]:
-        """Return what the last linear layer takes in, the loss of what it gives out, and the layer.
+        """Return the input of the last linear layer, the loss call on its output, and the layer.
 
         Raises:
             ValueError: If the logits are not the output of an ``nn.Linear``.
@@ -192,6 +194,7 @@ class Look:
             if isinstance(output, Tensor) and output.data_ptr() == call.input.data_ptr():
                 return taken_in.detach(), call, layer
         raise ValueError(
-            f"{self.asked.display_name} needs the features of the last layer for this score, and the logits of "
-            f"{type(self.pl_module).__name__} are not the output of an nn.Linear. Use another score, or {self.asked.way_out}."
+            f"{self.asked.display_name} needs the features of the last layer for this score, but the logits of "
+            f"{type(self.pl_module).__name__} are not the output of an nn.Linear. Use another score, or "
+            f"{self.asked.way_out}."
         )

@@ -1,11 +1,12 @@
-"""Reading, or reweighting, the loss of every sample in the training steps of a module.
+"""Read or reweight the loss of every sample in the training steps of a module.
 
-Several techniques may read the losses of one module; at most one may reweight. Weights act in the backward pass: what the
-step returns and logs as its loss stays the plain loss. Where one call of a loss of ``torch.nn.functional`` is the whole
-loss, only that call is watched (:class:`~lightning_grad.core.losses.weighted_steps.WeighingCapture`); else the whole step is
-traced, and the graph of what it returns tells what each sample contributes
-(:class:`~lightning_grad.functional.LossTrace`). Which of both is decided once, by a quiet run of the first step
-(:func:`choose_way`); how each of them weights stands in ``weighted_steps.py``.
+Several techniques may read the losses of one module; at most one may reweight them. Weights act in
+the backward pass: the loss that the step returns and logs stays the plain loss. If one call of
+``torch.nn.functional`` is the whole loss, only that call is captured
+(:class:`~lightning_grad.core.losses.weighted_steps.WeighingCapture`). Otherwise the whole step is
+traced, and the autograd graph of its loss shows the contribution of each sample
+(:class:`~lightning_grad.functional.LossTrace`). A quiet run of the first step decides between the
+two (:func:`choose_way`); ``weighted_steps.py`` implements them.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from lightning_grad.utilities.checks import is_sharded
 
 
 def choose_way(step: ways.Step, weighing: ways.Weighing) -> ways.Way | None:
-    """Return how the samples of a module's steps are weighted; ``None`` if the step has no loss to tell it by.
+    """Return the way to weight the samples of a module's steps; ``None`` if this step returns no loss.
 
     Raises:
-        InseparableLossError: If the loss is no sum of one term for each sample.
-        RuntimeError: If the loss cannot be seen.
+        InseparableLossError: If the loss is not a sum of one term for each sample.
+        RuntimeError: If the loss cannot be captured.
         ValueError: If its rows do not divide by the number of samples.
     """
     asked = weighing.asked
@@ -45,7 +46,8 @@ def choose_way(step: ways.Step, weighing: ways.Weighing) -> ways.Way | None:
         return ways.ByFunction(weighing, asked.loss_fn)
     by_call = ways.ByCall(asked, weighing.reweight)
     trainer = step.module._trainer
-    # The parts of a sharded module have no parameters of their own to look at, and a manual step also trains.
+    # Only a call can be weighted in a sharded module, whose parts have no parameters to trace, and
+    # in a manual step, which cannot be run without training.
     if asked.loss_index is not None or trainer is None or is_sharded(trainer) or not step.may_skip:
         return by_call
     with quiet(trainer, step.module, evaluate=False, advice=f", or {asked.way_out}"), eager(), torch.enable_grad():
@@ -53,7 +55,7 @@ def choose_way(step: ways.Step, weighing: ways.Weighing) -> ways.Way | None:
         with capture:
             output = step.run_on_copies()
         if output is None:
-            return None  # the next step that has a loss tells
+            return None  # the next step with a loss decides
         loss = sample_losses.trained_loss(output, asked.needs_losses())
         try:
             sample_losses.refuse_rest(capture, capture.only(), output, asked)
@@ -64,31 +66,33 @@ def choose_way(step: ways.Step, weighing: ways.Weighing) -> ways.Way | None:
 
 
 def choose_again(step: ways.Step, weighing: ways.Weighing, way: ways.ByCall) -> ways.Way:
-    """Return how samples are weighted from here on, after a step that computed its loss otherwise than the first.
+    """Return the way to weight samples after a step whose loss was computed differently from the first.
 
-    A schedule may add a term when its time comes. In the step that showed it only the call was weighted.
+    For example, a schedule may add a term during training. In the step that showed it, only the
+    call was weighted.
 
     Raises:
-        InseparableLossError: If the loss is no sum of one term for each sample any more.
-        RuntimeError: If it cannot be seen.
+        InseparableLossError: If the loss is no longer a sum of one term for each sample.
+        RuntimeError: If it cannot be captured.
     """
-    more = "training_step returns more than the one call of a loss that it returned at first"
+    more = "training_step returns more than the one loss call that it returned at first"
     trainer = step.module._trainer
-    # A step may talk to the other ranks, and on these it may be of the same form as ever.
+    # With several ranks the step is not run again: it may communicate, and other ranks may not have
+    # seen a change.
     found = way if trainer is None or trainer.world_size > 1 else choose_way(step, weighing)
     if found is None:
-        return way  # a later step tells
+        return way  # a later step decides
     if not isinstance(found, ways.ByCall):
         rank_zero_warn(
-            f"{weighing.asked.display_name}: {more}. In the step before only that call was weighted; from this one on "
-            "the whole loss is."
+            f"{weighing.asked.display_name}: {more}. In the previous step only that call was weighted; from this step "
+            "on the whole loss is."
         )
         return found
     if way.changed is not None and way.changed not in found.outlines:
         rank_zero_warn(
-            f"{weighing.asked.display_name}: in some steps {more}, and only that call is weighted in these. Ignore it if "
-            "what they add is the same for all samples. Otherwise let each step add it, with a factor of 0 where it does "
-            "not count."
+            f"{weighing.asked.display_name}: in some steps {more}, and only that call is weighted in them. Ignore "
+            "this warning if the other terms are the same for all samples. Otherwise add them in every step, with a "
+            "factor of 0 where they do not apply."
         )
         found.outlines.add(way.changed)
     found.outlines |= way.outlines
@@ -97,24 +101,24 @@ def choose_again(step: ways.Step, weighing: ways.Weighing, way: ways.ByCall) -> 
 
 
 def _try_function(step: ways.Step, loss_fn: given.GivenFunction, display_name: str) -> None:
-    """Ask the function once, also where the first steps are not weighted."""
+    """Call the function once to check it, even if the first steps are not weighted."""
     with aside(step.module), torch.enable_grad():
         losses = given.with_graph(
             given.checked_losses(loss_fn(step.module, copy_of(step.batch)), step.samples), display_name
         )
     if len(losses) and not bool(losses.isfinite().any()):
         raise ValueError(
-            f"{display_name} weights the losses that loss_fn returns, and in the first batch none of them is finite. Let "
+            f"{display_name} weights the losses of loss_fn, but in the first batch none of them is finite. Make "
             "loss_fn return the losses whose mean training_step returns."
         )
 
 
 def _terms_after(error: Exception, step: ways.Step, asked: given.LossRequest, capture: WholeLossCapture) -> Terms:
-    """Return the terms of a step that is not one call of a loss, as an error says."""
+    """Return the terms of a step whose loss is not one call; ``error`` is the reason why it is not."""
     if step.samples is None:
         raise RuntimeError(
-            "The loss is more than one call of a loss, the batch holds tensors of different lengths, and no sampler of torch "
-            f"tells how many samples are in it. {asked.needs_losses()}"
+            "The loss is more than one loss call, and the number of samples is unknown: the batch holds tensors of "
+            f"different lengths, and no sampler of torch tells the number. {asked.needs_losses()}"
         ) from None
     ways_out = asked.needs_losses(capture.calls[0].name if capture.calls else "")
     trace = sample_losses.trace_of(step.module, step.samples)
@@ -127,7 +131,7 @@ def _terms_after(error: Exception, step: ways.Step, asked: given.LossRequest, ca
         except InseparableLossError as found:
             raise InseparableLossError(found.function, found.location, f"{found.reason} {ways_out}") from None
     except InseparableLossError:
-        if isinstance(error, ValueError):  # which knows more of why there are too few rows
+        if isinstance(error, ValueError):  # it explains better why there are too few rows
             raise ValueError(f"{asked.display_name} weights the loss of each sample. {error}") from None
         raise
     terms.release()
@@ -143,16 +147,17 @@ def read_losses(
     asked: given.LossRequest = given.ANY_LOSS,
     samples: Callable[[Any], int | None] | None = None,
 ) -> Any:
-    """Call ``reader`` with the loss of every training step, after it.
+    """Call ``reader`` with the loss call of every training step, after the step.
 
     Args:
         pl_module: The module.
-        reader: Gets the call of the loss.
-        asked: What is asked of the losses of the step. ``outputs_fn`` is called once more after each.
-        samples: Returns the number of samples of a batch, ``None`` if it is not known. Default: the length of its tensors.
+        reader: Function that gets the loss call.
+        asked: Requirements on the losses. ``outputs_fn``, if set, is called after each step.
+        samples: Function (batch) -> number of samples, ``None`` if unknown. Default: the length of
+            its tensors.
 
     Returns:
-        Callable: Takes the reader away.
+        Callable: Removes the reader.
     """
     tap = _tap_of(pl_module)
     tap.samples = samples or tap.samples
@@ -173,23 +178,25 @@ def reweight_losses(
 
     Args:
         pl_module: The module.
-        reweight: Gets the losses, and returns a weight for each sample, or ``None`` to leave them alone.
-        asked: What is asked of the losses of the step. ``loss_fn`` costs a second forward and backward pass.
-        samples: As in :func:`read_losses`, whose count holds where there are both: a reader credits samples by their index.
-        acts: Whether it will ever need a loss. The first step then shows whether the loss can be seen.
-        needs: Tells whether it needs the losses of the present step; one that does not runs as if there were no tap.
+        reweight: Function (losses) -> weight of each sample, or ``None`` to change nothing.
+        asked: Requirements on the losses. ``loss_fn`` costs a second forward and backward pass.
+        samples: As in :func:`read_losses`, whose function takes precedence if both are set.
+        acts: Whether it will need losses in any step. If so, the first step checks that they can be
+            captured.
+        needs: Function that returns True if the current step needs losses; other steps run as
+            without a tap.
 
     Returns:
-        Callable: Takes the weighting away.
+        Callable: Removes the weighting.
 
     Raises:
-        ValueError: If the module's samples are weighted already.
+        ValueError: If another technique already weights the module's samples.
     """
     tap = _tap_of(pl_module)
     if tap.weighing is not None:
         raise ValueError(
-            f"{tap.weighing.asked.display_name} and {asked.display_name} would both weight the samples of a batch. Keep "
-            "one of them in the list of callbacks."
+            f"{tap.weighing.asked.display_name} and {asked.display_name} would both weight the samples of a batch. "
+            "Keep one of them in the list of callbacks."
         )
     tap.weighing = ways.Weighing(reweight, asked, acts, needs)
     if tap.samples is batch_size_of:
@@ -205,17 +212,18 @@ def _tap_of(pl_module: pl.LightningModule) -> _LossTap:
 
 @dataclass(eq=False)
 class _Reader:
-    """One that reads the losses of the steps; see :func:`read_losses`."""
+    """A reader of losses; see :func:`read_losses`."""
 
     read: Callable[[LossCall], None]
     asked: given.LossRequest
     by_classes: bool
-    has_checked: bool = False  # the labels of outputs_fn
-    # Which call classifies, by all calls of a step: looked at once, as it may wait for the device.
+    has_checked: bool = False  # whether the labels of outputs_fn were checked
+    # The index of the classification loss for each set of calls: found once, because it may sync
+    # with the device.
     known: dict[tuple[tuple[str, bool, bool], ...], int | None] = field(default_factory=dict)
 
     def call_of(self, capture: LossCapture, step: ways.Step) -> LossCall:
-        """Return what it is given of a step that has run."""
+        """Return the loss call of a finished step for this reader."""
         if self.asked.outputs_fn is not None:
             assert step.samples is not None
             check, self.has_checked = not self.has_checked, True
@@ -231,14 +239,14 @@ class _Reader:
 
 
 class _LossTap:
-    """The capture around one module's ``training_step``, there as long as it has a reader or a weighting."""
+    """The wrapper of one module's ``training_step``; it exists while it has a reader or a weighting."""
 
     def __init__(self, pl_module: pl.LightningModule) -> None:
         self.readers: list[_Reader] = []
         self.weighing: ways.Weighing | None = None
         self.samples: Callable[[Any], int | None] = batch_size_of
-        self._way: ways.Way | None = None  # in which samples are weighted, once a step has shown it
-        self._has_loss = False  # as some step has shown
+        self._way: ways.Way | None = None  # the way to weight samples, chosen in the first step with a loss
+        self._has_loss = False  # whether a step has returned a loss
         may_skip = pl_module.automatic_optimization
 
         def around(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -261,7 +269,8 @@ class _LossTap:
 
     def _run(self, step: ways.Step) -> Any:
         if step.samples == 0:
-            # None of the samples that are watched: another loader's batch, or a tuner that tries a few steps.
+            # The batch holds no samples of this training set: it is another loader's, or a tuner's
+            # trial step.
             return step.run()
         weighing = self.weighing
         needs = weighing is not None and weighing.needs()

@@ -1,4 +1,4 @@
-"""What it costs to run a step on one sample at a time, and whether that gives the losses of a batch at all."""
+"""Measure the cost of running a step on one sample at a time, and check that it gives the losses of a batch."""
 
 import time
 from collections.abc import Callable
@@ -9,31 +9,33 @@ from lightning_grad.core.losses.rehearsal import Rehearsal
 from lightning_grad.core.losses.sample_losses import loss_of_output
 from lightning_grad.core.losses.scoring import runner, to_device
 
-_TRIED = 16  # samples of a batch whose losses are compared
+_TRIED = 16  # number of samples whose losses are compared with their batch
 _REPEATS = 3
 
 
 def cost_of_single_samples(rehearsal: Rehearsal, with_gradient: bool = False) -> tuple[float, int] | None:
-    """Measure how many times as long a pass takes that runs the step on one sample at a time.
+    """Measure the slowdown of a pass that runs the step on one sample at a time.
 
-    A factor from a machine of ours would say nothing: it is the batch size where a batch takes no longer than a sample, as
-    on a GPU, and near 1 where a sample keeps the processor busy. So the user's own step is timed, on the user's own
-    device. It is called only to complete a refusal, where a few runs of the step do not matter.
+    The factor depends on the hardware: it is the batch size if a batch takes no longer than a
+    sample, as on a GPU, and near 1 if one sample keeps the processor busy. So the user's own step
+    is timed on the user's device. This is called only to complete an error message, so a few runs
+    of the step do not matter.
 
     Args:
         rehearsal: Runs the step.
         with_gradient: Whether the pass needs the gradient of the loss.
 
     Returns:
-        tuple: The factor and the size of the batches that it relates to; ``None`` if the step fails on one sample, or if
-        the mean over single samples is not the loss of their batch.
+        tuple: The factor, and the batch size that it relates to; ``None`` if the step fails on one
+            sample, or the mean over
+        single samples is not the loss of their batch.
     """
     assert rehearsal.training_set is not None
     batch = rehearsal.mine[: rehearsal.training_set.sampler.batch_size].tolist()
     try:
         rehearsal.check_alone(most=_TRIED)
         of_batch, of_one = (_seconds(rehearsal, chosen, with_gradient) for chosen in (batch, batch[:1]))
-    except Exception:  # of the step, whatever it is; who asks has an error of its own to raise
+    except Exception:  # the step may raise anything; the caller raises its own error
         return None
     return len(batch) * of_one / of_batch, len(batch)
 
@@ -49,7 +51,7 @@ def _seconds(rehearsal: Rehearsal, indices: list[int], with_gradient: bool) -> f
                 if with_gradient and loss is not None:
                     torch.autograd.grad(loss, parameters, allow_unused=True)
 
-        once()  # what is set up by the first run of a shape does not count
+        once()  # warm up: the first run of a shape includes setup
         return min(_timed(once) for _ in range(_REPEATS))
 
 
@@ -67,7 +69,7 @@ def _wait() -> None:
 
 
 def in_words(factor: float) -> str:
-    """Return a measured factor with no more digits than it deserves.
+    """Return a measured factor in words, rounded to one or two digits.
 
     Example:
         >>> in_words(1.04), in_words(3.21), in_words(387.0)

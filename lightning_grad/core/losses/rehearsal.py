@@ -1,9 +1,10 @@
-"""What a technique that credits losses to samples shows once, on one batch: that rows follow their samples.
+"""The rehearsal: check on one batch that rows of losses belong to the samples that a technique credits with them.
 
-Row b of a batch, of a loss or of scores is taken for the b-th sample that was drawn. A ``collate_fn`` that sorts, or a step
-that joins two views, breaks that without a sign. So the samples of one batch are run in other orders, in eval mode and
-without a trace, and what comes out must follow them. An order that is found for one batch says nothing of the next, as it
-depends on the data: where rows do not follow, the technique refuses.
+Row b of a batch, of a loss or of scores is credited to the b-th sample that was drawn. A
+``collate_fn`` that sorts, or a step that concatenates two views, breaks this silently. So the
+samples of one batch are run in other orders, in eval mode and without a trace, and the results must
+follow the order. If they do not, the technique raises an error: it cannot correct the order, which
+depends on the data and differs from batch to batch.
 
 ``row_order.py`` compares the rows.
 """
@@ -32,27 +33,31 @@ from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.batches import reordered
 from lightning_grad.utilities.checks import is_sharded
 
-_ALONE = 16  # samples that are run in batches of one
-_DRAWS = 4  # of samples, until a batch of them has a loss
+_ALONE = 16  # number of samples that are run in batches of one
+_DRAWS = 4  # number of batches to try until one has a loss
 _KINDS: tuple[SampleLoss, SampleLoss] = ("share", "own")
 
 
 @dataclass
 class Rehearsal:
-    """Runs one batch of a training set in several orders, and raises where rows do not follow their samples.
+    """Runs one batch of a training set in several orders, and raises if rows do not follow their samples.
 
     Args:
-        trainer: The trainer, in a fit.
+        trainer: The trainer, during a fit.
         pl_module: Its module.
-        asked: What is asked of the losses of the step.
-        training_set: The training set; without it only :meth:`check_batch` and :meth:`check_whole_loss` can be called.
-        dataset: Read the samples here instead, at the same indices.
-        measure: What is measured of a batch in place of its loss.
-        runs_the_step: Whether the step may be run at all; else only the tensors of the batch are compared.
-        by_terms: Whether the loss of each sample is all that has to be known, so that it may come from several terms.
+        asked: Requirements on the losses of the step.
+        training_set: The training set. Without it, only :meth:`check_batch` and
+            :meth:`check_whole_loss` can be called.
+        dataset: Data set to read the samples from instead, at the same indices.
+        measure: Measure to check instead of the loss.
+        runs_the_step: Whether the step may be run; if not, only the tensors of the batch are
+            compared.
+        by_terms: Whether only the loss of each sample is needed, which may then come from several
+            terms.
 
     Attributes:
-        kind: What the loss of a sample alone is, where it comes from several terms; ``None`` if neither fits.
+        kind: Definition of a sample's loss that comes from several terms: the one that equals the
+            sample's loss in a batch of one. ``None`` if neither does.
     """
 
     trainer: pl.Trainer
@@ -67,24 +72,25 @@ class Rehearsal:
 
     def __post_init__(self) -> None:
         given = {"score_fn": self.measure, "loss_fn": self.asked.loss_fn, "outputs_fn": self.asked.outputs_fn}
-        # What takes the place of the step; empty if nothing does.
+        # Name of the argument that replaces the step; empty if there is none.
         self._function = next((name for name, function in given.items() if function is not None), "")
         self._is_coarse = "16" in str(self.trainer.precision)
         self._exactness = 5e-2 if self._is_coarse else 1e-3
         self._rows = row_order.RowComparison(self.asked, self._exactness, self._function)
 
     def check_loader(self, in_training: bool = False) -> None:
-        """Check the rows of batches that ``collate_fn`` makes of the training set's samples.
+        """Check the rows of batches that ``collate_fn`` makes from the training set's samples.
 
         Args:
-            in_training: Whether losses are read in training, so that those in training mode are looked at too.
+            in_training: Whether losses are read in training, so that the loss in training mode is
+                checked too.
 
         Raises:
-            RuntimeError: If rows do not follow the samples, or the loss is seen only in part.
+            RuntimeError: If rows do not follow the samples, or only a part of the loss is captured.
         """
         training_set = self._samples
         if training_set.loader.batch_sampler is None:
-            self._rows.maker = "the data set"  # which takes lists of indices
+            self._rows.maker = "the data set"  # it takes lists of indices
         runs = self._function != "" or (self.runs_the_step and training_set.is_whole_batch)
         size = min(training_set.sampler.batch_size, len(training_set.sampler.population) // self.trainer.world_size)
         if not size:
@@ -112,16 +118,16 @@ class Rehearsal:
                         self.check_whole_loss(batch, size)
                 return
         rank_zero_warn(
-            f"{self.asked.display_name} cannot see whether rows follow the samples: {_DRAWS} batches in a row had no "
-            "loss. Let collate_fn and training_step return something for more batches, to have it checked."
+            f"{self.asked.display_name} cannot check that rows follow the samples, because {_DRAWS} batches in a row "
+            "had no loss. Make collate_fn and training_step return something for more batches."
         )
 
     def _kind_of(self, whole: row_order.Seen | None, alone: list[Tensor | None]) -> SampleLoss:
-        """Return what the loss of a sample is: that which the step returns for it in a batch of its own.
+        """Return the definition of a sample's loss by which it equals the step's loss in a batch of one.
 
         Args:
-            whole: What a batch shows.
-            alone: What the step returns for its first samples alone.
+            whole: Rows of the whole batch.
+            alone: Losses of the step for its first samples alone.
         """
         if whole is None or whole.terms is None or None in alone:
             fits = [False, False]
@@ -133,22 +139,22 @@ class Rehearsal:
             floor = self._exactness * row_order.largest(solo[known])
             fits = [row_order.is_close(values[known], solo[known], self._exactness, floor) for values in (shares, own)]
         flags = torch.tensor(fits, dtype=torch.float32, device=self.trainer.strategy.root_device)
-        ranks = sum_over_ranks(self.trainer, flags).tolist()  # all must take the same
+        ranks = sum_over_ranks(self.trainer, flags).tolist()  # all ranks must choose the same
         return next((kind for kind, count in zip(_KINDS, ranks, strict=True) if count == self.trainer.world_size), None)
 
     def check_means(
         self, means: Callable[[list[int]], float], name: str, with_constant: bool = True, most: int | None = None
     ) -> None:
-        """Raise unless the mean over single losses is the loss that the step returns, on two batches.
+        """Raise unless the mean over losses of samples is the loss of the step, on two batches.
 
         Args:
-            means: Returns the mean for the samples with these indices.
-            name: What the losses come from, for errors.
-            with_constant: Whether both may differ by a constant.
-            most: Number of samples of a batch at most.
+            means: Function (indices) -> mean loss of these samples.
+            name: Source of the losses, for errors.
+            with_constant: Whether the two may differ by a constant.
+            most: Largest number of samples in a batch.
 
         Raises:
-            ValueError: If it is not.
+            ValueError: If they differ.
         """
         mine = self.mine
         size = min(self._samples.sampler.batch_size, max(1, len(mine) // 2), most or len(mine))
@@ -161,16 +167,17 @@ class Rehearsal:
                 pairs.append((mean, float(loss)))
             if len(pairs) == 2:
                 break
-        # Losses at the start of a run are all alike, and so are means over batches. GPUs round products coarsely (TF32).
+        # At the start of a run all losses, and so all means, are similar: the tolerance must be
+        # small. GPUs round products coarsely (TF32), so theirs is larger.
         is_fine = self.trainer.strategy.root_device.type == "cpu" and not self._is_coarse
         exactness, advice = 1e-4 if is_fine else self._exactness, "" if self.asked.loss_fn else self.asked.advice
         refuse_other_means(pairs, self.asked.display_name, name, exactness, with_constant, advice)
 
     def check_function(self) -> None:
-        """Raise unless the mean of ``loss_fn`` is the loss of the step up to a constant.
+        """Raise unless the mean of ``loss_fn`` equals the loss of the step up to a constant.
 
         Raises:
-            ValueError: If it is not.
+            ValueError: If it does not.
         """
 
         def mean(indices: list[int]) -> float:
@@ -182,13 +189,13 @@ class Rehearsal:
         self.check_means(mean, "loss_fn")
 
     def check_alone(self, most: int | None = None) -> None:
-        """Raise unless batches of one sample have the losses of larger ones.
+        """Raise unless the losses of single samples average to the losses of batches.
 
         Args:
-            most: Number of samples that the larger ones have at most.
+            most: Largest number of samples in a batch.
 
         Raises:
-            ValueError: If they have not.
+            ValueError: If they do not.
             RuntimeError: If the step cannot be run on one sample.
         """
 
@@ -200,12 +207,13 @@ class Rehearsal:
         self.check_means(mean, "scores_by='sample'", with_constant=False, most=most)
 
     def check_batch(self, batch: Any, samples: int) -> bool:
-        """Check that the rows of a loss that stand together are those of one sample; return whether there was a loss.
+        """Check that adjacent rows of a loss belong to one sample; return True if the batch has a loss.
 
-        In which order the samples stand does not matter to who credits no index with anything.
+        This is for techniques that credit nothing to sample indices: the order of the samples does
+        not matter.
 
         Raises:
-            RuntimeError: If they are not.
+            RuntimeError: If adjacent rows belong to different samples.
         """
         memory: dict[str, Any] = {}
 
@@ -221,10 +229,10 @@ class Rehearsal:
         return True
 
     def check_whole_loss(self, batch: Any, samples: int | None) -> None:
-        """Run the step on a batch in training mode, and raise if its loss is seen only in part.
+        """Run the step on a batch in training mode, and raise if only a part of its loss is captured.
 
         Raises:
-            RuntimeError: If it is, or if the step changes a parameter.
+            RuntimeError: In that case, or if the step changes a parameter.
         """
         asked = self.asked
         if asked.loss_index is not None:
@@ -246,7 +254,7 @@ class Rehearsal:
                     refuse_rest(capture, call, output, asked)
                 except (RuntimeError, ValueError):
                     if self.by_terms and not is_sharded(self.trainer):
-                        return  # the step itself was looked at, and has several terms
+                        return  # the loss has several terms, which have been checked already
                     raise
                 self._rows.refuse_moved(self._rows.targets, row_order.rows_of_call(call).get("target"), "target")
 
@@ -264,17 +272,19 @@ class Rehearsal:
     def _seed(self, seed: int) -> None:
         seed_streams(seed)
         for module in self.pl_module.modules():
-            seed_generators(module, seed, depth=1)  # no further: the module knows its Trainer
+            seed_generators(module, seed, depth=1)  # no deeper: the module refers to its Trainer
 
     @contextmanager
     def loaded(self, indices: list[int], order: Tensor | None = None, seed: int = 0) -> Iterator[Any]:
-        """Give the batch of some samples, as ``collate_fn`` makes it of them in an order, in a quiet module."""
+        """Yield the batch of some samples in an order, as ``collate_fn`` makes it, in a quiet module."""
         loader, places = self._samples.loader, range(len(indices)) if order is None else order.tolist()
-        takes_lists = loader.batch_sampler is None  # the data set makes the batch of a list of indices
+        takes_lists = loader.batch_sampler is None  # the data set makes the batch from a list of indices
         chosen = [indices[place] for place in places] if takes_lists else indices
 
         def collate(items: Any) -> Any:
-            seed_streams(seed)  # the items are read with the same random numbers each time, in the same order
+            # Only the order given to collate_fn changes: the items are always read in the same
+            # order, with the same random numbers.
+            seed_streams(seed)
             seed_generators(loader.collate_fn, seed)
             return loader.collate_fn(items if takes_lists else [items[place] for place in places])
 
@@ -292,7 +302,7 @@ class Rehearsal:
 
     @property
     def mine(self) -> Tensor:
-        """The samples of this rank."""
+        """Indices of this rank's samples."""
         return self._samples.sampler.population[self.trainer.global_rank :: self.trainer.world_size]
 
     def _run(self, batch: Any, samples: int, memory: dict[str, Any], seen: row_order.Seen) -> row_order.Seen | None:
@@ -325,22 +335,23 @@ class Rehearsal:
     def _alone(self, index: int, strict: bool = False) -> Tensor | None:
         try:
             return self._loss_of([index])
-        except Exception as error:  # a batch of one may be impossible: a deviation over the batch, a squeeze
+        except Exception as error:  # a batch of one may be impossible, for example with batch statistics or squeeze()
             if not strict:
                 return None
             raise RuntimeError(
-                f"{self.asked.display_name} would run training_step on one sample at a time, and it fails on the sample "
-                f"{index} alone: {type(error).__name__}: {error}. Let it run on batches of one, or {self.asked.way_out}."
+                f"{self.asked.display_name} must run training_step on one sample at a time, but it fails on sample "
+                f"{index} alone: {type(error).__name__}: {error}. Make it run on batches of one, or "
+                f"{self.asked.way_out}."
             ) from error
 
     def _row_alone(self, batch: Any, samples: int, row: int) -> Tensor | None:
         try:
             with self._quiet(0):
                 return self._loss_alone(reordered(copy_of(batch), torch.tensor([row]), samples))
-        except Exception:  # as above, or rows that are not one a sample
+        except Exception:  # as above, or the batch does not have one row per sample
             return None
 
     def _loss_alone(self, batch: Any) -> Tensor | None:
-        with torch.enable_grad():  # a step may differentiate
+        with torch.enable_grad():  # the step may differentiate something itself
             loss = loss_of_output(runner(self.trainer, self.pl_module, batch)())
         return None if loss is None or loss.numel() != 1 else loss.detach().reshape(())

@@ -1,6 +1,7 @@
-"""Whether what a step makes of a batch follows its samples into another order, and the words for steps where it does not.
+"""Compare rows of a batch run in several orders, and raise if they do not follow their samples.
 
-The questions to rows are pure functions of tensors; :class:`RowComparison` asks them of runs of one batch.
+The comparisons are pure functions of tensors; :class:`RowComparison` applies them to runs of one
+batch.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +20,11 @@ from lightning_grad.utilities.batches import map_tensors
 
 
 def orders_of(samples: int) -> Iterator[Tensor]:
-    """Yield orders of a batch that together show every other order than that of the samples: the first moves each sample.
+    """Yield orders of a batch that together reveal any rearrangement of its samples; the first one moves every sample.
 
-    An order that does not depend on the data, such as the reverse, shows only if it does not commute with these. No order but
-    the samples' own commutes with both, from three samples on.
+    A rearrangement that does not depend on the data, such as reversal, is revealed only by an order
+    that does not commute with it. With three or more samples, only the identity commutes with both
+    orders.
 
     Example:
         >>> [order.tolist() for order in orders_of(4)]
@@ -35,7 +37,7 @@ def orders_of(samples: int) -> Iterator[Tensor]:
 
 
 def follows(before: Tensor, after: Tensor, order: Tensor, tolerance: float = 0.0, floor: float = 0.0) -> bool | None:
-    """Return whether rows stand in another order, ``None`` if they are too alike to tell.
+    """Return True if rows follow the samples into another order, ``None`` if they are too similar to decide.
 
     Example:
         >>> rows, order = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 2, 0])
@@ -53,13 +55,13 @@ def follows(before: Tensor, after: Tensor, order: Tensor, tolerance: float = 0.0
 
 
 def is_close(one: Tensor, other: Tensor, tolerance: float, floor: float = 0.0) -> bool:
-    """Return whether two tensors are equal, up to what another order of summation may change.
+    """Return True if two tensors are equal up to rounding errors of another summation order.
 
     Args:
         one: Any tensor.
-        other: Another.
-        tolerance: Relative to an entry, and to the median entry.
-        floor: A difference that never counts.
+        other: Another tensor.
+        tolerance: Tolerance relative to each entry, and to the median entry.
+        floor: Absolute tolerance.
 
     Example:
         >>> x = torch.tensor([1.0, torch.nan, 100.0])
@@ -79,7 +81,7 @@ def is_close(one: Tensor, other: Tensor, tolerance: float, floor: float = 0.0) -
 
 
 def same_rows(before: Tensor, after: Tensor, tolerance: float = 0.0, floor: float = 0.0) -> bool | None:
-    """Return whether the same rows are there, in whichever order; ``None`` if they are too alike to tell.
+    """Return True if two tensors have the same rows in any order, ``None`` if the rows are too similar to decide.
 
     Example:
         >>> rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -114,15 +116,16 @@ def rows_of_batch(batch: Any, samples: int) -> list[Tensor]:
 
 
 def rows_of_call(call: LossCall) -> dict[str, Tensor]:
-    """Return the losses of the positions of each sample, (B, P), and a few numbers that tell what the loss got of it.
+    """Return the losses of the positions of each sample, (B, P), and numbers that identify the inputs of its loss.
 
-    The losses decide. Where all of them are alike, or drawn at random, the rest has to tell the samples apart; targets that
-    are positions in the batch, as contrastive losses have them, cannot: they rightly follow no order.
+    The losses decide. If they are all similar or random, the inputs distinguish the samples.
+    Targets that are positions in the batch, as in contrastive losses, are omitted: they do not
+    depend on the order of the samples.
     """
     options = {**call.options, "reduction": "none"}
     positions = getattr(F, call.name)(input=call.input, target=call.target, **options)
     found = {"value": call.rows(positions)}
-    # Each row's target may be its own place in the batch.
+    # In contrastive losses, the target of each row may be its own position in the batch.
     is_order = call.has_class_indices and torch.equal(call.target, torch.arange(call.target.numel()).to(call.target))
     for name, value in (("input", call.input), ("target", call.target)):
         if name == "target" and is_order:
@@ -133,9 +136,10 @@ def rows_of_call(call: LossCall) -> dict[str, Tensor]:
 
 
 def rows_of_terms(terms: Terms) -> dict[str, Tensor]:
-    """Return what the samples contribute to each sum of a loss, (B, sums at that place), by its place in the step.
+    """Return the contributions of the samples to each sum in a loss, (B, sums), by the sum's location in the step.
 
-    Each place is compared, not their sum, in which a small term that does not follow would be lost.
+    Each location is compared separately, because a small term that does not follow would be lost in
+    the total.
     """
     found: dict[str, list[Tensor]] = {}
     for term in terms.terms:
@@ -144,14 +148,14 @@ def rows_of_terms(terms: Terms) -> dict[str, Tensor]:
 
 
 def are_all_positions(call: LossCall) -> bool:
-    """Return whether the targets are the places of all rows in the batch, in whichever order: each row is to find another."""
+    """Return True if the targets are the positions of all rows in the batch, in any order, as in contrastive losses."""
     places = torch.arange(call.target.numel(), device=call.target.device)
     is_square = call.input.dim() == 2 and call.input.shape[-1] == len(places)
     return is_square and torch.equal(call.target.flatten().sort().values, places)
 
 
 def size_of_input(call: LossCall) -> float:
-    """Return how large the numbers are that a loss is computed from; its rounding errors are a part of that."""
+    """Return the typical magnitude of a loss's inputs, to which its rounding errors are proportional."""
     entries = call.input.reshape(-1)
     some = entries[:: max(1, len(entries) // 4096)].abs().float()
     some = some[some.isfinite()]
@@ -159,12 +163,12 @@ def size_of_input(call: LossCall) -> float:
 
 
 def largest(values: Tensor) -> float:
-    """Return the size of the largest entry, not counting nan."""
+    """Return the largest absolute entry, ignoring nan."""
     return float(values.nan_to_num(0.0).abs().max()) if values.numel() else 0.0
 
 
 def _one_number(rows: Tensor) -> Tensor:
-    """Return one number for each row, which tells rows apart: logits of a vocabulary are too large to be copied often."""
+    """Return one number that identifies each row: copying the logits of a vocabulary would take too much memory."""
     flat = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
     flat = flat.float().nan_to_num(0.0).clamp(-1e4, 1e4)  # masked logits would hide the others
     return flat @ torch.arange(1.0, flat.shape[1] + 1, device=flat.device).cos()
@@ -173,24 +177,24 @@ def _one_number(rows: Tensor) -> Tensor:
 _EXACT = 1e-5
 _NAMES = {"value": "losses", "input": "input of the loss", "target": "target of the loss"}
 _PUT_BACK = (
-    "Put the rows back in the order of the samples before the loss, with all rows of a sample together: "
-    "torch.stack([x, x], 1).flatten(0, 1) in place of torch.cat([x, x])"
+    "Before the loss, restore the order of the samples, with all rows of a sample together: use "
+    "torch.stack([x, x], 1).flatten(0, 1) instead of torch.cat([x, x])"
 )
 _KEEP = (
-    "keep the order of the samples. Where a layer needs them sorted, let training_step sort, and put the rows "
-    "back before the loss; pack_padded_sequence(enforce_sorted=False) does both"
+    "keep the order of the samples. If a layer needs sorted samples, sort them in training_step and restore the order "
+    "before the loss; pack_padded_sequence(enforce_sorted=False) does both"
 )
 
 
 @dataclass
 class Seen:
-    """What one run of a batch shows of its samples.
+    """The rows found in one run of a batch.
 
     Args:
-        tensors: The tensors of the batch that have a row for each sample.
-        values: What the step made of each sample, (B, ...), by name.
-        floors: How much of each may be rounding, by name; 0 where it is not named.
-        terms: The terms that the values come from, where they are no call.
+        tensors: Tensors of the batch that have a row for each sample.
+        values: Results of the step for each sample, (B, ...), by name.
+        floors: Absolute tolerance of each value, by name; 0 if missing.
+        terms: Terms that the values come from, if they do not come from a call.
     """
 
     tensors: list[Tensor] = field(default_factory=list)
@@ -204,16 +208,16 @@ See = Callable[[Tensor, int], Seen | None]
 
 @dataclass
 class RowComparison:
-    """Compares what runs of the same samples in several orders show, and raises where rows do not follow their samples.
+    """Compares runs of the same samples in several orders, and raises if rows do not follow their samples.
 
     Args:
-        asked: What is asked of the step, for errors.
-        exactness: How much of what the network computes may be rounding, relative to it.
-        function: The argument that takes the place of the step; empty if none does.
-        maker: What makes a batch of the samples.
+        asked: Requirements on the step, for errors.
+        exactness: Relative tolerance of values that the network computes.
+        function: Name of the argument that replaces the step; empty if there is none.
+        maker: What makes a batch from samples, for errors.
 
     Attributes:
-        targets: What the loss got as target, in order, if nothing random is in it.
+        targets: Targets of the loss, in order, if they are not random.
     """
 
     asked: LossRequest
@@ -226,12 +230,14 @@ class RowComparison:
         """Compare the rows of some samples in their own order with those in other orders.
 
         Args:
-            see: Runs the samples in an order, with the random numbers of a seed; returns ``None`` if they have no loss.
-            samples: The number of samples.
-            in_order: Whether row b must be that of sample b; else the rows of a sample must only stand together.
+            see: Function (order, seed) that runs the samples; returns ``None`` if they have no
+                loss.
+            samples: Number of samples.
+            in_order: Whether row b must belong to sample b. If False, the rows of a sample must
+                only be adjacent.
 
         Returns:
-            bool: Whether there was anything to compare.
+            bool: False if the samples have no loss to compare.
 
         Raises:
             RuntimeError: If rows do not follow.
@@ -255,7 +261,8 @@ class RowComparison:
             values = _decisive({name: self._follow(first, other, name, order, in_order) for name in same})
             self._judge(tensors, values, in_order)
             verdicts += [*values.values(), *tensors]
-        # Each term has to be seen to follow; of a call, what it got and what it made of that tell the same.
+        # Every term must be shown to follow. For a call one value is enough: its inputs and losses
+        # agree.
         if len(same) < len(first.values) and (first.terms is not None or True not in values.values()):
             self._warn_of_noise(True in verdicts)
         return True
@@ -264,65 +271,66 @@ class RowComparison:
         if name not in other.values:
             return False
         own, others = first.values[name], other.values[name]
-        # The network does not compute the targets.
+        # Targets are not computed by the network, so they must be equal almost exactly.
         exactness = (_EXACT, 0.0) if name == "target" else (self.exactness, first.floors.get(name, 0.0))
         return follows(own, others, order, *exactness) if in_order else same_rows(own, others, *exactness)
 
     def refuse_moved(self, rows: Tensor | None, others: Tensor | None, name: str) -> None:
-        """Raise if two runs of the same samples have the same rows in different places, as where a step shuffles them."""
+        """Raise if two runs of the same samples have the same rows in different places: the step shuffles them."""
         if rows is None or others is None or is_close(others, rows, 1e-3):
             return
         if same_rows(rows, others, 1e-3):
-            self._refuse_step(name, "when the same samples came again")
+            self._refuse_step(name, "when the same samples were run again")
 
     def _refuse_step(self, name: str, when: str, in_order: bool = True) -> None:
-        taken = "the rows of a loss for the samples of the batch, in their order"
-        taken = taken if in_order else "rows of a loss that stand together for one sample"
+        needed = "the rows of the loss in the order of the samples"
+        needed = needed if in_order else "all rows of a sample next to each other in the loss"
         raise RuntimeError(
-            f"{self.asked.display_name} takes {taken}, and training_step arranges them otherwise: {when}, the "
-            f"{_NAMES.get(name, name)} did not follow. The step may sort, shuffle, join views by torch.cat, or leave out or "
-            f"repeat rows. {_PUT_BACK}. Or {self.asked.way_out}."
+            f"{self.asked.display_name} needs {needed}, but training_step arranges them differently: {when}, the "
+            f"{_NAMES.get(name, name)} did not follow. The step may sort, shuffle, drop or repeat rows, or "
+            f"concatenate views with torch.cat. {_PUT_BACK}. Or {self.asked.way_out}."
         )
 
     def _judge(self, tensors: Sequence[bool | None], values: Mapping[str, bool | None], in_order: bool) -> None:
         wrong = [name for name, follow in values.items() if follow is False]
-        # A collate_fn that reorders moves them all; one alone may be no row a sample, and as long as the batch by chance.
+        # A collate_fn that reorders moves all tensors. A single one may not hold rows of samples at
+        # all, and have the length of the batch by chance.
         moved = False in tensors and True not in tensors
         if moved and (wrong or True not in values.values()):
             raise RuntimeError(
-                f"{self.asked.display_name} takes row b of a batch for the b-th sample that was drawn, and {self.maker} "
-                "does not keep that order: with the same samples in another order, the rows of its batch did not "
-                f"follow. Let {self.maker} {_KEEP}."
+                f"{self.asked.display_name} needs the b-th sample drawn in row b of the batch, but {self.maker} "
+                "changes the order: when the same samples came in another order, the rows of the batch did not "
+                f"follow. Make {self.maker} {_KEEP}."
             )
         if wrong and self.function:
             what = {"score_fn": "score", "loss_fn": "loss", "outputs_fn": "row"}[self.function]
             several = {"score": "scores", "loss": "losses", "row": "rows"}[what]
             raise RuntimeError(
-                f"{self.asked.display_name} takes {what} b for the b-th sample that was drawn, and when the same samples "
-                f"came in another order, the {several} of {self.function} did not follow. Return one {what} for each "
-                "sample, in the order of the batch."
+                f"{self.asked.display_name} takes {what} b as that of the b-th sample drawn, but when the same samples came "
+                f"in another order, the {several} of {self.function} did not follow. Return one {what} for each sample, in "
+                "the order of the batch."
             )
         if wrong:
             self._refuse_step(wrong[0], "when the same samples came in another order", in_order)
 
     def _warn_of_noise(self, tensors_follow: bool) -> None:
-        rest = "relies on the tensors of the batch, which do" if tensors_follow else "takes it for granted"
+        rest = "relies on the tensors of the batch, which do follow" if tensors_follow else "assumes that they do"
         rank_zero_warn(
-            f"{self.asked.display_name} cannot see whether the rows of the loss follow the samples, because "
-            f"training_step draws random numbers in eval mode too; it {rest}. Draw them in training mode only, to have "
-            "it checked."
+            f"{self.asked.display_name} cannot check that the rows of the loss follow the samples, because "
+            f"training_step draws random numbers in eval mode too; it {rest}. Draw them only in training mode to "
+            "enable the check."
         )
 
 
 def _decisive(values: Mapping[str, bool | None]) -> dict[str, bool | None]:
-    """Return the verdict on the losses, or on what they were computed from if they are all alike or drawn at random."""
+    """Return the verdict on the losses, or on their inputs if the losses are all similar or random."""
     if values.get("value") is not None:
         return {"value": values["value"]}
     return {name: verdict for name, verdict in values.items() if name != "value"}
 
 
 def _tensors_follow(first: Seen, again: Seen, other: Seen, order: Tensor) -> list[bool | None]:
-    """Return for each tensor of the batch whether its rows follow; those that ``collate_fn`` draws at random say nothing."""
+    """Return for each tensor of the batch, except random ones, whether its rows follow."""
     if not len(first.tensors) == len(again.tensors) == len(other.tensors):
         return []
     found = zip(first.tensors, again.tensors, other.tensors, strict=True)

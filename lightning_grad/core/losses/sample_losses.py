@@ -1,4 +1,4 @@
-"""What a step returns as its loss, and the loss of each sample in it: one call of ``torch.nn.functional``, or its terms."""
+"""The loss of a step and of each sample in it: from one call of ``torch.nn.functional``, or from its terms."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from lightning_grad.functional.plain_tensors import plain_tensor
 
 
 def refuse_rest(capture: WholeLossCapture, call: LossCall, output: object, asked: LossRequest) -> None:
-    """Raise if what a step returns is more than the mean of one loss.
+    """Raise if the loss of a step is more than the mean of one loss call.
 
-    A factor that is the same for all samples does not count, nor do terms that do not depend on samples.
+    A factor that is the same for all samples, and terms that do not depend on samples, are allowed.
 
     Args:
-        capture: What was seen of the step.
-        call: Its loss.
-        output: What it returned.
-        asked: What is asked of it.
+        capture: Capture of the step.
+        call: Its loss call.
+        output: Output of the step.
+        asked: Requirements on the losses.
 
     Raises:
-        RuntimeError: If it is.
+        RuntimeError: If the loss has other terms.
     """
     loss = loss_of_output(output)
     if loss is None or loss.numel() != 1:
@@ -42,38 +42,39 @@ def refuse_rest(capture: WholeLossCapture, call: LossCall, output: object, asked
     index = capture.calls.index(call)
     if by_classes:
         raise RuntimeError(
-            f"{asked.display_name} takes logits and classes from {call.name}, and training_step does not train on all of "
-            f"them: {rest}. Set loss_index={index} to use them all the same, or {asked.way_out}."
+            f"{asked.display_name} takes logits and classes from {call.name}, but training_step does not train on all "
+            f"of them: {rest}. Set loss_index={index} to use them nevertheless, or {asked.way_out}."
         )
     raise RuntimeError(
-        f"{asked.display_name} sees {call.name}, which is not all that training_step returns: {rest}. It would take a part "
-        f"of the loss for the whole. Set loss_index={index} if {call.name} alone shall count, or {asked.way_out}."
+        f"{asked.display_name} captured {call.name}, which is only a part of what training_step returns: {rest}. Set "
+        f"loss_index={index} to use {call.name} alone, or {asked.way_out}."
     )
 
 
 def only_loss(capture: LossCapture, asked: LossRequest, loss_index: int | None = None) -> LossCall:
-    """Return the loss of a step that was run.
+    """Return the loss call of a step.
 
     Args:
-        capture: What was seen of it.
-        asked: What is asked of it.
-        loss_index: Index of the loss call that counts; by default the only one, or the only one that classifies.
+        capture: Capture of the step.
+        asked: Requirements on the losses.
+        loss_index: Index of the loss call to use. Default: the only call, or the only
+            classification loss.
 
     Raises:
-        RuntimeError: If no loss can be read, or it is not clear which of several is meant.
-        ValueError: If the rows of the only one do not divide by the number of samples.
+        RuntimeError: If no loss was captured, or several were and it is unclear which to use.
+        ValueError: If its rows do not divide by the number of samples.
     """
     try:
         return capture.only(classifying(capture) if asked.by_classes and loss_index is None else loss_index)
     except (RuntimeError, ValueError) as error:
-        raise type(error)(f"{asked.display_name} must see the loss of each sample. {error}") from None
+        raise type(error)(f"{asked.display_name} must capture the loss of each sample. {error}") from None
 
 
 def classifying(capture: LossCapture) -> int | None:
-    """Return the index of the only call that classifies; ``None`` if there is none, or more than one.
+    """Return the index of the only classification loss; ``None`` if there is none, or more than one.
 
-    A contrastive loss, whose classes are the places of the rows in the batch, is not counted next to another. Seeing that
-    waits for the device.
+    Contrastive losses, whose classes are positions in the batch, are ignored if there are others.
+    Detecting them syncs with the device.
     """
     if any(unread.has_graph and unread.name.startswith(OF_CLASS_INDICES) for unread in capture.unread):
         return None
@@ -84,14 +85,15 @@ def classifying(capture: LossCapture) -> int | None:
 
 
 def trained_loss(output: object, ways_out: str) -> Tensor:
-    """Return the loss in what a step returned.
+    """Return the loss in the output of a step.
 
     Args:
-        output: What the step returned.
-        ways_out: What a refusal adds: who needs the loss, and what to do, as whole sentences.
+        output: Output of the step.
+        ways_out: End of an error: the technique that needs the loss, and what to do, as whole
+            sentences.
 
     Raises:
-        ValueError: If it is not one number that is trained by.
+        ValueError: If the loss is not one number with a graph.
     """
     loss = loss_of_output(output)
     if loss is None or loss.numel() != 1 or loss.grad_fn is None:
@@ -100,14 +102,14 @@ def trained_loss(output: object, ways_out: str) -> Tensor:
 
 
 def refuse_loss(loss: Tensor | None, ways_out: str) -> NoReturn:
-    """Raise, because a step returned no loss, or something else as its loss."""
+    """Raise because a step returned no loss or an unsuitable one."""
     graph = "" if loss is None else f", which requires {'no gradient' if loss.grad_fn is None else 'a gradient'}"
     found = "no loss" if loss is None else f"a loss {tuple(loss.shape)}{graph}"
-    raise ValueError(f"training_step must return one number that is trained by; got {found}. {ways_out}")
+    raise ValueError(f"training_step must return a scalar loss that requires a gradient; got {found}. {ways_out}")
 
 
 def loss_of_output(output: object) -> Tensor | None:
-    """Return the loss in what a step returned, if it is there, as a plain tensor."""
+    """Return the loss in the output of a step as a plain tensor; ``None`` if there is none."""
     loss = output.get("loss") if isinstance(output, Mapping) else output
     return plain_tensor(loss) if isinstance(loss, Tensor) else None
 
@@ -120,11 +122,12 @@ class SampleLosses:
     """The losses of the samples of one batch.
 
     Args:
-        losses: One for each sample, (B,); nan where none of its positions counts.
-        call: The call of a loss of ``torch.nn.functional`` that they come from, if it is the whole loss.
-        terms: Else the terms of the step's loss.
-        sums: What the call's mean is made of.
-        rest: Without call and terms the losses are those of a function. Then this is what the loss is more than their mean.
+        losses: Loss of each sample, (B,); nan if all its positions are ignored.
+        call: Call of ``torch.nn.functional`` that they come from, if it is the whole loss.
+        terms: Otherwise, terms of the step's loss.
+        sums: Numerators and denominators of the call's mean.
+        rest: Without call and terms, the losses come from a function; then the step's loss minus
+            their mean.
     """
 
     losses: Tensor
@@ -135,13 +138,13 @@ class SampleLosses:
 
     @classmethod
     def of_terms(cls, terms: Terms, kind: SampleLoss) -> SampleLosses:
-        """Return the losses by terms: the mean over a sample's own positions for "own", else its share of the sum."""
+        """Return the losses by terms: for "own", the mean over a sample's own positions; else its share of the sum."""
         own = terms.own
-        shares = terms.shares.masked_fill(own.detach().isnan(), float("nan"))  # a sample without a position has none
+        shares = terms.shares.masked_fill(own.detach().isnan(), float("nan"))  # nan for samples without positions
         return cls(own if kind == "own" else shares, terms=terms)
 
     def weighted(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss without and with weights, for a log."""
+        """Return the loss without and with weights, for logs."""
         if self.terms is not None:
             plain = torch.ones_like(self.losses, requires_grad=False)
             return self.terms.weighted_loss(plain), self.terms.weighted_loss(weights.nan_to_num(0.0))
@@ -155,33 +158,35 @@ class SampleLosses:
 
 
 def with_loss(output: object, loss: Tensor) -> object:
-    """Return what a step returned with another loss in it."""
+    """Return the output of a step with another loss in it."""
     return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
 
 def trace_of(module: nn.Module, samples: int, keep_graph: bool = False) -> LossTrace:
-    """Return a trace for a step of a module, whose buffers and other tensors belong to no sample."""
+    """Return a trace for a step of a module; the module's buffers and other tensors are constants in it."""
     own: list[Tensor] = []
     for part in module.modules():
         own += [value for value in part._buffers.values() if value is not None]
-        # This runs in every step. Comparing classes first is faster than isinstance for each attribute.
+        # This runs in every step. Comparing classes first is faster than isinstance for each
+        # attribute.
         own += [v for v in vars(part).values() if v.__class__ not in _NO_TENSORS and isinstance(v, Tensor)]
     return LossTrace(samples, keep_graph=keep_graph, constants=own)
 
 
 def terms_of(trace: LossTrace, output: object, ways_out: str, like: Terms | None = None, check: bool = True) -> Terms:
-    """Return the terms of what a step returned.
+    """Return the terms of a step's loss.
 
     Args:
-        trace: That saw the step.
-        output: What the step returned.
-        ways_out: What a refusal adds: who needs the terms, and what to do, as whole sentences.
-        like: Terms of an earlier step of this kind.
-        check: Whether their sum is compared with the loss, which waits for the device.
+        trace: Trace of the step.
+        output: Output of the step.
+        ways_out: End of an error: the technique that needs the terms, and what to do, as whole
+            sentences.
+        like: Terms of an earlier step with the same loss.
+        check: Whether to compare their sum with the loss, which syncs with the device.
 
     Raises:
-        InseparableLossError: If the loss cannot be separated.
-        ValueError: If the step returned no loss that is trained.
+        InseparableLossError: If the loss cannot be separated into samples.
+        ValueError: If the step returned no loss that requires a gradient.
     """
     loss = trained_loss(output, ways_out)
     try:

@@ -1,6 +1,6 @@
-"""Looking at every sample of a training set through the module's own ``training_step``, without a trace.
+"""Measure every sample of a training set through the module's own ``training_step``, without a trace.
 
-:func:`look_at_all` runs the pass; what is measured of a batch is a function of a :class:`~.look.Look`.
+:func:`look_at_all` runs the pass; a measure is a function of a :class:`~.look.Look` at one batch.
 """
 
 import math
@@ -39,29 +39,33 @@ def look_at_all(
     rehearsal: bool = False,
     one_by_one: bool = False,
 ) -> dict[str, Tensor]:
-    """Measure every sample that training may see, each once, in eval mode.
+    """Measure each sample of the training set once, in eval mode.
 
-    Every rank looks at its share; all return the same. A batch that the loader makes ``None``, or for which the step returns
-    nothing, is left out, as it is in training.
+    Every rank measures its share, and all return the same values. A batch that the loader collates
+    to ``None``, or for which the step returns ``None``, is skipped, as in training.
 
     Args:
-        trainer: The trainer, in a fit.
+        trainer: The trainer, during a fit.
         pl_module: Its module.
         training_set: The training set.
-        measure: Returns some values (B, ...) of the batch by name, nan where a sample has none.
-        title: What is shown next to the progress bar.
-        asked: What is asked of the losses of the step.
-        dataset: Read the samples here instead, at the same indices.
-        seed: Seed of the random streams during the pass, so that two of them see the same.
-        rehearsal: Look at one batch only, to raise what the pass would raise; what is returned means nothing.
-        one_by_one: Look at batches of one sample.
+        measure: Function (look) -> values (B, ...) of the batch by name, nan for samples without a
+            value.
+        title: Title of the progress bar.
+        asked: Requirements on the losses of the step.
+        dataset: Data set to read the samples from instead, at the same indices.
+        seed: Seed of the random streams during the pass, so that every pass draws the same numbers.
+        rehearsal: Measure only one batch, to raise errors early. The returned values are
+            meaningless.
+        one_by_one: Measure batches of one sample.
 
     Raises:
-        ValueError: If the other data set has another length, or there are fewer samples than ranks, or no batch has a value.
+        ValueError: If the other data set has another length, there are fewer samples than ranks, or
+            no batch has a value.
 
     Returns:
-        dict: For each name the values of the whole data set, (n, ...), float64, on the CPU; nan where not looked at or not
-        finite.
+        dict: For each name, the values of the whole data set, (n, ...), float64, on the CPU; nan
+            for samples that were not
+        measured or whose value is not finite.
     """
     _refuse_data(trainer, training_set, dataset, asked.display_name)
     chunks, batches = _share_of_rank(trainer, training_set, rehearsal, one_by_one)
@@ -84,10 +88,10 @@ def look_at_all(
                     break
     values = found.values if rehearsal else found.over_ranks(trainer)
     may_have_some = bool(values) or len(batches) < len(chunks)
-    if not trainer.strategy.reduce_boolean_decision(may_have_some, all=False):  # a single rank's share may have none
+    if not trainer.strategy.reduce_boolean_decision(may_have_some, all=False):  # one rank's share may have none
         raise ValueError(
-            f"{asked.display_name} found nothing to look at: each batch was None, or training_step returned None for it. Let "
-            "collate_fn and training_step return something for some batches in eval mode."
+            f"{asked.display_name} found nothing to measure: every batch was None, or training_step returned None for "
+            "it. Make collate_fn and training_step return something for some batches in eval mode."
         )
     return values
 
@@ -97,38 +101,39 @@ def _refuse_data(
 ) -> None:
     if dataset is not None and len(dataset) != training_set.sampler.total:  # type: ignore[arg-type]
         raise ValueError(
-            f"{display_name}(score_dataset=...) must return the training set's own {training_set.sampler.total} samples, "
-            f"without augmentation; got {len(dataset)}. "  # type: ignore[arg-type]
+            f"{display_name}(score_dataset=...) must return the {training_set.sampler.total} samples of the training set, "
+            f"without augmentation; got {len(dataset)} samples. "  # type: ignore[arg-type]
             "Return the same samples in the same order."
         )
     samples = len(training_set.sampler.population)
     if samples < trainer.world_size:
         raise ValueError(
-            f"{display_name} cannot share {samples} samples among {trainer.world_size} ranks. Use fewer devices."
+            f"{display_name} cannot split {samples} samples among {trainer.world_size} ranks. Use fewer devices."
         )
 
 
 def _share_of_rank(
     trainer: pl.Trainer, training_set: TrainingSet, rehearsal: bool, one_by_one: bool
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Return this rank's samples in batches, and the batches that it runs."""
+    """Return this rank's samples in batches, and the batches that it runs, which may repeat the first one."""
     population, batch_size = training_set.sampler.population, 1 if one_by_one else training_set.sampler.batch_size
     mine = population[trainer.global_rank :: trainer.world_size].tolist()
     chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    # A step may talk to the other ranks, so that all must run it equally often; rank 0 has most samples.
+    # A step may communicate with other ranks, so all ranks must run it equally often; rank zero has
+    # most samples.
     most = math.ceil(math.ceil(len(population) / trainer.world_size) / batch_size)
     return chunks, chunks[:_TRIES] if rehearsal else [*chunks, *chunks[:1] * (most - len(chunks))]
 
 
 class _Found:
-    """Values by sample, as they come."""
+    """Values by sample, collected batch by batch."""
 
     def __init__(self, total: int, device: torch.device, asked: LossRequest) -> None:
         self._total, self._device, self._asked = total, device, asked
         self.values: dict[str, Tensor] = {}
 
     def measure(self, look: Look, measure: Measure) -> bool:
-        """Keep what is measured of a batch; return whether it has any values."""
+        """Measure a batch and store its values; return False if the step skipped the batch."""
         try:
             values = measure(look)
         except SkippedBatchError:
@@ -136,8 +141,9 @@ class _Found:
         for name, value in values.items():
             if len(value) != len(look.indices):
                 raise ValueError(
-                    f"{self._asked.display_name}: {name} must have a row for each of {len(look.indices)} samples; got "
-                    f"{tuple(value.shape)}. Let collate_fn keep one row a sample, or {self._asked.way_out}."
+                    f"{self._asked.display_name}: {name} must have one row for each of {len(look.indices)} samples; "
+                    f"got shape {tuple(value.shape)}. Make collate_fn keep one row per sample, or "
+                    f"{self._asked.way_out}."
                 )
             own = self._table(name, value.shape[1:])
             value = value.detach().to(own)
@@ -145,9 +151,10 @@ class _Found:
         return True
 
     def _table(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Return where the values of a name are kept, nan at first; ``shape`` is that of one sample's."""
+        """Return the table of a quantity, filled with nan at first; ``shape`` is the shape of one sample's value."""
         if name not in self.values:
-            # Vectors of ImageNet's samples are gigabytes; what no float64 holds, Apple's GPU has no use for.
+            # float32 for vectors, which take gigabytes for ImageNet, and on Apple's GPU, which has
+            # no float64.
             kind = torch.float32 if shape or self._device.type == "mps" else torch.float64
             self.values[name] = torch.full((self._total, *shape), float("nan"), dtype=kind, device=self._device)
         return self.values[name]
@@ -163,22 +170,22 @@ def say_what_is_skipped(display_name: str, population: Tensor, has_value: Tensor
     """Print how many samples have no value, and which.
 
     Args:
-        display_name: Who looked.
-        population: Indices of the samples that training may see.
-        has_value: Whether each has one, in the same order.
+        display_name: Name of the technique.
+        population: Indices of the samples that training can draw.
+        has_value: Whether each has a value, in the same order.
     """
     missing = population[~has_value].tolist()
     if missing:
         shown = listed(missing, _SHOWN)
         rank_zero_info(
-            f"{display_name} skips {len(missing)} of {len(population)} samples that have no finite value: {shown}. Their "
-            "batch was None, or training_step returned None for it, or none of their positions counts, or their loss is "
-            "not finite."
+            f"{display_name} skips {len(missing)} of {len(population)} samples that have no finite value: {shown}. "
+            "Their batch was None, training_step returned None for it, all their positions are ignored, or their "
+            "loss is not finite."
         )
 
 
-_TRIES = 8  # batches, until one has a value
-_SHOWN = 8  # indices
+_TRIES = 8  # number of batches to try until one has a value
+_SHOWN = 8  # number of indices to show
 
 
 def scoring_loader(
@@ -189,7 +196,7 @@ def scoring_loader(
     in_main_process: bool,
     collate: Any = None,
 ) -> DataLoader[Any] | BorrowedWorkers:
-    """Return a loader of given samples that is otherwise as the training loader, or has another ``collate_fn``."""
+    """Return a loader of the given batches with the settings of the training loader, perhaps another ``collate_fn``."""
     loader = training_set.loader
     is_own = dataset is None or dataset is loader.dataset
     if not in_main_process and is_own and training_set.has_idle_workers:
@@ -204,7 +211,7 @@ def scoring_loader(
 def indexed_loader(
     loader: DataLoader[Any], dataset: Any, chunks: list[list[int]], seed: int, collate: Any = None, **workers: Any
 ) -> DataLoader[Any]:
-    """Return a loader of given samples, of its own data set unless another is given, that is otherwise as ``loader``."""
+    """Return a loader of the given batches with the settings of ``loader``; ``dataset=None`` keeps its data set."""
     # With batch_size=None the data set itself takes lists of indices.
     batches: dict[str, Any] = {"batch_sampler": chunks}
     if loader.batch_sampler is None:
@@ -223,12 +230,13 @@ def _with_progress(loader: DataLoader[Any] | BorrowedWorkers, title: str, traine
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    # Its iterator, and not the loader: tqdm would iterate twice, and start workers twice.
+    # The iterator, not the loader: tqdm would iterate over the loader twice and start its workers
+    # twice.
     yield from tqdm(iter(loader), desc=title, total=len(loader), leave=False, disable=not shown)
 
 
 def to_device(trainer: pl.Trainer, batch: Any) -> Any:
-    """Return a batch as ``training_step`` would get it."""
+    """Move a batch to the device and convert it, as Lightning does before ``training_step``."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -237,24 +245,26 @@ def to_device(trainer: pl.Trainer, batch: Any) -> Any:
 def runner(
     trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, number: int = 0, partly: LossRequest | None = None
 ) -> Callable[[], object]:
-    """Return what runs ``training_step`` on a copy of a batch, as often as it is called.
+    """Return a function that runs ``training_step`` on a new copy of a batch at each call.
 
     Args:
         trainer: The trainer.
         pl_module: Its module.
         batch: The batch.
-        number: Its number.
-        partly: Given where the batch is that of one of several loaders, on which the step cannot be run: who asks.
+        number: Index of the batch.
+        partly: Set it if the batch comes from one of several loaders: the step cannot be run, and
+            the function raises.
     """
     arguments = list(trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, number).values())
 
     def run() -> object:
         if partly is not None:
             raise ValueError(
-                f"{partly.display_name} cannot run training_step on the samples of one loader, because it takes a batch "
-                f"of each of several training loaders. To act on one of them, {partly.way_out}."
+                f"{partly.display_name} cannot run training_step on the samples of one loader, because the step takes "
+                f"a batch from each of several training loaders. To use one of them, {partly.way_out}."
             )
-        # A step may write into what it gets. The gradient by an input must reach the batch's own.
+        # A copy, because the step may write into its batch. It stays in the graph, so that
+        # gradients with respect to inputs reach the tensors of the batch.
         shown = copy_of(arguments, leaves_in_graph=True)
         if is_sharded(trainer):
             return trainer.strategy.training_step(*shown)

@@ -1,6 +1,6 @@
-"""The ways to weight the samples of a training step: by its one call of a loss, by its terms, or by a function.
+"""Three ways to weight the samples of a training step: by its loss call, by its terms, or by a function.
 
-The weights act in the backward pass. What the step returns stays what it is without them.
+The weights act in the backward pass. The value of the loss that the step returns does not change.
 """
 
 from collections import deque
@@ -23,24 +23,25 @@ from lightning_grad.functional.gradients.loss_functions import LossFunction
 from lightning_grad.functional.gradients.terms import weight_call_, without_ignored
 from lightning_grad.utilities.batch_copies import copy_of
 
-_OUTLINE = 16  # nodes that are compared
+_OUTLINE = 16  # number of graph nodes that are compared
 Weigh = Callable[[SampleLosses], Tensor | None]
 
 
 class WeighingCapture(LossCapture):
-    """A capture that weights by hooks, so that the value of the loss stays, and the gradient at weight 1 bit for bit.
+    """A capture that weights by hooks: the value of the loss, and the gradient at weight 1, do not change bitwise.
 
     Args:
         samples: As in :class:`LossCapture`.
-        weigh: Called with the losses of the call that counts; returns weights (B,), or ``None`` to leave it as it is.
+        weigh: Function (losses) -> weights (B,), or ``None`` to change nothing; called for the
+            weighted call.
         way_out: As in :class:`LossCapture`.
-        loss_index: Index of the call that counts; by default each that has a graph.
+        loss_index: Index of the call to weight. Default: every call with a graph.
     """
 
     def __init__(self, samples: int | None, weigh: Weigh | None, way_out: str, loss_index: int | None = None) -> None:
         super().__init__(samples, way_out=way_out)
         self._weigh, self._loss_index = weigh, loss_index
-        self.nodes: list[Node] = []  # of what the calls returned
+        self.nodes: list[Node] = []  # graph nodes of the values that the calls returned
 
     def _handle(self, func: Any, loss: LossFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._weigh is None:
@@ -61,7 +62,8 @@ class WeighingCapture(LossCapture):
         weights = without_ignored(weights.detach(), call.losses)
         if weight_call_(func, args, kwargs, value, weights):
             return value
-        # The gradient of what has no rows, as learned class weights, is that of a loss that is computed with the weights.
+        # Hooks cannot weight the gradient of tensors without rows, such as learned class weights.
+        # It is taken from a loss that is computed with the weights.
         with LossCapture(call.samples, lambda _: weights):
             weighted = WithGradientOf.apply(value.detach(), func(*args, **kwargs))  # type: ignore[no-untyped-call]
         return self._noted(weighted)
@@ -73,9 +75,10 @@ class WeighingCapture(LossCapture):
 
 
 def outline_of(loss: Tensor, calls: Sequence[Node]) -> tuple[str, ...]:
-    """Return what stands between a loss and calls of losses, by the names of its first nodes.
+    """Return the names of the first graph nodes between a loss and its loss calls.
 
-    It is equal in steps that compute their loss in the same way, and costs next to nothing where the loss is a call.
+    The outline is equal for steps that compute their loss in the same way, and nearly free if the
+    loss is one call.
     """
     waiting, names, known = deque([loss.grad_fn]), list[str](), set(calls)
     while waiting and len(names) < _OUTLINE:
@@ -100,7 +103,7 @@ class WithGradientOf(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Weighing:
-    """What a technique that weights samples asks for; see :func:`~lightning_grad.core.losses.loss_tap.reweight_losses`."""
+    """The arguments of a technique that weights samples; see :func:`~.loss_tap.reweight_losses`."""
 
     reweight: Weigh
     asked: LossRequest
@@ -114,12 +117,12 @@ class Step:
 
     Args:
         module: The module.
-        inner: Its step.
-        args: What that is called with.
-        kwargs: The same by name.
-        samples: The number of samples of the batch, if it is known.
-        is_read: Whether the losses are read.
-        may_skip: Whether it may return nothing, as for a batch that Lightning is to train nothing on.
+        inner: Its ``training_step``.
+        args: Positional arguments of the step.
+        kwargs: Keyword arguments of the step.
+        samples: Number of samples in the batch, if known.
+        is_read: Whether a technique reads the losses.
+        may_skip: Whether the step may return None to skip the batch.
     """
 
     module: pl.LightningModule
@@ -136,16 +139,16 @@ class Step:
         return next(iter((*self.args, *self.kwargs.values())))
 
     def run(self) -> Any:
-        """Run it."""
+        """Run the step."""
         return self.inner(*self.args, **self.kwargs)
 
     def run_on_copies(self) -> Any:
-        """Run it without a trace in the batch."""
+        """Run the step on copies of its arguments."""
         args, kwargs = copy_of([list(self.args), self.kwargs], leaves_in_graph=True)
         return self.inner(*args, **kwargs)
 
     def is_skipped(self, output: Any) -> bool:
-        """Return whether the step returned nothing, and may."""
+        """Return True if the step skipped its batch by returning None."""
         return output is None and self.may_skip
 
 
@@ -153,17 +156,17 @@ Seen = tuple[Any, LossCapture | None]
 
 
 class ByCall:
-    """Weights the one call of a loss, or only watches for it.
+    """Weights the one loss call of a step, or only captures it.
 
     Args:
-        asked: What is asked of the loss.
-        reweight: Returns the weights; ``None`` to watch.
+        asked: Requirements on the loss.
+        reweight: Function (losses) -> weights; ``None`` to capture only.
     """
 
     def __init__(self, asked: LossRequest, reweight: Weigh | None = None) -> None:
         self._asked, self._reweight = asked, reweight
-        self.outlines: set[tuple[str, ...]] = set()  # of the steps that were looked at, where any was
-        self.changed: tuple[str, ...] | None = None  # the outline of a step that was not
+        self.outlines: set[tuple[str, ...]] = set()  # outlines of steps that were checked; empty if none was
+        self.changed: tuple[str, ...] | None = None  # outline of a later step that differs from them
 
     def run(self, step: Step) -> Seen:
         """Run a step; return what it returns, and the losses seen for readers; ``None`` for these if it was skipped."""
@@ -172,7 +175,8 @@ class ByCall:
         if step.is_skipped(output):
             return None, None
         if self._reweight is not None:
-            # An unseen or ambiguous loss is no step without weights.
+            # Raises if the loss was not captured or is ambiguous: the step would otherwise train
+            # without weights.
             sample_losses.only_loss(capture, self._asked, self._asked.loss_index)
             loss = sample_losses.loss_of_output(output)
             if self.outlines and loss is not None and loss.grad_fn is not None:
@@ -182,10 +186,10 @@ class ByCall:
 
 
 class ByTerms:
-    """Weights the terms in the graph of what the step returns.
+    """Weights the terms in the graph of the step's loss.
 
     Args:
-        weighing: Who weights.
+        weighing: Arguments of the technique that weights.
         like: Terms of the first step.
     """
 
@@ -213,22 +217,22 @@ class ByTerms:
 
 
 class ByFunction:
-    """Gives the loss of the step the gradient of the weighted losses of a function.
+    """Replaces the gradient of the step's loss by that of the weighted losses of a function.
 
     Args:
-        weighing: Who weights.
-        loss_fn: The function.
+        weighing: Arguments of the technique that weights.
+        loss_fn: Function (module, batch) -> losses of the samples.
     """
 
     def __init__(self, weighing: Weighing, loss_fn: GivenFunction) -> None:
         self._weighing, self._loss_fn = weighing, loss_fn
-        self._pairs: list[tuple[float, float]] = []  # of the mean of loss_fn and the step's loss, in the first batches
+        self._pairs: list[tuple[float, float]] = []  # mean of loss_fn and loss of the step, for the first batches
 
     def run(self, step: Step) -> Seen:
         """Run a step; return what it returns, and the losses seen for readers; ``None`` for these if it was skipped."""
-        given = copy_of(step.batch)  # the step may write into its own
-        with aside(step.module):
-            found = self._loss_fn(step.module, given)  # with the random numbers that the step will draw
+        given = copy_of(step.batch)  # a copy, because the function may write into it
+        with aside(step.module):  # so that the step draws the same random numbers as the function
+            found = self._loss_fn(step.module, given)
         capture = LossCapture(step.samples)
         with capture if step.is_read else nullcontext():
             output = step.run()
@@ -237,21 +241,23 @@ class ByFunction:
         losses, loss = checked_losses(found, step.samples), sample_losses.loss_of_output(output)
         if loss is None or loss.numel() != 1:
             raise ValueError(
-                f"training_step must return one number as its loss, or None; {self._weighing.asked.display_name} found none."
+                "training_step must return a scalar loss, or None to skip the batch; "
+                f"{self._weighing.asked.display_name} found neither."
             )
         self._compare(losses, loss)
         rest = (loss.detach() - losses.detach().mean()).reshape(())
         weights = self._weighing.reweight(SampleLosses(losses.detach(), rest=rest))
         if weights is None:
             return output, capture
-        # What the step adds that belongs to no sample, such as weight decay by hand, keeps its gradient.
+        # Terms of the step that belong to no sample, such as manual weight decay, keep their
+        # gradient.
         change = ((weights.to(losses) - 1.0) * losses).mean().reshape(loss.shape)
         weighted = loss + change.to(loss.dtype)
         weighted = WithGradientOf.apply(loss.detach(), weighted)  # type: ignore[no-untyped-call]
         return sample_losses.with_loss(output, weighted), capture
 
     def _compare(self, losses: Tensor, loss: Tensor) -> None:
-        """Refuse a function whose mean is not the loss of the first two steps, up to a constant."""
+        """Raise if the function's mean differs from the loss of the first two steps by more than a constant."""
         if len(self._pairs) == 2:
             return
         self._pairs.append((float(losses.detach().mean()), float(loss.detach())))
@@ -260,4 +266,4 @@ class ByFunction:
 
 
 Way = ByCall | ByTerms | ByFunction
-"""A way to run a step so that its samples are weighted in the backward pass."""
+"""A way to run a step such that its samples are weighted in the backward pass."""

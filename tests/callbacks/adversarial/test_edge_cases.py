@@ -295,5 +295,7 @@ def test_schedulers_derived_from_torchs_are_warned_of() -> None:
         optimizer = torch.optim.SGD(parameters, lr=0.1)
         return [optimizer], [Derived(optimizer)]
 
-    with pytest.warns(UserWarning, match="AccuracyGradientLR: Derived is not a scheduler of torch, and may undo the cuts"):
+    with pytest.warns(
+        UserWarning, match="AccuracyGradientLR: Derived is not a scheduler of torch, and may undo the cuts"
+    ):
         train_dictated([AccuracyGradientLR()], Dictated(configure=configure), max_epochs=1)

@@ -85,5 +85,5 @@ def test_the_line_at_the_start_counts_what_is_changed(caplog: pytest.LogCaptureF
     with caplog.at_level("INFO"):
         train([GradientCentralization()], Regression(small_net()), pairs())
     assert any(
-        "acts on 2 parameters; 2 left alone (net.0.bias, net.2.bias)" in record.message for record in caplog.records
+        "acts on 2 parameters; 2 skipped (net.0.bias, net.2.bias)" in record.message for record in caplog.records
     )

@@ -90,14 +90,18 @@ RETURNS: dict[str, tuple[Callable[..., Any], str]] = {
 @pytest.mark.parametrize("returns", [name for name in RETURNS if "vector" not in name])
 def test_a_step_without_a_loss_is_refused_by_who_reads_it(returns: str, name: str) -> None:
     function, words = RETURNS[returns]
-    refused(MAKE[name](), Step(function), rf"training_step must return one number that is trained by; {words}")
+    refused(
+        MAKE[name](), Step(function), rf"training_step must return a scalar loss that requires a gradient;  {words}"
+    )
 
 
 @pytest.mark.parametrize("name", ["info", "reweighting", "reweighting later"])
 @pytest.mark.parametrize("returns", [name for name in RETURNS if "vector" in name])
 def test_a_step_with_a_vector_is_refused_by_who_weights_it(returns: str, name: str) -> None:
     function, words = RETURNS[returns]
-    refused(MAKE[name](), Step(function), rf"training_step must return one number that is trained by; {words}")
+    refused(
+        MAKE[name](), Step(function), rf"training_step must return a scalar loss that requires a gradient;  {words}"
+    )
 
 
 @pytest.mark.parametrize("name", ["loss", "grand", "el2n", "vog", "uniform", "info", "reweighting"])
@@ -105,7 +109,9 @@ def test_a_step_with_a_vector_is_refused_by_who_weights_it(returns: str, name: s
 def test_a_step_without_a_loss_in_eval_mode(returns: str, name: str) -> None:
     function, words = RETURNS[returns]
     said = refused(
-        MAKE[name](), Step(function, in_training=False), rf"must return one number that is trained by; {words}"
+        MAKE[name](),
+        Step(function, in_training=False),
+        rf"must return a scalar loss that requires a gradient;  {words}",
     )
     assert "score_fn" in said or name in ("info", "reweighting", "uniform")
 
@@ -113,7 +119,7 @@ def test_a_step_without_a_loss_in_eval_mode(returns: str, name: str) -> None:
 @pytest.mark.parametrize("returns", ["a dict without loss", "a number"])
 def test_a_step_without_a_loss_for_one_sample(returns: str) -> None:
     function, words = RETURNS[returns]
-    words = rf"{words}. DataPruning runs it on one sample at a time. Leave scores_by at 'batch', and give score_fn="
+    words = rf"{words}. DataPruning runs it on one sample at a time. Leave scores_by at 'batch', and set score_fn="
     refused(MAKE["by sample"](), Step(function, in_training=False), words)
 
 
@@ -136,14 +142,14 @@ def test_another_value_is_not_taken_for_the_call() -> None:
 
 
 RETURNED_NONE = pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-UNSEEN = pytest.mark.filterwarnings("ignore:.*cannot see whether rows follow the samples")
+UNSEEN = pytest.mark.filterwarnings("ignore:.*cannot check that rows follow the samples")
 
 
 @RETURNED_NONE
 @pytest.mark.parametrize("name", [name for name in MAKE if name not in IN_TRAINING])
 def test_a_step_that_always_returns_none_has_no_scores(name: str) -> None:
     with pytest.raises(
-        ValueError, match="found nothing to look at: each batch was None, or training_step returned None"
+        ValueError, match="found nothing to measure: every batch was None, or training_step returned None"
     ):
         train(MAKE[name](), Step(lambda module, batch: None), epochs=3)
 
@@ -186,19 +192,19 @@ LOSSES: dict[str, tuple[Callable[..., Any], str]] = {
 def test_losses_that_are_none(kind: str, name: str) -> None:
     function, words = LOSSES[kind]
     callback = MAKE[name](loss_fn=function)
-    refused(callback, Step(by_hand), rf"loss_fn must return a tensor of real numbers with one loss for each .*{words}")
+    refused(callback, Step(by_hand), rf"loss_fn must return a floating-point tensor with one loss for each .*{words}")
 
 
 @swept("grand", "vog", "info", "reweighting", "reweighting later")
 def test_losses_without_a_graph(name: str) -> None:
     callback = MAKE[name](loss_fn=lambda module, batch: losses_by_hand(module, batch).detach())
-    refused(callback, Step(by_hand), "differentiates what loss_fn returns, and that requires no gradient")
+    refused(callback, Step(by_hand), "differentiates the losses of loss_fn, but they require no gradient")
 
 
 @swept("loss", "grand", "vog", "info", "reweighting", "reweighting later")
 def test_losses_that_are_not_finite(name: str) -> None:
     callback = MAKE[name](loss_fn=lambda module, batch: losses_by_hand(module, batch) * torch.nan)
-    refused(callback, Step(by_hand), r"Some of what loss_fn gives is not finite|none of them is finite")
+    refused(callback, Step(by_hand), r"Some losses of loss_fn are not finite|none of them is finite")
 
 
 SCORES: dict[str, tuple[Callable[..., Any], str]] = {
@@ -233,7 +239,7 @@ OUTPUTS: dict[str, tuple[Callable[..., Any], str]] = {
 @pytest.mark.parametrize("kind", OUTPUTS)
 def test_outputs_that_are_none(kind: str, name: str) -> None:
     function, words = OUTPUTS[kind]
-    words = rf"outputs_fn must return logits \(8, classes\) and the labels as integers, \(8,\); .*{words}"
+    words = rf"outputs_fn must return logits \(8, classes\) and integer labels \(8,\); .*{words}"
     refused(MAKE[name](outputs_fn=function), Step(by_hand), words)
 
 
@@ -241,9 +247,7 @@ def test_outputs_that_are_none(kind: str, name: str) -> None:
 @pytest.mark.parametrize("shift", [3, -1])
 def test_labels_that_are_no_class(shift: int, name: str) -> None:
     callback = MAKE[name](outputs_fn=lambda module, batch: (module(batch[0]), batch[1] + shift))
-    refused(
-        callback, Step(by_hand), r"the index of a class as each label, 0 to 2 for 3 logits, or -100 .*got (3|4|5|-1)"
-    )
+    refused(callback, Step(by_hand), r"labels from 0 to 2 for 3 logits, or -100 .*got (3|4|5|-1)")
 
 
 @swept("el2n", "aum", "forgetting", "uniform")

@@ -137,7 +137,7 @@ class VAE(Classifier):
 REFUSED = [
     (TwoHeads, "The step has 2 losses, so that which one is meant is not clear"),
     (Other, r"takes logits and classes from cross_entropy, and .*: the loss comes from mean \(test_classes"),
-    (VAE, "sees mse_loss, which is not all that training_step returns"),
+    (VAE, "captured mse_loss, which is only a part of what training_step returns"),
 ]
 
 
@@ -148,6 +148,6 @@ def test_what_is_not_clear_is_refused(score: str, kind: Any, words: str) -> None
         with pytest.raises(ValueError, match="Correctness needs the loss of a classifier; got mse_loss"):
             train(pruning(score), kind())
     else:
-        with pytest.raises(RuntimeError, match=rf"{words}.*give outputs_fn="):
+        with pytest.raises(RuntimeError, match=rf"{words}.*set outputs_fn="):
             train(pruning(score), kind())
     train(pruning(score, outputs_fn=lambda module, batch: (module(batch[0]), batch[1])), kind())

@@ -80,7 +80,7 @@ def expected_norms(module: Any, losses: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("score", ["loss", "grand"])
 def test_scores_by_a_function_for_the_losses(score: str) -> None:
-    with pytest.raises(InseparableLossError, match="give loss_fn="):
+    with pytest.raises(InseparableLossError, match="set loss_fn="):
         train(pruning(score), DicePerSample())
     values, module = scores_of(pruning(score, loss_fn=overlaps), DicePerSample())
     expected = overlaps(module, make_data().tensors)
@@ -97,7 +97,7 @@ def test_vog_by_a_function() -> None:
 @pytest.mark.parametrize("make", [lambda **more: pruning("loss", **more), InfoBatch, LossReweighting])
 def test_a_function_with_another_mean_is_refused_with_both(make: Any) -> None:
     # 0.7 x the loss that is trained
-    words = r"takes loss_fn for the loss of each sample, and its mean over a batch is 0\.\d+ and 0\.\d+, where training_step"
+    words = r"takes the loss of each sample from loss_fn, but its mean over a batch is 0\.\d+ and 0\.\d+, while training_step"
     with pytest.raises(ValueError, match=words):
         train(make(loss_fn=lambda module, batch: overlaps(module, batch) * 0.7), DicePerSample(normalizes=False))
 
@@ -179,7 +179,7 @@ def test_infobatch_by_a_function() -> None:
 
 @pytest.mark.parametrize("score", ["el2n", "margin", "grand-last"])
 def test_scores_by_a_function_for_logits_and_labels(score: str) -> None:
-    with pytest.raises(RuntimeError, match="give outputs_fn="):
+    with pytest.raises(RuntimeError, match="set outputs_fn="):
         train(pruning(score), Dice())
     values, module = scores_of(pruning(score, outputs_fn=outputs), Dice())
     expected = BY_HAND[score](module, *make_data().tensors[:2]).detach().double()
@@ -196,7 +196,7 @@ def test_histories_by_a_function_change_no_bit(score: str, kind: Any) -> None:
 
 
 def test_uniform_learning_by_a_function() -> None:
-    with pytest.raises(RuntimeError, match="give outputs_fn="):
+    with pytest.raises(RuntimeError, match="set outputs_fn="):
         train(UniformLearning(epoch=1), Dice())
     train(UniformLearning(epoch=1, outputs_fn=outputs), Dice())
     train(UniformLearning(epoch=1, outputs_fn=outputs), Manual())
@@ -206,7 +206,7 @@ def test_uniform_learning_by_a_function() -> None:
     "wrong", [lambda m, b: m(b[0]), lambda m, b: (b[1], m(b[0])), lambda m, b: (m(b[0])[:2], b[1][:2])]
 )
 def test_outputs_that_are_none_are_refused(wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"outputs_fn must return logits \(8, classes\) and the labels as integers"):
+    with pytest.raises(ValueError, match=r"outputs_fn must return logits \(8, classes\) and integer labels"):
         train(pruning(outputs_fn=wrong), Dice())
 
 
@@ -229,7 +229,7 @@ def test_one_sample_at_a_time(score: str) -> None:
 def test_a_scale_of_the_batch_is_refused(score: str) -> None:
     words = (
         r"takes scores_by='sample' for .*its mean over a batch is \S+ and \S+, where .* Both must agree.*"
-        "Leave scores_by at 'batch', and give score_fn="
+        "Leave scores_by at 'batch', and set score_fn="
     )
     with pytest.raises(ValueError, match=words):
         train(pruning(score, scores_by="sample"), Dice())
@@ -243,7 +243,7 @@ class Spread(Classifier):
 
 
 def test_a_step_that_fails_on_one_sample_says_so() -> None:
-    with pytest.raises(RuntimeError, match=r"fails on the sample 0 alone: IndexError: two at least"):
+    with pytest.raises(RuntimeError, match=r"fails on sample 0 alone: IndexError: two at least"):
         train(pruning("loss", scores_by="sample"), Spread())
 
 
@@ -268,13 +268,13 @@ def test_a_refusal_says_how_much_longer_it_takes(score: str, monkeypatch: pytest
 @pytest.mark.parametrize("kind", [Dice, Spread])
 @pytest.mark.parametrize("arguments", [{"score": "loss"}, {"score": "grand"}, {"score": "loss", "epoch": 0}])
 def test_it_is_not_offered_where_it_would_be_refused_too(arguments: Any, kind: Any) -> None:
-    with pytest.raises(InseparableLossError, match="give loss_fn=") as error:
+    with pytest.raises(InseparableLossError, match="set loss_fn=") as error:
         train(pruning(**arguments), kind())
     assert "scores_by" not in str(error.value)
 
 
 def test_who_looks_at_samples_one_by_one_is_not_told_to() -> None:
-    with pytest.raises(RuntimeError, match=r"fails on the sample 0 alone.*or leave scores_by at 'batch'") as error:
+    with pytest.raises(RuntimeError, match=r"fails on sample 0 alone.*or leave scores_by at 'batch'") as error:
         train(pruning("loss", scores_by="sample"), Spread())
     assert "scores_by='sample'" not in str(error.value)
 

@@ -101,7 +101,7 @@ def cell(kind: str, technique: str) -> str:
             return "differs"
         raise
     except RuntimeError as error:
-        if "fails on the sample" in str(error):
+        if "fails on sample" in str(error):
             return "fails"
         if "tensors of different lengths" in str(error):
             return "size"

@@ -32,8 +32,8 @@ READERS = {
     "reweighting": lambda **more: LossReweighting(warmup_fraction=0.0, **more),
 }
 PART = (
-    r"sees cross_entropy, which is not all that training_step returns: (there is also|its positions) .*"
-    "Set loss_index=0 if cross_entropy alone"
+    r"captured cross_entropy, which is only a part of what training_step returns: (there is also|its positions) .*"
+    "Set loss_index=0 to use cross_entropy alone"
 )
 
 
@@ -76,8 +76,8 @@ def test_a_gradient_of_a_part_is_refused(module: Any) -> None:
 @pytest.mark.parametrize("name", BY_CLASSES)
 def test_classes_of_which_some_are_not_trained_on_are_refused(name: str) -> None:
     words = (
-        "takes logits and classes from cross_entropy, and training_step does not train on all of them: some of its rows have "
-        "no part in the loss. Set loss_index=0 to use them all the same, or "
+        "takes logits and classes from cross_entropy, but training_step does not train on all of them: some of its rows have "
+        "no part in the loss. Set loss_index=0 to use them nevertheless, or "
     )
     with pytest.raises(RuntimeError, match=words):
         train(READERS[name](), Masked(), epochs=3)
@@ -272,8 +272,8 @@ class HandWritten(Classifier):
 
 
 WAYS_OUT = {
-    "el2n": "give score_fn= in place of a score",
-    "aum": "give score_fn= in place of a score",
+    "el2n": "set score_fn= instead of a score",
+    "aum": "set score_fn= instead of a score",
     "info": "use RepeatedRandomSubset",
     "reweighting": "weight the losses in training_step, by lightning_grad.functional.loss_weights",
     "uniform": "use DataPruning with score_fn=, or RepeatedRandomSubset",

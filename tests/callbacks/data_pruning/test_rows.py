@@ -25,8 +25,8 @@ from tests.callbacks.data_pruning.test_data_pruning import (
     train,
 )
 
-KEEP = "collate_fn does not keep that order.*Let collate_fn keep the order"
-STEP = r"training_step arranges them otherwise.*torch\.stack"
+KEEP = "collate_fn changes the order.*Make collate_fn keep the order"
+STEP = r"training_step arranges them differently.*torch\.stack"
 
 
 def pruning(score: Any = "el2n", prune: float = 0.5, **arguments: Any) -> DataPruning:
@@ -572,7 +572,7 @@ def test_a_data_set_that_takes_lists_of_indices(make: Any) -> None:
         return DataLoader(Table(sorts), batch_size=None, sampler=BatchSampler(drawing, 8, False))
 
     train(make(), loader=loader(False))
-    with pytest.raises(RuntimeError, match=r"the data set does not keep that order.*Let the data set keep the order"):
+    with pytest.raises(RuntimeError, match=r"the data set changes the order.*Make the data set keep the order"):
         train(make(), loader=loader(True))
 
 

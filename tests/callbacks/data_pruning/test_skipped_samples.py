@@ -96,7 +96,7 @@ class Picky(Lets):
         return None if is_odd else F.cross_entropy(self(batch[0]), batch[1])
 
 
-@pytest.mark.filterwarnings("ignore:.*cannot see whether rows follow the samples")
+@pytest.mark.filterwarnings("ignore:.*cannot check that rows follow the samples")
 @pytest.mark.parametrize(("score", "epoch"), [("el2n", 1), ("vog", 2)])
 def test_a_rank_that_finds_nothing_in_its_share_joins_the_others(score: str, epoch: int) -> None:
     callback = pruning(score, epoch=epoch, checkpoints=2)
@@ -144,7 +144,7 @@ class NothingInEval(Classifier):
 
 @pytest.mark.parametrize("make", [pruning, lambda: UniformLearning(epoch=1)])
 def test_a_step_that_returns_nothing_in_eval_mode_is_refused_at_the_first_batch(make: Any) -> None:
-    with pytest.raises(ValueError, match=r"found nothing to look at.*in eval mode"):
+    with pytest.raises(ValueError, match=r"found nothing to measure.*in eval mode"):
         train(make(), NothingInEval(), epochs=2, limit_train_batches=1)
 
 

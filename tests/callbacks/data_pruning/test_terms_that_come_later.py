@@ -67,11 +67,11 @@ def losses_seen(callback: Any, module: Any) -> tuple[list[bool], list[Any]]:
 
 @pytest.mark.parametrize("kind", ["info", "reweighting"])
 def test_it_is_weighted_from_the_next_step_on(kind: str) -> None:
-    with pytest.warns(UserWarning, match="In the step before only that call was weighted; from this one on") as told:
+    with pytest.warns(UserWarning, match="In the previous step only that call was weighted; from this step on") as told:
         by_terms, _ = losses_seen(callback_of(kind), Growing(normalizes=False))
     assert by_terms[:4] == [False] * 4  # three batches, and the one that tells
     assert all(by_terms[4:])
-    assert len([warning for warning in told if "In the step before" in str(warning.message)]) == 1
+    assert len([warning for warning in told if "In the previous step" in str(warning.message)]) == 1
 
 
 @pytest.mark.parametrize("module", [Decaying])

@@ -314,7 +314,7 @@ class Untrained(Classifier):
 @pytest.mark.parametrize("kind", ["info", "reweighting"])
 @pytest.mark.parametrize(("module", "words"), [(Nothing, "got no loss"), (Untrained, "requires no gradient")])
 def test_a_step_without_a_loss_says_so(kind: str, module: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=rf"training_step must return one number.*{words}"):
+    with pytest.raises(ValueError, match=rf"training_step must return a scalar loss.*{words}"):
         train(callbacks_of(kind), module())
 
 
