@@ -2,7 +2,7 @@
 
 All variants are interleaved with their baseline in rotating order, and the median over the rounds counts. Gradients are
 refilled before every timed call, which is not timed, so every call clips the same values. There are two lists of gradients:
-with many small tensors the number of operations decides, and with few large ones the number of passes over memory.
+with many small tensors the number of operations decides, and with few large ones the memory traffic.
 
 The last tables are steps of a real ``Trainer.fit`` with a logger, over one whole log interval of 50 steps, so the expensive
 log step counts as one in 50. The fits take turns step by step. Work at the end of a fit is not counted.
